@@ -1,0 +1,158 @@
+"""Puts everything together, starts it in order, and stops it in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import platform
+import signal
+import socket
+import time
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from service import __version__
+from service.backends.base import backend_names, find_backend
+from service.errors import ConfigError, LoadError
+from service.http.outlet import Outlet
+from service.http.predict import Predictor
+from service.http.routes import make_application
+from service.metrics import Metrics
+from service.repository.catalog import Catalog
+from service.repository.repository import Repository
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5
+"""How long connections may take to close once every request on them is answered."""
+
+
+def serve(path: Path, settings: Settings) -> int:
+    """Serve the models in `path` until a signal ends it; the exit status is 0 if nothing was lost.
+
+    Raises ConfigError if there is nothing to serve or the address cannot be had.
+    """
+    outlet = Outlet()
+    metrics = Metrics(build_info())
+    repository = Repository(path, settings, outlet, metrics, time.monotonic)
+    predictor = Predictor(
+        repository,
+        repository.engine,
+        outlet,
+        metrics,
+        time.monotonic,
+        max_body_bytes=settings.max_body_bytes,
+        access_log=settings.access_log,
+    )
+    config = uvicorn.Config(
+        make_application(repository, predictor, metrics),
+        # Named, not "auto": without them every request costs four times as much, and silently.
+        http="httptools",
+        loop="uvloop",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        # Load balancers keep idle connections for a minute; closing first would fail their next request.
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+    )
+    with _listen(settings.host, settings.port) as listener:
+        server = _Server(config, repository, predictor, outlet, settings.drain_timeout_s)
+        server.run(sockets=[listener])
+    return server.exit_status
+
+
+def load_all(path: Path, settings: Settings) -> Catalog:
+    """Load everything in `path`, serve nothing; raises ConfigError if there is nothing to serve."""
+    repository = Repository(path, settings, Outlet(), Metrics({}), time.monotonic)
+    repository.load_now()
+    return repository
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which drains before it stops."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        repository: Repository,
+        predictor: Predictor,
+        outlet: Outlet,
+        drain_timeout_s: float,
+    ) -> None:
+        super().__init__(config)
+        self.exit_status = 0
+        self._repository = repository
+        self._predictor = predictor
+        self._outlet = outlet
+        self._drain_timeout_s = drain_timeout_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to load, and answer from the start: who asks too early is told so."""
+        self._loop = asyncio.get_running_loop()
+        self._outlet.attach(self._loop)
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
+            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        self._repository.start(self._loaded)
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second stops at once."""
+        if self._draining is not None or self._loop is None:
+            self.should_exit = self.force_exit = True
+            self.exit_status = 1
+            return
+        log.info("%s: draining", signal.Signals(sig).name)
+        self._predictor.draining = True
+        self._repository.begin_drain()
+        self._draining = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Answer what was accepted, then stop."""
+        deadline = time.monotonic() + self._drain_timeout_s
+        try:
+            await asyncio.wait_for(self._predictor.idle(), self._drain_timeout_s)
+        except TimeoutError:
+            log.error("%d requests were not answered in time", self._predictor.in_flight)
+            self.exit_status = 1
+        left_s = max(0.0, deadline - time.monotonic())
+        if not await asyncio.to_thread(self._repository.drain, left_s):
+            log.error("a model was still running at the end")
+            self.exit_status = 1
+        self.should_exit = True
+
+    def _loaded(self) -> None:
+        # What is loaded stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        health = self._repository.health()
+        log.info("%s: %d models", health.status, len(self._repository.models()))
+
+
+def build_info() -> dict[str, str]:
+    """What `build_info` says: the version, Python's, and those of the runtimes that are installed."""
+    info = {"version": __version__, "python": platform.python_version()}
+    for name in backend_names():
+        try:
+            info[name] = find_backend(name).describe()
+        except LoadError:
+            info[name] = "not installed"
+    return info
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=4096)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -1,0 +1,99 @@
+"""What the pool needs of a runtime: a file becomes a loaded model, a loaded model runs tensors.
+
+A backend is found by name or by the file's suffix. The built-in ones are imported when first needed,
+so a server without torch, or without ONNX Runtime, still starts; others may be installed beside
+Inferpool under the entry-point group `inferpool.backends`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
+
+from service.errors import LoadError
+from service.tensors import Signature, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is to be loaded.
+
+    Attributes:
+        device: `cpu` or `cuda:N`.
+        threads: threads that one run may use (at least 1).
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+
+
+class LoadedModel(ABC):
+    """A model in memory. `run` may be called from several threads at once and releases the GIL."""
+
+    signature: Signature
+
+    @abstractmethod
+    def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
+        """Compute `outputs` (all of them when None) from `inputs`; raises whatever the runtime raises.
+
+        The inputs match the signature already; optional ones may be absent. The caller does not
+        change `inputs` afterwards and owns what is returned.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back memory and devices; no run is under way and none follows."""
+
+
+class Backend(ABC):
+    """A runtime. Subclasses are stateless and made without arguments."""
+
+    name: str
+    suffixes: tuple[str, ...]
+
+    @abstractmethod
+    def load(self, file: Path, options: LoadOptions) -> LoadedModel:
+        """Load `file`; raises LoadError with a sentence that says what is wrong with it."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The runtime and its version, for logs and `build_info`: `onnxruntime 1.31.1`."""
+
+
+_BUILT_IN: Final = {
+    "onnx": ("service.backends.onnx", "OnnxBackend", (".onnx",)),
+}
+ENTRY_POINT_GROUP: Final = "inferpool.backends"
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every backend that can be asked for by name, whether or not its runtime is installed."""
+    installed = (point.name for point in entry_points(group=ENTRY_POINT_GROUP))
+    return (*_BUILT_IN, *installed)
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of this name; raises LoadError if there is none or its runtime is not installed."""
+    if name in _BUILT_IN:
+        module, attribute, _ = _BUILT_IN[name]
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+        return backend
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == name:
+            found: Backend = point.load()()
+            return found
+    raise LoadError(f'no backend is called "{name}"; there are {", ".join(backend_names())}')
+
+
+def backends_by_suffix() -> dict[str, str]:
+    """File suffix to backend name, for every backend."""
+    suffixes = {suffix: name for name, (_, _, listed) in _BUILT_IN.items() for suffix in listed}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        for suffix in point.load().suffixes:
+            suffixes.setdefault(suffix, point.name)
+    return suffixes

@@ -1,0 +1,96 @@
+"""The command: `inferpool serve` and `inferpool check`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from service import __version__
+from service.errors import InferpoolError
+from service.repository.catalog import Catalog
+from service.settings import ENV_PREFIX, add_flags, read_settings
+from service.tensors import shape_text
+
+_EPILOG = f"""\
+Settings are taken from flags, then {ENV_PREFIX}* variables, then the file of --config, then the defaults.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 0, 1 if it failed, 2 if it was called wrongly."""
+    parser = _parser()
+    flags = vars(parser.parse_args(arguments))
+    command, path, config = flags.pop("command"), flags.pop("repository"), flags.pop("config")
+    try:
+        config = config or os.environ.get(ENV_PREFIX + "CONFIG")
+        settings = read_settings(flags, os.environ, Path(config) if config else None)
+        # Imported late, so that --help and mistakes answer at once.
+        from service import app, logs
+
+        if command == "check":
+            logs.configure_logs("error" if settings.log_level == "info" else settings.log_level, "console")
+            return _print_check(app.load_all(path, settings))
+        logs.configure_logs(settings.log_level, settings.log_format)
+        return app.serve(path, settings)
+    except InferpoolError as error:
+        print(f"inferpool: {error.detail}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inferpool", description="Serve exported models over HTTP.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"inferpool {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary, description in (
+        (
+            "serve",
+            "serve a folder of models",
+            "Serve the models in REPOSITORY: a folder of models, one model's folder, or a model file.",
+        ),
+        (
+            "check",
+            "load every model, say what it takes and how it batches, and stop",
+            "Load everything in REPOSITORY and print each version's signature and batching. "
+            "Exits with 1 if a version cannot be served, and says why.",
+        ),
+    ):
+        command = commands.add_parser(
+            name, help=summary, description=description, epilog=_EPILOG, allow_abbrev=False
+        )
+        command.add_argument("repository", type=Path, metavar="REPOSITORY", help="where the models are")
+        command.add_argument("--config", metavar="FILE", help=f"a TOML file of settings [{ENV_PREFIX}CONFIG]")
+        add_flags(command)
+    return parser
+
+
+def _print_check(catalog: Catalog) -> int:
+    """Say of each version what it takes and how it batches; 1 if one has failed."""
+    failed = 0
+    for model in catalog.models().values():
+        for number, view in sorted(model.versions.items()):
+            names = f" ({', '.join(view.labels)})" if view.labels else ""
+            print(f"{model.name}/{number}{names}: {view.state}")
+            if view.signature is None:
+                failed += 1
+                print(f"  {view.reason}")
+                continue
+            for kind, specs in (("input", view.signature.inputs), ("output", view.signature.outputs)):
+                for spec in specs:
+                    optional = " optional" if spec.optional else ""
+                    print(f"  {kind:<8} {spec.name}: {spec.datatype} {shape_text(spec.shape)}{optional}")
+            batching = view.batching
+            extent = f"up to {batching.max_rows} rows" if batching.enabled else "off"
+            print(f"  batching {extent}: {batching.reason}")
+            live = catalog.live(view.key)
+            print(f"  runs     {len(live.instances)} instances of {view.threads} threads by {view.backend}")
+            for line in live.latency:
+                print(f"           {line.rows:5.0f} rows in {1000 * line.seconds:9.3f} ms")
+    print(
+        f"{failed} of {sum(len(model.versions) for model in catalog.models().values())} versions have failed"
+    )
+    return 1 if failed else 0

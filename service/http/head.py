@@ -1,0 +1,107 @@
+"""The head of a predict request: what its path and headers say, read once."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable
+from typing import Final
+from urllib.parse import unquote
+
+from service.errors import InvalidInput
+
+PREDICT: Final = "/predict"
+
+_PREFIX: Final = os.urandom(4).hex()
+_serial = itertools.count(1)
+# What may come back in a header and stand in a log line: visible ASCII, of a sane length.
+_SAFE_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def new_request_id() -> str:
+    """An id that no other request of this server has, nor is likely to have of any other."""
+    return f"{_PREFIX}{next(_serial):08x}"
+
+
+def request_id_from(value: bytes | None) -> str:
+    """The caller's `X-Request-Id` where it is fit to be sent back, else a new one."""
+    if value is not None:
+        text = value.decode("latin-1")
+        if _SAFE_ID.fullmatch(text):
+            return text
+    return new_request_id()
+
+
+class Head:
+    """What a predict request says before its body.
+
+    Attributes:
+        model: the model's name from the path, or None for `/predict`.
+        version: number or label from the path, or None.
+        request_id: the caller's id, or a new one.
+        content_type: the media type, lower-case, without parameters; "" if none was given.
+        content_type_parameters: what followed it.
+        content_encoding: lower-case; "" if none was given.
+        content_length: bytes of the body, or None where it is not known in advance.
+        accept: the Accept header as it came; "" if none was given.
+        timeout_ms: milliseconds from `X-Timeout-Ms`, or None.
+    """
+
+    __slots__ = (
+        "accept",
+        "content_encoding",
+        "content_length",
+        "content_type",
+        "content_type_parameters",
+        "model",
+        "request_id",
+        "timeout_text",
+        "version",
+    )
+
+    def __init__(self, raw_path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Read the path as it was sent, still percent-encoded, and headers with lower-case names."""
+        parts = raw_path.removeprefix(PREDICT).strip("/").split("/", 1)
+        self.model = unquote(parts[0]) or None
+        self.version = unquote(parts[1]) if len(parts) > 1 else None
+        self.content_type = self.content_type_parameters = self.content_encoding = self.accept = ""
+        self.content_length: int | None = None
+        self.timeout_text: bytes | None = None
+        request_id: bytes | None = None
+        for name, value in headers:
+            if name == b"content-type":
+                kind, _, parameters = value.decode("latin-1").partition(";")
+                self.content_type = kind.strip().lower()
+                self.content_type_parameters = parameters.strip()
+            elif name == b"content-length":
+                self.content_length = int(value)
+            elif name == b"accept":
+                self.accept = value.decode("latin-1")
+            elif name == b"content-encoding":
+                self.content_encoding = value.decode("latin-1").strip().lower()
+            elif name == b"x-request-id":
+                request_id = value
+            elif name == b"x-timeout-ms":
+                self.timeout_text = value
+        self.request_id = request_id_from(request_id)
+
+    def timeout_ms(self) -> float | None:
+        """The number in `X-Timeout-Ms`; raises InvalidInput if it is none that is above 0."""
+        if self.timeout_text is None:
+            return None
+        try:
+            timeout = float(self.timeout_text)
+        except ValueError:
+            timeout = 0.0
+        if not 0 < timeout < float("inf"):
+            shown = self.timeout_text[:40].decode("latin-1")
+            raise InvalidInput(
+                f'X-Timeout-Ms is "{shown}"; expected milliseconds above 0', field="X-Timeout-Ms"
+            )
+        return timeout
+
+
+def is_predict(path: str) -> bool:
+    """Whether a path, percent-encoded or not, belongs to the predict lane."""
+    return path.startswith(PREDICT) and (len(path) == len(PREDICT) or path[len(PREDICT)] == "/")

@@ -1,0 +1,50 @@
+"""The outbox, seen from the event loop: results of a batch arrive in one wake-up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+from service.pool.ports import Result
+
+
+class Outlet:
+    """Hands each result to whoever waits for it. `put` may come from any thread, all else from the loop's."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: dict[int, asyncio.Future[Result]] = {}
+        self._arrived: deque[Result] = deque()
+        self._woken = False
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Deliver on this loop from here on."""
+        self._loop = loop
+
+    def expect(self, entry_id: int) -> asyncio.Future[Result]:
+        """A future of the entry's result; call `forget` if it is no longer of interest."""
+        assert self._loop is not None  # attached before the first request
+        future = self._loop.create_future()
+        self._waiting[entry_id] = future
+        return future
+
+    def forget(self, entry_id: int) -> None:
+        """Nobody waits for this entry any more; its result is thrown away when it comes."""
+        self._waiting.pop(entry_id, None)
+
+    def put(self, results: Sequence[Result]) -> None:
+        """Take the results of a batch, from an instance's thread."""
+        self._arrived.extend(results)
+        if not self._woken and self._loop is not None:
+            # Set before the call: a delivery that runs at once clears it again.
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False
+        while self._arrived:
+            result = self._arrived.popleft()
+            future = self._waiting.pop(result.entry_id, None)
+            if future is not None and not future.done():
+                future.set_result(result)

@@ -1,0 +1,188 @@
+"""The web application: the predict lane in front, FastAPI for every other route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service import __version__
+from service.errors import (
+    InferpoolError,
+    InternalError,
+    InvalidInput,
+    MalformedBody,
+    MethodNotAllowed,
+    NotFound,
+)
+from service.http.head import is_predict, request_id_from
+from service.http.lane import Message, Receive, Scope, Send, serve_predict
+from service.http.openapi import error_responses, predict_paths
+from service.http.predict import Predictor, server_timing
+from service.http.problems import PROBLEM_TYPE, as_problem, problem_body, problem_headers
+from service.http.schemas import (
+    HealthOut,
+    LiveOut,
+    ModelDetail,
+    Models,
+    Problem,
+    ReadyOut,
+    VersionDetail,
+    health_out,
+    model_out,
+    version_out,
+)
+from service.metrics import Metrics
+from service.repository.catalog import Catalog, find_model
+
+DESCRIPTION = """Serves exported models. `GET /models` says what there is and what it takes;
+`POST /predict/{model}` predicts. Errors are `application/problem+json` with a stable `code`."""
+
+
+class Application(FastAPI):
+    """Sends predict requests down the lane, and gives every other answer its id and timing."""
+
+    predictor: Predictor
+    catalog: Catalog
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI door."""
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+        elif is_predict(scope["path"]):
+            await serve_predict(self.predictor, scope, receive, send)
+        else:
+            await super().__call__(scope, receive, _signed(scope, send, self.predictor.clock))
+
+    def openapi(self) -> dict[str, Any]:
+        """The document of the whole API, as it is served at this moment."""
+        self.openapi_schema = None
+        document = super().openapi()
+        document["paths"] = {**predict_paths(self.catalog), **document["paths"]}
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas["Problem"] = Problem.model_json_schema()
+        return document
+
+
+def make_application(catalog: Catalog, predictor: Predictor, metrics: Metrics) -> Application:
+    """The application over what is served."""
+    app = Application(
+        title="Inferpool", version=__version__, description=DESCRIPTION, redoc_url=None, responses={}
+    )
+    app.predictor = predictor
+    app.catalog = catalog
+    _add_errors(app)
+    _add_models(app, catalog)
+    _add_health(app, catalog)
+
+    @app.get(
+        "/metrics", tags=["health"], summary="Everything counted, for Prometheus", response_class=Response
+    )
+    async def read_metrics(request: Request) -> Response:
+        """Prometheus text, or OpenMetrics where Accept asks for it."""
+        body, content_type = metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    return app
+
+
+def _add_models(app: FastAPI, catalog: Catalog) -> None:
+    missing: dict[int | str, dict[str, Any]] = {404: error_responses()["404"]}
+
+    @app.get("/models", tags=["models"], summary="Everything in the repository")
+    async def read_models() -> Models:
+        return Models.model_validate(
+            {"models": [model_out(model, catalog).model_dump() for model in catalog.models().values()]}
+        )
+
+    @app.get(
+        "/models/{model}", tags=["models"], summary="A model and what was measured of it", responses=missing
+    )
+    async def read_model(model: str) -> ModelDetail:
+        return model_out(find_model(catalog, model), catalog)
+
+    @app.get(
+        "/models/{model}/{version}",
+        tags=["models"],
+        summary="A version, by number or label",
+        responses=missing,
+    )
+    async def read_version(model: str, version: str) -> VersionDetail:
+        return version_out(find_model(catalog, model).version(version), catalog)
+
+
+def _add_health(app: FastAPI, catalog: Catalog) -> None:
+    @app.get(
+        "/health",
+        tags=["health"],
+        summary="Whether the server can answer, and what is wrong with what",
+        responses={503: {"model": HealthOut}},
+    )
+    async def read_health(response: Response) -> HealthOut:
+        health = catalog.health()
+        response.status_code = 200 if health.ready else 503
+        return health_out(health)
+
+    @app.get("/health/live", tags=["health"], summary="Whether the process answers")
+    async def read_live() -> LiveOut:
+        return LiveOut()
+
+    @app.get(
+        "/health/ready",
+        tags=["health"],
+        summary="Whether every required model can answer",
+        responses={503: {"model": ReadyOut}},
+    )
+    async def read_ready(response: Response) -> ReadyOut:
+        ready = catalog.health().ready
+        response.status_code = 200 if ready else 503
+        return ReadyOut(ready=ready)
+
+
+def _add_errors(app: FastAPI) -> None:
+    async def answer(request: Request, error: Exception) -> Response:
+        problem = as_problem(_translated(request, error))
+        status, body = problem_body(problem, request.scope["state"]["request_id"])
+        headers = {name.decode(): value.decode() for name, value in problem_headers(problem)}
+        return Response(body, status, {**headers, "content-type": PROBLEM_TYPE.decode()})
+
+    for kind in (InferpoolError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def _translated(request: Request, error: Exception) -> Exception:
+    """The framework's own errors in our words."""
+    path = request.url.path[:200]
+    if isinstance(error, RequestValidationError):
+        return InvalidInput("; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors()))
+    if isinstance(error, HTTPException):
+        if error.status_code == 404:
+            return NotFound(f"nothing is served under {path}")
+        if error.status_code == 405:
+            allow = (error.headers or {}).get("Allow", "GET")
+            return MethodNotAllowed(f"{request.method} is not for {path}", allow=allow)
+        return (
+            MalformedBody(str(error.detail)) if error.status_code < 500 else InternalError(str(error.detail))
+        )
+    return error
+
+
+def _signed(scope: Scope, send: Send, clock: Callable[[], float]) -> Send:
+    """`send`, with the request's id and timing on the answer."""
+    began = clock()
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
+    request_id = scope.setdefault("state", {})["request_id"] = request_id_from(given)
+
+    async def sign(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [
+                *message["headers"],
+                (b"x-request-id", request_id.encode("latin-1")),
+                (b"server-timing", server_timing(0.0, 0.0, clock() - began)),
+            ]
+        await send(message)
+
+    return sign

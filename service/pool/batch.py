@@ -1,0 +1,77 @@
+"""Gather the rows of several entries into one batch, and scatter its outputs back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from service.pool.queue import Piece
+from service.tensors import Tensors, shape_text
+
+
+class WrongRows(Exception):
+    """An output of a batch does not have the batch's rows, so it cannot be told whose rows are whose."""
+
+
+def gather(pieces: Sequence[Piece]) -> Tensors:
+    """The inputs of a batch: the pieces' rows, in order, along the first dimension.
+
+    All pieces are of one group, so they have the same inputs, datatypes and row shapes. A batch of one
+    whole entry is that entry's inputs as they came, not a copy.
+    """
+    if len(pieces) == 1:
+        piece = pieces[0]
+        inputs = piece.entry.inputs
+        if piece.whole:
+            return inputs
+        return {name: tensor[piece.start : piece.stop] for name, tensor in inputs.items()}
+    return {
+        name: np.concatenate([piece.entry.inputs[name][piece.start : piece.stop] for piece in pieces])
+        for name in pieces[0].entry.inputs
+    }
+
+
+def wanted_outputs(pieces: Sequence[Piece]) -> tuple[str, ...] | None:
+    """The outputs that the batch has to compute: all that any of its entries asked for; None is all."""
+    wanted: dict[str, None] = {}
+    for piece in pieces:
+        if piece.entry.outputs is None:
+            return None
+        wanted.update(dict.fromkeys(piece.entry.outputs))
+    return tuple(wanted)
+
+
+def scatter(outputs: Tensors, pieces: Sequence[Piece]) -> list[Tensors]:
+    """Each piece's rows of the outputs that its entry asked for, as views, in the order of `pieces`.
+
+    Raises WrongRows unless every output has the batch's rows along its first dimension.
+    """
+    rows = sum(piece.rows for piece in pieces)
+    for name, tensor in outputs.items():
+        if not tensor.ndim or tensor.shape[0] != rows:
+            raise WrongRows(f'output "{name}" has shape {shape_text(tensor.shape)} for {rows} rows')
+    if len(pieces) == 1:
+        return [select(outputs, pieces[0].entry.outputs)]
+    parts = []
+    start = 0
+    for piece in pieces:
+        stop = start + piece.rows
+        chosen = select(outputs, piece.entry.outputs)
+        parts.append({name: tensor[start:stop] for name, tensor in chosen.items()})
+        start = stop
+    return parts
+
+
+def select(outputs: Tensors, names: tuple[str, ...] | None) -> Tensors:
+    """The outputs of these names, in their order; all of them for None."""
+    return outputs if names is None else {name: outputs[name] for name in names}
+
+
+def join(parts: Sequence[Tensors]) -> Tensors:
+    """The outputs of an entry that ran in pieces, from theirs in order."""
+    joined: dict[str, Any] = {}
+    for name in parts[0]:
+        joined[name] = np.concatenate([part[name] for part in parts])
+    return joined

@@ -1,0 +1,151 @@
+"""One loaded copy of a version with a thread of its own, which runs batches whenever it is free."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.backends.base import LoadedModel
+from service.errors import InferpoolError, ModelFailed
+from service.pool.batch import WrongRows, gather, scatter, select, wanted_outputs
+from service.pool.queue import Piece
+from service.tensors import Tensors
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Pieces that run together.
+
+    Attributes:
+        pieces: at least one.
+        batched: whether outputs have rows that must agree with the inputs' (law 5).
+        reason: why it is no larger, for `batches_total`.
+        taken: moment at which the instance took it.
+    """
+
+    pieces: list[Piece]
+    batched: bool
+    reason: str
+    taken: float
+
+    @property
+    def rows(self) -> int:
+        """Rows of all pieces."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a piece ended: with its outputs, or with an error."""
+
+    piece: Piece
+    outputs: Tensors | None
+    error: InferpoolError | None
+
+
+@dataclass(slots=True)
+class Run:
+    """What became of a batch: one outcome a piece; `clean` if it ran whole and at the first go."""
+
+    outcomes: list[Outcome]
+    compute_s: float
+    clean: bool
+    wrong_rows: str = ""
+
+
+class Work(Protocol):
+    """What an instance needs of its pool."""
+
+    def next_batch(self, instance: Instance) -> Batch | None:
+        """Block until there is a batch to run; None when the instance is to end."""
+
+    def finish(self, instance: Instance, batch: Batch, run: Run) -> None:
+        """Take the outcomes of a batch."""
+
+    def died(self, instance: Instance, batch: Batch | None) -> None:
+        """The instance's thread is ending by accident, with `batch` under way."""
+
+
+class Instance:
+    """A thread that takes a batch when it is free, runs it, and hands over the outcomes."""
+
+    def __init__(
+        self, work: Work, model: LoadedModel, device: str, number: int, clock: Callable[[], float]
+    ) -> None:
+        self.device = device
+        self.number = number
+        self.model = model
+        self.busy_until = 0.0
+        self._work = work
+        self._clock = clock
+        self._wake = threading.Lock()
+        self._wake.acquire()
+        self._thread = threading.Thread(target=self._live, name=f"instance-{number}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take batches."""
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the thread has ended; False if it has not within `timeout_s`."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def wake(self) -> None:
+        """Let `wait` return. Only after the instance said it would wait, and once for each time."""
+        self._wake.release()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Block until woken; False if `timeout_s` passed first."""
+        return self._wake.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
+
+    def run(self, batch: Batch) -> Run:
+        """Run a batch; whatever the model raises becomes the outcome of the pieces that made it raise."""
+        started = self._clock()
+        try:
+            outcomes = self._infer(batch.pieces, batch.batched)
+        except WrongRows as error:
+            log.error("%s; batching is off from here on", error)
+            failure = ModelFailed("the model gave the wrong number of rows for a batch")
+            outcomes = [Outcome(piece, None, failure) for piece in batch.pieces]
+            return Run(outcomes, self._clock() - started, False, str(error))
+        except Exception as error:  # noqa: BLE001 - models raise anything, and only the guilty may fail
+            outcomes, wrong_rows = self._isolate(batch, error)
+            return Run(outcomes, self._clock() - started, False, wrong_rows)
+        return Run(outcomes, self._clock() - started, True)
+
+    def _infer(self, pieces: Sequence[Piece], batched: bool) -> list[Outcome]:
+        outputs = self.model.run(gather(pieces), wanted_outputs(pieces))
+        parts = scatter(outputs, pieces) if batched else [select(outputs, pieces[0].entry.outputs)]
+        return [Outcome(piece, part, None) for piece, part in zip(pieces, parts, strict=True)]
+
+    def _isolate(self, batch: Batch, error: Exception) -> tuple[list[Outcome], str]:
+        """Run the halves of a batch that raised `error`, theirs if they raise, down to the guilty."""
+        if len(batch.pieces) == 1:
+            piece = batch.pieces[0]
+            log.warning("the model failed on entry %d: %s", piece.entry.id, error, exc_info=error)
+            return [Outcome(piece, None, ModelFailed("the model failed on this request"))], ""
+        middle = len(batch.pieces) // 2
+        outcomes: list[Outcome] = []
+        wrong_rows = ""
+        for half in (batch.pieces[:middle], batch.pieces[middle:]):
+            run = self.run(Batch(half, batch.batched, batch.reason, batch.taken))
+            outcomes += run.outcomes
+            wrong_rows = wrong_rows or run.wrong_rows
+        return outcomes, wrong_rows
+
+    def _live(self) -> None:
+        batch: Batch | None = None
+        try:
+            while (batch := self._work.next_batch(self)) is not None:
+                self._work.finish(self, batch, self.run(batch))
+                # The thread waits between batches; what it ran must not stay in memory meanwhile.
+                batch = None
+        except BaseException:
+            log.exception("instance %d on %s died", self.number, self.device)
+            self._work.died(self, batch)

@@ -1,0 +1,206 @@
+"""How a version is to be served: batched or not, in batches of how many rows, by how many instances.
+
+All of it is found out by running the model at load, within a budget of time; what was found can be kept
+(`service.repository.cache`), so that the next start need not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from service.backends.base import LoadedModel
+from service.pool.profile import Measurement
+from service.pool.proof import ROWS, Proof, compare, prove
+from service.tensors import Tensors
+
+MOST_ROWS: Final = 256
+"""Rows of a batch beyond which none is measured, unless `model.toml` sets more."""
+
+UNMEASURED_ROWS: Final = 32
+"""Rows of a batch where nothing could be measured."""
+
+WORTH_IT: Final = 1.1
+"""Doubling the rows of a batch pays while it brings at least this many times the rows a second."""
+
+BETTER: Final = 1.05
+"""More instances are taken where they bring at least this many times the rows a second."""
+
+BATCH_S: Final = 1e-4
+"""What a batch costs beside its run (two wake-ups, gather, scatter), which more rows share."""
+
+CLEAR_S: Final = 1e-3
+"""A run shorter than this gains nothing from a second thread or instance: the web side needs the core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was decided, and what was measured.
+
+    Attributes:
+        batched: whether rows of different entries share a run, and `reason` why, or why not.
+        max_rows: rows of a batch at the most; 1 where not batched.
+        instances: threads that run batches at the same time.
+        threads: threads that the runtime uses within a run.
+        table: seconds by batch size.
+    """
+
+    batched: bool
+    reason: str
+    max_rows: int
+    instances: int
+    threads: int
+    table: tuple[Measurement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the owner of the model has set; None is to be found out.
+
+    Attributes:
+        batching: False turns it off.
+        max_rows: rows of a batch at the most.
+        instances: how many.
+        threads: threads of a run.
+        cores: cores that the model may use in all, at least 1.
+        budget_s: seconds that measuring may take; 0 measures nothing.
+    """
+
+    cores: int
+    budget_s: float
+    batching: bool = True
+    max_rows: int | None = None
+    instances: int | None = None
+    threads: int | None = None
+
+
+class Planner:
+    """Proves and measures one version. `load(threads)` loads the model for so many threads a run."""
+
+    def __init__(
+        self, load: Callable[[int], LoadedModel], wishes: Wishes, clock: Callable[[], float]
+    ) -> None:
+        self._load = load
+        self._wishes = wishes
+        self._clock = clock
+        self._ends = 0.0
+
+    def make(self, model: LoadedModel, samples: Sequence[Tensors] = ()) -> Plan:
+        """Find the plan with `model`, which was loaded for one thread a run; `samples` help the proof."""
+        wishes = self._wishes
+        proof = prove(model, samples) if wishes.batching else Proof(False, "turned off in model.toml")
+        self._ends = self._clock() + wishes.budget_s
+        rows = proof.rows or (samples[0] if samples else {})
+        if not rows or not wishes.budget_s:
+            threads = wishes.threads or max(1, wishes.cores // (wishes.instances or 1))
+            most = (wishes.max_rows or UNMEASURED_ROWS) if proof.batched else 1
+            return Plan(proof.batched, proof.reason, most, wishes.instances or 1, threads)
+        table, fault = self._climb(model, proof, rows)
+        if fault:
+            proof = Proof(False, fault, rows)
+            table = table[:1]
+        max_rows = (wishes.max_rows or int(table[-1].rows)) if proof.batched else 1
+        batch = _rows_of(rows, max_rows) if proof.batched else rows
+        instances, threads, gain = self._share_cores(model, batch, table[0].seconds)
+        shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in table)
+        return Plan(proof.batched, proof.reason, max_rows, instances, threads, shared)
+
+    def _climb(self, model: LoadedModel, proof: Proof, rows: Tensors) -> tuple[list[Measurement], str]:
+        """Time batches of 1, 2, 4, … rows until more no longer pay, and hold each against the proof.
+
+        Returns the measurements, and what was wrong with a batch's outputs if anything was.
+        """
+        table: list[Measurement] = []
+        best_rate, since_best = 0.0, 0
+        size = 1
+        most = self._wishes.max_rows or MOST_ROWS
+        while not table or (proof.batched and size <= most and not self._late()):
+            batch = _rows_of(rows, size) if proof.batched else rows
+            outputs = model.run(batch)
+            if proof.batched:
+                fault, _ = compare(model.signature, outputs, proof.alone, [row % ROWS for row in range(size)])
+                if fault:
+                    return table, f"{fault} when {size} rows run together"
+            quickest, typical = self._time(model, batch)
+            table.append(Measurement(size, typical, 1))
+            rate = size / (quickest + BATCH_S)
+            since_best = 0 if rate >= WORTH_IT * best_rate else since_best + 1
+            best_rate = max(best_rate, rate)
+            if since_best == 2 and self._wishes.max_rows is None:
+                # Two doublings in a row that do not pay: one alone may be the machine's noise.
+                return table[:-2], ""
+            size *= 2
+        return table, ""
+
+    def _time(self, model: LoadedModel, batch: Tensors) -> tuple[float, float]:
+        """The quickest and the median of a few runs, in seconds."""
+        times: list[float] = []
+        stop = min(self._ends, self._clock() + self._wishes.budget_s / 20)
+        while len(times) < 3 or (len(times) < 30 and self._clock() < stop):
+            began = self._clock()
+            model.run(batch)
+            times.append(self._clock() - began)
+            if times[-1] > self._wishes.budget_s / 10:
+                break  # a slow model is timed by one run: more would not change the decision
+        return max(min(times), 1e-9), statistics.median(times)
+
+    def _share_cores(self, model: LoadedModel, batch: Tensors, single_s: float) -> tuple[int, int, float]:
+        """Instances, threads a run, and how many times the rate of one instance of one thread they have."""
+        options = self._options(single_s)
+        if options == [(1, 1)]:
+            return 1, 1, 1.0
+        base = self._rate(model, batch, 1)
+        best, best_rate = options[0], 0.0
+        for instances, threads in options:
+            if best_rate and self._late():
+                break
+            candidate = model if threads == 1 else self._load(threads)
+            rate = self._rate(candidate, batch, instances)
+            if candidate is not model:
+                candidate.close()
+            if rate > BETTER * best_rate:
+                best, best_rate = (instances, threads), rate
+        return *best, best_rate / base
+
+    def _options(self, single_s: float) -> list[tuple[int, int]]:
+        """Instances and threads worth trying, fewest instances first: those answer a lone request soonest."""
+        wishes, cores = self._wishes, self._wishes.cores
+        if wishes.instances:
+            return [(wishes.instances, wishes.threads or max(1, cores // wishes.instances))]
+        if wishes.threads:
+            return sorted({(1, wishes.threads), (max(1, cores // wishes.threads), wishes.threads)})
+        if cores == 1 or single_s < CLEAR_S:
+            return [(1, 1)]
+        halves = {(2, cores // 2), (cores // 2, 2)} if cores >= 4 else set()
+        return sorted({(1, cores), (cores, 1)} | halves)
+
+    def _rate(self, model: LoadedModel, batch: Tensors, instances: int) -> float:
+        """Batches a second of `instances` threads that run `batch` over and over, for a while."""
+        model.run(batch)
+        stop = self._clock() + self._wishes.budget_s / 10
+        runs = [0] * instances
+
+        def work(number: int) -> None:
+            while runs[number] < 2 or self._clock() < stop:
+                model.run(batch)
+                runs[number] += 1
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(instances)]
+        began = self._clock()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(runs) / (self._clock() - began)
+
+    def _late(self) -> bool:
+        return self._clock() >= self._ends
+
+
+def _rows_of(rows: Tensors, count: int) -> Tensors:
+    """`count` rows, the proof's over and over."""
+    chosen = [row % ROWS for row in range(count)]
+    return {name: tensor[chosen] for name, tensor in rows.items()}

@@ -1,0 +1,327 @@
+"""The pool of a version: its queue and the instances that work it off.
+
+The pool owns the lock. `offer` and `cancel` come from the web side, `next_batch`, `finish` and `died`
+from the instances' threads. Results leave through the outbox once a batch, never under the lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from service.backends.base import LoadedModel
+from service.errors import DeadlineExceeded, Draining, InferpoolError, ModelFailed, NotReady
+from service.metrics import Metrics
+from service.pool.batch import join
+from service.pool.instance import Batch, Instance, Outcome, Run
+from service.pool.ports import Entry, Outbox, Result, VersionKey
+from service.pool.profile import Profile
+from service.pool.queue import Drop, Limits, Queue
+from service.tensors import Tensors
+
+log = logging.getLogger(__name__)
+
+RESTARTS_AT_MOST: Final = 5
+"""Threads of a version that are replaced within `RESTART_WINDOW_S`; the next to die stays lost."""
+RESTART_WINDOW_S: Final = 60.0
+
+_DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
+    "deadline": lambda: DeadlineExceeded("the deadline passed before the model could run"),
+    "disconnected": lambda: InferpoolError("the client is gone"),
+    "draining": lambda: Draining("the server is shutting down"),
+    "lost": lambda: NotReady("every instance of this version is lost"),
+    "unbatched": lambda: ModelFailed("the request has more rows than the model can run"),
+}
+"""Why entries are dropped, and what their results say."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """What is known of an instance from outside: `state` is `ready` or `lost`."""
+
+    device: str
+    state: str
+
+
+@dataclass(slots=True)
+class _Assembly:
+    """An entry that runs in pieces: the outputs it has so far, by their first row."""
+
+    missing_rows: int
+    parts: dict[int, Tensors]
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+
+class Pool:
+    """Instances of one version, their shared queue, and what was measured of them."""
+
+    def __init__(
+        self,
+        key: VersionKey,
+        limits: Limits,
+        profile: Profile,
+        outbox: Outbox,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        *,
+        batched: bool,
+    ) -> None:
+        """`batched` says whether rows of different entries may share a run: it has been proven."""
+        self.key = key
+        self.limits = limits
+        self.profile = profile
+        self.batched = batched
+        self.wrong_rows = ""
+        self._outbox = outbox
+        self._metrics = metrics
+        self._clock = clock
+        self._labels = (key.model, str(key.version))
+        self._lock = threading.Lock()
+        self._queue = Queue(limits, profile.seconds)
+        self._instances: list[Instance] = []
+        self._idle: list[Instance] = []
+        self._lost: list[str] = []
+        self._assemblies: dict[int, _Assembly] = {}
+        self._retries: deque[Batch] = deque()
+        self._retried: set[int] = set()
+        self._deaths: deque[float] = deque()
+        self._started = 0
+        self._closed = False
+
+    # The web side.
+
+    def offer(self, entry: Entry) -> None:
+        """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady or Draining."""
+        with self._lock:
+            self._refuse_unless_open()
+            if not self.batched:
+                entry.rows = 1
+            self._queue.offer(entry, self._clock(), [instance.busy_until for instance in self._instances])
+            if entry.rows > self.limits.batch_rows:
+                self._assemblies[entry.id] = _Assembly(entry.rows, {})
+            if self._idle:
+                self._idle.pop().wake()
+
+    def refuse_early(self) -> None:
+        """Raise what even an entry of one row would be refused with now."""
+        with self._lock:
+            self._refuse_unless_open()
+            self._queue.refuse_if_full(1, 0, False, len(self._instances))
+
+    def cancel(self, entry_id: int, reason: str) -> None:
+        """Drop an entry that still waits, for `disconnected` or `deadline`; what is running runs on."""
+        with self._lock:
+            drop = self._queue.cancel(entry_id, reason)
+            results = self._dropped([drop]) if drop is not None else []
+        self._put(results)
+
+    def waiting(self) -> tuple[int, float]:
+        """Rows that wait, and the seconds that the entry which came first has waited."""
+        with self._lock:
+            return self._queue.rows, self._queue.oldest_age_s(self._clock())
+
+    def instances(self) -> list[InstanceState]:
+        """Each instance's device and state."""
+        with self._lock:
+            ready = [InstanceState(instance.device, "ready") for instance in self._instances]
+            return ready + [InstanceState(device, "lost") for device in self._lost]
+
+    # Life.
+
+    def start_instance(self, model: LoadedModel, device: str) -> None:
+        """Start one more instance, which runs `model` on `device`."""
+        with self._lock:
+            instance = self._new_instance(model, device)
+        instance.start()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Accept no more, finish what was accepted, end the instances; False if that took too long.
+
+        What has not begun to run by then is answered with Draining.
+        """
+        with self._lock:
+            self._closed = True
+            self.limits.delay_s = 0.0
+            for instance in self._idle:
+                instance.wake()
+            self._idle.clear()
+            instances = list(self._instances)
+        deadline = self._clock() + timeout_s
+        ended = [instance.join(max(0.0, deadline - self._clock())) for instance in instances]
+        with self._lock:
+            results = self._dropped(self._queue.drop_all("draining"))
+        self._put(results)
+        return all(ended)
+
+    # The instances' side.
+
+    def next_batch(self, instance: Instance) -> Batch | None:
+        """Block until `instance` has a batch to run; None when the pool is closed and empty."""
+        while True:
+            with self._lock:
+                batch, results, wait_s = self._next(instance)
+                ends = batch is None and self._closed
+            self._put(results)
+            if batch is not None or ends:
+                return batch
+            if not instance.wait(wait_s):
+                with self._lock:
+                    chosen = instance not in self._idle
+                    if not chosen:
+                        self._idle.remove(instance)
+                if chosen:
+                    # An offer chose this instance as its wait timed out: the wake-up is on its way.
+                    instance.wait(None)
+
+    def finish(self, instance: Instance, batch: Batch, run: Run) -> None:
+        """Answer the entries of a batch that has run, and keep what was measured of it."""
+        results: list[Result] = []
+        with self._lock:
+            instance.busy_until = 0.0
+            for outcome in run.outcomes:
+                results += self._ended(outcome, batch, run.compute_s)
+            if self._retried:
+                self._retried.difference_update(piece.entry.id for piece in batch.pieces)
+            if run.clean:
+                self.profile.observe(batch.rows, run.compute_s)
+            if run.wrong_rows and self.batched:
+                results += self._stop_batching(run.wrong_rows)
+            self._count(instance.device, batch, run.compute_s)
+        self._put(results)
+
+    def died(self, instance: Instance, batch: Batch | None) -> None:
+        """Replace an instance whose thread has died; what it ran is run once more, entry by entry."""
+        with self._lock:
+            self._instances.remove(instance)
+            replacement = self._replacement(instance)
+            results = self._retry(batch) if batch is not None else []
+            if not self._instances:
+                for waiting in self._retries:
+                    for piece in waiting.pieces:
+                        results += self._ended(Outcome(piece, None, _DROPPED["lost"]()), waiting, 0.0)
+                self._retries.clear()
+                results += self._dropped(self._queue.drop_all("lost"))
+            for _ in range(min(len(self._idle), len(self._retries))):
+                self._idle.pop().wake()
+        self._put(results)
+        if replacement is not None:
+            replacement.start()
+
+    # Under the lock.
+
+    def _refuse_unless_open(self) -> None:
+        if self._closed:
+            raise Draining("the server, or this version, is shutting down")
+        if not self._instances:
+            raise NotReady("every instance of this version is lost")
+
+    def _next(self, instance: Instance) -> tuple[Batch | None, list[Result], float | None]:
+        """What `instance` runs now, the results of what never will, and how long to wait else."""
+        now = self._clock()
+        results: list[Result] = []
+        batch = self._retries.popleft() if self._retries else None
+        if batch is None:
+            taken = self._queue.take(now)
+            results = self._dropped(taken.drops)
+            if taken.pieces:
+                batch = Batch(taken.pieces, self.batched, taken.reason, now)
+        if batch is not None:
+            instance.busy_until = now + self.profile.seconds(batch.rows)
+            if self._idle and (self._retries or len(self._queue)):
+                self._idle.pop().wake()
+            return batch, results, None
+        if self._closed and not len(self._queue):
+            return None, results, None
+        self._idle.append(instance)
+        wakeup = self._queue.next_wakeup(now)
+        return None, results, None if wakeup is None else wakeup - now
+
+    def _ended(self, outcome: Outcome, batch: Batch, compute_s: float) -> list[Result]:
+        """The result that an outcome completes, if any: a piece of a larger entry may not be the last."""
+        piece = outcome.piece
+        entry = piece.entry
+        queue_s = batch.taken - entry.arrived
+        if piece.whole:
+            return [Result(entry.id, outcome.outputs, outcome.error, queue_s, compute_s, batch.rows)]
+        assembly = self._assemblies.get(entry.id)
+        if assembly is None:  # dropped meanwhile, or another piece has failed: it is answered
+            return []
+        assembly.queue_s = assembly.queue_s or queue_s
+        assembly.compute_s += compute_s
+        if outcome.outputs is None:
+            del self._assemblies[entry.id]
+            self._queue.cancel(entry.id, "failed")
+            return [Result(entry.id, None, outcome.error, assembly.queue_s, assembly.compute_s, batch.rows)]
+        assembly.parts[piece.start] = outcome.outputs
+        assembly.missing_rows -= piece.rows
+        if assembly.missing_rows:
+            return []
+        del self._assemblies[entry.id]
+        outputs = join([assembly.parts[start] for start in sorted(assembly.parts)])
+        return [Result(entry.id, outputs, None, assembly.queue_s, assembly.compute_s, batch.rows)]
+
+    def _dropped(self, drops: list[Drop]) -> list[Result]:
+        results = []
+        now = self._clock()
+        for entry, reason in drops:
+            self._assemblies.pop(entry.id, None)
+            self._retried.discard(entry.id)
+            self._metrics.value("dropped_entries_total", *self._labels, reason).add()
+            results.append(Result(entry.id, None, _DROPPED[reason](), now - entry.arrived))
+        return results
+
+    def _stop_batching(self, why: str) -> list[Result]:
+        """Serve every entry alone from here on; those that only run in pieces cannot be served."""
+        self.batched = False
+        self.wrong_rows = why
+        self.limits.batch_rows = 1
+        waiting = [self._queue.cancel(entry_id, "unbatched") for entry_id in list(self._assemblies)]
+        return self._dropped([drop for drop in waiting if drop is not None])
+
+    def _count(self, device: str, batch: Batch, compute_s: float) -> None:
+        self._metrics.distribution("batch_rows", *self._labels).observe(batch.rows)
+        self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
+        self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
+
+    def _new_instance(self, model: LoadedModel, device: str) -> Instance:
+        self._started += 1
+        instance = Instance(self, model, device, self._started, self._clock)
+        self._instances.append(instance)
+        return instance
+
+    def _replacement(self, instance: Instance) -> Instance | None:
+        now = self._clock()
+        self._deaths.append(now)
+        while self._deaths[0] < now - RESTART_WINDOW_S:
+            self._deaths.popleft()
+        if len(self._deaths) > RESTARTS_AT_MOST:
+            log.error("an instance of %s/%s died too often and is not replaced", *self._labels)
+            self._lost.append(instance.device)
+            return None
+        return self._new_instance(instance.model, instance.device)
+
+    def _retry(self, batch: Batch) -> list[Result]:
+        """Let a batch whose instance died run once more, each entry alone; the second time it failed."""
+        results: list[Result] = []
+        now = self._clock()
+        for piece in batch.pieces:
+            entry = piece.entry
+            if entry.id in self._retried:
+                self._retried.discard(entry.id)
+                error = ModelFailed("the model ended its instance on this request")
+                results += self._ended(Outcome(piece, None, error), batch, 0.0)
+            elif entry.deadline <= now:
+                results += self._ended(Outcome(piece, None, _DROPPED["deadline"]()), batch, 0.0)
+            else:
+                self._retried.add(entry.id)
+                self._retries.append(Batch([piece], batch.batched, "retry", now))
+        return results
+
+    def _put(self, results: list[Result]) -> None:
+        if results:
+            self._outbox.put(results)

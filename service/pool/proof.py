@@ -1,0 +1,198 @@
+"""Whether rows may share a run: the proof, made once at load (law 5).
+
+Eight different rows are run one by one and in several groupings. If every output follows the input's
+rows and every row's answer is the same in company as alone, within the datatype's rounding, then batching
+changes no answer. A model that mixes rows (normalises over the batch, quantises it with one scale), has
+a fixed first dimension, or draws random numbers does not pass.
+
+The rows come from the model's golden samples where it has some, else they are made up from the signature
+with a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from service.backends.base import LoadedModel
+from service.tensors import ANY, Array, Signature, Tensors, TensorSpec, shape_text
+
+ROWS: Final = 8
+_SEED: Final = 20_260_101
+_GROUPINGS: Final = ((0, 1, 2, 3, 4, 5, 6, 7), (2, 3, 4), (7, 6), (5, 0, 3, 1, 6))
+
+TOLERANCES: Final = {"FP64": 1e-8, "FP32": 1e-4, "FP16": 2e-2, "BF16": 1e-1}
+"""Largest difference that counts as rounding, relative to the larger of the value and the output's scale."""
+
+# Dimensions of any size other than the rows: tried in turn until the model runs.
+_SIZES: Final = (16, 224, 64, 1, 3, 32, 128)
+# Largest integers tried: token ids want variety, masks and flags want 0 and 1.
+_INTEGERS: Final = (9, 2, 1)
+
+
+@dataclass(slots=True)
+class Proof:
+    """The verdict, and the rows it was reached with.
+
+    Attributes:
+        batched: whether rows may share a run.
+        reason: a sentence for `/models`, either way.
+        rows: `ROWS` rows that the model runs, along the first dimension; empty if none were found.
+        alone: the outputs of each row alone, joined along the first dimension; empty unless `batched`.
+    """
+
+    batched: bool
+    reason: str
+    rows: Tensors = field(default_factory=dict)
+    alone: Tensors = field(default_factory=dict)
+
+
+def prove(model: LoadedModel, samples: Sequence[Tensors] = ()) -> Proof:
+    """Find out whether rows of `model` may share a run; `samples` are inputs that it is known to take."""
+    obstacle = _obstacle(model.signature)
+    if obstacle:
+        return Proof(False, obstacle)
+    rows, alone, fault = _runnable(model, samples)
+    if not rows:
+        return Proof(False, f"no made-up rows could be run ({fault}); add a golden sample to prove it with")
+    for name, tensor in alone.items():
+        if isinstance(tensor, str):
+            return Proof(False, f'output "{name}" {tensor}', rows)
+    worst = 0.0
+    for grouping in _GROUPINGS:
+        chosen = list(grouping)
+        outputs = model.run({name: tensor[chosen] for name, tensor in rows.items()})
+        fault, difference = compare(model.signature, outputs, alone, chosen)
+        if fault:
+            return Proof(False, f"{fault} when {len(chosen)} rows run together", rows)
+        worst = max(worst, difference)
+    counts = ", ".join(str(count) for count in sorted({len(grouping) for grouping in _GROUPINGS}))
+    return Proof(
+        True,
+        f"rows answer the same alone and together (tried {counts}; largest relative difference {worst:.1g})",
+        rows,
+        alone,
+    )
+
+
+def compare(
+    signature: Signature, outputs: Tensors, alone: Tensors, chosen: Sequence[int]
+) -> tuple[str, float]:
+    """Hold `outputs` of the rows `chosen` against theirs `alone`.
+
+    Returns what is wrong, "" if nothing is, and the largest relative difference among the numbers.
+    """
+    worst = 0.0
+    for name, got in outputs.items():
+        reference = alone[name]
+        want = reference[list(chosen)]
+        if not isinstance(got, np.ndarray) or got.shape != want.shape:
+            shape = shape_text(got.shape) if isinstance(got, np.ndarray) else "no tensor"
+            return f'output "{name}" is {shape}, not {shape_text(want.shape)},', worst
+        tolerance = TOLERANCES.get(signature.outputs_by_name[name].datatype)
+        if tolerance is None:
+            if not np.array_equal(got, want):
+                return f'output "{name}" differs', worst
+            continue
+        difference = _relative_difference(got, want, reference)
+        if not difference <= tolerance:
+            return f'output "{name}" differs by {difference:.1g} (rounding explains {tolerance:.0e})', worst
+        worst = max(worst, difference)
+    return "", worst
+
+
+def _relative_difference(got: Array, want: Array, reference: Array) -> float:
+    if not want.size:
+        return 0.0
+    wide, expected = got.astype(np.float64), want.astype(np.float64)
+    if not np.array_equal(np.isfinite(wide), np.isfinite(expected)):
+        return float("inf")
+    finite = np.isfinite(expected)
+    if not finite.any():
+        return 0.0
+    scale = float(np.max(np.abs(reference.astype(np.float64)), where=np.isfinite(reference), initial=0.0))
+    gap = np.abs(wide - expected, where=finite, out=np.zeros_like(wide))
+    return float(np.max(gap) / scale) if scale else float(np.max(gap))
+
+
+def _obstacle(signature: Signature) -> str:
+    if not signature.inputs:
+        return "the model has no input"
+    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        for spec in specs:
+            if spec.optional or spec.shape is None:
+                continue
+            if not spec.shape:
+                return f'{kind} "{spec.name}" is a scalar: it has no rows'
+            if spec.shape[0] != ANY:
+                return f'the first dimension of {kind} "{spec.name}" is fixed at {spec.shape[0]}'
+    return ""
+
+
+def _runnable(model: LoadedModel, samples: Sequence[Tensors]) -> tuple[Tensors, dict[str, Any], str]:
+    """Rows that the model runs and each one's outputs; no rows, and the last fault, if none were found."""
+    fault = ""
+    for rows in _candidates(model.signature, samples):
+        try:
+            each = [
+                model.run({name: tensor[row : row + 1] for name, tensor in rows.items()})
+                for row in range(ROWS)
+            ]
+        except Exception as error:  # noqa: BLE001 - made-up rows may be nonsense to the model
+            fault = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            continue
+        return rows, {name: _joined([outputs[name] for outputs in each]) for name in each[0]}, ""
+    return {}, {}, fault
+
+
+def _joined(parts: list[Any]) -> Array | str:
+    for part in parts:
+        if not isinstance(part, np.ndarray):
+            return "is no tensor"
+        if not part.ndim or part.shape[0] != 1:
+            return f"is {shape_text(part.shape)} for one row: it does not follow the rows of the input"
+    if any(part.shape != parts[0].shape for part in parts):
+        return "has another shape for each row"
+    return np.concatenate(parts)
+
+
+def _candidates(signature: Signature, samples: Sequence[Tensors]) -> Iterator[Tensors]:
+    rng = np.random.default_rng(_SEED)
+    usable = [sample for sample in samples if all(tensor.ndim and len(tensor) for tensor in sample.values())]
+    if usable:
+        yield {name: _varied(tensor, rng) for name, tensor in usable[0].items()}
+    specs = [spec for spec in signature.inputs if not spec.optional]
+    free = any(size == ANY for spec in specs for size in (spec.shape or ())[1:])
+    whole = any(spec.datatype.lstrip("U").startswith("INT") for spec in specs)
+    for size in _SIZES if free else _SIZES[:1]:
+        for largest in _INTEGERS if whole else _INTEGERS[:1]:
+            yield {spec.name: _made_up(spec, size, largest, rng) for spec in specs}
+
+
+def _made_up(spec: TensorSpec, size: int, largest: int, rng: np.random.Generator) -> Array:
+    shape = (ROWS, *(size if length == ANY else length for length in (spec.shape or (ANY,))[1:]))
+    if spec.datatype == "BYTES":
+        words = np.array(["a", "b", "c", "row", "text", "x1", "0", "model"], dtype=object)
+        return words[rng.integers(0, len(words), shape)]
+    if spec.datatype == "BOOL":
+        return rng.integers(0, 2, shape).astype(np.bool_)
+    if spec.datatype == "BF16":
+        return (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    if spec.dtype.kind == "f":
+        return rng.standard_normal(shape).astype(spec.dtype)
+    return rng.integers(0, largest + 1, shape).astype(spec.dtype)
+
+
+def _varied(tensor: Array, rng: np.random.Generator) -> Array:
+    """`ROWS` rows made from a sample's, none the same as another where that can be helped."""
+    rows: Array = tensor[np.arange(ROWS) % len(tensor)].copy()
+    for row in range(len(tensor), ROWS):
+        if rows.dtype.kind == "f":
+            rows[row] = rows[row] * rng.uniform(0.5, 1.5, rows[row].shape).astype(rows.dtype)
+        elif rows.ndim > 1:
+            # Only values that the sample has: an id outside the vocabulary would make the model raise.
+            rows[row] = rng.permutation(rows[row], axis=-1)
+    return rows

@@ -1,0 +1,411 @@
+"""The queue of a version: which entries are taken next, which are refused, which are dropped.
+
+Pure policy. There is no clock (moments come in as `now`), no thread and no lock: the pool holds its own
+lock around every call.
+
+The order. Within a priority, entries that fit in a batch come before pieces of larger ones, then the
+earliest deadline, then the first come. A batch is led by the entry that is first in this order and
+filled, in order, with entries of its group; nothing overtakes an entry of its own group that does not
+fit. Against starvation, every fourth batch is led by the entry that has waited longest, whatever its
+priority or deadline, so an entry with n older ones before it waits for 4 (n + 1) batches at most.
+
+An entry with more rows than a batch takes is served in pieces. Each piece is a batch of its own, and
+after each the rest queues up again behind what has come meanwhile: a request of 10,000 rows costs its
+neighbours the piece that is running, no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import Final, NamedTuple
+
+from service.errors import DeadlineExceeded, QueueFull
+from service.pool.ports import Entry, VersionKey
+
+OLDEST_LEADS_EVERY: Final = 4
+"""One batch in this many is led by the entry that has waited longest."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """The bounds of a queue.
+
+    Attributes:
+        batch_rows: rows that a batch may have; 1 where the version is not batched.
+        queue_rows: rows that may wait; entries that fit in a batch and larger ones are bounded apart.
+        queue_bytes: bytes of inputs that may wait.
+        delay_s: seconds that a batch which is not full may wait, from the arrival of the first entry.
+    """
+
+    batch_rows: int
+    queue_rows: int
+    queue_bytes: int
+    delay_s: float = 0.0
+
+
+class Piece(NamedTuple):
+    """The rows `start` to `stop` of an entry, which run together."""
+
+    entry: Entry
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows the piece has."""
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        """Whether the piece is all of its entry."""
+        return self.stop - self.start == self.entry.rows
+
+
+class Drop(NamedTuple):
+    """An entry that left the queue without having run to its end, and why."""
+
+    entry: Entry
+    reason: str
+
+
+@dataclass(slots=True)
+class Take:
+    """What `Queue.take` decided.
+
+    Attributes:
+        pieces: the batch; empty if nothing is to run now.
+        drops: entries whose deadline cannot be met, each reported once.
+        reason: why the batch is no larger: `full`, `drained` (nothing else of its kind waits) or
+            `deadline` (more rows would have made one of its entries late).
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+_NOBODY: Final = Entry(0, VersionKey("", 0), {}, 0, None, 0, 0.0)
+_STALE_AT_MOST: Final = 64
+
+
+class _Place:
+    """Where an entry stands in the queue; `live` turns False when it has been taken or dropped.
+
+    A place that is not live lets go of its entry: it may lie in a heap for as long as its deadline is
+    away, and the entry's tensors must not.
+    """
+
+    __slots__ = ("entry", "large", "live", "order", "start")
+
+    def __init__(self, entry: Entry, start: int, large: bool, serial: int) -> None:
+        self.entry = entry
+        self.start = start
+        self.large = large
+        self.live = True
+        self.order = (entry.priority, large, entry.deadline, serial)
+
+    def __lt__(self, other: _Place) -> bool:
+        return self.order < other.order
+
+    @property
+    def rows(self) -> int:
+        return self.entry.rows - self.start
+
+
+class _Group:
+    """The entries that may share a batch, first come by order; `rows` and `count` are of the live."""
+
+    __slots__ = ("count", "heap", "rows")
+
+    def __init__(self) -> None:
+        self.heap: list[_Place] = []
+        self.rows = 0
+        self.count = 0
+
+
+class Queue:
+    """Entries of one version that wait for an instance."""
+
+    def __init__(self, limits: Limits, cost_s: Callable[[int], float]) -> None:
+        """`cost_s(rows)` is the expected seconds of a batch of so many rows (0 while unknown)."""
+        self.limits = limits
+        self.cost_s = cost_s
+        self.bytes = 0
+        self._small_rows = 0
+        self._large_rows = 0
+        self._serial = 0
+        self._batches = 0
+        self._places: dict[int, _Place] = {}
+        # A place is in several of these; where it is no longer live it is skipped when it comes up.
+        self._stale = 0
+        self._first: list[_Place] = []
+        self._groups: dict[Hashable, _Group] = {}
+        self._arrivals: deque[_Place] = deque()
+        self._deadlines: list[tuple[float, int, _Place]] = []
+
+    def __len__(self) -> int:
+        """How many entries wait; one that is served in pieces counts while rows of it wait."""
+        return len(self._places)
+
+    @property
+    def rows(self) -> int:
+        """How many rows wait."""
+        return self._small_rows + self._large_rows
+
+    def offer(self, entry: Entry, now: float, free_at: Sequence[float] = ()) -> None:
+        """Let `entry` wait, or raise.
+
+        `free_at` has, for each instance, the moment at which it is expected to be free (a past moment
+        if it is idle). Raises QueueFull if rows or bytes are over their bounds, and DeadlineExceeded if
+        the deadline has passed, or will have passed before the entry has run, by the measured rate.
+        """
+        if entry.deadline < math.inf:
+            finish = self._predicted_finish(entry, now, free_at)
+            if finish > entry.deadline:
+                raise DeadlineExceeded(
+                    "the answer would come too late: at the measured rate it takes"
+                    f" {1000 * (finish - entry.arrived):.1f} ms, and the request allows"
+                    f" {max(0.0, 1000 * (entry.deadline - entry.arrived)):.1f} ms",
+                )
+        large = entry.rows > self.limits.batch_rows
+        self.refuse_if_full(entry.rows, entry.nbytes, large, len(free_at))
+        self._enter(entry, 0, large)
+        self.bytes += entry.nbytes
+        if large:
+            self._large_rows += entry.rows
+        else:
+            self._small_rows += entry.rows
+
+    def refuse_if_full(self, rows: int, nbytes: int, large: bool, instances: int) -> None:
+        """Raise QueueFull unless an entry of so many rows and bytes may wait now.
+
+        Where nothing of its kind waits, an entry of any size may: a bound must not make it impossible.
+        """
+        waiting = self._large_rows if large else self._small_rows
+        over_rows = waiting + rows - self.limits.queue_rows if waiting else 0
+        over_bytes = self.bytes + nbytes - self.limits.queue_bytes if self.bytes else 0
+        if over_rows <= 0 and over_bytes <= 0:
+            return
+        what = f"{waiting} rows" if over_rows > 0 else f"{self.bytes} bytes"
+        excess_rows = max(over_rows, self.rows * over_bytes / max(1, self.bytes))
+        raise QueueFull(
+            f"{what} are waiting for this model already",
+            retry_after_s=self.seconds_for(excess_rows, instances),
+        )
+
+    def seconds_for(self, rows: float, instances: int) -> float:
+        """Seconds in which `instances` work off `rows` rows in full batches, by the measured rate."""
+        limit = self.limits.batch_rows
+        return rows / limit * self.cost_s(limit) / max(1, instances)
+
+    def cancel(self, entry_id: int, reason: str) -> Drop | None:
+        """Take an entry that still waits out of the queue; None if no row of it waits any more."""
+        place = self._places.get(entry_id)
+        return self._drop(place, reason) if place is not None else None
+
+    def take(self, now: float) -> Take:
+        """The batch that a free instance runs now, perhaps none, and the entries that never will."""
+        taken = Take()
+        self._drop_expired(now, taken.drops)
+        lead = self._lead(now, taken.drops)
+        if lead is None:
+            return taken
+        if lead.large:
+            self._take_piece(lead, taken)
+        elif not self._delays(lead, now):
+            self._take_group(lead, now, taken)
+        if taken.pieces:
+            self._batches += 1
+        return taken
+
+    def next_wakeup(self, now: float) -> float | None:
+        """The moment at which `take` will decide otherwise without an offer; None if it will not."""
+        moments = []
+        if (soonest := self._soonest_deadline()) is not None:
+            moments.append(soonest)
+        if self.limits.delay_s > 0 and (lead := self._head(self._first)) is not None:
+            moments.append(self._delay_ends(lead))
+        return max(now, min(moments)) if moments else None
+
+    def oldest_age_s(self, now: float) -> float:
+        """Seconds that the entry which came first has waited; 0 if none waits."""
+        oldest = self._oldest()
+        return max(0.0, now - oldest.entry.arrived) if oldest is not None else 0.0
+
+    def drop_all(self, reason: str) -> list[Drop]:
+        """Empty the queue."""
+        return [self._drop(place, reason) for place in list(self._places.values())]
+
+    # The order: who leads, who follows.
+
+    def _lead(self, now: float, drops: list[Drop]) -> _Place | None:
+        by_age = self._batches % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
+        while (place := self._oldest() if by_age else self._head(self._first)) is not None:
+            if now + self.cost_s(min(place.rows, self.limits.batch_rows)) <= place.entry.deadline:
+                return place
+            drops.append(self._drop(place, "deadline"))
+        return None
+
+    def _take_group(self, lead: _Place, now: float, taken: Take) -> None:
+        group = self._groups[lead.entry.group]
+        rows, deadline = lead.rows, lead.entry.deadline
+        self._leave(lead, taken)
+        taken.reason = "drained"
+        while (follower := self._head(group.heap)) is not None:
+            grown = rows + follower.rows
+            if grown > self.limits.batch_rows:
+                taken.reason = "full"
+                return
+            soonest = min(deadline, follower.entry.deadline)
+            if soonest < math.inf and now + self.cost_s(grown) > soonest:
+                if now + self.cost_s(follower.rows) > follower.entry.deadline:
+                    taken.drops.append(self._drop(follower, "deadline"))
+                    continue
+                taken.reason = "deadline"
+                return
+            self._leave(follower, taken)
+            rows, deadline = grown, soonest
+        if rows >= self.limits.batch_rows:
+            taken.reason = "full"
+
+    def _leave(self, place: _Place, taken: Take) -> None:
+        entry = self._forget(place)
+        self._small_rows -= entry.rows
+        self.bytes -= entry.nbytes
+        taken.pieces.append(Piece(entry, 0, entry.rows))
+
+    def _take_piece(self, place: _Place, taken: Take) -> None:
+        start, rows = place.start, min(place.rows, self.limits.batch_rows)
+        entry = self._forget(place)
+        self._large_rows -= rows
+        if start + rows < entry.rows:
+            self._enter(entry, start + rows, large=True)
+        else:
+            self.bytes -= entry.nbytes
+        taken.pieces.append(Piece(entry, start, start + rows))
+        taken.reason = "full" if rows == self.limits.batch_rows else "drained"
+
+    def _delays(self, lead: _Place, now: float) -> bool:
+        return (
+            self.limits.delay_s > 0
+            and self._groups[lead.entry.group].rows < self.limits.batch_rows
+            and now < self._delay_ends(lead)
+        )
+
+    def _delay_ends(self, lead: _Place) -> float:
+        oldest = self._oldest()
+        assert oldest is not None  # the lead waits, so something does
+        ends = oldest.entry.arrived + self.limits.delay_s
+        if (soonest := self._soonest_deadline()) is not None:
+            ends = min(ends, soonest - self.cost_s(self.limits.batch_rows))
+        return ends
+
+    # Admission.
+
+    def _predicted_finish(self, entry: Entry, now: float, free_at: Sequence[float]) -> float:
+        """When `entry` will have run, if full batches before it take their measured time."""
+        if now > entry.deadline:
+            return now
+        large = entry.rows > self.limits.batch_rows
+        finish = self._finish_behind(self._small_rows + large * self._large_rows, entry, now, free_at)
+        if finish <= entry.deadline:
+            return finish
+        order = (entry.priority, large, entry.deadline, self._serial + 1)
+        ahead = sum(place.rows for place in self._places.values() if place.order < order)
+        return self._finish_behind(ahead, entry, now, free_at)
+
+    def _finish_behind(self, ahead: int, entry: Entry, now: float, free_at: Sequence[float]) -> float:
+        limit = self.limits.batch_rows
+        instances = max(1, len(free_at))
+        full, rest = divmod(ahead, limit)
+        rounds, turn = divmod(full, instances)
+        start = rounds * self.cost_s(limit) + max(now, sorted(free_at)[turn] if free_at else now)
+        if entry.rows <= limit:
+            return start + self.cost_s(min(limit, rest + entry.rows))
+        pieces = math.ceil(entry.rows / limit)
+        return start + math.ceil(pieces / instances) * self.cost_s(limit)
+
+    # Bookkeeping.
+
+    def _enter(self, entry: Entry, start: int, large: bool) -> None:
+        self._serial += 1
+        place = _Place(entry, start, large, self._serial)
+        self._places[entry.id] = place
+        heappush(self._first, place)
+        self._arrivals.append(place)
+        if not large:
+            group = self._groups.get(entry.group)
+            if group is None:
+                group = self._groups[entry.group] = _Group()
+            heappush(group.heap, place)
+            group.rows += entry.rows
+            group.count += 1
+        if entry.deadline < math.inf:
+            heappush(self._deadlines, (entry.deadline, self._serial, place))
+
+    def _forget(self, place: _Place) -> Entry:
+        entry = place.entry
+        del self._places[entry.id]
+        if not place.large:
+            group = self._groups[entry.group]
+            group.rows -= entry.rows
+            group.count -= 1
+            if not group.count:
+                # Row shapes are the clients' choice: nothing may stay behind for each that was seen.
+                del self._groups[entry.group]
+        place.live = False
+        place.entry = _NOBODY
+        self._stale += 1
+        if self._stale > _STALE_AT_MOST + len(self._places):
+            self._sweep()
+        return entry
+
+    def _sweep(self) -> None:
+        self._stale = 0
+        self._arrivals = deque(place for place in self._arrivals if place.live)
+        self._first = [place for place in self._first if place.live]
+        heapify(self._first)
+        self._deadlines = [item for item in self._deadlines if item[2].live]
+        heapify(self._deadlines)
+        for group in self._groups.values():
+            group.heap = [place for place in group.heap if place.live]
+            heapify(group.heap)
+
+    def _drop(self, place: _Place, reason: str) -> Drop:
+        rows = place.rows
+        entry = self._forget(place)
+        self.bytes -= entry.nbytes
+        if place.large:
+            self._large_rows -= rows
+        else:
+            self._small_rows -= rows
+        return Drop(entry, reason)
+
+    def _drop_expired(self, now: float, drops: list[Drop]) -> None:
+        while (soonest := self._soonest_deadline()) is not None and soonest <= now:
+            drops.append(self._drop(self._deadlines[0][2], "deadline"))
+
+    def _soonest_deadline(self) -> float | None:
+        while self._deadlines and not self._deadlines[0][2].live:
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def _oldest(self) -> _Place | None:
+        while self._arrivals and not self._arrivals[0].live:
+            self._arrivals.popleft()
+        return self._arrivals[0] if self._arrivals else None
+
+    @staticmethod
+    def _head(heap: list[_Place]) -> _Place | None:
+        while heap and not heap[0].live:
+            heappop(heap)
+        return heap[0] if heap else None

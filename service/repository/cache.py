@@ -1,0 +1,80 @@
+"""What was found out about models, kept between starts: one JSON file a model, machine and wish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+from service import __version__
+from service.pool.plan import Plan, Wishes
+from service.pool.profile import Measurement
+
+log = logging.getLogger(__name__)
+
+
+class PlanCache:
+    """Plans by the model's content, the runtime, the machine and what was wished for."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Keep them in `folder`, or in the user's cache folder (`XDG_CACHE_HOME`, `~/.cache`)."""
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        self._folder = folder if folder is not None else base / "inferpool"
+
+    def find(self, file: Path, samples: Sequence[Path], wishes: Wishes, runtime: str) -> Plan | None:
+        """The plan that was kept for this, or None; the proof may rest on `samples`, so they count."""
+        try:
+            target = self._file(file, samples, wishes, runtime)
+            table = json.loads(target.read_text(encoding="utf-8"))
+            measured = tuple(Measurement(*line) for line in table.pop("table"))
+            return Plan(**table, table=measured)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            log.warning("a kept measurement of %s cannot be read and is made anew: %s", file, error)
+            return None
+
+    def keep(self, file: Path, samples: Sequence[Path], wishes: Wishes, runtime: str, plan: Plan) -> None:
+        """Keep `plan`; where that is not possible (a read-only file system) the next start measures again."""
+        try:
+            target = self._file(file, samples, wishes, runtime)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(asdict(plan)), encoding="utf-8")
+            part.replace(target)
+        except (OSError, RuntimeError) as error:
+            log.info("measurements are not kept: %s", error)
+
+    def _file(self, file: Path, samples: Sequence[Path], wishes: Wishes, runtime: str) -> Path:
+        beside = (
+            [item for item in file.parent.iterdir() if item.is_file()] if file.stem == "model" else [file]
+        )
+        facts = [__version__, runtime, _machine(), repr(wishes), _digest(beside), _digest(samples)]
+        digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
+        return self._folder.expanduser() / f"{file.parent.parent.name}-{digest[:24]}.json"
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """SHA-256 over the names and contents of `files`: a model with its external data, or its samples."""
+    digest = hashlib.sha256()
+    for item in sorted(files):
+        with item.open("rb") as stream:
+            digest.update(f"{item.name}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+@cache
+def _machine() -> str:
+    """What makes measurements of one machine worthless on another."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        models = {line.partition(":")[2] for line in info.splitlines() if line.startswith("model name")}
+    except OSError:
+        models = set()
+    return " ".join((platform.machine(), *sorted(models), str(os.cpu_count())))

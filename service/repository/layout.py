@@ -1,0 +1,102 @@
+"""Where models and their versions lie in a folder, or which single model a path means."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from service.errors import ConfigError, LoadError
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "model.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model as it lies on disk.
+
+    Attributes:
+        name: what requests call it.
+        folder: holds `model.toml`, `samples/`, `labels.txt`; None for a bare file.
+        files: each version's model file.
+        faults: versions that have no file to load, and why.
+    """
+
+    name: str
+    folder: Path | None
+    files: dict[int, Path] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
+
+
+def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
+    """The models that `path` holds: a repository, one model's folder, or one model file.
+
+    `suffixes` are those of model files (`.onnx`). Raises ConfigError if there is nothing to serve.
+    """
+    if path.is_file():
+        if path.suffix not in suffixes:
+            raise ConfigError(f"{path} is not a model file; those end in {', '.join(sorted(suffixes))}")
+        return [_bare(path)]
+    if not path.is_dir():
+        raise ConfigError(f"{path} does not exist")
+    if _version_folders(path):
+        return [_folder(path.resolve(), suffixes)]
+    found: dict[str, ModelFolder] = {}
+    for item in sorted(path.iterdir()):
+        if item.name.startswith((".", "_")):
+            continue
+        if item.is_file() and item.suffix in suffixes:
+            model = _bare(item)
+        elif item.is_dir() and ((item / CONFIG_FILE).exists() or _version_folders(item)):
+            model = _folder(item, suffixes)
+        else:
+            if item.is_dir():
+                log.info("%s is no model: it has neither versions nor a %s", item, CONFIG_FILE)
+            continue
+        if model.name in found:
+            log.warning("%s is left out: a folder serves the model %s already", item, model.name)
+            continue
+        found[model.name] = model
+    if not found:
+        raise ConfigError(f"{path} holds no models: expected {path}/NAME/1/model.onnx or {path}/NAME.onnx")
+    return list(found.values())
+
+
+def _bare(file: Path) -> ModelFolder:
+    if file.stem == "model" and file.parent.name.isdigit():
+        return ModelFolder(file.resolve().parent.parent.name, None, {1: file})
+    return ModelFolder(file.stem, None, {1: file})
+
+
+def _version_folders(folder: Path) -> dict[int, Path]:
+    return {
+        int(item.name): item
+        for item in folder.iterdir()
+        if item.is_dir() and item.name.isdecimal() and item.name.isascii() and not item.name.startswith("0")
+    }
+
+
+def _folder(folder: Path, suffixes: dict[str, str]) -> ModelFolder:
+    model = ModelFolder(folder.name, folder)
+    for version, version_folder in sorted(_version_folders(folder).items()):
+        try:
+            model.files[version] = _model_file(version_folder, suffixes)
+        except LoadError as error:
+            model.faults[version] = error.detail
+    return model
+
+
+def _model_file(version_folder: Path, suffixes: dict[str, str]) -> Path:
+    files = sorted(item for item in version_folder.iterdir() if item.suffix in suffixes and item.is_file())
+    named = [item for item in files if item.stem == "model"]
+    where = f"{version_folder.parent.name}/{version_folder.name}"
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise LoadError(f"{where} has {' and '.join(item.name for item in named)}; which is it? Keep one")
+    if files:
+        raise LoadError(f"{where} has {files[0].name}; call it model{files[0].suffix}")
+    expected = " or ".join(f"model{suffix}" for suffix in sorted(suffixes))
+    raise LoadError(f"{where} has no model file; expected {expected}")

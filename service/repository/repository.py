@@ -1,0 +1,234 @@
+"""The models that are served: loads them one after the other and publishes what is ready.
+
+One thread loads, so that measurements do not disturb one another. What is served is published as a new
+mapping at each change; whoever reads one reads a consistent state without a lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from service.backends.base import backends_by_suffix
+from service.errors import InferpoolError
+from service.metrics import Metrics, Sample
+from service.pool.engine import Engine
+from service.pool.ports import Outbox, VersionKey
+from service.repository.catalog import (
+    FAILED,
+    LOADING,
+    READY,
+    STATES,
+    Health,
+    LiveView,
+    ModelView,
+    State,
+    VersionView,
+)
+from service.repository.config import ModelConfig, read_config
+from service.repository.layout import CONFIG_FILE, ModelFolder, scan
+from service.repository.loader import Loaded, Loader
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Repository:
+    """Loads the models of a folder into pools; is the `Catalog` that the web side reads."""
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        outbox: Outbox,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        """Look at what is in `path`; raises ConfigError if that is nothing to serve."""
+        self.engine = Engine()
+        self._settings = settings
+        self._loader = Loader(settings, outbox, metrics, clock)
+        self._clock = clock
+        self._loaded: dict[VersionKey, Loaded] = {}
+        self._draining = False
+        self._stopped = threading.Event()
+        self._folders = {model.name: model for model in scan(path, backends_by_suffix())}
+        self._configs: dict[str, ModelConfig] = {}
+        self._models: Mapping[str, ModelView] = MappingProxyType(
+            {name: self._first_view(model) for name, model in self._folders.items()}
+        )
+        metrics.add_source(self._samples)
+
+    # The catalog.
+
+    def models(self) -> Mapping[str, ModelView]:
+        """Every model by name, as it is at this moment; the mapping does not change."""
+        return self._models
+
+    def live(self, key: VersionKey) -> LiveView:
+        """The changing facts of a version; empty ones if it is not loaded."""
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            return LiveView()
+        rows, age_s = loaded.pool.waiting()
+        pool = loaded.pool
+        return LiveView(pool.instances(), pool.profile.table(), rows, age_s, pool.wrong_rows)
+
+    def health(self) -> Health:
+        """Whether every required model can answer, and what is wrong with what."""
+        problems: dict[str, str] = {}
+        loading, answering = False, set()
+        for model in self._models.values():
+            for version in model.versions.values():
+                name = f"{model.name}/{version.key.version}"
+                if version.state == READY:
+                    instances = self.live(version.key).instances
+                    lost = sum(instance.state != "ready" for instance in instances)
+                    if lost:
+                        problems[name] = f"{lost} of {len(instances)} instances are lost"
+                    if lost < len(instances):
+                        answering.add(model.name)
+                elif version.state == LOADING:
+                    loading = True
+                    problems[name] = "loading"
+                else:
+                    problems[name] = version.reason or version.state
+        required = set(self._settings.required_models) or {
+            model.name
+            for model in self._models.values()
+            if any(version.state in (READY, LOADING) for version in model.versions.values())
+        }
+        problems.update(dict.fromkeys(required - set(self._models), "required, but not in the repository"))
+        ready = bool(answering) and required <= answering and not loading and not self._draining
+        if self._draining:
+            return Health(False, "draining", problems)
+        if ready:
+            return Health(True, "degraded" if problems else "ok", problems)
+        return Health(False, "loading" if loading else "unavailable", problems)
+
+    # Life.
+
+    def start(self, then: Callable[[], None]) -> None:
+        """Begin to load, in a thread of its own; it calls `then` when everything is loaded or failed."""
+
+        def work() -> None:
+            self._load_all()
+            then()
+
+        threading.Thread(target=work, name="loader", daemon=True).start()
+
+    def load_now(self) -> None:
+        """Load everything before returning."""
+        self._load_all()
+
+    def begin_drain(self) -> None:
+        """Be no longer ready; what is accepted still runs."""
+        self._draining = True
+
+    def drain(self, timeout_s: float) -> bool:
+        """Finish what was accepted and end every instance; False if that took longer than `timeout_s`."""
+        self.begin_drain()
+        self._stopped.set()
+        deadline = self._clock() + timeout_s
+        ended = [pool.drain(max(0.0, deadline - self._clock())) for pool in self.engine.pools()]
+        return all(ended)
+
+    def _load_all(self) -> None:
+        for name, model in self._folders.items():
+            for version in sorted(self._models[name].versions, reverse=True):
+                if self._stopped.is_set():
+                    return
+                if self._models[name].versions[version].state == LOADING:
+                    self._load(model, version)
+
+    def _load(self, model: ModelFolder, version: int) -> None:
+        key = VersionKey(model.name, version)
+        try:
+            loaded = self._loader.load(key, model.files[version], model.folder, self._configs[model.name])
+        except InferpoolError as error:
+            self._fail(key, error.detail)
+        except Exception as error:
+            log.exception("loading %s/%d", model.name, version)
+            self._fail(key, f"loading failed with {type(error).__name__}: {error}")
+        else:
+            self._loaded[key] = loaded
+            self.engine.add(loaded.pool)
+            labels = self._models[model.name].versions[version].labels
+            self._publish(replace(loaded.view, labels=labels))
+            batching = loaded.view.batching
+            log.info(
+                "%s/%d is ready after %.2f s (%s)",
+                model.name,
+                version,
+                loaded.view.load_s,
+                f"batches of up to {batching.max_rows} rows"
+                if batching.enabled
+                else f"unbatched: {batching.reason}",
+            )
+
+    def _fail(self, key: VersionKey, reason: str) -> None:
+        log.error("%s/%d has failed: %s", key.model, key.version, reason)
+        self._publish(replace(self._models[key.model].versions[key.version], state=FAILED, reason=reason))
+
+    def _publish(self, view: VersionView) -> None:
+        model = self._models[view.key.model]
+        versions = {**model.versions, view.key.version: view}
+        self._models = MappingProxyType({**self._models, model.name: replace(model, versions=versions)})
+
+    def _first_view(self, model: ModelFolder) -> ModelView:
+        """A model before anything of it is loaded."""
+        fault = ""
+        config = ModelConfig()
+        try:
+            if model.folder is not None:
+                config = read_config(model.folder / CONFIG_FILE)
+        except InferpoolError as error:
+            fault = error.detail
+        self._configs[model.name] = config
+        served = _served(config, [*model.files, *model.faults])
+        names: dict[int, tuple[str, ...]] = {}
+        for label, version in config.versions.labels.items():
+            names[version] = (*names.get(version, ()), label)
+            if version not in served:
+                fault = fault or f"{model.name}/model.toml: versions.labels: there is no version {version}"
+        versions = {}
+        for version in served or [1]:
+            reason = fault or model.faults.get(version, "")
+            if not served:
+                reason = reason or f"{model.name} has no version: expected {model.name}/1/model.onnx"
+            state: State = FAILED if reason else LOADING
+            key = VersionKey(model.name, version)
+            versions[version] = VersionView(key, state, reason, names.get(version, ()))
+        return ModelView(model.name, config.description, versions, config.versions.labels)
+
+    def _samples(self) -> Iterable[Sample]:
+        """Gauges for a scrape."""
+        for model in self._models.values():
+            for version in model.versions.values():
+                labels = (model.name, str(version.key.version))
+                for state in STATES:
+                    yield "model_state", (*labels, state), float(version.state == state)
+                if version.state != READY:
+                    continue
+                live = self.live(version.key)
+                yield "model_load_seconds", labels, version.load_s
+                yield "queue_rows", labels, float(live.waiting_rows)
+                yield "queue_oldest_age_seconds", labels, live.oldest_age_s
+                counts: dict[tuple[str, str], int] = {}
+                for instance in live.instances:
+                    counts[instance.device, instance.state] = (
+                        counts.get((instance.device, instance.state), 0) + 1
+                    )
+                for (device, state), count in counts.items():
+                    yield "instances", (*labels, device, state), float(count)
+
+
+def _served(config: ModelConfig, found: list[int]) -> list[int]:
+    wanted = config.versions.serve
+    if wanted == "latest":
+        return sorted({max(found, default=0), *config.versions.labels.values()} & set(found))
+    return sorted(found) if wanted == "all" else sorted(set(wanted) & set(found))

@@ -1,0 +1,83 @@
+"""Golden samples: inputs with the outputs they must give, checked before a version is ready.
+
+`samples/NAME.json` is `{"inputs": …, "outputs": {"name": nested lists}, "tolerance": 1e-4}`, the inputs as
+in a request. A number passes if it is within `tolerance`, absolute or relative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from service.backends.base import LoadedModel
+from service.errors import InferpoolError, LoadError
+from service.tensors import Array, Signature, Tensors
+from service.wire.json import parse_request
+
+_KEYS = {"inputs", "outputs", "tolerance"}
+DEFAULT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One golden sample: `name` is its file's."""
+
+    name: str
+    inputs: Tensors
+    outputs: dict[str, Any]
+    tolerance: float
+
+
+def read_samples(folder: Path, signature: Signature) -> list[Sample]:
+    """The samples of a model's folder, by name; raises LoadError for one that cannot be read."""
+    return [_read(file, signature) for file in sorted(folder.glob("samples/*.json"))]
+
+
+def check_samples(samples: list[Sample], model: LoadedModel) -> None:
+    """Run every sample; raises LoadError for the first that gives something else."""
+    for sample in samples:
+        try:
+            outputs = model.run(sample.inputs)
+        except Exception as error:  # whatever the runtime raises is this version's fault
+            raise LoadError(f"sample {sample.name}: the model raised {error}") from error
+        for name, expected in sample.outputs.items():
+            if name not in outputs:
+                raise LoadError(f'sample {sample.name}: the model has no output "{name}"')
+            fault = _difference(outputs[name], expected, sample.tolerance)
+            if fault:
+                raise LoadError(f'sample {sample.name}: output "{name}" {fault}')
+
+
+def _read(file: Path, signature: Signature) -> Sample:
+    try:
+        table = orjson.loads(file.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise LoadError(f"sample {file.name}: {error}") from error
+    if not isinstance(table, dict) or not {"inputs", "outputs"} <= table.keys() <= _KEYS:
+        raise LoadError(f"sample {file.name}: expected an object with inputs, outputs and perhaps tolerance")
+    tolerance = table.get("tolerance", DEFAULT_TOLERANCE)
+    if not isinstance(table["outputs"], dict) or not isinstance(tolerance, int | float):
+        raise LoadError(f"sample {file.name}: outputs is an object, tolerance is a number")
+    try:
+        inputs = parse_request(orjson.dumps({"inputs": table["inputs"]})).tensors(signature)
+    except InferpoolError as error:
+        raise LoadError(f"sample {file.name}: {error.detail}") from error
+    return Sample(file.name, inputs, table["outputs"], float(tolerance))
+
+
+def _difference(got: Array, expected: Any, tolerance: float) -> str:
+    if got.dtype.kind not in "fiub":
+        return "" if got.tolist() == expected else f"is {got.tolist()}, not {expected}"
+    try:
+        want = np.asarray(expected, dtype=np.float64)
+    except (TypeError, ValueError):
+        return "is numbers, and something else is expected"
+    if want.shape != got.shape:
+        return f"has shape {list(got.shape)}, not {list(want.shape)}"
+    if np.allclose(got.astype(np.float64), want, rtol=tolerance, atol=tolerance, equal_nan=True):
+        return ""
+    return f"differs by {np.max(np.abs(got - want)):.3g}, more than the tolerance {tolerance:g}"

@@ -1,0 +1,162 @@
+"""The vocabulary of tensors: datatypes, specs, signatures, and the check of one against the other.
+
+Datatype names are those of the Open Inference Protocol v2 (`FP32`, `INT64`, `BYTES`, …). In memory a
+tensor is a numpy array of the datatype's dtype, with two conventions: `BYTES` is an object array of
+`str` (UTF-8 text, as ONNX Runtime takes it), and `BF16`, for which numpy has no type, is a `uint16`
+array of the raw bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import InvalidInput
+
+Array: TypeAlias = npt.NDArray[Any]
+Tensors: TypeAlias = dict[str, Array]
+
+DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype(np.uint16),
+    "UINT32": np.dtype(np.uint32),
+    "UINT64": np.dtype(np.uint64),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype(np.int16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "FP16": np.dtype(np.float16),
+    "BF16": np.dtype(np.uint16),
+    "FP32": np.dtype(np.float32),
+    "FP64": np.dtype(np.float64),
+    "BYTES": np.dtype(np.object_),
+}
+"""Datatype name to the numpy dtype that holds it."""
+
+ANY: Final = -1
+"""A dimension of any size."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What one input or output looks like.
+
+    Attributes:
+        name: as the model spells it.
+        datatype: a key of `DTYPES`.
+        shape: one size a dimension, `ANY` (-1) where it may vary; `()` is a scalar. An output whose rank
+            the model does not say has `shape=None`.
+        optional: an input that may be left out (the model has a default for it).
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...] | None
+    optional: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype that holds this tensor."""
+        return DTYPES[self.datatype]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs and outputs of a version, in the model's order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @cached_property
+    def inputs_by_name(self) -> Mapping[str, TensorSpec]:
+        """The inputs, found by name."""
+        return {spec.name: spec for spec in self.inputs}
+
+    @cached_property
+    def outputs_by_name(self) -> Mapping[str, TensorSpec]:
+        """The outputs, found by name."""
+        return {spec.name: spec for spec in self.outputs}
+
+    @cached_property
+    def single_input(self) -> TensorSpec | None:
+        """The input that a body without names means: the only one, or the only one required."""
+        required = [spec for spec in self.inputs if not spec.optional]
+        if len(self.inputs) == 1:
+            return self.inputs[0]
+        return required[0] if len(required) == 1 else None
+
+
+def shape_text(shape: tuple[int, ...] | None) -> str:
+    """A shape for people: `[-1, 3, 224]`, or `any` where the rank is unknown."""
+    return "any" if shape is None else "[" + ", ".join(map(str, shape)) + "]"
+
+
+def names_text(names: object) -> str:
+    """Names for people, each quoted: `"a", "b"`, or `none`."""
+    listed = ", ".join(f'"{name}"' for name in names) if names else ""  # type: ignore[attr-defined]
+    return listed or "none"
+
+
+def check_tensor(spec: TensorSpec, tensor: Array) -> None:
+    """Raise InvalidInput unless `tensor` has the datatype, rank and fixed dimensions of `spec`."""
+    if tensor.dtype != spec.dtype:
+        raise InvalidInput(
+            f'tensor "{spec.name}" is {tensor.dtype}, the model takes {spec.datatype}',
+            tensor=spec.name,
+            expected=spec.datatype,
+            got=str(tensor.dtype),
+        )
+    expected = spec.shape
+    if expected is None:
+        return
+    shape = tensor.shape
+    if len(shape) != len(expected) or any(
+        want not in (ANY, got) for want, got in zip(expected, shape, strict=True)
+    ):
+        raise InvalidInput(
+            f'tensor "{spec.name}" has shape {shape_text(shape)}, the model takes {shape_text(expected)}',
+            tensor=spec.name,
+            expected=list(expected),
+            got=list(shape),
+        )
+
+
+def check_inputs(signature: Signature, tensors: Mapping[str, Array]) -> None:
+    """Raise InvalidInput unless `tensors` are just what `signature` takes, no more and no less."""
+    by_name = signature.inputs_by_name
+    for name, tensor in tensors.items():
+        spec = by_name.get(name)
+        if spec is None:
+            raise unknown_input(signature, name)
+        check_tensor(spec, tensor)
+    if len(tensors) < len(by_name):
+        for spec in signature.inputs:
+            if spec.name not in tensors and not spec.optional:
+                raise InvalidInput(
+                    f'tensor "{spec.name}" is missing; the model takes {names_text(by_name)}',
+                    tensor=spec.name,
+                )
+
+
+def check_outputs(signature: Signature, names: tuple[str, ...]) -> None:
+    """Raise InvalidInput if a requested output is not one of the model's."""
+    for name in names:
+        if name not in signature.outputs_by_name:
+            raise InvalidInput(
+                f'no output is called "{name}"; the model gives {names_text(signature.outputs_by_name)}',
+                tensor=name,
+            )
+
+
+def unknown_input(signature: Signature, name: str) -> InvalidInput:
+    """The error for an input that the model does not have."""
+    return InvalidInput(
+        f'no input is called "{name}"; the model takes {names_text(signature.inputs_by_name)}',
+        tensor=name,
+    )
