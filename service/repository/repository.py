@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -218,13 +219,9 @@ class Repository:
                 yield "model_load_seconds", labels, version.load_s
                 yield "queue_rows", labels, float(live.waiting_rows)
                 yield "queue_oldest_age_seconds", labels, live.oldest_age_s
-                counts: dict[tuple[str, str], int] = {}
-                for instance in live.instances:
-                    counts[instance.device, instance.state] = (
-                        counts.get((instance.device, instance.state), 0) + 1
-                    )
-                for (device, state), count in counts.items():
-                    yield "instances", (*labels, device, state), float(count)
+                counts = Counter((instance.device, instance.state) for instance in live.instances)
+                for of, count in counts.items():
+                    yield "instances", (*labels, *of), float(count)
 
 
 def _served(config: ModelConfig, found: list[int]) -> list[int]:

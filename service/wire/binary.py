@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.errors import InvalidInput, MalformedBody
+from service.errors import InvalidInput, MalformedBody, ModelFailed
 from service.tensors import (
     ANY,
     DTYPES,
@@ -476,7 +476,10 @@ def _datatype_of(tensor: Array) -> str:
 
 def _to_bytes(tensor: Array) -> bytes | memoryview:
     if tensor.dtype == np.object_:
-        encoded = [str(text).encode() for text in tensor.flat]
+        try:
+            encoded = [str(text).encode() for text in tensor.flat]
+        except UnicodeEncodeError as error:
+            raise ModelFailed("an output of the model holds what is no Unicode text") from error
         return b"".join([part for text in encoded for part in (_LENGTH.pack(len(text)), text)])
     if not tensor.size:
         return b""

@@ -19,7 +19,7 @@ from service.tensors import Array, Signature, Tensors, TensorSpec, check_inputs,
 from service.wire import simd
 from service.wire.arrays import bf16_to_fp32, read_nested, value_text
 
-SIMD_MIN_BYTES: int = 2048
+SIMD_MIN_BYTES: int = 1024
 """Smaller bodies are read with orjson, which costs less to call; see `benchmarks/wire.py`."""
 
 _FIELDS: Final = ("model", "version", "id", "inputs", "outputs", "parameters")

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed
+from service.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed, UnsupportedMediaType
 from service.tensors import Array, TensorSpec, check_tensor, shape_text
 from service.wire.arrays import MAX_RANK, index_of, narrow_integers, out_of_range, product, value_text
 
@@ -100,15 +100,21 @@ def decode_npz(body: bytes | memoryview, max_bytes: int) -> dict[str, Array]:
                 with archive.open(member) as file:
                     content = file.read(member.file_size)
                 if len(content) != member.file_size:
-                    raise MalformedBody(f'npz member "{member.filename}" is truncated')
+                    raise MalformedBody(f"npz member {value_text(member.filename)} is truncated")
                 arrays[member.filename.removesuffix(".npy")] = decode_npy(content, max_bytes)
     except _ZIP_ERRORS as error:
-        raise MalformedBody(f"the body is not a sound npz file: {error}") from None
+        raise MalformedBody(f"the body is not a sound npz file: {value_text(str(error))}") from None
     return arrays
 
 
 def encode_npy(array: Array) -> bytes:
-    """An `.npy` file of `array`; strings are written as `U`. Raises ModelFailed where they get too long."""
+    """An `.npy` file of `array`; strings are written as `U`.
+
+    Raises UnsupportedMediaType where an output is a sequence or a map and no array, ModelFailed where its
+    strings get too long.
+    """
+    if not isinstance(array, np.ndarray):
+        raise UnsupportedMediaType("an output of this model is no array: accept application/json")
     array = _text_to(array) if array.dtype == np.object_ else np.ascontiguousarray(array).reshape(array.shape)
     entries = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': {array.shape!r}, }}"
     # The elements start at a multiple of 64 bytes, as the format asks, so that a mapped file is aligned.
@@ -253,13 +259,14 @@ def _text_to(array: Array) -> Array:
 def _check_members(members: list[zipfile.ZipInfo], max_bytes: int) -> None:
     if len(members) > _MAX_MEMBERS:
         raise MalformedBody(f"the npz file has {len(members)} members, the limit is {_MAX_MEMBERS}")
-    names = [member.filename for member in members]
+    seen: set[str] = set()
     for member in members:
         name = value_text(member.filename)
         if not member.filename.endswith(".npy"):
             raise MalformedBody(f"npz member {name} is not an npy file")
-        if names.count(member.filename) > 1:
+        if member.filename in seen:
             raise MalformedBody(f"npz member {name} comes twice")
+        seen.add(member.filename)
         if member.flag_bits & _ENCRYPTED:
             raise MalformedBody(f"npz member {name} is encrypted")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -1,7 +1,57 @@
-from collections.abc import Iterator
+"""Reading one body by each way there is, and what came of it in a form that compares."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import pytest
-from wire_ways import WAYS, reading_by
+
+from service.errors import RequestError
+from service.tensors import ANY, Array, Signature, TensorSpec
+from service.wire import binary, json, simd
+
+WAYS = ("orjson", "simdjson", "simdjson and brackets") if simd.AVAILABLE else ("orjson",)
+"""The plain way, and the fast one with either proof that a tensor is regular."""
+
+
+@contextmanager
+def reading_by(way: str) -> Iterator[None]:
+    """Make bodies of every size go this way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json, "SIMD_MIN_BYTES", sys.maxsize if way == "orjson" else 0)
+        patch.setattr(simd, "_BYTES_PER_LIST", sys.maxsize if way == "simdjson and brackets" else 0)
+        yield
+
+
+def takes(datatype: str, *shape: int, name: str = "x") -> Signature:
+    """The signature of a model with one input."""
+    return Signature((TensorSpec(name, datatype, shape),), ())
+
+
+def any_shape(datatype: str, rank: int) -> Signature:
+    return takes(datatype, *[ANY] * rank)
+
+
+def predict(body: bytes, signature: Signature, way: str) -> dict[str, Array]:
+    with reading_by(way):
+        return json.parse_request(body).tensors(signature)
+
+
+def outcome(body: bytes, signature: Signature, way: str, infer: bool = False) -> tuple[object, ...]:
+    """The tensors down to their bits, or the error down to its members."""
+    try:
+        with reading_by(way):
+            request = binary.parse_infer(body, None) if infer else json.parse_request(body)
+            tensors = request.tensors(signature)
+    except RequestError as error:
+        return type(error), error.detail, error.members
+    return tuple((name, bits(tensor)) for name, tensor in tensors.items())
+
+
+def bits(tensor: Array) -> tuple[object, ...]:
+    content = tensor.tolist() if tensor.dtype == np.object_ else tensor.tobytes()
+    return str(tensor.dtype), tensor.shape, content
 
 
 @pytest.fixture(params=WAYS)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from wire_ways import any_shape, takes
 
-from service.errors import InvalidInput, MalformedBody, RequestError
+from service.errors import InvalidInput, MalformedBody, ModelFailed, RequestError
 from service.tensors import ANY, DTYPES, Array, Signature, TensorSpec
 from service.wire.binary import RequestedOutput, encode_infer, parse_infer
+from tests.wire.conftest import any_shape, takes
 
 TEXT = st.text(max_size=6)
 
@@ -100,6 +100,14 @@ class TestJsonBodies:
         with pytest.raises(InvalidInput) as caught:
             parse_infer(request(shape=[2, 3], data=data), None).tensors(any_shape("FP32", 2))
         assert caught.value.members["tensor"] == "x"
+
+    def test_a_ragged_tensor_does_not_hide_behind_lists_that_are_no_tensors(self) -> None:
+        decoys = {"data": [[1, 2], [3, 4]], "shape": [[1, 2], [3, 4]]}
+        for data in ([[1, 2, 3], [4]], [[1, 2], [[3], 4]], [[1, 2], [3, 4, 5]]):
+            entry = {"name": "x", "datatype": "FP32", "shape": [2, 2], "parameters": decoys, "data": data}
+            for before in ({"z": decoys, "inputs": [entry]}, {"inputs": [entry], "parameters": decoys}):
+                with pytest.raises(InvalidInput):
+                    parse_infer(orjson.dumps(before), None).tensors(any_shape("FP32", 2))
 
     def test_fields_and_parameters_are_read(self) -> None:
         body = orjson.dumps(
@@ -353,6 +361,12 @@ class TestAnswers:
         assert entry["datatype"] == "BYTES"
         assert entry["shape"] == list(np.shape(classes))
         assert entry["data"] == np.ravel(classes).tolist()
+
+    @pytest.mark.parametrize("binary", [False, True])
+    def test_a_lone_surrogate_from_the_model_is_its_failure(self, binary: bool) -> None:
+        output = np.array(["\ud800"], dtype=object)
+        with pytest.raises(ModelFailed):
+            encode_infer("m", "1", "", {"y": output}, None, binary, given_outputs(y="BYTES"))
 
     def test_a_classification_of_text_is_refused(self) -> None:
         with pytest.raises(InvalidInput, match="classification"):

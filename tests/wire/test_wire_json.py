@@ -14,12 +14,12 @@ import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from wire_ways import WAYS, any_shape, bits, outcome, predict, reading_by, takes
 
 from service.errors import InvalidInput, MalformedBody, ModelFailed
 from service.tensors import ANY, DTYPES, Signature, TensorSpec
 from service.wire import simd
 from service.wire.json import encode_response, parse_request
+from tests.wire.conftest import WAYS, any_shape, bits, outcome, predict, reading_by, takes
 
 INTEGERS = [name for name, dtype in DTYPES.items() if dtype.kind in "iu" and name != "BF16"]
 FLOATS = ["FP16", "FP32", "FP64"]
@@ -267,6 +267,23 @@ class TestShapes:
             parse_request(b'{"inputs":[[1,2]]}').tensors(takes("FP32", ANY, 3))
         assert caught.value.members == {"tensor": "x", "expected": [-1, 3], "got": [1, 2]}
 
+    @pytest.mark.parametrize("decoy", ["[[1,2],[3,4]]", "[[,],[,]]", "[[,],", "],[[,]]", "[", "]"])
+    @pytest.mark.parametrize(
+        "ragged", ["[[1,2],[3],[4]]", "[[1,2],[3,4,5]]", "[[1,2],[[3],4]]", "[[1,2,3],[4]]"]
+    )
+    def test_a_ragged_tensor_does_not_hide_behind_a_regular_one(self, decoy: str, ragged: str) -> None:
+        signature = Signature((TensorSpec("x", "FP32", (2, 2)), TensorSpec(decoy, "FP32", (2, 2), True)), ())
+        x, name, regular = f'"x":{ragged}', f'"{decoy}"', "[[1,2],[3,4]]"
+        for body in (
+            f'{{"id":{name},"inputs":{{{x}}}}}',
+            f'{{"inputs":{{{x}}},"id":{name}}}',
+            f'{{"outputs":[{name}],"inputs":{{{x}}}}}',
+            f'{{"inputs":{{{x},{name}:{regular}}}}}',
+            f'{{"inputs":{{{name}:{regular},{x}}}}}',
+        ):
+            with pytest.raises(InvalidInput):
+                parse_request(body.encode()).tensors(signature)
+
     def test_brackets_in_strings_and_names_change_nothing(self) -> None:
         body = b'{"id":"[[","outputs":["y[0]"],"inputs":{"x[0]":[[1,2],[3,4]]}}'
         tensors = parse_request(body).tensors(takes("FP32", ANY, 2, name="x[0]"))
@@ -443,7 +460,7 @@ ELEMENTS = st.one_of(NUMBERS, st.booleans(), st.none(), st.text(max_size=3), st.
 @example(value=[[1, 2, 3], [4]], datatype="FP32")
 @example(value=[[1, 2], [[3], 4]], datatype="FP32")
 @example(value=[[1, [2, 3]], [4, []]], datatype="INT64")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_both_ways_read_what_a_slow_reading_reads(value: Any, datatype: str) -> None:
     body = plain_json.dumps({"inputs": {"x": value}}, ensure_ascii=False).encode()
     # Both ways read an integer of more than 64 bits as a float.

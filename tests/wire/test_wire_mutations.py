@@ -12,13 +12,13 @@ from collections.abc import Callable
 import numpy as np
 import orjson
 import pytest
-from wire_ways import WAYS, outcome, reading_by
 
 from service.errors import RequestError
 from service.tensors import ANY, Signature, TensorSpec
 from service.wire.binary import parse_infer
 from service.wire.json import parse_request
 from service.wire.npy import decode_npy, decode_npz, encode_npy, encode_npz
+from tests.wire.conftest import WAYS, outcome, reading_by
 
 CASES = int(os.environ.get("WIRE_MUTATIONS", "10000"))
 """Mutations of each kind of body; a longer search sets more."""

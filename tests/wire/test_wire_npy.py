@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from service.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed
+from service.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed, UnsupportedMediaType
 from service.tensors import ANY, DTYPES, TensorSpec
 from service.wire import npy
 from service.wire.npy import cast_to, decode_npy, decode_npz, encode_npy, encode_npz
@@ -203,6 +203,11 @@ def test_text_of_very_uneven_length_is_not_blown_up(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(npy, "_MAX_TEXT_BYTES", 1000)
     with pytest.raises(ModelFailed):
         encode_npy(np.array(["a" * 100, *"bcde"], dtype=object))
+
+
+def test_an_output_that_is_no_array_has_no_npy_form() -> None:
+    with pytest.raises(UnsupportedMediaType):
+        encode_npz({"y": [{"a": 1.0}]})  # type: ignore[dict-item]
 
 
 class TestCast:

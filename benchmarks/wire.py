@@ -1,0 +1,157 @@
+"""What it costs to turn request bodies into tensors, beside the parsers alone: `python benchmarks/wire.py`.
+
+Times are medians of `--runs` runs, each the mean of as many calls as fill a good part of a second, in
+microseconds, on one thread. The last column is the ratio to the row that the line names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import timeit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import numpy as np
+import orjson
+
+from service.tensors import ANY, Signature, TensorSpec
+from service.wire import json, simd
+from service.wire.binary import encode_infer, parse_infer
+from service.wire.json import encode_response, parse_request
+
+IMAGE = Signature((TensorSpec("x", "FP32", (ANY, 3, 224, 224)),), (TensorSpec("y", "FP32", (ANY, 10)),))
+ROW = Signature((TensorSpec("x", "FP32", (ANY, 64)),), (TensorSpec("y", "FP32", (ANY, 10)),))
+POINTS = Signature((TensorSpec("x", "FP32", (ANY, 3)),), ())
+Case = tuple[str, Callable[[], object], str | None]
+
+
+@contextmanager
+def simd_from(size: float) -> Iterator[None]:
+    before, json.SIMD_MIN_BYTES = json.SIMD_MIN_BYTES, size  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        json.SIMD_MIN_BYTES = before
+
+
+def numbers(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Pixels as clients send them: five digits."""
+    return np.random.default_rng(0).random(shape).round(5)
+
+
+def predict_body(*shape: int) -> bytes:
+    body = {"model": "m", "inputs": {"x": numbers(*shape)}}
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def read(body: bytes, signature: Signature, simd_min_bytes: float | None = None) -> Callable[[], object]:
+    if simd_min_bytes is None:
+        return lambda: parse_request(body).tensors(signature)
+
+    def forced() -> object:
+        with simd_from(simd_min_bytes):
+            return parse_request(body).tensors(signature)
+
+    return forced
+
+
+def cases() -> list[Case]:
+    image, points, row = predict_body(1, 3, 224, 224), predict_body(50_176, 3), predict_body(1, 64)
+    listed: list[Case] = []
+    if simd.AVAILABLE:
+        import simdjson
+
+        parser = simdjson.Parser()
+        listed += [
+            (
+                f"image, {len(image):,} bytes of JSON: pysimdjson parse alone",
+                lambda: parser.parse(image),
+                None,
+            ),
+            ("image: parse_request + tensors", read(image, IMAGE), "image, "),
+            (
+                f"50,176 points, {len(points):,} bytes: pysimdjson parse alone",
+                lambda: parser.parse(points),
+                None,
+            ),
+            ("points: parse_request + tensors", read(points, POINTS), "50,176 points"),
+        ]
+    listed += [
+        ("image: orjson + numpy, nothing checked", lambda: bare(image), "image, "),
+        ("image: parse_request + tensors by orjson", read(image, IMAGE, sys.maxsize), "image, "),
+        (f"row of 64, {len(row)} bytes of JSON: orjson + numpy, nothing checked", lambda: bare(row), None),
+        ("row of 64: parse_request + tensors", read(row, ROW), "row of 64, "),
+    ]
+    if simd.AVAILABLE:
+        for rows in (2, 4, 8):
+            few = predict_body(rows, 64)
+            listed += [
+                (f"{rows} rows, {len(few)} bytes: by orjson", read(few, ROW, sys.maxsize), None),
+                (f"{rows} rows: by pysimdjson", read(few, ROW, 0), f"{rows} rows, "),
+            ]
+    pixels = numbers(1, 3, 224, 224).astype(np.float32)
+    for where, pad in (("aligned", 0), ("not aligned", 1)):
+        body, length = infer_body(pixels, pad)
+        listed.append((f"image, {pixels.nbytes:,} bytes in binary form, {where}", infer(body, length), None))
+    copied = np.empty_like(pixels)
+    listed.append(("image: one copy of its bytes", lambda: np.copyto(copied, pixels), None))
+    scores = {"y": numbers(1, 10).astype(np.float32)}
+    listed += [
+        ("answer of 10 scores: encode_response", lambda: encode_response("m", "1", "i", scores, None), None),
+        ("answer of 10 scores: encode_infer, JSON", lambda: answer(scores, False), None),
+        ("answer of 10 scores: encode_infer, binary", lambda: answer(scores, True), None),
+    ]
+    return listed
+
+
+def bare(body: bytes) -> object:
+    return np.array(orjson.loads(body)["inputs"]["x"], dtype=np.float32)
+
+
+def answer(outputs: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]], binary: bool) -> object:
+    return encode_infer("m", "1", "i", outputs, None, binary, IMAGE)
+
+
+def infer(body: bytes, length: int) -> Callable[[], object]:
+    return lambda: parse_infer(body, length).tensors(IMAGE)
+
+
+def infer_body(
+    pixels: np.ndarray[tuple[int, ...], np.dtype[np.float32]], misaligned: int
+) -> tuple[bytes, int]:
+    """A binary body whose tensor starts `misaligned` bytes after a multiple of 8 of the body's memory."""
+    parameters = {"binary_data_size": pixels.nbytes}
+    entry = {"name": "x", "datatype": "FP32", "shape": pixels.shape, "parameters": parameters}
+    header = orjson.dumps({"inputs": [entry]})
+    header += b" " * (-len(header) % 8 + misaligned)
+    return header + pixels.tobytes(), len(header)
+
+
+def measure(call: Callable[[], object], runs: int) -> float:
+    timer = timeit.Timer(call)
+    once = timer.timeit(3) / 3
+    count = max(1, int(0.1 / once))
+    return median(timer.timeit(count) / count for _ in range(runs)) * 1e6
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("--runs", type=int, default=7, help="runs of each case (default 7, at least 5)")
+    runs = max(5, options.parse_args().runs)
+    print(
+        f"python {platform.python_version()}, numpy {np.__version__}, orjson {orjson.__version__},", end=" "
+    )
+    print(f"pysimdjson {'installed' if simd.AVAILABLE else 'not installed'}; medians of {runs} runs, µs\n")
+    found: dict[str, float] = {}
+    for name, call, base in cases():
+        found[name] = measure(call, runs)
+        against = next((time for other, time in found.items() if base and other.startswith(base)), None)
+        ratio = f"{found[name] / against:6.2f} ×" if against else ""
+        print(f"{name:<72}{found[name]:>10.1f}  {ratio}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A backend that misbehaves on demand, deterministically; found through its entry point.
+
+A `.chaos` file is JSON: `{"row": [4], "run_ms": 0, "row_ms": 0, "mix": false, "first": -1}`. It takes "x",
+FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`: the sum of each row times
+3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. A row whose first element is one of
+these makes the run it is in misbehave; no made-up row ever is:
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from service.backends.base import Backend, LoadedModel, LoadOptions
+from service.errors import LoadError
+from service.tensors import Signature, Tensors, TensorSpec
+
+RAISE = -1001.0
+"""The run raises."""
+DIE = -1002.0
+"""The run ends its thread."""
+WRONG_ROWS = -1003.0
+"""The run gives one row more than it was given, where it was given several."""
+
+
+def expected(rows: np.ndarray) -> np.ndarray:
+    """What the model answers for these rows, each alone."""
+    return rows.reshape(len(rows), -1).astype(np.float64).sum(axis=1) * 3 + 1
+
+
+class ChaosBackend(Backend):
+    name = "chaos"
+    suffixes = (".chaos",)
+
+    def load(self, file: Path, options: LoadOptions) -> LoadedModel:
+        try:
+            return ChaosModel(json.loads(file.read_text()))
+        except ValueError as error:
+            raise LoadError(f"{file.name} is not JSON: {error}") from error
+
+    def describe(self) -> str:
+        return "chaos 1.0"
+
+
+class ChaosModel(LoadedModel):
+    def __init__(self, settings: dict[str, object]) -> None:
+        self._run_s = settings.get("run_ms", 0) / 1000
+        self._row_s = settings.get("row_ms", 0) / 1000
+        self._mix = settings.get("mix", False)
+        first = settings.get("first", -1)
+        self.signature = Signature(
+            (TensorSpec("x", "FP32", (first, *settings.get("row", [4]))),),
+            (TensorSpec("sum", "FP64", (first,)),),
+        )
+
+    def run(self, inputs: Tensors, outputs: object = None) -> Tensors:
+        rows = inputs["x"]
+        marks = set(rows.reshape(len(rows), -1)[:, 0].tolist()) if rows.size else set()
+        if self._run_s or self._row_s:
+            time.sleep(self._run_s + self._row_s * len(rows))
+        if RAISE in marks:
+            raise ValueError("a marked row")
+        if DIE in marks:
+            raise SystemExit("a marked row")
+        answer = expected(rows)
+        if self._mix:
+            answer = answer - answer.mean()
+        if WRONG_ROWS in marks and len(rows) > 1:
+            answer = np.append(answer, 0.0)
+        return {"sum": answer}
+
+    def close(self) -> None:
+        pass

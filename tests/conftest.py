@@ -1,0 +1,64 @@
+"""The real door: fixtures that start real servers and build repositories for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server import Server
+
+ROOT = Path(__file__).parent.parent
+
+Serve = Callable[..., Server]
+MakeChaos = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Measurements of the models, kept for all tests of a run."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def serve(cache_dir: Path, tmp_path: Path) -> Iterator[Serve]:
+    """Start servers: `serve(repository, *flags)`; they are stopped after the test."""
+    servers: list[Server] = []
+
+    def start(repository: Path, *flags: str, wait: bool = True, **environ: str) -> Server:
+        own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
+        server = Server(repository, flags, {**own, **environ})
+        servers.append(server)
+        if wait:
+            server.wait_loaded()
+        return server
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def bundled(cache_dir: Path) -> Iterator[Server]:
+    """A server of the models that come with the project."""
+    server = Server(ROOT / "models", (), {"INFERPOOL_CACHE_DIR": str(cache_dir)})
+    server.wait_loaded()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def make_chaos(tmp_path: Path) -> MakeChaos:
+    """Write a model of the misbehaving backend: `make_chaos("name", run_ms=5, config="…")`."""
+
+    def make(name: str, config: str = "", **settings: Any) -> Path:
+        folder = tmp_path / "repository" / name / "1"
+        folder.mkdir(parents=True)
+        (folder / "model.chaos").write_text(json.dumps(settings))
+        (folder.parent / "model.toml").write_text(config)
+        return folder.parent.parent
+
+    return make

@@ -1,0 +1,156 @@
+"""Every error of the table, by its code, and none of them costs the neighbours anything."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+
+from service.http.problems import STATUSES
+from tests.chaos import inferpool_chaos as chaos
+from tests.conftest import MakeChaos, Serve
+from tests.server import Server
+
+ROW = {"inputs": {"features": [[1.0] * 10]}}
+
+
+def code_of(answer: httpx.Response) -> str:
+    """The code of a problem, after checking that it is one."""
+    problem = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert problem["status"] == answer.status_code == STATUSES[problem["code"]]
+    assert problem["detail"]
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    return problem["code"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        ("/predict/diabetes", b"not json", "malformed_body"),
+        ("/predict/diabetes", b"", "malformed_body"),
+        ("/predict/diabetes", b"[1]", "malformed_body"),
+        ("/predict/diabetes", b'{"inputs": [[NaN]]}', "malformed_body"),
+        ("/predict/diabetes", b"{}", "invalid_input"),
+        ("/predict/diabetes", {"inputs": {"feature": [[1.0] * 10]}}, "invalid_input"),
+        ("/predict/diabetes", {"inputs": {"features": [[1.0] * 9]}}, "invalid_input"),
+        ("/predict/diabetes", {"inputs": {"features": [[1.0] * 10, [1.0] * 9]}}, "invalid_input"),
+        ("/predict/diabetes", {"inputs": {"features": [["1"] * 10]}}, "invalid_input"),
+        ("/predict/diabetes", {**ROW, "outputs": ["nothing"]}, "invalid_input"),
+        ("/predict/diabetes", {**ROW, "parameters": {"timeout": 1}}, "invalid_input"),
+        ("/predict/diabetes", {**ROW, "model": "digits"}, "invalid_input"),
+        ("/predict", ROW, "invalid_input"),
+        ("/predict/nobody", ROW, "model_not_found"),
+        ("/predict", {**ROW, "model": "nobody"}, "model_not_found"),
+        ("/predict/diabetes/2", ROW, "version_not_found"),
+        ("/predict/diabetes/stable", ROW, "version_not_found"),
+        ("/predict/diabetes/1/more", ROW, "version_not_found"),
+    ],
+)
+def test_a_bad_request_is_answered_with_its_code(bundled: Server, path: str, body: object, code: str) -> None:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = bundled.post(path, content=raw, headers={"content-type": "application/json"})
+    assert code_of(answer) == code
+    assert bundled.post("/predict/diabetes", json=ROW).status_code == 200
+
+
+def test_an_error_says_which_tensor_what_came_and_what_was_expected(bundled: Server) -> None:
+    answer = bundled.post("/predict/diabetes", json={"inputs": {"features": [[1.0] * 9]}})
+    problem = answer.json()
+    assert problem["tensor"] == "features"
+    assert problem["expected"] == [-1, 10]
+    assert problem["got"] == [1, 9]
+
+
+def test_other_methods_and_paths_are_told_so(bundled: Server) -> None:
+    answer = bundled.get("/predict/diabetes")
+    assert code_of(answer) == "method_not_allowed"
+    assert answer.headers["allow"] == "POST"
+    answer = bundled.post("/models", json={})
+    assert code_of(answer) == "method_not_allowed"
+    assert answer.headers["allow"] == "GET"
+    assert code_of(bundled.get("/nowhere")) == "not_found"
+    assert code_of(bundled.get("/models/nobody")) == "model_not_found"
+    assert code_of(bundled.get("/models/diabetes/9")) == "version_not_found"
+
+
+def test_a_format_that_the_model_does_not_take_is_refused(bundled: Server) -> None:
+    answer = bundled.post("/predict/diabetes", content=b"x", headers={"content-type": "image/png"})
+    assert code_of(answer) == "unsupported_media_type"
+    assert "application/json" in answer.json()["expected"]
+    answer = bundled.post("/predict/digits", content=b"no picture", headers={"content-type": "image/png"})
+    assert code_of(answer) in ("unsupported_media_type", "malformed_body")
+    answer = bundled.post("/predict/diabetes", content=b"x", headers={"content-encoding": "br"})
+    assert code_of(answer) == "unsupported_media_type"
+
+
+def test_timeouts_must_be_numbers(bundled: Server) -> None:
+    for text in ("soon", "-1", "0", "nan", "inf"):
+        answer = bundled.post("/predict/diabetes", json=ROW, headers={"x-timeout-ms": text})
+        assert code_of(answer) == "invalid_input", text
+
+
+def test_bodies_are_capped_before_and_after_decompression(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"), "--max-body-bytes", "10000")
+    small = json.dumps({"inputs": [[1.0] * 4]}).encode()
+    large = small + b" " * 20_000
+    assert code_of(server.post("/predict/m", content=large)) == "body_too_large"
+
+    def chunks() -> object:
+        yield from (large[start : start + 1000] for start in range(0, len(large), 1000))
+
+    assert code_of(server.post("/predict/m", content=chunks())) == "body_too_large"
+    for encoding, compress in (("gzip", gzip.compress), ("deflate", zlib.compress)):
+        headers = {"content-encoding": encoding}
+        assert server.post("/predict/m", content=compress(small), headers=headers).status_code == 200
+        assert (
+            code_of(server.post("/predict/m", content=compress(large), headers=headers)) == "body_too_large"
+        )
+        cut = server.post("/predict/m", content=compress(small)[:-4], headers=headers)
+        assert code_of(cut) == "malformed_body"
+
+
+def test_a_connection_is_usable_after_a_refusal(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"), "--max-body-bytes", "10000")
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    for body, status in ((b"x" * 20_000, 413), (b"nonsense", 400), (b'{"inputs": [[1, 2, 3, 4]]}', 200)):
+        connection.request("POST", "/predict/m", body)
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == status
+    connection.close()
+
+
+def test_a_model_that_raises_fails_that_request_alone(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"))
+    bad = server.post("/predict/m", json={"inputs": [[chaos.RAISE, 0, 0, 0]]})
+    assert code_of(bad) == "model_failed"
+    assert "marked" not in bad.text, "an answer says nothing of the inside"
+    good = server.post("/predict/m", json={"inputs": [[1.0, 2.0, 3.0, 4.0]]})
+    assert good.json()["outputs"]["sum"] == chaos.expected(np.array([[1.0, 2.0, 3.0, 4.0]])).tolist()
+
+
+def test_a_model_that_is_loading_or_has_failed_is_not_ready(serve: Serve, make_chaos: MakeChaos) -> None:
+    repository = make_chaos("good")
+    make_chaos("slow", run_ms=300)
+    (repository / "broken" / "1").mkdir(parents=True)
+    (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")
+    server = serve(repository, wait=False)
+    server.wait_for("good/1 is ready")
+    loading = server.post("/predict/slow", json={"inputs": [[1, 2, 3, 4]]})
+    assert code_of(loading) == "not_ready"
+    assert int(loading.headers["retry-after"]) >= 1
+    assert server.get("/health/ready").status_code == 503
+    assert server.get("/health/live").status_code == 200
+    assert server.get("/health").json()["status"] == "loading"
+    server.wait_loaded()
+    assert code_of(server.post("/predict/broken", json={"inputs": [[1]]})) == "not_ready"
+    assert server.get("/health/ready").status_code == 200
+    health = server.get("/health").json()
+    assert health["status"] == "degraded"
+    assert "broken/1" in health["problems"]

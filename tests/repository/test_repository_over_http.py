@@ -1,0 +1,99 @@
+"""A folder with good and bad models: the bad are failed with a reason, the good serve."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT, MakeChaos, Serve
+
+
+def test_one_good_one_corrupt_and_one_misconfigured_model(serve: Serve, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "models/diabetes", tmp_path / "r/good")
+    shutil.copytree(ROOT / "models/diabetes", tmp_path / "r/corrupt")
+    whole = (tmp_path / "r/corrupt/1/model.onnx").read_bytes()
+    (tmp_path / "r/corrupt/1/model.onnx").write_bytes(whole[: len(whole) // 2])
+    shutil.copytree(ROOT / "models/diabetes", tmp_path / "r/misconfigured")
+    (tmp_path / "r/misconfigured/model.toml").write_text("[batching]\nmax_row = 8\n")
+    server = serve(tmp_path / "r")
+    models = {model["name"]: model["versions"][0] for model in server.get("/models").json()["models"]}
+    assert {name: version["state"] for name, version in models.items()} == {
+        "good": "ready", "corrupt": "failed", "misconfigured": "failed",
+    }  # fmt: skip
+    assert "model.onnx" in models["corrupt"]["reason"]
+    reason = models["misconfigured"]["reason"]
+    assert "misconfigured/model.toml" in reason
+    assert "batching.max_row" in reason
+    assert '"max_rows"' in reason
+    assert server.post("/predict/good", json={"inputs": [[1.0] * 10]}).status_code == 200
+    check = subprocess.run(
+        [sys.executable, "-m", "service", "check", str(tmp_path / "r")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert check.returncode == 1
+    assert "2 of 3 versions have failed" in check.stdout
+    assert reason in check.stdout
+
+
+def test_versions_and_labels_choose_who_answers(serve: Serve, make_chaos: MakeChaos) -> None:
+    repository = make_chaos("m", "[versions]\nlabels = { stable = 1, canary = 3 }\n")
+    for version in ("2", "3"):
+        shutil.copytree(repository / "m/1", repository / f"m/{version}")
+    (repository / "m/2/model.chaos").write_text("broken")
+    server = serve(repository)
+    body = {"inputs": [[1, 2, 3, 4]]}
+    answers = {
+        path: server.post(f"/predict/{path}", json=body).json().get("version")
+        for path in ("m", "m/1", "m/stable", "m/3", "m/canary", "m/2")
+    }
+    assert answers == {"m": "1", "m/1": "1", "m/stable": "1", "m/3": "3", "m/canary": "3", "m/2": None}
+    assert server.post("/predict/m", json={**body, "version": "canary"}).json()["version"] == "3"
+    assert server.post("/predict/m", json={**body, "version": 3}).json()["version"] == "3"
+
+
+def test_the_newest_version_that_is_ready_answers(serve: Serve, make_chaos: MakeChaos) -> None:
+    repository = make_chaos("m")
+    for version in ("2", "10"):
+        shutil.copytree(repository / "m/1", repository / f"m/{version}")
+    (repository / "m/10/model.chaos").write_text("broken")
+    server = serve(repository)
+    assert server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]}).json()["version"] == "2"
+
+
+def test_a_missed_golden_sample_fails_the_version(serve: Serve, make_chaos: MakeChaos) -> None:
+    repository = make_chaos("good")
+    make_chaos("bad")
+    for name, answer in (("good", 31.0), ("bad", 31.5)):
+        (repository / name / "samples").mkdir()
+        sample = {"inputs": [[1, 2, 3, 4]], "outputs": {"sum": [answer]}, "tolerance": 1e-3}
+        (repository / name / "samples" / "one.json").write_text(json.dumps(sample))
+    server = serve(repository)
+    assert server.get("/models/good/1").json()["state"] == "ready"
+    failed = server.get("/models/bad/1").json()
+    assert failed["state"] == "failed"
+    assert "one.json" in failed["reason"]
+    assert "differs by 0.5" in failed["reason"]
+
+
+def test_a_model_file_and_a_bare_file_are_served_too(serve: Serve, tmp_path: Path) -> None:
+    source = ROOT / "models/diabetes/1/model.onnx"
+    shutil.copy(source, tmp_path / "risk.onnx")
+    body = {"inputs": [[1.0] * 10]}
+    assert serve(tmp_path / "risk.onnx").post("/predict", json=body).json()["model"] == "risk"
+    assert serve(tmp_path).post("/predict/risk", json=body).status_code == 200
+    assert serve(source).post("/predict", json=body).json()["model"] == "diabetes"
+    assert serve(ROOT / "models/diabetes").post("/predict", json=body).json()["model"] == "diabetes"
+
+
+def test_nothing_to_serve_is_said_at_once(tmp_path: Path) -> None:
+    for path, words in ((tmp_path, "holds no models"), (tmp_path / "nowhere", "does not exist")):
+        run = subprocess.run(
+            [sys.executable, "-m", "service", "serve", str(path)],
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        assert run.returncode == 1
+        assert words in run.stderr
+        assert "Traceback" not in run.stderr

@@ -1,0 +1,103 @@
+"""A server in a process of its own, as a user would start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).parent.parent
+CHAOS = ROOT / "tests" / "chaos"
+START_S = 60
+
+
+class Server:
+    """`inferpool serve` on a free port; its log is read as it comes."""
+
+    def __init__(self, repository: Path, flags: Sequence[str] = (), environ: Mapping[str, str] = {}) -> None:
+        own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}"}
+        command = [sys.executable, "-m", "service", "serve", str(repository), "--port", "0", *flags]
+        self.process = subprocess.Popen(
+            command, env={**os.environ, **own, **environ}, stderr=subprocess.PIPE, text=True
+        )
+        self.log: list[dict[str, Any]] = []
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = self.wait_for(r"listening on (\S+)").group(1)
+        self.port = int(self.url.rsplit(":", 1)[1])
+
+    def wait_for(self, pattern: str, timeout_s: float = START_S) -> re.Match[str]:
+        """Wait until a log line matches; fails with the whole log if the process ends or time is up."""
+        found: re.Match[str] | None = None
+
+        def seen() -> bool:
+            nonlocal found
+            found = next((m for line in self.log if (m := re.search(pattern, line["message"]))), None)
+            return found is not None or not self._reader.is_alive()
+
+        with self._news:
+            self._news.wait_for(seen, timeout_s)
+        if found is None:
+            raise AssertionError(f"no log line matches {pattern!r}: {json.dumps(self.log, indent=1)}")
+        return found
+
+    def wait_loaded(self) -> None:
+        """Wait until every model is ready or has failed."""
+        self.wait_for(r"\d+ models$")
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """One GET request."""
+        return httpx.get(self.url + path, timeout=30, **options)
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        """One POST request."""
+        return httpx.post(self.url + path, timeout=30, **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels, at this moment."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == f"inferpool_{name}" and labels.items() <= sample.labels.items()
+        )
+
+    def stop(self, timeout_s: float = 30) -> int:
+        """Send SIGTERM and wait for the end; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(timeout_s)
+        self._reader.join(5)
+        return status
+
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(5)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for text in self.process.stderr:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = {"message": text.rstrip("\n"), "level": "raw"}
+            with self._news:
+                self.log.append(line)
+                self._news.notify_all()
+        with self._news:
+            self._news.notify_all()
