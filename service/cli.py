@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _print_check(app.load_all(path, settings))
         logs.configure_logs(settings.log_level, settings.log_format)
         return app.serve(path, settings)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Python must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except InferpoolError as error:
         print(f"inferpool: {error.detail}", file=sys.stderr)
         return 1

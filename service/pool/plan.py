@@ -14,7 +14,7 @@ from typing import Final
 
 from service.backends.base import LoadedModel
 from service.pool.profile import Measurement
-from service.pool.proof import ROWS, Proof, compare, prove
+from service.pool.proof import Proof, compare, prove
 from service.tensors import Tensors
 
 MOST_ROWS: Final = 256
@@ -25,6 +25,9 @@ UNMEASURED_ROWS: Final = 32
 
 WORTH_IT: Final = 1.1
 """Doubling the rows of a batch pays while it brings at least this many times the rows a second."""
+
+PROOF_S: Final = 1.0
+"""Seconds of which half go to the proof even where nothing is to be measured."""
 
 BETTER: Final = 1.05
 """More instances are taken where they bring at least this many times the rows a second."""
@@ -91,7 +94,9 @@ class Planner:
     def make(self, model: LoadedModel, samples: Sequence[Tensors] = ()) -> Plan:
         """Find the plan with `model`, which was loaded for one thread a run; `samples` help the proof."""
         wishes = self._wishes
-        proof = prove(model, samples) if wishes.batching else Proof(False, "turned off in model.toml")
+        proof = Proof(False, "turned off in model.toml")
+        if wishes.batching:
+            proof = prove(model, samples, max(wishes.budget_s, PROOF_S) / 2, self._clock)
         self._ends = self._clock() + wishes.budget_s
         rows = proof.rows or (samples[0] if samples else {})
         if not rows or not wishes.budget_s:
@@ -121,7 +126,7 @@ class Planner:
             batch = _rows_of(rows, size) if proof.batched else rows
             outputs = model.run(batch)
             if proof.batched:
-                fault, _ = compare(model.signature, outputs, proof.alone, [row % ROWS for row in range(size)])
+                fault, _ = compare(model.signature, outputs, proof.alone, _places(rows, size))
                 if fault:
                     return table, f"{fault} when {size} rows run together"
             quickest, typical = self._time(model, batch)
@@ -150,8 +155,8 @@ class Planner:
     def _share_cores(self, model: LoadedModel, batch: Tensors, single_s: float) -> tuple[int, int, float]:
         """Instances, threads a run, and how many times the rate of one instance of one thread they have."""
         options = self._options(single_s)
-        if options == [(1, 1)]:
-            return 1, 1, 1.0
+        if options == [(1, 1)] or self._late():
+            return *options[0], 1.0
         base = self._rate(model, batch, 1)
         best, best_rate = options[0], 0.0
         for instances, threads in options:
@@ -202,5 +207,10 @@ class Planner:
 
 def _rows_of(rows: Tensors, count: int) -> Tensors:
     """`count` rows, the proof's over and over."""
-    chosen = [row % ROWS for row in range(count)]
+    chosen = _places(rows, count)
     return {name: tensor[chosen] for name, tensor in rows.items()}
+
+
+def _places(rows: Tensors, count: int) -> list[int]:
+    available = len(next(iter(rows.values())))
+    return [row % available for row in range(count)]

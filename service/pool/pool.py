@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from service.backends.base import LoadedModel
 from service.errors import DeadlineExceeded, Draining, InferpoolError, ModelFailed, NotReady
@@ -45,6 +45,14 @@ class InstanceState:
 
     device: str
     state: str
+
+
+class BatchCount(NamedTuple):
+    """Batches of exactly `rows` rows: `runs` of them, `compute_s` seconds in all."""
+
+    rows: int
+    runs: int
+    compute_s: float
 
 
 @dataclass(slots=True)
@@ -90,6 +98,7 @@ class Pool:
         self._retries: deque[Batch] = deque()
         self._retried: set[int] = set()
         self._deaths: deque[float] = deque()
+        self._batches: dict[int, BatchCount] = {}
         self._started = 0
         self._closed = False
 
@@ -124,6 +133,11 @@ class Pool:
         """Rows that wait, and the seconds that the entry which came first has waited."""
         with self._lock:
             return self._queue.rows, self._queue.oldest_age_s(self._clock())
+
+    def batches(self) -> list[BatchCount]:
+        """What has run, by batch size, smallest first."""
+        with self._lock:
+            return sorted(self._batches.values())
 
     def instances(self) -> list[InstanceState]:
         """Each instance's device and state."""
@@ -188,7 +202,7 @@ class Pool:
             if self._retried:
                 self._retried.difference_update(piece.entry.id for piece in batch.pieces)
             if run.clean:
-                self.profile.observe(batch.rows, run.compute_s)
+                self.profile.observe(max(1, batch.rows), run.compute_s)
             if run.wrong_rows and self.batched:
                 results += self._stop_batching(run.wrong_rows)
             self._count(instance.device, batch, run.compute_s)
@@ -284,6 +298,8 @@ class Pool:
         return self._dropped([drop for drop in waiting if drop is not None])
 
     def _count(self, device: str, batch: Batch, compute_s: float) -> None:
+        known = self._batches.get(batch.rows, BatchCount(batch.rows, 0, 0.0))
+        self._batches[batch.rows] = BatchCount(batch.rows, known.runs + 1, known.compute_s + compute_s)
         self._metrics.distribution("batch_rows", *self._labels).observe(batch.rows)
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
         self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)

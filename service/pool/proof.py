@@ -1,9 +1,9 @@
 """Whether rows may share a run: the proof, made once at load (law 5).
 
-Eight different rows are run one by one and in several groupings. If every output follows the input's
-rows and every row's answer is the same in company as alone, within the datatype's rounding, then batching
-changes no answer. A model that mixes rows (normalises over the batch, quantises it with one scale), has
-a fixed first dimension, or draws random numbers does not pass.
+Different rows are run one by one and in several groupings: eight rows, fewer where the model is slow.
+If every output follows the input's rows and every row's answer is the same in company as alone, within
+the datatype's rounding, then batching changes no answer. A model that mixes rows (normalises over the
+batch, quantises it with one scale), has a fixed first dimension, or draws random numbers does not pass.
 
 The rows come from the model's golden samples where it has some, else they are made up from the signature
 with a fixed seed.
@@ -11,7 +11,7 @@ with a fixed seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,9 +20,14 @@ import numpy as np
 from service.backends.base import LoadedModel
 from service.tensors import ANY, Array, Signature, Tensors, TensorSpec, shape_text
 
-ROWS: Final = 8
 _SEED: Final = 20_260_101
-_GROUPINGS: Final = ((0, 1, 2, 3, 4, 5, 6, 7), (2, 3, 4), (7, 6), (5, 0, 3, 1, 6))
+_GROUPINGS: Final = {
+    8: ((0, 1, 2, 3, 4, 5, 6, 7), (2, 3, 4), (7, 6), (5, 0, 3, 1, 6)),
+    3: ((0, 1, 2), (2, 0)),
+    2: ((1, 0),),
+}
+"""Which rows run together, by how many rows there are: enough, in the order of what they cost."""
+_MOST: Final = max(_GROUPINGS)
 
 TOLERANCES: Final = {"FP64": 1e-8, "FP32": 1e-4, "FP16": 2e-2, "BF16": 1e-1}
 """Largest difference that counts as rounding, relative to the larger of the value and the output's scale."""
@@ -40,7 +45,7 @@ class Proof:
     Attributes:
         batched: whether rows may share a run.
         reason: a sentence for `/models`, either way.
-        rows: `ROWS` rows that the model runs, along the first dimension; empty if none were found.
+        rows: different rows that the model runs, along the first dimension; empty if none were found.
         alone: the outputs of each row alone, joined along the first dimension; empty unless `batched`.
     """
 
@@ -50,32 +55,59 @@ class Proof:
     alone: Tensors = field(default_factory=dict)
 
 
-def prove(model: LoadedModel, samples: Sequence[Tensors] = ()) -> Proof:
-    """Find out whether rows of `model` may share a run; `samples` are inputs that it is known to take."""
+def prove(
+    model: LoadedModel, samples: Sequence[Tensors], budget_s: float, clock: Callable[[], float]
+) -> Proof:
+    """Find out whether rows of `model` may share a run; `samples` are inputs that it is known to take.
+
+    Takes about `budget_s` at the most, or the time of six single-row runs where that is longer.
+    """
     obstacle = _obstacle(model.signature)
     if obstacle:
         return Proof(False, obstacle)
-    rows, alone, fault = _runnable(model, samples)
+    rows, seconds, fault = _runnable(model, samples, clock)
     if not rows:
         return Proof(False, f"no made-up rows could be run ({fault}); add a golden sample to prove it with")
-    for name, tensor in alone.items():
-        if isinstance(tensor, str):
-            return Proof(False, f'output "{name}" {tensor}', rows)
-    worst = 0.0
-    for grouping in _GROUPINGS:
-        chosen = list(grouping)
-        outputs = model.run({name: tensor[chosen] for name, tensor in rows.items()})
-        fault, difference = compare(model.signature, outputs, alone, chosen)
-        if fault:
-            return Proof(False, f"{fault} when {len(chosen)} rows run together", rows)
-        worst = max(worst, difference)
-    counts = ", ".join(str(count) for count in sorted({len(grouping) for grouping in _GROUPINGS}))
+    count = next((size for size in _GROUPINGS if seconds * _runs(size) <= budget_s), min(_GROUPINGS))
+    rows = {name: tensor[:count] for name, tensor in rows.items()}
+    try:
+        fault, worst, alone = _compare_all(model, rows, count)
+    except Exception as error:  # noqa: BLE001 - whatever a model raises in company, it is served alone
+        fault = f"the model raised {first_line(error)!r} when rows ran together"
+    if fault:
+        return Proof(False, fault, rows)
+    sizes = ", ".join(map(str, sorted({len(grouping) for grouping in _GROUPINGS[count]})))
     return Proof(
         True,
-        f"rows answer the same alone and together (tried {counts}; largest relative difference {worst:.1g})",
+        f"rows answer the same alone and together (tried {sizes}; largest relative difference {worst:.1g})",
         rows,
         alone,
     )
+
+
+def _compare_all(model: LoadedModel, rows: Tensors, count: int) -> tuple[str, float, Tensors]:
+    """What is wrong ("" if nothing is), the largest relative difference, and each row's outputs alone."""
+    each = [model.run({name: tensor[row : row + 1] for name, tensor in rows.items()}) for row in range(count)]
+    alone: Tensors = {}
+    for name in each[0]:
+        parts = [outputs[name] for outputs in each]
+        fault = _unfollowed(parts)
+        if fault:
+            return f'output "{name}" {fault}', 0.0, {}
+        alone[name] = np.concatenate(parts)
+    worst = 0.0
+    for grouping in _GROUPINGS[count]:
+        outputs = model.run({name: tensor[list(grouping)] for name, tensor in rows.items()})
+        fault, difference = compare(model.signature, outputs, alone, grouping)
+        if fault:
+            return f"{fault} when {len(grouping)} rows run together", worst, {}
+        worst = max(worst, difference)
+    return "", worst, alone
+
+
+def _runs(count: int) -> int:
+    """Rows that a proof with so many rows runs in all."""
+    return count + sum(map(len, _GROUPINGS[count]))
 
 
 def compare(
@@ -132,31 +164,38 @@ def _obstacle(signature: Signature) -> str:
     return ""
 
 
-def _runnable(model: LoadedModel, samples: Sequence[Tensors]) -> tuple[Tensors, dict[str, Any], str]:
-    """Rows that the model runs and each one's outputs; no rows, and the last fault, if none were found."""
+def _runnable(
+    model: LoadedModel, samples: Sequence[Tensors], clock: Callable[[], float]
+) -> tuple[Tensors, float, str]:
+    """Rows that the model runs, and the seconds of one of them; or no rows, and the last fault."""
     fault = ""
     for rows in _candidates(model.signature, samples):
+        one = {name: tensor[:1] for name, tensor in rows.items()}
         try:
-            each = [
+            model.run(one)  # the first run may be slower than any other
+            began = clock()
+            for row in range(1, 3):
                 model.run({name: tensor[row : row + 1] for name, tensor in rows.items()})
-                for row in range(ROWS)
-            ]
+            return rows, (clock() - began) / 2, ""
         except Exception as error:  # noqa: BLE001 - made-up rows may be nonsense to the model
-            fault = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            continue
-        return rows, {name: _joined([outputs[name] for outputs in each]) for name in each[0]}, ""
-    return {}, {}, fault
+            fault = first_line(error)
+    return {}, 0.0, fault
 
 
-def _joined(parts: list[Any]) -> Array | str:
+def first_line(error: Exception) -> str:
+    """What an error says first, or else what it is."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _unfollowed(parts: list[Any]) -> str:
+    """How an output of single rows fails to follow them; "" if it does."""
     for part in parts:
         if not isinstance(part, np.ndarray):
             return "is no tensor"
         if not part.ndim or part.shape[0] != 1:
             return f"is {shape_text(part.shape)} for one row: it does not follow the rows of the input"
-    if any(part.shape != parts[0].shape for part in parts):
-        return "has another shape for each row"
-    return np.concatenate(parts)
+    return "has another shape for each row" if any(part.shape != parts[0].shape for part in parts) else ""
 
 
 def _candidates(signature: Signature, samples: Sequence[Tensors]) -> Iterator[Tensors]:
@@ -173,7 +212,7 @@ def _candidates(signature: Signature, samples: Sequence[Tensors]) -> Iterator[Te
 
 
 def _made_up(spec: TensorSpec, size: int, largest: int, rng: np.random.Generator) -> Array:
-    shape = (ROWS, *(size if length == ANY else length for length in (spec.shape or (ANY,))[1:]))
+    shape = (_MOST, *(size if length == ANY else length for length in (spec.shape or (ANY,))[1:]))
     if spec.datatype == "BYTES":
         words = np.array(["a", "b", "c", "row", "text", "x1", "0", "model"], dtype=object)
         return words[rng.integers(0, len(words), shape)]
@@ -187,9 +226,9 @@ def _made_up(spec: TensorSpec, size: int, largest: int, rng: np.random.Generator
 
 
 def _varied(tensor: Array, rng: np.random.Generator) -> Array:
-    """`ROWS` rows made from a sample's, none the same as another where that can be helped."""
-    rows: Array = tensor[np.arange(ROWS) % len(tensor)].copy()
-    for row in range(len(tensor), ROWS):
+    """`_MOST` rows made from a sample's, none the same as another where that can be helped."""
+    rows: Array = tensor[np.arange(_MOST) % len(tensor)].copy()
+    for row in range(len(tensor), _MOST):
         if rows.dtype.kind == "f":
             rows[row] = rows[row] * rng.uniform(0.5, 1.5, rows[row].shape).astype(rows.dtype)
         elif rows.ndim > 1:

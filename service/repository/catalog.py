@@ -10,7 +10,7 @@ from typing import Final, Literal, Protocol, TypeAlias, get_args
 from service.codecs.image import ImageCodec
 from service.codecs.labels import LabelsCodec
 from service.errors import ModelNotFound, NotReady, VersionNotFound
-from service.pool.pool import InstanceState
+from service.pool.pool import BatchCount, InstanceState
 from service.pool.ports import VersionKey
 from service.pool.profile import Measurement
 from service.tensors import Signature, names_text
@@ -103,6 +103,7 @@ class LiveView:
         waiting_rows: rows in the queue.
         oldest_age_s: seconds that the entry which came first has waited.
         wrong_rows: what an output had instead of a batch's rows, if that turned batching off.
+        batches: how many batches of each size have run.
     """
 
     instances: Sequence[InstanceState] = ()
@@ -110,6 +111,7 @@ class LiveView:
     waiting_rows: int = 0
     oldest_age_s: float = 0.0
     wrong_rows: str = ""
+    batches: Sequence[BatchCount] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class Repository:
             return LiveView()
         rows, age_s = loaded.pool.waiting()
         pool = loaded.pool
-        return LiveView(pool.instances(), pool.profile.table(), rows, age_s, pool.wrong_rows)
+        return LiveView(pool.instances(), pool.profile.table(), rows, age_s, pool.wrong_rows, pool.batches())
 
     def health(self) -> Health:
         """Whether every required model can answer, and what is wrong with what."""

@@ -1,0 +1,330 @@
+"""The pool with a fake model: every entry ends once, the guilty fail alone, the dead are replaced."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from service.backends.base import LoadedModel
+from service.errors import DeadlineExceeded, Draining, ModelFailed, NotReady, QueueFull
+from service.metrics import Metrics
+from service.pool.pool import RESTARTS_AT_MOST, Pool
+from service.pool.ports import Entry, Result, VersionKey
+from service.pool.profile import Measurement, Profile
+from service.pool.queue import Limits
+from service.tensors import Signature, Tensors, TensorSpec
+from tests.chaos import inferpool_chaos as chaos
+
+KEY = VersionKey("m", 1)
+
+
+class Outbox:
+    """Keeps results, and lets a test wait for them."""
+
+    def __init__(self) -> None:
+        self.results: queue.Queue[Result] = queue.Queue()
+        self.puts = 0
+
+    def put(self, results: Sequence[Result]) -> None:
+        assert results
+        self.puts += 1
+        for result in results:
+            self.results.put(result)
+
+    def take(self, count: int) -> dict[int, Result]:
+        """The next `count` results by entry; no entry has two."""
+        found: dict[int, Result] = {}
+        for _ in range(count):
+            result = self.results.get(timeout=10)
+            assert result.entry_id not in found
+            found[result.entry_id] = result
+        return found
+
+
+class Held(LoadedModel):
+    """The chaos model, which waits for `release` before each run and keeps what it was given."""
+
+    signature = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("sum", "FP64", (-1,)),))
+
+    def __init__(self) -> None:
+        self.model = chaos.ChaosModel({})
+        self.release = threading.Semaphore(0)
+        self.running = threading.Semaphore(0)
+        self.batches: list[int] = []
+
+    def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
+        self.batches.append(len(inputs["x"]))
+        self.running.release()
+        assert self.release.acquire(timeout=10)
+        return self.model.run(inputs)
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A pool of one instance over a held model."""
+
+    def __init__(self, instances: int = 1, **limits: object) -> None:
+        self.outbox = Outbox()
+        self.model = Held()
+        self.metrics = Metrics({})
+        self._ids = itertools.count(1)
+        fields = {"batch_rows": 8, "queue_rows": 100, "queue_bytes": 10**6} | limits
+        self.pool = Pool(
+            KEY,
+            Limits(**fields),
+            Profile([Measurement(1, 0.01, 1), Measurement(8, 0.02, 1)]),
+            self.outbox,
+            self.metrics,
+            time.monotonic,
+            batched=True,
+        )
+        for _ in range(instances):
+            self.pool.start_instance(self.model, "cpu")
+
+    def offer(self, *marks: float, **rest: object) -> Entry:
+        """Offer an entry with a row for each mark, which is the row's first element."""
+        rows = np.zeros((len(marks), 4), np.float32)
+        rows[:, 0] = marks
+        fields = {"group": None, "nbytes": rows.nbytes, "arrived": time.monotonic()} | rest
+        entry = Entry(next(self._ids), KEY, {"x": rows}, len(rows), **fields)
+        self.pool.offer(entry)
+        return entry
+
+    def busy(self) -> Entry:
+        """Keep the instance busy with one row, so that what is offered next waits together."""
+        entry = self.offer(7)
+        assert self.model.running.acquire(timeout=10)
+        return entry
+
+    def go(self) -> None:
+        """Let every run pass from here on."""
+        self.model.release.release(10_000)
+
+
+@pytest.fixture
+def bench() -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def make(**fields: object) -> Bench:
+        made.append(Bench(**fields))
+        return made[-1]
+
+    yield make
+    for item in made:
+        item.go()
+        item.pool.drain(10)
+
+
+def check(entry: Entry, result: Result) -> None:
+    assert result.error is None
+    assert result.outputs is not None
+    assert result.outputs["sum"].tolist() == chaos.expected(entry.inputs["x"]).tolist()
+
+
+def test_what_waits_runs_together_and_is_answered_in_one_put(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    first = made.busy()
+    rest = [made.offer(number, number + 0.5) for number in range(4)]
+    made.go()
+    results = made.outbox.take(5)
+    for entry in (first, *rest):
+        check(entry, results[entry.id])
+    assert made.model.batches == [1, 8]
+    assert made.outbox.puts == 2
+
+
+def test_only_the_guilty_of_a_batch_fail(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    entries = [made.offer(chaos.RAISE if number in (2, 5) else number) for number in range(8)]
+    made.go()
+    results = made.outbox.take(9)
+    for number, entry in enumerate(entries):
+        if number in (2, 5):
+            assert isinstance(results[entry.id].error, ModelFailed)
+        else:
+            check(entry, results[entry.id])
+
+
+def test_wrong_rows_fail_their_batch_and_turn_batching_off(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    large = made.offer(*range(20))
+    bad = [made.offer(chaos.WRONG_ROWS), made.offer(1)]
+    made.go()
+    results = made.outbox.take(4)
+    assert all(isinstance(results[entry.id].error, ModelFailed) for entry in (*bad, large))
+    assert not made.pool.batched
+    assert "shape [3] for 2 rows" in made.pool.wrong_rows
+    after = [made.offer(2), made.offer(3, 4)]
+    results = made.outbox.take(2)
+    for entry in after:
+        check(entry, results[entry.id])
+
+
+def test_a_large_request_is_rejoined_in_order_whoever_runs_its_pieces(bench: Callable[..., Bench]) -> None:
+    made = bench(instances=3)
+    entry = made.offer(*range(1000))
+    made.go()
+    result = made.outbox.take(1)[entry.id]
+    check(entry, result)
+    assert max(made.model.batches) == 8
+    assert made.pool.waiting() == (0, 0.0)
+    assert not made.pool._assemblies
+
+
+def test_a_piece_that_fails_fails_its_request_once_and_stops_the_rest(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    marks = [0.0] * 1000
+    marks[20] = chaos.RAISE
+    entry = made.offer(*marks)
+    other = made.offer(1)
+    made.go()
+    results = made.outbox.take(2)
+    assert isinstance(results[entry.id].error, ModelFailed)
+    check(other, results[other.id])
+    assert len(made.model.batches) < 10
+    assert made.outbox.results.empty()
+
+
+def test_a_thread_that_dies_is_replaced_and_its_entries_run_once_more(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    entries = [made.offer(number) for number in range(3)]
+    deadly = made.offer(chaos.DIE)
+    made.go()
+    results = made.outbox.take(5)
+    for entry in entries:
+        check(entry, results[entry.id])
+    assert isinstance(results[deadly.id].error, ModelFailed)
+    assert [item.state for item in made.pool.instances()] == ["ready"]
+    after = made.offer(5)
+    check(after, made.outbox.take(1)[after.id])
+
+
+def test_an_instance_that_dies_too_often_stays_lost_and_the_pool_says_so(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.go()
+    deadly = 0
+    while any(item.state == "ready" for item in made.pool.instances()):
+        try:
+            entry = made.offer(chaos.DIE)
+        except NotReady:
+            break
+        deadly += 1
+        error = made.outbox.take(1)[entry.id].error
+        assert isinstance(error, ModelFailed | NotReady)
+    assert deadly <= RESTARTS_AT_MOST
+    assert [item.state for item in made.pool.instances()] == ["lost"]
+    with pytest.raises(NotReady):
+        made.offer(1)
+
+
+def test_a_cancelled_entry_never_runs_and_is_reported_once(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    gone, stays = made.offer(1), made.offer(2)
+    made.pool.cancel(gone.id, "disconnected")
+    made.pool.cancel(gone.id, "disconnected")
+    made.go()
+    results = made.outbox.take(3)
+    check(stays, results[stays.id])
+    assert results[gone.id].error is not None
+    assert made.model.batches == [1, 1]
+    dropped = made.metrics.value("dropped_entries_total", "m", "1", "disconnected")
+    assert dropped.value == 1
+
+
+def test_an_entry_whose_deadline_passes_while_it_waits_never_runs(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    late = made.offer(1, deadline=time.monotonic() + 0.2)
+    while time.monotonic() < late.deadline:
+        threading.Event().wait(late.deadline - time.monotonic())
+    made.go()
+    results = made.outbox.take(2)
+    assert isinstance(results[late.id].error, DeadlineExceeded)
+    assert made.model.batches == [1]
+
+
+def test_refusals_are_raised_at_the_door(bench: Callable[..., Bench]) -> None:
+    made = bench(queue_rows=8)
+    made.busy()
+    made.offer(*range(8))
+    with pytest.raises(QueueFull) as refusal:
+        made.offer(1)
+    assert refusal.value.retry_after_s > 0
+    with pytest.raises(QueueFull):
+        made.pool.refuse_early()
+    with pytest.raises(DeadlineExceeded):
+        made.offer(1, deadline=time.monotonic() + 0.001)
+
+
+def test_drain_finishes_what_was_accepted_and_takes_no_more(bench: Callable[..., Bench]) -> None:
+    made = bench(delay_s=100.0)
+    entries = [made.offer(number) for number in range(3)]
+    made.go()
+    assert made.pool.drain(10)
+    results = made.outbox.take(3)
+    for entry in entries:
+        check(entry, results[entry.id])
+    with pytest.raises(Draining):
+        made.offer(1)
+
+
+def test_what_a_drain_cannot_finish_is_answered(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    waiting = made.offer(1)
+    assert not made.pool.drain(0.05)
+    assert isinstance(made.outbox.take(1)[waiting.id].error, Draining)
+
+
+def test_an_idle_pool_does_not_run(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.go()
+    made.offer(1)
+    made.outbox.take(1)
+    before = time.process_time()
+    threading.Event().wait(0.3)
+    assert time.process_time() - before < 0.05
+
+
+def test_random_work_from_many_threads_is_answered_once_each_and_rightly(bench: Callable[..., Bench]) -> None:
+    made = bench(instances=2, queue_rows=100_000)
+    made.go()
+    offered: dict[int, tuple[Entry, bool]] = {}
+    lock = threading.Lock()
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(300):
+            marks = rng.integers(0, 100, rng.choice([1, 2, 5, 30])).astype(float)
+            poisoned = bool(rng.random() < 0.05)
+            if poisoned:
+                marks[0] = chaos.RAISE
+            with lock:
+                entry = made.offer(*marks, priority=int(rng.integers(1, 4)), deadline=math.inf)
+                offered[entry.id] = (entry, poisoned)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = made.outbox.take(len(offered))
+    for number, (entry, poisoned) in offered.items():
+        if poisoned:
+            assert isinstance(results[number].error, ModelFailed)
+        else:
+            check(entry, results[number])
+    assert made.outbox.results.empty()
