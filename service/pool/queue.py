@@ -93,6 +93,9 @@ class Take:
         return sum(piece.stop - piece.start for piece in self.pieces)
 
 
+DEADLINE_SLACK_S: Final = 0.005
+"""A delayed batch starts this long before a deadline needs it to: timers and threads wake late."""
+
 _NOBODY: Final = Entry(0, VersionKey("", 0), {}, 0, None, 0, 0.0)
 _STALE_AT_MOST: Final = 64
 
@@ -306,7 +309,7 @@ class Queue:
         assert oldest is not None  # the lead waits, so something does
         ends = oldest.entry.arrived + self.limits.delay_s
         if (soonest := self._soonest_deadline()) is not None:
-            ends = min(ends, soonest - self.cost_s(self.limits.batch_rows))
+            ends = min(ends, soonest - self.cost_s(self.limits.batch_rows) - DEADLINE_SLACK_S)
         return ends
 
     # Admission.
