@@ -9,9 +9,9 @@ filled, in order, with entries of its group; nothing overtakes an entry of its o
 fit. Against starvation, every fourth batch is led by the entry that has waited longest, whatever its
 priority or deadline, so an entry with n older ones before it waits for 4 (n + 1) batches at most.
 
-An entry with more rows than a batch takes is served in pieces. Each piece is a batch of its own, and
-after each the rest queues up again behind what has come meanwhile: a request of 10,000 rows costs its
-neighbours the piece that is running, no more.
+An entry with more rows than a batch takes is served in pieces of half a batch. Each piece runs by itself,
+and after each the rest queues up again behind what has come meanwhile: a request of 10,000 rows costs its
+neighbours the piece that is running, no more, and less than the largest batch.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Take:
     Attributes:
         pieces: the batch; empty if nothing is to run now.
         drops: entries whose deadline cannot be met, each reported once.
-        reason: why the batch is no larger: `full`, `drained` (nothing else of its kind waits) or
-            `deadline` (more rows would have made one of its entries late).
+        reason: why the batch is no larger: `full`, `drained` (nothing else of its kind waits),
+            `deadline` (more rows would have made one of its entries late) or `piece` (of a larger entry).
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -158,6 +158,10 @@ class Queue:
     def __len__(self) -> int:
         """How many entries wait; one that is served in pieces counts while rows of it wait."""
         return len(self._places)
+
+    @property
+    def _piece_rows(self) -> int:
+        return max(1, self.limits.batch_rows // 2)
 
     @property
     def rows(self) -> int:
@@ -287,7 +291,7 @@ class Queue:
         taken.pieces.append(Piece(entry, 0, entry.rows))
 
     def _take_piece(self, place: _Place, taken: Take) -> None:
-        start, rows = place.start, min(place.rows, self.limits.batch_rows)
+        start, rows = place.start, min(place.rows, self._piece_rows)
         entry = self._forget(place)
         self._large_rows -= rows
         if start + rows < entry.rows:
@@ -295,7 +299,7 @@ class Queue:
         else:
             self.bytes -= entry.nbytes
         taken.pieces.append(Piece(entry, start, start + rows))
-        taken.reason = "full" if rows == self.limits.batch_rows else "drained"
+        taken.reason = "piece"
 
     def _delays(self, lead: _Place, now: float) -> bool:
         return (
@@ -334,8 +338,8 @@ class Queue:
         start = rounds * self.cost_s(limit) + max(now, sorted(free_at)[turn] if free_at else now)
         if entry.rows <= limit:
             return start + self.cost_s(min(limit, rest + entry.rows))
-        pieces = math.ceil(entry.rows / limit)
-        return start + math.ceil(pieces / instances) * self.cost_s(limit)
+        pieces = math.ceil(entry.rows / self._piece_rows)
+        return start + math.ceil(pieces / instances) * self.cost_s(self._piece_rows)
 
     # Bookkeeping.
 

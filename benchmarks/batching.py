@@ -1,0 +1,312 @@
+"""What the batching core promises, measured: overload, neighbours, added latency, idling.
+
+    python benchmarks/batching.py [--seconds S] [--rounds N]
+
+Each figure is taken from a real server in a process of its own, over loopback, by clients in this process.
+Medians over the rounds. The models are made here (plain matrix products with random weights).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.clients import Client, Reply, with_clients
+from tests.server import Server
+
+WIDTH = 64
+ROW = json.dumps({"inputs": [[0.5] * WIDTH]}).encode()
+
+
+def make_model(file: Path, hidden: int, layers: int) -> None:
+    """A network of `layers` products of `hidden` × `hidden`, on rows of 64 floats."""
+    rng = np.random.default_rng(0)
+    sizes = [WIDTH, *[hidden] * layers, 10]
+    nodes, weights, last = [], [], "x"
+    for number, (rows, columns) in enumerate(itertools.pairwise(sizes)):
+        weight = (rng.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
+        weights.append(numpy_helper.from_array(weight, f"w{number}"))
+        nodes.append(helper.make_node("MatMul", [last, f"w{number}"], [f"h{number}"]))
+        nodes.append(helper.make_node("Relu", [f"h{number}"], [f"r{number}"]))
+        last = f"r{number}"
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", WIDTH])],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT, ["n", 10])],
+        weights,
+    )
+    file.parent.mkdir(parents=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), file)
+
+
+def cpu_s(process: int) -> float:
+    """CPU seconds that a process has used, all threads."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Tally:
+    """Answers by status, and how long each took, in seconds."""
+
+    times: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, reply: Reply, seconds: float) -> None:
+        self.times.setdefault(reply.status, []).append(seconds)
+
+    def count(self, status: int) -> int:
+        return len(self.times.get(status, ()))
+
+    @property
+    def refusals(self) -> list[float]:
+        return [time for status, times in self.times.items() if status != 200 for time in times]
+
+
+async def closed_loop(port: int, clients: int, seconds: float) -> float:
+    """Requests a second of so many clients that ask again as soon as they are answered."""
+    count = 0
+    ends = time.perf_counter() + seconds
+
+    async def work(client: Client, number: int) -> None:
+        nonlocal count
+        while time.perf_counter() < ends:
+            reply = await client.post("/predict/heavy", ROW)
+            assert reply.status == 200, reply
+            count += 1
+
+    began = time.perf_counter()
+    await with_clients(port, clients, work)
+    return count / (time.perf_counter() - began)
+
+
+async def open_loop(port: int, rate: float, seconds: float, headers: dict[str, str]) -> Tally:
+    """Requests sent at `rate` a second, whatever becomes of those before."""
+    tally = Tally()
+    free: list[Client] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def one() -> None:
+        client = free.pop() if free else await Client.connect(port)
+        began = time.perf_counter()
+        reply = await client.post("/predict/heavy", ROW, headers)
+        tally.add(reply, time.perf_counter() - began)
+        free.append(client)
+
+    began = time.perf_counter()
+    for number in range(int(rate * seconds)):
+        due = began + number / rate
+        if (wait := due - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        task = asyncio.create_task(one())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+    for client in free:
+        await client.close()
+    return tally
+
+
+def overload(repository: Path, seconds: float, rounds: int) -> None:
+    """Twice what the machine can carry: how much of the capacity is still answered, and how soon the rest."""
+    # One core for the model; the other is shared by the server and these clients.
+    (repository / "heavy/model.toml").write_text(
+        "[instances]\ncount = 1\nthreads = 1\n[batching]\nmax_rows = 4\n"
+    )
+    cases = (("refused by the queue's bound", {}), ("refused by their deadline", {"x-timeout-ms": "300"}))
+    for name, headers in cases:
+        shares, refusals, late = [], [], []
+        for _ in range(rounds):
+            server = Server(repository, ("--queue-ms", "200"))
+            server.wait_loaded()
+            capacity = asyncio.run(closed_loop(server.port, 24, seconds))
+            tally = asyncio.run(open_loop(server.port, 2 * capacity, seconds, headers))
+            in_time = sum(took <= 0.3 for took in tally.times[200]) if headers else tally.count(200)
+            shares.append(in_time / seconds / capacity)
+            refusals.append(statistics.median(tally.refusals))
+            late.append(statistics.median(tally.times[200]))
+            server.kill()
+        row(
+            f"twice the capacity ({capacity:.0f}/s), {name}: goodput",
+            f"{100 * statistics.median(shares):.1f} % of capacity", "at least 95 %",
+        )  # fmt: skip
+        row("… refusals, median", f"{1000 * statistics.median(refusals):.2f} ms", "under 2 ms")
+        row("… answers, median", f"{1000 * statistics.median(late):.0f} ms", "")
+
+
+def neighbours(repository: Path, rounds: int) -> None:
+    """What one request of 10,000 rows, and one slow client, do to the small requests of four others."""
+    (repository / "heavy/model.toml").write_text("[instances]\ncount = 1\nthreads = 1\n")
+    large = json.dumps({"inputs": [[0.5] * WIDTH] * 10_000}).encode()
+    quiet, beside_large, beside_slow, largest = [], [], [], []
+    for _ in range(rounds):
+        server = Server(repository)
+        server.wait_loaded()
+
+        async def small(port: int = server.port) -> float:
+            times: list[float] = []
+
+            async def work(client: Client, number: int) -> None:
+                for _ in range(25):
+                    began = time.perf_counter()
+                    reply = await client.post("/predict/heavy", ROW)
+                    times.append(time.perf_counter() - began)
+                    assert reply.status == 200
+
+            await with_clients(port, 4, work)
+            return statistics.median(times)
+
+        async def with_large(server: Server = server) -> float:
+            port = server.port
+            client = await Client.connect(port)
+            under_way = asyncio.create_task(client.post("/predict/heavy", large))
+            while await asyncio.to_thread(server.metric, "queue_rows", model="heavy") < 1000:
+                pass
+            median = await small(port)
+            assert not under_way.done(), "the large request was there all the time"
+            assert (await under_way).status == 200
+            await client.close()
+            return median
+
+        async def with_slow(port: int = server.port) -> float:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /predict/heavy HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+
+            async def drip() -> None:
+                while True:
+                    writer.write(b" ")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+
+            dripping = asyncio.create_task(drip())
+            median = await small(port)
+            dripping.cancel()
+            writer.transport.abort()
+            return median
+
+        quiet.append(asyncio.run(small()))
+        beside_slow.append(asyncio.run(with_slow()))
+        beside_large.append(asyncio.run(with_large()))
+        latency = server.get("/models/heavy/1").json()["latency"]
+        largest.append(latency[-1]["compute_ms"] / 1000)
+        server.kill()
+    batch = statistics.median(largest)
+    alone = statistics.median(quiet)
+    row("four clients' small requests, median", f"{1000 * alone:.1f} ms", "")
+    row(
+        "… raised by a client that sends its body byte by byte",
+        f"{1000 * (statistics.median(beside_slow) - alone):+.1f} ms",
+        f"at most one largest batch, {1000 * batch:.1f} ms",
+    )
+    row(
+        "… raised by a request of 10,000 rows",
+        f"{1000 * (statistics.median(beside_large) - alone):+.1f} ms",
+        f"at most one largest batch, {1000 * batch:.1f} ms",
+    )
+
+
+def ask_in_turn(port: int, count: int) -> list[float]:
+    """Seconds of each of `count` requests, one after the other on one connection, by a bare socket."""
+    head = f"POST /predict/light HTTP/1.1\r\nhost: x\r\ncontent-length: {len(ROW)}\r\n\r\n"
+    request = head.encode() + ROW
+    times = []
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(count):
+            began = time.perf_counter()
+            connection.sendall(request)
+            answer = connection.recv(65536)
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65536)
+            times.append(time.perf_counter() - began)
+            assert answer.startswith(b"HTTP/1.1 200"), answer
+    return times[count // 4 :]
+
+
+def added(repository: Path, rounds: int) -> None:
+    """One request at a time: what it takes longer than the bare run of the session."""
+    session = onnxruntime.InferenceSession(repository / "light/1/model.onnx")
+    rows = np.full((1, WIDTH), 0.5, np.float32)
+    differences, medians = [], []
+    for _ in range(rounds):
+        server = Server(repository)
+        server.wait_loaded()
+
+        bare = []
+        for _ in range(2000):
+            began = time.perf_counter()
+            session.run(None, {"x": rows})
+            bare.append(time.perf_counter() - began)
+        served = statistics.median(ask_in_turn(server.port, 2000))
+        medians.append(served)
+        differences.append(served - statistics.median(bare))
+        server.kill()
+    row("one request at a time, median", f"{1000 * statistics.median(medians):.3f} ms", "")
+    row(
+        "… beyond a bare session.run",
+        f"{1000 * statistics.median(differences):.3f} ms",
+        "at most 0.35 ms",
+    )
+
+
+def idle(repository: Path, seconds: float) -> None:
+    """CPU of a loaded server that nobody asks anything."""
+    server = Server(repository)
+    server.wait_loaded()
+    server.post("/predict/light", content=ROW)
+    before = cpu_s(server.process.pid)
+    time.sleep(seconds)
+    share = (cpu_s(server.process.pid) - before) / seconds
+    server.kill()
+    row(f"an idle server, over {seconds:.0f} s", f"{100 * share:.2f} % of a core", "under 0.5 %")
+
+
+def row(what: str, measured: str, wanted: str) -> None:
+    """Print a line of the table."""
+    print(f"| {what} | {measured} | {wanted} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of each load")
+    parser.add_argument("--rounds", type=int, default=5, help="servers started for each figure")
+    parser.add_argument("--only", choices=("overload", "neighbours", "added", "idle"), help="one part")
+    arguments = parser.parse_args()
+    print("| what | measured | wanted |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder)
+        os.environ["INFERPOOL_CACHE_DIR"] = str(repository / ".cache")
+        make_model(repository / "heavy/1/model.onnx", hidden=1536, layers=8)
+        make_model(repository / "light/1/model.onnx", hidden=128, layers=1)
+        parts = {
+            "added": lambda: added(repository, arguments.rounds),
+            "idle": lambda: idle(repository, 4 * arguments.seconds),
+            "neighbours": lambda: neighbours(repository, arguments.rounds),
+            "overload": lambda: overload(repository, arguments.seconds, arguments.rounds),
+        }
+        for name, part in parts.items():
+            if arguments.only in (None, name):
+                part()
+
+
+if __name__ == "__main__":
+    main()
