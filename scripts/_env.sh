@@ -41,7 +41,7 @@ install_extras() {
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
   # The two builds of ONNX Runtime install the same files: taking one away breaks the other, so both go.
   if [[ -n "$other" ]] && "$VENV/bin/python" -m pip show --quiet "$(distribution "$other")" 2>/dev/null; then
-    "$VENV/bin/python" -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
+    "$VENV/bin/python" -m pip uninstall -qq --yes onnxruntime onnxruntime-gpu
     rm -f "$VENV/installed/cpu" "$VENV/installed/gpu"
   fi
   say "Installing inferpool[$extras] into $VENV ..."

@@ -43,7 +43,7 @@ EXAMPLES = [
 ]
 MADE_ID = re.compile(r"[0-9a-f]{16}")
 MEASURED = re.compile(r" +\d+ rows in +[\d.]+ ms")
-NUMBER = re.compile(r"\d[\d.e+-]*")
+NUMBERS = re.compile(r"\d[\d.e+-]*(, \d[\d.e+-]*)*")
 
 
 def table(section: str, first_column: str) -> list[list[str]]:
@@ -184,9 +184,9 @@ def same_but_for_measurements(text: str) -> list[str]:
     lines = []
     for line in text.splitlines():
         if line.startswith(("  batching", "  runs")):
-            lines.append(NUMBER.sub("#", line))
+            lines.append(NUMBERS.sub("#", line))
         elif not MEASURED.fullmatch(line):
-            lines.append(re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.4g}", line))
+            lines.append(re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.6g}", line))
     return lines
 
 
