@@ -8,9 +8,10 @@ array of the raw bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -42,6 +43,16 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 ANY: Final = -1
 """A dimension of any size."""
 
+JSON: Final = "JSON"
+"""The datatype of an output that is no tensor: a list, a mapping, arrays within them, or None.
+
+Only outputs have it. It has no dtype and no shape, and no rows: a model that has one is not batched.
+"""
+
+_KEPT_CHARACTERS: Final = 100
+_KEPT_NAMES: Final = 32
+"""Of names, in a text for people: a client chooses its own, and a model may have thousands."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -49,9 +60,9 @@ class TensorSpec:
 
     Attributes:
         name: as the model spells it.
-        datatype: a key of `DTYPES`.
-        shape: one size a dimension, `ANY` (-1) where it may vary; `()` is a scalar. An output whose rank
-            the model does not say has `shape=None`.
+        datatype: a key of `DTYPES`; of an output also `JSON`.
+        shape: one size a dimension, `ANY` (-1) where it may vary; `()` is a scalar, and None a tensor
+            of which the model does not say the rank.
         optional: an input that may be left out (the model has a default for it).
     """
 
@@ -62,7 +73,7 @@ class TensorSpec:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The numpy dtype that holds this tensor."""
+        """The numpy dtype that holds this tensor; raises KeyError where the datatype is `JSON`."""
         return DTYPES[self.datatype]
 
 
@@ -97,10 +108,19 @@ def shape_text(shape: tuple[int, ...] | None) -> str:
     return "any" if shape is None else "[" + ", ".join(map(str, shape)) + "]"
 
 
-def names_text(names: object) -> str:
-    """Names for people, each quoted: `"a", "b"`, or `none`."""
-    listed = ", ".join(f'"{name}"' for name in names) if names else ""  # type: ignore[attr-defined]
-    return listed or "none"
+def name_text(name: str) -> str:
+    """A name for people, quoted, its end cut off where it is long."""
+    return f'"{_cut(name)}"'
+
+
+def names_text(names: Collection[str]) -> str:
+    """Names for people, each quoted: `"a", "b"`, or `none`; of very many, the first and how many more."""
+    shown = ", ".join(map(name_text, islice(names, _KEPT_NAMES))) or "none"
+    return shown if len(names) <= _KEPT_NAMES else f"{shown} and {len(names) - _KEPT_NAMES} more"
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _KEPT_CHARACTERS else name[:_KEPT_CHARACTERS] + "…"
 
 
 def check_tensor(spec: TensorSpec, tensor: Array) -> None:
@@ -139,7 +159,7 @@ def check_inputs(signature: Signature, tensors: Mapping[str, Array]) -> None:
         for spec in signature.inputs:
             if spec.name not in tensors and not spec.optional:
                 raise InvalidInput(
-                    f'tensor "{spec.name}" is missing; the model takes {names_text(by_name)}',
+                    f"tensor {name_text(spec.name)} is missing; the model takes {names_text(by_name)}",
                     tensor=spec.name,
                 )
 
@@ -149,14 +169,15 @@ def check_outputs(signature: Signature, names: tuple[str, ...]) -> None:
     for name in names:
         if name not in signature.outputs_by_name:
             raise InvalidInput(
-                f'no output is called "{name}"; the model gives {names_text(signature.outputs_by_name)}',
-                tensor=name,
+                f"no output is called {name_text(name)}; the model gives"
+                f" {names_text(signature.outputs_by_name)}",
+                tensor=_cut(name),
             )
 
 
 def unknown_input(signature: Signature, name: str) -> InvalidInput:
     """The error for an input that the model does not have."""
     return InvalidInput(
-        f'no input is called "{name}"; the model takes {names_text(signature.inputs_by_name)}',
-        tensor=name,
+        f"no input is called {name_text(name)}; the model takes {names_text(signature.inputs_by_name)}",
+        tensor=_cut(name),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 from tests.server import Server
 
 ROOT = Path(__file__).parent.parent
+
+# Tests that import the runtime themselves do so without the switch that the backend sets for it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Serve = Callable[..., Server]
 MakeChaos = Callable[..., Path]

@@ -34,7 +34,11 @@ class Server:
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.wait_for(r"listening on (\S+)").group(1)
+        try:
+            self.url = self.wait_for(r"listening on (\S+)").group(1)
+        except AssertionError:
+            self.kill()
+            raise
         self.port = int(self.url.rsplit(":", 1)[1])
 
     def wait_for(self, pattern: str, timeout_s: float = START_S) -> re.Match[str]:

@@ -48,7 +48,7 @@ def imports_of(file: Path) -> set[str]:
 
 def part_of(module: str) -> str:
     """`service.http.lane` is in the part `http`."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -1,19 +1,26 @@
-"""ONNX models by ONNX Runtime. Nothing else in the project imports onnxruntime."""
+"""ONNX Runtime. Nothing else in the project imports onnxruntime.
+
+Every datatype that the protocol can name goes in and out, BF16 as its bits. What is no tensor comes out as
+Python's lists and mappings (`JSON` in the signature), and cannot go in.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-# Since 1.29 the runtime would try to keep a device id on disk for its telemetry.
+import numpy as np
+
+# Since 1.29 the runtime would keep a device id and a queue of events on disk, and send them.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from service.backends.base import Backend, LoadedModel, LoadOptions
+from service.backends.onnx_reason import check_file, reason
+from service.backends.onnx_signature import read_signature
 from service.errors import LoadError
-from service.tensors import ANY, Signature, Tensors, TensorSpec
+from service.tensors import JSON, Array, Signature, Tensors, names_text
 
 try:
     import onnxruntime as ort
@@ -23,33 +30,27 @@ except ImportError as error:
         " with an NVIDIA driver (never both: they overwrite each other)"
     ) from error
 
-DATATYPES: Final = {
-    "tensor(bool)": "BOOL",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
-"""ONNX Runtime's type names to the protocol's."""
+_BFLOAT16: Final = 16
+"""BFLOAT16 in onnx.proto (`TensorProto.DataType`)."""
 
 
 class OnnxBackend(Backend):
-    """Loads `.onnx` files, by path, so that external data is looked for beside the model only."""
+    """Loads `.onnx` files, by path: external data may lie in the file's folder and below, nowhere else.
+
+    ONNX Runtime refuses it elsewhere, since 1.27 whichever way it is named. Where the file is a link, its
+    data may be linked to the folder that it leads to.
+    """
 
     name = "onnx"
     suffixes = (".onnx",)
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         """Load `file` on `options.device`; raises LoadError."""
-        return OnnxModel(file, options)
+        session = _open(file.absolute(), options)
+        signature = read_signature(file, session)
+        if any(spec.datatype == "BF16" for spec in (*signature.inputs, *signature.outputs)):
+            return BrainFloatModel(session, signature)
+        return OnnxModel(session, signature)
 
     def describe(self) -> str:
         """The runtime's version."""
@@ -57,29 +58,16 @@ class OnnxBackend(Backend):
 
 
 class OnnxModel(LoadedModel):
-    """A session of ONNX Runtime. `run` is thread-safe and releases the GIL."""
+    """A session of ONNX Runtime. `run` is thread-safe and releases the GIL.
 
-    def __init__(self, file: Path, options: LoadOptions) -> None:
-        if options.device != "cpu":
-            raise LoadError(f'device "{options.device}" is not supported by this build; use "cpu"')
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = options.threads
-        settings.inter_op_num_threads = 1
-        settings.log_severity_level = 3
-        # A spinning thread takes a core from the web side, and from the other models, to save microseconds.
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = ort.InferenceSession(
-                str(file), settings, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
-        except Exception as error:  # the runtime raises a type of its own for every fault there is
-            raise LoadError(f"ONNX Runtime cannot load {file.name}: {_first_line(error)}") from error
-        self.signature = Signature(
-            tuple(_spec(node) for node in self._session.get_inputs())
-            + tuple(_spec(node, optional=True) for node in self._session.get_overridable_initializers()),
-            tuple(_spec(node) for node in self._session.get_outputs()),
-        )
-        self._all_outputs = [spec.name for spec in self.signature.outputs]
+    The runtime's inference builds compute the whole graph whichever outputs are asked for; the others are
+    thrown away within it.
+    """
+
+    def __init__(self, session: Any, signature: Signature) -> None:
+        self.signature = signature
+        self._session = session
+        self._all_outputs = list(signature.outputs_by_name)
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         """Run the session; raises what ONNX Runtime raises."""
@@ -91,20 +79,85 @@ class OnnxModel(LoadedModel):
         del self._session
 
 
-def _spec(node: Any, *, optional: bool = False) -> TensorSpec:
-    datatype = DATATYPES.get(node.type)
-    if datatype is None:
-        raise LoadError(f'"{node.name}" is a {node.type}, which cannot be served')
-    shape = node.shape
-    return TensorSpec(
-        node.name,
-        datatype,
-        None if shape is None else tuple(size if isinstance(size, int) else ANY for size in shape),
-        optional,
-    )
+class BrainFloatModel(OnnxModel):
+    """A session with BF16 among its inputs or outputs, for which the runtime's `run` has no arrays.
+
+    Such inputs are handed over as values that wrap their bits; such outputs are read where they lie.
+    """
+
+    def __init__(self, session: Any, signature: Signature) -> None:
+        """Raises LoadError where BF16 comes out of a session with tensors that cannot be bound beside it."""
+        super().__init__(session, signature)
+        self._bf16_inputs = frozenset(spec.name for spec in signature.inputs if spec.datatype == "BF16")
+        self._bf16_outputs = frozenset(spec.name for spec in signature.outputs if spec.datatype == "BF16")
+        unbound = [
+            *(f'input "{spec.name}" (strings)' for spec in signature.inputs if spec.datatype == "BYTES"),
+            *(f'output "{spec.name}" (no tensor)' for spec in signature.outputs if spec.datatype == JSON),
+        ]
+        if self._bf16_outputs and unbound:
+            raise LoadError(
+                f"BF16 in output {names_text(sorted(self._bf16_outputs))} cannot be served together with"
+                f" {' and '.join(unbound)}"
+            )
+
+    def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
+        """Run the session; raises what ONNX Runtime raises."""
+        names = self._all_outputs if outputs is None else list(outputs)
+        feeds = {
+            name: _from_bits(tensor) if name in self._bf16_inputs else tensor
+            for name, tensor in inputs.items()
+        }
+        if self._bf16_outputs.isdisjoint(names):
+            return dict(zip(names, self._session.run(names, feeds), strict=True))
+        binding = self._session.io_binding()
+        for name, feed in feeds.items():
+            value = ort.OrtValue.ortvalue_from_numpy(feed) if isinstance(feed, np.ndarray) else feed
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        return {
+            name: _to_bits(value) if name in self._bf16_outputs else value.numpy()
+            for name, value in zip(names, binding.get_outputs(), strict=True)
+        }
 
 
-def _first_line(error: Exception) -> str:
-    """The runtime's own words, without its error numbers and source locations."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+class _Bits:
+    """The memory of a BF16 value in the form that numpy takes arrays from; it keeps the value alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(value.shape()),
+            "typestr": np.dtype(np.uint16).str,
+            "data": (value.data_ptr(), False),
+        }
+
+
+def _from_bits(bits: Array) -> Any:
+    # The runtime reads the elements from the first one's address on, whatever the strides are.
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.asarray(bits, order="C"), _BFLOAT16)
+
+
+def _to_bits(value: Any) -> Array:
+    return np.asarray(_Bits(value))
+
+
+def _open(file: Path, options: LoadOptions) -> Any:
+    if options.device != "cpu":
+        raise LoadError(f'device "{options.device}" is not supported by this build; use "cpu"')
+    check_file(file)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    # Whatever is worth a line is raised too; the runtime would write it to stderr itself, in its own form.
+    settings.log_severity_level = 4
+    # A spinning thread takes a core from the web side, and from the other models, to save microseconds.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(
+            str(file), settings, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+    except Exception as error:  # the runtime raises a type of its own for every fault there is
+        raise LoadError(reason(file, str(error))) from error

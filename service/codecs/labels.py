@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import ConfigError, ModelFailed
-from service.tensors import ANY, Array, Signature, Tensors, TensorSpec, names_text, shape_text
+from service.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec, names_text, shape_text
 
 Prediction: TypeAlias = dict[str, str | float | None]
 """`{"label": name, "score": number}`; the score is None where the model gave none that is finite."""
@@ -58,14 +58,14 @@ class LabelsCodec:
                     f"labels.file: {config.file} has {len(names)} names, "
                     f'but "{spec.name}" gives {shape[1]} scores'
                 )
-        if spec.datatype in ("BYTES", "BOOL"):
+        if spec.datatype in ("BYTES", "BOOL", JSON):
             raise ConfigError(f'labels.output: "{spec.name}" is {spec.datatype}; scores are numbers')
         self.output: Final = spec.name
         self._bfloat16 = spec.datatype == "BF16"
         self._activation = config.activation
         self._count = min(config.top_k, len(names))
         self._threshold = config.threshold
-        self._names = tuple(names)
+        self.names: Final = tuple(names)
 
     def predictions(self, outputs: Tensors) -> list[list[Prediction]]:
         """Return the best labels of every row of `outputs`, best first.
@@ -75,10 +75,10 @@ class LabelsCodec:
         dimensions the model leaves open, does not hold one score a label.
         """
         logits = outputs[self.output]
-        if logits.ndim != 2 or logits.shape[1] != len(self._names):
+        if logits.ndim != 2 or logits.shape[1] != len(self.names):
             raise ModelFailed(
                 f'output "{self.output}" is {shape_text(logits.shape)}; '
-                f"{len(self._names)} labels need [rows, {len(self._names)}]"
+                f"{len(self.names)} labels need [rows, {len(self.names)}]"
             )
         scores = self._activate(logits)
         order = _best(scores, self._count)
@@ -88,7 +88,7 @@ class LabelsCodec:
         wanted = np.ones_like(finite) if self._threshold is None else best.astype(float) >= self._threshold
         return [
             [
-                {"label": self._names[index], "score": score if is_finite else None}
+                {"label": self.names[index], "score": score if is_finite else None}
                 for index, score, is_finite, is_wanted in zip(*row, strict=True)
                 if is_wanted
             ]

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from service.backends.base import LoadedModel
-from service.tensors import ANY, Array, Signature, Tensors, TensorSpec, shape_text
+from service.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec, shape_text
 
 _SEED: Final = 20_260_101
 _GROUPINGS: Final = {
@@ -151,12 +151,16 @@ def _relative_difference(got: Array, want: Array, reference: Array) -> float:
 
 
 def _obstacle(signature: Signature) -> str:
-    if not signature.inputs:
-        return "the model has no input"
+    if all(spec.optional for spec in signature.inputs):
+        return "the model has no input that every request must have"
     for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
         for spec in specs:
-            if spec.optional or spec.shape is None:
+            if spec.datatype == JSON:
+                return f'{kind} "{spec.name}" is no tensor: it has no rows'
+            if spec.optional or (spec.shape is None and kind == "output"):
                 continue
+            if spec.shape is None:
+                return f'the rank of {kind} "{spec.name}" is not known'
             if not spec.shape:
                 return f'{kind} "{spec.name}" is a scalar: it has no rows'
             if spec.shape[0] != ANY:

@@ -6,6 +6,7 @@ in a request. A number passes if it is within `tolerance`, absolute or relative.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import orjson
 from service.backends.base import LoadedModel
 from service.errors import InferpoolError, LoadError
 from service.tensors import Array, Signature, Tensors
-from service.wire.json import parse_request
+from service.wire.json import parse_request, write
 
 _KEYS = {"inputs", "outputs", "tolerance"}
 DEFAULT_TOLERANCE = 1e-4
@@ -69,7 +70,10 @@ def _read(file: Path, signature: Signature) -> Sample:
     return Sample(file.name, inputs, table["outputs"], float(tolerance))
 
 
-def _difference(got: Array, expected: Any, tolerance: float) -> str:
+def _difference(got: Array | list[Any] | dict[str, Any], expected: Any, tolerance: float) -> str:
+    if not isinstance(got, np.ndarray):
+        as_sent = orjson.loads(write(got))
+        return "" if _alike(as_sent, expected, tolerance) else f"is {as_sent}, not {expected}"
     if got.dtype.kind not in "fiub":
         return "" if got.tolist() == expected else f"is {got.tolist()}, not {expected}"
     try:
@@ -81,3 +85,18 @@ def _difference(got: Array, expected: Any, tolerance: float) -> str:
     if np.allclose(got.astype(np.float64), want, rtol=tolerance, atol=tolerance, equal_nan=True):
         return ""
     return f"differs by {np.max(np.abs(got - want)):.3g}, more than the tolerance {tolerance:g}"
+
+
+def _alike(got: Any, expected: Any, tolerance: float) -> bool:
+    """Whether two JSON values are the same but for rounding."""
+    if isinstance(got, list) and isinstance(expected, list):
+        return len(got) == len(expected) and all(
+            _alike(one, other, tolerance) for one, other in zip(got, expected, strict=True)
+        )
+    if isinstance(got, dict) and isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(
+            _alike(got[key], expected[key], tolerance) for key in got
+        )
+    if isinstance(got, float) and isinstance(expected, float | int):
+        return math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance)
+    return type(got) is type(expected) and bool(got == expected)
