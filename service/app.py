@@ -19,6 +19,7 @@ from service.backends.base import backend_names, find_backend
 from service.errors import ConfigError, LoadError
 from service.http.outlet import Outlet
 from service.http.predict import Predictor
+from service.http.protocol import PredictProtocol
 from service.http.routes import make_application
 from service.metrics import Metrics
 from service.repository.catalog import Catalog
@@ -51,7 +52,7 @@ def serve(path: Path, settings: Settings) -> int:
     config = uvicorn.Config(
         make_application(repository, predictor, metrics),
         # Named, not "auto": without them every request costs four times as much, and silently.
-        http="httptools",
+        http=PredictProtocol,
         loop="uvloop",
         ws="none",
         lifespan="off",

@@ -51,6 +51,9 @@ class Settings(BaseModel):
     cache_dir: Path | None = Field(
         None, description="Where measurements are kept between starts; the user's cache folder if not given."
     )
+    trust: bool = Field(
+        False, description="Load model files that can run code when loaded (.pt, .pt2), whoever made them."
+    )
     required_models: tuple[str, ...] = Field(
         (), description="Models without which the server is not ready, separated by commas."
     )

@@ -27,14 +27,24 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+LANES = ("service", "tests.asgi_lane")
+"""The modules that start a server whose predictions take the protocol's lane, or ASGI's."""
+
+
+@pytest.fixture(scope="module")
+def lane(request: pytest.FixtureRequest) -> str:
+    """The module to start; a test module runs over both lanes with `@pytest.mark.parametrize("lane", …)`."""
+    return str(getattr(request, "param", LANES[0]))
+
+
 @pytest.fixture
-def serve(cache_dir: Path, tmp_path: Path) -> Iterator[Serve]:
+def serve(cache_dir: Path, lane: str) -> Iterator[Serve]:
     """Start servers: `serve(repository, *flags)`; they are stopped after the test."""
     servers: list[Server] = []
 
     def start(repository: Path, *flags: str, wait: bool = True, **environ: str) -> Server:
         own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-        server = Server(repository, flags, {**own, **environ})
+        server = Server(repository, flags, {**own, **environ}, lane)
         servers.append(server)
         if wait:
             server.wait_loaded()
@@ -46,9 +56,9 @@ def serve(cache_dir: Path, tmp_path: Path) -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="module")
-def bundled(cache_dir: Path) -> Iterator[Server]:
+def bundled(cache_dir: Path, lane: str) -> Iterator[Server]:
     """A server of the models that come with the project."""
-    server = Server(ROOT / "models", (), {"INFERPOOL_CACHE_DIR": str(cache_dir)})
+    server = Server(ROOT / "models", (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, lane)
     server.wait_loaded()
     yield server
     server.kill()

@@ -24,9 +24,15 @@ START_S = 60
 class Server:
     """`inferpool serve` on a free port; its log is read as it comes."""
 
-    def __init__(self, repository: Path, flags: Sequence[str] = (), environ: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        repository: Path,
+        flags: Sequence[str] = (),
+        environ: Mapping[str, str] = {},
+        module: str = "service",
+    ) -> None:
         own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}"}
-        command = [sys.executable, "-m", "service", "serve", str(repository), "--port", "0", *flags]
+        command = [sys.executable, "-m", module, "serve", str(repository), "--port", "0", *flags]
         self.process = subprocess.Popen(
             command, env={**os.environ, **own, **environ}, stderr=subprocess.PIPE, text=True
         )

@@ -13,10 +13,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from service.errors import LoadError
 from service.tensors import Signature, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the owner of a model says of one input or output; None is left to the file.
+
+    Attributes:
+        name: as requests spell it.
+        datatype: a key of `service.tensors.DTYPES`.
+        shape: one size a dimension, -1 where it may vary.
+    """
+
+    name: str
+    datatype: str | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +41,34 @@ class LoadOptions:
     Attributes:
         device: `cpu` or `cuda:N`.
         threads: threads that one run may use (at least 1).
+        inputs: the inputs as the owner describes them, for files that do not say what they take.
+        outputs: the outputs, likewise; for files that do not name them, in their order.
+        samples: the inputs of each golden sample as they are written: nested lists, by name or bare.
+        trusted: files that can run code when they are loaded may do so, whoever made them.
+        sha256: SHA-256 digests, in lower-case hexadecimal, of files that may do so in any case.
     """
 
     device: str = "cpu"
     threads: int = 1
+    inputs: tuple[Described, ...] = ()
+    outputs: tuple[Described, ...] = ()
+    samples: tuple[Any, ...] = ()
+    trusted: bool = False
+    sha256: frozenset[str] = frozenset()
 
 
 class LoadedModel(ABC):
-    """A model in memory. `run` may be called from several threads at once and releases the GIL."""
+    """A model in memory. `run` may be called from several threads at once and releases the GIL.
+
+    Attributes:
+        signature: what it takes and gives.
+        form: which of the backend's kinds of model it is, in a few words; empty where there is one kind.
+        max_rows: the largest batch that it takes, by its own account; None where it does not say.
+    """
 
     signature: Signature
+    form: str = ""
+    max_rows: int | None = None
 
     @abstractmethod
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
@@ -67,6 +100,7 @@ class Backend(ABC):
 
 _BUILT_IN: Final = {
     "onnx": ("service.backends.onnx", "OnnxBackend", (".onnx",)),
+    "torch": ("service.backends.pytorch", "PyTorchBackend", (".pt", ".pt2")),
 }
 ENTRY_POINT_GROUP: Final = "inferpool.backends"
 

@@ -7,11 +7,8 @@ import os
 import re
 from collections.abc import Iterable
 from typing import Final
-from urllib.parse import unquote
 
-from service.errors import InvalidInput
-
-PREDICT: Final = "/predict"
+from service.errors import InvalidInput, MalformedBody
 
 _PREFIX: Final = os.urandom(4).hex()
 _serial = itertools.count(1)
@@ -37,7 +34,7 @@ class Head:
     """What a predict request says before its body.
 
     Attributes:
-        model: the model's name from the path, or None for `/predict`.
+        model: the model's name from the path, or None where the body is to name it.
         version: number or label from the path, or None.
         request_id: the caller's id, or a new one.
         content_type: the media type, lower-case, without parameters; "" if none was given.
@@ -45,28 +42,35 @@ class Head:
         content_encoding: lower-case; "" if none was given.
         content_length: bytes of the body, or None where it is not known in advance.
         accept: the Accept header as it came; "" if none was given.
-        timeout_ms: milliseconds from `X-Timeout-Ms`, or None.
+        accept_encoding: the Accept-Encoding header as it came; "" if none was given.
+        header_length: bytes of JSON before binary tensors, from `Inference-Header-Content-Length`; None if
+            it was not given, -1 if it is no number.
     """
 
     __slots__ = (
         "accept",
+        "accept_encoding",
         "content_encoding",
         "content_length",
         "content_type",
         "content_type_parameters",
+        "header_length",
         "model",
         "request_id",
         "timeout_text",
         "version",
     )
 
-    def __init__(self, raw_path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Read the path as it was sent, still percent-encoded, and headers with lower-case names."""
-        parts = raw_path.removeprefix(PREDICT).strip("/").split("/", 1)
-        self.model = unquote(parts[0]) or None
-        self.version = unquote(parts[1]) if len(parts) > 1 else None
-        self.content_type = self.content_type_parameters = self.content_encoding = self.accept = ""
+    def __init__(
+        self, model: str | None, version: str | None, headers: Iterable[tuple[bytes, bytes]]
+    ) -> None:
+        """Keep what the path names, and read `headers`, whose names are lower-case."""
+        self.model = model
+        self.version = version
+        self.content_type = self.content_type_parameters = self.content_encoding = ""
+        self.accept = self.accept_encoding = ""
         self.content_length: int | None = None
+        self.header_length: int | None = None
         self.timeout_text: bytes | None = None
         request_id: bytes | None = None
         for name, value in headers:
@@ -78,6 +82,10 @@ class Head:
                 self.content_length = int(value)
             elif name == b"accept":
                 self.accept = value.decode("latin-1")
+            elif name == b"accept-encoding":
+                self.accept_encoding = value.decode("latin-1")
+            elif name == b"inference-header-content-length":
+                self.header_length = int(value) if value.isdigit() and len(value) < 19 else -1
             elif name == b"content-encoding":
                 self.content_encoding = value.decode("latin-1").strip().lower()
             elif name == b"x-request-id":
@@ -91,7 +99,8 @@ class Head:
         if self.timeout_text is None:
             return None
         try:
-            timeout = float(self.timeout_text)
+            # Python would take 1_000 for a number.
+            timeout = float(self.timeout_text.replace(b"_", b"?"))
         except ValueError:
             timeout = 0.0
         if not 0 < timeout < float("inf"):
@@ -101,7 +110,8 @@ class Head:
             )
         return timeout
 
-
-def is_predict(path: str) -> bool:
-    """Whether a path, percent-encoded or not, belongs to the predict lane."""
-    return path.startswith(PREDICT) and (len(path) == len(PREDICT) or path[len(PREDICT)] == "/")
+    def json_length(self) -> int | None:
+        """Bytes of JSON at the body's start, None for all of it; raises MalformedBody if it is no number."""
+        if self.header_length == -1:
+            raise MalformedBody("Inference-Header-Content-Length is no number of bytes")
+        return self.header_length

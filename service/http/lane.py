@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from service.errors import MethodNotAllowed
+from service.http.dialect import Data, Dialect, Target
 from service.http.head import Head
-from service.http.predict import Answer, Call, Predictor
+from service.http.intake import Intake
+from service.http.native import NATIVE
+from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
+from service.http.v2 import V2_DIALECT
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
+DIALECTS: Final[tuple[Dialect, ...]] = (NATIVE, V2_DIALECT)
+_JOINED_BYTES: Final = 64 * 1024
+"""Up to this, joining an answer's parts costs less than to send one more of them."""
+
 
 class _Gone(Exception):
     """The client has disconnected: there is nobody to answer."""
 
 
-async def serve_predict(predictor: Predictor, scope: Scope, receive: Receive, send: Send) -> None:
+def find_dialect(path: str) -> tuple[Dialect, Target] | None:
+    """The dialect of a path, still percent-encoded, and what it names; None for other routes."""
+    for dialect in DIALECTS:
+        target = dialect.target(path)
+        if target is not None:
+            return dialect, target
+    return None
+
+
+async def serve_predict(
+    predictor: Predictor, dialect: Dialect, target: Target, scope: Scope, receive: Receive, send: Send
+) -> None:
     """Answer one predict request, whatever happens to it."""
-    call = Call(Head(scope["raw_path"].decode("latin-1"), scope["headers"]), predictor.clock())
+    call = Call(dialect, Head(*target, scope["headers"]), predictor.clock())
     predictor.enter()
     try:
         answer = await _predict(predictor, call, scope, receive)
-        await send(
-            {
-                "type": "http.response.start",
-                "status": answer.status,
-                "headers": [*answer.headers, (b"content-length", b"%d" % len(answer.body))],
-            }
-        )
-        await send({"type": "http.response.body", "body": answer.body})
+        if answer.compressible:
+            heavy = answer.size > HEAVY_BYTES
+            answer = await asyncio.to_thread(compressed, answer) if heavy else compressed(answer)
+        await _send(answer, send, last=predictor.draining)
     except _Gone:
         pass
     finally:
@@ -45,7 +60,7 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['method']} is not for predictions: POST a body", allow="POST")
         predictor.admit(call)
-        data = await _read_body(predictor, call.head, receive)
+        data = await _read_body(Intake(call.head, predictor.max_body_bytes), receive)
         if predictor.is_heavy(call.head, len(data)):
             tensors = await asyncio.to_thread(predictor.read, call, data)
         else:
@@ -70,18 +85,25 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
         predictor.end(call)
 
 
-async def _read_body(predictor: Predictor, head: Head, receive: Receive) -> bytes:
+async def _read_body(intake: Intake, receive: Receive) -> Data:
     """The whole body; raises BodyTooLarge as soon as it is more than the server takes."""
-    chunks: list[bytes] = []
-    size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise _Gone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > predictor.max_body_bytes:
-            raise predictor.too_large()
-        chunks.append(chunk)
+        intake.add(message.get("body", b""))
         if not message.get("more_body", False):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            return intake.whole()
+
+
+async def _send(answer: Answer, send: Send, *, last: bool) -> None:
+    parts = answer.parts
+    if len(parts) > 1 and answer.size <= _JOINED_BYTES:
+        parts = [b"".join(parts)]
+    headers = [*answer.headers, (b"content-length", b"%d" % answer.size)]
+    if last:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    for part in parts[:-1]:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": parts[-1]})

@@ -1,99 +1,235 @@
-"""What the OpenAPI document says of the predict routes, whose lane the framework does not see."""
+"""The OpenAPI document: the native predict routes, whose lane the framework does not see, and what it adds.
+
+`/predict` and `/predict/{model}` are for any model; each model that is ready has a path of its own beside
+them, which says to the last dimension what that model takes.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Final
+from urllib.parse import quote
 
-from service.http.problems import PROBLEM_TYPE, STATUSES
+from service.http.bodies import FORM, JSON, NPY, NPZ
+from service.http.native import NATIVE
+from service.http.openapi_parts import (
+    ANSWER_HEADERS,
+    BINARY,
+    REQUEST_HEADERS,
+    Document,
+    error_references,
+    error_responses,
+    example_inputs,
+    in_json,
+    nested_example,
+    nested_schema,
+    path_parameter,
+)
+from service.http.openapi_v2 import infer_paths
+from service.http.schemas import Problem
+from service.http.v2 import V2_DIALECT
+from service.http.v2_schemas import Error
 from service.repository.catalog import Catalog, VersionView
-from service.tensors import ANY, TensorSpec
 
-Document = dict[str, Any]
-
-_EXAMPLE_VALUES = {"BOOL": False, "BYTES": "text"}
-"""What an element of an example is; every other datatype takes a 0."""
+_UNDESCRIBED: Final = ("HTTPValidationError", "ValidationError")
 
 
-def predict_paths(catalog: Catalog) -> Document:
-    """The path items of `/predict`, `/predict/{model}` and `/predict/{model}/{version}`."""
-    ready = [model.default for model in catalog.models().values() if model.default is not None]
+def complete(document: Document, catalog: Catalog) -> Document:
+    """`document`, as the framework wrote it, with everything that is served at this moment."""
+    views = [model.default for model in catalog.models().values() if model.default is not None]
+    paths = {path: _without_framework_errors(item) for path, item in document["paths"].items()}
+    components = document.get("components", {})
+    kept = {
+        name: schema for name, schema in components.get("schemas", {}).items() if name not in _UNDESCRIBED
+    }
+    schemas = {**kept, "Problem": Problem.model_json_schema(), "Error": Error.model_json_schema()}
+    responses = {}
+    for name, dialect in (("Problem", NATIVE), ("Error", V2_DIALECT)):
+        errors = error_responses(name, dialect.problem_type.decode())
+        responses.update({f"{name}{status}": response for status, response in errors.items()})
     return {
-        "/predict": {"post": _operation(ready, [], "predict", "Predict, with the model named in the body")},
-        "/predict/{model}": {
-            "post": _operation(ready, ["model"], "predict_model", "Predict with a model's default version")
-        },
-        "/predict/{model}/{version}": {
-            "post": _operation(
-                ready, ["model", "version"], "predict_version", "Predict with a version, by number or label"
-            )
-        },
+        **document,
+        "paths": {**_predict_paths(views), **paths, **infer_paths(views)},
+        "components": {**components, "schemas": schemas, "responses": responses},
     }
 
 
-def _operation(ready: list[VersionView], parameters: list[str], name: str, summary: str) -> Document:
-    named_in_body = "model" not in parameters
+def _without_framework_errors(item: Document) -> Document:
+    """A path item without the 422 that the framework writes down wherever there is a parameter."""
     return {
-        "operationId": name,
-        "tags": ["predict"],
-        "summary": summary,
-        "parameters": [
-            *(
-                {"name": part, "in": "path", "required": True, "schema": {"type": "string"}}
-                for part in parameters
-            ),
-            {
-                "name": "X-Request-Id",
-                "in": "header",
-                "description": "Comes back with the answer; a new one is made where it is missing.",
-                "schema": {"type": "string", "maxLength": 128, "pattern": r"^[\x21-\x7e]+$"},
+        method: {
+            **operation,
+            "responses": {
+                status: response
+                for status, response in operation["responses"].items()
+                if "HTTPValidationError" not in str(response)
             },
-            {
-                "name": "X-Timeout-Ms",
-                "in": "header",
-                "description": "Answer 504 rather than later than this.",
-                "schema": {"type": "number", "exclusiveMinimum": 0},
+        }
+        for method, operation in item.items()
+    }
+
+
+def _predict_paths(views: list[VersionView]) -> Document:
+    model = path_parameter("model", "The model's name.")
+    version = path_parameter("version", "A number or a label.")
+    pictures = sorted({kind for view in views if view.image for kind in view.image.media_types})
+    files = {kind: {"schema": BINARY} for kind in (NPY, NPZ, *pictures)}
+    any_form = {FORM: {"schema": _form({}, [])}}
+    anything = {"description": "Nested lists by input, rows first, or those of the single input."}
+    any_model: Document = {JSON: {"schema": _request(anything, None)}, **files, **any_form}
+    paths = {
+        "/predict": _path("predict", "Predict, with the model named in the body", [], _named(views)),
+        "/predict/{model}": _path(
+            "predict_model", "Predict with a model's default version", [model], any_model
+        ),
+        "/predict/{model}/{version}": _path(
+            "predict_version", "Predict with a version, by number or label", [model, version], any_model
+        ),
+    }
+    for view in views:
+        name = view.key.model
+        path = f"/predict/{quote(name, safe='')}"
+        paths[path] = _path(f"predict_model_{name}", f"Predict with {name}", [], _content(view))
+    return paths
+
+
+def _path(name: str, summary: str, parameters: list[Document], content: Document) -> Document:
+    return {
+        "post": {
+            "operationId": name,
+            "tags": ["predict"],
+            "summary": summary,
+            "parameters": [*parameters, *REQUEST_HEADERS],
+            "requestBody": {"required": True, "content": content},
+            "responses": {
+                "200": {
+                    "description": "The model's answer, in a form that Accept asks for.",
+                    "headers": ANSWER_HEADERS,
+                    "content": {
+                        JSON: {"schema": _ANSWER},
+                        NPY: {"schema": BINARY},
+                        NPZ: {"schema": BINARY},
+                    },
+                },
+                **error_references("Problem"),
             },
-        ],
-        "requestBody": {"required": True, "content": _request_content(ready, named_in_body)},
-        "responses": {
-            "200": {
-                "description": "The model's answer.",
-                "headers": _ANSWER_HEADERS,
-                "content": {
-                    "application/json": {"schema": _ANSWER},
-                    "application/x-npy": {"schema": _BINARY},
-                    "application/x-npz": {"schema": _BINARY},
+        }
+    }
+
+
+def _named(views: list[VersionView]) -> Document:
+    """The bodies of `/predict`: JSON that names a model; anything where there is but one to be meant."""
+    requests = []
+    examples = {}
+    for view in views:
+        inputs = _inputs(view)
+        if inputs is None:
+            continue
+        request = _request(inputs, view)
+        request["properties"]["model"] = {"const": view.key.model}
+        request["required"] = ["inputs"] if len(views) == 1 else ["model", "inputs"]
+        requests.append(request)
+        example = _example(view)
+        if example is not None:
+            examples[view.key.model] = {"value": {"model": view.key.model, **example}}
+    schema = {"oneOf": requests} if requests else _request({}, None)
+    others = (
+        {kind: body for kind, body in _content(views[0]).items() if kind != JSON} if len(views) == 1 else {}
+    )
+    return {JSON: {"schema": schema, **({"examples": examples} if examples else {})}, **others}
+
+
+def _content(view: VersionView) -> Document:
+    """The bodies that a version takes, by media type."""
+    assert view.signature is not None  # only ready versions are shown
+    content: Document = {}
+    inputs = _inputs(view)
+    if inputs is not None:
+        example = _example(view)
+        content[JSON] = {
+            "schema": _request(inputs, view),
+            **({"examples": {view.key.model: {"value": example}}} if example is not None else {}),
+        }
+    if view.signature.single_input is not None:
+        content[NPY] = {"schema": BINARY}
+    content[NPZ] = {"schema": BINARY}
+    files = {spec.name: BINARY for spec in view.signature.inputs}
+    required = [spec.name for spec in view.signature.inputs if not spec.optional]
+    content[FORM] = {"schema": _form(files, required)}
+    for kind in view.image.media_types if view.image is not None else ():
+        content[kind] = {"schema": BINARY}
+    return content
+
+
+def _inputs(view: VersionView) -> Document | None:
+    """`inputs` of a version's JSON body; None where JSON cannot carry them."""
+    assert view.signature is not None  # only ready versions are shown
+    specs = in_json(view)
+    if specs is None:
+        return None
+    by_name: Document = {
+        "type": "object",
+        "required": [spec.name for spec in specs if not spec.optional],
+        "additionalProperties": False,
+        "properties": {spec.name: nested_schema(spec) for spec in specs},
+    }
+    single = view.signature.single_input
+    return by_name if single is None else {"anyOf": [by_name, nested_schema(single)]}
+
+
+def _example(view: VersionView) -> Document | None:
+    shapes = example_inputs(view)
+    if shapes is None:
+        return None
+    return {"inputs": {spec.name: nested_example(spec, shape) for spec, shape in shapes}}
+
+
+def _form(files: Document, required: list[str]) -> Document:
+    return {
+        "type": "object",
+        "description": "An npy file for each input, or a picture for a model that takes one.",
+        **({"properties": files, "required": required, "additionalProperties": False} if files else {}),
+    }
+
+
+def _request(inputs: Document, view: VersionView | None) -> Document:
+    """The JSON body with these `inputs`, for a version or for any."""
+    outputs: Document = {"type": "string"}
+    if view is not None and view.signature is not None:
+        outputs["enum"] = list(view.signature.outputs_by_name)
+    return {
+        "type": "object",
+        "required": ["inputs"],
+        "additionalProperties": False,
+        "properties": {
+            "model": {
+                "type": ["string", "null"] if view is None else "null",
+                "description": "The model's name, where the path does not name it.",
+            },
+            "version": {"type": ["string", "integer", "null"], "description": "A number or a label."},
+            "id": {"type": ["string", "null"], "description": "Comes back in the answer."},
+            "inputs": inputs,
+            "outputs": {
+                "type": ["array", "null"],
+                "items": outputs,
+                "description": "The outputs wanted; all by default.",
+            },
+            "parameters": {
+                "type": ["object", "null"],
+                "additionalProperties": False,
+                "properties": {
+                    "timeout_ms": {"type": ["number", "null"], "exclusiveMinimum": 0},
+                    "priority": {
+                        "type": ["integer", "null"],
+                        "minimum": 0,
+                        "description": "1 is the highest; 0 is the default.",
+                    },
                 },
             },
-            **error_responses(),
         },
     }
 
 
-def error_responses() -> Document:
-    """One response a status of the error table, with the codes that it may carry."""
-    codes: dict[int, list[str]] = {}
-    for code, status in STATUSES.items():
-        codes.setdefault(status, []).append(code)
-    return {
-        str(status): {
-            "description": " or ".join(f"`{code}`" for code in listed),
-            "content": {PROBLEM_TYPE.decode(): {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        }
-        for status, listed in sorted(codes.items())
-    }
-
-
-_BINARY: Document = {"type": "string", "format": "binary"}
-_NAMES: Document = {"type": "array", "items": {"type": "string"}}
-_ANSWER_HEADERS: Document = {
-    "X-Request-Id": {"schema": {"type": "string"}},
-    "Server-Timing": {
-        "description": "Milliseconds: `queue;dur=…, compute;dur=…, total;dur=…`",
-        "schema": {"type": "string"},
-    },
-}
-_ANSWER: Document = {
+_ANSWER: Final[Document] = {
     "type": "object",
     "required": ["model", "version", "id", "outputs"],
     "properties": {
@@ -114,72 +250,9 @@ _ANSWER: Document = {
             },
         },
         "non_finite": {
-            **_NAMES,
+            "type": "array",
+            "items": {"type": "string"},
             "description": "Outputs with numbers that JSON cannot hold: null in their place.",
         },
     },
 }
-_REQUEST: Document = {
-    "type": "object",
-    "required": ["inputs"],
-    "additionalProperties": False,
-    "properties": {
-        "model": {
-            "type": ["string", "null"],
-            "description": "The model's name; left out when one model is served or the path names it.",
-        },
-        "version": {"type": ["string", "integer", "null"], "description": "A number or a label."},
-        "id": {"type": ["string", "null"], "description": "Comes back in the answer."},
-        "inputs": {
-            "description": "Nested lists by input, rows first; or the nested list itself, for a single input."
-        },
-        "outputs": {
-            **_NAMES,
-            "type": ["array", "null"],
-            "description": "The outputs wanted; all by default.",
-        },
-        "parameters": {
-            "type": ["object", "null"],
-            "additionalProperties": False,
-            "properties": {
-                "timeout_ms": {"type": ["number", "null"], "exclusiveMinimum": 0},
-                "priority": {
-                    "type": ["integer", "null"],
-                    "minimum": 0,
-                    "description": "1 is the highest; 0 is the default.",
-                },
-            },
-        },
-    },
-}
-
-
-def _request_content(ready: list[VersionView], named_in_body: bool) -> Document:
-    examples = {
-        view.key.model: {
-            "value": {**({"model": view.key.model} if named_in_body else {}), "inputs": _example(view)}
-        }
-        for view in ready
-    }
-    pictures = sorted({kind for view in ready if view.image for kind in view.image.media_types})
-    content: Document = {
-        "application/json": {"schema": _REQUEST, **({"examples": examples} if examples else {})}
-    }
-    for kind in ("application/x-npy", "application/x-npz", *pictures):
-        content[kind] = {"schema": _BINARY}
-    return content
-
-
-def _example(view: VersionView) -> Document:
-    assert view.signature is not None  # only ready versions are shown
-    return {
-        spec.name: _nested(spec, list(spec.shape or ()))
-        for spec in view.signature.inputs
-        if not spec.optional
-    }
-
-
-def _nested(spec: TensorSpec, shape: list[int]) -> Any:
-    if not shape:
-        return _EXAMPLE_VALUES.get(spec.datatype, 0)
-    return [_nested(spec, shape[1:]) for _ in range(1 if shape[0] == ANY else shape[0])]

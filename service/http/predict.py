@@ -1,7 +1,7 @@
 """Predict: from a request's head and body to an entry in the inbox, and from its result to an answer.
 
-One implementation for every lane. It is plain code, without tasks or waiting: a lane reads the body,
-calls `begin`, waits for the call's future, calls `answer`.
+One implementation for every lane and every dialect. It is plain code, without tasks or waiting: a lane
+calls `admit`, puts the body together, calls `read` and `offer`, waits for the future, calls `answer`.
 """
 
 from __future__ import annotations
@@ -10,124 +10,68 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from service.errors import (
-    BodyTooLarge,
-    Draining,
-    InternalError,
-    InvalidInput,
-    UnsupportedMediaType,
-)
-from service.http.bodies import JSON, NPY, NPZ, Body, Options, decompress
+from service.errors import Draining, InternalError, InvalidInput
+from service.http.compression import decompress, gzipped, takes_gzip
+from service.http.dialect import Data, Dialect, Options
 from service.http.head import Head
+from service.http.intake import too_large
 from service.http.outlet import Outlet
-from service.http.problems import PROBLEM_TYPE, Headers, as_problem, problem_body, problem_headers
-from service.metrics import Metrics, Value
+from service.http.problems import STATUSES, Headers, as_problem, problem_headers
+from service.http.served import Meters, Served, Tally
+from service.metrics import Metrics
 from service.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Result, VersionKey
-from service.repository.catalog import Catalog, VersionView, find_ready
-from service.tensors import ANY, Tensors, check_outputs, names_text
-from service.wire.json import encode_response
-from service.wire.npy import encode_npy, encode_npz
+from service.repository.catalog import Catalog, find_ready
+from service.tensors import Tensors, check_outputs, names_text
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("inferpool.access")
 
 HEAVY_BYTES: Final = 32 * 1024
-"""Bodies that must be decoded or decompressed, and have more bytes than this, go to another thread."""
+"""Bodies to decode, and bodies and answers to unpack or pack, that are larger go to another thread."""
+_MIN_GZIP_BYTES: Final = 1024
+"""Smaller answers fit a packet or two as they are."""
+_DECODED: Final = ("image/", "multipart/")
 
 
 @dataclass(slots=True)
 class Answer:
-    """What goes back; `headers` name the body's type, but not its length."""
+    """What goes back; `headers` name the body's type, but not its length.
+
+    Attributes:
+        status: the HTTP status.
+        headers: names are lower-case.
+        parts: the body, one after the other; views of the outputs where these are large.
+        size: bytes of the body.
+        compressible: whether the caller takes gzip and the body is large enough for it.
+    """
 
     status: int
     headers: Headers
-    body: bytes
+    parts: Sequence[Data]
+    size: int
+    compressible: bool = False
 
 
 class Call:
     """One predict request on its way: what its lane holds on to."""
 
-    __slots__ = ("began", "entry", "future", "head", "options", "served", "timer")
+    __slots__ = ("began", "decode_s", "dialect", "entry", "future", "head", "options", "served", "timer")
 
-    def __init__(self, head: Head, began: float) -> None:
+    def __init__(self, dialect: Dialect, head: Head, began: float) -> None:
         """`began` is the moment at which the head was there."""
+        self.dialect = dialect
         self.head = head
         self.began = began
         self.options = Options()
-        self.served: _Served | None = None
+        self.decode_s = 0.0
+        self.served: Served | None = None
         self.entry: Entry | None = None
         self.future: asyncio.Future[Result] | None = None
         self.timer: asyncio.TimerHandle | None = None
-
-
-class _Served:
-    """What is looked up once a version: its meters, and how its entries are told apart."""
-
-    def __init__(self, view: VersionView, metrics: Metrics) -> None:
-        self.view = view
-        self.version = str(view.key.version)
-        self.meters = _Meters(metrics, view.key.model, str(view.key.version))
-        signature = view.signature
-        specs = signature.inputs if signature is not None else ()
-        outputs = signature.outputs if signature is not None else ()
-        self.optional = frozenset(spec.name for spec in specs if spec.optional)
-        self.bf16 = tuple(spec.name for spec in outputs if spec.datatype == "BF16")
-        # Where every row of every request has the same shape there is but one group.
-        self.one_group = all(
-            spec.optional or (spec.shape is not None and ANY not in spec.shape[1:]) for spec in specs
-        )
-
-    def rows(self, tensors: Tensors) -> int:
-        """Rows of a request; raises InvalidInput where its inputs do not agree on them."""
-        if not self.view.batching.enabled:
-            return 1
-        counts = {name: len(tensor) for name, tensor in tensors.items() if name not in self.optional}
-        rows = next(iter(counts.values()))
-        if any(count != rows for count in counts.values()):
-            found = ", ".join(f'"{name}" has {count}' for name, count in counts.items())
-            raise InvalidInput(f"the first dimension counts rows, the same for every input: {found}")
-        return rows
-
-    def group(self, entry_id: int, tensors: Tensors, rows: int) -> Hashable:
-        """What must be equal for entries to share a batch."""
-        if not rows or not self.optional.isdisjoint(tensors):
-            # Nothing to share, or an input that holds for the whole run: such an entry runs alone.
-            if rows > self.view.batching.max_rows:
-                raise InvalidInput(
-                    f"a request that sets {names_text(sorted(self.optional & tensors.keys()))} may have"
-                    f" {self.view.batching.max_rows} rows at the most, not {rows}"
-                )
-            return entry_id
-        if self.one_group:
-            return None
-        return tuple((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items()))
-
-
-class _Meters:
-    """The values that a version's requests are counted in."""
-
-    def __init__(self, metrics: Metrics, model: str, version: str) -> None:
-        self._metrics = metrics
-        self._labels = (model, version)
-        self._by_status: dict[int, Value] = {}
-        self._total = metrics.distribution("request_duration_seconds", model, version)
-        self._queue = metrics.distribution("queue_duration_seconds", model, version)
-        self._compute = metrics.distribution("compute_duration_seconds", model, version)
-
-    def count(self, status: int, total_s: float, result: Result | None) -> None:
-        value = self._by_status.get(status)
-        if value is None:
-            value = self._metrics.value("requests_total", *self._labels, str(status))
-            self._by_status[status] = value
-        value.value += 1
-        self._total.observe(total_s)
-        if result is not None:
-            self._queue.observe(result.queue_s)
-            self._compute.observe(result.compute_s)
 
 
 class Predictor:
@@ -158,8 +102,9 @@ class Predictor:
         self._metrics = metrics
         self._access_log = access_log
         self._ids = itertools.count(1)
-        self._served: dict[VersionKey, _Served] = {}
-        self._nobody = _Meters(metrics, "", "")
+        self._served: dict[VersionKey, Served] = {}
+        self._tallies: dict[VersionKey, Tally] = {}
+        self._nobody = Meters(metrics, "", "", Tally())
         metrics.add_source(lambda: [("in_flight_requests", (), float(self.in_flight))])
 
     def enter(self) -> None:
@@ -187,27 +132,28 @@ class Predictor:
             raise Draining("the server is shutting down")
         head = call.head
         if (head.content_length or 0) > self.max_body_bytes:
-            raise self.too_large()
+            raise too_large(self.max_body_bytes)
         if head.model is not None:
             call.served = self._find(head.model, head.version)
             self._inbox.refuse_early(call.served.view.key)
 
-    def too_large(self) -> BodyTooLarge:
-        """The error for a body of more than `max_body_bytes`."""
-        return BodyTooLarge(f"the body is larger than {self.max_body_bytes} bytes", limit=self.max_body_bytes)
-
     def is_heavy(self, head: Head, size: int) -> bool:
         """Whether reading a body of `size` bytes would keep the event loop from its other work."""
-        return size > HEAVY_BYTES and (bool(head.content_encoding) or head.content_type.startswith("image/"))
+        return size > HEAVY_BYTES and (bool(head.content_encoding) or head.content_type.startswith(_DECODED))
 
-    def read(self, call: Call, data: bytes) -> Tensors:
+    def tally(self, key: VersionKey) -> Tally:
+        """How the requests of a version ended; it is read, not written."""
+        return self._tallies.get(key) or Tally()
+
+    def read(self, call: Call, data: Data) -> Tensors:
         """The inputs of a request, validated; settles which version it means.
 
         Raises every RequestError there is, and NotReady.
         """
+        began = self.clock()
         head = call.head
         plain = decompress(data, head.content_encoding, self.max_body_bytes)
-        body = Body(head.content_type, plain, self.max_body_bytes)
+        body = call.dialect.open(head, plain, self.max_body_bytes)
         options = call.options = body.options
         if head.model is None or (head.version is None and options.version is not None):
             call.served = self._find(head.model or self._model_named(options.model), options.version)
@@ -215,9 +161,10 @@ class Predictor:
             raise InvalidInput("the body names another model or version than the path does", field="model")
         served = call.served
         assert served is not None  # found by `admit` where the path names it
-        tensors = body.tensors(served.view)
-        if options.outputs is not None and served.view.signature is not None:
-            check_outputs(served.view.signature, options.outputs)
+        tensors = body.tensors(served)
+        if options.outputs is not None:
+            check_outputs(served.signature, options.outputs)
+        call.decode_s = self.clock() - began
         return tensors
 
     def offer(self, call: Call, tensors: Tensors) -> asyncio.Future[Result]:
@@ -270,47 +217,51 @@ class Predictor:
 
     def answer(self, call: Call, result: Result) -> Answer:
         """The answer for a result, good or bad."""
-        served = call.served
-        if result.error is not None or result.outputs is None or served is None:
+        served, entry = call.served, call.entry
+        if result.error is not None or result.outputs is None or served is None or entry is None:
             return self.refusal(call, result.error or InternalError("no result"), result)
         head = call.head
+        began = self.clock()
         try:
-            media_type, body = self._encode(call, served, result.outputs)
+            encoded = call.dialect.encode(head, call.options, served, result.outputs)
         except Exception as error:  # noqa: BLE001 - what cannot be encoded is this request's fault alone
             return self.refusal(call, error, result)
-        total_s = self.clock() - call.began
-        served.meters.count(200, total_s, result)
+        now = self.clock()
+        total_s = now - call.began
+        served.meters.succeeded(entry.rows, call.decode_s, now - began, total_s, now, result)
         headers = [
-            (b"content-type", media_type),
+            *encoded.headers,
             (b"x-request-id", head.request_id.encode("latin-1")),
             (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
         ]
         if self._access_log:
             self._log(call, 200, total_s, result)
-        return Answer(200, headers, body)
+        size = sum(map(len, encoded.parts))
+        return Answer(
+            200, headers, encoded.parts, size, size >= _MIN_GZIP_BYTES and takes_gzip(head.accept_encoding)
+        )
 
     def refusal(self, call: Call, error: Exception, result: Result | None = None) -> Answer:
         """The answer for an error."""
         problem = as_problem(error)
         head = call.head
-        status, body = problem_body(problem, head.request_id)
+        status = STATUSES[problem.code]
+        body = call.dialect.problem(problem, status, head.request_id)
         if problem is not error:
             log.error("request %s failed", head.request_id, exc_info=error)
         total_s = self.clock() - call.began
         meters = call.served.meters if call.served is not None else self._nobody
-        meters.count(status, total_s, None)
+        meters.failed(status, total_s)
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
         headers = [
-            (b"content-type", PROBLEM_TYPE),
+            (b"content-type", call.dialect.problem_type),
             (b"x-request-id", head.request_id.encode("latin-1")),
             (b"server-timing", server_timing(queue_s, compute_s, total_s)),
             *problem_headers(problem),
         ]
-        if self.draining:
-            headers.append((b"connection", b"close"))
         if self._access_log:
             self._log(call, status, total_s, result)
-        return Answer(status, headers, body)
+        return Answer(status, headers, [body], len(body))
 
     def _cancel(self, entry: Entry, reason: str) -> None:
         self._inbox.cancel(entry.key, entry.id, reason)
@@ -335,38 +286,13 @@ class Predictor:
             )
         return next(iter(models))
 
-    def _find(self, model: str, version: str | None) -> _Served:
+    def _find(self, model: str, version: str | None) -> Served:
         view = find_ready(self._catalog, model, version)
         served = self._served.get(view.key)
         if served is None or served.view is not view:
-            served = self._served[view.key] = _Served(view, self._metrics)
+            tally = self._tallies.setdefault(view.key, Tally())
+            served = self._served[view.key] = Served(view, self._metrics, tally)
         return served
-
-    def _encode(self, call: Call, served: _Served, outputs: Tensors) -> tuple[bytes, bytes]:
-        """The media type that the caller accepts, and the body in it."""
-        accept = call.head.accept
-        if NPY in accept or NPZ in accept:
-            if NPY in accept and len(outputs) == 1:
-                return NPY.encode(), encode_npy(next(iter(outputs.values())))
-            if NPZ in accept:
-                return NPZ.encode(), encode_npz(outputs)
-            raise UnsupportedMediaType(
-                f"the answer has {len(outputs)} outputs: ask for one by name, or accept {NPZ}"
-            )
-        view = served.view
-        classes = view.classes
-        predictions = None
-        if classes is not None and classes.output in outputs:
-            predictions = classes.predictions(outputs)
-        body = encode_response(
-            view.key.model,
-            served.version,
-            call.options.id or call.head.request_id,
-            outputs,
-            predictions,
-            served.bf16,
-        )
-        return JSON.encode(), body
 
     def _log(self, call: Call, status: int, total_s: float, result: Result | None) -> None:
         key = call.served.view.key if call.served is not None else None
@@ -384,6 +310,15 @@ class Predictor:
                 "total_ms": round(1000 * total_s, 3),
             },
         )
+
+
+def compressed(answer: Answer) -> Answer:
+    """`answer` as gzip where that makes it smaller; it may run in any thread."""
+    packed = gzipped(answer.parts)
+    if packed is None:
+        return answer
+    headers = [*answer.headers, (b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
+    return Answer(answer.status, headers, [packed], len(packed))
 
 
 def server_timing(queue_s: float, compute_s: float, total_s: float) -> bytes:

@@ -1,13 +1,10 @@
-"""Errors as answers: the one table from code to status, and the body that says what went wrong."""
+"""Errors as answers: the one table from code to status, and the headers that go with an error."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import Final
-
-import orjson
 
 from service.errors import InferpoolError, InternalError, MethodNotAllowed, Refused
 
@@ -32,8 +29,6 @@ STATUSES: Final[Mapping[str, int]] = {
 }
 """Error code to HTTP status; the README's table is checked against it."""
 
-PROBLEM_TYPE: Final = b"application/problem+json"
-
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -42,23 +37,6 @@ def as_problem(error: Exception) -> InferpoolError:
     if isinstance(error, InferpoolError) and error.code in STATUSES:
         return error
     return InternalError("the server failed on this request; its log says why, under the request's id")
-
-
-def problem_body(error: InferpoolError, request_id: str) -> tuple[int, bytes]:
-    """The status and the `application/problem+json` body (RFC 9457) of an error."""
-    status = STATUSES[error.code]
-    document = {
-        **error.members,
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": error.detail,
-        "code": error.code,
-        "request_id": request_id,
-    }
-    if isinstance(error, Refused):
-        document["retry_after_ms"] = round(1000 * error.retry_after_s, 3)
-    return status, orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
 
 
 def problem_headers(error: InferpoolError) -> Headers:

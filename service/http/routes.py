@@ -18,23 +18,26 @@ from service.errors import (
     MethodNotAllowed,
     NotFound,
 )
-from service.http.head import is_predict, request_id_from
-from service.http.lane import Message, Receive, Scope, Send, serve_predict
-from service.http.openapi import error_responses, predict_paths
+from service.http.head import request_id_from
+from service.http.lane import Message, Receive, Scope, Send, find_dialect, serve_predict
+from service.http.native import NATIVE
+from service.http.openapi import complete
+from service.http.openapi_parts import error_responses
 from service.http.predict import Predictor, server_timing
-from service.http.problems import PROBLEM_TYPE, as_problem, problem_body, problem_headers
+from service.http.problems import STATUSES, as_problem, problem_headers
 from service.http.schemas import (
     HealthOut,
     LiveOut,
     ModelDetail,
     Models,
-    Problem,
     ReadyOut,
     VersionDetail,
     health_out,
     model_out,
     version_out,
 )
+from service.http.v2 import PREFIX, V2_DIALECT
+from service.http.v2_routes import add_v2, admin_is_off
 from service.metrics import Metrics
 from service.repository.catalog import Catalog, find_model
 
@@ -52,19 +55,17 @@ class Application(FastAPI):
         """The ASGI door."""
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
-        elif is_predict(scope["path"]):
-            await serve_predict(self.predictor, scope, receive, send)
+            return
+        found = find_dialect(scope["raw_path"].decode("latin-1"))
+        if found is not None:
+            await serve_predict(self.predictor, *found, scope, receive, send)
         else:
             await super().__call__(scope, receive, _signed(scope, send, self.predictor.clock))
 
     def openapi(self) -> dict[str, Any]:
         """The document of the whole API, as it is served at this moment."""
-        self.openapi_schema = None
-        document = super().openapi()
-        document["paths"] = {**predict_paths(self.catalog), **document["paths"]}
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        schemas["Problem"] = Problem.model_json_schema()
-        return document
+        # What the framework writes does not change while it serves, and takes it a while.
+        return complete(super().openapi(), self.catalog)
 
 
 def make_application(catalog: Catalog, predictor: Predictor, metrics: Metrics) -> Application:
@@ -77,6 +78,7 @@ def make_application(catalog: Catalog, predictor: Predictor, metrics: Metrics) -
     _add_errors(app)
     _add_models(app, catalog)
     _add_health(app, catalog)
+    add_v2(app, catalog, predictor)
 
     @app.get(
         "/metrics", tags=["health"], summary="Everything counted, for Prometheus", response_class=Response
@@ -90,7 +92,27 @@ def make_application(catalog: Catalog, predictor: Predictor, metrics: Metrics) -
 
 
 def _add_models(app: FastAPI, catalog: Catalog) -> None:
-    missing: dict[int | str, dict[str, Any]] = {404: error_responses()["404"]}
+    missing: dict[int | str, dict[str, Any]] = {
+        404: error_responses("Problem", NATIVE.problem_type.decode())["404"]
+    }
+
+    # Before the versions, whose path theirs look like: a wrong method is told of these.
+    @app.post("/models/{model}/load", tags=["admin"], summary="Load a model", **_refused())
+    async def load_model(model: str) -> None:
+        raise admin_is_off()
+
+    @app.post("/models/{model}/unload", tags=["admin"], summary="Unload a model", **_refused())
+    async def unload_model(model: str) -> None:
+        raise admin_is_off()
+
+    @app.put(
+        "/models/{model}/labels/{label}",
+        tags=["admin"],
+        summary="Give a label to a version",
+        **_refused(),
+    )
+    async def set_label(model: str, label: str) -> None:
+        raise admin_is_off()
 
     @app.get("/models", tags=["models"], summary="Everything in the repository")
     async def read_models() -> Models:
@@ -112,6 +134,15 @@ def _add_models(app: FastAPI, catalog: Catalog) -> None:
     )
     async def read_version(model: str, version: str) -> VersionDetail:
         return version_out(find_model(catalog, model).version(version), catalog)
+
+
+def _refused() -> dict[str, Any]:
+    """Options of a route that is there to say that it is not enabled."""
+    return {
+        "status_code": 403,
+        "response_class": Response,
+        "responses": {403: error_responses("Problem", NATIVE.problem_type.decode())["403"]},
+    }
 
 
 def _add_health(app: FastAPI, catalog: Catalog) -> None:
@@ -145,9 +176,12 @@ def _add_health(app: FastAPI, catalog: Catalog) -> None:
 def _add_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         problem = as_problem(_translated(request, error))
-        status, body = problem_body(problem, request.scope["state"]["request_id"])
+        path = request.scope["path"]
+        dialect = V2_DIALECT if path == PREFIX or path.startswith(f"{PREFIX}/") else NATIVE
+        status = STATUSES[problem.code]
+        body = dialect.problem(problem, status, request.scope["state"]["request_id"])
         headers = {name.decode(): value.decode() for name, value in problem_headers(problem)}
-        return Response(body, status, {**headers, "content-type": PROBLEM_TYPE.decode()})
+        return Response(body, status, {**headers, "content-type": dialect.problem_type.decode()})
 
     for kind in (InferpoolError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -7,14 +7,17 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from service.codecs.image import ImageConfig
 from service.codecs.labels import LabelsConfig
 from service.errors import ConfigError
+from service.tensors import DTYPES
 
 _Table = ConfigDict(extra="forbid", frozen=True)
 _Positive = Annotated[int, Field(ge=1)]
+_Size = Annotated[int, Field(ge=-1)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 RESERVED_LABELS = frozenset({"load", "unload", "labels"})
 """Words that stand where a version would, in other routes."""
 
@@ -59,12 +62,29 @@ class QueueConfig(BaseModel):
     max_bytes: _Positive | None = None
 
 
+class TensorConfig(BaseModel):
+    """`[[inputs]]`, `[[outputs]]`: what the file does not say of a tensor; -1 in `shape` is any size."""
+
+    model_config = _Table
+    name: Annotated[str, Field(min_length=1)]
+    datatype: str | None = None
+    shape: tuple[_Size, ...] | None = None
+
+    @field_validator("datatype")
+    @classmethod
+    def _datatype_is_known(cls, datatype: str | None) -> str | None:
+        if datatype is not None and datatype not in DTYPES:
+            raise ValueError(f'"{datatype}" is no datatype; there are {", ".join(DTYPES)}')
+        return datatype
+
+
 class ModelConfig(BaseModel):
     """A whole `model.toml`."""
 
     model_config = _Table
     description: str = ""
     backend: str | None = None
+    sha256: tuple[_Digest, ...] | None = None
     timeout_ms: Annotated[float, Field(gt=0)] | None = None
     versions: VersionsConfig = VersionsConfig()
     batching: BatchingConfig = BatchingConfig()
@@ -72,6 +92,15 @@ class ModelConfig(BaseModel):
     queue: QueueConfig = QueueConfig()
     image: ImageConfig | None = None
     labels: LabelsConfig | None = None
+    inputs: tuple[TensorConfig, ...] = ()
+    outputs: tuple[TensorConfig, ...] = ()
+
+    @field_validator("inputs", "outputs")
+    @classmethod
+    def _names_differ(cls, tensors: tuple[TensorConfig, ...]) -> tuple[TensorConfig, ...]:
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise ValueError("two of them have the same name")
+        return tensors
 
 
 def read_config(file: Path) -> ModelConfig:
@@ -108,6 +137,8 @@ def _sentence(fault: Any, root: type[BaseModel]) -> str:
 
 def _keys_at(table: Any, path: tuple[str | int, ...]) -> list[str]:
     for part in path:
+        if isinstance(part, int):  # the place in a list, whose items have the keys
+            continue
         annotation = table.model_fields[part].annotation
         table = next((arg for arg in get_args(annotation) if isinstance(arg, type)), annotation)
     return sorted(table.model_fields)

@@ -6,11 +6,22 @@ Everything that can be wrong with a version is found here, before it is ready.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from service.backends.base import Backend, LoadedModel, LoadOptions, backends_by_suffix, find_backend
+import orjson
+
+from service.backends.base import (
+    Backend,
+    Described,
+    LoadedModel,
+    LoadOptions,
+    backends_by_suffix,
+    find_backend,
+)
 from service.codecs.image import ImageCodec
 from service.codecs.labels import LabelsCodec, read_labels
 from service.errors import ConfigError
@@ -26,7 +37,7 @@ from service.repository.catalog import READY, BatchingView, VersionView
 from service.repository.config import ModelConfig
 from service.repository.samples import Sample, check_samples, read_samples
 from service.settings import Settings
-from service.tensors import Signature
+from service.tensors import Signature, names_text, shape_text
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +79,16 @@ class Loader:
         began = self._clock()
         name = config.backend or backends_by_suffix().get(file.suffix, "")
         backend = find_backend(name)
-        model = backend.load(file, LoadOptions(threads=1))
+        options = self._options(config, folder)
+        model = backend.load(file, options)
         try:
+            _check_described(config, folder, model.signature)
             image, classes = _codecs(config, folder, model.signature)
             samples = read_samples(folder, model.signature) if folder is not None else []
-            plan = self._plan(file, config, backend, model, samples, folder)
+            plan = self._plan(file, config, backend, model, samples, folder, options)
             if plan.threads != 1:
                 model.close()
-                model = backend.load(file, LoadOptions(threads=plan.threads))
+                model = backend.load(file, replace(options, threads=plan.threads))
             check_samples(samples, model)
             pool = self._pool(key, config, plan)
             for _ in range(plan.instances):
@@ -86,7 +99,7 @@ class Loader:
         view = VersionView(
             key=key,
             state=READY,
-            backend=backend.describe(),
+            backend=" ".join(filter(None, (backend.describe(), model.form))),
             signature=model.signature,
             batching=BatchingView(plan.batched, plan.reason, plan.max_rows, config.batching.max_delay_ms),
             threads=plan.threads,
@@ -97,6 +110,15 @@ class Loader:
         )
         return Loaded(view, pool, model)
 
+    def _options(self, config: ModelConfig, folder: Path | None) -> LoadOptions:
+        return LoadOptions(
+            inputs=tuple(Described(**tensor.model_dump()) for tensor in config.inputs),
+            outputs=tuple(Described(**tensor.model_dump()) for tensor in config.outputs),
+            samples=tuple(_raw_inputs(folder)) if folder is not None else (),
+            trusted=self._settings.trust,
+            sha256=frozenset(digest.lower() for digest in config.sha256 or ()),
+        )
+
     def _plan(
         self,
         file: Path,
@@ -105,25 +127,28 @@ class Loader:
         model: LoadedModel,
         samples: list[Sample],
         folder: Path | None,
+        options: LoadOptions,
     ) -> Plan:
         wishes = Wishes(
             cores=self._cores,
             budget_s=self._settings.measure_ms / 1000,
             batching=config.batching.enabled,
-            max_rows=config.batching.max_rows,
+            max_rows=min(filter(None, (config.batching.max_rows, model.max_rows)), default=None),
             instances=config.instances.count,
             threads=config.instances.threads,
         )
         golden = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
-        known = self._cache.find(file, golden, wishes, backend.describe())
+        # What the owner says of a model's tensors is part of what is measured.
+        runtime = " ".join((backend.describe(), *map(repr, (*config.inputs, *config.outputs))))
+        known = self._cache.find(file, golden, wishes, runtime)
         if known is not None:
             return known
 
         def load(threads: int) -> LoadedModel:
-            return backend.load(file, LoadOptions(threads=threads))
+            return backend.load(file, replace(options, threads=threads))
 
         plan = Planner(load, wishes, self._clock).make(model, [sample.inputs for sample in samples])
-        self._cache.keep(file, golden, wishes, backend.describe(), plan)
+        self._cache.keep(file, golden, wishes, runtime, plan)
         return plan
 
     def _pool(self, key: VersionKey, config: ModelConfig, plan: Plan) -> Pool:
@@ -155,3 +180,36 @@ def _codecs(
         where = folder.name if folder is not None else ""
         raise ConfigError(f"{where}/model.toml: {error.detail}") from error
     return image, classes
+
+
+def _raw_inputs(folder: Path) -> Iterator[Any]:
+    """The inputs of each golden sample as it is written; a file that is not JSON is complained of later."""
+    for file in sorted(folder.glob("samples/*.json")):
+        with suppress(OSError, orjson.JSONDecodeError):
+            table = orjson.loads(file.read_bytes())
+            if isinstance(table, dict) and "inputs" in table:
+                yield table["inputs"]
+
+
+def _check_described(config: ModelConfig, folder: Path | None, signature: Signature) -> None:
+    """Raise ConfigError where `model.toml` describes a tensor otherwise than the model has it."""
+    where = f"{folder.name if folder is not None else ''}/model.toml"
+    for table, tensors, specs in (
+        ("inputs", config.inputs, signature.inputs_by_name),
+        ("outputs", config.outputs, signature.outputs_by_name),
+    ):
+        for tensor in tensors:
+            spec = specs.get(tensor.name)
+            if spec is None:
+                raise ConfigError(
+                    f"{where}: {table}: the model has no {tensor.name}; it has {names_text(specs)}"
+                )
+            if tensor.datatype not in (None, spec.datatype):
+                raise ConfigError(
+                    f"{where}: {table}: {tensor.name} is {spec.datatype} in the model, not {tensor.datatype}"
+                )
+            if tensor.shape is not None and tensor.shape != spec.shape:
+                raise ConfigError(
+                    f"{where}: {table}: {tensor.name} has shape {shape_text(spec.shape)} in the model,"
+                    f" not {shape_text(tensor.shape)}"
+                )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,7 @@ from service.errors import InvalidInput, MalformedBody, ModelFailed
 from service.tensors import (
     ANY,
     DTYPES,
+    JSON,
     Array,
     Signature,
     Tensors,
@@ -35,7 +37,7 @@ from service.tensors import (
 )
 from service.wire import simd
 from service.wire.arrays import MAX_RANK, bf16_to_fp32, fit, product, read_nested, value_text
-from service.wire.json import has_non_finite, open_large, read_object, write
+from service.wire.json import has_non_finite, open_large, read_object, whole_number, write
 
 _LENGTH: Final = struct.Struct("<I")
 _MAX_ELEMENTS: Final = 2**60 - 1
@@ -99,7 +101,11 @@ class InferRequest:
     )
 
     def __init__(
-        self, fields: Mapping[str, Any], body: bytes, start: int | None, document: simd.Document | None
+        self,
+        fields: Mapping[str, Any],
+        body: bytes | memoryview,
+        start: int | None,
+        document: simd.Document | None,
     ) -> None:
         """Check and keep `fields`, the JSON part; binary data starts at `start`, None where there is none.
 
@@ -119,7 +125,7 @@ class InferRequest:
         self._inputs: list[_Input] | None = _inputs(fields, body, start)
 
     @classmethod
-    def raw(cls, body: bytes) -> InferRequest:
+    def raw(cls, body: bytes | memoryview) -> InferRequest:
         """The request that `body` is when it is nothing but the elements of the only input."""
         request = cls({"inputs": [], "parameters": {"binary_data_output": True}}, body, len(body), None)
         request._inputs = None
@@ -148,12 +154,15 @@ class InferRequest:
         return _tensors(signature, self._inputs, self._body, read_nested)
 
 
-def parse_infer(body: bytes, header_length: int | None) -> InferRequest:
+def parse_infer(body: bytes | memoryview, header_length: int | None) -> InferRequest:
     """Read a body whose first `header_length` bytes are JSON: None for all of it, 0 for a raw body.
+
+    Tensors in binary form are views of `body` where they are aligned in memory.
 
     Raises MalformedBody where the framing or the JSON is not sound, InvalidInput where a field is wrong.
     """
     if header_length is None:
+        body = bytes(body)
         document = open_large(body)
         return InferRequest(document.fields if document else read_object(body), body, None, document)
     if header_length == 0:
@@ -175,14 +184,14 @@ def encode_infer(
     requested: Sequence[RequestedOutput] | None,
     binary_default: bool,
     signature: Signature,
-    labels: Sequence[str] | None = None,
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[list[bytes | memoryview], int | None]:
     """The answer in parts, and the length of its JSON header where parts in binary form follow it.
 
     `requested` are outputs that the model has, None for all of `outputs`; `labels` name the classes of a
-    classification. An empty `request_id` is left out. Large arrays are not copied: the parts are views of
-    them. Raises InvalidInput where a
-    classification is asked of an output that has no numbers, ModelFailed where an output cannot be written.
+    classification, by output. An empty `request_id` is left out. Large arrays are not copied: the parts are
+    views of them. Raises InvalidInput where a classification is asked of an output that has no numbers,
+    ModelFailed where an output cannot be written.
     """
     if requested is None:
         requested = [RequestedOutput(name) for name in outputs]
@@ -193,7 +202,7 @@ def encode_infer(
         spec = signature.outputs_by_name.get(wanted.name)
         tensor, datatype = _output(outputs[wanted.name], spec)
         if wanted.classification:
-            tensor, datatype = _classify(wanted, tensor, datatype, labels), "BYTES"
+            tensor, datatype = _classify(wanted, tensor, datatype, labels.get(wanted.name, ())), "BYTES"
         entry: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": tensor.shape}
         if binary_default if wanted.binary_data is None else wanted.binary_data:
             part = _to_bytes(tensor)
@@ -221,10 +230,13 @@ def _optional(fields: Mapping[str, Any], name: str, kind: type, expected: str, w
 
 
 def _count(parameters: Mapping[str, Any], name: str, where: str = "parameters.") -> int | None:
-    value: int | None = _optional(parameters, name, int, "a whole number from 0", where)
-    if value is not None and value < 0:
+    value = parameters.get(name)
+    if value is None:
+        return None
+    count = whole_number(value)
+    if count is None or count < 0:
         raise _wrong_field(f"{where}{name}", value, "a whole number from 0")
-    return value
+    return count
 
 
 def _wrong_field(name: str, value: Any, expected: str) -> InvalidInput:
@@ -268,7 +280,7 @@ def _requested(value: Any) -> tuple[RequestedOutput, ...] | None:
     return tuple(found.values()) or None
 
 
-def _inputs(fields: Mapping[str, Any], body: bytes, start: int | None) -> list[_Input]:
+def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | None) -> list[_Input]:
     """The members of `inputs`, with the part of the body that each one's binary data is."""
     listed = fields.get("inputs")
     if not isinstance(listed, list):
@@ -321,8 +333,9 @@ def _inputs(fields: Mapping[str, Any], body: bytes, start: int | None) -> list[_
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:
-    sound = isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-    if not sound or len(value) > MAX_RANK or product(filter(None, value)) > _MAX_ELEMENTS:
+    sizes = tuple(map(whole_number, value)) if isinstance(value, list) else (None,)
+    shape = tuple(size for size in sizes if size is not None and size >= 0)
+    if len(shape) < len(sizes) or len(shape) > MAX_RANK or product(filter(None, shape)) > _MAX_ELEMENTS:
         got = (
             f"[{', '.join(map(value_text, value[:MAX_RANK]))}]"
             if isinstance(value, list)
@@ -334,11 +347,14 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
             tensor=name,
             got=got,
         )
-    return tuple(value)
+    return shape
 
 
 def _tensors(
-    signature: Signature, inputs: list[_Input], body: bytes, read: Callable[[TensorSpec, Any], Array]
+    signature: Signature,
+    inputs: list[_Input],
+    body: bytes | memoryview,
+    read: Callable[[TensorSpec, Any], Array],
 ) -> Tensors:
     tensors: Tensors = {}
     for entry in inputs:
@@ -360,10 +376,12 @@ def _tensors(
     return tensors
 
 
-def _from_bytes(spec: TensorSpec, shape: tuple[int, ...], body: bytes, start: int, size: int) -> Array:
+def _from_bytes(
+    spec: TensorSpec, shape: tuple[int, ...], body: bytes | memoryview, start: int, size: int
+) -> Array:
     """The tensor in `size` bytes of the body; a view of them where they are aligned."""
     if spec.datatype == "BYTES":
-        return _texts(spec, shape, body[start : start + size])
+        return _texts(spec, shape, bytes(body[start : start + size]))
     expected = spec.dtype.itemsize * product(shape)
     if size != expected:
         raise MalformedBody(
@@ -424,7 +442,7 @@ def _texts(spec: TensorSpec, shape: tuple[int, ...], content: bytes) -> Array:
     return np.array(texts, dtype=np.object_).reshape(shape)
 
 
-def _raw_tensors(signature: Signature, body: bytes) -> Tensors:
+def _raw_tensors(signature: Signature, body: bytes | memoryview) -> Tensors:
     """The only input, its shape found from the size of the body.
 
     Triton takes this for models of one input with at most one dimension that may vary, beside the rows, of
@@ -463,7 +481,8 @@ def _not_raw(spec: TensorSpec) -> InvalidInput:
 
 def _output(value: Any, spec: TensorSpec | None) -> tuple[Array, str]:
     """An output as a tensor, and its datatype."""
-    if isinstance(value, (np.ndarray, np.generic)):
+    is_tensor = isinstance(value, (np.ndarray, np.generic))
+    if is_tensor and (spec is None or spec.datatype != JSON):
         tensor = np.asarray(value)
         return tensor, spec.datatype if spec else _datatype_of(tensor)
     elements = value if isinstance(value, list) else [value]
@@ -487,7 +506,7 @@ def _to_bytes(tensor: Array) -> bytes | memoryview:
     return little.reshape(-1).view(np.uint8).data
 
 
-def _classify(wanted: RequestedOutput, tensor: Array, datatype: str, labels: Sequence[str] | None) -> Array:
+def _classify(wanted: RequestedOutput, tensor: Array, datatype: str, labels: Sequence[str]) -> Array:
     """The best classes of each row as `value:index[:label]`, best first; equal ones in order of index."""
     if datatype in ("BOOL", "BYTES"):
         raise InvalidInput(
@@ -508,6 +527,6 @@ def _classify(wanted: RequestedOutput, tensor: Array, datatype: str, labels: Seq
         for rank, index in enumerate(best.tolist()):
             # Triton prints floats with six digits behind the point.
             value = f"{row[index]:f}" if floats else str(row[index])
-            label = f":{labels[index]}" if labels is not None and index < len(labels) else ""
+            label = f":{labels[index]}" if index < len(labels) else ""
             classes[place, rank] = f"{value}:{index}{label}"
     return classes if numbers.ndim > 1 else classes.reshape(-1)

@@ -200,9 +200,10 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
 def _version(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    if type(value) is not int:
+    whole = whole_number(value)
+    if whole is None:
         raise _wrong_field("version", value, "a whole number or a string")
-    return str(value)
+    return str(whole)
 
 
 def _outputs(value: Any) -> tuple[str, ...] | None:
@@ -227,9 +228,19 @@ def _parameters(value: Any) -> tuple[float | None, int | None]:
     timeout, priority = value.get("timeout_ms"), value.get("priority")
     if timeout is not None and not (type(timeout) in (int, float) and timeout > 0):
         raise _wrong_field("parameters.timeout_ms", timeout, "a number above 0")
-    if priority is not None and not (type(priority) is int and priority >= 0):
-        raise _wrong_field("parameters.priority", priority, "a whole number from 0")
+    if priority is not None:
+        whole = whole_number(priority)
+        if whole is None or whole < 0:
+            raise _wrong_field("parameters.priority", priority, "a whole number from 0")
+        priority = whole
     return None if timeout is None else float(timeout), priority
+
+
+def whole_number(value: Any) -> int | None:
+    """The integer that a JSON number is: `3.0` is 3, as JSON Schema has it; None for anything else."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def _unknown_field(where: str, prefix: str, name: str, known: tuple[str, ...]) -> InvalidInput:

@@ -263,7 +263,6 @@ def test_no_rows_are_answered_with_no_rows(server: Server) -> None:
     assert answered(answer)["y"] == []
 
 
-
 @pytest.mark.parametrize(
     "value",
     [

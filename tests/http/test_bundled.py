@@ -174,5 +174,7 @@ def test_the_document_describes_what_is_served_and_its_examples_run(bundled: Ser
         answer = bundled.post("/predict", json=example["value"])
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == name
-    assert "image/png" in operation["requestBody"]["content"]
+    own = document["paths"]["/predict/digits"]["post"]["requestBody"]["content"]
+    assert "image/png" in own
+    assert "image/png" not in document["paths"]["/predict/diabetes"]["post"]["requestBody"]["content"]
     assert bundled.get("/docs").status_code == 200

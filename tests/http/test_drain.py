@@ -7,10 +7,13 @@ import json
 
 import httpx
 import numpy as np
+import pytest
 
 from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client, with_clients
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import LANES, MakeChaos, Serve
+
+pytestmark = pytest.mark.parametrize("lane", LANES, indirect=True, scope="module")
 
 
 def test_sigterm_under_load_loses_no_accepted_request(serve: Serve, make_chaos: MakeChaos) -> None:

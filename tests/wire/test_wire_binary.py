@@ -137,7 +137,7 @@ class TestJsonBodies:
             {"data": [1, 2], "datatype": None},
             {"data": [1, 2], "shape": [-2]},
             {"data": [1, 2], "shape": [True]},
-            {"data": [1, 2], "shape": [2.0]},
+            {"data": [1, 2], "shape": [2.5]},
             {"data": [1, 2], "shape": 2},
             {"data": [1, 2], "shape": [2**40, 2**40]},
             {"data": [], "shape": [0, 2**62, 2**62]},
@@ -356,7 +356,7 @@ class TestAnswers:
     ) -> None:
         wanted = [RequestedOutput("y", False, 2)]
         signature = given_outputs(y=datatype)
-        parts, _ = encode_infer("m", "1", "", {"y": output}, wanted, False, signature, ["a", "b", "c"])
+        parts, _ = encode_infer("m", "1", "", {"y": output}, wanted, False, signature, {"y": ["a", "b", "c"]})
         (entry,) = orjson.loads(parts[0])["outputs"]
         assert entry["datatype"] == "BYTES"
         assert entry["shape"] == list(np.shape(classes))

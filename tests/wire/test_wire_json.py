@@ -76,7 +76,7 @@ class TestFields:
             ('"parameters":{"timeout_ms":0}', "parameters.timeout_ms"),
             ('"parameters":{"timeout_ms":true}', "parameters.timeout_ms"),
             ('"parameters":{"priority":-1}', "parameters.priority"),
-            ('"parameters":{"priority":1.0}', "parameters.priority"),
+            ('"parameters":{"priority":1.5}', "parameters.priority"),
         ],
     )
     def test_a_wrong_field_is_named(self, fields: str, field: str) -> None:

@@ -1,0 +1,51 @@
+"""PyTorch's files: TorchScript (`.pt`), exported programs and AOTInductor packages (`.pt2`).
+
+What a file is, is told by what is in it, not by its name. PyTorch itself is imported when the first such
+file is loaded, not before: it takes seconds and hundreds of megabytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+from service.backends.base import Backend, LoadedModel, LoadOptions
+from service.backends.torch_file import Kind, kind_of
+from service.backends.trust import check_trust
+from service.errors import LoadError
+
+_LOADERS: Final = {
+    Kind.SCRIPT: "service.backends.torchscript",
+    Kind.PROGRAM: "service.backends.torch_program",
+    Kind.COMPILED: "service.backends.torch_compiled",
+}
+
+
+class PyTorchBackend(Backend):
+    """Loads PyTorch's files, where `options` trust them: all of them can run code when they are loaded."""
+
+    name = "torch"
+    suffixes = (".pt", ".pt2")
+
+    def load(self, file: Path, options: LoadOptions) -> LoadedModel:
+        """Load `file`; raises LoadError."""
+        self.describe()
+        kind = kind_of(file)
+        check_trust(file, options)
+        if options.device != "cpu":
+            raise LoadError(f'device "{options.device}" is not supported by this build; use "cpu"')
+        try:
+            loader = importlib.import_module(_LOADERS[kind])
+        except ImportError as error:
+            raise LoadError(f"PyTorch is installed but cannot be imported: {error}") from error
+        model: LoadedModel = loader.load(file, options)
+        return model
+
+    def describe(self) -> str:
+        """The runtime's version; raises LoadError, which says how to install it, where it is not."""
+        try:
+            return f"torch {version('torch')}"
+        except PackageNotFoundError as error:
+            raise LoadError("PyTorch is not installed: pip install 'inferpool[torch]'") from error

@@ -1,0 +1,143 @@
+"""AOTInductor packages (`torch._inductor.aoti_compile_and_package`): exported programs as machine code.
+
+PyTorch's own runner of packages holds the interpreter lock through a run, which keeps every other thread
+from its work (pytorch/pytorch#197516). So the library in the package is called directly, without the
+lock; only a package that needs PyTorch's help in a run goes by PyTorch's runner.
+
+A package says neither datatypes and shapes nor the names of arguments that go by their place. Compiled
+code trusts what it is given: the checks that are compiled into it are turned on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Final, TypeAlias
+
+# Read by compiled code in its first run.
+os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
+
+import torch
+from torch.utils import _pytree as pytree
+
+from service.backends.base import Described, LoadOptions
+from service.backends.torch_library import Library
+from service.backends.torch_model import (
+    Feeds,
+    Leaves,
+    Runnable,
+    TorchModel,
+    check_datatypes,
+    quiet,
+    start,
+)
+from service.backends.torch_signature import complete_inputs, flatten, name_inputs
+from service.errors import LoadError
+from service.machine import usable_cores
+from service.tensors import names_text
+
+log = logging.getLogger(__name__)
+
+FORM: Final = "AOTInductor package"
+
+_Run: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor | None]]
+
+
+def load(file: Path, options: LoadOptions) -> TorchModel:
+    """Load a package; raises LoadError."""
+    with quiet(file), TemporaryDirectory(prefix="inferpool-") as name:
+        folder = Path(name)
+        model = _unpack(file, folder)
+        _check_machine(folder)
+        libraries = list(folder.glob("*.so"))
+        if len(libraries) != 1:
+            raise LoadError(f"{file.name} has {len(libraries)} compiled libraries where one is expected")
+        library = Library(libraries[0], usable_cores())
+        try:
+            if library.lacks_weights:
+                raise LoadError(f"{file.name} was compiled without its weights; compile it with them")
+            run, form = library.run, FORM
+            if _calls_pytorch(folder):
+                run = torch._C._aoti.AOTIModelPackageLoader(str(file), model, False, 1, -1).boxed_run
+                form = f"{FORM}, holding the interpreter lock"
+                log.warning(
+                    "%s has operations for which compiled code needs PyTorch: while it runs, the server does"
+                    " nothing else",
+                    file,
+                )
+            return start(_runnable(library, run, form, options), options)
+        except BaseException:
+            library.close()
+            raise
+
+
+def _runnable(library: Library, run: _Run, form: str, options: LoadOptions) -> Runnable:
+    takes, gives = map(pytree.treespec_loads, library.call)
+    args, kwargs = pytree.tree_unflatten(range(takes.num_leaves), takes)
+    by_place = [index for _, index in flatten(args)]
+    by_name = {"_".join(map(str, place)): index for place, index in flatten(kwargs)}
+    unnamed = name_inputs(len(by_place), by_name.keys(), options.inputs, options.samples)
+    order = dict(zip(unnamed, by_place, strict=True)) | by_name
+    names = sorted(order, key=order.__getitem__)
+    if len(names) != takes.num_leaves:
+        raise LoadError(f"two inputs would have the same name: {names_text(names)}")
+    inputs = complete_inputs([Described(name) for name in names], (), options.inputs, options.samples)
+    check_datatypes(inputs)
+    places = [place for place, _ in flatten(pytree.tree_unflatten(range(gives.num_leaves), gives))]
+
+    def forward(feeds: Feeds) -> Leaves:
+        outputs = zip(places, run([feeds[name] for name in names]), strict=True)
+        return {place: tensor for place, tensor in outputs if tensor is not None}
+
+    return Runnable(forward, inputs, form, copies=True, release=library.close)
+
+
+def _unpack(file: Path, folder: Path) -> str:
+    """Put what belongs to the compiled model into `folder`; returns the model's name in the package."""
+    models: dict[str, list[zipfile.ZipInfo]] = {}
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            parts = PurePosixPath(entry.filename).parts
+            if parts[1:3] == ("data", "aotinductor") and len(parts) == 5:
+                models.setdefault(parts[3], []).append(entry)
+        name = "model" if "model" in models else next(iter(models))
+        if len(models) > 1 and name != "model":
+            raise LoadError(f'{file.name} has the models {names_text(models)}, and none is called "model"')
+        for entry in models[name]:
+            (folder / PurePosixPath(entry.filename).name).write_bytes(archive.read(entry))
+    return name
+
+
+def _check_machine(folder: Path) -> None:
+    """Raise LoadError where the code was compiled for another kind of machine: it would end the server."""
+    facts: dict[str, str] = {}
+    for file in folder.glob("*_metadata.json"):
+        facts |= json.loads(file.read_text(encoding="utf-8"))
+    here = {
+        "AOTI_DEVICE_KEY": "cpu",
+        "AOTI_PLATFORM": platform.system().lower(),
+        "AOTI_MACHINE": platform.machine(),
+    }
+    for key, expected in here.items():
+        if facts.get(key, expected) != expected:
+            raise LoadError(f"it was compiled for {facts[key]}, and this is {expected}")
+    wanted = [flag.lower() for flag in facts.get("AOTI_CPU_ISA", "").split()]
+    try:
+        has = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return
+    lacking = [flag for flag in wanted if flag.startswith(("avx", "amx")) and not has & {flag, f"{flag}f"}]
+    if lacking:
+        raise LoadError(f"it was compiled for a processor with {', '.join(lacking)}, which this one lacks")
+
+
+def _calls_pytorch(folder: Path) -> bool:
+    """Whether the code has operations that PyTorch runs for it; they stand in a file of their own."""
+    listed = [file for file in folder.glob("*.json") if not file.name.endswith("_metadata.json")]
+    return any("nodes" in json.loads(file.read_text(encoding="utf-8")) for file in listed)

@@ -1,0 +1,156 @@
+"""Exported programs (`torch.export.save`). The file says what the model takes and gives.
+
+Run as PyTorch loads it, a program is Python code that calls one operation after the other: it gives up
+the interpreter lock in each and has to win it back after each, for which it waits milliseconds wherever
+the web side is busy. So a program is translated to a graph that PyTorch runs without Python; it runs as
+Python only where that cannot be done, or does not give the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils import _pytree as pytree
+
+from service.backends.base import LoadOptions
+from service.backends.torch_graph import Untranslatable, function, optimize, translate, writes
+from service.backends.torch_model import (
+    Feeds,
+    Forward,
+    Leaves,
+    Runnable,
+    TorchModel,
+    agree,
+    datatype_of,
+    quiet,
+    start,
+    to_array,
+)
+from service.backends.torch_signature import Facts, Place, flatten, place_text
+from service.errors import LoadError
+from service.tensors import ANY, Tensors, TensorSpec, name_text
+
+log = logging.getLogger(__name__)
+
+FORM: Final = "exported program"
+MOST_ROWS: Final = 1_000_000
+"""A limit from here on is none: exporters write a very large number for "any"."""
+
+
+class _Program:
+    """An exported program and how it is called.
+
+    Attributes:
+        inputs: the tensors that it takes, in the flat order of its arguments.
+        outputs: where each tensor stands in what it returns, and what it looks like, in the flat order.
+    """
+
+    def __init__(self, exported: Any) -> None:
+        """Read the calling convention; raises LoadError where something else than tensors is in it."""
+        self.exported = exported
+        self.module = exported.module()
+        values = {node.name: node.meta.get("val") for node in exported.graph.nodes}
+        self._arguments = [
+            spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+        ]
+        self.inputs = tuple(
+            TensorSpec(argument.name, *_facts(values[argument.name], f"input {name_text(argument.name)}"))
+            for argument in self._arguments
+            if not isinstance(argument, ConstantArgument)
+        )
+        returned = exported.graph_signature.user_outputs
+        structure = pytree.tree_unflatten(range(len(returned)), exported.call_spec.out_spec)
+        self.outputs: dict[Place, Facts] = {
+            place: _facts(values.get(returned[index], returned[index]), f"output {place_text(place)}")
+            for place, index in flatten(structure)
+            if returned[index] is not None
+        }
+        limits = [
+            _upper_limit(values[spec.name].shape[0], exported.range_constraints)
+            for spec in self.inputs
+            if spec.shape
+        ]
+        self.max_rows = min((limit for limit in limits if limit is not None), default=None)
+
+    def example(self) -> list[Tensors]:
+        """The inputs that it was exported with, if they are in the file."""
+        if not self.exported.example_inputs:
+            return []
+        flat = pytree.tree_leaves(self.exported.example_inputs)
+        tensors = [tensor for tensor in flat if isinstance(tensor, torch.Tensor)]
+        if len(tensors) != len(self.inputs):
+            return []
+        return [{spec.name: to_array(tensor) for spec, tensor in zip(self.inputs, tensors, strict=True)}]
+
+    def as_python(self, feeds: Feeds) -> Leaves:
+        """Run it as PyTorch loads it."""
+        args, kwargs = pytree.tree_unflatten(self._flat(feeds), self.exported.call_spec.in_spec)
+        return dict(flatten(self.module(*args, **kwargs)))
+
+    def as_graph(self, graph: Any) -> Forward:
+        """What runs it as `graph` after the same checks of sizes; raises Untranslatable without those."""
+        guards = getattr(self.module, "_guards_fn", None)
+        if guards is None:
+            raise Untranslatable("its checks of the sizes are not to be had on their own")
+        run = function(graph)
+
+        def forward(feeds: Feeds) -> Leaves:
+            guards(*self._flat(feeds))
+            return dict(zip(self.outputs, run(*[feeds[spec.name] for spec in self.inputs]), strict=True))
+
+        return forward
+
+    def _flat(self, feeds: Feeds) -> list[object]:
+        return [
+            argument.value if isinstance(argument, ConstantArgument) else feeds[argument.name]
+            for argument in self._arguments
+        ]
+
+
+def load(file: Path, options: LoadOptions) -> TorchModel:
+    """Load an exported program; raises LoadError."""
+    with quiet(file):
+        program = _Program(torch.export.load(file))
+        options = replace(options, samples=(*program.example(), *options.samples))
+        return start(_runnable(file, program, options), options, program.outputs)
+
+
+def _runnable(file: Path, program: _Program, options: LoadOptions) -> Runnable:
+    """The quickest way to run it that gives the same as the others."""
+    python = Runnable(
+        program.as_python, program.inputs, f"{FORM}, run as Python", copies=True, max_rows=program.max_rows
+    )
+    try:
+        graph = translate(program.exported)
+        for candidate in (optimize(graph), graph):
+            runnable = replace(
+                python, forward=program.as_graph(candidate), form=FORM, copies=writes(candidate)
+            )
+            if agree(python, runnable, options):
+                return runnable
+        reason = "it does not give the same otherwise"
+    except Untranslatable as error:
+        reason = str(error)
+    log.warning("%s runs as Python, which slows it down wherever the server is busy: %s", file, reason)
+    return python
+
+
+def _facts(value: Any, what: str) -> Facts:
+    """Datatype and shape of a tensor as the exporter saw it; raises LoadError for anything else."""
+    if not isinstance(value, torch.Tensor):
+        raise LoadError(f"{what} is {type(value).__name__}, and only tensors can be sent and answered")
+    shape = tuple(size if isinstance(size, int) else ANY for size in value.shape)
+    return datatype_of(value.dtype, what), shape
+
+
+def _upper_limit(size: Any, ranges: Any) -> int | None:
+    """The largest value that a dimension may have, where that is known and finite."""
+    if isinstance(size, int):
+        return None
+    limits = ranges.get(size.node.expr)
+    return int(limits.upper) if limits is not None and limits.upper < MOST_ROWS else None

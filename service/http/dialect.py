@@ -1,0 +1,101 @@
+"""What differs between the ways of asking for a prediction; everything else is shared.
+
+A dialect says which paths are its own, what a body says, how outputs are answered and how an error is
+worded. Admission, the queue, deadlines, ids, timing, metrics and logs are the predictor's, for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from service.errors import InferpoolError
+from service.http.head import Head
+from service.http.problems import Headers
+from service.http.served import Served
+from service.tensors import Tensors
+from service.wire.binary import RequestedOutput
+
+Data: TypeAlias = bytes | memoryview
+"""A body as it came, whole."""
+
+
+class Target(NamedTuple):
+    """What a path names: `model` is None where the body is to name it, `version` a number or label."""
+
+    model: str | None
+    version: str | None
+
+
+@dataclass(slots=True)
+class Options:
+    """What a body says beside its tensors, where its format can.
+
+    Attributes:
+        model: the model's name.
+        version: number or label.
+        id: the caller's name for the request.
+        outputs: names of the outputs wanted, None for all.
+        timeout_ms: milliseconds that the caller will wait.
+        priority: 1 is the highest; 0 and None are the default.
+        forms: how each output is wanted, where the dialect lets the caller say.
+        binary: whether outputs whose form is not said are answered in binary.
+    """
+
+    model: str | None = None
+    version: str | None = None
+    id: str | None = None
+    outputs: tuple[str, ...] | None = None
+    timeout_ms: float | None = None
+    priority: int | None = None
+    forms: Sequence[RequestedOutput] | None = None
+    binary: bool = False
+
+
+class Body(ABC):
+    """A body whose framing and options are read, and whose tensors are once the version is known."""
+
+    options: Options
+
+    @abstractmethod
+    def tensors(self, served: Served) -> Tensors:
+        """The inputs as the version takes them, checked against its signature; call it once.
+
+        Raises UnsupportedMediaType, MalformedBody, InvalidInput or BodyTooLarge.
+        """
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Outputs as they go back: `headers` name the body's type, `parts` follow one another."""
+
+    headers: Headers
+    parts: Sequence[Data]
+
+
+class Dialect(ABC):
+    """One way of asking for a prediction. Dialects have no state."""
+
+    problem_type: bytes
+    """The media type of errors."""
+
+    @abstractmethod
+    def target(self, path: str) -> Target | None:
+        """What `path`, still percent-encoded, names; None where it is not this dialect's."""
+
+    @abstractmethod
+    def open(self, head: Head, data: Data, max_bytes: int) -> Body:
+        """The body in `data`, which is not compressed any more.
+
+        Raises MalformedBody, UnsupportedMediaType, or InvalidInput for a field beside the tensors.
+        """
+
+    @abstractmethod
+    def encode(self, head: Head, options: Options, served: Served, outputs: Tensors) -> Encoded:
+        """The answer for `outputs`; raises UnsupportedMediaType, InvalidInput or ModelFailed."""
+
+    @abstractmethod
+    def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
+        """The body of an error's answer."""

@@ -1,0 +1,133 @@
+"""What is looked up once a version, and what is counted of its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from service.errors import InvalidInput
+from service.metrics import Metrics, Value
+from service.pool.ports import Result
+from service.repository.catalog import VersionView
+from service.tensors import ANY, Signature, Tensors, names_text
+
+
+class Tally:
+    """How a version's requests ended and what they took, in seconds, since the server started.
+
+    Attributes:
+        successes: requests that were answered; `success_s` from their heads to their answers.
+        failures: requests that ended with an error once the version was known; `failure_s` likewise.
+        rows: rows of the successes.
+        queue_s: time that the successes waited in the queue.
+        decode_s: time that reading and checking their inputs took.
+        compute_s: time that the batches they were in ran.
+        encode_s: time that writing their outputs took.
+        last: moment of the last success by the predictor's clock; None before the first.
+    """
+
+    __slots__ = (
+        "compute_s",
+        "decode_s",
+        "encode_s",
+        "failure_s",
+        "failures",
+        "last",
+        "queue_s",
+        "rows",
+        "success_s",
+        "successes",
+    )
+
+    def __init__(self) -> None:
+        self.successes = self.failures = self.rows = 0
+        self.success_s = self.failure_s = 0.0
+        self.queue_s = self.decode_s = self.compute_s = self.encode_s = 0.0
+        self.last: float | None = None
+
+
+class Meters:
+    """The values that a version's requests are counted in."""
+
+    def __init__(self, metrics: Metrics, model: str, version: str, tally: Tally) -> None:
+        self._metrics = metrics
+        self._labels = (model, version)
+        self._tally = tally
+        self._by_status: dict[int, Value] = {}
+        self._total = metrics.distribution("request_duration_seconds", model, version)
+        self._queue = metrics.distribution("queue_duration_seconds", model, version)
+        self._compute = metrics.distribution("compute_duration_seconds", model, version)
+
+    def succeeded(
+        self, rows: int, decode_s: float, encode_s: float, total_s: float, now: float, result: Result
+    ) -> None:
+        """Count a request that was answered at the moment `now`."""
+        self._count(200, total_s)
+        self._queue.observe(result.queue_s)
+        self._compute.observe(result.compute_s)
+        tally = self._tally
+        tally.successes += 1
+        tally.success_s += total_s
+        tally.rows += rows
+        tally.queue_s += result.queue_s
+        tally.decode_s += decode_s
+        tally.compute_s += result.compute_s
+        tally.encode_s += encode_s
+        tally.last = now
+
+    def failed(self, status: int, total_s: float) -> None:
+        """Count a request that ended with an error."""
+        self._count(status, total_s)
+        self._tally.failures += 1
+        self._tally.failure_s += total_s
+
+    def _count(self, status: int, total_s: float) -> None:
+        value = self._by_status.get(status)
+        if value is None:
+            value = self._metrics.value("requests_total", *self._labels, str(status))
+            self._by_status[status] = value
+        value.value += 1
+        self._total.observe(total_s)
+
+
+class Served:
+    """A version that is ready: its view, its meters, and how its entries are told apart."""
+
+    def __init__(self, view: VersionView, metrics: Metrics, tally: Tally) -> None:
+        assert view.signature is not None  # known before a version is ready
+        self.view = view
+        self.signature: Signature = view.signature
+        self.version = str(view.key.version)
+        self.meters = Meters(metrics, view.key.model, self.version, tally)
+        specs = view.signature.inputs
+        self.optional = frozenset(spec.name for spec in specs if spec.optional)
+        self.bf16 = tuple(spec.name for spec in view.signature.outputs if spec.datatype == "BF16")
+        self.class_names = {} if view.classes is None else {view.classes.output: view.classes.names}
+        # Where every row of every request has the same shape there is but one group.
+        self.one_group = all(
+            spec.optional or (spec.shape is not None and ANY not in spec.shape[1:]) for spec in specs
+        )
+
+    def rows(self, tensors: Tensors) -> int:
+        """Rows of a request; raises InvalidInput where its inputs do not agree on them."""
+        if not self.view.batching.enabled:
+            return 1
+        counts = {name: len(tensor) for name, tensor in tensors.items() if name not in self.optional}
+        rows = next(iter(counts.values()))
+        if any(count != rows for count in counts.values()):
+            found = ", ".join(f'"{name}" has {count}' for name, count in counts.items())
+            raise InvalidInput(f"the first dimension counts rows, the same for every input: {found}")
+        return rows
+
+    def group(self, entry_id: int, tensors: Tensors, rows: int) -> Hashable:
+        """What must be equal for entries to share a batch."""
+        if not rows or not self.optional.isdisjoint(tensors):
+            # Nothing to share, or an input that holds for the whole run: such an entry runs alone.
+            if rows > self.view.batching.max_rows:
+                raise InvalidInput(
+                    f"a request that sets {names_text(sorted(self.optional & tensors.keys()))} may have"
+                    f" {self.view.batching.max_rows} rows at the most, not {rows}"
+                )
+            return entry_id
+        if self.one_group:
+            return None
+        return tuple((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items()))

@@ -1,0 +1,202 @@
+"""What clients do with their connections, over both lanes: pipelining, chunks, expectations, leaving."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.chaos import inferpool_chaos as chaos
+from tests.conftest import LANES, MakeChaos, Serve
+from tests.server import Server
+
+pytestmark = pytest.mark.parametrize("lane", LANES, indirect=True, scope="module")
+
+
+class Wire:
+    """A bare connection."""
+
+    def __init__(self, server: Server) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        self.stream = self.socket.makefile("rb")
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+        self.socket.close()
+
+    def send(self, text: str | bytes) -> None:
+        self.socket.sendall(text.encode() if isinstance(text, str) else text)
+
+    def status(self) -> tuple[int, dict[str, str]]:
+        line = self.stream.readline().decode()
+        assert line, "the connection was closed"
+        headers = {}
+        while (header := self.stream.readline().decode().strip()) != "":
+            name, _, value = header.partition(":")
+            headers[name.lower()] = value.strip()
+        return int(line.split()[1]), headers
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        status, headers = self.status()
+        return status, headers, self.stream.read(int(headers.get("content-length", "0")))
+
+    def ended(self) -> bool:
+        return self.stream.read(1) == b""
+
+
+def request(*marks: float, path: str = "/predict/m", version: str = "1.1", headers: str = "") -> str:
+    body = json.dumps({"inputs": [[mark, 0, 0, 0] for mark in marks]})
+    return f"POST {path} HTTP/{version}\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n{body}"
+
+
+def sums(*marks: float) -> list[float]:
+    rows = np.zeros((len(marks), 4))
+    rows[:, 0] = marks
+    return chaos.expected(rows).tolist()
+
+
+@pytest.fixture
+def server(serve: Serve, make_chaos: MakeChaos) -> Server:
+    return serve(make_chaos("m", run_ms=1), "--max-body-bytes", "100000")
+
+
+@pytest.fixture
+def wire(server: Server) -> Iterator[Wire]:
+    with Wire(server) as made:
+        yield made
+
+
+def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
+    paths = ["/predict/m", "/health/live", "/predict/m", "/predict/nobody", "/models", "/v2/models/m/infer"]
+    text = ""
+    for number, path in enumerate(paths * 3):
+        if path.startswith("/predict"):
+            text += request(number, path=path)
+        elif path.startswith("/v2"):
+            data = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [number, 0, 0, 0]}
+            body = json.dumps({"inputs": [data]})
+            text += f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+        else:
+            text += f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n"
+    wire.send(text)
+    for number, path in enumerate(paths * 3):
+        status, _, body = wire.answer()
+        assert status == (404 if path.endswith("nobody") else 200), path
+        if path == "/predict/m":
+            assert json.loads(body)["outputs"]["sum"] == sums(number)
+        elif path.startswith("/v2"):
+            assert json.loads(body)["outputs"][0]["data"] == sums(number)
+
+
+def test_a_body_may_come_in_chunks_of_any_size(wire: Wire) -> None:
+    body = json.dumps({"inputs": [[1, 0, 0, 0], [2, 0, 0, 0]]}).encode()
+    for size in (1, 7, len(body)):
+        wire.send("POST /predict/m HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        for start in range(0, len(body), size):
+            part = body[start : start + size]
+            wire.send(b"%x\r\n%s\r\n" % (len(part), part))
+        wire.send("0\r\n\r\n")
+        status, _, answer = wire.answer()
+        assert status == 200
+        assert json.loads(answer)["outputs"]["sum"] == sums(1, 2)
+
+
+def test_a_request_may_come_byte_by_byte(wire: Wire) -> None:
+    for byte in request(5).encode():
+        wire.send(bytes([byte]))
+    assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(5)
+
+
+def test_a_client_that_asks_first_is_told_to_go_on_or_why_not(wire: Wire) -> None:
+    head, _, body = request(5, headers="expect: 100-continue\r\n").partition("\r\n\r\n")
+    wire.send(head + "\r\n\r\n")
+    assert wire.status()[0] == 100
+    wire.send(body)
+    assert wire.answer()[0] == 200
+    wire.send("POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 999999\r\nexpect: 100-continue\r\n\r\n")
+    status, _, answer = wire.answer()
+    assert status == 413, "before the body is sent"
+    assert json.loads(answer)["code"] == "body_too_large"
+
+
+def test_a_connection_is_kept_or_closed_as_the_client_wants(server: Server) -> None:
+    cases = (("1.1", "", True), ("1.1", "connection: close\r\n", False), ("1.0", "", False))
+    for version, headers, kept in cases:
+        with Wire(server) as wire:
+            wire.send(request(1, version=version, headers=headers))
+            status, answered, _ = wire.answer()
+            assert status == 200
+            assert (answered.get("connection") == "close") is not kept
+            if kept:
+                wire.send(request(2))
+                assert wire.answer()[0] == 200
+            else:
+                assert wire.ended()
+
+
+def test_a_refused_request_leaves_the_connection_usable(wire: Wire) -> None:
+    for body in ("{", '{"inputs": [[1, 2]]}', "x" * 200_000):
+        wire.send(f"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}")
+        assert 400 <= wire.answer()[0] < 500
+        wire.send(request(3))
+        assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(3)
+
+
+def test_a_pipelined_request_that_is_too_large_is_refused_in_its_turn(wire: Wire) -> None:
+    large = "x" * 150_000
+    wire.send(
+        request(1)
+        + f"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: {len(large)}\r\n\r\n{large}"
+        + "POST /predict/m HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        + f"{len(large):x}\r\n{large}\r\n0\r\n\r\n"
+        + request(2)
+    )
+    assert [wire.answer()[0] for _ in range(4)] == [200, 413, 413, 200]
+
+
+def test_what_is_not_http_is_refused_and_costs_the_others_nothing(server: Server) -> None:
+    for text in ("nonsense\r\n\r\n", "POST /predict/m HTTP/1.1\r\ncontent-length: -1\r\n\r\n", "\0" * 100):
+        with Wire(server) as wire:
+            wire.send(text)
+            assert wire.status()[0] == 400
+    with Wire(server) as wire:
+        wire.send(request(1))
+        assert wire.answer()[0] == 200
+
+
+def test_a_client_that_leaves_in_the_middle_costs_nothing(server: Server) -> None:
+    whole = request(1)
+    for length in range(10, len(whole) + 1, 7):
+        with Wire(server) as wire:
+            wire.send(whole[:length])
+    with Wire(server) as wire:
+        wire.send(request(1))
+        assert wire.answer()[0] == 200
+        while server.metric("in_flight_requests"):
+            pass
+
+
+def test_a_client_that_does_not_read_holds_up_only_itself(server: Server) -> None:
+    wide = request(*range(2000))
+    with Wire(server) as deaf, Wire(server) as other:
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                deaf.send(wide * 400)
+
+        stuck = threading.Thread(target=flood, daemon=True)
+        stuck.start()
+        for number in range(20):
+            other.send(request(number))
+            assert json.loads(other.answer()[2])["outputs"]["sum"] == sums(number)
+        deaf.socket.shutdown(socket.SHUT_RDWR)
+        stuck.join(20)
+        assert not stuck.is_alive()

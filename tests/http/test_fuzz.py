@@ -1,0 +1,158 @@
+"""Whatever a body holds, it is answered as its fault explains, and costs nobody else anything."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import json
+import os
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from service.http.problems import STATUSES
+from tests.clients import Client, Reply, with_clients
+from tests.conftest import ROOT
+from tests.server import Server
+from tests.wire.test_wire_mutations import mutated
+
+CASES = int(os.environ.get("FUZZ_CASES", "50000"))
+"""Requests in all; a longer search sets more."""
+CLIENTS = 8
+SEED = int(os.environ.get("FUZZ_SEED", "4"))
+HANGS_S = 30
+GROWTH_BYTES = 6 * 2**20
+"""What the memory of a server that keeps nothing may differ by between two moments."""
+NOT_FAULTS = (429, 503, 504)
+LENGTH = "inference-header-content-length"
+ROWS = np.random.default_rng(0).uniform(0, 100, (2, 10)).astype(np.float32)
+PICTURE = (ROOT / "models/digits/samples/7.png").read_bytes()
+
+
+class Kind(NamedTuple):
+    """A valid request of one kind, whose body is mutated."""
+
+    path: str
+    body: bytes
+    headers: dict[str, str]
+
+
+def saved(save: object, *arrays: np.ndarray, **named: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    save(stream, *arrays, **named)  # type: ignore[operator]
+    return stream.getvalue()
+
+
+def form(*files: tuple[str, bytes]) -> bytes:
+    parts = [
+        f'--edge\r\nContent-Disposition: form-data; name="{name}"; filename="f"\r\n\r\n'.encode() + content
+        for name, content in files
+    ]
+    return b"\r\n".join([*parts, b"--edge--\r\n"])
+
+
+def infer_header(**tensor: object) -> bytes:
+    tensor = {"name": "features", "datatype": "FP32", "shape": [2, 10], **tensor}
+    outputs = [{"name": "progression", "parameters": {"classification": 1, "binary_data": True}}]
+    parameters = {"timeout": 10_000_000, "priority": 1, "binary_data_output": False}
+    return json.dumps({"id": "a", "inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
+
+
+NATIVE = json.dumps(
+    {
+        "model": "diabetes",
+        "version": 1,
+        "id": "é",
+        "inputs": {"features": ROWS.tolist()},
+        "outputs": ["progression"],
+        "parameters": {"timeout_ms": 10_000, "priority": 1},
+    }
+).encode()
+BINARY_HEADER = infer_header(parameters={"binary_data_size": ROWS.nbytes})
+NPY = saved(np.save, ROWS)
+INFER = "/v2/models/diabetes/infer"
+FORM = {"content-type": "multipart/form-data; boundary=edge"}
+KINDS = {
+    "JSON": Kind("/predict", NATIVE, {}),
+    "JSON for a path": Kind("/predict/diabetes", json.dumps({"inputs": ROWS.tolist()}).encode(), {}),
+    "large JSON": Kind("/predict/diabetes", json.dumps({"inputs": [[1.5] * 10] * 40}).encode(), {}),
+    "gzip": Kind("/predict", gzip.compress(NATIVE), {"content-encoding": "gzip"}),
+    "v2 JSON": Kind(INFER, infer_header(data=ROWS.tolist()), {}),
+    "v2 binary": Kind(INFER, BINARY_HEADER + ROWS.tobytes(), {LENGTH: str(len(BINARY_HEADER))}),
+    "v2 raw": Kind(INFER, ROWS.tobytes(), {LENGTH: "0"}),
+    "npy": Kind("/predict/diabetes", NPY, {"content-type": "application/x-npy"}),
+    "npz": Kind(
+        "/predict/diabetes",
+        saved(np.savez_compressed, features=ROWS),
+        {"content-type": "application/x-npz", "accept": "application/x-npz"},
+    ),
+    "form": Kind("/predict/diabetes", form(("features", NPY)), FORM),
+    "form with a picture": Kind("/predict/digits", form(("image", PICTURE)), FORM),
+    "picture": Kind("/predict/digits", PICTURE, {"content-type": "image/png"}),
+}
+
+
+def explained(kind: str, reply: Reply, body: bytes) -> int:
+    """The status, after checking that it is one that the body's fault explains."""
+    case = f"{kind}: {body!r} is answered {reply.status} {reply.body!r}"
+    assert reply.status < 500 or reply.status in NOT_FAULTS, case
+    assert reply.headers.get("connection") != "close", case
+    assert "x-request-id" in reply.headers, case
+    if reply.status != 200:
+        error = json.loads(reply.body)
+        assert STATUSES[error["code"]] == reply.status, case
+    return reply.status
+
+
+def resident_bytes(server: Server) -> int:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+async def ask(port: int, cases: int, seed: int) -> Counter[tuple[str, int]]:
+    """Send so many mutated bodies; returns how often each kind had each status."""
+    counts: Counter[tuple[str, int]] = Counter()
+
+    async def work(client: Client, number: int) -> None:
+        chance = random.Random(seed * CLIENTS + number)
+        names = list(KINDS)
+        for place in range(cases // CLIENTS):
+            name = names[place % len(names)]
+            path, valid, headers = KINDS[name]
+            body = mutated(valid, chance)
+            if LENGTH in headers and chance.random() < 0.1:
+                headers = {**headers, LENGTH: chance.choice(["-1", "1", "7", "99999999999", "x", ""])}
+            async with asyncio.timeout(HANGS_S):
+                reply = await client.post(path, body, headers)
+            counts[name, explained(name, reply, body)] += 1
+
+    await with_clients(port, CLIENTS, work)
+    return counts
+
+
+@pytest.mark.timeout(600)
+def test_mutated_bodies_are_answered_and_leave_nothing_behind(bundled: Server) -> None:
+    for name, (path, body, headers) in KINDS.items():
+        answer = bundled.post(path, content=body, headers=headers)
+        assert answer.status_code == 200, f"{name}: {answer.text}"
+    counts = asyncio.run(ask(bundled.port, CASES // 2, SEED))
+    before = resident_bytes(bundled)
+    counts += asyncio.run(ask(bundled.port, CASES // 2, SEED + 1))
+    growth = resident_bytes(bundled) - before
+    print(growth, before, counts)
+    assert counts.total() >= CASES - 2 * CLIENTS
+    for name in KINDS:
+        good = counts[name, 200]
+        refused = sum(count for (kind, _), count in counts.items() if kind == name) - good
+        assert refused > good / 20, f"{name}: {counts}"
+    assert growth < GROWTH_BYTES
+    assert bundled.metric("in_flight_requests") == 0
+    assert bundled.get("/health/ready").status_code == 200

@@ -1,0 +1,31 @@
+"""The server does what its OpenAPI document says, as schemathesis sees it with every check it has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.server import Server
+
+SECONDS = 50
+
+
+@pytest.mark.timeout(180)
+def test_the_server_is_as_its_document_says(bundled: Server, tmp_path: Path) -> None:
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"]
+    command += ["--config-file", str(folder / "schemathesis.toml"), "run", f"{bundled.url}/openapi.json"]
+    command += ["--checks", "all", "--max-time", str(SECONDS), "--seed", "4", "--request-timeout", "30"]
+    command += ["--generation-database", "none", "--continue-on-failure", "--no-color"]
+    environ = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.http.schemathesis_hooks", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=150
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Tested: " in done.stdout
+    assert bundled.get("/health/ready").status_code == 200
