@@ -47,6 +47,7 @@ def serve(path: Path, settings: Settings) -> int:
         metrics,
         time.monotonic,
         max_body_bytes=settings.max_body_bytes,
+        in_flight_bytes=settings.in_flight_bytes,
         access_log=settings.access_log,
     )
     config = uvicorn.Config(

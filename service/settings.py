@@ -36,6 +36,10 @@ class Settings(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
         64 * 1024 * 1024, description="Largest request body, also after decompression."
     )
+    in_flight_bytes: Annotated[int, Field(ge=1)] = Field(
+        512 * 1024 * 1024,
+        description="Bytes of request bodies that may be in flight for all models together.",
+    )
     queue_bytes: Annotated[int, Field(ge=1)] = Field(
         256 * 1024 * 1024, description="Bytes of input that may wait for one model."
     )

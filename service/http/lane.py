@@ -52,7 +52,7 @@ async def serve_predict(
     except _Gone:
         pass
     finally:
-        predictor.leave()
+        predictor.leave(call)
 
 
 async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Receive) -> Answer:
@@ -60,7 +60,7 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['method']} is not for predictions: POST a body", allow="POST")
         predictor.admit(call)
-        data = await _read_body(Intake(call.head, predictor.max_body_bytes), receive)
+        data = await _read_body(predictor, call, receive)
         if predictor.is_heavy(call.head, len(data)):
             tensors = await asyncio.to_thread(predictor.read, call, data)
         else:
@@ -85,13 +85,17 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
         predictor.end(call)
 
 
-async def _read_body(intake: Intake, receive: Receive) -> Data:
-    """The whole body; raises BodyTooLarge as soon as it is more than the server takes."""
+async def _read_body(predictor: Predictor, call: Call, receive: Receive) -> Data:
+    """The whole body; raises BodyTooLarge or Overloaded as soon as it is more than the server takes."""
+    intake = Intake(call.head, predictor.max_body_bytes)
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise _Gone
-        intake.add(message.get("body", b""))
+        chunk = message.get("body", b"")
+        if call.head.content_length is None:
+            predictor.reserve(call, len(chunk))
+        intake.add(chunk)
         if not message.get("more_body", False):
             return intake.whole()
 

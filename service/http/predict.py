@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from service.errors import Draining, InternalError, InvalidInput
+from service.errors import Draining, InternalError, InvalidInput, Overloaded
 from service.http.compression import decompress, gzipped, takes_gzip
 from service.http.dialect import Data, Dialect, Options
 from service.http.head import Head
@@ -59,7 +59,10 @@ class Answer:
 class Call:
     """One predict request on its way: what its lane holds on to."""
 
-    __slots__ = ("began", "decode_s", "dialect", "entry", "future", "head", "options", "served", "timer")
+    __slots__ = (
+        "began", "decode_s", "dialect", "entry", "future", "head", "options", "reserved_bytes", "served",
+        "timer",
+    )  # fmt: skip
 
     def __init__(self, dialect: Dialect, head: Head, began: float) -> None:
         """`began` is the moment at which the head was there."""
@@ -68,6 +71,7 @@ class Call:
         self.began = began
         self.options = Options()
         self.decode_s = 0.0
+        self.reserved_bytes = 0
         self.served: Served | None = None
         self.entry: Entry | None = None
         self.future: asyncio.Future[Result] | None = None
@@ -89,10 +93,13 @@ class Predictor:
         clock: Callable[[], float],
         *,
         max_body_bytes: int,
+        in_flight_bytes: int,
         access_log: bool,
     ) -> None:
         self.clock = clock
         self.max_body_bytes = max_body_bytes
+        self._in_flight_bytes = in_flight_bytes
+        self._reserved_bytes = 0
         self.in_flight = 0
         self.draining = False
         self._idle: asyncio.Event | None = None
@@ -111,11 +118,28 @@ class Predictor:
         """A request's head is there."""
         self.in_flight += 1
 
-    def leave(self) -> None:
+    def leave(self, call: Call) -> None:
         """A request has its answer, or its client has gone."""
         self.in_flight -= 1
+        self.release(call)
         if not self.in_flight and self._idle is not None:
             self._idle.set()
+
+    def reserve(self, call: Call, size: int) -> None:
+        """Make room for `size` bytes of body; raises Overloaded where those in flight leave none.
+
+        A body is always let in where no other is in flight: the bound must not make it impossible.
+        """
+        others = self._reserved_bytes - call.reserved_bytes
+        if others and self._reserved_bytes + size > self._in_flight_bytes:
+            raise Overloaded(f"{others} bytes of other requests are in flight already")
+        self._reserved_bytes += size
+        call.reserved_bytes += size
+
+    def release(self, call: Call) -> None:
+        """Give back what `reserve` made room for."""
+        self._reserved_bytes -= call.reserved_bytes
+        call.reserved_bytes = 0
 
     async def idle(self) -> None:
         """Wait until no request is in flight; nothing that comes after this call counts as accepted."""
@@ -126,7 +150,7 @@ class Predictor:
     def admit(self, call: Call) -> None:
         """Refuse, before its body is read, a request that would be refused whatever is in it.
 
-        Raises ModelNotFound, VersionNotFound, BodyTooLarge, QueueFull, NotReady or Draining.
+        Raises ModelNotFound, VersionNotFound, BodyTooLarge, QueueFull, NotReady, Overloaded or Draining.
         """
         if self.draining:
             raise Draining("the server is shutting down")
@@ -136,6 +160,7 @@ class Predictor:
         if head.model is not None:
             call.served = self._find(head.model, head.version)
             self._inbox.refuse_early(call.served.view.key)
+        self.reserve(call, head.content_length or 0)
 
     def is_heavy(self, head: Head, size: int) -> bool:
         """Whether reading a body of `size` bytes would keep the event loop from its other work."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.errors import RequestError
+from service.errors import InferpoolError
 from service.http.head import Head
 from service.http.intake import Intake
 from service.http.lane import find_dialect
@@ -175,7 +175,7 @@ class Exchange:
         self._call = call
         self._intake = Intake(call.head, protocol.predictor.max_body_bytes)
         self._started = self._entered = self._body_complete = False
-        self._fault: RequestError | None = None
+        self._fault: InferpoolError | None = None
         self._waits_for_100 = expects_100
         self.keep_alive = keep_alive
         self.disconnected = False
@@ -203,8 +203,10 @@ class Exchange:
         if self.response_complete or self._fault is not None:
             return
         try:
+            if self._call.head.content_length is None:
+                self._predictor.reserve(self._call, len(chunk))
             self._intake.add(chunk)
-        except RequestError as error:
+        except InferpoolError as error:
             self._fault = error
             if self._started:
                 self._refuse(error)
@@ -303,7 +305,9 @@ class Exchange:
     def _leave(self) -> None:
         if self._entered:
             self._entered = False
-            self._predictor.leave()
+            self._predictor.leave(self._call)
+        else:
+            self._predictor.release(self._call)
 
 
 class _NeverAwaited:

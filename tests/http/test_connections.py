@@ -200,3 +200,27 @@ def test_a_client_that_does_not_read_holds_up_only_itself(server: Server) -> Non
         deaf.socket.shutdown(socket.SHUT_RDWR)
         stuck.join(20)
         assert not stuck.is_alive()
+
+
+def test_bodies_in_flight_are_bounded_for_all_together(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=1), "--in-flight-bytes", "1000")
+    chunk = "a" * 600
+    with Wire(server) as first, Wire(server) as second:
+        first.send("POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n{")
+        while server.metric("in_flight_requests") < 1:
+            pass
+        for head in (
+            "content-length: 600\r\n\r\n" + chunk,
+            f"transfer-encoding: chunked\r\n\r\n258\r\n{chunk}\r\n0\r\n\r\n",
+        ):
+            second.send(f"POST /predict/m HTTP/1.1\r\nhost: x\r\n{head}")
+            status, headers, body = second.answer()
+            assert (status, json.loads(body)["code"]) == (503, "overloaded")
+            assert headers["retry-after"]
+        second.send(request(1))
+        assert second.answer()[0] == 200, "a small one still fits"
+    while server.metric("in_flight_requests"):
+        pass
+    with Wire(server) as wire:
+        wire.send(request(*range(300)))
+        assert wire.answer()[0] == 200, "and a large one where no other is in flight"

@@ -6,6 +6,7 @@ import gzip
 import http.client
 import json
 import zlib
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -137,12 +138,15 @@ def test_a_model_that_raises_fails_that_request_alone(serve: Serve, make_chaos: 
     assert good.json()["outputs"]["sum"] == chaos.expected(np.array([[1.0, 2.0, 3.0, 4.0]])).tolist()
 
 
-def test_a_model_that_is_loading_or_has_failed_is_not_ready(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_model_that_is_loading_or_has_failed_is_not_ready(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
     repository = make_chaos("good")
     make_chaos("slow", run_ms=300)
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")
-    server = serve(repository, wait=False)
+    # A cache of its own: what another test has measured would be loaded too quickly to be seen loading.
+    server = serve(repository, wait=False, INFERPOOL_CACHE_DIR=str(tmp_path / "cache"))
     server.wait_for("good/1 is ready")
     loading = server.post("/predict/slow", json={"inputs": [[1, 2, 3, 4]]})
     assert code_of(loading) == "not_ready"

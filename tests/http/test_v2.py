@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -220,8 +221,8 @@ def test_a_model_that_raises_or_is_not_ready_says_so(serve: Serve, make_chaos: M
     assert [entry["name"] for entry in ready] == ["m"]
 
 
-def test_readiness_is_that_of_the_server(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("slow", run_ms=300), wait=False)
+def test_readiness_is_that_of_the_server(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+    server = serve(make_chaos("slow", run_ms=300), wait=False, INFERPOOL_CACHE_DIR=str(tmp_path / "cache"))
     waiting = server.get("/v2/health/ready")
     assert waiting.status_code == server.get("/health/ready").status_code == 503
     assert waiting.json() == {"ready": False, "error": "the server is loading", "code": "not_ready"}
