@@ -21,6 +21,7 @@ from service.http.outlet import Outlet
 from service.http.predict import Predictor
 from service.http.protocol import PredictProtocol
 from service.http.routes import make_application
+from service.machine import keep_freed_memory
 from service.metrics import Metrics
 from service.repository.catalog import Catalog
 from service.repository.repository import Repository
@@ -31,12 +32,16 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5
 """How long connections may take to close once every request on them is answered."""
 
+BODY_GRACE_S = 2.0
+"""How long a request whose body is still coming in may take to be complete once the server drains."""
+
 
 def serve(path: Path, settings: Settings) -> int:
     """Serve the models in `path` until a signal ends it; the exit status is 0 if nothing was lost.
 
     Raises ConfigError if there is nothing to serve or the address cannot be had.
     """
+    keep_freed_memory()
     outlet = Outlet()
     metrics = Metrics(build_info())
     repository = Repository(path, settings, outlet, metrics, time.monotonic)
@@ -123,10 +128,10 @@ class _Server(uvicorn.Server):
         """Answer what was accepted, then stop."""
         deadline = time.monotonic() + self._drain_timeout_s
         try:
-            await asyncio.wait_for(self._predictor.idle(), self._drain_timeout_s)
+            await asyncio.wait_for(self._predictor.idle(BODY_GRACE_S), self._drain_timeout_s)
         except TimeoutError:
-            log.error("%d requests were not answered in time", self._predictor.in_flight)
-            self.exit_status = 1
+            log.error("%d requests were not answered in time", self._predictor.accepted)
+            self.exit_status = 1 if self._predictor.accepted else 0
         left_s = max(0.0, deadline - time.monotonic())
         if not await asyncio.to_thread(self._repository.drain, left_s):
             log.error("a model was still running at the end")

@@ -1,12 +1,34 @@
-"""How many cores this process may really use: its affinity and its cgroup's quota, not the host's cores."""
+"""What this process has of the machine: the cores that it may really use, and the memory that it keeps.
+
+Cores are those of its affinity and its cgroup's quota, not the host's.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
 
 _ROOT = Path("/")
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_LARGEST_KEPT_BYTES = 32 * 2**20
+"""The most that glibc allows as M_MMAP_THRESHOLD."""
+_KEPT_BYTES = 128 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Keep what is freed for the next request; False where the C library is not glibc.
+
+    Of its own accord glibc maps a body or a batch of 128 KiB or more from the kernel and gives it back when
+    it is freed, so that every one of them is paid for page by page: for a request of 600 KB that is more than
+    all else it costs. With this at most 128 MiB that are free stay with the process. Source: mallopt(3).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 def usable_cores(root: Path = _ROOT) -> int:

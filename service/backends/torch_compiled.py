@@ -5,7 +5,8 @@ from its work (pytorch/pytorch#197516). So the library in the package is called 
 lock; only a package that needs PyTorch's help in a run goes by PyTorch's runner.
 
 A package says neither datatypes and shapes nor the names of arguments that go by their place. Compiled
-code trusts what it is given: the checks that are compiled into it are turned on.
+code trusts what it is given, and reads beyond its inputs where they are smaller than it was compiled for:
+so the checks that are compiled into it are turned on, and none is served that refuses a single row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import platform
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Final, TypeAlias
@@ -34,13 +36,15 @@ from service.backends.torch_model import (
     Runnable,
     TorchModel,
     check_datatypes,
+    first_line,
     quiet,
+    run_once,
     start,
 )
-from service.backends.torch_signature import complete_inputs, flatten, name_inputs
+from service.backends.torch_signature import complete_inputs, flatten, made_up, name_inputs
 from service.errors import LoadError
 from service.machine import usable_cores
-from service.tensors import names_text
+from service.tensors import ANY, names_text
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +75,10 @@ def load(file: Path, options: LoadOptions) -> TorchModel:
                     " nothing else",
                     file,
                 )
-            return start(_runnable(library, run, form, options), options)
+            runnable = _runnable(library, run, form, options)
+            model = start(runnable, options)
+            _check_single_row(runnable, options)
+            return model
         except BaseException:
             library.close()
             raise
@@ -96,6 +103,26 @@ def _runnable(library: Library, run: _Run, form: str, options: LoadOptions) -> R
         return {place: tensor for place, tensor in outputs if tensor is not None}
 
     return Runnable(forward, inputs, form, copies=True, release=library.close)
+
+
+def _check_single_row(runnable: Runnable, options: LoadOptions) -> None:
+    """Raise LoadError where batches of any size are described, and the code refuses those of one row.
+
+    It does unless it was compiled otherwise: the compiler writes "at least two" for every size that varies.
+    """
+    if any(not spec.shape or spec.shape[0] != ANY for spec in runnable.inputs):
+        return
+    for inputs, _ in made_up(runnable.inputs, options.samples):
+        with suppress(RuntimeError):
+            run_once(runnable, inputs, options.threads)
+            break
+    try:
+        run_once(runnable, {name: tensor[:1] for name, tensor in inputs.items()}, options.threads)
+    except RuntimeError as error:
+        raise LoadError(
+            f"the compiled code refuses a single row ({first_line(error)}); compile it again with"
+            ' inductor_configs={"aot_inductor.check_lowerbound": False}'
+        ) from error
 
 
 def _unpack(file: Path, folder: Path) -> str:

@@ -7,6 +7,7 @@ calls `admit`, puts the body together, calls `read` and `offer`, waits for the f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -102,7 +103,8 @@ class Predictor:
         self._reserved_bytes = 0
         self.in_flight = 0
         self.draining = False
-        self._idle: asyncio.Event | None = None
+        self.accepted = 0
+        self._left = asyncio.Event()
         self._catalog = catalog
         self._inbox = inbox
         self._outlet = outlet
@@ -122,8 +124,9 @@ class Predictor:
         """A request has its answer, or its client has gone."""
         self.in_flight -= 1
         self.release(call)
-        if not self.in_flight and self._idle is not None:
-            self._idle.set()
+        if call.entry is not None:
+            self.accepted -= 1
+        self._left.set()
 
     def reserve(self, call: Call, size: int) -> None:
         """Make room for `size` bytes of body; raises Overloaded where those in flight leave none.
@@ -141,11 +144,16 @@ class Predictor:
         self._reserved_bytes -= call.reserved_bytes
         call.reserved_bytes = 0
 
-    async def idle(self) -> None:
-        """Wait until no request is in flight; nothing that comes after this call counts as accepted."""
-        self._idle = asyncio.Event()
-        if self.in_flight:
-            await self._idle.wait()
+    async def idle(self, grace_s: float) -> None:
+        """Wait until every accepted request has its answer.
+
+        Those whose bodies are still coming in get `grace_s` seconds to become accepted ones.
+        """
+        ends = self.clock() + grace_s
+        while self.in_flight and (self.accepted or self.clock() < ends):
+            self._left.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._left.wait(), None if self.accepted else ends - self.clock())
 
     def admit(self, call: Call) -> None:
         """Refuse, before its body is read, a request that would be refused whatever is in it.
@@ -223,6 +231,7 @@ class Predictor:
             self._outlet.forget(entry_id)
             raise
         call.entry, call.future = entry, future
+        self.accepted += 1
         if timeout_s < math.inf:
             call.timer = asyncio.get_running_loop().call_later(
                 max(0.0, entry.deadline - entry.arrived), self._cancel, entry, "deadline"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import platform
+import resource
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -129,3 +132,28 @@ def test_v2_bodies_are_capped_after_they_are_unpacked(serve: Serve, make_chaos: 
     answer = server.post("/v2/models/m/infer", content=packed, headers={"content-encoding": "gzip"})
     assert answer.status_code == 413
     assert answer.json()["code"] == "body_too_large"
+
+
+def minor_faults(server: Server) -> int:
+    """Pages that the kernel has had to give the process so far."""
+    return int(Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+def test_the_memory_of_large_bodies_is_used_again(bundled: Server) -> None:
+    rows = np.zeros((15_000, 10), np.float32)
+    headers = {"inference-header-content-length": "0", "accept-encoding": "identity"}
+
+    def ask(count: int) -> None:
+        with httpx.Client(timeout=30) as client:
+            for _ in range(count):
+                answer = client.post(
+                    f"{bundled.url}/v2/models/diabetes/infer", content=rows.tobytes(), headers=headers
+                )
+                assert answer.status_code == 200
+
+    ask(30)
+    before = minor_faults(bundled)
+    ask(50)
+    pages = rows.nbytes // resource.getpagesize()
+    assert (minor_faults(bundled) - before) / 50 < pages / 4

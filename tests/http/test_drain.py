@@ -97,3 +97,21 @@ def test_what_is_not_done_in_time_makes_the_exit_status_1(serve: Serve, make_cha
 
     asyncio.run(scenario())
     assert server.process.wait(30) == 1
+
+
+def test_a_client_that_never_finishes_its_body_does_not_hold_up_the_end(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m"))
+
+    async def scenario() -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+        while server.metric("in_flight_requests") < 1:
+            pass
+        server.process.terminate()
+        await asyncio.to_thread(server.process.wait, 15)
+        writer.close()
+
+    asyncio.run(scenario())
+    assert server.process.returncode == 0
