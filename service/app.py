@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import platform
 import signal
 import socket
@@ -132,7 +133,8 @@ class _Server(uvicorn.Server):
         except TimeoutError:
             log.error("%d requests were not answered in time", self._predictor.accepted)
             self.exit_status = 1 if self._predictor.accepted else 0
-        left_s = max(0.0, deadline - time.monotonic())
+        # Idle threads need a moment to notice, however little time is left.
+        left_s = max(1.0, deadline - time.monotonic())
         if not await asyncio.to_thread(self._repository.drain, left_s):
             log.error("a model was still running at the end")
             self.exit_status = 1
@@ -143,6 +145,8 @@ class _Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         health = self._repository.health()
+        for name, problem in health.problems.items():
+            log.warning("%s: %s", name, problem)
         log.info("%s: %d models", health.status, len(self._repository.models()))
 
 
@@ -162,4 +166,5 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=4096)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from error

@@ -27,11 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = config or os.environ.get(ENV_PREFIX + "CONFIG")
         settings = read_settings(flags, os.environ, Path(config) if config else None)
+    except InferpoolError as error:
+        print(f"inferpool: {error.detail}", file=sys.stderr)
+        return 2
+    try:
         # Imported late, so that --help and mistakes answer at once.
         from service import app, logs
 
         if command == "check":
-            logs.configure_logs("error" if settings.log_level == "info" else settings.log_level, "console")
+            # What it prints says all that the log would, unless the log was asked for.
+            logs.configure_logs(flags.get("log_level", "error"), "console")
             return _print_check(app.load_all(path, settings))
         logs.configure_logs(settings.log_level, settings.log_format)
         return app.serve(path, settings)
@@ -91,10 +96,15 @@ def _print_check(catalog: Catalog) -> int:
             extent = f"up to {batching.max_rows} rows" if batching.enabled else "off"
             print(f"  batching {extent}: {batching.reason}")
             live = catalog.live(view.key)
-            print(f"  runs     {len(live.instances)} instances of {view.threads} threads by {view.backend}")
+            count = _counted(len(live.instances), "instance"), _counted(view.threads, "thread")
+            print(f"  runs     {count[0]} of {count[1]} by {view.backend}")
             for line in live.latency:
                 print(f"           {line.rows:5.0f} rows in {1000 * line.seconds:9.3f} ms")
     print(
         f"{failed} of {sum(len(model.versions) for model in catalog.models().values())} versions have failed"
     )
     return 1 if failed else 0
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

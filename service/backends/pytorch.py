@@ -13,7 +13,7 @@ from typing import Final
 
 from service.backends.base import Backend, LoadedModel, LoadOptions
 from service.backends.torch_file import Kind, kind_of
-from service.backends.torch_memory import keep_memory
+from service.backends.torch_process import prepare
 from service.backends.trust import check_trust
 from service.errors import LoadError
 
@@ -37,11 +37,11 @@ class PyTorchBackend(Backend):
         check_trust(file, options)
         if options.device != "cpu":
             raise LoadError(f'device "{options.device}" is not supported by this build; use "cpu"')
+        prepare()
         try:
             loader = importlib.import_module(_LOADERS[kind])
         except ImportError as error:
             raise LoadError(f"PyTorch is installed but cannot be imported: {error}") from error
-        keep_memory()
         model: LoadedModel = loader.load(file, options)
         return model
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import zipfile
 from collections.abc import Callable, Sequence
@@ -21,9 +20,6 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Final, TypeAlias
-
-# Read by compiled code in its first run.
-os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
 
 import torch
 from torch.utils import _pytree as pytree
@@ -55,9 +51,9 @@ _Run: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor | None]]
 
 def load(file: Path, options: LoadOptions) -> TorchModel:
     """Load a package; raises LoadError."""
-    with quiet(file), TemporaryDirectory(prefix="inferpool-") as name:
-        folder = Path(name)
-        model = _unpack(file, folder)
+    with quiet(file), TemporaryDirectory(prefix="inferpool-") as place:
+        folder = Path(place)
+        name = _unpack(file, folder)
         _check_machine(folder)
         libraries = list(folder.glob("*.so"))
         if len(libraries) != 1:
@@ -68,7 +64,7 @@ def load(file: Path, options: LoadOptions) -> TorchModel:
                 raise LoadError(f"{file.name} was compiled without its weights; compile it with them")
             run, form = library.run, FORM
             if _calls_pytorch(folder):
-                run = torch._C._aoti.AOTIModelPackageLoader(str(file), model, False, 1, -1).boxed_run
+                run = torch._C._aoti.AOTIModelPackageLoader(str(file), name, False, 1, -1).boxed_run
                 form = f"{FORM}, holding the interpreter lock"
                 log.warning(
                     "%s has operations for which compiled code needs PyTorch: while it runs, the server does"

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlug
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.codecs.containers import MEDIA_TYPES, Container, open_container
-from service.errors import BodyTooLarge, ConfigError, MalformedBody
+from service.errors import BodyTooLarge, ConfigError, MalformedBody, RequestError
 from service.tensors import ANY, Array, Signature, Tensors, TensorSpec, names_text, shape_text
 
 Side: TypeAlias = Annotated[int, Field(ge=1)]
@@ -87,6 +87,14 @@ class ImageCodec:
         self._resize = config.resize
         self._max_pixels = config.max_pixels
         self._values = _pixel_values(config, spec)
+
+    def pixels(self, body: bytes) -> int:
+        """How many pixels a picture has, by its header; 0 where that cannot be read."""
+        try:
+            container = open_container(body)
+        except RequestError:
+            return 0
+        return container.width * container.height
 
     def decode(self, body: bytes) -> Tensors:
         """Decode a PNG, JPEG or WebP file to `{input: tensor}`: one row, C-contiguous.

@@ -10,6 +10,10 @@ from service.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
 from service.http.dialect import Data
 
 _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
+
+_EXPANDED_BYTES: Final = 1024 * 1024
+_MOST_EXPANSION: Final = 100
+"""A body may unpack to a megabyte, or to so many times its size: more is no data but an attack."""
 _GZIP: Final = 16 + zlib.MAX_WBITS
 _FASTEST: Final = 1
 _TRIED_BYTES: Final = 16 * 1024
@@ -30,6 +34,7 @@ def decompress(data: Data, encoding: str, max_bytes: int) -> Data:
         raise UnsupportedMediaType(
             f'Content-Encoding "{encoding[:40]}" is not taken', expected=["gzip", "deflate"]
         )
+    max_bytes = min(max_bytes, max(_EXPANDED_BYTES, _MOST_EXPANSION * len(data)))
     stream = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         plain = stream.decompress(data, max_bytes + 1)

@@ -23,13 +23,14 @@ class Intake:
     and the model; one where an entry is alone in its batch, for then its tensors are the batch.
     """
 
-    __slots__ = ("_buffer", "_chunks", "_max_bytes", "_size")
+    __slots__ = ("_buffer", "_chunks", "_growing", "_max_bytes", "_size")
 
     def __init__(self, head: Head, max_bytes: int) -> None:
         """Prepare for the body of `head`, of which at most `max_bytes` are taken."""
         self._max_bytes = max_bytes
         self._size = 0
         self._chunks: list[bytes] = []
+        self._growing: bytearray | None = bytearray() if head.content_length is None else None
         self._buffer: memoryview | None = None
         length, json_length = head.content_length, head.header_length
         if length and json_length and 0 < json_length <= length <= max_bytes and not head.content_encoding:
@@ -40,13 +41,18 @@ class Intake:
         start, self._size = self._size, self._size + len(chunk)
         if self._size > self._max_bytes:
             raise too_large(self._max_bytes)
-        if self._buffer is None or (not start and self._size == len(self._buffer)):
+        if self._growing is not None:
+            # Chunks of the sender's choosing may be of a byte each: kept apart they would take fifty.
+            self._growing += chunk
+        elif self._buffer is None or (not start and self._size == len(self._buffer)):
             self._chunks.append(chunk)
         else:
             self._buffer[start : self._size] = chunk
 
     def whole(self) -> Data:
         """The body, once all of it is there."""
+        if self._growing is not None:
+            return bytes(self._growing)
         if self._chunks:
             return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         return b"" if self._buffer is None else self._buffer

@@ -61,7 +61,7 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
             raise MethodNotAllowed(f"{scope['method']} is not for predictions: POST a body", allow="POST")
         predictor.admit(call)
         data = await _read_body(predictor, call, receive)
-        if predictor.is_heavy(call.head, len(data)):
+        if predictor.is_heavy(call, data):
             tensors = await asyncio.to_thread(predictor.read, call, data)
         else:
             tensors = predictor.read(call, data)
@@ -93,8 +93,7 @@ async def _read_body(predictor: Predictor, call: Call, receive: Receive) -> Data
         if message["type"] == "http.disconnect":
             raise _Gone
         chunk = message.get("body", b"")
-        if call.head.content_length is None:
-            predictor.reserve(call, len(chunk))
+        predictor.reserve(call, len(chunk))
         intake.add(chunk)
         if not message.get("more_body", False):
             return intake.whole()

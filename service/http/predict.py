@@ -26,13 +26,16 @@ from service.http.served import Meters, Served, Tally
 from service.metrics import Metrics
 from service.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Result, VersionKey
 from service.repository.catalog import Catalog, find_ready
-from service.tensors import Tensors, check_outputs, names_text
+from service.tensors import Array, Tensors, check_outputs, names_text
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("inferpool.access")
 
 HEAVY_BYTES: Final = 32 * 1024
 """Bodies to decode, and bodies and answers to unpack or pack, that are larger go to another thread."""
+HEAVY_PIXELS: Final = 128 * 128
+"""Pictures with more pixels are decoded in another thread."""
+_UNPACKED: Final = ("application/x-npz", "multipart/form-data")
 _MIN_GZIP_BYTES: Final = 1024
 """Smaller answers fit a packet or two as they are."""
 _DECODED: Final = ("image/", "multipart/")
@@ -123,9 +126,7 @@ class Predictor:
     def leave(self, call: Call) -> None:
         """A request has its answer, or its client has gone."""
         self.in_flight -= 1
-        self.release(call)
-        if call.entry is not None:
-            self.accepted -= 1
+        self.answered(call)
         self._left.set()
 
     def reserve(self, call: Call, size: int) -> None:
@@ -139,10 +140,14 @@ class Predictor:
         self._reserved_bytes += size
         call.reserved_bytes += size
 
-    def release(self, call: Call) -> None:
-        """Give back what `reserve` made room for."""
+    def answered(self, call: Call) -> None:
+        """The request's body is of no more use, and its answer is on its way, read or not."""
         self._reserved_bytes -= call.reserved_bytes
         call.reserved_bytes = 0
+        if call.entry is not None:
+            call.entry = None
+            self.accepted -= 1
+            self._left.set()
 
     async def idle(self, grace_s: float) -> None:
         """Wait until every accepted request has its answer.
@@ -168,11 +173,21 @@ class Predictor:
         if head.model is not None:
             call.served = self._find(head.model, head.version)
             self._inbox.refuse_early(call.served.view.key)
-        self.reserve(call, head.content_length or 0)
+        if self._reserved_bytes and self._reserved_bytes + (head.content_length or 0) > self._in_flight_bytes:
+            raise Overloaded(f"{self._reserved_bytes} bytes of other requests are in flight already")
 
-    def is_heavy(self, head: Head, size: int) -> bool:
-        """Whether reading a body of `size` bytes would keep the event loop from its other work."""
-        return size > HEAVY_BYTES and (bool(head.content_encoding) or head.content_type.startswith(_DECODED))
+    def is_heavy(self, call: Call, data: Data) -> bool:
+        """Whether reading a body would keep the event loop from its other work."""
+        head = call.head
+        if head.content_encoding or head.content_type in _UNPACKED:
+            return True
+        if len(data) > HEAVY_BYTES:
+            return head.content_type.startswith(_DECODED)
+        if head.content_type.startswith("image/") and call.served is not None:
+            # A picture costs what its pixels do, and a small file may have many.
+            image = call.served.view.image
+            return image is not None and image.pixels(bytes(data)) > HEAVY_PIXELS
+        return False
 
     def tally(self, key: VersionKey) -> Tally:
         """How the requests of a version ended; it is read, not written."""
@@ -218,7 +233,8 @@ class Predictor:
             tensors,
             rows,
             served.group(entry_id, tensors, rows),
-            sum(tensor.nbytes for tensor in tensors.values()),
+            # A row takes memory here even where it has no elements.
+            max(8 * rows, sum(map(_bytes_of, tensors.values()))),
             self.clock(),
             call.began + timeout_s,
             options.priority or DEFAULT_PRIORITY,
@@ -344,6 +360,11 @@ class Predictor:
                 "total_ms": round(1000 * total_s, 3),
             },
         )
+
+
+def _bytes_of(tensor: Array) -> int:
+    """What a tensor takes in memory, about: text is not in the array that refers to it."""
+    return tensor.nbytes if tensor.dtype.kind != "O" else sum(64 + len(text) for text in tensor.flat)
 
 
 def compressed(answer: Answer) -> Answer:

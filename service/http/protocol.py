@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.errors import InferpoolError
+from service.errors import InferpoolError, MalformedBody
 from service.http.head import Head
 from service.http.intake import Intake
 from service.http.lane import find_dialect
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 MOST_HEAD_BYTES: Final = 64 * 1024
 """A request line and headers with more bytes than this are refused with 431."""
+
+STALLED_S: Final = 60.0
+"""A client that reads nothing of its answer for so long is hung up on."""
+
+_UPGRADE: Final = "the request asks for another protocol, which hides its body; send it without Upgrade"
 
 _JOINED_BYTES: Final = 64 * 1024
 """An answer up to this size is written with its head, in one piece."""
@@ -44,25 +49,39 @@ class PredictProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         application: Any = self.app
         self.predictor: Predictor = application.predictor
-        self._head_bytes = 0
-        self._in_head = False
+        self._progress = False
+        self._quiet_bytes = 0
+        self._upgraded = False
         self._undrained: Exchange | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     # From the transport.
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected: a request is to follow as soon as on a connection that is kept."""
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
     def data_received(self, data: bytes) -> None:
         """Feed the parser, which calls back below."""
+        if self._upgraded:
+            return  # the parser stopped at the head, so what follows cannot be told apart from a request
+        self._progress = False
         super().data_received(data)
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
-                self.transport.write(_TOO_LARGE_HEAD)
-                self.transport.close()
+        # Bytes that complete neither a head nor a piece of a body are those of a head, or of trailers.
+        self._quiet_bytes = 0 if self._progress else self._quiet_bytes + len(data)
+        if self._quiet_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.write(_TOO_LARGE_HEAD)
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of the exchange under way, and of those behind it."""
         cycle: Any = self.cycle
         super().connection_lost(exc)
+        if self._stall is not None:
+            self._stall.cancel()
         waiting = [cycle, *(queued for queued, _ in self.pipeline), self._undrained]
         for exchange in waiting:
             if isinstance(exchange, Exchange):
@@ -72,6 +91,9 @@ class PredictProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """The client reads again: the next request on the connection may be answered."""
         super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
         if self._undrained is not None:
             exchange, self._undrained = self._undrained, None
             exchange.complete()
@@ -83,12 +105,11 @@ class PredictProtocol(HttpToolsProtocol):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
-        self._in_head = True
-        self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
         """Decide which way the request goes."""
-        self._in_head = False
+        self._progress = True
+        self._upgraded = self.parser.should_upgrade()
         exchange = self._exchange()
         if exchange is None:
             url, headers, expect = self.url, self.headers, self.expect_100_continue
@@ -107,6 +128,7 @@ class PredictProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A chunk of the body."""
+        self._progress = True
         cycle: Any = self.cycle
         if isinstance(cycle, Exchange):
             cycle.take(body)
@@ -115,6 +137,7 @@ class PredictProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is there, all of it."""
+        self._progress = True
         cycle: Any = self.cycle
         if isinstance(cycle, Exchange):
             cycle.taken()
@@ -123,16 +146,20 @@ class PredictProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Exchange):
-            cycle.start()
+            # Not from within the end of the one before: a long pipeline would be as deep a recursion.
+            self.loop.call_soon(cycle.start)
         else:
+            if self._upgraded:
+                cycle.keep_alive = False
             super()._start_asgi_task(cycle, app)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Upgrades are ignored, as RFC 9110 (7.8) allows, and the connection ends with the answer."""
 
     def _exchange(self) -> Exchange | None:
         """The exchange for the request whose head is there; None if it goes the usual way."""
         url = self.url
         if not url.startswith((b"/predict", b"/v2/models/")) or self.parser.get_method() != b"POST":
-            return None
-        if self.parser.should_upgrade():
             return None
         found = find_dialect(url.partition(b"?")[0].decode("latin-1"))
         if found is None:
@@ -140,11 +167,26 @@ class PredictProtocol(HttpToolsProtocol):
         dialect, target = found
         call = Call(dialect, Head(*target, self.headers), self.predictor.clock())
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        if self._upgraded:
+            return Exchange(self, call, keep_alive=False, expects_100=False, fault=MalformedBody(_UPGRADE))
         return Exchange(self, call, keep_alive, self.expect_100_continue)
 
     def hold(self, exchange: Exchange) -> None:
         """Answer nothing more on this connection until the client has read what there is."""
         self._undrained = exchange
+        self._watch(self.transport.get_write_buffer_size())
+
+    def _watch(self, unread_bytes: int) -> None:
+        """Hang up on a client that reads nothing of its answer for a while."""
+
+        def check() -> None:
+            left = self.transport.get_write_buffer_size()
+            if left >= unread_bytes:
+                self.transport.abort()
+            else:
+                self._watch(left)
+
+        self._stall = self.loop.call_later(STALLED_S, check)
 
     def run_aside(self, function: Callable[..., Any], *arguments: Any, then: Callable[[Any], None]) -> None:
         """Call `function` in another thread, and `then` with what it returned or raised."""
@@ -169,13 +211,20 @@ class Exchange:
         "_waits_for_100", "disconnected", "keep_alive", "message_event", "response_complete",
     )  # fmt: skip
 
-    def __init__(self, protocol: PredictProtocol, call: Call, keep_alive: bool, expects_100: bool) -> None:
+    def __init__(
+        self,
+        protocol: PredictProtocol,
+        call: Call,
+        keep_alive: bool,
+        expects_100: bool,
+        fault: InferpoolError | None = None,
+    ) -> None:
         self._protocol = protocol
         self._predictor = protocol.predictor
         self._call = call
         self._intake = Intake(call.head, protocol.predictor.max_body_bytes)
         self._started = self._entered = self._body_complete = False
-        self._fault: InferpoolError | None = None
+        self._fault = fault
         self._waits_for_100 = expects_100
         self.keep_alive = keep_alive
         self.disconnected = False
@@ -184,6 +233,8 @@ class Exchange:
 
     def start(self) -> None:
         """It is this request's turn on its connection."""
+        if self.response_complete:
+            return  # the client went while the turn was coming
         self._started = self._entered = True
         self._predictor.enter()
         try:
@@ -203,8 +254,7 @@ class Exchange:
         if self.response_complete or self._fault is not None:
             return
         try:
-            if self._call.head.content_length is None:
-                self._predictor.reserve(self._call, len(chunk))
+            self._predictor.reserve(self._call, len(chunk))
             self._intake.add(chunk)
         except InferpoolError as error:
             self._fault = error
@@ -240,7 +290,7 @@ class Exchange:
         predictor, call = self._predictor, self._call
         try:
             data = self._intake.whole()
-            if predictor.is_heavy(call.head, len(data)):
+            if predictor.is_heavy(call, data):
                 self._protocol.run_aside(predictor.read, call, data, then=self._offer)
                 return
             tensors = predictor.read(call, data)
@@ -266,7 +316,11 @@ class Exchange:
         if self.disconnected or future.cancelled():
             return
         self._predictor.end(self._call)
-        answer = self._predictor.answer(self._call, future.result())
+        try:
+            answer = self._predictor.answer(self._call, future.result())
+        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
+            self._refuse(error)
+            return
         if not answer.compressible:
             self._write(answer)
         elif answer.size > HEAVY_BYTES:
@@ -297,6 +351,7 @@ class Exchange:
             protocol.transport.write(b"".join(lines))
             for part in answer.parts:
                 protocol.transport.write(part)
+        self._predictor.answered(self._call)
         if protocol.flow.write_paused:
             protocol.hold(self)
         else:
@@ -307,7 +362,7 @@ class Exchange:
             self._entered = False
             self._predictor.leave(self._call)
         else:
-            self._predictor.release(self._call)
+            self._predictor.answered(self._call)
 
 
 class _NeverAwaited:

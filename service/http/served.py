@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Final
 
 from service.errors import InvalidInput
 from service.metrics import Metrics, Value
@@ -89,6 +90,10 @@ class Meters:
         self._total.observe(total_s)
 
 
+MOST_ROWS: Final = 1_000_000
+"""Rows of a request; rows without elements have no bytes that would bound them."""
+
+
 class Served:
     """A version that is ready: its view, its meters, and how its entries are told apart."""
 
@@ -113,6 +118,8 @@ class Served:
             return 1
         counts = {name: len(tensor) for name, tensor in tensors.items() if name not in self.optional}
         rows = next(iter(counts.values()))
+        if rows > MOST_ROWS:
+            raise InvalidInput(f"a request may have {MOST_ROWS} rows at the most, not {rows}")
         if any(count != rows for count in counts.values()):
             found = ", ".join(f'"{name}" has {count}' for name, count in counts.items())
             raise InvalidInput(f"the first dimension counts rows, the same for every input: {found}")

@@ -75,17 +75,23 @@ class Instance:
     """A thread that takes a batch when it is free, runs it, and hands over the outcomes."""
 
     def __init__(
-        self, work: Work, model: LoadedModel, device: str, number: int, clock: Callable[[], float]
+        self,
+        work: Work,
+        model: LoadedModel,
+        device: str,
+        name: str,
+        clock: Callable[[], float],
     ) -> None:
+        """`name` is what log lines call it: `model/version#number`."""
         self.device = device
-        self.number = number
+        self.name = name
         self.model = model
         self.busy_until = 0.0
         self._work = work
         self._clock = clock
         self._wake = threading.Lock()
         self._wake.acquire()
-        self._thread = threading.Thread(target=self._live, name=f"instance-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
 
     def start(self) -> None:
         """Begin to take batches."""
@@ -110,7 +116,7 @@ class Instance:
         try:
             outcomes = self._infer(batch.pieces, batch.batched)
         except WrongRows as error:
-            log.error("%s; batching is off from here on", error)
+            log.error("%s: %s; batching is off from here on", self.name, error)
             failure = ModelFailed("the model gave the wrong number of rows for a batch")
             outcomes = [Outcome(piece, None, failure) for piece in batch.pieces]
             return Run(outcomes, self._clock() - started, False, str(error))
@@ -121,14 +127,19 @@ class Instance:
 
     def _infer(self, pieces: Sequence[Piece], batched: bool) -> list[Outcome]:
         outputs = self.model.run(gather(pieces), wanted_outputs(pieces))
-        parts = scatter(outputs, pieces) if batched else [select(outputs, pieces[0].entry.outputs)]
+        entry = pieces[0].entry
+        if not batched or entry.group == entry.id:
+            # Nothing shares this run, so nothing has to be told apart.
+            parts = [select(outputs, entry.outputs)]
+        else:
+            parts = scatter(outputs, pieces)
         return [Outcome(piece, part, None) for piece, part in zip(pieces, parts, strict=True)]
 
     def _isolate(self, batch: Batch, error: Exception) -> tuple[list[Outcome], str]:
         """Run the halves of a batch that raised `error`, theirs if they raise, down to the guilty."""
         if len(batch.pieces) == 1:
             piece = batch.pieces[0]
-            log.warning("the model failed on entry %d: %s", piece.entry.id, error, exc_info=error)
+            log.warning("%s failed on entry %d: %s", self.name, piece.entry.id, error, exc_info=error)
             return [Outcome(piece, None, ModelFailed("the model failed on this request"))], ""
         middle = len(batch.pieces) // 2
         outcomes: list[Outcome] = []
@@ -147,5 +158,5 @@ class Instance:
                 # The thread waits between batches; what it ran must not stay in memory meanwhile.
                 batch = None
         except BaseException:
-            log.exception("instance %d on %s died", self.number, self.device)
+            log.exception("%s on %s died", self.name, self.device)
             self._work.died(self, batch)

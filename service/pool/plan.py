@@ -6,6 +6,7 @@ All of it is found out by running the model at load, within a budget of time; wh
 
 from __future__ import annotations
 
+import logging
 import statistics
 import threading
 from collections.abc import Callable, Sequence
@@ -14,8 +15,10 @@ from typing import Final
 
 from service.backends.base import LoadedModel
 from service.pool.profile import Measurement
-from service.pool.proof import Proof, compare, prove
+from service.pool.proof import Proof, compare, first_line, prove
 from service.tensors import Tensors
+
+log = logging.getLogger(__name__)
 
 MOST_ROWS: Final = 256
 """Rows of a batch beyond which none is measured, unless `model.toml` sets more."""
@@ -25,6 +28,9 @@ UNMEASURED_ROWS: Final = 32
 
 WORTH_IT: Final = 1.1
 """Doubling the rows of a batch pays while it brings at least this many times the rows a second."""
+
+TRUST: Final = 8
+"""Runs that a measurement at load counts for against those while serving."""
 
 PROOF_S: Final = 1.0
 """Seconds of which half go to the proof even where nothing is to be measured."""
@@ -99,6 +105,8 @@ class Planner:
             proof = prove(model, samples, max(wishes.budget_s, PROOF_S) / 2, self._clock)
         self._ends = self._clock() + wishes.budget_s
         rows = proof.rows or (samples[0] if samples else {})
+        if proof.rows and not proof.batched:
+            rows = _rows_of(rows, 1)
         if not rows or not wishes.budget_s:
             threads = wishes.threads or max(1, wishes.cores // (wishes.instances or 1))
             most = (wishes.max_rows or UNMEASURED_ROWS) if proof.batched else 1
@@ -106,7 +114,9 @@ class Planner:
         table, fault = self._climb(model, proof, rows)
         if fault:
             proof = Proof(False, fault, rows)
-            table = table[:1]
+            rows, table = _rows_of(rows, 1), table[:1]
+        if not table:
+            return Plan(False, proof.reason, 1, wishes.instances or 1, wishes.threads or wishes.cores)
         max_rows = (wishes.max_rows or int(table[-1].rows)) if proof.batched else 1
         batch = _rows_of(rows, max_rows) if proof.batched else rows
         instances, threads, gain = self._share_cores(model, batch, table[0].seconds)
@@ -124,13 +134,17 @@ class Planner:
         most = self._wishes.max_rows or MOST_ROWS
         while not table or (proof.batched and size <= most and not self._late()):
             batch = _rows_of(rows, size) if proof.batched else rows
-            outputs = model.run(batch)
+            try:
+                outputs = model.run(batch)
+            except Exception as error:  # noqa: BLE001 - too many rows for it, or for the machine
+                log.info("batches end at %d rows: %s", size // 2, first_line(error))
+                return table, ""
             if proof.batched:
                 fault, _ = compare(model.signature, outputs, proof.alone, _places(rows, size))
                 if fault:
                     return table, f"{fault} when {size} rows run together"
             quickest, typical = self._time(model, batch)
-            table.append(Measurement(size, typical, 1))
+            table.append(Measurement(size, typical, TRUST))
             rate = size / (quickest + BATCH_S)
             since_best = 0 if rate >= WORTH_IT * best_rate else since_best + 1
             best_rate = max(best_rate, rate)

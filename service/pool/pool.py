@@ -96,7 +96,7 @@ class Pool:
         self._lost: list[str] = []
         self._assemblies: dict[int, _Assembly] = {}
         self._retries: deque[Batch] = deque()
-        self._retried: set[int] = set()
+        self._retried: set[tuple[int, int]] = set()
         self._deaths: deque[float] = deque()
         self._batches: dict[int, BatchCount] = {}
         self._started = 0
@@ -125,7 +125,7 @@ class Pool:
     def cancel(self, entry_id: int, reason: str) -> None:
         """Drop an entry that still waits, for `disconnected` or `deadline`; what is running runs on."""
         with self._lock:
-            drop = self._queue.cancel(entry_id, reason)
+            drop = self._queue.cancel(entry_id, reason) or self._unretry(entry_id, reason)
             results = self._dropped([drop]) if drop is not None else []
         self._put(results)
 
@@ -168,7 +168,7 @@ class Pool:
         deadline = self._clock() + timeout_s
         ended = [instance.join(max(0.0, deadline - self._clock())) for instance in instances]
         with self._lock:
-            results = self._dropped(self._queue.drop_all("draining"))
+            results = self._give_up("draining")
         self._put(results)
         return all(ended)
 
@@ -180,6 +180,8 @@ class Pool:
             with self._lock:
                 batch, results, wait_s = self._next(instance)
                 ends = batch is None and self._closed
+                if ends:
+                    self._instances.remove(instance)
             self._put(results)
             if batch is not None or ends:
                 return batch
@@ -200,7 +202,7 @@ class Pool:
             for outcome in run.outcomes:
                 results += self._ended(outcome, batch, run.compute_s)
             if self._retried:
-                self._retried.difference_update(piece.entry.id for piece in batch.pieces)
+                self._retried.difference_update((piece.entry.id, piece.start) for piece in batch.pieces)
             if run.clean:
                 self.profile.observe(max(1, batch.rows), run.compute_s)
             if run.wrong_rows and self.batched:
@@ -215,11 +217,7 @@ class Pool:
             replacement = self._replacement(instance)
             results = self._retry(batch) if batch is not None else []
             if not self._instances:
-                for waiting in self._retries:
-                    for piece in waiting.pieces:
-                        results += self._ended(Outcome(piece, None, _DROPPED["lost"]()), waiting, 0.0)
-                self._retries.clear()
-                results += self._dropped(self._queue.drop_all("lost"))
+                results += self._give_up("draining" if self._closed else "lost")
             for _ in range(min(len(self._idle), len(self._retries))):
                 self._idle.pop().wake()
         self._put(results)
@@ -238,10 +236,18 @@ class Pool:
         """What `instance` runs now, the results of what never will, and how long to wait else."""
         now = self._clock()
         results: list[Result] = []
-        batch = self._retries.popleft() if self._retries else None
+        batch = None
+        while self._retries and batch is None:
+            batch = self._retries.popleft()
+            piece = batch.pieces[0]
+            if not piece.whole and piece.entry.id not in self._assemblies:
+                batch = None  # another piece of its entry has failed meanwhile
+            elif piece.entry.deadline <= now:
+                results += self._ended(Outcome(piece, None, _DROPPED["deadline"]()), batch, 0.0)
+                batch = None
         if batch is None:
             taken = self._queue.take(now)
-            results = self._dropped(taken.drops)
+            results += self._dropped(taken.drops)
             if taken.pieces:
                 batch = Batch(taken.pieces, self.batched, taken.reason, now)
         if batch is not None:
@@ -276,15 +282,20 @@ class Pool:
         if assembly.missing_rows:
             return []
         del self._assemblies[entry.id]
-        outputs = join([assembly.parts[start] for start in sorted(assembly.parts)])
-        return [Result(entry.id, outputs, None, assembly.queue_s, assembly.compute_s, batch.rows)]
+        outputs: Tensors | None = None
+        error: InferpoolError | None = None
+        try:
+            outputs = join([assembly.parts[start] for start in sorted(assembly.parts)])
+        except Exception as fault:  # noqa: BLE001 - parts that do not fit together are the model's failure
+            log.warning("%s/%s gave parts that cannot be joined: %s", *self._labels, fault)
+            error = ModelFailed("the parts of the answer do not fit together")
+        return [Result(entry.id, outputs, error, assembly.queue_s, assembly.compute_s, batch.rows)]
 
     def _dropped(self, drops: list[Drop]) -> list[Result]:
         results = []
         now = self._clock()
         for entry, reason in drops:
             self._assemblies.pop(entry.id, None)
-            self._retried.discard(entry.id)
             self._metrics.value("dropped_entries_total", *self._labels, reason).add()
             results.append(Result(entry.id, None, _DROPPED[reason](), now - entry.arrived))
         return results
@@ -306,7 +317,8 @@ class Pool:
 
     def _new_instance(self, model: LoadedModel, device: str) -> Instance:
         self._started += 1
-        instance = Instance(self, model, device, self._started, self._clock)
+        name = f"{self.key.model}/{self.key.version}#{self._started}"
+        instance = Instance(self, model, device, name, self._clock)
         self._instances.append(instance)
         return instance
 
@@ -327,16 +339,34 @@ class Pool:
         now = self._clock()
         for piece in batch.pieces:
             entry = piece.entry
-            if entry.id in self._retried:
-                self._retried.discard(entry.id)
+            if (entry.id, piece.start) in self._retried:
+                self._retried.discard((entry.id, piece.start))
                 error = ModelFailed("the model ended its instance on this request")
                 results += self._ended(Outcome(piece, None, error), batch, 0.0)
             elif entry.deadline <= now:
                 results += self._ended(Outcome(piece, None, _DROPPED["deadline"]()), batch, 0.0)
             else:
-                self._retried.add(entry.id)
+                self._retried.add((entry.id, piece.start))
                 self._retries.append(Batch([piece], batch.batched, "retry", now))
         return results
+
+    def _unretry(self, entry_id: int, reason: str) -> Drop | None:
+        """Take an entry that waits to be run again out of the retries."""
+        for batch in self._retries:
+            piece = batch.pieces[0]
+            if piece.entry.id == entry_id and piece.whole:
+                self._retries.remove(batch)
+                return Drop(piece.entry, reason)
+        return None
+
+    def _give_up(self, reason: str) -> list[Result]:
+        """Answer everything that waits: nobody is left to run it."""
+        results: list[Result] = []
+        for waiting in self._retries:
+            for piece in waiting.pieces:
+                results += self._ended(Outcome(piece, None, _DROPPED[reason]()), waiting, 0.0)
+        self._retries.clear()
+        return results + self._dropped(self._queue.drop_all(reason))
 
     def _put(self, results: list[Result]) -> None:
         if results:

@@ -9,6 +9,9 @@ from typing import Final, NamedTuple
 WEIGHT: Final = 0.1
 """Weight of a new measurement in the exponentially weighted mean of its rung."""
 
+OUTLIER: Final = 4.0
+"""A measurement counts as at most so many times the mean of its rung."""
+
 
 class Measurement(NamedTuple):
     """One line of the table: batches of about `rows` rows take `seconds` (means over `runs` runs)."""
@@ -40,6 +43,8 @@ class Profile:
         else:
             # The first few runs count equally, so that a cold first one does not linger.
             weight = max(WEIGHT, 1 / (known.runs + 1))
+            # One run that was held up says little of the next; a lasting change gets through all the same.
+            seconds = min(seconds, OUTLIER * known.seconds)
             self._rungs[rung] = Measurement(
                 known.rows + weight * (rows - known.rows),
                 known.seconds + weight * (seconds - known.seconds),

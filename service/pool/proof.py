@@ -102,7 +102,22 @@ def _compare_all(model: LoadedModel, rows: Tensors, count: int) -> tuple[str, fl
         if fault:
             return f"{fault} when {len(grouping)} rows run together", worst, {}
         worst = max(worst, difference)
+    if not any(_tells_apart(tensor) for tensor in alone.values()):
+        return (
+            "every row that was tried gets the same answer, which proves nothing; add a golden sample",
+            0.0,
+            {},
+        )
     return "", worst, alone
+
+
+def _tells_apart(alone: Array) -> bool:
+    """Whether an output differs between rows, in something that is a number or a text."""
+    first = alone[:1]
+    if alone.dtype.kind == "f":
+        same = (alone == first) | ~np.isfinite(alone)
+        return not bool(same.all())
+    return not bool((alone == first).all())
 
 
 def _runs(count: int) -> int:
@@ -140,14 +155,19 @@ def _relative_difference(got: Array, want: Array, reference: Array) -> float:
     if not want.size:
         return 0.0
     wide, expected = got.astype(np.float64), want.astype(np.float64)
-    if not np.array_equal(np.isfinite(wide), np.isfinite(expected)):
-        return float("inf")
     finite = np.isfinite(expected)
-    if not finite.any():
-        return 0.0
-    scale = float(np.max(np.abs(reference.astype(np.float64)), where=np.isfinite(reference), initial=0.0))
-    gap = np.abs(wide - expected, where=finite, out=np.zeros_like(wide))
-    return float(np.max(gap) / scale) if scale else float(np.max(gap))
+    if (
+        not np.array_equal(wide[~finite], expected[~finite], equal_nan=True)
+        or not np.isfinite(wide[finite]).all()
+    ):
+        return float("inf")
+    # Each column by its own scale, for a score may stand beside a coordinate of thousands; but no finer
+    # than a hundredth of the whole output's, for small sums of large terms are as uncertain as the terms.
+    sizes = np.where(np.isfinite(reference), np.abs(reference.astype(np.float64)), 0.0)
+    columns = sizes.max(axis=tuple(range(sizes.ndim - 1))) if sizes.ndim > 1 else sizes.max()
+    scale = np.maximum(columns, sizes.max() / 100)
+    gap = np.where(finite, np.abs(np.where(finite, wide, 0.0) - np.where(finite, expected, 0.0)), 0.0)
+    return float(np.max(gap / np.where(scale > 0, scale, 1.0)))
 
 
 def _obstacle(signature: Signature) -> str:
@@ -206,7 +226,9 @@ def _candidates(signature: Signature, samples: Sequence[Tensors]) -> Iterator[Te
     rng = np.random.default_rng(_SEED)
     usable = [sample for sample in samples if all(tensor.ndim and len(tensor) for tensor in sample.values())]
     if usable:
-        yield {name: _varied(tensor, rng) for name, tensor in usable[0].items()}
+        shapes = {name: tensor.shape[1:] for name, tensor in usable[0].items()}
+        alike = [sample for sample in usable if {n: t.shape[1:] for n, t in sample.items()} == shapes]
+        yield {name: _varied(np.concatenate([sample[name] for sample in alike]), rng) for name in shapes}
     specs = [spec for spec in signature.inputs if not spec.optional]
     free = any(size == ANY for spec in specs for size in (spec.shape or ())[1:])
     whole = any(spec.datatype.lstrip("U").startswith("INT") for spec in specs)
@@ -235,7 +257,11 @@ def _varied(tensor: Array, rng: np.random.Generator) -> Array:
     for row in range(len(tensor), _MOST):
         if rows.dtype.kind == "f":
             rows[row] = rows[row] * rng.uniform(0.5, 1.5, rows[row].shape).astype(rows.dtype)
-        elif rows.ndim > 1:
+        elif rows.dtype.kind == "O":
+            rows[row] = np.array([f"{text} {row}" for text in tensor[0].ravel()], object).reshape(
+                rows[row].shape
+            )
+        else:
             # Only values that the sample has: an id outside the vocabulary would make the model raise.
-            rows[row] = rng.permutation(rows[row], axis=-1)
+            rows[row] = rng.choice(np.unique(tensor), rows[row].shape)
     return rows

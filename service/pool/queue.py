@@ -165,7 +165,7 @@ class Queue:
 
     @property
     def rows(self) -> int:
-        """How many rows wait."""
+        """How many rows wait; an entry without rows counts as one."""
         return self._small_rows + self._large_rows
 
     def offer(self, entry: Entry, now: float, free_at: Sequence[float] = ()) -> None:
@@ -175,7 +175,10 @@ class Queue:
         if it is idle). Raises QueueFull if rows or bytes are over their bounds, and DeadlineExceeded if
         the deadline has passed, or will have passed before the entry has run, by the measured rate.
         """
-        if entry.deadline < math.inf:
+        # Where nothing is ahead the entry is run whatever was measured: a measurement that is wrong, after
+        # one slow run say, could not be put right if it kept everything from running.
+        alone = not self._places and min(free_at, default=now) <= now < entry.deadline
+        if entry.deadline < math.inf and not alone:
             finish = self._predicted_finish(entry, now, free_at)
             if finish > entry.deadline:
                 raise DeadlineExceeded(
@@ -190,7 +193,7 @@ class Queue:
         if large:
             self._large_rows += entry.rows
         else:
-            self._small_rows += entry.rows
+            self._small_rows += max(1, entry.rows)
 
     def refuse_if_full(self, rows: int, nbytes: int, large: bool, instances: int) -> None:
         """Raise QueueFull unless an entry of so many rows and bytes may wait now.
@@ -259,6 +262,8 @@ class Queue:
         while (place := self._oldest() if by_age else self._head(self._first)) is not None:
             if now + self.cost_s(min(place.rows, self.limits.batch_rows)) <= place.entry.deadline:
                 return place
+            if len(self._places) == 1:  # as for an offer: the last one runs, whatever was measured
+                return place
             drops.append(self._drop(place, "deadline"))
         return None
 
@@ -286,7 +291,7 @@ class Queue:
 
     def _leave(self, place: _Place, taken: Take) -> None:
         entry = self._forget(place)
-        self._small_rows -= entry.rows
+        self._small_rows -= max(1, entry.rows)
         self.bytes -= entry.nbytes
         taken.pieces.append(Piece(entry, 0, entry.rows))
 
@@ -394,7 +399,7 @@ class Queue:
         if place.large:
             self._large_rows -= rows
         else:
-            self._small_rows -= rows
+            self._small_rows -= max(1, rows)
         return Drop(entry, reason)
 
     def _drop_expired(self, now: float, drops: list[Drop]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -48,13 +49,13 @@ class PlanCache:
             part = target.with_suffix(f".{os.getpid()}.part")
             part.write_text(json.dumps(asdict(plan)), encoding="utf-8")
             part.replace(target)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             log.info("measurements are not kept: %s", error)
 
     def _file(self, file: Path, samples: Sequence[Path], wishes: Wishes, runtime: str) -> Path:
-        beside = (
-            [item for item in file.parent.iterdir() if item.is_file()] if file.stem == "model" else [file]
-        )
+        # External data lies beside the model: anything in a version's folder, or called like a bare file.
+        pattern = "*" if file.stem == "model" else glob.escape(file.name) + "*"
+        beside = [item for item in file.parent.glob(pattern) if item.is_file()]
         facts = [__version__, runtime, _machine(), repr(wishes), _digest(beside), _digest(samples)]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         return self._folder.expanduser() / f"{file.parent.parent.name}-{digest[:24]}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -21,6 +22,8 @@ State: TypeAlias = Literal["loading", "ready", "unloading", "failed"]
 LOADING: Final[State] = "loading"
 READY: Final[State] = "ready"
 FAILED: Final[State] = "failed"
+_NUMBER: Final = re.compile("[1-9][0-9]{0,17}")
+
 STATES: Final[tuple[State, ...]] = get_args(State)
 
 
@@ -84,7 +87,7 @@ class ModelView:
     def version(self, version: str) -> VersionView:
         """The version of this number or label; raises VersionNotFound."""
         number = self.labels.get(version)
-        if number is None and version.isascii() and version.isdecimal() and len(version) < 19:
+        if number is None and _NUMBER.fullmatch(version):
             number = int(version)
         view = self.versions.get(number) if number is not None else None
         if view is None:
@@ -161,7 +164,7 @@ def find_ready(catalog: Catalog, name: str, version: str | None) -> VersionView:
         default = model.default
         if default is None:
             states = ", ".join(sorted({view.state for view in model.versions.values()}))
-            raise NotReady(f'no version of "{name}" is ready: {states}')
+            raise NotReady(f'no version of "{name}" is ready: {states}; /models/{name} says why')
         return default
     view = model.version(version)
     if view.state != READY:

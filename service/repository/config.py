@@ -18,6 +18,7 @@ _Table = ConfigDict(extra="forbid", frozen=True)
 _Positive = Annotated[int, Field(ge=1)]
 _Size = Annotated[int, Field(ge=-1)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
+_MOST_BYTES = 1024 * 1024
 RESERVED_LABELS = frozenset({"load", "unload", "labels"})
 """Words that stand where a version would, in other routes."""
 
@@ -110,10 +111,14 @@ def read_config(file: Path) -> ModelConfig:
     """
     name = f"{file.parent.name}/{file.name}"
     try:
+        if file.exists() and not (file.is_file() and file.stat().st_size <= _MOST_BYTES):
+            raise ConfigError(f"{name}: not a file of at most {_MOST_BYTES} bytes")
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return ModelConfig()
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{name}: nested too deeply") from error
+    except ValueError as error:  # of TOML, of UTF-8, or a number of more digits than Python reads
         raise ConfigError(f"{name}: {error}") from error
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}") from error

@@ -22,12 +22,14 @@ class ModelFolder:
         folder: holds `model.toml`, `samples/`, `labels.txt`; None for a bare file.
         files: each version's model file.
         faults: versions that have no file to load, and why.
+        origin: the file or folder, by its name in the repository.
     """
 
     name: str
     folder: Path | None
     files: dict[int, Path] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
+    origin: str = ""
 
 
 def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
@@ -47,17 +49,25 @@ def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
     for item in sorted(path.iterdir()):
         if item.name.startswith((".", "_")):
             continue
+        if not item.name.isprintable():
+            log.warning("%r is left out: its name cannot stand in a path", item.name)
+            continue
         if item.is_file() and item.suffix in suffixes:
             model = _bare(item)
         elif item.is_dir() and ((item / CONFIG_FILE).exists() or _version_folders(item)):
             model = _folder(item, suffixes)
+        elif item.is_dir() and (stray := _stray_file(item, suffixes)) is not None:
+            where = f"{item.name}/1/model{stray.suffix.lower()}"
+            model = ModelFolder(
+                item.name, item, {}, {1: f"{stray.relative_to(path)} is in no version: expected {where}"}
+            )
         else:
             if item.is_dir():
                 log.info("%s is no model: it has neither versions nor a %s", item, CONFIG_FILE)
             continue
         if model.name in found:
-            log.warning("%s is left out: a folder serves the model %s already", item, model.name)
-            continue
+            fault = f"both {found[model.name].origin} and {model.origin} are called {model.name}"
+            model = ModelFolder(model.name, None, {}, {1: fault})
         found[model.name] = model
     if not found:
         raise ConfigError(f"{path} holds no models: expected {path}/NAME/1/model.onnx or {path}/NAME.onnx")
@@ -66,8 +76,8 @@ def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
 
 def _bare(file: Path) -> ModelFolder:
     if file.stem == "model" and file.parent.name.isdigit():
-        return ModelFolder(file.resolve().parent.parent.name, None, {1: file})
-    return ModelFolder(file.stem, None, {1: file})
+        return ModelFolder(file.resolve().parent.parent.name, None, {1: file}, origin=file.name)
+    return ModelFolder(file.stem, None, {1: file}, origin=file.name)
 
 
 def _version_folders(folder: Path) -> dict[int, Path]:
@@ -78,8 +88,14 @@ def _version_folders(folder: Path) -> dict[int, Path]:
     }
 
 
+def _stray_file(folder: Path, suffixes: dict[str, str]) -> Path | None:
+    """A model file in a folder of no model, or just below it: meant to be served, and in the wrong place."""
+    files = (*folder.glob("*"), *folder.glob("*/*"))
+    return next((item for item in sorted(files) if item.suffix.lower() in suffixes and item.is_file()), None)
+
+
 def _folder(folder: Path, suffixes: dict[str, str]) -> ModelFolder:
-    model = ModelFolder(folder.name, folder)
+    model = ModelFolder(folder.name, folder, origin=f"{folder.name}/")
     for version, version_folder in sorted(_version_folders(folder).items()):
         try:
             model.files[version] = _model_file(version_folder, suffixes)

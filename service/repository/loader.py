@@ -175,7 +175,7 @@ def _codecs(
         image = ImageCodec(config.image, signature) if config.image is not None else None
         classes = None
         if config.labels is not None and folder is not None:
-            classes = LabelsCodec(config.labels, signature, read_labels(folder / config.labels.file))
+            classes = LabelsCodec(config.labels, signature, read_labels(_inside(folder, config.labels.file)))
     except ConfigError as error:
         where = folder.name if folder is not None else ""
         raise ConfigError(f"{where}/model.toml: {error.detail}") from error
@@ -213,3 +213,11 @@ def _check_described(config: ModelConfig, folder: Path | None, signature: Signat
                     f"{where}: {table}: {tensor.name} has shape {shape_text(spec.shape)} in the model,"
                     f" not {shape_text(tensor.shape)}"
                 )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the model's folder; raises ConfigError for one that is not in it, or is none."""
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder.resolve()) or (file.exists() and not file.is_file()):
+        raise ConfigError(f"labels.file: {name} is no file in the model's folder")
+    return file

@@ -200,7 +200,7 @@ class Repository:
         for version in served or [1]:
             reason = fault or model.faults.get(version, "")
             if not served:
-                reason = reason or f"{model.name} has no version: expected {model.name}/1/model.onnx"
+                reason = reason or _none_served(model, config)
             state: State = FAILED if reason else LOADING
             key = VersionKey(model.name, version)
             versions[version] = VersionView(key, state, reason, names.get(version, ()))
@@ -222,6 +222,16 @@ class Repository:
                 counts = Counter((instance.device, instance.state) for instance in live.instances)
                 for of, count in counts.items():
                     yield "instances", (*labels, *of), float(count)
+
+
+def _none_served(model: ModelFolder, config: ModelConfig) -> str:
+    found = sorted([*model.files, *model.faults])
+    if found:
+        have = ", ".join(map(str, found))
+        return (
+            f"{model.name}/model.toml: versions.serve: {config.versions.serve} is not there; there is {have}"
+        )
+    return f"{model.name} has no version: expected {model.name}/1/model.onnx"
 
 
 def _served(config: ModelConfig, found: list[int]) -> list[int]:

@@ -35,7 +35,7 @@ class Sample:
 
 def read_samples(folder: Path, signature: Signature) -> list[Sample]:
     """The samples of a model's folder, by name; raises LoadError for one that cannot be read."""
-    return [_read(file, signature) for file in sorted(folder.glob("samples/*.json"))]
+    return [_read(file, signature) for file in sorted(folder.glob("samples/*.json")) if file.is_file()]
 
 
 def check_samples(samples: list[Sample], model: LoadedModel) -> None:
@@ -61,8 +61,12 @@ def _read(file: Path, signature: Signature) -> Sample:
     if not isinstance(table, dict) or not {"inputs", "outputs"} <= table.keys() <= _KEYS:
         raise LoadError(f"sample {file.name}: expected an object with inputs, outputs and perhaps tolerance")
     tolerance = table.get("tolerance", DEFAULT_TOLERANCE)
-    if not isinstance(table["outputs"], dict) or not isinstance(tolerance, int | float):
-        raise LoadError(f"sample {file.name}: outputs is an object, tolerance is a number")
+    if (
+        not isinstance(table["outputs"], dict)
+        or not table["outputs"]
+        or not isinstance(tolerance, int | float)
+    ):
+        raise LoadError(f"sample {file.name}: outputs is an object of at least one, tolerance is a number")
     try:
         inputs = parse_request(orjson.dumps({"inputs": table["inputs"]})).tensors(signature)
     except InferpoolError as error:

@@ -280,11 +280,12 @@ def _malformed(body: bytes, error: orjson.JSONDecodeError) -> MalformedBody:
 
 
 def _plain(value: object) -> object:
-    """What orjson takes in place of an array that it does not."""
+    """What orjson takes in place of an array or a scalar that it does not."""
+    if isinstance(value, np.integer):
+        # numpy may have two types for one width, of which orjson knows one.
+        return value.item()
     if not isinstance(value, np.ndarray):
         raise TypeError
-    if value.ndim == 0:
+    if not value.ndim:
         return value[()]
-    if value.dtype.kind in "OU":
-        return value.tolist()
-    return np.ascontiguousarray(value)
+    return value.tolist() if value.dtype.kind in "OU" else np.ascontiguousarray(value)

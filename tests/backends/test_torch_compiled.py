@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
+ONE_ROW = {"aot_inductor.check_lowerbound": False}
 INPUTS = (
     Described("x", "FP32", (-1, 256)),
     Described("scale", "FP32", (-1,)),
@@ -48,10 +49,11 @@ class Network(nn.Module):
 
 
 def compile_package(file: Path, network: nn.Module, **settings: Any) -> Path:
-    program = export(network, torch.rand(4, 256), scale=torch.rand(4), mask=torch.rand(4, 256) > 0.5)
+    more = {"scale": torch.rand(4), "mask": torch.rand(4, 256) > 0.5} if isinstance(network, Network) else {}
+    program = export(network, torch.rand(4, 256), **more)
     with quiet():
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(file), inductor_configs=settings or None
+            program, package_path=str(file), inductor_configs={**ONE_ROW, **settings}
         )
     return file
 
@@ -153,9 +155,16 @@ def test_code_for_another_machine_is_refused(package: Path, tmp_path: Path) -> N
 
 def test_a_package_without_its_weights_is_refused(tmp_path: Path) -> None:
     settings = {"aot_inductor.package_constants_in_so": False}
-    file = compile_package(tmp_path / "model.pt2", Network(), **settings)
+    file = compile_package(tmp_path / "model.pt2", nn.Linear(256, 2), **settings)
     with pytest.raises(LoadError, match="compiled without its weights"):
         load(file, *INPUTS)
+
+
+def test_code_that_refuses_a_single_row_is_refused(tmp_path: Path) -> None:
+    settings = {"aot_inductor.check_lowerbound": True}
+    file = compile_package(tmp_path / "model.pt2", nn.Linear(256, 2), **settings)
+    with pytest.raises(LoadError, match=r"compile it again with .*check_lowerbound"):
+        load(file, INPUTS[0])
 
 
 def test_a_package_that_needs_pytorch_in_a_run_goes_by_pytorchs_runner(

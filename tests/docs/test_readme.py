@@ -135,8 +135,11 @@ def test_the_table_of_extras_is_the_projects():
 
 
 def test_every_route_is_in_the_readme(bundled: Server):
-    """Each path of the API's own document stands in the README."""
+    """Each path of the API's own document stands in the README, but for those of a model by name."""
+    served = [f"/{model['name']}" for model in bundled.get("/models").json()["models"]]
     for path in bundled.get("/openapi.json").json()["paths"]:
+        if any(name in path for name in served):
+            continue
         assert re.search(f"[` ]{re.sub('{(.*?)}', lambda m: m[1].upper(), path)}`", README), path
 
 

@@ -206,9 +206,13 @@ def test_bodies_in_flight_are_bounded_for_all_together(serve: Serve, make_chaos:
     server = serve(make_chaos("m", run_ms=1), "--in-flight-bytes", "1000")
     chunk = "a" * 600
     with Wire(server) as first, Wire(server) as second:
-        first.send("POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n{")
+        idle = "POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n"
+        first.send(idle)
         while server.metric("in_flight_requests") < 1:
             pass
+        second.send(request(*range(40)))
+        assert second.answer()[0] == 200, "what is only announced takes no room"
+        first.send(chunk)
         for head in (
             "content-length: 600\r\n\r\n" + chunk,
             f"transfer-encoding: chunked\r\n\r\n258\r\n{chunk}\r\n0\r\n\r\n",
@@ -224,3 +228,14 @@ def test_bodies_in_flight_are_bounded_for_all_together(serve: Serve, make_chaos:
     with Wire(server) as wire:
         wire.send(request(*range(300)))
         assert wire.answer()[0] == 200, "and a large one where no other is in flight"
+
+
+def test_a_long_pipeline_of_refusals_is_answered_in_full(server: Server) -> None:
+    count = 2000
+    refused = "POST /predict/nobody HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+    with Wire(server) as wire:
+        sender = threading.Thread(target=lambda: wire.send(request(1) + refused * count + request(2)))
+        sender.start()
+        assert [wire.answer()[0] for _ in range(count + 2)] == [200, *[404] * count, 200]
+        sender.join()
+    assert server.metric("in_flight_requests") == 0

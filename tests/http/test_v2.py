@@ -11,10 +11,12 @@ import httpx
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from service.http.problems import STATUSES
 from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import ROOT, MakeChaos, Serve
+from tests.http.onnx_models import write_identity, write_model
 from tests.server import Server
 
 INFER = "/v2/models/diabetes/infer"
@@ -261,3 +263,43 @@ def test_the_admin_routes_are_forbidden(bundled: Server) -> None:
         assert answer.status_code == 403
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json()["code"] == "forbidden"
+
+
+def test_what_is_no_tensor_is_answered_as_its_json_text(serve: Serve, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    rows = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows"])
+    listed = helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None)
+    nodes = [helper.make_node("SequenceConstruct", ["x", "x"], ["parts"])]
+    write_model(repository, "lists", helper.make_graph(nodes, "lists", [rows], [listed]))
+    server = serve(repository)
+    metadata = server.get("/v2/models/lists").json()
+    assert metadata["outputs"] == [{"name": "parts", "datatype": "BYTES", "shape": [-1]}]
+    assert server.get("/v2/models/lists/config").json()["output"][0]["data_type"] == "TYPE_STRING"
+    given = {"name": "x", "datatype": "FP32", "shape": [2], "data": [1, 2.5]}
+    (output,) = server.post("/v2/models/lists/infer", json={"inputs": [given]}).json()["outputs"]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [2])
+    assert [json.loads(text) for text in output["data"]] == [[1.0, 2.5]] * 2
+
+
+def test_the_document_has_an_example_that_runs_for_whatever_a_model_takes(
+    serve: Serve, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models"
+    write_identity(repository, "many", ["FP32", "INT8", "BOOL", "BYTES", "FP64"])
+    write_identity(repository, "scalar", ["UINT64"], ())
+    write_identity(repository, "a b+c", ["FP16"])
+    write_identity(repository, "brain", ["BF16"])
+    server = serve(repository)
+    paths = server.get("/openapi.json").json()["paths"]
+    ran = []
+    for path, item in paths.items():
+        content = item.get("post", {}).get("requestBody", {}).get("content", {})
+        for example in content.get("application/json", {}).get("examples", {}).values():
+            answer = server.post(path, json=example["value"])
+            assert answer.status_code == 200, answer.text
+            ran.append(path)
+    assert {"/predict", "/predict/many", "/predict/a%20b%2Bc", "/v2/models/scalar/infer"} <= set(ran)
+    assert "application/json" not in paths["/predict/brain"]["post"]["requestBody"]["content"]
+    assert list(paths["/v2/models/brain/infer"]["post"]["requestBody"]["content"]) == [
+        "application/octet-stream"
+    ]

@@ -328,3 +328,44 @@ def test_random_work_from_many_threads_is_answered_once_each_and_rightly(bench: 
         else:
             check(entry, results[number])
     assert made.outbox.results.empty()
+
+
+def test_a_piece_that_kills_its_thread_is_retried_once_whatever_the_others_do(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench(instances=2)
+    marks = [0.0] * 400
+    marks[0] = chaos.DIE
+    entry = made.offer(*marks)
+    made.go()
+    assert isinstance(made.outbox.take(1)[entry.id].error, ModelFailed)
+    after = [made.offer(number) for number in range(4)]
+    results = made.outbox.take(4)
+    for item in after:
+        check(item, results[item.id])
+    assert [item.state for item in made.pool.instances()] == ["ready", "ready"]
+
+
+def test_parts_that_cannot_be_joined_fail_their_request_once(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    widths = itertools.count(1)
+    made.model.model.run = lambda inputs: {"sum": np.zeros((len(inputs["x"]), next(widths)))}  # type: ignore[method-assign]
+    entry = made.offer(*range(20))
+    made.go()
+    assert isinstance(made.outbox.take(1)[entry.id].error, ModelFailed)
+    assert [item.state for item in made.pool.instances()] == ["ready"]
+
+
+def test_a_cancelled_retry_is_not_run(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    deadly, gone = made.offer(chaos.DIE), made.offer(3)
+    made.model.release.release(2)  # the busy run, and the one that dies
+    assert made.model.running.acquire(timeout=10)
+    assert made.model.running.acquire(timeout=10)  # the deadly entry's second run, by itself
+    made.pool.cancel(gone.id, "disconnected")
+    made.go()
+    results = made.outbox.take(3)
+    assert isinstance(results[deadly.id].error, ModelFailed)
+    assert results[gone.id].outputs is None
+    assert made.model.batches == [1, 2, 1]

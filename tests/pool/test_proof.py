@@ -50,8 +50,8 @@ def proof_of(model: LoadedModel, *samples: Tensors) -> Proof:
         lambda x: x * 2,
         lambda x: x.sum(axis=1, keepdims=True),
         lambda x: x * (1 + 1e-6 * len(x)),
-        lambda x: np.zeros((len(x), 3), np.float32),
-        lambda x: np.full((len(x), 3), np.nan, np.float32),
+        lambda x: np.where(x > 0, x, np.nan),
+        lambda x: np.where(x > 0, np.inf, x),
         lambda x: x.argmax(axis=1),
         lambda x: np.array([str(row) for row in x.tolist()], dtype=object),
     ],
@@ -80,6 +80,10 @@ def test_row_wise_models_are_batched(function: Callable[[np.ndarray], object]) -
         (lambda x: [{"a": 1.0}] * len(x), "no tensor"),
         (lambda x: x if len(x) == 1 else np.linalg.inv(np.zeros((2, 2))), "raised"),
         (lambda x: np.where(np.isfinite(x).all() and len(x) > 2, np.nan, x), "differs"),
+        (lambda x: np.where(x > 0, np.inf if len(x) == 1 else -np.inf, x), "differs"),
+        (lambda x: np.concatenate([x * 640, (x[:, :1] - x.mean())], axis=1), "differs"),
+        (lambda x: np.zeros((len(x), 3), np.float32), "proves nothing"),
+        (lambda x: np.full((len(x), 3), np.nan, np.float32), "proves nothing"),
     ],
 )
 def test_a_model_that_mixes_or_loses_rows_is_not_batched(
@@ -133,6 +137,23 @@ def test_samples_are_used_where_made_up_rows_would_not_run() -> None:
     assert not unproven.batched
     assert "golden sample" in unproven.reason
     assert proof_of(model, {"x": np.array([[100, 200, 300, 100, 100, 100, 300]])}).batched
+
+
+@pytest.mark.parametrize(
+    ("sample", "function"),
+    [
+        (np.array([3, 5], np.int64)[:1], lambda x: x - x.mean()),
+        (np.array([[1, 9, 4, 7]], np.int64), lambda x: (x - x.max()).astype(np.float32)),
+        (np.array([["a text"]], object), lambda x: np.array([[x[0, 0]]] * len(x), object)),
+    ],
+)
+def test_one_sample_row_is_varied_until_mixing_shows(
+    sample: np.ndarray, function: Callable[[np.ndarray], object]
+) -> None:
+    datatype = "BYTES" if sample.dtype == object else "INT64"
+    out = "BYTES" if sample.dtype == object else "FP32"
+    model = Fake(function, (-1, *sample.shape[1:]), datatype, out=(out, None))
+    assert not proof_of(model, {"x": sample}).batched
 
 
 def test_a_slow_model_is_proven_with_fewer_rows() -> None:
@@ -199,6 +220,25 @@ def test_a_difference_that_shows_in_larger_batches_only_is_caught_while_measurin
     assert not plan.batched
     assert "when 32 rows run together" in plan.reason
     assert plan.max_rows == 1
+
+
+def test_a_model_that_raises_in_company_is_planned_for_all_the_same() -> None:
+    def only_one(x: np.ndarray) -> np.ndarray:
+        if len(x) > 1:
+            raise ValueError("one row at a time")
+        return x
+
+    plan = plan_of(Fake(only_one))
+    assert not plan.batched
+    assert "one row at a time" in plan.reason
+
+    def few(x: np.ndarray) -> np.ndarray:
+        time.sleep(0.001)
+        if len(x) > 12:
+            raise MemoryError
+        return x
+
+    assert plan_of(Fake(few)).max_rows == 8
 
 
 def test_instances_are_chosen_by_what_they_bring() -> None:

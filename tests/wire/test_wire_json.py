@@ -504,6 +504,8 @@ class TestAnswer:
         [
             (np.float16([1.1]), "[1.0996094]"),
             (np.array(0.1, np.float32), "0.1"),
+            (np.array(7, np.ulonglong), "7"),
+            ([np.longlong(-7), np.array([7], np.ulonglong)], "[-7,[7]]"),
             (np.float64([1e16, -0.0]), "[1e+16,-0.0]"),
             (np.array([True, False]), "[true,false]"),
             (np.uint64([2**64 - 1]), "[18446744073709551615]"),
