@@ -58,15 +58,21 @@ def takes_gzip(accept_encoding: str) -> bool:
     """Whether an Accept-Encoding header (RFC 9110, 12.5.3) lets an answer be gzip."""
     if not accept_encoding:
         return False
-    weights: dict[str, float] = {}
-    for part in accept_encoding.lower().split(","):
-        coding, _, parameter = part.partition(";")
-        name, _, weight = parameter.partition("=")
-        try:
-            weights[coding.strip()] = float(weight) if name.strip() == "q" else 1.0
-        except ValueError:
-            weights[coding.strip()] = 0.0
+    weights = read_weights(accept_encoding)
     return weights.get("gzip", weights.get("*", 0.0)) > 0
+
+
+def read_weights(header: str) -> dict[str, float]:
+    """The names in an Accept or Accept-Encoding header, lower-case, with their weights (RFC 9110, 12.4.2)."""
+    weights: dict[str, float] = {}
+    for part in header.lower().split(","):
+        name, *parameters = (piece.strip() for piece in part.split(";"))
+        weight = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = 0.0
+    return weights
 
 
 def gzipped(parts: Sequence[Data]) -> bytes | None:

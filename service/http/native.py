@@ -10,6 +10,7 @@ import orjson
 
 from service.errors import InferpoolError, Refused, UnsupportedMediaType
 from service.http.bodies import JSON, NPY, NPZ, open_body
+from service.http.compression import read_weights
 from service.http.dialect import Body, Data, Dialect, Encoded, Options, Target
 from service.http.head import Head
 from service.http.served import Served
@@ -38,14 +39,15 @@ class Native(Dialect):
 
     def encode(self, head: Head, options: Options, served: Served, outputs: Tensors) -> Encoded:
         """In the media type that the caller accepts."""
-        accept = head.accept
-        if NPY in accept and len(outputs) == 1:
+        wanted = _wanted(head.accept)
+        if wanted == NPY and len(outputs) == 1:
             return Encoded([(b"content-type", NPY.encode())], [encode_npy(next(iter(outputs.values())))])
-        if NPZ in accept:
+        if wanted == NPZ:
             return Encoded([(b"content-type", NPZ.encode())], [encode_npz(outputs)])
-        if NPY in accept:
+        if wanted == NPY:
             raise UnsupportedMediaType(
-                f"the answer has {len(outputs)} outputs: ask for one by name, or accept {NPZ}"
+                f"the answer has {len(outputs)} outputs: ask for one by name, or accept {NPZ}",
+                expected=[JSON, NPZ],
             )
         view = served.view
         classes = view.classes
@@ -76,6 +78,15 @@ class Native(Dialect):
         if isinstance(error, Refused):
             document["retry_after_ms"] = round(1000 * error.retry_after_s, 3)
         return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
+
+
+def _wanted(accept: str) -> str:
+    """Which of the answer's formats an Accept header prefers; JSON where it does not say, or names none."""
+    if "application/x-np" not in accept.lower():
+        return JSON
+    weights = read_weights(accept)
+    arrays = max((NPY, NPZ), key=lambda kind: weights.get(kind, 0.0))
+    return arrays if weights.get(arrays, 0.0) > weights.get(JSON, 0.0) else JSON
 
 
 NATIVE: Final = Native()

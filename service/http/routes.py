@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,9 @@ class Application(FastAPI):
         if found is not None:
             await serve_predict(self.predictor, *found, scope, receive, send)
         else:
+            if scope["method"] == "HEAD":
+                # As GET; the server leaves the body out, by the method in its own scope.
+                scope = {**scope, "method": "GET"}
             await super().__call__(scope, receive, _signed(scope, send, self.predictor.clock))
 
     def openapi(self) -> dict[str, Any]:
@@ -85,7 +89,8 @@ def make_application(catalog: Catalog, predictor: Predictor, metrics: Metrics) -
     )
     async def read_metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics where Accept asks for it."""
-        body, content_type = metrics.render(request.headers.get("accept", ""))
+        # It takes a while where many versions are served, and predictions go on meanwhile.
+        body, content_type = await asyncio.to_thread(metrics.render, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     return app

@@ -32,6 +32,7 @@ from service.tensors import (
     Tensors,
     TensorSpec,
     check_inputs,
+    name_text,
     shape_text,
     unknown_input,
 )
@@ -270,7 +271,7 @@ def _requested(value: Any) -> tuple[RequestedOutput, ...] | None:
         name, parameters = _members(fields, "outputs", place)
         where = f"outputs[{place}].parameters."
         if name in found:
-            raise InvalidInput(f'output "{name}" is asked for twice', tensor=name)
+            raise InvalidInput(f'output "{name}" is asked for twice', tensor=name_text(name))
         found[name] = RequestedOutput(
             name,
             _optional(parameters, "binary_data", bool, "true or false", where),
@@ -290,12 +291,13 @@ def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | No
     for place, entry in enumerate(listed):
         name, parameters = _members(entry, "inputs", place)
         if name in found:
-            raise InvalidInput(f'tensor "{name}" comes twice', tensor=name)
+            raise InvalidInput(f'tensor "{name_text(name)}" comes twice', tensor=name_text(name))
         datatype = entry.get("datatype")
         if not isinstance(datatype, str) or datatype not in DTYPES:
             raise InvalidInput(
-                f'tensor "{name}" has datatype {value_text(datatype)}; there are {", ".join(DTYPES)}',
-                tensor=name,
+                f'tensor "{name_text(name)}" has datatype {value_text(datatype)};'
+                f" there are {', '.join(DTYPES)}",
+                tensor=name_text(name),
                 got=value_text(datatype),
                 expected=list(DTYPES),
             )
@@ -303,23 +305,24 @@ def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | No
         size = _count(parameters, "binary_data_size", f"inputs[{place}].parameters.")
         if (size is None) == ("data" not in entry):
             raise InvalidInput(
-                f'tensor "{name}" has {"neither" if size is None else "both"} "data"'
+                f'tensor "{name_text(name)}" has {"neither" if size is None else "both"} "data"'
                 f' {"nor" if size is None else "and"} "binary_data_size"; it takes one of them',
-                tensor=name,
+                tensor=name_text(name),
             )
         if size is None:
             found[name] = _Input(name, datatype, shape, entry["data"])
             continue
         if start is None:
             raise MalformedBody(
-                f'tensor "{name}" has "binary_data_size", but no Inference-Header-Content-Length'
+                f'tensor "{name_text(name)}" has "binary_data_size", but no Inference-Header-Content-Length'
                 " says where the JSON ends",
-                tensor=name,
+                tensor=name_text(name),
             )
         if end + size > len(body):
             raise MalformedBody(
-                f'tensor "{name}" is truncated: {size} bytes are announced, {len(body) - end} are there',
-                tensor=name,
+                f'tensor "{name_text(name)}" is truncated:'
+                f" {size} bytes are announced, {len(body) - end} are there",
+                tensor=name_text(name),
                 expected=size,
                 got=len(body) - end,
             )
@@ -342,9 +345,11 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
             else value_text(value)
         )
         raise InvalidInput(
-            f'tensor "{name}" has shape {got}; it takes at most {MAX_RANK} sizes from 0,'
+            f'tensor "{name_text(name)}" has no "shape"'
+            if value is None
+            else f'tensor "{name_text(name)}" has shape {got}; it takes at most {MAX_RANK} sizes from 0,'
             f" of {_MAX_ELEMENTS} elements at most",
-            tensor=name,
+            tensor=name_text(name),
             got=got,
         )
     return shape

@@ -259,7 +259,23 @@ _BOM: Final = b"\xef\xbb\xbf"
 _NON_FINITE: Final = ("NaN", "Infinity")
 
 
+_LOOKS_LIKE: Final = (
+    (b"\x89PNG", "a PNG picture: send Content-Type: image/png"),
+    (b"\xff\xd8\xff", "a JPEG picture: send Content-Type: image/jpeg"),
+    (b"RIFF", "a WebP picture: send Content-Type: image/webp"),
+    (b"\x93NUMPY", "a NumPy array: send Content-Type: application/x-npy"),
+    (b"PK\x03\x04", "an archive of arrays: send Content-Type: application/x-npz"),
+    (b"\x1f\x8b", "gzip data: send Content-Encoding: gzip"),
+)
+"""How bodies begin that are taken for JSON where their sender forgot to say what they are."""
+
+
 def _malformed(body: bytes, error: orjson.JSONDecodeError) -> MalformedBody:
+    if not body:
+        return MalformedBody("the body is empty", position=0)
+    for start, what in _LOOKS_LIKE:
+        if body.startswith(start):
+            return MalformedBody(f"the body is not JSON; it looks like {what}", position=0)
     if body.startswith(_BOM):
         return MalformedBody("the body starts with a byte order mark, which JSON does not allow", position=0)
     try:

@@ -121,7 +121,7 @@ def test_the_table_of_model_toml_is_the_codes():
     assert rows.keys() == keys.keys()
     for key, info in keys.items():
         default = info.get_default(call_default_factory=True)
-        if default is None or default == {}:
+        if info.is_required() or default is None or default == {}:
             assert not rows[key].startswith("`"), key
         else:
             assert tomllib.loads(f"default = {rows[key].strip('`')}") == {"default": default}, key
