@@ -9,7 +9,9 @@ Python only where that cannot be done, or does not give the same.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,12 +57,13 @@ class _Program:
         self.exported = exported
         self.module = exported.module()
         values = {node.name: node.meta.get("val") for node in exported.graph.nodes}
-        self._arguments = [
+        arguments = [
             spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
         ]
+        self._flat = partial(_flat, arguments)
         self.inputs = tuple(
             TensorSpec(argument.name, *_facts(values[argument.name], f"input {name_text(argument.name)}"))
-            for argument in self._arguments
+            for argument in arguments
             if not isinstance(argument, ConstantArgument)
         )
         returned = exported.graph_signature.user_outputs
@@ -97,19 +100,15 @@ class _Program:
         guards = getattr(self.module, "_guards_fn", None)
         if guards is None:
             raise Untranslatable("its checks of the sizes are not to be had on their own")
-        run = function(graph)
+        run, flat = function(graph), self._flat
+        names, places = [spec.name for spec in self.inputs], list(self.outputs)
 
+        # It holds nothing of the program: the graph's own weights would be there beside the program's.
         def forward(feeds: Feeds) -> Leaves:
-            guards(*self._flat(feeds))
-            return dict(zip(self.outputs, run(*[feeds[spec.name] for spec in self.inputs]), strict=True))
+            guards(*flat(feeds))
+            return dict(zip(places, run(*[feeds[name] for name in names]), strict=True))
 
         return forward
-
-    def _flat(self, feeds: Feeds) -> list[object]:
-        return [
-            argument.value if isinstance(argument, ConstantArgument) else feeds[argument.name]
-            for argument in self._arguments
-        ]
 
 
 def load(file: Path, options: LoadOptions) -> TorchModel:
@@ -134,10 +133,18 @@ def _runnable(file: Path, program: _Program, options: LoadOptions) -> Runnable:
             if agree(python, runnable, options):
                 return runnable
         reason = "it does not give the same otherwise"
-    except Untranslatable as error:
+    except (Untranslatable, AttributeError) as error:  # a PyTorch without TorchScript's runtime lacks names
         reason = str(error)
     log.warning("%s runs as Python, which slows it down wherever the server is busy: %s", file, reason)
     return python
+
+
+def _flat(arguments: Sequence[Any], feeds: Feeds) -> list[object]:
+    """The arguments of a program in their flat order."""
+    return [
+        argument.value if isinstance(argument, ConstantArgument) else feeds[argument.name]
+        for argument in arguments
+    ]
 
 
 def _facts(value: Any, what: str) -> Facts:

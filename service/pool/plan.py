@@ -138,7 +138,7 @@ class Planner:
                 outputs = model.run(batch)
             except Exception as error:  # noqa: BLE001 - too many rows for it, or for the machine
                 log.info("batches end at %d rows: %s", size // 2, first_line(error))
-                return table, ""
+                break
             if proof.batched:
                 fault, _ = compare(model.signature, outputs, proof.alone, _places(rows, size))
                 if fault:
@@ -150,9 +150,10 @@ class Planner:
             best_rate = max(best_rate, rate)
             if since_best == 2 and self._wishes.max_rows is None:
                 # Two doublings in a row that do not pay: one alone may be the machine's noise.
-                return table[:-2], ""
+                break
             size *= 2
-        return table, ""
+        # With a limit that was set, every size up to it is of use; else those up to the best.
+        return table if self._wishes.max_rows is not None else table[: len(table) - since_best], ""
 
     def _time(self, model: LoadedModel, batch: Tensors) -> tuple[float, float]:
         """The quickest and the median of a few runs, in seconds."""

@@ -516,4 +516,4 @@ def test_the_slow_first_runs_are_over_when_a_model_is_loaded(tmp_path: Path, kin
             began = time.perf_counter()
             model.run({"x": np.ones((rows, 4), np.float32)})
             times.append(time.perf_counter() - began)
-    assert max(firsts) < 10 * np.median(later)
+    assert max(firsts) < 20 * np.median(later), "cold it takes fifty times as long"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import zipfile
@@ -16,8 +17,10 @@ from torch import nn
 from service.backends.base import Described, LoadedModel, LoadOptions
 from service.backends.pytorch import PyTorchBackend
 from service.errors import LoadError
-from tests.backends.networks import eager, export, quiet
+from tests.backends.networks import configure, described, eager, export, quiet
 from tests.backends.test_torch import longest_standstill
+from tests.clients import Client, with_clients
+from tests.conftest import Serve
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
@@ -111,6 +114,30 @@ def test_pytorchs_own_runner_lets_no_other_thread_work(package: Path) -> None:
             pass
 
     assert longest_standstill(Own(), rows(2000)) > 0.5
+
+
+def test_it_is_batched_from_many_clients_and_answers_as_alone(
+    package: Path, serve: Serve, tmp_path: Path
+) -> None:
+    file = tmp_path / "compiled/1/model.pt2"
+    file.parent.mkdir(parents=True)
+    shutil.copy(package, file)
+    lines = {entry.name: (entry.datatype, list(entry.shape)) for entry in INPUTS}
+    configure(file, described(**lines))
+    server = serve(tmp_path, "--trust")
+    version = server.get("/models/compiled/1").json()
+    assert version["batching"]["enabled"], version
+
+    async def work(client: Client, number: int) -> None:
+        inputs = rows(1 + number % 3)
+        content = json.dumps({"inputs": {name: array.tolist() for name, array in inputs.items()}})
+        for _ in range(4):
+            reply = await client.post("/predict/compiled", content.encode())
+            outputs = json.loads(reply.body)["outputs"]
+            np.testing.assert_allclose(outputs["y"], eager(Network(), inputs)["y"], rtol=1e-3, atol=1e-4)
+
+    asyncio.run(with_clients(server.port, 12, work))
+    assert server.metric("batch_rows_count", model="compiled") < 12 * 4, "some requests shared a run"
 
 
 def test_arguments_by_place_have_the_names_of_the_description_or_the_sample(package: Path) -> None:
