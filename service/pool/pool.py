@@ -29,6 +29,11 @@ RESTARTS_AT_MOST: Final = 5
 """Threads of a version that are replaced within `RESTART_WINDOW_S`; the next to die stays lost."""
 RESTART_WINDOW_S: Final = 60.0
 
+FEW_RUNS: Final = 8
+"""An expectation that rests on fewer runs refuses nothing that an idle instance could try."""
+STALE_S: Final = 10.0
+"""Nor does one where nothing has run for so long: what slowed the last runs may have passed."""
+
 _DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
     "deadline": lambda: DeadlineExceeded("the deadline passed before the model could run"),
     "disconnected": lambda: InferpoolError("the client is gone"),
@@ -99,6 +104,7 @@ class Pool:
         self._retried: set[tuple[int, int]] = set()
         self._deaths: deque[float] = deque()
         self._batches: dict[int, BatchCount] = {}
+        self._measured = clock()
         self._started = 0
         self._closed = False
 
@@ -110,7 +116,10 @@ class Pool:
             self._refuse_unless_open()
             if not self.batched:
                 entry.rows = 1
-            self._queue.offer(entry, self._clock(), [instance.busy_until for instance in self._instances])
+            now = self._clock()
+            doubtful = self.profile.runs(entry.rows) < FEW_RUNS or now - self._measured > STALE_S
+            free_at = [instance.busy_until for instance in self._instances]
+            self._queue.offer(entry, now, free_at, probe=doubtful)
             if entry.rows > self.limits.batch_rows:
                 self._assemblies[entry.id] = _Assembly(entry.rows, {})
             if self._idle:
@@ -203,6 +212,7 @@ class Pool:
                 results += self._ended(outcome, batch, run.compute_s)
             if self._retried:
                 self._retried.difference_update((piece.entry.id, piece.start) for piece in batch.pieces)
+            self._measured = self._clock()
             if run.clean:
                 self.profile.observe(max(1, batch.rows), run.compute_s)
             if run.wrong_rows and self.batched:

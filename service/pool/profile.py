@@ -68,6 +68,13 @@ class Profile:
         share = (rows - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
         return times[right - 1] + share * (times[right] - times[right - 1])
 
+    def runs(self, rows: int) -> int:
+        """How many runs the expectation for `rows` rows rests on."""
+        known = self._rungs.get(_rung(rows))
+        if known is not None:
+            return known.runs
+        return max((line.runs for line in self._rungs.values()), default=0)
+
     def table(self) -> list[Measurement]:
         """The measurements, smallest batch first."""
         return [self._rungs[rung] for rung in sorted(self._rungs)]

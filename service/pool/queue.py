@@ -146,6 +146,7 @@ class Queue:
         self._small_rows = 0
         self._large_rows = 0
         self._serial = 0
+        self._probe = 0
         self._batches = 0
         self._places: dict[int, _Place] = {}
         # A place is in several of these; where it is no longer live it is skipped when it comes up.
@@ -168,17 +169,20 @@ class Queue:
         """How many rows wait; an entry without rows counts as one."""
         return self._small_rows + self._large_rows
 
-    def offer(self, entry: Entry, now: float, free_at: Sequence[float] = ()) -> None:
+    def offer(self, entry: Entry, now: float, free_at: Sequence[float] = (), *, probe: bool = False) -> None:
         """Let `entry` wait, or raise.
 
         `free_at` has, for each instance, the moment at which it is expected to be free (a past moment
         if it is idle). Raises QueueFull if rows or bytes are over their bounds, and DeadlineExceeded if
         the deadline has passed, or will have passed before the entry has run, by the measured rate.
+
+        With `probe` an idle instance takes the entry whatever was measured: a wrong measurement could not
+        be put right if it kept everything from running.
         """
-        # Where nothing is ahead the entry is run whatever was measured: a measurement that is wrong, after
-        # one slow run say, could not be put right if it kept everything from running.
-        alone = not self._places and min(free_at, default=now) <= now < entry.deadline
-        if entry.deadline < math.inf and not alone:
+        probe = probe and not self._places and min(free_at, default=now) <= now < entry.deadline
+        if probe:
+            self._probe = entry.id
+        elif entry.deadline < math.inf:
             finish = self._predicted_finish(entry, now, free_at)
             if finish > entry.deadline:
                 raise DeadlineExceeded(
@@ -262,7 +266,7 @@ class Queue:
         while (place := self._oldest() if by_age else self._head(self._first)) is not None:
             if now + self.cost_s(min(place.rows, self.limits.batch_rows)) <= place.entry.deadline:
                 return place
-            if len(self._places) == 1:  # as for an offer: the last one runs, whatever was measured
+            if place.entry.id == self._probe:
                 return place
             drops.append(self._drop(place, "deadline"))
         return None

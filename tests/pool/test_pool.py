@@ -81,7 +81,7 @@ class Bench:
         self.pool = Pool(
             KEY,
             Limits(**fields),
-            Profile([Measurement(1, 0.01, 1), Measurement(8, 0.02, 1)]),
+            Profile([Measurement(1, 0.01, 100), Measurement(8, 0.02, 100)]),
             self.outbox,
             self.metrics,
             time.monotonic,
