@@ -159,8 +159,7 @@ class Pool:
     def start_instance(self, model: LoadedModel, device: str) -> None:
         """Start one more instance, which runs `model` on `device`."""
         with self._lock:
-            instance = self._new_instance(model, device)
-        instance.start()
+            self._new_instance(model, device)
 
     def drain(self, timeout_s: float) -> bool:
         """Accept no more, finish what was accepted, end the instances; False if that took too long.
@@ -224,15 +223,13 @@ class Pool:
         """Replace an instance whose thread has died; what it ran is run once more, entry by entry."""
         with self._lock:
             self._instances.remove(instance)
-            replacement = self._replacement(instance)
+            self._replace(instance)
             results = self._retry(batch) if batch is not None else []
             if not self._instances:
                 results += self._give_up("draining" if self._closed else "lost")
             for _ in range(min(len(self._idle), len(self._retries))):
                 self._idle.pop().wake()
         self._put(results)
-        if replacement is not None:
-            replacement.start()
 
     # Under the lock.
 
@@ -325,14 +322,15 @@ class Pool:
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
         self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
 
-    def _new_instance(self, model: LoadedModel, device: str) -> Instance:
+    def _new_instance(self, model: LoadedModel, device: str) -> None:
+        """Start an instance; under the lock, so that nobody sees one whose thread does not run yet."""
         self._started += 1
         name = f"{self.key.model}/{self.key.version}#{self._started}"
         instance = Instance(self, model, device, name, self._clock)
+        instance.start()
         self._instances.append(instance)
-        return instance
 
-    def _replacement(self, instance: Instance) -> Instance | None:
+    def _replace(self, instance: Instance) -> None:
         now = self._clock()
         self._deaths.append(now)
         while self._deaths[0] < now - RESTART_WINDOW_S:
@@ -340,8 +338,12 @@ class Pool:
         if len(self._deaths) > RESTARTS_AT_MOST:
             log.error("an instance of %s/%s died too often and is not replaced", *self._labels)
             self._lost.append(instance.device)
-            return None
-        return self._new_instance(instance.model, instance.device)
+            return
+        try:
+            self._new_instance(instance.model, instance.device)
+        except RuntimeError as fault:  # no thread is to be had
+            log.error("an instance of %s/%s died and cannot be replaced: %s", *self._labels, fault)
+            self._lost.append(instance.device)
 
     def _retry(self, batch: Batch) -> list[Result]:
         """Let a batch whose instance died run once more, each entry alone; the second time it failed."""
