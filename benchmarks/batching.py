@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
+import math
 import os
 import socket
 import statistics
@@ -36,14 +36,22 @@ ROW = json.dumps({"inputs": [[0.5] * WIDTH]}).encode()
 
 
 def make_model(file: Path, hidden: int, layers: int) -> None:
-    """A network of `layers` products of `hidden` × `hidden`, on rows of 64 floats."""
+    """A network of `layers` products of `hidden` × `hidden`, on rows of 64 floats.
+
+    The products share one matrix, which stays in a core's cache: read from memory, it would take as long as
+    whatever else uses the memory lets it, and a rate that moves says nothing of the share that is served.
+    """
     rng = np.random.default_rng(0)
-    sizes = [WIDTH, *[hidden] * layers, 10]
-    nodes, weights, last = [], [], "x"
-    for number, (rows, columns) in enumerate(itertools.pairwise(sizes)):
-        weight = (rng.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
-        weights.append(numpy_helper.from_array(weight, f"w{number}"))
-        nodes.append(helper.make_node("MatMul", [last, f"w{number}"], [f"h{number}"]))
+
+    def weight(name: str, rows: int, columns: int) -> onnx.TensorProto:
+        # He's scale (1502.01852), with which the rows neither grow nor fade from layer to layer.
+        values = rng.standard_normal((rows, columns)) * np.sqrt(2 / rows)
+        return numpy_helper.from_array(values.astype(np.float32), name)
+
+    weights = [weight("first", WIDTH, hidden), weight("shared", hidden, hidden), weight("last", hidden, 10)]
+    nodes, last = [], "x"
+    for number, name in enumerate(["first", *["shared"] * layers, "last"]):
+        nodes.append(helper.make_node("MatMul", [last, name], [f"h{number}"]))
         nodes.append(helper.make_node("Relu", [f"h{number}"], [f"r{number}"]))
         last = f"r{number}"
     graph = helper.make_graph(
@@ -65,9 +73,10 @@ def cpu_s(process: int) -> float:
 
 @dataclass
 class Tally:
-    """Answers by status, and how long each took, in seconds."""
+    """Answers by status, and how long each took, in seconds; `in_window` came while requests were sent."""
 
     times: dict[int, list[float]] = field(default_factory=dict)
+    in_window: int = 0
 
     def add(self, reply: Reply, seconds: float) -> None:
         self.times.setdefault(reply.status, []).append(seconds)
@@ -97,8 +106,14 @@ async def closed_loop(port: int, clients: int, seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-async def open_loop(port: int, rate: float, seconds: float, headers: dict[str, str]) -> Tally:
-    """Requests sent at `rate` a second, whatever becomes of those before."""
+async def open_loop(
+    port: int, rate: float, seconds: float, headers: dict[str, str], patience_s: float
+) -> Tally:
+    """Requests sent at `rate` a second, whatever becomes of those before.
+
+    Only answers that come while requests are still sent, within `patience_s`, count for `in_window`: what is
+    worked off afterwards is no longer overload.
+    """
     tally = Tally()
     free: list[Client] = []
     tasks: set[asyncio.Task[None]] = set()
@@ -107,12 +122,15 @@ async def open_loop(port: int, rate: float, seconds: float, headers: dict[str, s
         client = free.pop() if free else await Client.connect(port)
         began = time.perf_counter()
         reply = await client.post("/predict/heavy", ROW, headers)
-        tally.add(reply, time.perf_counter() - began)
+        ended = time.perf_counter()
+        tally.add(reply, ended - began)
+        tally.in_window += reply.status == 200 and ended < closes and ended - began <= patience_s
         free.append(client)
 
-    began = time.perf_counter()
+    opens = time.perf_counter()
+    closes = opens + seconds
     for number in range(int(rate * seconds)):
-        due = began + number / rate
+        due = opens + number / rate
         if (wait := due - time.perf_counter()) > 0:
             await asyncio.sleep(wait)
         task = asyncio.create_task(one())
@@ -130,25 +148,30 @@ def overload(repository: Path, seconds: float, rounds: int) -> None:
     (repository / "heavy/model.toml").write_text(
         "[instances]\ncount = 1\nthreads = 1\n[batching]\nmax_rows = 4\n"
     )
-    cases = (("refused by the queue's bound", {}), ("refused by their deadline", {"x-timeout-ms": "300"}))
-    for name, headers in cases:
-        shares, refusals, late = [], [], []
+    cases = (
+        ("refused by the queue's bound", {}, math.inf),
+        ("refused by their deadline", {"x-timeout-ms": "300"}, 0.3),
+    )
+    for name, headers, patience_s in cases:
+        shares, capacities, refusals, answers = [], [], [], []
         for _ in range(rounds):
             server = Server(repository, ("--queue-ms", "200"))
             server.wait_loaded()
-            capacity = asyncio.run(closed_loop(server.port, 24, seconds))
-            tally = asyncio.run(open_loop(server.port, 2 * capacity, seconds, headers))
-            in_time = sum(took <= 0.3 for took in tally.times[200]) if headers else tally.count(200)
-            shares.append(in_time / seconds / capacity)
+            before = asyncio.run(closed_loop(server.port, 24, seconds))
+            tally = asyncio.run(open_loop(server.port, 2 * before, seconds, headers, patience_s))
+            # Before and after: the machine is not equally quick from one second to the next.
+            capacities.append((before + asyncio.run(closed_loop(server.port, 24, seconds))) / 2)
+            shares.append(tally.in_window / seconds / capacities[-1])
             refusals.append(statistics.median(tally.refusals))
-            late.append(statistics.median(tally.times[200]))
+            answers.append(statistics.median(tally.times[200]))
             server.kill()
+        capacity = statistics.median(capacities)
         row(
             f"twice the capacity ({capacity:.0f}/s), {name}: goodput",
             f"{100 * statistics.median(shares):.1f} % of capacity", "at least 95 %",
         )  # fmt: skip
         row("… refusals, median", f"{1000 * statistics.median(refusals):.2f} ms", "under 2 ms")
-        row("… answers, median", f"{1000 * statistics.median(late):.0f} ms", "")
+        row("… answers, median", f"{1000 * statistics.median(answers):.0f} ms", "")
 
 
 def neighbours(repository: Path, rounds: int) -> None:
@@ -295,7 +318,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder)
         os.environ["INFERPOOL_CACHE_DIR"] = str(repository / ".cache")
-        make_model(repository / "heavy/1/model.onnx", hidden=1536, layers=8)
+        make_model(repository / "heavy/1/model.onnx", hidden=384, layers=512)
         make_model(repository / "light/1/model.onnx", hidden=128, layers=1)
         parts = {
             "added": lambda: added(repository, arguments.rounds),

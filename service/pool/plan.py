@@ -26,8 +26,11 @@ MOST_ROWS: Final = 256
 UNMEASURED_ROWS: Final = 32
 """Rows of a batch where nothing could be measured."""
 
-WORTH_IT: Final = 1.1
-"""Doubling the rows of a batch pays while it brings at least this many times the rows a second."""
+NEARLY: Final = 0.97
+"""The batch limit is the fewest rows that bring this share of the best rows a second that was seen."""
+
+FLAT: Final = 1.02
+"""A doubling of the rows that brings less than this many times the best rows a second brings nothing."""
 
 TRUST: Final = 8
 """Runs that a measurement at load counts for against those while serving."""
@@ -42,7 +45,7 @@ BATCH_S: Final = 1e-4
 """What a batch costs beside its run (two wake-ups, gather, scatter), which more rows share."""
 
 CLEAR_S: Final = 1e-3
-"""A run shorter than this gains nothing from a second thread or instance: the web side needs the core."""
+"""A run shorter than this gains nothing from a second thread: the web side needs the core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class Planner:
             return Plan(False, proof.reason, 1, wishes.instances or 1, wishes.threads or wishes.cores)
         max_rows = (wishes.max_rows or int(table[-1].rows)) if proof.batched else 1
         batch = _rows_of(rows, max_rows) if proof.batched else rows
-        instances, threads, gain = self._share_cores(model, batch, table[0].seconds)
+        instances, threads, gain = self._share_cores(model, batch, table)
         shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in table)
         return Plan(proof.batched, proof.reason, max_rows, instances, threads, shared)
 
@@ -129,7 +132,7 @@ class Planner:
         Returns the measurements, and what was wrong with a batch's outputs if anything was.
         """
         table: list[Measurement] = []
-        best_rate, since_best = 0.0, 0
+        rates: list[float] = []
         size = 1
         most = self._wishes.max_rows or MOST_ROWS
         while not table or (proof.batched and size <= most and not self._late()):
@@ -145,15 +148,15 @@ class Planner:
                     return table, f"{fault} when {size} rows run together"
             quickest, typical = self._time(model, batch)
             table.append(Measurement(size, typical, TRUST))
-            rate = size / (quickest + BATCH_S)
-            since_best = 0 if rate >= WORTH_IT * best_rate else since_best + 1
-            best_rate = max(best_rate, rate)
-            if since_best == 2 and self._wishes.max_rows is None:
-                # Two doublings in a row that do not pay: one alone may be the machine's noise.
+            rates.append(size / (quickest + BATCH_S))
+            if self._wishes.max_rows is None and len(rates) > 2 and max(rates[-2:]) < FLAT * max(rates[:-2]):
+                # Two doublings in a row that bring nothing: one alone may be the machine's noise.
                 break
             size *= 2
-        # With a limit that was set, every size up to it is of use; else those up to the best.
-        return table if self._wishes.max_rows is not None else table[: len(table) - since_best], ""
+        if self._wishes.max_rows is not None or not rates:
+            return table, ""  # with a limit that was set, every size up to it is of use
+        enough = next(place for place, rate in enumerate(rates) if rate >= NEARLY * max(rates))
+        return table[: enough + 1], ""
 
     def _time(self, model: LoadedModel, batch: Tensors) -> tuple[float, float]:
         """The quickest and the median of a few runs, in seconds."""
@@ -167,9 +170,11 @@ class Planner:
                 break  # a slow model is timed by one run: more would not change the decision
         return max(min(times), 1e-9), statistics.median(times)
 
-    def _share_cores(self, model: LoadedModel, batch: Tensors, single_s: float) -> tuple[int, int, float]:
+    def _share_cores(
+        self, model: LoadedModel, batch: Tensors, table: Sequence[Measurement]
+    ) -> tuple[int, int, float]:
         """Instances, threads a run, and how many times the rate of one instance of one thread they have."""
-        options = self._options(single_s)
+        options = self._options(table[0].seconds, table[-1].seconds)
         if options == [(1, 1)] or self._late():
             return *options[0], 1.0
         base = self._rate(model, batch, 1)
@@ -178,22 +183,29 @@ class Planner:
             if best_rate and self._late():
                 break
             candidate = model if threads == 1 else self._load(threads)
-            rate = self._rate(candidate, batch, instances)
+            rate = base if (instances, threads) == (1, 1) else self._rate(candidate, batch, instances)
             if candidate is not model:
                 candidate.close()
             if rate > BETTER * best_rate:
                 best, best_rate = (instances, threads), rate
-        return *best, best_rate / base
+        # What no number of cores can bring is noise in one of the two rates.
+        return *best, min(best_rate / base, best[0] * best[1])
 
-    def _options(self, single_s: float) -> list[tuple[int, int]]:
-        """Instances and threads worth trying, fewest instances first: those answer a lone request soonest."""
+    def _options(self, single_s: float, full_s: float) -> list[tuple[int, int]]:
+        """Instances and threads worth trying, fewest instances first: those answer a lone request soonest.
+
+        `single_s` is what a run of one row takes, `full_s` one of a full batch.
+        """
         wishes, cores = self._wishes, self._wishes.cores
         if wishes.instances:
             return [(wishes.instances, wishes.threads or max(1, cores // wishes.instances))]
         if wishes.threads:
             return sorted({(1, wishes.threads), (max(1, cores // wishes.threads), wishes.threads)})
-        if cores == 1 or single_s < CLEAR_S:
+        if cores == 1 or full_s < CLEAR_S:
             return [(1, 1)]
+        if single_s < CLEAR_S:
+            # Two instances would halve the batches of a model that lives by large ones.
+            return [(1, 1), (1, cores)]
         halves = {(2, cores // 2), (cores // 2, 2)} if cores >= 4 else set()
         return sorted({(1, cores), (cores, 1)} | halves)
 

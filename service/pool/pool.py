@@ -95,7 +95,7 @@ class Pool:
         self._clock = clock
         self._labels = (key.model, str(key.version))
         self._lock = threading.Lock()
-        self._queue = Queue(limits, profile.seconds)
+        self._queue = Queue(limits, profile.seconds, profile.caution)
         self._instances: list[Instance] = []
         self._idle: list[Instance] = []
         self._lost: list[str] = []

@@ -13,6 +13,10 @@ OUTLIER: Final = 4.0
 """A measurement counts as at most so many times the mean of its rung."""
 
 
+FIRST_SPREAD: Final = 0.1
+"""The relative spread that is assumed until it has been seen."""
+
+
 class Measurement(NamedTuple):
     """One line of the table: batches of about `rows` rows take `seconds` (means over `runs` runs)."""
 
@@ -31,6 +35,7 @@ class Profile:
     def __init__(self, table: Iterable[Measurement] = ()) -> None:
         """`table` is what was measured before, in any order."""
         self._rungs: dict[int, Measurement] = {_rung(line.rows): line for line in table}
+        self._spread = FIRST_SPREAD
         self._curve: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         self._trace()
 
@@ -45,6 +50,8 @@ class Profile:
             weight = max(WEIGHT, 1 / (known.runs + 1))
             # One run that was held up says little of the next; a lasting change gets through all the same.
             seconds = min(seconds, OUTLIER * known.seconds)
+            if known.seconds:
+                self._spread += WEIGHT * (abs(seconds / known.seconds - 1) - self._spread)
             self._rungs[rung] = Measurement(
                 known.rows + weight * (rows - known.rows),
                 known.seconds + weight * (seconds - known.seconds),
@@ -67,6 +74,13 @@ class Profile:
         right = bisect_left(sizes, rows)
         share = (rows - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
         return times[right - 1] + share * (times[right] - times[right - 1])
+
+    def caution(self) -> float:
+        """How many times their expected time runs should be given: the mean and four mean deviations.
+
+        As TCP waits for an answer (Jacobson, "Congestion avoidance and control", 1988; RFC 6298).
+        """
+        return 1 + 4 * self._spread
 
     def runs(self, rows: int) -> int:
         """How many runs the expectation for `rows` rows rests on."""

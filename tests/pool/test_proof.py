@@ -198,7 +198,7 @@ def plan_of(model: LoadedModel, **wishes: object) -> Plan:
 
 def test_the_batch_limit_is_where_more_rows_stop_paying() -> None:
     def per_row(x: np.ndarray) -> np.ndarray:
-        time.sleep(0.002 * len(x))
+        time.sleep(0.01 * len(x))
         return x
 
     def per_run(x: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.errors import DeadlineExceeded, QueueFull
 from service.pool.ports import Entry, VersionKey
+from service.pool.profile import Profile
 from service.pool.queue import OLDEST_LEADS_EVERY, Limits, Queue
 
 KEY = VersionKey("m", 1)
@@ -228,6 +229,27 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_the_door() -> None:
     with pytest.raises(DeadlineExceeded):
         queue.offer(late, 0.0, [0.0])
     queue.offer(entry(99, 8, deadline=wait + 1.1 * cost_s(8), priority=9), 0.0, [0.0])
+
+
+def test_what_waits_is_reckoned_with_caution_but_not_the_run_itself() -> None:
+    limits = Limits(LIMIT, 1000, 10**6)
+    cautious = Queue(limits, cost_s, caution=lambda: 1.5)
+    for number in range(1, 11):
+        cautious.offer(entry(number, rows=LIMIT, priority=1), 0.0)
+    waiting, own = 10 * cost_s(LIMIT), cost_s(1)
+    with pytest.raises(DeadlineExceeded):
+        cautious.offer(entry(11, deadline=1.49 * waiting + own), 0.0)
+    cautious.offer(entry(12, deadline=1.51 * waiting + own), 0.0)
+    Queue(limits, cost_s, caution=lambda: 1.5).offer(entry(13, deadline=1.01 * own), 0.0)
+
+
+def test_runs_that_take_now_more_now_less_call_for_more_caution() -> None:
+    steady, unsteady = Profile(), Profile()
+    for run in range(100):
+        steady.observe(4, 0.010)
+        unsteady.observe(4, 0.005 if run % 2 else 0.015)
+    assert steady.caution() < 1.01
+    assert 2 < unsteady.caution() < 4
 
 
 def test_an_urgent_entry_is_not_refused_for_the_lax_ones_that_it_overtakes() -> None:
