@@ -90,8 +90,10 @@ def _print_check(catalog: Catalog) -> int:
                 continue
             for kind, specs in (("input", view.signature.inputs), ("output", view.signature.outputs)):
                 for spec in specs:
-                    optional = " optional" if spec.optional else ""
-                    print(f"  {kind:<8} {spec.name}: {spec.datatype} {shape_text(spec.shape)}{optional}")
+                    left_out = " optional" if spec.optional else ""
+                    if spec.name == view.signature.instead and kind == "input":
+                        left_out = " in place of every other input"
+                    print(f"  {kind:<8} {spec.name}: {spec.datatype} {shape_text(spec.shape)}{left_out}")
             batching = view.batching
             extent = f"up to {batching.max_rows} rows" if batching.enabled else "off"
             print(f"  batching {extent}: {batching.reason}")

@@ -106,6 +106,8 @@ FAMILIES: Final = {
         Family("batch_rows", "histogram", _VERSION, "Rows of each batch that ran.", ROWS_BUCKETS),
         Family("batches_total", "counter", (*_VERSION, "device", "reason"),
                "Batches that ran, by why they were no larger."),
+        Family("padded_tokens_total", "counter", _VERSION,
+               "Tokens that filled rows up to the longest of their batch."),
         Family("queue_rows", "gauge", _VERSION, "Rows that wait now."),
         Family("queue_oldest_age_seconds", "gauge", _VERSION, "How long the oldest entry has waited."),
         Family("in_flight_requests", "gauge", (), "Predict requests being read, run or answered now."),

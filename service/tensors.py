@@ -9,7 +9,7 @@ array of the raw bits.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any, Final, TypeAlias
@@ -64,12 +64,14 @@ class TensorSpec:
         shape: one size a dimension, `ANY` (-1) where it may vary; `()` is a scalar, and None a tensor
             of which the model does not say the rank.
         optional: an input that may be left out (the model has a default for it).
+        symbols: the model's names of its dimensions, "" where one has none; empty where none has.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...] | None
     optional: bool = False
+    symbols: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -79,10 +81,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs and outputs of a version, in the model's order."""
+    """The inputs and outputs of a version, in the model's order.
+
+    Attributes:
+        inputs: as requests name them.
+        outputs: as answers name them.
+        instead: the input, if any, that a request may send in place of all the others.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    instead: str | None = None
 
     @cached_property
     def inputs_by_name(self) -> Mapping[str, TensorSpec]:
@@ -96,11 +105,27 @@ class Signature:
 
     @cached_property
     def single_input(self) -> TensorSpec | None:
-        """The input that a body without names means: the only one, or the only one required."""
+        """The input that a body without names means: the only one needed."""
+        if self.instead is not None:
+            return self.inputs_by_name[self.instead]
         required = [spec for spec in self.inputs if not spec.optional]
         if len(self.inputs) == 1:
             return self.inputs[0]
         return required[0] if len(required) == 1 else None
+
+    @cached_property
+    def shared_symbols(self) -> Mapping[str, tuple[tuple[str, int], ...]]:
+        """Dimensions that must be equal: the inputs and axes of each symbol that stands in several places."""
+        places: dict[str, list[tuple[str, int]]] = {}
+        for spec in self.inputs:
+            for axis, symbol in enumerate(spec.symbols):
+                if symbol:
+                    places.setdefault(symbol, []).append((spec.name, axis))
+        return {symbol: tuple(found) for symbol, found in places.items() if len(found) > 1}
+
+    def may_be_left_out(self, spec: TensorSpec) -> bool:
+        """Whether a request may do without this input."""
+        return spec.optional or self.instead is not None
 
 
 def shape_text(shape: tuple[int, ...] | None) -> str:
@@ -155,13 +180,44 @@ def check_inputs(signature: Signature, tensors: Mapping[str, Array]) -> None:
         if spec is None:
             raise unknown_input(signature, name)
         check_tensor(spec, tensor)
+    if signature.instead is not None and signature.instead in tensors:
+        if len(tensors) > 1:
+            others = [name for name in tensors if name != signature.instead]
+            raise InvalidInput(
+                f"tensor {name_text(signature.instead)} comes in place of every other; leave out"
+                f" {names_text(others)}",
+                tensor=signature.instead,
+            )
+        return
     if len(tensors) < len(by_name):
         for spec in signature.inputs:
-            if spec.name not in tensors and not spec.optional:
+            if spec.name not in tensors and not spec.optional and spec.name != signature.instead:
                 raise InvalidInput(
                     f"tensor {name_text(spec.name)} is missing; the model takes {names_text(by_name)}",
                     tensor=spec.name,
                 )
+    if signature.shared_symbols:
+        _check_symbols(signature, tensors)
+
+
+def _check_symbols(signature: Signature, tensors: Mapping[str, Array]) -> None:
+    """Raise InvalidInput where dimensions differ to which the model gives the same name."""
+    for symbol, places in signature.shared_symbols.items():
+        found = [(name, axis) for name, axis in places if name in tensors]
+        if len({tensors[name].shape[axis] for name, axis in found}) > 1:
+            (first, axis), (other, other_axis) = next(
+                (found[0], place)
+                for place in found
+                if tensors[place[0]].shape[place[1]] != tensors[found[0][0]].shape[found[0][1]]
+            )
+            raise InvalidInput(
+                f"tensor {name_text(first)} has shape {shape_text(tensors[first].shape)} and tensor"
+                f" {name_text(other)} {shape_text(tensors[other].shape)}: dimension {axis} of the one and"
+                f" {other_axis} of the other are the same, {name_text(symbol)}",
+                tensor=other,
+                expected=tensors[first].shape[axis],
+                got=tensors[other].shape[other_axis],
+            )
 
 
 def check_outputs(signature: Signature, names: tuple[str, ...]) -> None:

@@ -25,6 +25,7 @@ LIBRARIES = {
     "torch": ("backends/torch", "backends/aoti"),
     "prometheus_client": ("metrics",),
     "PIL": ("codecs",),
+    "tokenizers": ("codecs/text",),
 }
 """Who may import what; the names are how paths below `service/` begin."""
 

@@ -71,7 +71,7 @@ def _inputs(
         within = _OPTIONAL_TENSOR.fullmatch(node.type)
         datatype = DATATYPES.get(within[1] if within else node.type)
         if datatype is not None:
-            yield TensorSpec(node.name, datatype, _shape(node, unranked), optional)
+            yield TensorSpec(node.name, datatype, _shape(node, unranked), optional, _symbols(node))
         elif optional:
             log.info('input "%s" has type %s, which no request can set', node.name, node.type)
         else:
@@ -81,7 +81,7 @@ def _inputs(
 def _output(node: Any, unranked: frozenset[str]) -> TensorSpec:
     datatype = DATATYPES.get(node.type)
     if datatype is not None:
-        return TensorSpec(node.name, datatype, _shape(node, unranked))
+        return TensorSpec(node.name, datatype, _shape(node, unranked), symbols=_symbols(node))
     nested = _NESTED.fullmatch(node.type)
     # ONNX Runtime makes no Python objects of BF16.
     if nested is None or DATATYPES.get(nested[1], "BF16") == "BF16":
@@ -93,6 +93,12 @@ def _shape(node: Any, unranked: frozenset[str]) -> tuple[int, ...] | None:
     if not node.shape and node.name in unranked:
         return None
     return tuple(size if isinstance(size, int) and size >= 0 else ANY for size in node.shape)
+
+
+def _symbols(node: Any) -> tuple[str, ...]:
+    # An overridable initialiser's sizes are of another kind of integer.
+    symbols = tuple(size if isinstance(size, str) else "" for size in node.shape)
+    return symbols if any(symbols) else ()
 
 
 def _unserved(kind: str, node: Any) -> LoadError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
+from service.codecs.text import TextCodec
 from service.errors import InvalidInput, UnsupportedMediaType
 from service.http.dialect import Body, Options
 from service.http.head import Head
@@ -11,6 +13,7 @@ from service.http.multipart import find_input, read_form
 from service.http.served import Served
 from service.repository.catalog import VersionView
 from service.tensors import Tensors, check_inputs, names_text
+from service.wire.arrays import value_text
 from service.wire.json import PredictRequest, parse_request
 from service.wire.npy import cast_to, decode_npy, decode_npz
 
@@ -18,6 +21,9 @@ JSON: Final = "application/json"
 NPY: Final = "application/x-npy"
 NPZ: Final = "application/x-npz"
 FORM: Final = "multipart/form-data"
+
+_CHARSET: Final = re.compile(r"""(?:^|[\s;])charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
+_UTF8: Final = frozenset(("utf-8", "utf8", "us-ascii", "ascii"))
 
 # What curl and browsers send when nothing was said: taken for JSON, as people mean it.
 _MEANT_AS_JSON: Final = frozenset(("", JSON, "application/x-www-form-urlencoded", "application/octet-stream"))
@@ -35,7 +41,9 @@ def open_body(head: Head, data: bytes, max_bytes: int) -> Body:
 
 def media_types(view: VersionView) -> list[str]:
     """The media types of bodies that a version takes."""
-    return [JSON, NPY, NPZ, FORM, *(view.image.media_types if view.image is not None else ())]
+    pictures = view.image.media_types if view.image is not None else ()
+    texts = view.text.media_types if view.text is not None else ()
+    return [JSON, NPY, NPZ, FORM, *pictures, *texts]
 
 
 class _JsonBody(Body):
@@ -55,7 +63,7 @@ class _JsonBody(Body):
 
 
 class _FileBody(Body):
-    """Arrays or a picture: nothing but tensors, so nothing is read before the version is known."""
+    """Arrays, a picture or a text: nothing but tensors, so nothing is read before the version is known."""
 
     def __init__(self, head: Head, data: bytes, max_bytes: int) -> None:
         self._head = head
@@ -79,13 +87,23 @@ class _FileBody(Body):
         if kind == NPZ:
             arrays = decode_npz(self._data, self._max_bytes)
             return {name: cast_to(find_input(served.signature, name), arrays[name]) for name in arrays}
-        image = served.view.image
+        image, text = served.view.image, served.view.text
         if kind == FORM:
             return read_form(
-                self._data, self._head.content_type_parameters, served.signature, image, self._max_bytes
+                self._data, self._head.content_type_parameters, served.signature, image, text, self._max_bytes
             )
+        if text is not None and kind in text.media_types:
+            return self._read_text(text)
         if image is not None and kind in image.media_types:
             return image.decode(self._data)
         raise UnsupportedMediaType(
             f'"{kind}" is not a format that this model takes', expected=media_types(served.view)
         )
+
+    def _read_text(self, text: TextCodec) -> Tensors:
+        found = _CHARSET.search(self._head.content_type_parameters)
+        if found is not None and found[1].lower() not in _UTF8:
+            raise UnsupportedMediaType(
+                f"the text is in {value_text(found[1])}; it is taken in UTF-8", expected=["utf-8"]
+            )
+        return {text.input: text.decode(self._data)}

@@ -62,7 +62,8 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
         predictor.admit(call)
         data = await _read_body(predictor, call, receive)
         if predictor.is_heavy(call, data):
-            tensors = await asyncio.to_thread(predictor.read, call, data)
+            loop = asyncio.get_running_loop()
+            tensors = await loop.run_in_executor(predictor.threads_for(call), predictor.read, call, data)
         else:
             tensors = predictor.read(call, data)
         future = predictor.offer(call, tensors)

@@ -1,4 +1,4 @@
-"""`multipart/form-data` (RFC 7578): a file a tensor, named by its field, or a picture."""
+"""`multipart/form-data` (RFC 7578): a file a tensor, named by its field, or a picture, or a sentence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.codecs.image import ImageCodec
+from service.codecs.text import TextCodec
 from service.errors import InvalidInput, MalformedBody
 from service.tensors import Signature, Tensors, TensorSpec, name_text, names_text, unknown_input
 from service.wire.arrays import value_text
@@ -31,18 +32,25 @@ class _Part:
 
 
 def read_form(
-    body: bytes, parameters: str, signature: Signature, image: ImageCodec | None, max_bytes: int
+    body: bytes,
+    parameters: str,
+    signature: Signature,
+    image: ImageCodec | None,
+    text: TextCodec | None,
+    max_bytes: int,
 ) -> Tensors:
     """The tensors in a form; `parameters` are those of its Content-Type.
 
     A field is an npy file and has the name of its input, or it is a picture for the model's image input,
-    and then any name that is no other input's. Raises MalformedBody where the form is not whole,
-    InvalidInput where a field is none of these, and what npy files and pictures raise.
+    and then any name that is no other input's, or a sentence for its text input. Raises MalformedBody where
+    the form is not whole, InvalidInput where a field is none of these, and what npy files and pictures raise.
     """
     tensors: Tensors = {}
     for part in _parts(body, parameters):
         content = part.content[0] if len(part.content) == 1 else b"".join(part.content)
-        if image is None or content.startswith(_NPY_MAGIC):
+        if text is not None and part.name == text.input and not content.startswith(_NPY_MAGIC):
+            found = {text.input: text.decode(content)}
+        elif image is None or content.startswith(_NPY_MAGIC):
             spec = find_input(signature, part.name)
             found = {spec.name: cast_to(spec, decode_npy(content, max_bytes))}
         else:

@@ -29,6 +29,7 @@ from service.http.schemas import Problem
 from service.http.v2 import V2_DIALECT
 from service.http.v2_schemas import Error
 from service.repository.catalog import Catalog, VersionView
+from service.tensors import TensorSpec
 
 _UNDESCRIBED: Final = ("HTTPValidationError", "ValidationError")
 
@@ -72,7 +73,11 @@ def _predict_paths(views: list[VersionView]) -> Document:
     model = path_parameter("model", "The model's name.")
     version = path_parameter("version", "A number or a label.")
     pictures = sorted({kind for view in views if view.image for kind in view.image.media_types})
-    files = {kind: {"schema": BINARY} for kind in (NPY, NPZ, *pictures)}
+    texts = sorted({kind for view in views if view.text for kind in view.text.media_types})
+    files = {
+        **{kind: {"schema": BINARY} for kind in (NPY, NPZ, *pictures)},
+        **{kind: {"schema": _SENTENCE} for kind in texts},
+    }
     any_form = {FORM: {"schema": _form({}, [])}}
     anything = {"description": "Nested lists by input, rows first, or those of the single input."}
     any_model: Document = {JSON: {"schema": _request(anything, None)}, **files, **any_form}
@@ -153,10 +158,12 @@ def _content(view: VersionView) -> Document:
         content[NPY] = {"schema": BINARY}
     content[NPZ] = {"schema": BINARY}
     files = {spec.name: BINARY for spec in view.signature.inputs}
-    required = [spec.name for spec in view.signature.inputs if not spec.optional]
+    required = [spec.name for spec in view.signature.inputs if not view.signature.may_be_left_out(spec)]
     content[FORM] = {"schema": _form(files, required)}
     for kind in view.image.media_types if view.image is not None else ():
         content[kind] = {"schema": BINARY}
+    for kind in view.text.media_types if view.text is not None else ():
+        content[kind] = {"schema": _SENTENCE}
     return content
 
 
@@ -166,14 +173,22 @@ def _inputs(view: VersionView) -> Document | None:
     specs = in_json(view)
     if specs is None:
         return None
-    by_name: Document = {
+    instead, single = view.signature.instead, view.signature.single_input
+    forms = [_by_name([spec for spec in specs if spec.name != instead])]
+    if single is not None:
+        if instead is not None:
+            forms.append(_by_name([single]))
+        forms.append(nested_schema(single))
+    return {"anyOf": forms} if len(forms) > 1 else forms[0]
+
+
+def _by_name(specs: list[TensorSpec]) -> Document:
+    return {
         "type": "object",
         "required": [spec.name for spec in specs if not spec.optional],
         "additionalProperties": False,
         "properties": {spec.name: nested_schema(spec) for spec in specs},
     }
-    single = view.signature.single_input
-    return by_name if single is None else {"anyOf": [by_name, nested_schema(single)]}
 
 
 def _example(view: VersionView) -> Document | None:
@@ -186,7 +201,7 @@ def _example(view: VersionView) -> Document | None:
 def _form(files: Document, required: list[str]) -> Document:
     return {
         "type": "object",
-        "description": "An npy file for each input, or a picture for a model that takes one.",
+        "description": "An npy file for each input, or a picture or a sentence for a model that takes one.",
         **({"properties": files, "required": required, "additionalProperties": False} if files else {}),
     }
 
@@ -229,6 +244,7 @@ def _request(inputs: Document, view: VersionView | None) -> Document:
     }
 
 
+_SENTENCE: Final[Document] = {"type": "string", "description": "One sentence, in UTF-8."}
 _ANSWER: Final[Document] = {
     "type": "object",
     "required": ["model", "version", "id", "outputs"],

@@ -59,10 +59,11 @@ def in_json(view: VersionView) -> list[TensorSpec] | None:
 def example_inputs(view: VersionView) -> list[tuple[TensorSpec, list[int]]] | None:
     """The inputs that the version needs, each with a shape it takes; None where that is too much to show."""
     assert view.signature is not None  # only ready versions are shown
+    instead = view.signature.instead
     shapes = [
         (spec, [1 if size == ANY else size for size in spec.shape or ()])
         for spec in view.signature.inputs
-        if not spec.optional
+        if (not spec.optional if instead is None else spec.name == instead)
     ]
     fits = in_json(view) is not None and sum(prod(shape) for _, shape in shapes) <= _MAX_EXAMPLE_ELEMENTS
     return shapes if fits else None

@@ -74,7 +74,7 @@ def _content(view: VersionView | None) -> Document:
     inputs = {
         "type": "array",
         **({"items": {"anyOf": [_input(spec) for spec in specs]}} if specs else {}),
-        "minItems": sum(not spec.optional for spec in specs),
+        "minItems": 1 if view.signature.instead else sum(not spec.optional for spec in specs),
         "maxItems": len(specs),
     }
     outputs = {

@@ -12,9 +12,11 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Final
 
+from service.codecs.text import Rows
 from service.errors import Draining, InternalError, InvalidInput, Overloaded
 from service.http.compression import decompress, gzipped, takes_gzip
 from service.http.dialect import Data, Dialect, Options
@@ -24,7 +26,7 @@ from service.http.outlet import Outlet
 from service.http.problems import STATUSES, Headers, as_problem, problem_headers
 from service.http.served import Meters, Served, Tally
 from service.metrics import Metrics
-from service.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Result, VersionKey
+from service.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
 from service.repository.catalog import Catalog, find_ready
 from service.tensors import Array, Tensors, check_outputs, names_text
 
@@ -35,6 +37,10 @@ HEAVY_BYTES: Final = 32 * 1024
 """Bodies to decode, and bodies and answers to unpack or pack, that are larger go to another thread."""
 HEAVY_PIXELS: Final = 128 * 128
 """Pictures with more pixels are decoded in another thread."""
+HEAVY_TEXT_BYTES: Final = 2 * 1024
+"""Longer bodies for a model that takes text are encoded in another thread: they take half a millisecond."""
+TEXT_THREADS: Final = 2
+"""Threads that encode long texts."""
 _UNPACKED: Final = ("application/x-npz", "multipart/form-data")
 _MIN_GZIP_BYTES: Final = 1024
 """Smaller answers fit a packet or two as they are."""
@@ -65,7 +71,7 @@ class Call:
 
     __slots__ = (
         "began", "decode_s", "dialect", "entry", "future", "head", "options", "reserved_bytes", "served",
-        "timer",
+        "texts", "timer",
     )  # fmt: skip
 
     def __init__(self, dialect: Dialect, head: Head, began: float) -> None:
@@ -77,6 +83,7 @@ class Call:
         self.decode_s = 0.0
         self.reserved_bytes = 0
         self.served: Served | None = None
+        self.texts: Sequence[Rows] = ()
         self.entry: Entry | None = None
         self.future: asyncio.Future[Result] | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -116,6 +123,8 @@ class Predictor:
         self._ids = itertools.count(1)
         self._served: dict[VersionKey, Served] = {}
         self._tallies: dict[VersionKey, Tally] = {}
+        # Of their own, so that nothing else waits for a long text to be encoded.
+        self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._nobody = Meters(metrics, "", "", Tally())
         metrics.add_source(lambda: [("in_flight_requests", (), float(self.in_flight))])
 
@@ -181,6 +190,8 @@ class Predictor:
         head = call.head
         if head.content_encoding or head.content_type in _UNPACKED:
             return True
+        if len(data) > HEAVY_TEXT_BYTES and self._may_be_text(call):
+            return True
         if len(data) > HEAVY_BYTES:
             return head.content_type.startswith(_DECODED)
         if head.content_type.startswith("image/") and call.served is not None:
@@ -188,6 +199,17 @@ class Predictor:
             image = call.served.view.image
             return image is not None and image.pixels(bytes(data)) > HEAVY_PIXELS
         return False
+
+    def threads_for(self, call: Call) -> Executor | None:
+        """Where a heavy body is read; None is wherever there is room."""
+        return self._text_threads if self._may_be_text(call) else None
+
+    def _may_be_text(self, call: Call) -> bool:
+        """Whether the body is for a model that takes text, or may be where it is to name its model."""
+        if call.served is not None:
+            return call.served.view.text is not None
+        defaults = (model.default for model in self._catalog.models().values())
+        return any(view is not None and view.text is not None for view in defaults)
 
     def tally(self, key: VersionKey) -> Tally:
         """How the requests of a version ended; it is read, not written."""
@@ -212,6 +234,10 @@ class Predictor:
         tensors = body.tensors(served)
         if options.outputs is not None:
             check_outputs(served.signature, options.outputs)
+        text = served.view.text
+        if text is not None and text.input in tensors:
+            call.texts = text.encode(tensors[text.input], apart=not served.view.batching.enabled)
+            tensors = call.texts[0].tensors
         call.decode_s = self.clock() - began
         return tensors
 
@@ -223,28 +249,19 @@ class Predictor:
         """
         served = call.served
         assert served is not None  # `read` found it
-        view, options = served.view, call.options
-        rows = served.rows(tensors)
-        entry_id = next(self._ids)
         timeout_s = self._timeout_s(call)
-        entry = Entry(
-            entry_id,
-            view.key,
-            tensors,
-            rows,
-            served.group(entry_id, tensors, rows),
-            # A row takes memory here even where it has no elements.
-            max(8 * rows, sum(map(_bytes_of, tensors.values()))),
-            self.clock(),
-            call.began + timeout_s,
-            options.priority or DEFAULT_PRIORITY,
-            options.outputs,
-        )
-        future = self._outlet.expect(entry_id)
+        now, deadline = self.clock(), call.began + timeout_s
+        entry = self._entry(call, tensors, now, deadline)
+        if len(call.texts) > 1:
+            parts = [
+                Part(self._entry(call, rows.tensors, now, deadline), rows.places) for rows in call.texts
+            ]
+            entry = _whole(next(self._ids), parts)
+        future = self._outlet.expect(entry.id)
         try:
             self._inbox.offer(entry)
         except BaseException:
-            self._outlet.forget(entry_id)
+            self._outlet.forget(entry.id)
             raise
         call.entry, call.future = entry, future
         self.accepted += 1
@@ -253,6 +270,27 @@ class Predictor:
                 max(0.0, entry.deadline - entry.arrived), self._cancel, entry, "deadline"
             )
         return future
+
+    def _entry(self, call: Call, tensors: Tensors, now: float, deadline: float) -> Entry:
+        served, options = call.served, call.options
+        assert served is not None  # `read` found it
+        rows = served.rows(tensors)
+        entry_id = next(self._ids)
+        group, row_load = served.group(entry_id, tensors, rows)
+        return Entry(
+            entry_id,
+            served.view.key,
+            tensors,
+            rows,
+            group,
+            # A row takes memory here even where it has no elements.
+            max(8 * rows, sum(map(_bytes_of, tensors.values()))),
+            now,
+            deadline,
+            options.priority or DEFAULT_PRIORITY,
+            options.outputs,
+            row_load,
+        )
 
     def drop(self, call: Call) -> None:
         """The client has gone: do not run its entry if it still waits."""
@@ -360,6 +398,21 @@ class Predictor:
                 "total_ms": round(1000 * total_s, 3),
             },
         )
+
+
+def _whole(entry_id: int, parts: Sequence[Part]) -> Entry:
+    """The entry whose rows run as `parts`."""
+    first = parts[0].entry
+    rows = sum(len(part.places) for part in parts)
+    return replace(
+        first,
+        id=entry_id,
+        inputs={},
+        rows=rows,
+        nbytes=sum(part.entry.nbytes for part in parts),
+        row_load=sum(part.entry.load for part in parts) / rows,
+        parts=tuple(parts),
+    )
 
 
 def _bytes_of(tensor: Array) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -188,12 +189,18 @@ class PredictProtocol(HttpToolsProtocol):
 
         self._stall = self.loop.call_later(STALLED_S, check)
 
-    def run_aside(self, function: Callable[..., Any], *arguments: Any, then: Callable[[Any], None]) -> None:
-        """Call `function` in another thread, and `then` with what it returned or raised."""
+    def run_aside(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        then: Callable[[Any], None],
+        threads: Executor | None = None,
+    ) -> None:
+        """Call `function` in another thread (of `threads`), and `then` with what it returned or raised."""
 
         async def work() -> None:
             try:
-                outcome = await asyncio.to_thread(function, *arguments)
+                outcome = await self.loop.run_in_executor(threads, function, *arguments)
             except Exception as error:  # noqa: BLE001 - it is the caller's to answer
                 outcome = error
             then(outcome)
@@ -291,7 +298,8 @@ class Exchange:
         try:
             data = self._intake.whole()
             if predictor.is_heavy(call, data):
-                self._protocol.run_aside(predictor.read, call, data, then=self._offer)
+                threads = predictor.threads_for(call)
+                self._protocol.run_aside(predictor.read, call, data, then=self._offer, threads=threads)
                 return
             tensors = predictor.read(call, data)
         except Exception as error:  # noqa: BLE001 - whatever is wrong is answered

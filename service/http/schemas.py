@@ -150,7 +150,9 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
         reason=view.reason,
         labels=list(view.labels),
         backend=view.backend,
-        inputs=[_tensor(spec) for spec in view.signature.inputs] if view.signature else [],
+        inputs=[_tensor(spec, view.signature.may_be_left_out(spec)) for spec in view.signature.inputs]
+        if view.signature
+        else [],
         outputs=[_tensor(spec) for spec in view.signature.outputs] if view.signature else [],
         batching=Batching(
             enabled=batching.enabled and not live.wrong_rows,
@@ -173,6 +175,6 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
     )
 
 
-def _tensor(spec: TensorSpec) -> Tensor:
+def _tensor(spec: TensorSpec, optional: bool = False) -> Tensor:
     shape = None if spec.shape is None else list(spec.shape)
-    return Tensor(name=spec.name, datatype=spec.datatype, shape=shape, optional=spec.optional)
+    return Tensor(name=spec.name, datatype=spec.datatype, shape=shape, optional=optional)

@@ -108,6 +108,7 @@ class Served:
         self.bf16 = tuple(spec.name for spec in view.signature.outputs if spec.datatype == "BF16")
         self.class_names = {} if view.classes is None else {view.classes.output: view.classes.names}
         # Where every row of every request has the same shape there is but one group.
+        self.padding = view.padding
         self.one_group = all(
             spec.optional or (spec.shape is not None and ANY not in spec.shape[1:]) for spec in specs
         )
@@ -125,8 +126,8 @@ class Served:
             raise InvalidInput(f"the first dimension counts rows, the same for every input: {found}")
         return rows
 
-    def group(self, entry_id: int, tensors: Tensors, rows: int) -> Hashable:
-        """What must be equal for entries to share a batch."""
+    def group(self, entry_id: int, tensors: Tensors, rows: int) -> tuple[Hashable, float]:
+        """What must be equal for entries to share a batch, and a row's cost in rows as measured at load."""
         if not rows or not self.optional.isdisjoint(tensors):
             # Nothing to share, or an input that holds for the whole run: such an entry runs alone.
             if rows > self.view.batching.max_rows:
@@ -134,7 +135,9 @@ class Served:
                     f"a request that sets {names_text(sorted(self.optional & tensors.keys()))} may have"
                     f" {self.view.batching.max_rows} rows at the most, not {rows}"
                 )
-            return entry_id
+            return entry_id, 1
         if self.one_group:
-            return None
-        return tuple((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items()))
+            return None, 1
+        if self.padding is not None:
+            return self.padding.sharing(tensors)
+        return tuple((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items())), 1

@@ -248,7 +248,7 @@ def config_out(model: ModelView, view: VersionView, live: LiveView) -> ModelConf
                 data_type=_data_type(spec),
                 # An optional input is one for the whole run, and has no rows.
                 dims=_shape(spec)[0 if spec.optional else skipped :],
-                optional=spec.optional,
+                optional=view.signature.may_be_left_out(spec),
             )
             for spec in view.signature.inputs
         ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from service.pool.padding import Padding
 from service.pool.queue import Piece
 from service.tensors import Tensors, shape_text
 
@@ -15,11 +16,11 @@ class WrongRows(Exception):
     """An output of a batch does not have the batch's rows, so it cannot be told whose rows are whose."""
 
 
-def gather(pieces: Sequence[Piece]) -> Tensors:
+def gather(pieces: Sequence[Piece], padding: Padding | None = None) -> Tensors:
     """The inputs of a batch: the pieces' rows, in order, along the first dimension.
 
-    All pieces are of one group, so they have the same inputs, datatypes and row shapes. A batch of one
-    whole entry is that entry's inputs as they came, not a copy.
+    All pieces are of one group, so they have the same inputs, datatypes and row shapes, or with `padding`
+    are brought to the same. A batch of one whole entry is that entry's inputs as they came, not a copy.
     """
     if len(pieces) == 1:
         piece = pieces[0]
@@ -27,6 +28,8 @@ def gather(pieces: Sequence[Piece]) -> Tensors:
         if piece.whole:
             return inputs
         return {name: tensor[piece.start : piece.stop] for name, tensor in inputs.items()}
+    if padding is not None and len({padding.length(piece.entry.inputs) for piece in pieces}) > 1:
+        return padding.gather([gather([piece]) for piece in pieces])
     return {
         name: np.concatenate([piece.entry.inputs[name][piece.start : piece.stop] for piece in pieces])
         for name in pieces[0].entry.inputs
@@ -43,8 +46,12 @@ def wanted_outputs(pieces: Sequence[Piece]) -> tuple[str, ...] | None:
     return tuple(wanted)
 
 
-def scatter(outputs: Tensors, pieces: Sequence[Piece]) -> list[Tensors]:
+def scatter(
+    outputs: Tensors, pieces: Sequence[Piece], padding: Padding | None = None
+) -> list[Tensors]:
     """Each piece's rows of the outputs that its entry asked for, as views, in the order of `pieces`.
+
+    What came of `padding` is cut off.
 
     Raises WrongRows unless every output has the batch's rows along its first dimension.
     """
@@ -59,7 +66,10 @@ def scatter(outputs: Tensors, pieces: Sequence[Piece]) -> list[Tensors]:
     for piece in pieces:
         stop = start + piece.rows
         chosen = select(outputs, piece.entry.outputs)
-        parts.append({name: tensor[start:stop] for name, tensor in chosen.items()})
+        rows_of = {name: tensor[start:stop] for name, tensor in chosen.items()}
+        if padding is not None:
+            rows_of = padding.cut(rows_of, padding.length(piece.entry.inputs))
+        parts.append(rows_of)
         start = stop
     return parts
 

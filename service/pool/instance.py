@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from service.backends.base import LoadedModel
 from service.errors import InferpoolError, ModelFailed
 from service.pool.batch import WrongRows, gather, scatter, select, wanted_outputs
+from service.pool.padding import Padding
 from service.pool.queue import Piece
 from service.tensors import Tensors
 
@@ -26,17 +27,24 @@ class Batch:
         batched: whether outputs have rows that must agree with the inputs' (law 5).
         reason: why it is no larger, for `batches_total`.
         taken: moment at which the instance took it.
+        padding: how rows of different lengths are brought to one; None where all are alike.
     """
 
     pieces: list[Piece]
     batched: bool
     reason: str
     taken: float
+    padding: Padding | None = None
 
     @property
     def rows(self) -> int:
         """Rows of all pieces."""
         return sum(piece.stop - piece.start for piece in self.pieces)
+
+    @property
+    def load(self) -> float:
+        """What they cost, in rows like those that were measured at load."""
+        return sum((piece.stop - piece.start) * piece.entry.row_load for piece in self.pieces)
 
 
 @dataclass(slots=True)
@@ -114,7 +122,7 @@ class Instance:
         """Run a batch; whatever the model raises becomes the outcome of the pieces that made it raise."""
         started = self._clock()
         try:
-            outcomes = self._infer(batch.pieces, batch.batched)
+            outcomes = self._infer(batch)
         except WrongRows as error:
             log.error("%s: %s; batching is off from here on", self.name, error)
             failure = ModelFailed("the model gave the wrong number of rows for a batch")
@@ -125,14 +133,15 @@ class Instance:
             return Run(outcomes, self._clock() - started, False, wrong_rows)
         return Run(outcomes, self._clock() - started, True)
 
-    def _infer(self, pieces: Sequence[Piece], batched: bool) -> list[Outcome]:
-        outputs = self.model.run(gather(pieces), wanted_outputs(pieces))
+    def _infer(self, batch: Batch) -> list[Outcome]:
+        pieces, padding = batch.pieces, batch.padding
+        outputs = self.model.run(gather(pieces, padding), wanted_outputs(pieces))
         entry = pieces[0].entry
-        if not batched or entry.group == entry.id:
+        if not batch.batched or entry.group == entry.id:
             # Nothing shares this run, so nothing has to be told apart.
             parts = [select(outputs, entry.outputs)]
         else:
-            parts = scatter(outputs, pieces)
+            parts = scatter(outputs, pieces, padding)
         return [Outcome(piece, part, None) for piece, part in zip(pieces, parts, strict=True)]
 
     def _isolate(self, batch: Batch, error: Exception) -> tuple[list[Outcome], str]:
@@ -145,7 +154,7 @@ class Instance:
         outcomes: list[Outcome] = []
         wrong_rows = ""
         for half in (batch.pieces[:middle], batch.pieces[middle:]):
-            run = self.run(Batch(half, batch.batched, batch.reason, batch.taken))
+            run = self.run(replace(batch, pieces=half))
             outcomes += run.outcomes
             wrong_rows = wrong_rows or run.wrong_rows
         return outcomes, wrong_rows

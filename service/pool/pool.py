@@ -18,9 +18,11 @@ from service.errors import DeadlineExceeded, Draining, InferpoolError, ModelFail
 from service.metrics import Metrics
 from service.pool.batch import join
 from service.pool.instance import Batch, Instance, Outcome, Run
+from service.pool.padding import Padding
 from service.pool.ports import Entry, Outbox, Result, VersionKey
 from service.pool.profile import Profile
 from service.pool.queue import Drop, Limits, Queue
+from service.pool.whole import Whole
 from service.tensors import Tensors
 
 log = logging.getLogger(__name__)
@@ -83,12 +85,17 @@ class Pool:
         clock: Callable[[], float],
         *,
         batched: bool,
+        padding: Padding | None = None,
     ) -> None:
-        """`batched` says whether rows of different entries may share a run: it has been proven."""
+        """`batched` says whether rows of different entries may share a run: it has been proven.
+
+        `padding` is how rows of different lengths are treated; None where they are all alike.
+        """
         self.key = key
         self.limits = limits
         self.profile = profile
         self.batched = batched
+        self._padding = padding
         self.wrong_rows = ""
         self._outbox = outbox
         self._metrics = metrics
@@ -100,6 +107,8 @@ class Pool:
         self._idle: list[Instance] = []
         self._lost: list[str] = []
         self._assemblies: dict[int, _Assembly] = {}
+        # By the id of an entry with parts, and by those of its parts.
+        self._wholes: dict[int, Whole] = {}
         self._retries: deque[Batch] = deque()
         self._retried: set[tuple[int, int]] = set()
         self._deaths: deque[float] = deque()
@@ -114,15 +123,20 @@ class Pool:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady or Draining."""
         with self._lock:
             self._refuse_unless_open()
-            if not self.batched:
+            if not (self.batched or entry.parts):
                 entry.rows = 1
             now = self._clock()
-            doubtful = self.profile.runs(entry.rows) < FEW_RUNS or now - self._measured > STALE_S
+            doubtful = self.profile.runs(entry.load) < FEW_RUNS or now - self._measured > STALE_S
             free_at = [instance.busy_until for instance in self._instances]
             self._queue.offer(entry, now, free_at, probe=doubtful)
-            if entry.rows > self.limits.batch_rows:
-                self._assemblies[entry.id] = _Assembly(entry.rows, {})
-            if self._idle:
+            waiting = [part.entry for part in entry.parts] or [entry]
+            for one in waiting:
+                if self._queue.is_large(one):
+                    self._assemblies[one.id] = _Assembly(one.rows, {})
+            if entry.parts:
+                whole = Whole(entry)
+                self._wholes.update(dict.fromkeys((entry.id, *(one.id for one in waiting)), whole))
+            for _ in range(min(len(self._idle), len(waiting))):
                 self._idle.pop().wake()
 
     def refuse_early(self) -> None:
@@ -134,7 +148,11 @@ class Pool:
     def cancel(self, entry_id: int, reason: str) -> None:
         """Drop an entry that still waits, for `disconnected` or `deadline`; what is running runs on."""
         with self._lock:
-            drop = self._queue.cancel(entry_id, reason) or self._unretry(entry_id, reason)
+            whole = self._wholes.get(entry_id)
+            if whole is not None:
+                drop = self._cancel_parts(whole, reason)
+            else:
+                drop = self._queue.cancel(entry_id, reason) or self._unretry(entry_id, reason)
             results = self._dropped([drop]) if drop is not None else []
         self._put(results)
 
@@ -213,7 +231,7 @@ class Pool:
                 self._retried.difference_update((piece.entry.id, piece.start) for piece in batch.pieces)
             self._measured = self._clock()
             if run.clean:
-                self.profile.observe(max(1, batch.rows), run.compute_s)
+                self.profile.observe(max(1, batch.load), run.compute_s)
             if run.wrong_rows and self.batched:
                 results += self._stop_batching(run.wrong_rows)
             self._count(instance.device, batch, run.compute_s)
@@ -256,9 +274,9 @@ class Pool:
             taken = self._queue.take(now)
             results += self._dropped(taken.drops)
             if taken.pieces:
-                batch = Batch(taken.pieces, self.batched, taken.reason, now)
+                batch = Batch(taken.pieces, self.batched, taken.reason, now, self._padding)
         if batch is not None:
-            instance.busy_until = now + self.profile.seconds(batch.rows)
+            instance.busy_until = now + self.profile.seconds(batch.load)
             if self._idle and (self._retries or len(self._queue)):
                 self._idle.pop().wake()
             return batch, results, None
@@ -321,6 +339,8 @@ class Pool:
         self._metrics.distribution("batch_rows", *self._labels).observe(batch.rows)
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
         self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
+        if self._padding is not None:
+            self._metrics.value("padded_tokens_total", *self._labels).add(_padded(batch, self._padding))
 
     def _new_instance(self, model: LoadedModel, device: str) -> None:
         """Start an instance; under the lock, so that nobody sees one whose thread does not run yet."""
@@ -359,7 +379,7 @@ class Pool:
                 results += self._ended(Outcome(piece, None, _DROPPED["deadline"]()), batch, 0.0)
             else:
                 self._retried.add((entry.id, piece.start))
-                self._retries.append(Batch([piece], batch.batched, "retry", now))
+                self._retries.append(Batch([piece], batch.batched, "retry", now, batch.padding))
         return results
 
     def _unretry(self, entry_id: int, reason: str) -> Drop | None:
@@ -380,6 +400,44 @@ class Pool:
         self._retries.clear()
         return results + self._dropped(self._queue.drop_all(reason))
 
+    def _cancel_parts(self, whole: Whole, reason: str) -> Drop | None:
+        """Drop the parts that still wait, and with them the entry; None, and all goes on, if none waits."""
+        ids = [part.entry.id for part in whole.entry.parts]
+        waited = [self._queue.cancel(part_id, reason) or self._unretry(part_id, reason) for part_id in ids]
+        if not any(waited):
+            return None
+        self._let_go(whole)
+        return Drop(whole.entry, reason)
+
+    def _let_go(self, whole: Whole) -> None:
+        for part in whole.entry.parts:
+            self._wholes.pop(part.entry.id, None)
+            self._assemblies.pop(part.entry.id, None)
+        del self._wholes[whole.entry.id]
+
+    def _fold(self, results: list[Result]) -> list[Result]:
+        """The results as entries that were offered see them: one for all parts of an entry."""
+        folded = []
+        for result in results:
+            whole = self._wholes.pop(result.entry_id, None)
+            if whole is None:
+                folded.append(result)
+            elif (own := whole.add(result)) is not None:
+                if self._cancel_parts(whole, "failed") is None:
+                    self._let_go(whole)
+                folded.append(own)
+        return folded
+
     def _put(self, results: list[Result]) -> None:
+        if results and self._wholes:
+            with self._lock:
+                results = self._fold(results)
         if results:
             self._outbox.put(results)
+
+
+def _padded(batch: Batch, padding: Padding) -> int:
+    """Tokens that stand in the batch for nothing."""
+    lengths = [padding.length(piece.entry.inputs) for piece in batch.pieces]
+    longest = max(lengths)
+    return sum(piece.rows * (longest - length) for piece, length in zip(batch.pieces, lengths, strict=True))

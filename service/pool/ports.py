@@ -36,6 +36,8 @@ class Entry:
         deadline: moment after which the answer is of no use, or infinity.
         priority: 1 is the highest.
         outputs: names of the outputs wanted, or None for all.
+        row_load: what one of its rows costs, in rows like those that were measured at load.
+        parts: where its rows cannot all run as they stand together, the entries that do; `inputs` is empty.
     """
 
     id: int
@@ -48,6 +50,20 @@ class Entry:
     deadline: float = math.inf
     priority: int = DEFAULT_PRIORITY
     outputs: tuple[str, ...] | None = None
+    row_load: float = 1
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def load(self) -> float:
+        """What it costs, in rows like those that were measured at load."""
+        return self.rows * self.row_load
+
+
+class Part(NamedTuple):
+    """Some rows of an entry, as an entry of their own; `places` are their numbers among its rows."""
+
+    entry: Entry
+    places: Sequence[int]
 
 
 @dataclass(slots=True, eq=False)

@@ -39,7 +39,7 @@ class Profile:
         self._curve: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         self._trace()
 
-    def observe(self, rows: int, seconds: float) -> None:
+    def observe(self, rows: float, seconds: float) -> None:
         """Take in one batch of `rows` rows (at least 1) that ran for `seconds`."""
         rung = _rung(rows)
         known = self._rungs.get(rung)
@@ -59,7 +59,7 @@ class Profile:
             )
         self._trace()
 
-    def seconds(self, rows: int) -> float:
+    def seconds(self, rows: float) -> float:
         """Expected seconds of a batch of `rows` rows; 0 while nothing is known.
 
         Linear between measurements, proportional to rows beyond the largest, never below the smallest.
@@ -82,7 +82,7 @@ class Profile:
         """
         return 1 + 4 * self._spread
 
-    def runs(self, rows: int) -> int:
+    def runs(self, rows: float) -> int:
         """How many runs the expectation for `rows` rows rests on."""
         known = self._rungs.get(_rung(rows))
         if known is not None:

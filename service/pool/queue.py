@@ -123,15 +123,19 @@ class _Place:
     def rows(self) -> int:
         return self.entry.rows - self.start
 
+    @property
+    def load(self) -> float:
+        return (self.entry.rows - self.start) * self.entry.row_load
+
 
 class _Group:
-    """The entries that may share a batch, first come by order; `rows` and `count` are of the live."""
+    """The entries that may share a batch, first come by order; `load` and `count` are of the live."""
 
-    __slots__ = ("count", "heap", "rows")
+    __slots__ = ("count", "heap", "load")
 
     def __init__(self) -> None:
         self.heap: list[_Place] = []
-        self.rows = 0
+        self.load: float = 0
         self.count = 0
 
 
@@ -139,9 +143,11 @@ class Queue:
     """Entries of one version that wait for an instance."""
 
     def __init__(
-        self, limits: Limits, cost_s: Callable[[int], float], caution: Callable[[], float] = lambda: 1.0
+        self, limits: Limits, cost_s: Callable[[float], float], caution: Callable[[], float] = lambda: 1.0
     ) -> None:
         """`cost_s(rows)` is the expected seconds of a batch of so many rows (0 while unknown).
+
+        Where rows are of different lengths, `Limits` and `cost_s` count rows of the measured length.
 
         What waits before an entry is reckoned to take `caution()` times that when the entry is let in. In a
         full queue everything admitted ends just as its deadline comes: at the mean, half of it would end too
@@ -151,8 +157,9 @@ class Queue:
         self.cost_s = cost_s
         self.caution = caution
         self.bytes = 0
-        self._small_rows = 0
-        self._large_rows = 0
+        self._small_rows: float = 0
+        self._large_rows: float = 0
+        self._waiting_rows = 0
         self._serial = 0
         self._probe = 0
         self._batches = 0
@@ -175,7 +182,7 @@ class Queue:
     @property
     def rows(self) -> int:
         """How many rows wait; an entry without rows counts as one."""
-        return self._small_rows + self._large_rows
+        return self._waiting_rows
 
     def offer(self, entry: Entry, now: float, free_at: Sequence[float] = (), *, probe: bool = False) -> None:
         """Let `entry` wait, or raise.
@@ -184,12 +191,14 @@ class Queue:
         if it is idle). Raises QueueFull if rows or bytes are over their bounds, and DeadlineExceeded if
         the deadline has passed, or will have passed before the entry has run, by the measured rate.
 
+        An entry with parts is refused or let in as one; it is its parts that wait.
+
         With `probe` an idle instance takes the entry whatever was measured: a wrong measurement could not
         be put right if it kept everything from running.
         """
         probe = probe and not self._places and min(free_at, default=now) <= now < entry.deadline
         if probe:
-            self._probe = entry.id
+            self._probe = entry.parts[0].entry.id if entry.parts else entry.id
         elif entry.deadline < math.inf:
             finish = self._predicted_finish(entry, now, free_at)
             if finish > entry.deadline:
@@ -198,16 +207,17 @@ class Queue:
                     f" {1000 * (finish - entry.arrived):.1f} ms, and the request allows"
                     f" {max(0.0, 1000 * (entry.deadline - entry.arrived)):.1f} ms",
                 )
-        large = entry.rows > self.limits.batch_rows
-        self.refuse_if_full(entry.rows, entry.nbytes, large, len(free_at))
-        self._enter(entry, 0, large)
-        self.bytes += entry.nbytes
-        if large:
-            self._large_rows += entry.rows
-        else:
-            self._small_rows += max(1, entry.rows)
+        self.refuse_if_full(entry.load, entry.nbytes, self.is_large(entry), len(free_at))
+        for part in entry.parts:
+            self._accept(part.entry)
+        if not entry.parts:
+            self._accept(entry)
 
-    def refuse_if_full(self, rows: int, nbytes: int, large: bool, instances: int) -> None:
+    def is_large(self, entry: Entry) -> bool:
+        """Whether an entry is more than a batch takes, and can be served in pieces."""
+        return entry.rows > 1 and entry.load > self.limits.batch_rows
+
+    def refuse_if_full(self, rows: float, nbytes: int, large: bool, instances: int) -> None:
         """Raise QueueFull unless an entry of so many rows and bytes may wait now.
 
         Where nothing of its kind waits, an entry of any size may: a bound must not make it impossible.
@@ -217,8 +227,9 @@ class Queue:
         over_bytes = self.bytes + nbytes - self.limits.queue_bytes if self.bytes else 0
         if over_rows <= 0 and over_bytes <= 0:
             return
-        what = f"{waiting} rows" if over_rows > 0 else f"{self.bytes} bytes"
-        excess_rows = max(over_rows, self.rows * over_bytes / max(1, self.bytes))
+        what = f"{waiting:.0f} rows" if over_rows > 0 else f"{self.bytes} bytes"
+        load = self._small_rows + self._large_rows
+        excess_rows = max(over_rows, load * over_bytes / max(1, self.bytes))
         raise QueueFull(
             f"{what} are waiting for this model already",
             retry_after_s=self.seconds_for(excess_rows, instances),
@@ -272,7 +283,7 @@ class Queue:
     def _lead(self, now: float, drops: list[Drop]) -> _Place | None:
         by_age = self._batches % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
         while (place := self._oldest() if by_age else self._head(self._first)) is not None:
-            if now + self.cost_s(min(place.rows, self.limits.batch_rows)) <= place.entry.deadline:
+            if now + self.cost_s(self._load_alone(place)) <= place.entry.deadline:
                 return place
             if place.entry.id == self._probe:
                 return place
@@ -281,17 +292,17 @@ class Queue:
 
     def _take_group(self, lead: _Place, now: float, taken: Take) -> None:
         group = self._groups[lead.entry.group]
-        rows, deadline = lead.rows, lead.entry.deadline
+        rows, deadline = lead.load, lead.entry.deadline
         self._leave(lead, taken)
         taken.reason = "drained"
         while (follower := self._head(group.heap)) is not None:
-            grown = rows + follower.rows
+            grown = rows + follower.load
             if grown > self.limits.batch_rows:
                 taken.reason = "full"
                 return
             soonest = min(deadline, follower.entry.deadline)
             if soonest < math.inf and now + self.cost_s(grown) > soonest:
-                if now + self.cost_s(follower.rows) > follower.entry.deadline:
+                if now + self.cost_s(follower.load) > follower.entry.deadline:
                     taken.drops.append(self._drop(follower, "deadline"))
                     continue
                 taken.reason = "deadline"
@@ -303,14 +314,15 @@ class Queue:
 
     def _leave(self, place: _Place, taken: Take) -> None:
         entry = self._forget(place)
-        self._small_rows -= max(1, entry.rows)
+        self._small_rows -= entry.load or 1
         self.bytes -= entry.nbytes
         taken.pieces.append(Piece(entry, 0, entry.rows))
 
     def _take_piece(self, place: _Place, taken: Take) -> None:
-        start, rows = place.start, min(place.rows, self._piece_rows)
+        start, row_load = place.start, place.entry.row_load
+        rows = min(place.rows, max(1, int(self._piece_rows / row_load)))
         entry = self._forget(place)
-        self._large_rows -= rows
+        self._large_rows -= rows * row_load
         if start + rows < entry.rows:
             self._enter(entry, start + rows, large=True)
         else:
@@ -321,7 +333,7 @@ class Queue:
     def _delays(self, lead: _Place, now: float) -> bool:
         return (
             self.limits.delay_s > 0
-            and self._groups[lead.entry.group].rows < self.limits.batch_rows
+            and self._groups[lead.entry.group].load < self.limits.batch_rows
             and now < self._delay_ends(lead)
         )
 
@@ -339,32 +351,45 @@ class Queue:
         """When `entry` will have run, if full batches before it take their measured time."""
         if now > entry.deadline:
             return now
-        large = entry.rows > self.limits.batch_rows
+        large = self.is_large(entry)
         finish = self._finish_behind(self._small_rows + large * self._large_rows, entry, now, free_at)
         if finish <= entry.deadline:
             return finish
         order = (entry.priority, large, entry.deadline, self._serial + 1)
-        ahead = sum(place.rows for place in self._places.values() if place.order < order)
+        ahead = sum(place.load for place in self._places.values() if place.order < order)
         return self._finish_behind(ahead, entry, now, free_at)
 
-    def _finish_behind(self, ahead: int, entry: Entry, now: float, free_at: Sequence[float]) -> float:
+    def _finish_behind(self, ahead: float, entry: Entry, now: float, free_at: Sequence[float]) -> float:
         limit = self.limits.batch_rows
         instances = max(1, len(free_at))
         full, rest = divmod(ahead, limit)
         rounds, turn = divmod(full, instances)
-        wait_s = max(0.0, sorted(free_at)[turn] - now) if free_at else 0.0
+        wait_s = max(0.0, sorted(free_at)[int(turn)] - now) if free_at else 0.0
         start = now + self.caution() * (rounds * self.cost_s(limit) + wait_s)
-        if entry.rows <= limit:
-            return start + self.cost_s(min(limit, rest + entry.rows))
-        pieces = math.ceil(entry.rows / self._piece_rows)
+        if not self.is_large(entry):
+            return start + self.cost_s(max(entry.load, min(limit, rest + entry.load)))
+        pieces = math.ceil(entry.load / self._piece_rows)
         return start + math.ceil(pieces / instances) * self.cost_s(self._piece_rows)
 
     # Bookkeeping.
+
+    def _accept(self, entry: Entry) -> None:
+        large = self.is_large(entry)
+        self._enter(entry, 0, large)
+        self.bytes += entry.nbytes
+        if large:
+            self._large_rows += entry.load
+        else:
+            self._small_rows += entry.load or 1
+
+    def _load_alone(self, place: _Place) -> float:
+        return min(place.load, self.limits.batch_rows) if place.large else place.load
 
     def _enter(self, entry: Entry, start: int, large: bool) -> None:
         self._serial += 1
         place = _Place(entry, start, large, self._serial)
         self._places[entry.id] = place
+        self._waiting_rows += max(1, place.rows)
         heappush(self._first, place)
         self._arrivals.append(place)
         if not large:
@@ -372,7 +397,7 @@ class Queue:
             if group is None:
                 group = self._groups[entry.group] = _Group()
             heappush(group.heap, place)
-            group.rows += entry.rows
+            group.load += entry.load
             group.count += 1
         if entry.deadline < math.inf:
             heappush(self._deadlines, (entry.deadline, self._serial, place))
@@ -380,9 +405,10 @@ class Queue:
     def _forget(self, place: _Place) -> Entry:
         entry = place.entry
         del self._places[entry.id]
+        self._waiting_rows -= max(1, place.rows)
         if not place.large:
             group = self._groups[entry.group]
-            group.rows -= entry.rows
+            group.load -= entry.load
             group.count -= 1
             if not group.count:
                 # Row shapes are the clients' choice: nothing may stay behind for each that was seen.
@@ -406,13 +432,13 @@ class Queue:
             heapify(group.heap)
 
     def _drop(self, place: _Place, reason: str) -> Drop:
-        rows = place.rows
+        load = place.load
         entry = self._forget(place)
         self.bytes -= entry.nbytes
         if place.large:
-            self._large_rows -= rows
+            self._large_rows -= load
         else:
-            self._small_rows -= max(1, rows)
+            self._small_rows -= load or 1
         return Drop(entry, reason)
 
     def _drop_expired(self, now: float, drops: list[Drop]) -> None:

@@ -10,7 +10,9 @@ from typing import Final, Literal, Protocol, TypeAlias, get_args
 
 from service.codecs.image import ImageCodec
 from service.codecs.labels import LabelsCodec
+from service.codecs.text import TextCodec
 from service.errors import ModelNotFound, NotReady, VersionNotFound
+from service.pool.padding import Padding
 from service.pool.pool import BatchCount, InstanceState
 from service.pool.ports import VersionKey
 from service.pool.profile import Measurement
@@ -48,6 +50,8 @@ class VersionView:
         signature: None until it is known.
         timeout_s: the timeout of a request that gives none, or None.
         image: turns pictures into tensors, where the model takes them.
+        text: turns sentences into tensors, where the model takes them.
+        padding: how rows of different lengths share batches, where the model has such.
         classes: turns outputs into predictions, where the model has labels.
         load_s: what loading took, in seconds.
     """
@@ -62,6 +66,8 @@ class VersionView:
     threads: int = 0
     timeout_s: float | None = None
     image: ImageCodec | None = None
+    text: TextCodec | None = None
+    padding: Padding | None = None
     classes: LabelsCodec | None = None
     load_s: float = 0.0
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from service.codecs.image import ImageConfig
 from service.codecs.labels import LabelsConfig
+from service.codecs.text import TextConfig
 from service.errors import ConfigError
 from service.tensors import DTYPES
 
@@ -92,6 +93,7 @@ class ModelConfig(BaseModel):
     instances: InstancesConfig = InstancesConfig()
     queue: QueueConfig = QueueConfig()
     image: ImageConfig | None = None
+    text: TextConfig | None = None
     labels: LabelsConfig | None = None
     inputs: tuple[TensorConfig, ...] = ()
     outputs: tuple[TensorConfig, ...] = ()

@@ -24,13 +24,17 @@ from service.backends.base import (
 )
 from service.codecs.image import ImageCodec
 from service.codecs.labels import LabelsCodec, read_labels
-from service.errors import ConfigError
+from service.codecs.text import TextCodec
+from service.errors import ConfigError, LoadError
 from service.machine import usable_cores
 from service.metrics import Metrics
+from service.pool.padding import Padding
+from service.pool.padding_proof import prove_padding
 from service.pool.plan import Plan, Planner, Wishes
 from service.pool.pool import Pool
 from service.pool.ports import Outbox, VersionKey
 from service.pool.profile import Profile
+from service.pool.proof import first_line
 from service.pool.queue import Limits
 from service.repository.cache import PlanCache
 from service.repository.catalog import READY, BatchingView, VersionView
@@ -83,28 +87,32 @@ class Loader:
         model = backend.load(file, options)
         try:
             _check_described(config, folder, model.signature)
-            image, classes = _codecs(config, folder, model.signature)
-            samples = read_samples(folder, model.signature) if folder is not None else []
-            plan = self._plan(file, config, backend, model, samples, folder, options)
+            image, text, classes = _codecs(config, folder, model.signature)
+            samples = read_samples(folder, model.signature, text) if folder is not None else []
+            plan = self._plan(file, config, backend, model, samples, folder, options, text)
+            padding = _padding(text, model, plan) if text is not None else None
             if plan.threads != 1:
                 model.close()
                 model = backend.load(file, replace(options, threads=plan.threads))
             check_samples(samples, model)
-            pool = self._pool(key, config, plan)
+            pool = self._pool(key, config, plan, padding)
             for _ in range(plan.instances):
                 pool.start_instance(model, "cpu")
         except BaseException:
             model.close()
             raise
+        reason = "; ".join(filter(None, (plan.reason, padding.reason if padding is not None else "")))
         view = VersionView(
             key=key,
             state=READY,
             backend=" ".join(filter(None, (backend.describe(), model.form))),
-            signature=model.signature,
-            batching=BatchingView(plan.batched, plan.reason, plan.max_rows, config.batching.max_delay_ms),
+            signature=model.signature if text is None else text.signature,
+            batching=BatchingView(plan.batched, reason, plan.max_rows, config.batching.max_delay_ms),
             threads=plan.threads,
             timeout_s=config.timeout_ms / 1000 if config.timeout_ms else None,
             image=image,
+            text=text,
+            padding=padding,
             classes=classes,
             load_s=self._clock() - began,
         )
@@ -114,7 +122,7 @@ class Loader:
         return LoadOptions(
             inputs=tuple(Described(**tensor.model_dump()) for tensor in config.inputs),
             outputs=tuple(Described(**tensor.model_dump()) for tensor in config.outputs),
-            samples=tuple(_raw_inputs(folder)) if folder is not None else (),
+            samples=tuple(_raw_inputs(folder, config)) if folder is not None else (),
             trusted=self._settings.trust,
             sha256=frozenset(digest.lower() for digest in config.sha256 or ()),
         )
@@ -128,6 +136,7 @@ class Loader:
         samples: list[Sample],
         folder: Path | None,
         options: LoadOptions,
+        text: TextCodec | None,
     ) -> Plan:
         wishes = Wishes(
             cores=self._cores,
@@ -138,8 +147,14 @@ class Loader:
             threads=config.instances.threads,
         )
         golden = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
+        rows = [inputs for sample in samples for inputs in sample.inputs]
+        described: tuple[object, ...] = (*config.inputs, *config.outputs)
+        if text is not None:
+            # First, for they are of the length that everything is measured by.
+            rows.insert(0, text.made_up(text.unit))
+            described = (*described, text.fills, config.text)
         # What the owner says of a model's tensors is part of what is measured.
-        runtime = " ".join((backend.describe(), *map(repr, (*config.inputs, *config.outputs))))
+        runtime = " ".join((backend.describe(), *map(repr, described)))
         known = self._cache.find(file, golden, wishes, runtime)
         if known is not None:
             return known
@@ -147,11 +162,11 @@ class Loader:
         def load(threads: int) -> LoadedModel:
             return backend.load(file, replace(options, threads=threads))
 
-        plan = Planner(load, wishes, self._clock).make(model, [sample.inputs for sample in samples])
+        plan = Planner(load, wishes, self._clock).make(model, rows)
         self._cache.keep(file, golden, wishes, runtime, plan)
         return plan
 
-    def _pool(self, key: VersionKey, config: ModelConfig, plan: Plan) -> Pool:
+    def _pool(self, key: VersionKey, config: ModelConfig, plan: Plan, padding: Padding | None) -> Pool:
         profile = Profile(plan.table)
         limits = Limits(
             batch_rows=plan.max_rows,
@@ -159,7 +174,16 @@ class Loader:
             queue_bytes=config.queue.max_bytes or self._settings.queue_bytes,
             delay_s=config.batching.max_delay_ms / 1000,
         )
-        return Pool(key, limits, profile, self._outbox, self._metrics, self._clock, batched=plan.batched)
+        return Pool(
+            key,
+            limits,
+            profile,
+            self._outbox,
+            self._metrics,
+            self._clock,
+            batched=plan.batched,
+            padding=padding,
+        )
 
     def _queue_rows(self, plan: Plan, profile: Profile) -> int:
         """Rows that are worked off within `queue_ms` by the measured rate."""
@@ -170,24 +194,45 @@ class Loader:
 
 def _codecs(
     config: ModelConfig, folder: Path | None, signature: Signature
-) -> tuple[ImageCodec | None, LabelsCodec | None]:
+) -> tuple[ImageCodec | None, TextCodec | None, LabelsCodec | None]:
     try:
         image = ImageCodec(config.image, signature) if config.image is not None else None
-        classes = None
+        text, classes = None, None
+        if config.text is not None and folder is not None:
+            file = _inside(folder, "text.tokenizer", config.text.tokenizer)
+            text = TextCodec(config.text, signature, file)
         if config.labels is not None and folder is not None:
-            classes = LabelsCodec(config.labels, signature, read_labels(_inside(folder, config.labels.file)))
+            names = read_labels(_inside(folder, "labels.file", config.labels.file))
+            classes = LabelsCodec(config.labels, signature, names)
     except ConfigError as error:
         where = folder.name if folder is not None else ""
         raise ConfigError(f"{where}/model.toml: {error.detail}") from error
-    return image, classes
+    return image, text, classes
 
 
-def _raw_inputs(folder: Path) -> Iterator[Any]:
-    """The inputs of each golden sample as it is written; a file that is not JSON is complained of later."""
+def _padding(text: TextCodec, model: LoadedModel, plan: Plan) -> Padding:
+    """How rows of different lengths are treated; raises LoadError where the longest cannot be run at all."""
+    try:
+        model.run(text.made_up(text.max_tokens, 1))
+    except Exception as error:  # whatever the runtime raises is this version's fault
+        raise LoadError(
+            f"a row of {text.max_tokens} tokens cannot be run ({first_line(error)}); set text.max_tokens in"
+            " model.toml to what the model takes, or bring the tokenizer that it was trained with"
+        ) from error
+    padding = Padding(text.fills, text.ids, text.unit)
+    return prove_padding(model, text.made_up(text.unit), padding) if plan.batched else padding
+
+
+def _raw_inputs(folder: Path, config: ModelConfig) -> Iterator[Any]:
+    """The tensors of each golden sample as it is written; a file that is not JSON is complained of later."""
     for file in sorted(folder.glob("samples/*.json")):
         with suppress(OSError, orjson.JSONDecodeError):
             table = orjson.loads(file.read_bytes())
-            if isinstance(table, dict) and "inputs" in table:
+            if not isinstance(table, dict) or "inputs" not in table:
+                continue
+            inputs = table["inputs"]
+            # Sentences say nothing of what the model itself takes.
+            if config.text is None or (isinstance(inputs, dict) and config.text.input not in inputs):
                 yield table["inputs"]
 
 
@@ -215,9 +260,9 @@ def _check_described(config: ModelConfig, folder: Path | None, signature: Signat
                 )
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _inside(folder: Path, key: str, name: str) -> Path:
     """A file of the model's folder; raises ConfigError for one that is not in it, or is none."""
     file = (folder / name).resolve()
     if not file.is_relative_to(folder.resolve()) or (file.exists() and not file.is_file()):
-        raise ConfigError(f"labels.file: {name} is no file in the model's folder")
+        raise ConfigError(f"{key}: {name} is no file in the model's folder")
     return file

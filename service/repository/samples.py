@@ -15,7 +15,9 @@ import numpy as np
 import orjson
 
 from service.backends.base import LoadedModel
+from service.codecs.text import TextCodec
 from service.errors import InferpoolError, LoadError
+from service.pool.whole import Unjoinable, join_rows
 from service.tensors import Array, Signature, Tensors
 from service.wire.json import parse_request, write
 
@@ -25,24 +27,36 @@ DEFAULT_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One golden sample: `name` is its file's."""
+    """One golden sample.
+
+    Attributes:
+        name: its file's.
+        inputs: what the model is run with, one after the other: one for tensors, one a sentence for text.
+        outputs: what must come out, for all of them together.
+        tolerance: the largest difference that is none, absolute or relative.
+    """
 
     name: str
-    inputs: Tensors
+    inputs: tuple[Tensors, ...]
     outputs: dict[str, Any]
     tolerance: float
 
 
-def read_samples(folder: Path, signature: Signature) -> list[Sample]:
-    """The samples of a model's folder, by name; raises LoadError for one that cannot be read."""
-    return [_read(file, signature) for file in sorted(folder.glob("samples/*.json")) if file.is_file()]
+def read_samples(folder: Path, signature: Signature, text: TextCodec | None = None) -> list[Sample]:
+    """The samples of a model's folder, by name; raises LoadError for one that cannot be read.
+
+    `text` encodes sentences, which a sample of its model may have in place of tensors.
+    """
+    return [_read(file, signature, text) for file in sorted(folder.glob("samples/*.json")) if file.is_file()]
 
 
 def check_samples(samples: list[Sample], model: LoadedModel) -> None:
     """Run every sample; raises LoadError for the first that gives something else."""
     for sample in samples:
         try:
-            outputs = model.run(sample.inputs)
+            outputs = _run(sample, model)
+        except Unjoinable as error:
+            raise LoadError(f"sample {sample.name}: {error}") from error
         except Exception as error:  # whatever the runtime raises is this version's fault
             raise LoadError(f"sample {sample.name}: the model raised {error}") from error
         for name, expected in sample.outputs.items():
@@ -53,7 +67,13 @@ def check_samples(samples: list[Sample], model: LoadedModel) -> None:
                 raise LoadError(f'sample {sample.name}: output "{name}" {fault}')
 
 
-def _read(file: Path, signature: Signature) -> Sample:
+def _run(sample: Sample, model: LoadedModel) -> Tensors:
+    if len(sample.inputs) == 1:
+        return model.run(sample.inputs[0])
+    return join_rows([([place], model.run(row)) for place, row in enumerate(sample.inputs)])
+
+
+def _read(file: Path, signature: Signature, text: TextCodec | None) -> Sample:
     try:
         table = orjson.loads(file.read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
@@ -68,7 +88,11 @@ def _read(file: Path, signature: Signature) -> Sample:
     ):
         raise LoadError(f"sample {file.name}: outputs is an object of at least one, tolerance is a number")
     try:
-        inputs = parse_request(orjson.dumps({"inputs": table["inputs"]})).tensors(signature)
+        request = parse_request(orjson.dumps({"inputs": table["inputs"]}))
+        tensors = request.tensors(signature if text is None else text.signature)
+        inputs: tuple[Tensors, ...] = (tensors,)
+        if text is not None and text.input in tensors:
+            inputs = tuple(rows.tensors for rows in text.encode(tensors[text.input], apart=True))
     except InferpoolError as error:
         raise LoadError(f"sample {file.name}: {error.detail}") from error
     return Sample(file.name, inputs, table["outputs"], float(tolerance))
