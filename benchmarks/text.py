@@ -2,10 +2,10 @@
 
     models/minilm/build.py && python benchmarks/text.py [--model FOLDER] [--seconds S] [--rounds N]
 
-The model is any folder with a `[text]` table, by default MiniLM. Inferpool is a real server in a process of its
-own, over loopback, one sentence a request, its clients in this process. Beside it, in this process and without
-HTTP: a plain loop that runs sentence by sentence, and one that runs 32 at a time, each padded to the longest of
-them; both with ONNX Runtime's own choice of threads. Medians over the rounds.
+The model is any folder with a `[text]` table, by default MiniLM. Inferpool is a real server in a process of
+its own, over loopback, one sentence a request, its clients in this process. Beside it, in this process and
+without HTTP: a plain loop that runs sentence by sentence, and one that runs 32 at a time, each padded to the
+longest of them; both with ONNX Runtime's own choice of threads. Medians over the rounds.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ async def closed_loop(port: int, name: str, bodies: list[bytes], clients: int, s
     return answered
 
 
-def rate_of(run: Callable[[list[str]], tuple[int, int]], sentences: list[str], seconds: float) -> tuple[float, float]:
+def rate_of(
+    run: Callable[[list[str]], tuple[int, int]], sentences: list[str], seconds: float
+) -> tuple[float, float]:
     """Rows a second, and the share of padding."""
     rows = tokens = padded = 0
     began = time.perf_counter()

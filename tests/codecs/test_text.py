@@ -1,0 +1,151 @@
+"""Sentences become the tensors that the tokenizer, used by hand, would make of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.codecs.text import MOST_CHARACTERS, MOST_SENTENCES, TextCodec, TextConfig
+from service.errors import BodyTooLarge, ConfigError, InvalidInput, MalformedBody
+from service.tensors import Signature, TensorSpec
+from tests.text_models import WORDS, make_tokenizer
+
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tokenizer.json"
+    make_tokenizer().save(str(file))
+    return file
+
+
+def signature(*names: str, datatype: str = "INT64", shape: tuple[int, ...] = (-1, -1)) -> Signature:
+    specs = tuple(TensorSpec(name, datatype, shape) for name in names or NAMES)
+    return Signature(specs, (TensorSpec("y", "FP32", (-1, 3)),))
+
+
+def codec(file: Path, sig: Signature | None = None, **config: Any) -> TextCodec:
+    return TextCodec(TextConfig(**config), sig or signature(), file)
+
+
+def array(*sentences: str) -> Any:
+    return np.array(sentences, dtype=object)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.lists(st.sampled_from([*WORDS, "unknown", "é"]), max_size=30), min_size=1, max_size=12))
+def test_rows_are_what_the_tokenizer_says(tokenizer_file: Path, sentences: list[list[str]]) -> None:
+    made = codec(tokenizer_file, max_tokens=20)
+    by_hand = make_tokenizer()
+    by_hand.enable_truncation(20)
+    texts = array(*map(" ".join, sentences))
+    seen: list[int] = []
+    for rows in made.encode(texts, apart=False):
+        for row, place in enumerate(rows.places):
+            encoding = by_hand.encode(texts[place])
+            assert rows.tensors["input_ids"][row].tolist() == encoding.ids
+            assert rows.tensors["attention_mask"][row].tolist() == encoding.attention_mask
+            assert rows.tensors["token_type_ids"][row].tolist() == encoding.type_ids
+        seen += rows.places
+    assert sorted(seen) == list(range(len(sentences)))
+    apart = made.encode(texts, apart=True)
+    assert [rows.places for rows in apart] == [[place] for place in range(len(sentences))]
+
+
+@pytest.mark.parametrize("datatype", ["INT32", "INT64"])
+def test_tensors_have_the_models_datatypes(tokenizer_file: Path, datatype: str) -> None:
+    (rows,) = codec(tokenizer_file, signature(datatype=datatype)).encode(array("w1"), apart=False)
+    assert {str(tensor.dtype) for tensor in rows.tensors.values()} == {datatype.lower()}
+
+
+def test_inputs_that_the_model_has_not_are_not_given(tokenizer_file: Path) -> None:
+    (rows,) = codec(tokenizer_file, signature("tokens"), ids="tokens").encode(array("w1"), apart=False)
+    assert rows.tensors.keys() == {"tokens"}
+
+
+def test_truncation_is_the_files_unless_it_is_set(tmp_path: Path, tokenizer_file: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.enable_truncation(9, direction="left")
+    tokenizer.enable_padding(pad_id=1, length=50)
+    tokenizer.save(str(tmp_path / "own.json"))
+    long = array(" ".join(WORDS[:100]))
+    own = codec(tmp_path / "own.json")
+    assert (own.max_tokens, own.fills["input_ids"]) == (9, 1)
+    ids = own.encode(long, apart=False)[0].tensors["input_ids"]
+    assert ids.shape == (1, 9)
+    assert ids[0, 1] == own.encode(array(WORDS[93]), apart=False)[0].tensors["input_ids"][0, 1]
+    (cut,) = codec(tmp_path / "own.json", max_tokens=5).encode(long, apart=False)
+    assert cut.tensors["input_ids"].shape == (1, 5)
+    assert codec(tokenizer_file).max_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("sentences", "error", "words"),
+    [
+        ((), InvalidInput, "at least one"),
+        (("w1", "\ud800"), InvalidInput, r"at \[1\] holds half of a surrogate pair"),
+        (("w1",) * (MOST_SENTENCES + 1), InvalidInput, str(MOST_SENTENCES)),
+        (("w" * (MOST_CHARACTERS + 1),), BodyTooLarge, str(MOST_CHARACTERS)),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(
+    tokenizer_file: Path, sentences: tuple[str, ...], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        codec(tokenizer_file).encode(array(*sentences), apart=False)
+    assert 'tensor "text"' in str(caught.value.detail)  # type: ignore[attr-defined]
+
+
+def test_a_sentence_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.post_processor = None
+    tokenizer.save(str(tmp_path / "bare.json"))
+    with pytest.raises(InvalidInput, match=r"at \[1\] has no tokens"):
+        codec(tmp_path / "bare.json").encode(array("w1", " "), apart=False)
+
+
+def test_bytes_that_are_no_text_are_malformed(tokenizer_file: Path) -> None:
+    with pytest.raises(MalformedBody, match="offset 2"):
+        codec(tokenizer_file).decode(b"w1\xff")
+
+
+@pytest.mark.parametrize(
+    ("sig", "config", "words"),
+    [
+        (signature("x"), {}, "text.ids: no input"),
+        (signature(), {"ids": "x"}, "text.ids: no input"),
+        (signature("input_ids"), {"mask": "x"}, "text.mask: no input"),
+        (signature("input_ids", "extra"), {}, 'also needs "extra"'),
+        (signature(datatype="FP64"), {}, "INT64 or INT32"),
+        (signature(shape=(-1, 128)), {}, "rows, tokens"),
+        (signature("input_ids", "text"), {}, "text.input"),
+        (signature(), {"max_tokens": 2}, "no room"),
+    ],
+)
+def test_contradictions_name_the_key(
+    tokenizer_file: Path, sig: Signature, config: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        codec(tokenizer_file, sig, **config)
+
+
+@pytest.mark.parametrize("content", [None, b"{}", b"\xff", b"not json"])
+def test_a_broken_tokenizer_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "tokenizer.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"text\.tokenizer: tokenizer\.json"):
+        codec(file)
+
+
+def test_made_up_rows_are_words_and_not_padding(tokenizer_file: Path) -> None:
+    rows = codec(tokenizer_file).made_up(16)
+    assert rows["input_ids"].shape == (8, 16)
+    assert (rows["input_ids"] >= 4).all()
+    assert rows["attention_mask"].all()

@@ -1,0 +1,237 @@
+"""Sentences over HTTP: every way of sending them answers what the model gives for that sentence alone."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import random
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+
+from service import cli
+from tests.clients import Client, with_clients
+from tests.conftest import LANES
+from tests.server import Server
+from tests.text_models import WORDS, Alone, write_encoder
+
+TABLE = "[text]\nmax_tokens = 128\n"
+SENTENCES = [" ".join(random.Random(n).choices(WORDS, k=1 + 7 * n % 50)) for n in range(48)]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_encoder(folder, "masked", TABLE + "[batching]\nmax_rows = 16\n[instances]\ncount = 1\n")
+    write_encoder(folder, "leaky", TABLE, mask=False)
+    write_encoder(folder, "apart", TABLE + "[batching]\nenabled = false\n", ids=onnx.TensorProto.INT32)
+    write_encoder(folder, "too-long", "[text]\n")
+    broken = write_encoder(folder, "broken").parent.parent
+    (broken / "tokenizer.json").write_text('{"model": {}}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, cache_dir: Path, lane: str) -> Iterator[Server]:
+    own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
+    started = Server(repository, (), own, lane)
+    started.wait_loaded()
+    yield started
+    started.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(repository: Path) -> dict[str, Alone]:
+    return {name: Alone(repository / name / "1/model.onnx") for name in ("masked", "leaky", "apart")}
+
+
+pytestmark = pytest.mark.parametrize("lane", LANES, indirect=True)
+
+
+def check_rows(outputs: dict[str, Any], sentences: list[str], model: Alone) -> None:
+    for pooled, tokens, sentence in zip(outputs["pooled"], outputs["tokens"], sentences, strict=True):
+        want = model(sentence)
+        length = want["tokens"].shape[1]
+        np.testing.assert_allclose(pooled, want["pooled"][0], atol=1e-5)
+        np.testing.assert_allclose(np.array(tokens)[:length], want["tokens"][0], atol=1e-5)
+        assert not np.array(tokens)[length:].any(), "nothing but zeros follows a row's own tokens"
+
+
+@pytest.mark.parametrize("name", ["masked", "leaky", "apart"])
+def test_a_request_of_mixed_lengths_answers_as_each_alone(
+    server: Server, alone: dict[str, Alone], name: str
+) -> None:
+    for inputs in (SENTENCES, {"text": SENTENCES}, SENTENCES[:1]):
+        answer = server.post(f"/predict/{name}", json={"inputs": inputs})
+        assert answer.status_code == 200, answer.text
+        sentences = inputs["text"] if isinstance(inputs, dict) else inputs
+        check_rows(answer.json()["outputs"], sentences, alone[name])
+
+
+@pytest.mark.parametrize("name", ["masked", "leaky", "apart"])
+def test_requests_at_once_answer_as_each_alone(server: Server, alone: dict[str, Alone], name: str) -> None:
+    before = {key: server.metric(key, model=name) for key in ("batch_rows_count", "padded_tokens_total")}
+
+    async def work(client: Client, number: int) -> None:
+        for turn in range(6):
+            sentence = SENTENCES[(number * 5 + turn) % len(SENTENCES)]
+            if turn % 2:
+                inputs: Any = [sentence]
+            else:
+                inputs = {key: value.tolist() for key, value in alone[name].inputs(sentence).items()}
+            reply = await client.post(f"/predict/{name}", json.dumps({"inputs": inputs}).encode())
+            assert reply.status == 200, reply.body
+            outputs = json.loads(reply.body)["outputs"]
+            want = alone[name](sentence)
+            for output, tensor in want.items():
+                np.testing.assert_allclose(outputs[output], tensor, atol=1e-5)
+
+    asyncio.run(with_clients(server.port, 24, work))
+    ran = server.metric("batch_rows_count", model=name) - before["batch_rows_count"]
+    padded = server.metric("padded_tokens_total", model=name) - before["padded_tokens_total"]
+    if name == "masked":
+        assert ran < 24 * 6, "rows of several requests shared batches"
+        assert padded > 0, "rows of different lengths, too"
+    else:
+        assert padded == 0
+
+
+def test_every_wire_format_carries_sentences(server: Server, alone: dict[str, Alone]) -> None:
+    sentence = "W1 w2 nowhere é w3"
+    want = alone["masked"](sentence)["pooled"]
+
+    def check(answer: httpx.Response) -> None:
+        assert answer.status_code == 200, answer.text
+        np.testing.assert_allclose(answer.json()["outputs"]["pooled"], want, atol=1e-5)
+
+    path, body = "/predict/masked", sentence.encode()
+    check(server.post(path, content=body, headers={"content-type": "text/plain"}))
+    check(server.post(path, content=body, headers={"content-type": "text/plain; charset=UTF-8"}))
+    check(server.post(path, files={"text": (None, body)}))
+    check(server.post("/predict", json={"model": "masked", "inputs": [sentence]}))
+    for array in (np.array([sentence]), np.array([body])):
+        file = io.BytesIO()
+        np.save(file, array)
+        check(server.post(path, content=file.getvalue(), headers={"content-type": "application/x-npy"}))
+        file = io.BytesIO()
+        np.savez(file, text=array)
+        check(server.post(path, content=file.getvalue(), headers={"content-type": "application/x-npz"}))
+    v2 = "/v2/models/masked/infer"
+    entry = {"name": "text", "datatype": "BYTES", "shape": [1]}
+    answers = [server.post(v2, json={"inputs": [{**entry, "data": [sentence]}]})]
+    packed = struct.pack("<I", len(body)) + body
+    header = json.dumps({"inputs": [{**entry, "parameters": {"binary_data_size": len(packed)}}]}).encode()
+    length = {"inference-header-content-length": str(len(header))}
+    answers.append(server.post(v2, content=header + packed, headers=length))
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        pooled = next(item for item in answer.json()["outputs"] if item["name"] == "pooled")
+        np.testing.assert_allclose(pooled["data"], want[0], atol=1e-5)
+    raw = server.post(v2, content=body, headers={"inference-header-content-length": "0"})
+    assert raw.status_code == 200, raw.text
+
+
+@pytest.mark.parametrize(
+    ("inputs", "status", "words"),
+    [
+        ([], 422, "at least one sentence"),
+        ([1], 422, "takes a string"),
+        ([["w1"]], 422, "shape [1, 1]"),
+        ({"text": "w1"}, 422, "shape []"),
+        ({"text": ["w1"], "input_ids": [[2]]}, 422, 'leave out "input_ids"'),
+        ({"input_ids": [[2]]}, 422, "attention_mask"),
+        (["w" * 1_000_001], 413, "1000000"),
+    ],
+)
+def test_what_is_no_sentence_is_refused_by_name(
+    server: Server, inputs: Any, status: int, words: str
+) -> None:
+    answer = server.post("/predict/masked", json={"inputs": inputs})
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["detail"]
+    assert answer.json()["tensor"] in ("text", "attention_mask")
+
+
+def test_bytes_and_characters_that_are_none_are_refused(server: Server) -> None:
+    answer = server.post("/predict/masked", content=b"w1 \xff", headers={"content-type": "text/plain"})
+    assert (answer.status_code, answer.json()["tensor"]) == (400, "text")
+    latin = {"content-type": "text/plain; charset=latin-1"}
+    assert server.post("/predict/masked", content=b"w1", headers=latin).status_code == 415
+    assert server.post("/predict/masked", content=b'{"inputs": ["\\ud800"]}').status_code == 400
+
+
+def test_dimensions_of_one_name_must_agree(server: Server) -> None:
+    inputs = {"input_ids": [[2, 5, 3]], "attention_mask": [[1, 1]]}
+    answer = server.post("/predict/masked", json={"inputs": inputs})
+    assert answer.status_code == 422
+    for name in ("input_ids", "attention_mask", "tokens"):
+        assert f'"{name}"' in answer.json()["detail"]
+
+
+def test_what_is_served_is_said_everywhere(
+    server: Server, repository: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = server.get("/models/masked/1").json()
+    assert [(item["name"], item["datatype"], item["shape"]) for item in version["inputs"]] == [
+        ("text", "BYTES", [-1]), ("input_ids", "INT64", [-1, -1]), ("attention_mask", "INT64", [-1, -1]),
+    ]  # fmt: skip
+    assert all(item["optional"] for item in version["inputs"])
+    assert "text/plain" in version["media_types"]
+    assert "so do rows of different lengths" in version["batching"]["reason"]
+    leaky = server.get("/models/leaky/1").json()["batching"]
+    assert leaky["enabled"]
+    assert "rows of different lengths never share a batch" in leaky["reason"]
+    metadata = server.get("/v2/models/masked").json()
+    assert metadata["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [-1]}
+    content = server.get("/openapi.json").json()["paths"]["/predict/masked"]["post"]["requestBody"]["content"]
+    assert "text/plain" in content
+    example = content["application/json"]["examples"]["masked"]["value"]
+    assert server.post("/predict/masked", json=example).status_code == 200
+    assert cli.main(["check", str(repository), "--cache-dir", str(cache_dir)]) == 1
+    assert "text: BYTES [-1] in place of every other input" in capsys.readouterr().out
+
+
+def test_a_wrong_tokenizer_fails_its_model_alone(server: Server) -> None:
+    problems = server.get("/health").json()["problems"]
+    assert "broken/model.toml: text.tokenizer: tokenizer.json is no tokenizer" in problems["broken/1"]
+    assert "a row of 512 tokens cannot be run" in problems["too-long/1"]
+    assert "text.max_tokens" in problems["too-long/1"]
+    assert problems.keys() == {"broken/1", "too-long/1"}
+
+
+def test_golden_samples_may_be_sentences(repository: Path, alone: dict[str, Alone], tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path / "models", "golden").parent.parent
+    want = [alone["masked"](sentence)["pooled"][0].tolist() for sentence in SENTENCES[:3]]
+    (folder / "samples").mkdir()
+    sample = folder / "samples" / "three.json"
+    cache = str(tmp_path / "cache")
+    for outputs, status in ((want, 0), (want[::-1], 1)):
+        sample.write_text(json.dumps({"inputs": SENTENCES[:3], "outputs": {"pooled": outputs}}))
+        assert cli.main(["check", str(folder), "--measure-ms", "100", "--cache-dir", cache]) == status
+
+
+def test_deadlines_and_lost_clients_end_whole_requests(server: Server) -> None:
+    """A request that runs in parts is answered once, and leaves nothing behind, however it ends."""
+
+    async def scenario() -> None:
+        body = json.dumps({"inputs": SENTENCES * 8}).encode()
+        clients = [await Client.connect(server.port) for _ in range(12)]
+        for number, client in enumerate(clients):
+            client.send("/predict/masked", body, {"x-timeout-ms": str(1 + number % 4)})
+        for client in clients[:6]:
+            await client.close()
+        for client in clients[6:]:
+            assert (await client.receive()).status in (200, 504)
+            assert (await client.post("/predict/masked", b'{"inputs": ["w1"]}')).status == 200
+            await client.close()
+
+    asyncio.run(scenario())
+    assert server.get("/models/masked/1").json()["queue_rows"] == 0
+    assert server.metric("in_flight_requests") == 0

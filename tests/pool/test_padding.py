@@ -1,0 +1,164 @@
+"""Padding as pure maths: what shares a batch, what it costs, and that nothing of a row is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.backends.base import LoadedModel
+from service.pool.padding import STEP, Padding, span
+from service.pool.padding_proof import prove_padding
+from service.pool.ports import Entry, Part, Result, VersionKey
+from service.pool.queue import Limits, Queue
+from service.pool.whole import Unjoinable, Whole, join_rows
+from service.tensors import Array, Signature, Tensors, TensorSpec
+
+FILLS = {"ids": 7, "mask": 0}
+KEY = VersionKey("m", 1)
+
+
+def rows_of(length: int, rows: int = 1, seed: int = 0) -> Tensors:
+    ids = np.random.default_rng(seed).integers(8, 100, (rows, length))
+    return {"ids": ids, "mask": np.ones_like(ids)}
+
+
+@given(st.integers(1, 100_000))
+def test_a_span_bounds_the_padding(length: int) -> None:
+    assert length <= span(length) <= span(length + 1)
+    assert span(length) - length < max(STEP, length / 8 + 1)
+    assert span(span(length)) == span(length)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=8))
+def test_gathered_rows_are_the_parts_and_fills(shapes: list[tuple[int, int]]) -> None:
+    padding = Padding(FILLS, "ids", 32, axes={"y": (1,)})
+    parts = [rows_of(length, rows, seed) for seed, (length, rows) in enumerate(shapes)]
+    gathered = padding.gather(parts)
+    longest = max(length for length, _ in shapes)
+    start = 0
+    for part, (length, rows) in zip(parts, shapes, strict=True):
+        for name, fill in FILLS.items():
+            assert gathered[name].shape[1] == longest
+            mine = gathered[name][start : start + rows]
+            np.testing.assert_array_equal(mine[:, :length], part[name])
+            assert (mine[:, length:] == fill).all()
+        cut = padding.cut({"y": gathered["ids"][start : start + rows], "z": np.zeros((rows, 3))}, length)
+        np.testing.assert_array_equal(cut["y"], part["ids"])
+        assert cut["z"].shape == (rows, 3)
+        start += rows
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=40), st.integers(1, 64))
+def test_batches_of_mixed_lengths_are_bounded_in_tokens_and_padding(lengths: list[int], limit: int) -> None:
+    padding = Padding(FILLS, "ids", 32, proven=True)
+    queue = Queue(Limits(limit, 10_000, 10**9), lambda rows: 0.0)
+    for number, length in enumerate(lengths):
+        inputs = rows_of(length)
+        group, load = padding.sharing(inputs)
+        assert load * 32 >= length
+        queue.offer(Entry(number, KEY, inputs, 1, group, 8, 0.0, row_load=load), 0.0)
+    served: list[int] = []
+    while queue:
+        pieces = queue.take(0.0).pieces
+        tokens = [padding.length(piece.entry.inputs) for piece in pieces]
+        assert len(pieces) == 1 or len(pieces) * max(tokens) <= 32 * limit, "never more than was measured"
+        assert max(tokens) - min(tokens) < max(STEP, max(tokens) / 8 + 1)
+        served += [piece.entry.id for piece in pieces]
+    assert sorted(served) == list(range(len(lengths)))
+    assert queue.rows == 0
+
+
+def test_unproven_padding_keeps_lengths_apart() -> None:
+    padding = Padding(FILLS, "ids", 32)
+    groups = {padding.sharing(rows_of(length))[0] for length in (30, 31, 32)}
+    assert len(groups) == 3
+
+
+class Fake(LoadedModel):
+    """A model that is a Python function of ids and mask."""
+
+    def __init__(self, function: Callable[[Array, Array], Array]) -> None:
+        self.signature = Signature(
+            (TensorSpec("ids", "INT64", (-1, -1)), TensorSpec("mask", "INT64", (-1, -1))),
+            (TensorSpec("y", "FP32", None),),
+        )
+        self._function = function
+
+    def run(self, inputs: Tensors, outputs: object = None) -> Tensors:
+        return {"y": self._function(inputs["ids"], inputs["mask"]).astype(np.float32)}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("function", "axes"),
+    [
+        (lambda ids, mask: (ids * mask).sum(axis=1, keepdims=True) / mask.sum(axis=1, keepdims=True), {}),
+        (lambda ids, mask: (ids * mask).max(axis=1, keepdims=True), {}),
+        (lambda ids, mask: ids / 3, {"y": (1,)}),
+        (lambda ids, mask: ids[:, :, None] * ids[:, None, :], {"y": (1, 2)}),
+        (lambda ids, mask: np.cumsum(ids, axis=1), {"y": (1,)}),
+    ],
+)
+def test_harmless_padding_is_proven(
+    function: Callable[[Array, Array], Array], axes: dict[str, tuple[int, ...]]
+) -> None:
+    padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32))
+    assert padding.proven, padding.reason
+    assert padding.axes == axes
+    assert "2 to 32 tokens" in padding.reason
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda ids, mask: ids.mean(axis=1, keepdims=True), "differs"),
+        (lambda ids, mask: ids[:, -1:], "differs"),
+        (lambda ids, mask: np.cumsum(ids[:, ::-1], axis=1)[:, ::-1], "differs"),
+        (lambda ids, mask: ids[:, : 1 + ids.shape[1] // 2], "for 32 tokens"),
+        (lambda ids, mask: ids[:, :1] / int(mask.all()), "differs|raised"),
+    ],
+)
+def test_padding_that_shows_is_not_proven(function: Callable[[Array, Array], Array], words: str) -> None:
+    with np.errstate(divide="ignore"):
+        padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32))
+    assert not padding.proven
+    assert "never share a batch" in padding.reason
+    assert any(word in padding.reason for word in words.split("|")), padding.reason
+
+
+@given(st.permutations(range(6)), st.integers(1, 5))
+def test_rows_are_joined_in_their_own_order(order: list[int], cut: int) -> None:
+    parts = [(order[:cut], rows_of(4, cut)), (order[cut:], rows_of(9, 6 - cut))]
+    joined = join_rows(parts)["ids"]
+    assert joined.shape == (6, 9)
+    for places, tensors in parts:
+        length = tensors["ids"].shape[1]
+        np.testing.assert_array_equal(joined[places][:, :length], tensors["ids"])
+        assert not joined[places][:, length:].any()
+
+
+@pytest.mark.parametrize("odd", [np.zeros((2, 4)), np.zeros(()), np.zeros((1, 4, 1)), [1]])
+def test_outputs_without_the_rows_are_not_joined(odd: object) -> None:
+    with pytest.raises(Unjoinable, match='output "y"'):
+        join_rows([([0], {"y": np.zeros((1, 4))}), ([1], {"y": odd})])
+
+
+def test_a_whole_ends_with_its_last_part_or_the_first_error() -> None:
+    parts = tuple(Part(Entry(n, KEY, {}, 1, None, 8, 0.0), [n - 1]) for n in (1, 2))
+    entry = Entry(9, KEY, {}, 2, None, 16, 0.0, parts=parts)
+    whole = Whole(entry)
+    assert whole.add(Result(2, {"y": np.array([[2.0]])}, None, 0.2, 0.5)) is None
+    result = whole.add(Result(1, {"y": np.array([[1.0]])}, None, 0.1, 0.25))
+    assert result is not None
+    assert result.entry_id == 9
+    assert result.outputs is not None
+    assert result.outputs["y"].tolist() == [[1.0], [2.0]]
+    assert (result.queue_s, result.compute_s) == (0.2, 0.75)
+    broken = Whole(entry).add(Result(2, {"y": np.array(1.0)}, None, 0.0))
+    assert broken is None
