@@ -143,6 +143,12 @@ class TextCodec:
         ids = np.random.default_rng(_SEED).choice(words, (count, tokens))
         return self._tensors(ids, np.zeros_like(ids))
 
+    @property
+    def words(self) -> int:
+        """How many tokens the vocabulary has, from which rows are made up."""
+        size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return size
+
     def _bound(self, texts: list[str]) -> None:
         if not texts:
             raise InvalidInput(

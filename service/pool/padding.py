@@ -27,6 +27,7 @@ class Padding:
         fills: the inputs whose second dimension counts tokens, and the value that is no token in each.
         ids: the one of them that says how many there are.
         unit: tokens of the rows that were measured at load.
+        longest: tokens of the longest row that a sentence becomes.
         proven: whether padding changes no answer, so that rows of different lengths may share a batch.
         axes: for each output that has them, its axes that count tokens.
         reason: a sentence for `/models`, either way.
@@ -35,6 +36,7 @@ class Padding:
     fills: Mapping[str, float]
     ids: str
     unit: int
+    longest: int
     proven: bool = False
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     reason: str = ""
@@ -47,7 +49,8 @@ class Padding:
         """What must be equal for entries to share a batch, and the cost of a row in rows of `unit` tokens."""
         length = self.length(inputs)
         shared = span(length) if self.proven else length
-        return shared, max(1, shared) / self.unit
+        # A short row counts as one, so that bounds on rows hold for rows too.
+        return shared, max(1.0, shared / self.unit)
 
     def gather(self, parts: Sequence[Tensors]) -> Tensors:
         """The inputs of all parts, one below the other, each filled up to the longest."""

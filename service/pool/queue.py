@@ -104,17 +104,19 @@ class _Place:
     """Where an entry stands in the queue; `live` turns False when it has been taken or dropped.
 
     A place that is not live lets go of its entry: it may lie in a heap for as long as its deadline is
-    away, and the entry's tensors must not.
+    away, and the entry's tensors must not. A `large` one is served in pieces; those `behind` are large, or
+    parts of one that is.
     """
 
-    __slots__ = ("entry", "large", "live", "order", "start")
+    __slots__ = ("behind", "entry", "large", "live", "order", "start")
 
-    def __init__(self, entry: Entry, start: int, large: bool, serial: int) -> None:
+    def __init__(self, entry: Entry, start: int, large: bool, behind: bool, serial: int) -> None:
         self.entry = entry
         self.start = start
         self.large = large
+        self.behind = behind
         self.live = True
-        self.order = (entry.priority, large, entry.deadline, serial)
+        self.order = (entry.priority, behind, entry.deadline, serial)
 
     def __lt__(self, other: _Place) -> bool:
         return self.order < other.order
@@ -207,11 +209,10 @@ class Queue:
                     f" {1000 * (finish - entry.arrived):.1f} ms, and the request allows"
                     f" {max(0.0, 1000 * (entry.deadline - entry.arrived)):.1f} ms",
                 )
-        self.refuse_if_full(entry.load, entry.nbytes, self.is_large(entry), len(free_at))
-        for part in entry.parts:
-            self._accept(part.entry)
-        if not entry.parts:
-            self._accept(entry)
+        large = self.is_large(entry)
+        self.refuse_if_full(entry.load, entry.nbytes, large, len(free_at))
+        for one in [part.entry for part in entry.parts] or [entry]:
+            self._accept(one, behind=large)
 
     def is_large(self, entry: Entry) -> bool:
         """Whether an entry is more than a batch takes, and can be served in pieces."""
@@ -314,7 +315,7 @@ class Queue:
 
     def _leave(self, place: _Place, taken: Take) -> None:
         entry = self._forget(place)
-        self._small_rows -= entry.load or 1
+        self._count(-(entry.load or 1), place.behind)
         self.bytes -= entry.nbytes
         taken.pieces.append(Piece(entry, 0, entry.rows))
 
@@ -324,7 +325,7 @@ class Queue:
         entry = self._forget(place)
         self._large_rows -= rows * row_load
         if start + rows < entry.rows:
-            self._enter(entry, start + rows, large=True)
+            self._enter(entry, start + rows, large=True, behind=True)
         else:
             self.bytes -= entry.nbytes
         taken.pieces.append(Piece(entry, start, start + rows))
@@ -373,21 +374,23 @@ class Queue:
 
     # Bookkeeping.
 
-    def _accept(self, entry: Entry) -> None:
-        large = self.is_large(entry)
-        self._enter(entry, 0, large)
+    def _accept(self, entry: Entry, *, behind: bool) -> None:
+        self._enter(entry, 0, large=self.is_large(entry), behind=behind)
         self.bytes += entry.nbytes
-        if large:
-            self._large_rows += entry.load
+        self._count(entry.load or 1, behind)
+
+    def _count(self, load: float, behind: bool) -> None:
+        if behind:
+            self._large_rows += load
         else:
-            self._small_rows += entry.load or 1
+            self._small_rows += load
 
     def _load_alone(self, place: _Place) -> float:
         return min(place.load, self.limits.batch_rows) if place.large else place.load
 
-    def _enter(self, entry: Entry, start: int, large: bool) -> None:
+    def _enter(self, entry: Entry, start: int, *, large: bool, behind: bool) -> None:
         self._serial += 1
-        place = _Place(entry, start, large, self._serial)
+        place = _Place(entry, start, large, behind, self._serial)
         self._places[entry.id] = place
         self._waiting_rows += max(1, place.rows)
         heappush(self._first, place)
@@ -432,13 +435,10 @@ class Queue:
             heapify(group.heap)
 
     def _drop(self, place: _Place, reason: str) -> Drop:
-        load = place.load
+        load = place.load or 1
         entry = self._forget(place)
         self.bytes -= entry.nbytes
-        if place.large:
-            self._large_rows -= load
-        else:
-            self._small_rows -= load or 1
+        self._count(-load, place.behind)
         return Drop(entry, reason)
 
     def _drop_expired(self, now: float, drops: list[Drop]) -> None:

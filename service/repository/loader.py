@@ -6,6 +6,7 @@ Everything that can be wrong with a version is found here, before it is ready.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -152,7 +153,7 @@ class Loader:
         if text is not None:
             # First, for they are of the length that everything is measured by.
             rows.insert(0, text.made_up(text.unit))
-            described = (*described, text.fills, config.text)
+            described = (*described, text.fills, config.text, text.words)
         # What the owner says of a model's tensors is part of what is measured.
         runtime = " ".join((backend.describe(), *map(repr, described)))
         known = self._cache.find(file, golden, wishes, runtime)
@@ -168,9 +169,10 @@ class Loader:
 
     def _pool(self, key: VersionKey, config: ModelConfig, plan: Plan, padding: Padding | None) -> Pool:
         profile = Profile(plan.table)
+        row_load = 1 if padding is None else math.ceil(padding.longest / padding.unit)
         limits = Limits(
             batch_rows=plan.max_rows,
-            queue_rows=config.queue.max_rows or self._queue_rows(plan, profile),
+            queue_rows=config.queue.max_rows or self._queue_rows(plan, profile, row_load),
             queue_bytes=config.queue.max_bytes or self._settings.queue_bytes,
             delay_s=config.batching.max_delay_ms / 1000,
         )
@@ -185,11 +187,11 @@ class Loader:
             padding=padding,
         )
 
-    def _queue_rows(self, plan: Plan, profile: Profile) -> int:
-        """Rows that are worked off within `queue_ms` by the measured rate."""
+    def _queue_rows(self, plan: Plan, profile: Profile, row_load: int) -> int:
+        """Rows worked off within `queue_ms` by the measured rate; the longest row counts `row_load`."""
         batch_s = profile.seconds(plan.max_rows) or 1e-3
         rows = plan.instances * plan.max_rows / batch_s * self._settings.queue_ms / 1000
-        return max(LEAST_QUEUE_ROWS, 4 * plan.max_rows, min(int(rows), 1_000_000))
+        return max(LEAST_QUEUE_ROWS * row_load, 4 * plan.max_rows, min(int(rows), 1_000_000))
 
 
 def _codecs(
@@ -219,7 +221,7 @@ def _padding(text: TextCodec, model: LoadedModel, plan: Plan) -> Padding:
             f"a row of {text.max_tokens} tokens cannot be run ({first_line(error)}); set text.max_tokens in"
             " model.toml to what the model takes, or bring the tokenizer that it was trained with"
         ) from error
-    padding = Padding(text.fills, text.ids, text.unit)
+    padding = Padding(text.fills, text.ids, text.unit, text.max_tokens)
     return prove_padding(model, text.made_up(text.unit), padding) if plan.batched else padding
 
 

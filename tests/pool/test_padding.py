@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.backends.base import LoadedModel
+from service.errors import QueueFull
 from service.pool.padding import STEP, Padding, span
 from service.pool.padding_proof import prove_padding
 from service.pool.ports import Entry, Part, Result, VersionKey
@@ -33,9 +34,10 @@ def test_a_span_bounds_the_padding(length: int) -> None:
     assert span(span(length)) == span(length)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=8))
 def test_gathered_rows_are_the_parts_and_fills(shapes: list[tuple[int, int]]) -> None:
-    padding = Padding(FILLS, "ids", 32, axes={"y": (1,)})
+    padding = Padding(FILLS, "ids", 32, 512, axes={"y": (1,)})
     parts = [rows_of(length, rows, seed) for seed, (length, rows) in enumerate(shapes)]
     gathered = padding.gather(parts)
     longest = max(length for length, _ in shapes)
@@ -52,9 +54,10 @@ def test_gathered_rows_are_the_parts_and_fills(shapes: list[tuple[int, int]]) ->
         start += rows
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=40), st.integers(1, 64))
 def test_batches_of_mixed_lengths_are_bounded_in_tokens_and_padding(lengths: list[int], limit: int) -> None:
-    padding = Padding(FILLS, "ids", 32, proven=True)
+    padding = Padding(FILLS, "ids", 32, 512, proven=True)
     queue = Queue(Limits(limit, 10_000, 10**9), lambda rows: 0.0)
     for number, length in enumerate(lengths):
         inputs = rows_of(length)
@@ -73,7 +76,7 @@ def test_batches_of_mixed_lengths_are_bounded_in_tokens_and_padding(lengths: lis
 
 
 def test_unproven_padding_keeps_lengths_apart() -> None:
-    padding = Padding(FILLS, "ids", 32)
+    padding = Padding(FILLS, "ids", 32, 512)
     groups = {padding.sharing(rows_of(length))[0] for length in (30, 31, 32)}
     assert len(groups) == 3
 
@@ -108,7 +111,7 @@ class Fake(LoadedModel):
 def test_harmless_padding_is_proven(
     function: Callable[[Array, Array], Array], axes: dict[str, tuple[int, ...]]
 ) -> None:
-    padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32))
+    padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32, 512))
     assert padding.proven, padding.reason
     assert padding.axes == axes
     assert "2 to 32 tokens" in padding.reason
@@ -126,12 +129,13 @@ def test_harmless_padding_is_proven(
 )
 def test_padding_that_shows_is_not_proven(function: Callable[[Array, Array], Array], words: str) -> None:
     with np.errstate(divide="ignore"):
-        padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32))
+        padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32, 512))
     assert not padding.proven
     assert "never share a batch" in padding.reason
     assert any(word in padding.reason for word in words.split("|")), padding.reason
 
 
+@settings(deadline=None)
 @given(st.permutations(range(6)), st.integers(1, 5))
 def test_rows_are_joined_in_their_own_order(order: list[int], cut: int) -> None:
     parts = [(order[:cut], rows_of(4, cut)), (order[cut:], rows_of(9, 6 - cut))]
@@ -162,3 +166,31 @@ def test_a_whole_ends_with_its_last_part_or_the_first_error() -> None:
     assert (result.queue_s, result.compute_s) == (0.2, 0.75)
     broken = Whole(entry).add(Result(2, {"y": np.array(1.0)}, None, 0.0))
     assert broken is None
+
+
+def test_parts_of_a_large_request_come_behind_small_ones() -> None:
+    queue = Queue(Limits(8, 1000, 10**9), lambda rows: 0.0)
+    parts = tuple(Part(Entry(10 + n, KEY, rows_of(4), 1, "a", 8, 0.0), [n]) for n in range(20))
+    queue.offer(Entry(1, KEY, {}, 20, "a", 160, 0.0, parts=parts), 0.0)
+    queue.offer(Entry(2, KEY, rows_of(4), 1, "a", 8, 0.0), 0.0)
+    assert queue.rows == 21
+    first = queue.take(0.0).pieces
+    assert [piece.entry.id for piece in first] == [2, *range(10, 17)]
+    assert queue.cancel(17, "disconnected")
+    while queue:
+        assert len(queue.take(0.0).pieces) <= 8
+    assert queue.rows == queue.bytes == 0
+    assert queue.next_wakeup(0.0) is None
+
+
+def test_a_request_in_parts_is_refused_as_one() -> None:
+    queue = Queue(Limits(8, 20, 10**9), lambda rows: 0.0)
+    for number in (0, 100):
+        parts = tuple(Part(Entry(number + n, KEY, rows_of(4), 1, "a", 8, 0.0), [n]) for n in range(1, 21))
+        whole = Entry(number, KEY, {}, 20, "a", 160, 0.0, parts=parts)
+        if number:
+            with pytest.raises(QueueFull):
+                queue.offer(whole, 0.0)
+        else:
+            queue.offer(whole, 0.0)
+    assert len(queue) == 20
