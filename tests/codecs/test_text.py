@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service import cli
 from service.codecs.text import MOST_CHARACTERS, MOST_SENTENCES, TextCodec, TextConfig
 from service.errors import BodyTooLarge, ConfigError, InvalidInput, MalformedBody
 from service.tensors import Signature, TensorSpec
-from tests.text_models import WORDS, make_tokenizer
+from tests.text_models import WORDS, Alone, make_tokenizer, write_encoder
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -149,3 +151,16 @@ def test_made_up_rows_are_words_and_not_padding(tokenizer_file: Path) -> None:
     assert rows["input_ids"].shape == (8, 16)
     assert (rows["input_ids"] >= 4).all()
     assert rows["attention_mask"].all()
+
+
+def test_golden_samples_may_be_sentences(tmp_path: Path) -> None:
+    file = write_encoder(tmp_path / "models", "golden")
+    folder, model = file.parent.parent, Alone(file)
+    sentences = ["w1 w2", "w3", "w4 w5 w6 w7"]
+    want = [model(sentence)["pooled"][0].tolist() for sentence in sentences]
+    (folder / "samples").mkdir()
+    cache = str(tmp_path / "cache")
+    for outputs, status in ((want, 0), (want[::-1], 1)):
+        sample = {"inputs": sentences, "outputs": {"pooled": outputs}}
+        (folder / "samples" / "three.json").write_text(json.dumps(sample))
+        assert cli.main(["check", str(folder), "--measure-ms", "100", "--cache-dir", cache]) == status

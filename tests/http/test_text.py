@@ -206,17 +206,6 @@ def test_a_wrong_tokenizer_fails_its_model_alone(server: Server) -> None:
     assert problems.keys() == {"broken/1", "too-long/1"}
 
 
-def test_golden_samples_may_be_sentences(repository: Path, alone: dict[str, Alone], tmp_path: Path) -> None:
-    folder = write_encoder(tmp_path / "models", "golden").parent.parent
-    want = [alone["masked"](sentence)["pooled"][0].tolist() for sentence in SENTENCES[:3]]
-    (folder / "samples").mkdir()
-    sample = folder / "samples" / "three.json"
-    cache = str(tmp_path / "cache")
-    for outputs, status in ((want, 0), (want[::-1], 1)):
-        sample.write_text(json.dumps({"inputs": SENTENCES[:3], "outputs": {"pooled": outputs}}))
-        assert cli.main(["check", str(folder), "--measure-ms", "100", "--cache-dir", cache]) == status
-
-
 def test_deadlines_and_lost_clients_end_whole_requests(server: Server) -> None:
     """A request that runs in parts is answered once, and leaves nothing behind, however it ends."""
 
