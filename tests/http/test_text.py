@@ -18,7 +18,7 @@ import pytest
 
 from service import cli
 from tests.clients import Client, with_clients
-from tests.conftest import LANES
+from tests.conftest import LANES, ROOT
 from tests.server import Server
 from tests.text_models import WORDS, Alone, write_encoder
 
@@ -224,3 +224,16 @@ def test_deadlines_and_lost_clients_end_whole_requests(server: Server) -> None:
     asyncio.run(scenario())
     assert server.get("/models/masked/1").json()["queue_rows"] == 0
     assert server.metric("in_flight_requests") == 0
+
+
+def test_without_tokenizers_the_model_says_what_to_install(
+    repository: Path, cache_dir: Path, tmp_path: Path, lane: str
+) -> None:
+    (tmp_path / "tokenizers.py").write_text("raise ImportError\n")
+    own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    server = Server(repository / "masked", (), own, lane)
+    try:
+        server.wait_loaded()
+        assert "pip install 'inferpool[text]'" in server.get("/health").json()["problems"]["masked/1"]
+    finally:
+        server.kill()
