@@ -1,4 +1,4 @@
-"""The command: `inferpool serve` and `inferpool check`."""
+"""The command: `inferpool serve`, `inferpool check` and `inferpool build`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from service import __version__
+from service.build import find_script, find_scripts, python_for, run_script
 from service.errors import InferpoolError
 from service.repository.catalog import Catalog
-from service.settings import ENV_PREFIX, add_flags, read_settings
+from service.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
+from service.settings import ENV_PREFIX, Settings, add_flags, read_settings
 from service.tensors import shape_text
 
 _EPILOG = f"""\
@@ -23,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 0, 1 if it failed, 2 if it was called wrongly."""
     parser = _parser()
     flags = vars(parser.parse_args(arguments))
-    command, path, config = flags.pop("command"), flags.pop("repository"), flags.pop("config")
+    command, path, config = flags.pop("command"), flags.pop("repository"), flags.pop("config", None)
+    name, options = flags.pop("name", None), flags.pop("options", ())
     try:
         config = config or os.environ.get(ENV_PREFIX + "CONFIG")
         settings = read_settings(flags, os.environ, Path(config) if config else None)
@@ -31,13 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"inferpool: {error.detail}", file=sys.stderr)
         return 2
     try:
+        if command == "build":
+            return _build(path, name, options, settings)
         # Imported late, so that --help and mistakes answer at once.
         from service import app, logs
 
         if command == "check":
             # What it prints says all that the log would, unless the log was asked for.
             logs.configure_logs(flags.get("log_level", "error"), "console")
-            return _print_check(app.load_all(path, settings))
+            return _print_check(app.load_all(path, settings), _unbuilt(path))
         logs.configure_logs(settings.log_level, settings.log_format)
         return app.serve(path, settings)
     except BrokenPipeError:
@@ -74,10 +79,46 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("repository", type=Path, metavar="REPOSITORY", help="where the models are")
         command.add_argument("--config", metavar="FILE", help=f"a TOML file of settings [{ENV_PREFIX}CONFIG]")
         add_flags(command)
+    build = commands.add_parser(
+        "build",
+        help="run a model's build script",
+        description="Run the script that builds the model NAME, with everything it needs: here if that is "
+        "installed, else in an environment made for it. Without NAME, list the models that have a script.",
+        usage="inferpool build [-h] [--repository FOLDER] [NAME [OPTIONS ...]]",
+        allow_abbrev=False,
+    )
+    build.add_argument(
+        "--repository",
+        type=Path,
+        default=DEFAULT_REPOSITORY,
+        metavar="FOLDER",
+        help=f"where the models are (default: {DEFAULT_REPOSITORY})",
+    )
+    build.add_argument("name", nargs="?", metavar="NAME", help="the model's folder in the repository")
+    build.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="go to the script; --help lists its own"
+    )
     return parser
 
 
-def _print_check(catalog: Catalog) -> int:
+def _build(repository: Path, name: str | None, options: Sequence[str], settings: Settings) -> int:
+    """Become the build script of the model `name`, or say which models have one."""
+    if name is not None:
+        script = find_script(repository, name)
+        run_script(script, python_for(script, settings.cache_dir), options)
+    scripts = find_scripts(repository)
+    width = max(len(script.name) for script in scripts)
+    for script in scripts:
+        print(f"{script.name:<{width}}  {'built    ' if script.built else 'not built'}  {script.description}")
+    return 0
+
+
+def _unbuilt(path: Path) -> list[Path]:
+    """The folders of the repository `path` that are left out until they are built."""
+    return [item for item in sorted(path.iterdir()) if is_unbuilt(item)] if path.is_dir() else []
+
+
+def _print_check(catalog: Catalog, unbuilt: Sequence[Path]) -> int:
     """Say of each version what it takes and how it batches; 1 if one has failed."""
     failed = 0
     for model in catalog.models().values():
@@ -102,6 +143,8 @@ def _print_check(catalog: Catalog) -> int:
             print(f"  runs     {count[0]} of {count[1]} by {view.backend}")
             for line in live.latency:
                 print(f"           {line.rows:5.0f} rows in {1000 * line.seconds:9.3f} ms")
+    for folder in unbuilt:
+        print(f"{folder.name}: not built yet; {build_command(folder)}")
     print(
         f"{failed} of {sum(len(model.versions) for model in catalog.models().values())} versions have failed"
     )

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "service").rglob("*.py"))
 
 RANKS = {
-    "__main__": 9, "cli": 8, "app": 7, "http": 6, "repository": 5,
+    "__main__": 9, "cli": 8, "app": 7, "http": 6, "build": 6, "repository": 5,
     "codecs": 4, "wire": 4, "pool": 4, "backends": 3, "tensors": 2,
     "settings": 1, "logs": 1, "metrics": 1, "machine": 1, "errors": 0, "__init__": 0,
 }  # fmt: skip

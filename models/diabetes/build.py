@@ -1,12 +1,22 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "numpy>=1.26",
+#   "onnx>=1.21",
+#   "onnxruntime>=1.27",
+#   "scikit-learn>=1.6",
+#   "skl2onnx>=1.18",
+#   "tqdm>=4",
+# ]
+# ///
 """Fit, evaluate and export the diabetes model: linear regression from scikit-learn to a served folder.
 
-    python models/diabetes/build.py [--out DIR] [--seed N]
+    inferpool build diabetes [--out DIR] [--seed N]
 
 The data are the 442 patients of Efron, Hastie, Johnstone and Tibshirani, "Least Angle Regression" (2004),
 bundled with scikit-learn. The ten features are taken as they are measured; the scaling that the regression
 wants is a part of the model. The ONNX file, run by ONNX Runtime, is judged on a fifth of the patients that it
 has never seen, and nothing is written where it explains less than `STATED_R2` of the variance.
-Needs the extra `test`.
 """
 
 from __future__ import annotations

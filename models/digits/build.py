@@ -1,11 +1,23 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "numpy>=1.26",
+#   "onnx>=1.21",
+#   "onnxruntime>=1.27",
+#   "pillow>=11",
+#   "scikit-learn>=1.6",
+#   "torch==2.13.0",  # the one that the tests run with
+#   "tqdm>=4",
+# ]
+# ///
 """Train, evaluate and export the digits model: from scikit-learn's scans to a folder that is served.
 
-    python models/digits/build.py [--out DIR] [--seed N]
+    inferpool build digits [--out DIR] [--seed N]
 
 A small convolutional network learns four fifths of the 1,797 scanned digits (Alpaydin and Kaynak's
 "Optical Recognition of Handwritten Digits", bundled with scikit-learn), is written as an ONNX file, and that
 file, run by ONNX Runtime, is judged on the fifth it has never seen. Nothing is written where it is less than
-`STATED_ACCURACY` right. Needs the extras `test` and `torch`.
+`STATED_ACCURACY` right.
 """
 
 from __future__ import annotations

@@ -24,9 +24,8 @@ class PlanCache:
     """Plans by the model's content, the runtime, the machine and what was wished for."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Keep them in `folder`, or in the user's cache folder (`XDG_CACHE_HOME`, `~/.cache`)."""
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        self._folder = folder if folder is not None else base / "inferpool"
+        """Keep them in `folder`, or in the user's cache folder."""
+        self._folder = folder
 
     def find(self, file: Path, samples: Sequence[Path], wishes: Wishes, runtime: str) -> Plan | None:
         """The plan that was kept for this, or None; the proof may rest on `samples`, so they count."""
@@ -58,7 +57,13 @@ class PlanCache:
         beside = [item for item in file.parent.glob(pattern) if item.is_file()]
         facts = [__version__, runtime, _machine(), repr(wishes), _digest(beside), _digest(samples)]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-        return self._folder.expanduser() / f"{file.parent.parent.name}-{digest[:24]}.json"
+        return cache_folder(self._folder) / f"{file.parent.parent.name}-{digest[:24]}.json"
+
+
+def cache_folder(chosen: Path | None) -> Path:
+    """`chosen`, or the user's own (`XDG_CACHE_HOME`, `~/.cache`); raises RuntimeError without a home."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return (chosen if chosen is not None else base / "inferpool").expanduser()
 
 
 def _digest(files: Sequence[Path]) -> str:

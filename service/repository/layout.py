@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from service.errors import ConfigError, LoadError
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "model.toml"
+BUILD_SCRIPT = "build.py"
+DEFAULT_REPOSITORY = Path("models")
+"""Where models are built if nothing else is said, below the working folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,17 @@ def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
         raise ConfigError(f"{path} does not exist")
     if _version_folders(path):
         return [_folder(path.resolve(), suffixes)]
+    if (path / BUILD_SCRIPT).is_file():
+        raise ConfigError(f"{path} is not built yet: run {build_command(path)}")
     found: dict[str, ModelFolder] = {}
     for item in sorted(path.iterdir()):
         if item.name.startswith((".", "_")):
             continue
         if not item.name.isprintable():
             log.warning("%r is left out: its name cannot stand in a path", item.name)
+            continue
+        if is_unbuilt(item):
+            log.info("%s is left out until it is built: run %s", item.name, build_command(item))
             continue
         if item.is_file() and item.suffix in suffixes:
             model = _bare(item)
@@ -70,8 +79,25 @@ def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
             model = ModelFolder(model.name, None, {}, {1: fault})
         found[model.name] = model
     if not found:
+        unbuilt = [item.name for item in sorted(path.iterdir()) if is_unbuilt(item)]
+        if unbuilt:
+            raise ConfigError(
+                f"{path}: none of {', '.join(unbuilt)} is built yet: run {build_command(path / unbuilt[0])}"
+            )
         raise ConfigError(f"{path} holds no models: expected {path}/NAME/1/model.onnx or {path}/NAME.onnx")
     return list(found.values())
+
+
+def is_unbuilt(item: Path) -> bool:
+    """Whether `item` is the folder of a model that has a build script and no version yet."""
+    return item.is_dir() and (item / BUILD_SCRIPT).is_file() and not _version_folders(item)
+
+
+def build_command(folder: Path) -> str:
+    """What to type to have the model in `folder` built."""
+    repository = folder.parent
+    where = "" if repository == DEFAULT_REPOSITORY else f"--repository {shlex.quote(str(repository))} "
+    return f"inferpool build {where}{shlex.quote(folder.name)}"
 
 
 def _bare(file: Path) -> ModelFolder:

@@ -1,0 +1,163 @@
+"""Read CIFAR-10 as its authors publish it, and run nothing that is in it.
+
+The archive holds Python 2 pickles. A pickle is a program, so these are read by an unpickler that knows three
+names, those with which an array of bytes is written, and for each of them a stand-in that can only become
+such an array. A file that asks for anything else is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+FOLDER: Final = "cifar-10-batches-py"
+TRAINING: Final = tuple(f"data_batch_{number}" for number in range(1, 6))
+HELD_OUT: Final = "test_batch"
+META: Final = "batches.meta"
+NAMES: Final = (*TRAINING, HELD_OUT, META)
+
+SIDE: Final = 32
+PIXELS: Final = 3 * SIDE * SIDE
+MOST_BYTES: Final = 64 * 1024 * 1024
+"""A batch of the real archive has 31 MB."""
+
+
+class ArchiveError(Exception):
+    """The archive is not CIFAR-10's; the text says where and why."""
+
+
+class _Dtype:
+    """Stands in for `numpy.dtype`: bytes, and nothing but bytes."""
+
+    def __init__(self, code: object = None, *_: object) -> None:
+        if code not in (b"u1", "u1"):
+            raise ArchiveError(f"an array of {code!r} where pixels are bytes")
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and fields: bytes have neither."""
+
+
+class _Array:
+    """Stands in for `numpy.ndarray`: holds what the pickle says of it, if that is an array of bytes."""
+
+    def __init__(self, *_: object) -> None:
+        self.array: Array | None = None
+
+    def __setstate__(self, state: object) -> None:
+        match state:
+            case (int(), (int(rows), int(columns)), _Dtype(), False | 0, bytes(data)):
+                if rows < 0 or columns < 0 or rows * columns != len(data):
+                    raise ArchiveError(f"an array of {rows}×{columns} bytes that has {len(data)}")
+                self.array = np.frombuffer(data, np.uint8).reshape(rows, columns)
+            case _:
+                raise ArchiveError("an array that is not a table of bytes")
+
+
+def _blank(*_: object) -> _Array:
+    """Stands in for numpy's `_reconstruct`: an array to which its state is still to come."""
+    return _Array()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Numbers, texts, lists, dictionaries and tables of bytes."""
+
+    _KNOWN: Final = {
+        ("numpy.core.multiarray", "_reconstruct"): _blank,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A stand-in; raises ArchiveError for every other name, and so before anything is run."""
+        try:
+            return self._KNOWN[module, name]
+        except KeyError:
+            raise ArchiveError(f"it asks for {module}.{name}, which no batch of CIFAR-10 needs") from None
+
+
+def unpickle(data: bytes) -> dict[str, Any]:
+    """One file of the archive: a dictionary by name; raises ArchiveError for anything else."""
+    try:
+        table = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    except ArchiveError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes the unpickler raise
+        raise ArchiveError(f"it is no pickle of a batch ({type(error).__name__})") from error
+    if not isinstance(table, dict) or not all(isinstance(key, bytes) for key in table):
+        raise ArchiveError("it is no dictionary")
+    return {key.decode("latin-1"): value for key, value in table.items()}
+
+
+def read_archive(path: Path, labels: tuple[str, ...]) -> tuple[Array, Array, Array, Array]:
+    """Read `cifar-10-python.tar.gz`, or the folder that it unpacks to.
+
+    `labels` are the ten names, in the order that the archive must have. Returns training images (n×3×32×32, 0
+    to 255), held-out images, training labels (n), held-out labels. Raises ArchiveError, which names the file.
+    """
+    files = _from_folder(path) if path.is_dir() else _from_tar(path)
+    lacking = [name for name in NAMES if name not in files]
+    if lacking:
+        raise ArchiveError(f"{path} has no {', '.join(lacking)}; expected {FOLDER}/ with {', '.join(NAMES)}")
+    tables = {}
+    for name, data in files.items():
+        try:
+            tables[name] = unpickle(data)
+        except ArchiveError as error:
+            raise ArchiveError(f"{path}: {name}: {error}") from error.__cause__
+    names = tables.pop(META).get("label_names")
+    if names != [label.encode() for label in labels]:
+        raise ArchiveError(f"{path}: {META}: label_names are not {', '.join(labels)}")
+    batches = {name: _rows(path, name, table, len(labels)) for name, table in tables.items()}
+    training = [batches[name] for name in TRAINING]
+    images, targets = (np.concatenate(parts) for parts in zip(*training, strict=True))
+    return images, batches[HELD_OUT][0], targets, batches[HELD_OUT][1]
+
+
+def _rows(path: Path, name: str, table: dict[str, Any], classes: int) -> tuple[Array, Array]:
+    """A batch's images and labels."""
+    data, labels = table.get("data"), table.get("labels")
+    if not isinstance(data, _Array) or data.array is None or data.array.shape[1] != PIXELS:
+        raise ArchiveError(f"{path}: {name}: data is no table of {PIXELS} bytes a picture")
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        raise ArchiveError(f"{path}: {name}: labels are no list of numbers")
+    if not all(0 <= label < classes for label in labels):
+        raise ArchiveError(f"{path}: {name}: labels are not all from 0 to {classes - 1}")
+    if not labels or len(labels) != len(data.array):
+        raise ArchiveError(f"{path}: {name}: {len(labels)} labels for {len(data.array)} pictures")
+    return data.array.reshape(-1, 3, SIDE, SIDE), np.array(labels)
+
+
+def _from_folder(folder: Path) -> dict[str, bytes]:
+    """The files by name, from `folder` or from the one of the archive's name in it."""
+    inner = folder / FOLDER
+    files = [(inner if inner.is_dir() else folder) / name for name in NAMES]
+    for file in files:
+        if file.is_file() and file.stat().st_size > MOST_BYTES:
+            raise ArchiveError(f"{file} has more than {MOST_BYTES} bytes")
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def _from_tar(path: Path) -> dict[str, bytes]:
+    """The files by name, read from the archive as it lies: nothing is unpacked to the disk."""
+    wanted = {f"{FOLDER}/{name}": name for name in NAMES}
+    files = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.size > MOST_BYTES:
+                    raise ArchiveError(f"{path}: {member.name} has more than {MOST_BYTES} bytes")
+                name = wanted.get(member.name.removeprefix("./"))
+                stream = archive.extractfile(member) if name is not None and member.isreg() else None
+                if name is not None and stream is not None:
+                    files[name] = stream.read()
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise ArchiveError(f"{path}: cannot be read as an archive: {error}") from error
+    return files

@@ -1,0 +1,172 @@
+"""Build scripts: which models of a repository have one, and where it can run.
+
+What a script needs stands in its own first lines, as PEP 723 says. It is run by this Python where that has
+everything, else by one in a virtual environment that is made for exactly these needs, and kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from service.errors import ConfigError
+from service.repository.cache import cache_folder
+from service.repository.config import read_config
+from service.repository.layout import BUILD_SCRIPT, CONFIG_FILE, is_unbuilt
+from service.tensors import names_text
+
+# The block as PEP 723 gives it: every line a comment, the first "# /// script", the last "# ///".
+_BLOCK = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildScript:
+    """The build script of one model.
+
+    Attributes:
+        name: the model's.
+        file: the script.
+        description: what the `model.toml` beside it says of the model.
+        built: whether the model has a version already.
+        requirements: what the script needs besides Python.
+    """
+
+    name: str
+    file: Path
+    description: str
+    built: bool
+    requirements: tuple[Requirement, ...]
+
+
+def find_scripts(repository: Path) -> list[BuildScript]:
+    """Every model of `repository` that has a build script, by name.
+
+    Raises ConfigError if there is none, or if a script or a `model.toml` cannot be read.
+    """
+    files = sorted(repository.glob(f"*/{BUILD_SCRIPT}")) if repository.is_dir() else []
+    if not files:
+        raise ConfigError(f"{repository} has no models to build: expected {repository}/NAME/{BUILD_SCRIPT}")
+    return [
+        BuildScript(
+            name=file.parent.name,
+            file=file,
+            description=read_config(file.parent / CONFIG_FILE).description,
+            built=not is_unbuilt(file.parent),
+            requirements=read_requirements(file),
+        )
+        for file in files
+    ]
+
+
+def find_script(repository: Path, name: str) -> BuildScript:
+    """The script of the model `name`; raises ConfigError, which says what there is."""
+    scripts = {script.name: script for script in find_scripts(repository)}
+    if name not in scripts:
+        raise ConfigError(f'{repository} has no build script for "{name}"; there are {names_text(scripts)}')
+    return scripts[name]
+
+
+def read_requirements(script: Path) -> tuple[Requirement, ...]:
+    """The dependencies in the metadata of `script` (PEP 723); none where it has no such block.
+
+    Raises ConfigError if the block is damaged or asks for another Python than this.
+    """
+    name = f"{script.parent.name}/{script.name}"
+    try:
+        blocks = list(_BLOCK.finditer(script.read_text(encoding="utf-8")))
+        if not blocks:
+            return ()
+        if len(blocks) > 1:
+            raise ConfigError(f"{name}: has {len(blocks)} blocks of metadata where one is allowed")
+        lines = blocks[0]["content"].splitlines()
+        table = tomllib.loads("\n".join(line[2:] for line in lines))
+        python = SpecifierSet(table.get("requires-python", ""))
+        requirements = tuple(Requirement(text) for text in table.get("dependencies", []))
+    except (OSError, ValueError, TypeError, AttributeError, InvalidRequirement, InvalidSpecifier) as error:
+        raise ConfigError(f"{name}: its metadata cannot be read: {error}") from error
+    if not python.contains(platform.python_version(), prereleases=True):
+        raise ConfigError(f"{name}: needs Python {python}, and this is {platform.python_version()}")
+    return requirements
+
+
+def missing(requirements: Sequence[Requirement]) -> list[Requirement]:
+    """Those of `requirements` that this Python has not installed, or in another version."""
+    return [requirement for requirement in requirements if not _is_met(requirement)]
+
+
+def _is_met(requirement: Requirement) -> bool:
+    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        return True
+    if requirement.url is not None or requirement.extras:
+        # What an address holds, or an extra brings along, cannot be told from one distribution's version.
+        return False
+    try:
+        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def python_for(script: BuildScript, cache_dir: Path | None) -> str:
+    """The Python that can run `script`: this one, or that of an environment below the cache folder.
+
+    Says on standard error what it installs. Raises ConfigError where that fails.
+    """
+    lacking = missing(script.requirements)
+    if not lacking:
+        return sys.executable
+    wanted = sorted(map(str, script.requirements))
+    digest = hashlib.sha256("\n".join([sys.version, sys.prefix, *wanted]).encode()).hexdigest()
+    try:
+        folder = cache_folder(cache_dir).resolve() / f"build-{script.name}-{digest[:16]}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Held until the environment is whole, so that two builds at once make it once.
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "complete").exists():
+                _say(f"{script.name} needs {', '.join(map(str, lacking))}, which is not installed here.")
+                _say(f"Making an environment for it in {folder} ...")
+                _make_environment(folder, wanted)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{script.name}: no environment can be made for its script: {error}") from error
+    return str(folder / "bin" / "python")
+
+
+def _make_environment(folder: Path, wanted: Sequence[str]) -> None:
+    """A new virtual environment with `wanted`; marked complete at the end, so that half of one is no use."""
+    shutil.rmtree(folder, ignore_errors=True)
+    python = str(folder / "bin" / "python")
+    for command in (
+        [sys.executable, "-m", "venv", str(folder)],
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted],
+    ):
+        # What these print is progress: standard output is the script's.
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ConfigError(f"this failed, and nothing was built: {' '.join(command)}")
+    (folder / "complete").touch()
+
+
+def run_script(script: BuildScript, python: str, options: Sequence[str]) -> None:
+    """Become the script: its output, its signals and its exit status are this process's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(python, [python, str(script.file), *options])
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
