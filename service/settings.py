@@ -53,7 +53,9 @@ class Settings(BaseModel):
         2000.0, description="Longest time to measure one model at load; 0 does not measure."
     )
     cache_dir: Path | None = Field(
-        None, description="Where measurements are kept between starts; the user's cache folder if not given."
+        None,
+        description="Where measurements and the environments of build scripts are kept; by default the user's"
+        " cache folder.",
     )
     trust: bool = Field(
         False, description="Load model files that can run code when loaded (.pt, .pt2), whoever made them."

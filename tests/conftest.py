@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,24 @@ def serve(cache_dir: Path, lane: str) -> Iterator[Serve]:
         server.kill()
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `models` as it comes with the project, without what was built into it since."""
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    target = tmp_path_factory.mktemp("bundled") / "models"
+
+    def built(folder: str, names: list[str]) -> list[str]:
+        inside = Path(folder).relative_to(ROOT)
+        return [name for name in names if name == "__pycache__" or str(inside / name) in ignored]
+
+    shutil.copytree(ROOT / "models", target, ignore=built)
+    return target
+
+
 @pytest.fixture(scope="module")
-def bundled(cache_dir: Path, lane: str) -> Iterator[Server]:
+def bundled(models: Path, cache_dir: Path, lane: str) -> Iterator[Server]:
     """A server of the models that come with the project."""
-    server = Server(ROOT / "models", (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, lane)
+    server = Server(models, (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, lane)
     server.wait_loaded()
     yield server
     server.kill()

@@ -1,14 +1,15 @@
 """Read CIFAR-10 as its authors publish it, and run nothing that is in it.
 
-The archive holds Python 2 pickles. A pickle is a program, so these are read by an unpickler that knows three
-names, those with which an array of bytes is written, and for each of them a stand-in that can only become
-such an array. A file that asks for anything else is refused.
+The archive holds Python 2 pickles. A pickle is a program, so only those are run that are made of the few
+instructions of CIFAR-10's own, by an unpickler that knows three names: those with which an array of bytes is
+written, and for each of them a stand-in that can only become such an array. Any other file is refused.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import tarfile
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -28,6 +29,17 @@ SIDE: Final = 32
 PIXELS: Final = 3 * SIDE * SIDE
 MOST_BYTES: Final = 64 * 1024 * 1024
 """A batch of the real archive has 31 MB."""
+
+
+OPCODES: Final = frozenset(
+    {
+        "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1",
+        "SHORT_BINSTRING", "BINSTRING", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM",
+        "SETITEMS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "BINPUT", "LONG_BINPUT", "BINGET",
+        "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD",
+    }
+)  # fmt: skip
+"""What Python 2 writes numbers, texts, lists, dictionaries and an array with, in the archive's protocol."""
 
 
 class ArchiveError(Exception):
@@ -83,9 +95,26 @@ class _Unpickler(pickle.Unpickler):
             raise ArchiveError(f"it asks for {module}.{name}, which no batch of CIFAR-10 needs") from None
 
 
+def check_instructions(data: bytes) -> None:
+    """Raise ArchiveError where a pickle has an instruction that no batch has, or would fill the memory.
+
+    The others look up registries, make objects in other ways, or take as much memory as they say.
+    """
+    puts = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in OPCODES:
+            raise ArchiveError(f"it has the instruction {opcode.name}, which no batch of CIFAR-10 has")
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            puts += 1
+            # The unpickler makes room for every place up to this one.
+            if not isinstance(argument, int) or argument > puts:
+                raise ArchiveError(f"it remembers something in place {argument} before the places below it")
+
+
 def unpickle(data: bytes) -> dict[str, Any]:
     """One file of the archive: a dictionary by name; raises ArchiveError for anything else."""
     try:
+        check_instructions(data)
         table = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except ArchiveError:
         raise

@@ -46,7 +46,7 @@ Array: TypeAlias = npt.NDArray[Any]
 STATED_ACCURACY: Final = 0.6
 LABELS: Final = tuple((Path(__file__).parent / "labels.txt").read_text().split())
 EPOCHS: Final = 10
-BATCH_ROWS: Final = 64
+BATCH_ROWS: Final = 32
 RUN_ROWS: Final = 1000
 SAMPLE_ROWS: Final = 3
 

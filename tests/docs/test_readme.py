@@ -151,14 +151,14 @@ def test_every_example_has_an_answer():
 
 @pytest.mark.parametrize(("language", "source", "kind", "shown"), EXAMPLES)
 def test_an_example_gives_the_answer_shown(
-    language: str, source: str, kind: str, shown: str, bundled: Server, cache_dir: Path
+    language: str, source: str, kind: str, shown: str, bundled: Server, models: Path, cache_dir: Path
 ):
     """Commands and programs of the README, run as they stand, print what stands below them."""
     source = source.replace("localhost:8000", f"127.0.0.1:{bundled.port}")
     source = source.replace(".venv/bin/inferpool", f"'{sys.executable}' -m service")
     command = [sys.executable, "-c", source] if language == "python" else ["bash", "-euc", source]
-    environ = {**os.environ, "INFERPOOL_CACHE_DIR": str(cache_dir)}
-    run = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    environ = {**os.environ, "INFERPOOL_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=models.parent, env=environ, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     if kind == "json":
         assert_alike(json.loads(shown), json.loads(run.stdout))
@@ -200,9 +200,9 @@ def without_runtime(tmp_path: Path) -> str:
     return f"{tmp_path}:{ROOT}"
 
 
-def test_without_a_runtime_models_fail_with_the_reason(serve: Serve, without_runtime: str):
+def test_without_a_runtime_models_fail_with_the_reason(serve: Serve, models: Path, without_runtime: str):
     """Where no extra is installed the server starts, and says what to install."""
-    server = serve(ROOT / "models", PYTHONPATH=without_runtime)
+    server = serve(models, PYTHONPATH=without_runtime)
     for model in server.get("/models").json()["models"]:
         for version in model["versions"]:
             assert version["state"] == "failed"
@@ -214,16 +214,16 @@ def test_without_a_runtime_models_fail_with_the_reason(serve: Serve, without_run
     assert server.metric("build_info", onnx="not installed") == 1
 
 
-def test_check_says_that_no_runtime_is_installed(without_runtime: str):
+def test_check_says_that_no_runtime_is_installed(models: Path, without_runtime: str):
     """`inferpool check` exits with 1 and gives the reason for every version."""
     run = subprocess.run(
         [sys.executable, "-m", "service", "check", "models"],
-        cwd=ROOT,
+        cwd=models.parent,
         env={**os.environ, "PYTHONPATH": without_runtime},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 1
-    assert run.stdout.count("pip install 'inferpool[cpu]'") == 2
-    assert "2 of 2 versions have failed" in run.stdout
+    assert run.stdout.count("pip install 'inferpool[cpu]'") == 3
+    assert "3 of 3 versions have failed" in run.stdout

@@ -1,0 +1,35 @@
+"""Models that are built for a test, as a user builds them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+from tests.server import Server
+
+
+def build(repository: Path, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`inferpool build` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "service", "build", "--repository", str(repository), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def readme_request(model: str, server: Server, folder: Path) -> Any:
+    """The answer to the request that the README shows for `model`, sent from `folder`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^(curl .*localhost:8000/predict/{model}\b.*)$", readme, re.MULTILINE)
+    command = shlex.split(line.replace("localhost:8000", f"127.0.0.1:{server.port}"))
+    run = subprocess.run([*command, "-sS"], cwd=folder, capture_output=True, check=True)
+    return json.loads(run.stdout)
