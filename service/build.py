@@ -42,21 +42,16 @@ class BuildScript:
         file: the script.
         description: what the `model.toml` beside it says of the model.
         built: whether the model has a version already.
-        requirements: what the script needs besides Python.
     """
 
     name: str
     file: Path
     description: str
     built: bool
-    requirements: tuple[Requirement, ...]
 
 
 def find_scripts(repository: Path) -> list[BuildScript]:
-    """Every model of `repository` that has a build script, by name.
-
-    Raises ConfigError if there is none, or if a script or a `model.toml` cannot be read.
-    """
+    """Every model of `repository` that has a build script, by name; raises ConfigError if there is none."""
     files = sorted(repository.glob(f"*/{BUILD_SCRIPT}")) if repository.is_dir() else []
     if not files:
         raise ConfigError(f"{repository} has no models to build: expected {repository}/NAME/{BUILD_SCRIPT}")
@@ -64,12 +59,19 @@ def find_scripts(repository: Path) -> list[BuildScript]:
         BuildScript(
             name=file.parent.name,
             file=file,
-            description=read_config(file.parent / CONFIG_FILE).description,
+            description=_description(file.parent),
             built=not is_unbuilt(file.parent),
-            requirements=read_requirements(file),
         )
         for file in files
     ]
+
+
+def _description(folder: Path) -> str:
+    """What the model in `folder` is, or what is wrong with its `model.toml`."""
+    try:
+        return read_config(folder / CONFIG_FILE).description
+    except ConfigError as error:
+        return error.detail
 
 
 def find_script(repository: Path, name: str) -> BuildScript:
@@ -123,12 +125,14 @@ def _is_met(requirement: Requirement) -> bool:
 def python_for(script: BuildScript, cache_dir: Path | None) -> str:
     """The Python that can run `script`: this one, or that of an environment below the cache folder.
 
-    Says on standard error what it installs. Raises ConfigError where that fails.
+    Says on standard error what it installs. Raises ConfigError where that fails, or where the
+    script's metadata cannot be read.
     """
-    lacking = missing(script.requirements)
+    requirements = read_requirements(script.file)
+    lacking = missing(requirements)
     if not lacking:
         return sys.executable
-    wanted = sorted(map(str, script.requirements))
+    wanted = sorted(map(str, requirements))
     digest = hashlib.sha256("\n".join([sys.version, sys.prefix, *wanted]).encode()).hexdigest()
     try:
         folder = cache_folder(cache_dir).resolve() / f"build-{script.name}-{digest[:16]}"

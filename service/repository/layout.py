@@ -49,8 +49,6 @@ def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
         raise ConfigError(f"{path} does not exist")
     if _version_folders(path):
         return [_folder(path.resolve(), suffixes)]
-    if (path / BUILD_SCRIPT).is_file():
-        raise ConfigError(f"{path} is not built yet: run {build_command(path)}")
     found: dict[str, ModelFolder] = {}
     for item in sorted(path.iterdir()):
         if item.name.startswith((".", "_")):
@@ -79,6 +77,8 @@ def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
             model = ModelFolder(model.name, None, {}, {1: fault})
         found[model.name] = model
     if not found:
+        if (path / BUILD_SCRIPT).is_file():
+            raise ConfigError(f"{path} is not built yet: run {build_command(path.resolve())}")
         unbuilt = [item.name for item in sorted(path.iterdir()) if is_unbuilt(item)]
         if unbuilt:
             raise ConfigError(

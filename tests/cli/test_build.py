@@ -127,6 +127,7 @@ def test_without_a_name_it_lists_what_there_is(tmp_path: Path) -> None:
     add_model(tmp_path, "fresh", SCRIPT, "Not there yet")
     (add_model(tmp_path, "b", SCRIPT, "There") / "1").mkdir()
     (tmp_path / "no-script").mkdir()
+    (tmp_path / "build.py").write_text("raise SystemExit('the repository itself is no model')")
     run = build(tmp_path)
     assert run.stdout.splitlines() == ["b      built      There", "fresh  not built  Not there yet"]
     for name in ("nope", "../fresh", "no-script"):
@@ -137,6 +138,20 @@ def test_without_a_name_it_lists_what_there_is(tmp_path: Path) -> None:
         run = build(tmp_path / folder)
         assert run.returncode == 1
         assert "has no models to build" in run.stderr
+
+
+def test_a_damaged_folder_is_its_own_trouble(tmp_path: Path) -> None:
+    """The others are listed and built."""
+    bad = add_model(tmp_path, "bad", "# /// script\n# dependencies = [\n# ///\n")
+    (bad / "model.toml").write_text("descripton = 'misspelt'\n")
+    add_model(tmp_path, "good", SCRIPT, "Good")
+    listed = build(tmp_path).stdout.splitlines()
+    assert listed[0].startswith("bad   not built  bad/model.toml: descripton: unknown key")
+    assert listed[1] == "good  not built  Good"
+    assert build(tmp_path, "good").returncode == 7
+    run = build(tmp_path, "bad")
+    assert run.returncode == 1
+    assert "bad/build.py: its metadata cannot be read" in run.stderr
 
 
 def test_the_projects_own_models_are_the_default() -> None:
