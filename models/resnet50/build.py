@@ -128,7 +128,8 @@ def read_weights(file: Path) -> Weights:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - whatever a file that is none makes PyTorch raise
-        raise SystemExit(f"{file}: cannot be read as a state dict: {str(error).splitlines()[0]}") from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SystemExit(f"{file}: cannot be read as a state dict: {why}") from None
     if not isinstance(weights, dict):
         raise SystemExit(f"{file}: is a {type(weights).__name__}, not a state dict")
     wanted = ResNet50().state_dict()
