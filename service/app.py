@@ -21,12 +21,15 @@ from service.errors import ConfigError, LoadError
 from service.http.outlet import Outlet
 from service.http.predict import Predictor
 from service.http.protocol import PredictProtocol
+from service.http.recorder import Recorder
 from service.http.routes import make_application
+from service.logs import AccessLog, LineHandler
 from service.machine import keep_freed_memory
 from service.metrics import Metrics
 from service.repository.catalog import Catalog
 from service.repository.repository import Repository
 from service.settings import Settings
+from service.spans import make_spans
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +39,19 @@ CLOSE_TIMEOUT_S = 5
 BODY_GRACE_S = 2.0
 """How long a request whose body is still coming in may take to be complete once the server drains."""
 
+RECORDS_S = 2.0
+"""How long what requests left behind, lines and spans, may take to be written at the end."""
 
-def serve(path: Path, settings: Settings) -> int:
+
+def serve(path: Path, settings: Settings, lines: LineHandler) -> int:
     """Serve the models in `path` until a signal ends it; the exit status is 0 if nothing was lost.
 
-    Raises ConfigError if there is nothing to serve or the address cannot be had.
+    `lines` is where log lines go. Raises ConfigError if there is nothing to serve, the address cannot be
+    had, or spans are asked for that cannot be sent.
     """
     keep_freed_memory()
+    access = AccessLog(lines, every=settings.access_log)
+    spans = make_spans()
     outlet = Outlet()
     metrics = Metrics(build_info())
     repository = Repository(path, settings, outlet, metrics, time.monotonic)
@@ -54,7 +63,7 @@ def serve(path: Path, settings: Settings) -> int:
         time.monotonic,
         max_body_bytes=settings.max_body_bytes,
         in_flight_bytes=settings.in_flight_bytes,
-        access_log=settings.access_log,
+        recorder=Recorder(access, spans),
     )
     config = uvicorn.Config(
         make_application(repository, predictor, metrics),
@@ -74,6 +83,9 @@ def serve(path: Path, settings: Settings) -> int:
     with _listen(settings.host, settings.port) as listener:
         server = _Server(config, repository, predictor, outlet, settings.drain_timeout_s)
         server.run(sockets=[listener])
+    access.close(RECORDS_S)
+    if spans is not None:
+        spans.close(RECORDS_S)
     return server.exit_status
 
 

@@ -43,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # What it prints says all that the log would, unless the log was asked for.
             logs.configure_logs(flags.get("log_level", "error"), "console")
             return _print_check(app.load_all(path, settings), _unbuilt(path))
-        logs.configure_logs(settings.log_level, settings.log_format)
-        return app.serve(path, settings)
+        return app.serve(path, settings, logs.configure_logs(settings.log_level, settings.log_format))
     except BrokenPipeError:
         # Whoever read the output has seen enough; Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

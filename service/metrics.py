@@ -3,7 +3,8 @@
 A request may cost one microsecond of metrics, so the values are plain numbers: no lock, no label
 lookup. Each value has one writer at a time (the event loop for what is counted per request, the pool
 under its lock for what is counted per batch), and whoever writes holds the value itself, looked up once
-a version. `prometheus_client` renders them when they are scraped, as text or OpenMetrics.
+a version. They are written when they are scraped, as text or OpenMetrics; those of the process are
+`prometheus_client`'s.
 
 `FAMILIES` is the table of everything exported; the README's table is checked against it.
 """
@@ -12,20 +13,21 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-)
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
+
+from service.exposition import (
+    Exemplar,
+    HistogramStems,
+    header,
+    histogram_lines,
+    histogram_stems,
+    stem,
+)
 
 SECONDS_BUCKETS: Final = (
     0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025, 0.04, 0.06,
@@ -35,6 +37,9 @@ SECONDS_BUCKETS: Final = (
 
 ROWS_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Upper bounds for rows a batch."""
+
+USUAL_STATUSES: Final = ("200", "422", "429", "500", "503", "504")
+"""Counted from 0 on for every version: a rate would miss the first of a series that begins at 1."""
 
 
 class Value:
@@ -53,25 +58,22 @@ class Value:
 class Distribution:
     """A histogram that one writer observes into and any thread may read."""
 
-    __slots__ = ("bounds", "counts", "sum")
+    __slots__ = ("bounds", "counts", "exemplars", "sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+        self.exemplars: dict[int, Exemplar] = {}
 
     def observe(self, amount: float) -> None:
         """Count `amount` in the bucket of the first bound that is not below it."""
         self.counts[bisect_left(self.bounds, amount)] += 1
         self.sum += amount
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus wants them."""
-        total, cumulative = 0, []
-        for bound, count in zip((*map(str, map(float, self.bounds)), "+Inf"), self.counts, strict=True):
-            total += count
-            cumulative.append((bound, float(total)))
-        return cumulative
+    def exemplify(self, exemplar: Exemplar) -> None:
+        """Show `exemplar`, which has been observed, with its bucket, in place of the one before."""
+        self.exemplars[bisect_left(self.bounds, exemplar.amount)] = exemplar
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +135,41 @@ class Metrics:
     def __init__(self, info: dict[str, str]) -> None:
         """`info` is what `build_info` says."""
         self._lock = threading.Lock()
-        self._values: dict[tuple[str, tuple[str, ...]], Value] = {}
-        self._distributions: dict[tuple[str, tuple[str, ...]], Distribution] = {}
+        self._values: dict[str, dict[tuple[str, ...], tuple[str, Value]]] = {}
+        self._distributions: dict[str, dict[tuple[str, ...], tuple[HistogramStems, Distribution]]] = {}
+        self._stems: dict[tuple[str, tuple[str, ...]], str] = {}
         self._sources: list[Callable[[], Iterable[Sample]]] = []
-        self._info = info
+        self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
         self._registry = CollectorRegistry()
-        self._registry.register(_Adapter(self))
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
 
     def value(self, name: str, *labels: str) -> Value:
         """The counter of family `name` with these label values, made when first asked for."""
-        self._check(name, labels)
+        family = self._family(name, labels)
         with self._lock:
-            return self._values.setdefault((name, labels), Value())
+            series = self._values.setdefault(name, {})
+            if labels not in series:
+                series[labels] = (stem(family.full_name, family.labels, labels), Value())
+            return series[labels][1]
 
     def distribution(self, name: str, *labels: str) -> Distribution:
         """The histogram of family `name` with these label values, made when first asked for."""
-        self._check(name, labels)
+        family = self._family(name, labels)
         with self._lock:
-            return self._distributions.setdefault((name, labels), Distribution(FAMILIES[name].bounds))
+            series = self._distributions.setdefault(name, {})
+            if labels not in series:
+                stems = histogram_stems(family.full_name, family.labels, labels, family.bounds)
+                series[labels] = (stems, Distribution(family.bounds))
+            return series[labels][1]
+
+    def add_version(self, model: str, version: str) -> None:
+        """Export the version's requests from 0 on."""
+        for status in USUAL_STATUSES:
+            self.value("requests_total", model, version, status)
+        for family in FAMILIES.values():
+            if family.kind == "histogram":
+                self.distribution(family.name, model, version)
 
     def add_source(self, source: Callable[[], Iterable[Sample]]) -> None:
         """Ask `source` for gauges at each scrape."""
@@ -160,47 +177,47 @@ class Metrics:
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics where `accept` asks for it, else text."""
-        encoder, content_type = choose_encoder(accept)
-        return encoder(self._registry), content_type
+        encode, content_type = choose_encoder(accept)
+        own = self._text(openmetrics=content_type.startswith("application/openmetrics-text"))
+        # Last, because OpenMetrics ends with a mark that the encoder sets.
+        return own.encode() + encode(self._registry), content_type
 
-    def collect(self) -> Iterator[Metric]:
-        """The families as `prometheus_client` wants them."""
+    def _text(self, *, openmetrics: bool) -> str:
         with self._lock:
-            values = list(self._values.items())
-            distributions = list(self._distributions.items())
-        samples = [(name, labels, value.value) for (name, labels), value in values]
+            values = {name: list(series.values()) for name, series in self._values.items()}
+            distributions = {name: list(series.values()) for name, series in self._distributions.items()}
+        gauges: dict[str, list[str]] = {}
         for source in self._sources:
-            samples.extend(source())
-        by_family: dict[str, list[tuple[tuple[str, ...], float]]] = {}
-        for name, labels, number in samples:
-            by_family.setdefault(name, []).append((labels, number))
+            for name, labels, number in source():
+                gauges.setdefault(name, []).append(f"{self._gauge_stem(name, labels)}{number}\n")
+        parts: list[str] = []
         for name, family in FAMILIES.items():
+            parts.append(header(family.full_name, family.kind, family.help, openmetrics=openmetrics))
             if family.kind == "info":
-                yield InfoMetricFamily("inferpool_build", family.help, value=self._info)
+                parts.append(self._info)
             elif family.kind == "histogram":
-                histogram = HistogramMetricFamily(family.full_name, family.help, labels=family.labels)
-                for (of, labels), distribution in distributions:
-                    if of == name:
-                        histogram.add_metric(labels, distribution.buckets(), distribution.sum)
-                yield histogram
+                # The text format has no exemplars.
+                parts += [
+                    histogram_lines(
+                        stems, list(of.counts), of.sum, dict(of.exemplars) if openmetrics else {}
+                    )
+                    for stems, of in distributions.get(name, ())
+                ]
             else:
-                make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-                metric = make(family.full_name.removesuffix("_total"), family.help, labels=family.labels)
-                for labels, number in by_family.get(name, ()):
-                    metric.add_metric(labels, number)
-                yield metric
+                parts += [f"{text}{value.value}\n" for text, value in values.get(name, ())]
+                parts += gauges.get(name, ())
+        return "".join(parts)
+
+    def _gauge_stem(self, name: str, labels: tuple[str, ...]) -> str:
+        known = self._stems.get((name, labels))
+        if known is None:
+            family = self._family(name, labels)
+            known = self._stems[name, labels] = stem(family.full_name, family.labels, labels)
+        return known
 
     @staticmethod
-    def _check(name: str, labels: tuple[str, ...]) -> None:
-        if len(labels) != len(FAMILIES[name].labels):
-            raise ValueError(f"{name} has the labels {FAMILIES[name].labels}, not {labels}")
-
-
-class _Adapter(Collector):
-    """Lets `prometheus_client` collect from Metrics."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        return self._metrics.collect()
+    def _family(name: str, labels: tuple[str, ...]) -> Family:
+        family = FAMILIES[name]
+        if len(labels) != len(family.labels):
+            raise ValueError(f"{name} has the labels {family.labels}, not {labels}")
+        return family

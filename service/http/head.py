@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from service.errors import InvalidInput, MalformedBody
+from service.tracing import Trace, read_traceparent
 
 _PREFIX: Final = os.urandom(4).hex()
 _serial = itertools.count(1)
@@ -45,6 +46,7 @@ class Head:
         accept_encoding: the Accept-Encoding header as it came; "" if none was given.
         header_length: bytes of JSON before binary tensors, from `Inference-Header-Content-Length`; None if
             it was not given, -1 if it is no number.
+        trace: what a valid `traceparent` says, else None.
     """
 
     __slots__ = (
@@ -58,6 +60,7 @@ class Head:
         "model",
         "request_id",
         "timeout_text",
+        "trace",
         "version",
     )
 
@@ -72,6 +75,7 @@ class Head:
         self.content_length: int | None = None
         self.header_length: int | None = None
         self.timeout_text: bytes | None = None
+        self.trace: Trace | None = None
         request_id: bytes | None = None
         for name, value in headers:
             if name == b"content-type":
@@ -92,6 +96,8 @@ class Head:
                 request_id = value
             elif name == b"x-timeout-ms":
                 self.timeout_text = value
+            elif name == b"traceparent":
+                self.trace = read_traceparent(value)
         self.request_id = request_id_from(request_id)
 
     def timeout_ms(self) -> float | None:

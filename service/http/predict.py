@@ -24,6 +24,7 @@ from service.http.head import Head
 from service.http.intake import too_large
 from service.http.outlet import Outlet
 from service.http.problems import STATUSES, Headers, as_problem, problem_headers
+from service.http.recorder import CLIENT_GONE, Recorder
 from service.http.served import Meters, Served, Tally
 from service.metrics import Metrics
 from service.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
@@ -31,7 +32,6 @@ from service.repository.catalog import Catalog, find_ready
 from service.tensors import Array, Tensors, check_outputs, names_text
 
 log = logging.getLogger(__name__)
-access = logging.getLogger("inferpool.access")
 
 HEAVY_BYTES: Final = 32 * 1024
 """Bodies to decode, and bodies and answers to unpack or pack, that are larger go to another thread."""
@@ -70,8 +70,8 @@ class Call:
     """One predict request on its way: what its lane holds on to."""
 
     __slots__ = (
-        "began", "decode_s", "dialect", "entry", "future", "head", "options", "reserved_bytes", "served",
-        "texts", "timer",
+        "began", "decode_s", "dialect", "entry", "future", "head", "options", "recorded", "reserved_bytes",
+        "served", "texts", "timer",
     )  # fmt: skip
 
     def __init__(self, dialect: Dialect, head: Head, began: float) -> None:
@@ -82,6 +82,7 @@ class Call:
         self.options = Options()
         self.decode_s = 0.0
         self.reserved_bytes = 0
+        self.recorded = False
         self.served: Served | None = None
         self.texts: Sequence[Rows] = ()
         self.entry: Entry | None = None
@@ -105,7 +106,7 @@ class Predictor:
         *,
         max_body_bytes: int,
         in_flight_bytes: int,
-        access_log: bool,
+        recorder: Recorder,
     ) -> None:
         self.clock = clock
         self.max_body_bytes = max_body_bytes
@@ -119,7 +120,7 @@ class Predictor:
         self._inbox = inbox
         self._outlet = outlet
         self._metrics = metrics
-        self._access_log = access_log
+        self._recorder = recorder
         self._ids = itertools.count(1)
         self._served: dict[VersionKey, Served] = {}
         self._tallies: dict[VersionKey, Tally] = {}
@@ -294,6 +295,8 @@ class Predictor:
 
     def drop(self, call: Call) -> None:
         """The client has gone: do not run its entry if it still waits."""
+        if not call.recorded:
+            self._recorder.ended(call, CLIENT_GONE, "disconnected", 0, self.clock(), None)
         if call.entry is not None:
             self._outlet.forget(call.entry.id)
             self._cancel(call.entry, "disconnected")
@@ -322,9 +325,9 @@ class Predictor:
             (b"x-request-id", head.request_id.encode("latin-1")),
             (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
         ]
-        if self._access_log:
-            self._log(call, 200, total_s, result)
         size = sum(map(len, encoded.parts))
+        if self._recorder.follows_all or head.trace is not None:
+            self._recorder.ended(call, 200, "ok", size, now, result)
         return Answer(
             200, headers, encoded.parts, size, size >= _MIN_GZIP_BYTES and takes_gzip(head.accept_encoding)
         )
@@ -337,7 +340,8 @@ class Predictor:
         body = call.dialect.problem(problem, status, head.request_id)
         if problem is not error:
             log.error("request %s failed", head.request_id, exc_info=error)
-        total_s = self.clock() - call.began
+        now = self.clock()
+        total_s = now - call.began
         meters = call.served.meters if call.served is not None else self._nobody
         meters.failed(status, total_s)
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
@@ -347,8 +351,7 @@ class Predictor:
             (b"server-timing", server_timing(queue_s, compute_s, total_s)),
             *problem_headers(problem),
         ]
-        if self._access_log:
-            self._log(call, status, total_s, result)
+        self._recorder.ended(call, status, problem.code, len(body), now, result)
         return Answer(status, headers, [body], len(body))
 
     def _cancel(self, entry: Entry, reason: str) -> None:
@@ -381,23 +384,6 @@ class Predictor:
             tally = self._tallies.setdefault(view.key, Tally())
             served = self._served[view.key] = Served(view, self._metrics, tally)
         return served
-
-    def _log(self, call: Call, status: int, total_s: float, result: Result | None) -> None:
-        key = call.served.view.key if call.served is not None else None
-        access.info(
-            "predict",
-            extra={
-                "request_id": call.head.request_id,
-                "status": status,
-                "model": key.model if key is not None else None,
-                "version": key.version if key is not None else None,
-                "rows": call.entry.rows if call.entry is not None else None,
-                "batch_rows": result.batch_rows if result is not None else None,
-                "queue_ms": round(1000 * result.queue_s, 3) if result is not None else None,
-                "compute_ms": round(1000 * result.compute_s, 3) if result is not None else None,
-                "total_ms": round(1000 * total_s, 3),
-            },
-        )
 
 
 def _whole(entry_id: int, parts: Sequence[Part]) -> Entry:

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import Final
 
 from service.errors import InvalidInput
+from service.exposition import Exemplar
 from service.metrics import Metrics, Value
 from service.pool.ports import Result
 from service.repository.catalog import VersionView
@@ -80,6 +81,13 @@ class Meters:
         self._count(status, total_s)
         self._tally.failures += 1
         self._tally.failure_s += total_s
+
+    def exemplify(self, exemplar: Exemplar, result: Result | None) -> None:
+        """Let a request that has been counted stand for those that took as long."""
+        self._total.exemplify(exemplar)
+        if result is not None and result.error is None:
+            self._queue.exemplify(exemplar._replace(amount=result.queue_s))
+            self._compute.exemplify(exemplar._replace(amount=result.compute_s))
 
     def _count(self, status: int, total_s: float) -> None:
         value = self._by_status.get(status)

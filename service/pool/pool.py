@@ -45,6 +45,9 @@ _DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
 }
 """Why entries are dropped, and what their results say."""
 
+_ENDS: Final = ("drained", "full", "deadline", "piece", "retry")
+"""Why batches are no larger."""
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
@@ -101,6 +104,10 @@ class Pool:
         self._metrics = metrics
         self._clock = clock
         self._labels = (key.model, str(key.version))
+        self._rows_run = metrics.distribution("batch_rows", *self._labels)
+        self._drops = {
+            reason: metrics.value("dropped_entries_total", *self._labels, reason) for reason in _DROPPED
+        }
         self._lock = threading.Lock()
         self._queue = Queue(limits, profile.seconds, profile.caution)
         self._instances: list[Instance] = []
@@ -321,7 +328,7 @@ class Pool:
         now = self._clock()
         for entry, reason in drops:
             self._assemblies.pop(entry.id, None)
-            self._metrics.value("dropped_entries_total", *self._labels, reason).add()
+            self._drops[reason].add()
             results.append(Result(entry.id, None, _DROPPED[reason](), now - entry.arrived))
         return results
 
@@ -336,7 +343,7 @@ class Pool:
     def _count(self, device: str, batch: Batch, compute_s: float) -> None:
         known = self._batches.get(batch.rows, BatchCount(batch.rows, 0, 0.0))
         self._batches[batch.rows] = BatchCount(batch.rows, known.runs + 1, known.compute_s + compute_s)
-        self._metrics.distribution("batch_rows", *self._labels).observe(batch.rows)
+        self._rows_run.observe(batch.rows)
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
         self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
         if self._padding is not None:
@@ -345,6 +352,10 @@ class Pool:
     def _new_instance(self, model: LoadedModel, device: str) -> None:
         """Start an instance; under the lock, so that nobody sees one whose thread does not run yet."""
         self._started += 1
+        for reason in _ENDS:
+            # A rate would miss the first batch of a series that begins at 1.
+            self._metrics.value("batches_total", *self._labels, device, reason)
+        self._metrics.value("instance_busy_seconds_total", *self._labels, device)
         name = f"{self.key.model}/{self.key.version}#{self._started}"
         instance = Instance(self, model, device, name, self._clock)
         instance.start()

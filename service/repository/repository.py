@@ -52,6 +52,7 @@ class Repository:
         """Look at what is in `path`; raises ConfigError if that is nothing to serve."""
         self.engine = Engine()
         self._settings = settings
+        self._metrics = metrics
         self._loader = Loader(settings, outbox, metrics, clock)
         self._clock = clock
         self._loaded: dict[VersionKey, Loaded] = {}
@@ -157,6 +158,7 @@ class Repository:
             self._fail(key, f"loading failed with {type(error).__name__}: {error}")
         else:
             self._loaded[key] = loaded
+            self._metrics.add_version(model.name, str(version))
             self.engine.add(loaded.pool)
             labels = self._models[model.name].versions[version].labels
             self._publish(replace(loaded.view, labels=labels))
