@@ -148,7 +148,7 @@ class AccessLog:
             "".join(
                 line(
                     record.time, logging.getLevelName(_level(record.status)), ACCESS, "predict",
-                    _fields(record),
+                    request_fields(record),
                 )
                 + "\n"
                 for record in records
@@ -173,7 +173,8 @@ def _level(status: int) -> int:
     return logging.ERROR if status == 500 else logging.WARNING
 
 
-def _fields(record: Record) -> dict[str, Any]:
+def request_fields(record: Record) -> dict[str, Any]:
+    """What a request's line says beside its time and level."""
     return {
         "request_id": record.request_id,
         "trace_id": record.trace_id,

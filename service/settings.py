@@ -69,7 +69,9 @@ class Settings(BaseModel):
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="Log lines for people or machines; auto is console on a terminal, else json."
     )
-    access_log: bool = Field(False, description="Log one line for each predict request.")
+    access_log: bool = Field(
+        False, description="Log a line for each predict request, not only for those that end with 500."
+    )
 
 
 # Kubernetes writes these for a Service called "inferpool"; they are not ours.

@@ -21,7 +21,9 @@ from pydantic.fields import FieldInfo
 
 from service import cli
 from service.http.problems import STATUSES
+from service.logs import request_fields
 from service.metrics import FAMILIES
+from service.record import Record
 from service.repository.config import ModelConfig
 from service.settings import Settings, add_flags
 from tests.conftest import Serve
@@ -112,6 +114,20 @@ def test_the_metrics_table_is_the_codes():
         for family in FAMILIES.values()
     ]
     assert table("Metrics", "metric") == expected
+
+
+def test_the_table_of_alerts_is_the_rules():
+    """The README lists every alert with its severity, and no other."""
+    rules = (ROOT / "docker" / "prometheus" / "rules.yml").read_text(encoding="utf-8")
+    expected = re.findall(r"alert: (\w+).*?severity: (\w+)", rules, re.DOTALL)
+    assert [(row[0].strip("`"), row[1]) for row in table("Watching it", "alert")] == expected
+
+
+def test_the_table_of_log_fields_is_the_codes():
+    """The README lists every field of a request's line."""
+    named = re.findall(r"`(\w+)`", " ".join(row[0] for row in table("Watching it", "field")))
+    record = Record(0.0, "", None, 200, "ok", None, None, None, None, None, None, 0.0, 0, 0)
+    assert set(named) == set(request_fields(record))
 
 
 def test_the_table_of_model_toml_is_the_codes():

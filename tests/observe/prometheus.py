@@ -1,0 +1,109 @@
+"""Debian's Prometheus on a free port, scraping a server with the project's own configuration and rules."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docker" / "prometheus"
+START_S = 30
+
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("promtool")),
+    reason="needs prometheus and promtool: apt-get install prometheus",
+)
+
+Labels = dict[str, str]
+
+
+class Prometheus:
+    """A process that scrapes `target` (`host:port`) and evaluates the rules, both every second."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        for name in config["rule_files"]:
+            # Alerts wait for a minute and more before they fire; what they say is the same.
+            text = re.sub(r"for: \w+", "for: 2s", (FOLDER / name).read_text())
+            (folder / name).write_text(text)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._log = (folder / "log").open("w")
+        self._process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address={address}",
+                "--enable-feature=exemplar-storage",
+            ],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        self._client = httpx.Client(base_url=f"http://{address}", timeout=10)
+        self.wait(self._ready, "Prometheus is ready", START_S)
+
+    def query(self, expression: str, at: float | None = None) -> list[tuple[Labels, float]]:
+        """What an expression gives now, or at a moment of Unix time."""
+        found = self._get("query", query=expression, **({} if at is None else {"time": at}))
+        if found["resultType"] == "scalar":
+            return [({}, float(found["result"][1]))]
+        return [(each["metric"], float(each["value"][1])) for each in found["result"]]
+
+    def value(self, expression: str, at: float | None = None) -> float:
+        """The one number that an expression gives."""
+        ((_, number),) = self.query(expression, at)
+        return number
+
+    def exemplars(self, expression: str, begin: float, end: float) -> list[dict[str, Any]]:
+        """The exemplars of series between two moments."""
+        found = self._get("query_exemplars", query=expression, start=begin, end=end)
+        return [exemplar for series in found for exemplar in series["exemplars"]]
+
+    def rules(self) -> list[dict[str, Any]]:
+        """Every rule, with its health and its alerts."""
+        return [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
+
+    def wait(self, condition: Callable[[], Any], what: str, timeout_s: float) -> None:
+        """Look until `condition` holds; Prometheus has no way to tell when it will."""
+        ends = time.monotonic() + timeout_s
+        while not condition():
+            assert self._process.poll() is None, "Prometheus has ended"
+            assert time.monotonic() < ends, f"not within {timeout_s} s: {what}"
+            time.sleep(0.1)
+
+    def has(self, expression: str) -> bool:
+        """Whether an expression gives a number now."""
+        return any(not math.isnan(number) for _, number in self.query(expression))
+
+    def close(self) -> None:
+        """End it."""
+        self._client.close()
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def _ready(self) -> bool:
+        try:
+            return self._client.get("/-/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _get(self, what: str, **parameters: Any) -> Any:
+        answer = self._client.get(f"/api/v1/{what}", params=parameters)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]

@@ -1,0 +1,220 @@
+"""One line a request, with everything that is known of it and nothing that was in it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.inferpool_chaos import RAISE
+from tests.clients import Client
+from tests.conftest import LANES, MakeChaos, Serve
+from tests.server import CHAOS, ROOT, Server
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+FIELDS = {
+    "time", "level", "logger", "message", "request_id", "trace_id", "status", "code", "model", "version",
+    "rows", "batch_rows", "queue_ms", "compute_ms", "total_ms", "bytes_in", "bytes_out",
+}  # fmt: skip
+both_lanes = pytest.mark.parametrize("lane", LANES, indirect=True)
+
+
+def lines(server: Server) -> list[dict[str, Any]]:
+    """The lines of requests, once the server has ended and everything is written."""
+    assert server.stop() == 0
+    return [line for line in server.log if line.get("logger") == "inferpool.access"]
+
+
+@both_lanes
+def test_a_request_leaves_one_line(serve: Serve, make_chaos: MakeChaos, lane: str):
+    """Id, trace, model, version, rows, times, status, code and bytes; the same from either lane."""
+    server = serve(make_chaos("slow", run_ms=20), "--access-log")
+    body = json.dumps({"inputs": [[1, 2, 3, 4], [5, 6, 7, 8]]}).encode()
+    headers = {"X-Request-Id": "mine", "traceparent": f"00-{TRACE}-b7ad6b7169203331-00"}
+    answer = server.post("/predict/slow", content=body, headers=headers)
+    assert answer.status_code == 200
+    (line,) = lines(server)
+    assert line.keys() == FIELDS
+    assert line | {"time": 0, "queue_ms": 0, "compute_ms": 0, "total_ms": 0} == {
+        "time": 0, "level": "info", "logger": "inferpool.access", "message": "predict",
+        "request_id": "mine", "trace_id": TRACE, "status": 200, "code": "ok", "model": "slow", "version": 1,
+        "rows": 2, "batch_rows": 2, "queue_ms": 0, "compute_ms": 0, "total_ms": 0,
+        "bytes_in": len(body), "bytes_out": len(answer.content),
+    }  # fmt: skip
+    assert 20 <= line["compute_ms"] <= line["total_ms"]
+    assert 0 <= line["queue_ms"] <= line["total_ms"] - line["compute_ms"]
+
+
+@both_lanes
+def test_requests_that_fail_leave_lines_too(serve: Serve, make_chaos: MakeChaos, lane: str):
+    """The code is that of the answer; what was never known is null."""
+    server = serve(make_chaos("m"), "--access-log")
+    server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
+    server.post("/predict/m", json={"inputs": [[1]]})
+    server.post("/predict/m", content=b"{")
+    server.post("/predict/nothing", json={})
+
+    async def post_too_much() -> int:
+        client = await Client.connect(server.port)
+        reply = await client.post("/predict/m", b"", {"content-length": "99999999"})
+        await client.close()
+        return reply.status
+
+    assert asyncio.run(post_too_much()) == 413
+    found = lines(server)
+    assert [(line["status"], line["code"], line["level"], line["model"], line["rows"]) for line in found] == [
+        (500, "model_failed", "error", "m", 1),
+        (422, "invalid_input", "info", "m", None),
+        (400, "malformed_body", "info", "m", None),
+        (404, "model_not_found", "info", None, None),
+        (413, "body_too_large", "info", None, None),
+    ]
+    assert found[0]["queue_ms"] is not None
+    assert all(line["queue_ms"] is None for line in found[1:])
+
+
+@both_lanes
+def test_a_client_that_leaves_leaves_a_line(serve: Serve, make_chaos: MakeChaos, lane: str):
+    """Status 499, whether its request ran or not; and one line only."""
+    server = serve(make_chaos("slow", run_ms=300), "--access-log")
+
+    async def leave() -> None:
+        clients = [await Client.connect(server.port) for _ in range(2)]
+        for client in clients:
+            client.send("/predict/slow", b'{"inputs": [[1, 2, 3, 4]]}', {"x-request-id": "gone"})
+        while await asyncio.to_thread(server.metric, "in_flight_requests") < 2:
+            pass
+        for client in clients:
+            await client.close()
+
+    asyncio.run(leave())
+    assert server.post("/predict/slow", json={"inputs": [[1, 2, 3, 4]]}).status_code == 200
+    gone, also_gone, stayed = lines(server)
+    for line in (gone, also_gone):
+        assert (line["request_id"], line["status"], line["code"]) == ("gone", 499, "disconnected")
+        assert line["rows"] == 1
+    assert stayed["status"] == 200
+
+
+def test_without_the_setting_only_defects_are_logged(serve: Serve, make_chaos: MakeChaos):
+    """A request that ended with 500 leaves its line in any case, no other does."""
+    server = serve(make_chaos("m", run_ms=5))
+    server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]})
+    server.post("/predict/m", json={"inputs": [[1]]})
+    server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]}, headers={"X-Timeout-Ms": "0.001"})
+    server.post("/predict/m", json={"inputs": [[RAISE] * 4]}, headers={"X-Request-Id": "bad"})
+    (line,) = lines(server)
+    assert (line["request_id"], line["status"], line["level"]) == ("bad", 500, "error")
+
+
+@pytest.mark.parametrize(
+    ("level", "every", "expected"),
+    [
+        ("info", True, [200, 404, 499, 500, 503, 504]),
+        ("warning", True, [500, 503, 504]),
+        ("error", True, [500]),
+        ("info", False, [500]),
+    ],
+)
+def test_the_level_of_the_log_holds_for_requests(level: str, every: bool, expected: list[int]):
+    """With `--log-level warning` no request leaves a line that ended with less than 500."""
+    program = f"""
+from service.logs import AccessLog, configure_logs
+access = AccessLog(configure_logs({level!r}, "json"), every={every})
+print([status for status in (200, 404, 499, 500, 503, 504) if access.wants(status)])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert json.loads(run.stdout) == expected
+
+
+@both_lanes
+def test_no_line_has_a_payload(serve: Serve, make_chaos: MakeChaos, lane: str):
+    """Nothing of a body gets into the log, whatever becomes of the request."""
+    server = serve(make_chaos("m"), "--access-log", "--log-level", "debug")
+    secret = 2718.281828
+    for inputs in ([[1, 1, 1, secret]], [[secret]], [[RAISE, 1, 1, secret]], f"it is {secret}", {secret: 1}):
+        server.post("/predict/m", json={"inputs": inputs})
+    server.post("/predict/m", content=f'{{"inputs": {secret}'.encode())
+    server.post("/v2/models/m/infer", json={"inputs": [{"name": secret}]})
+    assert len(lines(server)) == 7
+    assert "2718" not in json.dumps(server.log)
+
+
+def test_many_lines_are_whole_and_none_is_lost(serve: Serve, make_chaos: MakeChaos):
+    """Thousands of requests at once leave as many lines, each with an id of its own."""
+    server = serve(make_chaos("m"), "--access-log")
+
+    async def send() -> None:
+        async def one() -> None:
+            client = await Client.connect(server.port)
+            for _ in range(100):
+                assert (await client.post("/predict/m", b'{"inputs": [[1, 2, 3, 4]]}')).status == 200
+            await client.close()
+
+        await asyncio.gather(*(one() for _ in range(20)))
+
+    asyncio.run(send())
+    found = lines(server)
+    assert len(found) == len({line["request_id"] for line in found}) == 2000
+    assert not [line for line in server.log if line["level"] == "raw"]
+
+
+def test_lines_for_people(make_chaos: MakeChaos, cache_dir: Path):
+    """On a console a line is text: time, level, what it is, and the fields that have a value."""
+    repository = make_chaos("m")
+    environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_LOG_FORMAT": "console"}
+    server = Server(repository, ("--access-log",), environ)
+    server.wait_loaded()
+    server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]}, headers={"X-Request-Id": "mine"})
+    server.stop()
+    (line,) = [line["message"] for line in server.log if "request_id=mine" in line["message"]]
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d\.\d{3} INFO     predict request_id=mine status=200 code=ok model=m version=1 rows=1"
+        r" batch_rows=1 queue_ms=[\d.]+ compute_ms=[\d.]+ total_ms=[\d.]+ bytes_in=\d+ bytes_out=\d+",
+        line,
+    )
+    server.kill()
+
+
+def test_a_reader_who_does_not_read_costs_no_request(make_chaos: MakeChaos, cache_dir: Path):
+    """Where nobody takes the log's lines, requests are answered as ever."""
+    command = [sys.executable, "-m", "service", "serve", str(make_chaos("m")), "--port", "0", "--access-log"]
+    process = subprocess.Popen(
+        command,
+        env={
+            "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{CHAOS}", "INFERPOOL_LOG_FORMAT": "json",
+            "INFERPOOL_CACHE_DIR": str(cache_dir),
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    port = 0
+    for text in process.stderr:
+        message = json.loads(text)["message"]
+        if found := re.search(r"listening on http://\S+:(\d+)", message):
+            port = int(found[1])
+        if "models" in message:
+            break
+
+    async def send() -> None:
+        client = await Client.connect(port)
+        # A pipe holds 64 KiB; so many lines are several times that.
+        for _ in range(1000):
+            assert (await client.post("/predict/m", b'{"inputs": [[1, 2, 3, 4]]}')).status == 200
+        await client.close()
+
+    try:
+        asyncio.run(asyncio.wait_for(send(), 60))
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

@@ -1,0 +1,265 @@
+"""A real Prometheus scrapes a loaded server, and what it reads back is what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from service.metrics import FAMILIES
+from tests.chaos.inferpool_chaos import DIE, RAISE
+from tests.clients import Client
+from tests.observe.prometheus import FOLDER, ROOT, Prometheus, needs_prometheus
+from tests.server import Server
+
+DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "inferpool.json").read_text())
+LOAD_S = 14
+GPU_PANELS = {"Utilization", "GPU memory", "Padded rows", "Nodes on the CPU"}
+GPU_METRICS = {"gpu_utilization_ratio", "gpu_memory_used_bytes", "padded_rows_total", "cpu_nodes"}
+"""Of models on a GPU: nothing exports them where there is none."""
+
+
+class Sent(NamedTuple):
+    """What a client sent: when its answer came, in Unix time, and its status."""
+
+    model: str
+    at: float
+    status: int
+
+
+class Load:
+    """Clients that send requests of known kinds until they are stopped, in a thread of their own."""
+
+    def __init__(self, port: int) -> None:
+        self.sent: list[Sent] = []
+        self.traces: set[str] = set()
+        self._port = port
+        self._stop = False
+        self.began = time.time()
+        self.ended = math.inf
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop = True
+        self._thread.join()
+        self.ended = time.time()
+
+    def count(self, model: str, status: int) -> int:
+        return sum(sent.model == model and sent.status == status for sent in self.sent)
+
+    async def _run(self) -> None:
+        steady = [self._client("steady", [[1.0, 2.0, 3.0, 4.0]], {}) for _ in range(3)]
+        await asyncio.gather(
+            *steady,
+            self._client("steady", [[1.0]], {}),
+            self._client("steady", [[1.0, 2.0, 3.0, 4.0]], {"x-timeout-ms": "1"}),
+            self._client("diabetes", [[0.0] * 10], {}, traced=True),
+            self._client("ill", [[1.0] * 4], {}),
+            self._client("ill", [[RAISE] * 4], {}),
+            self._client("mortal", [[DIE] * 4], {}, most=3),
+        )
+
+    async def _client(
+        self, model: str, rows: list[list[float]], headers: dict[str, str], *, most: int = 1_000_000,
+        traced: bool = False,
+    ) -> None:  # fmt: skip
+        client = await Client.connect(self._port)
+        body = json.dumps({"inputs": rows}).encode()
+        for number in range(1, most + 1):
+            if self._stop:
+                break
+            if traced:
+                trace = f"{number:032x}"
+                self.traces.add(trace)
+                headers = {"traceparent": f"00-{trace}-{1:016x}-01"}
+            reply = await client.post(f"/predict/{model}", body, headers)
+            self.sent.append(Sent(model, time.time(), reply.status))
+        await client.close()
+
+
+class Watched(NamedTuple):
+    """A server that was loaded, the Prometheus that watched it, and what it was loaded with."""
+
+    prometheus: Prometheus
+    load: Load
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Watched]:
+    """A server under load of every kind for a while: good requests, bad ones, late ones, deadly ones."""
+    folder = tmp_path_factory.mktemp("watched")
+    repository = folder / "repository"
+    shutil.copytree(ROOT / "models" / "diabetes", repository / "diabetes")
+    for name, settings in {"steady": {"run_ms": 20}, "ill": {"run_ms": 5}, "mortal": {}}.items():
+        (repository / name / "1").mkdir(parents=True)
+        (repository / name / "1" / "model.chaos").write_text(json.dumps(settings))
+    (repository / "mortal" / "model.toml").write_text("[instances]\ncount = 2\n")
+    (repository / "broken" / "1").mkdir(parents=True)
+    (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
+    environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "100"}
+    server = Server(repository, (), environ)
+    server.wait_loaded()
+    (folder / "prometheus").mkdir()
+    prometheus = Prometheus(folder / "prometheus", f"127.0.0.1:{server.port}")
+    # What fails at once must be seen to have been at 0 before.
+    prometheus.wait(lambda: prometheus.has("up == 1"), "a first scrape", 10)
+    load = Load(server.port)
+    try:
+        prometheus.wait(lambda: time.time() > load.began + LOAD_S, "the load lasts", LOAD_S + 5)
+        prometheus.wait(lambda: prometheus.has('ALERTS{alertstate="firing"}'), "an alert fires", 20)
+        load.stop()
+        prometheus.wait(lambda: prometheus.value("time() - min(timestamp(up))") < 1, "a last scrape", 10)
+        yield Watched(prometheus, load)
+    finally:
+        load.stop()
+        prometheus.close()
+        server.kill()
+
+
+pytestmark = needs_prometheus
+
+
+def test_counters_are_what_was_sent(watched: Watched):
+    """After the load, each count by model and status is the clients' own."""
+    prometheus, load = watched
+    for model, status in (
+        ("steady", 200), ("steady", 422), ("steady", 504), ("diabetes", 200), ("ill", 200), ("ill", 500),
+    ):  # fmt: skip
+        expression = f'inferpool_requests_total{{model="{model}",code="{status}"}}'
+        expected = load.count(model, status)
+        assert expected, (model, status)
+        prometheus.wait(
+            lambda e=expression, n=expected: prometheus.value(e) == n, f"{expression} is {expected}", 10
+        )
+
+
+def test_a_rate_is_the_clients_own(watched: Watched):
+    """Requests a second, as Prometheus computes them over a while, are those that the clients counted."""
+    prometheus, load = watched
+    end = load.began + LOAD_S
+    for model in ("steady", "diabetes", "ill"):
+        span = f'inferpool_requests_total{{model="{model}",code="200"}}[10s]'
+        rate = prometheus.value(f"rate({span})", end)
+        seen = sum(
+            sent.model == model and sent.status == 200 and end - 10 < sent.at <= end for sent in load.sent
+        )
+        assert rate == pytest.approx(seen / 10, rel=0.3), model
+
+
+def test_quantiles_are_of_what_took_so_long(watched: Watched):
+    """The median of a model that takes 20 ms lies in the bucket of 20 ms, and its requests take longer."""
+    prometheus, load = watched
+    end = load.began + LOAD_S
+
+    def quantile(share: float, kind: str) -> float:
+        rate = f'rate(inferpool_{kind}_duration_seconds_bucket{{model="steady"}}[10s])'
+        return prometheus.value(f"histogram_quantile({share}, {rate})", end)
+
+    assert 0.015 < quantile(0.5, "compute") <= 0.025
+    assert quantile(0.99, "queue") < quantile(0.99, "request")
+    busy = 'rate(inferpool_instance_busy_seconds_total{model="steady"}[10s])'
+    ran = 'rate(inferpool_batch_rows_count{model="steady"}[10s])'
+    assert 0.020 <= prometheus.value(f"sum({busy}) / sum({ran})", end) < 0.030
+
+
+def test_every_rule_can_be_evaluated(watched: Watched):
+    """Prometheus has evaluated each rule of the file, without an error."""
+    rules = watched.prometheus.rules()
+    named = re.findall(r"(?:record|alert): (\S+)", (FOLDER / "rules.yml").read_text())
+    assert sorted(rule["name"] for rule in rules) == sorted(named)
+    assert {rule["name"]: rule.get("lastError", "") for rule in rules if rule["health"] != "ok"} == {}
+
+
+def test_recorded_ratios_are_those_of_the_load(watched: Watched):
+    """The recorded share of failures is that of the requests that failed, and 0 where none did."""
+    prometheus, load = watched
+    end = load.ended
+    wrong, right = load.count("ill", 500), load.count("ill", 200)
+    ratio = prometheus.value('inferpool:request_errors:ratio_rate5m{model="ill"}', end)
+    assert ratio == pytest.approx(wrong / (wrong + right), rel=0.3)
+    assert prometheus.value('inferpool:request_errors:ratio_rate5m{model="diabetes"}', end) == 0
+    assert prometheus.value('inferpool:requests_slow:ratio_rate5m{model="diabetes"}', end) < 0.01
+    assert prometheus.query('inferpool:requests:rate5m{model=""}', end) == []
+
+
+def test_alerts_fire_for_what_is_wrong_and_nothing_else(watched: Watched):
+    """Each alert that fires names what is wrong: the failed model, the lost instance, the failures."""
+    prometheus = watched.prometheus
+    expected = {
+        ("InferpoolModelFailed", "broken"), ("InferpoolModelUnavailable", "broken"),
+        ("InferpoolInstanceLost", "mortal"), ("InferpoolErrorsBurnFast", "ill"),
+        ("InferpoolErrorsBurnSlowly", "ill"), ("InferpoolErrorsBurnFast", "steady"),
+        ("InferpoolErrorsBurnSlowly", "steady"), ("InferpoolErrorsBurnFast", "mortal"),
+        ("InferpoolErrorsBurnSlowly", "mortal"),
+    }  # fmt: skip
+
+    def firing() -> set[tuple[str, str]]:
+        alerts = prometheus.query('ALERTS{alertstate="firing"}')
+        return {(labels["alertname"], labels["model"]) for labels, _ in alerts}
+
+    prometheus.wait(lambda: firing() >= expected, "every alert that is due fires", 20)
+    assert firing() == expected
+
+
+def test_exemplars_are_traces_of_the_load(watched: Watched):
+    """Prometheus keeps exemplars of each duration; their trace ids are those that the client sent."""
+    prometheus, load = watched
+    for kind in ("request", "queue", "compute"):
+        series = f'inferpool_{kind}_duration_seconds_bucket{{model="diabetes"}}'
+        exemplars = prometheus.exemplars(series, load.began, load.ended + 5)
+        assert exemplars
+        assert {exemplar["labels"]["trace_id"] for exemplar in exemplars} <= load.traces
+        assert all(load.began - 1 < exemplar["timestamp"] < load.ended + 1 for exemplar in exemplars)
+    assert not prometheus.exemplars('inferpool_request_duration_seconds_bucket{model="ill"}', 0, load.ended)
+
+
+def panels() -> list[dict[str, Any]]:
+    """Every panel of the dashboard that shows something."""
+    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+
+def queries() -> Iterator[Any]:
+    """Every query of the dashboard: of its panels, its variables and its annotations."""
+    for panel in panels():
+        for target in panel["targets"]:
+            yield pytest.param(panel["title"], target["expr"], id=f"{panel['title']}-{target['refId']}")
+    for variable in DASHBOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            expression = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+            assert expression
+            yield pytest.param(variable["name"], f"count by ({expression[2]}) ({expression[1]})")
+    for annotation in DASHBOARD["annotations"]["list"]:
+        yield pytest.param(annotation["name"], annotation["expr"])
+
+
+@pytest.mark.parametrize(("title", "expression"), list(queries()))
+def test_every_query_of_the_dashboard_returns_data(title: str, expression: str, watched: Watched):
+    """Panels, variables and annotations show something; those of a GPU are at least understood."""
+    for variable, value in (("$__rate_interval", "10s"), ("$model", ".*"), ("$instance", ".*")):
+        expression = expression.replace(variable, value)
+    assert "$" not in expression
+    found = watched.prometheus.query(expression, watched.load.began + LOAD_S)
+    if title in GPU_PANELS:
+        assert found == [], "it has data: test it like the others"
+    else:
+        if title == "Alerts":
+            found = watched.prometheus.query(expression)
+        assert any(not math.isnan(number) for _, number in found), expression
+
+
+def test_rules_and_dashboard_name_metrics_that_there_are():
+    """Each of our metrics that is named is exported, but for those of a GPU; each exported one is shown."""
+    texts = (FOLDER / "rules.yml").read_text() + json.dumps(DASHBOARD)
+    named = {re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(r"inferpool_(\w+)", texts)}
+    assert named == FAMILIES.keys() | GPU_METRICS
+    assert {panel["title"] for panel in panels()} >= GPU_PANELS

@@ -1,0 +1,43 @@
+"""The rules are valid, and say what they should of made-up series."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from tests.observe.prometheus import FOLDER, needs_prometheus
+
+CASES = Path(__file__).with_name("rules_test.yml")
+
+
+def promtool(*arguments: str | Path) -> None:
+    """Run promtool; fails with what it says."""
+    run = subprocess.run(
+        ["promtool", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=FOLDER
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_prometheus
+def test_the_configuration_and_the_rules_are_valid():
+    promtool("check", "config", "prometheus.yml")
+    promtool("check", "rules", "--lint=all", "--lint-fatal", "rules.yml")
+
+
+@needs_prometheus
+def test_the_rules_say_what_their_cases_expect():
+    promtool("test", "rules", CASES)
+
+
+def test_every_alert_has_a_case_in_which_it_fires():
+    """No alert is left out of the cases."""
+    fired = {
+        case["alertname"]
+        for test in yaml.safe_load(CASES.read_text())["tests"]
+        for case in test.get("alert_rule_test", ())
+        if case["exp_alerts"]
+    }
+    assert fired == set(re.findall(r"alert: (\S+)", (FOLDER / "rules.yml").read_text()))

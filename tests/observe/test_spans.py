@@ -1,0 +1,215 @@
+"""Spans, as a collector gets them: a small one that takes what the server sends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+from tests.chaos.inferpool_chaos import RAISE
+from tests.conftest import LANES, MakeChaos, Serve
+from tests.server import ROOT
+
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SAMPLED = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
+ROWS = {"inputs": [[1, 2, 3, 4], [5, 6, 7, 8]]}
+PHASES = ["receive", "queue", "compute", "respond"]
+
+
+class Collector:
+    """An OTLP endpoint over HTTP."""
+
+    def __init__(self) -> None:
+        self.requests: list[ExportTraceServiceRequest] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.path == "/v1/traces"
+                body = self.rfile.read(int(self.headers["content-length"]))
+                outer.requests.append(ExportTraceServiceRequest.FromString(body))
+                answer = ExportTraceServiceResponse().SerializeToString()
+                self.send_response(200)
+                self.send_header("content-type", "application/x-protobuf")
+                self.send_header("content-length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def spans(self) -> list[Span]:
+        """Every span that has come."""
+        return [
+            span
+            for request in self.requests
+            for of_resource in request.resource_spans
+            for of_scope in of_resource.scope_spans
+            for span in of_scope.spans
+        ]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+def attributes(span: Span) -> dict[str, Any]:
+    """A span's attributes as plain values."""
+    return {
+        each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes
+    }
+
+
+@pytest.mark.parametrize("lane", LANES, indirect=True)
+def test_a_request_becomes_a_span_with_a_child_for_each_phase(
+    serve: Serve, make_chaos: MakeChaos, collector: Collector, lane: str
+):
+    """It is the child of the caller's span; its phases follow one another and fill it."""
+    server = serve(make_chaos("m", run_ms=20), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
+    headers = {**SAMPLED, "X-Request-Id": "mine"}
+    assert server.post("/predict/m", json=ROWS, headers=headers).status_code == 200
+    assert server.stop() == 0
+    root, *children = sorted(collector.spans(), key=lambda span: span.name != "predict")
+    assert (root.trace_id.hex(), root.parent_span_id.hex()) == (TRACE, CALLER)
+    assert root.kind == Span.SPAN_KIND_SERVER
+    assert root.status.code == Status.STATUS_CODE_UNSET
+    found = attributes(root)
+    assert found.pop("http.request.body.size") > 0
+    assert found.pop("http.response.body.size") > 0
+    assert found == {
+        "http.request.method": "POST", "http.response.status_code": 200, "inferpool.request_id": "mine",
+        "inferpool.model": "m", "inferpool.version": 1, "inferpool.rows": 2, "inferpool.batch_rows": 2,
+    }  # fmt: skip
+    children.sort(key=lambda span: PHASES.index(span.name))
+    assert [span.name for span in children] == PHASES
+    for span in children:
+        assert (span.trace_id, span.parent_span_id) == (root.trace_id, root.span_id)
+    edges = [root.start_time_unix_nano, *(span.end_time_unix_nano for span in children)]
+    for begin, span in zip(edges, children, strict=False):
+        # Moments are turned into nanoseconds one by one.
+        assert abs(span.start_time_unix_nano - begin) <= 1000
+        assert span.start_time_unix_nano <= span.end_time_unix_nano + 1000
+    assert edges[-1] == root.end_time_unix_nano
+    compute = children[2]
+    assert compute.end_time_unix_nano - compute.start_time_unix_nano >= 20e6
+    (resource,) = [each.resource for request in collector.requests for each in request.resource_spans]
+    assert {each.key: each.value.string_value for each in resource.attributes}["service.name"] == "inferpool"
+
+
+def test_a_trace_begins_with_a_request_that_brings_none(
+    serve: Serve, make_chaos: MakeChaos, collector: Collector
+):
+    """The log line has its id, and each request is a trace of its own; one whose caller does not want
+    it sampled is not."""
+    server = serve(make_chaos("m"), "--access-log", OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
+    for _ in range(3):
+        server.post("/predict/m", json=ROWS)
+    server.post("/predict/m", json=ROWS, headers={"traceparent": f"00-{TRACE}-{CALLER}-00"})
+    server.stop()
+    roots = [span for span in collector.spans() if not span.parent_span_id]
+    logged = {line["trace_id"] for line in server.log if line.get("logger") == "inferpool.access"}
+    assert {span.trace_id.hex() for span in roots} | {TRACE} == logged
+    assert len(logged) == 4
+    assert len(collector.spans()) == 15
+
+
+def test_failures_are_errors(serve: Serve, make_chaos: MakeChaos, collector: Collector):
+    """A 5xx is an error with its code; a 4xx is the caller's, and has no phases after the first."""
+    server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
+    server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
+    server.post("/predict/m", json={"inputs": [[1]]})
+    server.stop()
+    roots = {attributes(span)["http.response.status_code"]: span for span in collector.spans()
+             if span.name == "predict"}  # fmt: skip
+    assert roots[500].status.code == Status.STATUS_CODE_ERROR
+    assert attributes(roots[500])["error.type"] == "model_failed"
+    assert roots[422].status.code == Status.STATUS_CODE_UNSET
+    assert attributes(roots[422])["error.type"] == "invalid_input"
+    of_422 = [span.name for span in collector.spans() if span.parent_span_id == roots[422].span_id]
+    assert of_422 == ["receive"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "headers"),
+    [
+        ({"OTEL_TRACES_SAMPLER": "always_off"}, SAMPLED),
+        ({"OTEL_TRACES_EXPORTER": "none"}, SAMPLED),
+        ({"OTEL_SDK_DISABLED": "true"}, SAMPLED),
+    ],
+    ids=["sampler", "exporter", "disabled"],
+)
+def test_what_is_not_sampled_is_not_sent(
+    environ: dict[str, str],
+    headers: dict[str, str],
+    serve: Serve,
+    make_chaos: MakeChaos,
+    collector: Collector,
+):
+    """OpenTelemetry's own variables say what is sent."""
+    server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, **environ)
+    assert server.post("/predict/m", json=ROWS, headers=headers).status_code == 200
+    assert server.stop() == 0
+    assert collector.spans() == []
+
+
+def test_a_collector_that_is_gone_costs_no_request(serve: Serve, make_chaos: MakeChaos):
+    """Requests are answered, and the server ends in time."""
+    nobody = "http://127.0.0.1:9"
+    server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=nobody, OTEL_BSP_SCHEDULE_DELAY="50")
+    for _ in range(20):
+        assert server.post("/predict/m", json=ROWS).status_code == 200
+    assert server.stop(timeout_s=15) == 0
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'"),
+        ({}, "pip install 'inferpool[otel]'"),
+    ],
+    ids=["protocol", "extra"],
+)
+def test_spans_that_cannot_be_sent_are_an_error_at_the_start(
+    environ: dict[str, str], message: str, tmp_path: Path
+):
+    """A server that was told to send spans does not run without them in silence."""
+    if not environ:
+        (tmp_path / "opentelemetry.py").write_text("raise ModuleNotFoundError('not installed')\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "service", "serve", "models", "--port", "0"],
+        cwd=ROOT,
+        env={
+            **os.environ, **environ, "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert message in run.stderr
