@@ -50,7 +50,7 @@ async def serve_predict(
             answer = await asyncio.to_thread(compressed, answer) if heavy else compressed(answer)
         await _send(answer, send, last=predictor.draining)
     except _Gone:
-        pass
+        predictor.drop(call)
     finally:
         predictor.leave(call)
 
@@ -79,7 +79,6 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
     except asyncio.CancelledError:
         if not departure.done():
             raise
-        predictor.drop(call)
         raise _Gone from None
     finally:
         departure.cancel()

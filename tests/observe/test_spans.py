@@ -19,7 +19,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from tests.chaos.inferpool_chaos import RAISE
-from tests.conftest import LANES, MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve
 from tests.server import ROOT
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -85,9 +85,8 @@ def attributes(span: Span) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("lane", LANES, indirect=True)
 def test_a_request_becomes_a_span_with_a_child_for_each_phase(
-    serve: Serve, make_chaos: MakeChaos, collector: Collector, lane: str
+    serve: Serve, make_chaos: MakeChaos, collector: Collector
 ):
     """It is the child of the caller's span; its phases follow one another and fill it."""
     server = serve(make_chaos("m", run_ms=20), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
