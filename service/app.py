@@ -9,7 +9,9 @@ import os
 import platform
 import signal
 import socket
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -25,7 +27,7 @@ from service.http.recorder import Recorder
 from service.http.routes import make_application
 from service.logs import AccessLog, LineHandler
 from service.machine import keep_freed_memory
-from service.metrics import Metrics
+from service.metrics import Metrics, Sample
 from service.repository.catalog import Catalog
 from service.repository.repository import Repository
 from service.settings import Settings
@@ -81,7 +83,9 @@ def serve(path: Path, settings: Settings, lines: LineHandler) -> int:
         timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
     )
     with _listen(settings.host, settings.port) as listener:
-        server = _Server(config, repository, predictor, outlet, settings.drain_timeout_s)
+        server = _Server(
+            config, repository, predictor, outlet, metrics, settings.drain_settle_s, settings.drain_timeout_s
+        )
         server.run(sockets=[listener])
     access.close(RECORDS_S)
     if spans is not None:
@@ -105,6 +109,8 @@ class _Server(uvicorn.Server):
         repository: Repository,
         predictor: Predictor,
         outlet: Outlet,
+        metrics: Metrics,
+        drain_settle_s: float,
         drain_timeout_s: float,
     ) -> None:
         super().__init__(config)
@@ -112,6 +118,8 @@ class _Server(uvicorn.Server):
         self._repository = repository
         self._predictor = predictor
         self._outlet = outlet
+        self._metrics = metrics
+        self._drain_settle_s = drain_settle_s
         self._drain_timeout_s = drain_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -120,6 +128,7 @@ class _Server(uvicorn.Server):
         """Begin to load, and answer from the start: who asks too early is told so."""
         self._loop = asyncio.get_running_loop()
         self._outlet.attach(self._loop)
+        self._metrics.add_source(web_busy(threading.get_ident()))
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -133,12 +142,20 @@ class _Server(uvicorn.Server):
             self.exit_status = 1
             return
         log.info("%s: draining", signal.Signals(sig).name)
-        self._predictor.draining = True
+        self._predictor.parting = True
         self._repository.begin_drain()
         self._draining = self._loop.create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Answer what was accepted, then stop."""
+        """Let the load balancers notice, answer what was accepted, then stop."""
+        if self._drain_settle_s:
+            await asyncio.sleep(self._drain_settle_s)
+            # Who is quiet is hung up on before anything is refused: a client that finds its connection
+            # closed asks elsewhere, and a refusal would be a failed request.
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
+            log.info("settled: requests are refused from here on")
+        self._predictor.draining = True
         deadline = time.monotonic() + self._drain_timeout_s
         try:
             await asyncio.wait_for(self._predictor.idle(BODY_GRACE_S), self._drain_timeout_s)
@@ -160,6 +177,12 @@ class _Server(uvicorn.Server):
         for name, problem in health.problems.items():
             log.warning("%s: %s", name, problem)
         log.info("%s: %d models", health.status, len(self._repository.models()))
+
+
+def web_busy(thread: int) -> Callable[[], list[Sample]]:
+    """A source of `web_busy_seconds_total`: the CPU time of `thread`, read by whoever scrapes."""
+    clock = time.pthread_getcpuclockid(thread)
+    return lambda: [("web_busy_seconds_total", (), time.clock_gettime(clock))]
 
 
 def build_info() -> dict[str, str]:

@@ -30,8 +30,12 @@ class Settings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8000, description="Port to listen on; 0 takes a free one and says which."
     )
+    drain_settle_s: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="On SIGTERM, how long requests are still taken, so that clients can go elsewhere.",
+    )
     drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
-        30.0, description="On SIGTERM, how long accepted requests may take to finish."
+        30.0, description="On SIGTERM, how long accepted requests may take to finish, after the settling."
     )
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
         64 * 1024 * 1024, description="Largest request body, also after decompression."

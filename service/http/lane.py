@@ -48,7 +48,7 @@ async def serve_predict(
         if answer.compressible:
             heavy = answer.size > HEAVY_BYTES
             answer = await asyncio.to_thread(compressed, answer) if heavy else compressed(answer)
-        await _send(answer, send, last=predictor.draining)
+        await _send(answer, send, last=predictor.parting)
     except _Gone:
         predictor.drop(call)
     finally:

@@ -113,6 +113,7 @@ class Predictor:
         self._in_flight_bytes = in_flight_bytes
         self._reserved_bytes = 0
         self.in_flight = 0
+        self.parting = False
         self.draining = False
         self.accepted = 0
         self._left = asyncio.Event()

@@ -345,7 +345,7 @@ class Exchange:
         if self.disconnected or protocol.transport.is_closing():
             self.lose()
             return
-        if self._predictor.draining:
+        if self._predictor.parting:
             self.keep_alive = False
         lines: list[Data] = [STATUS_LINE[answer.status]]
         for name, value in (*protocol.server_state.default_headers, *answer.headers):

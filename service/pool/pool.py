@@ -57,6 +57,14 @@ class InstanceState:
     state: str
 
 
+class Waiting(NamedTuple):
+    """What waits: rows, the seconds that the entry which came first has waited, and those of work ahead."""
+
+    rows: int = 0
+    oldest_age_s: float = 0.0
+    wait_s: float = 0.0
+
+
 class BatchCount(NamedTuple):
     """Batches of exactly `rows` rows: `runs` of them, `compute_s` seconds in all."""
 
@@ -163,10 +171,11 @@ class Pool:
             results = self._dropped([drop]) if drop is not None else []
         self._put(results)
 
-    def waiting(self) -> tuple[int, float]:
-        """Rows that wait, and the seconds that the entry which came first has waited."""
+    def waiting(self) -> Waiting:
+        """What waits now."""
         with self._lock:
-            return self._queue.rows, self._queue.oldest_age_s(self._clock())
+            queue = self._queue
+            return Waiting(queue.rows, queue.oldest_age_s(self._clock()), queue.wait_s(len(self._instances)))
 
     def batches(self) -> list[BatchCount]:
         """What has run, by batch size, smallest first."""
@@ -360,6 +369,8 @@ class Pool:
         instance = Instance(self, model, device, name, self._clock)
         instance.start()
         self._instances.append(instance)
+        # A rate would miss the first batch of a series that begins with it.
+        self._metrics.value("instance_busy_seconds_total", *self._labels, device)
 
     def _replace(self, instance: Instance) -> None:
         now = self._clock()

@@ -241,6 +241,13 @@ class Queue:
         limit = self.limits.batch_rows
         return rows / limit * self.cost_s(limit) / max(1, instances)
 
+    def wait_s(self, instances: int) -> float:
+        """Seconds in which `instances` work off what waits, by the measured rate; 0 while that is unknown."""
+        limit = self.limits.batch_rows
+        full, rest = divmod(self.rows, limit)
+        work_s = full * self.cost_s(limit) + (self.cost_s(rest) if rest else 0.0)
+        return work_s / max(1, instances)
+
     def cancel(self, entry_id: int, reason: str) -> Drop | None:
         """Take an entry that still waits out of the queue; None if no row of it waits any more."""
         place = self._places.get(entry_id)

@@ -111,6 +111,7 @@ class LiveView:
         latency: measured seconds by batch size.
         waiting_rows: rows in the queue.
         oldest_age_s: seconds that the entry which came first has waited.
+        wait_s: seconds of work that wait, by the measured rate.
         wrong_rows: what an output had instead of a batch's rows, if that turned batching off.
         batches: how many batches of each size have run.
     """
@@ -119,6 +120,7 @@ class LiveView:
     latency: Sequence[Measurement] = ()
     waiting_rows: int = 0
     oldest_age_s: float = 0.0
+    wait_s: float = 0.0
     wrong_rows: str = ""
     batches: Sequence[BatchCount] = ()
 

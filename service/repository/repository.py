@@ -76,9 +76,11 @@ class Repository:
         loaded = self._loaded.get(key)
         if loaded is None:
             return LiveView()
-        rows, age_s = loaded.pool.waiting()
         pool = loaded.pool
-        return LiveView(pool.instances(), pool.profile.table(), rows, age_s, pool.wrong_rows, pool.batches())
+        rows, age_s, wait_s = pool.waiting()
+        return LiveView(
+            pool.instances(), pool.profile.table(), rows, age_s, wait_s, pool.wrong_rows, pool.batches()
+        )
 
     def health(self) -> Health:
         """Whether every required model can answer, and what is wrong with what."""
@@ -221,6 +223,7 @@ class Repository:
                 yield "model_load_seconds", labels, version.load_s
                 yield "queue_rows", labels, float(live.waiting_rows)
                 yield "queue_oldest_age_seconds", labels, live.oldest_age_s
+                yield "queue_wait_seconds", labels, live.wait_s
                 counts = Counter((instance.device, instance.state) for instance in live.instances)
                 for of, count in counts.items():
                     yield "instances", (*labels, *of), float(count)

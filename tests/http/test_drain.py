@@ -86,6 +86,37 @@ def test_readiness_goes_first_and_work_is_finished(serve: Serve, make_chaos: Mak
     assert server.process.wait(30) == 0
 
 
+def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m"), "--drain-settle-s", "2")
+    body = json.dumps({"inputs": [[1, 2, 3, 4]]}).encode()
+
+    async def scenario() -> None:
+        idle, kept, late = [await Client.connect(server.port) for _ in range(3)]
+        for client in (idle, kept):
+            assert "connection" not in (await client.post("/predict/m", body)).headers
+        server.process.terminate()
+        while server.get("/health/ready").status_code == 200:
+            pass
+        assert server.get("/health").json()["status"] == "draining"
+        for client in (kept, late):
+            reply = await client.post("/predict/m", body)
+            assert (reply.status, reply.headers["connection"]) == (200, "close")
+            with pytest.raises(asyncio.IncompleteReadError):
+                await client.receive()
+        # What stays quiet is closed without a word: no answer that could be taken for the next one's.
+        with pytest.raises(asyncio.IncompleteReadError) as ended:
+            await idle.receive()
+        assert ended.value.partial == b""
+        for client in (idle, kept, late):
+            await client.close()
+
+    asyncio.run(scenario())
+    assert server.process.wait(30) == 0
+    server.wait_for("settled")
+
+
 def test_what_is_not_done_in_time_makes_the_exit_status_1(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=3000), "--measure-ms", "0", "--drain-timeout-s", "0.2")
 

@@ -178,7 +178,7 @@ def test_a_large_request_is_rejoined_in_order_whoever_runs_its_pieces(bench: Cal
     result = made.outbox.take(1)[entry.id]
     check(entry, result)
     assert max(made.model.batches) == 4
-    assert made.pool.waiting() == (0, 0.0)
+    assert made.pool.waiting() == (0, 0.0, 0.0)
     assert not made.pool._assemblies
 
 
