@@ -1,0 +1,101 @@
+"""Rendering the manifests by a real kustomize, and validating what comes out against the real schemas."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "k8s"
+SCHEMAS = Path(__file__).parent / "schemas"
+OLDEST = "1.30"
+"""The first version of Kubernetes that has `preStop.sleep` without a switch."""
+
+Manifest = dict[str, Any]
+
+
+@cache
+def kustomize() -> tuple[str, ...] | None:
+    """The command that builds a folder: kustomize 5, or a kubectl that has it; None if there is neither."""
+    if shutil.which("kustomize"):
+        return ("kustomize", "build")
+    if shutil.which("kubectl"):
+        command = ["kubectl", "version", "--client"]
+        if "Kustomize Version: v5" in subprocess.run(command, capture_output=True, text=True).stdout:
+            return ("kubectl", "kustomize")
+    return None
+
+
+def render(folder: Path) -> list[Manifest]:
+    """What `kubectl apply -k` would send; warnings count as errors."""
+    command = kustomize()
+    assert command is not None
+    made = subprocess.run([*command, str(folder)], capture_output=True, text=True)
+    assert (made.returncode, made.stderr) == (0, "")
+    return [manifest for manifest in yaml.safe_load_all(made.stdout) if manifest]
+
+
+def render_with(tree: Path, overlay: str, components: Sequence[str]) -> list[Manifest]:
+    """What an overlay gives with these components; the manifests are copied to `tree` and changed there."""
+    shutil.copytree(MANIFESTS, tree)
+    file = tree / "overlays" / overlay / "kustomization.yaml"
+    kustomization = yaml.safe_load(file.read_text())
+    kustomization["components"] = [f"../../components/{name}" for name in components]
+    file.write_text(yaml.safe_dump(kustomization))
+    return render(file.parent)
+
+
+def validate(manifest: Manifest) -> None:
+    """Hold a manifest against the schema of its kind; raises what the validator raises."""
+    _validate(json.dumps(manifest))
+
+
+@cache
+def _validate(text: str) -> None:
+    # Most manifests are the same in every overlay, and reading Kubernetes' schemas takes a while.
+    manifest = json.loads(text)
+    kind, api = manifest["kind"], manifest["apiVersion"]
+    custom = SCHEMAS / f"{api.replace('/', '_')}_{kind}.json"
+    if custom.exists():
+        jsonschema.validate(manifest, json.loads(custom.read_text()))
+    else:
+        for version in (OLDEST, kubernetes_validate.latest_version()):
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def only(manifests: Sequence[Manifest], kind: str) -> Manifest:
+    """The one manifest of this kind."""
+    (manifest,) = [manifest for manifest in manifests if manifest["kind"] == kind]
+    return manifest
+
+
+def pod(manifests: Sequence[Manifest]) -> Manifest:
+    """The template of the deployment's pods."""
+    template: Manifest = only(manifests, "Deployment")["spec"]["template"]
+    return template
+
+
+def server_of(manifests: Sequence[Manifest]) -> Manifest:
+    """The container of the server."""
+    (container,) = pod(manifests)["spec"]["containers"]
+    return dict(container)
+
+
+def environ(container: Manifest) -> dict[str, str]:
+    """The variables of a container."""
+    return {variable["name"]: variable["value"] for variable in container["env"]}
+
+
+def containers(spec: Manifest) -> Iterator[Manifest]:
+    """Every container of a pod, those that run before it included."""
+    yield from spec.get("initContainers", ())
+    yield from spec["containers"]

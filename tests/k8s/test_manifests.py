@@ -1,0 +1,261 @@
+"""The manifests: what kustomize makes of them fits Kubernetes, the server, and itself."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.app import BODY_GRACE_S, CLOSE_TIMEOUT_S
+from service.metrics import FAMILIES
+from service.settings import Settings, read_settings
+from tests.conftest import ROOT, Serve
+from tests.k8s.manifests import (
+    MANIFESTS,
+    Manifest,
+    containers,
+    environ,
+    kustomize,
+    only,
+    pod,
+    render,
+    render_with,
+    server_of,
+    validate,
+)
+
+pytestmark = pytest.mark.skipif(kustomize() is None, reason="needs kustomize 5, or a kubectl that has it")
+
+OVERLAYS = ("cpu", "gpu")
+WAYS = [
+    [component for component in way if component]
+    for way in itertools.product(
+        ("models-volume", "models-image", ""), ("hpa", "keda", ""), ("no-prometheus-operator", "")
+    )
+]
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> list[Manifest]:
+    """An overlay as it stands."""
+    return render(MANIFESTS / "overlays" / request.param)
+
+
+@pytest.mark.parametrize("folder", ["overlays/cpu", "overlays/gpu", "kserve", "prometheus-adapter"])
+def test_every_manifest_fits_the_schema_of_its_kind(folder: str):
+    for manifest in render(MANIFESTS / folder):
+        validate(manifest)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "bare")
+def test_the_components_go_together_in_every_way(name: str, way: list[str], tmp_path: Path):
+    manifests = render_with(tmp_path / "k8s", name, way)
+    for manifest in manifests:
+        validate(manifest)
+    kinds = {manifest["kind"] for manifest in manifests}
+    assert ("HorizontalPodAutoscaler" in kinds) == ("hpa" in way)
+    assert ("ScaledObject" in kinds) == ("keda" in way)
+    assert ({"PodMonitor", "PrometheusRule"} <= kinds) != ("no-prometheus-operator" in way)
+    # An autoscaler and the manifest must not both say how many pods there are.
+    assert ("replicas" in only(manifests, "Deployment")["spec"]) != bool({"hpa", "keda"} & {*way})
+    mounts = {mount["mountPath"]: mount for mount in server_of(manifests)["volumeMounts"]}
+    assert ("/models" in mounts) == any(name.startswith("models-") for name in way)
+    assert mounts.get("/models", {"readOnly": True})["readOnly"]
+    _check_pod(pod(manifests)["spec"])
+
+
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [
+        ("base/deployment.yaml", ("spec", "template", "spec", "containers", 0, "readinessProbe", "periodS")),
+        ("base/podmonitor.yaml", ("spec", "podMetricsEndpoints", 0, "portName")),
+        ("components/keda/scaledobject.yaml", ("spec", "triggers", 0, "treshold")),
+        ("kserve/clusterservingruntime.yaml", ("spec", "protocolVersion")),
+        ("kserve/inferenceservice.yaml", ("spec", "predictor", "model", "format")),
+    ],
+)
+def test_the_schemas_refuse_what_they_do_not_know(file: str, path: tuple[Any, ...]):
+    manifest = inner = yaml.safe_load((MANIFESTS / file).read_text())
+    validate(manifest)
+    for part in path[:-1]:
+        inner = inner[part]
+    inner[path[-1]] = "?"
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        validate(manifest)
+
+
+def _check_pod(spec: Manifest) -> None:
+    """What the Pod Security Standard "restricted" asks for, and a read-only root beside."""
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["enableServiceLinks"] is False
+    for container in containers(spec):
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert {"memory", "cpu"} <= container["resources"]["requests"].keys()
+        assert "memory" in container["resources"]["limits"]
+        written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert written <= {"/cache", "/tmp", "/target"}
+    for volume in spec["volumes"]:
+        assert volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim"}
+
+
+def test_whoever_selects_pods_selects_these(overlay: list[Manifest]):
+    labels = pod(overlay)["metadata"]["labels"].items()
+    assert only(overlay, "Service")["spec"]["selector"].items() <= labels
+    assert only(overlay, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"].items() <= labels
+    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
+        assert only(overlay, kind)["spec"]["selector"]["matchLabels"].items() <= labels
+    for constraint in pod(overlay)["spec"]["topologySpreadConstraints"]:
+        assert constraint["labelSelector"]["matchLabels"].items() <= labels
+    ports = {port["name"] for port in server_of(overlay)["ports"]}
+    assert {port["targetPort"] for port in only(overlay, "Service")["spec"]["ports"]} <= ports
+    assert {end["port"] for end in only(overlay, "PodMonitor")["spec"]["podMetricsEndpoints"]} <= ports
+    (ingress,) = only(overlay, "NetworkPolicy")["spec"]["ingress"]
+    assert {port["port"] for port in ingress["ports"]} <= ports
+
+
+def test_everything_is_in_one_namespace(overlay: list[Manifest]):
+    namespace = only(overlay, "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for manifest in overlay:
+        if manifest is not namespace:
+            assert manifest["metadata"]["namespace"] == namespace["metadata"]["name"]
+
+
+def test_the_port_is_the_servers(overlay: list[Manifest]):
+    (port,) = server_of(overlay)["ports"]
+    assert port["containerPort"] == Settings().port
+
+
+def test_the_grace_period_covers_settling_draining_and_closing(overlay: list[Manifest]):
+    """The kubelet counts the time of preStop into the grace period, and kills at its end."""
+    container = server_of(overlay)
+    settings = read_settings({}, environ(container))
+    assert settings.drain_settle_s > _until_not_ready(container), "who asks for readiness must have seen it"
+    needed = (
+        container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        + settings.drain_settle_s
+        + max(BODY_GRACE_S, settings.drain_timeout_s)
+        + CLOSE_TIMEOUT_S
+    )
+    assert pod(overlay)["spec"]["terminationGracePeriodSeconds"] >= needed + 5
+
+
+def _until_not_ready(container: Manifest) -> float:
+    probe = container["readinessProbe"]
+    return float(probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"])
+
+
+def test_a_server_starts_with_the_containers_variables_and_passes_its_probes(
+    overlay: list[Manifest], serve: Serve
+):
+    container = server_of(overlay)
+    assert container["args"] == ["serve", "/models"]
+    writable = {mount["mountPath"] for mount in container["volumeMounts"]}
+    own = environ(container)
+    assert own.pop("INFERPOOL_CACHE_DIR") in writable
+    server = serve(ROOT / "models", **own)
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert server.get(container[probe]["httpGet"]["path"]).status_code == 200
+    (endpoint,) = only(overlay, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert "inferpool_requests" in server.get(endpoint["path"]).text
+
+
+def test_the_gpu_overlay_asks_for_a_gpu_and_nobody_else_does():
+    spec = pod(render(MANIFESTS / "overlays" / "gpu"))["spec"]
+    (container,) = spec["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container["image"] == "inferpool:gpu"
+    assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert spec["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    spec = pod(render(MANIFESTS / "overlays" / "cpu"))["spec"]
+    assert "nvidia.com/gpu" not in spec["containers"][0]["resources"]["limits"]
+    assert spec["containers"][0]["image"] == "inferpool:cpu"
+
+
+def test_threads_are_sized_by_a_whole_number_of_cores(overlay: list[Manifest]):
+    """A quota makes the server take so many threads; as much must be requested for them to run."""
+    resources = server_of(overlay)["resources"]
+    assert int(resources["limits"]["cpu"]) >= 1
+    assert resources["requests"]["cpu"] == resources["limits"]["cpu"]
+
+
+def test_the_rules_are_those_of_compose(overlay: list[Manifest]):
+    rules = yaml.safe_load((ROOT / "docker" / "prometheus" / "rules.yml").read_text())
+    assert only(overlay, "PrometheusRule")["spec"] == rules, "prometheusrule.yaml says how it is made"
+
+
+def test_the_job_has_the_name_that_the_rules_ask_for(overlay: list[Manifest]):
+    label = only(overlay, "PodMonitor")["spec"]["jobLabel"]
+    asked = set(re.findall(r'job="([^"]*)"', str(only(overlay, "PrometheusRule")["spec"])))
+    assert asked == {pod(overlay)["metadata"]["labels"][label]}
+
+
+def test_rules_and_formulas_name_metrics_that_there_are(overlay: list[Manifest]):
+    texts = [
+        str(only(overlay, "PrometheusRule")["spec"]["groups"]),
+        *(rule["metricsQuery"] for rule in adapter_rules()),
+        *(rule["seriesQuery"] for rule in adapter_rules()),
+    ]
+    named = {name for text in texts for name in re.findall(r"\binferpool_\w+", text)}
+    have = {family.full_name for family in FAMILIES.values()}
+    # Exported by servers with a GPU.
+    have.add("inferpool_cpu_nodes")
+    assert {re.sub("_(bucket|count|sum)$", "", name) for name in named} <= have
+
+
+def adapter_rules() -> list[Manifest]:
+    """The rules of prometheus-adapter, out of the ConfigMap in which it gets them."""
+    config = only(render(MANIFESTS / "prometheus-adapter"), "ConfigMap")["data"]["config.yaml"]
+    rules: list[Manifest] = yaml.safe_load(config)["rules"]
+    return rules
+
+
+def test_kserve_finds_runtime_format_and_protocol():
+    manifests = render(MANIFESTS / "kserve")
+    runtime, service = only(manifests, "ClusterServingRuntime"), only(manifests, "InferenceService")
+    model = service["spec"]["predictor"]["model"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    formats = [
+        {key: item[key] for key in ("name", "version")} for item in runtime["spec"]["supportedModelFormats"]
+    ]
+    assert model["modelFormat"] in formats
+    assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    (container,) = runtime["spec"]["containers"]
+    # The name by which KServe finds the container that it fills in.
+    assert container["name"] == "kserve-container"
+    assert container["args"] == ["serve", "/mnt/models"]
+    settings = read_settings({}, environ(container))
+    needed = settings.drain_settle_s + settings.drain_timeout_s + CLOSE_TIMEOUT_S
+    assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] >= needed + 5
+
+
+def test_a_service_of_kserve_answers_under_its_name(serve: Serve, tmp_path: Path):
+    """What its claim holds is mounted at /mnt/models; its clients ask for the model of the service's name."""
+    manifests = render(MANIFESTS / "kserve")
+    (container,) = only(manifests, "ClusterServingRuntime")["spec"]["containers"]
+    name = only(manifests, "InferenceService")["metadata"]["name"]
+    shutil.copytree(ROOT / "models" / name, tmp_path / "mnt" / "models" / name)
+    own = environ(container)
+    assert own.pop("INFERPOOL_CACHE_DIR") in {mount["mountPath"] for mount in container["volumeMounts"]}
+    server = serve(tmp_path / "mnt" / "models", **own)
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert server.get(container[probe]["httpGet"]["path"]).status_code == 200
+    assert server.get(f"/v2/models/{name}/ready").status_code == 200
+    image = {"name": "image", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.0] * 64}
+    answer = server.post(f"/v2/models/{name}/infer", json={"inputs": [image]})
+    assert answer.status_code == 200
+    assert answer.json()["outputs"][0]["shape"] == [1, 10]
