@@ -1,0 +1,74 @@
+"""What the images install: pinned, allowed by the project, and to be had for the Python that they run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = {"cpu": ("cpu",), "gpu": ("gpu", "torch")}
+LOCKS = {target: ROOT / "docker" / f"requirements-{target}.txt" for target in (*EXTRAS, "build")}
+
+
+def pins(target: str) -> dict[str, set[str]]:
+    """The versions of each package, which may differ between Pythons."""
+    found: dict[str, set[str]] = {}
+    for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", LOCKS[target].read_text(), re.MULTILINE):
+        found.setdefault(name, set()).add(version)
+    return found
+
+
+def wanted(target: str) -> list[Requirement]:
+    """What the project asks for in an image."""
+    if target == "build":
+        return [Requirement(line) for line in PROJECT["build-system"]["requires"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = [*PROJECT["project"]["dependencies"], *(line for name in EXTRAS[target] for line in extras[name])]
+    return [Requirement(line) for line in lines]
+
+
+@pytest.mark.parametrize("target", LOCKS)
+def test_the_pins_are_what_the_project_asks_for(target: str) -> None:
+    """A dependency that was added or raised is in the lock; if not, run scripts/lock."""
+    locked = pins(target)
+    for requirement in wanted(target):
+        assert requirement.name in locked, requirement
+        versions = locked[requirement.name]
+        assert set(requirement.specifier.filter(versions)) == versions, requirement
+
+
+def test_pytorch_in_the_image_is_the_one_that_is_tested() -> None:
+    """The tests' PyTorch is pinned, and the lock follows it."""
+    tests = map(Requirement, PROJECT["project"]["optional-dependencies"]["test"])
+    [torch] = [requirement for requirement in tests if requirement.name == "torch"]
+    assert {f"=={version}" for version in pins("gpu")["torch"]} == {str(torch.specifier)}
+
+
+def test_both_runtimes_share_one_cuda() -> None:
+    """The image has one CUDA, of the major version that ONNX Runtime and PyTorch are both built for."""
+    names = pins("gpu")
+    [runtime] = names["nvidia-cuda-runtime"]
+    assert runtime.startswith("13.")
+    majors = {match[1] for name in names if (match := re.search(r"-cu(\d+)$", name))}
+    assert majors == {"13"}
+    assert {"onnxruntime-gpu", "torch", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cufft"} <= names.keys()
+
+
+@pytest.mark.parametrize("target", EXTRAS)
+def test_every_pin_can_be_installed(target: str, tmp_path: Path) -> None:
+    """The package index has a wheel of each for the image's Python on Linux, and they fit one another."""
+    command = [
+        *(sys.executable, "-m", "uv", "pip", "install", "--no-config", "--dry-run", "--require-hashes"),
+        *("--python-version", "3.13", "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"),
+        *("--target", str(tmp_path), "--requirement", str(LOCKS[target])),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert f"onnxruntime{'-gpu' if target == 'gpu' else ''}==" in run.stderr
