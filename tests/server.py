@@ -33,8 +33,12 @@ class Server:
     ) -> None:
         own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}"}
         command = [sys.executable, "-m", module, "serve", str(repository), "--port", "0", *flags]
+        self._start(command, {**own, **environ})
+
+    def _start(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Run `command` and wait until it listens; `environ` adds to this process's."""
         self.process = subprocess.Popen(
-            command, env={**os.environ, **own, **environ}, stderr=subprocess.PIPE, text=True
+            command, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True
         )
         self.log: list[dict[str, Any]] = []
         self._news = threading.Condition()

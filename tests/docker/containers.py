@@ -1,0 +1,90 @@
+"""A server in a container, as it is meant to be run: nothing writable, no capabilities, one CPU, 1 GiB."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.docker.images import podman
+from tests.server import Server
+
+CONFINED = (
+    "--network=host",
+    "--ulimit=nofile=1024:1024",
+    "--ulimit=nproc=1024:1024",
+    "--read-only",
+    # Docker gives a read-only container no writable /tmp of its own accord either.
+    "--read-only-tmpfs=false",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--cpus=1",
+    "--memory=1g",
+)
+
+
+class Container(Server):
+    """`podman run` of an image that serves `repository`, mounted at /models; one made in by default."""
+
+    def __init__(
+        self, image: str, repository: Path | None, options: Sequence[str] = (), flags: Sequence[str] = ()
+    ) -> None:
+        self.name = f"inferpool-{uuid.uuid4().hex[:12]}"
+        mount = [f"--volume={repository}:/models:ro"] if repository else []
+        named = [
+            f"--name={self.name}",
+            f"--env=INFERPOOL_PORT={_free_port()}",
+            "--env=INFERPOOL_LOG_FORMAT=json",
+        ]
+        command = ["podman", "--runtime", "runc", "run", "--rm", *CONFINED, *named, *mount, *options, image]
+        self._start([*command, *(["serve", "/models", *flags] if flags else [])], {})
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def inspect(self, template: str) -> str:
+        """What podman knows of the container."""
+        return podman("inspect", "--format", template, self.name)
+
+    def processes(self) -> list[dict[str, str]]:
+        """The fields of /proc/PID/status of each process in it, the first of them first."""
+        first = int(self.inspect("{{.State.Pid}}"))
+        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        return [_status(pid) for pid in (first, *map(int, children))]
+
+    def healthcheck(self) -> int:
+        """Run the image's HEALTHCHECK in it; returns the exit status."""
+        command = ["podman", "--runtime", "runc", "healthcheck", "run", self.name]
+        return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode
+
+    def stop(self, timeout_s: float = 30) -> int:
+        """What `docker stop` does: SIGTERM, and SIGKILL (status 137) when time is up; returns the status."""
+        podman("stop", f"--time={timeout_s:.0f}", self.name, timeout_s=timeout_s + 30)
+        status = self.process.wait(30)
+        self._reader.join(5)
+        return status
+
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+        podman("rm", "--force", "--ignore", "--time=0", self.name)
+        super().kill()
+
+
+def run_once(image: str, *command: str, options: Sequence[str] = ()) -> str:
+    """What a command prints in a container of its own, confined like a server."""
+    return podman("run", "--rm", *CONFINED, *options, f"--entrypoint={json.dumps(list(command))}", image)
+
+
+def _status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _free_port() -> int:
+    """A port that is free now; the image's HEALTHCHECK has to know it beforehand."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: Any = listener.getsockname()[1]
+        return int(port)

@@ -1,0 +1,146 @@
+"""Images built by podman, without a Docker engine, on a Python base that Debian's packages make.
+
+The base stands in for the images of a registry, and holds what this machine needs to reach its mirrors:
+apt's sources and proxies, and the certificates that are trusted here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+TOOLS = ("apt-get", "mmdebstrap", "podman", "runc")
+PACKAGES = ("ca-certificates", "python3", "python3-pip", "python3-venv")
+
+
+def missing() -> str:
+    """What this machine lacks to build and run images; empty if nothing."""
+    lacking = [tool for tool in TOOLS if not shutil.which(tool)]
+    if os.geteuid() != 0:
+        lacking.append("root")
+    elif not lacking and not _sources():
+        lacking.append("a mirror of Debian in apt's sources")
+    return ", ".join(lacking)
+
+
+def podman(*arguments: str | Path, timeout_s: float = 60) -> str:
+    """What podman prints; raises AssertionError, with all that it said, where it fails."""
+    run = subprocess.run(
+        ["podman", "--runtime", "runc", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert run.returncode == 0, f"podman {shlex.join(map(str, arguments))}\n{run.stdout}{run.stderr}"
+    return run.stdout.strip()
+
+
+def build_base() -> str:
+    """The Python base; it is kept between runs, as long as it would be made the same."""
+    sources, proxies = _sources(), _proxies()
+    recipe = json.dumps([sources, proxies, BUNDLE.read_text(), PACKAGES])
+    name = f"localhost/inferpool-tests-python:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    kept = subprocess.run(["podman", "image", "exists", name], check=False)
+    if kept.returncode == 0:
+        return name
+    with tempfile.TemporaryDirectory() as folder:
+        conf = Path(folder, "apt.conf")
+        conf.write_text(proxies)
+        archive = Path(folder, "base.tar")
+        command = [
+            "mmdebstrap",
+            "--variant=minbase",
+            f"--include={','.join(PACKAGES)}",
+            # Into the base as well, for what the Dockerfile installs.
+            f"--aptopt={conf}",
+            f"--customize-hook=copy-in {BUNDLE} {BUNDLE.parent}",
+            _codename(),
+            str(archive),
+            *sources,
+        ]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == 0, run.stderr
+        podman("import", archive, name)
+    return name
+
+
+def build(target: str, base: str, models: str = "") -> str:
+    """Build a target of the Dockerfile, with a folder of models baked in or none; returns its name."""
+    name = f"localhost/inferpool-tests:{'-'.join(filter(None, (target, models)))}"
+    with tempfile.NamedTemporaryFile("w", suffix=".conf") as secret:
+        secret.write(_pip_conf())
+        secret.flush()
+        podman(
+            "build",
+            # HEALTHCHECK is Docker's; the OCI format has no place for it.
+            "--format=docker",
+            "--isolation=chroot",
+            "--network=host",
+            f"--secret=id=pip,src={secret.name}",
+            f"--build-arg=PYTHON_IMAGE={base}",
+            f"--build-arg=MODELS={models}",
+            f"--file={ROOT / 'docker' / 'Dockerfile'}",
+            f"--target={target}",
+            f"--tag={name}",
+            ROOT,
+            timeout_s=400,
+        )
+    return name
+
+
+def _codename() -> str:
+    release = dict(
+        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
+    )
+    return release.get("VERSION_CODENAME", "")
+
+
+def _sources() -> list[str]:
+    """Debian's part of apt's sources, one line each."""
+    listed = subprocess.run(
+        [
+            "apt-get",
+            "indextargets",
+            "--format=$(ORIGIN)|deb $(REPO_URI) $(CODENAME) $(COMPONENT)",
+            "Created-By: Packages",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.partition("|") for line in listed.stdout.splitlines()]
+    return sorted({line for origin, _, line in lines if origin == "Debian"})
+
+
+def _proxies() -> str:
+    """How apt reaches its mirrors from here: proxies, and what it is told of TLS."""
+    dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True)
+    kept = ("Acquire::http::", "Acquire::https::")
+    return "".join(f"{line}\n" for line in dump.stdout.splitlines() if line.startswith(kept))
+
+
+def _pip_conf() -> str:
+    """This machine's way to its package index, as a pip.conf; without folders, which a build does not see."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
+    lines = ["[global]", f"cert = {BUNDLE}"]
+    for line in listed.stdout.splitlines():
+        key, _, value = line.partition("=")
+        name = key.rpartition(".")[2]
+        if name not in ("index-url", "extra-index-url", "find-links", "proxy", "trusted-host"):
+            continue
+        places = [place for place in shlex.split(value)[0].split() if not place.startswith(("/", "file:"))]
+        if places:
+            lines.append(f"{name} = {' '.join(places)}")
+    return "\n".join(lines) + "\n"
