@@ -1,0 +1,56 @@
+"""The compose files, by the Compose Specification's own schema and as a compose tool merges them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+FOLDER = Path(__file__).parents[2] / "docker"
+FILES = ("compose.yaml", "compose.gpu.yaml")
+
+
+def merged(*files: str, **environ: str) -> dict[str, Any]:
+    """What podman-compose makes of the files together."""
+    chosen = [argument for file in files for argument in ("--file", str(FOLDER / file))]
+    run = subprocess.run(
+        [sys.executable, "-m", "podman_compose", *chosen, "config"],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    project: dict[str, Any] = yaml.safe_load(run.stdout)
+    return project
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_it_follows_the_specification(file: str) -> None:
+    """The schema knows every key, and no other."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    run = subprocess.run([*command, FOLDER / file], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_gpu_file_changes_the_image_and_adds_the_gpus() -> None:
+    """Over the other file it builds the other target and reserves every GPU; the rest stays as it was."""
+    plain, gpu = (merged(*files)["services"] for files in (FILES[:1], FILES))
+    before, after = plain.pop("inferpool"), gpu.pop("inferpool")
+    assert plain == gpu
+    assert (before["build"].pop("target"), after["build"].pop("target")) == ("cpu", "gpu")
+    assert (before.pop("image"), after.pop("image")) == ("inferpool:cpu", "inferpool:gpu")
+    [device] = after.pop("deploy")["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert before == after
+
+
+def test_the_folder_of_models_can_be_chosen() -> None:
+    """MODELS takes the place of the models that come with the project."""
+    volumes = merged("compose.yaml", MODELS="/srv/models")["services"]["inferpool"]["volumes"]
+    assert "/srv/models:/models:ro" in volumes
