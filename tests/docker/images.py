@@ -129,12 +129,12 @@ def _proxies() -> str:
     return "".join(f"{line}\n" for line in dump.stdout.splitlines() if line.startswith(kept))
 
 
-def _pip_conf() -> str:
-    """This machine's way to its package index, as a pip.conf; without folders, which a build does not see."""
+def index_settings() -> dict[str, str]:
+    """What pip is told of its package index here; without folders, which a build does not see."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
-    lines = ["[global]", f"cert = {BUNDLE}"]
+    settings = {}
     for line in listed.stdout.splitlines():
         key, _, value = line.partition("=")
         name = key.rpartition(".")[2]
@@ -142,5 +142,11 @@ def _pip_conf() -> str:
             continue
         places = [place for place in shlex.split(value)[0].split() if not place.startswith(("/", "file:"))]
         if places:
-            lines.append(f"{name} = {' '.join(places)}")
-    return "\n".join(lines) + "\n"
+            settings[name] = " ".join(places)
+    return settings
+
+
+def _pip_conf() -> str:
+    """This machine's way to its package index, as a pip.conf."""
+    settings = {"cert": str(BUNDLE), **index_settings()}
+    return "\n".join(["[global]", *(f"{name} = {value}" for name, value in settings.items()), ""])

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.docker.images import index_settings
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = {"cpu": ("cpu",), "gpu": ("gpu", "torch")}
@@ -64,8 +66,11 @@ def test_both_runtimes_share_one_cuda() -> None:
 @pytest.mark.parametrize("target", EXTRAS)
 def test_every_pin_can_be_installed(target: str, tmp_path: Path) -> None:
     """The package index has a wheel of each for the image's Python on Linux, and they fit one another."""
+    index = index_settings().get("index-url")
     command = [
-        *(sys.executable, "-m", "uv", "pip", "install", "--no-config", "--dry-run", "--require-hashes"),
+        *(sys.executable, "-m", "uv", "pip", "install", "--no-config", "--system-certs"),
+        *(("--default-index", index) if index else ()),
+        *("--dry-run", "--require-hashes"),
         *("--python-version", "3.13", "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"),
         *("--target", str(tmp_path), "--requirement", str(LOCKS[target])),
     ]
