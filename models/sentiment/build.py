@@ -11,7 +11,7 @@
 # ///
 """Train, evaluate and export the sentiment model: from your copy of the IMDb reviews to a served folder.
 
-    inferpool build sentiment aclImdb [--epochs N] [--seed N] [--out DIR]
+    inferpool build sentiment --data aclImdb [--epochs N] [--seed N] [--out DIR]
 
 `aclImdb` is the folder of Maas et al., "Learning Word Vectors for Sentiment Analysis" (2011), unpacked: it
 holds `train/pos/*.txt`, `train/neg`, `test/pos` and `test/neg`. A tokenizer and a small Transformer learn the
@@ -199,7 +199,13 @@ def write(out: Path, model: onnx.ModelProto, tokenizer: Tokenizer) -> None:
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
     parser = argparse.ArgumentParser(description="Train, evaluate and export the sentiment model.")
-    parser.add_argument("data", type=Path, metavar="aclImdb", help="the unpacked folder of the IMDb reviews")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="aclImdb, the unpacked folder of the IMDb reviews",
+    )
     parser.add_argument(
         "--epochs", type=int, default=4, metavar="N", help="times over the reviews (default: 4)"
     )
