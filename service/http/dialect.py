@@ -29,7 +29,7 @@ class Target(NamedTuple):
     version: str | None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Options:
     """What a body says beside its tensors, where its format can.
 
@@ -93,7 +93,9 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def encode(self, head: Head, options: Options, served: Served, outputs: Tensors) -> Encoded:
+    def encode(
+        self, head: Head, options: Options, request_id: str, served: Served, outputs: Tensors
+    ) -> Encoded:
         """The answer for `outputs`; raises UnsupportedMediaType, InvalidInput or ModelFailed."""
 
     @abstractmethod

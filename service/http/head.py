@@ -22,13 +22,18 @@ def new_request_id() -> str:
     return f"{_PREFIX}{next(_serial):08x}"
 
 
-def request_id_from(value: bytes | None) -> str:
-    """The caller's `X-Request-Id` where it is fit to be sent back, else a new one."""
+def given_request_id(value: bytes | None) -> str | None:
+    """The caller's `X-Request-Id` where there is one that is fit to be sent back."""
     if value is not None:
         text = value.decode("latin-1")
         if _SAFE_ID.fullmatch(text):
             return text
-    return new_request_id()
+    return None
+
+
+def request_id_from(value: bytes | None) -> str:
+    """The caller's `X-Request-Id` where it is fit to be sent back, else a new one."""
+    return given_request_id(value) or new_request_id()
 
 
 class Head:
@@ -37,7 +42,7 @@ class Head:
     Attributes:
         model: the model's name from the path, or None where the body is to name it.
         version: number or label from the path, or None.
-        request_id: the caller's id, or a new one.
+        given_id: the caller's id for the request, or None.
         content_type: the media type, lower-case, without parameters; "" if none was given.
         content_type_parameters: what followed it.
         content_encoding: lower-case; "" if none was given.
@@ -56,9 +61,9 @@ class Head:
         "content_length",
         "content_type",
         "content_type_parameters",
+        "given_id",
         "header_length",
         "model",
-        "request_id",
         "timeout_text",
         "trace",
         "version",
@@ -76,7 +81,7 @@ class Head:
         self.header_length: int | None = None
         self.timeout_text: bytes | None = None
         self.trace: Trace | None = None
-        request_id: bytes | None = None
+        self.given_id: str | None = None
         for name, value in headers:
             if name == b"content-type":
                 kind, _, parameters = value.decode("latin-1").partition(";")
@@ -93,12 +98,11 @@ class Head:
             elif name == b"content-encoding":
                 self.content_encoding = value.decode("latin-1").strip().lower()
             elif name == b"x-request-id":
-                request_id = value
+                self.given_id = given_request_id(value)
             elif name == b"x-timeout-ms":
                 self.timeout_text = value
             elif name == b"traceparent":
                 self.trace = read_traceparent(value)
-        self.request_id = request_id_from(request_id)
 
     def timeout_ms(self) -> float | None:
         """The number in `X-Timeout-Ms`; raises InvalidInput if it is none that is above 0."""

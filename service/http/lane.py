@@ -13,6 +13,7 @@ from service.http.intake import Intake
 from service.http.native import NATIVE
 from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
 from service.http.v2 import V2_DIALECT
+from service.pool.ports import Result
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -66,7 +67,8 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
             tensors = await loop.run_in_executor(predictor.threads_for(call), predictor.read, call, data)
         else:
             tensors = predictor.read(call, data)
-        future = predictor.offer(call, tensors)
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        predictor.offer(call, tensors, lambda result: _settle(future, result))
     except _Gone:
         raise
     except Exception as error:  # noqa: BLE001 - a defect answers 500 and is logged; the lane lives on
@@ -83,6 +85,11 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
     finally:
         departure.cancel()
         predictor.end(call)
+
+
+def _settle(future: asyncio.Future[Result], result: Result) -> None:
+    if not future.done():  # it is cancelled where the client has gone
+        future.set_result(result)
 
 
 async def _read_body(predictor: Predictor, call: Call, receive: Receive) -> Data:

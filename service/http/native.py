@@ -37,7 +37,9 @@ class Native(Dialect):
         """By the media type: JSON is read here, all else once the model is known."""
         return open_body(head, bytes(data), max_bytes)
 
-    def encode(self, head: Head, options: Options, served: Served, outputs: Tensors) -> Encoded:
+    def encode(
+        self, head: Head, options: Options, request_id: str, served: Served, outputs: Tensors
+    ) -> Encoded:
         """In the media type that the caller accepts."""
         wanted = _wanted(head.accept)
         if wanted == NPY and len(outputs) == 1:
@@ -57,7 +59,7 @@ class Native(Dialect):
         body = encode_response(
             view.key.model,
             served.version,
-            options.id or head.request_id,
+            options.id or request_id,
             outputs,
             predictions,
             served.bf16,

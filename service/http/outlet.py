@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from service.pool.ports import Result
+
+log = logging.getLogger(__name__)
 
 
 class Outlet:
@@ -14,7 +17,7 @@ class Outlet:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: dict[int, asyncio.Future[Result]] = {}
+        self._waiting: dict[int, Callable[[Result], None]] = {}
         self._arrived: deque[Result] = deque()
         self._woken = False
 
@@ -22,12 +25,9 @@ class Outlet:
         """Deliver on this loop from here on."""
         self._loop = loop
 
-    def expect(self, entry_id: int) -> asyncio.Future[Result]:
-        """A future of the entry's result; call `forget` if it is no longer of interest."""
-        assert self._loop is not None  # attached before the first request
-        future = self._loop.create_future()
-        self._waiting[entry_id] = future
-        return future
+    def expect(self, entry_id: int, then: Callable[[Result], None]) -> None:
+        """Call `then` with the entry's result; call `forget` if it is no longer of interest."""
+        self._waiting[entry_id] = then
 
     def forget(self, entry_id: int) -> None:
         """Nobody waits for this entry any more; its result is thrown away when it comes."""
@@ -45,6 +45,11 @@ class Outlet:
         self._woken = False
         while self._arrived:
             result = self._arrived.popleft()
-            future = self._waiting.pop(result.entry_id, None)
-            if future is not None and not future.done():
-                future.set_result(result)
+            then = self._waiting.pop(result.entry_id, None)
+            if then is None:
+                continue
+            try:
+                then(result)
+            except Exception:
+                # Whoever waits for the next result must not pay for it.
+                log.exception("the result of entry %d could not be delivered", result.entry_id)

@@ -1,7 +1,7 @@
 """Predict: from a request's head and body to an entry in the inbox, and from its result to an answer.
 
 One implementation for every lane and every dialect. It is plain code, without tasks or waiting: a lane
-calls `admit`, puts the body together, calls `read` and `offer`, waits for the future, calls `answer`.
+calls `admit`, puts the body together, calls `read` and `offer`, and with the result `answer`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from service.codecs.text import Rows
 from service.errors import Draining, InternalError, InvalidInput, Overloaded
 from service.http.compression import decompress, gzipped, takes_gzip
 from service.http.dialect import Data, Dialect, Options
-from service.http.head import Head
+from service.http.head import Head, new_request_id
+from service.http.heads import Heads
 from service.http.intake import too_large
 from service.http.outlet import Outlet
 from service.http.problems import STATUSES, Headers, as_problem, problem_headers
@@ -66,12 +67,15 @@ class Answer:
     compressible: bool = False
 
 
+_NO_OPTIONS: Final = Options()
+
+
 class Call:
     """One predict request on its way: what its lane holds on to."""
 
     __slots__ = (
-        "began", "decode_s", "dialect", "entry", "future", "head", "options", "recorded", "reserved_bytes",
-        "served", "texts", "timer",
+        "began", "decode_s", "dialect", "entry", "head", "options", "recorded", "request_id",
+        "reserved_bytes", "served", "texts", "timer",
     )  # fmt: skip
 
     def __init__(self, dialect: Dialect, head: Head, began: float) -> None:
@@ -79,14 +83,14 @@ class Call:
         self.dialect = dialect
         self.head = head
         self.began = began
-        self.options = Options()
+        self.request_id = head.given_id or new_request_id()
+        self.options = _NO_OPTIONS
         self.decode_s = 0.0
         self.reserved_bytes = 0
         self.recorded = False
         self.served: Served | None = None
         self.texts: Sequence[Rows] = ()
         self.entry: Entry | None = None
-        self.future: asyncio.Future[Result] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -127,6 +131,7 @@ class Predictor:
         self._tallies: dict[VersionKey, Tally] = {}
         # Of their own, so that nothing else waits for a long text to be encoded.
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self.heads = Heads()
         self._nobody = Meters(metrics, "", "", Tally())
         metrics.add_source(lambda: [("in_flight_requests", (), float(self.in_flight))])
 
@@ -243,8 +248,8 @@ class Predictor:
         call.decode_s = self.clock() - began
         return tensors
 
-    def offer(self, call: Call, tensors: Tensors) -> asyncio.Future[Result]:
-        """Put the request in the queue; the future is its result's.
+    def offer(self, call: Call, tensors: Tensors, then: Callable[[Result], None]) -> None:
+        """Put the request in the queue; `then` is called with its result, unless it is dropped before.
 
         Raises InvalidInput, QueueFull, DeadlineExceeded, NotReady or Draining. After this, `end` must be
         called whatever happens.
@@ -259,19 +264,18 @@ class Predictor:
                 Part(self._entry(call, rows.tensors, now, deadline), rows.places) for rows in call.texts
             ]
             entry = _whole(next(self._ids), parts)
-        future = self._outlet.expect(entry.id)
+        self._outlet.expect(entry.id, then)
         try:
             self._inbox.offer(entry)
         except BaseException:
             self._outlet.forget(entry.id)
             raise
-        call.entry, call.future = entry, future
+        call.entry = entry
         self.accepted += 1
         if timeout_s < math.inf:
             call.timer = asyncio.get_running_loop().call_later(
                 max(0.0, entry.deadline - entry.arrived), self._cancel, entry, "deadline"
             )
-        return future
 
     def _entry(self, call: Call, tensors: Tensors, now: float, deadline: float) -> Entry:
         served, options = call.served, call.options
@@ -315,7 +319,7 @@ class Predictor:
         head = call.head
         began = self.clock()
         try:
-            encoded = call.dialect.encode(head, call.options, served, result.outputs)
+            encoded = call.dialect.encode(head, call.options, call.request_id, served, result.outputs)
         except Exception as error:  # noqa: BLE001 - what cannot be encoded is this request's fault alone
             return self.refusal(call, error, result)
         now = self.clock()
@@ -323,7 +327,7 @@ class Predictor:
         served.meters.succeeded(entry.rows, call.decode_s, now - began, total_s, now, result)
         headers = [
             *encoded.headers,
-            (b"x-request-id", head.request_id.encode("latin-1")),
+            (b"x-request-id", call.request_id.encode("latin-1")),
             (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
         ]
         size = sum(map(len, encoded.parts))
@@ -336,11 +340,10 @@ class Predictor:
     def refusal(self, call: Call, error: Exception, result: Result | None = None) -> Answer:
         """The answer for an error."""
         problem = as_problem(error)
-        head = call.head
         status = STATUSES[problem.code]
-        body = call.dialect.problem(problem, status, head.request_id)
+        body = call.dialect.problem(problem, status, call.request_id)
         if problem is not error:
-            log.error("request %s failed", head.request_id, exc_info=error)
+            log.error("request %s failed", call.request_id, exc_info=error)
         now = self.clock()
         total_s = now - call.began
         meters = call.served.meters if call.served is not None else self._nobody
@@ -348,7 +351,7 @@ class Predictor:
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
         headers = [
             (b"content-type", call.dialect.problem_type),
-            (b"x-request-id", head.request_id.encode("latin-1")),
+            (b"x-request-id", call.request_id.encode("latin-1")),
             (b"server-timing", server_timing(queue_s, compute_s, total_s)),
             *problem_headers(problem),
         ]

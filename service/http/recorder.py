@@ -43,7 +43,7 @@ class Recorder:
         served, entry = call.served, call.entry
         record = Record(
             time.time(),
-            call.head.request_id,
+            call.request_id,
             trace.id if trace is not None else None,
             status,
             code,

@@ -48,7 +48,9 @@ class V2(Dialect):
             )
         return _InferBody(parse_infer(data, json_length))
 
-    def encode(self, head: Head, options: Options, served: Served, outputs: Tensors) -> Encoded:
+    def encode(
+        self, head: Head, options: Options, request_id: str, served: Served, outputs: Tensors
+    ) -> Encoded:
         """JSON, followed by the outputs that are wanted in binary form."""
         parts, json_length = encode_infer(
             served.view.key.model,

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from service.errors import DeadlineExceeded, QueueFull
 from service.pool.ports import Entry, VersionKey
@@ -100,6 +100,9 @@ _NOBODY: Final = Entry(0, VersionKey("", 0), {}, 0, None, 0, 0.0)
 _STALE_AT_MOST: Final = 64
 
 
+_Order: TypeAlias = tuple[int, bool, float, int]
+
+
 class _Place:
     """Where an entry stands in the queue; `live` turns False when it has been taken or dropped.
 
@@ -108,7 +111,7 @@ class _Place:
     parts of one that is.
     """
 
-    __slots__ = ("behind", "entry", "large", "live", "order", "start")
+    __slots__ = ("behind", "entry", "large", "live", "load", "order", "rows", "start")
 
     def __init__(self, entry: Entry, start: int, large: bool, behind: bool, serial: int) -> None:
         self.entry = entry
@@ -116,18 +119,13 @@ class _Place:
         self.large = large
         self.behind = behind
         self.live = True
-        self.order = (entry.priority, behind, entry.deadline, serial)
+        self.rows = entry.rows - start
+        self.load = self.rows * entry.row_load
+        self.order: _Order = (entry.priority, behind, entry.deadline, serial)
 
-    def __lt__(self, other: _Place) -> bool:
-        return self.order < other.order
 
-    @property
-    def rows(self) -> int:
-        return self.entry.rows - self.start
-
-    @property
-    def load(self) -> float:
-        return (self.entry.rows - self.start) * self.entry.row_load
+_Item: TypeAlias = tuple[_Order, _Place]
+"""How a place stands in a heap: tuples compare without a call into Python, and no two orders are equal."""
 
 
 class _Group:
@@ -136,7 +134,7 @@ class _Group:
     __slots__ = ("count", "heap", "load")
 
     def __init__(self) -> None:
-        self.heap: list[_Place] = []
+        self.heap: list[_Item] = []
         self.load: float = 0
         self.count = 0
 
@@ -168,7 +166,7 @@ class Queue:
         self._places: dict[int, _Place] = {}
         # A place is in several of these; where it is no longer live it is skipped when it comes up.
         self._stale = 0
-        self._first: list[_Place] = []
+        self._first: list[_Item] = []
         self._groups: dict[Hashable, _Group] = {}
         self._arrivals: deque[_Place] = deque()
         self._deadlines: list[tuple[float, int, _Place]] = []
@@ -400,13 +398,14 @@ class Queue:
         place = _Place(entry, start, large, behind, self._serial)
         self._places[entry.id] = place
         self._waiting_rows += max(1, place.rows)
-        heappush(self._first, place)
+        item = (place.order, place)
+        heappush(self._first, item)
         self._arrivals.append(place)
         if not large:
             group = self._groups.get(entry.group)
             if group is None:
                 group = self._groups[entry.group] = _Group()
-            heappush(group.heap, place)
+            heappush(group.heap, item)
             group.load += entry.load
             group.count += 1
         if entry.deadline < math.inf:
@@ -433,12 +432,12 @@ class Queue:
     def _sweep(self) -> None:
         self._stale = 0
         self._arrivals = deque(place for place in self._arrivals if place.live)
-        self._first = [place for place in self._first if place.live]
+        self._first = [item for item in self._first if item[1].live]
         heapify(self._first)
         self._deadlines = [item for item in self._deadlines if item[2].live]
         heapify(self._deadlines)
         for group in self._groups.values():
-            group.heap = [place for place in group.heap if place.live]
+            group.heap = [item for item in group.heap if item[1].live]
             heapify(group.heap)
 
     def _drop(self, place: _Place, reason: str) -> Drop:
@@ -463,7 +462,7 @@ class Queue:
         return self._arrivals[0] if self._arrivals else None
 
     @staticmethod
-    def _head(heap: list[_Place]) -> _Place | None:
-        while heap and not heap[0].live:
+    def _head(heap: list[_Item]) -> _Place | None:
+        while heap and not heap[0][1].live:
             heappop(heap)
-        return heap[0] if heap else None
+        return heap[0][1] if heap else None

@@ -1,0 +1,247 @@
+"""One prediction on a connection: its body comes in, its entry runs, its answer goes out.
+
+A small state machine that its connection drives: no task, no events and no copies of the body but the one
+into place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, Final, Protocol
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from service.errors import InferpoolError
+from service.http.dialect import Data
+from service.http.intake import Intake
+from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
+from service.pool.ports import Result
+
+_JOINED_BYTES: Final = 64 * 1024
+"""An answer up to this size is written with its head, in one piece."""
+
+
+class Connection(Protocol):
+    """What an exchange needs of the connection that it is on."""
+
+    predictor: Predictor
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    flow: Any
+    server_state: Any
+
+    def on_response_complete(self) -> None:
+        """The answer is with the transport."""
+
+    def hold(self, exchange: Exchange) -> None:
+        """Answer nothing more until the client has read what there is, then call `exchange.complete`."""
+
+    def run_aside(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        then: Callable[[Any], None],
+        threads: Executor | None = None,
+    ) -> None:
+        """Call `function` in another thread, and `then` with what it returned or raised."""
+
+
+class Exchange:
+    """One prediction.
+
+    It stands where uvicorn's protocol expects its `RequestResponseCycle`, of which it has what that protocol
+    touches: `response_complete`, `keep_alive`, `disconnected` and `message_event`.
+    """
+
+    __slots__ = (
+        "_body_complete", "_call", "_connection", "_entered", "_fault", "_intake", "_predictor", "_started",
+        "_waits_for_100", "disconnected", "keep_alive", "message_event", "response_complete",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        connection: Connection,
+        call: Call,
+        keep_alive: bool,
+        expects_100: bool,
+        fault: InferpoolError | None = None,
+    ) -> None:
+        self._connection = connection
+        self._predictor = connection.predictor
+        self._call = call
+        self._intake: Intake | None = None
+        self._started = self._entered = self._body_complete = False
+        self._fault = fault
+        self._waits_for_100 = expects_100
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_complete = False
+        self.message_event = _NEVER_AWAITED
+
+    def start(self) -> None:
+        """It is this request's turn on its connection."""
+        if self.response_complete:
+            return  # the client went while the turn was coming
+        self._started = self._entered = True
+        self._predictor.enter()
+        try:
+            self._predictor.admit(self._call)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
+            self._refuse(error)
+            return
+        if self._fault is not None:
+            self._refuse(self._fault)
+        elif self._body_complete:
+            self._read()
+        elif self._waits_for_100:
+            self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def take(self, chunk: bytes) -> None:
+        """The next chunk of the body; ignored where the request is refused already."""
+        if self.response_complete or self._fault is not None:
+            return
+        try:
+            self._predictor.reserve(self._call, len(chunk))
+            if self._intake is None:
+                self._intake = Intake(self._call.head, self._predictor.max_body_bytes)
+            self._intake.add(chunk)
+        except InferpoolError as error:
+            self._fault = error
+            if self._started:
+                self._refuse(error)
+
+    def taken(self) -> None:
+        """The body is complete."""
+        self._body_complete = True
+        if self._started and self._fault is None and not self.response_complete:
+            self._read()
+
+    def run(self, body: bytes) -> None:
+        """It is this request's turn, and its body is there."""
+        self._started = self._entered = self._body_complete = True
+        predictor, call = self._predictor, self._call
+        predictor.enter()
+        try:
+            predictor.admit(call)
+            predictor.reserve(call, len(body))
+        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
+            self._refuse(error)
+            return
+        self._read_whole(body)
+
+    def teach(self, data: bytes, body: bytes) -> None:
+        """Remember the head of this request: it was all of `data`, whose body the parser took for `body`."""
+        if self.keep_alive and not self._waits_for_100:
+            self._predictor.heads.learn(data, body, self._call.dialect, self._call.head)
+
+    def lose(self) -> None:
+        """The client has gone."""
+        if self.response_complete:
+            return
+        self.response_complete = self.disconnected = True
+        self._predictor.drop(self._call)
+        self._predictor.end(self._call)
+        self._leave()
+
+    def complete(self) -> None:
+        """The answer is with the transport: the next request may have its turn."""
+        if self.response_complete:
+            return
+        self.response_complete = True
+        self._leave()
+        if not self.keep_alive:
+            self._connection.transport.close()
+        self._connection.on_response_complete()
+
+    def _read(self) -> None:
+        self._read_whole(b"" if self._intake is None else self._intake.whole())
+
+    def _read_whole(self, data: Data) -> None:
+        predictor, call = self._predictor, self._call
+        try:
+            if predictor.is_heavy(call, data):
+                threads = predictor.threads_for(call)
+                self._connection.run_aside(predictor.read, call, data, then=self._offer, threads=threads)
+                return
+            tensors = predictor.read(call, data)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
+            self._refuse(error)
+            return
+        # Not at once, but when every connection that has something to read has been read: the requests
+        # of one round of the loop are offered together, so that an idle instance takes them together.
+        self._connection.loop.call_soon(self._offer, tensors)
+
+    def _offer(self, tensors: Any) -> None:
+        if self.disconnected:
+            return
+        if isinstance(tensors, Exception):
+            self._refuse(tensors)
+            return
+        try:
+            self._predictor.offer(self._call, tensors, self._answer)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
+            self._refuse(error)
+
+    def _answer(self, result: Result) -> None:
+        if self.disconnected:
+            return
+        self._predictor.end(self._call)
+        try:
+            answer = self._predictor.answer(self._call, result)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
+            self._refuse(error)
+            return
+        if not answer.compressible:
+            self._write(answer)
+        elif answer.size > HEAVY_BYTES:
+            self._connection.run_aside(compressed, answer, then=self._write)
+        else:
+            self._write(compressed(answer))
+
+    def _refuse(self, error: Exception) -> None:
+        self._predictor.end(self._call)
+        self._write(self._predictor.refusal(self._call, error))
+
+    def _write(self, answer: Answer) -> None:
+        connection = self._connection
+        if self.disconnected or connection.transport.is_closing():
+            self.lose()
+            return
+        if self._predictor.parting:
+            self.keep_alive = False
+        lines: list[Data] = [STATUS_LINE[answer.status]]
+        for name, value in (*connection.server_state.default_headers, *answer.headers):
+            lines += (name, b": ", value, b"\r\n")
+        if not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"content-length: %d\r\n\r\n" % answer.size)
+        if answer.size <= _JOINED_BYTES:
+            connection.transport.write(b"".join((*lines, *answer.parts)))
+        else:
+            connection.transport.write(b"".join(lines))
+            for part in answer.parts:
+                connection.transport.write(part)
+        self._predictor.answered(self._call)
+        if connection.flow.write_paused:
+            connection.hold(self)
+        else:
+            self.complete()
+
+    def _leave(self) -> None:
+        if self._entered:
+            self._entered = False
+            self._predictor.leave(self._call)
+        else:
+            self._predictor.answered(self._call)
+
+
+class _NeverAwaited:
+    """Stands for the event on which uvicorn's own cycles wait; nobody waits on this one."""
+
+    def set(self) -> None:
+        """There is nobody to wake."""
+
+
+_NEVER_AWAITED: Final = _NeverAwaited()

@@ -1,0 +1,61 @@
+"""Heads of predict requests that have been read before, found again by their bytes.
+
+A client sends the same head over and over: only the body differs. Such a head needs no parser and no new
+`Head`. What is learned was read by the parser, and is only used where the same bytes stand at the same
+place: at the front of what came in, with the whole body, and no more, behind them.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from service.http.dialect import Dialect
+from service.http.head import Head
+
+MOST_HEADS: Final = 256
+"""So many are kept; then all are forgotten, for most of them will have been sent once."""
+MOST_HEAD_BYTES: Final = 1024
+"""Longer heads are not kept: with as many as there may be, they would take memory."""
+
+_END: Final = b"\r\n\r\n"
+
+
+class KnownHead(NamedTuple):
+    """What a head says, and how many bytes of body follow it."""
+
+    dialect: Dialect
+    head: Head
+    body_bytes: int
+
+
+class Heads:
+    """The heads known to a server; for the event loop alone."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, KnownHead] = {}
+
+    def find(self, data: bytes) -> tuple[KnownHead, bytes] | None:
+        """The head and the body in `data`, if they are one whole request whose head is known."""
+        end = data.find(_END) + 4
+        known = self._known.get(data[:end])
+        return (known, data[end:]) if known is not None and len(data) - end == known.body_bytes else None
+
+    def learn(self, data: bytes, body: bytes, dialect: Dialect, head: Head) -> None:
+        """Keep the head of the request `data`, which the parser took for `head` and, in one piece, `body`.
+
+        Nothing is kept that says more than what is the same each time: an id, or whose trace it is. Nor where
+        the body is to be put together in aligned memory.
+        """
+        end = len(data) - len(body)
+        if (
+            end <= MOST_HEAD_BYTES
+            and head.content_length == len(body)
+            and head.header_length is None
+            and head.given_id is None
+            and head.trace is None
+            and data.find(_END) + 4 == end
+            and data.endswith(body)
+        ):
+            if len(self._known) >= MOST_HEADS:
+                self._known.clear()
+            self._known[data[:end]] = KnownHead(dialect, head, len(body))

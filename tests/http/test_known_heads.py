@@ -1,0 +1,137 @@
+"""A head that has been read before is found by its bytes; what is not just the same goes by the parser."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.http.head import Head
+from service.http.heads import MOST_HEAD_BYTES, MOST_HEADS, Heads
+from service.http.native import NATIVE
+from tests.conftest import MakeChaos, Serve
+from tests.server import Server
+
+BODY = b'{"inputs": [[1]]}'
+
+
+def request(body: bytes = BODY, *fields: str, path: str = "/predict/m") -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(body)}", *fields]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def head(length: int = len(BODY), *headers: tuple[bytes, bytes]) -> Head:
+    return Head("m", None, [(b"content-length", b"%d" % length), *headers])
+
+
+def test_a_learned_head_is_found_with_any_body_of_its_length() -> None:
+    heads = Heads()
+    heads.learn(request(), BODY, NATIVE, head())
+    found = heads.find(request(b'{"inputs": [[2]]}'))
+    assert found is not None
+    assert (found[0].dialect, found[1]) == (NATIVE, b'{"inputs": [[2]]}')
+    assert heads.find(request() + b"P") is None, "the next request has begun"
+    assert heads.find(request()[:-1]) is None, "the body is not all there"
+    assert heads.find(request(path="/predict/n")) is None
+    assert heads.find(b"\r\n" + request()) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "body", "learned"),
+    [
+        (request(), BODY, head(length=3)),
+        (request(), BODY, Head("m", None, [])),
+        (request(), BODY, head(len(BODY), (b"x-request-id", b"mine"))),
+        (request(), BODY, head(len(BODY), (b"traceparent", b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01"))),
+        (request(), BODY, head(len(BODY), (b"inference-header-content-length", b"5"))),
+        (request() + b"\r\n", BODY, head()),
+        # As if the parser had taken the head to end elsewhere than at the first empty line.
+        (b"POST / HTTP/1.1\n\n" + BODY, BODY, head()),
+        (request(b"\r\n\r\n{}"), b"\r\n\r\n{}"[4:], head(2)),
+        (request(BODY, "x: " + "y" * MOST_HEAD_BYTES), BODY, head()),
+    ],
+    ids=["length", "no length", "id", "trace", "binary", "more", "bare line feeds", "elsewhere", "long"],
+)
+def test_a_head_that_may_mean_something_else_next_time_is_not_learned(
+    data: bytes, body: bytes, learned: Head
+) -> None:
+    heads = Heads()
+    heads.learn(data, body, NATIVE, learned)
+    assert heads.find(data) is None
+
+
+def test_so_many_heads_are_kept_and_no_more() -> None:
+    heads = Heads()
+    for number in range(3 * MOST_HEADS):
+        data = request(BODY, f"x: {number}")
+        heads.learn(data, BODY, NATIVE, head())
+        assert heads.find(data) is not None
+    kept = sum(heads.find(request(BODY, f"x: {number}")) is not None for number in range(3 * MOST_HEADS))
+    assert 1 <= kept <= MOST_HEADS
+
+
+@given(st.binary(max_size=200))
+def test_anything_may_be_looked_for(data: bytes) -> None:
+    heads = Heads()
+    heads.learn(request(), BODY, NATIVE, head())
+    assert heads.find(data) is None
+
+
+def read_answers(connection: socket.socket, count: int) -> list[tuple[int, dict[str, str], object]]:
+    answers, data = [], b""
+    while len(answers) < count:
+        while b"\r\n\r\n" not in data:
+            data += connection.recv(65536)
+        top, _, data = data.partition(b"\r\n\r\n")
+        lines = top.decode().split("\r\n")
+        fields = dict(line.lower().split(": ", 1) for line in lines[1:])
+        while len(data) < int(fields["content-length"]):
+            data += connection.recv(65536)
+        body, data = data[: int(fields["content-length"])], data[int(fields["content-length"]) :]
+        answers.append((int(lines[0].split()[1]), fields, json.loads(body)))
+    return answers
+
+
+@pytest.fixture
+def server(serve: Serve, make_chaos: MakeChaos) -> Server:
+    return serve(make_chaos("m", row=[1]))
+
+
+def test_the_same_head_again_and_again_answers_as_the_first_time(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        seen = []
+        for value in (1, 2, 3):
+            connection.sendall(request(b'{"inputs": [[%d]]}' % value))
+            seen += read_answers(connection, 1)
+        ids = {fields["x-request-id"] for _, fields, _ in seen}
+        assert [status for status, _, _ in seen] == [200] * 3
+        assert len(ids) == 3
+        first, second, third = (answer["outputs"] for _, _, answer in seen)  # type: ignore[index]
+        assert first != second != third
+
+        # The same head with a body that is wrong, in two pieces, and twice at once.
+        connection.sendall(request(b'{"inputs": [[x]]}'))
+        assert read_answers(connection, 1)[0][0] == 400
+        whole = request()
+        connection.sendall(whole[:-5])
+        connection.sendall(whole[-5:])
+        assert read_answers(connection, 1)[0][2]["outputs"] == first  # type: ignore[index]
+        connection.sendall(whole + whole + whole)
+        assert [answer["outputs"] for _, _, answer in read_answers(connection, 3)] == [first] * 3  # type: ignore[index]
+
+
+def test_a_request_without_a_known_head_follows_on_the_same_connection(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        for _ in range(2):
+            connection.sendall(request())
+            assert read_answers(connection, 1)[0][0] == 200
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert read_answers(connection, 1)[0][0] == 200
+        connection.sendall(request(BODY, "x-request-id: mine"))
+        assert read_answers(connection, 1)[0][1]["x-request-id"] == "mine"
+        connection.sendall(request(BODY, "connection: close"))
+        assert read_answers(connection, 1)[0][1]["connection"] == "close"
+        assert connection.recv(1) == b""
