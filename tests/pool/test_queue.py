@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -289,6 +289,17 @@ def test_a_batch_does_not_grow_past_what_its_tightest_deadline_allows() -> None:
     take = queue.take(0.0)
     assert [piece.entry.id for piece in take.pieces] == [1, 2]
     assert take.reason == "deadline"
+
+
+@given(st.integers(0, 100), st.integers(1, 4))
+def test_the_work_that_waits_is_what_its_batches_take(count: int, instances: int) -> None:
+    queue = queue_of(*map(entry, range(1, count + 1)))
+    foreseen = queue.wait_s(instances)
+    batches = []
+    while take := queue.take(0.0).pieces:
+        batches.append(cost_s(len(take)))
+    assert foreseen == pytest.approx(sum(batches) / instances)
+    assert queue.wait_s(instances) == 0.0
 
 
 def test_a_delay_counts_from_the_first_entry() -> None:
