@@ -242,7 +242,7 @@ class Queue:
     def wait_s(self, instances: int) -> float:
         """Seconds in which `instances` work off what waits, by the measured rate; 0 while that is unknown."""
         limit = self.limits.batch_rows
-        full, rest = divmod(self.rows, limit)
+        full, rest = divmod(self._small_rows + self._large_rows, limit)
         work_s = full * self.cost_s(limit) + (self.cost_s(rest) if rest else 0.0)
         return work_s / max(1, instances)
 
