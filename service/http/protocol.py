@@ -44,6 +44,7 @@ class PredictProtocol(HttpToolsProtocol):
         self._between = True
         self._bodies: list[bytes] = []
         self._idle_since: float | None = None
+        self._heard = 0.0
         self._idle_check: asyncio.TimerHandle | None = None
         self._progress = False
         self._quiet_bytes = 0
@@ -63,6 +64,7 @@ class PredictProtocol(HttpToolsProtocol):
         """Feed the parser, which calls back below."""
         if self._upgraded:
             return  # the parser stopped at the head, so what follows cannot be told apart from a request
+        self._heard = self.loop.time()
         starts = self._between and (self.cycle is None or self.cycle.response_complete)
         if starts and (found := self.predictor.heads.find(data)) is not None:
             known, body = found
@@ -173,14 +175,23 @@ class PredictProtocol(HttpToolsProtocol):
         self._idle_since = None
 
     def _check_idle(self) -> None:
-        """Hang up where nothing has come for the time that a connection is kept."""
+        """Hang up where nothing has come for the time that a connection is kept.
+
+        That holds between requests, and within one: who stands still in the middle of a head or a body, and is
+        not held up from here, holds a connection and the bytes that it has sent.
+        """
+        since = self._idle_since
+        if since is None and not self._between and not self.flow.read_paused:
+            since = self._heard
         left_s = float(self.timeout_keep_alive)
-        if self._idle_since is not None:
-            left_s += self._idle_since - self.loop.time()
+        if since is not None:
+            left_s += since - self.loop.time()
         if left_s > 0:
             self._idle_check = self.loop.call_later(left_s, self._check_idle)
-        else:
+        elif self._between:
             self.timeout_keep_alive_handler()
+        else:
+            self.transport.abort()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Exchange):

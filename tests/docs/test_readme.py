@@ -203,7 +203,7 @@ def same_but_for_measurements(text: str) -> list[str]:
     lines = []
     for line in text.splitlines():
         if line.startswith(("  batching", "  runs")):
-            lines.append(NUMBERS.sub("#", line))
+            lines.append(re.sub(r"(instance|thread)s", r"\1", NUMBERS.sub("#", line)))
         elif not MEASURED.fullmatch(line):
             lines.append(re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.6g}", line))
     return lines
