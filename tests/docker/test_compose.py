@@ -54,3 +54,12 @@ def test_the_folder_of_models_can_be_chosen() -> None:
     """MODELS takes the place of the models that come with the project."""
     volumes = merged("compose.yaml", MODELS="/srv/models")["services"]["inferpool"]["volumes"]
     assert "/srv/models:/models:ro" in volumes
+
+
+def test_what_is_mounted_is_there() -> None:
+    """Every folder that a service mounts is in the project."""
+    services = merged("compose.yaml")["services"].values()
+    sources = {volume.split(":")[0] for service in services for volume in service["volumes"]}
+    folders = {source for source in sources if source.startswith(".")}
+    assert len(folders) == 4
+    assert {source for source in folders if not (FOLDER / source).is_dir()} == set()
