@@ -45,9 +45,7 @@ def histogram_stems(
     """The stems of a histogram with these upper bounds; OpenMetrics wants them written as floats."""
     named = [*map(str, map(float, bounds)), "+Inf"]
     buckets = tuple(stem(f"{name}_bucket", (*labels, "le"), (*values, bound)) for bound in named)
-    return HistogramStems(
-        buckets, stem(f"{name}_count", labels, values), stem(f"{name}_sum", labels, values)
-    )
+    return HistogramStems(buckets, stem(f"{name}_count", labels, values), stem(f"{name}_sum", labels, values))
 
 
 def histogram_lines(

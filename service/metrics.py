@@ -202,9 +202,7 @@ class Metrics:
             elif family.kind == "histogram":
                 # The text format has no exemplars.
                 parts += [
-                    histogram_lines(
-                        stems, list(of.counts), of.sum, dict(of.exemplars) if openmetrics else {}
-                    )
+                    histogram_lines(stems, list(of.counts), of.sum, dict(of.exemplars) if openmetrics else {})
                     for stems, of in distributions.get(name, ())
                 ]
             else:

@@ -46,9 +46,7 @@ def wanted_outputs(pieces: Sequence[Piece]) -> tuple[str, ...] | None:
     return tuple(wanted)
 
 
-def scatter(
-    outputs: Tensors, pieces: Sequence[Piece], padding: Padding | None = None
-) -> list[Tensors]:
+def scatter(outputs: Tensors, pieces: Sequence[Piece], padding: Padding | None = None) -> list[Tensors]:
     """Each piece's rows of the outputs that its entry asked for, as views, in the order of `pieces`.
 
     What came of `padding` is cut off.

@@ -150,9 +150,7 @@ def test_every_wire_format_carries_sentences(server: Server, alone: dict[str, Al
         (["w" * 1_000_001], 413, "1000000"),
     ],
 )
-def test_what_is_no_sentence_is_refused_by_name(
-    server: Server, inputs: Any, status: int, words: str
-) -> None:
+def test_what_is_no_sentence_is_refused_by_name(server: Server, inputs: Any, status: int, words: str) -> None:
     answer = server.post("/predict/masked", json={"inputs": inputs})
     assert answer.status_code == status, answer.text
     assert words in answer.json()["detail"]

@@ -193,7 +193,9 @@ def test_a_reader_who_does_not_read_costs_no_request(make_chaos: MakeChaos, cach
     process = subprocess.Popen(
         command,
         env={
-            "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{CHAOS}", "INFERPOOL_LOG_FORMAT": "json",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{ROOT}:{CHAOS}",
+            "INFERPOOL_LOG_FORMAT": "json",
             "INFERPOOL_CACHE_DIR": str(cache_dir),
         },
         stderr=subprocess.PIPE,

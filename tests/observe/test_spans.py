@@ -80,9 +80,7 @@ def collector() -> Iterator[Collector]:
 
 def attributes(span: Span) -> dict[str, Any]:
     """A span's attributes as plain values."""
-    return {
-        each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes
-    }
+    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes}
 
 
 def test_a_request_becomes_a_span_with_a_child_for_each_phase(
@@ -203,7 +201,9 @@ def test_spans_that_cannot_be_sent_are_an_error_at_the_start(
         [sys.executable, "-m", "service", "serve", "models", "--port", "0"],
         cwd=ROOT,
         env={
-            **os.environ, **environ, "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            **os.environ,
+            **environ,
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
             "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
         },
         capture_output=True,
