@@ -161,6 +161,8 @@ def check_tensor(spec: TensorSpec, tensor: Array) -> None:
     if expected is None:
         return
     shape = tensor.shape
+    if len(shape) == len(expected) and expected[:1] == (ANY,) and shape[1:] == expected[1:]:
+        return  # open in rows alone, as most are: worth a look before the walk
     if len(shape) != len(expected) or any(
         want not in (ANY, got) for want, got in zip(expected, shape, strict=True)
     ):

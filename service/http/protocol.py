@@ -177,8 +177,8 @@ class PredictProtocol(HttpToolsProtocol):
     def _check_idle(self) -> None:
         """Hang up where nothing has come for the time that a connection is kept.
 
-        That holds between requests, and within one: who stands still in the middle of a head or a body, and is
-        not held up from here, holds a connection and the bytes that it has sent.
+        That holds between requests, and within one: a client that stands still in the middle of a head or a
+        body, and is not held up from here, holds a connection and the bytes that it has sent.
         """
         since = self._idle_since
         if since is None and not self._between and not self.flow.read_paused:

@@ -125,12 +125,14 @@ class Served:
         """Rows of a request; raises InvalidInput where its inputs do not agree on them."""
         if not self.view.batching.enabled:
             return 1
-        counts = {name: len(tensor) for name, tensor in tensors.items() if name not in self.optional}
-        rows = next(iter(counts.values()))
+        counts = [len(tensor) for name, tensor in tensors.items() if name not in self.optional]
+        rows = counts[0]
         if rows > MOST_ROWS:
             raise InvalidInput(f"a request may have {MOST_ROWS} rows at the most, not {rows}")
-        if any(count != rows for count in counts.values()):
-            found = ", ".join(f'"{name}" has {count}' for name, count in counts.items())
+        if counts.count(rows) < len(counts):
+            found = ", ".join(
+                f'"{name}" has {len(tensor)}' for name, tensor in tensors.items() if name not in self.optional
+            )
             raise InvalidInput(f"the first dimension counts rows, the same for every input: {found}")
         return rows
 

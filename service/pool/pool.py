@@ -144,15 +144,17 @@ class Pool:
             doubtful = self.profile.runs(entry.load) < FEW_RUNS or now - self._measured > STALE_S
             free_at = [instance.busy_until for instance in self._instances]
             self._queue.offer(entry, now, free_at, probe=doubtful)
-            waiting = [part.entry for part in entry.parts] or [entry]
+            if entry.parts:
+                waiting = [part.entry for part in entry.parts]
+                whole = Whole(entry)
+                self._wholes.update(dict.fromkeys((entry.id, *(one.id for one in waiting)), whole))
+            else:
+                waiting = [entry]
             for one in waiting:
                 if self._queue.is_large(one):
                     self._assemblies[one.id] = _Assembly(one.rows, {})
-            if entry.parts:
-                whole = Whole(entry)
-                self._wholes.update(dict.fromkeys((entry.id, *(one.id for one in waiting)), whole))
-            for _ in range(min(len(self._idle), len(waiting))):
-                self._idle.pop().wake()
+                if self._idle:
+                    self._idle.pop().wake()
 
     def refuse_early(self) -> None:
         """Raise what even an entry of one row would be refused with now."""

@@ -209,8 +209,10 @@ class Queue:
                 )
         large = self.is_large(entry)
         self.refuse_if_full(entry.load, entry.nbytes, large, len(free_at))
-        for one in [part.entry for part in entry.parts] or [entry]:
-            self._accept(one, behind=large)
+        if not entry.parts:
+            self._accept(entry, large=large, behind=large)
+        for part in entry.parts:
+            self._accept(part.entry, large=self.is_large(part.entry), behind=large)
 
     def is_large(self, entry: Entry) -> bool:
         """Whether an entry is more than a batch takes, and can be served in pieces."""
@@ -379,8 +381,8 @@ class Queue:
 
     # Bookkeeping.
 
-    def _accept(self, entry: Entry, *, behind: bool) -> None:
-        self._enter(entry, 0, large=self.is_large(entry), behind=behind)
+    def _accept(self, entry: Entry, *, large: bool, behind: bool) -> None:
+        self._enter(entry, 0, large=large, behind=behind)
         self.bytes += entry.nbytes
         self._count(entry.load or 1, behind)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Final, Literal, Protocol, TypeAlias, get_args
 
@@ -72,7 +73,7 @@ class VersionView:
     load_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelView:
     """A model: its versions by number, its labels, and the version that requests mean by default."""
 
@@ -81,7 +82,7 @@ class ModelView:
     versions: Mapping[int, VersionView]
     labels: Mapping[str, int]
 
-    @property
+    @cached_property
     def default(self) -> VersionView | None:
         """The version labelled `stable` if it is ready, else the newest that is; None if none is."""
         stable = self.versions.get(self.labels.get("stable", 0))
