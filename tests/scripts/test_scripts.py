@@ -33,6 +33,7 @@ case "$1 $2" in
       show) [[ "$5" == "${INSTALLED:-}" ]] ;;
       *) echo "$3 ${*: -1}" >>"$NOTES"; [[ -z "${PIP_BREAKS:-}" ]] ;;
     esac ;;
+  "-m benchmarks."*) printf '%s\\n' "$PWD" "${@:2}" ;;
   "-m pytest") printf '%s\\n' "$PWD" "${@:3}" ;;
   *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
@@ -204,10 +205,22 @@ def test_an_old_python_is_not_enough(checkout: Checkout):
 def test_bench_lists_what_there_is(checkout: Checkout):
     """Without a name it lists the benchmarks, with an unknown one it says so, and installs nothing."""
     (checkout.repo / "benchmarks").mkdir()
-    for name in ("wire.py", "gather.py", "_shared.py", "notes.md"):
+    for name in ("pairs", "results"):
+        (checkout.repo / "benchmarks" / name).mkdir()
+    for name in ("wire.py", "gather.py", "_shared.py", "notes.md", "pairs/__main__.py", "pairs/load.py"):
         (checkout.repo / "benchmarks" / name).touch()
-    assert checkout.run("bench").stdout.split() == ["gather", "wire"]
+    assert checkout.run("bench").stdout.split() == ["gather", "pairs", "wire"]
     run = checkout.run("bench", "nothing")
     assert run.returncode == 1
     assert '"nothing"' in run.stderr
     assert checkout.noted() == []
+
+
+def test_bench_runs_files_and_folders(checkout: Checkout):
+    """`scripts/bench NAME` runs a module of benchmarks/, a file or a folder, in the project's folder."""
+    (checkout.repo / "benchmarks" / "pairs").mkdir(parents=True)
+    for name in ("wire.py", "pairs/__main__.py"):
+        (checkout.repo / "benchmarks" / name).touch()
+    for name in ("wire", "pairs"):
+        run = checkout.run("bench", name, "--rounds", "two words")
+        assert run.stdout.splitlines() == [str(checkout.repo), f"benchmarks.{name}", "--rounds", "two words"]
