@@ -27,10 +27,11 @@ ADAPTERS = Path(__file__).parent / "adapters"
 NO_V2 = "has no `/v2` routes"
 
 
-def common() -> tuple[str, ...]:
-    """What every adapter imports, in the versions that this project runs with."""
+def common(*loose: str) -> tuple[str, ...]:
+    """What every adapter imports, in the versions that this project runs with but for the loose ones."""
     listed = ("onnxruntime", "numpy", "orjson", "pillow")
-    return (*(f"{name}=={importlib.metadata.version(name)}" for name in listed), "tokenizers")
+    pinned = {name: f"{name}=={importlib.metadata.version(name)}" for name in listed if name not in loose}
+    return (*(pinned.get(name, name) for name in listed), "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ PEERS = {
                 "binary": v2_binary(TRITON, "inputs"), "jpeg": v2_jpeg(TRITON, "inputs"),
                 "text": v2_text(TRITON, "inputs"),
             },
-            {}, ("nvidia-pytriton==0.7.0", *common()),
+            {}, ("nvidia-pytriton==0.7.0", *common("numpy")),
         ),
         Peer(
             "fastapi", "FastAPI, pydantic body", "no batching, no access log",

@@ -1,6 +1,7 @@
-"""BentoML: a batchable API that takes an array, a picture or a text; started by its own command."""
+"""BentoML: a batchable API that takes an array, a picture or a text; started by its own command.
 
-from __future__ import annotations
+Annotations are not postponed here: BentoML makes its API of them.
+"""
 
 import os
 import sys
@@ -10,13 +11,11 @@ from typing import Annotated
 import numpy as np
 from shared import Model, arguments, scaled
 
-SETTINGS = "PEER_BENTOML"
+given = arguments()
 
 
 def start() -> None:
     """Become `bentoml serve` of this file."""
-    given = arguments()
-    os.environ[SETTINGS] = "\n".join(sys.argv[1:])
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
     here = Path(__file__)
     command = [
@@ -32,7 +31,6 @@ if __name__ == "__main__":
 
 import bentoml  # noqa: E402 (the command that replaces this process imports it again)
 
-given = arguments(os.environ[SETTINGS].split("\n"))
 batchable = {"batchable": True, "max_batch_size": given.rows, "max_latency_ms": 30_000}
 traffic = {"timeout": 30, **({"max_concurrency": given.queue} if given.queue else {})}
 Array = Annotated[np.ndarray, bentoml.validators.DType("float32")]

@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ import numpy as np
 import onnxruntime
 import orjson
 
+ARGUMENTS = "PEER_ARGUMENTS"
 DELAY_MS = 1
 """How long peers with a timer wait for a batch to fill: the least that Mosec takes."""
 
 
-def arguments(words: list[str] | None = None) -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     """What the harness says: the model, the kind of bodies, the port, and how much may run at a time.
 
-    Taken from `words`, or else from the command line.
+    The first process takes it from its command line, those that it starts from its environment.
     """
+    words = os.environ.setdefault(ARGUMENTS, "\n".join(sys.argv[1:])).split("\n")
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--kind", choices=("json", "v2", "binary", "jpeg", "text"), required=True)
