@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,8 @@ def environ(python: Path) -> dict[str, str]:
         "ORT_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": "1",
     }
+    if python == Path(sys.executable):
+        own["PYTHONPATH"] = str(ROOT)
     inherited = clean_environ(python)
     return {name: value for name, value in inherited.items() if not name.startswith("INFERPOOL_")} | own
 

@@ -99,7 +99,7 @@ PEERS = {
             ("mosec==0.9.8", *common()),
         ),
         Peer(
-            "litserve", "LitServe", "one API server, wait of 1 ms; its fast queue is asked for but not used by 0.2.19",
+            "litserve", "LitServe", "one API server, wait of 1 ms; fast queue, which 0.2.19 ignores",
             {
                 "json": plain_json("/predict"), "text": text_json("/predict"),
                 "binary": raw_form("/predict", "file"), "jpeg": jpeg_form("/predict", "file"),
