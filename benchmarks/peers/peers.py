@@ -105,7 +105,7 @@ PEERS = {
                 "binary": raw_form("/predict", "file"), "jpeg": jpeg_form("/predict", "file"),
             },
             {"v2": NO_V2},
-            ("litserve==0.2.19", *common()),
+            ("litserve==0.2.19", "python-multipart", *common()),
         ),
         Peer(
             "bentoml", "BentoML", "adaptive batching, no access log",
