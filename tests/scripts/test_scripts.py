@@ -103,9 +103,9 @@ def test_serve_passes_its_arguments_on(checkout: Checkout):
 
 
 def test_a_second_start_installs_nothing(checkout: Checkout):
-    """The first start makes the environment and installs one extra; the next does neither."""
+    """The first start makes the environment and installs two extras; the next does neither."""
     checkout.run("serve")
-    assert checkout.noted() == ["venv", f"install .[{RUNTIME}]"]
+    assert checkout.noted() == ["venv", f"install .[{RUNTIME},text]"]
     run = checkout.run("serve")
     assert (run.returncode, run.stderr) == (0, "")
     assert checkout.noted() == []
@@ -128,7 +128,7 @@ def test_a_changed_project_is_installed_again(checkout: Checkout):
     checkout.noted()
     (checkout.repo / "pyproject.toml").write_text("[project]\nversion = '2'\n")
     checkout.run("serve")
-    assert checkout.noted() == [f"install .[{RUNTIME}]"]
+    assert checkout.noted() == [f"install .[{RUNTIME},text]"]
 
 
 def test_a_moved_checkout_is_installed_again(checkout: Checkout):
@@ -137,7 +137,7 @@ def test_a_moved_checkout_is_installed_again(checkout: Checkout):
     checkout.noted()
     checkout.repo = checkout.repo.rename(checkout.repo.with_name("moved"))
     assert checkout.run("serve").returncode == 0
-    assert checkout.noted() == [f"install .[{RUNTIME}]"]
+    assert checkout.noted() == [f"install .[{RUNTIME},text]"]
 
 
 def test_an_installation_that_broke_off_is_tried_again(checkout: Checkout):
@@ -147,21 +147,21 @@ def test_an_installation_that_broke_off_is_tried_again(checkout: Checkout):
     assert run.stdout == ""
     checkout.noted()
     assert checkout.run("serve").returncode == 0
-    assert checkout.noted() == [f"install .[{RUNTIME}]"]
+    assert checkout.noted() == [f"install .[{RUNTIME},text]"]
 
 
 def test_a_driver_means_the_gpu_extra(checkout: Checkout):
     """Where nvidia-smi works it is ONNX Runtime for GPUs."""
     checkout.stand_in("nvidia-smi", "#!/bin/sh\nexit 0\n")
     checkout.run("serve")
-    assert checkout.noted() == ["venv", "install .[gpu]"]
+    assert checkout.noted() == ["venv", "install .[gpu,text]"]
 
 
 def test_the_two_runtimes_are_never_both_installed(checkout: Checkout):
     """The other build is taken away first, and with it what it overwrote."""
     checkout.stand_in("nvidia-smi", "#!/bin/sh\nexit 0\n")
     checkout.run("serve", INSTALLED="onnxruntime")
-    assert checkout.noted() == ["venv", "uninstall onnxruntime-gpu", "install .[gpu]"]
+    assert checkout.noted() == ["venv", "uninstall onnxruntime-gpu", "install .[gpu,text]"]
 
 
 @pytest.mark.skipif(HAS_DRIVER, reason="this machine has a driver, which cannot be hidden")
