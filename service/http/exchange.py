@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from service.errors import InferpoolError
+from service.errors import DeadlineExceeded, InferpoolError
 from service.http.dialect import Data
 from service.http.intake import Intake
 from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
@@ -162,8 +162,8 @@ class Exchange:
         predictor, call = self._predictor, self._call
         try:
             if predictor.is_heavy(call, data):
-                threads = predictor.threads_for(call)
-                self._connection.run_aside(predictor.read, call, data, then=self._offer, threads=threads)
+                threads = predictor.set_aside(call, len(data), self._expire)
+                self._connection.run_aside(predictor.read, call, data, then=self._read_aside, threads=threads)
                 return
             tensors = predictor.read(call, data)
         except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
@@ -172,6 +172,13 @@ class Exchange:
         # Not at once, but when every connection that has something to read has been read: the requests
         # of one round of the loop are offered together, so that an idle instance takes them together.
         self._connection.loop.call_soon(self._offer, tensors)
+
+    def _expire(self) -> None:
+        self._refuse(DeadlineExceeded("the deadline passed before the body was read"))
+
+    def _read_aside(self, tensors: Any) -> None:
+        if self._predictor.taken_back(self._call):
+            self._offer(tensors)
 
     def _offer(self, tensors: Any) -> None:
         if self.disconnected:
@@ -225,6 +232,7 @@ class Exchange:
                 connection.transport.write(part)
         self._predictor.answered(self._call)
         if connection.flow.write_paused:
+            self._predictor.keep(self._call, connection.transport.get_write_buffer_size())
             connection.hold(self)
         else:
             self.complete()

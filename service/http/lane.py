@@ -64,7 +64,11 @@ async def _predict(predictor: Predictor, call: Call, scope: Scope, receive: Rece
         data = await _read_body(predictor, call, receive)
         if predictor.is_heavy(call, data):
             loop = asyncio.get_running_loop()
-            tensors = await loop.run_in_executor(predictor.threads_for(call), predictor.read, call, data)
+            threads = predictor.set_aside(call, len(data), lambda: None)
+            try:
+                tensors = await loop.run_in_executor(threads, predictor.read, call, data)
+            finally:
+                predictor.taken_back(call)
         else:
             tensors = predictor.read(call, data)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()

@@ -17,7 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from service.codecs.text import Rows
-from service.errors import Draining, InternalError, InvalidInput, Overloaded
+from service.errors import (
+    DeadlineExceeded,
+    Draining,
+    InferpoolError,
+    InternalError,
+    InvalidInput,
+    Overloaded,
+)
 from service.http.compression import decompress, gzipped, takes_gzip
 from service.http.dialect import Data, Dialect, Options
 from service.http.head import Head, new_request_id
@@ -40,6 +47,8 @@ HEAVY_PIXELS: Final = 128 * 128
 """Pictures with more pixels are decoded in another thread."""
 HEAVY_TEXT_BYTES: Final = 2 * 1024
 """Longer bodies for a model that takes text are encoded in another thread: they take half a millisecond."""
+MOST_TEXT_BYTES: Final = 8 * 2**20
+"""Bodies of text that may wait to be encoded, in all; a megabyte takes the better part of a second."""
 TEXT_THREADS: Final = 2
 """Threads that encode long texts."""
 _UNPACKED: Final = ("application/x-npz", "multipart/form-data")
@@ -74,8 +83,8 @@ class Call:
     """One predict request on its way: what its lane holds on to."""
 
     __slots__ = (
-        "began", "decode_s", "dialect", "entry", "head", "options", "recorded", "request_id",
-        "reserved_bytes", "served", "texts", "timer",
+        "aside_bytes", "aside_text", "began", "decode_s", "dialect", "entry", "given_up", "head", "options",
+        "recorded", "request_id", "reserved_bytes", "served", "texts", "timer",
     )  # fmt: skip
 
     def __init__(self, dialect: Dialect, head: Head, began: float) -> None:
@@ -87,7 +96,8 @@ class Call:
         self.options = _NO_OPTIONS
         self.decode_s = 0.0
         self.reserved_bytes = 0
-        self.recorded = False
+        self.recorded = self.given_up = self.aside_text = False
+        self.aside_bytes = 0
         self.served: Served | None = None
         self.texts: Sequence[Rows] = ()
         self.entry: Entry | None = None
@@ -130,6 +140,7 @@ class Predictor:
         self._served: dict[VersionKey, Served] = {}
         self._tallies: dict[VersionKey, Tally] = {}
         # Of their own, so that nothing else waits for a long text to be encoded.
+        self._text_bytes = 0
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self.heads = Heads()
         self._nobody = Meters(metrics, "", "", Tally())
@@ -156,10 +167,18 @@ class Predictor:
         self._reserved_bytes += size
         call.reserved_bytes += size
 
+    def keep(self, call: Call, size: int) -> None:
+        """Count `size` bytes of an answer that its client does not read against those in flight."""
+        self._reserved_bytes += size
+        call.reserved_bytes += size
+
     def answered(self, call: Call) -> None:
         """The request's body is of no more use, and its answer is on its way, read or not."""
-        self._reserved_bytes -= call.reserved_bytes
-        call.reserved_bytes = 0
+        if call.aside_bytes:
+            call.given_up = True  # a thread has the body, or will have: it takes memory until then
+        else:
+            self._reserved_bytes -= call.reserved_bytes
+            call.reserved_bytes = 0
         if call.entry is not None:
             call.entry = None
             self.accepted -= 1
@@ -207,9 +226,36 @@ class Predictor:
             return image is not None and image.pixels(bytes(data)) > HEAVY_PIXELS
         return False
 
-    def threads_for(self, call: Call) -> Executor | None:
-        """Where a heavy body is read; None is wherever there is room."""
-        return self._text_threads if self._may_be_text(call) else None
+    def set_aside(self, call: Call, size: int, expire: Callable[[], None]) -> Executor | None:
+        """Prepare for a heavy body of `size` bytes to be read in another thread, and call `taken_back` then.
+
+        Returns whose thread, None for whichever there is. `expire` is called if the deadline passes first.
+        Raises Overloaded where too much text waits already, and DeadlineExceeded.
+        """
+        text = self._may_be_text(call)
+        if text and self._text_bytes and self._text_bytes + size > MOST_TEXT_BYTES:
+            raise Overloaded(f"{self._text_bytes} bytes of text wait to be encoded already")
+        timeout_s = math.inf if call.served is None else self._timeout_s(call)
+        if timeout_s < math.inf:
+            left_s = call.began + timeout_s - self.clock()
+            if left_s <= 0:
+                raise DeadlineExceeded("the deadline passed before the body was there")
+            call.timer = asyncio.get_running_loop().call_later(left_s, expire)
+        call.aside_bytes = max(1, size)
+        if text:
+            call.aside_text = True
+            self._text_bytes += call.aside_bytes
+        return self._text_threads if text else None
+
+    def taken_back(self, call: Call) -> bool:
+        """A body has been read in another thread; whether its request is still to be answered."""
+        if call.aside_text:
+            self._text_bytes -= call.aside_bytes
+        call.aside_bytes, call.aside_text = 0, False
+        if call.given_up:
+            self.answered(call)
+        self.end(call)
+        return not call.given_up
 
     def _may_be_text(self, call: Call) -> bool:
         """Whether the body is for a model that takes text, or may be where it is to name its model."""
@@ -227,6 +273,8 @@ class Predictor:
 
         Raises every RequestError there is, and NotReady.
         """
+        if call.given_up:
+            raise InferpoolError("nobody waits for the answer")
         began = self.clock()
         head = call.head
         plain = decompress(data, head.content_encoding, self.max_body_bytes)

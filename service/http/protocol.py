@@ -25,7 +25,8 @@ MOST_HEAD_BYTES: Final = 64 * 1024
 """A request line and headers with more bytes than this are refused with 431."""
 
 STALLED_S: Final = 60.0
-"""A client that reads nothing of its answer for so long is hung up on."""
+LEAST_BYTES: Final = 64 * 1024
+"""A client that reads fewer bytes of its answer than this in `STALLED_S` seconds is hung up on."""
 
 _UPGRADE: Final = "the request asks for another protocol, which hides its body; send it without Upgrade"
 
@@ -180,8 +181,9 @@ class PredictProtocol(HttpToolsProtocol):
         That holds between requests, and within one: a client that stands still in the middle of a head or a
         body, and is not held up from here, holds a connection and the bytes that it has sent.
         """
+        running = self._between and self.cycle is not None and not self.cycle.response_complete
         since = self._idle_since
-        if since is None and not self._between and not self.flow.read_paused:
+        if since is None and not running and not self.flow.read_paused:
             since = self._heard
         left_s = float(self.timeout_keep_alive)
         if since is not None:
@@ -226,11 +228,11 @@ class PredictProtocol(HttpToolsProtocol):
         self._watch(self.transport.get_write_buffer_size())
 
     def _watch(self, unread_bytes: int) -> None:
-        """Hang up on a client that reads nothing of its answer for a while."""
+        """Hang up on a client that reads next to nothing of its answer for a while."""
 
         def check() -> None:
             left = self.transport.get_write_buffer_size()
-            if left >= unread_bytes:
+            if left > unread_bytes - LEAST_BYTES:
                 self.transport.abort()
             else:
                 self._watch(left)

@@ -42,3 +42,11 @@ def test_who_stands_still_is_hung_up_on(server: Server, sent: bytes) -> None:
 def test_a_connection_is_kept_as_long_as_its_request_runs_and_then_for_a_while(server: Server) -> None:
     answer = hung_up(server, HEAD + b'{"inputs": [[1]]}')
     assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_what_follows_a_refusal_does_not_keep_the_connection(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(HEAD.replace(b"/m ", b"/nobody "))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+        connection.sendall(b'{"inputs": [[1]]}' + b"\r\n")
+        assert connection.recv(65536) == b"", "hung up, like any connection on which nothing comes"
