@@ -93,8 +93,9 @@ class TextCodec:
         pad_id, pad_type = _pad_ids(self._tokenizer)
         self.ids: Final = self._ids.name
         self.fills: Final = {self.ids: pad_id}
-        if self._mask is not None:
-            self.fills[self._mask.name] = 0
+        self.mask: Final = None if self._mask is None else self._mask.name
+        if self.mask is not None:
+            self.fills[self.mask] = 0
         if self._types is not None:
             self.fills[self._types.name] = pad_type
         # A power of two, so that the costs of rows add up without rounding.

@@ -66,7 +66,7 @@ class Exchange:
         call: Call,
         keep_alive: bool,
         expects_100: bool,
-        fault: InferpoolError | None = None,
+        fault: Exception | None = None,
     ) -> None:
         self._connection = connection
         self._predictor = connection.predictor
@@ -89,8 +89,7 @@ class Exchange:
         try:
             self._predictor.admit(self._call)
         except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
-            self._refuse(error)
-            return
+            self._fault = error  # the body may still come, and is of no interest
         if self._fault is not None:
             self._refuse(self._fault)
         elif self._body_complete:

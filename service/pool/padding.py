@@ -28,6 +28,7 @@ class Padding:
     Attributes:
         fills: the inputs whose second dimension counts tokens, and the value that is no token in each.
         ids: the one of them that says how many there are.
+        mask: the one of them, if any, that is 1 for every token and 0 for padding.
         unit: tokens of the rows that were measured at load.
         longest: tokens of the longest row that a sentence becomes.
         proven: whether padding changes no answer, so that rows of different lengths may share a batch.
@@ -42,6 +43,7 @@ class Padding:
     proven: bool = False
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     reason: str = ""
+    mask: str | None = None
 
     def length(self, inputs: Tensors) -> int:
         """Tokens of each row of an entry's inputs."""
@@ -50,9 +52,11 @@ class Padding:
     def sharing(self, inputs: Tensors) -> tuple[Hashable, float]:
         """What must be equal for entries to share a batch, and the cost of a row in rows of `unit` tokens."""
         length = self.length(inputs)
-        shared = span(length) if self.proven else length
+        # A caller's own mask may hide tokens, or all of them, and then padding may not be without effect.
+        exact = not self.proven or (self.mask is not None and not (inputs[self.mask] == 1).all())
+        shared = length if exact else span(length)
         # A short row counts as one, so that bounds on rows hold for rows too.
-        return shared, max(1.0, shared / self.unit)
+        return (length,) if exact else shared, max(1.0, shared / self.unit)
 
     def gather(self, parts: Sequence[Tensors]) -> Tensors:
         """The inputs of all parts, one below the other, each filled up to the longest."""

@@ -18,7 +18,7 @@ from service.pool.padding import Padding
 from service.pool.proof import compare, first_line
 from service.tensors import Tensors, shape_text
 
-_SHORTEST: Final = 2
+_SHORTEST: Final = 1
 _ROWS: Final = 8
 _GROUPINGS: Final = ((0, 1, 2, 3, 4, 5, 6, 7), (7, 0), (4, 2, 6))
 

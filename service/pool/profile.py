@@ -50,8 +50,9 @@ class Profile:
             weight = max(WEIGHT, 1 / (known.runs + 1))
             # One run that was held up says little of the next; a lasting change gets through all the same.
             seconds = min(seconds, OUTLIER * known.seconds)
-            if known.seconds:
-                self._spread += WEIGHT * (abs(seconds / known.seconds - 1) - self._spread)
+            # Against the curve, not the rung's mean: that a rung holds batches of many sizes is no spread.
+            if (expected := self.seconds(rows)) > 0:
+                self._spread += WEIGHT * (abs(seconds / expected - 1) - self._spread)
             self._rungs[rung] = Measurement(
                 known.rows + weight * (rows - known.rows),
                 known.seconds + weight * (seconds - known.seconds),

@@ -203,7 +203,7 @@ class Queue:
             finish = self._predicted_finish(entry, now, free_at)
             if finish > entry.deadline:
                 raise DeadlineExceeded(
-                    "the answer would come too late: at the measured rate it takes"
+                    "the answer may come too late: as batches take now, now more, now less, it may take"
                     f" {1000 * (finish - entry.arrived):.1f} ms, and the request allows"
                     f" {max(0.0, 1000 * (entry.deadline - entry.arrived)):.1f} ms",
                 )

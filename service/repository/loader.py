@@ -221,7 +221,7 @@ def _padding(text: TextCodec, model: LoadedModel, plan: Plan) -> Padding:
             f"a row of {text.max_tokens} tokens cannot be run ({first_line(error)}); set text.max_tokens in"
             " model.toml to what the model takes, or bring the tokenizer that it was trained with"
         ) from error
-    padding = Padding(text.fills, text.ids, text.unit, text.max_tokens)
+    padding = Padding(text.fills, text.ids, text.unit, text.max_tokens, mask=text.mask)
     return prove_padding(model, text.made_up(text.unit), padding) if plan.batched else padding
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import socket
 
 import pytest
@@ -135,3 +137,69 @@ def test_a_request_without_a_known_head_follows_on_the_same_connection(server: S
         connection.sendall(request(BODY, "connection: close"))
         assert read_answers(connection, 1)[0][1]["connection"] == "close"
         assert connection.recv(1) == b""
+
+
+def test_a_known_head_is_admitted_like_any_other(serve: Serve, make_chaos: MakeChaos) -> None:
+    config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n[queue]\nmax_rows = 1\n"
+    server = serve(make_chaos("m", row=[1], run_ms=300, config=config))
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(6)
+        ]
+        connections[0].sendall(request())
+        assert read_answers(connections[0], 1)[0][0] == 200
+        for connection in connections:
+            connection.sendall(request())
+        statuses = sorted(read_answers(connection, 1)[0][0] for connection in connections)
+        assert statuses.count(429) == 4, "one runs, one waits"
+        connections[0].sendall(request())
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        connections[1].sendall(request())
+        assert read_answers(connections[1], 1)[0][0] == 503
+        assert read_answers(connections[0], 1)[0][0] == 200
+
+
+def test_known_heads_on_one_connection_are_answered_in_their_order(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m", row=[1], run_ms=100))
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(request())
+        read_answers(connection, 1)
+        # Each in a segment of its own, while the one before it runs.
+        for value in range(5):
+            connection.sendall(request(b'{"inputs": [[%d]]}' % value))
+            if value == 0:
+                wait_until_running(server)
+        sums = [answer["outputs"]["sum"] for _, _, answer in read_answers(connection, 5)]  # type: ignore[index]
+        assert sums == [[3 * value + 1] for value in range(5)]
+
+
+@pytest.mark.parametrize("line", [b"connection: close", b"expect: 100-continue"])
+def test_what_a_head_asks_of_its_connection_is_done_each_time(server: Server, line: bytes) -> None:
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(request(BODY, line.decode()))
+            if line.startswith(b"expect"):
+                continued = b""
+                while not continued.endswith(b"\r\n\r\n"):
+                    continued += connection.recv(1)
+                assert continued.startswith(b"HTTP/1.1 100")
+            assert read_answers(connection, 1)[0][0] == 200
+            if line == b"connection: close":
+                assert connection.recv(1) == b""
+
+
+def test_old_clients_are_hung_up_on_each_time(server: Server) -> None:
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(request().replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+            assert read_answers(connection, 1)[0][0] == 200
+            assert connection.recv(1) == b""
+
+
+def wait_until_running(server: Server) -> None:
+    while server.metric("in_flight_requests") == 0:
+        pass

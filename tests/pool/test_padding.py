@@ -114,7 +114,7 @@ def test_harmless_padding_is_proven(
     padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32, 512))
     assert padding.proven, padding.reason
     assert padding.axes == axes
-    assert "2 to 32 tokens" in padding.reason
+    assert "1 to 32 tokens" in padding.reason
 
 
 @pytest.mark.parametrize(
@@ -194,3 +194,14 @@ def test_a_request_in_parts_is_refused_as_one() -> None:
         else:
             queue.offer(whole, 0.0)
     assert len(queue) == 20
+
+
+def test_a_row_whose_caller_hides_tokens_of_it_is_not_padded() -> None:
+    padding = Padding(FILLS, "ids", 32, 512, proven=True, mask="mask")
+    ids = np.ones((2, 5), np.int64)
+    shown = {"ids": ids, "mask": np.ones_like(ids)}
+    hidden = {"ids": ids, "mask": np.array([[1] * 5, [0] * 5])}
+    assert padding.sharing(shown)[0] == padding.sharing({"ids": ids[:, :3], "mask": ids[:, :3]})[0]
+    others = {padding.sharing({"ids": ids[:, :n], "mask": ids[:, :n]})[0] for n in range(1, 6)}
+    assert padding.sharing(hidden)[0] not in others
+    assert padding.sharing(hidden)[0] != padding.sharing({name: t[:, :4] for name, t in hidden.items()})[0]

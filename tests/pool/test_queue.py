@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.errors import DeadlineExceeded, QueueFull
 from service.pool.ports import Entry, VersionKey
-from service.pool.profile import Profile
+from service.pool.profile import Measurement, Profile
 from service.pool.queue import OLDEST_LEADS_EVERY, Limits, Queue
 
 KEY = VersionKey("m", 1)
@@ -250,6 +250,14 @@ def test_runs_that_take_now_more_now_less_call_for_more_caution() -> None:
         unsteady.observe(4, 0.005 if run % 2 else 0.015)
     assert steady.caution() < 1.01
     assert 2 < unsteady.caution() < 4
+
+
+def test_batches_of_many_sizes_call_for_no_caution_where_their_cost_is_steady() -> None:
+    profile = Profile(Measurement(2**power, 0.001 * 2**power, 8) for power in range(9))
+    for run in range(200):
+        rows = 129 if run % 2 else 256
+        profile.observe(rows, 0.001 * rows)
+    assert profile.caution() < 1.01
 
 
 def test_an_urgent_entry_is_not_refused_for_the_lax_ones_that_it_overtakes() -> None:
