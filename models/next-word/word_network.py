@@ -25,12 +25,15 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * SIZE))
         self.out_proj = nn.Linear(SIZE, SIZE)
         self.heads = HEADS
+        self.dropout = DROPOUT
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, tokens, size] in and out; no token sees a later one."""
         parts = nn.functional.linear(rows, self.in_proj_weight, self.in_proj_bias)
         queries, keys, values = parts.unflatten(-1, [3, self.heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        attended = nn.functional.scaled_dot_product_attention(
+            queries, keys, values, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -61,8 +64,8 @@ class Network(nn.Module):
         super().__init__()
         self.words = nn.Embedding(vocabulary, SIZE)
         self.positions = nn.Embedding(MAX_TOKENS, SIZE)
-        for table in (self.words, self.positions):
-            nn.init.normal_(table.weight, std=0.05)
+        nn.init.normal_(self.words.weight, std=0.05)
+        nn.init.normal_(self.positions.weight, std=0.02)  # at first, words count for more
         self.norm = nn.LayerNorm(SIZE)
         self.dropout = nn.Dropout(DROPOUT)
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))

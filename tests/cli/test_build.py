@@ -214,10 +214,11 @@ def test_what_is_not_built_is_left_out_and_its_command_is_logged(serve: Serve, m
         "diabetes",
         "digits",
         "forecast",
+        "next-word",
     }
     assert server.get("/health/ready").status_code == 200
     assert server.get("/health").json() == {"status": "ok", "ready": True, "problems": {}}
-    for name in ("cifar10", "resnet50"):
+    for name in ("cifar10", "minilm", "news", "resnet50", "sentiment"):
         said = [line for line in server.log if name in line["message"]]
         command = f"inferpool build --repository {models} {name}"
         assert [(line["level"], line["message"]) for line in said] == [

