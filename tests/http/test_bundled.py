@@ -149,7 +149,7 @@ def test_every_answer_has_an_id_and_its_timing(bundled: Server) -> None:
 
 def test_models_tell_what_they_take_and_how_they_batch(bundled: Server) -> None:
     models = {model["name"]: model for model in bundled.get("/models").json()["models"]}
-    assert models.keys() == {"diabetes", "digits", "forecast"}
+    assert models.keys() == {"diabetes", "digits", "forecast", "next-word"}
     version = models["digits"]["versions"][0]
     assert version["state"] == "ready"
     assert version["inputs"] == [

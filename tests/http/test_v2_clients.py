@@ -199,6 +199,8 @@ def test_the_client_reads_health_metadata_configuration_and_the_index(client: An
     assert {(entry["name"], entry["state"]) for entry in index} == {
         ("digits", "READY"),
         ("diabetes", "READY"),
+        ("forecast", "READY"),
+        ("next-word", "READY"),
     }
 
 
