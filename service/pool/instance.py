@@ -95,6 +95,7 @@ class Instance:
         self.name = name
         self.model = model
         self.busy_until = 0.0
+        self.woken = False
         self._work = work
         self._clock = clock
         self._wake = threading.Lock()

@@ -41,6 +41,9 @@ PROOF_S: Final = 1.0
 BETTER: Final = 1.05
 """More instances are taken where they bring at least this many times the rows a second."""
 
+MUCH_BETTER: Final = 1.3
+"""The same where a run of one row is short: the web side needs cores as well, and more in proportion."""
+
 BATCH_S: Final = 1e-4
 """What a batch costs beside its run (two wake-ups, gather, scatter), which more rows share."""
 
@@ -186,7 +189,7 @@ class Planner:
             rate = base if (instances, threads) == (1, 1) else self._rate(candidate, batch, instances)
             if candidate is not model:
                 candidate.close()
-            if rate > BETTER * best_rate:
+            if rate > (BETTER if table[0].seconds >= CLEAR_S else MUCH_BETTER) * best_rate:
                 best, best_rate = (instances, threads), rate
         # What no number of cores can bring is noise in one of the two rates.
         return *best, min(best_rate / base, best[0] * best[1])
@@ -204,8 +207,8 @@ class Planner:
         if cores == 1 or full_s < CLEAR_S:
             return [(1, 1)]
         if single_s < CLEAR_S:
-            # Two instances would halve the batches of a model that lives by large ones.
-            return [(1, 1), (1, cores)]
+            # Many instances would share out the batches of a model that lives by large ones.
+            return [(1, 1), (1, cores), (2, 1)]
         halves = {(2, cores // 2), (cores // 2, 2)} if cores >= 4 else set()
         return sorted({(1, cores), (cores, 1)} | halves)
 

@@ -130,6 +130,7 @@ class Pool:
         self._batches: dict[int, BatchCount] = {}
         self._measured = clock()
         self._started = 0
+        self._waking = 0
         self._closed = False
 
     # The web side.
@@ -153,8 +154,7 @@ class Pool:
             for one in waiting:
                 if self._queue.is_large(one):
                     self._assemblies[one.id] = _Assembly(one.rows, {})
-                if self._idle:
-                    self._idle.pop().wake()
+                self._wake_for_more()
 
     def refuse_early(self) -> None:
         """Raise what even an entry of one row would be refused with now."""
@@ -259,15 +259,31 @@ class Pool:
         """Replace an instance whose thread has died; what it ran is run once more, entry by entry."""
         with self._lock:
             self._instances.remove(instance)
+            if instance.woken:
+                self._waking -= 1  # it died on its way to the queue
             self._replace(instance)
             results = self._retry(batch) if batch is not None else []
             if not self._instances:
                 results += self._give_up("draining" if self._closed else "lost")
             for _ in range(min(len(self._idle), len(self._retries))):
-                self._idle.pop().wake()
+                self._wake()
         self._put(results)
 
     # Under the lock.
+
+    def _wake_for_more(self) -> None:
+        """Wake an idle instance, unless those that are waking take all that waits.
+
+        Whatever of it they cannot take together, the first of them wakes another for.
+        """
+        if self._idle and self._queue.load > self._waking * self.limits.batch_rows:
+            self._wake()
+
+    def _wake(self) -> None:
+        instance = self._idle.pop()
+        instance.woken = True
+        self._waking += 1
+        instance.wake()
 
     def _refuse_unless_open(self) -> None:
         if self._closed:
@@ -277,6 +293,9 @@ class Pool:
 
     def _next(self, instance: Instance) -> tuple[Batch | None, list[Result], float | None]:
         """What `instance` runs now, the results of what never will, and how long to wait else."""
+        if instance.woken:
+            instance.woken = False
+            self._waking -= 1
         now = self._clock()
         results: list[Result] = []
         batch = None
@@ -296,7 +315,7 @@ class Pool:
         if batch is not None:
             instance.busy_until = now + self.profile.seconds(batch.load)
             if self._idle and (self._retries or len(self._queue)):
-                self._idle.pop().wake()
+                self._wake()
             return batch, results, None
         if self._closed and not len(self._queue):
             return None, results, None

@@ -184,6 +184,11 @@ class Queue:
         """How many rows wait; an entry without rows counts as one."""
         return self._waiting_rows
 
+    @property
+    def load(self) -> float:
+        """What waits, in rows of the measured length."""
+        return self._small_rows + self._large_rows
+
     def offer(self, entry: Entry, now: float, free_at: Sequence[float] = (), *, probe: bool = False) -> None:
         """Let `entry` wait, or raise.
 

@@ -15,6 +15,7 @@ import pytest
 from service.backends.base import LoadedModel
 from service.errors import DeadlineExceeded, Draining, ModelFailed, NotReady, QueueFull
 from service.metrics import Metrics
+from service.pool.instance import Instance
 from service.pool.pool import RESTARTS_AT_MOST, Pool
 from service.pool.ports import Entry, Result, VersionKey
 from service.pool.profile import Measurement, Profile
@@ -369,3 +370,26 @@ def test_a_cancelled_retry_is_not_run(bench: Callable[..., Bench]) -> None:
     assert isinstance(results[deadly.id].error, ModelFailed)
     assert results[gone.id].outputs is None
     assert made.model.batches == [1, 2, 1]
+
+
+def test_a_second_instance_is_woken_only_for_what_the_first_cannot_take(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench(instances=3, batch_rows=4)
+    deadline = time.monotonic() + 10
+    while len(made.pool._idle) < 3:
+        assert time.monotonic() < deadline
+    woken: list[Instance] = []
+    wake = Instance.wake
+    monkeypatch.setattr(Instance, "wake", lambda instance: woken.append(instance))
+    entries = [made.offer(mark) for mark in range(4)]
+    assert len(woken) == 1, "one batch takes them all"
+    entries.append(made.offer(4))
+    assert len(woken) == 2
+    monkeypatch.undo()
+    made.go()
+    for instance in woken:
+        wake(instance)
+    results = made.outbox.take(5)
+    for entry in entries:
+        check(entry, results[entry.id])
