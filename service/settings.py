@@ -42,7 +42,8 @@ class Settings(BaseModel):
     )
     in_flight_bytes: Annotated[int, Field(ge=1)] = Field(
         512 * 1024 * 1024,
-        description="Bytes of request bodies that may be in flight for all models together.",
+        description="Bytes of request bodies that may be in flight for all models together; also of the"
+        " outputs of one request for text.",
     )
     queue_bytes: Annotated[int, Field(ge=1)] = Field(
         256 * 1024 * 1024, description="Bytes of input that may wait for one model."

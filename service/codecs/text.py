@@ -8,7 +8,8 @@ rows of different lengths together where that changes no answer.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, NamedTuple
@@ -29,6 +30,7 @@ MEASURED_TOKENS: Final = 32
 """The length of the rows that batching is proven and measured with; a power of two."""
 PROOF_ROWS: Final = 8
 
+_PROBE: Final = "One sentence, with 2 numbers: 34."
 _SEED: Final = 20_260_101
 _IDS: Final = ("INT64", "INT32")
 _FLAGS: Final = ("INT64", "INT32", "BOOL", "FP32")
@@ -76,6 +78,7 @@ class TextCodec:
         ids: the name of the input of token ids.
         fills: every input that a sentence becomes, and the value in it that stands for no token.
         unit: the length of the rows that batching is proven and measured with; a power of two.
+        words: how many tokens the vocabulary has, from which rows are made up.
     """
 
     media_types: ClassVar[tuple[str, ...]] = ("text/plain",)
@@ -84,13 +87,22 @@ class TextCodec:
         """Read the tokenizer in `file` and settle what goes where.
 
         Raises ConfigError, with the key at the front, where `config`, `signature` and tokenizer contradict
-        each other, and LoadError where `tokenizers` is not installed.
+        each other or the tokenizer cannot encode, and LoadError where `tokenizers` is not installed.
         """
         self._tokenizer = _read_tokenizer(config, file)
         self.input: Final = config.input
         self._ids, self._mask, self._types = _find_inputs(config, signature)
-        self.max_tokens: Final = _truncate(config, self._tokenizer)
-        pad_id, pad_type = _pad_ids(self._tokenizer)
+        with _named(config):
+            self.max_tokens: Final = _truncate(config, self._tokenizer)
+            pad_id, pad_type = _pad_ids(self._tokenizer)
+            added = self._tokenizer.get_added_tokens_decoder()
+            self._special = {token for token, of in added.items() if of.special}
+            self.words: Final[int] = self._tokenizer.get_vocab_size(with_added_tokens=True)
+            # Not the count, for a vocabulary may have gaps.
+            known = self._tokenizer.get_vocab(with_added_tokens=True).values()
+            self._highest: Final[int] = max(pad_id, *known, 0)
+            # A file that cannot encode anything at all says so here, not to the first request.
+            self._tokenizer.encode_batch_fast([_PROBE])
         self.ids: Final = self._ids.name
         self.fills: Final = {self.ids: pad_id}
         self.mask: Final = None if self._mask is None else self._mask.name
@@ -136,19 +148,40 @@ class TextCodec:
 
     def made_up(self, tokens: int, count: int = PROOF_ROWS) -> Tensors:
         """`count` rows of `tokens` random words: what the model is proven and measured with."""
-        special = {
-            token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
-        }
         size = self._tokenizer.get_vocab_size(with_added_tokens=False)
-        words = np.array([token for token in range(size) if token not in special] or [0])
+        words = np.array([token for token in range(size) if token not in self._special] or [0])
         ids = np.random.default_rng(_SEED).choice(words, (count, tokens))
         return self._tensors(ids, np.zeros_like(ids))
 
-    @property
-    def words(self) -> int:
-        """How many tokens the vocabulary has, from which rows are made up."""
-        size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        return size
+    def check(self, tensors: Tensors) -> None:
+        """Raise InvalidInput, naming the tensor, where the model's own inputs are no rows of tokens.
+
+        They are what sentences could become: at least one token a row and no more than `max_tokens`, as many
+        in every input, and no id that is no token of the vocabulary.
+        """
+        ids = tensors[self.ids]
+        tokens = ids.shape[1]
+        if not 1 <= tokens <= self.max_tokens:
+            raise InvalidInput(
+                f"tensor {name_text(self.ids)} has {tokens} tokens a row; the model takes 1 to"
+                f" {self.max_tokens}",
+                tensor=self.ids,
+                expected=self.max_tokens,
+                got=tokens,
+            )
+        for name in self.fills:
+            if name in tensors and tensors[name].shape[1] != tokens:
+                raise InvalidInput(
+                    f"tensor {name_text(name)} has {tensors[name].shape[1]} tokens a row, and"
+                    f" {name_text(self.ids)} {tokens}",
+                    tensor=name,
+                    expected=tokens,
+                    got=tensors[name].shape[1],
+                )
+        if ids.size:
+            self._check_ids(ids)
+            if self._types is not None and self._types.name in tensors:
+                self._check_types(self._types.name, tensors[self._types.name])
 
     def _bound(self, texts: list[str]) -> None:
         if not texts:
@@ -172,10 +205,29 @@ class TextCodec:
                 limit=MOST_CHARACTERS,
             )
 
+    def _check_ids(self, ids: Array) -> None:
+        for token in (int(ids.min()), int(ids.max())):
+            if not 0 <= token <= self._highest:
+                raise InvalidInput(
+                    f"tensor {name_text(self.ids)} has the id {token}; those of the vocabulary are 0 to"
+                    f" {self._highest}",
+                    tensor=self.ids,
+                    expected=self._highest,
+                    got=token,
+                )
+
+    @staticmethod
+    def _check_types(name: str, types: Array) -> None:
+        if types.size and types.min() < 0:
+            raise InvalidInput(
+                f"tensor {name_text(name)} has the type {types.min()}; none is below 0", tensor=name
+            )
+
     def _encode(self, texts: list[str]) -> Sequence[Any]:
         try:
-            # Without the offsets, which nobody asks for, and without the interpreter's lock.
-            encodings: Sequence[Any] = self._tokenizer.encode_batch_fast(texts)
+            with _no_panic():
+                # Without the offsets, which nobody asks for, and without the interpreter's lock.
+                encodings: Sequence[Any] = self._tokenizer.encode_batch_fast(texts)
         except Exception as error:  # it raises no type of its own
             for place, text in enumerate(texts):
                 if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
@@ -219,11 +271,35 @@ def _read_tokenizer(config: TextConfig, file: Path) -> Any:
         raise ConfigError(f"text.tokenizer: {config.tokenizer} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"text.tokenizer: {config.tokenizer} is not UTF-8 text") from error
+    with _named(config):
+        return Tokenizer.from_str(content)
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Raise what `tokenizers` panics with as a RuntimeError.
+
+    Its panics are no `Exception`s: pyo3 lets them through to the end of a thread. The library goes on after
+    one, for it changes nothing while it encodes.
+    """
     try:
-        tokenizer = Tokenizer.from_str(content)
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(str(panic)) from panic
+
+
+@contextmanager
+def _named(config: TextConfig) -> Iterator[None]:
+    """Raise whatever `tokenizers` raises as a ConfigError that names the file."""
+    try:
+        with _no_panic():
+            yield
+    except ConfigError:
+        raise
     except Exception as error:  # it raises no type of its own
         raise ConfigError(f"text.tokenizer: {config.tokenizer} is no tokenizer: {error}") from error
-    return tokenizer
 
 
 def _truncate(config: TextConfig, tokenizer: Any) -> int:

@@ -290,9 +290,16 @@ class Predictor:
         if options.outputs is not None:
             check_outputs(served.signature, options.outputs)
         text = served.view.text
-        if text is not None and text.input in tensors:
-            call.texts = text.encode(tensors[text.input], apart=not served.view.batching.enabled)
-            tensors = call.texts[0].tensors
+        if text is not None:
+            if text.input in tensors:
+                rows = len(tensors[text.input])
+                call.texts = text.encode(tensors[text.input], apart=not served.view.batching.enabled)
+                tensors = call.texts[0].tensors
+                tokens = max(part.tensors[text.ids].shape[1] for part in call.texts)
+            else:
+                text.check(tensors)
+                rows, tokens = tensors[text.ids].shape
+            served.bound_answer(rows, tokens, options.outputs, self._in_flight_bytes)
         call.decode_s = self.clock() - began
         return tensors
 

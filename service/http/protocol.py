@@ -9,17 +9,20 @@ uvicorn's.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import MalformedBody
+from service.errors import InternalError, MalformedBody
 from service.http.exchange import Exchange
 from service.http.head import Head
 from service.http.lane import find_dialect
 from service.http.predict import Call, Predictor
+
+log = logging.getLogger(__name__)
 
 MOST_HEAD_BYTES: Final = 64 * 1024
 """A request line and headers with more bytes than this are refused with 431."""
@@ -251,8 +254,14 @@ class PredictProtocol(HttpToolsProtocol):
         async def work() -> None:
             try:
                 outcome = await self.loop.run_in_executor(threads, function, *arguments)
+            except asyncio.CancelledError:
+                raise
             except Exception as error:  # noqa: BLE001 - it is the caller's to answer
                 outcome = error
+            except BaseException as error:
+                # Nor may what is no Exception leave it without an answer.
+                outcome = InternalError("the server failed on this request; its log says why")
+                log.exception("%s raised %s", getattr(function, "__name__", function), type(error).__name__)
             then(outcome)
 
         task = self.loop.create_task(work())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Mapping
 from typing import Final
 
 from service.errors import InvalidInput
@@ -10,7 +11,7 @@ from service.exposition import Exemplar
 from service.metrics import Metrics, Value
 from service.pool.ports import Result
 from service.repository.catalog import VersionView
-from service.tensors import ANY, Signature, Tensors, names_text
+from service.tensors import ANY, JSON, Signature, Tensors, names_text
 
 
 class Tally:
@@ -121,6 +122,28 @@ class Served:
             spec.optional or (spec.shape is not None and ANY not in spec.shape[1:]) for spec in specs
         )
 
+        self._token_axes = _token_axes(view)
+
+    def bound_answer(self, rows: int, tokens: int, wanted: tuple[str, ...] | None, most_bytes: int) -> None:
+        """Raise InvalidInput where the outputs of so many rows, each of `tokens`, are too large to be made.
+
+        What is known of them counts: a dimension of any size that need not be that of tokens counts as 1.
+        """
+        size = 0
+        for spec in self.signature.outputs:
+            if spec.shape is None or spec.datatype == JSON or spec.name not in (wanted or (spec.name,)):
+                continue
+            axes = self._token_axes.get(spec.name, ())
+            sizes = [tokens if axis in axes else max(1, of) for axis, of in enumerate(spec.shape)][1:]
+            size += rows * math.prod(sizes) * spec.dtype.itemsize
+        if size > most_bytes:
+            raise InvalidInput(
+                f"the answer to {rows} rows, the longest of {tokens} tokens, takes {size} bytes, more than"
+                f" the {most_bytes} that it may; send fewer rows at a time, or ask for fewer outputs",
+                expected=most_bytes,
+                got=size,
+            )
+
     def rows(self, tensors: Tensors) -> int:
         """Rows of a request; raises InvalidInput where its inputs do not agree on them."""
         if not self.view.batching.enabled:
@@ -151,3 +174,16 @@ class Served:
         if self.padding is not None:
             return self.padding.sharing(tensors)
         return tuple((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items())), 1
+
+
+def _token_axes(view: VersionView) -> Mapping[str, tuple[int, ...]]:
+    """For each output, the axes of any size that are known to count tokens: by their names, or by proof."""
+    if view.text is None or view.signature is None:
+        return {}
+    symbols = view.signature.inputs_by_name[view.text.ids].symbols
+    tokens = symbols[1] if symbols else ""
+    found = dict(view.padding.axes) if view.padding is not None else {}
+    for spec in view.signature.outputs:
+        if tokens and tokens in spec.symbols:
+            found[spec.name] = tuple(axis for axis, name in enumerate(spec.symbols) if name == tokens)
+    return found

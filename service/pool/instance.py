@@ -11,6 +11,7 @@ from typing import Protocol
 from service.backends.base import LoadedModel
 from service.errors import InferpoolError, ModelFailed
 from service.pool.batch import WrongRows, gather, scatter, select, wanted_outputs
+from service.pool.complaints import Complaints
 from service.pool.padding import Padding
 from service.pool.queue import Piece
 from service.tensors import Tensors
@@ -89,8 +90,9 @@ class Instance:
         device: str,
         name: str,
         clock: Callable[[], float],
+        complaints: Complaints,
     ) -> None:
-        """`name` is what log lines call it: `model/version#number`."""
+        """`name` is what log lines call it: `model/version#number`; `complaints` bounds those of requests."""
         self.device = device
         self.name = name
         self.model = model
@@ -98,6 +100,7 @@ class Instance:
         self.woken = False
         self._work = work
         self._clock = clock
+        self._complaints = complaints
         self._wake = threading.Lock()
         self._wake.acquire()
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
@@ -149,7 +152,7 @@ class Instance:
         """Run the halves of a batch that raised `error`, theirs if they raise, down to the guilty."""
         if len(batch.pieces) == 1:
             piece = batch.pieces[0]
-            log.warning("%s failed on entry %d: %s", self.name, piece.entry.id, error, exc_info=error)
+            self._complain(piece, error)
             return [Outcome(piece, None, ModelFailed("the model failed on this request"))], ""
         middle = len(batch.pieces) // 2
         outcomes: list[Outcome] = []
@@ -159,6 +162,15 @@ class Instance:
             outcomes += run.outcomes
             wrong_rows = wrong_rows or run.wrong_rows
         return outcomes, wrong_rows
+
+    def _complain(self, piece: Piece, error: Exception) -> None:
+        # A client can make the model fail as often as it likes, and this thread has batches to run.
+        unsaid = self._complaints.unsaid(f"{type(error).__module__}.{type(error).__qualname__}")
+        if unsaid is not None:
+            log.warning(
+                "%s failed on entry %d (as on %d before, unsaid): %s",
+                self.name, piece.entry.id, unsaid, error, exc_info=error,
+            )  # fmt: skip
 
     def _live(self) -> None:
         batch: Batch | None = None

@@ -7,6 +7,7 @@ from the instances' threads. Results leave through the outbox once a batch, neve
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from service.backends.base import LoadedModel
 from service.errors import DeadlineExceeded, Draining, InferpoolError, ModelFailed, NotReady
 from service.metrics import Metrics
 from service.pool.batch import join
+from service.pool.complaints import Complaints
 from service.pool.instance import Batch, Instance, Outcome, Run
 from service.pool.padding import Padding
 from service.pool.ports import Entry, Outbox, Result, VersionKey
@@ -97,16 +99,20 @@ class Pool:
         *,
         batched: bool,
         padding: Padding | None = None,
+        most_joined_bytes: float = math.inf,
     ) -> None:
         """`batched` says whether rows of different entries may share a run: it has been proven.
 
-        `padding` is how rows of different lengths are treated; None where they are all alike.
+        `padding` is how rows of different lengths are treated; None where they are all alike. The outputs of
+        an entry's parts are joined up to `most_joined_bytes`.
         """
         self.key = key
         self.limits = limits
         self.profile = profile
         self.batched = batched
         self._padding = padding
+        self._most_joined_bytes = most_joined_bytes
+        self.complaints = Complaints(clock)
         self.wrong_rows = ""
         self._outbox = outbox
         self._metrics = metrics
@@ -349,7 +355,7 @@ class Pool:
         try:
             outputs = join([assembly.parts[start] for start in sorted(assembly.parts)])
         except Exception as fault:  # noqa: BLE001 - parts that do not fit together are the model's failure
-            log.warning("%s/%s gave parts that cannot be joined: %s", *self._labels, fault)
+            self._complain_of_parts(fault)
             error = ModelFailed("the parts of the answer do not fit together")
         return [Result(entry.id, outputs, error, assembly.queue_s, assembly.compute_s, batch.rows)]
 
@@ -387,7 +393,7 @@ class Pool:
             self._metrics.value("batches_total", *self._labels, device, reason)
         self._metrics.value("instance_busy_seconds_total", *self._labels, device)
         name = f"{self.key.model}/{self.key.version}#{self._started}"
-        instance = Instance(self, model, device, name, self._clock)
+        instance = Instance(self, model, device, name, self._clock, self.complaints)
         instance.start()
         self._instances.append(instance)
         # A rate would miss the first batch of a series that begins with it.
@@ -458,25 +464,40 @@ class Pool:
             self._assemblies.pop(part.entry.id, None)
         del self._wholes[whole.entry.id]
 
-    def _fold(self, results: list[Result]) -> list[Result]:
-        """The results as entries that were offered see them: one for all parts of an entry."""
-        folded = []
+    def _fold(self, results: list[Result]) -> tuple[list[Result], list[tuple[Whole, Result]]]:
+        """The results of what was offered as it ran, and the entries that end with the result of a part."""
+        folded, ended = [], []
         for result in results:
             whole = self._wholes.pop(result.entry_id, None)
             if whole is None:
                 folded.append(result)
-            elif (own := whole.add(result)) is not None:
+            elif whole.add(result):
                 if self._cancel_parts(whole, "failed") is None:
                     self._let_go(whole)
-                folded.append(own)
-        return folded
+                ended.append((whole, result))
+        return folded, ended
 
     def _put(self, results: list[Result]) -> None:
+        ended: list[tuple[Whole, Result]] = []
         if results and self._wholes:
             with self._lock:
-                results = self._fold(results)
+                results, ended = self._fold(results)
         if results:
             self._outbox.put(results)
+        # Neither under the lock nor before the neighbours have theirs: joining takes as long as it is large.
+        for whole, last in ended:
+            own = whole.end(last, self._most_joined_bytes)
+            if own.error is not None and own.error.__cause__ is not None:
+                self._complain_of_parts(own.error.__cause__)
+            self._outbox.put([own])
+
+    def _complain_of_parts(self, fault: BaseException) -> None:
+        unsaid = self.complaints.unsaid("parts")
+        if unsaid is not None:
+            log.warning(
+                "%s/%s gave parts that cannot be joined (as %d times before, unsaid): %s",
+                *self._labels, unsaid, fault,
+            )  # fmt: skip
 
 
 def _padded(batch: Batch, padding: Padding) -> int:

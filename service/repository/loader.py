@@ -185,6 +185,7 @@ class Loader:
             self._clock,
             batched=plan.batched,
             padding=padding,
+            most_joined_bytes=self._settings.in_flight_bytes,
         )
 
     def _queue_rows(self, plan: Plan, profile: Profile, row_load: int) -> int:

@@ -155,7 +155,10 @@ class Repository:
             loaded = self._loader.load(key, model.files[version], model.folder, self._configs[model.name])
         except InferpoolError as error:
             self._fail(key, error.detail)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            # What a model's code or a native library raises to end the process ends this version only.
             log.exception("loading %s/%d", model.name, version)
             self._fail(key, f"loading failed with {type(error).__name__}: {error}")
         else:

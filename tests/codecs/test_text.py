@@ -153,6 +153,26 @@ def test_made_up_rows_are_words_and_not_padding(tokenizer_file: Path) -> None:
     assert rows["attention_mask"].all()
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("attention_mask", [[1]], "1 tokens a row"),
+        ("token_type_ids", [[0, -1]], "none is below 0"),
+        ("input_ids", [[5, 204]], "0 to 203"),
+    ],
+)
+def test_tensors_that_no_sentence_becomes_are_named(
+    tokenizer_file: Path, name: str, tensor: list[list[int]], words: str
+) -> None:
+    made = codec(tokenizer_file)
+    tensors = made.encode(array("w1"), apart=True)[0].tensors
+    made.check(tensors)
+    good = {key: value[:, :2] for key, value in tensors.items()}
+    with pytest.raises(InvalidInput, match=words) as caught:
+        made.check({**good, name: np.array(tensor)})
+    assert caught.value.members["tensor"] == name
+
+
 def test_golden_samples_may_be_sentences(tmp_path: Path) -> None:
     file = write_encoder(tmp_path / "models", "golden")
     folder, model = file.parent.parent, Alone(file)

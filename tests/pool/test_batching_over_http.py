@@ -211,6 +211,19 @@ def test_poison_fails_alone_among_its_batch(serve: Serve, make_chaos: MakeChaos)
             assert json.loads(reply.body)["outputs"]["sum"] == sums(mark)
 
 
+def test_a_model_that_fails_again_and_again_is_not_logged_each_time(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m", config=ONE))
+    for _ in range(20):
+        assert server.post("/predict/m", content=body(chaos.RAISE)).status_code == 500
+    # The log is read to its end when the server has ended.
+    assert server.stop() == 0
+    lines = [line for line in server.log if "failed on entry" in line["message"]]
+    assert len(lines) == 1
+    assert "a marked row" in lines[0]["exception"]
+
+
 def test_wrong_rows_turn_batching_off_for_the_version(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=30, config=ONE))
     replies = gather(*(post(server, body(chaos.WRONG_ROWS)) for _ in range(8)))

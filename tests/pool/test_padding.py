@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.backends.base import LoadedModel
-from service.errors import QueueFull
+from service.errors import ModelFailed, QueueFull
 from service.pool.padding import STEP, Padding, span
 from service.pool.padding_proof import prove_padding
 from service.pool.ports import Entry, Part, Result, VersionKey
@@ -157,15 +157,17 @@ def test_a_whole_ends_with_its_last_part_or_the_first_error() -> None:
     parts = tuple(Part(Entry(n, KEY, {}, 1, None, 8, 0.0), [n - 1]) for n in (1, 2))
     entry = Entry(9, KEY, {}, 2, None, 16, 0.0, parts=parts)
     whole = Whole(entry)
-    assert whole.add(Result(2, {"y": np.array([[2.0]])}, None, 0.2, 0.5)) is None
-    result = whole.add(Result(1, {"y": np.array([[1.0]])}, None, 0.1, 0.25))
-    assert result is not None
+    assert whole.add(Result(2, {"y": np.array([[2.0]])}, None, 0.2, 0.5)) is False
+    last = Result(1, {"y": np.array([[1.0]])}, None, 0.1, 0.25)
+    assert whole.add(last) is True
+    result = whole.end(last)
     assert result.entry_id == 9
     assert result.outputs is not None
     assert result.outputs["y"].tolist() == [[1.0], [2.0]]
     assert (result.queue_s, result.compute_s) == (0.2, 0.75)
-    broken = Whole(entry).add(Result(2, {"y": np.array(1.0)}, None, 0.0))
-    assert broken is None
+    failed, error = Whole(entry), Result(2, None, ModelFailed("no"), 0.0)
+    assert failed.add(error) is True
+    assert failed.end(error).error is error.error
 
 
 def test_parts_of_a_large_request_come_behind_small_ones() -> None:

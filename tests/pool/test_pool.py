@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from service.backends.base import LoadedModel
-from service.errors import DeadlineExceeded, Draining, ModelFailed, NotReady, QueueFull
+from service.errors import DeadlineExceeded, Draining, InvalidInput, ModelFailed, NotReady, QueueFull
 from service.metrics import Metrics
 from service.pool.instance import Instance
 from service.pool.pool import RESTARTS_AT_MOST, Pool
-from service.pool.ports import Entry, Result, VersionKey
+from service.pool.ports import Entry, Part, Result, VersionKey
 from service.pool.profile import Measurement, Profile
 from service.pool.queue import Limits
 from service.tensors import Signature, Tensors, TensorSpec
@@ -73,7 +73,7 @@ class Held(LoadedModel):
 class Bench:
     """A pool of one instance over a held model."""
 
-    def __init__(self, instances: int = 1, **limits: object) -> None:
+    def __init__(self, instances: int = 1, most_joined_bytes: float = math.inf, **limits: object) -> None:
         self.outbox = Outbox()
         self.model = Held()
         self.metrics = Metrics({})
@@ -87,6 +87,7 @@ class Bench:
             self.metrics,
             time.monotonic,
             batched=True,
+            most_joined_bytes=most_joined_bytes,
         )
         for _ in range(instances):
             self.pool.start_instance(self.model, "cpu")
@@ -354,6 +355,34 @@ def test_parts_that_cannot_be_joined_fail_their_request_once(bench: Callable[...
     entry = made.offer(*range(20))
     made.go()
     assert isinstance(made.outbox.take(1)[entry.id].error, ModelFailed)
+    assert [item.state for item in made.pool.instances()] == ["ready"]
+
+
+@pytest.mark.parametrize(("most", "error"), [(math.inf, ModelFailed), (10**9, InvalidInput)])
+def test_parts_that_no_memory_holds_together_end_their_request_alone(
+    bench: Callable[..., Bench], most: float, error: type[Exception]
+) -> None:
+    """Each part is small, and joined they are not: one of them is long, and all become as long as it."""
+    made = bench(most_joined_bytes=most)
+    made.busy()
+
+    def run(inputs: Tensors) -> Tensors:
+        long = inputs["x"][0, 0] == 1  # a view of one number, so that it takes no memory itself
+        return {"sum": np.broadcast_to(np.float64(1), (len(inputs["x"]), 2**50 if long else 1))}
+
+    made.model.model.run = run  # type: ignore[method-assign]
+    rows = [{"x": np.full((1, 4), mark, np.float32)} for mark in (1, 2)]
+    parts = tuple(
+        Part(Entry(100 + n, KEY, row, 1, n, 16, time.monotonic()), [n]) for n, row in enumerate(rows)
+    )
+    made.pool.offer(Entry(99, KEY, {}, 2, 0, 32, time.monotonic(), parts=parts))
+    neighbour = made.offer(3)
+    made.go()
+    results = made.outbox.take(3)
+    assert isinstance(results[99].error, error)
+    assert results[neighbour.id].error is None
+    after = made.offer(3)
+    assert made.outbox.take(1)[after.id].error is None
     assert [item.state for item in made.pool.instances()] == ["ready"]
 
 
