@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import importlib.util
 import io
+import lzma
 import os
 import pickle
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -150,7 +154,7 @@ def test_an_evil_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int) ->
     [("posix", "system"), ("builtins", "eval"), ("numpy", "load"), ("numpy", "dtype.type"), ("numpy", "x")],
 )
 def test_a_name_that_is_not_needed_is_refused(module: str, name: str) -> None:
-    with pytest.raises(archive.ArchiveError, match=f"asks for {module}.{name}"):
+    with pytest.raises(archive.ArchiveError, match=f"asks for '{module}.{name}'"):
         archive.unpickle(evil_by_name(module, name))
 
 
@@ -171,6 +175,32 @@ def test_a_name_that_is_not_needed_is_refused(module: str, name: str) -> None:
 def test_a_pickle_of_anything_else_is_refused(data: bytes, words: str) -> None:
     with pytest.raises(archive.ArchiveError, match=words):
         archive.unpickle(data)
+
+
+@contextlib.contextmanager
+def memory_below(most_bytes: int) -> Iterator[None]:
+    """Fails where Python had more than this at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most_bytes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("instruction", [b"]", b"}", b"(", b"K\x00\x85", b"U\x01a"])
+def test_a_pickle_that_makes_more_objects_than_a_batch_has_is_refused(instruction: bytes) -> None:
+    data = b"\x80\x02" + instruction * 1_000_000 + b"."
+    with memory_below(8 << 20), pytest.raises(archive.ArchiveError, match="more than 100000 instructions"):
+        archive.unpickle(data)
+
+
+def test_a_batch_of_the_real_size_is_read() -> None:
+    """10,000 pictures, as each of the archive's files has."""
+    images, labels = np.zeros((10_000, 3, 32, 32), np.uint8), np.arange(10_000) % 10
+    table = archive.unpickle(made.batch("training batch 1 of 5", images, labels))
+    assert table["labels"] == labels.tolist()
+    assert table["data"].array.shape == (10_000, 3072)
 
 
 @given(st.data())
@@ -198,7 +228,7 @@ def damaged(name: str, data: bytes) -> dict[str, bytes]:
         (damaged("test_batch", made.batch("b", *made.pictures(2, 0)).replace(b"K\x00K\x01e", b"K\x00K\x0ae")),
          "labels are not all from 0 to 9"),
         (damaged("test_batch", made.batch("b", made.pictures(2, 0)[0], np.arange(3))), "3 labels for 2"),
-        (damaged("data_batch_2", evil_by_name("posix", "system")), "data_batch_2: it asks for posix.system"),
+        (damaged("data_batch_2", evil_by_name("posix", "system")), "data_batch_2: it asks for 'posix"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_an_archive_is_said(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
@@ -226,9 +256,83 @@ def test_an_archive_unpacks_nothing(tmp_path: Path) -> None:
     large.size = archive.MOST_BYTES + 1
     with tarfile.open(data, "w:gz", compresslevel=1) as target:
         target.addfile(large, io.BytesIO(bytes(large.size)))
-    with pytest.raises(archive.ArchiveError, match="zeros has more than"):
+    with pytest.raises(archive.ArchiveError, match="'zeros' has more than"):
         archive.read_archive(data, made.NAMES)
     data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(archive.ArchiveError):
+        archive.read_archive(data, made.NAMES)
+
+
+def header(kind: bytes, size: int, name: str = "name") -> bytes:
+    """One header of a tar, which states `size` bytes to come."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_is_not_read_because_it_says_that_it_is_large(tmp_path: Path, kind: bytes) -> None:
+    data = tmp_path / "a.tar.gz"
+    size = 64 << 20
+    data.write_bytes(gzip.compress(header(kind, size) + bytes(size), 1))
+    with memory_below(8 << 20), pytest.raises(archive.ArchiveError, match="headers have more than 65536"):
+        archive.read_archive(data, made.NAMES)
+
+
+def test_many_headers_are_too_many(tmp_path: Path) -> None:
+    data = tmp_path / "a.tar"
+    data.write_bytes(b"".join(header(tarfile.REGTYPE, 0, f"file{number}") for number in range(20_000)))
+    with memory_below(8 << 20), pytest.raises(archive.ArchiveError, match="headers have more than 65536"):
+        archive.read_archive(data, made.NAMES)
+
+
+def test_what_unpacks_to_more_than_the_real_archive_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "a.tar.gz"
+    part = gzip.compress(header(tarfile.REGTYPE, archive.MOST_BYTES) + bytes(archive.MOST_BYTES), 1)
+    data.write_bytes(part * 5)
+    with memory_below(8 << 20), pytest.raises(archive.ArchiveError, match="unpacks to more than 268435456"):
+        archive.read_archive(data, made.NAMES)
+
+
+def damaged_archives() -> dict[str, bytes]:
+    """Files that are no archive, each in another way."""
+    whole = header(tarfile.REGTYPE, 1024, f"{made.FOLDER}/test_batch")
+    packed = bytearray(gzip.compress(np.random.default_rng(0).bytes(4096)))
+    packed[10] = 0xFF
+    records = b"23 GNU.sparse.map=a,b\n\n"
+    sparse = header(tarfile.XHDTYPE, len(records)) + records.ljust(512, b"\0") + whole
+    return {
+        "empty": b"",
+        "text": b"no archive" * 100,
+        "damaged deflate": bytes(packed),
+        "xz": lzma.compress(whole),
+        "damaged xz": lzma.compress(whole)[:20],
+        "bzip2": bz2.compress(whole),
+        "sparse map": sparse,
+        "negative size": whole[:124] + b"\xff" * 12 + whole[136:],
+        "short": whole + b"abc",
+        "control characters": header(tarfile.REGTYPE, archive.MOST_BYTES + 1, "\x1b[2J\n"),
+    }
+
+
+@pytest.mark.parametrize("way", damaged_archives())
+def test_a_damaged_archive_is_refused_in_one_sentence(repository: Path, tmp_path: Path, way: str) -> None:
+    data = tmp_path / "a.tar.gz"
+    data.write_bytes(damaged_archives()[way])
+    with pytest.raises(archive.ArchiveError) as refused:
+        archive.read_archive(data, made.NAMES)
+    assert str(refused.value).startswith(f"{data}: ")
+    assert str(refused.value).isprintable()
+
+
+@given(st.binary(max_size=700), st.integers(0, 1500), st.booleans())
+def test_whatever_bytes_an_archive_has_a_refusal_comes_of_it(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int, packed: bool
+) -> None:
+    whole = bytearray(header(tarfile.XHDTYPE, 30) + b"30 mtime=1".ljust(512, b"\0") + header(b"0", 512))
+    whole[place : place + len(noise)] = noise
+    data = tmp_path_factory.mktemp("archive") / "a.tar"
+    data.write_bytes(gzip.compress(whole) if packed else whole)
     with pytest.raises(archive.ArchiveError):
         archive.read_archive(data, made.NAMES)
 
