@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -26,11 +27,12 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from service.errors import ConfigError
 from service.repository.cache import cache_folder
 from service.repository.config import read_config
-from service.repository.layout import BUILD_SCRIPT, CONFIG_FILE, is_unbuilt
+from service.repository.layout import BUILD_SCRIPT, CONFIG_FILE, is_model_name, is_unbuilt
 from service.tensors import names_text
 
-# The block as PEP 723 gives it: every line a comment, the first "# /// script", the last "# ///".
-_BLOCK = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
+_BLOCK_START = re.compile(r"# /// ([a-zA-Z0-9-]+)")
+_SCRIPT_START = "# /// script"
+_BLOCK_END = "# ///"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class BuildScript:
     Attributes:
         name: the model's.
         file: the script.
-        description: what the `model.toml` beside it says of the model.
+        description: what the `model.toml` beside it says of the model, fit to be printed.
         built: whether the model has a version already.
     """
 
@@ -52,7 +54,11 @@ class BuildScript:
 
 def find_scripts(repository: Path) -> list[BuildScript]:
     """Every model of `repository` that has a build script, by name; raises ConfigError if there is none."""
-    files = sorted(repository.glob(f"*/{BUILD_SCRIPT}")) if repository.is_dir() else []
+    files = [
+        file
+        for file in (sorted(repository.glob(f"*/{BUILD_SCRIPT}")) if repository.is_dir() else ())
+        if file.is_file() and is_model_name(file.parent.name)
+    ]
     if not files:
         raise ConfigError(f"{repository} has no models to build: expected {repository}/NAME/{BUILD_SCRIPT}")
     return [
@@ -67,11 +73,12 @@ def find_scripts(repository: Path) -> list[BuildScript]:
 
 
 def _description(folder: Path) -> str:
-    """What the model in `folder` is, or what is wrong with its `model.toml`."""
+    """What the model in `folder` is, or what is wrong with its `model.toml`; on one line, and plain text."""
     try:
-        return read_config(folder / CONFIG_FILE).description
+        text = read_config(folder / CONFIG_FILE).description
     except ConfigError as error:
-        return error.detail
+        text = error.detail
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def find_script(repository: Path, name: str) -> BuildScript:
@@ -89,13 +96,12 @@ def read_requirements(script: Path) -> tuple[Requirement, ...]:
     """
     name = f"{script.parent.name}/{script.name}"
     try:
-        blocks = list(_BLOCK.finditer(script.read_text(encoding="utf-8")))
+        blocks = script_blocks(script.read_text(encoding="utf-8"))
         if not blocks:
             return ()
         if len(blocks) > 1:
             raise ConfigError(f"{name}: has {len(blocks)} blocks of metadata where one is allowed")
-        lines = blocks[0]["content"].splitlines()
-        table = tomllib.loads("\n".join(line[2:] for line in lines))
+        table = tomllib.loads(blocks[0])
         python = SpecifierSet(table.get("requires-python", ""))
         requirements = tuple(Requirement(text) for text in table.get("dependencies", []))
     except (OSError, ValueError, TypeError, AttributeError, InvalidRequirement, InvalidSpecifier) as error:
@@ -103,6 +109,25 @@ def read_requirements(script: Path) -> tuple[Requirement, ...]:
     if not python.contains(platform.python_version(), prereleases=True):
         raise ConfigError(f"{name}: needs Python {python}, and this is {platform.python_version()}")
     return requirements
+
+
+def script_blocks(text: str) -> list[str]:
+    """The TOML of every block of type `script` in a script's text, found as PEP 723 says.
+
+    A block is a run of comments from one that opens it to the last that closes it. PEP 723 gives a regular
+    expression; this finds the same, in time that grows with the text and not with its square.
+    """
+    blocks = []
+    for is_comment, run in groupby(text.split("\n"), lambda line: line == "#" or line.startswith("# ")):
+        lines = list(run) if is_comment else []
+        starts = (place for place, line in enumerate(lines) if _BLOCK_START.fullmatch(line))
+        ends = (place for place in reversed(range(len(lines))) if lines[place] == _BLOCK_END)
+        start, end = next(starts, None), next(ends, None)
+        if start is None or end is None or end <= start + 1:
+            continue
+        if lines[start] == _SCRIPT_START:
+            blocks.append("\n".join(line[2:] for line in lines[start + 1 : end]))
+    return blocks
 
 
 def missing(requirements: Sequence[Requirement]) -> list[Requirement]:

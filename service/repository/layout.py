@@ -15,6 +15,7 @@ CONFIG_FILE = "model.toml"
 BUILD_SCRIPT = "build.py"
 DEFAULT_REPOSITORY = Path("models")
 """Where models are built if nothing else is said, below the working folder."""
+_HIDDEN = (".", "_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,9 @@ def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
         return [_folder(path.resolve(), suffixes)]
     found: dict[str, ModelFolder] = {}
     for item in sorted(path.iterdir()):
-        if item.name.startswith((".", "_")):
-            continue
-        if not item.name.isprintable():
-            log.warning("%r is left out: its name cannot stand in a path", item.name)
+        if not is_model_name(item.name):
+            if not item.name.startswith(_HIDDEN):
+                log.warning("%r is left out: its name cannot stand in a path", item.name)
             continue
         if is_unbuilt(item):
             log.info("%s is left out until it is built: run %s", item.name, build_command(item))
@@ -88,9 +88,19 @@ def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
     return list(found.values())
 
 
+def is_model_name(name: str) -> bool:
+    """Whether a file or folder of this name in a repository may be a model."""
+    return not name.startswith(_HIDDEN) and name.isprintable()
+
+
 def is_unbuilt(item: Path) -> bool:
     """Whether `item` is the folder of a model that has a build script and no version yet."""
-    return item.is_dir() and (item / BUILD_SCRIPT).is_file() and not _version_folders(item)
+    return (
+        is_model_name(item.name)
+        and item.is_dir()
+        and (item / BUILD_SCRIPT).is_file()
+        and not _version_folders(item)
+    )
 
 
 def build_command(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
-from service.build import missing, read_requirements
+from service.build import missing, read_requirements, script_blocks
 from service.errors import ConfigError
 from tests.conftest import ROOT, Serve
 from tests.models.built import build
@@ -140,6 +141,32 @@ def test_without_a_name_it_lists_what_there_is(tmp_path: Path) -> None:
         assert "has no models to build" in run.stderr
 
 
+def test_only_models_that_could_be_served_are_listed(tmp_path: Path) -> None:
+    """Hidden folders, names that no path can have, and folders called build.py are no models to build."""
+    add_model(tmp_path, "good", SCRIPT, "Good")
+    others = ("_hidden", ".hidden", "two\nlines", "\x1b[2Jclear", os.fsdecode(b"\xff"))
+    for name in others:
+        add_model(tmp_path, name, SCRIPT)
+    (tmp_path / "folder" / "build.py").mkdir(parents=True)
+    assert build(tmp_path).stdout == "good  not built  Good\n"
+    for name in (*others, "folder"):
+        assert build(tmp_path, name).returncode == 1
+        assert not (tmp_path / name / "ran.json").exists()
+    run = subprocess.run(
+        [sys.executable, "-m", "service", "serve", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "none of good is built yet" in run.stderr
+
+
+def test_what_cannot_be_printed_is_escaped_in_the_listing(tmp_path: Path) -> None:
+    """A description can neither make lines of its own nor speak to the terminal."""
+    add_model(tmp_path, "a", SCRIPT, r"red \u001b[31m\nb  built  \u202e \u0007é")
+    listed = build(tmp_path, PYTHONUTF8="1").stdout
+    assert listed == "a  not built  red \\x1b[31m\\nb  built  \\u202e \\x07é\n"
+
+
 def test_a_damaged_folder_is_its_own_trouble(tmp_path: Path) -> None:
     """The others are listed and built."""
     bad = add_model(tmp_path, "bad", "# /// script\n# dependencies = [\n# ///\n")
@@ -206,6 +233,25 @@ def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
     script.write_text(f"# /// script\n{text}\n# ///\n")
     with contextlib.suppress(ConfigError):
         assert isinstance(read_requirements(script), tuple)
+
+
+PEP_723 = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+"""The regular expression that PEP 723 gives for its blocks."""
+LINES = ("# /// script", "# /// other", "# ///", "#", "# a", "#a", "", "a", " # ///", "# /// script ", "# \f")
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=12), st.booleans())
+def test_blocks_are_those_that_pep_723s_regular_expression_finds(lines: list[str], ends: bool) -> None:
+    text = "\n".join(lines) + "\n" * ends
+    found = [block for block in re.finditer(PEP_723, text) if block["type"] == "script"]
+    expected = ["\n".join(line[2:] for line in block["content"][:-1].split("\n")) for block in found]
+    assert script_blocks(text) == expected
+
+
+@pytest.mark.timeout(20)
+def test_finding_blocks_takes_time_that_grows_with_the_text() -> None:
+    """By the regular expression these lines take an hour."""
+    assert script_blocks("# /// script\n" * 200_000) == []
 
 
 def test_what_is_not_built_is_left_out_and_its_command_is_logged(serve: Serve, models: Path) -> None:
