@@ -45,6 +45,7 @@ def test_the_gpu_file_changes_the_image_and_adds_the_gpus() -> None:
     assert plain == gpu
     assert (before["build"].pop("target"), after["build"].pop("target")) == ("cpu", "gpu")
     assert (before.pop("image"), after.pop("image")) == ("inferpool:cpu", "inferpool:gpu")
+    assert (before.pop("mem_limit"), after.pop("mem_limit")) == ("4g", "16g")
     [device] = after.pop("deploy")["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     assert before == after
@@ -54,6 +55,24 @@ def test_the_folder_of_models_can_be_chosen() -> None:
     """MODELS takes the place of the models that come with the project."""
     volumes = merged("compose.yaml", MODELS="/srv/models")["services"]["inferpool"]["volumes"]
     assert "/srv/models:/models:ro" in volumes
+
+
+def test_no_port_is_open_to_other_machines_unless_it_is_asked_for() -> None:
+    """ADDRESS opens the server's, and nothing else's."""
+    services = merged("compose.yaml")["services"]
+    ports = {name: service["ports"] for name, service in services.items()}
+    assert {port.split(":")[0] for published in ports.values() for port in published} == {"127.0.0.1"}
+    opened = merged("compose.yaml", ADDRESS="0.0.0.0")["services"]
+    assert opened["inferpool"]["ports"] == ["0.0.0.0:8000:8000"]
+    assert {name: service["ports"] for name, service in opened.items()} | {
+        "inferpool": ports["inferpool"]
+    } == ports
+
+
+@pytest.mark.parametrize("files", [FILES[:1], FILES])
+def test_memory_is_limited(files: tuple[str, ...]) -> None:
+    """MEMORY takes the place of the limit that each file has."""
+    assert merged(*files, MEMORY="1500m")["services"]["inferpool"]["mem_limit"] == "1500m"
 
 
 def test_what_is_mounted_is_there() -> None:

@@ -123,6 +123,12 @@ def test_the_table_of_alerts_is_the_rules():
     assert [(row[0].strip("`"), row[1]) for row in table("Watching it", "alert")] == expected
 
 
+def test_the_table_of_components_is_the_folders():
+    """The README lists every component of the manifests, and no other."""
+    named = {row[0].strip("`") for row in table("On Kubernetes", "component")}
+    assert named == {folder.name for folder in (ROOT / "k8s" / "components").iterdir()}
+
+
 def test_the_table_of_log_fields_is_the_codes():
     """The README lists every field of a request's line."""
     named = re.findall(r"`(\w+)`", " ".join(row[0] for row in table("Watching it", "field")))

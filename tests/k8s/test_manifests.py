@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -37,7 +39,10 @@ OVERLAYS = ("cpu", "gpu")
 WAYS = [
     [component for component in way if component]
     for way in itertools.product(
-        ("models-volume", "models-image", ""), ("hpa", "keda", ""), ("no-prometheus-operator", "")
+        ("models-volume", "models-image", ""),
+        ("hpa", "keda", ""),
+        ("no-prometheus-operator", ""),
+        ("otel", ""),
     )
 ]
 
@@ -66,10 +71,38 @@ def test_the_components_go_together_in_every_way(name: str, way: list[str], tmp_
     assert ({"PodMonitor", "PrometheusRule"} <= kinds) != ("no-prometheus-operator" in way)
     # An autoscaler and the manifest must not both say how many pods there are.
     assert ("replicas" in only(manifests, "Deployment")["spec"]) != bool({"hpa", "keda"} & {*way})
+    variables = environ(server_of(manifests))
+    assert ("OTEL_EXPORTER_OTLP_ENDPOINT" in variables) == ("otel" in way)
+    # The server's own variables stay, and whoever may call it stays the same.
+    assert environ(server_of(_base())).items() <= variables.items()
+    policy, plain = (only(some, "NetworkPolicy")["spec"] for some in (manifests, _base()))
+    assert bool(policy["egress"]) == ("otel" in way)
+    assert {**policy, "egress": []} == plain
     mounts = {mount["mountPath"]: mount for mount in server_of(manifests)["volumeMounts"]}
     assert ("/models" in mounts) == any(name.startswith("models-") for name in way)
     assert mounts.get("/models", {"readOnly": True})["readOnly"]
     _check_pod(pod(manifests)["spec"])
+
+
+@cache
+def _base() -> list[Manifest]:
+    return render(MANIFESTS / "base")
+
+
+def test_spans_may_go_where_they_are_sent(tmp_path: Path):
+    """To the collector that the variable names, and to the DNS that knows where it is; nowhere else."""
+    manifests = render_with(tmp_path / "k8s", "cpu", ["otel"])
+    dns, collector = only(manifests, "NetworkPolicy")["spec"]["egress"]
+    endpoint = urlsplit(environ(server_of(manifests))["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    assert endpoint.scheme == "http"
+    _, namespace, kind = (endpoint.hostname or "").split(".")
+    assert kind == "svc"
+    (peer,) = collector["to"]
+    assert peer == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
+    assert collector["ports"] == [{"port": endpoint.port, "protocol": "TCP"}]
+    (peer,) = dns["to"]
+    assert peer["podSelector"] == {"matchLabels": {"k8s-app": "kube-dns"}}
+    assert {(port["port"], port["protocol"]) for port in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
 
 
 @pytest.mark.parametrize(
