@@ -108,6 +108,8 @@ FAMILIES: Final = {
         Family("batch_rows", "histogram", _VERSION, "Rows of each batch that ran.", ROWS_BUCKETS),
         Family("batches_total", "counter", (*_VERSION, "device", "reason"),
                "Batches that ran, by why they were no larger."),
+        Family("tokens_total", "counter", _VERSION,
+               "Tokens that ran, of models of text; those that filled rows up, too."),
         Family("padded_tokens_total", "counter", _VERSION,
                "Tokens that filled rows up to the longest of their batch."),
         Family("queue_rows", "gauge", _VERSION, "Rows that wait now."),

@@ -122,6 +122,9 @@ class Pool:
         self._drops = {
             reason: metrics.value("dropped_entries_total", *self._labels, reason) for reason in _DROPPED
         }
+        for name in ("tokens_total", "padded_tokens_total") if padding is not None else ():
+            # A rate would miss the first batch of a series that begins with it.
+            metrics.value(name, *self._labels)
         self._lock = threading.Lock()
         self._queue = Queue(limits, profile.seconds, profile.caution)
         self._instances: list[Instance] = []
@@ -383,7 +386,9 @@ class Pool:
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
         self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
         if self._padding is not None:
-            self._metrics.value("padded_tokens_total", *self._labels).add(_padded(batch, self._padding))
+            ran, padded = _tokens(batch, self._padding)
+            self._metrics.value("tokens_total", *self._labels).add(ran)
+            self._metrics.value("padded_tokens_total", *self._labels).add(padded)
 
     def _new_instance(self, model: LoadedModel, device: str) -> None:
         """Start an instance; under the lock, so that nobody sees one whose thread does not run yet."""
@@ -500,8 +505,9 @@ class Pool:
             )  # fmt: skip
 
 
-def _padded(batch: Batch, padding: Padding) -> int:
-    """Tokens that stand in the batch for nothing."""
+def _tokens(batch: Batch, padding: Padding) -> tuple[int, int]:
+    """Tokens that the batch has in all, and those of them that stand for nothing."""
     lengths = [padding.length(piece.entry.inputs) for piece in batch.pieces]
-    longest = max(lengths)
-    return sum(piece.rows * (longest - length) for piece, length in zip(batch.pieces, lengths, strict=True))
+    ran = max(lengths) * sum(piece.rows for piece in batch.pieces)
+    own = sum(piece.rows * length for piece, length in zip(batch.pieces, lengths, strict=True))
+    return ran, ran - own

@@ -77,7 +77,8 @@ def test_a_request_of_mixed_lengths_answers_as_each_alone(
 
 @pytest.mark.parametrize("name", ["masked", "leaky", "apart"])
 def test_requests_at_once_answer_as_each_alone(server: Server, alone: dict[str, Alone], name: str) -> None:
-    before = {key: server.metric(key, model=name) for key in ("batch_rows_count", "padded_tokens_total")}
+    counts = ("batch_rows_count", "batch_rows_sum", "tokens_total", "padded_tokens_total")
+    before = {key: server.metric(key, model=name) for key in counts}
 
     async def work(client: Client, number: int) -> None:
         for turn in range(6):
@@ -94,8 +95,13 @@ def test_requests_at_once_answer_as_each_alone(server: Server, alone: dict[str, 
                 np.testing.assert_allclose(outputs[output], tensor, atol=1e-5)
 
     asyncio.run(with_clients(server.port, 24, work))
-    ran = server.metric("batch_rows_count", model=name) - before["batch_rows_count"]
-    padded = server.metric("padded_tokens_total", model=name) - before["padded_tokens_total"]
+    ran, rows, tokens, padded = (server.metric(key, model=name) - before[key] for key in counts)
+    assert rows == 24 * 6
+    assert tokens - padded == sum(
+        alone[name].inputs(SENTENCES[(number * 5 + turn) % len(SENTENCES)])["input_ids"].size
+        for number in range(24)
+        for turn in range(6)
+    )
     if name == "masked":
         assert ran < 24 * 6, "rows of several requests shared batches"
         assert padded > 0, "rows of different lengths, too"

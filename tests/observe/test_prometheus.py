@@ -64,13 +64,14 @@ class Load:
             self._client("steady", [[1.0]], {}),
             self._client("steady", [[1.0, 2.0, 3.0, 4.0]], {"x-timeout-ms": "1"}),
             self._client("diabetes", [[0.0] * 10], {}, traced=True),
+            self._client("next-word", ["It is", "A list of the names of all"], {}),
             self._client("ill", [[1.0] * 4], {}),
             self._client("ill", [[RAISE] * 4], {}),
             self._client("mortal", [[DIE] * 4], {}, most=3),
         )
 
     async def _client(
-        self, model: str, rows: list[list[float]], headers: dict[str, str], *, most: int = 1_000_000,
+        self, model: str, rows: list[Any], headers: dict[str, str], *, most: int = 1_000_000,
         traced: bool = False,
     ) -> None:  # fmt: skip
         client = await Client.connect(self._port)
@@ -99,7 +100,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
     """A server under load of every kind for a while: good requests, bad ones, late ones, deadly ones."""
     folder = tmp_path_factory.mktemp("watched")
     repository = folder / "repository"
-    shutil.copytree(ROOT / "models" / "diabetes", repository / "diabetes")
+    for name in ("diabetes", "next-word"):
+        shutil.copytree(ROOT / "models" / name, repository / name)
     for name, settings in {"steady": {"run_ms": 20}, "ill": {"run_ms": 5}, "mortal": {}}.items():
         (repository / name / "1").mkdir(parents=True)
         (repository / name / "1" / "model.chaos").write_text(json.dumps(settings))
