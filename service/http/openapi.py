@@ -20,8 +20,9 @@ from service.http.openapi_parts import (
     error_responses,
     example_inputs,
     in_json,
+    input_schema,
+    input_sets,
     nested_example,
-    nested_schema,
     path_parameter,
 )
 from service.http.openapi_v2 import infer_paths
@@ -78,7 +79,7 @@ def _predict_paths(views: list[VersionView]) -> Document:
         **{kind: {"schema": BINARY} for kind in (NPY, NPZ, *pictures)},
         **{kind: {"schema": _SENTENCE} for kind in texts},
     }
-    any_form = {FORM: {"schema": _form({}, [])}}
+    any_form = {FORM: {"schema": {"type": "object", "description": _FORM}}}
     anything = {"description": "Nested lists by input, rows first, or those of the single input."}
     any_model: Document = {JSON: {"schema": _request(anything, None)}, **files, **any_form}
     paths = {
@@ -157,9 +158,8 @@ def _content(view: VersionView) -> Document:
     if view.signature.single_input is not None:
         content[NPY] = {"schema": BINARY}
     content[NPZ] = {"schema": BINARY}
-    files = {spec.name: BINARY for spec in view.signature.inputs}
-    required = [spec.name for spec in view.signature.inputs if not view.signature.may_be_left_out(spec)]
-    content[FORM] = {"schema": _form(files, required)}
+    forms = [_form(specs) for specs in input_sets(view, view.signature.inputs)]
+    content[FORM] = {"schema": _any(forms)}
     for kind in view.image.media_types if view.image is not None else ():
         content[kind] = {"schema": BINARY}
     for kind in view.text.media_types if view.text is not None else ():
@@ -173,22 +173,26 @@ def _inputs(view: VersionView) -> Document | None:
     specs = in_json(view)
     if specs is None:
         return None
-    instead, single = view.signature.instead, view.signature.single_input
-    forms = [_by_name([spec for spec in specs if spec.name != instead])]
-    if single is not None:
-        if instead is not None:
-            forms.append(_by_name([single]))
-        forms.append(nested_schema(single))
-    return {"anyOf": forms} if len(forms) > 1 else forms[0]
+    single = view.signature.single_input
+    forms = [
+        _by_name(together, {spec.name: input_schema(view, spec) for spec in together})
+        for together in input_sets(view, specs)
+    ]
+    return _any([*forms, input_schema(view, single)] if single is not None else forms)
 
 
-def _by_name(specs: list[TensorSpec]) -> Document:
+def _by_name(specs: list[TensorSpec], schemas: Document) -> Document:
+    """An object with the inputs `specs`, each as `schemas` has it."""
     return {
         "type": "object",
         "required": [spec.name for spec in specs if not spec.optional],
         "additionalProperties": False,
-        "properties": {spec.name: nested_schema(spec) for spec in specs},
+        "properties": schemas,
     }
+
+
+def _any(forms: list[Document]) -> Document:
+    return {"anyOf": forms} if len(forms) > 1 else forms[0]
 
 
 def _example(view: VersionView) -> Document | None:
@@ -198,12 +202,8 @@ def _example(view: VersionView) -> Document | None:
     return {"inputs": {spec.name: nested_example(spec, shape) for spec, shape in shapes}}
 
 
-def _form(files: Document, required: list[str]) -> Document:
-    return {
-        "type": "object",
-        "description": "An npy file for each input, or a picture or a sentence for a model that takes one.",
-        **({"properties": files, "required": required, "additionalProperties": False} if files else {}),
-    }
+def _form(specs: list[TensorSpec]) -> Document:
+    return {**_by_name(specs, {spec.name: BINARY for spec in specs}), "description": _FORM}
 
 
 def _request(inputs: Document, view: VersionView | None) -> Document:
@@ -244,6 +244,7 @@ def _request(inputs: Document, view: VersionView | None) -> Document:
     }
 
 
+_FORM: Final = "An npy file for each input, or a picture or a sentence for a model that takes one."
 _SENTENCE: Final[Document] = {"type": "string", "description": "One sentence, in UTF-8."}
 _ANSWER: Final[Document] = {
     "type": "object",

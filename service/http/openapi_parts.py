@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Final
 
@@ -46,6 +47,25 @@ def nested_schema(spec: TensorSpec) -> Document:
         elif depth < len(spec.shape):
             schema["minItems"] = 1
     return schema
+
+
+def least_size(view: VersionView, spec: TensorSpec) -> int:
+    """The least that a dimension of any size may be: there is a sentence at least, but no row need be."""
+    return int(view.text is not None and spec.name == view.text.input)
+
+
+def input_schema(view: VersionView, spec: TensorSpec) -> Document:
+    """An input of a version as lists in lists."""
+    least = least_size(view, spec)
+    return {**nested_schema(spec), **({"minItems": least} if least else {})}
+
+
+def input_sets(view: VersionView, specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
+    """Those of `specs` that come together: the model's own, and the one, if any, in place of them all."""
+    assert view.signature is not None  # only ready versions are shown
+    instead = view.signature.instead
+    own = [spec for spec in specs if spec.name != instead]
+    return [own, *([spec] for spec in specs if spec.name == instead)]
 
 
 def in_json(view: VersionView) -> list[TensorSpec] | None:

@@ -14,8 +14,10 @@ from service.http.openapi_parts import (
     error_references,
     example_inputs,
     in_json,
+    input_schema,
+    input_sets,
+    least_size,
     nested_example,
-    nested_schema,
     path_parameter,
 )
 from service.http.v2 import BINARY_TYPE
@@ -66,17 +68,13 @@ def _path(name: str, summary: str, parameters: list[Document], view: VersionView
 def _content(view: VersionView | None) -> Document:
     binary = {BINARY_TYPE: {"schema": BINARY}}
     if view is None:
-        return {_JSON: {"schema": _request(_list(_input(None)), _list(_output(None)))}, **binary}
+        return {_JSON: {"schema": _request(_list(_input(None, None)), _list(_output(None)))}, **binary}
     assert view.signature is not None  # only ready versions are shown
     specs = in_json(view)
     if specs is None:
         return binary
-    inputs = {
-        "type": "array",
-        **({"items": {"anyOf": [_input(spec) for spec in specs]}} if specs else {}),
-        "minItems": 1 if view.signature.instead else sum(not spec.optional for spec in specs),
-        "maxItems": len(specs),
-    }
+    sets = [_inputs(view, together) for together in input_sets(view, specs)]
+    inputs = {"anyOf": sets} if len(sets) > 1 else sets[0]
     outputs = {
         **_list(_output(list(view.signature.outputs_by_name))),
         "maxItems": len(view.signature.outputs),
@@ -95,6 +93,16 @@ def _content(view: VersionView | None) -> Document:
         ]
         json["examples"] = {view.key.model: {"value": {"inputs": given}}}
     return {_JSON: json, **binary}
+
+
+def _inputs(view: VersionView, specs: list[TensorSpec]) -> Document:
+    """Tensors that come together, in any order."""
+    return {
+        "type": "array",
+        **({"items": {"anyOf": [_input(view, spec) for spec in specs]}} if specs else {}),
+        "minItems": sum(not spec.optional for spec in specs),
+        "maxItems": len(specs),
+    }
 
 
 def _list(items: Document) -> Document:
@@ -129,14 +137,16 @@ def _request(inputs: Document, outputs: Document) -> Document:
     }
 
 
-def _input(spec: TensorSpec | None) -> Document:
+def _input(view: VersionView | None, spec: TensorSpec | None) -> Document:
     """A tensor in JSON: `data` is flat or nested, and fills `shape`."""
     shape: Document = {"type": "array", "items": {"type": "integer", "minimum": 0}}
     data: Document = {"type": ["array", "number", "string", "boolean"]}
-    if spec is not None:
-        data = {"anyOf": [_list(element_schema(spec.datatype)), nested_schema(spec)]}
+    if view is not None and spec is not None:
+        least = least_size(view, spec)
+        flat = {**_list(element_schema(spec.datatype)), "minItems": least}
+        data = {"anyOf": [flat, input_schema(view, spec)]}
         if spec.shape is not None:
-            any_size = {"type": "integer", "minimum": 0}
+            any_size = {"type": "integer", "minimum": least}
             sizes = [any_size if size == ANY else {"const": size} for size in spec.shape]
             shape = {"type": "array", "prefixItems": sizes, "minItems": len(sizes), "maxItems": len(sizes)}
     return {

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import onnx
 import pytest
+from jsonschema import Draft202012Validator
 
 from service import cli
 from tests.clients import Client, with_clients
@@ -200,6 +201,45 @@ def test_what_is_served_is_said_everywhere(
     assert server.post("/predict/masked", json=example).status_code == 200
     assert cli.main(["check", str(repository), "--cache-dir", str(cache_dir)]) == 1
     assert "text: BYTES [-1] in place of every other input" in capsys.readouterr().out
+
+
+IDS_AND_MASK = {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}
+TEXT = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["It is"]}
+TOKENS = [
+    {"name": name, "datatype": "INT64", "shape": [1, 2], "data": rows[0]}
+    for name, rows in IDS_AND_MASK.items()
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "inputs", "is_right"),
+    [
+        ("/predict/masked", ["It is"], True),
+        ("/predict/masked", [""], True),
+        ("/predict/masked", [], False),
+        ("/predict/masked", {"text": ["It is"]}, True),
+        ("/predict/masked", {"text": []}, False),
+        ("/predict/masked", IDS_AND_MASK, True),
+        ("/predict/masked", {"input_ids": [[1, 2]]}, False),
+        ("/predict/masked", {**IDS_AND_MASK, "text": ["It is"]}, False),
+        ("/predict/masked", {}, False),
+        ("/v2/models/masked/infer", [TEXT], True),
+        ("/v2/models/masked/infer", [{**TEXT, "shape": [0], "data": []}], False),
+        ("/v2/models/masked/infer", TOKENS, True),
+        ("/v2/models/masked/infer", TOKENS[::-1], True),
+        ("/v2/models/masked/infer", TOKENS[:1], False),
+        ("/v2/models/masked/infer", [*TOKENS, TEXT], False),
+        ("/v2/models/masked/infer", [], False),
+    ],
+)
+def test_the_document_allows_what_is_taken(server: Server, path: str, inputs: Any, is_right: bool) -> None:
+    """Sentences, one at least, or everything that they stand for: the document and the server agree."""
+    body = {"inputs": inputs}
+    document = server.get("/openapi.json").json()
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert Draft202012Validator(schema).is_valid(body) is is_right
+    answer = server.post(path, json=body)
+    assert answer.status_code == (200 if is_right else 422), answer.text
 
 
 def test_a_wrong_tokenizer_fails_its_model_alone(server: Server) -> None:
