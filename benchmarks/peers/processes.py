@@ -69,8 +69,8 @@ class Server:
 
     def last_words(self) -> str:
         """The end of the log."""
-        lines = self._log.read_text(errors="replace").splitlines()
-        return "log: " + " / ".join(line.strip() for line in lines[-4:] if line.strip())[-600:]
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines()]
+        return "log: " + " / ".join(line for line in lines if line)[-600:]
 
     def cpu_s(self) -> float:
         """CPU seconds that the living processes have used since they started."""

@@ -78,7 +78,7 @@ def model_file(workload: Workload) -> Path:
     if workload.model == "minilm":
         built = sorted((ROOT / "models" / "minilm").glob("[0-9]*/model.onnx"))
         if not built:
-            raise NotHere("models/minilm is not built yet: run python models/minilm/build.py")
+            raise NotHere("models/minilm is not built yet: run inferpool build minilm")
         return built[-1]
     folder = CACHE / "models"
     file = folder / workload.model / "1" / "model.onnx"

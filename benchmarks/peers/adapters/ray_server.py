@@ -22,7 +22,7 @@ given = arguments()
 
 @serve.deployment(
     num_replicas=given.workers,
-    max_ongoing_requests=512,
+    max_ongoing_requests=given.queue or 512,
     max_queued_requests=given.queue or -1,
     ray_actor_options={"num_cpus": 0},
     logging_config={"enable_access_log": False, "log_level": "ERROR"},
