@@ -18,7 +18,10 @@ MARKERS = "osD^v<>PX*dp"
 
 
 def plot(results: Results, workload: Workload, file: Path) -> None:
-    """Write the plot of a workload, as SVG without a date, so that the same figures give the same file."""
+    """Write the plot of a workload, as SVG without a date, so that the same figures give the same file.
+
+    At least one server has figures.
+    """
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for marker, (name, peer) in zip(MARKERS, PEERS.items(), strict=True):
         points = []

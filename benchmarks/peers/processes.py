@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -68,9 +69,10 @@ class Server:
             raise ServerError(f"ended with status {status}; {self.last_words()}")
 
     def last_words(self) -> str:
-        """The end of the log."""
+        """The end of the log, without the folders of this machine."""
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines()]
-        return "log: " + " / ".join(line for line in lines if line)[-600:]
+        text = " / ".join(line for line in lines if line)[-600:]
+        return "log: " + re.sub(r"(/[\w.-]+)+/", "", text)
 
     def cpu_s(self) -> float:
         """CPU seconds that the living processes have used since they started."""

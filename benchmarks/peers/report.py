@@ -20,7 +20,7 @@ def write_report(results: Results, folder: Path, plots: bool) -> None:
     """Write `peers.md` into the folder, and a plot for each workload where wanted."""
     parts = ["# Inferpool beside its peers", "", *described(results), ""]
     for workload in WORKLOADS.values():
-        if any(results.rounds(workload.name, peer) for peer in PEERS):
+        if any(results.levels(workload.name, peer) for peer in PEERS):
             parts += [f"## {workload.title}", "", *table(results, workload), ""]
             if plots and not workload.queue:
                 from benchmarks.peers.plots import plot  # matplotlib, which tables do without
@@ -119,9 +119,10 @@ def closed_line(results: Results, workload: Workload, name: str) -> str:
             if answered is None or answered.median < ENOUGH * level
             else f"{shown(p50)} · {shown(p99)}"
         )
-        lost = sum(spread.most for of in ("refused", "lost") if (spread := figure(level, of)))
-        errors = f" · **{lost:,.0f} errors**" if lost else ""
-        cells.append(f"{shown(rate)} ±{rate.percent:.0f} % · {late}{errors}")
+        missing = [(spread.most, of) for of in ("refused", "lost") if (spread := figure(level, of))]
+        errors = "".join(f" · **{count:,.0f} {of}**" for count, of in missing if count)
+        spread = f" ±{rate.percent:.0f} %" if rate.rounds > 1 else ""
+        cells.append(f"{shown(rate)}{spread} · {late}{errors}")
     most = busiest(workload)
     cpu, memory = figure(most, "cpu_us"), figure(most, "pss_mib")
     problems = results.problems(workload.name, name)
