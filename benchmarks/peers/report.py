@@ -121,8 +121,8 @@ def closed_line(results: Results, workload: Workload, name: str) -> str:
         )
         missing = [(spread.most, of) for of in ("refused", "lost") if (spread := figure(level, of))]
         errors = "".join(f" · **{count:,.0f} {of}**" for count, of in missing if count)
-        spread = f" ±{rate.percent:.0f} %" if rate.rounds > 1 else ""
-        cells.append(f"{shown(rate)}{spread} · {late}{errors}")
+        range_text = f" ±{rate.percent:.0f} %" if rate.rounds > 1 else ""
+        cells.append(f"{shown(rate)}{range_text} · {late}{errors}")
     most = busiest(workload)
     cpu, memory = figure(most, "cpu_us"), figure(most, "pss_mib")
     problems = results.problems(workload.name, name)
