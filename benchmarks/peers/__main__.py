@@ -120,7 +120,7 @@ def python_of(peer: Peer) -> Path:
     for command in peer.needs:
         if shutil.which(command) is None:
             raise NotHere(f"the command {command} is missing")
-    return environment(peer.name, peer.requirements, peer.relaxed, peer.minor)
+    return environment(peer.name, peer.requirements, peer.relaxed)
 
 
 def version_of(peer: Peer, python: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -28,26 +27,22 @@ class NotHere(Exception):
     """A peer cannot be set up on this machine; the text says why."""
 
 
-def environment(
-    name: str, requirements: tuple[str, ...], relaxed: tuple[str, ...] = (), minor: str = ""
-) -> Path:
+def environment(name: str, requirements: tuple[str, ...], relaxed: tuple[str, ...] = ()) -> Path:
     """The Python of the environment called `name`, made and filled first where needed.
 
-    It is made of a Python of the version `minor`, by default of the one that runs this, which itself is
-    enough where there are no requirements. The first requirement is the peer itself; of what that depends
-    on, the packages in `relaxed` are taken at any version. Raises NotHere.
+    Without requirements it is the one that runs this. The first requirement is the peer itself; of what
+    that depends on, the packages in `relaxed` are taken at any version. Raises NotHere.
     """
     if not requirements:
         return Path(sys.executable)
     folder = CACHE / name
     python, stamp = folder / "bin" / "python", folder / "installed.json"
-    base = find_python(minor) if minor else sys.executable
-    made_from = json.dumps([minor or sys.version, requirements, relaxed])
+    made_from = json.dumps([sys.version, requirements, relaxed])
     if stamp.exists() and stamp.read_text() == made_from:
         return python
     print(f"Installing {' '.join(requirements)} ...", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    run([base, "-m", "venv", str(folder)])
+    run([sys.executable, "-m", "venv", str(folder)])
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if relaxed:
         run([*pip, "--no-deps", requirements[0]])
@@ -58,17 +53,6 @@ def environment(
         run([*pip, *requirements])
     stamp.write_text(made_from)
     return python
-
-
-def find_python(minor: str) -> str:
-    """A Python of this version, from the path or from pyenv; raises NotHere."""
-    installed = sorted((Path.home() / ".pyenv" / "versions").glob(f"{minor}.*/bin/python"))
-    for candidate in (shutil.which(f"python{minor}"), *map(str, installed)):
-        with contextlib.suppress(NotHere):  # one of pyenv's may be there and not answer
-            if candidate:
-                run([candidate, "-c", "import ensurepip"])
-                return candidate
-    raise NotHere(f"Python {minor} is missing, or its module ensurepip")
 
 
 def versions(python: Path, distributions: tuple[str, ...]) -> dict[str, str]:

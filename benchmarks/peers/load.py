@@ -85,6 +85,8 @@ class Tally:
     """Of each answer with status 200, when it came and how long it took."""
     refusals: list[float] = field(default_factory=list)
     """How long each other answer took."""
+    delays: list[float] = field(default_factory=list)
+    """How much later than due each request was sent: what the generator is to blame for."""
     lost: int = 0
 
 
@@ -107,6 +109,7 @@ def open_loop(
         "refused": len(tally.refusals),
         "refusal_p50_ms": 1000 * median(tally.refusals) if tally.refusals else 0.0,
         "lost": tally.lost,
+        "sent_late_p99_ms": 1000 * sorted(tally.delays)[int(0.99 * len(tally.delays))],
     }
 
 
@@ -121,6 +124,7 @@ async def _open_loop(port: int, request: Request, rate_per_s: float, seconds: fl
     began = loop.time()
 
     async def one(due: float) -> None:
+        tally.delays.append(loop.time() - due)
         connection: Connection | None = idle.pop() if idle else None
         try:
             async with asyncio.timeout(PATIENCE_S):

@@ -52,8 +52,6 @@ class Peer:
     """Commands that the machine has to have."""
     relaxed: tuple[str, ...] = ()
     """Dependencies taken at any version."""
-    minor: str = ""
-    """The version of Python that it needs, where it is particular."""
     batches: bool = True
     adapter: str = ""
 
@@ -144,7 +142,6 @@ PEERS = {
                 "text": v2_text(TRITON, "inputs"),
             },
             {}, ("nvidia-pytriton==0.7.0", *common("numpy")),
-            minor="3.12",  # its interpreter for 3.11 is older than 3.11.5, and does not run a later library
         ),
         Peer(
             "fastapi", "FastAPI, pydantic body", "no batching, no access log",

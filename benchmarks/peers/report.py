@@ -69,8 +69,8 @@ def table(results: Results, workload: Workload) -> Iterator[str]:
             f"{SETTLE_S:g} s after the start."
         )
         yield ""
-        yield "| server | rounds | capacity/s | goodput | good, p50 ms | refused | refusals, p50 ms | lost |"
-        yield "|---|---|---|---|---|---|---|---|"
+        yield "| server | rounds | capacity/s | goodput | good, p50 ms | refused | refusals, p50 ms | lost | sent late, p99 ms |"
+        yield "|---|---|---|---|---|---|---|---|---|"
     else:
         levels = " | ".join(f"{level}: req/s · p50 · p99 ms" for level in workload.levels)
         most = busiest(workload)
@@ -143,7 +143,7 @@ def overload_line(results: Results, workload: Workload, name: str) -> str:
     cells = [
         shown(capacity),
         share,
-        *map(shown, map(figure, ("good_p50_ms", "refused", "refusal_p50_ms", "lost"))),
+        *map(shown, map(figure, ("good_p50_ms", "refused", "refusal_p50_ms", "lost", "sent_late_p99_ms"))),
     ]
     return f"| {PEERS[name].title} | {results.rounds(workload.name, name)} | {' | '.join(cells)} |"
 

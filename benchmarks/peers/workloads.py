@@ -68,7 +68,7 @@ WORKLOADS = {
             "resnet50", "ResNet-50 (random weights), binary", "resnet50", "binary", 4, workers=2, stretch=3
         ),
         Workload("minilm", "MiniLM, sentences of 3 to 30 words", "minilm", "text", 8, workers=2),
-        Workload("overload", "Twice the capacity, open loop", "heavy", "json", 4, levels=(32,), queue=64),
+        Workload("overload", "Twice the capacity, open loop", "heavy", "json", 2, levels=(32,), queue=64),
     )
 }
 
@@ -103,9 +103,9 @@ def make_resnet(folder: Path) -> None:
 
 
 def make_heavy(folder: Path) -> None:
-    make_model(folder / "heavy/1/model.onnx", hidden=1536, layers=8)
-    # As the other servers are told: an overload is about what waits, not about the rate.
-    config = "[batching]\nmax_rows = 4\n[instances]\ncount = 1\nthreads = 1\n"
+    make_model(folder / "heavy/1/model.onnx", hidden=2048, layers=10)
+    # As the other servers are told, and heavy, so that the load generator keeps up with twice the capacity.
+    config = "[batching]\nmax_rows = 2\n[instances]\ncount = 1\nthreads = 1\n"
     (folder / "heavy/model.toml").write_text(config)
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
+import tempfile
 from typing import Any
+
+# Triton's Python has to be this very one: the machine may have another library of the same version.
+os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
+os.environ["PYTRITON_HOME"] = tempfile.gettempdir()
 
 import numpy as np
 from pytriton.decorators import batch
