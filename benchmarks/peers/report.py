@@ -69,7 +69,10 @@ def table(results: Results, workload: Workload) -> Iterator[str]:
             f"{SETTLE_S:g} s after the start."
         )
         yield ""
-        yield "| server | rounds | capacity/s | goodput | good, p50 ms | refused | refusals, p50 ms | lost | sent late, p99 ms |"
+        yield (
+            "| server | rounds | capacity/s | goodput | good, p50 ms | refused | refusals, p50 ms | lost "
+            "| sent late, p99 ms |"
+        )
         yield "|---|---|---|---|---|---|---|---|---|"
     else:
         levels = " | ".join(f"{level}: req/s · p50 · p99 ms" for level in workload.levels)
