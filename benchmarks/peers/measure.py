@@ -24,6 +24,9 @@ from service import __version__
 
 ANSWER_S = 60
 WARM_S = 1
+CAPACITY_S = 4
+"""The least time in which a capacity is found: some servers answer in bursts."""
+
 LIMIT_S = 1.0
 """In an overload, an answer that takes longer is of no use."""
 
@@ -80,7 +83,7 @@ def overload(
     """Find the capacity in a closed loop, then offer twice of that in an open one."""
     [connections] = workload.levels
     closed_loop(port, asked[1], connections, WARM_S)
-    capacity = closed_loop(port, asked[1], connections, seconds)["requests_per_s"]
+    capacity = closed_loop(port, asked[1], connections, max(seconds, CAPACITY_S))["requests_per_s"]
     if not capacity:
         raise ServerError("answers nothing under load")
     record = open_loop(port, asked[1], 2 * capacity, seconds + 1, LIMIT_S)

@@ -76,7 +76,7 @@ def test_two_servers_are_measured_beside_each_other(measured: Path):
 
 @needs_wrk
 def test_an_overload_offers_twice_what_was_found(measured: Path):
-    """Both are offered twice their own capacity; FastAPI refuses nothing, Inferpool what it has no time for."""
+    """Both get twice their own capacity; FastAPI refuses nothing, Inferpool what it has no time for."""
     told = json.loads((measured / "results" / "peers.json").read_text())
     own, fastapi = (record for record in told["records"] if record["workload"] == "overload")
     for record in (own, fastapi):
