@@ -19,6 +19,7 @@ import uvicorn
 
 from service import __version__
 from service.backends.base import backend_names, find_backend
+from service.devices import CPU, cuda_driver
 from service.errors import ConfigError, LoadError
 from service.http.outlet import Outlet
 from service.http.predict import Predictor
@@ -28,6 +29,7 @@ from service.http.routes import make_application
 from service.logs import AccessLog, LineHandler
 from service.machine import keep_freed_memory
 from service.metrics import Metrics, Sample
+from service.nvml import gpu_readings
 from service.repository.catalog import Catalog
 from service.repository.repository import Repository
 from service.settings import Settings
@@ -173,10 +175,20 @@ class _Server(uvicorn.Server):
         # What is loaded stays: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
+        self._watch_gpus()
         health = self._repository.health()
         for name, problem in health.problems.items():
             log.warning("%s: %s", name, problem)
         log.info("%s: %d models", health.status, len(self._repository.models()))
+
+
+    def _watch_gpus(self) -> None:
+        """Export what the GPUs tell that models run on."""
+        catalog = self._repository
+        versions = [version for model in catalog.models().values() for version in model.versions.values()]
+        used = {instance.device for version in versions for instance in catalog.live(version.key).instances}
+        if used - {CPU} and (readings := gpu_readings(cuda_driver().gpus())) is not None:
+            self._metrics.add_source(readings)
 
 
 def web_busy(thread: int) -> Callable[[], list[Sample]]:

@@ -21,6 +21,7 @@ The tree, by who is at fault:
     │   └── Overloaded
     ├── DeadlineExceeded          the answer would come too late to be of use
     ├── ModelFailed               the model raised on this request alone
+    ├── OutOfMemory               a GPU has no memory for a batch; for a smaller one it may have
     ├── InternalError             a defect of the server's own
     └── LoadError                 a version cannot be served; its text is the version's reason
         └── ConfigError           model.toml or a setting is wrong; names the file and the key
@@ -153,6 +154,12 @@ class DeadlineExceeded(InferpoolError):
 
 class ModelFailed(InferpoolError):
     """The model raised on this request alone; the cause is in the log, not in the answer."""
+
+    code = "model_failed"
+
+
+class OutOfMemory(InferpoolError):
+    """A GPU has no memory for a batch of this size; who asks with fewer rows may succeed."""
 
     code = "model_failed"
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from service.devices import AUTO, check_devices
 from service.errors import ConfigError
 
 ENV_PREFIX = "INFERPOOL_"
@@ -54,6 +55,11 @@ class Settings(BaseModel):
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="Cores that models may use; 0 takes those of the affinity mask and the cgroup quota."
     )
+    devices: tuple[str, ...] = Field(
+        (AUTO,),
+        description="Where models run: auto (every GPU in sight that their runtime can use, else the CPU),"
+        " cpu, or GPUs by name, separated by commas: cuda:0,cuda:1.",
+    )
     measure_ms: Annotated[float, Field(ge=0)] = Field(
         2000.0, description="Longest time to measure one model at load; 0 does not measure."
     )
@@ -77,6 +83,12 @@ class Settings(BaseModel):
     access_log: bool = Field(
         False, description="Log a line for each predict request, not only for those that end with 500."
     )
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_are_names(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
+        check_devices(devices)
+        return devices
 
 
 # Kubernetes writes these for a Service called "inferpool"; they are not ours.
@@ -122,7 +134,8 @@ def read_settings(flags: Mapping[str, Any], environ: Mapping[str, str], file: Pa
         faults = []
         for fault in error.errors():
             name = str(fault["loc"][0])
-            faults.append(f"{_spelled(origin[name], name)}: {fault['msg']}, not {fault['input']!r}")
+            said = fault["msg"].removeprefix("Value error, ")
+            faults.append(f"{_spelled(origin[name], name)}: {said}, not {fault['input']!r}")
         raise ConfigError("; ".join(faults)) from None
 
 
@@ -172,6 +185,8 @@ def _default_text(default: Any) -> str:
         return "none"
     if isinstance(default, float):
         return f"{default:g}"
+    if isinstance(default, tuple):
+        return ",".join(default)
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

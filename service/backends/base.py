@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, Literal, TypeAlias
 
 from service.errors import LoadError
 from service.tensors import Signature, Tensors
@@ -34,6 +35,10 @@ class Described:
     shape: tuple[int, ...] | None = None
 
 
+CpuNodes: TypeAlias = Literal["none", "shapes", "any"]
+"""Which nodes of a model on a GPU may run on the CPU: none, arithmetic with shapes, whatever has to."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
     """How a model is to be loaded.
@@ -46,6 +51,9 @@ class LoadOptions:
         samples: the inputs of each golden sample as they are written: nested lists, by name or bare.
         trusted: files that can run code when they are loaded may do so, whoever made them.
         sha256: SHA-256 digests, in lower-case hexadecimal, of files that may do so in any case.
+        cpu_nodes: on a GPU, what may run on the CPU all the same.
+        tf32: on a GPU, matrix products of FP32 may be rounded as TF32.
+        memory_bytes: on a GPU, the most that the runtime may take for this copy; None is all there is.
     """
 
     device: str = "cpu"
@@ -55,6 +63,9 @@ class LoadOptions:
     samples: tuple[Any, ...] = ()
     trusted: bool = False
     sha256: frozenset[str] = frozenset()
+    cpu_nodes: CpuNodes = "none"
+    tf32: bool = False
+    memory_bytes: int | None = None
 
 
 class LoadedModel(ABC):
@@ -64,11 +75,13 @@ class LoadedModel(ABC):
         signature: what it takes and gives.
         form: which of the backend's kinds of model it is, in a few words; empty where there is one kind.
         max_rows: the largest batch that it takes, by its own account; None where it does not say.
+        cpu_nodes: of a model on a GPU, how many nodes of each kind run on the CPU.
     """
 
     signature: Signature
     form: str = ""
     max_rows: int | None = None
+    cpu_nodes: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
@@ -83,6 +96,24 @@ class LoadedModel(ABC):
         """Give back memory and devices; no run is under way and none follows."""
 
 
+class DeviceModel(LoadedModel):
+    """A model on a GPU, with memory of its own for inputs and outputs: one thread runs it at a time.
+
+    Every instance has one of its own, so that the copies of one overlap the runs of another. Where the
+    device has no memory left for a run, it raises OutOfMemory.
+    """
+
+    @abstractmethod
+    def run_padded(
+        self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
+    ) -> Tensors:
+        """Compute `outputs` of the rows of all `parts`, one below the other, in a run of `rows` rows.
+
+        The rows that are missing are zeros, or empty texts, and are cut off the outputs again. Every input
+        and output has the rows along its first dimension: only of models for which that has been proven.
+        """
+
+
 class Backend(ABC):
     """A runtime. Subclasses are stateless and made without arguments."""
 
@@ -92,6 +123,14 @@ class Backend(ABC):
     @abstractmethod
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         """Load `file`; raises LoadError with a sentence that says what is wrong with it."""
+
+    def lacks_gpu(self, file: Path) -> str:
+        """Why `file` cannot run on a GPU, whatever the machine has; "" if it can.
+
+        The end of a sentence: `the backend chaos runs models on the CPU only`. Where it can, `load` gives
+        a DeviceModel for a device `cuda:N`.
+        """
+        return f"the backend {self.name} runs models on the CPU only"
 
     @abstractmethod
     def describe(self) -> str:

@@ -16,11 +16,7 @@ import numpy as np
 # Since 1.29 the runtime would keep a device id and a queue of events on disk, and send them.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from service.backends.base import Backend, LoadedModel, LoadOptions
-from service.backends.onnx_reason import check_file, reason
-from service.backends.onnx_signature import read_signature
 from service.errors import LoadError
-from service.tensors import JSON, Array, Signature, Tensors, names_text
 
 try:
     import onnxruntime as ort
@@ -29,6 +25,15 @@ except ImportError as error:
         "ONNX Runtime is not installed: pip install 'inferpool[cpu]', or 'inferpool[gpu]' on a machine"
         " with an NVIDIA driver (never both: they overwrite each other)"
     ) from error
+
+from service.backends.base import Backend, LoadedModel, LoadOptions
+from service.backends.cuda_runtime import CudaMemory
+from service.backends.onnx_bound import BoundModel, bindable
+from service.backends.onnx_cuda import lacks_cuda, open_session
+from service.backends.onnx_reason import check_file, reason
+from service.backends.onnx_signature import read_signature
+from service.devices import gpu_index
+from service.tensors import JSON, Array, Signature, Tensors, names_text
 
 _BFLOAT16: Final = 16
 """BFLOAT16 in onnx.proto (`TensorProto.DataType`)."""
@@ -45,12 +50,18 @@ class OnnxBackend(Backend):
     suffixes = (".onnx",)
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
-        """Load `file` on `options.device`; raises LoadError."""
+        """Load `file` on `options.device`; raises LoadError, or OutOfMemory on a GPU."""
+        if options.device != "cpu":
+            return _on_gpu(file.absolute(), options)
         session = _open(file.absolute(), options)
         signature = read_signature(file, session)
         if any(spec.datatype == "BF16" for spec in (*signature.inputs, *signature.outputs)):
             return BrainFloatModel(session, signature)
         return OnnxModel(session, signature)
+
+    def lacks_gpu(self, file: Path) -> str:
+        """Why not, where the runtime that is installed is the one for CPUs."""
+        return lacks_cuda()
 
     def describe(self) -> str:
         """The runtime's version."""
@@ -144,10 +155,27 @@ def _to_bits(value: Any) -> Array:
     return np.asarray(_Bits(value))
 
 
-def _open(file: Path, options: LoadOptions) -> Any:
-    if options.device != "cpu":
-        raise LoadError(f'device "{options.device}" is not supported by this build; use "cpu"')
+def _on_gpu(file: Path, options: LoadOptions) -> LoadedModel:
     check_file(file)
+    session, left = open_session(file, options, _settings(options))
+    signature = read_signature(file, session)
+    if not bindable(signature):
+        raise LoadError('a GPU takes tensors of numbers only; set instances.devices = ["cpu"] in model.toml')
+    memory = CudaMemory(gpu_index(options.device), int(ort.cuda_version.partition(".")[0]))
+    return BoundModel(session, signature, options.device, memory, left)
+
+
+def _open(file: Path, options: LoadOptions) -> Any:
+    check_file(file)
+    try:
+        return ort.InferenceSession(
+            str(file), _settings(options), providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+    except Exception as error:  # the runtime raises a type of its own for every fault there is
+        raise LoadError(reason(file, str(error))) from error
+
+
+def _settings(options: LoadOptions) -> Any:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
@@ -155,9 +183,4 @@ def _open(file: Path, options: LoadOptions) -> Any:
     settings.log_severity_level = 4
     # A spinning thread takes a core from the web side, and from the other models, to save microseconds.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return ort.InferenceSession(
-            str(file), settings, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
-    except Exception as error:  # the runtime raises a type of its own for every fault there is
-        raise LoadError(reason(file, str(error))) from error
+    return settings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from service.backends.base import Backend, LoadedModel, LoadOptions
 from service.backends.torch_file import Kind, kind_of
@@ -22,6 +22,8 @@ _LOADERS: Final = {
     Kind.PROGRAM: "service.backends.torch_program",
     Kind.COMPILED: "service.backends.torch_compiled",
 }
+
+_COMPILED: Final = "AOTInductor packages run on the CPU only"
 
 
 class PyTorchBackend(Backend):
@@ -36,14 +38,19 @@ class PyTorchBackend(Backend):
         kind = kind_of(file)
         check_trust(file, options)
         if options.device != "cpu":
-            raise LoadError(f'device "{options.device}" is not supported by this build; use "cpu"')
-        prepare()
-        try:
-            loader = importlib.import_module(_LOADERS[kind])
-        except ImportError as error:
-            raise LoadError(f"PyTorch is installed but cannot be imported: {error}") from error
-        model: LoadedModel = loader.load(file, options)
+            if kind is Kind.COMPILED:
+                raise LoadError(_COMPILED)
+            _imported("service.backends.torch_device").prepare_gpu(options)
+        model: LoadedModel = _imported(_LOADERS[kind]).load(file, options)
         return model
+
+    def lacks_gpu(self, file: Path) -> str:
+        """Why not, for compiled files, and where the PyTorch that is installed is the one for CPUs."""
+        self.describe()
+        if kind_of(file) is Kind.COMPILED:
+            return _COMPILED
+        lacks: str = _imported("service.backends.torch_device").lacks_cuda()
+        return lacks
 
     def describe(self) -> str:
         """The runtime's version; raises LoadError, which says how to install it, where it is not."""
@@ -51,3 +58,12 @@ class PyTorchBackend(Backend):
             return f"torch {version('torch')}"
         except PackageNotFoundError as error:
             raise LoadError("PyTorch is not installed: pip install 'inferpool[torch]'") from error
+
+
+def _imported(module: str) -> Any:
+    """A module that imports PyTorch, which the process has to be prepared for."""
+    prepare()
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise LoadError(f"PyTorch is installed but cannot be imported: {error}") from error

@@ -24,13 +24,12 @@ from typing import Final, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from service.backends.base import Described, LoadOptions
+from service.backends.base import Described, LoadedModel, LoadOptions
 from service.backends.torch_library import Library
 from service.backends.torch_model import (
     Feeds,
     Leaves,
     Runnable,
-    TorchModel,
     check_datatypes,
     first_line,
     quiet,
@@ -49,7 +48,7 @@ FORM: Final = "AOTInductor package"
 _Run: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor | None]]
 
 
-def load(file: Path, options: LoadOptions) -> TorchModel:
+def load(file: Path, options: LoadOptions) -> LoadedModel:
     """Load a package; raises LoadError."""
     with quiet(file), TemporaryDirectory(prefix="inferpool-") as place:
         folder = Path(place)

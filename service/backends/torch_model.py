@@ -74,6 +74,7 @@ class Runnable:
         copies: inputs have to be copied, because it may write to them.
         max_rows: the largest batch that it takes; None where that is not known.
         release: gives back what the collector does not.
+        device: where its weights are, and its inputs have to be.
     """
 
     forward: Forward
@@ -82,6 +83,7 @@ class Runnable:
     copies: bool
     max_rows: int | None = None
     release: Callable[[], None] = lambda: None
+    device: str = "cpu"
 
 
 class TorchModel(LoadedModel):
@@ -124,7 +126,9 @@ class TorchModel(LoadedModel):
         del self._forward
 
 
-def start(runnable: Runnable, options: LoadOptions, known: Mapping[Place, Facts] | None = None) -> TorchModel:
+def start(
+    runnable: Runnable, options: LoadOptions, known: Mapping[Place, Facts] | None = None
+) -> LoadedModel:
     """Run a model until it is warm, and see what it gives where that is not `known`; raises LoadError.
 
     It runs the golden samples, or made-up rows.
@@ -147,7 +151,13 @@ def start(runnable: Runnable, options: LoadOptions, known: Mapping[Place, Facts]
         )
     names = name_outputs(list(runs[0]), options.outputs)
     specs = complete_outputs(names, runs, options.outputs)
-    return TorchModel(runnable, dict(zip(names, specs, strict=True)), options.threads)
+    outputs = dict(zip(names, specs, strict=True))
+    if runnable.device != "cpu":
+        # Imported here, for it is made of what is here.
+        from service.backends.torch_device import TorchDeviceModel
+
+        return TorchDeviceModel(runnable, outputs, runnable.device)
+    return TorchModel(runnable, outputs, options.threads)
 
 
 def agree(reference: Runnable, candidate: Runnable, options: LoadOptions) -> bool:
@@ -176,7 +186,10 @@ def run_once(runnable: Runnable, inputs: Tensors, threads: int) -> Leaves:
     torch.set_num_threads(threads)
     with torch.inference_mode():
         return runnable.forward(
-            {name: to_tensor(array, datatypes[name], copy=True) for name, array in inputs.items()}
+            {
+                name: to_tensor(array, datatypes[name], copy=True).to(runnable.device)
+                for name, array in inputs.items()
+            }
         )
 
 

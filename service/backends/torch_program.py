@@ -17,16 +17,16 @@ from typing import Any, Final
 
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
-from service.backends.base import LoadOptions
+from service.backends.base import LoadedModel, LoadOptions
 from service.backends.torch_graph import Untranslatable, function, optimize, translate, writes
 from service.backends.torch_model import (
     Feeds,
     Forward,
     Leaves,
     Runnable,
-    TorchModel,
     agree,
     datatype_of,
     quiet,
@@ -111,10 +111,13 @@ class _Program:
         return forward
 
 
-def load(file: Path, options: LoadOptions) -> TorchModel:
+def load(file: Path, options: LoadOptions) -> LoadedModel:
     """Load an exported program; raises LoadError."""
     with quiet(file):
-        program = _Program(torch.export.load(file))
+        exported = torch.export.load(file)
+        if options.device != "cpu":
+            exported = move_to_device_pass(exported, options.device)
+        program = _Program(exported)
         options = replace(options, samples=(*program.example(), *options.samples))
         return start(_runnable(file, program, options), options, program.outputs)
 
@@ -122,7 +125,12 @@ def load(file: Path, options: LoadOptions) -> TorchModel:
 def _runnable(file: Path, program: _Program, options: LoadOptions) -> Runnable:
     """The quickest way to run it that gives the same as the others."""
     python = Runnable(
-        program.as_python, program.inputs, f"{FORM}, run as Python", copies=True, max_rows=program.max_rows
+        program.as_python,
+        program.inputs,
+        f"{FORM}, run as Python",
+        copies=True,
+        max_rows=program.max_rows,
+        device=options.device,
     )
     try:
         graph = translate(program.exported)

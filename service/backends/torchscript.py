@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from service.backends.base import Described, LoadOptions
+from service.backends.base import Described, LoadedModel, LoadOptions
 from service.backends.torch_model import (
     Feeds,
     Leaves,
     Runnable,
-    TorchModel,
     agree,
     check_datatypes,
     quiet,
@@ -34,10 +33,10 @@ log = logging.getLogger(__name__)
 FORM = "TorchScript (deprecated by PyTorch)"
 
 
-def load(file: Path, options: LoadOptions) -> TorchModel:
+def load(file: Path, options: LoadOptions) -> LoadedModel:
     """Load a TorchScript file, in evaluation mode, frozen where that changes no answer; raises LoadError."""
     with quiet(file):
-        module = torch.jit.load(str(file), map_location="cpu").eval()
+        module = torch.jit.load(str(file), map_location=options.device).eval()
         plain = _runnable(module, options)
         frozen = _frozen(module, plain)
         if frozen is not None and agree(plain, frozen, options):
@@ -64,7 +63,7 @@ def _runnable(module: Any, options: LoadOptions) -> Runnable:
             )
     inputs = complete_inputs(tensors, optional, options.inputs, options.samples)
     check_datatypes(inputs)
-    return Runnable(_forward(module), inputs, FORM, copies=_writes(module))
+    return Runnable(_forward(module), inputs, FORM, copies=_writes(module), device=options.device)
 
 
 def _forward(module: Any) -> Callable[[Feeds], Leaves]:

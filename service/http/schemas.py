@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel
 
 from service.http.bodies import media_types
-from service.repository.catalog import Catalog, Health, ModelView, VersionView
+from service.repository.catalog import Catalog, GpuView, Health, ModelView, VersionView
 from service.tensors import TensorSpec
 
 
@@ -44,8 +45,17 @@ class Latency(BaseModel):
     runs: int
 
 
+class Gpu(BaseModel):
+    """How a version runs on GPUs: its nodes that do not, and the sizes that batches are rounded up to."""
+
+    cpu_nodes: dict[str, int]
+    batch_rows: list[int]
+    padding: str
+    precision: str
+
+
 class Version(BaseModel):
-    """A version of a model."""
+    """A version of a model; `gpu` is null on the CPU."""
 
     version: int
     state: Literal["loading", "ready", "unloading", "failed"]
@@ -56,6 +66,7 @@ class Version(BaseModel):
     outputs: list[Tensor]
     batching: Batching
     instances: list[InstanceOut]
+    gpu: Gpu | None
     threads: int
     queue_rows: int
     load_ms: float
@@ -157,13 +168,14 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
         batching=Batching(
             enabled=batching.enabled and not live.wrong_rows,
             reason=f"turned off while serving: {live.wrong_rows}" if live.wrong_rows else batching.reason,
-            max_rows=1 if live.wrong_rows else batching.max_rows,
+            max_rows=1 if live.wrong_rows else min([batching.max_rows, *live.rungs[-1:]]),
             max_delay_ms=batching.max_delay_ms,
         ),
         instances=[
             InstanceOut.model_validate({"device": item.device, "state": item.state})
             for item in live.instances
         ],
+        gpu=_gpu(view.gpu, live.rungs),
         threads=view.threads,
         queue_rows=live.waiting_rows,
         load_ms=round(1000 * view.load_s, 3),
@@ -172,6 +184,17 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
             Latency(rows=round(line.rows, 2), compute_ms=round(1000 * line.seconds, 4), runs=line.runs)
             for line in live.latency
         ],
+    )
+
+
+def _gpu(view: GpuView | None, rungs: Sequence[int]) -> Gpu | None:
+    if view is None:
+        return None
+    return Gpu(
+        cpu_nodes=dict(view.cpu_nodes),
+        batch_rows=list(rungs),
+        padding=view.padding,
+        precision=view.precision,
     )
 
 

@@ -36,6 +36,16 @@ def gather(pieces: Sequence[Piece], padding: Padding | None = None) -> Tensors:
     }
 
 
+def gather_parts(pieces: Sequence[Piece], padding: Padding | None = None) -> list[Tensors]:
+    """The inputs of a batch in parts, for a model that puts them together itself: no copies are made.
+
+    Rows that `padding` has to bring to one length are one part.
+    """
+    if padding is not None and len({padding.length(piece.entry.inputs) for piece in pieces}) > 1:
+        return [gather(pieces, padding)]
+    return [gather([piece]) for piece in pieces]
+
+
 def wanted_outputs(pieces: Sequence[Piece]) -> tuple[str, ...] | None:
     """The outputs that the batch has to compute: all that any of its entries asked for; None is all."""
     wanted: dict[str, None] = {}

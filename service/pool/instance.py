@@ -10,8 +10,9 @@ from typing import Protocol
 
 from service.backends.base import LoadedModel
 from service.errors import InferpoolError, ModelFailed
-from service.pool.batch import WrongRows, gather, scatter, select, wanted_outputs
+from service.pool.batch import WrongRows, gather, gather_parts, scatter, select, wanted_outputs
 from service.pool.complaints import Complaints
+from service.pool.ladder import LadderModel
 from service.pool.padding import Padding
 from service.pool.queue import Piece
 from service.tensors import Tensors
@@ -96,6 +97,7 @@ class Instance:
         self.device = device
         self.name = name
         self.model = model
+        self._laddered = model if isinstance(model, LadderModel) else None
         self.busy_until = 0.0
         self.woken = False
         self._work = work
@@ -139,7 +141,10 @@ class Instance:
 
     def _infer(self, batch: Batch) -> list[Outcome]:
         pieces, padding = batch.pieces, batch.padding
-        outputs = self.model.run(gather(pieces, padding), wanted_outputs(pieces))
+        if self._laddered is not None:
+            outputs = self._laddered.run_parts(gather_parts(pieces, padding), wanted_outputs(pieces))
+        else:
+            outputs = self.model.run(gather(pieces, padding), wanted_outputs(pieces))
         entry = pieces[0].entry
         if not batch.batched or entry.group == entry.id:
             # Nothing shares this run, so nothing has to be told apart.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from service.backends.base import LoadedModel
+from service.pool.ladder import between, rungs
 from service.pool.profile import Measurement
 from service.pool.proof import Proof, compare, first_line, prove
 from service.tensors import Tensors
@@ -47,6 +48,9 @@ MUCH_BETTER: Final = 1.3
 BATCH_S: Final = 1e-4
 """What a batch costs beside its run (two wake-ups, gather, scatter), which more rows share."""
 
+OVERLAPPING: Final = 2
+"""Instances on a GPU where nothing could be measured: one copies while the other runs."""
+
 CLEAR_S: Final = 1e-3
 """A run shorter than this gains nothing from a second thread: the web side needs the core."""
 
@@ -58,9 +62,10 @@ class Plan:
     Attributes:
         batched: whether rows of different entries share a run, and `reason` why, or why not.
         max_rows: rows of a batch at the most; 1 where not batched.
-        instances: threads that run batches at the same time.
+        instances: threads that run batches at the same time, on each device.
         threads: threads that the runtime uses within a run.
         table: seconds by batch size.
+        rungs: the sizes that batches are rounded up to on a GPU; empty where any size runs as it is.
     """
 
     batched: bool
@@ -69,6 +74,7 @@ class Plan:
     instances: int
     threads: int
     table: tuple[Measurement, ...] = ()
+    rungs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,7 @@ class Wishes:
         threads: threads of a run.
         cores: cores that the model may use in all, at least 1.
         budget_s: seconds that measuring may take; 0 measures nothing.
+        gpu: whether it runs on a GPU, where instances share no copy, and cores are not what is scarce.
     """
 
     cores: int
@@ -90,6 +97,7 @@ class Wishes:
     max_rows: int | None = None
     instances: int | None = None
     threads: int | None = None
+    gpu: bool = False
 
 
 class Planner:
@@ -112,22 +120,45 @@ class Planner:
         self._ends = self._clock() + wishes.budget_s
         rows = proof.rows or (samples[0] if samples else {})
         if proof.rows and not proof.batched:
-            rows = _rows_of(rows, 1)
+            rows = rows_of(rows, 1)
         if not rows or not wishes.budget_s:
-            threads = wishes.threads or max(1, wishes.cores // (wishes.instances or 1))
             most = (wishes.max_rows or UNMEASURED_ROWS) if proof.batched else 1
-            return Plan(proof.batched, proof.reason, most, wishes.instances or 1, threads)
+            instances, threads = self._unmeasured()
+            return Plan(proof.batched, proof.reason, most, instances, threads, rungs=self._rungs((), most))
         table, fault = self._climb(model, proof, rows)
         if fault:
             proof = Proof(False, fault, rows)
-            rows, table = _rows_of(rows, 1), table[:1]
+            rows, table = rows_of(rows, 1), table[:1]
         if not table:
-            return Plan(False, proof.reason, 1, wishes.instances or 1, wishes.threads or wishes.cores)
+            instances, threads = self._unmeasured()
+            return Plan(False, proof.reason, 1, instances, threads)
         max_rows = (wishes.max_rows or int(table[-1].rows)) if proof.batched else 1
-        batch = _rows_of(rows, max_rows) if proof.batched else rows
-        instances, threads, gain = self._share_cores(model, batch, table)
-        shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in table)
-        return Plan(proof.batched, proof.reason, max_rows, instances, threads, shared)
+        batch = rows_of(rows, max_rows) if proof.batched else rows
+        if wishes.gpu:
+            if proof.batched:
+                table += self._between(model, rows, table)
+            instances, gain = self._overlap(model, batch)
+            threads = 1
+        else:
+            instances, threads, gain = self._share_cores(model, batch, table)
+        shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in sorted(table))
+        sizes = self._rungs(table, max_rows) if proof.batched else ()
+        return Plan(proof.batched, proof.reason, max_rows, instances, threads, shared, sizes)
+
+    def _unmeasured(self) -> tuple[int, int]:
+        """Instances and threads of a run where nothing was measured."""
+        wishes = self._wishes
+        if wishes.gpu:
+            return wishes.instances or OVERLAPPING, 1
+        return wishes.instances or 1, wishes.threads or max(1, wishes.cores // (wishes.instances or 1))
+
+    def _rungs(self, table: Sequence[Measurement], most: int) -> tuple[int, ...]:
+        """The ladder of a model on a GPU; without measurements all powers of two."""
+        if not self._wishes.gpu:
+            return ()
+        if table:
+            return rungs(table, most)
+        return tuple(sorted({*(1 << power for power in range(most.bit_length())), most}))
 
     def _climb(self, model: LoadedModel, proof: Proof, rows: Tensors) -> tuple[list[Measurement], str]:
         """Time batches of 1, 2, 4, … rows until more no longer pay, and hold each against the proof.
@@ -139,7 +170,7 @@ class Planner:
         size = 1
         most = self._wishes.max_rows or MOST_ROWS
         while not table or (proof.batched and size <= most and not self._late()):
-            batch = _rows_of(rows, size) if proof.batched else rows
+            batch = rows_of(rows, size) if proof.batched else rows
             try:
                 outputs = model.run(batch)
             except Exception as error:  # noqa: BLE001 - too many rows for it, or for the machine
@@ -173,6 +204,40 @@ class Planner:
                 break  # a slow model is timed by one run: more would not change the decision
         return max(min(times), 1e-9), statistics.median(times)
 
+    def _between(
+        self, model: LoadedModel, rows: Tensors, table: Sequence[Measurement]
+    ) -> list[Measurement]:
+        """Time sizes between those of `table` where that may spare padding."""
+        found = []
+        for size in between(table):
+            if self._late():
+                break
+            batch = rows_of(rows, size)
+            model.run(batch)
+            found.append(Measurement(size, self._time(model, batch)[1], TRUST))
+        return found
+
+    def _overlap(self, model: LoadedModel, batch: Tensors) -> tuple[int, float]:
+        """Instances on a GPU, and how many times the rate of one they have: one copies while another runs."""
+        wished = self._wishes.instances
+        if wished == 1 or self._late():
+            return wished or OVERLAPPING, 1.0
+        base = self._rate([model], batch)
+        others: list[LoadedModel] = []
+        try:
+            others = [self._load(1) for _ in range((wished or OVERLAPPING) - 1)]
+            rate = self._rate([model, *others], batch)
+        except Exception as error:  # memory for one more copy may be lacking
+            if wished:
+                raise
+            log.info("one instance a GPU: %s", first_line(error))
+            return 1, 1.0
+        finally:
+            for other in others:
+                other.close()
+        instances = wished or (OVERLAPPING if rate > BETTER * base else 1)
+        return instances, min(rate / base, instances) if instances > 1 else 1.0
+
     def _share_cores(
         self, model: LoadedModel, batch: Tensors, table: Sequence[Measurement]
     ) -> tuple[int, int, float]:
@@ -180,13 +245,13 @@ class Planner:
         options = self._options(table[0].seconds, table[-1].seconds)
         if options == [(1, 1)] or self._late():
             return *options[0], 1.0
-        base = self._rate(model, batch, 1)
+        base = self._rate([model], batch)
         best, best_rate = options[0], 0.0
         for instances, threads in options:
             if best_rate and self._late():
                 break
             candidate = model if threads == 1 else self._load(threads)
-            rate = base if (instances, threads) == (1, 1) else self._rate(candidate, batch, instances)
+            rate = base if (instances, threads) == (1, 1) else self._rate([candidate] * instances, batch)
             if candidate is not model:
                 candidate.close()
             if rate > (BETTER if table[0].seconds >= CLEAR_S else MUCH_BETTER) * best_rate:
@@ -212,18 +277,19 @@ class Planner:
         halves = {(2, cores // 2), (cores // 2, 2)} if cores >= 4 else set()
         return sorted({(1, cores), (cores, 1)} | halves)
 
-    def _rate(self, model: LoadedModel, batch: Tensors, instances: int) -> float:
-        """Batches a second of `instances` threads that run `batch` over and over, for a while."""
-        model.run(batch)
+    def _rate(self, models: Sequence[LoadedModel], batch: Tensors) -> float:
+        """Batches a second of threads, one for each of `models`, which run `batch` over and over."""
+        for model in dict.fromkeys(models):
+            model.run(batch)
         stop = self._clock() + self._wishes.budget_s / 10
-        runs = [0] * instances
+        runs = [0] * len(models)
 
         def work(number: int) -> None:
             while runs[number] < 2 or self._clock() < stop:
-                model.run(batch)
+                models[number].run(batch)
                 runs[number] += 1
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(instances)]
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(models))]
         began = self._clock()
         for thread in threads:
             thread.start()
@@ -235,8 +301,8 @@ class Planner:
         return self._clock() >= self._ends
 
 
-def _rows_of(rows: Tensors, count: int) -> Tensors:
-    """`count` rows, the proof's over and over."""
+def rows_of(rows: Tensors, count: int) -> Tensors:
+    """`count` rows: those of `rows`, over and over."""
     chosen = _places(rows, count)
     return {name: tensor[chosen] for name, tensor in rows.items()}
 

@@ -20,6 +20,7 @@ from service.metrics import Metrics
 from service.pool.batch import join
 from service.pool.complaints import Complaints
 from service.pool.instance import Batch, Instance, Outcome, Run
+from service.pool.ladder import Ladder
 from service.pool.padding import Padding
 from service.pool.ports import Entry, Outbox, Result, VersionKey
 from service.pool.profile import Profile
@@ -100,11 +101,13 @@ class Pool:
         batched: bool,
         padding: Padding | None = None,
         most_joined_bytes: float = math.inf,
+        ladder: Ladder | None = None,
     ) -> None:
         """`batched` says whether rows of different entries may share a run: it has been proven.
 
         `padding` is how rows of different lengths are treated; None where they are all alike. The outputs of
-        an entry's parts are joined up to `most_joined_bytes`.
+        an entry's parts are joined up to `most_joined_bytes`. `ladder` has the batch sizes that models on
+        GPUs run.
         """
         self.key = key
         self.limits = limits
@@ -113,6 +116,7 @@ class Pool:
         self._padding = padding
         self._most_joined_bytes = most_joined_bytes
         self.complaints = Complaints(clock)
+        self._ladder = ladder
         self.wrong_rows = ""
         self._outbox = outbox
         self._metrics = metrics
@@ -198,6 +202,10 @@ class Pool:
         with self._lock:
             ready = [InstanceState(instance.device, "ready") for instance in self._instances]
             return ready + [InstanceState(device, "lost") for device in self._lost]
+
+    def rungs(self) -> tuple[int, ...]:
+        """The batch sizes that run on GPUs now; empty on the CPU, where any does."""
+        return self._ladder.rungs if self._ladder is not None else ()
 
     # Life.
 
@@ -389,6 +397,15 @@ class Pool:
             ran, padded = _tokens(batch, self._padding)
             self._metrics.value("tokens_total", *self._labels).add(ran)
             self._metrics.value("padded_tokens_total", *self._labels).add(padded)
+        if self._ladder is not None:
+            self._climb_down(self._ladder, batch.rows)
+
+    def _climb_down(self, ladder: Ladder, rows: int) -> None:
+        """Count what was padded, and form no larger batches than there is memory for."""
+        if self.batched:
+            self.limits.batch_rows = min(self.limits.batch_rows, ladder.top)
+        run = sum(map(ladder.up, ladder.pieces(rows)))
+        self._metrics.value("padded_rows_total", *self._labels).add(run - rows)
 
     def _new_instance(self, model: LoadedModel, device: str) -> None:
         """Start an instance; under the lock, so that nobody sees one whose thread does not run yet."""
@@ -397,6 +414,8 @@ class Pool:
             # A rate would miss the first batch of a series that begins at 1.
             self._metrics.value("batches_total", *self._labels, device, reason)
         self._metrics.value("instance_busy_seconds_total", *self._labels, device)
+        if self._ladder is not None:
+            self._metrics.value("padded_rows_total", *self._labels)
         name = f"{self.key.model}/{self.key.version}#{self._started}"
         instance = Instance(self, model, device, name, self._clock, self.complaints)
         instance.start()

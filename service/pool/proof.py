@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from service.backends.base import LoadedModel
+from service.errors import OutOfMemory
 from service.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec, shape_text
 
 _SEED: Final = 20_260_101
@@ -65,7 +66,7 @@ def prove(
     obstacle = _obstacle(model.signature)
     if obstacle:
         return Proof(False, obstacle)
-    rows, seconds, fault = _runnable(model, samples, clock)
+    rows, seconds, fault = runnable(model, samples, clock)
     if not rows:
         return Proof(False, f"no made-up rows could be run ({fault}); add a golden sample to prove it with")
     count = next((size for size in _GROUPINGS if seconds * _runs(size) <= budget_s), min(_GROUPINGS))
@@ -144,14 +145,15 @@ def compare(
             if not np.array_equal(got, want):
                 return f'output "{name}" differs', worst
             continue
-        difference = _relative_difference(got, want, reference)
+        difference = relative_difference(got, want, reference)
         if not difference <= tolerance:
             return f'output "{name}" differs by {difference:.1g} (rounding explains {tolerance:.0e})', worst
         worst = max(worst, difference)
     return "", worst
 
 
-def _relative_difference(got: Array, want: Array, reference: Array) -> float:
+def relative_difference(got: Array, want: Array, reference: Array) -> float:
+    """The largest difference of `got` from `want`, relative to the scale of `reference`, which has `want`."""
     if not want.size:
         return 0.0
     wide, expected = got.astype(np.float64), want.astype(np.float64)
@@ -188,10 +190,14 @@ def _obstacle(signature: Signature) -> str:
     return ""
 
 
-def _runnable(
+def runnable(
     model: LoadedModel, samples: Sequence[Tensors], clock: Callable[[], float]
 ) -> tuple[Tensors, float, str]:
-    """Rows that the model runs, and the seconds of one of them; or no rows, and the last fault."""
+    """Rows that the model runs, and the seconds of one of them; or no rows, and the last fault.
+
+    They are some of `samples`, inputs that it is known to take, or else made up from the signature. Raises
+    OutOfMemory where a GPU has no memory for one row.
+    """
     fault = ""
     for rows in _candidates(model.signature, samples):
         one = {name: tensor[:1] for name, tensor in rows.items()}
@@ -201,6 +207,8 @@ def _runnable(
             for row in range(1, 3):
                 model.run({name: tensor[row : row + 1] for name, tensor in rows.items()})
             return rows, (clock() - began) / 2, ""
+        except OutOfMemory:
+            raise  # other rows would find no more
         except Exception as error:  # noqa: BLE001 - made-up rows may be nonsense to the model
             fault = first_line(error)
     return {}, 0.0, fault

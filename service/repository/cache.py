@@ -33,7 +33,7 @@ class PlanCache:
             target = self._file(file, samples, wishes, runtime)
             table = json.loads(target.read_text(encoding="utf-8"))
             measured = tuple(Measurement(*line) for line in table.pop("table"))
-            return Plan(**table, table=measured)
+            return Plan(**table | {"table": measured, "rungs": tuple(table["rungs"])})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -41,6 +41,21 @@ class BatchingView:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuView:
+    """How a version runs on GPUs.
+
+    Attributes:
+        cpu_nodes: how many nodes of each kind run on the CPU all the same.
+        padding: whether batches are rounded up to the measured sizes, and why, or why not.
+        precision: how numbers are rounded, and what that changes.
+    """
+
+    cpu_nodes: Mapping[str, int]
+    padding: str
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
 class VersionView:
     """One version: its state, and what a request needs to know of it.
 
@@ -54,6 +69,7 @@ class VersionView:
         text: turns sentences into tensors, where the model takes them.
         padding: how rows of different lengths share batches, where the model has such.
         classes: turns outputs into predictions, where the model has labels.
+        gpu: how it runs on GPUs, where it does.
         load_s: what loading took, in seconds.
     """
 
@@ -70,6 +86,7 @@ class VersionView:
     text: TextCodec | None = None
     padding: Padding | None = None
     classes: LabelsCodec | None = None
+    gpu: GpuView | None = None
     load_s: float = 0.0
 
 
@@ -115,6 +132,7 @@ class LiveView:
         wait_s: seconds of work that wait, by the measured rate.
         wrong_rows: what an output had instead of a batch's rows, if that turned batching off.
         batches: how many batches of each size have run.
+        rungs: the sizes that batches are rounded up to on GPUs; empty where none are.
     """
 
     instances: Sequence[InstanceState] = ()
@@ -124,6 +142,7 @@ class LiveView:
     wait_s: float = 0.0
     wrong_rows: str = ""
     batches: Sequence[BatchCount] = ()
+    rungs: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

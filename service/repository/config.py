@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from service.backends.base import CpuNodes
 from service.codecs.image import ImageConfig
 from service.codecs.labels import LabelsConfig
 from service.codecs.text import TextConfig
+from service.devices import check_devices
 from service.errors import ConfigError
 from service.tensors import DTYPES
 
@@ -49,11 +51,28 @@ class BatchingConfig(BaseModel):
 
 
 class InstancesConfig(BaseModel):
-    """`[instances]`: how many, with how many threads each; measured where not given."""
+    """`[instances]`: how many a device, with how many threads each; measured where not given."""
 
     model_config = _Table
     count: _Positive | None = None
     threads: _Positive | None = None
+    devices: tuple[str, ...] | None = None
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_are_names(cls, devices: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if devices is not None:
+            check_devices(devices)
+        return devices
+
+
+class GpuConfig(BaseModel):
+    """`[gpu]`: what holds where a model runs on a GPU."""
+
+    model_config = _Table
+    cpu_nodes: CpuNodes = "none"
+    tf32: bool = False
+    memory_bytes: _Positive | None = None
 
 
 class QueueConfig(BaseModel):
@@ -91,6 +110,7 @@ class ModelConfig(BaseModel):
     versions: VersionsConfig = VersionsConfig()
     batching: BatchingConfig = BatchingConfig()
     instances: InstancesConfig = InstancesConfig()
+    gpu: GpuConfig = GpuConfig()
     queue: QueueConfig = QueueConfig()
     image: ImageConfig | None = None
     text: TextConfig | None = None

@@ -26,6 +26,7 @@ from service.backends.base import (
 from service.codecs.image import ImageCodec
 from service.codecs.labels import LabelsCodec, read_labels
 from service.codecs.text import TextCodec
+from service.devices import CPU, Driver, cuda_driver, gpu_index, place
 from service.errors import ConfigError, LoadError
 from service.machine import usable_cores
 from service.metrics import Metrics
@@ -40,9 +41,10 @@ from service.pool.queue import Limits
 from service.repository.cache import PlanCache
 from service.repository.catalog import READY, BatchingView, VersionView
 from service.repository.config import ModelConfig
-from service.repository.samples import Sample, check_samples, read_samples
+from service.repository.instances import Instances
+from service.repository.samples import check_samples, read_samples
 from service.settings import Settings
-from service.tensors import Signature, names_text, shape_text
+from service.tensors import Signature, Tensors, names_text, shape_text
 
 log = logging.getLogger(__name__)
 
@@ -52,27 +54,34 @@ LEAST_QUEUE_ROWS = 64
 
 @dataclass(slots=True)
 class Loaded:
-    """A version that is ready: what the web side sees of it, its pool, and the model in memory."""
+    """A version that is ready: what the web side sees of it, its pool, and what is in memory."""
 
     view: VersionView
     pool: Pool
-    model: LoadedModel
+    instances: Instances
 
     def close(self) -> None:
-        """Give back the model's memory; its instances have ended."""
-        self.model.close()
+        """Give back the models' memory; the instances have ended."""
+        self.instances.close()
 
 
 class Loader:
     """Loads versions for one server."""
 
     def __init__(
-        self, settings: Settings, outbox: Outbox, metrics: Metrics, clock: Callable[[], float]
+        self,
+        settings: Settings,
+        outbox: Outbox,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        driver: Driver | None = None,
     ) -> None:
+        """`driver` is that of the GPUs; None is this machine's."""
         self._settings = settings
         self._outbox = outbox
         self._metrics = metrics
         self._clock = clock
+        self._driver = driver or cuda_driver()
         self._cache = PlanCache(settings.cache_dir)
         self._cores = settings.threads or usable_cores()
 
@@ -84,23 +93,36 @@ class Loader:
         began = self._clock()
         name = config.backend or backends_by_suffix().get(file.suffix, "")
         backend = find_backend(name)
-        options = self._options(config, folder)
-        model = backend.load(file, options)
+        devices = self._devices(config, backend, file)
+        options = self._options(config, folder, devices[0])
+        instances = Instances(backend, file, self._clock)
         try:
+            model = instances.load(options)
             _check_described(config, folder, model.signature)
             image, text, classes = _codecs(config, folder, model.signature)
             samples = read_samples(folder, model.signature, text) if folder is not None else []
-            plan = self._plan(file, config, backend, model, samples, folder, options, text)
+            rows = [inputs for sample in samples for inputs in sample.inputs]
+            if text is not None:
+                # First, for they are of the length that everything is measured by.
+                rows.insert(0, text.made_up(text.unit))
+            golden = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
+            plan = self._plan(file, config, backend, model, rows, golden, options, text)
             padding = _padding(text, model, plan) if text is not None else None
-            if plan.threads != 1:
-                model.close()
-                model = backend.load(file, replace(options, threads=plan.threads))
-            check_samples(samples, model)
-            pool = self._pool(key, config, plan, padding)
-            for _ in range(plan.instances):
-                pool.start_instance(model, "cpu")
+            if options.device != CPU:
+                instances.drop(model)
+                instances.on_gpus(devices, plan, options, rows)
+            else:
+                if plan.threads != 1:
+                    instances.drop(model)
+                    model = instances.load(replace(options, threads=plan.threads))
+                instances.on_cpu(model, plan.instances)
+            for loaded in dict(instances.models).values():
+                check_samples(samples, loaded)
+            pool = self._pool(key, config, plan, padding, instances)
+            for device, loaded in instances.models:
+                pool.start_instance(loaded, device)
         except BaseException:
-            model.close()
+            instances.close()
             raise
         reason = "; ".join(filter(None, (plan.reason, padding.reason if padding is not None else "")))
         view = VersionView(
@@ -115,12 +137,27 @@ class Loader:
             text=text,
             padding=padding,
             classes=classes,
+            gpu=instances.gpu,
             load_s=self._clock() - began,
         )
-        return Loaded(view, pool, model)
+        return Loaded(view, pool, instances)
 
-    def _options(self, config: ModelConfig, folder: Path | None) -> LoadOptions:
+    def _devices(self, config: ModelConfig, backend: Backend, file: Path) -> tuple[str, ...]:
+        """Where the instances go; raises LoadError where that cannot be."""
+        wanted = config.instances.devices or self._settings.devices
+        devices = place(wanted, self._driver, lambda: backend.lacks_gpu(file))
+        if devices == (CPU,) and wanted != devices and self._driver.gpus():
+            log.warning(
+                "%s is served on the CPU although there is a GPU: %s", file, backend.lacks_gpu(file)
+            )
+        return devices
+
+    def _options(self, config: ModelConfig, folder: Path | None, device: str) -> LoadOptions:
         return LoadOptions(
+            device=device,
+            cpu_nodes=config.gpu.cpu_nodes,
+            tf32=config.gpu.tf32,
+            memory_bytes=config.gpu.memory_bytes,
             inputs=tuple(Described(**tensor.model_dump()) for tensor in config.inputs),
             outputs=tuple(Described(**tensor.model_dump()) for tensor in config.outputs),
             samples=tuple(_raw_inputs(folder, config)) if folder is not None else (),
@@ -134,8 +171,8 @@ class Loader:
         config: ModelConfig,
         backend: Backend,
         model: LoadedModel,
-        samples: list[Sample],
-        folder: Path | None,
+        rows: list[Tensors],
+        golden: list[Path],
         options: LoadOptions,
         text: TextCodec | None,
     ) -> Plan:
@@ -146,16 +183,13 @@ class Loader:
             max_rows=min(filter(None, (config.batching.max_rows, model.max_rows)), default=None),
             instances=config.instances.count,
             threads=config.instances.threads,
+            gpu=options.device != CPU,
         )
-        golden = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
-        rows = [inputs for sample in samples for inputs in sample.inputs]
         described: tuple[object, ...] = (*config.inputs, *config.outputs)
         if text is not None:
-            # First, for they are of the length that everything is measured by.
-            rows.insert(0, text.made_up(text.unit))
             described = (*described, text.fills, config.text, text.words)
         # What the owner says of a model's tensors is part of what is measured.
-        runtime = " ".join((backend.describe(), *map(repr, described)))
+        runtime = " ".join((backend.describe(), *map(repr, described), *self._measured_on(options)))
         known = self._cache.find(file, golden, wishes, runtime)
         if known is not None:
             return known
@@ -167,12 +201,27 @@ class Loader:
         self._cache.keep(file, golden, wishes, runtime, plan)
         return plan
 
-    def _pool(self, key: VersionKey, config: ModelConfig, plan: Plan, padding: Padding | None) -> Pool:
+    def _measured_on(self, options: LoadOptions) -> list[str]:
+        """What makes measurements on one GPU worthless on another."""
+        if options.device == CPU:
+            return []
+        gpu = self._driver.gpus()[gpu_index(options.device)]
+        return [gpu.name, *map(str, (gpu.memory_bytes, options.tf32, options.memory_bytes))]
+
+    def _pool(
+        self,
+        key: VersionKey,
+        config: ModelConfig,
+        plan: Plan,
+        padding: Padding | None,
+        instances: Instances,
+    ) -> Pool:
         profile = Profile(plan.table)
+        count = len(instances.models)
         row_load = 1 if padding is None else math.ceil(padding.longest / padding.unit)
         limits = Limits(
             batch_rows=plan.max_rows,
-            queue_rows=config.queue.max_rows or self._queue_rows(plan, profile, row_load),
+            queue_rows=config.queue.max_rows or self._queue_rows(plan, profile, row_load, count),
             queue_bytes=config.queue.max_bytes or self._settings.queue_bytes,
             delay_s=config.batching.max_delay_ms / 1000,
         )
@@ -186,12 +235,13 @@ class Loader:
             batched=plan.batched,
             padding=padding,
             most_joined_bytes=self._settings.in_flight_bytes,
+            ladder=instances.ladder,
         )
 
-    def _queue_rows(self, plan: Plan, profile: Profile, row_load: int) -> int:
+    def _queue_rows(self, plan: Plan, profile: Profile, row_load: int, instances: int) -> int:
         """Rows worked off within `queue_ms` by the measured rate; the longest row counts `row_load`."""
         batch_s = profile.seconds(plan.max_rows) or 1e-3
-        rows = plan.instances * plan.max_rows / batch_s * self._settings.queue_ms / 1000
+        rows = instances * plan.max_rows / batch_s * self._settings.queue_ms / 1000
         return max(LEAST_QUEUE_ROWS * row_load, 4 * plan.max_rows, min(int(rows), 1_000_000))
 
 

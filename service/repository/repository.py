@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from service.backends.base import backends_by_suffix
+from service.devices import Driver
 from service.errors import InferpoolError
 from service.metrics import Metrics, Sample
 from service.pool.engine import Engine
@@ -48,12 +49,16 @@ class Repository:
         outbox: Outbox,
         metrics: Metrics,
         clock: Callable[[], float],
+        driver: Driver | None = None,
     ) -> None:
-        """Look at what is in `path`; raises ConfigError if that is nothing to serve."""
+        """Look at what is in `path`; raises ConfigError if that is nothing to serve.
+
+        `driver` is that of the GPUs; None is this machine's.
+        """
         self.engine = Engine()
         self._settings = settings
         self._metrics = metrics
-        self._loader = Loader(settings, outbox, metrics, clock)
+        self._loader = Loader(settings, outbox, metrics, clock, driver)
         self._clock = clock
         self._loaded: dict[VersionKey, Loaded] = {}
         self._draining = False
@@ -79,7 +84,14 @@ class Repository:
         pool = loaded.pool
         rows, age_s, wait_s = pool.waiting()
         return LiveView(
-            pool.instances(), pool.profile.table(), rows, age_s, wait_s, pool.wrong_rows, pool.batches()
+            pool.instances(),
+            pool.profile.table(),
+            rows,
+            age_s,
+            wait_s,
+            pool.wrong_rows,
+            pool.batches(),
+            pool.rungs(),
         )
 
     def health(self) -> Health:
@@ -224,6 +236,8 @@ class Repository:
                     continue
                 live = self.live(version.key)
                 yield "model_load_seconds", labels, version.load_s
+                if version.gpu is not None:
+                    yield "cpu_nodes", labels, float(sum(version.gpu.cpu_nodes.values()))
                 yield "queue_rows", labels, float(live.waiting_rows)
                 yield "queue_oldest_age_seconds", labels, live.oldest_age_s
                 yield "queue_wait_seconds", labels, live.wait_s

@@ -100,9 +100,11 @@ def test_a_file_is_told_by_what_is_in_it_not_by_its_name(tmp_path: Path, name: s
         assert "TorchScript" in PyTorchBackend().load(script, LoadOptions(trusted=True, samples=samples)).form
 
 
-def test_another_device_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch for GPUs is installed")
+def test_the_pytorch_for_cpus_says_that_it_is_one(tmp_path: Path) -> None:
     file = save_exported(tmp_path / "model.pt2", nn.Linear(3, 2), torch.rand(2, 3))
-    with pytest.raises(LoadError, match='device "cuda:0" is not supported'):
+    assert "the one for CPUs" in PyTorchBackend().lacks_gpu(file)
+    with pytest.raises(LoadError, match="is the one for CPUs"):
         PyTorchBackend().load(file, LoadOptions(device="cuda:0", trusted=True))
 
 

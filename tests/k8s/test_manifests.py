@@ -245,8 +245,6 @@ def test_rules_and_formulas_name_metrics_that_there_are(overlay: list[Manifest])
     ]
     named = {name for text in texts for name in re.findall(r"\binferpool_\w+", text)}
     have = {family.full_name for family in FAMILIES.values()}
-    # Exported by servers with a GPU.
-    have.add("inferpool_cpu_nodes")
     assert {re.sub("_(bucket|count|sum)$", "", name) for name in named} <= have
 
 

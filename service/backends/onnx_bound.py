@@ -1,0 +1,193 @@
+"""A session of ONNX Runtime whose inputs and outputs lie in memory that is used again for every run.
+
+Rows go from where the requests left them straight into page-locked memory, from there to the GPU in one copy
+an input, and what comes out takes the same way back. Nothing is allocated for a shape that was run before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+
+from service.backends.base import DeviceModel
+from service.backends.cuda_runtime import Memory
+from service.backends.onnx_cuda import is_out_of_memory
+from service.backends.staging import stage
+from service.errors import OutOfMemory
+from service.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec
+
+_BFLOAT16: Final = 16
+"""BFLOAT16 in onnx.proto (`TensorProto.DataType`)."""
+
+_KEPT_BINDINGS: Final = 256
+"""Shapes whose bindings are kept; texts of all lengths on all rungs may have more."""
+
+
+def bindable(signature: Signature) -> bool:
+    """Whether every input and output is a tensor of numbers, with a place of its own on a device."""
+    specs = (*signature.inputs, *signature.outputs)
+    return len({spec.name for spec in specs}) == len(specs) and all(
+        spec.datatype not in ("BYTES", JSON) for spec in specs
+    )
+
+
+@dataclass(slots=True)
+class _Room:
+    """Memory of an input or output, on both sides, for shapes of up to `nbytes` bytes."""
+
+    nbytes: int = 0
+    host: Array = field(default_factory=lambda: np.empty(0, np.uint8))
+    address: int = 0
+
+    def view(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """The host's side as an array."""
+        return self.host[: dtype.itemsize * prod(shape)].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A binding for inputs of certain shapes; `outputs` are those whose shapes are known beforehand.
+
+    `order` has the names of all outputs as the binding gives them.
+    """
+
+    binding: Any
+    order: Sequence[str]
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+
+class BoundModel(DeviceModel):
+    """A session that runs from and to `memory`."""
+
+    def __init__(
+        self, session: Any, signature: Signature, device: str, memory: Memory, left: Mapping[str, int]
+    ) -> None:
+        """`signature` is `bindable`; `left` are the nodes that the session runs on the CPU."""
+        self.signature = signature
+        self.cpu_nodes = left
+        self._session = session
+        kind, _, index = device.partition(":")
+        self._device = (kind, int(index or 0))
+        self._memory = memory
+        self._rooms: dict[str, _Room] = {}
+        self._bindings: dict[tuple[object, ...], _Bound] = {}
+        self._names = list(signature.outputs_by_name)
+
+    def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
+        """Run as it is; raises what ONNX Runtime raises, and OutOfMemory."""
+        shapes = {name: tensor.shape for name, tensor in inputs.items()}
+        if any(not tensor.size for tensor in inputs.values()):  # there is nothing to copy
+            names = self._names if outputs is None else list(outputs)
+            return dict(zip(names, self._session.run(names, inputs), strict=True))
+        return self._run([inputs], shapes, None, outputs)
+
+    def run_padded(
+        self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
+    ) -> Tensors:
+        """Run the rows of all parts among `rows`; raises what ONNX Runtime raises, and OutOfMemory."""
+        shapes = {name: (rows, *tensor.shape[1:]) for name, tensor in parts[0].items()}
+        if any(0 in shape for shape in shapes.values()):
+            whole = {name: np.concatenate([part[name] for part in parts]) for name in shapes}
+            return self.run(whole, outputs)
+        return self._run(parts, shapes, rows, outputs)
+
+    def close(self) -> None:
+        """Drop the session and give back the memory."""
+        self._bindings.clear()
+        del self._session
+        self._memory.close()
+
+    def _run(
+        self,
+        parts: Sequence[Tensors],
+        shapes: Mapping[str, tuple[int, ...]],
+        rows: int | None,
+        outputs: Sequence[str] | None,
+    ) -> Tensors:
+        key = (rows, *shapes.items())
+        bound = self._bindings.get(key) or self._bind(key, shapes, rows)
+        used = 0
+        for name, staged in bound.inputs.items():
+            used = stage(staged, [part[name] for part in parts])
+            self._memory.upload(self._rooms[name].address, staged)
+        self._memory.wait()
+        try:
+            self._session.run_with_iobinding(bound.binding)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(str(error)) from error
+            raise
+        return self._fetch(bound, None if rows is None else used, self._names if outputs is None else outputs)
+
+    def _fetch(self, bound: _Bound, rows: int | None, names: Sequence[str]) -> Tensors:
+        """Copy outputs back, of those with rows the first `rows`."""
+        values = dict(zip(bound.order, bound.binding.get_outputs(), strict=True))
+        fetched: Tensors = {}
+        for name in names:
+            staged = bound.outputs.get(name)
+            if staged is None:
+                shape = tuple(values[name].shape())
+                fetched[name] = array = np.empty(shape, self.signature.outputs_by_name[name].dtype)
+                if array.size:
+                    self._memory.download(array, values[name].data_ptr())
+                if rows is not None:
+                    fetched[name] = array[:rows]
+            else:
+                fetched[name] = staged[:rows]
+                self._memory.download(fetched[name], self._rooms[name].address)
+        self._memory.wait()
+        return {
+            name: tensor.copy() if name in bound.outputs else tensor for name, tensor in fetched.items()
+        }
+
+    def _bind(
+        self, key: tuple[object, ...], shapes: Mapping[str, tuple[int, ...]], rows: int | None
+    ) -> _Bound:
+        outputs = {spec.name: shape for spec in self.signature.outputs if (shape := _fixed(spec, rows))}
+        specs = {**self.signature.inputs_by_name, **self.signature.outputs_by_name}
+        for name, shape in (*shapes.items(), *outputs.items()):
+            self._make_room(name, specs[name].dtype.itemsize * prod(shape))
+        if len(self._bindings) >= _KEPT_BINDINGS:
+            del self._bindings[next(iter(self._bindings))]
+        binding = self._session.io_binding()
+        staged: dict[str, Array] = {}
+        for name, shape in (*shapes.items(), *outputs.items()):
+            spec, room = specs[name], self._rooms[name]
+            bind = binding.bind_input if name in shapes else binding.bind_output
+            bind(name, *self._device, _element(spec), shape, room.address)
+            staged[name] = room.view(spec.dtype, shape)
+        others = [name for name in self._names if name not in outputs]
+        for name in others:
+            binding.bind_output(name, *self._device)
+        self._bindings[key] = bound = _Bound(
+            binding,
+            (*outputs, *others),
+            {name: staged[name] for name in shapes},
+            {name: staged[name] for name in outputs},
+        )
+        return bound
+
+    def _make_room(self, name: str, nbytes: int) -> None:
+        room = self._rooms.setdefault(name, _Room())
+        if nbytes > room.nbytes:
+            room.host, room.address = self._memory.host(nbytes), self._memory.device(nbytes)
+            room.nbytes = nbytes
+            # They have the addresses of what was there before.
+            self._bindings.clear()
+
+
+def _fixed(spec: TensorSpec, rows: int | None) -> tuple[int, ...] | None:
+    """The shape of an output where it is known before a run, and is not empty."""
+    if not spec.shape:
+        return None
+    shape = spec.shape if rows is None else (rows, *spec.shape[1:])
+    return None if ANY in shape or 0 in shape else shape
+
+
+def _element(spec: TensorSpec) -> Any:
+    return _BFLOAT16 if spec.datatype == "BF16" else spec.dtype.type

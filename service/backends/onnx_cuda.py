@@ -1,0 +1,174 @@
+"""Sessions of ONNX Runtime on an NVIDIA GPU, where every node runs there or the session is refused.
+
+Asked for CUDA, the runtime of its own accord serves from the CPU where a library is missing, the driver is
+too old or a node has no kernel, and says so on stderr alone. So that is switched off, what it needs is
+looked at before, and where its nodes are is read from it afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import onnxruntime as ort
+
+from service.backends.base import LoadOptions
+from service.backends.onnx_reason import reason
+from service.devices import check_cuda, cuda_driver, gpu_index
+from service.errors import LoadError, OutOfMemory
+
+CUDA: Final = "CUDAExecutionProvider"
+
+SHAPE_OPERATORS: Final = frozenset(
+    {"Shape", "Size", "Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity",
+     "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Min", "Max", "Floor", "Ceil", "ReduceProd", "ReduceMax",
+     "ReduceMin", "ReduceSum", "Range", "Equal", "Greater", "Less", "Not", "And", "Or", "Where",
+     "ConstantOfShape", "Constant", "Expand", "ScatterND", "GatherND", "Split", "Transpose", "NonZero"}
+)  # fmt: skip
+"""What arithmetic with shapes is made of; exporters write it for dimensions that vary."""
+
+_LIBRARIES: Final = (
+    ("libcudart.so.{cuda}", "CUDA's runtime"),
+    ("libcublasLt.so.{cuda}", "cuBLAS"),
+    ("libcublas.so.{cuda}", "cuBLAS"),
+    ("libcurand.so.10", "cuRAND"),
+    ("libcudnn.so.9", "cuDNN 9"),
+)
+"""What the runtime's CUDA part is linked to, or loads itself; in the order in which they need each other."""
+
+_NO_MEMORY: Final = re.compile(
+    r"out of memory|ALLOC_FAILED|Failed to allocate memory|smaller than requested bytes", re.IGNORECASE
+)
+
+
+def lacks_cuda() -> str:
+    """Why the runtime that is installed cannot use a GPU; "" if it was built for that."""
+    if CUDA in ort.get_available_providers():
+        return ""
+    return (
+        f"the onnxruntime {ort.__version__} that is installed is the one for CPUs: pip uninstall onnxruntime,"
+        " then pip install 'inferpool[gpu]'"
+    )
+
+
+def check_libraries(needed: str, load: Callable[[str], object] = ctypes.CDLL) -> None:
+    """Raise LoadError for the first library of CUDA `needed` that is not to be found; `load` opens one."""
+    cuda = needed.partition(".")[0]
+    for pattern, what in _LIBRARIES:
+        name = pattern.format(cuda=cuda)
+        try:
+            load(name)
+        except OSError as error:
+            raise LoadError(
+                f"{what} cannot be loaded ({error}); onnxruntime {ort.__version__} needs CUDA {cuda} and"
+                " cuDNN 9, which come with inferpool[gpu]"
+            ) from error
+
+
+def open_session(file: Path, options: LoadOptions, settings: Any) -> tuple[Any, Mapping[str, int]]:
+    """A session on `options.device`, and how many nodes of each kind run on the CPU.
+
+    Raises LoadError where something is missing, or where nodes would run on the CPU that must not;
+    OutOfMemory where the GPU has no room for the model.
+    """
+    check_cuda(cuda_driver(), ort.cuda_version, f"onnxruntime {ort.__version__}")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()
+    check_libraries(ort.cuda_version)
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if options.cpu_nodes == "none":
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session = ort.InferenceSession(
+            str(file), settings, providers=[(CUDA, provider_options(options))], enable_fallback=0
+        )
+    except Exception as error:  # the runtime raises a type of its own for every fault there is
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"{options.device} has no memory for the model: {error}") from error
+        if "fallback to CPU EP has been explicitly disabled" not in str(error):
+            raise LoadError(reason(file, str(error))) from error
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+        session = ort.InferenceSession(
+            str(file), settings, providers=[(CUDA, provider_options(options))], enable_fallback=0
+        )
+    providers = session.get_providers()
+    if CUDA not in providers:
+        raise LoadError(
+            f"ONNX Runtime could not start its CUDA part on {options.device}, only {', '.join(providers)};"
+            f" it needs CUDA {ort.cuda_version} and cuDNN 9, and found {found_versions(ort.cuda_version)}"
+        )
+    left = cpu_nodes(session)
+    check_nodes(left, options)
+    return session, left
+
+
+def provider_options(options: LoadOptions) -> dict[str, str]:
+    """How the CUDA part is to work (onnxruntime.ai, "CUDA Execution Provider")."""
+    chosen = {
+        "device_id": str(gpu_index(options.device)),
+        # Twice what was there, as it grows by default, may be all that another model would have needed.
+        "arena_extend_strategy": "kSameAsRequested",
+        # To try all algorithms takes seconds for every new shape, and those it would find are no quicker.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": str(int(options.tf32)),
+    }
+    if options.memory_bytes is not None:
+        chosen["gpu_mem_limit"] = str(options.memory_bytes)
+    return chosen
+
+
+def cpu_nodes(session: Any) -> dict[str, int]:
+    """How many nodes of each kind a session runs on the CPU."""
+    return dict(
+        Counter(
+            node.op_type
+            for graph in session.get_provider_graph_assignment_info()
+            if graph.ep_name == "CPUExecutionProvider"
+            for node in graph.get_nodes()
+        )
+    )
+
+
+def check_nodes(left: Mapping[str, int], options: LoadOptions) -> None:
+    """Raise LoadError where nodes are `left` on the CPU that `options` do not allow there."""
+    if not left or options.cpu_nodes == "any":
+        return
+    others = left.keys() - SHAPE_OPERATORS
+    if options.cpu_nodes == "shapes" and not others:
+        return
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
+    advice = 'gpu.cpu_nodes = "any" in model.toml allows that'
+    if not others:
+        advice = 'they may be arithmetic with shapes, which gpu.cpu_nodes = "shapes" in model.toml allows'
+    raise LoadError(f"{sum(left.values())} nodes would run on the CPU: {listed}; {advice}")
+
+
+def found_versions(needed: str) -> str:
+    """The versions of CUDA's runtime and cuDNN that this process loads, for people."""
+    cuda = needed.partition(".")[0]
+    found = []
+    with contextlib.suppress(OSError, AttributeError):
+        number = ctypes.c_int()
+        ctypes.CDLL(f"libcudart.so.{cuda}").cudaRuntimeGetVersion(ctypes.byref(number))
+        found.append(f"CUDA {number.value // 1000}.{number.value % 1000 // 10}")
+    with contextlib.suppress(OSError, AttributeError):
+        version = ctypes.CDLL("libcudnn.so.9").cudnnGetVersion
+        version.restype = ctypes.c_size_t
+        found.append("cuDNN {}.{}.{}".format(*_cudnn(version())))
+    return " and ".join(found) or "neither"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the runtime means by `error` that the GPU has no memory left."""
+    return bool(_NO_MEMORY.search(str(error)))
+
+
+def _cudnn(version: int) -> tuple[int, int, int]:
+    """9.10.2 is written 91002."""
+    return version // 10000, version % 10000 // 100, version % 100

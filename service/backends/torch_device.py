@@ -1,0 +1,135 @@
+"""A model of PyTorch on a GPU: a stream and page-locked memory of its own, so that instances overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from service.backends.base import DeviceModel, LoadOptions
+from service.backends.staging import stage
+from service.backends.torch_model import Runnable, to_array
+from service.backends.torch_signature import Place
+from service.devices import check_cuda, cuda_driver
+from service.errors import LoadError, OutOfMemory
+from service.tensors import Array, Signature, Tensors, TensorSpec, name_text
+
+_KEPT_SHAPES: Final = 256
+"""Shapes of inputs whose memory is kept; texts of all lengths may have more."""
+
+
+def lacks_cuda() -> str:
+    """Why the PyTorch that is installed cannot use a GPU; "" if it was built for that."""
+    if torch.version.cuda is not None:
+        return ""
+    return f"the torch {torch.__version__} that is installed is the one for CPUs"
+
+
+def prepare_gpu(options: LoadOptions) -> None:
+    """Make `options.device` ready for a model; raises LoadError, which says what is missing."""
+    if lacks := lacks_cuda():
+        raise LoadError(lacks)
+    check_cuda(cuda_driver(), torch.version.cuda or "", f"torch {torch.__version__}")
+    if options.tf32 or options.memory_bytes is not None:
+        raise LoadError("gpu.tf32 and gpu.memory_bytes are for ONNX models: PyTorch has them for all or none")
+    # Rounding as TF32 is on for convolutions unless it is turned off.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError(f"PyTorch cannot use {options.device}: {error}") from error
+
+
+class TorchDeviceModel(DeviceModel):
+    """A model whose weights are on a device, run from and to memory that is used again for every run."""
+
+    def __init__(self, runnable: Runnable, outputs: Mapping[Place, TensorSpec], device: str) -> None:
+        """`outputs` are all that the model gives, by where they stand in what it returns.
+
+        `device` is `cuda:N`, or `cpu`, where the same happens without a stream.
+        """
+        self.signature = Signature(runnable.inputs, tuple(outputs.values()))
+        self.form = runnable.form
+        self.max_rows = runnable.max_rows
+        self._runnable: Runnable | None = runnable
+        self._places = {spec.name: place for place, spec in outputs.items()}
+        self._device = torch.device(device)
+        self._stream: Any = None
+        self._rooms: dict[tuple[object, ...], tuple[Array, Any, Any]] = {}
+        if self._device.type == "cuda":
+            # The weights have been copied there by another stream.
+            torch.cuda.synchronize(self._device)
+            self._stream = torch.cuda.Stream(self._device)
+
+    def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
+        """Run as it is; raises what PyTorch raises, and OutOfMemory."""
+        shapes = {name: tensor.shape for name, tensor in inputs.items()}
+        return self._run([inputs], shapes, None, outputs)
+
+    def run_padded(
+        self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
+    ) -> Tensors:
+        """Run the rows of all parts among `rows`; raises what PyTorch raises, and OutOfMemory."""
+        shapes = {name: (rows, *tensor.shape[1:]) for name, tensor in parts[0].items()}
+        return self._run(parts, shapes, rows, outputs)
+
+    def close(self) -> None:
+        """Drop the module, and give its memory back to the driver."""
+        if self._runnable is not None:
+            self._runnable.release()
+        self._runnable = None
+        self._rooms.clear()
+        if self._stream is not None:
+            torch.cuda.empty_cache()
+
+    def _run(
+        self,
+        parts: Sequence[Tensors],
+        shapes: Mapping[str, tuple[int, ...]],
+        rows: int | None,
+        outputs: Sequence[str] | None,
+    ) -> Tensors:
+        assert self._runnable is not None  # no run follows the close
+        try:
+            with torch.inference_mode(), self._on_stream():
+                feeds: dict[str, Any] = {}
+                used = 0
+                for name, shape in shapes.items():
+                    staged, host, feeds[name] = self._room(name, shape)
+                    used = stage(staged, [part[name] for part in parts])
+                    feeds[name].copy_(host, non_blocking=True)
+                leaves = self._runnable.forward(feeds)
+                answer = {}
+                for name in self._places if outputs is None else outputs:
+                    leaf = leaves.get(self._places[name])
+                    if leaf is None:
+                        raise RuntimeError(f"the model gave no output {name_text(name)}")
+                    answer[name] = to_array((leaf if rows is None else leaf[:used]).to("cpu", copy=True))
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemory(str(error)) from error
+        return answer
+
+    def _room(self, name: str, shape: tuple[int, ...]) -> tuple[Array, Any, Any]:
+        """Memory for an input: page-locked, as an array and as a tensor, and a tensor on the device."""
+        key = (name, *shape)
+        room = self._rooms.get(key)
+        if room is None:
+            if len(self._rooms) >= _KEPT_SHAPES:
+                del self._rooms[next(iter(self._rooms))]
+            spec = self.signature.inputs_by_name[name]
+            bits = torch.empty(
+                shape,
+                dtype=torch.from_numpy(np.empty(0, spec.dtype)).dtype,
+                pin_memory=self._stream is not None,
+            )
+            host = bits.view(torch.bfloat16) if spec.datatype == "BF16" else bits
+            room = self._rooms[key] = (bits.numpy(), host, torch.empty_like(host, device=self._device))
+        return room
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -1,0 +1,116 @@
+"""The models in memory that a version's instances run: one for all on the CPU, one each on GPUs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from service.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
+from service.devices import CPU
+from service.errors import LoadError, OutOfMemory
+from service.pool.ladder import Ladder, LadderModel
+from service.pool.ladder_proof import difference, warm_up
+from service.pool.plan import Plan
+from service.repository.catalog import GpuView
+from service.tensors import Tensors
+
+log = logging.getLogger(__name__)
+
+
+class Instances:
+    """What a version has in memory while it serves, or is being loaded.
+
+    Attributes:
+        models: a model for each instance, with its device; the same one may be there several times.
+        ladder: the batch sizes that they run; None where any size runs as it is.
+        gpu: what `/models` shows of GPUs; None on the CPU.
+    """
+
+    def __init__(self, backend: Backend, file: Path, clock: Callable[[], float]) -> None:
+        self.models: list[tuple[str, LoadedModel]] = []
+        self.ladder: Ladder | None = None
+        self.gpu: GpuView | None = None
+        self._backend = backend
+        self._file = file
+        self._clock = clock
+        self._owned: list[LoadedModel] = []
+
+    def load(self, options: LoadOptions) -> LoadedModel:
+        """One more copy of the model; raises LoadError."""
+        try:
+            model = self._backend.load(self._file, options)
+        except OutOfMemory as error:
+            raise LoadError(error.detail) from error
+        self._owned.append(model)
+        return model
+
+    def drop(self, model: LoadedModel) -> None:
+        """Give back the memory of one copy."""
+        self._owned.remove(model)
+        model.close()
+
+    def on_cpu(self, model: LoadedModel, count: int) -> None:
+        """Let `count` instances share `model`."""
+        self.models = [(CPU, model)] * count
+
+    def on_gpus(
+        self, devices: Sequence[str], plan: Plan, options: LoadOptions, samples: Sequence[Tensors]
+    ) -> None:
+        """Load a copy for each instance on each device, and run every rung; raises LoadError.
+
+        `samples` are inputs that the model is known to take.
+        """
+        ladder = Ladder(plan.rungs) if plan.rungs else None
+        fault = ""
+        loaded: list[tuple[str, LoadedModel]] = []
+        for device in [device for device in devices for _ in range(plan.instances)]:
+            model = self.load(replace(options, device=device))
+            if ladder is not None and isinstance(model, DeviceModel):
+                try:
+                    fault = fault or warm_up(model, ladder, samples, self._clock)
+                except OutOfMemory as error:
+                    raise LoadError(f"{device} has no memory for a single row: {error.detail}") from error
+            loaded.append((device, model))
+        if ladder is not None and not fault:
+            self.ladder = ladder
+            loaded = [
+                (device, LadderModel(model, ladder) if isinstance(model, DeviceModel) else model)
+                for device, model in loaded
+            ]
+        self.models = loaded
+        self.gpu = GpuView(
+            cpu_nodes=dict(loaded[0][1].cpu_nodes),
+            padding=_padding(plan, fault),
+            precision=self._precision(loaded[0][1], options, samples),
+        )
+        if self.gpu.cpu_nodes:
+            log.warning("%s: nodes that run on the CPU: %s", self._file, self.gpu.cpu_nodes)
+
+    def close(self) -> None:
+        """Give back all memory; no run is under way and none follows."""
+        for model in self._owned:
+            model.close()
+        self._owned.clear()
+
+    def _precision(self, model: LoadedModel, options: LoadOptions, samples: Sequence[Tensors]) -> str:
+        if not options.tf32:
+            return "as the model says"
+        exact = self.load(replace(options, tf32=False))
+        try:
+            found = difference(model, exact, samples, self._clock)
+        finally:
+            self.drop(exact)
+        if found is None:
+            return "TF32; how much that changes could not be measured, for no rows could be run"
+        return f"TF32; its outputs differ from those of FP32 by {found:.1g} of their scale at the most"
+
+
+def _padding(plan: Plan, fault: str) -> str:
+    """Why batches are rounded up, or are not."""
+    if fault:
+        return f"batches run as they are: {fault}"
+    if not plan.rungs:
+        return "batches run as they are: rows share none"
+    return "batches are rounded up with rows of zeros, which changes no answer (tried on every size)"

@@ -1,0 +1,117 @@
+"""A GPU that is none: a driver that shows cards, and models that run on them as on a real one's ladder.
+
+What a real card does (copies, kernels, memory) is not pretended: this holds what is decided about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from service.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
+from service.devices import Gpu
+from service.errors import OutOfMemory
+from service.tensors import Signature, Tensors, TensorSpec
+
+
+def expected(rows: np.ndarray) -> np.ndarray:
+    """What the model answers for these rows, each alone."""
+    return rows.astype(np.float64).sum(axis=1) * 3 + 1
+
+
+class FakeDriver:
+    """A driver that shows `cards` cards."""
+
+    def __init__(self, cards: int = 2, fault: str = "", cuda: tuple[int, int] = (13, 0)) -> None:
+        self._gpus = [Gpu(number, "NVIDIA Fake", f"uuid-{number}", 2**34) for number in range(cards)]
+        self._fault = fault
+        self._cuda = cuda
+
+    def fault(self) -> str:
+        return self._fault
+
+    def cuda(self) -> tuple[int, int]:
+        return self._cuda
+
+    def gpus(self) -> Sequence[Gpu]:
+        return self._gpus
+
+
+class FakeCard:
+    """What a card is given to run; it has room for batches of `room_rows` rows."""
+
+    def __init__(self, room_rows: int = 1000) -> None:
+        self.room_rows = room_rows
+        self.batches: list[np.ndarray] = []
+        self.refused: list[int] = []
+
+
+class FakeModel(DeviceModel):
+    """Three times the sum of a row, and one. A row of zeros among others is told to them with `leaks`."""
+
+    signature = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("sum", "FP64", (-1,)),))
+
+    def __init__(self, card: FakeCard, options: LoadOptions | None = None, leaks: bool = False) -> None:
+        self.card = card
+        self.options = options or LoadOptions()
+        self.leaks = leaks
+        self.closed = False
+
+    def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
+        rows = inputs["x"]
+        assert not self.closed
+        if len(rows) > self.card.room_rows:
+            self.card.refused.append(len(rows))
+            raise OutOfMemory("the fake card is full")
+        self.card.batches.append(rows.copy())
+        answer = expected(rows)
+        if self.leaks and len(rows) and not rows[-1].any():
+            answer += 1
+        # What a card rounds to as TF32.
+        return {"sum": answer * (1 + 1e-4 * self.options.tf32)}
+
+    def run_padded(
+        self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
+    ) -> Tensors:
+        whole = np.zeros((rows, 4), np.float32)
+        given = np.concatenate([part["x"] for part in parts])
+        whole[: len(given)] = given
+        return {"sum": self.run({"x": whole})["sum"][: len(given)]}
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+class FakeBackend(Backend):
+    """Loads `.fakegpu` files, which are empty, on any device; found through its entry point.
+
+    Tests set what it gives, and read what it gave.
+    """
+
+    name = "fakegpu"
+    suffixes = (".fakegpu",)
+    lacks: ClassVar[str] = ""
+    cards: ClassVar[dict[str, FakeCard]] = {}
+    leaks: ClassVar[bool] = False
+    loaded: ClassVar[list[FakeModel]] = []
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.lacks, cls.leaks = "", False
+        cls.cards, cls.loaded = {}, []
+
+    def load(self, file: Path, options: LoadOptions) -> LoadedModel:
+        card = self.cards.setdefault(options.device, FakeCard())
+        model = FakeModel(card, options, self.leaks)
+        self.loaded.append(model)
+        return model
+
+    def lacks_gpu(self, file: Path) -> str:
+        return self.lacks
+
+    def describe(self) -> str:
+        return "fakegpu 1.0"

@@ -1,0 +1,18 @@
+"""A server that finds two cards, and NVML to tell of them; the cards are fake, all else is as it is."""
+
+from __future__ import annotations
+
+import sys
+from unittest.mock import patch
+
+from service.cli import main
+from tests.fake_gpu import FakeDriver, nvml
+
+if __name__ == "__main__":
+    sys.modules["pynvml"] = nvml
+    driver = FakeDriver()
+    with (
+        patch("service.repository.loader.cuda_driver", lambda: driver),
+        patch("service.app.cuda_driver", lambda: driver),
+    ):
+        sys.exit(main())
