@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -42,6 +42,9 @@ _LIBRARIES: Final = (
 )
 """What the runtime's CUDA part is linked to, or loads itself; in the order in which they need each other."""
 
+_OPTIONAL: Final = ("libnvrtc.so.{cuda}", "libcufft.so.12")
+"""What it loads itself where a model needs it."""
+
 _NO_MEMORY: Final = re.compile(
     r"out of memory|ALLOC_FAILED|Failed to allocate memory|smaller than requested bytes", re.IGNORECASE
 )
@@ -57,18 +60,37 @@ def lacks_cuda() -> str:
     )
 
 
-def check_libraries(needed: str, load: Callable[[str], object] = ctypes.CDLL) -> None:
-    """Raise LoadError for the first library of CUDA `needed` that is not to be found; `load` opens one."""
+def load_libraries(needed: str, load: Callable[[str], object] | None = None) -> None:
+    """Load what CUDA `needed` (`13.0`) consists of, so that the runtime finds it; `load` opens a library.
+
+    Those of NVIDIA's wheels are found wherever they are installed. Raises LoadError for the first that is
+    not to be had.
+    """
+    load = load or _load
     cuda = needed.partition(".")[0]
     for pattern, what in _LIBRARIES:
-        name = pattern.format(cuda=cuda)
         try:
-            load(name)
+            load(pattern.format(cuda=cuda))
         except OSError as error:
             raise LoadError(
                 f"{what} cannot be loaded ({error}); onnxruntime {ort.__version__} needs CUDA {cuda} and"
                 " cuDNN 9, which come with inferpool[gpu]"
             ) from error
+    for pattern in _OPTIONAL:
+        with contextlib.suppress(OSError):
+            load(pattern.format(cuda=cuda))
+
+
+def _load(name: str) -> object:
+    """A library by its name, or else out of one of NVIDIA's wheels; raises OSError."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        spec = importlib.util.find_spec("nvidia")
+        for folder in spec.submodule_search_locations or () if spec is not None else ():
+            for file in Path(folder).glob(f"*/lib/{name}"):
+                return ctypes.CDLL(str(file))
+        raise error
 
 
 def open_session(file: Path, options: LoadOptions, settings: Any) -> tuple[Any, Mapping[str, int]]:
@@ -78,9 +100,7 @@ def open_session(file: Path, options: LoadOptions, settings: Any) -> tuple[Any, 
     OutOfMemory where the GPU has no room for the model.
     """
     check_cuda(cuda_driver(), ort.cuda_version, f"onnxruntime {ort.__version__}")
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-        ort.preload_dlls()
-    check_libraries(ort.cuda_version)
+    load_libraries(ort.cuda_version)
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if options.cpu_nodes == "none":
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

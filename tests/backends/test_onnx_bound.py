@@ -18,12 +18,12 @@ from service.backends.cuda_runtime import CudaMemory, HostMemory
 from service.backends.onnx import OnnxBackend
 from service.backends.onnx_bound import BoundModel, bindable
 from service.backends.onnx_cuda import (
-    check_libraries,
     check_nodes,
     cpu_nodes,
     found_versions,
     is_out_of_memory,
     lacks_cuda,
+    load_libraries,
     provider_options,
 )
 from service.backends.onnx_signature import read_signature
@@ -201,9 +201,31 @@ def test_the_first_library_that_is_missing_is_named(missing: str, what: str) -> 
             raise OSError(f"{name}: cannot open shared object file")
 
     with pytest.raises(LoadError, match=f"{what} cannot be loaded.*{missing}.*needs CUDA 13 and cuDNN 9"):
-        check_libraries("13.0", load)
+        load_libraries("13.0", load)
     assert asked[-1] == missing
-    check_libraries("13.0", lambda name: None)
+    load_libraries("13.0", lambda name: None)
+
+
+def test_libraries_are_found_in_the_wheels_of_nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie in a folder of each wheel, in which the system does not look."""
+    names = ["libcudart.so.99", "libcublasLt.so.99", "libcublas.so.99", "libcurand.so.10", "libcudnn.so.9"]
+    for place, name in enumerate(names):
+        folder = tmp_path / "nvidia" / ("cudnn" if "dnn" in name else f"part{place}") / "lib"
+        folder.mkdir(parents=True)
+        (folder / name).write_text("no library")
+    opened: list[str] = []
+
+    def load(name: str) -> None:
+        if "/" not in name:
+            raise OSError(f"{name}: cannot open shared object file")
+        opened.append(Path(name).name)
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    with pytest.raises(LoadError, match="CUDA's runtime cannot be loaded"):
+        load_libraries("99.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load_libraries("99.0")
+    assert opened == names
 
 
 def test_nodes_on_the_cpu_are_read_from_a_session() -> None:

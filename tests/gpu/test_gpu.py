@@ -1,0 +1,198 @@
+"""On a real GPU: what runs there, that it answers as the CPU does, and what it gives back.
+
+Without an NVIDIA driver there is nothing to test here; what is decided about GPUs is tested with fake ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from service.backends.base import DeviceModel, LoadOptions, find_backend
+from service.devices import cuda_driver
+from service.nvml import gpu_readings
+from tests.conftest import Serve
+from tests.server import ROOT
+
+pytestmark = pytest.mark.skipif(
+    bool(cuda_driver().fault()), reason=f"needs a GPU: {cuda_driver().fault()}"
+)
+
+DIGITS = ROOT / "models" / "digits"
+node = helper.make_node
+
+
+def value(name: str, shape: list[Any], element: int = TensorProto.FLOAT) -> Any:
+    return helper.make_tensor_value_info(name, element, shape)
+
+
+def write(folder: Path, graph: Any, config: str = "") -> None:
+    """One version of an ONNX model."""
+    (folder / "1").mkdir(parents=True)
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
+    (folder / "1" / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "model.toml").write_text(config)
+
+
+def copy_digits(folder: Path, config: str = "") -> None:
+    """`models/digits` without its codecs."""
+    (folder / "1").mkdir(parents=True)
+    shutil.copy(DIGITS / "1" / "model.onnx", folder / "1" / "model.onnx")
+    (folder / "model.toml").write_text(config)
+
+
+def images(count: int) -> Any:
+    return np.random.default_rng(count).random((count, 1, 8, 8)).astype(np.float32)
+
+
+def used_bytes() -> int:
+    """Memory of the first GPU that is in use, by the driver's count."""
+    readings = gpu_readings(cuda_driver().gpus())
+    assert readings is not None
+    told = {name: number for name, labels, number in readings() if labels == ("cuda:0",)}
+    return int(told["gpu_memory_used_bytes"])
+
+
+def test_a_model_on_the_gpu_answers_as_on_the_cpu_padded_or_not(serve: Serve, tmp_path: Path) -> None:
+    """Every number of rows up to beyond the largest batch; nothing of it runs on the CPU."""
+    repository = tmp_path / "repository"
+    copy_digits(repository / "there")
+    copy_digits(repository / "here", '[instances]\ndevices = ["cpu"]')
+    server = serve(repository, "--devices", "cuda:0", INFERPOOL_MEASURE_MS="2000")
+    version = server.get("/models/there/1").json()
+    assert version["state"] == "ready", version["reason"]
+    assert {item["device"] for item in version["instances"]} == {"cuda:0"}
+    assert version["gpu"]["cpu_nodes"] == {}
+    assert version["gpu"]["padding"].startswith("batches are rounded up"), version["gpu"]
+    name = version["inputs"][0]["name"]
+    most = version["batching"]["max_rows"]
+    for count in (1, 3, 7, most - 1, most, 2 * most + 1):
+        body = {"inputs": {name: images(max(1, count)).tolist()}}
+        there, here = (
+            server.post(f"/predict/{model}", json=body).json()["outputs"] for model in ("there", "here")
+        )
+        for output, numbers in there.items():
+            np.testing.assert_allclose(numbers, here[output], rtol=1e-3, atol=1e-3)
+    assert server.metric("padded_rows_total", model="there") > 0
+    assert server.metric("cpu_nodes", model="there") == 0
+    for metric in ("gpu_memory_used_bytes", "gpu_memory_total_bytes", "gpu_temperature_celsius"):
+        assert server.metric(metric, device="cuda:0") > 0
+
+
+def test_nodes_without_a_kernel_for_the_gpu_have_to_be_allowed(serve: Serve, tmp_path: Path) -> None:
+    """`Unique` has none: refused by name, served where it is allowed, and counted."""
+    graph = helper.make_graph(
+        [node("Relu", ["x"], ["positive"]), node("Unique", ["positive"], ["y"])],
+        "g",
+        [value("x", ["n"])],
+        [value("y", ["k"])],
+    )
+    repository = tmp_path / "repository"
+    write(repository / "refused", graph)
+    write(repository / "allowed", graph, '[gpu]\ncpu_nodes = "any"')
+    server = serve(repository, "--devices", "cuda:0")
+    refused = server.get("/models/refused/1").json()
+    assert refused["state"] == "failed"
+    assert "1 nodes would run on the CPU: 1 Unique" in refused["reason"]
+    allowed = server.get("/models/allowed/1").json()
+    assert allowed["state"] == "ready", allowed["reason"]
+    assert allowed["gpu"]["cpu_nodes"] == {"Unique": 1}
+    assert server.metric("cpu_nodes", model="allowed") == 1
+    answer = server.post("/predict/allowed", json={"inputs": {"x": [3, -1, 2, 3]}})
+    assert answer.json()["outputs"]["y"] == [0, 2, 3]
+
+
+def test_without_memory_for_large_batches_smaller_ones_run(serve: Serve, tmp_path: Path) -> None:
+    """A row takes 4 MiB on the way; with 256 MiB for each copy the ladder ends where they do."""
+    ones = helper.make_tensor("ones", TensorProto.FLOAT, [1, 1024], [1.0] * 1024)
+    graph = helper.make_graph(
+        [
+            node("Unsqueeze", ["x", "last"], ["columns"]),
+            node("Mul", ["columns", "ones"], ["square"]),
+            node("Exp", ["square"], ["grown"]),
+            node("ReduceSum", ["grown", "both"], ["y"], keepdims=0),
+        ],
+        "g",
+        [value("x", ["n", 1024])],
+        [value("y", ["n"])],
+        [
+            ones,
+            helper.make_tensor("last", TensorProto.INT64, [1], [2]),
+            helper.make_tensor("both", TensorProto.INT64, [2], [1, 2]),
+        ],
+    )
+    config = f"[gpu]\nmemory_bytes = {256 * 2**20}\n[batching]\nmax_rows = 64"
+    write(tmp_path / "repository" / "m", graph, config)
+    server = serve(tmp_path / "repository", "--devices", "cuda:0", INFERPOOL_MEASURE_MS="0")
+    version = server.get("/models/m/1").json()
+    assert version["state"] == "ready", version["reason"]
+    assert 1 <= version["gpu"]["batch_rows"][-1] < 64
+    rows = [[0.0] * 1024] * 64
+    assert server.post("/predict/m", json={"inputs": {"x": rows}}).json()["outputs"]["y"] == [2.0**20] * 64
+
+
+def test_what_tf32_changes_is_shown(serve: Serve, tmp_path: Path) -> None:
+    copy_digits(tmp_path / "repository" / "m", "[gpu]\ntf32 = true")
+    server = serve(tmp_path / "repository", "--devices", "cuda:0")
+    version = server.get("/models/m/1").json()
+    assert version["state"] == "ready", version["reason"]
+    assert version["gpu"]["precision"].startswith("TF32; its outputs differ from those of FP32 by ")
+
+
+def test_closed_a_model_gives_its_memory_back() -> None:
+    """By the driver's count, but for what CUDA itself keeps in a process that has used it."""
+    backend = find_backend("onnx")
+    options = LoadOptions(device="cuda:0")
+    first = backend.load(DIGITS / "1" / "model.onnx", options)
+    assert isinstance(first, DeviceModel)
+    name = first.signature.inputs[0].name
+    first.run_padded([{name: images(3)}], 4)
+    first.close()
+    del first
+    before = used_bytes()
+    second = backend.load(DIGITS / "1" / "model.onnx", options)
+    assert isinstance(second, DeviceModel)
+    second.run_padded([{name: images(4096)}], 4096)
+    during = used_bytes()
+    second.close()
+    del second
+    assert during > before
+    assert used_bytes() - before < (during - before) / 4
+
+
+@pytest.mark.parametrize("kind", ["script", "program"])
+def test_pytorch_runs_there_too(kind: str, serve: Serve, tmp_path: Path) -> None:
+    """TorchScript and exported programs answer as the network does on the CPU."""
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is None:
+        pytest.skip("the PyTorch that is installed is the one for CPUs")
+    networks = importlib.import_module("tests.backends.networks")
+    network = networks.digits()
+    folder = tmp_path / "repository" / "m" / "1"
+    folder.mkdir(parents=True)
+    example = torch.rand(2, 1, 8, 8)
+    save: Callable[..., Path] = networks.save_scripted if kind == "script" else networks.save_exported
+    if kind == "script":
+        save(folder / "model.pt", network)
+        (folder.parent / "model.toml").write_text(
+            '[[inputs]]\nname = "input"\ndatatype = "FP32"\nshape = [-1, 1, 8, 8]\n'
+        )
+    else:
+        save(folder / "model.pt2", network, example)
+    server = serve(tmp_path / "repository", "--devices", "cuda:0", "--trust")
+    version = server.get("/models/m/1").json()
+    assert version["state"] == "ready", version["reason"]
+    assert {item["device"] for item in version["instances"]} == {"cuda:0"}
+    rows = images(5)
+    answer = server.post("/predict/m", json={"inputs": {version["inputs"][0]["name"]: rows.tolist()}})
+    [numbers] = answer.json()["outputs"].values()
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(rows)).numpy()
+    np.testing.assert_allclose(numbers, expected, rtol=1e-3, atol=1e-3)
