@@ -115,9 +115,7 @@ def own_rates(name: str, file: Path, device: str, seconds: float) -> dict[str, A
     return {"by_size": by_size} | {kind: max(found[kind] for found in measured) for kind in measured[0]}
 
 
-def rates_of(
-    models: list[BoundModel], batch: dict[str, Any], size: int, seconds: float
-) -> dict[str, float]:
+def rates_of(models: list[BoundModel], batch: dict[str, Any], size: int, seconds: float) -> dict[str, float]:
     """Rows a second on the card alone, and from and to the host's memory by one and by two instances."""
     for model in models:
         model.run_padded([batch], size)

@@ -181,7 +181,6 @@ class _Server(uvicorn.Server):
             log.warning("%s: %s", name, problem)
         log.info("%s: %d models", health.status, len(self._repository.models()))
 
-
     def _watch_gpus(self) -> None:
         """Export what the GPUs tell that models run on."""
         catalog = self._repository

@@ -141,9 +141,7 @@ class BoundModel(DeviceModel):
                 fetched[name] = staged[:rows]
                 self._memory.download(fetched[name], self._rooms[name].address)
         self._memory.wait()
-        return {
-            name: tensor.copy() if name in bound.outputs else tensor for name, tensor in fetched.items()
-        }
+        return {name: tensor.copy() if name in bound.outputs else tensor for name, tensor in fetched.items()}
 
     def _bind(
         self, key: tuple[object, ...], shapes: Mapping[str, tuple[int, ...]], rows: int | None

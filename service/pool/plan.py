@@ -204,9 +204,7 @@ class Planner:
                 break  # a slow model is timed by one run: more would not change the decision
         return max(min(times), 1e-9), statistics.median(times)
 
-    def _between(
-        self, model: LoadedModel, rows: Tensors, table: Sequence[Measurement]
-    ) -> list[Measurement]:
+    def _between(self, model: LoadedModel, rows: Tensors, table: Sequence[Measurement]) -> list[Measurement]:
         """Time sizes between those of `table` where that may spare padding."""
         found = []
         for size in between(table):

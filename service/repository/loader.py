@@ -147,9 +147,7 @@ class Loader:
         wanted = config.instances.devices or self._settings.devices
         devices = place(wanted, self._driver, lambda: backend.lacks_gpu(file))
         if devices == (CPU,) and wanted != devices and self._driver.gpus():
-            log.warning(
-                "%s is served on the CPU although there is a GPU: %s", file, backend.lacks_gpu(file)
-            )
+            log.warning("%s is served on the CPU although there is a GPU: %s", file, backend.lacks_gpu(file))
         return devices
 
     def _options(self, config: ModelConfig, folder: Path | None, device: str) -> LoadOptions:

@@ -21,9 +21,7 @@ from service.nvml import gpu_readings
 from tests.conftest import Serve
 from tests.server import ROOT
 
-pytestmark = pytest.mark.skipif(
-    bool(cuda_driver().fault()), reason=f"needs a GPU: {cuda_driver().fault()}"
-)
+pytestmark = pytest.mark.skipif(bool(cuda_driver().fault()), reason=f"needs a GPU: {cuda_driver().fault()}")
 
 DIGITS = ROOT / "models" / "digits"
 node = helper.make_node
