@@ -43,8 +43,8 @@ CLOSE_TIMEOUT_S = 5
 BODY_GRACE_S = 2.0
 """How long a request whose body is still coming in may take to be complete once the server drains."""
 
-RECORDS_S = 2.0
-"""How long what requests left behind, lines and spans, may take to be written at the end."""
+SPANS_S = 2.0
+"""How long the spans that requests left behind may take to be sent at the end."""
 
 
 def serve(path: Path, settings: Settings, lines: LineHandler) -> int:
@@ -89,9 +89,8 @@ def serve(path: Path, settings: Settings, lines: LineHandler) -> int:
             config, repository, predictor, outlet, metrics, settings.drain_settle_s, settings.drain_timeout_s
         )
         server.run(sockets=[listener])
-    access.close(RECORDS_S)
     if spans is not None:
-        spans.close(RECORDS_S)
+        spans.close(SPANS_S)
     return server.exit_status
 
 

@@ -22,14 +22,25 @@ AT_ONCE: Final = 64
 class Aside(Generic[Item]):
     """Hands items to `handle`, in order, in a thread of its own. `put` never blocks."""
 
-    def __init__(self, name: str, handle: Callable[[Sequence[Item]], None]) -> None:
-        """`name` is the thread's; an exception of `handle` loses the items it was called with."""
-        self.dropped = 0
+    def __init__(
+        self,
+        name: str,
+        handle: Callable[[Sequence[Item]], None],
+        report: Callable[[str], None] = log.warning,
+    ) -> None:
+        """`name` is the thread's; an exception of `handle` loses the items it was called with.
+
+        `report` is told, in the thread, of items that were dropped.
+        """
+        self._dropped = 0
+        self._dropping = threading.Lock()
         self._name = name
         self._handle = handle
+        self._report = report
         self._items: deque[Item] = deque()
         self._woken = False
         self._wake = threading.Event()
+        self._hurry = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
@@ -37,24 +48,31 @@ class Aside(Generic[Item]):
     def put(self, item: Item) -> None:
         """Leave `item` to the thread, or drop it where too many wait."""
         if len(self._items) >= MOST_WAITING:
-            self.dropped += 1
+            with self._dropping:
+                self._dropped += 1
             return
         self._items.append(item)
         if not self._woken:
             self._woken = True
             self._wake.set()
 
+    def hurry(self) -> None:
+        """Let the thread handle what waits now, without gathering more."""
+        self._hurry.set()
+        self._wake.set()
+
     def close(self, timeout_s: float) -> bool:
         """Handle what waits and end the thread; False if that took longer than `timeout_s`."""
         self._closed.set()
-        self._wake.set()
+        self.hurry()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _live(self) -> None:
         while not self._closed.is_set():
             self._wake.wait()
-            self._closed.wait(GATHER_S)
+            self._hurry.wait(GATHER_S)
+            self._hurry.clear()
             self._wake.clear()
             # From here on an item wakes the thread again; one that was put before is handled below.
             self._woken = False
@@ -68,6 +86,7 @@ class Aside(Generic[Item]):
                 self._handle(items)
             except Exception:
                 log.exception("%s lost %d items", self._name, len(items))
-        if self.dropped:
-            dropped, self.dropped = self.dropped, 0
-            log.warning("%s was too slow: %d items were dropped", self._name, dropped)
+        with self._dropping:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self._report(f"{self._name} was too slow: {dropped} items were dropped")

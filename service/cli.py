@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except InferpoolError as error:
+        # What led to it comes first.
+        logging.shutdown()
         print(f"inferpool: {error.detail}", file=sys.stderr)
         return 1
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
@@ -16,6 +19,9 @@ from service.record import Record
 
 ACCESS: Final = "inferpool.access"
 """The logger of the lines that requests leave."""
+
+CLOSE_S: Final = 1.0
+"""How long what waits may take to be written at the end."""
 
 _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
     "message",
@@ -93,33 +99,59 @@ class ConsoleFormatter(LineFormatter):
 
 
 class LineHandler(logging.Handler):
-    """Writes lines to a stream; other threads' lines stay whole beside it."""
+    """Has lines written by a thread of its own, so that no logging call waits for whoever reads them."""
 
     def __init__(self, stream: TextIO, formatter: LineFormatter) -> None:
+        """`stream` must be a file's: lines go to its descriptor.
+
+        A thread that writes to the stream itself holds its lock while it does, and where nobody reads Python
+        could not flush the stream at its end.
+        """
         super().__init__()
-        self._stream = stream
-        self.lines = formatter
+        self._file = stream.fileno()
+        self._encoding = stream.encoding
+        self._lines = formatter
         self.setFormatter(formatter)
+        self._aside = Aside[str | Record]("log", self._write, self._report)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the line of a log record."""
+        """Have a log record's line written soon: it may be the last of a process that dies."""
         try:
-            self.write(self.format(record) + "\n")
-        except Exception:  # noqa: BLE001 - what goes wrong in logging must not end what is logged
-            self.handleError(record)
+            line = self.format(record)
+        except Exception as fault:  # noqa: BLE001 - what goes wrong in logging must not end what is logged
+            message = f"a line could not be made of {record.msg!r}: {fault!r}"
+            line = self._lines.line(record.created, "ERROR", record.name, message, {})
+        self._aside.put(line)
+        self._aside.hurry()
 
-    def write(self, text: str) -> None:
-        """Write whole lines."""
-        self.acquire()
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        finally:
-            self.release()
+    def put(self, record: Record) -> None:
+        """Have a request's line written."""
+        self._aside.put(record)
+
+    def close(self) -> None:
+        """Write what waits, for a bounded time; Python does it at its end."""
+        self._aside.close(CLOSE_S)
+        super().close()
+
+    def _write(self, items: Sequence[str | Record]) -> None:
+        lines = (item if isinstance(item, str) else self._access_line(item) for item in items)
+        data = "".join(f"{line}\n" for line in lines).encode(self._encoding, "backslashreplace")
+        # Where nobody can take lines any more there is nobody to tell either.
+        with contextlib.suppress(OSError):
+            while data:
+                data = data[os.write(self._file, data) :]
+
+    def _access_line(self, record: Record) -> str:
+        level = logging.getLevelName(_level(record.status))
+        return self._lines.line(record.time, level, ACCESS, "predict", request_fields(record))
+
+    def _report(self, message: str) -> None:
+        # Not by way of the logger: who closes this handler holds its lock, and waits for this thread.
+        self._write([self._lines.line(time.time(), "WARNING", __name__, message, {})])
 
 
 class AccessLog:
-    """One line a predict request, formatted and written by a thread beside the event loop.
+    """One line a predict request.
 
     A request that ended with 500 is an error and always logged; every other only where that is wanted.
     """
@@ -128,7 +160,6 @@ class AccessLog:
         self._handler = handler
         # A status from here on is logged: as the level of the lines is, so is that of these.
         self._level = logging.getLogger(ACCESS).getEffectiveLevel() if every else logging.ERROR
-        self._aside = Aside[Record]("access log", self._write)
 
     def wants(self, status: int) -> bool:
         """Whether a request that ended with `status` is logged."""
@@ -136,24 +167,7 @@ class AccessLog:
 
     def put(self, record: Record) -> None:
         """Log a request; at once done, whatever the stream does."""
-        self._aside.put(record)
-
-    def close(self, timeout_s: float) -> None:
-        """Write what waits."""
-        self._aside.close(timeout_s)
-
-    def _write(self, records: Sequence[Record]) -> None:
-        line = self._handler.lines.line
-        self._handler.write(
-            "".join(
-                line(
-                    record.time, logging.getLevelName(_level(record.status)), ACCESS, "predict",
-                    request_fields(record),
-                )
-                + "\n"
-                for record in records
-            )
-        )  # fmt: skip
+        self._handler.put(record)
 
 
 def configure_logs(level: str, style: str, stream: TextIO = sys.stderr) -> LineHandler:

@@ -7,11 +7,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.aside import MOST_WAITING
 from tests.chaos.inferpool_chaos import RAISE
 from tests.clients import Client
 from tests.conftest import LANES, MakeChaos, Serve
@@ -187,8 +189,9 @@ def test_lines_for_people(make_chaos: MakeChaos, cache_dir: Path):
     server.kill()
 
 
-def test_a_reader_who_does_not_read_costs_no_request(make_chaos: MakeChaos, cache_dir: Path):
-    """Where nobody takes the log's lines, requests are answered as ever."""
+@pytest.fixture
+def unread(make_chaos: MakeChaos, cache_dir: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server whose log is read until its models are loaded, and no more; and its port."""
     command = [sys.executable, "-m", "service", "serve", str(make_chaos("m")), "--port", "0", "--access-log"]
     process = subprocess.Popen(
         command,
@@ -209,17 +212,82 @@ def test_a_reader_who_does_not_read_costs_no_request(make_chaos: MakeChaos, cach
             port = int(found[1])
         if "models" in message:
             break
+    yield process, port
+    process.kill()
+    process.wait()
+    process.stderr.close()
 
-    async def send() -> None:
-        client = await Client.connect(port)
-        # A pipe holds 64 KiB; so many lines are several times that.
-        for _ in range(1000):
-            assert (await client.post("/predict/m", b'{"inputs": [[1, 2, 3, 4]]}')).status == 200
-        await client.close()
 
-    try:
-        asyncio.run(asyncio.wait_for(send(), 60))
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+async def fill_log(port: int, count: int = 1000) -> None:
+    """Send so many requests; a pipe holds 64 KiB, and a thousand lines are several times that."""
+    client = await Client.connect(port)
+    for _ in range(count):
+        assert (await client.post("/predict/m", b'{"inputs": [[1, 2, 3, 4]]}')).status == 200
+    await client.close()
+
+
+def test_a_reader_who_does_not_read_holds_up_nothing(unread: tuple[subprocess.Popen[str], int]):
+    """Where nobody takes the log's lines, requests are answered as ever, and SIGTERM ends the server."""
+    process, port = unread
+
+    async def use() -> None:
+        await fill_log(port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"what is not HTTP leaves a line of the web server\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"400"
+        writer.close()
+        await fill_log(port, 1)
+
+    asyncio.run(asyncio.wait_for(use(), 60))
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_a_reader_who_comes_late_is_told_what_is_missing(unread: tuple[subprocess.Popen[str], int]):
+    """Lines beyond those that may wait are dropped and counted; every other is written."""
+    process, port = unread
+    assert process.stderr is not None
+    sent = MOST_WAITING + 4000
+    request = b"POST /predict/nobody HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+
+    async def use() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request * sent)
+        for _ in range(sent):
+            head = await reader.readuntil(b"\r\n\r\n")
+            found = re.search(rb"content-length: (\d+)", head)
+            assert found is not None
+            await reader.readexactly(int(found[1]))
+        writer.close()
+
+    asyncio.run(asyncio.wait_for(use(), 60))
+    written = 0
+    for text in process.stderr:
+        line = json.loads(text)
+        if dropped := re.search(r"(\d+) items were dropped", line["message"]):
+            break
+        written += line["message"] == "predict"
+    assert dropped is not None
+    assert int(dropped[1]) > 0
+    assert written + int(dropped[1]) == sent
+
+
+def test_what_was_logged_at_last_is_written():
+    """A process that ends of an error at once leaves every line before it, whatever was wrong with one."""
+    program = """
+import logging
+from service.logs import configure_logs
+configure_logs("info", "json")
+log = logging.getLogger("m")
+log.info("%d is no number", "this")
+for number in range(1000):
+    log.info("line %d", number)
+raise SystemExit(3)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 3
+    first, *rest = [json.loads(line)["message"] for line in run.stderr.splitlines()]
+    assert "%d is no number" in first
+    assert rest == [f"line {number}" for number in range(1000)]
