@@ -371,12 +371,18 @@ class Pool:
         return [Result(entry.id, outputs, error, assembly.queue_s, assembly.compute_s, batch.rows)]
 
     def _dropped(self, drops: list[Drop]) -> list[Result]:
-        results = []
+        results: list[Result] = []
         now = self._clock()
-        for entry, reason in drops:
+        for entry, _ in drops:
             self._assemblies.pop(entry.id, None)
-            self._drops[reason].add()
-            results.append(Result(entry.id, None, _DROPPED[reason](), now - entry.arrived))
+        for entry, reason in drops:
+            # An entry in parts is dropped with the first of them, once.
+            drop = Result(entry.id, None, _DROPPED[reason](), now - entry.arrived)
+            alone, ended = self._fold([drop])
+            if alone or ended:
+                self._drops[reason].add()
+            results += alone
+            results += [whole.end(last) for whole, last in ended]
         return results
 
     def _stop_batching(self, why: str) -> list[Result]:
@@ -476,16 +482,20 @@ class Pool:
     def _cancel_parts(self, whole: Whole, reason: str) -> Drop | None:
         """Drop the parts that still wait, and with them the entry; None, and all goes on, if none waits."""
         ids = [part.entry.id for part in whole.entry.parts]
-        waited = [self._queue.cancel(part_id, reason) or self._unretry(part_id, reason) for part_id in ids]
-        if not any(waited):
+        waited = [one for one in ids if self._queue.cancel(one, reason) or self._unretry(one, reason)]
+        if not waited:
             return None
+        for part_id in waited:
+            del self._wholes[part_id]
         self._let_go(whole)
         return Drop(whole.entry, reason)
 
     def _let_go(self, whole: Whole) -> None:
+        """The entry has its result; those of parts that are running are still to come, and go nowhere."""
+        whole.over = True
         for part in whole.entry.parts:
-            self._wholes.pop(part.entry.id, None)
-            self._assemblies.pop(part.entry.id, None)
+            if self._assemblies.pop(part.entry.id, None) is not None:
+                self._wholes.pop(part.entry.id, None)
         del self._wholes[whole.entry.id]
 
     def _fold(self, results: list[Result]) -> tuple[list[Result], list[tuple[Whole, Result]]]:
@@ -495,7 +505,7 @@ class Pool:
             whole = self._wholes.pop(result.entry_id, None)
             if whole is None:
                 folded.append(result)
-            elif whole.add(result):
+            elif not whole.over and whole.add(result):
                 if self._cancel_parts(whole, "failed") is None:
                     self._let_go(whole)
                 ended.append((whole, result))

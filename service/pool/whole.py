@@ -18,10 +18,11 @@ class Unjoinable(Exception):
 
 
 class Whole:
-    """The results of an entry's parts, until the last of them is there."""
+    """The results of an entry's parts, until the last of them is there; `over` is set when it has its own."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
+        self.over = False
         self._missing = {part.entry.id: part for part in entry.parts}
         self._outputs: list[tuple[Sequence[int], Tensors]] = []
         self._queue_s = self._compute_s = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -249,7 +250,7 @@ def test_a_cancelled_entry_never_runs_and_is_reported_once(bench: Callable[..., 
 def test_an_entry_whose_deadline_passes_while_it_waits_never_runs(bench: Callable[..., Bench]) -> None:
     made = bench()
     made.busy()
-    late = made.offer(1, deadline=time.monotonic() + 0.2)
+    late = made.offer(1, deadline=time.monotonic() + 0.6)
     while time.monotonic() < late.deadline:
         threading.Event().wait(late.deadline - time.monotonic())
     made.go()
@@ -384,6 +385,64 @@ def test_parts_that_no_memory_holds_together_end_their_request_alone(
     after = made.offer(3)
     assert made.outbox.take(1)[after.id].error is None
     assert [item.state for item in made.pool.instances()] == ["ready"]
+
+
+def in_parts(made: Bench, entry_id: int, marks: Sequence[Sequence[float]], deadline: float) -> Entry:
+    """Offer an entry whose parts have a row for each of their marks."""
+    now = time.monotonic()
+    parts, start = [], 0
+    for number, part in enumerate(marks, entry_id + 1):
+        rows = np.zeros((len(part), 4), np.float32)
+        rows[:, 0] = part
+        entry = Entry(number, KEY, {"x": rows}, len(rows), None, rows.nbytes, now, deadline)
+        parts.append(Part(entry, range(start, start + len(rows))))
+        start += len(rows)
+    whole = Entry(entry_id, KEY, {}, start, None, 16 * start, now, deadline, parts=tuple(parts))
+    made.pool.offer(whole)
+    return whole
+
+
+@pytest.mark.parametrize("rows", [1, 10])
+def test_an_entry_in_parts_is_dropped_once(bench: Callable[..., Bench], rows: int) -> None:
+    """However many of its parts have waited too long, and whether they are larger than a batch or not."""
+    made = bench()
+    first = made.busy()
+    whole = in_parts(made, 100, [[1.0] * rows] * 4, time.monotonic() + 0.6)
+    last = made.offer(5)
+    while time.monotonic() <= whole.deadline:
+        pass
+    made.go()
+    results = made.outbox.take(3)
+    assert results.keys() == {first.id, whole.id, last.id}
+    assert isinstance(results[whole.id].error, DeadlineExceeded)
+    assert made.pool.drain(10)
+    assert made.outbox.results.empty(), "no result of a part is seen"
+    assert dropped(made, "deadline") == 1
+
+
+@pytest.mark.parametrize("rows", [5, 10])
+def test_parts_that_run_when_their_entry_is_dropped_answer_nobody(
+    bench: Callable[..., Bench], rows: int
+) -> None:
+    """The client leaves while the first part runs and the others wait."""
+    made = bench()
+    whole = in_parts(made, 100, [[1.0] * rows] * 4, math.inf)
+    assert made.model.running.acquire(timeout=10)
+    made.pool.cancel(whole.id, "disconnected")
+    last = made.offer(5)
+    made.go()
+    assert made.outbox.take(2).keys() == {whole.id, last.id}
+    assert made.pool.drain(10)
+    assert made.outbox.results.empty(), "no result of a part is seen"
+    assert dropped(made, "disconnected") == 1
+
+
+def dropped(made: Bench, reason: str) -> float:
+    """What is counted as dropped for `reason`."""
+    text = made.metrics.render("")[0].decode()
+    found = re.search(rf'^inferpool_dropped_entries_total\{{.*reason="{reason}".*\}} (\S+)$', text, re.M)
+    assert found is not None
+    return float(found[1])
 
 
 def test_a_cancelled_retry_is_not_run(bench: Callable[..., Bench]) -> None:
