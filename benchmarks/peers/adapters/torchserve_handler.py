@@ -22,9 +22,11 @@ class Handler:
         self._model = Model(Path(settings["file"]), self._kind)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
-        """A batch that TorchServe has put together: JSON comes parsed, everything else as bytes."""
+        """A batch that TorchServe has put together: JSON comes parsed, text as text, all else as bytes."""
         outputs = self._model.run([self._row(request["body"]) for request in data])
         return [encode(outputs[number : number + 1]) for number in range(len(data))]
 
     def _row(self, body: Any) -> Any:
-        return self._model.row(body["inputs"]) if self._kind == "json" else self._model.decode(bytes(body))
+        if self._kind == "json":
+            return self._model.row(body["inputs"])
+        return body if isinstance(body, str) else self._model.decode(bytes(body))
