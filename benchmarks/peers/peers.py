@@ -121,7 +121,8 @@ PEERS = {
             "mlserver", "MLServer", "adaptive batching of 1 ms; one session: in the web server's process",
             {"json": v2(TRITON, "inputs"), "v2": v2(TRITON, "inputs"), "text": v2_text(TRITON, "inputs")},
             {"binary": "has no binary tensors over HTTP", "jpeg": "takes images as base64 in JSON only"},
-            ("mlserver==1.7.1", *common()),
+            # Its workers ask for an event loop in a way that later ones of uvloop refuse.
+            ("mlserver==1.7.1", "uvloop<0.22", *common()),
         ),
         Peer(
             "ray", "Ray Serve", "throughput-optimised, `@serve.batch` with a wait of 1 ms",
