@@ -24,7 +24,8 @@ The tree, by who is at fault:
     ├── OutOfMemory               a GPU has no memory for a batch; for a smaller one it may have
     ├── InternalError             a defect of the server's own
     └── LoadError                 a version cannot be served; its text is the version's reason
-        └── ConfigError           model.toml or a setting is wrong; names the file and the key
+        ├── ConfigError           model.toml or a setting is wrong; names the file and the key
+        └── UnfitForGpu           the model itself cannot run on a GPU as it has to
 
 `code` is the stable word that clients match on; which HTTP status it becomes is known in
 `service.http.problems` alone. Every error pickles: it may cross a process boundary.
@@ -180,3 +181,9 @@ class ConfigError(LoadError):
     """A setting or a `model.toml` is wrong; `detail` names the file and the key."""
 
     code = "config_error"
+
+
+class UnfitForGpu(LoadError):
+    """The model itself, not the machine, keeps it from a GPU: nodes without kernels, tensors of text."""
+
+    code = "load_failed"

@@ -16,7 +16,7 @@ import numpy as np
 # Since 1.29 the runtime would keep a device id and a queue of events on disk, and send them.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from service.errors import LoadError
+from service.errors import LoadError, UnfitForGpu
 
 try:
     import onnxruntime as ort
@@ -160,7 +160,7 @@ def _on_gpu(file: Path, options: LoadOptions) -> LoadedModel:
     session, left = open_session(file, options, _settings(options))
     signature = read_signature(file, session)
     if not bindable(signature):
-        raise LoadError('a GPU takes tensors of numbers only; set instances.devices = ["cpu"] in model.toml')
+        raise UnfitForGpu('a GPU takes tensors of numbers only; instances.devices = ["cpu"] is for others')
     memory = CudaMemory(gpu_index(options.device), int(ort.cuda_version.partition(".")[0]))
     return BoundModel(session, signature, options.device, memory, left)
 

@@ -21,7 +21,7 @@ import onnxruntime as ort
 from service.backends.base import LoadOptions
 from service.backends.onnx_reason import reason
 from service.devices import check_cuda, cuda_driver, gpu_index
-from service.errors import LoadError, OutOfMemory
+from service.errors import LoadError, OutOfMemory, UnfitForGpu
 
 CUDA: Final = "CUDAExecutionProvider"
 
@@ -156,7 +156,7 @@ def cpu_nodes(session: Any) -> dict[str, int]:
 
 
 def check_nodes(left: Mapping[str, int], options: LoadOptions) -> None:
-    """Raise LoadError where nodes are `left` on the CPU that `options` do not allow there."""
+    """Raise UnfitForGpu where nodes are `left` on the CPU that `options` do not allow there."""
     if not left or options.cpu_nodes == "any":
         return
     others = left.keys() - SHAPE_OPERATORS
@@ -166,7 +166,7 @@ def check_nodes(left: Mapping[str, int], options: LoadOptions) -> None:
     advice = 'gpu.cpu_nodes = "any" in model.toml allows that'
     if not others:
         advice = 'they may be arithmetic with shapes, which gpu.cpu_nodes = "shapes" in model.toml allows'
-    raise LoadError(f"{sum(left.values())} nodes would run on the CPU: {listed}; {advice}")
+    raise UnfitForGpu(f"{sum(left.values())} nodes would run on the CPU: {listed}; {advice}")
 
 
 def found_versions(needed: str) -> str:

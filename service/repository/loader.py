@@ -26,8 +26,8 @@ from service.backends.base import (
 from service.codecs.image import ImageCodec
 from service.codecs.labels import LabelsCodec, read_labels
 from service.codecs.text import TextCodec
-from service.devices import CPU, Driver, cuda_driver, gpu_index, place
-from service.errors import ConfigError, LoadError
+from service.devices import AUTO, CPU, Driver, cuda_driver, gpu_index, place
+from service.errors import ConfigError, LoadError, UnfitForGpu
 from service.machine import usable_cores
 from service.metrics import Metrics
 from service.pool.padding import Padding
@@ -96,8 +96,17 @@ class Loader:
         devices = self._devices(config, backend, file)
         options = self._options(config, folder, devices[0])
         instances = Instances(backend, file, self._clock)
+        on_cpu = ""
         try:
-            model = instances.load(options)
+            try:
+                model = instances.load(options)
+            except UnfitForGpu as error:
+                if AUTO not in self._wanted(config):
+                    raise
+                log.warning("%s is served on the CPU: %s", file, error.detail)
+                on_cpu = f"on the CPU, though there is a GPU: {error.detail}"
+                devices, options = (CPU,), replace(options, device=CPU)
+                model = instances.load(options)
             _check_described(config, folder, model.signature)
             image, text, classes = _codecs(config, folder, model.signature)
             samples = read_samples(folder, model.signature, text) if folder is not None else []
@@ -128,6 +137,7 @@ class Loader:
         view = VersionView(
             key=key,
             state=READY,
+            reason=on_cpu,
             backend=" ".join(filter(None, (backend.describe(), model.form))),
             signature=model.signature if text is None else text.signature,
             batching=BatchingView(plan.batched, reason, plan.max_rows, config.batching.max_delay_ms),
@@ -142,9 +152,12 @@ class Loader:
         )
         return Loaded(view, pool, instances)
 
+    def _wanted(self, config: ModelConfig) -> tuple[str, ...]:
+        return config.instances.devices or self._settings.devices
+
     def _devices(self, config: ModelConfig, backend: Backend, file: Path) -> tuple[str, ...]:
         """Where the instances go; raises LoadError where that cannot be."""
-        wanted = config.instances.devices or self._settings.devices
+        wanted = self._wanted(config)
         devices = place(wanted, self._driver, lambda: backend.lacks_gpu(file))
         if devices == (CPU,) and wanted != devices and self._driver.gpus():
             log.warning("%s is served on the CPU although there is a GPU: %s", file, backend.lacks_gpu(file))

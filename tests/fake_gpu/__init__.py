@@ -13,7 +13,7 @@ import numpy as np
 
 from service.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
 from service.devices import Gpu
-from service.errors import OutOfMemory
+from service.errors import OutOfMemory, UnfitForGpu
 from service.tensors import Signature, Tensors, TensorSpec
 
 
@@ -97,14 +97,17 @@ class FakeBackend(Backend):
     lacks: ClassVar[str] = ""
     cards: ClassVar[dict[str, FakeCard]] = {}
     leaks: ClassVar[bool] = False
+    unfit: ClassVar[str] = ""
     loaded: ClassVar[list[FakeModel]] = []
 
     @classmethod
     def reset(cls) -> None:
-        cls.lacks, cls.leaks = "", False
+        cls.lacks, cls.leaks, cls.unfit = "", False, ""
         cls.cards, cls.loaded = {}, []
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
+        if self.unfit and options.device != "cpu":
+            raise UnfitForGpu(self.unfit)
         card = self.cards.setdefault(options.device, FakeCard())
         model = FakeModel(card, options, self.leaks)
         self.loaded.append(model)

@@ -192,6 +192,20 @@ def test_auto_is_the_cpu_where_the_runtime_knows_no_gpu(load: Load, caplog: pyte
     assert "although there is a GPU: it was built without" in caplog.text
 
 
+def test_a_model_unfit_for_a_gpu_runs_on_the_cpu_only_where_none_was_named(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With `auto` it is served, which the log and `/models` say; with a GPU by name it has failed."""
+    FakeBackend.unfit = "2 nodes would run on the CPU"
+    served = load()
+    assert (view(served).state, view(served).gpu) == (READY, None)
+    assert view(served).reason == "on the CPU, though there is a GPU: 2 nodes would run on the CPU"
+    assert "is served on the CPU: 2 nodes would run on the CPU" in caplog.text
+    assert {instance.device for instance in served.live(KEY).instances} == {"cpu"}
+    refused = load(devices=("cuda:0",))
+    assert (view(refused).state, view(refused).reason) == (FAILED, "2 nodes would run on the CPU")
+
+
 # Through the real door.
 
 
