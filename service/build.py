@@ -1,7 +1,8 @@
 """Build scripts: which models of a repository have one, and where it can run.
 
 What a script needs stands in its own first lines, as PEP 723 says. It is run by this Python where that has
-everything, else by one in a virtual environment that is made for exactly these needs, and kept.
+everything, else by one in a virtual environment that is made for exactly these needs, kept, and shared by the
+scripts that need the same. Before one is made the script is asked whether it understands its options.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
+from service import read_options
 from service.errors import ConfigError
 from service.repository.cache import cache_folder
 from service.repository.config import read_config
@@ -60,7 +62,11 @@ def find_scripts(repository: Path) -> list[BuildScript]:
         if file.is_file() and is_model_name(file.parent.name)
     ]
     if not files:
-        raise ConfigError(f"{repository} has no models to build: expected {repository}/NAME/{BUILD_SCRIPT}")
+        where = "" if repository.is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(
+            f"{repository} has no models to build: expected {repository}/NAME/{BUILD_SCRIPT}{where};"
+            " --repository FOLDER, before the name, says where else they are"
+        )
     return [
         BuildScript(
             name=file.parent.name,
@@ -147,31 +153,43 @@ def _is_met(requirement: Requirement) -> bool:
         return False
 
 
-def python_for(script: BuildScript, cache_dir: Path | None) -> str:
+def python_for(script: BuildScript, options: Sequence[str], cache_dir: Path | None) -> str:
     """The Python that can run `script`: this one, or that of an environment below the cache folder.
 
     Says on standard error what it installs. Raises ConfigError where that fails, or where the
-    script's metadata cannot be read.
+    script's metadata cannot be read; exits as the script does where `options` ask it for help, or are wrong.
     """
     requirements = read_requirements(script.file)
     lacking = missing(requirements)
     if not lacking:
         return sys.executable
+    _try_options(script, options)
     wanted = sorted(map(str, requirements))
     digest = hashlib.sha256("\n".join([sys.version, sys.prefix, *wanted]).encode()).hexdigest()
     try:
-        folder = cache_folder(cache_dir).resolve() / f"build-{script.name}-{digest[:16]}"
+        folder = cache_folder(cache_dir).resolve() / f"build-{digest[:16]}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Held until the environment is whole, so that two builds at once make it once.
         with folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "complete").exists():
                 _say(f"{script.name} needs {', '.join(map(str, lacking))}, which is not installed here.")
-                _say(f"Making an environment for it in {folder} ...")
+                _say(f"Making an environment in {folder}; this can take minutes, and gigabytes ...")
                 _make_environment(folder, wanted)
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"{script.name}: no environment can be made for its script: {error}") from error
     return str(folder / "bin" / "python")
+
+
+def _try_options(script: BuildScript, options: Sequence[str]) -> None:
+    """Let `script` answer `options` with its help or what is wrong with them, and exit, if it can here."""
+    # The standard library alone (-S), and without the folder of the package, whose names are short (-P).
+    command = [sys.executable, "-S", "-P", read_options.__file__, str(script.file), *options]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != read_options.UNANSWERED:
+        sys.stdout.write(run.stdout)
+        sys.stderr.write(run.stderr)
+        raise SystemExit(run.returncode)
 
 
 def _make_environment(folder: Path, wanted: Sequence[str]) -> None:

@@ -107,7 +107,7 @@ def _build(repository: Path, name: str | None, options: Sequence[str], settings:
     """Become the build script of the model `name`, or say which models have one."""
     if name is not None:
         script = find_script(repository, name)
-        run_script(script, python_for(script, settings.cache_dir), options)
+        run_script(script, python_for(script, options, settings.cache_dir), options)
     scripts = find_scripts(repository)
     width = max(len(script.name) for script in scripts)
     for script in scripts:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from service import __version__
 from service.aside import Aside
+from service.commands import install_command
 from service.errors import ConfigError
 from service.record import Record
 from service.tracing import Trace
@@ -61,7 +62,7 @@ class Spans:
         except ImportError as error:
             raise ConfigError(
                 f"spans are asked for ({', '.join(name for name in _ENDPOINTS if name in environ)}), which"
-                f" takes: pip install 'inferpool[otel]' ({error})"
+                f" takes: {install_command('otel')} ({error})"
             ) from error
         resource = Resource.create({"service.version": __version__})
         if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):

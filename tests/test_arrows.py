@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "service").rglob("*.py"))
 
 RANKS = {
-    "__main__": 9, "cli": 8, "app": 7, "http": 6, "build": 6, "repository": 5,
+    "__main__": 9, "cli": 8, "app": 7, "http": 6, "build": 6, "read_options": 0, "repository": 5,
     "codecs": 4, "wire": 4, "pool": 4, "backends": 3, "tensors": 2,
     "settings": 2, "logs": 1, "metrics": 1, "spans": 1, "machine": 1, "devices": 1, "nvml": 2,
-    "errors": 0, "exposition": 0, "record": 0, "tracing": 0, "aside": 0, "__init__": 0,
+    "commands": 0, "errors": 0, "exposition": 0, "record": 0, "tracing": 0, "aside": 0, "__init__": 0,
 }  # fmt: skip
 """A module imports from its own part, or from one of a lower rank."""
 

@@ -28,6 +28,42 @@ import sys
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+EPOCHS: Final = 10
+
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="build.py", description="Train, evaluate and export the CIFAR-10 model."
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="cifar-10-python.tar.gz, or the folder cifar-10-batches-py that it unpacks to",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=EPOCHS, metavar="N", help=f"passes over the data (default: {EPOCHS})"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (default: 0)")
+    options = parser.parse_args()
+    if options.epochs < 1:
+        parser.error("--epochs must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -45,7 +81,6 @@ Array: TypeAlias = npt.NDArray[Any]
 
 STATED_ACCURACY: Final = 0.6
 LABELS: Final = tuple((Path(__file__).parent / "labels.txt").read_text().split())
-EPOCHS: Final = 10
 BATCH_ROWS: Final = 32
 RUN_ROWS: Final = 1000
 SAMPLE_ROWS: Final = 3
@@ -162,30 +197,7 @@ def write(out: Path, model: onnx.ModelProto, images: Array, logits: Array, facts
 
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
-    parser = argparse.ArgumentParser(
-        prog="build.py", description="Train, evaluate and export the CIFAR-10 model."
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="cifar-10-python.tar.gz, or the folder cifar-10-batches-py that it unpacks to",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=EPOCHS, metavar="N", help=f"passes over the data (default: {EPOCHS})"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (default: 0)")
-    options = parser.parse_args()
-    if options.epochs < 1:
-        parser.error("--epochs must be at least 1")
+    options = read_options()
 
     try:
         training_images, images, training_labels, labels = read_archive(options.data, LABELS)

@@ -27,6 +27,25 @@ import sys
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(description="Fit, evaluate and export the diabetes model.")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the split (default: 0)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -109,16 +128,7 @@ def write(out: Path, model: onnx.ModelProto, features: Array, progression: Array
 
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
-    parser = argparse.ArgumentParser(description="Fit, evaluate and export the diabetes model.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the split (default: 0)")
-    options = parser.parse_args()
+    options = read_options()
 
     training_features, features, training_targets, targets = split(options.seed)
     r2_by_fold = cross_validate(training_features, training_targets, options.seed)

@@ -28,6 +28,25 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(description="Train, evaluate and export the digits model.")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (default: 0)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -193,16 +212,7 @@ def write(out: Path, model: onnx.ModelProto, images: Array, labels: Array, logit
 
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
-    parser = argparse.ArgumentParser(description="Train, evaluate and export the digits model.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (default: 0)")
-    options = parser.parse_args()
+    options = read_options()
 
     training_images, images, training_labels, labels = split()
     model = to_onnx(train(training_images, training_labels, options.seed))

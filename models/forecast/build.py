@@ -32,6 +32,42 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+WINDOW: Final = 20
+HORIZON: Final = 5
+
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="build.py", description="Fit, back-test and export a forecast of prices."
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="columns date and close; else synthetic")
+    parser.add_argument(
+        "--window", type=int, default=WINDOW, metavar="N", help=f"closes that it takes (default: {WINDOW})"
+    )
+    parser.add_argument(
+        "--horizon", type=int, default=HORIZON, metavar="N", help=f"closes that it gives (default: {HORIZON})"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the synthetic series (default: 0)"
+    )
+    options = parser.parse_args()
+    if options.window < 2 or options.horizon < 1:
+        parser.error("--window must be at least 2 and --horizon at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -41,8 +77,6 @@ from tqdm import tqdm
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
-WINDOW: Final = 20
-HORIZON: Final = 5
 STATED_RATIO: Final = 1.05
 SYNTHETIC_DAYS: Final = 1500
 TESTED_PART: Final = 0.2
@@ -193,30 +227,8 @@ def write(out: Path, model: onnx.ModelProto, windows: Array, evaluation: dict[st
 
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
-    parser = argparse.ArgumentParser(
-        prog="build.py", description="Fit, back-test and export a forecast of prices."
-    )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="columns date and close; else synthetic")
-    parser.add_argument(
-        "--window", type=int, default=WINDOW, metavar="N", help=f"closes that it takes (default: {WINDOW})"
-    )
-    parser.add_argument(
-        "--horizon", type=int, default=HORIZON, metavar="N", help=f"closes that it gives (default: {HORIZON})"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the synthetic series (default: 0)"
-    )
-    options = parser.parse_args()
+    options = read_options()
     window, horizon = options.window, options.horizon
-    if window < 2 or horizon < 1:
-        parser.error("--window must be at least 2 and --horizon at least 1")
 
     closes = synthesise(options.seed) if options.csv is None else read_closes(options.csv)
     series = f"synthetic, seed {options.seed}" if options.csv is None else options.csv.name

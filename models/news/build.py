@@ -29,6 +29,26 @@ import sys
 from pathlib import Path
 from typing import Final
 
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(
+        description="Build the news model: MiniLM and descriptions of five topics."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import numpy as np
 import onnx
 
@@ -112,17 +132,7 @@ def write(out: Path, model: onnx.ModelProto, texts: list[str], logits: Array) ->
 
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
-    parser = argparse.ArgumentParser(
-        description="Build the news model: MiniLM and descriptions of five topics."
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    options = parser.parse_args()
+    options = read_options()
 
     model = to_onnx(topic_vectors())
     texts, topics = headlines()

@@ -33,6 +33,28 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Final
 
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(description="Train, evaluate and export the next-word model.")
+    parser.add_argument(
+        "--epochs", type=int, default=40, metavar="N", help="times over the text (default: 40)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (default: 0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import numpy as np
 import onnx
 import torch
@@ -202,19 +224,7 @@ def write(out: Path, model: onnx.ModelProto, network: Network, tokenizer: Tokeni
 
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
-    parser = argparse.ArgumentParser(description="Train, evaluate and export the next-word model.")
-    parser.add_argument(
-        "--epochs", type=int, default=40, metavar="N", help="times over the text (default: 40)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (default: 0)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    options = parser.parse_args()
+    options = read_options()
 
     texts, unseen = split()
     tokenizer = make_tokenizer(texts)

@@ -29,6 +29,36 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="build.py", description="Turn torchvision's ResNet-50 weights into a served folder."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=Path, metavar="FILE", help="a state dict of torchvision's resnet50")
+    source.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="weights that mean nothing, to measure speed with: the answers are noise",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of weights and noise (default: 0)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -268,27 +298,7 @@ def write(out: Path, model: onnx.ModelProto, rows: Array, logits: Array, evaluat
 
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
-    parser = argparse.ArgumentParser(
-        prog="build.py", description="Turn torchvision's ResNet-50 weights into a served folder."
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", type=Path, metavar="FILE", help="a state dict of torchvision's resnet50")
-    source.add_argument(
-        "--random-weights",
-        action="store_true",
-        help="weights that mean nothing, to measure speed with: the answers are noise",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of weights and noise (default: 0)"
-    )
-    options = parser.parse_args()
+    options = read_options()
 
     weights = random_weights(options.seed) if options.random_weights else read_weights(options.weights)
     model = to_onnx(weights)

@@ -29,6 +29,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+
+def read_options() -> argparse.Namespace:
+    """What the command line says; exits where it asks for help, or is wrong."""
+    parser = argparse.ArgumentParser(description="Train, evaluate and export the sentiment model.")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="aclImdb, the unpacked folder of the IMDb reviews",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=4, metavar="N", help="times over the reviews (default: 4)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (default: 0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="model folder to write into (default: the one this script is in)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before anything is imported that must be installed: help and mistakes need none of it.
+    read_options()
+
 import numpy as np
 import onnx
 import torch
@@ -198,26 +227,7 @@ def write(out: Path, model: onnx.ModelProto, tokenizer: Tokenizer) -> None:
 
 def main() -> int:
     """Build the model; the exit code is 1 if it is not good enough to be written."""
-    parser = argparse.ArgumentParser(description="Train, evaluate and export the sentiment model.")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="aclImdb, the unpacked folder of the IMDb reviews",
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=4, metavar="N", help="times over the reviews (default: 4)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (default: 0)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        metavar="DIR",
-        help="model folder to write into (default: the one this script is in)",
-    )
-    options = parser.parse_args()
+    options = read_options()
 
     texts, labels = reviews(options.data / "train")
     unseen_texts, unseen_labels = reviews(options.data / "test")

@@ -16,13 +16,14 @@ import numpy as np
 # Since 1.29 the runtime would keep a device id and a queue of events on disk, and send them.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+from service.commands import install_command
 from service.errors import LoadError, UnfitForGpu
 
 try:
     import onnxruntime as ort
 except ImportError as error:
     raise LoadError(
-        "ONNX Runtime is not installed: pip install 'inferpool[cpu]', or 'inferpool[gpu]' on a machine"
+        f"ONNX Runtime is not installed: {install_command('cpu')}, or 'inferpool[gpu]' on a machine"
         " with an NVIDIA driver (never both: they overwrite each other)"
     ) from error
 

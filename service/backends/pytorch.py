@@ -15,6 +15,7 @@ from service.backends.base import Backend, LoadedModel, LoadOptions
 from service.backends.torch_file import Kind, kind_of
 from service.backends.torch_process import prepare
 from service.backends.trust import check_trust
+from service.commands import install_command
 from service.errors import LoadError
 
 _LOADERS: Final = {
@@ -57,7 +58,7 @@ class PyTorchBackend(Backend):
         try:
             return f"torch {version('torch')}"
         except PackageNotFoundError as error:
-            raise LoadError("PyTorch is not installed: pip install 'inferpool[torch]'") from error
+            raise LoadError(f"PyTorch is not installed: {install_command('torch')}") from error
 
 
 def _imported(module: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.commands import install_command
 from service.errors import BodyTooLarge, ConfigError, InvalidInput, LoadError, MalformedBody
 from service.tensors import ANY, Array, Signature, Tensors, TensorSpec, name_text, names_text, shape_text
 
@@ -263,7 +264,7 @@ def _read_tokenizer(config: TextConfig, file: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise LoadError(
-            "text needs tokenizers, which is not installed: pip install 'inferpool[text]'"
+            f"text needs tokenizers, which is not installed: {install_command('text')}"
         ) from error
     try:
         content = file.read_text(encoding="utf-8")

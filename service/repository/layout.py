@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from service.commands import own_command
 from service.errors import ConfigError, LoadError
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def build_command(folder: Path) -> str:
     """What to type to have the model in `folder` built."""
     repository = folder.parent
     where = "" if repository == DEFAULT_REPOSITORY else f"--repository {shlex.quote(str(repository))} "
-    return f"inferpool build {where}{shlex.quote(folder.name)}"
+    return f"{own_command()} build {where}{shlex.quote(folder.name)}"
 
 
 def _bare(file: Path) -> ModelFolder:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
+from service import read_options
 from service.build import missing, read_requirements, script_blocks
 from service.errors import ConfigError
 from tests.conftest import ROOT, Serve
@@ -139,6 +140,12 @@ def test_without_a_name_it_lists_what_there_is(tmp_path: Path) -> None:
         run = build(tmp_path / folder)
         assert run.returncode == 1
         assert "has no models to build" in run.stderr
+    run = subprocess.run(
+        [sys.executable, "-m", "service", "build", "digits"], cwd=tmp_path / "fresh",
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert f"expected models/NAME/build.py in {tmp_path / 'fresh'}; --repository FOLDER" in run.stderr
 
 
 def test_only_models_that_could_be_served_are_listed(tmp_path: Path) -> None:
@@ -266,10 +273,10 @@ def test_what_is_not_built_is_left_out_and_its_command_is_logged(serve: Serve, m
     assert server.get("/health").json() == {"status": "ok", "ready": True, "problems": {}}
     for name in ("cifar10", "minilm", "news", "resnet50", "sentiment"):
         said = [line for line in server.log if name in line["message"]]
-        command = f"inferpool build --repository {models} {name}"
-        assert [(line["level"], line["message"]) for line in said] == [
-            ("info", f"{name} is left out until it is built: run {command}")
-        ]
+        (line,) = said
+        assert line["level"] == "info"
+        told = f"{name} is left out until it is built: run (.+) build --repository {models} {name}"
+        assert re.fullmatch(told, line["message"])
         assert server.post(f"/predict/{name}", json={"inputs": [[1]]}).json()["code"] == "model_not_found"
 
 
@@ -286,4 +293,96 @@ def test_a_repository_of_nothing_built_says_how_to_build(tmp_path: Path) -> None
             )  # fmt: skip
             assert run.returncode == 1
             assert words in run.stderr
-            assert f"run inferpool build --repository '{tmp_path}/my models' fresh" in run.stderr
+            assert re.search(rf"run .+ build --repository '{tmp_path}/my models' fresh", run.stderr)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_command_that_is_printed_works_as_it_stands(tmp_path: Path, found: bool) -> None:
+    """Whether or not the environment that runs is active, and with another one's pip in front."""
+    add_model(tmp_path / "models", "fresh", SCRIPT)
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("inferpool", "pip") if found else ("pip",):
+        (folder / name).write_text(f"#!/bin/sh\nexec '{sys.executable}' -m service \"$@\"\n")
+        (folder / name).chmod(0o755)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{folder}:/bin:/usr/bin"}
+    run = subprocess.run(
+        [sys.executable, "-m", "service", "check", str(tmp_path / "models")],
+        cwd=tmp_path, env=environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    command = run.stderr.rpartition(": run ")[2].strip()
+    assert command.startswith("inferpool build") == found
+    again = subprocess.run(command, shell=True, cwd=tmp_path, env=environ, check=False)
+    assert again.returncode == 7, "the script's own"
+    code = "from service.commands import install_command; print(install_command('text'))"
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == f"{sys.executable} -m pip install 'inferpool[text]'"
+
+
+ASKED = """\
+import argparse, sys
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("--data", required=True, metavar="FILE")
+options = parser.parse_args()
+Path(__file__).with_name("went-on").touch()
+import inferpool_tiny
+print(inferpool_tiny.VERSION, options.data)
+"""
+
+
+def test_help_and_mistakes_are_answered_before_anything_is_installed(tmp_path: Path) -> None:
+    folder = add_model(tmp_path / "models", "apart", NEEDS.format(needs='"inferpool-tiny==1.5"') + ASKED)
+    write_wheel(tmp_path / "wheels", "1.5")
+    cache = tmp_path / "cache"
+    environ = {"INFERPOOL_CACHE_DIR": str(cache), "PIP_NO_INDEX": "1"}
+    run = build(tmp_path / "models", "apart", "--help", **environ)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "--data FILE" in run.stdout
+    for wrong in ((), ("--date", "x")):
+        run = build(tmp_path / "models", "apart", *wrong, **environ)
+        assert (run.returncode, run.stdout) == (2, "")
+        assert "usage: build.py" in run.stderr
+        assert "arguments are required: --data" in run.stderr
+    assert not cache.exists()
+    assert not (folder / "went-on").exists()
+    environ["PIP_FIND_LINKS"] = str(tmp_path / "wheels")
+    run = build(tmp_path / "models", "apart", "--data", "x", **environ)
+    assert (run.returncode, run.stdout) == (0, "1.5 x\n"), run.stderr
+
+
+def test_a_script_that_knows_no_options_is_not_tried(tmp_path: Path) -> None:
+    """It would only do its work, without what it needs."""
+    folder = add_model(tmp_path / "models", "apart", NEEDS.format(needs='"inferpool-tiny==1.5"') + SCRIPT)
+    run = build(tmp_path / "models", "apart", INFERPOOL_CACHE_DIR=str(tmp_path / "cache"), PIP_NO_INDEX="1")
+    assert run.returncode == 1
+    assert "this failed, and nothing was built" in run.stderr
+    assert not (folder / "ran.json").exists()
+
+
+def test_scripts_of_equal_needs_share_an_environment(tmp_path: Path) -> None:
+    write_wheel(tmp_path / "wheels", "1.5")
+    script = (
+        NEEDS.format(needs='"inferpool-tiny==1.5"')
+        + "import inferpool_tiny\nprint(inferpool_tiny.__file__)\n"
+    )
+    environ = {"INFERPOOL_CACHE_DIR": str(tmp_path / "cache"), "PIP_NO_INDEX": "1"}
+    add_model(tmp_path / "models", "one", script)
+    one = build(tmp_path / "models", "one", **environ, PIP_FIND_LINKS=str(tmp_path / "wheels"))
+    add_model(tmp_path / "models", "other", script)
+    other = build(tmp_path / "models", "other", **environ)
+    assert (other.returncode, other.stdout, other.stderr) == (0, one.stdout, "")
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "models").glob("*/build.py")), ids=lambda file: file.parent.name
+)
+def test_the_projects_scripts_give_their_help_without_what_they_need(script: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-S", "-P", read_options.__file__, str(script), "--help"],
+        env={}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "usage: build.py" in run.stdout

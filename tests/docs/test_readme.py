@@ -210,6 +210,9 @@ def same_but_for_measurements(text: str) -> list[str]:
     for line in text.splitlines():
         if line.startswith(("  batching", "  runs")):
             lines.append(re.sub(r"(instance|thread)s", r"\1", NUMBERS.sub("#", line)))
+        elif "not built yet" in line:
+            # The command is printed as it works where this runs.
+            lines.append(re.sub(r"; .* build ", "; … build ", line))
         elif not MEASURED.fullmatch(line):
             lines.append(re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.6g}", line))
     return lines
