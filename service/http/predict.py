@@ -144,6 +144,7 @@ class Predictor:
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self.heads = Heads()
         self._nobody = Meters(metrics, "", "", Tally())
+        self._unserved: dict[str, Meters] = {}
         metrics.add_source(lambda: [("in_flight_requests", (), float(self.in_flight))])
 
     def enter(self) -> None:
@@ -399,8 +400,7 @@ class Predictor:
             log.error("request %s failed", call.request_id, exc_info=error)
         now = self.clock()
         total_s = now - call.began
-        meters = call.served.meters if call.served is not None else self._nobody
-        meters.failed(status, total_s)
+        self._meters(call).failed(status, total_s)
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
         headers = [
             (b"content-type", call.dialect.problem_type),
@@ -410,6 +410,22 @@ class Predictor:
         ]
         self._recorder.ended(call, status, problem.code, len(body), now, result)
         return Answer(status, headers, [body], len(body))
+
+    def _meters(self, call: Call) -> Meters:
+        """Where a refused request counts: its version, or its model without one, or nowhere in particular."""
+        if call.served is not None:
+            return call.served.meters
+        models = self._catalog.models()
+        name = call.head.model or call.options.model
+        if name is None and len(models) == 1:
+            name = next(iter(models))
+        # A client chooses any name, and labels must stay few.
+        if name is None or name not in models:
+            return self._nobody
+        meters = self._unserved.get(name)
+        if meters is None:
+            meters = self._unserved[name] = Meters(self._metrics, name, "", Tally())
+        return meters
 
     def _cancel(self, entry: Entry, reason: str) -> None:
         self._inbox.cancel(entry.key, entry.id, reason)

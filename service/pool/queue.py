@@ -207,11 +207,7 @@ class Queue:
         elif entry.deadline < math.inf:
             finish = self._predicted_finish(entry, now, free_at)
             if finish > entry.deadline:
-                raise DeadlineExceeded(
-                    "the answer may come too late: as batches take now, now more, now less, it may take"
-                    f" {1000 * (finish - entry.arrived):.1f} ms, and the request allows"
-                    f" {max(0.0, 1000 * (entry.deadline - entry.arrived)):.1f} ms",
-                )
+                raise _too_late(entry, finish)
         large = self.is_large(entry)
         self.refuse_if_full(entry.load, entry.nbytes, large, len(free_at))
         if not entry.parts:
@@ -473,3 +469,19 @@ class Queue:
         while heap and not heap[0][1].live:
             heappop(heap)
         return heap[0][1] if heap else None
+
+
+def _too_late(entry: Entry, finish: float) -> DeadlineExceeded:
+    left_s = entry.deadline - entry.arrived
+    if left_s <= 0:
+        return DeadlineExceeded("the deadline passed before the request could be put in the queue")
+    return DeadlineExceeded(
+        "the answer may come too late: as batches take now, now more, now less, it may take"
+        f" {_milliseconds(finish - entry.arrived)}, and {_milliseconds(left_s)} are left of the timeout"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    """A length of time for people, in milliseconds: never so few digits that nothing is left of it."""
+    value = 1000 * seconds
+    return f"{value:.1f} ms" if value >= 1 else f"{value:.3g} ms"
