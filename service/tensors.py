@@ -151,11 +151,13 @@ def _cut(name: str) -> str:
 def check_tensor(spec: TensorSpec, tensor: Array) -> None:
     """Raise InvalidInput unless `tensor` has the datatype, rank and fixed dimensions of `spec`."""
     if tensor.dtype != spec.dtype:
+        is_text = tensor.dtype == DTYPES["BYTES"]
+        came = "strings" if is_text else str(tensor.dtype)
         raise InvalidInput(
-            f'tensor "{spec.name}" is {tensor.dtype}, the model takes {spec.datatype}',
+            f'tensor "{spec.name}" is {came}, the model takes {spec.datatype}',
             tensor=spec.name,
             expected=spec.datatype,
-            got=str(tensor.dtype),
+            got="BYTES" if is_text else came,
         )
     expected = spec.shape
     if expected is None:

@@ -15,10 +15,28 @@ import zlib
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from service.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
+from service.errors import BodyTooLarge, MalformedBody, RequestError, UnsupportedMediaType
 
 MEDIA_TYPES: Final = ("image/png", "image/jpeg", "image/webp")
 """The formats that `open_container` knows."""
+
+OTHER_FORMATS: Final = (
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"<svg", "SVG"),
+    (0, b"P6\n", "PPM"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL \r\n", "JPEG XL"),
+    (4, b"jP  \r\n", "JPEG 2000"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+)
+"""What is known of other pictures: at which byte, which bytes, and their name."""
 
 PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
@@ -63,9 +81,9 @@ class Container:
 def open_container(body: bytes) -> Container:
     """Take a picture file apart.
 
-    Raises UnsupportedMediaType if it is no PNG, JPEG or WebP; MalformedBody if it is one whose headers cannot
-    be followed up to the pixels, or whose width or height is 0; BodyTooLarge if it is a JPEG of more than
-    `MAX_SCANS` scans.
+    Raises UnsupportedMediaType if it is of a known format other than PNG, JPEG and WebP; MalformedBody if it
+    is of none, or its headers cannot be followed up to the pixels, or its width or height is 0; BodyTooLarge
+    if it is a JPEG of more than `MAX_SCANS` scans.
     """
     try:
         if body.startswith(PNG_SIGNATURE):
@@ -75,14 +93,21 @@ def open_container(body: bytes) -> Container:
         elif body.startswith(b"RIFF") and body[8:12] == b"WEBP":
             container = _open_webp(body)
         else:
-            raise UnsupportedMediaType(
-                "the body is not a PNG, JPEG or WebP picture", supported=list(MEDIA_TYPES)
-            )
+            raise _no_container(body)
     except struct.error:
         raise MalformedBody("the picture ends in the middle of its headers") from None
     if container.width == 0 or container.height == 0:
         raise MalformedBody(f"the picture's size is {container.width}×{container.height}")
     return container
+
+
+def _no_container(body: bytes) -> RequestError:
+    for start, signature, name in OTHER_FORMATS:
+        if body.startswith(signature, start):
+            return UnsupportedMediaType(
+                f"the picture is {name}; PNG, JPEG and WebP are taken", expected=list(MEDIA_TYPES)
+            )
+    return MalformedBody("the body is no picture: it starts as neither PNG, JPEG nor WebP do")
 
 
 def _open_png(body: bytes) -> Container:

@@ -99,8 +99,9 @@ class ImageCodec:
     def decode(self, body: bytes) -> Tensors:
         """Decode a PNG, JPEG or WebP file to `{input: tensor}`: one row, C-contiguous.
 
-        Raises UnsupportedMediaType if the bytes are none of these, MalformedBody if they are damaged, and
-        BodyTooLarge if the picture has more than `max_pixels`, or would need unreasonable work otherwise.
+        Raises UnsupportedMediaType if the bytes are a picture of another format, MalformedBody if they are
+        damaged or no picture, and BodyTooLarge if the picture has more than `max_pixels`, or would need
+        unreasonable work otherwise.
         """
         if not body:
             raise MalformedBody("the body is empty where a picture was expected")

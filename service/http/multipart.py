@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,7 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.codecs.image import ImageCodec
 from service.codecs.text import TextCodec
-from service.errors import InvalidInput, MalformedBody
+from service.errors import InvalidInput, MalformedBody, RequestError
 from service.tensors import Signature, Tensors, TensorSpec, name_text, names_text, unknown_input
 from service.wire.arrays import value_text
 from service.wire.npy import cast_to, decode_npy
@@ -52,9 +54,12 @@ def read_form(
             found = {text.input: text.decode(content)}
         elif image is None or content.startswith(_NPY_MAGIC):
             spec = find_input(signature, part.name)
-            found = {spec.name: cast_to(spec, decode_npy(content, max_bytes))}
+            with _naming(part.name):
+                array = decode_npy(content, max_bytes)
+            found = {spec.name: cast_to(spec, array)}
         else:
-            found = image.decode(content)
+            with _naming(part.name):
+                found = image.decode(content)
             if part.name in signature.inputs_by_name and part.name not in found:
                 raise InvalidInput(
                     f"tensor {name_text(part.name)} is a picture; the model takes one"
@@ -74,6 +79,18 @@ def find_input(signature: Signature, name: str) -> TensorSpec:
     if spec is None:
         raise unknown_input(signature, name)
     return spec
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have what is wrong with a field's content say which field it is."""
+    try:
+        yield
+    except RequestError as error:
+        field_text = name_text(name)
+        raise type(error)(
+            f"field {field_text} of the form: {error.detail}", **{**error.members, "field": field_text[1:-1]}
+        ) from None
 
 
 class _Reader:

@@ -377,6 +377,10 @@ def _tensors(
             tensors[entry.name] = _from_bytes(spec, entry.shape, body, entry.start, entry.size)
         else:
             tensors[entry.name] = fit(spec, read(spec, entry.data), entry.shape)
+    sentences = signature.instead
+    if sentences is not None and sentences in tensors and tensors[sentences].shape[1:] == (1,):
+        # As Triton's clients send strings: its models have a dimension beside the rows.
+        tensors[sentences] = tensors[sentences].reshape(-1)
     check_inputs(signature, tensors)
     return tensors
 

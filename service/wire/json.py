@@ -15,7 +15,16 @@ import numpy as np
 import orjson
 
 from service.errors import InvalidInput, MalformedBody, ModelFailed
-from service.tensors import Array, Signature, Tensors, TensorSpec, check_inputs, names_text, unknown_input
+from service.tensors import (
+    Array,
+    Signature,
+    Tensors,
+    TensorSpec,
+    check_inputs,
+    name_text,
+    names_text,
+    unknown_input,
+)
 from service.wire import simd
 from service.wire.arrays import bf16_to_fp32, read_nested, value_text
 
@@ -172,9 +181,32 @@ def _read_inputs(signature: Signature, inputs: Any, read: Callable[[TensorSpec, 
         spec = signature.inputs_by_name.get(name)
         if spec is None:
             raise unknown_input(signature, name)
+        if name == signature.instead:
+            _check_sentences(name, value)
         tensors[name] = read(spec, value)
     check_inputs(signature, tensors)
     return tensors
+
+
+def _check_sentences(name: str, value: Any) -> None:
+    """Raise InvalidInput where sentences are meant and something simpler to name than a shape is wrong."""
+    if isinstance(value, str):
+        raise InvalidInput(
+            f"tensor {name_text(name)} is a string; send a list of sentences: [{value_text(value)}]",
+            tensor=name,
+            expected="BYTES",
+        )
+    if not isinstance(value, list) or set(map(type, value)) <= {str, list}:
+        return
+    place = next(i for i, item in enumerate(value) if type(item) not in (str, list))
+    got = value_text(value[place])
+    raise InvalidInput(
+        f"tensor {name_text(name)} at [{place}] is {got}; it takes a sentence (string)",
+        tensor=name,
+        index=[place],
+        value=got,
+        expected="BYTES",
+    )
 
 
 def _named(signature: Signature, inputs: Any) -> Iterable[tuple[str, Any]]:
@@ -291,6 +323,11 @@ def _malformed(body: bytes, error: orjson.JSONDecodeError) -> MalformedBody:
             f"the body is not JSON at character {place}: JSON has no NaN or Infinity;"
             " send such numbers in the binary form of /v2",
             position=place,
+        )
+    if place == 0 and text[0].isalpha():
+        return MalformedBody(
+            "the body is not JSON; if it is a sentence for a model of text: send Content-Type: text/plain",
+            position=0,
         )
     return MalformedBody(f"the body is not JSON: {error.msg} at character {place}", position=place)
 

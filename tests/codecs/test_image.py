@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
+from service.codecs.containers import OTHER_FORMATS, PNG_SIGNATURE
 from service.codecs.image import ImageCodec, ImageConfig
 from service.errors import BodyTooLarge, ConfigError, MalformedBody, UnsupportedMediaType
 from service.tensors import ANY, Array, Signature, TensorSpec
@@ -286,11 +287,16 @@ def test_of_an_animation_the_first_frame_counts(format: str) -> None:
     np.testing.assert_array_equal(got, np.asarray(frames[0]))
 
 
-@pytest.mark.parametrize(
-    "body", [b"GIF89a" + b"\0" * 40, b"BM" + b"\0" * 60, b"%PDF-1.4", b"{}", b"RIFF\0\0\0\0WAVE"]
-)
-def test_other_formats_are_unsupported(body: bytes) -> None:
-    with pytest.raises(UnsupportedMediaType, match="not a PNG, JPEG or WebP"):
+@pytest.mark.parametrize(("start", "signature", "name"), OTHER_FORMATS)
+def test_other_formats_are_unsupported(start: int, signature: bytes, name: str) -> None:
+    with pytest.raises(UnsupportedMediaType, match=f"is {name}; PNG, JPEG and WebP are taken") as refused:
+        raw_codec(4, 4).decode(b"\0" * start + signature + b"\0" * 60)
+    assert refused.value.members["expected"] == ["image/png", "image/jpeg", "image/webp"]
+
+
+@pytest.mark.parametrize("body", [b"notapng", b"{}", b"RIFF\0\0\0\0WAVE", PNG_SIGNATURE[1:], b"\xff"])
+def test_what_is_no_picture_is_malformed(body: bytes) -> None:
+    with pytest.raises(MalformedBody, match="no picture"):
         raw_codec(4, 4).decode(body)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import http.client
+import io
 import json
 import zlib
 from pathlib import Path
@@ -87,9 +88,65 @@ def test_a_format_that_the_model_does_not_take_is_refused(bundled: Server) -> No
     assert code_of(answer) == "unsupported_media_type"
     assert "application/json" in answer.json()["expected"]
     answer = bundled.post("/predict/digits", content=b"no picture", headers={"content-type": "image/png"})
-    assert code_of(answer) in ("unsupported_media_type", "malformed_body")
+    assert code_of(answer) == "malformed_body"
+    for other in (b"GIF89a" + b"\0" * 30, b"BM" + b"\0" * 30, b"\0\0\0\x1cftypavif" + b"\0" * 30):
+        answer = bundled.post("/predict/digits", content=other, headers={"content-type": "image/png"})
+        assert code_of(answer) == "unsupported_media_type"
+        assert answer.json()["expected"] == ["image/png", "image/jpeg", "image/webp"]
+    answer = bundled.post("/predict/digits", files={"image": ("7.png", b"no picture")})
+    assert code_of(answer) == "malformed_body"
+    assert answer.json()["field"] == "image"
     answer = bundled.post("/predict/diabetes", content=b"x", headers={"content-encoding": "br"})
     assert code_of(answer) == "unsupported_media_type"
+
+
+def test_strings_where_numbers_belong_are_called_so(bundled: Server) -> None:
+    file = io.BytesIO()
+    np.save(file, np.array([["a"] * 10]))
+    headers = {"content-type": "application/x-npy"}
+    answer = bundled.post("/predict/diabetes", content=file.getvalue(), headers=headers)
+    assert code_of(answer) == "invalid_input"
+    assert answer.json()["detail"] == 'tensor "features" is strings, the model takes FP32'
+    assert answer.json()["got"] == "BYTES"
+
+
+def test_a_timeout_is_told_with_all_its_digits(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=20))
+    body = {"inputs": [[1.0] * 4]}
+    assert server.post("/predict/m", json=body).status_code == 200
+    for timeout in ("0.001", "0.9", "15"):
+        answer = server.post("/predict/m", json=body, headers={"x-timeout-ms": timeout})
+        assert answer.status_code == 504
+        assert " 0.0 ms" not in answer.json()["detail"]
+
+
+def test_what_is_refused_counts_for_the_model_it_names(serve: Serve, make_chaos: MakeChaos) -> None:
+    """So that an alert sees requests to a model that cannot answer; names of none do not become labels."""
+    make_chaos("good")
+    server = serve(make_chaos("bad", config="nonsense = 1\n"))
+    row = {"inputs": [[1.0] * 4]}
+    for path, body in (
+        ("/predict/bad", row),
+        ("/predict", {**row, "model": "bad"}),
+        ("/v2/models/bad/infer", {"inputs": []}),
+    ):
+        assert server.post(path, json=body).status_code == 503
+    assert server.post("/predict/good/7", json=row).status_code == 404
+    assert server.post("/predict/nobody", json=row).status_code == 404
+    assert server.post("/predict", json={**row, "model": "no one"}).status_code == 404
+    for name, status, count in (("bad", 503, 3), ("good", 404, 1), ("", 404, 2), ("", 503, 0)):
+        counted = server.metric("requests_total", model=name, version="", code=str(status))
+        assert counted == count, (name, status)
+    assert server.metric("request_duration_seconds_count", model="bad", version="") == 3
+    assert "nobody" not in server.get("/metrics").text
+
+
+def test_a_single_model_that_cannot_answer_need_not_be_named_to_count(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("bad", config="nonsense = 1\n"))
+    assert server.post("/predict", json={"inputs": [[1.0] * 4]}).status_code == 503
+    assert server.metric("requests_total", model="bad", version="", code="503") == 1
 
 
 def test_timeouts_must_be_numbers(bundled: Server) -> None:

@@ -149,9 +149,12 @@ def test_every_wire_format_carries_sentences(server: Server, alone: dict[str, Al
     ("inputs", "status", "words"),
     [
         ([], 422, "at least one sentence"),
-        ([1], 422, "takes a string"),
+        ([1], 422, "takes a sentence (string)"),
         ([["w1"]], 422, "shape [1, 1]"),
-        ({"text": "w1"}, 422, "shape []"),
+        ([1, 2, 3] * 1000, 422, "at [0] is 1; it takes a sentence (string)"),
+        ("w1 w2", 422, 'send a list of sentences: ["w1 w2"]'),
+        ({"text": "w1"}, 422, 'send a list of sentences: ["w1"]'),
+        (["w1"] * 10_001, 422, "10000"),
         ({"text": ["w1"], "input_ids": [[2]]}, 422, 'leave out "input_ids"'),
         ({"input_ids": [[2]]}, 422, "attention_mask"),
         (["w" * 1_000_001], 413, "1000000"),
@@ -162,6 +165,52 @@ def test_what_is_no_sentence_is_refused_by_name(server: Server, inputs: Any, sta
     assert answer.status_code == status, answer.text
     assert words in answer.json()["detail"]
     assert answer.json()["tensor"] in ("text", "attention_mask")
+
+
+def test_how_much_is_too_much_is_told(server: Server) -> None:
+    """By the members that the README names."""
+    answer = server.post("/predict/masked", json={"inputs": ["w" * 1_000_001]})
+    assert (answer.status_code, answer.json()["limit"]) == (413, 1_000_000)
+    answer = server.post("/predict/masked", json={"inputs": ["w1"] * 10_001})
+    assert (answer.status_code, answer.json()["expected"]) == (422, 10_000)
+
+
+def test_a_sentence_that_is_not_said_to_be_one_is_recognised(server: Server) -> None:
+    for body in (b"This method is", b"Infinite loops", b'{"inputs": }'):
+        answer = server.post("/predict/masked", content=body)
+        assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")
+        assert ("Content-Type: text/plain" in answer.json()["detail"]) == body.startswith((b"T", b"Infinite"))
+
+
+def test_sentences_have_a_second_dimension_in_v2_if_the_client_is_used_to_one(server: Server) -> None:
+    sentences = ["w1", "w2 w3", "w4"]
+    entry = {"name": "text", "datatype": "BYTES"}
+    packed = b"".join(struct.pack("<I", len(text)) + text.encode() for text in sentences)
+    answers = []
+    for shape in ([3], [3, 1]):
+        for data in (sentences, [[text] for text in sentences]) if len(shape) > 1 else (sentences,):
+            body = {"inputs": [{**entry, "shape": shape, "data": data}]}
+            answers.append(server.post("/v2/models/masked/infer", json=body))
+        header = {"inputs": [{**entry, "shape": shape, "parameters": {"binary_data_size": len(packed)}}]}
+        text = json.dumps(header).encode()
+        length = {"inference-header-content-length": str(len(text))}
+        answers.append(server.post("/v2/models/masked/infer", content=text + packed, headers=length))
+    assert len(answers) == 5
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        pooled = [item for item in answer.json()["outputs"] if item["name"] == "pooled"]
+        first = [item for item in answers[0].json()["outputs"] if item["name"] == "pooled"]
+        np.testing.assert_allclose(pooled[0]["data"], first[0]["data"], atol=1e-5)
+    for shape in ([1, 3], [3, 1, 1]):
+        body = {"inputs": [{**entry, "shape": shape, "data": sentences}]}
+        assert server.post("/v2/models/masked/infer", json=body).status_code == 422
+
+
+def test_a_field_of_a_form_that_is_wrong_is_named(server: Server) -> None:
+    answer = server.post("/predict/masked", files={"input_ids": (None, b"abc")})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith('field "input_ids" of the form: ')
+    assert answer.json()["field"] == "input_ids"
 
 
 def test_bytes_and_characters_that_are_none_are_refused(server: Server) -> None:
