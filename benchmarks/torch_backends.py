@@ -35,7 +35,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from service.machine import usable_cores
+from service.machine import keep_freed_memory, usable_cores
 from service.metrics import Metrics
 from service.pool.ports import Entry, Result, VersionKey
 from service.repository.config import read_config
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each measurement")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the server does; loops have the good of it as well
     print(f"PyTorch {torch.__version__}, {usable_cores()} cores")
     print("| network | what | rows/s (least and most) | of the best loop |\n|---|---|---|---|")
     if arguments.network in (None, "digits"):

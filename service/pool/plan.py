@@ -244,18 +244,20 @@ class Planner:
         if options == [(1, 1)] or self._late():
             return *options[0], 1.0
         base = self._rate([model], batch)
-        best, best_rate = options[0], 0.0
-        for instances, threads in options:
-            if best_rate and self._late():
+        rates: dict[tuple[int, int], float] = {}
+        # Those of one thread first: the model is there, and for others it must be loaded anew.
+        for instances, threads in sorted(options, key=lambda option: option[::-1]):
+            if rates and self._late():
                 break
             candidate = model if threads == 1 else self._load(threads)
-            rate = base if (instances, threads) == (1, 1) else self._rate([candidate] * instances, batch)
+            alone = (instances, threads) == (1, 1)
+            rates[instances, threads] = base if alone else self._rate([candidate] * instances, batch)
             if candidate is not model:
                 candidate.close()
-            if rate > (BETTER if table[0].seconds >= CLEAR_S else MUCH_BETTER) * best_rate:
-                best, best_rate = (instances, threads), rate
+        enough = max(rates.values()) / (BETTER if table[0].seconds >= CLEAR_S else MUCH_BETTER)
+        best = next(option for option in options if rates.get(option, 0.0) >= enough)
         # What no number of cores can bring is noise in one of the two rates.
-        return *best, min(best_rate / base, best[0] * best[1])
+        return *best, min(rates[best] / base, best[0] * best[1])
 
     def _options(self, single_s: float, full_s: float) -> list[tuple[int, int]]:
         """Instances and threads worth trying, fewest instances first: those answer a lone request soonest.
