@@ -19,9 +19,9 @@ class Record(NamedTuple):
         rows: rows of the request; None where it was never in the queue.
         batch_rows: rows of the batch it ran in; None where it never ran.
         queue_s: seconds in the queue; None where it was never in it.
-        compute_s: seconds that its batch ran; None likewise.
+        compute_s: seconds that its batch ran; None where it never ran, or not to an end.
         total_s: seconds from the request's head to its end.
-        bytes_in: bytes of its body, as they came.
+        bytes_in: bytes of its body that were taken in, as they came; 0 where it was refused before.
         bytes_out: bytes of the answer's body, before compression.
     """
 

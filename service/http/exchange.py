@@ -32,6 +32,9 @@ class Connection(Protocol):
     flow: Any
     server_state: Any
 
+    def follows(self) -> bool:
+        """Whether another request stands behind the one that is being answered."""
+
     def on_response_complete(self) -> None:
         """The answer is with the transport."""
 
@@ -215,7 +218,7 @@ class Exchange:
         if self.disconnected or connection.transport.is_closing():
             self.lose()
             return
-        if self._predictor.parting:
+        if self._predictor.parting and not connection.follows():
             self.keep_alive = False
         lines: list[Data] = [STATUS_LINE[answer.status]]
         for name, value in (*connection.server_state.default_headers, *answer.headers):

@@ -21,6 +21,9 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 DIALECTS: Final[tuple[Dialect, ...]] = (NATIVE, V2_DIALECT)
+FOLLOWS: Final = "follows"
+"""Where in the state of its scope a request finds out whether others stand behind it on its connection."""
+
 _JOINED_BYTES: Final = 64 * 1024
 """Up to this, joining an answer's parts costs less than to send one more of them."""
 
@@ -38,6 +41,12 @@ def find_dialect(path: str) -> tuple[Dialect, Target] | None:
     return None
 
 
+def is_last(predictor: Predictor, scope: Scope) -> bool:
+    """Whether the answer is the last on its connection: the server parts, and no request stands behind."""
+    follows: Callable[[], bool] | None = scope.get("state", {}).get(FOLLOWS)
+    return predictor.parting and not (follows is not None and follows())
+
+
 async def serve_predict(
     predictor: Predictor, dialect: Dialect, target: Target, scope: Scope, receive: Receive, send: Send
 ) -> None:
@@ -49,7 +58,7 @@ async def serve_predict(
         if answer.compressible:
             heavy = answer.size > HEAVY_BYTES
             answer = await asyncio.to_thread(compressed, answer) if heavy else compressed(answer)
-        await _send(answer, send, last=predictor.parting)
+        await _send(answer, send, last=is_last(predictor, scope))
     except _Gone:
         predictor.drop(call)
     finally:

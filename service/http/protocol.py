@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.errors import InternalError, MalformedBody
 from service.http.exchange import Exchange
 from service.http.head import Head
-from service.http.lane import find_dialect
+from service.http.lane import FOLLOWS, find_dialect
 from service.http.predict import Call, Predictor
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,9 @@ class PredictProtocol(HttpToolsProtocol):
         application: Any = self.app
         self.predictor: Predictor = application.predictor
         self._between = True
+        self._within_head = False
+        # The request that is being answered; `cycle` is the last that has come.
+        self._answered: Any = None
         self._bodies: list[bytes] = []
         self._idle_since: float | None = None
         self._heard = 0.0
@@ -75,7 +78,7 @@ class PredictProtocol(HttpToolsProtocol):
             self._idle_since = None
             self._quiet_bytes = 0
             exchange = Exchange(self, Call(known.dialect, known.head, self.predictor.clock()), True, False)
-            self.cycle = exchange  # type: ignore[assignment]
+            self.cycle = self._answered = exchange  # type: ignore[assignment]
             exchange.run(body)
             return
         self._bodies.clear()
@@ -91,13 +94,17 @@ class PredictProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of the exchange under way, and of those behind it."""
-        cycle: Any = self.cycle
+        """Let go of the request that is being answered, and of those behind it."""
+        answered = self._answered
+        if answered is not None and not answered.response_complete:
+            # Its answer goes nowhere from here on: nothing can be written to what is closed.
+            answered.disconnected = True
+            answered.message_event.set()
         super().connection_lost(exc)
         for timer in (self._stall, self._idle_check):
             if timer is not None:
                 timer.cancel()
-        waiting = [cycle, *(queued for queued, _ in self.pipeline), self._undrained]
+        waiting = [answered, *(queued for queued, _ in self.pipeline), self._undrained]
         for exchange in waiting:
             if isinstance(exchange, Exchange):
                 exchange.lose()
@@ -118,6 +125,7 @@ class PredictProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins; what only the application needs is made when it gets the request."""
         self._between = False
+        self._within_head = True
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -125,6 +133,7 @@ class PredictProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Decide which way the request goes."""
         self._progress = True
+        self._within_head = False
         self._upgraded = self.parser.should_upgrade()
         exchange = self._exchange()
         if exchange is None:
@@ -137,6 +146,7 @@ class PredictProtocol(HttpToolsProtocol):
         before: Any = self.cycle
         self.cycle = exchange  # type: ignore[assignment]
         if before is None or before.response_complete:
+            self._answered = exchange
             exchange.start()
         else:
             self.flow.pause_reading()
@@ -167,6 +177,7 @@ class PredictProtocol(HttpToolsProtocol):
         One timer watches a connection for as long as it is there: one more for each of its requests would
         cost as much as reading their bodies.
         """
+        self._answered = None
         if self.pipeline:
             super().on_response_complete()
             return
@@ -198,11 +209,17 @@ class PredictProtocol(HttpToolsProtocol):
         else:
             self.transport.abort()
 
+    def follows(self) -> bool:
+        """Whether another request, or the beginning of one, stands behind the one that is being answered."""
+        return bool(self.pipeline) or self._within_head
+
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answered = cycle
         if isinstance(cycle, Exchange):
             # Not from within the end of the one before: a long pipeline would be as deep a recursion.
             self.loop.call_soon(cycle.start)
         else:
+            cycle.scope["state"][FOLLOWS] = self.follows
             if self._upgraded:
                 cycle.keep_alive = False
             super()._start_asgi_task(cycle, app)

@@ -52,7 +52,7 @@ class Recorder:
             entry.rows if entry is not None else None,
             (result.batch_rows or None) if result is not None else None,
             result.queue_s if result is not None else None,
-            result.compute_s if result is not None else None,
+            (result.compute_s or None) if result is not None else None,
             ended - call.began,
             call.reserved_bytes,
             bytes_out,

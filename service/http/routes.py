@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,7 +19,7 @@ from service.errors import (
     NotFound,
 )
 from service.http.head import request_id_from
-from service.http.lane import Message, Receive, Scope, Send, find_dialect, serve_predict
+from service.http.lane import Message, Receive, Scope, Send, find_dialect, is_last, serve_predict
 from service.http.native import NATIVE
 from service.http.openapi import complete
 from service.http.openapi_parts import error_responses
@@ -64,7 +63,7 @@ class Application(FastAPI):
             if scope["method"] == "HEAD":
                 # As GET; the server leaves the body out, by the method in its own scope.
                 scope = {**scope, "method": "GET"}
-            await super().__call__(scope, receive, _signed(scope, send, self.predictor.clock))
+            await super().__call__(scope, receive, _signed(scope, send, self.predictor))
 
     def openapi(self) -> dict[str, Any]:
         """The document of the whole API, as it is served at this moment."""
@@ -209,9 +208,9 @@ def _translated(request: Request, error: Exception) -> Exception:
     return error
 
 
-def _signed(scope: Scope, send: Send, clock: Callable[[], float]) -> Send:
-    """`send`, with the request's id and timing on the answer."""
-    began = clock()
+def _signed(scope: Scope, send: Send, predictor: Predictor) -> Send:
+    """`send`, with the request's id and timing on the answer, and whether it is the connection's last."""
+    began = predictor.clock()
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
     request_id = scope.setdefault("state", {})["request_id"] = request_id_from(given)
 
@@ -220,8 +219,10 @@ def _signed(scope: Scope, send: Send, clock: Callable[[], float]) -> Send:
             message["headers"] = [
                 *message["headers"],
                 (b"x-request-id", request_id.encode("latin-1")),
-                (b"server-timing", server_timing(0.0, 0.0, clock() - began)),
+                (b"server-timing", server_timing(0.0, 0.0, predictor.clock() - began)),
             ]
+            if is_last(predictor, scope):
+                message["headers"].append((b"connection", b"close"))
         await send(message)
 
     return sign

@@ -100,6 +100,9 @@ def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
         while server.get("/health/ready").status_code == 200:
             pass
         assert server.get("/health").json()["status"] == "draining"
+        for path in ("/health/live", "/models", "/nothing", "/v2/health/live", "/predict/m"):
+            answer = server.get(path)
+            assert answer.headers["connection"] == "close", path
         for client in (kept, late):
             reply = await client.post("/predict/m", body)
             assert (reply.status, reply.headers["connection"]) == (200, "close")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from service.aside import MOST_WAITING
-from tests.chaos.inferpool_chaos import RAISE
+from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client
 from tests.conftest import LANES, MakeChaos, Serve
 from tests.server import CHAOS, ROOT, Server
@@ -77,8 +77,20 @@ def test_requests_that_fail_leave_lines_too(serve: Serve, make_chaos: MakeChaos,
         (404, "model_not_found", "info", None, None),
         (413, "body_too_large", "info", None, None),
     ]
+    assert [line["bytes_in"] > 0 for line in found] == [True, True, True, False, False], "what was taken in"
     assert found[0]["queue_ms"] is not None
     assert all(line["queue_ms"] is None for line in found[1:])
+
+
+@both_lanes
+def test_what_did_not_run_to_an_end_has_no_time_in_the_model(
+    serve: Serve, make_chaos: MakeChaos, lane: str
+):
+    """A time that nobody knows is null, not 0."""
+    server = serve(make_chaos("m"))
+    assert server.post("/predict/m", json={"inputs": [[DIE] * 4]}).status_code == 500
+    (line,) = lines(server)
+    assert (line["code"], line["compute_ms"]) == ("model_failed", None)
 
 
 @both_lanes
