@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sysconfig
 import tempfile
 from typing import Any
@@ -34,6 +35,8 @@ of_bytes = given.kind in ("jpeg", "text")
 policy: dict[str, Any] = (
     {"default_queue_policy": QueuePolicy(max_queue_size=given.queue)} if given.queue else {}
 )
+# As Ctrl-C does, so that Triton is stopped and its shared memory goes.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 settings = TritonConfig(
     http_address="127.0.0.1", http_port=given.port, allow_grpc=False, allow_metrics=False,
     metrics_port=free_port(), grpc_port=free_port(),
