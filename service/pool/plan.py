@@ -39,6 +39,9 @@ TRUST: Final = 8
 PROOF_S: Final = 1.0
 """Seconds of which half go to the proof even where nothing is to be measured."""
 
+CLIMB: Final = 0.6
+"""The share of the time for measuring in which batch sizes are tried; the rest goes to sharing out the cores."""
+
 BETTER: Final = 1.05
 """More instances are taken where they bring at least this many times the rows a second."""
 
@@ -117,7 +120,8 @@ class Planner:
         proof = Proof(False, "turned off in model.toml")
         if wishes.batching:
             proof = prove(model, samples, max(wishes.budget_s, PROOF_S) / 2, self._clock)
-        self._ends = self._clock() + wishes.budget_s
+        began = self._clock()
+        self._ends = began + CLIMB * wishes.budget_s
         rows = proof.rows or (samples[0] if samples else {})
         if proof.rows and not proof.batched:
             rows = rows_of(rows, 1)
@@ -140,7 +144,8 @@ class Planner:
             instances, gain = self._overlap(model, batch)
             threads = 1
         else:
-            instances, threads, gain = self._share_cores(model, batch, table)
+            self._ends = began + wishes.budget_s
+        instances, threads, gain = self._share_cores(model, batch, table)
         shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in sorted(table))
         sizes = self._rungs(table, max_rows) if proof.batched else ()
         return Plan(proof.batched, proof.reason, max_rows, instances, threads, shared, sizes)
