@@ -40,7 +40,7 @@ PROOF_S: Final = 1.0
 """Seconds of which half go to the proof even where nothing is to be measured."""
 
 CLIMB: Final = 0.6
-"""The share of the time for measuring in which batch sizes are tried; the rest goes to sharing out the cores."""
+"""The share of the time for measuring in which batch sizes are tried; the rest shares out the cores."""
 
 BETTER: Final = 1.05
 """More instances are taken where they bring at least this many times the rows a second."""
