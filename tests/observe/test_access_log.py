@@ -83,9 +83,7 @@ def test_requests_that_fail_leave_lines_too(serve: Serve, make_chaos: MakeChaos,
 
 
 @both_lanes
-def test_what_did_not_run_to_an_end_has_no_time_in_the_model(
-    serve: Serve, make_chaos: MakeChaos, lane: str
-):
+def test_what_did_not_run_to_an_end_has_no_time_in_the_model(serve: Serve, make_chaos: MakeChaos, lane: str):
     """A time that nobody knows is null, not 0."""
     server = serve(make_chaos("m"))
     assert server.post("/predict/m", json={"inputs": [[DIE] * 4]}).status_code == 500
