@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from service.backends.base import LoadedModel
@@ -30,6 +30,7 @@ class Batch:
         reason: why it is no larger, for `batches_total`.
         taken: moment at which the instance took it.
         padding: how rows of different lengths are brought to one; None where all are alike.
+        rows: rows of all pieces.
     """
 
     pieces: list[Piece]
@@ -37,11 +38,11 @@ class Batch:
     reason: str
     taken: float
     padding: Padding | None = None
+    rows: int = field(init=False)
 
-    @property
-    def rows(self) -> int:
-        """Rows of all pieces."""
-        return sum(piece.stop - piece.start for piece in self.pieces)
+    def __post_init__(self) -> None:
+        # Counted once: each of the batch's results tells it.
+        self.rows = sum(piece.stop - piece.start for piece in self.pieces)
 
     @property
     def load(self) -> float:
