@@ -205,9 +205,15 @@ class Exchange:
         if not answer.compressible:
             self._write(answer)
         elif answer.size > HEAVY_BYTES:
-            self._connection.run_aside(compressed, answer, then=self._write)
+            self._connection.run_aside(compressed, answer, then=self._packed)
         else:
             self._write(compressed(answer))
+
+    def _packed(self, answer: Any) -> None:
+        if isinstance(answer, Exception):
+            self._refuse(answer)
+        else:
+            self._write(answer)
 
     def _refuse(self, error: Exception) -> None:
         self._predictor.end(self._call)
