@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,6 +27,18 @@ MakeChaos = Callable[..., Path]
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Measurements of the models, kept for all tests of a run."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def loggers_that_speak() -> None:
+    """Undo what libraries do to logging when tests use them: some turn off every logger that is there."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "service":
+            logger = logging.getLogger(name)
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
 
 
 LANES = ("service", "tests.asgi_lane")

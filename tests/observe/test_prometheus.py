@@ -168,8 +168,12 @@ def test_quantiles_are_of_what_took_so_long(watched: Watched):
         rate = f'rate(inferpool_{kind}_duration_seconds_bucket{{model="steady"}}[10s])'
         return prometheus.value(f"histogram_quantile({share}, {rate})", end)
 
+    def spent(kind: str) -> float:
+        return prometheus.value(f'rate(inferpool_{kind}_duration_seconds_sum{{model="steady"}}[10s])', end)
+
     assert 0.015 < quantile(0.5, "compute") <= 0.025
-    assert quantile(0.99, "queue") < quantile(0.99, "request")
+    # Of sums, for quantiles within one bucket are guesses; refused requests are in the first alone.
+    assert spent("request") > spent("queue") + spent("compute")
     busy = 'rate(inferpool_instance_busy_seconds_total{model="steady"}[10s])'
     ran = 'rate(inferpool_batch_rows_count{model="steady"}[10s])'
     assert 0.020 <= prometheus.value(f"sum({busy}) / sum({ran})", end) < 0.030
