@@ -30,15 +30,9 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def loggers_that_speak() -> None:
-    """Undo what libraries do to logging when tests use them: some turn off every logger that is there."""
-    logging.disable(logging.NOTSET)
+def usual_log_level() -> None:
+    """Undo what a command that ran within the tests' process has set: `check` lets errors alone be heard."""
     logging.getLogger().setLevel(logging.WARNING)
-    for name in list(logging.root.manager.loggerDict):
-        if name.partition(".")[0] == "service":
-            logger = logging.getLogger(name)
-            logger.disabled, logger.propagate = False, True
-            logger.setLevel(logging.NOTSET)
 
 
 LANES = ("service", "tests.asgi_lane")

