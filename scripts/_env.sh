@@ -27,7 +27,10 @@ runtime() {
 is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # The folder counts: the command in .venv/bin holds its path, and does not survive a move.
-made_from() { printf '%s\n' "$REPO" "$("$VENV/bin/python" -V)" "$(<"$REPO/pyproject.toml")"; }
+made_from() {
+  printf '%s\n' "$REPO" "$("$VENV/bin/python" -V)" "$(cat -- "$REPO"/{pyproject.toml,setup.py} | cksum)" \
+    "$(cksum <"$REPO/service/wire/_numbers.c")"
+}
 
 install_extras() {
   local extras other="" extra

@@ -26,7 +26,8 @@ _CHARSET: Final = re.compile(r"""(?:^|[\s;])charset\s*=\s*["']?([^\s;"']*)""", r
 _UTF8: Final = frozenset(("utf-8", "utf8", "us-ascii", "ascii"))
 
 # What curl and browsers send when nothing was said: taken for JSON, as people mean it.
-_MEANT_AS_JSON: Final = frozenset(("", JSON, "application/x-www-form-urlencoded", "application/octet-stream"))
+MEANT_AS_JSON: Final = frozenset(("", JSON, "application/x-www-form-urlencoded", "application/octet-stream"))
+"""Media types of bodies that are read as JSON."""
 
 
 def open_body(head: Head, data: bytes, max_bytes: int) -> Body:
@@ -34,7 +35,7 @@ def open_body(head: Head, data: bytes, max_bytes: int) -> Body:
 
     Raises MalformedBody, or InvalidInput for a field beside the tensors that is wrong.
     """
-    if head.content_type in _MEANT_AS_JSON:
+    if head.content_type in MEANT_AS_JSON:
         return _JsonBody(parse_request(data))
     return _FileBody(head, data, max_bytes)
 

@@ -36,8 +36,8 @@ from service.tensors import (
     shape_text,
     unknown_input,
 )
-from service.wire import simd
 from service.wire.arrays import MAX_RANK, bf16_to_fp32, fit, product, read_nested, value_text
+from service.wire.document import Declined, Document
 from service.wire.json import has_non_finite, open_large, read_object, whole_number, write
 
 _LENGTH: Final = struct.Struct("<I")
@@ -106,7 +106,7 @@ class InferRequest:
         fields: Mapping[str, Any],
         body: bytes | memoryview,
         start: int | None,
-        document: simd.Document | None,
+        document: Document | None,
     ) -> None:
         """Check and keep `fields`, the JSON part; binary data starts at `start`, None where there is none.
 
@@ -146,7 +146,7 @@ class InferRequest:
                 tensors = _tensors(signature, self._inputs, self._body, document.read)
                 if document.proven():
                     return tensors
-            except (InvalidInput, simd.Declined):
+            except (InvalidInput, Declined):
                 pass
             finally:
                 self._inputs = []

@@ -1,8 +1,9 @@
 """The native JSON bodies: `{"model", "version", "id", "inputs", "outputs", "parameters"}` and its answer.
 
-Numbers of a large body go to their tensor through `service.wire.simd` where pysimdjson is installed, all
-else through orjson and `service.wire.arrays`; both read the same tensors and raise the same errors. Where
-a key comes twice the last one counts. `null` for an optional field is the same as leaving it out.
+Numbers go to their tensor through `service.wire.numbers`; where its module in C was not built, those of a
+large body through `service.wire.simd`; all else through orjson and `service.wire.arrays`. Each way reads the
+same tensors and raises the same errors. Where a key comes twice the last one counts. `null` for an optional
+field is the same as leaving it out.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from service.tensors import (
     names_text,
     unknown_input,
 )
-from service.wire import simd
+from service.wire import numbers, simd
 from service.wire.arrays import bf16_to_fp32, read_nested, value_text
+from service.wire.document import Declined, Document
 
 SIMD_MIN_BYTES: int = 1024
-"""Smaller bodies are read with orjson, which costs less to call; see `benchmarks/wire.py`."""
+"""Without `numbers`, smaller bodies are read with orjson, which costs less to call (`benchmarks/wire.py`)."""
 
 _FIELDS: Final = ("model", "version", "id", "inputs", "outputs", "parameters")
 _KNOWN: Final = frozenset(_FIELDS)
@@ -61,8 +63,19 @@ class PredictRequest:
         "version",
     )
 
-    def __init__(self, fields: Mapping[str, Any], body: bytes, document: simd.Document | None) -> None:
+    def __init__(self, fields: Mapping[str, Any], body: bytes, document: Document | None) -> None:
         """Check and keep the top-level `fields`; raises InvalidInput naming the first that is wrong."""
+        self._body = body
+        self._document = document
+        self.model: str | None = None
+        self.version: str | None = None
+        self.id: str | None = None
+        self.outputs: tuple[str, ...] | None = None
+        self.timeout_ms: float | None = None
+        self.priority: int | None = None
+        if len(fields) == 1 and "inputs" in fields:  # most bodies
+            self._inputs = fields["inputs"]
+            return
         if not fields.keys() <= _KNOWN:
             unknown = [key for key in fields if key not in _FIELDS]
             raise _unknown_field("the body", "", unknown[0], _FIELDS)
@@ -73,8 +86,6 @@ class PredictRequest:
         self.timeout_ms, self.priority = _parameters(fields.get("parameters"))
         if "inputs" not in fields:
             raise InvalidInput('the body has no "inputs"', field="inputs")
-        self._body = body
-        self._document = document
         self._inputs = fields["inputs"]
 
     def tensors(self, signature: Signature) -> Tensors:
@@ -89,7 +100,7 @@ class PredictRequest:
                 tensors = _read_inputs(signature, self._inputs, document.read)
                 if document.proven():
                     return tensors
-            except (InvalidInput, simd.Declined):
+            except (InvalidInput, Declined):
                 pass
             finally:
                 self._inputs = None
@@ -107,8 +118,10 @@ def parse_request(body: bytes) -> PredictRequest:
     return PredictRequest(document.fields if document else read_object(body), body, document)
 
 
-def open_large(body: bytes) -> simd.Document | None:
-    """The body opened the fast way, where that is installed, pays, and takes it."""
+def open_large(body: bytes) -> Document | None:
+    """The body opened a quick way, where there is one that pays and takes it."""
+    if numbers.AVAILABLE:
+        return numbers.open_document(body)
     return simd.open_document(body) if simd.AVAILABLE and len(body) >= SIMD_MIN_BYTES else None
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from service.tensors import Array, TensorSpec
 from service.wire.arrays import FLOATS, MAX_RANK, narrow_floats, narrow_integers, product, read_nested
+from service.wire.document import Declined
 
 try:
     import simdjson
@@ -54,18 +55,8 @@ class _Spare(threading.local):
 _spare = _Spare()
 
 
-class Declined(Exception):
-    """This way does not take what it found."""
-
-
-class Document:
-    """A parsed body.
-
-    Attributes:
-        fields: the top-level fields as plain values, except for what may hold many numbers, which stays in
-            the parser for `read`: `inputs`, or its members where it is an object, or their `data` where it
-            is a list of objects.
-    """
+class SimdDocument:
+    """A parsed body; what is left for `read` stays in the parser. See `service.wire.document`."""
 
     __slots__ = ("_bare", "_body", "_lists", "_nested", "_parser", "fields")
 
@@ -134,7 +125,7 @@ class Document:
         return value
 
 
-def open_document(body: bytes) -> Document | None:
+def open_document(body: bytes) -> SimdDocument | None:
     """Parse `body`, or decline: it is no JSON object, or one with something this way does not take."""
     if body.startswith(_BOM):
         return None
@@ -143,7 +134,7 @@ def open_document(body: bytes) -> Document | None:
         parser = simdjson.Parser()
     try:
         root = parser.parse(body)
-        return Document(body, parser, root) if isinstance(root, simdjson.Object) else None
+        return SimdDocument(body, parser, root) if isinstance(root, simdjson.Object) else None
     except (Declined, RuntimeError, ValueError):  # or too deep, or an integer beyond 64 bits
         return None
 

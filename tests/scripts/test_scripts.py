@@ -49,6 +49,9 @@ class Checkout:
         self.notes = folder / "notes"
         shutil.copytree(ROOT / "scripts", self.repo / "scripts")
         (self.repo / "pyproject.toml").write_text("[project]\n")
+        (self.repo / "setup.py").touch()
+        (self.repo / "service" / "wire").mkdir(parents=True)
+        (self.repo / "service" / "wire" / "_numbers.c").touch()
         self.bin.mkdir()
         for name in ("python3.13", "python3.12", "python3.11", "python3"):
             self.stand_in(name, PYTHON)

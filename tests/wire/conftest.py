@@ -9,16 +9,18 @@ import pytest
 
 from service.errors import RequestError
 from service.tensors import ANY, Array, Signature, TensorSpec
-from service.wire import binary, json, simd
+from service.wire import binary, json, numbers, simd
 
-WAYS = ("orjson", "simdjson", "simdjson and brackets") if simd.AVAILABLE else ("orjson",)
-"""The plain way, and the fast one with either proof that a tensor is regular."""
+SIMD = ("simdjson", "simdjson and brackets") if simd.AVAILABLE else ()
+WAYS = ("orjson", *(["numbers"] if numbers.AVAILABLE else []), *SIMD)
+"""The plain way, and the quick ones, simdjson's with either proof that a tensor is regular."""
 
 
 @contextmanager
 def reading_by(way: str) -> Iterator[None]:
     """Make bodies of every size go this way."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numbers, "AVAILABLE", way == "numbers")
         patch.setattr(json, "SIMD_MIN_BYTES", sys.maxsize if way == "orjson" else 0)
         patch.setattr(simd, "_BYTES_PER_LIST", sys.maxsize if way == "simdjson and brackets" else 0)
         yield
