@@ -18,6 +18,7 @@ from service.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from service.http.docs import add_docs
 from service.http.head import request_id_from
 from service.http.lane import Message, Receive, Scope, Send, find_dialect, is_last, serve_predict
 from service.http.native import NATIVE
@@ -74,11 +75,17 @@ class Application(FastAPI):
 def make_application(catalog: Catalog, predictor: Predictor, metrics: Metrics) -> Application:
     """The application over what is served."""
     app = Application(
-        title="Inferpool", version=__version__, description=DESCRIPTION, redoc_url=None, responses={}
+        title="Inferpool",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        responses={},
     )
     app.predictor = predictor
     app.catalog = catalog
     _add_errors(app)
+    add_docs(app)
     _add_models(app, catalog)
     _add_health(app, catalog)
     add_v2(app, catalog, predictor)
