@@ -6,6 +6,7 @@ The tree, by who is at fault:
     ├── RequestError              the caller can mend it
     │   ├── MalformedBody         not JSON, wrong header length, truncated tensor
     │   ├── BodyTooLarge          larger than the server takes
+    │   ├── TooSlow               it takes too long to come
     │   ├── UnsupportedMediaType  a format that this model or route does not take
     │   ├── InvalidInput          a tensor or a field that the model does not take
     │   ├── NotFound              no such route
@@ -62,6 +63,12 @@ class BodyTooLarge(RequestError):
     """The body, or what it decompresses to, is larger than the server takes."""
 
     code = "body_too_large"
+
+
+class TooSlow(RequestError):
+    """The request takes too long to come: it holds a connection, and memory, for next to nothing."""
+
+    code = "too_slow"
 
 
 class UnsupportedMediaType(RequestError):

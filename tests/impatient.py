@@ -1,15 +1,17 @@
-"""Start the server as the command does, but for connections that are kept for half a second."""
+"""Start the server as the command does, but for the time that connections and slow clients are given."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
+from unittest import mock
 
 import uvicorn
 
 from service.cli import main
 
 KEPT_S = 0.5
+STALLED_S = 1.0
 
 if __name__ == "__main__":
     made = uvicorn.Config
@@ -17,5 +19,9 @@ if __name__ == "__main__":
     def config(*arguments: Any, **options: Any) -> uvicorn.Config:
         return made(*arguments, **{**options, "timeout_keep_alive": KEPT_S})
 
-    uvicorn.Config = config  # type: ignore[assignment,misc]
-    sys.exit(main())
+    with (
+        mock.patch("uvicorn.Config", config),
+        mock.patch("service.http.pace.STALLED_S", STALLED_S),
+        mock.patch("service.http.protocol.STALLED_S", STALLED_S),
+    ):
+        sys.exit(main())

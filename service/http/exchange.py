@@ -133,6 +133,12 @@ class Exchange:
             return
         self._read_whole(body)
 
+    def fail(self, error: Exception) -> None:
+        """Answer with `error`, and wait for no more of the body."""
+        self._fault = error
+        self.keep_alive = False
+        self._refuse(error)
+
     def teach(self, data: bytes, body: bytes) -> None:
         """Remember the head of this request: it was all of `data`, whose body the parser took for `body`."""
         if self.keep_alive and not self._waits_for_100:

@@ -16,6 +16,7 @@ STATUSES: Final[Mapping[str, int]] = {
     "model_not_found": 404,
     "version_not_found": 404,
     "method_not_allowed": 405,
+    "too_slow": 408,
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "invalid_input": 422,

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import InternalError, MalformedBody
+from service.errors import InternalError, MalformedBody, TooSlow
 from service.http.exchange import Exchange
 from service.http.head import Head
 from service.http.lane import FOLLOWS, find_dialect
+from service.http.pace import LEAST_BYTES, STALLED_S, Arrival
 from service.http.predict import Call, Predictor
 
 log = logging.getLogger(__name__)
@@ -27,15 +29,12 @@ log = logging.getLogger(__name__)
 MOST_HEAD_BYTES: Final = 64 * 1024
 """A request line and headers with more bytes than this are refused with 431."""
 
-STALLED_S: Final = 60.0
-LEAST_BYTES: Final = 64 * 1024
-"""A client that reads fewer bytes of its answer than this in `STALLED_S` seconds is hung up on."""
-
 _UPGRADE: Final = "the request asks for another protocol, which hides its body; send it without Upgrade"
 
 _TOO_LARGE_HEAD: Final = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 )
+_TOO_SLOW: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class PredictProtocol(HttpToolsProtocol):
@@ -52,6 +51,7 @@ class PredictProtocol(HttpToolsProtocol):
         self._bodies: list[bytes] = []
         self._idle_since: float | None = None
         self._heard = 0.0
+        self._arrival = Arrival()
         self._idle_check: asyncio.TimerHandle | None = None
         self._progress = False
         self._quiet_bytes = 0
@@ -81,6 +81,7 @@ class PredictProtocol(HttpToolsProtocol):
             self.cycle = self._answered = exchange  # type: ignore[assignment]
             exchange.run(body)
             return
+        self._arrival.size += len(data)
         self._bodies.clear()
         self._progress = False
         super().data_received(data)
@@ -126,6 +127,8 @@ class PredictProtocol(HttpToolsProtocol):
         """A request begins; what only the application needs is made when it gets the request."""
         self._between = False
         self._within_head = True
+        self._idle_since = None
+        self._arrival.begin(self._heard)
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -187,13 +190,14 @@ class PredictProtocol(HttpToolsProtocol):
             self._idle_since = self.loop.time()
 
     def _unset_keepalive_if_required(self) -> None:
-        self._idle_since = None
+        if not self._between:  # empty lines before a request are nothing of it
+            self._idle_since = None
 
     def _check_idle(self) -> None:
-        """Hang up where nothing has come for the time that a connection is kept.
+        """Hang up where nothing has come for the time that a connection is kept, or too little of a request.
 
         That holds between requests, and within one: a client that stands still in the middle of a head or a
-        body, and is not held up from here, holds a connection and the bytes that it has sent.
+        body, or sends it in drops, and is not held up from here, holds a connection and what it has sent.
         """
         running = self._between and self.cycle is not None and not self.cycle.response_complete
         since = self._idle_since
@@ -202,12 +206,39 @@ class PredictProtocol(HttpToolsProtocol):
         left_s = float(self.timeout_keep_alive)
         if since is not None:
             left_s += since - self.loop.time()
-        if left_s > 0:
-            self._idle_check = self.loop.call_later(left_s, self._check_idle)
+        arrival_s = self._arrival_left_s()
+        if left_s > 0 and arrival_s > 0:
+            self._idle_check = self.loop.call_later(min(left_s, arrival_s), self._check_idle)
+        elif left_s > 0:
+            self._refuse_slow()
         elif self._between:
             self.timeout_keep_alive_handler()
         else:
             self.transport.abort()
+
+    def _arrival_left_s(self) -> float:
+        """Seconds that the request which is coming in may take until the next look at its pace."""
+        if self._between:
+            return math.inf
+        now = self.loop.time()
+        arriving = None if self._within_head else self.cycle
+        if self.flow.read_paused or self._answered not in (None, arriving):
+            # It is held up from here, or not its turn: the one before it is answered whatever becomes of it.
+            self._arrival.begin(now)
+        return self._arrival.left_s(now)
+
+    def _refuse_slow(self) -> None:
+        """Hang up on a request that comes too slowly, and say so where nothing else has been answered."""
+        cycle: Any = self.cycle
+        if self._within_head or not isinstance(cycle, Exchange):
+            if self._within_head or not cycle.response_started:
+                self.transport.write(_TOO_SLOW)
+                self.transport.close()
+                return
+        elif self._undrained is None and not cycle.response_complete:
+            cycle.fail(TooSlow("the body came too slowly"))
+            return
+        self.transport.abort()
 
     def follows(self) -> bool:
         """Whether another request, or the beginning of one, stands behind the one that is being answered."""
@@ -215,6 +246,7 @@ class PredictProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._answered = cycle
+        self._arrival.begin(self.loop.time())
         if isinstance(cycle, Exchange):
             # Not from within the end of the one before: a long pipeline would be as deep a recursion.
             self.loop.call_soon(cycle.start)
