@@ -111,6 +111,12 @@ class PredictProtocol(HttpToolsProtocol):
                 exchange.lose()
         self.pipeline.clear()
 
+    def pause_writing(self) -> None:
+        """The client does not read; what the application answers waits for it where it is."""
+        super().pause_writing()
+        if not isinstance(self._answered, Exchange):
+            self._watch(self.transport.get_write_buffer_size())
+
     def resume_writing(self) -> None:
         """The client reads again: the next request on the connection may be answered."""
         super().resume_writing()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +135,25 @@ def test_who_stands_in_drops_behind_a_request_that_runs_does_not_cost_it_its_ans
     sent = HEAD + b'{"inputs": [[1]]}' + b"POST /predict/m HTTP/1.1\r\nx-drops: "
     answers = answer_to_drops(server, sent, itertools.repeat(b"x")).split(b"HTTP/1.1 ")
     assert [answer[:3] for answer in answers] == [b"", b"200", b"408"]
+
+
+def sockets(server: Server) -> int:
+    """How many the server has open."""
+    count = 0
+    for file in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            count += str(file.readlink()).startswith("socket:")
+    return count
+
+
+@pytest.mark.parametrize("path", ["/docs/files/swagger-ui-bundle.js", "/openapi.json"])
+def test_who_does_not_read_what_the_application_answers_is_hung_up_on(server: Server, path: str) -> None:
+    count = sockets(server)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() * 100)
+        assert connection.recv(9) == b"HTTP/1.1 "
+        assert sockets(server) > count
+        while sockets(server) > count:
+            pass
