@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from service.errors import DeadlineExceeded, InferpoolError
 from service.http.dialect import Data
+from service.http.filling import LEAST_FILLED
 from service.http.intake import Intake
 from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
 from service.pool.ports import Result
@@ -113,6 +114,29 @@ class Exchange:
             self._fault = error
             if self._started:
                 self._refuse(error)
+
+    def room(self) -> memoryview | None:
+        """Where the rest of the body goes, if it is so much that it had better be read into its place."""
+        length = self._call.head.content_length or 0
+        if not self._started or self._fault is not None or self.response_complete:
+            return None
+        if length - self._call.reserved_bytes < LEAST_FILLED:
+            return None
+        if self._intake is None:
+            self._intake = Intake(self._call.head, self._predictor.max_body_bytes)
+        return self._intake.rest()
+
+    def came(self, size: int) -> None:
+        """`size` bytes more are in the room; ignored where the request is refused already."""
+        if self.response_complete or self._fault is not None or self._intake is None:
+            return
+        try:
+            self._predictor.reserve(self._call, size)
+        except InferpoolError as error:
+            self._fault = error
+            self._refuse(error)
+            return
+        self._intake.came(size)
 
     def taken(self) -> None:
         """The body is complete."""

@@ -23,7 +23,7 @@ class Intake:
     and the model; one where an entry is alone in its batch, for then its tensors are the batch.
     """
 
-    __slots__ = ("_buffer", "_chunks", "_growing", "_max_bytes", "_size")
+    __slots__ = ("_buffer", "_chunks", "_growing", "_json_length", "_length", "_max_bytes", "_size")
 
     def __init__(self, head: Head, max_bytes: int) -> None:
         """Prepare for the body of `head`, of which at most `max_bytes` are taken."""
@@ -32,8 +32,11 @@ class Intake:
         self._chunks: list[bytes] = []
         self._growing: bytearray | None = bytearray() if head.content_length is None else None
         self._buffer: memoryview | None = None
-        length, json_length = head.content_length, head.header_length
-        if length and json_length and 0 < json_length <= length <= max_bytes and not head.content_encoding:
+        length, json_length = head.content_length or 0, head.header_length or 0
+        self._length = length
+        # Compressed, nothing has a place in it that would have to be aligned.
+        self._json_length = json_length if json_length <= length and not head.content_encoding else 0
+        if self._json_length and length <= max_bytes:
             self._buffer = _aligned(length, json_length)
 
     def add(self, chunk: bytes) -> None:
@@ -48,6 +51,21 @@ class Intake:
             self._chunks.append(chunk)
         else:
             self._buffer[start : self._size] = chunk
+
+    def rest(self) -> memoryview:
+        """Where all that is still to come of a body of known length is to lie; say what has by `came`.
+
+        Nothing may be added any more.
+        """
+        if self._buffer is None:
+            self._buffer = _aligned(self._length, self._json_length)
+            self._buffer[: self._size] = b"".join(self._chunks)
+            self._chunks.clear()
+        return self._buffer[self._size :]
+
+    def came(self, size: int) -> None:
+        """`size` bytes more lie where `rest` said."""
+        self._size += size
 
     def whole(self) -> Data:
         """The body, once all of it is there."""

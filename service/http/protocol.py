@@ -13,12 +13,14 @@ import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from httptools import HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import InternalError, MalformedBody, TooSlow
 from service.http.exchange import Exchange
+from service.http.filling import Filling
 from service.http.head import Head
 from service.http.lane import FOLLOWS, find_dialect
 from service.http.pace import LEAST_BYTES, STALLED_S, Arrival
@@ -52,6 +54,7 @@ class PredictProtocol(HttpToolsProtocol):
         self._idle_since: float | None = None
         self._heard = 0.0
         self._arrival = Arrival()
+        self._filling: Filling | None = None
         self._idle_check: asyncio.TimerHandle | None = None
         self._progress = False
         self._quiet_bytes = 0
@@ -86,13 +89,37 @@ class PredictProtocol(HttpToolsProtocol):
         self._progress = False
         super().data_received(data)
         cycle: Any = self.cycle
-        if starts and self._between and len(self._bodies) == 1 and isinstance(cycle, Exchange):
-            cycle.teach(data, self._bodies[0])
+        if isinstance(cycle, Exchange):
+            if self._between:
+                if starts and len(self._bodies) == 1:
+                    cycle.teach(data, self._bodies[0])
+            elif not self._within_head and (room := cycle.room()) is not None:
+                self._fill(room)
+                return
         # Bytes that complete neither a head nor a piece of a body are those of a head, or of trailers.
         self._quiet_bytes = 0 if self._progress else self._quiet_bytes + len(data)
         if self._quiet_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
             self.transport.write(_TOO_LARGE_HEAD)
             self.transport.close()
+
+    def _fill(self, room: memoryview) -> None:
+        if self._filling is None:
+            self._filling = Filling(self)
+            self.transport.set_protocol(self._filling)
+        self._filling.fill(room)
+
+    def came(self, size: int) -> None:
+        """Bytes of a large body are in their place."""
+        self._heard = self.loop.time()
+        self._arrival.size += size
+        cast("Exchange", self.cycle).came(size)
+
+    def full(self) -> None:
+        """A large body is complete: what comes next is for a parser that knows nothing of it."""
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self._between = True
+        cast("Exchange", self.cycle).taken()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of the request that is being answered, and of those behind it."""
