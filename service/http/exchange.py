@@ -203,7 +203,7 @@ class Exchange:
             return
         # Not at once, but when every connection that has something to read has been read: the requests
         # of one round of the loop are offered together, so that an idle instance takes them together.
-        self._connection.loop.call_soon(self._offer, tensors)
+        predictor.turn.at_end(self._connection.loop, self._offer, tensors)
 
     def _expire(self) -> None:
         self._refuse(DeadlineExceeded("the deadline passed before the body was read"))

@@ -35,6 +35,7 @@ from service.http.outlet import Outlet
 from service.http.problems import STATUSES, Headers, as_problem, problem_headers
 from service.http.recorder import CLIENT_GONE, Recorder
 from service.http.served import Meters, Served, Tally
+from service.http.turn import Turn
 from service.metrics import Metrics
 from service.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
 from service.repository.catalog import Catalog, find_ready
@@ -148,6 +149,7 @@ class Predictor:
         self._text_bytes = 0
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self.heads = Heads()
+        self.turn = Turn()
         self._nobody = Meters(metrics, "", "", Tally())
         self._unserved: dict[str, Meters] = {}
         metrics.add_source(lambda: [("in_flight_requests", (), float(self.in_flight))])

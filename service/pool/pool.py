@@ -154,10 +154,13 @@ class Pool:
             self._refuse_unless_open()
             if not (self.batched or entry.parts):
                 entry.rows = 1
-            now = self._clock()
-            doubtful = self.profile.runs(entry.load) < FEW_RUNS or now - self._measured > STALE_S
-            free_at = [instance.busy_until for instance in self._instances]
-            self._queue.offer(entry, now, free_at, probe=doubtful)
+            if entry.deadline < math.inf:
+                now = self._clock()
+                doubtful = self.profile.runs(entry.load) < FEW_RUNS or now - self._measured > STALE_S
+                free_at = [instance.busy_until for instance in self._instances]
+                self._queue.offer(entry, now, free_at, probe=doubtful)
+            else:  # it is never too late for it
+                self._queue.offer(entry, entry.arrived, [0.0] * len(self._instances))
             if entry.parts:
                 waiting = [part.entry for part in entry.parts]
                 whole = Whole(entry)
