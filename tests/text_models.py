@@ -63,11 +63,12 @@ def write_encoder(
     width: int = 16,
     positions: int = 128,
     ids: int = TensorProto.INT64,
+    types: int = 0,
 ) -> Path:
     """A Transformer encoder with random weights, its tokenizer and `model.toml`; returns the model's file.
 
     Its outputs are `pooled` [rows, width], the mean over tokens, and `tokens` [rows, tokens, width]. Without
-    `mask` it has no such input, and padding goes into both.
+    `mask` it has no such input, and padding goes into both; with `types` it has an input of as many.
     """
     graph = _Graph()
     one = graph.value([1], np.int64)
@@ -75,6 +76,8 @@ def write_encoder(
     count = graph.op("Gather", graph.op("Shape", "input_ids"), one)
     places = graph.op("Slice", graph.random(positions, width), graph.value([0], np.int64), count)
     x = graph.op("Add", graph.op("Gather", words, "input_ids"), places)
+    if types:
+        x = graph.op("Add", x, graph.op("Gather", graph.random(types, width), "token_type_ids"))
     bias = kept = ""
     if mask:
         flags = graph.op("Cast", "attention_mask", to=TensorProto.FLOAT)
@@ -98,7 +101,7 @@ def write_encoder(
         graph.op("Div", total, graph.op("ReduceSum", kept, one, keepdims=0), name="pooled")
     else:
         graph.op("ReduceMean", "tokens", axes=[1], keepdims=0, name="pooled")
-    names = ["input_ids", "attention_mask"] if mask else ["input_ids"]
+    names = ["input_ids", *["attention_mask"] * mask, *["token_type_ids"] * bool(types)]
     file = write_model(
         repository,
         name,

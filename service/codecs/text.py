@@ -94,6 +94,7 @@ class TextCodec:
         self.input: Final = config.input
         self._ids, self._mask, self._types = _find_inputs(config, signature)
         with _named(config):
+            self._highest_type: Final = _highest_type(self._tokenizer)
             self.max_tokens: Final = _truncate(config, self._tokenizer)
             pad_id, pad_type = _pad_ids(self._tokenizer)
             added = self._tokenizer.get_added_tokens_decoder()
@@ -158,7 +159,7 @@ class TextCodec:
         """Raise InvalidInput, naming the tensor, where the model's own inputs are no rows of tokens.
 
         They are what sentences could become: at least one token a row and no more than `max_tokens`, as many
-        in every input, and no id that is no token of the vocabulary.
+        in every input, no id beyond the vocabulary, and no type beyond those that the tokenizer gives.
         """
         ids = tensors[self.ids]
         tokens = ids.shape[1]
@@ -179,10 +180,9 @@ class TextCodec:
                     expected=tokens,
                     got=tensors[name].shape[1],
                 )
-        if ids.size:
-            self._check_ids(ids)
-            if self._types is not None and self._types.name in tensors:
-                self._check_types(self._types.name, tensors[self._types.name])
+        _check_range(self.ids, ids, self._highest)
+        if self._types is not None and self._types.name in tensors:
+            _check_range(self._types.name, tensors[self._types.name], self._highest_type)
 
     def _bound(self, texts: list[str]) -> None:
         if not texts:
@@ -204,24 +204,6 @@ class TextCodec:
                 f" {MOST_CHARACTERS}",
                 tensor=self.input,
                 limit=MOST_CHARACTERS,
-            )
-
-    def _check_ids(self, ids: Array) -> None:
-        for token in (int(ids.min()), int(ids.max())):
-            if not 0 <= token <= self._highest:
-                raise InvalidInput(
-                    f"tensor {name_text(self.ids)} has the id {token}; those of the vocabulary are 0 to"
-                    f" {self._highest}",
-                    tensor=self.ids,
-                    expected=self._highest,
-                    got=token,
-                )
-
-    @staticmethod
-    def _check_types(name: str, types: Array) -> None:
-        if types.size and types.min() < 0:
-            raise InvalidInput(
-                f"tensor {name_text(name)} has the type {types.min()}; none is below 0", tensor=name
             )
 
     def _encode(self, texts: list[str]) -> Sequence[Any]:
@@ -255,6 +237,21 @@ class TextCodec:
         return InvalidInput(
             f"tensor {name_text(self.input)} at [{place}] {what}", tensor=self.input, index=[place]
         )
+
+
+def _check_range(name: str, values: Array, highest: int) -> None:
+    """Raise InvalidInput for the first of `values` that is not in 0 to `highest`."""
+    if not values.size or (values.min() >= 0 and values.max() <= highest):
+        return
+    index = np.argwhere((values < 0) | (values > highest))[0].tolist()
+    got = str(values[tuple(index)])
+    raise InvalidInput(
+        f"tensor {name_text(name)} at {index} is {got}; it takes 0 to {highest}",
+        tensor=name,
+        index=index,
+        value=got,
+        expected=f"0 to {highest}",
+    )
 
 
 def _read_tokenizer(config: TextConfig, file: Path) -> Any:
@@ -317,6 +314,19 @@ def _truncate(config: TextConfig, tokenizer: Any) -> int:
         most, strategy=own.get("strategy", "longest_first"), direction=own.get("direction", "right")
     )
     return most
+
+
+def _highest_type(tokenizer: Any) -> int:
+    """The highest type that a token has, in a sentence, in a pair of them, or in padding.
+
+    How many a model has been trained with stands in no file of its own, and it fails on any that is beyond.
+    """
+    truncation, padding = tokenizer.truncation, tokenizer.padding
+    tokenizer.no_truncation()
+    types = [*tokenizer.encode(_PROBE).type_ids, *tokenizer.encode(_PROBE, _PROBE).type_ids]
+    if truncation:
+        tokenizer.enable_truncation(**truncation)
+    return max(padding["pad_type_id"] if padding else 0, *types, 0)
 
 
 def _pad_ids(tokenizer: Any) -> tuple[int, int]:

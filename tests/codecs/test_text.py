@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from service import cli
 from service.codecs.text import MOST_CHARACTERS, MOST_SENTENCES, TextCodec, TextConfig
@@ -157,7 +158,7 @@ def test_made_up_rows_are_words_and_not_padding(tokenizer_file: Path) -> None:
     ("name", "tensor", "words"),
     [
         ("attention_mask", [[1]], "1 tokens a row"),
-        ("token_type_ids", [[0, -1]], "none is below 0"),
+        ("token_type_ids", [[0, -1]], "is -1; it takes 0 to 1"),
         ("input_ids", [[5, 204]], "0 to 203"),
     ],
 )
@@ -184,3 +185,29 @@ def test_golden_samples_may_be_sentences(tmp_path: Path) -> None:
         sample = {"inputs": sentences, "outputs": {"pooled": outputs}}
         (folder / "samples" / "three.json").write_text(json.dumps(sample))
         assert cli.main(["check", str(folder), "--measure-ms", "100", "--cache-dir", cache]) == status
+
+
+@pytest.mark.parametrize(
+    ("template", "padding", "highest"),
+    [
+        ({"single": "[CLS] $A [SEP]", "pair": "$A $B:0"}, {}, 0),
+        ({"single": "[CLS] $A [SEP]"}, {}, 1),
+        ({"single": "$A:1 [CLS]:2"}, {}, 2),
+        ({"single": "$A"}, {"pad_type_id": 3}, 3),
+    ],
+)
+def test_types_are_held_to_those_that_the_tokenizer_gives(
+    tmp_path: Path, template: dict[str, Any], padding: dict[str, Any], highest: int
+) -> None:
+    tokenizer = make_tokenizer()
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = TemplateProcessing(**template, special_tokens=special)
+    tokenizer.enable_truncation(4, strategy="only_first")
+    if padding:
+        tokenizer.enable_padding(**padding)
+    tokenizer.save(str(tmp_path / "own.json"))
+    made = codec(tmp_path / "own.json", max_tokens=4)
+    tensors = dict.fromkeys(NAMES, np.zeros((1, 2), np.int64))
+    made.check({**tensors, "token_type_ids": np.array([[0, highest]])})
+    with pytest.raises(InvalidInput, match=rf"token_type_ids\" at \[0, 1\] is {highest + 1}; it takes 0 to"):
+        made.check({**tensors, "token_type_ids": np.array([[0, highest + 1]])})

@@ -43,6 +43,7 @@ def forget_names(file: Path) -> None:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     write_encoder(folder, "masked", TABLE)
+    write_encoder(folder, "typed", TABLE, types=2)
     forget_names(write_encoder(folder, "unnamed", TABLE, mask=False))
     change_tokenizer(
         write_encoder(folder, "backtracks", TABLE),
@@ -125,9 +126,9 @@ def test_an_answer_of_unknown_size_is_bounded_where_it_is_joined(server: Server)
 @pytest.mark.parametrize(
     ("ids", "mask", "tensor", "words"),
     [
-        ([[999_999]], [[1]], "input_ids", f"0 to {HIGHEST}"),
-        ([[HIGHEST + 1]], [[1]], "input_ids", f"the id {HIGHEST + 1}"),
-        ([[5, -1]], [[1, 1]], "input_ids", "the id -1"),
+        ([[999_999]], [[1]], "input_ids", f"at [0, 0] is 999999; it takes 0 to {HIGHEST}"),
+        ([[HIGHEST + 1]], [[1]], "input_ids", f"at [0, 0] is {HIGHEST + 1}; it takes 0 to {HIGHEST}"),
+        ([[5, 5], [5, -1]], [[1, 1]] * 2, "input_ids", f"at [1, 1] is -1; it takes 0 to {HIGHEST}"),
         ([[]], [[]], "input_ids", "has 0 tokens a row"),
         ([[5] * 100_000], [[1] * 100_000], "input_ids", "100000 tokens a row; the model takes 1 to 128"),
     ],
@@ -142,3 +143,21 @@ def test_ids_that_are_no_tokens_are_refused_by_name(
     assert words in answer.json()["detail"]
     highest = {"input_ids": [[HIGHEST]], "attention_mask": [[1]]}
     assert server.post("/predict/masked", json={"inputs": highest}).status_code == 200
+
+
+@pytest.mark.parametrize(("types", "index"), [([[0, 2]], [0, 1]), ([[1, 0], [-1, 0]], [1, 0])])
+def test_types_that_the_tokenizer_does_not_give_are_refused_before_the_queue(
+    server: Server, types: Any, index: list[int]
+) -> None:
+    ones = [[1] * 2] * len(types)
+    ran = server.metric("batches_total", model="typed")
+    inputs = {"input_ids": ones, "attention_mask": ones, "token_type_ids": types}
+    answer = server.post("/predict/typed", json={"inputs": inputs})
+    assert answer.status_code == 422, answer.text
+    problem = answer.json()
+    wrong = str(types[index[0]][index[1]])
+    assert (problem["tensor"], problem["index"], problem["value"]) == ("token_type_ids", index, wrong)
+    assert problem["expected"] == "0 to 1"
+    assert server.metric("batches_total", model="typed") == ran
+    inputs["token_type_ids"] = [[0, 1]] * len(types)
+    assert server.post("/predict/typed", json={"inputs": inputs}).status_code == 200
