@@ -326,7 +326,8 @@ def _highest_type(tokenizer: Any) -> int:
     types = [*tokenizer.encode(_PROBE).type_ids, *tokenizer.encode(_PROBE, _PROBE).type_ids]
     if truncation:
         tokenizer.enable_truncation(**truncation)
-    return max(padding["pad_type_id"] if padding else 0, *types, 0)
+    highest: int = max(padding["pad_type_id"] if padding else 0, *types, 0)
+    return highest
 
 
 def _pad_ids(tokenizer: Any) -> tuple[int, int]:

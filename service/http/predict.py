@@ -359,6 +359,7 @@ class Predictor:
             options.priority or DEFAULT_PRIORITY,
             options.outputs,
             row_load,
+            call.request_id,
         )
 
     def drop(self, call: Call) -> None:

@@ -1,13 +1,60 @@
-"""Log lines that others can cause at will: of each kind one a minute, which says how many went unsaid."""
+"""Log lines that others can cause at will: of each kind one a minute, which says how many went unsaid.
+
+What a model says of a failure may quote what it was given, and a log is no place for that.
+"""
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
+
+from service.tensors import Array, Tensors
+
 EVERY_S: Final = 60.0
 """Seconds between two lines of one kind."""
+
+
+MOST_CHARACTERS: Final = 400
+"""Of what a model says; both ends of a longer message are left, for it is those that say what is wrong."""
+_MOST_ELEMENTS: Final = 100_000
+"""Among more inputs no number of a message is looked for: it is taken for one of them."""
+_NUMBER: Final = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?(?!\w)")
+_OMITTED: Final = "…"
+
+
+def reticent(error: Exception, inputs: Tensors) -> Exception:
+    """An error to log in place of `error`, which `inputs` made a model raise: it quotes nothing of them.
+
+    It has the same name and comes from the same place. Numbers that are among the inputs are left out, and
+    all of a message where there is text among them, for what of it is quoted cannot be told.
+    """
+    said = str(error)
+    if len(said) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2
+        said = f"{said[:half]} {_OMITTED} {said[-half:]}"
+    if any(tensor.dtype.kind == "O" for tensor in inputs.values()):
+        said = _OMITTED
+    elif sum(tensor.size for tensor in inputs.values()) > _MOST_ELEMENTS:
+        said = _NUMBER.sub(_OMITTED, said)
+    else:
+        given = np.concatenate(
+            [np.ravel(tensor).astype(np.float64) for tensor in inputs.values()] or [np.zeros(0)]
+        )
+        said = _NUMBER.sub(lambda number: _OMITTED if _is_among(given, number[0]) else number[0], said)
+    kind = type(error)
+    stand_in: type[Exception] = type(kind.__qualname__, (Exception,), {"__module__": kind.__module__})
+    return stand_in(said).with_traceback(error.__traceback__)
+
+
+def _is_among(given: Array, number: str) -> bool:
+    value = float(number)
+    with np.errstate(all="ignore"):
+        # As rounded as tensors are printed.
+        return bool((np.abs(given - value) <= 1e-3 * abs(value)).any())
 
 
 class Complaints:

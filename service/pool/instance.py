@@ -11,7 +11,7 @@ from typing import Protocol
 from service.backends.base import LoadedModel
 from service.errors import InferpoolError, ModelFailed
 from service.pool.batch import WrongRows, gather, gather_parts, scatter, select, wanted_outputs
-from service.pool.complaints import Complaints
+from service.pool.complaints import Complaints, reticent
 from service.pool.ladder import LadderModel
 from service.pool.padding import Padding
 from service.pool.queue import Piece
@@ -173,9 +173,10 @@ class Instance:
         # A client can make the model fail as often as it likes, and this thread has batches to run.
         unsaid = self._complaints.unsaid(f"{type(error).__module__}.{type(error).__qualname__}")
         if unsaid is not None:
+            said = reticent(error, piece.entry.inputs)
             log.warning(
-                "%s failed on entry %d (as on %d before, unsaid): %s",
-                self.name, piece.entry.id, unsaid, error, exc_info=error,
+                "%s failed on request %s (as on %d before, unsaid): %s",
+                self.name, piece.entry.request_id, unsaid, said, exc_info=said,
             )  # fmt: skip
 
     def _live(self) -> None:

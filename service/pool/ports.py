@@ -37,6 +37,7 @@ class Entry:
         priority: 1 is the highest.
         outputs: names of the outputs wanted, or None for all.
         row_load: what one of its rows costs, in rows like those that were measured at load.
+        request_id: what log lines call the request that it is of.
         parts: where its rows cannot all run as they stand together, the entries that do; `inputs` is empty.
     """
 
@@ -51,6 +52,7 @@ class Entry:
     priority: int = DEFAULT_PRIORITY
     outputs: tuple[str, ...] | None = None
     row_load: float = 1
+    request_id: str = ""
     parts: tuple[Part, ...] = ()
 
     @property

@@ -19,7 +19,7 @@ from service.errors import LoadError
 from service.tensors import Signature, Tensors, TensorSpec
 
 RAISE = -1001.0
-"""The run raises."""
+"""The run raises, and quotes what it was given."""
 DIE = -1002.0
 """The run ends its thread."""
 WRONG_ROWS = -1003.0
@@ -62,7 +62,7 @@ class ChaosModel(LoadedModel):
         if self._run_s or self._row_s:
             time.sleep(self._run_s + self._row_s * len(rows))
         if RAISE in marks:
-            raise ValueError("a marked row")
+            raise ValueError(f"a marked row among {rows.ravel().tolist()}, which cannot be")
         if DIE in marks:
             raise SystemExit("a marked row")
         answer = expected(rows)

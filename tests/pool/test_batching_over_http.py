@@ -216,13 +216,18 @@ def test_a_model_that_fails_again_and_again_is_not_logged_each_time(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     server = serve(make_chaos("m", config=ONE))
-    for _ in range(20):
-        assert server.post("/predict/m", content=body(chaos.RAISE)).status_code == 500
+    for number in range(20):
+        headers = {"x-request-id": f"the-{number}th"}
+        assert server.post("/predict/m", content=body(chaos.RAISE), headers=headers).status_code == 500
     # The log is read to its end when the server has ended.
     assert server.stop() == 0
-    lines = [line for line in server.log if "failed on entry" in line["message"]]
+    lines = [line for line in server.log if " failed on " in line["message"]]
     assert len(lines) == 1
-    assert "a marked row" in lines[0]["exception"]
+    assert lines[0]["message"].endswith(
+        "failed on request the-0th (as on 0 before, unsaid): a marked row among […, …, …, …], which cannot be"
+    )
+    assert "in run\n" in lines[0]["exception"]
+    assert "\nValueError: a marked row" in lines[0]["exception"]
 
 
 def test_wrong_rows_turn_batching_off_for_the_version(serve: Serve, make_chaos: MakeChaos) -> None:

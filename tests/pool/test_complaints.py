@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.pool.complaints import EVERY_S, Complaints
+from service.pool.complaints import EVERY_S, MOST_CHARACTERS, Complaints, reticent
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 2 * EVERY_S))))
@@ -25,3 +27,32 @@ def test_one_of_a_kind_a_minute_is_said_and_the_rest_counted(causes: list[tuple[
         else:
             assert unsaid == silent.pop(kind, 0)
             said[kind] = now
+
+
+def test_of_what_a_model_says_of_text_nothing_is_said() -> None:
+    text = {"x": np.zeros(2), "text": np.array(["a secret"], object)}
+    with pytest.raises(KeyError) as caught:
+        raise KeyError("a secret")
+    said = reticent(caught.value, text)
+    assert (type(said).__qualname__, type(said).__module__) == ("KeyError", "builtins")
+    assert said.__traceback__ is caught.value.__traceback__
+    assert "secret" not in str(said)
+
+
+@pytest.mark.parametrize("count", [4, 200_000])
+def test_numbers_of_the_request_are_not_said(count: int) -> None:
+    inputs = {"ids": np.array([[7, 999_999]]), "x": np.linspace(2.718281828, 3, count, dtype=np.float32)}
+    message = (
+        f"node /layer.7/Gather: idx=999999 is not in [-30,29]; x is {inputs['x'][:1]}, or {2.718281828:.4g}"
+    )
+    said = str(reticent(ValueError(message), inputs))
+    bounds = "-30,29" if count == 4 else "…,…"
+    assert said == f"node /layer.7/Gather: idx=… is not in [{bounds}]; x is […], or …"
+
+
+@given(st.text(st.characters(exclude_categories=["N"])), st.integers(0, 3000))
+def test_both_ends_are_left_of_a_long_message(text: str, count: int) -> None:
+    message = text + "y" * count + text
+    said = str(reticent(ValueError(message), {"x": np.zeros(2)}))
+    half = MOST_CHARACTERS // 2
+    assert said == (message if len(message) <= MOST_CHARACTERS else f"{message[:half]} … {message[-half:]}")
