@@ -124,6 +124,7 @@ class _Server(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._gpus_watched = False
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to load, and answer from the start: who asks too early is told so."""
@@ -181,12 +182,15 @@ class _Server(uvicorn.Server):
         log.info("%s: %d models", health.status, len(self._repository.models()))
 
     def _watch_gpus(self) -> None:
-        """Export what the GPUs tell that models run on."""
+        """Export what the GPUs tell that models run on; what came late may be the first that does."""
+        if self._gpus_watched:
+            return
         catalog = self._repository
         versions = [version for model in catalog.models().values() for version in model.versions.values()]
         used = {instance.device for version in versions for instance in catalog.live(version.key).instances}
         if used - {CPU} and (readings := gpu_readings(cuda_driver().gpus())) is not None:
             self._metrics.add_source(readings)
+            self._gpus_watched = True
 
 
 def web_busy(thread: int) -> Callable[[], list[Sample]]:

@@ -178,7 +178,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
         gpu=_gpu(view.gpu, live.rungs),
         threads=view.threads,
         queue_rows=live.waiting_rows,
-        load_ms=round(1000 * view.load_s, 3),
+        load_ms=round(1000 * (view.load_s or live.loading_s), 3),
         media_types=media_types(view) if view.signature else [],
         latency=[
             Latency(rows=round(line.rows, 2), compute_ms=round(1000 * line.seconds, 4), runs=line.runs)

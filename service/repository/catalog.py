@@ -133,6 +133,7 @@ class LiveView:
         wrong_rows: what an output had instead of a batch's rows, if that turned batching off.
         batches: how many batches of each size have run.
         rungs: the sizes that batches are rounded up to on GPUs; empty where none are.
+        loading_s: for how long it has been loading so far, while it does.
     """
 
     instances: Sequence[InstanceState] = ()
@@ -143,6 +144,7 @@ class LiveView:
     wrong_rows: str = ""
     batches: Sequence[BatchCount] = ()
     rungs: Sequence[int] = ()
+    loading_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

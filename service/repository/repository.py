@@ -1,7 +1,8 @@
 """The models that are served: loads them one after the other and publishes what is ready.
 
-One thread loads, so that measurements do not disturb one another. What is served is published as a new
-mapping at each change; whoever reads one reads a consistent state without a lock.
+One loads at a time, so that measurements do not disturb one another; a load that does not end holds up the
+others for a while only. What is served is published as a new mapping at each change; whoever reads one reads
+a consistent state without a lock.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+PATIENCE_S = 120.0
+"""How long a load holds up the next one. Most take seconds; some never end."""
+
 
 class Repository:
     """Loads the models of a folder into pools; is the `Catalog` that the web side reads."""
@@ -61,6 +65,8 @@ class Repository:
         self._loader = Loader(settings, outbox, metrics, clock, driver)
         self._clock = clock
         self._loaded: dict[VersionKey, Loaded] = {}
+        self._load_began: dict[VersionKey, float] = {}
+        self._publishing = threading.Lock()
         self._draining = False
         self._stopped = threading.Event()
         self._folders = {model.name: model for model in scan(path, backends_by_suffix())}
@@ -80,7 +86,8 @@ class Repository:
         """The changing facts of a version; empty ones if it is not loaded."""
         loaded = self._loaded.get(key)
         if loaded is None:
-            return LiveView()
+            began = self._load_began.get(key)
+            return LiveView(loading_s=0.0 if began is None else self._clock() - began)
         pool = loaded.pool
         rows, age_s, wait_s = pool.waiting()
         return LiveView(
@@ -97,7 +104,7 @@ class Repository:
     def health(self) -> Health:
         """Whether every required model can answer, and what is wrong with what."""
         problems: dict[str, str] = {}
-        loading, answering = False, set()
+        loading, answering = set(), set()
         for model in self._models.values():
             for version in model.versions.values():
                 name = f"{model.name}/{version.key.version}"
@@ -109,8 +116,8 @@ class Repository:
                     if lost < len(instances):
                         answering.add(model.name)
                 elif version.state == LOADING:
-                    loading = True
-                    problems[name] = "loading"
+                    loading.add(model.name)
+                    problems[name] = f"loading for {self.live(version.key).loading_s:.0f} s"
                 else:
                     problems[name] = version.reason or version.state
         required = set(self._settings.required_models) or {
@@ -119,7 +126,7 @@ class Repository:
             if any(version.state in (READY, LOADING) for version in model.versions.values())
         }
         problems.update(dict.fromkeys(required - set(self._models), "required, but not in the repository"))
-        ready = bool(answering) and required <= answering and not loading and not self._draining
+        ready = bool(answering) and required <= answering - loading and not self._draining
         if self._draining:
             return Health(False, "draining", problems)
         if ready:
@@ -129,17 +136,15 @@ class Repository:
     # Life.
 
     def start(self, then: Callable[[], None]) -> None:
-        """Begin to load, in a thread of its own; it calls `then` when everything is loaded or failed."""
+        """Begin to load, in a thread of its own; it calls `then` when everything is loaded or failed.
 
-        def work() -> None:
-            self._load_all()
-            then()
-
-        threading.Thread(target=work, name="loader", daemon=True).start()
+        Where loads take too long it calls `then` when all others are, too.
+        """
+        threading.Thread(target=self._load_all, args=(then,), name="loader", daemon=True).start()
 
     def load_now(self) -> None:
         """Load everything before returning."""
-        self._load_all()
+        self._load_all(lambda: None)
 
     def begin_drain(self) -> None:
         """Be no longer ready; what is accepted still runs."""
@@ -153,22 +158,35 @@ class Repository:
         ended = [pool.drain(max(0.0, deadline - self._clock())) for pool in self.engine.pools()]
         return all(ended)
 
-    def _load_all(self) -> None:
+    def _load_all(self, then: Callable[[], None]) -> None:
+        late: list[threading.Thread] = []
         for name, model in self._folders.items():
             for version in sorted(self._models[name].versions, reverse=True):
                 if self._stopped.is_set():
                     return
                 if self._models[name].versions[version].state == LOADING:
-                    self._load(model, version)
+                    work = threading.Thread(target=self._load, args=(model, version), daemon=True)
+                    work.start()
+                    work.join(PATIENCE_S)
+                    if work.is_alive():
+                        late.append(work)
+                        log.warning(
+                            "%s/%d has been loading for %.0f s; the next are loaded beside it",
+                            name, version, PATIENCE_S,
+                        )  # fmt: skip
+        if late:
+            then()
+        for work in late:
+            work.join()
+        then()
 
     def _load(self, model: ModelFolder, version: int) -> None:
         key = VersionKey(model.name, version)
+        self._load_began[key] = self._clock()
         try:
             loaded = self._loader.load(key, model.files[version], model.folder, self._configs[model.name])
         except InferpoolError as error:
             self._fail(key, error.detail)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
             # What a model's code or a native library raises to end the process ends this version only.
             log.exception("loading %s/%d", model.name, version)
@@ -189,15 +207,18 @@ class Repository:
                 if batching.enabled
                 else f"unbatched: {batching.reason}",
             )
+        finally:
+            del self._load_began[key]
 
     def _fail(self, key: VersionKey, reason: str) -> None:
         log.error("%s/%d has failed: %s", key.model, key.version, reason)
         self._publish(replace(self._models[key.model].versions[key.version], state=FAILED, reason=reason))
 
     def _publish(self, view: VersionView) -> None:
-        model = self._models[view.key.model]
-        versions = {**model.versions, view.key.version: view}
-        self._models = MappingProxyType({**self._models, model.name: replace(model, versions=versions)})
+        with self._publishing:
+            model = self._models[view.key.model]
+            versions = {**model.versions, view.key.version: view}
+            self._models = MappingProxyType({**self._models, model.name: replace(model, versions=versions)})
 
     def _first_view(self, model: ModelFolder) -> ModelView:
         """A model before anything of it is loaded."""

@@ -3,7 +3,8 @@
 A `.chaos` file is JSON: `{"row": [4], "run_ms": 0, "row_ms": 0, "mix": false, "first": -1}`. It takes "x",
 FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`: the sum of each row times
 3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. A row whose first element is one of
-these makes the run it is in misbehave; no made-up row ever is:
+these makes the run it is in misbehave; no made-up row ever is. With a `"gate"`, the path of a named pipe,
+loading ends when somebody opens that to write.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class ChaosBackend(Backend):
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         try:
-            return ChaosModel(json.loads(file.read_text()))
+            settings = json.loads(file.read_text())
+            if "gate" in settings:
+                Path(settings["gate"]).read_bytes()
+            return ChaosModel(settings)
         except ValueError as error:
             raise LoadError(f"{file.name} is not JSON: {error}") from error
 
