@@ -18,9 +18,18 @@ def own_command() -> str:
 
 def install_command(extra: str) -> str:
     """How to install the `extra` for the Python that runs, which need not be the one whose pip is found."""
+    return f"{_pip()} install 'inferpool[{extra}]'"
+
+
+def uninstall_command(package: str) -> str:
+    """How to take `package` away from the Python that runs."""
+    return f"{_pip()} uninstall {package}"
+
+
+def _pip() -> str:
     pip = shutil.which("pip")
     here = pip is not None and Path(pip).parent == Path(sys.executable).parent
-    return f"{'pip' if here else f'{_shown(Path(sys.executable))} -m pip'} install 'inferpool[{extra}]'"
+    return "pip" if here else f"{_shown(Path(sys.executable))} -m pip"
 
 
 def _shown(file: Path) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from service.commands import install_command
 from service.devices import Gpu
 from service.metrics import Sample
 
@@ -61,7 +62,7 @@ def gpu_readings(gpus: Sequence[Gpu]) -> GpuReadings | None:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
     except ImportError:
-        log.warning("no metrics of GPUs: nvidia-ml-py is not installed; it comes with inferpool[gpu]")
+        log.warning("no metrics of GPUs: nvidia-ml-py is not installed: %s", install_command("gpu"))
     except nvml.NVMLError as error:
         log.warning("no metrics of GPUs: %s", error)
     else:

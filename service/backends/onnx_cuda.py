@@ -20,6 +20,7 @@ import onnxruntime as ort
 
 from service.backends.base import LoadOptions
 from service.backends.onnx_reason import reason
+from service.commands import install_command, uninstall_command
 from service.devices import check_cuda, cuda_driver, gpu_index
 from service.errors import LoadError, OutOfMemory, UnfitForGpu
 
@@ -55,8 +56,8 @@ def lacks_cuda() -> str:
     if CUDA in ort.get_available_providers():
         return ""
     return (
-        f"the onnxruntime {ort.__version__} that is installed is the one for CPUs: pip uninstall onnxruntime,"
-        " then pip install 'inferpool[gpu]'"
+        f"the onnxruntime {ort.__version__} that is installed is the one for CPUs:"
+        f" {uninstall_command('onnxruntime')}, then {install_command('gpu')}"
     )
 
 
@@ -74,7 +75,7 @@ def load_libraries(needed: str, load: Callable[[str], object] | None = None) -> 
         except OSError as error:
             raise LoadError(
                 f"{what} cannot be loaded ({error}); onnxruntime {ort.__version__} needs CUDA {cuda} and"
-                " cuDNN 9, which come with inferpool[gpu]"
+                f" cuDNN 9: {install_command('gpu')}"
             ) from error
     for pattern in _OPTIONAL:
         with contextlib.suppress(OSError):

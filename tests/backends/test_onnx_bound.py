@@ -27,6 +27,7 @@ from service.backends.onnx_cuda import (
     provider_options,
 )
 from service.backends.onnx_signature import read_signature
+from service.commands import install_command, uninstall_command
 from service.errors import LoadError, OutOfMemory
 from service.tensors import Array
 from tests.backends.graphs import bf16
@@ -299,7 +300,8 @@ def test_memory_that_ends_in_a_run_is_out_of_memory(make: Make) -> None:
 
 @pytest.mark.skipif(not lacks_cuda(), reason="ONNX Runtime for GPUs is installed")
 def test_the_runtime_for_cpus_says_that_it_is_one() -> None:
-    assert "is the one for CPUs: pip uninstall onnxruntime" in OnnxBackend().lacks_gpu(Path("model.onnx"))
+    commands = f"{uninstall_command('onnxruntime')}, then {install_command('gpu')}"
+    assert OnnxBackend().lacks_gpu(Path("model.onnx")).endswith(f"is the one for CPUs: {commands}")
     with pytest.raises(LoadError, match=r"CUDA's runtime library cannot be loaded"):
         CudaMemory(0, 0)
     assert found_versions("0") in ("neither", "cuDNN 9")

@@ -314,11 +314,12 @@ def test_a_command_that_is_printed_works_as_it_stands(tmp_path: Path, found: boo
     assert command.startswith("inferpool build") == found
     again = subprocess.run(command, shell=True, cwd=tmp_path, env=environ, check=False)
     assert again.returncode == 7, "the script's own"
-    code = "from service.commands import install_command; print(install_command('text'))"
+    code = "from service.commands import *; print(uninstall_command('x'), '&&', install_command('text'))"
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
     )
-    assert told.stdout.strip() == f"{sys.executable} -m pip install 'inferpool[text]'"
+    pip = f"{sys.executable} -m pip"
+    assert told.stdout.strip() == f"{pip} uninstall x && {pip} install 'inferpool[text]'"
 
 
 ASKED = """\
