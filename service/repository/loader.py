@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import orjson
 
 from service.backends.base import (
     Backend,
@@ -23,28 +19,26 @@ from service.backends.base import (
     backends_by_suffix,
     find_backend,
 )
-from service.codecs.image import ImageCodec
-from service.codecs.labels import LabelsCodec, read_labels
 from service.codecs.text import TextCodec
 from service.devices import AUTO, CPU, Driver, cuda_driver, gpu_index, place
-from service.errors import ConfigError, LoadError, UnfitForGpu
+from service.errors import UnfitForGpu
 from service.machine import usable_cores
 from service.metrics import Metrics
 from service.pool.padding import Padding
-from service.pool.padding_proof import prove_padding
 from service.pool.plan import Plan, Planner, Wishes
 from service.pool.pool import Pool
 from service.pool.ports import Outbox, VersionKey
 from service.pool.profile import Profile
-from service.pool.proof import first_line
 from service.pool.queue import Limits
 from service.repository.cache import PlanCache
 from service.repository.catalog import READY, BatchingView, VersionView
 from service.repository.config import ModelConfig
+from service.repository.described import check_described
 from service.repository.instances import Instances
-from service.repository.samples import check_samples, read_samples
+from service.repository.media import make_codecs, make_padding
+from service.repository.samples import check_samples, raw_inputs, read_samples
 from service.settings import Settings
-from service.tensors import Signature, Tensors, names_text, shape_text
+from service.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +101,8 @@ class Loader:
                 on_cpu = f"on the CPU, though there is a GPU: {error.detail}"
                 devices, options = (CPU,), replace(options, device=CPU)
                 model = instances.load(options)
-            _check_described(config, folder, model.signature)
-            image, text, classes = _codecs(config, folder, model.signature)
+            check_described(config, folder, model.signature)
+            image, text, classes = make_codecs(config, folder, model.signature)
             samples = read_samples(folder, model.signature, text) if folder is not None else []
             rows = [inputs for sample in samples for inputs in sample.inputs]
             if text is not None:
@@ -116,7 +110,7 @@ class Loader:
                 rows.insert(0, text.made_up(text.unit))
             golden = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
             plan = self._plan(file, config, backend, model, rows, golden, options, text)
-            padding = _padding(text, model, plan) if text is not None else None
+            padding = make_padding(text, model, batched=plan.batched) if text is not None else None
             if options.device != CPU:
                 instances.drop(model)
                 instances.on_gpus(devices, plan, options, rows)
@@ -171,7 +165,7 @@ class Loader:
             memory_bytes=config.gpu.memory_bytes,
             inputs=tuple(Described(**tensor.model_dump()) for tensor in config.inputs),
             outputs=tuple(Described(**tensor.model_dump()) for tensor in config.outputs),
-            samples=tuple(_raw_inputs(folder, config)) if folder is not None else (),
+            samples=tuple(raw_inputs(folder, config)) if folder is not None else (),
             trusted=self._settings.trust,
             sha256=frozenset(digest.lower() for digest in config.sha256 or ()),
         )
@@ -254,79 +248,3 @@ class Loader:
         batch_s = profile.seconds(plan.max_rows) or 1e-3
         rows = instances * plan.max_rows / batch_s * self._settings.queue_ms / 1000
         return max(LEAST_QUEUE_ROWS * row_load, 4 * plan.max_rows, min(int(rows), 1_000_000))
-
-
-def _codecs(
-    config: ModelConfig, folder: Path | None, signature: Signature
-) -> tuple[ImageCodec | None, TextCodec | None, LabelsCodec | None]:
-    try:
-        image = ImageCodec(config.image, signature) if config.image is not None else None
-        text, classes = None, None
-        if config.text is not None and folder is not None:
-            file = _inside(folder, "text.tokenizer", config.text.tokenizer)
-            text = TextCodec(config.text, signature, file)
-        if config.labels is not None and folder is not None:
-            names = read_labels(_inside(folder, "labels.file", config.labels.file))
-            classes = LabelsCodec(config.labels, signature, names)
-    except ConfigError as error:
-        where = folder.name if folder is not None else ""
-        raise ConfigError(f"{where}/model.toml: {error.detail}") from error
-    return image, text, classes
-
-
-def _padding(text: TextCodec, model: LoadedModel, plan: Plan) -> Padding:
-    """How rows of different lengths are treated; raises LoadError where the longest cannot be run at all."""
-    try:
-        model.run(text.made_up(text.max_tokens, 1))
-    except Exception as error:  # whatever the runtime raises is this version's fault
-        raise LoadError(
-            f"a row of {text.max_tokens} tokens cannot be run ({first_line(error)}); set text.max_tokens in"
-            " model.toml to what the model takes, or bring the tokenizer that it was trained with"
-        ) from error
-    padding = Padding(text.fills, text.ids, text.unit, text.max_tokens, mask=text.mask)
-    return prove_padding(model, text.made_up(text.unit), padding) if plan.batched else padding
-
-
-def _raw_inputs(folder: Path, config: ModelConfig) -> Iterator[Any]:
-    """The tensors of each golden sample as it is written; a file that is not JSON is complained of later."""
-    for file in sorted(folder.glob("samples/*.json")):
-        with suppress(OSError, orjson.JSONDecodeError):
-            table = orjson.loads(file.read_bytes())
-            if not isinstance(table, dict) or "inputs" not in table:
-                continue
-            inputs = table["inputs"]
-            # Sentences say nothing of what the model itself takes.
-            if config.text is None or (isinstance(inputs, dict) and config.text.input not in inputs):
-                yield table["inputs"]
-
-
-def _check_described(config: ModelConfig, folder: Path | None, signature: Signature) -> None:
-    """Raise ConfigError where `model.toml` describes a tensor otherwise than the model has it."""
-    where = f"{folder.name if folder is not None else ''}/model.toml"
-    for table, tensors, specs in (
-        ("inputs", config.inputs, signature.inputs_by_name),
-        ("outputs", config.outputs, signature.outputs_by_name),
-    ):
-        for tensor in tensors:
-            spec = specs.get(tensor.name)
-            if spec is None:
-                raise ConfigError(
-                    f"{where}: {table}: the model has no {tensor.name}; it has {names_text(specs)}"
-                )
-            if tensor.datatype not in (None, spec.datatype):
-                raise ConfigError(
-                    f"{where}: {table}: {tensor.name} is {spec.datatype} in the model, not {tensor.datatype}"
-                )
-            if tensor.shape is not None and tensor.shape != spec.shape:
-                raise ConfigError(
-                    f"{where}: {table}: {tensor.name} has shape {shape_text(spec.shape)} in the model,"
-                    f" not {shape_text(tensor.shape)}"
-                )
-
-
-def _inside(folder: Path, key: str, name: str) -> Path:
-    """A file of the model's folder; raises ConfigError for one that is not in it, or is none."""
-    file = (folder / name).resolve()
-    if not file.is_relative_to(folder.resolve()) or (file.exists() and not file.is_file()):
-        raise ConfigError(f"{key}: {name} is no file in the model's folder")
-    return file

@@ -7,6 +7,8 @@ in a request. A number passes if it is within `tolerance`, absolute or relative.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from service.backends.base import LoadedModel
 from service.codecs.text import TextCodec
 from service.errors import InferpoolError, LoadError
 from service.pool.whole import Unjoinable, join_rows
+from service.repository.config import ModelConfig
 from service.tensors import Array, Signature, Tensors
 from service.wire.json import parse_request, write
 
@@ -48,6 +51,19 @@ def read_samples(folder: Path, signature: Signature, text: TextCodec | None = No
     `text` encodes sentences, which a sample of its model may have in place of tensors.
     """
     return [_read(file, signature, text) for file in sorted(folder.glob("samples/*.json")) if file.is_file()]
+
+
+def raw_inputs(folder: Path, config: ModelConfig) -> Iterator[Any]:
+    """The tensors of each golden sample as it is written; a file that is not JSON is complained of later."""
+    for file in sorted(folder.glob("samples/*.json")):
+        with suppress(OSError, orjson.JSONDecodeError):
+            table = orjson.loads(file.read_bytes())
+            if not isinstance(table, dict) or "inputs" not in table:
+                continue
+            inputs = table["inputs"]
+            # Sentences say nothing of what the model itself takes.
+            if config.text is None or (isinstance(inputs, dict) and config.text.input not in inputs):
+                yield table["inputs"]
 
 
 def check_samples(samples: list[Sample], model: LoadedModel) -> None:

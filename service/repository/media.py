@@ -1,0 +1,59 @@
+"""The codecs of a version: what its `model.toml` makes of pictures, text and labels, with files beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.backends.base import LoadedModel
+from service.codecs.image import ImageCodec
+from service.codecs.labels import LabelsCodec, read_labels
+from service.codecs.text import TextCodec
+from service.errors import ConfigError, LoadError
+from service.pool.padding import Padding
+from service.pool.padding_proof import prove_padding
+from service.pool.proof import first_line
+from service.repository.config import ModelConfig
+from service.tensors import Signature
+
+
+def make_codecs(
+    config: ModelConfig, folder: Path | None, signature: Signature
+) -> tuple[ImageCodec | None, TextCodec | None, LabelsCodec | None]:
+    """What turns pictures and sentences into tensors, and outputs into labels, where `config` asks for it.
+
+    Raises ConfigError, naming the key, where that does not fit the model or its folder, and LoadError.
+    """
+    try:
+        image = ImageCodec(config.image, signature) if config.image is not None else None
+        text, classes = None, None
+        if config.text is not None and folder is not None:
+            file = _inside(folder, "text.tokenizer", config.text.tokenizer)
+            text = TextCodec(config.text, signature, file)
+        if config.labels is not None and folder is not None:
+            names = read_labels(_inside(folder, "labels.file", config.labels.file))
+            classes = LabelsCodec(config.labels, signature, names)
+    except ConfigError as error:
+        where = folder.name if folder is not None else ""
+        raise ConfigError(f"{where}/model.toml: {error.detail}") from error
+    return image, text, classes
+
+
+def make_padding(text: TextCodec, model: LoadedModel, *, batched: bool) -> Padding:
+    """How rows of different lengths are treated; raises LoadError where the longest cannot be run at all."""
+    try:
+        model.run(text.made_up(text.max_tokens, 1))
+    except Exception as error:  # whatever the runtime raises is this version's fault
+        raise LoadError(
+            f"a row of {text.max_tokens} tokens cannot be run ({first_line(error)}); set text.max_tokens in"
+            " model.toml to what the model takes, or bring the tokenizer that it was trained with"
+        ) from error
+    padding = Padding(text.fills, text.ids, text.unit, text.max_tokens, mask=text.mask)
+    return prove_padding(model, text.made_up(text.unit), padding) if batched else padding
+
+
+def _inside(folder: Path, key: str, name: str) -> Path:
+    """A file of the model's folder; raises ConfigError for one that is not in it, or is none."""
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder.resolve()) or (file.exists() and not file.is_file()):
+        raise ConfigError(f"{key}: {name} is no file in the model's folder")
+    return file
