@@ -153,6 +153,6 @@ def stamped(records: list[Record]) -> list[Record]:
 def own_version() -> str:
     """Inferpool's version, and a digest of its code, so that figures of other code are told apart."""
     digest = hashlib.sha256()
-    for file in sorted((ROOT / "service").rglob("*.py")):
+    for file in sorted(file for end in ("py", "c") for file in (ROOT / "service").rglob(f"*.{end}")):
         digest.update(file.read_bytes())
     return f"{__version__} ({digest.hexdigest()[:8]})"

@@ -270,6 +270,7 @@ class Pool:
             self._measured = self._clock()
             if run.clean:
                 self.profile.observe(max(1, batch.load), run.compute_s)
+                self._queue.bound_by_time(len(self._instances))
             if run.wrong_rows and self.batched:
                 results += self._stop_batching(run.wrong_rows)
             self._count(instance.device, batch, run.compute_s)
@@ -429,6 +430,7 @@ class Pool:
         instance = Instance(self, model, device, name, self._clock, self.complaints)
         instance.start()
         self._instances.append(instance)
+        self._queue.bound_by_time(len(self._instances))
         # A rate would miss the first batch of a series that begins with it.
         self._metrics.value("instance_busy_seconds_total", *self._labels, device)
 

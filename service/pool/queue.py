@@ -26,6 +26,9 @@ from typing import Final, NamedTuple, TypeAlias
 from service.errors import DeadlineExceeded, QueueFull
 from service.pool.ports import Entry, VersionKey
 
+UNKNOWN_BATCH_S: Final = 1e-3
+"""What a batch is taken to last while nothing has been measured."""
+MOST_WAITING_ROWS: Final = 1_000_000
 OLDEST_LEADS_EVERY: Final = 4
 """One batch in this many is led by the entry that has waited longest."""
 
@@ -38,12 +41,17 @@ class Limits:
         batch_rows: rows that a batch may have; 1 where the version is not batched.
         queue_rows: rows that may wait; entries that fit in a batch and larger ones are bounded apart.
         queue_bytes: bytes of inputs that may wait.
+        queue_s: seconds of work that may wait: `queue_rows` follows what was measured last. Infinity where
+            it is set.
+        least_rows: rows that may wait however long they take, beside a batch for each instance.
         delay_s: seconds that a batch which is not full may wait, from the arrival of the first entry.
     """
 
     batch_rows: int
     queue_rows: int
     queue_bytes: int
+    queue_s: float = math.inf
+    least_rows: int = 1
     delay_s: float = 0.0
 
 
@@ -236,6 +244,14 @@ class Queue:
             f"{what} are waiting for this model already",
             retry_after_s=self.seconds_for(excess_rows, instances),
         )
+
+    def bound_by_time(self, instances: int) -> None:
+        """Let as many rows wait as `instances` work off in `limits.queue_s`, by what was measured last."""
+        limits = self.limits
+        if limits.queue_s < math.inf:
+            full = instances * limits.batch_rows
+            rows = limits.queue_s * full / (self.cost_s(limits.batch_rows) or UNKNOWN_BATCH_S)
+            limits.queue_rows = max(limits.least_rows, full, min(int(rows), MOST_WAITING_ROWS))
 
     def seconds_for(self, rows: float, instances: int) -> float:
         """Seconds in which `instances` work off `rows` rows in full batches, by the measured rate."""

@@ -221,19 +221,19 @@ class Loader:
         padding: Padding | None,
         instances: Instances,
     ) -> Pool:
-        profile = Profile(plan.table)
-        count = len(instances.models)
         row_load = 1 if padding is None else math.ceil(padding.longest / padding.unit)
         limits = Limits(
             batch_rows=plan.max_rows,
-            queue_rows=config.queue.max_rows or self._queue_rows(plan, profile, row_load, count),
+            queue_rows=config.queue.max_rows or LEAST_QUEUE_ROWS * row_load,
             queue_bytes=config.queue.max_bytes or self._settings.queue_bytes,
+            queue_s=math.inf if config.queue.max_rows else self._settings.queue_ms / 1000,
+            least_rows=LEAST_QUEUE_ROWS * row_load,
             delay_s=config.batching.max_delay_ms / 1000,
         )
         return Pool(
             key,
             limits,
-            profile,
+            Profile(plan.table),
             self._outbox,
             self._metrics,
             self._clock,
@@ -242,9 +242,3 @@ class Loader:
             most_joined_bytes=self._settings.in_flight_bytes,
             ladder=instances.ladder,
         )
-
-    def _queue_rows(self, plan: Plan, profile: Profile, row_load: int, instances: int) -> int:
-        """Rows worked off within `queue_ms` by the measured rate; the longest row counts `row_load`."""
-        batch_s = profile.seconds(plan.max_rows) or 1e-3
-        rows = instances * plan.max_rows / batch_s * self._settings.queue_ms / 1000
-        return max(LEAST_QUEUE_ROWS * row_load, 4 * plan.max_rows, min(int(rows), 1_000_000))

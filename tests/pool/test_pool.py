@@ -272,6 +272,24 @@ def test_refusals_are_raised_at_the_door(bench: Callable[..., Bench]) -> None:
         made.offer(1, deadline=time.monotonic() + 0.001)
 
 
+def test_what_may_wait_follows_what_was_measured_last(bench: Callable[..., Bench]) -> None:
+    """A machine that has become slower works off less in the time that may be waited."""
+    made = bench(instances=2, queue_s=0.5, least_rows=3)
+    assert made.pool.limits.queue_rows == 2 * 8 * 25, "two batches of eight rows in 20 ms"
+    for _ in range(200):
+        made.pool.profile.observe(8, 0.1)
+    entry = made.busy()
+    made.go()
+    made.outbox.take(1)
+    assert 2 * 8 * 5 <= made.pool.limits.queue_rows < 2 * 8 * 6
+    for _ in range(200):
+        made.pool.profile.observe(8, 30)
+    made.offer(1)
+    made.go()
+    assert entry.id not in made.outbox.take(1)
+    assert made.pool.limits.queue_rows == 2 * 8, "a batch for each, however long it takes"
+
+
 def test_drain_finishes_what_was_accepted_and_takes_no_more(bench: Callable[..., Bench]) -> None:
     made = bench(delay_s=100.0)
     entries = [made.offer(number) for number in range(3)]
