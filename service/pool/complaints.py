@@ -32,22 +32,27 @@ def reticent(error: Exception, inputs: Tensors) -> Exception:
     It has the same name and comes from the same place. Numbers that are among the inputs are left out, and
     all of a message where there is text among them, for what of it is quoted cannot be told.
     """
+    try:
+        said = _without(inputs, error)
+    except Exception:  # noqa: BLE001 - an error may not even be able to say what it is
+        said = _OMITTED
+    kind = type(error)
+    stand_in: type[Exception] = type(kind.__qualname__, (Exception,), {"__module__": kind.__module__})
+    return stand_in(said).with_traceback(error.__traceback__)
+
+
+def _without(inputs: Tensors, error: Exception) -> str:
+    """What `error` says, but for what it quotes of `inputs`."""
+    if any(tensor.dtype.kind == "O" for tensor in inputs.values()):
+        return _OMITTED
     said = str(error)
     if len(said) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         said = f"{said[:half]} {_OMITTED} {said[-half:]}"
-    if any(tensor.dtype.kind == "O" for tensor in inputs.values()):
-        said = _OMITTED
-    elif sum(tensor.size for tensor in inputs.values()) > _MOST_ELEMENTS:
-        said = _NUMBER.sub(_OMITTED, said)
-    else:
-        given = np.concatenate(
-            [np.ravel(tensor).astype(np.float64) for tensor in inputs.values()] or [np.zeros(0)]
-        )
-        said = _NUMBER.sub(lambda number: _OMITTED if _is_among(given, number[0]) else number[0], said)
-    kind = type(error)
-    stand_in: type[Exception] = type(kind.__qualname__, (Exception,), {"__module__": kind.__module__})
-    return stand_in(said).with_traceback(error.__traceback__)
+    if sum(tensor.size for tensor in inputs.values()) > _MOST_ELEMENTS:
+        return _NUMBER.sub(_OMITTED, said)
+    given = np.concatenate([np.ravel(tensor).astype(np.float64) for tensor in inputs.values()])
+    return _NUMBER.sub(lambda number: _OMITTED if _is_among(given, number[0]) else number[0], said)
 
 
 def _is_among(given: Array, number: str) -> bool:

@@ -39,6 +39,16 @@ def test_of_what_a_model_says_of_text_nothing_is_said() -> None:
     assert "secret" not in str(said)
 
 
+def test_an_error_that_cannot_say_what_it_is_is_named_all_the_same() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("mute")
+
+    said = reticent(Mute(), {"x": np.zeros(2)})
+    assert type(said).__qualname__.endswith("Mute")
+    assert str(said) == "…"
+
+
 @pytest.mark.parametrize("count", [4, 200_000])
 def test_numbers_of_the_request_are_not_said(count: int) -> None:
     inputs = {"ids": np.array([[7, 999_999]]), "x": np.linspace(2.718281828, 3, count, dtype=np.float32)}
