@@ -101,7 +101,13 @@ class DeviceModel(LoadedModel):
 
     Every instance has one of its own, so that the copies of one overlap the runs of another. Where the
     device has no memory left for a run, it raises OutOfMemory.
+
+    Attributes:
+        graphs: whether runs that repeat are replayed from CUDA graphs, or why they are not; it is known
+            once every batch size has run.
     """
+
+    graphs: bool | str = "its runtime has none here"
 
     @abstractmethod
     def run_padded(

@@ -52,6 +52,7 @@ class Gpu(BaseModel):
     batch_rows: list[int]
     padding: str
     precision: str
+    graphs: bool | str
 
 
 class Version(BaseModel):
@@ -195,6 +196,7 @@ def _gpu(view: GpuView | None, rungs: Sequence[int]) -> Gpu | None:
         batch_rows=list(rungs),
         padding=view.padding,
         precision=view.precision,
+        graphs=view.graphs,
     )
 
 

@@ -48,11 +48,13 @@ class GpuView:
         cpu_nodes: how many nodes of each kind run on the CPU all the same.
         padding: whether batches are rounded up to the measured sizes, and why, or why not.
         precision: how numbers are rounded, and what that changes.
+        graphs: whether every instance replays its runs from CUDA graphs, or why not.
     """
 
     cpu_nodes: Mapping[str, int]
     padding: str
     precision: str
+    graphs: bool | str
 
 
 @dataclass(frozen=True, slots=True)

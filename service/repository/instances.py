@@ -84,6 +84,7 @@ class Instances:
             cpu_nodes=dict(loaded[0][1].cpu_nodes),
             padding=_padding(plan, fault),
             precision=self._precision(loaded[0][1], options, samples),
+            graphs=_graphs(self._owned),
         )
         if self.gpu.cpu_nodes:
             log.warning("%s: nodes that run on the CPU: %s", self._file, self.gpu.cpu_nodes)
@@ -105,6 +106,12 @@ class Instances:
         if found is None:
             return "TF32; how much that changes could not be measured, for no rows could be run"
         return f"TF32; its outputs differ from those of FP32 by {found:.1g} of their scale at the most"
+
+
+def _graphs(models: Sequence[LoadedModel]) -> bool | str:
+    """Whether all of them replay their runs from CUDA graphs, or why one does not."""
+    reasons = [model.graphs for model in models if isinstance(model, DeviceModel)]
+    return next((reason for reason in reasons if reason is not True), True)
 
 
 def _padding(plan: Plan, fault: str) -> str:
