@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -54,6 +54,7 @@ class LoadOptions:
         cpu_nodes: on a GPU, what may run on the CPU all the same.
         tf32: on a GPU, matrix products of FP32 may be rounded as TF32.
         memory_bytes: on a GPU, the most that the runtime may take for this copy; None is all there is.
+        graphs: on a GPU, `capture` will be called where the runtime has that.
     """
 
     device: str = "cpu"
@@ -66,6 +67,7 @@ class LoadOptions:
     cpu_nodes: CpuNodes = "none"
     tf32: bool = False
     memory_bytes: int | None = None
+    graphs: bool = False
 
 
 class LoadedModel(ABC):
@@ -91,6 +93,12 @@ class LoadedModel(ABC):
         change `inputs` afterwards and owns what is returned.
         """
 
+    def begin(self) -> None:  # noqa: B027 - most have nothing to do
+        """Get ready on the thread that runs it from here on, before its first batch.
+
+        Called by an instance's thread when it starts, and by the one that takes its place if it dies.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """Give back memory and devices; no run is under way and none follows."""
@@ -105,9 +113,29 @@ class DeviceModel(LoadedModel):
     Attributes:
         graphs: whether runs that repeat are replayed from CUDA graphs, or why they are not; it is known
             once every batch size has run.
+        capturable: whether it is worth loading with `LoadOptions.graphs`.
+        first: what `begin` does: see there.
     """
 
     graphs: bool | str = "its runtime has none here"
+    capturable: bool = False
+    first: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """Do what is to be done first."""
+        if self.first is not None:
+            self.first()
+
+    def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
+        """Run as `run_padded`, or as `run` where `rows` is None; such runs of this thread are replayed after.
+
+        Only of a model that was loaded for it. Raises whatever keeps the run from being captured.
+        """
+        raise NotImplementedError
+
+    def uncapture(self, reason: str) -> None:
+        """Run everything as it is from here on, and say that it is for `reason`."""
+        raise NotImplementedError
 
     @abstractmethod
     def run_padded(

@@ -8,6 +8,7 @@ Functions and numbers are those of cuda_runtime_api.h and driver_types.h.
 from __future__ import annotations
 
 import ctypes
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Final
@@ -22,10 +23,29 @@ _NON_BLOCKING: Final = 1
 _TO_DEVICE: Final = 1
 _TO_HOST: Final = 2
 _OUT_OF_MEMORY: Final = 2
+_THREAD_LOCAL: Final = 1
+
+ALONE: Final = threading.Lock()
+"""Held while a graph is captured, and while a session is opened: that waits for the whole device, which a
+capture does not outlive, whoever waits."""
 
 
 class Memory(ABC):
-    """Where the inputs and outputs of one instance lie: on the device, and on its way there and back."""
+    """Where the inputs and outputs of one instance lie: on the device, and on its way there and back.
+
+    Attributes:
+        stream: the handle of the stream that copies are queued in; 0 where they are made at once.
+    """
+
+    stream: int = 0
+
+    @abstractmethod
+    def enter(self) -> None:
+        """Make the calling thread fit to use this, and the device; it costs nothing but the first time."""
+
+    @abstractmethod
+    def end_capture(self) -> None:
+        """End a capture of the stream that a run which failed has left open, on the thread that ran."""
 
     @abstractmethod
     def host(self, nbytes: int) -> Array:
@@ -57,6 +77,12 @@ class HostMemory(Memory):
 
     def __init__(self) -> None:
         self._kept: list[Array] = []
+
+    def enter(self) -> None:
+        """Every thread is fit."""
+
+    def end_capture(self) -> None:
+        """There is no stream."""
 
     def host(self, nbytes: int) -> Array:
         """Plain memory."""
@@ -96,8 +122,33 @@ class CudaMemory(Memory):
         self._index = index
         self._given_back: list[Callable[[], Any]] = []
         self._stream = ctypes.c_void_p()
-        self._use()
+        self._entered = threading.local()
+        self.enter()
         self._check(self._library.cudaStreamCreateWithFlags(ctypes.byref(self._stream), _NON_BLOCKING))
+        self.stream = self._stream.value or 0
+
+    def enter(self) -> None:
+        """Choose the device, and let no capture of another thread forbid this one to allocate.
+
+        ONNX Runtime captures in CUDA's global mode. As long as that lasts, a thread in the mode that threads
+        begin in can allocate nothing, and breaks the capture when it tries.
+        """
+        if not hasattr(self._entered, "done"):
+            self._use()
+            mode = ctypes.c_int(_THREAD_LOCAL)
+            self._check(self._library.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+            self._entered.done = True
+
+    def end_capture(self) -> None:
+        """End it, and drop what was captured: a session that is closed while one is open ends the process."""
+        status, graph = ctypes.c_int(), ctypes.c_void_p()
+        self._check(self._library.cudaStreamIsCapturing(self._stream, ctypes.byref(status)))
+        if status.value:
+            # It says that the capture was invalid, which is known.
+            self._library.cudaStreamEndCapture(self._stream, ctypes.byref(graph))
+            if graph.value:
+                self._library.cudaGraphDestroy(graph)
+            self._library.cudaGetLastError()
 
     def host(self, nbytes: int) -> Array:
         """Page-locked memory, which every device may copy from."""

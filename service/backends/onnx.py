@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,12 +29,10 @@ except ImportError as error:
     ) from error
 
 from service.backends.base import Backend, LoadedModel, LoadOptions
-from service.backends.cuda_runtime import CudaMemory
 from service.backends.onnx_bound import BoundModel, bindable
-from service.backends.onnx_cuda import lacks_cuda, open_session
+from service.backends.onnx_cuda import Uncapturable, lacks_cuda, open_memory, open_session
 from service.backends.onnx_reason import check_file, reason
 from service.backends.onnx_signature import read_signature
-from service.devices import gpu_index
 from service.tensors import JSON, Array, Signature, Tensors, names_text
 
 _BFLOAT16: Final = 16
@@ -158,12 +157,33 @@ def _to_bits(value: Any) -> Array:
 
 def _on_gpu(file: Path, options: LoadOptions) -> LoadedModel:
     check_file(file)
-    session, left = open_session(file, options, _settings(options))
-    signature = read_signature(file, session)
-    if not bindable(signature):
-        raise UnfitForGpu('a GPU takes tensors of numbers only; instances.devices = ["cpu"] is for others')
-    memory = CudaMemory(gpu_index(options.device), int(ort.cuda_version.partition(".")[0]))
-    return BoundModel(session, signature, options.device, memory, left)
+    memory = open_memory(options)
+    plainly = replace(options, graphs=False)
+
+    def plain() -> Any:
+        return open_session(file, plainly, _settings(plainly), memory.stream)[0]
+
+    try:
+        refused = ""
+        try:
+            session, left = open_session(file, options, _settings(options), memory.stream)
+        except Uncapturable as error:
+            refused = error.detail
+            session, left = open_session(file, plainly, _settings(plainly), memory.stream)
+        signature = read_signature(file, session)
+        if not bindable(signature):
+            raise UnfitForGpu(
+                'a GPU takes tensors of numbers only; instances.devices = ["cpu"] is for others'
+            )
+    except BaseException:
+        memory.close()
+        raise
+    model = BoundModel(session, signature, options.device, memory, left, streamed=True)
+    if refused:
+        model.graphs = refused
+    elif options.graphs:
+        model.plain = plain
+    return model
 
 
 def _open(file: Path, options: LoadOptions) -> Any:

@@ -2,19 +2,27 @@
 
 Rows go from where the requests left them straight into page-locked memory, from there to the GPU in one copy
 an input, and what comes out takes the same way back. Nothing is allocated for a shape that was run before.
+Where the session runs in the stream of the copies, all of that is queued at once and waited for once.
+
+A run of a certain shape can be captured as a CUDA graph, which ONNX Runtime launches as a whole when the run
+comes again: no kernel is launched by itself. It keeps the graphs for the thread that captured them, and tells
+them apart by a number that a run names (`gpu_graph_id`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Final
 
 import numpy as np
+import onnxruntime as ort
 
 from service.backends.base import DeviceModel
-from service.backends.cuda_runtime import Memory
+from service.backends.cuda_runtime import ALONE, Memory
 from service.backends.onnx_cuda import is_out_of_memory
 from service.backends.staging import stage
 from service.errors import OutOfMemory
@@ -25,6 +33,9 @@ _BFLOAT16: Final = 16
 
 _KEPT_BINDINGS: Final = 256
 """Shapes whose bindings are kept; texts of all lengths on all rungs may have more."""
+
+_NO_GRAPH: Final = -1
+"""The `gpu_graph_id` of a run that is neither captured nor replayed."""
 
 
 def bindable(signature: Signature) -> bool:
@@ -48,28 +59,51 @@ class _Room:
         return self.host[: dtype.itemsize * prod(shape)].view(dtype).reshape(shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Bound:
     """A binding for inputs of certain shapes; `outputs` are those whose shapes are known beforehand.
 
-    `order` has the names of all outputs as the binding gives them.
+    `order` has the names of all outputs as the binding gives them; `options` are those of its runs.
     """
 
     binding: Any
     order: Sequence[str]
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
+    options: Any
 
 
 class BoundModel(DeviceModel):
-    """A session that runs from and to `memory`."""
+    """A session that runs from and to `memory`.
+
+    Attributes:
+        plain: opens a session without graphs, of a model whose session can capture some; else None.
+    """
+
+    plain: Callable[[], Any] | None = None
 
     def __init__(
-        self, session: Any, signature: Signature, device: str, memory: Memory, left: Mapping[str, int]
+        self,
+        session: Any,
+        signature: Signature,
+        device: str,
+        memory: Memory,
+        left: Mapping[str, int],
+        *,
+        streamed: bool = False,
     ) -> None:
-        """`signature` is `bindable`; `left` are the nodes that the session runs on the CPU."""
+        """`signature` is `bindable`; `left` are the nodes that the session runs on the CPU.
+
+        `streamed` says that the session runs in the stream of `memory`.
+        """
         self.signature = signature
         self.cpu_nodes = left
+        lacks = _lacks_graphs(signature, left)
+        self.graphs = lacks or "none were asked for"
+        self.capturable = not lacks
+        self._streamed = streamed
+        self._options = _run_options(streamed, _NO_GRAPH)
+        self._ids = itertools.count(1)
         self._session = session
         kind, _, index = device.partition(":")
         self._device = (kind, int(index or 0))
@@ -83,7 +117,8 @@ class BoundModel(DeviceModel):
         shapes = {name: tensor.shape for name, tensor in inputs.items()}
         if any(not tensor.size for tensor in inputs.values()):  # there is nothing to copy
             names = self._names if outputs is None else list(outputs)
-            return dict(zip(names, self._session.run(names, inputs), strict=True))
+            options = _run_options(False, _NO_GRAPH)
+            return dict(zip(names, self._session.run(names, inputs, options), strict=True))
         return self._run([inputs], shapes, None, outputs)
 
     def run_padded(
@@ -96,10 +131,42 @@ class BoundModel(DeviceModel):
             return self.run(whole, outputs)
         return self._run(parts, shapes, rows, outputs)
 
+    def begin(self) -> None:
+        """Forget graphs that another thread has captured, for the runtime would capture them again."""
+        for bound in self._bindings.values():
+            bound.options = self._options
+        super().begin()
+
+    def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
+        """Let the runtime run it as often as it has to, capture it and launch it; raises what that raises."""
+        shapes = {
+            name: tensor.shape if rows is None else (rows, *tensor.shape[1:])
+            for name, tensor in parts[0].items()
+        }
+        key = (rows, *shapes.items())
+        bound = self._bindings.get(key) or self._bind(key, shapes, rows)
+        unknown = [name for name in self._names if name not in bound.outputs]
+        if unknown:
+            raise ValueError(_unknown(unknown[0]))
+        bound.options = _run_options(self._streamed, next(self._ids))
+        with ALONE:
+            outputs = self._run(parts, shapes, rows, None)
+        self.graphs = True
+        return outputs
+
+    def uncapture(self, reason: str) -> None:
+        """Drop the graphs, and the session with them: after a capture that failed it may not run again."""
+        self.graphs = reason
+        self._memory.end_capture()
+        self._bindings.clear()
+        if self.plain is not None:
+            self._session = None
+            self._session = self.plain()
+
     def close(self) -> None:
         """Drop the session and give back the memory."""
         self._bindings.clear()
-        del self._session
+        self._session = None
         self._memory.close()
 
     def _run(
@@ -110,15 +177,20 @@ class BoundModel(DeviceModel):
         outputs: Sequence[str] | None,
     ) -> Tensors:
         key = (rows, *shapes.items())
+        self._memory.enter()
         bound = self._bindings.get(key) or self._bind(key, shapes, rows)
         used = 0
         for name, staged in bound.inputs.items():
             used = stage(staged, [part[name] for part in parts])
             self._memory.upload(self._rooms[name].address, staged)
-        self._memory.wait()
+        if not self._streamed:
+            self._memory.wait()
         try:
-            self._session.run_with_iobinding(bound.binding)
+            self._session.run_with_iobinding(bound.binding, bound.options)
         except Exception as error:
+            with contextlib.suppress(RuntimeError):
+                # What was queued before must not meet the rows of the next run.
+                self._memory.wait()
             if is_out_of_memory(error):
                 raise OutOfMemory(str(error)) from error
             raise
@@ -167,6 +239,7 @@ class BoundModel(DeviceModel):
             (*outputs, *others),
             {name: staged[name] for name in shapes},
             {name: staged[name] for name in outputs},
+            self._options,
         )
         return bound
 
@@ -185,6 +258,29 @@ def _fixed(spec: TensorSpec, rows: int | None) -> tuple[int, ...] | None:
         return None
     shape = spec.shape if rows is None else (rows, *spec.shape[1:])
     return None if ANY in shape or 0 in shape else shape
+
+
+def _lacks_graphs(signature: Signature, left: Mapping[str, int]) -> str:
+    """Why no run can be captured, so far as that is known beforehand; "" if one may be."""
+    if left:
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
+        return f"{sum(left.values())} nodes run on the CPU: {listed}"
+    for spec in signature.outputs:
+        if not spec.shape or ANY in spec.shape[1:]:
+            return _unknown(spec.name)
+    return ""
+
+
+def _unknown(output: str) -> str:
+    return f'the shape of output "{output}" is not known before the run'
+
+
+def _run_options(streamed: bool, graph: int) -> Any:
+    """Options of runs as graph number `graph`; a `streamed` one returns before the device is done."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    options.add_run_config_entry("disable_synchronize_execution_providers", str(int(streamed)))
+    return options
 
 
 def _element(spec: TensorSpec) -> Any:

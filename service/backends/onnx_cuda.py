@@ -13,12 +13,14 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import onnxruntime as ort
 
 from service.backends.base import LoadOptions
+from service.backends.cuda_runtime import ALONE, CudaMemory
 from service.backends.onnx_reason import reason
 from service.commands import install_command, uninstall_command
 from service.devices import check_cuda, cuda_driver, gpu_index
@@ -94,30 +96,42 @@ def _load(name: str) -> object:
         raise error
 
 
-def open_session(file: Path, options: LoadOptions, settings: Any) -> tuple[Any, Mapping[str, int]]:
-    """A session on `options.device`, and how many nodes of each kind run on the CPU.
+class Uncapturable(LoadError):
+    """The runtime opens no session that could capture graphs of this model; the detail says why."""
 
-    Raises LoadError where something is missing, or where nodes would run on the CPU that must not;
-    OutOfMemory where the GPU has no room for the model.
+
+def open_memory(options: LoadOptions) -> CudaMemory:
+    """Memory for a session on `options.device`, and the stream that it is to run in.
+
+    Raises LoadError where a library or a driver is missing; OutOfMemory.
     """
     check_cuda(cuda_driver(), ort.cuda_version, f"onnxruntime {ort.__version__}")
     load_libraries(ort.cuda_version)
+    return CudaMemory(gpu_index(options.device), int(ort.cuda_version.partition(".")[0]))
+
+
+def open_session(
+    file: Path, options: LoadOptions, settings: Any, stream: int
+) -> tuple[Any, Mapping[str, int]]:
+    """A session on `options.device`, which queues its work in `stream`; and its nodes on the CPU, by kind.
+
+    Raises LoadError where nodes would run on the CPU that must not; Uncapturable where that is all that is
+    wrong; OutOfMemory where the GPU has no room for the model.
+    """
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if options.cpu_nodes == "none":
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(
-            str(file), settings, providers=[(CUDA, provider_options(options))], enable_fallback=0
-        )
+        session = _session(file, options, settings, stream)
     except Exception as error:  # the runtime raises a type of its own for every fault there is
+        if options.graphs and "graph capture feature" in str(error):
+            raise Uncapturable(_uncapturable(str(error))) from error
         if is_out_of_memory(error):
             raise OutOfMemory(f"{options.device} has no memory for the model: {error}") from error
         if "fallback to CPU EP has been explicitly disabled" not in str(error):
             raise LoadError(reason(file, str(error))) from error
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
-        session = ort.InferenceSession(
-            str(file), settings, providers=[(CUDA, provider_options(options))], enable_fallback=0
-        )
+        session = _session(file, replace(options, graphs=False), settings, stream)
     providers = session.get_providers()
     if CUDA not in providers:
         raise LoadError(
@@ -129,7 +143,22 @@ def open_session(file: Path, options: LoadOptions, settings: Any) -> tuple[Any, 
     return session, left
 
 
-def provider_options(options: LoadOptions) -> dict[str, str]:
+def _session(file: Path, options: LoadOptions, settings: Any, stream: int) -> Any:
+    with ALONE:
+        return ort.InferenceSession(
+            str(file), settings, providers=[(CUDA, provider_options(options, stream))], enable_fallback=0
+        )
+
+
+def _uncapturable(error: str) -> str:
+    if "control flow" in error:
+        return "it has control flow (If, Loop or Scan)"
+    if "have not been partitioned" in error:
+        return "some of its nodes run on the CPU"
+    return f"ONNX Runtime refused: {error}"
+
+
+def provider_options(options: LoadOptions, stream: int) -> dict[str, str]:
     """How the CUDA part is to work (onnxruntime.ai, "CUDA Execution Provider")."""
     chosen = {
         "device_id": str(gpu_index(options.device)),
@@ -138,6 +167,9 @@ def provider_options(options: LoadOptions) -> dict[str, str]:
         # To try all algorithms takes seconds for every new shape, and those it would find are no quicker.
         "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": str(int(options.tf32)),
+        # Copies are queued in the same, so that nobody need wait between them and the run.
+        "user_compute_stream": str(stream),
+        "enable_cuda_graph": str(int(options.graphs)),
     }
     if options.memory_bytes is not None:
         chosen["gpu_mem_limit"] = str(options.memory_bytes)

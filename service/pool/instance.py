@@ -182,6 +182,7 @@ class Instance:
     def _live(self) -> None:
         batch: Batch | None = None
         try:
+            self.model.begin()
             while (batch := self._work.next_batch(self)) is not None:
                 self._work.finish(self, batch, self.run(batch))
                 # The thread waits between batches; what it ran must not stay in memory meanwhile.

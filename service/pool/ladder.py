@@ -128,6 +128,10 @@ class LadderModel(LoadedModel):
         sizes = list(accumulate(self.ladder.pieces(rows), initial=0))
         return join([self.run_parts(_rows_between(parts, *ends), outputs) for ends in pairwise(sizes)])
 
+    def begin(self) -> None:
+        """Get the model ready on this thread."""
+        self._model.begin()
+
     def close(self) -> None:
         """Give back memory."""
         self._model.close()

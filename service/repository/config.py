@@ -73,6 +73,7 @@ class GpuConfig(BaseModel):
     cpu_nodes: CpuNodes = "none"
     tf32: bool = False
     memory_bytes: _Positive | None = None
+    graphs: bool = True
 
 
 class QueueConfig(BaseModel):

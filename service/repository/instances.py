@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from service.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
 from service.devices import CPU
 from service.errors import LoadError, OutOfMemory
+from service.pool.graphs import capture
 from service.pool.ladder import Ladder, LadderModel
 from service.pool.ladder_proof import difference, warm_up
 from service.pool.plan import Plan
@@ -36,6 +39,7 @@ class Instances:
         self._file = file
         self._clock = clock
         self._owned: list[LoadedModel] = []
+        self._begun: list[threading.Event] = []
 
     def load(self, options: LoadOptions) -> LoadedModel:
         """One more copy of the model; raises LoadError."""
@@ -67,6 +71,9 @@ class Instances:
         loaded: list[tuple[str, LoadedModel]] = []
         for device in [device for device in devices for _ in range(plan.instances)]:
             model = self.load(replace(options, device=device))
+            if isinstance(model, DeviceModel) and options.graphs:
+                self._begun.append(threading.Event())
+                model.first = partial(self._capture, model, samples, self._begun[-1])
             if ladder is not None and isinstance(model, DeviceModel):
                 try:
                     fault = fault or warm_up(model, ladder, samples, self._clock)
@@ -89,11 +96,24 @@ class Instances:
         if self.gpu.cpu_nodes:
             log.warning("%s: nodes that run on the CPU: %s", self._file, self.gpu.cpu_nodes)
 
+    def await_begun(self) -> None:
+        """Block until every instance, once started, is ready for its first batch."""
+        for begun in self._begun:
+            begun.wait()
+        if self.gpu is not None:
+            self.gpu = replace(self.gpu, graphs=_graphs(self._owned))
+
     def close(self) -> None:
         """Give back all memory; no run is under way and none follows."""
         for model in self._owned:
             model.close()
         self._owned.clear()
+
+    def _capture(self, model: DeviceModel, samples: Sequence[Tensors], begun: threading.Event) -> None:
+        try:
+            capture(model, self.ladder, samples, self._clock)
+        finally:
+            begun.set()
 
     def _precision(self, model: LoadedModel, options: LoadOptions, samples: Sequence[Tensors]) -> str:
         if not options.tf32:

@@ -14,6 +14,7 @@ from pathlib import Path
 from service.backends.base import (
     Backend,
     Described,
+    DeviceModel,
     LoadedModel,
     LoadOptions,
     backends_by_suffix,
@@ -112,8 +113,9 @@ class Loader:
             plan = self._plan(file, config, backend, model, rows, golden, options, text)
             padding = make_padding(text, model, batched=plan.batched) if text is not None else None
             if options.device != CPU:
+                graphs = config.gpu.graphs and isinstance(model, DeviceModel) and model.capturable
                 instances.drop(model)
-                instances.on_gpus(devices, plan, options, rows)
+                instances.on_gpus(devices, plan, replace(options, graphs=graphs), rows)
             else:
                 if plan.threads != 1:
                     instances.drop(model)
@@ -124,6 +126,7 @@ class Loader:
             pool = self._pool(key, config, plan, padding, instances)
             for device, loaded in instances.models:
                 pool.start_instance(loaded, device)
+            instances.await_begun()
         except BaseException:
             instances.close()
             raise

@@ -258,14 +258,17 @@ def test_what_stays_on_the_cpu_has_to_be_asked_for(left: dict[str, int], allowed
 
 
 def test_the_provider_is_told_what_was_asked_for() -> None:
-    plain = provider_options(LoadOptions("cuda:3"))
+    plain = provider_options(LoadOptions("cuda:3"), 4096)
     assert plain == {
         "device_id": "3",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": "0",
+        "user_compute_stream": "4096",
+        "enable_cuda_graph": "0",
     }
-    bounded = provider_options(LoadOptions("cuda:0", tf32=True, memory_bytes=2**30))
+    bounded = provider_options(LoadOptions("cuda:0", tf32=True, memory_bytes=2**30, graphs=True), 4096)
+    assert bounded["enable_cuda_graph"] == "1"
     assert (bounded["use_tf32"], bounded["gpu_mem_limit"]) == ("1", str(2**30))
 
 
@@ -290,7 +293,7 @@ def test_memory_that_ends_in_a_run_is_out_of_memory(make: Make) -> None:
         def __init__(self, session: Any) -> None:
             self.io_binding = session.io_binding
 
-        def run_with_iobinding(self, binding: Any) -> None:
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
             raise RuntimeError("CUDA failure 2: out of memory")
 
     model._session = Full(model._session)

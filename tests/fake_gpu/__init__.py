@@ -5,6 +5,7 @@ What a real card does (copies, kernels, memory) is not pretended: this holds wha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -50,11 +51,19 @@ class FakeCard:
 
 
 class FakeModel(DeviceModel):
-    """Three times the sum of a row, and one. A row of zeros among others is told to them with `leaks`."""
+    """Three times the sum of a row, and one. A row of zeros among others is told to them with `leaks`.
+
+    With `captures` it can capture graphs, which answer as they should unless that is "wrong".
+    """
 
     signature = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("sum", "FP64", (-1,)),))
 
-    def __init__(self, card: FakeCard, options: LoadOptions | None = None, leaks: bool = False) -> None:
+    def __init__(
+        self, card: FakeCard, options: LoadOptions | None = None, leaks: bool = False, captures: str = ""
+    ) -> None:
+        self.capturable = bool(captures)
+        self.captures = captures
+        self.captured: list[tuple[int, int]] = []
         self.card = card
         self.options = options or LoadOptions()
         self.leaks = leaks
@@ -81,6 +90,17 @@ class FakeModel(DeviceModel):
         whole[: len(given)] = given
         return {"sum": self.run({"x": whole})["sum"][: len(given)]}
 
+    def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
+        assert rows is not None
+        assert self.options.graphs
+        self.captured.append((threading.get_ident(), rows))
+        self.graphs = True
+        answer = self.run_padded(parts, rows)
+        return {"sum": answer["sum"] + 1} if self.captures == "wrong" else answer
+
+    def uncapture(self, reason: str) -> None:
+        self.graphs = reason
+
     def close(self) -> None:
         assert not self.closed
         self.closed = True
@@ -97,19 +117,20 @@ class FakeBackend(Backend):
     lacks: ClassVar[str] = ""
     cards: ClassVar[dict[str, FakeCard]] = {}
     leaks: ClassVar[bool] = False
+    captures: ClassVar[str] = ""
     unfit: ClassVar[str] = ""
     loaded: ClassVar[list[FakeModel]] = []
 
     @classmethod
     def reset(cls) -> None:
-        cls.lacks, cls.leaks, cls.unfit = "", False, ""
+        cls.lacks, cls.leaks, cls.unfit, cls.captures = "", False, "", ""
         cls.cards, cls.loaded = {}, []
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         if self.unfit and options.device != "cpu":
             raise UnfitForGpu(self.unfit)
         card = self.cards.setdefault(options.device, FakeCard())
-        model = FakeModel(card, options, self.leaks)
+        model = FakeModel(card, options, self.leaks, self.captures)
         self.loaded.append(model)
         return model
 

@@ -62,4 +62,22 @@ int cudaStreamSynchronize(void *stream) {
     pending = 0;
     return stream ? 0 : 1;
 }
-int fakeLeft(void) { return allocated + streams; }
+
+/* A capture is begun by fakeCapture, as ONNX Runtime begins one, and ended on the thread that began it. */
+static __thread int mode, capturing;
+static int graphs;
+int cudaThreadExchangeStreamCaptureMode(int *new) {
+    int old = mode;
+    return mode = *new, *new = old, 0;
+}
+void fakeCapture(void) { capturing = 1; }
+int fakeMode(void) { return mode; }
+int cudaStreamIsCapturing(void *stream, int *status) { return *status = 2 * capturing, stream ? 0 : 1; }
+int cudaStreamEndCapture(void *stream, void **graph) {
+    capturing = 0;
+    *graph = malloc(1);
+    graphs++;
+    return 901;
+}
+int cudaGraphDestroy(void *graph) { return free(graph), graphs--, 0; }
+int fakeLeft(void) { return allocated + streams + graphs + capturing; }

@@ -183,6 +183,33 @@ def test_what_tf32_changes_is_measured_and_shown(load: Load) -> None:
     assert serving == [True] * 4
 
 
+def test_graphs_are_captured_by_each_instance_before_it_is_ready(load: Load) -> None:
+    """For all rungs, from the largest, on the thread that runs it; what it was measured with has none."""
+    FakeBackend.captures = "well"
+    repository = load()
+    assert view(repository).gpu.graphs is True
+    serving = [model for model in FakeBackend.loaded if not model.closed]
+    assert [[rows for _, rows in model.captured] for model in serving] == [[32, 16, 8, 4, 2, 1]] * 4
+    threads = [{thread for thread, _ in model.captured} for model in serving]
+    assert len(set().union(*threads)) == 4
+    assert [model.captured for model in FakeBackend.loaded if model.closed] == [[]]
+
+
+def test_graphs_that_answer_wrongly_are_given_up_and_told(load: Load) -> None:
+    FakeBackend.captures = "wrong"
+    repository = load()
+    assert view(repository).state == READY
+    assert 'output "sum" differs' in view(repository).gpu.graphs
+    assert view(repository).gpu.graphs.endswith("when a run of 32 rows is replayed")
+
+
+def test_graphs_can_be_turned_off(load: Load) -> None:
+    FakeBackend.captures = "well"
+    repository = load("[gpu]\ngraphs = false")
+    assert view(repository).gpu.graphs == "its runtime has none here"
+    assert not any(model.options.graphs or model.captured for model in FakeBackend.loaded)
+
+
 def test_auto_is_the_cpu_where_the_runtime_knows_no_gpu(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     """And the log says so, for a machine that has one."""
     FakeBackend.lacks = "it was built without"
