@@ -53,8 +53,11 @@ class LoadOptions:
         sha256: SHA-256 digests, in lower-case hexadecimal, of files that may do so in any case.
         cpu_nodes: on a GPU, what may run on the CPU all the same.
         tf32: on a GPU, matrix products of FP32 may be rounded as TF32.
+        fp16: weights and operations of FP32 become FP16; inputs and outputs keep their datatypes.
         memory_bytes: on a GPU, the most that the runtime may take for this copy; None is all there is.
         graphs: on a GPU, `capture` will be called where the runtime has that.
+        kept: a folder of this file's content alone, where a backend may keep what it makes of it; None
+            where there is none. It need not be there yet, nor be one that can be written to.
     """
 
     device: str = "cpu"
@@ -66,8 +69,10 @@ class LoadOptions:
     sha256: frozenset[str] = frozenset()
     cpu_nodes: CpuNodes = "none"
     tf32: bool = False
+    fp16: bool = False
     memory_bytes: int | None = None
     graphs: bool = False
+    kept: Path | None = None
 
 
 class LoadedModel(ABC):
@@ -78,12 +83,15 @@ class LoadedModel(ABC):
         form: which of the backend's kinds of model it is, in a few words; empty where there is one kind.
         max_rows: the largest batch that it takes, by its own account; None where it does not say.
         cpu_nodes: of a model on a GPU, how many nodes of each kind run on the CPU.
+        rounding: the datatype that its sums are rounded to where that is coarser than its outputs' own;
+            empty elsewhere. Whoever loads a model sets it, by what was asked for.
     """
 
     signature: Signature
     form: str = ""
     max_rows: int | None = None
     cpu_nodes: Mapping[str, int] = MappingProxyType({})
+    rounding: str = ""
 
     @abstractmethod
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:

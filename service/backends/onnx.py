@@ -7,10 +7,12 @@ Python's lists and mappings (`JSON` in the signature), and cannot go in.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -31,6 +33,7 @@ except ImportError as error:
 from service.backends.base import Backend, LoadedModel, LoadOptions
 from service.backends.onnx_bound import BoundModel, bindable
 from service.backends.onnx_cuda import Uncapturable, lacks_cuda, open_memory, open_session
+from service.backends.onnx_half import in_half
 from service.backends.onnx_reason import check_file, reason
 from service.backends.onnx_signature import read_signature
 from service.tensors import JSON, Array, Signature, Tensors, names_text
@@ -51,13 +54,12 @@ class OnnxBackend(Backend):
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         """Load `file` on `options.device`; raises LoadError, or OutOfMemory on a GPU."""
-        if options.device != "cpu":
-            return _on_gpu(file.absolute(), options)
-        session = _open(file.absolute(), options)
-        signature = read_signature(file, session)
-        if any(spec.datatype == "BF16" for spec in (*signature.inputs, *signature.outputs)):
-            return BrainFloatModel(session, signature)
-        return OnnxModel(session, signature)
+        if not options.fp16:
+            return _load(lambda: nullcontext(file.absolute()), options)
+        try:
+            return _load(partial(in_half, file.absolute(), options.kept), options)
+        except UnfitForGpu as error:
+            raise UnfitForGpu(f"{error.detail}; with gpu.fp16 = false there may be fewer") from error
 
     def lacks_gpu(self, file: Path) -> str:
         """Why not, where the runtime that is installed is the one for CPUs."""
@@ -155,22 +157,39 @@ def _to_bits(value: Any) -> Array:
     return np.asarray(_Bits(value))
 
 
-def _on_gpu(file: Path, options: LoadOptions) -> LoadedModel:
-    check_file(file)
+_Opened: TypeAlias = Callable[[], AbstractContextManager[Path]]
+"""Gives the file to load, which is there for as long as the context lasts."""
+
+
+def _load(opened: _Opened, options: LoadOptions) -> LoadedModel:
+    if options.device != "cpu":
+        return _on_gpu(opened, options)
+    with opened() as file:
+        session = _open(file, options)
+        signature = read_signature(file, session)
+    if any(spec.datatype == "BF16" for spec in (*signature.inputs, *signature.outputs)):
+        return BrainFloatModel(session, signature)
+    return OnnxModel(session, signature)
+
+
+def _on_gpu(opened: _Opened, options: LoadOptions) -> LoadedModel:
     memory = open_memory(options)
     plainly = replace(options, graphs=False)
 
     def plain() -> Any:
-        return open_session(file, plainly, _settings(plainly), memory.stream)[0]
+        with opened() as file:
+            return open_session(file, plainly, _settings(plainly), memory.stream)[0]
 
     try:
         refused = ""
-        try:
-            session, left = open_session(file, options, _settings(options), memory.stream)
-        except Uncapturable as error:
-            refused = error.detail
-            session, left = open_session(file, plainly, _settings(plainly), memory.stream)
-        signature = read_signature(file, session)
+        with opened() as file:
+            check_file(file)
+            try:
+                session, left = open_session(file, options, _settings(options), memory.stream)
+            except Uncapturable as error:
+                refused = error.detail
+                session, left = open_session(file, plainly, _settings(plainly), memory.stream)
+            signature = read_signature(file, session)
         if not bindable(signature):
             raise UnfitForGpu(
                 'a GPU takes tensors of numbers only; instances.devices = ["cpu"] is for others'

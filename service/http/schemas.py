@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Literal
 
 from pydantic import BaseModel
@@ -45,6 +46,15 @@ class Latency(BaseModel):
     runs: int
 
 
+class Rounding(BaseModel):
+    """How far outputs are from those of FP32: the largest differences over so many rows."""
+
+    absolute: float
+    relative: float
+    changed: float
+    rows: int
+
+
 class Gpu(BaseModel):
     """How a version runs on GPUs: its nodes that do not, and the sizes that batches are rounded up to."""
 
@@ -52,6 +62,7 @@ class Gpu(BaseModel):
     batch_rows: list[int]
     padding: str
     precision: str
+    difference: Rounding | None
     graphs: bool | str
 
 
@@ -196,6 +207,7 @@ def _gpu(view: GpuView | None, rungs: Sequence[int]) -> Gpu | None:
         batch_rows=list(rungs),
         padding=view.padding,
         precision=view.precision,
+        difference=None if view.difference is None else Rounding(**asdict(view.difference)),
         graphs=view.graphs,
     )
 

@@ -77,7 +77,7 @@ def _alike(model: DeviceModel, rung: int | None, batch: Tensors, other: Tensors)
     captured = model.capture([batch], rung)
     for got, want in zip((run(other), captured), plain, strict=True):
         count = len(next(iter(want.values()), ()))
-        fault, _ = compare(model.signature, got, want, range(count))
+        fault, _ = compare(model.signature, got, want, range(count), model.rounding)
         if fault:
             return f"{fault} when a run{f' of {rung} rows' if rung else ''} is replayed"
     return ""

@@ -102,6 +102,7 @@ class LadderModel(LoadedModel):
         self.form = model.form
         self.max_rows = model.max_rows
         self.cpu_nodes = model.cpu_nodes
+        self.rounding = model.rounding
         self.ladder = ladder
         self._model = model
         self._optional = frozenset(spec.name for spec in model.signature.inputs if spec.optional)

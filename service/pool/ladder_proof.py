@@ -1,4 +1,4 @@
-"""What is found out of a model on a GPU before it serves: whether rows may be padded, what TF32 changes.
+"""What is found out of a model on a GPU before it serves: whether rows may be padded.
 
 Each instance runs every rung of its ladder, which is also what makes the runtime pick its algorithms and grow
 its memory, so that no request waits for that.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from service.backends.base import DeviceModel, LoadedModel
+from service.backends.base import DeviceModel
 from service.errors import OutOfMemory
 from service.pool.ladder import Ladder
 from service.pool.plan import rows_of
-from service.pool.proof import compare, first_line, relative_difference, runnable
+from service.pool.proof import compare, first_line, runnable
 from service.tensors import Tensors
 
 
@@ -52,23 +50,5 @@ def _padded(model: DeviceModel, rows: Tensors, rung: int) -> str:
     if rung == 1:
         return ""
     got = model.run_padded([rows_of(rows, rung - 1)], rung)
-    fault, _ = compare(model.signature, got, full, range(rung - 1))
+    fault, _ = compare(model.signature, got, full, range(rung - 1), model.rounding)
     return f"{fault} when a row of zeros is run with {rung - 1} others" if fault else ""
-
-
-def difference(
-    model: LoadedModel, exact: LoadedModel, samples: Sequence[Tensors], clock: Callable[[], float]
-) -> float | None:
-    """The largest relative difference between the outputs of two models; None where no rows could be run."""
-    rows, _, _ = runnable(exact, samples, clock)
-    if not rows:
-        return None
-    got, want = model.run(rows), exact.run(rows)
-    return max(
-        (
-            relative_difference(got[name], tensor, tensor)
-            for name, tensor in want.items()
-            if isinstance(tensor, np.ndarray) and tensor.dtype.kind == "f"
-        ),
-        default=0.0,
-    )

@@ -75,7 +75,9 @@ def _compare(
             )
             for name, tensor in got.items():
                 reference, chosen = ({name: alone[place][name]}, 0) if name in axes else (whole, place)
-                fault, difference = compare(model.signature, {name: tensor}, reference, [chosen])
+                fault, difference = compare(
+                    model.signature, {name: tensor}, reference, [chosen], model.rounding
+                )
                 if fault:
                     return f"{fault} when {lengths[place]} tokens are padded", worst, {}
                 worst = max(worst, difference)

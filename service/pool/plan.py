@@ -182,7 +182,7 @@ class Planner:
                 log.info("batches end at %d rows: %s", size // 2, first_line(error))
                 break
             if proof.batched:
-                fault, _ = compare(model.signature, outputs, proof.alone, _places(rows, size))
+                fault, _ = compare(model.signature, outputs, proof.alone, _places(rows, size), model.rounding)
                 if fault:
                     return table, f"{fault} when {size} rows run together"
             quickest, typical = self._time(model, batch)

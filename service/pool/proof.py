@@ -99,7 +99,7 @@ def _compare_all(model: LoadedModel, rows: Tensors, count: int) -> tuple[str, fl
     worst = 0.0
     for grouping in _GROUPINGS[count]:
         outputs = model.run({name: tensor[list(grouping)] for name, tensor in rows.items()})
-        fault, difference = compare(model.signature, outputs, alone, grouping)
+        fault, difference = compare(model.signature, outputs, alone, grouping, model.rounding)
         if fault:
             return f"{fault} when {len(grouping)} rows run together", worst, {}
         worst = max(worst, difference)
@@ -127,10 +127,11 @@ def _runs(count: int) -> int:
 
 
 def compare(
-    signature: Signature, outputs: Tensors, alone: Tensors, chosen: Sequence[int]
+    signature: Signature, outputs: Tensors, alone: Tensors, chosen: Sequence[int], rounding: str = ""
 ) -> tuple[str, float]:
     """Hold `outputs` of the rows `chosen` against theirs `alone`.
 
+    `rounding` is the datatype that sums are rounded to, where that is coarser than the outputs' own.
     Returns what is wrong, "" if nothing is, and the largest relative difference among the numbers.
     """
     worst = 0.0
@@ -145,6 +146,7 @@ def compare(
             if not np.array_equal(got, want):
                 return f'output "{name}" differs', worst
             continue
+        tolerance = max(tolerance, TOLERANCES.get(rounding, 0.0))
         difference = relative_difference(got, want, reference)
         if not difference <= tolerance:
             return f'output "{name}" differs by {difference:.1g} (rounding explains {tolerance:.0e})', worst

@@ -51,11 +51,16 @@ class PlanCache:
         except (OSError, RuntimeError, ValueError) as error:
             log.info("measurements are not kept: %s", error)
 
+    def beside(self, file: Path) -> Path | None:
+        """The folder for what a backend makes of the content of `file`; None where it cannot be had."""
+        try:
+            return cache_folder(self._folder) / f"{file.parent.parent.name}-{_digest(_whole(file))[:24]}"
+        except (OSError, RuntimeError) as error:
+            log.info("what is made of %s is not kept: %s", file, error)
+            return None
+
     def _file(self, file: Path, samples: Sequence[Path], wishes: Wishes, runtime: str) -> Path:
-        # External data lies beside the model: anything in a version's folder, or called like a bare file.
-        pattern = "*" if file.stem == "model" else glob.escape(file.name) + "*"
-        beside = [item for item in file.parent.glob(pattern) if item.is_file()]
-        facts = [__version__, runtime, _machine(), repr(wishes), _digest(beside), _digest(samples)]
+        facts = [__version__, runtime, _machine(), repr(wishes), _digest(_whole(file)), _digest(samples)]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         return cache_folder(self._folder) / f"{file.parent.parent.name}-{digest[:24]}.json"
 
@@ -64,6 +69,12 @@ def cache_folder(chosen: Path | None) -> Path:
     """`chosen`, or the user's own (`XDG_CACHE_HOME`, `~/.cache`); raises RuntimeError without a home."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return (chosen if chosen is not None else base / "inferpool").expanduser()
+
+
+def _whole(file: Path) -> list[Path]:
+    """A model's files: external data lies beside it, in a version's folder, or is called like a bare file."""
+    pattern = "*" if file.stem == "model" else glob.escape(file.name) + "*"
+    return [item for item in file.parent.glob(pattern) if item.is_file()]
 
 
 def _digest(files: Sequence[Path]) -> str:

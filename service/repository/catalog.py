@@ -16,6 +16,7 @@ from service.errors import ModelNotFound, NotReady, VersionNotFound
 from service.pool.padding import Padding
 from service.pool.pool import BatchCount, InstanceState
 from service.pool.ports import VersionKey
+from service.pool.precision import Difference
 from service.pool.profile import Measurement
 from service.tensors import Signature, names_text
 
@@ -48,12 +49,14 @@ class GpuView:
         cpu_nodes: how many nodes of each kind run on the CPU all the same.
         padding: whether batches are rounded up to the measured sizes, and why, or why not.
         precision: how numbers are rounded, and what that changes.
+        difference: the same in figures; None where the model is as it says, or it could not be measured.
         graphs: whether every instance replays its runs from CUDA graphs, or why not.
     """
 
     cpu_nodes: Mapping[str, int]
     padding: str
     precision: str
+    difference: Difference | None
     graphs: bool | str
 
 

@@ -72,6 +72,7 @@ class GpuConfig(BaseModel):
     model_config = _Table
     cpu_nodes: CpuNodes = "none"
     tf32: bool = False
+    fp16: bool = False
     memory_bytes: _Positive | None = None
     graphs: bool = True
 

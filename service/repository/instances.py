@@ -14,8 +14,9 @@ from service.devices import CPU
 from service.errors import LoadError, OutOfMemory
 from service.pool.graphs import capture
 from service.pool.ladder import Ladder, LadderModel
-from service.pool.ladder_proof import difference, warm_up
+from service.pool.ladder_proof import warm_up
 from service.pool.plan import Plan
+from service.pool.precision import Difference, Reference, reference
 from service.repository.catalog import GpuView
 from service.tensors import Tensors
 
@@ -48,6 +49,8 @@ class Instances:
         except OutOfMemory as error:
             raise LoadError(error.detail) from error
         self._owned.append(model)
+        if options.device != CPU and (options.fp16 or options.tf32):
+            model.rounding = "FP16"  # TF32 has as many digits
         return model
 
     def drop(self, model: LoadedModel) -> None:
@@ -66,6 +69,8 @@ class Instances:
 
         `samples` are inputs that the model is known to take.
         """
+        # Before there is anything else on the card: in FP32 a model takes twice the memory of FP16.
+        exact, unmeasured = self._exact(replace(options, device=devices[0]), samples)
         ladder = Ladder(plan.rungs) if plan.rungs else None
         fault = ""
         loaded: list[tuple[str, LoadedModel]] = []
@@ -87,10 +92,13 @@ class Instances:
                 for device, model in loaded
             ]
         self.models = loaded
+        rounding = _rounding(options)
+        found = exact.difference(loaded[0][1], rounding) if exact is not None else None
         self.gpu = GpuView(
             cpu_nodes=dict(loaded[0][1].cpu_nodes),
             padding=_padding(plan, fault),
-            precision=self._precision(loaded[0][1], options, samples),
+            precision=_precision(rounding, found, unmeasured),
+            difference=found,
             graphs=_graphs(self._owned),
         )
         if self.gpu.cpu_nodes:
@@ -115,17 +123,37 @@ class Instances:
         finally:
             begun.set()
 
-    def _precision(self, model: LoadedModel, options: LoadOptions, samples: Sequence[Tensors]) -> str:
-        if not options.tf32:
-            return "as the model says"
-        exact = self.load(replace(options, tf32=False))
+    def _exact(self, options: LoadOptions, samples: Sequence[Tensors]) -> tuple[Reference | None, str]:
+        """What the model gives in FP32, if it is to serve otherwise, and why that is not known."""
+        if not _rounding(options):
+            return None, ""
         try:
-            found = difference(model, exact, samples, self._clock)
+            model = self.load(replace(options, tf32=False, fp16=False, graphs=False))
+        except LoadError as error:
+            return None, error.detail
+        try:
+            found = reference(model, samples, self._clock)
+        except OutOfMemory as error:
+            return None, error.detail
         finally:
-            self.drop(exact)
-        if found is None:
-            return "TF32; how much that changes could not be measured, for no rows could be run"
-        return f"TF32; its outputs differ from those of FP32 by {found:.1g} of their scale at the most"
+            self.drop(model)
+        return (found, "") if found.inputs else (None, "no rows could be run")
+
+
+def _rounding(options: LoadOptions) -> str:
+    """What the owner lets numbers be rounded to; empty where that is nothing."""
+    if options.fp16:
+        return "FP16, and TF32 in what stays FP32" if options.tf32 else "FP16"
+    return "TF32" if options.tf32 else ""
+
+
+def _precision(rounding: str, found: Difference | None, unmeasured: str) -> str:
+    if not rounding:
+        return "as the model says"
+    if found is None:
+        return f"{rounding}; how much that changes could not be measured: {unmeasured}"
+    most = f"{found.relative:.1g} of their scale"
+    return f"{rounding}; its outputs differ from those of FP32 by {most} at the most"
 
 
 def _graphs(models: Sequence[LoadedModel]) -> bool | str:

@@ -89,7 +89,7 @@ class Loader:
         name = config.backend or backends_by_suffix().get(file.suffix, "")
         backend = find_backend(name)
         devices = self._devices(config, backend, file)
-        options = self._options(config, folder, devices[0])
+        options = self._options(config, file, folder, devices[0])
         instances = Instances(backend, file, self._clock)
         on_cpu = ""
         try:
@@ -100,7 +100,7 @@ class Loader:
                     raise
                 log.warning("%s is served on the CPU: %s", file, error.detail)
                 on_cpu = f"on the CPU, though there is a GPU: {error.detail}"
-                devices, options = (CPU,), replace(options, device=CPU)
+                devices, options = (CPU,), replace(options, device=CPU, fp16=False)
                 model = instances.load(options)
             check_described(config, folder, model.signature)
             image, text, classes = make_codecs(config, folder, model.signature)
@@ -160,11 +160,14 @@ class Loader:
             log.warning("%s is served on the CPU although there is a GPU: %s", file, backend.lacks_gpu(file))
         return devices
 
-    def _options(self, config: ModelConfig, folder: Path | None, device: str) -> LoadOptions:
+    def _options(self, config: ModelConfig, file: Path, folder: Path | None, device: str) -> LoadOptions:
+        fp16 = config.gpu.fp16 and device != CPU
         return LoadOptions(
             device=device,
             cpu_nodes=config.gpu.cpu_nodes,
             tf32=config.gpu.tf32,
+            fp16=fp16,
+            kept=self._cache.beside(file) if fp16 else None,
             memory_bytes=config.gpu.memory_bytes,
             inputs=tuple(Described(**tensor.model_dump()) for tensor in config.inputs),
             outputs=tuple(Described(**tensor.model_dump()) for tensor in config.outputs),
@@ -214,7 +217,10 @@ class Loader:
         if options.device == CPU:
             return []
         gpu = self._driver.gpus()[gpu_index(options.device)]
-        return [gpu.name, *map(str, (gpu.memory_bytes, options.tf32, options.memory_bytes))]
+        return [
+            gpu.name,
+            *map(str, (gpu.memory_bytes, options.tf32, options.fp16, options.memory_bytes)),
+        ]
 
     def _pool(
         self,

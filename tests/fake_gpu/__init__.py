@@ -6,7 +6,7 @@ What a real card does (copies, kernels, memory) is not pretended: this holds wha
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,6 +68,7 @@ class FakeModel(DeviceModel):
         self.options = options or LoadOptions()
         self.leaks = leaks
         self.closed = False
+        self.largest = FakeBackend.largest
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         rows = inputs["x"]
@@ -79,7 +80,9 @@ class FakeModel(DeviceModel):
         answer = expected(rows)
         if self.leaks and len(rows) and not rows[-1].any():
             answer += 1
-        # What a card rounds to as TF32.
+        # What a card rounds to as TF32, or in FP16, which ends at 65504.
+        if self.options.fp16:
+            answer = np.where(np.abs(answer) > self.largest, np.inf, answer * (1 + 1e-3))
         return {"sum": answer * (1 + 1e-4 * self.options.tf32)}
 
     def run_padded(
@@ -119,16 +122,22 @@ class FakeBackend(Backend):
     leaks: ClassVar[bool] = False
     captures: ClassVar[str] = ""
     unfit: ClassVar[str] = ""
+    largest: ClassVar[float] = 65504
+    fails: ClassVar[Callable[[LoadOptions], bool]] = lambda options: False
     loaded: ClassVar[list[FakeModel]] = []
 
     @classmethod
     def reset(cls) -> None:
         cls.lacks, cls.leaks, cls.unfit, cls.captures = "", False, "", ""
+        cls.largest = 65504
         cls.cards, cls.loaded = {}, []
+        cls.fails = lambda options: False
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         if self.unfit and options.device != "cpu":
             raise UnfitForGpu(self.unfit)
+        if type(self).fails(options):
+            raise OutOfMemory("the fake card has no room for it")
         card = self.cards.setdefault(options.device, FakeCard())
         model = FakeModel(card, options, self.leaks, self.captures)
         self.loaded.append(model)

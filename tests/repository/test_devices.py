@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,7 +175,8 @@ def test_no_memory_for_a_single_row_is_a_failure_that_says_so(load: Load) -> Non
 
 
 def test_what_tf32_changes_is_measured_and_shown(load: Load) -> None:
-    assert view(load()).gpu.precision == "as the model says"
+    plain = view(load()).gpu
+    assert (plain.precision, plain.difference) == ("as the model says", None)
     FakeBackend.loaded.clear()
     repository = load("[gpu]\ntf32 = true")
     assert view(repository).gpu.precision == (
@@ -208,6 +211,71 @@ def test_graphs_can_be_turned_off(load: Load) -> None:
     repository = load("[gpu]\ngraphs = false")
     assert view(repository).gpu.graphs == "its runtime has none here"
     assert not any(model.options.graphs or model.captured for model in FakeBackend.loaded)
+
+
+def test_what_fp16_changes_is_measured_on_made_up_rows_and_on_samples(load: Load, tmp_path: Path) -> None:
+    """The copy in FP32 is gone before those that serve come; batching is proven as FP16 rounds."""
+    samples = tmp_path / "repository" / "m" / "samples"
+    samples.mkdir(parents=True)
+    (samples / "large.json").write_text(
+        json.dumps({"inputs": {"x": [[1000, 0, 0, 0]]}, "outputs": {"sum": [3001]}, "tolerance": 0.01})
+    )
+    repository = load("[gpu]\nfp16 = true")
+    shown = view(repository)
+    assert shown.state == READY, shown.reason
+    assert shown.gpu.precision == (
+        "FP16; its outputs differ from those of FP32 by 0.001 of their scale at the most"
+    )
+    assert shown.gpu.difference.rows == 9
+    assert shown.gpu.difference.relative == pytest.approx(1e-3)
+    assert shown.gpu.difference.absolute == pytest.approx(4.5, rel=0.4)
+    assert shown.gpu.difference.changed == 0
+    assert shown.batching.enabled
+    assert [model.options.fp16 for model in FakeBackend.loaded] == [True, False, *[True] * 4]
+    [kept] = {model.options.kept for model in FakeBackend.loaded}
+    assert kept is not None
+    assert (kept.parent, kept.name[:2]) == (tmp_path / "cache", "m-")
+    assert [model.options.fp16 for model in FakeBackend.loaded if not model.closed] == [True] * 4
+
+
+def test_a_sample_is_held_against_the_model_as_it_serves(load: Load, tmp_path: Path) -> None:
+    """Its own tolerance says how much rounding it takes."""
+    samples = tmp_path / "repository" / "m" / "samples"
+    samples.mkdir(parents=True)
+    (samples / "strict.json").write_text(
+        json.dumps({"inputs": {"x": [[1000, 0, 0, 0]]}, "outputs": {"sum": [3001]}})
+    )
+    assert view(load()).state == READY
+    failed = view(load("[gpu]\nfp16 = true"))
+    assert failed.state == FAILED
+    assert 'sample strict.json: output "sum" differs by 3' in failed.reason
+
+
+def test_fp16_that_loses_numbers_fails_the_version_and_says_so(load: Load) -> None:
+    FakeBackend.largest = 2.0
+    failed = view(load("[gpu]\nfp16 = true"))
+    assert failed.state == FAILED
+    assert re.fullmatch(
+        r'in FP16 output "sum" is no finite number in \d of 8 places where FP32 has one \(up to [\d.]+\);'
+        r" FP16 ends at 65504, within the model too",
+        failed.reason,
+    )
+    assert all(model.closed for model in FakeBackend.loaded)
+
+
+def test_without_memory_for_fp32_the_difference_is_not_known_and_said_so(load: Load) -> None:
+    FakeBackend.fails = lambda options: not options.fp16
+    shown = view(load("[gpu]\nfp16 = true"))
+    assert (shown.state, shown.gpu.difference) == (READY, None)
+    assert shown.gpu.precision == (
+        "FP16; how much that changes could not be measured: the fake card has no room for it"
+    )
+
+
+def test_on_the_cpu_fp16_means_nothing(load: Load) -> None:
+    repository = load("[gpu]\nfp16 = true", devices=("cpu",))
+    assert view(repository).state == READY
+    assert not any(model.options.fp16 for model in FakeBackend.loaded)
 
 
 def test_auto_is_the_cpu_where_the_runtime_knows_no_gpu(load: Load, caplog: pytest.LogCaptureFixture) -> None:
@@ -266,6 +334,7 @@ def test_a_server_on_gpus_pads_answers_and_tells(fake_server: Server) -> None:
         "batch_rows": [1, 2, 4, 8, 16, 32],
         "padding": "batches are rounded up with rows of zeros, which changes no answer (tried on every size)",
         "precision": "as the model says",
+        "difference": None,
         "graphs": "its runtime has none here",
     }
     assert [item["device"] for item in version["instances"]] == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
