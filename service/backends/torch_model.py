@@ -170,7 +170,7 @@ def agree(reference: Runnable, candidate: Runnable, options: LoadOptions) -> boo
             except Exception:  # noqa: BLE001 - made-up rows may be nonsense to the model
                 continue
             try:
-                if not _same(run_once(candidate, inputs, options.threads), expected):
+                if not _same(run_once(candidate, inputs, options.threads), expected, options.fp16):
                     return False
             except RuntimeError:
                 return False
@@ -269,18 +269,18 @@ def _facts(place: Place, leaf: Any) -> Facts:
     return datatype_of(leaf.dtype, f"output {place_text(place)}"), tuple(leaf.shape)
 
 
-def _same(leaves: Leaves, others: Leaves) -> bool:
+def _same(leaves: Leaves, others: Leaves, fp16: bool) -> bool:
     return leaves.keys() == others.keys() and all(
-        _close(leaf, others[place]) for place, leaf in leaves.items()
+        _close(leaf, others[place], fp16) for place, leaf in leaves.items()
     )
 
 
-def _close(one: Any, other: Any) -> bool:
+def _close(one: Any, other: Any, fp16: bool) -> bool:
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    tolerance = TOLERANCES.get(one.dtype)
+    tolerance = TOLERANCES.get(torch.float16 if fp16 and one.dtype is torch.float32 else one.dtype)
     if tolerance is None:
         return bool(torch.equal(one, other))
     scale = other.abs().nan_to_num(0, 0, 0).amax().item() if other.numel() else 0.0

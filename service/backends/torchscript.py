@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from service.backends.base import Described, LoadedModel, LoadOptions
+from service.backends.torch_half import halve_script
 from service.backends.torch_model import (
     Feeds,
+    Forward,
     Leaves,
     Runnable,
     agree,
@@ -38,7 +40,11 @@ def load(file: Path, options: LoadOptions) -> LoadedModel:
     with quiet(file):
         module = torch.jit.load(str(file), map_location=options.device).eval()
         plain = _runnable(module, options)
-        frozen = _frozen(module, plain)
+        border: Callable[[Forward], Forward] = _as_it_is
+        if options.fp16:
+            border = halve_script(module, plain, options)
+            plain = replace(plain, forward=border(plain.forward))
+        frozen = _frozen(module, plain, border)
         if frozen is not None and agree(plain, frozen, options):
             return start(frozen, options)
         log.info("%s is not frozen: it would not give the same answers", file)
@@ -66,18 +72,22 @@ def _runnable(module: Any, options: LoadOptions) -> Runnable:
     return Runnable(_forward(module), inputs, FORM, copies=_writes(module), device=options.device)
 
 
-def _forward(module: Any) -> Callable[[Feeds], Leaves]:
+def _forward(module: Any) -> Forward:
     def forward(feeds: Feeds) -> Leaves:
         return dict(flatten(module(**feeds)))
 
     return forward
 
 
-def _frozen(module: Any, plain: Runnable) -> Runnable | None:
+def _as_it_is(forward: Forward) -> Forward:
+    return forward
+
+
+def _frozen(module: Any, plain: Runnable, border: Callable[[Forward], Forward]) -> Runnable | None:
     """The module with its weights as constants, or None where it cannot be frozen."""
     with suppress(RuntimeError):
         frozen = torch.jit.freeze(module)
-        return replace(plain, forward=_forward(frozen), copies=_writes(frozen))
+        return replace(plain, forward=border(_forward(frozen)), copies=_writes(frozen))
     return None
 
 
