@@ -40,6 +40,19 @@ CpuNodes: TypeAlias = Literal["none", "shapes", "any"]
 
 
 @dataclass(frozen=True, slots=True)
+class Engine:
+    """What TensorRT makes of a model for one kind of GPU.
+
+    Attributes:
+        folder: where its files are; it is built into an empty one.
+        shapes: the inputs whose number of rows varies, with the largest shape of each.
+    """
+
+    folder: Path
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOptions:
     """How a model is to be loaded.
 
@@ -58,6 +71,7 @@ class LoadOptions:
         graphs: on a GPU, `capture` will be called where the runtime has that.
         kept: a folder of this file's content alone, where a backend may keep what it makes of it; None
             where there is none. It need not be there yet, nor be one that can be written to.
+        engine: on a GPU, the engine of TensorRT that is to run it; None is as the runtime runs it itself.
     """
 
     device: str = "cpu"
@@ -73,6 +87,7 @@ class LoadOptions:
     memory_bytes: int | None = None
     graphs: bool = False
     kept: Path | None = None
+    engine: Engine | None = None
 
 
 class LoadedModel(ABC):
@@ -173,6 +188,14 @@ class Backend(ABC):
         a DeviceModel for a device `cuda:N`.
         """
         return f"the backend {self.name} runs models on the CPU only"
+
+    def lacks_engines(self) -> str:
+        """Why no model of this backend can be loaded with an engine of TensorRT here; "" if one may be."""
+        return f"the backend {self.name} runs no engines of TensorRT"
+
+    def engine_version(self) -> str:
+        """The versions that engines are good for, and no others; it `lacks_engines` for no reason."""
+        return self.describe()
 
     @abstractmethod
     def describe(self) -> str:

@@ -8,9 +8,11 @@ Functions and numbers are those of cuda_runtime_api.h and driver_types.h.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +30,19 @@ _THREAD_LOCAL: Final = 1
 ALONE: Final = threading.Lock()
 """Held while a graph is captured, and while a session is opened: that waits for the whole device, which a
 capture does not outlive, whoever waits."""
+
+
+def load_library(name: str) -> ctypes.CDLL:
+    """A library by its name, or else out of one of NVIDIA's wheels; raises OSError."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        for wheel, place in (("nvidia", "*/lib"), ("tensorrt_libs", ".")):
+            spec = importlib.util.find_spec(wheel)
+            for folder in spec.submodule_search_locations or () if spec is not None else ():
+                for file in Path(folder).glob(f"{place}/{name}"):
+                    return ctypes.CDLL(str(file))
+        raise error
 
 
 class Memory(ABC):
@@ -135,9 +150,6 @@ class CudaMemory(Memory):
         """
         if not hasattr(self._entered, "done"):
             self._use()
-            mode = ctypes.c_int(_THREAD_LOCAL)
-            self._check(self._library.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
-            self._entered.done = True
 
     def end_capture(self) -> None:
         """End it, and drop what was captured: a session that is closed while one is open ends the process."""
@@ -189,6 +201,10 @@ class CudaMemory(Memory):
     def _use(self) -> None:
         # The current device is the thread's: each call that makes something says which it means.
         self._check(self._library.cudaSetDevice(self._index))
+        if not hasattr(self._entered, "done"):
+            mode = ctypes.c_int(_THREAD_LOCAL)
+            self._check(self._library.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+            self._entered.done = True
 
     def _copy(self, to: int, source: int, nbytes: int, kind: int) -> None:
         self._check(

@@ -36,6 +36,7 @@ from service.backends.onnx_cuda import Uncapturable, lacks_cuda, open_memory, op
 from service.backends.onnx_half import in_half
 from service.backends.onnx_reason import check_file, reason
 from service.backends.onnx_signature import read_signature
+from service.backends.onnx_tensorrt import lacks_tensorrt, tensorrt_version
 from service.tensors import JSON, Array, Signature, Tensors, names_text
 
 _BFLOAT16: Final = 16
@@ -64,6 +65,14 @@ class OnnxBackend(Backend):
     def lacks_gpu(self, file: Path) -> str:
         """Why not, where the runtime that is installed is the one for CPUs."""
         return lacks_cuda()
+
+    def lacks_engines(self) -> str:
+        """Why not, where the runtime or TensorRT lacks."""
+        return lacks_tensorrt()
+
+    def engine_version(self) -> str:
+        """The runtime's version, and TensorRT's."""
+        return f"{self.describe()} {tensorrt_version()}"
 
     def describe(self) -> str:
         """The runtime's version."""
@@ -173,6 +182,8 @@ def _load(opened: _Opened, options: LoadOptions) -> LoadedModel:
 
 
 def _on_gpu(opened: _Opened, options: LoadOptions) -> LoadedModel:
+    if options.engine is not None and (lacks := lacks_tensorrt()):
+        raise LoadError(lacks)
     memory = open_memory(options)
     plainly = replace(options, graphs=False)
 

@@ -165,6 +165,8 @@ class BoundModel(DeviceModel):
 
     def close(self) -> None:
         """Drop the session and give back the memory."""
+        # The session frees its memory itself.
+        self._memory.enter()
         self._bindings.clear()
         self._session = None
         self._memory.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,8 +19,10 @@ from typing import Any, Final
 import onnxruntime as ort
 
 from service.backends.base import LoadOptions
-from service.backends.cuda_runtime import ALONE, CudaMemory
+from service.backends.cuda_runtime import ALONE, CudaMemory, load_library
+from service.backends.onnx_graph import graph_values
 from service.backends.onnx_reason import reason
+from service.backends.onnx_tensorrt import TENSORRT, check_tensorrt, tensorrt_options
 from service.commands import install_command, uninstall_command
 from service.devices import check_cuda, cuda_driver, gpu_index
 from service.errors import LoadError, OutOfMemory, UnfitForGpu
@@ -48,6 +49,9 @@ _LIBRARIES: Final = (
 _OPTIONAL: Final = ("libnvrtc.so.{cuda}", "libcufft.so.12")
 """What it loads itself where a model needs it."""
 
+_FP16: Final = 10
+"""FLOAT16 in onnx.proto (`TensorProto.DataType`)."""
+
 _NO_MEMORY: Final = re.compile(
     r"out of memory|ALLOC_FAILED|Failed to allocate memory|smaller than requested bytes", re.IGNORECASE
 )
@@ -69,7 +73,7 @@ def load_libraries(needed: str, load: Callable[[str], object] | None = None) -> 
     Those of NVIDIA's wheels are found wherever they are installed. Raises LoadError for the first that is
     not to be had.
     """
-    load = load or _load
+    load = load or load_library
     cuda = needed.partition(".")[0]
     for pattern, what in _LIBRARIES:
         try:
@@ -82,18 +86,6 @@ def load_libraries(needed: str, load: Callable[[str], object] | None = None) -> 
     for pattern in _OPTIONAL:
         with contextlib.suppress(OSError):
             load(pattern.format(cuda=cuda))
-
-
-def _load(name: str) -> object:
-    """A library by its name, or else out of one of NVIDIA's wheels; raises OSError."""
-    try:
-        return ctypes.CDLL(name)
-    except OSError as error:
-        spec = importlib.util.find_spec("nvidia")
-        for folder in spec.submodule_search_locations or () if spec is not None else ():
-            for file in Path(folder).glob(f"*/lib/{name}"):
-                return ctypes.CDLL(str(file))
-        raise error
 
 
 class Uncapturable(LoadError):
@@ -140,14 +132,19 @@ def open_session(
         )
     left = cpu_nodes(session)
     check_nodes(left, options)
+    if options.engine is not None:
+        check_tensorrt(session)
     return session, left
 
 
 def _session(file: Path, options: LoadOptions, settings: Any, stream: int) -> Any:
+    providers = [(CUDA, provider_options(options, stream))]
+    if options.engine is not None:
+        # What TensorRT does not take falls to the next.
+        half = options.fp16 or any(value.element == _FP16 for value in graph_values(file))
+        providers.insert(0, (TENSORRT, tensorrt_options(options, options.engine, stream, half)))
     with ALONE:
-        return ort.InferenceSession(
-            str(file), settings, providers=[(CUDA, provider_options(options, stream))], enable_fallback=0
-        )
+        return ort.InferenceSession(str(file), settings, providers=providers, enable_fallback=0)
 
 
 def _uncapturable(error: str) -> str:

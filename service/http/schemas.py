@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal
 
 from pydantic import BaseModel
 
 from service.http.bodies import media_types
-from service.repository.catalog import Catalog, GpuView, Health, ModelView, VersionView
+from service.repository.catalog import Catalog, GpuView, Health, LiveView, ModelView, VersionView
 from service.tensors import TensorSpec
 
 
@@ -64,6 +63,7 @@ class Gpu(BaseModel):
     precision: str
     difference: Rounding | None
     graphs: bool | str
+    tensorrt: str | None
 
 
 class Version(BaseModel):
@@ -187,7 +187,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
             InstanceOut.model_validate({"device": item.device, "state": item.state})
             for item in live.instances
         ],
-        gpu=_gpu(view.gpu, live.rungs),
+        gpu=_gpu(view.gpu, live),
         threads=view.threads,
         queue_rows=live.waiting_rows,
         load_ms=round(1000 * (view.load_s or live.loading_s), 3),
@@ -199,16 +199,17 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
     )
 
 
-def _gpu(view: GpuView | None, rungs: Sequence[int]) -> Gpu | None:
+def _gpu(view: GpuView | None, live: LiveView) -> Gpu | None:
     if view is None:
         return None
     return Gpu(
         cpu_nodes=dict(view.cpu_nodes),
-        batch_rows=list(rungs),
+        batch_rows=list(live.rungs),
         padding=view.padding,
         precision=view.precision,
         difference=None if view.difference is None else Rounding(**asdict(view.difference)),
         graphs=view.graphs,
+        tensorrt=live.tensorrt,
     )
 
 

@@ -59,6 +59,14 @@ class PlanCache:
             log.info("what is made of %s is not kept: %s", file, error)
             return None
 
+    def engine_folder(self, file: Path, facts: Sequence[str]) -> Path:
+        """Where an engine of TensorRT for the model `file` is kept, which holds for `facts` alone.
+
+        Raises RuntimeError where the user has no home, OSError where the model cannot be read.
+        """
+        told = hashlib.sha256("\n".join((__version__, *facts, _digest(_whole(file)))).encode()).hexdigest()
+        return cache_folder(self._folder) / "tensorrt" / f"{file.parent.parent.name}-{told[:24]}"
+
     def _file(self, file: Path, samples: Sequence[Path], wishes: Wishes, runtime: str) -> Path:
         facts = [__version__, runtime, _machine(), repr(wishes), _digest(_whole(file)), _digest(samples)]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()

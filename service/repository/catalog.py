@@ -138,6 +138,7 @@ class LiveView:
         wrong_rows: what an output had instead of a batch's rows, if that turned batching off.
         batches: how many batches of each size have run.
         rungs: the sizes that batches are rounded up to on GPUs; empty where none are.
+        tensorrt: what has become of the wish for TensorRT; None where it was not wished for.
         loading_s: for how long it has been loading so far, while it does.
     """
 
@@ -149,6 +150,7 @@ class LiveView:
     wrong_rows: str = ""
     batches: Sequence[BatchCount] = ()
     rungs: Sequence[int] = ()
+    tensorrt: str | None = None
     loading_s: float = 0.0
 
 

@@ -75,6 +75,7 @@ class GpuConfig(BaseModel):
     fp16: bool = False
     memory_bytes: _Positive | None = None
     graphs: bool = True
+    tensorrt: bool = False
 
 
 class QueueConfig(BaseModel):

@@ -15,9 +15,12 @@ from service.errors import LoadError, OutOfMemory
 from service.pool.graphs import capture
 from service.pool.ladder import Ladder, LadderModel
 from service.pool.ladder_proof import warm_up
-from service.pool.plan import Plan
+from service.pool.plan import Plan, rows_of
 from service.pool.precision import Difference, Reference, reference
+from service.pool.proof import runnable
+from service.pool.switch import SwitchModel
 from service.repository.catalog import GpuView
+from service.repository.engines import Engines, Folder
 from service.tensors import Tensors
 
 log = logging.getLogger(__name__)
@@ -30,17 +33,24 @@ class Instances:
         models: a model for each instance, with its device; the same one may be there several times.
         ladder: the batch sizes that they run; None where any size runs as it is.
         gpu: what `/models` shows of GPUs; None on the CPU.
+        engines: the work on engines of TensorRT, where they are wished for.
     """
 
     def __init__(self, backend: Backend, file: Path, clock: Callable[[], float]) -> None:
         self.models: list[tuple[str, LoadedModel]] = []
         self.ladder: Ladder | None = None
         self.gpu: GpuView | None = None
+        self.engines: Engines | None = None
         self._backend = backend
         self._file = file
         self._clock = clock
         self._owned: list[LoadedModel] = []
         self._begun: list[threading.Event] = []
+
+    @property
+    def tensorrt(self) -> str | None:
+        """What has become of the wish for TensorRT."""
+        return None if self.engines is None else self.engines.status
 
     def load(self, options: LoadOptions) -> LoadedModel:
         """One more copy of the model; raises LoadError."""
@@ -63,11 +73,17 @@ class Instances:
         self.models = [(CPU, model)] * count
 
     def on_gpus(
-        self, devices: Sequence[str], plan: Plan, options: LoadOptions, samples: Sequence[Tensors]
+        self,
+        devices: Sequence[str],
+        plan: Plan,
+        options: LoadOptions,
+        samples: Sequence[Tensors],
+        engines: Folder | None = None,
     ) -> None:
         """Load a copy for each instance on each device, and run every rung; raises LoadError.
 
-        `samples` are inputs that the model is known to take.
+        `samples` are inputs that the model is known to take; `engines` says where engines of TensorRT are
+        kept, where they are wished for.
         """
         # Before there is anything else on the card: in FP32 a model takes twice the memory of FP16.
         exact, unmeasured = self._exact(replace(options, device=devices[0]), samples)
@@ -87,8 +103,11 @@ class Instances:
             loaded.append((device, model))
         if ladder is not None and not fault:
             self.ladder = ladder
+        if engines is not None:
+            loaded = self._switchable(loaded, options, samples, engines)
+        if self.ladder is not None:
             loaded = [
-                (device, LadderModel(model, ladder) if isinstance(model, DeviceModel) else model)
+                (device, LadderModel(model, self.ladder) if isinstance(model, DeviceModel) else model)
                 for device, model in loaded
             ]
         self.models = loaded
@@ -108,14 +127,37 @@ class Instances:
         """Block until every instance, once started, is ready for its first batch."""
         for begun in self._begun:
             begun.wait()
+        if self.engines is not None:
+            self.engines.start()
         if self.gpu is not None:
             self.gpu = replace(self.gpu, graphs=_graphs(self._owned))
 
     def close(self) -> None:
         """Give back all memory; no run is under way and none follows."""
+        if self.engines is not None:
+            self.engines.close()
         for model in self._owned:
             model.close()
         self._owned.clear()
+
+    def _switchable(
+        self,
+        loaded: Sequence[tuple[str, LoadedModel]],
+        options: LoadOptions,
+        samples: Sequence[Tensors],
+        folder: Folder,
+    ) -> list[tuple[str, LoadedModel]]:
+        """The models, in such a form that engines can take their places."""
+        switches = [
+            (device, SwitchModel(model)) for device, model in loaded if isinstance(model, DeviceModel)
+        ]
+        self._owned = [switch for _, switch in switches]
+        rows = runnable(switches[0][1], samples, self._clock)[0]
+        if self.ladder is None:
+            rows = samples[0] if samples else rows_of(rows, 1) if rows else {}
+        self.engines = Engines(self._backend, self._file, options, folder, self.ladder, rows)
+        self.engines.prepare(switches)
+        return [*switches]
 
     def _capture(self, model: DeviceModel, samples: Sequence[Tensors], begun: threading.Event) -> None:
         try:

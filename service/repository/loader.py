@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from service.backends.base import (
@@ -115,7 +116,8 @@ class Loader:
             if options.device != CPU:
                 graphs = config.gpu.graphs and isinstance(model, DeviceModel) and model.capturable
                 instances.drop(model)
-                instances.on_gpus(devices, plan, replace(options, graphs=graphs), rows)
+                engines = partial(self._engine_folder, file, options) if config.gpu.tensorrt else None
+                instances.on_gpus(devices, plan, replace(options, graphs=graphs), rows, engines)
             else:
                 if plan.threads != 1:
                     instances.drop(model)
@@ -211,6 +213,11 @@ class Loader:
         plan = Planner(load, wishes, self._clock).make(model, rows)
         self._cache.keep(file, golden, wishes, runtime, plan)
         return plan
+
+    def _engine_folder(self, file: Path, options: LoadOptions, device: str, version: str) -> Path:
+        """Where an engine of `file` for `device` is kept, which holds for that `version` alone."""
+        measured = self._measured_on(replace(options, device=device))
+        return self._cache.engine_folder(file, [version, *measured])
 
     def _measured_on(self, options: LoadOptions) -> list[str]:
         """What makes measurements on one GPU worthless on another."""

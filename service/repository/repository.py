@@ -99,6 +99,7 @@ class Repository:
             pool.wrong_rows,
             pool.batches(),
             pool.rungs(),
+            loaded.instances.tensorrt,
         )
 
     def health(self) -> Health:

@@ -5,6 +5,8 @@ What a real card does (copies, kernels, memory) is not pretended: this holds wha
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 
 from service.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
 from service.devices import Gpu
-from service.errors import OutOfMemory, UnfitForGpu
+from service.errors import LoadError, OutOfMemory, UnfitForGpu
 from service.tensors import Signature, Tensors, TensorSpec
 
 
@@ -61,6 +63,7 @@ class FakeModel(DeviceModel):
     def __init__(
         self, card: FakeCard, options: LoadOptions | None = None, leaks: bool = False, captures: str = ""
     ) -> None:
+        self.engine = ""
         self.capturable = bool(captures)
         self.captures = captures
         self.captured: list[tuple[int, int]] = []
@@ -80,6 +83,8 @@ class FakeModel(DeviceModel):
         answer = expected(rows)
         if self.leaks and len(rows) and not rows[-1].any():
             answer += 1
+        if self.engine == "wrong":
+            answer = answer + 1
         # What a card rounds to as TF32, or in FP16, which ends at 65504.
         if self.options.fp16:
             answer = np.where(np.abs(answer) > self.largest, np.inf, answer * (1 + 1e-3))
@@ -121,6 +126,7 @@ class FakeBackend(Backend):
     cards: ClassVar[dict[str, FakeCard]] = {}
     leaks: ClassVar[bool] = False
     captures: ClassVar[str] = ""
+    engines: ClassVar[bool] = False
     unfit: ClassVar[str] = ""
     largest: ClassVar[float] = 65504
     fails: ClassVar[Callable[[LoadOptions], bool]] = lambda options: False
@@ -130,7 +136,7 @@ class FakeBackend(Backend):
     def reset(cls) -> None:
         cls.lacks, cls.leaks, cls.unfit, cls.captures = "", False, "", ""
         cls.largest = 65504
-        cls.cards, cls.loaded = {}, []
+        cls.cards, cls.loaded, cls.engines = {}, [], False
         cls.fails = lambda options: False
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
@@ -140,11 +146,29 @@ class FakeBackend(Backend):
             raise OutOfMemory("the fake card has no room for it")
         card = self.cards.setdefault(options.device, FakeCard())
         model = FakeModel(card, options, self.leaks, self.captures)
+        if options.engine is not None:
+            model.engine = self._engine(file.read_text(), options.engine.folder)
         self.loaded.append(model)
         return model
 
     def lacks_gpu(self, file: Path) -> str:
         return self.lacks
+
+    def lacks_engines(self) -> str:
+        return "" if self.engines else super().lacks_engines()
+
+    def _engine(self, wish: str, folder: Path) -> str:
+        """What the engine does; the file says how it is built where it is not there."""
+        engine = folder / "engine"
+        if not engine.exists():
+            if wish == "fails":
+                raise LoadError("TensorRT knows no operator like that")
+            if wish == "crashes":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if wish == "hangs":
+                threading.Event().wait()
+            engine.write_text(wish)
+        return engine.read_text()
 
     def describe(self) -> str:
         return "fakegpu 1.0"
