@@ -1,11 +1,14 @@
 """What a GPU does for requests, beside what the same session does for a loop in one process.
 
-    python benchmarks/gpu.py [--device cuda:0] [--seconds S] [--models resnet50,encoder,small] [--out FOLDER]
+    python benchmarks/gpu.py [--device cuda:0] [--seconds S] [--models resnet50,encoder,small]
+                             [--sessions plain,graphs,TensorRT] [--out FOLDER]
 
 For each model, in one run: the rate of its session with the rows on the card already; the rate from and to
 the host's memory, by one instance and by two; then a real server's, for requests of 16 rows and of one, by
-`/v2` with binary tensors from processes of their own. All rates are rows a second. Results go to FOLDER as
-JSON and Markdown, with the date, the device and the versions; the table is printed last.
+`/v2` with binary tensors from processes of their own. That three times: as ONNX Runtime runs it with CUDA,
+with its runs replayed from CUDA graphs, which is the server's default, and by TensorRT where that is
+installed. All rates are rows a second. Results go to FOLDER as JSON and Markdown, with the date, the device
+and the versions; the table is printed last.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.gpu_load import load, request
 from benchmarks.gpu_models import MODELS, rows
-from service.backends.base import LoadOptions
+from service.backends.base import Engine, LoadOptions
 from service.backends.cuda_runtime import HostMemory
 from service.backends.onnx import OnnxBackend
 from service.backends.onnx_bound import BoundModel
+from service.backends.onnx_tensorrt import lacks_tensorrt
 from service.devices import cuda_driver
 from tests.server import Server
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--sessions", default="plain,graphs,TensorRT", help="those that there are here")
     half = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument("--processes", type=int, default=half, help="of clients")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -58,10 +63,12 @@ def main() -> None:
         for name in options.models.split(","):
             file = Path(place) / name / "1" / "model.onnx"
             MODELS[name](file)
-            print(f"{name}: in one process", flush=True)
-            own = own_rates(name, file, options.device, options.seconds)
-            print(f"{name}: served", flush=True)
-            report["models"][name] = {"own": own} | served(name, file, place, options)
+            report["models"][name] = figures = {}
+            for session in sessions(options):
+                print(f"{name}, {session}: in one process", flush=True)
+                own = own_rates(name, file, options.device, session, options.seconds)
+                print(f"{name}, {session}: served", flush=True)
+                figures[session] = {"own": own} | served(name, file, place, session, options)
             file.unlink()
     text = table(report)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +81,15 @@ def main() -> None:
 def machine(device: str) -> dict[str, Any]:
     """What was measured on, and with what."""
     driver = cuda_driver()
-    names = ("onnxruntime-gpu", "onnxruntime", "torch", "numpy", "nvidia-cudnn-cu13", "nvidia-cublas")
+    names = (
+        "onnxruntime-gpu",
+        "onnxruntime",
+        "torch",
+        "numpy",
+        "nvidia-cudnn-cu13",
+        "nvidia-cublas",
+        "tensorrt-cu13-libs",
+    )
     versions = {}
     for name in names:
         try:
@@ -95,14 +110,27 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def own_rates(name: str, file: Path, device: str, seconds: float) -> dict[str, Any]:
+def sessions(options: argparse.Namespace) -> list[str]:
+    """The ways to run a model that were asked for, and are there."""
+    lacks = {"plain": "", "graphs": "it is no GPU", "TensorRT": "it is no GPU"}
+    if options.device != "cpu":
+        lacks = {"plain": "", "graphs": "", "TensorRT": lacks_tensorrt()}
+    wanted = options.sessions.split(",")
+    for session in wanted:
+        if lacks[session]:
+            print(f"without {session}: {lacks[session]}", flush=True)
+    return [session for session in wanted if not lacks[session]]
+
+
+def own_rates(name: str, file: Path, device: str, session: str, seconds: float) -> dict[str, Any]:
     """The session's rates in this process, by batch size, until a doubling brings nothing any more."""
-    models = [bound(file, device) for _ in range(2)]
+    models = [bound(name, file, device, session) for _ in range(2)]
     by_size: dict[str, Any] = {}
     best: list[float] = []
     for size in SIZES:
         try:
-            by_size[str(size)] = found = rates_of(models, {"x": rows(name, size)}, size, seconds / 4)
+            batch = {"x": rows(name, size)}
+            by_size[str(size)] = found = rates_of(models, batch, size, session == "graphs", seconds / 4)
         except Exception as error:  # noqa: BLE001 - the card has no memory for it, in whatever words
             by_size[str(size)] = {"fault": str(error)[:200]}
             break
@@ -115,54 +143,89 @@ def own_rates(name: str, file: Path, device: str, seconds: float) -> dict[str, A
     return {"by_size": by_size} | {kind: max(found[kind] for found in measured) for kind in measured[0]}
 
 
-def rates_of(models: list[BoundModel], batch: dict[str, Any], size: int, seconds: float) -> dict[str, float]:
+def rates_of(
+    models: list[BoundModel], batch: dict[str, Any], size: int, graphs: bool, seconds: float
+) -> dict[str, float]:
     """Rows a second on the card alone, and from and to the host's memory by one and by two instances."""
-    for model in models:
+    key = (size, *((name, tensor.shape) for name, tensor in batch.items()))
+
+    def prepare(model: BoundModel) -> None:
+        # Graphs are the thread's that captures them.
+        model.begin()
         model.run_padded([batch], size)
-    first = models[0]
-    # Its inputs and outputs are on the device from here on; this is the card's own limit.
-    binding = first._bindings[(size, *((name, tensor.shape) for name, tensor in batch.items()))].binding
-    runs: list[Callable[[], object]] = [partial(model.run_padded, [batch], size) for model in models]
-    return {
-        "on_card": size * rate([partial(first._session.run_with_iobinding, binding)], seconds),
-        "one": size * rate(runs[:1], seconds),
-        "two": size * rate(runs, seconds),
-    }
+        if graphs:
+            model.capture([batch], size)
+
+    def on_card(model: BoundModel) -> None:
+        # Its inputs and outputs are on the device by now; this is the card's own limit.
+        known = model._bindings[key]
+        model._session.run_with_iobinding(known.binding, known.options)
+        model._memory.wait()
+
+    def rate(run: Callable[[BoundModel], object], count: int) -> float:
+        return size * together(models[:count], prepare, run, seconds)
+
+    run: Callable[[BoundModel], object] = lambda model: model.run_padded([batch], size)  # noqa: E731
+    return {"on_card": rate(on_card, 1), "one": rate(run, 1), "two": rate(run, 2)}
 
 
-def bound(file: Path, device: str) -> BoundModel:
+def bound(name: str, file: Path, device: str, session: str) -> BoundModel:
     """The model as an instance has it; on the CPU too, so that this script can be tried without a GPU."""
-    model = OnnxBackend().load(file, LoadOptions(device=device))
+    options = LoadOptions(device=device, graphs=session == "graphs")
+    if session == "TensorRT":
+        folder = file.parents[2] / "engines" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = (SIZES[-1], *rows(name, 1).shape[1:])
+        options = replace(options, engine=Engine(folder, (("x", shape),)))
+    model = OnnxBackend().load(file, options)
     if isinstance(model, BoundModel):
         return model
     return BoundModel(model._session, model.signature, device, HostMemory(), {})
 
 
-def rate(runs: list[Callable[[], object]], seconds: float) -> float:
-    """Runs a second of threads, one for each of `runs`, which repeat it."""
-    counts = [0] * len(runs)
-    ends = time.perf_counter() + seconds
+def together(
+    models: list[BoundModel],
+    prepare: Callable[[BoundModel], None],
+    run: Callable[[BoundModel], object],
+    seconds: float,
+) -> float:
+    """Runs a second of threads, one for each of `models`, which repeat `run` when all are prepared."""
+    counts = [0] * len(models)
+    faults: list[Exception] = []
+    began: list[float] = []
+    barrier = threading.Barrier(len(models), lambda: began.append(time.perf_counter()))
 
     def work(number: int) -> None:
-        while not counts[number] or time.perf_counter() < ends:
-            runs[number]()
-            counts[number] += 1
+        try:
+            prepare(models[number])
+            barrier.wait()
+            while not counts[number] or time.perf_counter() < began[0] + seconds:
+                run(models[number])
+                counts[number] += 1
+        except Exception as error:  # noqa: BLE001 - raised again below, on the thread that waits
+            faults.append(error)
+            barrier.abort()
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(runs))]
-    began = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(models))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(counts) / (time.perf_counter() - began)
+    if faults:
+        raise faults[0]
+    return sum(counts) / (time.perf_counter() - began[0])
 
 
-def served(name: str, file: Path, place: str, options: argparse.Namespace) -> dict[str, Any]:
+def served(name: str, file: Path, place: str, session: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a server answers: 16 rows a request, one row, and one request at a time."""
     environ = {"INFERPOOL_CACHE_DIR": f"{place}/cache", "INFERPOOL_MEASURE_MS": "10000"}
+    wishes = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
+    (file.parents[1] / "model.toml").write_text(f"[gpu]\n{wishes[session]}\n")
     server = Server(file.parents[1], ["--devices", options.device, "--queue-ms", "60000"], environ)
     try:
         server.wait_for(r"\d+ models$", 300)
+        if session == "TensorRT":
+            server.wait_for(r"TensorRT takes over|no TensorRT", 1200)
         version = server.get(f"/models/{name}/1").json()
         if version["state"] != "ready":
             raise RuntimeError(version["reason"])
@@ -218,25 +281,34 @@ def table(report: dict[str, Any]) -> str:
         f"`python benchmarks/gpu.py --device {of['device']}` at {of['commit']}; CUDA of the driver:"
         f" {of['driver_cuda']}; {of['cores']} cores; Python {of['python']}; {versions}. Rows a second.",
         "",
-        "| model | on the card | one instance | two | served, 16 rows | share | served, 1 row | limit at 16"
-        " | limit at 1 | web µs a request | alone, median ms |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | session | on the card | one instance | two | served, 16 rows | share | served, 1 row"
+        " | limit at 16 | limit at 1 | web µs a request | alone, median ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     verdicts = []
-    for name, figures in report["models"].items():
+    ways_of_all = [
+        (name, session, figures)
+        for name, ways in report["models"].items()
+        for session, figures in ways.items()
+    ]
+    for name, session, figures in ways_of_all:
         own, many, single, alone = (figures[key] for key in ("own", "16 rows", "1 row", "alone"))
         best = max(own["on_card"], own["one"], own["two"])
         share = many["rows_s"] / best
         lines.append(
-            f"| {name} | {own['on_card']:.0f} | {own['one']:.0f} | {own['two']:.0f} | {many['rows_s']:.0f}"
-            f" | {share:.0%} | {single['rows_s']:.0f} | {limit(many)} | {limit(single)}"
-            f" | {many['web_us_request']:.0f} | {alone['median_ms']:.3f} |"
+            f"| {name} | {session} | {own['on_card']:.0f} | {own['one']:.0f} | {own['two']:.0f}"
+            f" | {many['rows_s']:.0f} | {share:.0%} | {single['rows_s']:.0f} | {limit(many)}"
+            f" | {limit(single)} | {many['web_us_request']:.0f} | {alone['median_ms']:.3f} |"
         )
         if name == "small":
             reached = alone["median_ms"] < SMALL_MS
-            verdicts.append(f"- {name} alone: {alone['median_ms']:.3f} ms of {SMALL_MS}: {_word(reached)}")
+            verdicts.append(
+                f"- {name}, {session}, alone: {alone['median_ms']:.3f} ms of {SMALL_MS}: {_word(reached)}"
+            )
         else:
-            verdicts.append(f"- {name}, 16 rows: {share:.0%} of {SHARE:.0%}: {_word(share >= SHARE)}")
+            verdicts.append(
+                f"- {name}, {session}, 16 rows: {share:.0%} of {SHARE:.0%}: {_word(share >= SHARE)}"
+            )
     return "\n".join([*lines, "", *verdicts, ""])
 
 
