@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -116,9 +116,12 @@ class Engines:
         options = replace(self._options, device=device, engine=Engine(folder, shapes))
         if folder.is_dir():
             return options
-        # Under another name until it is whole: servers may share the folder.
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        part.mkdir(parents=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Under another name until it is whole: servers may share the folder.
+            part = Path(tempfile.mkdtemp(".part", f"{folder.name}-", folder.parent))
+        except OSError as error:
+            raise LoadError(f"there is no place for its engine: {error.strerror}") from error
         try:
             with self._lock:
                 if self._closed:
