@@ -136,7 +136,7 @@ class DeviceModel(LoadedModel):
     Attributes:
         graphs: whether runs that repeat are replayed from CUDA graphs, or why they are not; it is known
             once every batch size has run.
-        capturable: whether it is worth loading with `LoadOptions.graphs`.
+        capturable: whether it is worth loading with `LoadOptions.graphs`, and calling `capture` then.
         first: what `begin` does: see there.
     """
 

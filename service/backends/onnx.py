@@ -210,7 +210,7 @@ def _on_gpu(opened: _Opened, options: LoadOptions) -> LoadedModel:
         raise
     model = BoundModel(session, signature, options.device, memory, left, streamed=True)
     if refused:
-        model.graphs = refused
+        model.graphs, model.capturable = refused, False
     elif options.graphs:
         model.plain = plain
     return model

@@ -92,7 +92,7 @@ class Instances:
         loaded: list[tuple[str, LoadedModel]] = []
         for device in [device for device in devices for _ in range(plan.instances)]:
             model = self.load(replace(options, device=device))
-            if isinstance(model, DeviceModel) and options.graphs:
+            if isinstance(model, DeviceModel) and options.graphs and model.capturable:
                 self._begun.append(threading.Event())
                 model.first = partial(self._capture, model, samples, self._begun[-1])
             if ladder is not None and isinstance(model, DeviceModel):

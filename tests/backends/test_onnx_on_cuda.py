@@ -1,0 +1,236 @@
+"""A whole version of an ONNX model on a card that is fake: loaded, proven, captured, served and unloaded.
+
+ONNX Runtime's CPU session computes, from and to the memory of the fake library; all else is as on a card.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from service.backends import onnx, onnx_cuda
+from service.metrics import Metrics
+from service.pool.ports import Entry, VersionKey
+from service.repository.catalog import READY
+from service.repository.repository import Repository
+from service.settings import Settings
+from tests.backends.test_cuda import library, opened  # noqa: F401 - fixtures
+from tests.backends.test_onnx_graphs import GraphSession, value
+from tests.fake_gpu import FakeDriver
+from tests.pool.test_pool import Outbox
+
+KEY = VersionKey("m", 1)
+node = helper.make_node
+real_session = ort.InferenceSession
+
+
+class Binding:
+    """A binding to the fake card's memory, which is the host's."""
+
+    def __init__(self, binding: Any) -> None:
+        self.binding = binding
+
+    def bind_input(self, name: str, device: str, index: int, *rest: Any) -> None:
+        assert (device, index) == ("cuda", 3)
+        self.binding.bind_input(name, "cpu", 0, *rest)
+
+    def bind_output(self, name: str, device: str, index: int, *rest: Any) -> None:
+        assert (device, index) == ("cuda", 3)
+        self.binding.bind_output(name, "cpu", 0, *rest)
+
+    def get_outputs(self) -> Any:
+        return self.binding.get_outputs()
+
+
+class Session(GraphSession):
+    """What `InferenceSession` gives for CUDA; tests say whether it refuses graphs, or breaks in a capture."""
+
+    made: ClassVar[list[Session]] = []
+    refuses: ClassVar[str] = ""
+    breaks: ClassVar[str] = ""
+
+    def __init__(self, file: str, settings: Any, providers: Any, enable_fallback: int) -> None:
+        assert not enable_fallback
+        [(_, options)] = providers
+        self.graphed = options["enable_cuda_graph"] == "1"
+        if self.graphed and self.refuses:
+            raise RuntimeError(self.refuses)
+        assert settings.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+        self.stream = int(options["user_compute_stream"])
+        super().__init__(
+            real_session(file, settings, providers=["CPUExecutionProvider"]),
+            Memories.by_stream[self.stream],
+            self.breaks,
+        )
+        self.made.append(self)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        assert self.graphed or options.get_run_config_entry("gpu_graph_id") == "-1"
+        super().run_with_iobinding(binding.binding, options)
+
+    def io_binding(self) -> Any:
+        return Binding(super().io_binding())
+
+    def get_providers(self) -> list[str]:
+        return [onnx_cuda.CUDA, "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        return []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+
+class Memories:
+    """The memories that were made, by the streams that they gave out."""
+
+    by_stream: ClassVar[dict[int, Any]] = {}
+
+
+Load = Callable[..., Repository]
+
+
+@pytest.fixture
+def load(
+    opened: list[str],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Load]:
+    """Load a model of these nodes as `m`; whatever it took on the card is given back in the end."""
+    Session.made, Session.refuses, Session.breaks = [], "", ""
+    Memories.by_stream = {}
+    driver = FakeDriver(4)
+    monkeypatch.setattr(onnx_cuda, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(ort, "cuda_version", "13.0", raising=False)
+    monkeypatch.setattr(onnx, "lacks_cuda", lambda: "")
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    make_memory = onnx_cuda.CudaMemory
+
+    def memory(index: int, cuda: int) -> Any:
+        made = make_memory(index, cuda)
+        Memories.by_stream[made.stream] = made
+        return made
+
+    monkeypatch.setattr(onnx_cuda, "CudaMemory", memory)
+    repositories: list[Repository] = []
+
+    def start(nodes: list[Any], inputs: list[Any], outputs: list[Any], config: str = "") -> Repository:
+        folder = tmp_path / "repository" / "m"
+        (folder / "1").mkdir(parents=True)
+        graph = helper.make_graph(nodes, "g", inputs, outputs)
+        model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
+        (folder / "1" / "model.onnx").write_bytes(model.SerializeToString())
+        (folder / "model.toml").write_text(f'[instances]\ndevices = ["cuda:3"]\ncount = 1\n{config}')
+        settings = Settings(cache_dir=tmp_path / "cache", measure_ms=0)
+        made = Repository(folder.parent, settings, Outbox(), Metrics({}), time.monotonic, driver)
+        made.load_now()
+        repositories.append(made)
+        return made
+
+    yield start
+    for repository in repositories:
+        assert repository.drain(10)
+        for loaded in repository._loaded.values():
+            loaded.close()
+    for made in Memories.by_stream.values():
+        assert made._library.fakeLeft() == 0
+
+
+def ask(repository: Repository, rows: Any) -> Any:
+    """What the version answers for `rows`, through its queue."""
+    pool = repository._loaded[KEY].pool
+    pool.offer(Entry(1, KEY, {"a": rows}, len(rows), "a", rows.nbytes, time.monotonic()))
+    outbox: Any = pool._outbox
+    [result] = outbox.take(1).values()
+    assert result.outputs is not None, result.error
+    return result.outputs["y"]
+
+
+SQUARE = [node("Mul", ["a", "a"], ["y"])], [value("a", ["n", 3])], [value("y", ["n", 3])]
+
+
+def check(repository: Repository) -> None:
+    for count in (1, 3, 30, 8, 1, 70):
+        rows = np.random.default_rng(count).random((count, 3)).astype(np.float32)
+        assert ask(repository, rows).tolist() == (rows * rows).tolist()
+
+
+def test_a_version_is_captured_on_the_thread_that_serves_it(load: Load) -> None:
+    repository = load(*SQUARE)
+    view: Any = repository.models()["m"].versions[1]
+    assert view.state == READY, view.reason
+    assert view.gpu.graphs is True
+    measured, serving = Session.made
+    assert (measured.graphed, serving.graphed) == (False, True)
+    assert len(serving.graphs) == len(repository.live(KEY).rungs)
+    serving.runs.clear()
+    check(repository)
+    assert {kind for kind, _ in serving.runs} == {"replayed"}
+    assert not any(serving.synchronous)
+
+
+@pytest.mark.parametrize(
+    ("refuses", "breaks", "reason"),
+    [
+        ("cannot use the graph capture feature: control flow nodes", "", "it has control flow"),
+        ("", "refuses", "a run could not be captured: CUDA failure 900"),
+        ("", "stale", 'output "y" differs'),
+    ],
+)
+def test_without_graphs_it_is_served_all_the_same(refuses: str, breaks: str, reason: str, load: Load) -> None:
+    """By a session that was opened without, in the same stream."""
+    Session.refuses, Session.breaks = refuses, breaks
+    repository = load(*SQUARE)
+    view: Any = repository.models()["m"].versions[1]
+    assert view.state == READY, view.reason
+    assert reason in view.gpu.graphs
+    serving = Session.made[-1]
+    assert not serving.graphed
+    serving.runs.clear()
+    check(repository)
+    assert {kind for kind, _ in serving.runs} == {"plain"}
+
+
+def test_what_cannot_be_captured_is_not_tried(load: Load) -> None:
+    places = [value("y", [2, "k"], TensorProto.INT64)]
+    repository = load([node("NonZero", ["a"], ["y"])], [value("a", ["n", "m"])], places)
+    view: Any = repository.models()["m"].versions[1]
+    assert view.state == READY, view.reason
+    assert view.gpu.graphs == 'the shape of output "y" is not known before the run'
+    assert not any(session.graphed for session in Session.made)
+
+
+def test_graphs_that_were_turned_off_are_not_tried(load: Load) -> None:
+    repository = load(*SQUARE, config="[gpu]\ngraphs = false")
+    view: Any = repository.models()["m"].versions[1]
+    assert view.gpu.graphs == "none were asked for"
+    assert not any(session.graphed for session in Session.made)
+    check(repository)
+
+
+def test_a_model_of_one_shape_is_captured_too(load: Load) -> None:
+    """It has no ladder: its rows cannot be added to."""
+    repository = load([node("Mul", ["a", "a"], ["y"])], [value("a", [1, 3])], [value("y", [1, 3])])
+    view: Any = repository.models()["m"].versions[1]
+    assert view.gpu.graphs is True
+    serving = Session.made[-1]
+    serving.runs.clear()
+    rows = np.ones((1, 3), np.float32) * 5
+    assert ask(repository, rows).tolist() == [[25, 25, 25]]
+    assert serving.runs == [("replayed", 1)]
+
+
+def test_a_failed_load_gives_the_card_back(load: Load) -> None:
+    """Here it is no tensor of numbers that the model takes."""
+    kind = TensorProto.STRING
+    repository = load([node("Identity", ["a"], ["y"])], [value("a", ["n"], kind)], [value("y", ["n"], kind)])
+    assert repository.models()["m"].versions[1].reason.startswith("a GPU takes tensors of numbers only")
+    assert Memories.by_stream
