@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
 from service.backends.base import DeviceModel, LoadOptions
+from service.backends.cuda_runtime import ALONE
 from service.backends.staging import stage
+from service.backends.torch_capture import CudaRecorder, Recorder, Recording
 from service.backends.torch_model import Runnable, to_array
 from service.backends.torch_signature import Place
 from service.devices import check_cuda, cuda_driver
@@ -44,13 +47,28 @@ def prepare_gpu(options: LoadOptions) -> None:
         raise LoadError(f"PyTorch cannot use {options.device}: {error}") from error
 
 
+class _Room(NamedTuple):
+    """Memory for an input: page-locked, as an array and as a tensor, and a tensor on the device."""
+
+    staged: Array
+    host: Any
+    device: Any
+
+
 class TorchDeviceModel(DeviceModel):
     """A model whose weights are on a device, run from and to memory that is used again for every run."""
 
-    def __init__(self, runnable: Runnable, outputs: Mapping[Place, TensorSpec], device: str) -> None:
+    def __init__(
+        self,
+        runnable: Runnable,
+        outputs: Mapping[Place, TensorSpec],
+        device: str,
+        recorder: Recorder | None = None,
+    ) -> None:
         """`outputs` are all that the model gives, by where they stand in what it returns.
 
-        `device` is `cuda:N`, or `cpu`, where the same happens without a stream.
+        `device` is `cuda:N`, or `cpu`, where the same happens without a stream. `recorder` is what records
+        runs there; None is that of CUDA on a GPU, and none elsewhere.
         """
         self.signature = Signature(runnable.inputs, tuple(outputs.values()))
         self.form = runnable.form
@@ -59,23 +77,56 @@ class TorchDeviceModel(DeviceModel):
         self._places = {spec.name: place for place, spec in outputs.items()}
         self._device = torch.device(device)
         self._stream: Any = None
-        self._rooms: dict[tuple[object, ...], tuple[Array, Any, Any]] = {}
+        self._rooms: dict[tuple[object, ...], _Room] = {}
+        self._recordings: dict[tuple[object, ...], tuple[dict[str, _Room], Recording]] = {}
         if self._device.type == "cuda":
             # The weights have been copied there by another stream.
-            torch.cuda.synchronize(self._device)
+            with ALONE:
+                torch.cuda.synchronize(self._device)
             self._stream = torch.cuda.Stream(self._device)
+            recorder = recorder or CudaRecorder(self._stream)
+        self._recorder = recorder
+        self.capturable = recorder is not None and not runnable.waits
+        self.graphs = runnable.waits or "none were asked for"
+
+    def begin(self) -> None:
+        """Let this thread run beside others that capture."""
+        if self._recorder is not None:
+            self._recorder.enter()
+        super().begin()
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         """Run as it is; raises what PyTorch raises, and OutOfMemory."""
-        shapes = {name: tensor.shape for name, tensor in inputs.items()}
-        return self._run([inputs], shapes, None, outputs)
+        return self._run([inputs], _shapes([inputs], None), None, outputs)
 
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
     ) -> Tensors:
         """Run the rows of all parts among `rows`; raises what PyTorch raises, and OutOfMemory."""
-        shapes = {name: (rows, *tensor.shape[1:]) for name, tensor in parts[0].items()}
-        return self._run(parts, shapes, rows, outputs)
+        return self._run(parts, _shapes(parts, rows), rows, outputs)
+
+    def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
+        """Record the run of these shapes; raises whatever keeps it from that."""
+        assert self._runnable is not None
+        assert self._recorder is not None
+        shapes = _shapes(parts, rows)
+        rooms = {name: self._room(name, shape) for name, shape in shapes.items()}
+        with torch.inference_mode(), self._on_stream():
+            _upload(rooms, parts)
+            feeds = {name: room.device for name, room in rooms.items()}
+            recording = self._recorder.record(partial(self._runnable.forward, feeds))
+        # It has the addresses of these rooms for as long as it is there.
+        self._recordings[rows, *shapes.items()] = rooms, recording
+        self.graphs = True
+        return self._run(parts, shapes, rows, None)
+
+    def uncapture(self, reason: str) -> None:
+        """Drop what was recorded."""
+        self.graphs = reason
+        for _, recording in self._recordings.values():
+            recording.drop()
+        self._recordings.clear()
+        self._trim()
 
     def close(self) -> None:
         """Drop the module, and give its memory back to the driver."""
@@ -83,8 +134,7 @@ class TorchDeviceModel(DeviceModel):
             self._runnable.release()
         self._runnable = None
         self._rooms.clear()
-        if self._stream is not None:
-            torch.cuda.empty_cache()
+        self.uncapture("it is closed")
 
     def _run(
         self,
@@ -96,13 +146,14 @@ class TorchDeviceModel(DeviceModel):
         assert self._runnable is not None  # no run follows the close
         try:
             with torch.inference_mode(), self._on_stream():
-                feeds: dict[str, Any] = {}
-                used = 0
-                for name, shape in shapes.items():
-                    staged, host, feeds[name] = self._room(name, shape)
-                    used = stage(staged, [part[name] for part in parts])
-                    feeds[name].copy_(host, non_blocking=True)
-                leaves = self._runnable.forward(feeds)
+                recorded = self._recordings.get((rows, *shapes.items()))
+                if recorded is None:
+                    rooms = {name: self._room(name, shape) for name, shape in shapes.items()}
+                    used = _upload(rooms, parts)
+                    leaves = self._runnable.forward({name: room.device for name, room in rooms.items()})
+                else:
+                    used = _upload(recorded[0], parts)
+                    leaves = recorded[1].replay()
                 answer = {}
                 for name in self._places if outputs is None else outputs:
                     leaf = leaves.get(self._places[name])
@@ -110,12 +161,11 @@ class TorchDeviceModel(DeviceModel):
                         raise RuntimeError(f"the model gave no output {name_text(name)}")
                     answer[name] = to_array((leaf if rows is None else leaf[:used]).to("cpu", copy=True))
         except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
+            self._trim()
             raise OutOfMemory(str(error)) from error
         return answer
 
-    def _room(self, name: str, shape: tuple[int, ...]) -> tuple[Array, Any, Any]:
-        """Memory for an input: page-locked, as an array and as a tensor, and a tensor on the device."""
+    def _room(self, name: str, shape: tuple[int, ...]) -> _Room:
         key = (name, *shape)
         room = self._rooms.get(key)
         if room is None:
@@ -128,8 +178,30 @@ class TorchDeviceModel(DeviceModel):
                 pin_memory=self._stream is not None,
             )
             host = bits.view(torch.bfloat16) if spec.datatype == "BF16" else bits
-            room = self._rooms[key] = (bits.numpy(), host, torch.empty_like(host, device=self._device))
+            room = self._rooms[key] = _Room(bits.numpy(), host, torch.empty_like(host, device=self._device))
         return room
+
+    def _trim(self) -> None:
+        """Give back to the driver what is not in use; it waits for the device, which a capture must not."""
+        if self._stream is not None:
+            with ALONE:
+                torch.cuda.empty_cache()
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _shapes(parts: Sequence[Tensors], rows: int | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of a run's inputs: as they come, or with so many rows."""
+    return {
+        name: tensor.shape if rows is None else (rows, *tensor.shape[1:]) for name, tensor in parts[0].items()
+    }
+
+
+def _upload(rooms: Mapping[str, _Room], parts: Sequence[Tensors]) -> int:
+    """Queue the copies of all inputs; returns the number of rows."""
+    used = 0
+    for name, room in rooms.items():
+        used = stage(room.staged, [part[name] for part in parts])
+        room.device.copy_(room.host, non_blocking=True)
+    return used

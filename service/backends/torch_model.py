@@ -75,6 +75,7 @@ class Runnable:
         max_rows: the largest batch that it takes; None where that is not known.
         release: gives back what the collector does not.
         device: where its weights are, and its inputs have to be.
+        waits: why its runs cannot be recorded on a GPU, where that is known beforehand.
     """
 
     forward: Forward
@@ -84,6 +85,7 @@ class Runnable:
     max_rows: int | None = None
     release: Callable[[], None] = lambda: None
     device: str = "cpu"
+    waits: str = ""
 
 
 class TorchModel(LoadedModel):

@@ -9,7 +9,7 @@ Python only where that cannot be done, or does not give the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from service.backends.base import LoadedModel, LoadOptions
+from service.backends.torch_capture import waits
 from service.backends.torch_graph import Untranslatable, function, optimize, translate, writes
 from service.backends.torch_half import bordered, halve
 from service.backends.torch_model import (
@@ -91,6 +92,12 @@ class _Program:
             return []
         return [{spec.name: to_array(tensor) for spec, tensor in zip(self.inputs, tensors, strict=True)}]
 
+    def operations(self) -> Iterator[str]:
+        """The operations that it is made of, as PyTorch's schemas name them."""
+        for node in self.exported.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload):
+                yield node.target._schema.name
+
     def as_python(self, feeds: Feeds) -> Leaves:
         """Run it as PyTorch loads it."""
         args, kwargs = pytree.tree_unflatten(self._flat(feeds), self.exported.call_spec.in_spec)
@@ -139,6 +146,7 @@ def _runnable(file: Path, program: _Program, options: LoadOptions) -> Runnable:
         copies=True,
         max_rows=program.max_rows,
         device=options.device,
+        waits=waits(program.operations()),
     )
     try:
         graph = translate(program.exported)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from service.backends.base import Described, LoadedModel, LoadOptions
+from service.backends.torch_capture import operations, waits
 from service.backends.torch_half import halve_script
 from service.backends.torch_model import (
     Feeds,
@@ -69,7 +70,14 @@ def _runnable(module: Any, options: LoadOptions) -> Runnable:
             )
     inputs = complete_inputs(tensors, optional, options.inputs, options.samples)
     check_datatypes(inputs)
-    return Runnable(_forward(module), inputs, FORM, copies=_writes(module), device=options.device)
+    return Runnable(
+        _forward(module),
+        inputs,
+        FORM,
+        copies=_writes(module),
+        device=options.device,
+        waits=waits(operations(module.inlined_graph)),
+    )
 
 
 def _forward(module: Any) -> Forward:
