@@ -228,7 +228,8 @@ class Planner:
         base = self._rate([model], batch)
         others: list[LoadedModel] = []
         try:
-            others = [self._load(1) for _ in range((wished or OVERLAPPING) - 1)]
+            for _ in range((wished or OVERLAPPING) - 1):
+                others.append(self._load(1))  # noqa: PERF401 - those before one that fails are to be closed
             rate = self._rate([model, *others], batch)
         except Exception as error:  # memory for one more copy may be lacking
             if wished:
@@ -256,9 +257,11 @@ class Planner:
                 break
             candidate = model if threads == 1 else self._load(threads)
             alone = (instances, threads) == (1, 1)
-            rates[instances, threads] = base if alone else self._rate([candidate] * instances, batch)
-            if candidate is not model:
-                candidate.close()
+            try:
+                rates[instances, threads] = base if alone else self._rate([candidate] * instances, batch)
+            finally:
+                if candidate is not model:
+                    candidate.close()
         enough = max(rates.values()) / (BETTER if table[0].seconds >= CLEAR_S else MUCH_BETTER)
         best = next(option for option in options if rates.get(option, 0.0) >= enough)
         # What no number of cores can bring is noise in one of the two rates.

@@ -136,9 +136,11 @@ class Instances:
         """Give back all memory; no run is under way and none follows."""
         if self.engines is not None:
             self.engines.close()
-        for model in self._owned:
-            model.close()
-        self._owned.clear()
+        while self._owned:
+            try:
+                self._owned.pop().close()
+            except Exception:
+                log.exception("%s: the memory of a copy could not be given back", self._file)
 
     def _switchable(
         self,
