@@ -20,8 +20,8 @@ from service.devices import check_cuda, cuda_driver
 from service.errors import LoadError, OutOfMemory
 from service.tensors import Array, Signature, Tensors, TensorSpec, name_text
 
-_KEPT_SHAPES: Final = 256
-"""Shapes of inputs whose memory is kept; texts of all lengths may have more."""
+_KEPT_SHAPES: Final = 1024
+"""Shapes of inputs whose memory is kept; texts have three inputs, some 32 lengths and nine batch sizes."""
 
 
 def lacks_cuda() -> str:

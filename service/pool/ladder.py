@@ -17,6 +17,7 @@ from typing import Final
 from service.backends.base import DeviceModel, LoadedModel
 from service.errors import OutOfMemory
 from service.pool.batch import join
+from service.pool.padding import Padding
 from service.pool.profile import Measurement
 from service.tensors import Tensors
 
@@ -95,9 +96,12 @@ def between(table: Sequence[Measurement]) -> list[int]:
 
 
 class LadderModel(LoadedModel):
-    """A model on a GPU, run on the rungs of a ladder; of a batch that is too large for memory, the halves."""
+    """A model on a GPU, run on the rungs of a ladder; of a batch that is too large for memory, the halves.
 
-    def __init__(self, model: DeviceModel, ladder: Ladder) -> None:
+    Rows of tokens are filled up to lengths that repeat, too, where `padding` says so.
+    """
+
+    def __init__(self, model: DeviceModel, ladder: Ladder, padding: Padding | None = None) -> None:
         self.signature = model.signature
         self.form = model.form
         self.max_rows = model.max_rows
@@ -105,6 +109,7 @@ class LadderModel(LoadedModel):
         self.rounding = model.rounding
         self.ladder = ladder
         self._model = model
+        self._padding = padding
         self._optional = frozenset(spec.name for spec in model.signature.inputs if spec.optional)
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
@@ -112,7 +117,18 @@ class LadderModel(LoadedModel):
         return self.run_parts([inputs], outputs)
 
     def run_parts(self, parts: Sequence[Tensors], outputs: Sequence[str] | None = None) -> Tensors:
-        """Run the rows of all parts together, one below the other, as `run` does with one."""
+        """Run the rows of all parts together, one below the other, as `run` does with one.
+
+        Rows of tokens have one length.
+        """
+        padding = self._padding
+        if padding is not None:
+            length = padding.length(parts[0])
+            if padding.run_length(length) > length and padding.may_grow(parts):
+                return padding.cut(self._run_rows([padding.gather(parts)], outputs), length)
+        return self._run_rows(parts, outputs)
+
+    def _run_rows(self, parts: Sequence[Tensors], outputs: Sequence[str] | None) -> Tensors:
         rows = sum(map(_rows, parts))
         if not rows or not self._optional.isdisjoint(parts[0]):
             # An input that holds for the whole run has no rows that could be added to.
@@ -127,7 +143,7 @@ class LadderModel(LoadedModel):
                 text = "the GPU has no memory for %d rows, %d are the most from here on: %s"
                 log.warning(text, rung, self.ladder.top, error)
         sizes = list(accumulate(self.ladder.pieces(rows), initial=0))
-        return join([self.run_parts(_rows_between(parts, *ends), outputs) for ends in pairwise(sizes)])
+        return join([self._run_rows(_rows_between(parts, *ends), outputs) for ends in pairwise(sizes)])
 
     def begin(self) -> None:
         """Get the model ready on this thread."""

@@ -29,6 +29,7 @@ class Padding:
         fills: the inputs whose second dimension counts tokens, and the value that is no token in each.
         ids: the one of them that says how many there are.
         mask: the one of them, if any, that is 1 for every token and 0 for padding.
+        rounded: lengths are rounded up to those that repeat, as batch sizes are on GPUs.
         unit: tokens of the rows that were measured at load.
         longest: tokens of the longest row that a sentence becomes.
         proven: whether padding changes no answer, so that rows of different lengths may share a batch.
@@ -44,6 +45,7 @@ class Padding:
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     reason: str = ""
     mask: str | None = None
+    rounded: bool = False
 
     def length(self, inputs: Tensors) -> int:
         """Tokens of each row of an entry's inputs."""
@@ -58,10 +60,20 @@ class Padding:
         # A short row counts as one, so that bounds on rows hold for rows too.
         return (length,) if exact else shared, max(1.0, shared / self.unit)
 
+    def run_length(self, length: int) -> int:
+        """The length to which rows of `length` tokens are brought for a run."""
+        if not (self.rounded and self.proven):
+            return length
+        return max(length, min(span(length), self.longest))
+
+    def may_grow(self, parts: Sequence[Tensors]) -> bool:
+        """Whether all rows are of tokens alone, so that what they are filled up with changes no answer."""
+        return self.mask is None or all(bool((part[self.mask] == 1).all()) for part in parts)
+
     def gather(self, parts: Sequence[Tensors]) -> Tensors:
-        """The inputs of all parts, one below the other, each filled up to the longest."""
+        """The inputs of all parts, one below the other, each filled up to the longest's `run_length`."""
         lengths = list(map(self.length, parts))
-        longest = max(lengths)
+        longest = self.run_length(max(lengths))
         rows = sum(len(part[self.ids]) for part in parts)
         gathered: Tensors = {}
         for name, first in parts[0].items():

@@ -542,6 +542,6 @@ class Pool:
 def _tokens(batch: Batch, padding: Padding) -> tuple[int, int]:
     """Tokens that the batch has in all, and those of them that stand for nothing."""
     lengths = [padding.length(piece.entry.inputs) for piece in batch.pieces]
-    ran = max(lengths) * sum(piece.rows for piece in batch.pieces)
+    ran = padding.run_length(max(lengths)) * sum(piece.rows for piece in batch.pieces)
     own = sum(piece.rows * length for piece, length in zip(batch.pieces, lengths, strict=True))
     return ran, ran - own

@@ -15,6 +15,7 @@ from service.errors import LoadError, OutOfMemory
 from service.pool.graphs import capture
 from service.pool.ladder import Ladder, LadderModel
 from service.pool.ladder_proof import warm_up
+from service.pool.padding import Padding
 from service.pool.plan import Plan, rows_of
 from service.pool.precision import Difference, Reference, reference
 from service.pool.proof import runnable
@@ -78,12 +79,13 @@ class Instances:
         plan: Plan,
         options: LoadOptions,
         samples: Sequence[Tensors],
+        padding: Padding | None = None,
         engines: Folder | None = None,
     ) -> None:
         """Load a copy for each instance on each device, and run every rung; raises LoadError.
 
-        `samples` are inputs that the model is known to take; `engines` says where engines of TensorRT are
-        kept, where they are wished for.
+        `samples` are inputs that the model is known to take; `padding` is for rows of tokens; `engines`
+        says where engines of TensorRT are kept, where they are wished for.
         """
         # Before there is anything else on the card: in FP32 a model takes twice the memory of FP16.
         exact, unmeasured = self._exact(replace(options, device=devices[0]), samples)
@@ -107,7 +109,10 @@ class Instances:
             loaded = self._switchable(loaded, options, samples, engines)
         if self.ladder is not None:
             loaded = [
-                (device, LadderModel(model, self.ladder) if isinstance(model, DeviceModel) else model)
+                (
+                    device,
+                    LadderModel(model, self.ladder, padding) if isinstance(model, DeviceModel) else model,
+                )
                 for device, model in loaded
             ]
         self.models = loaded
@@ -115,7 +120,7 @@ class Instances:
         found = exact.difference(loaded[0][1], rounding) if exact is not None else None
         self.gpu = GpuView(
             cpu_nodes=dict(loaded[0][1].cpu_nodes),
-            padding=_padding(plan, fault),
+            padding=_padding(plan, fault, padding),
             precision=_precision(rounding, found, unmeasured),
             difference=found,
             graphs=_graphs(self._owned),
@@ -206,10 +211,11 @@ def _graphs(models: Sequence[LoadedModel]) -> bool | str:
     return next((reason for reason in reasons if reason is not True), True)
 
 
-def _padding(plan: Plan, fault: str) -> str:
+def _padding(plan: Plan, fault: str, padding: Padding | None) -> str:
     """Why batches are rounded up, or are not."""
     if fault:
         return f"batches run as they are: {fault}"
     if not plan.rungs:
         return "batches run as they are: rows share none"
-    return "batches are rounded up with rows of zeros, which changes no answer (tried on every size)"
+    said = "batches are rounded up with rows of zeros, which changes no answer (tried on every size)"
+    return f"{said}; so are lengths of texts" if padding is not None and padding.proven else said

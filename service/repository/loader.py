@@ -117,7 +117,11 @@ class Loader:
                 graphs = config.gpu.graphs and isinstance(model, DeviceModel) and model.capturable
                 instances.drop(model)
                 engines = partial(self._engine_folder, file, options) if config.gpu.tensorrt else None
-                instances.on_gpus(devices, plan, replace(options, graphs=graphs), rows, engines)
+                rounded = None if padding is None else replace(padding, rounded=True)
+                on_card = replace(options, graphs=graphs)
+                instances.on_gpus(devices, plan, on_card, rows, rounded, engines)
+                if instances.ladder is not None:
+                    padding = rounded
             else:
                 if plan.threads != 1:
                     instances.drop(model)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.backends.base import LoadedModel
+from service.backends.base import DeviceModel, LoadedModel
 from service.errors import ModelFailed, QueueFull
+from service.pool.ladder import Ladder, LadderModel
 from service.pool.padding import STEP, Padding, span
 from service.pool.padding_proof import prove_padding
 from service.pool.ports import Entry, Part, Result, VersionKey
@@ -52,6 +54,87 @@ def test_gathered_rows_are_the_parts_and_fills(shapes: list[tuple[int, int]]) ->
         np.testing.assert_array_equal(cut["y"], part["ids"])
         assert cut["z"].shape == (rows, 3)
         start += rows
+
+
+@given(st.integers(1, 600), st.integers(1, 512))
+def test_lengths_that_are_run_repeat_only_where_that_is_asked_for(length: int, longest: int) -> None:
+    """Few of them, none shorter than the row, and none longer than the model takes."""
+    padding = Padding(FILLS, "ids", 32, longest, proven=True, rounded=True)
+    run = padding.run_length(length)
+    assert length <= run <= max(length, longest)
+    assert padding.run_length(run) == run
+    assert run in (span(length), longest, length)
+    assert (run == length) or length < longest
+    assert replace(padding, rounded=False).run_length(length) == length
+    assert replace(padding, proven=False).run_length(length) == length
+
+
+def test_shapes_on_a_ladder_are_bounded() -> None:
+    """Texts of up to 512 tokens run with 32 lengths, those of up to 8192 with 64."""
+    for longest, count in ((512, 32), (8192, 64)):
+        padding = Padding(FILLS, "ids", 32, longest, proven=True, rounded=True)
+        assert len({padding.run_length(length) for length in range(1, longest + 1)}) == count
+
+
+class Spans(DeviceModel):
+    """Sums the ids where the mask is 1, and doubles each; it keeps the shapes that it was run with."""
+
+    signature = Signature(
+        tuple(TensorSpec(name, "INT64", (-1, -1)) for name in FILLS),
+        (TensorSpec("sum", "INT64", (-1,)), TensorSpec("doubled", "INT64", (-1, -1))),
+    )
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
+        self.shapes.append(inputs["ids"].shape)
+        return {"sum": (inputs["ids"] * inputs["mask"]).sum(axis=1), "doubled": 2 * inputs["ids"]}
+
+    def run_padded(
+        self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
+    ) -> Tensors:
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        missing = rows - len(whole["ids"])
+        full = {name: np.pad(tensor, ((0, missing), (0, 0))) for name, tensor in whole.items()}
+        return {name: tensor[: len(whole["ids"])] for name, tensor in self.run(full).items()}
+
+    def close(self) -> None:
+        pass
+
+
+SPANS = Padding(FILLS, "ids", 32, 100, proven=True, axes={"doubled": (1,)}, mask="mask", rounded=True)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 100), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
+def test_on_a_ladder_rows_of_tokens_run_as_lengths_that_repeat(
+    length: int, counts: list[int], hidden: bool
+) -> None:
+    """Answers have their own length; rows whose caller hides tokens run as they are."""
+    model = Spans()
+    ladder = LadderModel(model, Ladder((1, 4, 8)), SPANS)
+    parts = [rows_of(length, count, seed) for seed, count in enumerate(counts)]
+    if hidden:
+        parts[0]["mask"][0, -1] = 0
+    answer = ladder.run_parts(parts)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    assert answer["sum"].tolist() == (whole["ids"] * whole["mask"]).sum(axis=1).tolist()
+    assert answer["doubled"].tolist() == (2 * whole["ids"]).tolist()
+    assert {shape[1] for shape in model.shapes} == {length if hidden else SPANS.run_length(length)}
+    assert {shape[0] for shape in model.shapes} <= {1, 4, 8}
+
+
+def test_rows_of_several_lengths_are_filled_up_once() -> None:
+    """As a batch's rows are gathered, and cut again where they are scattered."""
+    model = Spans()
+    ladder = LadderModel(model, Ladder((4,)), SPANS)
+    parts = [rows_of(length, seed=length) for length in (17, 20, 18)]
+    answer = ladder.run_parts([SPANS.gather(parts)])
+    assert model.shapes == [(4, 24)]
+    for place, part in enumerate(parts):
+        cut = SPANS.cut({"doubled": answer["doubled"][place : place + 1]}, SPANS.length(part))
+        assert cut["doubled"].tolist() == (2 * part["ids"]).tolist()
 
 
 @settings(deadline=None)
