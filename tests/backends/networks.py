@@ -61,6 +61,13 @@ class Collatz(nn.Module):
         return steps
 
 
+class Chosen(nn.Module):
+    """Rows that have something in them: how many, only their contents say."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[torch.nonzero(x.sum(1))[:, 0]]
+
+
 class Dropout(nn.Module):
     """Dropout that stays on, whatever the mode of the module is."""
 

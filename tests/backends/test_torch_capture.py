@@ -26,7 +26,7 @@ from service.backends.torch_model import Feeds, Leaves, Runnable, start
 from service.pool.graphs import capture
 from service.pool.ladder import Ladder
 from service.tensors import Array, TensorSpec
-from tests.backends.networks import digits, save_exported, save_scripted
+from tests.backends.networks import Chosen, digits, save_exported, save_scripted
 
 X = TensorSpec("x", "FP32", (-1, 1, 8, 8))
 SCORES = TensorSpec("scores", "FP32", (-1, 10))
@@ -176,13 +176,6 @@ def test_each_thread_that_runs_it_gets_ready_for_captures_of_others() -> None:
     model.first = lambda: done.append(recorder.entered)
     model.begin()
     assert done == [1]
-
-
-class Chosen(nn.Module):
-    """Rows that have something in them: how many, only their contents say."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[torch.nonzero(x.sum(1))[:, 0]]
 
 
 def test_what_asks_the_device_in_the_middle_is_not_tried(

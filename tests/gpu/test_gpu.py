@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from onnx import TensorProto, helper
 from service.backends.base import DeviceModel, LoadOptions, find_backend
 from service.devices import cuda_driver
 from service.nvml import gpu_readings
+from service.pool.graphs import capture
+from service.pool.ladder import Ladder
 from tests.conftest import Serve
 from tests.server import ROOT
 
@@ -144,6 +146,46 @@ def test_what_tf32_changes_is_shown(serve: Serve, tmp_path: Path) -> None:
     assert version["gpu"]["precision"].startswith("TF32; its outputs differ from those of FP32 by ")
 
 
+def test_fp16_runs_there_and_what_it_changes_is_shown(serve: Serve, tmp_path: Path) -> None:
+    """The converted graph has kernels for all of its nodes, and is replayed as FP32 is."""
+    repository = tmp_path / "repository"
+    copy_digits(repository / "half", "[gpu]\nfp16 = true")
+    copy_digits(repository / "exact")
+    server = serve(repository, "--devices", "cuda:0")
+    version = server.get("/models/half/1").json()
+    assert version["state"] == "ready", version["reason"]
+    assert version["gpu"]["cpu_nodes"] == {}
+    assert version["gpu"]["graphs"] is True
+    assert version["gpu"]["precision"].startswith("FP16; its outputs differ from those of FP32 by ")
+    assert 0 < version["gpu"]["difference"]["relative"] < 0.01
+    assert version["batching"]["enabled"], version["batching"]["reason"]
+    name = version["inputs"][0]["name"]
+    for count in (1, 5, version["batching"]["max_rows"] + 1):
+        body = {"inputs": {name: images(count).tolist()}}
+        half, exact = (
+            np.array(server.post(f"/predict/{model}", json=body).json()["outputs"]["logits"])
+            for model in ("half", "exact")
+        )
+        assert 0 < np.abs(half - exact).max() < 0.01 * np.abs(exact).max()
+
+
+def test_fp16_that_loses_numbers_has_failed(serve: Serve, tmp_path: Path) -> None:
+    """The square of 1000 is more than FP16 has."""
+    thousand = helper.make_tensor("thousand", TensorProto.FLOAT, [1], [1000.0])
+    graph = helper.make_graph(
+        [node("Add", ["x", "thousand"], ["large"]), node("Mul", ["large", "large"], ["y"])],
+        "g",
+        [value("x", ["n", 4])],
+        [value("y", ["n", 4])],
+        [thousand],
+    )
+    write(tmp_path / "repository" / "m", graph, "[gpu]\nfp16 = true")
+    server = serve(tmp_path / "repository", "--devices", "cuda:0")
+    version = server.get("/models/m/1").json()
+    assert version["state"] == "failed"
+    assert 'in FP16 output "y" is no finite number' in version["reason"]
+
+
 def test_closed_a_model_gives_its_memory_back() -> None:
     """By the driver's count, but for what CUDA itself keeps in a process that has used it."""
     backend = find_backend("onnx")
@@ -165,32 +207,83 @@ def test_closed_a_model_gives_its_memory_back() -> None:
     assert used_bytes() - before < (during - before) / 4
 
 
-@pytest.mark.parametrize("kind", ["script", "program"])
-def test_pytorch_runs_there_too(kind: str, serve: Serve, tmp_path: Path) -> None:
-    """TorchScript and exported programs answer as the network does on the CPU."""
+def pytorch() -> Any:
+    """PyTorch with CUDA, or the test is skipped."""
     torch = pytest.importorskip("torch")
     if torch.version.cuda is None:
         pytest.skip("the PyTorch that is installed is the one for CPUs")
+    return torch
+
+
+IMAGES = '[[inputs]]\nname = "input"\ndatatype = "FP32"\nshape = [-1, 1, 8, 8]\n'
+
+
+@pytest.mark.parametrize("config", ["", "[gpu]\nfp16 = true\n", "[gpu]\ngraphs = false\n"])
+@pytest.mark.parametrize("kind", ["script", "program"])
+def test_pytorch_runs_there_too(kind: str, config: str, serve: Serve, tmp_path: Path) -> None:
+    """TorchScript and exported programs answer as on the CPU, replayed or not, and in FP16 nearly so."""
+    torch = pytorch()
     networks = importlib.import_module("tests.backends.networks")
     network = networks.digits()
     folder = tmp_path / "repository" / "m" / "1"
     folder.mkdir(parents=True)
-    example = torch.rand(2, 1, 8, 8)
-    save: Callable[..., Path] = networks.save_scripted if kind == "script" else networks.save_exported
     if kind == "script":
-        save(folder / "model.pt", network)
-        (folder.parent / "model.toml").write_text(
-            '[[inputs]]\nname = "input"\ndatatype = "FP32"\nshape = [-1, 1, 8, 8]\n'
-        )
+        networks.save_scripted(folder / "model.pt", network)
+        config += IMAGES
     else:
-        save(folder / "model.pt2", network, example)
+        networks.save_exported(folder / "model.pt2", network, torch.rand(2, 1, 8, 8))
+    (folder.parent / "model.toml").write_text(config)
     server = serve(tmp_path / "repository", "--devices", "cuda:0", "--trust")
     version = server.get("/models/m/1").json()
     assert version["state"] == "ready", version["reason"]
     assert {item["device"] for item in version["instances"]} == {"cuda:0"}
-    rows = images(5)
-    answer = server.post("/predict/m", json={"inputs": {version["inputs"][0]["name"]: rows.tolist()}})
-    [numbers] = answer.json()["outputs"].values()
-    with torch.inference_mode():
-        expected = network(torch.from_numpy(rows)).numpy()
-    np.testing.assert_allclose(numbers, expected, rtol=1e-3, atol=1e-3)
+    assert version["gpu"]["graphs"] == ("none were asked for" if "graphs" in config else True)
+    tolerance = 1e-2 if "fp16" in config else 1e-3
+    if "fp16" in config:
+        assert 0 < version["gpu"]["difference"]["relative"] < tolerance
+    for count in (1, 5, version["batching"]["max_rows"] + 1):
+        rows = images(count)
+        answer = server.post("/predict/m", json={"inputs": {version["inputs"][0]["name"]: rows.tolist()}})
+        [numbers] = answer.json()["outputs"].values()
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(rows)).numpy()
+        np.testing.assert_allclose(numbers, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+
+
+def test_what_cannot_be_recorded_is_told_and_served(serve: Serve, tmp_path: Path) -> None:
+    """How many rows come out only the data say, and the host has to know it in the middle of the run."""
+    pytorch()
+    networks = importlib.import_module("tests.backends.networks")
+    folder = tmp_path / "repository" / "m" / "1"
+    folder.mkdir(parents=True)
+    networks.save_scripted(folder / "model.pt", networks.Chosen())
+    (folder.parent / "model.toml").write_text('[[inputs]]\nname = "x"\ndatatype = "FP32"\nshape = [-1, 2]\n')
+    server = serve(tmp_path / "repository", "--devices", "cuda:0", "--trust")
+    version = server.get("/models/m/1").json()
+    assert version["state"] == "ready", version["reason"]
+    assert version["gpu"]["graphs"] == "aten::nonzero waits for the device in the middle of a run"
+    answer = server.post("/predict/m", json={"inputs": {"x": [[0, 0], [1, 2]]}})
+    assert [*answer.json()["outputs"].values()] == [[[1, 2]]]
+
+
+def test_a_model_of_pytorch_gives_its_memory_back_with_its_graphs(tmp_path: Path) -> None:
+    """By the driver's count, after every batch size was recorded."""
+    torch = pytorch()
+    networks = importlib.import_module("tests.backends.networks")
+    file = networks.save_exported(tmp_path / "m.pt2", networks.digits(), torch.rand(2, 1, 8, 8))
+    options = LoadOptions(device="cuda:0", trusted=True, graphs=True)
+
+    def used_by(rows: int) -> tuple[int, int]:
+        """Bytes in use while a model is there that has run so many rows, and after."""
+        model = find_backend("torch").load(file, options)
+        assert isinstance(model, DeviceModel)
+        capture(model, Ladder((rows // 2, rows)), [], time.monotonic)
+        assert model.graphs is True, model.graphs
+        during = used_bytes()
+        model.close()
+        return during, used_bytes()
+
+    _, before = used_by(8)
+    during, after = used_by(16384)
+    assert during > before
+    assert after - before < (during - before) / 4
