@@ -23,14 +23,20 @@ class SwitchModel(DeviceModel):
         self.capturable = model.capturable
         self._model = model
         self._offered: DeviceModel | None = None
+        self._nothing: Tensors | None = None
 
     @property
     def graphs(self) -> bool | str:  # type: ignore[override]
         """Of the model that runs now."""
         return self._model.graphs
 
-    def offer(self, model: DeviceModel) -> None:
-        """Let `model`, which has the same signature and answers alike, run the next batch; only once."""
+    def offer(self, model: DeviceModel, nothing: Tensors | None) -> None:
+        """Let `model`, which has the same signature and answers alike, run the next batch; only once.
+
+        `nothing` is what is answered where there are no rows, for which an engine has no shape; None leaves
+        that to the model.
+        """
+        self._nothing = nothing
         self._offered = model
 
     def begin(self) -> None:
@@ -39,6 +45,8 @@ class SwitchModel(DeviceModel):
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         """Run as it is; raises what the model raises."""
+        if self._nothing is not None and not all(tensor.size for tensor in inputs.values()):
+            return {name: self._nothing[name] for name in outputs or self._nothing}
         return self._chosen().run(inputs, outputs)
 
     def run_padded(

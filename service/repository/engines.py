@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Engines:
         self._rows = rows
         self._switches: Sequence[tuple[str, SwitchModel]] = ()
         self._expected: Tensors = {}
+        self._nothing: Tensors | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -62,6 +64,9 @@ class Engines:
         self._switches = switches
         if self._rows:
             self._expected = switches[0][1].run(self._rows)
+        if self._rows and self._ladder is not None:
+            with suppress(Exception):  # it may take one row at least
+                self._nothing = switches[0][1].run({name: rows[:0] for name, rows in self._rows.items()})
 
     def start(self) -> None:
         """Begin."""
@@ -106,7 +111,7 @@ class Engines:
                 model.close()
             raise
         for (_, switch), model in zip(self._switches, made, strict=True):
-            switch.offer(model)
+            switch.offer(model, self._nothing)
         self.status = "TensorRT serves"
         log.info("%s: TensorRT takes over", self._file)
 

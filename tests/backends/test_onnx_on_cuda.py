@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from service.backends import onnx, onnx_cuda
+from service.backends.base import DeviceModel, Engine, LoadOptions, find_backend
+from service.errors import LoadError
 from service.metrics import Metrics
 from service.pool.ports import Entry, VersionKey
 from service.repository.catalog import READY
@@ -55,10 +58,13 @@ class Session(GraphSession):
     made: ClassVar[list[Session]] = []
     refuses: ClassVar[str] = ""
     breaks: ClassVar[str] = ""
+    takes: ClassVar[list[str]] = []
 
     def __init__(self, file: str, settings: Any, providers: Any, enable_fallback: int) -> None:
         assert not enable_fallback
-        [(_, options)] = providers
+        self.providers = [name for name, _ in providers]
+        *_, (_, options) = providers
+        assert all(chosen["user_compute_stream"] == options["user_compute_stream"] for _, chosen in providers)
         self.graphed = options["enable_cuda_graph"] == "1"
         if self.graphed and self.refuses:
             raise RuntimeError(self.refuses)
@@ -80,10 +86,10 @@ class Session(GraphSession):
         return Binding(super().io_binding())
 
     def get_providers(self) -> list[str]:
-        return [onnx_cuda.CUDA, "CPUExecutionProvider"]
+        return [*self.providers, "CPUExecutionProvider"]
 
     def get_provider_graph_assignment_info(self) -> list[Any]:
-        return []
+        return [SimpleNamespace(ep_name=name) for name in self.takes or self.providers]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
@@ -105,7 +111,7 @@ def load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Load]:
     """Load a model of these nodes as `m`; whatever it took on the card is given back in the end."""
-    Session.made, Session.refuses, Session.breaks = [], "", ""
+    Session.made, Session.refuses, Session.breaks, Session.takes = [], "", "", []
     Memories.by_stream = {}
     driver = FakeDriver(4)
     monkeypatch.setattr(onnx_cuda, "cuda_driver", lambda: driver)
@@ -234,3 +240,26 @@ def test_a_failed_load_gives_the_card_back(load: Load) -> None:
     repository = load([node("Identity", ["a"], ["y"])], [value("a", ["n"], kind)], [value("y", ["n"], kind)])
     assert repository.models()["m"].versions[1].reason.startswith("a GPU takes tensors of numbers only")
     assert Memories.by_stream
+
+
+def test_an_engine_runs_in_the_same_stream_with_cuda_for_the_rest(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is none where TensorRT takes no node."""
+    load(*SQUARE)
+    file = tmp_path / "repository" / "m" / "1" / "model.onnx"
+    monkeypatch.setattr(onnx, "lacks_tensorrt", lambda: "")
+    engine = Engine(tmp_path, (("a", (8, 3)),))
+    model = find_backend("onnx").load(file, LoadOptions("cuda:3", engine=engine))
+    rows = np.ones((2, 3), np.float32) * 3
+    assert isinstance(model, DeviceModel)
+    assert model.run_padded([{"a": rows}], 8)["y"].tolist() == (rows * rows).tolist()
+    assert Session.made[-1].providers == ["TensorrtExecutionProvider", onnx_cuda.CUDA]
+    assert Session.made[-1].synchronous == [False]
+    model.close()
+    Session.takes = [onnx_cuda.CUDA]
+    with pytest.raises(LoadError, match="TensorRT takes none of its nodes"):
+        find_backend("onnx").load(file, LoadOptions("cuda:3", engine=engine))
+    monkeypatch.setattr(onnx, "lacks_tensorrt", lambda: "there is none")
+    with pytest.raises(LoadError, match="there is none"):
+        find_backend("onnx").load(file, LoadOptions("cuda:3", engine=engine))

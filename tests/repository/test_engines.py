@@ -248,10 +248,24 @@ def test_an_engine_has_shapes_that_vary_in_rows_only(
         assert engine_shapes(signature, ladder) == shapes
 
 
+def test_no_rows_at_all_are_answered_as_before() -> None:
+    """An engine takes one row at least: what was answered for none is kept."""
+    first, second = FakeModel(FakeCard()), FakeModel(FakeCard())
+    switch = SwitchModel(first)
+    nothing = np.zeros((0, 4), np.float32)
+    switch.offer(second, first.run({"x": nothing}))
+    first.close()
+    assert switch.run({"x": nothing})["sum"].shape == (0,)
+    assert switch.run({"x": nothing}, ["sum"])["sum"].shape == (0,)
+    assert not second.card.batches
+    first.closed = False
+    switch.close()
+
+
 def test_what_was_offered_and_never_ran_is_closed_too() -> None:
     first, second = FakeModel(FakeCard()), FakeModel(FakeCard())
     switch = SwitchModel(first)
-    switch.offer(second)
+    switch.offer(second, None)
     switch.close()
     assert first.closed
     assert second.closed
