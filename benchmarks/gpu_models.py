@@ -1,4 +1,4 @@
-"""The models of `benchmarks/gpu.py`: FP16 networks of known sizes with random weights, written as ONNX.
+"""The models of the benchmarks of GPUs: networks of known sizes with random weights, as ONNX in FP16 or FP32.
 
 What a network computes does not change how long it takes; so nothing has to be downloaded for it.
 """
@@ -19,9 +19,13 @@ WIDTH: Final = 768
 
 
 class Graph:
-    """Nodes and weights of a network, as they are added; values go by their names."""
+    """Nodes and weights of a network, as they are added; values go by their names.
 
-    def __init__(self) -> None:
+    Weights, and what comes out, are FP16, or FP32 where they are to be `single`.
+    """
+
+    def __init__(self, single: bool = False) -> None:
+        self.element = TensorProto.FLOAT if single else TensorProto.FLOAT16
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self._rng = np.random.default_rng(0)
@@ -34,9 +38,10 @@ class Graph:
         self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
         return name
 
-    def constant(self, values: Any, dtype: Any = np.float16) -> str:
+    def constant(self, values: Any, dtype: Any = None) -> str:
         """A weight with these values."""
         self._count += 1
+        dtype = dtype or helper.tensor_dtype_to_np_dtype(self.element)
         self.weights.append(numpy_helper.from_array(np.asarray(values, dtype), f"w{self._count}"))
         return f"w{self._count}"
 
@@ -48,16 +53,16 @@ class Graph:
     def save(self, file: Path, given: onnx.ValueInfoProto, last: str, outputs: int) -> None:
         """Write the model; its output is `last`, rows of `outputs` numbers."""
         self.nodes.append(helper.make_node("Identity", [last], ["y"]))
-        result = helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["n", outputs])
+        result = helper.make_tensor_value_info("y", self.element, ["n", outputs])
         graph = helper.make_graph(self.nodes, file.stem, [given], [result], self.weights)
         model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", OPSET)])
         file.parent.mkdir(parents=True, exist_ok=True)
         onnx.save(model, file)
 
 
-def resnet50(file: Path) -> None:
+def resnet50(file: Path, single: bool = False) -> None:
     """ResNet-50 (1512.03385), its normalisations folded, on pictures of 224 × 224 pixels in UINT8."""
-    graph = Graph()
+    graph = Graph(single)
 
     def conv(x: str, channels: tuple[int, int], kernel: int, stride: int = 1, relu: bool = True) -> str:
         taken, given = channels
@@ -66,7 +71,7 @@ def resnet50(file: Path) -> None:
         x = graph.add("Conv", x, weight, bias, strides=[stride] * 2, pads=[kernel // 2] * 4)
         return graph.add("Relu", x) if relu else x
 
-    x = graph.add("Cast", "x", to=TensorProto.FLOAT16)
+    x = graph.add("Cast", "x", to=graph.element)
     x = graph.add("Mul", x, graph.constant(1 / 255))
     x = conv(x, (3, 64), 7, 2)
     x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
@@ -86,9 +91,9 @@ def resnet50(file: Path) -> None:
     graph.save(file, helper.make_tensor_value_info("x", TensorProto.UINT8, ["n", 3, 224, 224]), x, 1000)
 
 
-def encoder(file: Path) -> None:
+def encoder(file: Path, single: bool = False) -> None:
     """An encoder of the size of BERT-base (1810.04805): 12 layers of 768, on 128 tokens, their mean."""
-    graph = Graph()
+    graph = Graph(single)
     scale, zeros = graph.constant(np.ones(WIDTH)), graph.constant(np.zeros(WIDTH))
     heads = graph.constant([0, TOKENS, 12, 64], np.int64)
     flat = graph.constant([0, TOKENS, WIDTH], np.int64)
@@ -121,24 +126,24 @@ def encoder(file: Path) -> None:
     graph.save(file, helper.make_tensor_value_info("x", TensorProto.INT64, ["n", TOKENS]), x, WIDTH)
 
 
-def small(file: Path) -> None:
+def small(file: Path, single: bool = False) -> None:
     """Three products on 64 numbers: what remains of a request is the server."""
-    graph = Graph()
+    graph = Graph(single)
     x, taken = "x", 64
     for given in (128, 128, 10):
         x = graph.add("Gemm", x, graph.random(taken, given, inputs=taken), graph.constant(np.zeros(given)))
         x, taken = (graph.add("Relu", x) if given != 10 else x), given
-    graph.save(file, helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["n", 64]), x, 10)
+    graph.save(file, helper.make_tensor_value_info("x", graph.element, ["n", 64]), x, 10)
 
 
-def rows(name: str, count: int) -> np.ndarray[Any, Any]:
+def rows(name: str, count: int, single: bool = False) -> np.ndarray[Any, Any]:
     """Inputs of a model of this file."""
     rng = np.random.default_rng(1)
     if name == "resnet50":
         return rng.integers(0, 256, (count, 3, 224, 224)).astype(np.uint8)
     if name == "encoder":
         return rng.integers(0, VOCABULARY, (count, TOKENS))
-    return rng.standard_normal((count, 64)).astype(np.float16)
+    return rng.standard_normal((count, 64)).astype(np.float32 if single else np.float16)
 
 
 MODELS: Final = {"resnet50": resnet50, "encoder": encoder, "small": small}

@@ -44,6 +44,12 @@ def operations(graph: Any) -> Iterable[str]:
             yield from operations(block)
 
 
+def spare_captures() -> None:
+    """Let no capture of another thread, as ONNX Runtime makes them, forbid this one to allocate."""
+    mode = ctypes.c_int(_THREAD_LOCAL)
+    ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
 class Recording(Protocol):
     """A run that can be repeated."""
 
@@ -75,9 +81,8 @@ class CudaRecorder:
         self._pool: Any = None
 
     def enter(self) -> None:
-        """Let no capture of another thread, as ONNX Runtime makes them, forbid this one to allocate."""
-        mode = ctypes.c_int(_THREAD_LOCAL)
-        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        """Let it allocate while others capture."""
+        spare_captures()
 
     def record(self, run: Callable[[], Leaves]) -> Recording:
         """Record it in a mode that leaves other threads alone."""

@@ -13,7 +13,7 @@ import torch
 from service.backends.base import DeviceModel, LoadOptions
 from service.backends.cuda_runtime import ALONE
 from service.backends.staging import stage
-from service.backends.torch_capture import CudaRecorder, Recorder, Recording
+from service.backends.torch_capture import CudaRecorder, Recorder, Recording, spare_captures
 from service.backends.torch_model import Runnable, to_array
 from service.backends.torch_signature import Place
 from service.devices import check_cuda, cuda_driver
@@ -45,6 +45,7 @@ def prepare_gpu(options: LoadOptions) -> None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         raise LoadError(f"PyTorch cannot use {options.device}: {error}") from error
+    spare_captures()
 
 
 class _Room(NamedTuple):

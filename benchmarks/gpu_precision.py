@@ -1,0 +1,155 @@
+"""What coarser rounding, and replayed runs, bring a model that was trained in FP32.
+
+    python benchmarks/gpu_precision.py [--device cuda:0] [--seconds S] [--layers N] [--out FOLDER]
+
+In this process, by one instance from and to the host's memory, in rows a second by batch size: the networks
+of `gpu_models.py` in FP32, as TF32 and in FP16, by ONNX Runtime; and an encoder of N layers as an exported
+program of PyTorch, in FP32 and FP16, with every operation launched by itself and as a CUDA graph. Beside each
+stands how far its outputs are from those of FP32. On the CPU (`--device cpu`, to try the script) there are
+neither TF32 nor graphs. Results go to FOLDER as JSON and Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.gpu import machine
+from benchmarks.gpu_models import MODELS, TOKENS, WIDTH, rows
+from service.backends.base import DeviceModel, LoadedModel, LoadOptions, find_backend
+from service.pool.precision import Reference
+from service.tensors import Tensors
+
+SIZES: Final = (1, 16, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--layers", type=int, default=12, help="of the encoder of PyTorch")
+    parser.add_argument("--models", default=",".join([*MODELS, "torch"]))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    report: dict[str, Any] = {"machine": machine(options.device), "layers": options.layers, "models": {}}
+    with tempfile.TemporaryDirectory() as place:
+        for name in options.models.split(","):
+            report["models"][name] = found = {}
+            for way, model, make in ways(name, Path(place), options):
+                print(f"{name}: {way}", flush=True)
+                rates = measured(model, make, way, options.seconds)
+                if not found:
+                    exact = Reference([make(16)], [model.run(make(16))])
+                gap = exact.difference(model, way)
+                found[way] = {"by_size": rates, "absolute": gap.absolute, "relative": gap.relative}
+                model.close()
+    text = table(report)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"gpu-precision-{report['machine']['date'][:10]}-{options.device.replace(':', '')}"
+    (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / f"{stem}.md").write_text(text)
+    print(text)
+
+
+Make = Callable[[int], Tensors]
+
+
+def ways(name: str, place: Path, options: argparse.Namespace) -> Iterator[tuple[str, LoadedModel, Make]]:
+    """Each way to run a model, loaded so, and what makes rows for it; the first is FP32."""
+    gpu = options.device != "cpu"
+    if name == "torch":
+        file = exported(place / "encoder.pt2", options.layers)
+        for fp16 in (False, True):
+            for graphs in (False, True) if gpu else (False,):
+                model = find_backend("torch").load(
+                    file, LoadOptions(device=options.device, trusted=True, fp16=fp16, graphs=graphs)
+                )
+                way = ("FP16" if fp16 else "FP32") + (", graph" if graphs else "")
+                [spec] = model.signature.inputs
+                yield way, model, lambda count, key=spec.name: {key: vectors(count)}
+        return
+    file = place / name / "1" / "model.onnx"
+    MODELS[name](file, True)
+    for way in ("FP32", "TF32", "FP16") if gpu else ("FP32", "FP16"):
+        model = find_backend("onnx").load(
+            file,
+            LoadOptions(
+                device=options.device, tf32=way == "TF32", fp16=way == "FP16", kept=place / f"{name}-kept"
+            ),
+        )
+        yield way, model, lambda count: {"x": rows(name, count, True)}
+
+
+def exported(file: Path, layers: int) -> Path:
+    """An encoder of BERT-base's width with random weights, as a program; it takes vectors of tokens."""
+    import torch
+
+    layer = torch.nn.TransformerEncoderLayer(WIDTH, 12, 4 * WIDTH, activation="gelu", batch_first=True)
+    network = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+    dim = torch.export.Dim("rows")
+    with torch.no_grad():
+        program = torch.export.export(network, (torch.rand(2, TOKENS, WIDTH),), dynamic_shapes=({0: dim},))
+    torch.export.save(program, str(file))
+    return file
+
+
+def vectors(count: int) -> Any:
+    return np.random.default_rng(1).standard_normal((count, TOKENS, WIDTH), np.float32)
+
+
+def measured(model: LoadedModel, make: Make, way: str, seconds: float) -> dict[int, float]:
+    """Rates by batch size."""
+    found = {}
+    for size in SIZES:
+        batch = make(size)
+        run: Callable[[], object] = partial(model.run, batch)
+        if isinstance(model, DeviceModel):
+            if way.endswith("graph"):
+                model.capture([batch], size)
+            run = partial(model.run_padded, [batch], size)
+        for _ in range(3):
+            run()
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() < began + seconds:
+            run()
+            count += 1
+        found[size] = size * count / (time.perf_counter() - began)
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures for people."""
+    of = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
+    lines = [
+        f"# {', '.join(of['gpus']) or 'no GPU'}, {of['date']}",
+        "",
+        f"`python benchmarks/gpu_precision.py --device {of['device']} --layers {report['layers']}` at"
+        f" {of['commit']}; {of['cores']} cores; Python {of['python']}; {versions}. Rows a second.",
+        "",
+        "| model | way | " + " | ".join(f"{size} rows" for size in SIZES) + " | off FP32 | of the scale |",
+        "|---|---|" + "---|" * (len(SIZES) + 2),
+    ]
+    lines += [
+        f"| {name} | {way} | "
+        + " | ".join(f"{rate:.0f}" for rate in figures["by_size"].values())
+        + f" | {figures['absolute']:.2g} | {figures['relative']:.1g} |"
+        for name, found in report["models"].items()
+        for way, figures in found.items()
+    ]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
