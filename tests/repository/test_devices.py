@@ -309,6 +309,10 @@ def fake_server(tmp_path: Path) -> Iterator[Server]:
     folder = tmp_path / "repository" / "m" / "1"
     folder.mkdir(parents=True)
     (folder / "model.fakegpu").touch()
+    half = tmp_path / "repository" / "half" / "1"
+    half.mkdir(parents=True)
+    (half / "model.fakegpu").touch()
+    (half.parent / "model.toml").write_text("[gpu]\nfp16 = true")
     server = Server(
         folder.parent.parent,
         environ={
@@ -348,6 +352,11 @@ def test_a_server_on_gpus_pads_answers_and_tells(fake_server: Server) -> None:
         assert fake_server.metric("gpu_temperature_celsius", device=device) == 41
         assert fake_server.metric("gpu_power_watts", device=device) == pytest.approx(123.4)
         assert fake_server.metric("gpu_energy_joules_total", device=device) == pytest.approx(5.6)
+    half = fake_server.get("/models/half/1").json()["gpu"]
+    assert half["precision"].startswith("FP16; its outputs differ from those of FP32 by 0.001 of their scale")
+    # The made-up rows have numbers of the normal distribution, three times whose sum the model gives.
+    assert 1e-3 < half["difference"].pop("absolute") < 0.1
+    assert half["difference"] == {"relative": pytest.approx(1e-3), "changed": 0.0, "rows": 8}
     config = fake_server.get("/v2/models/m/config").json()
     assert {(group["kind"], tuple(group["gpus"])) for group in config["instance_group"]} == {
         ("KIND_GPU", (0,)),
