@@ -63,13 +63,15 @@ class _Room:
 class _Bound:
     """A binding for inputs of certain shapes; `outputs` are those whose shapes are known beforehand.
 
-    `order` has the names of all outputs as the binding gives them; `options` are those of its runs.
+    Each has its place on the host and its address on the device, which stay its own when larger shapes get
+    other memory. `order` has the names of all outputs as the binding gives them; `options` are those of its
+    runs.
     """
 
     binding: Any
     order: Sequence[str]
-    inputs: Mapping[str, Array]
-    outputs: Mapping[str, Array]
+    inputs: Mapping[str, tuple[Array, int]]
+    outputs: Mapping[str, tuple[Array, int]]
     options: Any
 
 
@@ -182,9 +184,9 @@ class BoundModel(DeviceModel):
         self._memory.enter()
         bound = self._bindings.get(key) or self._bind(key, shapes, rows)
         used = 0
-        for name, staged in bound.inputs.items():
+        for name, (staged, address) in bound.inputs.items():
             used = stage(staged, [part[name] for part in parts])
-            self._memory.upload(self._rooms[name].address, staged)
+            self._memory.upload(address, staged)
         if not self._streamed:
             self._memory.wait()
         try:
@@ -203,8 +205,8 @@ class BoundModel(DeviceModel):
         values = dict(zip(bound.order, bound.binding.get_outputs(), strict=True))
         fetched: Tensors = {}
         for name in names:
-            staged = bound.outputs.get(name)
-            if staged is None:
+            place = bound.outputs.get(name)
+            if place is None:
                 shape = tuple(values[name].shape())
                 fetched[name] = array = np.empty(shape, self.signature.outputs_by_name[name].dtype)
                 if array.size:
@@ -212,8 +214,9 @@ class BoundModel(DeviceModel):
                 if rows is not None:
                     fetched[name] = array[:rows]
             else:
+                staged, address = place
                 fetched[name] = staged[:rows]
-                self._memory.download(fetched[name], self._rooms[name].address)
+                self._memory.download(fetched[name], address)
         self._memory.wait()
         return {name: tensor.copy() if name in bound.outputs else tensor for name, tensor in fetched.items()}
 
@@ -225,14 +228,16 @@ class BoundModel(DeviceModel):
         for name, shape in (*shapes.items(), *outputs.items()):
             self._make_room(name, specs[name].dtype.itemsize * prod(shape))
         if len(self._bindings) >= _KEPT_BINDINGS:
-            del self._bindings[next(iter(self._bindings))]
+            # Graphs are few, and cannot be had again.
+            plain = (known for known, bound in self._bindings.items() if bound.options is self._options)
+            del self._bindings[next(plain)]
         binding = self._session.io_binding()
-        staged: dict[str, Array] = {}
+        staged: dict[str, tuple[Array, int]] = {}
         for name, shape in (*shapes.items(), *outputs.items()):
             spec, room = specs[name], self._rooms[name]
             bind = binding.bind_input if name in shapes else binding.bind_output
             bind(name, *self._device, _element(spec), shape, room.address)
-            staged[name] = room.view(spec.dtype, shape)
+            staged[name] = room.view(spec.dtype, shape), room.address
         others = [name for name in self._names if name not in outputs]
         for name in others:
             binding.bind_output(name, *self._device)
@@ -250,8 +255,6 @@ class BoundModel(DeviceModel):
         if nbytes > room.nbytes:
             room.host, room.address = self._memory.host(nbytes), self._memory.device(nbytes)
             room.nbytes = nbytes
-            # They have the addresses of what was there before.
-            self._bindings.clear()
 
 
 def _fixed(spec: TensorSpec, rows: int | None) -> tuple[int, ...] | None:

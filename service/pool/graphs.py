@@ -19,47 +19,80 @@ from service.tensors import ANY, Tensors, TensorSpec
 
 log = logging.getLogger(__name__)
 
-MOST_GRAPHS: Final = 16
-"""Graphs of one instance, for each takes memory; of a longer ladder the lowest rungs, which gain most."""
+MOST_GRAPHS: Final = 32
+"""Graphs of one instance, for each takes memory and time; of more shapes the smallest, which gain most."""
 
 
 def capture(
-    model: DeviceModel, ladder: Ladder | None, samples: Sequence[Tensors], clock: Callable[[], float]
+    model: DeviceModel,
+    ladder: Ladder | None,
+    samples: Sequence[Tensors],
+    clock: Callable[[], float],
+    texts: Sequence[Tensors] = (),
 ) -> None:
     """Capture what can be; `model.graphs` says what became of it. Raises only where no plain run is left.
 
     `samples` are inputs that the model is known to take; without a ladder it is captured for one of them, or
-    for a row that is made up.
+    for a row that is made up. `texts` are rows of each length that runs have, where these are rows of tokens.
     """
+    shapes: list[tuple[int, Tensors]] = []
     try:
-        fault = _capture(model, ladder, samples, clock)
+        fault = ""
+        if ladder is None:
+            fault = _capture_one(model, samples, clock)
+        else:
+            shapes, fault = _shapes(model, ladder, samples, clock, texts)
+            # The largest first: what it makes room for, the others fit in.
+            for rung, rows in reversed(shapes[:MOST_GRAPHS]):
+                fault = fault or _alike(model, rung, rows_of(rows, rung), rows_of(_turned(rows), rung))
     except Exception as error:  # noqa: BLE001 - a model may do anything that cannot be captured
         fault = f"a run could not be captured: {first_line(error)}"
     # The error is gone by now, and with it what it held of the runs that are dropped here.
     if fault:
         log.warning("runs are not replayed from CUDA graphs: %s", fault)
         model.uncapture(fault)
-    elif any(_varies(spec, ladder) for spec in model.signature.inputs):
+    elif len(shapes) > MOST_GRAPHS:
+        model.graphs = f"for the smallest {MOST_GRAPHS} of {len(shapes)} shapes that batches have"
+    elif not texts and any(_varies(spec, ladder) for spec in model.signature.inputs):
         model.graphs = "for rows of the shape that was tried at load only"
 
 
-def _capture(
-    model: DeviceModel, ladder: Ladder | None, samples: Sequence[Tensors], clock: Callable[[], float]
-) -> str:
-    """Capture; what is wrong, "" if nothing is."""
-    if ladder is None and samples:
+def _capture_one(model: DeviceModel, samples: Sequence[Tensors], clock: Callable[[], float]) -> str:
+    """Capture the run of a sample, or else of a row; what is wrong, "" if nothing is."""
+    if samples:
         return _alike(model, None, samples[0], samples[0])
     rows, _, fault = runnable(model, samples, clock)
     if not rows:
         return f"no made-up rows could be run ({fault})"
-    others = {name: tensor[::-1] for name, tensor in rows.items()}
-    if ladder is None:
-        return _alike(model, None, rows_of(rows, 1), rows_of(others, 1))
-    # The largest first: what it makes room for, the others fit in.
-    for rung in reversed(ladder.rungs[:MOST_GRAPHS]):
-        if fault := _alike(model, rung, rows_of(rows, rung), rows_of(others, rung)):
-            return fault
-    return ""
+    return _alike(model, None, rows_of(rows, 1), rows_of(_turned(rows), 1))
+
+
+def _shapes(
+    model: DeviceModel,
+    ladder: Ladder,
+    samples: Sequence[Tensors],
+    clock: Callable[[], float],
+    texts: Sequence[Tensors],
+) -> tuple[list[tuple[int, Tensors]], str]:
+    """Every size of a batch, with rows for it, the smallest first; or what is wrong, "" if nothing is."""
+    if texts:
+        kinds = list(texts)
+    else:
+        rows, _, fault = runnable(model, samples, clock)
+        if not rows:
+            return [], f"no made-up rows could be run ({fault})"
+        kinds = [rows]
+    found = [(rung, rows) for rows in kinds for rung in ladder.rungs]
+    return sorted(found, key=lambda shape: shape[0] * _row_bytes(shape[1])), ""
+
+
+def _row_bytes(rows: Tensors) -> float:
+    return sum(tensor.nbytes / len(tensor) for tensor in rows.values())
+
+
+def _turned(rows: Tensors) -> Tensors:
+    """The rows from the last to the first."""
+    return {name: tensor[::-1] for name, tensor in rows.items()}
 
 
 def _varies(spec: TensorSpec, ladder: Ladder | None) -> bool:

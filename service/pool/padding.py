@@ -66,6 +66,12 @@ class Padding:
             return length
         return max(length, min(span(length), self.longest))
 
+    def run_lengths(self) -> list[int]:
+        """All lengths that runs have, where there are few: see `rounded`."""
+        if not (self.rounded and self.proven):
+            return []
+        return sorted({self.run_length(length) for length in range(1, self.longest + 1)})
+
     def may_grow(self, parts: Sequence[Tensors]) -> bool:
         """Whether all rows are of tokens alone, so that what they are filled up with changes no answer."""
         return self.mask is None or all(bool((part[self.mask] == 1).all()) for part in parts)

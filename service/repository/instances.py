@@ -80,12 +80,14 @@ class Instances:
         options: LoadOptions,
         samples: Sequence[Tensors],
         padding: Padding | None = None,
+        texts: Sequence[Tensors] = (),
         engines: Folder | None = None,
     ) -> None:
         """Load a copy for each instance on each device, and run every rung; raises LoadError.
 
-        `samples` are inputs that the model is known to take; `padding` is for rows of tokens; `engines`
-        says where engines of TensorRT are kept, where they are wished for.
+        `samples` are inputs that the model is known to take; `padding` is for rows of tokens, and `texts`
+        are such of every length that runs have then; `engines` says where engines of TensorRT are kept,
+        where they are wished for.
         """
         # Before there is anything else on the card: in FP32 a model takes twice the memory of FP16.
         exact, unmeasured = self._exact(replace(options, device=devices[0]), samples)
@@ -96,7 +98,7 @@ class Instances:
             model = self.load(replace(options, device=device))
             if isinstance(model, DeviceModel) and options.graphs and model.capturable:
                 self._begun.append(threading.Event())
-                model.first = partial(self._capture, model, samples, self._begun[-1])
+                model.first = partial(self._capture, model, samples, texts, self._begun[-1])
             if ladder is not None and isinstance(model, DeviceModel):
                 try:
                     fault = fault or warm_up(model, ladder, samples, self._clock)
@@ -166,9 +168,15 @@ class Instances:
         self.engines.prepare(switches)
         return [*switches]
 
-    def _capture(self, model: DeviceModel, samples: Sequence[Tensors], begun: threading.Event) -> None:
+    def _capture(
+        self,
+        model: DeviceModel,
+        samples: Sequence[Tensors],
+        texts: Sequence[Tensors],
+        begun: threading.Event,
+    ) -> None:
         try:
-            capture(model, self.ladder, samples, self._clock)
+            capture(model, self.ladder, samples, self._clock, texts)
         finally:
             begun.set()
 

@@ -37,7 +37,7 @@ from service.repository.catalog import READY, BatchingView, VersionView
 from service.repository.config import ModelConfig
 from service.repository.described import check_described
 from service.repository.instances import Instances
-from service.repository.media import make_codecs, make_padding
+from service.repository.media import make_codecs, make_padding, run_texts
 from service.repository.samples import check_samples, raw_inputs, read_samples
 from service.settings import Settings
 from service.tensors import Tensors
@@ -119,7 +119,8 @@ class Loader:
                 engines = partial(self._engine_folder, file, options) if config.gpu.tensorrt else None
                 rounded = None if padding is None else replace(padding, rounded=True)
                 on_card = replace(options, graphs=graphs)
-                instances.on_gpus(devices, plan, on_card, rows, rounded, engines)
+                texts = run_texts(text, rounded) if graphs else []
+                instances.on_gpus(devices, plan, on_card, rows, rounded, texts, engines)
                 if instances.ladder is not None:
                     padding = rounded
             else:

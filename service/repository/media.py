@@ -13,7 +13,7 @@ from service.pool.padding import Padding
 from service.pool.padding_proof import prove_padding
 from service.pool.proof import first_line
 from service.repository.config import ModelConfig
-from service.tensors import Signature
+from service.tensors import Signature, Tensors
 
 
 def make_codecs(
@@ -49,6 +49,13 @@ def make_padding(text: TextCodec, model: LoadedModel, *, batched: bool) -> Paddi
         ) from error
     padding = Padding(text.fills, text.ids, text.unit, text.max_tokens, mask=text.mask)
     return prove_padding(model, text.made_up(text.unit), padding) if batched else padding
+
+
+def run_texts(text: TextCodec | None, padding: Padding | None) -> list[Tensors]:
+    """Rows of every length that runs on a GPU have; none where lengths are not rounded."""
+    if text is None or padding is None:
+        return []
+    return [text.made_up(length) for length in padding.run_lengths()]
 
 
 def _inside(folder: Path, key: str, name: str) -> Path:

@@ -290,3 +290,13 @@ def test_a_row_whose_caller_hides_tokens_of_it_is_not_padded() -> None:
     others = {padding.sharing({"ids": ids[:, :n], "mask": ids[:, :n]})[0] for n in range(1, 6)}
     assert padding.sharing(hidden)[0] not in others
     assert padding.sharing(hidden)[0] != padding.sharing({name: t[:, :4] for name, t in hidden.items()})[0]
+
+
+def test_the_lengths_that_runs_have_are_few_and_known() -> None:
+    """What is captured for each is what runs ask for; lengths that are not rounded are not counted."""
+    rounded = Padding({"ids": 0}, "ids", 64, 500, proven=True, rounded=True)
+    lengths = rounded.run_lengths()
+    assert (len(lengths), lengths[0], lengths[-1]) == (32, 8, 500)
+    assert {rounded.run_length(length) for length in range(1, 501)} == set(lengths)
+    assert replace(rounded, proven=False).run_lengths() == []
+    assert replace(rounded, rounded=False).run_lengths() == []
