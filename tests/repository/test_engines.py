@@ -26,7 +26,7 @@ from service.settings import Settings
 from service.tensors import Signature, TensorSpec
 from tests.fake_gpu import FakeBackend, FakeCard, FakeDriver, FakeModel, expected
 from tests.pool.test_pool import Outbox
-from tests.server import ROOT
+from tests.server import ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"
 KEY = VersionKey("m", 1)
@@ -170,6 +170,24 @@ def test_a_backend_without_engines_says_so(served: Serve) -> None:
     FakeBackend.engines = False
     one = served("right")
     assert one.build() == "CUDA serves: the backend fakegpu runs no engines of TensorRT"
+
+
+def test_models_tells_of_it_through_the_real_door(tmp_path: Path) -> None:
+    folder = tmp_path / "repository" / "m"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.fakegpu").write_text("right")
+    (folder / "model.toml").write_text("[gpu]\ntensorrt = true")
+    environ = {"PYTHONPATH": f"{ROOT}:{FAKE}", "INFERPOOL_CACHE_DIR": str(tmp_path / "cache")}
+    server = Server(folder.parent, environ=environ, module="tests.fake_gpu")
+    try:
+        server.wait_loaded()
+        server.wait_for("no TensorRT: the backend fakegpu")
+        told = server.get("/models/m/1").json()["gpu"]["tensorrt"]
+        assert told == "CUDA serves: the backend fakegpu runs no engines of TensorRT"
+        answer = server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]})
+        assert answer.json()["outputs"]["sum"] == expected(np.array([[1, 2, 3, 4]])).tolist()
+    finally:
+        server.kill()
 
 
 def test_a_build_ends_with_whoever_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
