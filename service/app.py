@@ -34,6 +34,7 @@ from service.repository.catalog import Catalog
 from service.repository.repository import Repository
 from service.settings import Settings
 from service.spans import make_spans
+from service.wire import numbers
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ class _Server(uvicorn.Server):
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        if not numbers.AVAILABLE:
+            log.warning("large JSON holds up other requests: Inferpool was installed without a C compiler")
         self._repository.start(self._loaded)
         await super().serve(sockets)
 

@@ -111,7 +111,7 @@ class Exchange:
                 self._intake = Intake(self._call.head, self._predictor.max_body_bytes)
             self._intake.add(chunk)
         except InferpoolError as error:
-            self._fault = error
+            self._fault = error.with_traceback(None)
             if self._started:
                 self._refuse(error)
 
@@ -126,17 +126,18 @@ class Exchange:
             self._intake = Intake(self._call.head, self._predictor.max_body_bytes)
         return self._intake.rest()
 
-    def came(self, size: int) -> None:
-        """`size` bytes more are in the room; ignored where the request is refused already."""
+    def came(self, size: int) -> bool:
+        """`size` bytes more are in the room; whether the others are still of use."""
         if self.response_complete or self._fault is not None or self._intake is None:
-            return
+            return False
         try:
             self._predictor.reserve(self._call, size)
         except InferpoolError as error:
-            self._fault = error
+            self._fault = error.with_traceback(None)
             self._refuse(error)
-            return
+            return False
         self._intake.came(size)
+        return True
 
     def taken(self) -> None:
         """The body is complete."""
@@ -188,7 +189,8 @@ class Exchange:
         self._connection.on_response_complete()
 
     def _read(self) -> None:
-        self._read_whole(b"" if self._intake is None else self._intake.whole())
+        intake, self._intake = self._intake, None
+        self._read_whole(b"" if intake is None else intake.whole())
 
     def _read_whole(self, data: Data) -> None:
         predictor, call = self._predictor, self._call
@@ -276,6 +278,7 @@ class Exchange:
             self.complete()
 
     def _leave(self) -> None:
+        self._intake = None  # the connection keeps its last exchange
         if self._entered:
             self._entered = False
             self._predictor.leave(self._call)

@@ -47,25 +47,31 @@ class Filling(asyncio.BufferedProtocol):
         self._connection = connection
         self._head = memoryview(bytearray(_HEAD_BYTES))
         self._room: memoryview | None = None
-        self._size = 0
+        self._left = 0
 
     def fill(self, room: memoryview) -> None:
         """What comes next goes to `room`, until that is full."""
         self._room = room
-        self._size = 0
+        self._left = len(room)
+
+    def throw_away(self) -> None:
+        """The rest of the body is of no use: its place is let go of, and what still comes is only counted."""
+        self._room = None
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
-        return self._head if self._room is None else self._room[self._size :]
+        if not self._left:
+            return self._head
+        return self._head[: self._left] if self._room is None else self._room[-self._left :]
 
     def buffer_updated(self, nbytes: int) -> None:
         """They are there."""
-        if self._room is None:
+        if not self._left:
             self._connection.data_received(self._head[:nbytes].tobytes())
             return
-        self._size += nbytes
+        self._left -= nbytes
         self._connection.came(nbytes)
-        if self._size == len(self._room):
+        if not self._left:
             self._room = None
             self._connection.full()
 

@@ -35,7 +35,7 @@ class Intake:
         length, json_length = head.content_length or 0, head.header_length or 0
         self._length = length
         # Compressed, nothing has a place in it that would have to be aligned.
-        self._json_length = json_length if json_length <= length and not head.content_encoding else 0
+        self._json_length = json_length if 0 < json_length <= length and not head.content_encoding else 0
         if self._json_length and length <= max_bytes:
             self._buffer = _aligned(length, json_length)
 

@@ -227,7 +227,7 @@ class Predictor:
         if len(data) > HEAVY_TEXT_BYTES and self._may_be_text(call):
             return True
         if len(data) > HEAVY_JSON_BYTES and numbers.AVAILABLE and head.content_type in MEANT_AS_JSON:
-            return head.header_length is None
+            return head.header_length is None or head.header_length > HEAVY_JSON_BYTES
         if len(data) > HEAVY_BYTES:
             return head.content_type.startswith(_DECODED)
         if head.content_type.startswith("image/") and call.served is not None:

@@ -94,6 +94,7 @@ class PredictProtocol(HttpToolsProtocol):
                 if starts and len(self._bodies) == 1:
                     cycle.teach(data, self._bodies[0])
             elif not self._within_head and (room := cycle.room()) is not None:
+                self._quiet_bytes = 0
                 self._fill(room)
                 return
         # Bytes that complete neither a head nor a piece of a body are those of a head, or of trailers.
@@ -112,7 +113,9 @@ class PredictProtocol(HttpToolsProtocol):
         """Bytes of a large body are in their place."""
         self._heard = self.loop.time()
         self._arrival.size += size
-        cast("Exchange", self.cycle).came(size)
+        self._idle_since = None
+        if not cast("Exchange", self.cycle).came(size) and self._filling is not None:
+            self._filling.throw_away()
 
     def full(self) -> None:
         """A large body is complete: what comes next is for a parser that knows nothing of it."""
@@ -137,6 +140,8 @@ class PredictProtocol(HttpToolsProtocol):
             if isinstance(exchange, Exchange):
                 exchange.lose()
         self.pipeline.clear()
+        # What refers to itself in a circle stays until the collector comes, and with it its body.
+        self.cycle = self._answered = self._filling = None  # type: ignore[assignment]
 
     def pause_writing(self) -> None:
         """The client does not read; what the application answers waits for it where it is."""
@@ -345,6 +350,7 @@ class PredictProtocol(HttpToolsProtocol):
                 outcome = InternalError("the server failed on this request; its log says why")
                 log.exception("%s raised %s", getattr(function, "__name__", function), type(error).__name__)
             then(outcome)
+            outcome = None  # an error's frames hold the body, and this frame among them the error
 
         task = self.loop.create_task(work())
         self.tasks.add(task)

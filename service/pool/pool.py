@@ -270,9 +270,9 @@ class Pool:
             self._measured = self._clock()
             if run.clean:
                 self.profile.observe(max(1, batch.load), run.compute_s)
-                self._queue.bound_by_time(len(self._instances))
             if run.wrong_rows and self.batched:
                 results += self._stop_batching(run.wrong_rows)
+            self._queue.bound_by_time(len(self._instances))
             self._count(instance.device, batch, run.compute_s)
         self._put(results)
 

@@ -22,6 +22,8 @@
 
 enum {
     MOST_RANK = 32,          /* numpy 1 has no more dimensions */
+    MOST_LISTS = 256,        /* more are no tensors, and each would take a hundred times its bytes */
+    MOST_MARK = 24,          /* bytes of a mark beside what it begins with */
     MOST_POWER = 128,        /* powers of ten from -MOST_POWER to MOST_POWER */
     MOST_DIGITS = 19,        /* all numbers of so many digits fit 64 bits */
     QUICK_BYTES = 16 * 1024, /* a smaller body is read before another thread would have started */
@@ -179,6 +181,7 @@ static inline const char *read_number(Scan *scan, List *list, const char *at) {
 
 /* The list that opens at `at`; NULL where it is not a regular one of numbers. */
 static const char *read_list(Scan *scan, const char *at) {
+    if (scan->lists_taken == MOST_LISTS) return NULL;
     if (scan->lists_taken == scan->lists_room) {
         size_t room = 2 * scan->lists_room + 8;
         List *lists = realloc(scan->lists, room * sizeof(List));
@@ -249,7 +252,7 @@ static const char *read_list(Scan *scan, const char *at) {
 }
 
 static char *write_mark(Scan *scan, char *copy, size_t number) {
-    char text[24];
+    char text[MOST_MARK - 2];
     int length = snprintf(text, sizeof text, "%zu\"]", number);
     *copy++ = '[';
     *copy++ = '"';
@@ -264,12 +267,6 @@ static bool opens_numbers(const char *at, const char *end, const char **inner) {
     while (at < end && *at == '[') at = skip_space(at + 1, end);
     *inner = at;
     return at < end && (is_digit(*at) || *at == '-');
-}
-
-static size_t most_marks(const char *at, const char *end) {
-    size_t lists = 0;
-    for (; at < end; at++) lists += *at == '[';
-    return lists;
 }
 
 static bool scan_body(Scan *scan) {
@@ -351,17 +348,15 @@ static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t c
                   .end = body + length,
                   .mark = PyBytes_AS_STRING(arguments[1]),
                   .mark_length = (size_t)PyBytes_GET_SIZE(arguments[1])};
-    PyThreadState *released = length > QUICK_BYTES ? PyEval_SaveThread() : NULL;
-    /* Two characters a number at the least; a list of one is shorter than its mark may be. */
-    size_t room = length + most_marks(body, body + length) * (state.mark_length + 24);
-    char *copied = malloc(room + 1);
+    /* A short list is shorter than its mark. */
+    char *copied = malloc(length + MOST_LISTS * (state.mark_length + MOST_MARK));
     bool whole = false;
-    if (released != NULL) PyEval_RestoreThread(released);
+    /* Each number takes two characters at the least. */
     PyObject *memory = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)((length / 2 + 1) * sizeof(Number)));
     if (copied != NULL && memory != NULL) {
         state.copy = copied;
         state.numbers = (Number *)(void *)PyByteArray_AS_STRING(memory);
-        released = length > QUICK_BYTES ? PyEval_SaveThread() : NULL;
+        PyThreadState *released = length > QUICK_BYTES ? PyEval_SaveThread() : NULL;
         whole = scan_body(&state);
         if (released != NULL) PyEval_RestoreThread(released);
     }

@@ -165,7 +165,12 @@ def parse_infer(body: bytes | memoryview, header_length: int | None) -> InferReq
     if header_length is None:
         body = bytes(body)
         document = open_large(body)
-        return InferRequest(document.fields if document else read_object(body), body, None, document)
+        if document is not None:
+            try:
+                return InferRequest(document.fields, body, None, document)
+            except InvalidInput:  # read the plain way, it is worded in terms of what was sent
+                document.close()
+        return InferRequest(read_object(body), body, None, None)
     if header_length == 0:
         return InferRequest.raw(body)
     if not 0 < header_length <= len(body):
@@ -271,7 +276,7 @@ def _requested(value: Any) -> tuple[RequestedOutput, ...] | None:
         name, parameters = _members(fields, "outputs", place)
         where = f"outputs[{place}].parameters."
         if name in found:
-            raise InvalidInput(f'output "{name}" is asked for twice', tensor=name_text(name))
+            raise InvalidInput(f'output "{name}" is asked for twice', tensor=name_text(name)[1:-1])
         found[name] = RequestedOutput(
             name,
             _optional(parameters, "binary_data", bool, "true or false", where),
@@ -291,13 +296,13 @@ def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | No
     for place, entry in enumerate(listed):
         name, parameters = _members(entry, "inputs", place)
         if name in found:
-            raise InvalidInput(f'tensor "{name_text(name)}" comes twice', tensor=name_text(name))
+            raise InvalidInput(f"tensor {name_text(name)} comes twice", tensor=name_text(name)[1:-1])
         datatype = entry.get("datatype")
         if not isinstance(datatype, str) or datatype not in DTYPES:
             raise InvalidInput(
-                f'tensor "{name_text(name)}" has datatype {value_text(datatype)};'
+                f"tensor {name_text(name)} has datatype {value_text(datatype)};"
                 f" there are {', '.join(DTYPES)}",
-                tensor=name_text(name),
+                tensor=name_text(name)[1:-1],
                 got=value_text(datatype),
                 expected=list(DTYPES),
             )
@@ -305,24 +310,24 @@ def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | No
         size = _count(parameters, "binary_data_size", f"inputs[{place}].parameters.")
         if (size is None) == ("data" not in entry):
             raise InvalidInput(
-                f'tensor "{name_text(name)}" has {"neither" if size is None else "both"} "data"'
+                f'tensor {name_text(name)} has {"neither" if size is None else "both"} "data"'
                 f' {"nor" if size is None else "and"} "binary_data_size"; it takes one of them',
-                tensor=name_text(name),
+                tensor=name_text(name)[1:-1],
             )
         if size is None:
             found[name] = _Input(name, datatype, shape, entry["data"])
             continue
         if start is None:
             raise MalformedBody(
-                f'tensor "{name_text(name)}" has "binary_data_size", but no Inference-Header-Content-Length'
+                f'tensor {name_text(name)} has "binary_data_size", but no Inference-Header-Content-Length'
                 " says where the JSON ends",
-                tensor=name_text(name),
+                tensor=name_text(name)[1:-1],
             )
         if end + size > len(body):
             raise MalformedBody(
-                f'tensor "{name_text(name)}" is truncated:'
+                f"tensor {name_text(name)} is truncated:"
                 f" {size} bytes are announced, {len(body) - end} are there",
-                tensor=name_text(name),
+                tensor=name_text(name)[1:-1],
                 expected=size,
                 got=len(body) - end,
             )
@@ -345,11 +350,11 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
             else value_text(value)
         )
         raise InvalidInput(
-            f'tensor "{name_text(name)}" has no "shape"'
+            f'tensor {name_text(name)} has no "shape"'
             if value is None
-            else f'tensor "{name_text(name)}" has shape {got}; it takes at most {MAX_RANK} sizes from 0,'
+            else f"tensor {name_text(name)} has shape {got}; it takes at most {MAX_RANK} sizes from 0,"
             f" of {_MAX_ELEMENTS} elements at most",
-            tensor=name_text(name),
+            tensor=name_text(name)[1:-1],
             got=got,
         )
     return shape

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +131,46 @@ def test_what_is_wrong_with_a_large_body_is_said_and_the_connection_goes_on(wire
         assert wire.answer()[0] == status
         wire.send(request(1))
         assert wire.answer()[0] == 200
+
+
+def test_a_body_that_is_refused_on_its_way_is_thrown_away(serve: Serve, make_chaos: MakeChaos) -> None:
+    """The room of the others is taken meanwhile; the connection goes on behind the body."""
+    size = 12 * 2**20
+    server = serve(make_chaos("m"), "--max-body-bytes", str(2 * size), "--in-flight-bytes", str(size))
+    data = post("/predict/m", b" " * size)
+    with Wire(server) as first, Wire(server) as second:
+        first.send(data[: size * 2 // 3])
+        second.send(data[: size // 2])
+        before = resident(server)
+        status, _, body = second.answer()
+        assert (status, json.loads(body)["code"]) == (503, "overloaded")
+        second.send(data[size // 2 :])
+        second.send("GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert second.answer()[0] == 200
+        assert resident(server) - before < size // 4
+        first.send(data[size * 2 // 3 :])
+        assert first.answer()[0] == 400
+        assert server.metric("inferpool_in_flight_requests") == 0
+
+
+def test_bodies_that_were_answered_are_let_go_of(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"), "--max-body-bytes", str(32 * 2**20))
+    data = post("/predict/m", b"[" * (24 * 2**20))
+    with ExitStack() as stack:
+        taken = []
+        for _ in range(8):
+            wire = stack.enter_context(Wire(server))
+            wire.send(data)
+            assert wire.answer()[0] == 400
+            taken.append(resident(server))
+        # What the first ones took is used again, while their connections idle.
+        assert taken[-1] - taken[2] < len(data) // 2
+
+
+def resident(server: Server) -> int:
+    """Bytes of memory that the server's process has."""
+    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_body_costs_nothing(server: Server) -> None:

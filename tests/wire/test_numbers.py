@@ -122,6 +122,11 @@ class TestBody:
         assert isinstance(left["x"], numbers.Numbers)
         assert left["y"] == [[]]
 
+    def test_more_lists_than_a_model_has_tensors_are_declined(self):
+        lists = ",".join(["[1]"] * 256)
+        assert numbers.open_document(f'{{"inputs":["a",{lists}]}}'.encode()) is not None
+        assert numbers.open_document(f'{{"inputs":["a",{lists},[1]]}}'.encode()) is None
+
     def test_a_string_that_looks_like_a_mark_is_a_string(self):
         document = numbers.open_document(b'{"model":["0123456789abcdef0"],"inputs":[1]}')
         assert document is not None
