@@ -86,6 +86,10 @@ class Dialect(ABC):
         """What `path`, still percent-encoded, names; None where it is not this dialect's."""
 
     @abstractmethod
+    def json_bytes(self, head: Head, size: int) -> int:
+        """How much of a body of `size` bytes is read as JSON."""
+
+    @abstractmethod
     def open(self, head: Head, data: Data, max_bytes: int) -> Body:
         """The body in `data`, which is not compressed any more.
 

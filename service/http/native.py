@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import orjson
 
 from service.errors import InferpoolError, Refused, UnsupportedMediaType
-from service.http.bodies import JSON, NPY, NPZ, open_body
+from service.http.bodies import JSON, MEANT_AS_JSON, NPY, NPZ, open_body
 from service.http.compression import read_weights
 from service.http.dialect import Body, Data, Dialect, Encoded, Options, Target
 from service.http.head import Head
@@ -32,6 +32,10 @@ class Native(Dialect):
             return None
         model, slash, version = path[len(PREDICT) :].strip("/").partition("/")
         return Target(unquote(model) or None, unquote(version) if slash else None)
+
+    def json_bytes(self, head: Head, size: int) -> int:
+        """All of it, by its media type."""
+        return size if head.content_type in MEANT_AS_JSON else 0
 
     def open(self, head: Head, data: Data, max_bytes: int) -> Body:
         """By the media type: JSON is read here, all else once the model is known."""

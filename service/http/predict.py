@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,7 +26,6 @@ from service.errors import (
     InvalidInput,
     Overloaded,
 )
-from service.http.bodies import MEANT_AS_JSON
 from service.http.compression import decompress, gzipped, takes_gzip
 from service.http.dialect import Data, Dialect, Options
 from service.http.head import Head, new_request_id
@@ -40,15 +40,13 @@ from service.metrics import Metrics
 from service.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
 from service.repository.catalog import Catalog, find_ready
 from service.tensors import Array, Tensors, check_outputs, names_text
-from service.wire import numbers
 
 log = logging.getLogger(__name__)
 
 HEAVY_BYTES: Final = 32 * 1024
 """Bodies to decode, and bodies and answers to unpack or pack, that are larger go to another thread."""
 HEAVY_JSON_BYTES: Final = 128 * 1024
-"""Longer JSON is read in another thread, where that leaves the event loop's alone: it takes a tenth of a
-millisecond or two."""
+"""Longer JSON is read in another thread: it takes a tenth of a millisecond or two."""
 HEAVY_PIXELS: Final = 128 * 128
 """Pictures with more pixels are decoded in another thread."""
 HEAVY_TEXT_BYTES: Final = 2 * 1024
@@ -57,6 +55,8 @@ MOST_TEXT_BYTES: Final = 8 * 2**20
 """Bodies of text that may wait to be encoded, in all; a megabyte takes the better part of a second."""
 TEXT_THREADS: Final = 2
 """Threads that encode long texts."""
+JSON_THREADS: Final = min(8, max(2, os.cpu_count() or 1))
+"""Threads that read long JSON: not those that write `/metrics`."""
 _UNPACKED: Final = ("application/x-npz", "multipart/form-data")
 _MIN_GZIP_BYTES: Final = 1024
 """Smaller answers fit a packet or two as they are."""
@@ -148,6 +148,7 @@ class Predictor:
         # Of their own, so that nothing else waits for a long text to be encoded.
         self._text_bytes = 0
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._json_threads = ThreadPoolExecutor(JSON_THREADS, thread_name_prefix="json")
         self.heads = Heads()
         self.turn = Turn()
         self._nobody = Meters(metrics, "", "", Tally())
@@ -226,8 +227,8 @@ class Predictor:
             return True
         if len(data) > HEAVY_TEXT_BYTES and self._may_be_text(call):
             return True
-        if len(data) > HEAVY_JSON_BYTES and numbers.AVAILABLE and head.content_type in MEANT_AS_JSON:
-            return head.header_length is None or head.header_length > HEAVY_JSON_BYTES
+        if self._is_heavy_json(call, len(data)):
+            return True
         if len(data) > HEAVY_BYTES:
             return head.content_type.startswith(_DECODED)
         if head.content_type.startswith("image/") and call.served is not None:
@@ -255,7 +256,9 @@ class Predictor:
         if text:
             call.aside_text = True
             self._text_bytes += call.aside_bytes
-        return self._text_threads if text else None
+        if text:
+            return self._text_threads
+        return self._json_threads if self._is_heavy_json(call, size) else None
 
     def taken_back(self, call: Call) -> bool:
         """A body has been read in another thread; whether its request is still to be answered."""
@@ -266,6 +269,10 @@ class Predictor:
             self.answered(call)
         self.end(call)
         return not call.given_up
+
+    @staticmethod
+    def _is_heavy_json(call: Call, size: int) -> bool:
+        return size > HEAVY_JSON_BYTES and call.dialect.json_bytes(call.head, size) > HEAVY_JSON_BYTES
 
     def _may_be_text(self, call: Call) -> bool:
         """Whether the body is for a model that takes text, or may be where it is to name its model."""

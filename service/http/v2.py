@@ -37,6 +37,10 @@ class V2(Dialect):
         model, version = found.groups()
         return Target(unquote(model), None if version is None else unquote(version))
 
+    def json_bytes(self, head: Head, size: int) -> int:
+        """What the header says to stand before the tensors; else all of it."""
+        return size if head.header_length is None else min(size, head.header_length)
+
     def open(self, head: Head, data: Data, max_bytes: int) -> Body:
         """JSON, JSON followed by tensors, or one raw tensor, as `Inference-Header-Content-Length` says."""
         json_length = head.json_length()

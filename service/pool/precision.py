@@ -98,9 +98,7 @@ def _gap(got: Array, want: Array, what: str) -> tuple[float, float]:
     if lost.any():
         raise LoadError(
             f"{what} is no finite number in {np.count_nonzero(lost)} of {want.size} places where FP32 has one"
-            " (up to {:.3g}); FP16 ends at 65504, within the model too".format(
-                np.abs(want[lost]).max()
-            )
+            " (up to {:.3g}); FP16 ends at 65504, within the model too".format(np.abs(want[lost]).max())
         )
     # What is infinite in FP32 has no distance.
     got = np.where(np.isfinite(want), got, want)
