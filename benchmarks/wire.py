@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from service.tensors import ANY, Signature, TensorSpec
-from service.wire import json, simd
+from service.wire import json, numbers, simd
 from service.wire.binary import encode_infer, parse_infer
 from service.wire.json import encode_response, parse_request
 
@@ -28,31 +28,33 @@ POINTS = Signature((TensorSpec("x", "FP32", (ANY, 3)),), ())
 Case = tuple[str, Callable[[], object], str | None]
 
 
+C, SIMD, PLAIN = "the module in C", "pysimdjson", "orjson"
+
+
 @contextmanager
-def simd_from(size: float) -> Iterator[None]:
-    before, json.SIMD_MIN_BYTES = json.SIMD_MIN_BYTES, size  # type: ignore[assignment]
+def reading_by(way: str) -> Iterator[None]:
+    before = numbers.AVAILABLE, json.SIMD_MIN_BYTES
+    numbers.AVAILABLE = way == C
+    json.SIMD_MIN_BYTES = 0 if way == SIMD else sys.maxsize
     try:
         yield
     finally:
-        json.SIMD_MIN_BYTES = before
+        numbers.AVAILABLE, json.SIMD_MIN_BYTES = before
 
 
-def numbers(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def pixels_of(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """Pixels as clients send them: five digits."""
     return np.random.default_rng(0).random(shape).round(5)
 
 
 def predict_body(*shape: int) -> bytes:
-    body = {"model": "m", "inputs": {"x": numbers(*shape)}}
+    body = {"model": "m", "inputs": {"x": pixels_of(*shape)}}
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def read(body: bytes, signature: Signature, simd_min_bytes: float | None = None) -> Callable[[], object]:
-    if simd_min_bytes is None:
-        return lambda: parse_request(body).tensors(signature)
-
+def read(body: bytes, signature: Signature, way: str) -> Callable[[], object]:
     def forced() -> object:
-        with simd_from(simd_min_bytes):
+        with reading_by(way):
             return parse_request(body).tensors(signature)
 
     return forced
@@ -60,45 +62,24 @@ def read(body: bytes, signature: Signature, simd_min_bytes: float | None = None)
 
 def cases() -> list[Case]:
     image, points, row = predict_body(1, 3, 224, 224), predict_body(50_176, 3), predict_body(1, 64)
-    listed: list[Case] = []
-    if simd.AVAILABLE:
-        import simdjson
-
-        parser = simdjson.Parser()
-        listed += [
-            (
-                f"image, {len(image):,} bytes of JSON: pysimdjson parse alone",
-                lambda: parser.parse(image),
-                None,
-            ),
-            ("image: parse_request + tensors", read(image, IMAGE), "image, "),
-            (
-                f"50,176 points, {len(points):,} bytes: pysimdjson parse alone",
-                lambda: parser.parse(points),
-                None,
-            ),
-            ("points: parse_request + tensors", read(points, POINTS), "50,176 points"),
-        ]
-    listed += [
-        ("image: orjson + numpy, nothing checked", lambda: bare(image), "image, "),
-        ("image: parse_request + tensors by orjson", read(image, IMAGE, sys.maxsize), "image, "),
-        (f"row of 64, {len(row)} bytes of JSON: orjson + numpy, nothing checked", lambda: bare(row), None),
-        ("row of 64: parse_request + tensors", read(row, ROW), "row of 64, "),
+    ways = [*([C] if numbers.AVAILABLE else []), *([SIMD] if simd.AVAILABLE else []), PLAIN]
+    listed: list[Case] = [
+        (f"image, {len(image):,} bytes of JSON: orjson + numpy, nothing checked", lambda: bare(image), None)
     ]
-    if simd.AVAILABLE:
-        for rows in (2, 4, 8):
-            few = predict_body(rows, 64)
-            listed += [
-                (f"{rows} rows, {len(few)} bytes: by orjson", read(few, ROW, sys.maxsize), None),
-                (f"{rows} rows: by pysimdjson", read(few, ROW, 0), f"{rows} rows, "),
-            ]
-    pixels = numbers(1, 3, 224, 224).astype(np.float32)
+    listed += [(f"image: by {way}", read(image, IMAGE, way), "image, ") for way in ways]
+    listed.append((f"50,176 points, {len(points):,} bytes: orjson alone", lambda: orjson.loads(points), None))
+    listed += [(f"points: by {way}", read(points, POINTS, way), "50,176 points") for way in ways]
+    listed.append((f"row of 64, {len(row)} bytes: orjson + numpy, nothing checked", lambda: bare(row), None))
+    listed += [(f"row of 64: by {way}", read(row, ROW, way), "row of 64, ") for way in ways]
+    few = predict_body(8, 64)
+    listed += [(f"8 rows, {len(few)} bytes: by {way}", read(few, ROW, way), None) for way in ways]
+    pixels = pixels_of(1, 3, 224, 224).astype(np.float32)
     for where, pad in (("aligned", 0), ("not aligned", 1)):
         body, length = infer_body(pixels, pad)
         listed.append((f"image, {pixels.nbytes:,} bytes in binary form, {where}", infer(body, length), None))
     copied = np.empty_like(pixels)
     listed.append(("image: one copy of its bytes", lambda: np.copyto(copied, pixels), None))
-    scores = {"y": numbers(1, 10).astype(np.float32)}
+    scores = {"y": pixels_of(1, 10).astype(np.float32)}
     listed += [
         ("answer of 10 scores: encode_response", lambda: encode_response("m", "1", "i", scores, None), None),
         ("answer of 10 scores: encode_infer, JSON", lambda: answer(scores, False), None),
@@ -144,7 +125,7 @@ def main() -> None:
     print(
         f"python {platform.python_version()}, numpy {np.__version__}, orjson {orjson.__version__},", end=" "
     )
-    print(f"pysimdjson {'installed' if simd.AVAILABLE else 'not installed'}; medians of {runs} runs, µs\n")
+    print(f"medians of {runs} runs, µs\n")
     found: dict[str, float] = {}
     for name, call, base in cases():
         found[name] = measure(call, runs)
