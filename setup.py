@@ -1,15 +1,107 @@
-"""The module in C; all else about the package is in pyproject.toml."""
+"""What is compiled where the package is installed; all else about it is in pyproject.toml.
+
+That is a module in C, and the hot path. Without a compiler both are left out, with a warning: the server does
+the same without them, more slowly.
+"""
+
+import os
+import runpy
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-# Where there is no compiler, pysimdjson reads large bodies: as fast, but nothing else runs meanwhile.
+HOT_PATH = [
+    *(f"service/http/{name}.py" for name in (
+        "exchange", "head", "heads", "intake", "outlet", "predict", "recorder", "served", "turn")),
+    *(f"service/pool/{name}.py" for name in (
+        "batch", "engine", "instance", "pool", "ports", "profile", "queue")),
+    *(f"service/wire/{name}.py" for name in ("arrays", "document", "json", "numbers")),
+    "service/metrics.py",
+    "service/tensors.py",
+]  # fmt: skip
+"""What every prediction goes through, but for classes that interpreted ones inherit from: C forbids that."""
+
+ROOT = Path(__file__).resolve().parent
+# By its path: the package's other modules need what is not installed here.
+COMPILED = runpy.run_path(str(ROOT / "service" / "compiled.py"))
+
+
+class Build(build_ext):
+    """Builds the extensions below, then the hot path by mypyc, into the package's folder for such modules."""
+
+    def run(self):
+        """Build all there is to build."""
+        super().run()
+        package = ROOT / "service" if self.inplace or self.editable_mode else Path(self.build_lib) / "service"
+        folder = package / COMPILED["FOLDER"]
+        if os.environ.get(COMPILED["SWITCH"]) == "0":
+            shutil.rmtree(folder, ignore_errors=True)
+        elif not is_sealed(folder):
+            try:
+                self.compile_hot_path(folder)
+            except (Exception, SystemExit) as error:  # mypyc ends the process where it finds an error
+                if os.environ.get(COMPILED["SWITCH"]) == "1":
+                    raise
+                self.warn(f"the hot path is not compiled, and will run interpreted: {error}")
+
+    def compile_hot_path(self, folder):
+        """Compile the hot path, and put it in place in one go: a server may be starting meanwhile."""
+        from mypyc.build import mypycify
+
+        parent = folder.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=".compiled-", dir=parent))
+        try:
+            # Types of other packages change nothing in the C, and need not be there.
+            modules = mypycify(
+                ["--config-file=", "--ignore-missing-imports", *HOT_PATH],
+                opt_level="2", debug_level="0", group_name="inferpool", target_dir=str(made / "c"),
+            )  # fmt: skip
+            with ThreadPoolExecutor() as compilers:
+                list(compilers.map(lambda module: self.compile_module(module, made), modules))
+            shutil.rmtree(made / "c")
+            (made / COMPILED["SEAL"]).write_text(COMPILED["sources"](ROOT / "service"))
+            made.chmod(0o755)
+            shutil.rmtree(folder, ignore_errors=True)
+            made.rename(folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def compile_module(self, module, folder):
+        """Compile and link one of mypyc's extensions into `folder`, under its full name."""
+        # Other compilers than mypyc's authors have find other things to warn of.
+        flags = [flag for flag in module.extra_compile_args if flag != "-Werror"]
+        objects = self.compiler.compile(
+            module.sources,
+            output_dir=str(folder / "c" / module.name),
+            include_dirs=module.include_dirs,
+            extra_postargs=flags,
+        )
+        target = folder / (module.name + self.get_ext_filename("x")[1:])
+        self.compiler.link_shared_object(objects, str(target))
+
+
+def is_sealed(folder):
+    """Whether the folder has the hot path of these very sources already."""
+    seal = folder / COMPILED["SEAL"]
+    return seal.is_file() and seal.read_text() == COMPILED["sources"](ROOT / "service")
+
+
+sys.path.insert(0, str(ROOT))  # mypyc takes the modules' names from where they lie
 setup(
+    cmdclass={"build_ext": Build},
     ext_modules=[
         Extension(
             "service.wire._numbers",
             ["service/wire/_numbers.c"],
             extra_compile_args=["-O3", "-std=c11"],
+            # Without it pysimdjson reads large bodies: as fast, but nothing else runs meanwhile.
             optional=True,
         )
-    ]
+    ],
 )

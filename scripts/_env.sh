@@ -19,6 +19,14 @@ need() {
   if ((${#missing[@]})); then install_extras "${missing[@]}"; fi
 }
 
+# compile: have the hot path compiled of the sources as they are, where it was compiled of others.
+compile() {
+  if [[ "$("$VENV/bin/python" -c 'import service; print(service.HOT_PATH)')" == "out of date" ]]; then
+    say "Compiling the hot path anew, as its sources have changed (INFERPOOL_COMPILED=0 spares this) ..."
+    (cd -- "$REPO" && "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .)
+  fi
+}
+
 # runtime: the extra that brings this machine's ONNX Runtime, `gpu` where there is an NVIDIA driver.
 runtime() {
   if [[ -e /proc/driver/nvidia/version ]] || nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi

@@ -17,7 +17,7 @@ from types import FrameType
 
 import uvicorn
 
-from service import __version__
+from service import HOT_PATH, __version__
 from service.backends.base import backend_names, find_backend
 from service.devices import CPU, cuda_driver
 from service.errors import ConfigError, LoadError
@@ -135,6 +135,10 @@ class _Server(uvicorn.Server):
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        if HOT_PATH == "out of date":
+            log.info("the hot path runs interpreted: its sources have changed since it was compiled")
+        elif HOT_PATH == "interpreted":
+            log.warning("the hot path runs interpreted, more slowly: it was not compiled at installation")
         if not numbers.AVAILABLE:
             log.warning("large JSON holds up other requests: Inferpool was installed without a C compiler")
         self._repository.start(self._loaded)
@@ -203,8 +207,8 @@ def web_busy(thread: int) -> Callable[[], list[Sample]]:
 
 
 def build_info() -> dict[str, str]:
-    """What `build_info` says: the version, Python's, and those of the runtimes that are installed."""
-    info = {"version": __version__, "python": platform.python_version()}
+    """What `build_info` says: how the hot path runs, the versions of Inferpool, Python and the runtimes."""
+    info = {"version": __version__, "python": platform.python_version(), "hot_path": HOT_PATH}
     for name in backend_names():
         try:
             info[name] = find_backend(name).describe()

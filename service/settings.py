@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from service.compiled import SWITCH
 from service.devices import AUTO, check_devices
 from service.errors import ConfigError
 
@@ -143,7 +144,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values = {}
     for variable, text in environ.items():
         name = variable.removeprefix(ENV_PREFIX)
-        if name == variable or name == "CONFIG" or _SERVICE_LINK.match(name):
+        if name == variable or name == "CONFIG" or variable == SWITCH or _SERVICE_LINK.match(name):
             continue
         if name == "PORT" and "://" in text:
             continue

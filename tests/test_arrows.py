@@ -15,6 +15,7 @@ RANKS = {
     "codecs": 4, "wire": 4, "pool": 4, "backends": 3, "tensors": 2,
     "settings": 2, "logs": 1, "metrics": 1, "spans": 1, "machine": 1, "devices": 1, "nvml": 2,
     "commands": 0, "errors": 0, "exposition": 0, "record": 0, "tracing": 0, "aside": 0, "__init__": 0,
+    "compiled": -1,
 }  # fmt: skip
 """A module imports from its own part, or from one of a lower rank."""
 

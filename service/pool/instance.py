@@ -106,16 +106,16 @@ class Instance:
         self._complaints = complaints
         self._wake = threading.Lock()
         self._wake.acquire()
-        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._runner = threading.Thread(target=self._live, name=name, daemon=True)
 
     def start(self) -> None:
         """Begin to take batches."""
-        self._thread.start()
+        self._runner.start()
 
     def join(self, timeout_s: float) -> bool:
         """Wait until the thread has ended; False if it has not within `timeout_s`."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        self._runner.join(timeout_s)
+        return not self._runner.is_alive()
 
     def wake(self) -> None:
         """Let `wait` return. Only after the instance said it would wait, and once for each time."""
@@ -130,11 +130,11 @@ class Instance:
         started = self._clock()
         try:
             outcomes = self._infer(batch)
-        except WrongRows as error:
-            log.error("%s: %s; batching is off from here on", self.name, error)
+        except WrongRows as wrong:
+            log.error("%s: %s; batching is off from here on", self.name, wrong)
             failure = ModelFailed("the model gave the wrong number of rows for a batch")
             outcomes = [Outcome(piece, None, failure) for piece in batch.pieces]
-            return Run(outcomes, self._clock() - started, False, str(error))
+            return Run(outcomes, self._clock() - started, False, str(wrong))
         except Exception as error:  # noqa: BLE001 - models raise anything, and only the guilty may fail
             outcomes, wrong_rows = self._isolate(batch, error)
             return Run(outcomes, self._clock() - started, False, wrong_rows)

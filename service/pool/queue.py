@@ -143,7 +143,7 @@ class _Group:
 
     def __init__(self) -> None:
         self.heap: list[_Item] = []
-        self.load: float = 0
+        self.load = 0.0
         self.count = 0
 
 
@@ -165,8 +165,8 @@ class Queue:
         self.cost_s = cost_s
         self.caution = caution
         self.bytes = 0
-        self._small_rows: float = 0
-        self._large_rows: float = 0
+        self._small_rows = 0.0
+        self._large_rows = 0.0
         self._waiting_rows = 0
         self._serial = 0
         self._probe = 0
@@ -307,13 +307,13 @@ class Queue:
 
     def _lead(self, now: float, drops: list[Drop]) -> _Place | None:
         by_age = self._batches % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
-        while (place := self._oldest() if by_age else self._head(self._first)) is not None:
+        while True:
+            place = self._oldest() if by_age else self._head(self._first)
+            if place is None or place.entry.id == self._probe:
+                return place
             if now + self.cost_s(self._load_alone(place)) <= place.entry.deadline:
                 return place
-            if place.entry.id == self._probe:
-                return place
             drops.append(self._drop(place, "deadline"))
-        return None
 
     def _take_group(self, lead: _Place, now: float, taken: Take) -> None:
         group = self._groups[lead.entry.group]

@@ -21,8 +21,8 @@ try:
 except ImportError:  # there was no compiler where the package was built
     _numbers = None  # type: ignore[assignment]
 
-AVAILABLE: Final = _numbers is not None
-"""Whether the module in C is there."""
+AVAILABLE: bool = _numbers is not None
+"""Whether the module in C is there, and to be used: tests and benchmarks choose the way by it."""
 
 _MARK: Final = secrets.token_hex(8)
 """What stands for a list: nobody who sends a body can know it."""
@@ -38,12 +38,12 @@ _MANY: Final = 64 * 1024
 class Numbers:
     """A regular list of numbers, float64 or int64, and the shape that they were sent in."""
 
-    __slots__ = ("_count", "_memory", "_real", "_shape", "_start")
+    __slots__ = ("_count", "_floats", "_memory", "_shape", "_start")
 
     def __init__(self, memory: bytearray, real: bool, start: int, count: int, shape: tuple[int, ...]) -> None:
         """`count` of them lie in `memory` from the byte `start` on, `real` ones or integers."""
         self._memory = memory
-        self._real = real
+        self._floats = real
         self._start = start
         self._count = count
         self._shape = shape
@@ -52,13 +52,13 @@ class Numbers:
         """The tensor in the datatype of `spec`; raises Declined where a number does not fit it."""
         tensor: Array | None = None
         if spec.datatype == "FP32" and self._count < _MANY:
-            narrow = _numbers.singles(self._memory, self._start, self._count, self._real)
+            narrow = _numbers.singles(self._memory, self._start, self._count, self._floats)
             if narrow is None:
                 raise Declined
             return np.ndarray(self._shape, _SINGLE, narrow)
         if spec.datatype in FLOATS:
             tensor = narrow_floats(self._flat().astype(np.float64, copy=False), spec.dtype)
-        elif not self._real:
+        elif not self._floats:
             tensor = narrow_integers(self._flat(), spec.dtype)
         if tensor is None:
             raise Declined
@@ -66,12 +66,12 @@ class Numbers:
 
     def plain(self) -> Any:
         """The list as orjson would have read it; raises Declined where that is no longer known."""
-        if self._real:
+        if self._floats:
             raise Declined  # which of them were written as integers has not been kept
         return self._flat().reshape(self._shape).tolist()
 
     def _flat(self) -> Array:
-        dtype = np.float64 if self._real else np.int64
+        dtype = np.float64 if self._floats else np.int64
         return np.frombuffer(self._memory, dtype, self._count, self._start)
 
 

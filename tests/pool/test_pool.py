@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -478,24 +479,37 @@ def test_a_cancelled_retry_is_not_run(bench: Callable[..., Bench]) -> None:
     assert made.model.batches == [1, 2, 1]
 
 
-def test_a_second_instance_is_woken_only_for_what_the_first_cannot_take(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Bell:
+    """Stands before the lock that an instance waits for, and rings it later."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance, self.lock = instance, instance._wake
+        self.rung = False
+        instance._wake = cast("threading.Lock", self)
+
+    def release(self) -> None:
+        assert not self.rung
+        self.rung = True
+
+    def pass_on(self) -> None:
+        self.instance._wake = self.lock
+        if self.rung:
+            self.lock.release()
+
+
+def test_a_second_instance_is_woken_only_for_what_the_first_cannot_take(bench: Callable[..., Bench]) -> None:
     made = bench(instances=3, batch_rows=4)
     deadline = time.monotonic() + 10
     while len(made.pool._idle) < 3:
         assert time.monotonic() < deadline
-    woken: list[Instance] = []
-    wake = Instance.wake
-    monkeypatch.setattr(Instance, "wake", lambda instance: woken.append(instance))
+    bells = [Bell(instance) for instance in made.pool._idle]
     entries = [made.offer(mark) for mark in range(4)]
-    assert len(woken) == 1, "one batch takes them all"
+    assert sum(bell.rung for bell in bells) == 1, "one batch takes them all"
     entries.append(made.offer(4))
-    assert len(woken) == 2
-    monkeypatch.undo()
+    assert sum(bell.rung for bell in bells) == 2
     made.go()
-    for instance in woken:
-        wake(instance)
+    for bell in bells:
+        bell.pass_on()
     results = made.outbox.take(5)
     for entry in entries:
         check(entry, results[entry.id])

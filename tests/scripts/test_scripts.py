@@ -33,6 +33,7 @@ case "$1 $2" in
       show) [[ "$5" == "${INSTALLED:-}" ]] ;;
       *) echo "$3 ${*: -1}" >>"$NOTES"; [[ -z "${PIP_BREAKS:-}" ]] ;;
     esac ;;
+  "-c import service; "*) echo "${HOT_PATH:-compiled}" ;;
   "-m benchmarks."*) printf '%s\\n' "$PWD" "${@:2}" ;;
   "-m pytest") printf '%s\\n' "$PWD" "${@:3}" ;;
   *) echo "unexpected: $*" >&2; exit 99 ;;
@@ -132,6 +133,21 @@ def test_a_changed_project_is_installed_again(checkout: Checkout):
     (checkout.repo / "pyproject.toml").write_text("[project]\nversion = '2'\n")
     checkout.run("serve")
     assert checkout.noted() == [f"install .[{RUNTIME},text]"]
+
+
+@pytest.mark.parametrize("script", ["serve", "bench wire"])
+def test_a_hot_path_that_was_compiled_of_other_sources_is_compiled_again(checkout: Checkout, script: str):
+    """After `git pull`, say; where there was no compiler nothing is tried at each start."""
+    (checkout.repo / "benchmarks").mkdir()
+    (checkout.repo / "benchmarks" / "wire.py").touch()
+    checkout.run(*script.split())
+    checkout.noted()
+    run = checkout.run(*script.split(), HOT_PATH="out of date")
+    assert (run.returncode, checkout.noted()) == (0, ["install ."])
+    assert run.stderr.startswith("Compiling the hot path anew")
+    for state in ("interpreted", "switched off"):
+        checkout.run(*script.split(), HOT_PATH=state)
+        assert checkout.noted() == []
 
 
 def test_a_moved_checkout_is_installed_again(checkout: Checkout):

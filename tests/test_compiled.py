@@ -1,0 +1,106 @@
+"""The compiled hot path runs while it is of the sources that are there, and nothing depends on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import service
+
+ROOT = Path(__file__).parent.parent
+WHICH = "import service, service.pool.queue as queue; print(service.HOT_PATH, queue.__file__)"
+
+
+def state_of(repository: Path, **environ: str) -> tuple[str, str]:
+    """How the hot path of a copy runs, and of which kind of file its queue is."""
+    run = subprocess.run(
+        [sys.executable, "-c", WHICH],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), **environ},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    state, file = run.stdout.strip().rsplit(" ", 1)
+    assert Path(file).is_relative_to(repository)
+    return state, Path(file).suffix
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the package as it was installed, with the hot path if it was compiled."""
+    shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def compiled(copy: Path) -> Path:
+    if not (ROOT / "service" / "_compiled").exists():
+        assert "CI" not in os.environ, "CI has a compiler"
+        pytest.skip("the project was installed without a C compiler, or with INFERPOOL_COMPILED=0")
+    assert state_of(copy, INFERPOOL_COMPILED="1") == ("compiled", ".so"), "install again: scripts/serve does"
+    return copy
+
+
+def test_ci_tests_what_is_compiled() -> None:
+    """What users get is what is tested; some of it is tested interpreted besides."""
+    if "CI" in os.environ and os.environ.get("INFERPOOL_COMPILED") != "0":
+        assert service.HOT_PATH == "compiled"
+
+
+def test_a_changed_line_runs_at_once(compiled: Path) -> None:
+    """Also of a module that is not compiled: the C may have been made by what it says."""
+    errors = compiled / "service" / "errors.py"
+    before = errors.read_text()
+    errors.write_text(before + "\n")
+    assert state_of(compiled) == ("out of date", ".py")
+    errors.write_text(before)
+    assert state_of(compiled) == ("compiled", ".so")
+    (compiled / "service" / "another.py").touch()
+    assert state_of(compiled) == ("out of date", ".py")
+
+
+def test_it_can_be_switched_off(compiled: Path) -> None:
+    assert state_of(compiled, INFERPOOL_COMPILED="0") == ("switched off", ".py")
+
+
+def test_without_it_everything_runs_interpreted(copy: Path) -> None:
+    shutil.rmtree(copy / "service" / "_compiled", ignore_errors=True)
+    assert state_of(copy) == ("interpreted", ".py")
+
+
+class TestBuild:
+    """What an installation makes of it."""
+
+    def build(self, copy: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-v", "--no-deps",
+             "--target", str(copy / "target"), str(copy)],
+            env={**os.environ, **environ}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def test_it_is_compiled_of_its_own_sources(self, copy: Path) -> None:
+        """Not taken over from the checkout, which may have been compiled of others, or for another Python."""
+        built = self.build(copy, INFERPOOL_COMPILED="1")
+        assert built.returncode == 0, built.stdout + built.stderr
+        assert state_of(copy / "target") == ("compiled", ".so")
+
+    def test_without_a_compiler_it_is_left_out(self, copy: Path) -> None:
+        built = self.build(copy, CC="false")
+        assert built.returncode == 0, built.stdout + built.stderr
+        assert "the hot path is not compiled, and will run interpreted" in built.stdout + built.stderr
+        assert state_of(copy / "target") == ("interpreted", ".py")
+
+    def test_who_insists_on_it_is_told_that_it_failed(self, copy: Path) -> None:
+        assert self.build(copy, CC="false", INFERPOOL_COMPILED="1").returncode != 0
+
+    def test_it_can_be_left_out(self, copy: Path) -> None:
+        assert self.build(copy, INFERPOOL_COMPILED="0").returncode == 0
+        assert state_of(copy / "target") == ("interpreted", ".py")
