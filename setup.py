@@ -51,12 +51,13 @@ class Build(build_ext):
 
     def compile_hot_path(self, folder):
         """Compile the hot path, and put it in place in one go: a server may be starting meanwhile."""
-        from mypyc.build import mypycify
-
         parent = folder.parent
         parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=".compiled-", dir=parent))
         try:
+            self.try_compiler(made)
+            from mypyc.build import mypycify
+
             # Types of other packages change nothing in the C, and need not be there.
             modules = mypycify(
                 ["--config-file=", "--ignore-missing-imports", *HOT_PATH],
@@ -71,6 +72,13 @@ class Build(build_ext):
             made.rename(folder)
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+    def try_compiler(self, folder):
+        """Raise before mypyc takes its time, where there is no compiler or none of Python's headers."""
+        probe = folder / "probe.c"
+        probe.write_text("#include <Python.h>\n")
+        self.compiler.compile([str(probe)], output_dir=str(folder / "c"))
+        probe.unlink()
 
     def compile_module(self, module, folder):
         """Compile and link one of mypyc's extensions into `folder`, under its full name."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import service
 
 ROOT = Path(__file__).parent.parent
+BARE = {name: value for name, value in os.environ.items() if name != "INFERPOOL_COMPILED"}
 WHICH = "import service, service.pool.queue as queue; print(service.HOT_PATH, queue.__file__)"
 
 
@@ -21,7 +23,7 @@ def state_of(repository: Path, **environ: str) -> tuple[str, str]:
     run = subprocess.run(
         [sys.executable, "-c", WHICH],
         cwd=repository,
-        env={**os.environ, "PYTHONPATH": str(repository), **environ},
+        env={**BARE, "PYTHONPATH": str(repository), **environ},
         capture_output=True,
         text=True,
         check=True,
@@ -76,31 +78,47 @@ def test_without_it_everything_runs_interpreted(copy: Path) -> None:
     assert state_of(copy) == ("interpreted", ".py")
 
 
+@pytest.fixture(scope="module")
+def build_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip gets itself to build the package with."""
+    tools = tmp_path_factory.mktemp("tools")
+    system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--target", tools, *system["requires"]], check=True)
+    return tools
+
+
 class TestBuild:
     """What an installation makes of it."""
 
-    def build(self, copy: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    def build(self, copy: Path, tools: Path, **environ: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-v", "--no-deps",
-             "--target", str(copy / "target"), str(copy)],
-            env={**os.environ, **environ}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=copy,
+            env={**BARE, "PYTHONPATH": str(tools), **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
 
-    def test_it_is_compiled_of_its_own_sources(self, copy: Path) -> None:
-        """Not taken over from the checkout, which may have been compiled of others, or for another Python."""
-        built = self.build(copy, INFERPOOL_COMPILED="1")
-        assert built.returncode == 0, built.stdout + built.stderr
-        assert state_of(copy / "target") == ("compiled", ".so")
+    def test_it_is_compiled_anew_of_other_sources(self, copy: Path, build_tools: Path) -> None:
+        (copy / "service" / "another.py").touch()
+        built = self.build(copy, build_tools, INFERPOOL_COMPILED="1")
+        assert built.returncode == 0, built.stdout
+        assert state_of(copy) == ("compiled", ".so")
+        seal = (copy / "service" / "_compiled" / "sources").stat().st_mtime_ns
+        assert self.build(copy, build_tools).returncode == 0
+        assert (copy / "service" / "_compiled" / "sources").stat().st_mtime_ns == seal, "made only once"
 
-    def test_without_a_compiler_it_is_left_out(self, copy: Path) -> None:
-        built = self.build(copy, CC="false")
-        assert built.returncode == 0, built.stdout + built.stderr
-        assert "the hot path is not compiled, and will run interpreted" in built.stdout + built.stderr
-        assert state_of(copy / "target") == ("interpreted", ".py")
+    def test_without_a_compiler_it_is_left_out(self, copy: Path, build_tools: Path) -> None:
+        shutil.rmtree(copy / "service" / "_compiled", ignore_errors=True)
+        built = self.build(copy, build_tools, CC="false")
+        assert built.returncode == 0, built.stdout
+        assert "the hot path is not compiled, and will run interpreted" in built.stdout
+        assert state_of(copy) == ("interpreted", ".py")
+        assert self.build(copy, build_tools, CC="false", INFERPOOL_COMPILED="1").returncode != 0
 
-    def test_who_insists_on_it_is_told_that_it_failed(self, copy: Path) -> None:
-        assert self.build(copy, CC="false", INFERPOOL_COMPILED="1").returncode != 0
-
-    def test_it_can_be_left_out(self, copy: Path) -> None:
-        assert self.build(copy, INFERPOOL_COMPILED="0").returncode == 0
-        assert state_of(copy / "target") == ("interpreted", ".py")
+    def test_it_can_be_left_out(self, copy: Path, build_tools: Path) -> None:
+        assert self.build(copy, build_tools, INFERPOOL_COMPILED="0").returncode == 0
+        assert state_of(copy) == ("interpreted", ".py")

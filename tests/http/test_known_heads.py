@@ -163,8 +163,8 @@ def test_a_known_head_is_admitted_like_any_other(serve: Serve, make_chaos: MakeC
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("draining")
         # The line comes first: by the answer to this the loop has had its turn.
-        connections[1].sendall(b"GET /health/live HTTP/1.1\r\nhost: here\r\n\r\n")
-        assert read_answers(connections[1], 1)[0][0] == 200
+        connections[2].sendall(b"GET /health/live HTTP/1.1\r\nhost: here\r\n\r\n")
+        assert read_answers(connections[2], 1)[0][0] == 200
         connections[1].sendall(request())
         assert read_answers(connections[1], 1)[0][0] == 503
         assert read_answers(connections[0], 1)[0][0] == 200
