@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from service.errors import InferpoolError
@@ -29,9 +28,8 @@ class Target(NamedTuple):
     version: str | None
 
 
-@dataclass(frozen=True, slots=True)
 class Options:
-    """What a body says beside its tensors, where its format can.
+    """What a body says beside its tensors, where its format can; nothing changes it.
 
     Attributes:
         model: the model's name.
@@ -44,14 +42,27 @@ class Options:
         binary: whether outputs whose form is not said are answered in binary.
     """
 
-    model: str | None = None
-    version: str | None = None
-    id: str | None = None
-    outputs: tuple[str, ...] | None = None
-    timeout_ms: float | None = None
-    priority: int | None = None
-    forms: Sequence[RequestedOutput] | None = None
-    binary: bool = False
+    __slots__ = ("binary", "forms", "id", "model", "outputs", "priority", "timeout_ms", "version")
+
+    def __init__(
+        self,
+        model: str | None = None,
+        version: str | None = None,
+        id: str | None = None,
+        outputs: tuple[str, ...] | None = None,
+        timeout_ms: float | None = None,
+        priority: int | None = None,
+        forms: Sequence[RequestedOutput] | None = None,
+        binary: bool = False,
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.id = id
+        self.outputs = outputs
+        self.timeout_ms = timeout_ms
+        self.priority = priority
+        self.forms = forms
+        self.binary = binary
 
 
 class Body(ABC):
@@ -67,12 +78,14 @@ class Body(ABC):
         """
 
 
-@dataclass(slots=True)
 class Encoded:
     """Outputs as they go back: `headers` name the body's type, `parts` follow one another."""
 
-    headers: Headers
-    parts: Sequence[Data]
+    __slots__ = ("headers", "parts")
+
+    def __init__(self, headers: Headers, parts: Sequence[Data]) -> None:
+        self.headers = headers
+        self.parts = parts
 
 
 class Dialect(ABC):

@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Final
 
 from service.codecs.text import Rows
@@ -63,7 +62,6 @@ _MIN_GZIP_BYTES: Final = 1024
 _DECODED: Final = ("image/", "multipart/")
 
 
-@dataclass(slots=True)
 class Answer:
     """What goes back; `headers` name the body's type, but not its length.
 
@@ -75,11 +73,16 @@ class Answer:
         compressible: whether the caller takes gzip and the body is large enough for it.
     """
 
-    status: int
-    headers: Headers
-    parts: Sequence[Data]
-    size: int
-    compressible: bool = False
+    __slots__ = ("compressible", "headers", "parts", "size", "status")
+
+    def __init__(
+        self, status: int, headers: Headers, parts: Sequence[Data], size: int, compressible: bool = False
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.parts = parts
+        self.size = size
+        self.compressible = compressible
 
 
 _NO_OPTIONS: Final = Options()
@@ -480,14 +483,20 @@ def _whole(entry_id: int, parts: Sequence[Part]) -> Entry:
     """The entry whose rows run as `parts`."""
     first = parts[0].entry
     rows = sum(len(part.places) for part in parts)
-    return replace(
-        first,
-        id=entry_id,
-        inputs={},
-        rows=rows,
-        nbytes=sum(part.entry.nbytes for part in parts),
-        row_load=sum(part.entry.load for part in parts) / rows,
-        parts=tuple(parts),
+    return Entry(
+        entry_id,
+        first.key,
+        {},
+        rows,
+        first.group,
+        sum(part.entry.nbytes for part in parts),
+        first.arrived,
+        first.deadline,
+        first.priority,
+        first.outputs,
+        sum(part.entry.load for part in parts) / rows,
+        first.request_id,
+        tuple(parts),
     )
 
 

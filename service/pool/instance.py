@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from service.backends.base import LoadedModel
@@ -20,7 +19,6 @@ from service.tensors import Tensors
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
 class Batch:
     """Pieces that run together.
 
@@ -33,40 +31,56 @@ class Batch:
         rows: rows of all pieces.
     """
 
-    pieces: list[Piece]
-    batched: bool
-    reason: str
-    taken: float
-    padding: Padding | None = None
-    rows: int = field(init=False)
+    __slots__ = ("batched", "padding", "pieces", "reason", "rows", "taken")
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        pieces: list[Piece],
+        batched: bool,
+        reason: str,
+        taken: float,
+        padding: Padding | None = None,
+    ) -> None:
+        self.pieces = pieces
+        self.batched = batched
+        self.reason = reason
+        self.taken = taken
+        self.padding = padding
         # Counted once: each of the batch's results tells it.
-        self.rows = sum(piece.stop - piece.start for piece in self.pieces)
+        self.rows = 0
+        for piece in pieces:
+            self.rows += piece.rows
 
     @property
     def load(self) -> float:
         """What they cost, in rows like those that were measured at load."""
-        return sum((piece.stop - piece.start) * piece.entry.row_load for piece in self.pieces)
+        load = 0.0
+        for piece in self.pieces:
+            load += piece.rows * piece.entry.row_load
+        return load
 
 
-@dataclass(slots=True)
 class Outcome:
     """How a piece ended: with its outputs, or with an error."""
 
-    piece: Piece
-    outputs: Tensors | None
-    error: InferpoolError | None
+    __slots__ = ("error", "outputs", "piece")
+
+    def __init__(self, piece: Piece, outputs: Tensors | None, error: InferpoolError | None) -> None:
+        self.piece = piece
+        self.outputs = outputs
+        self.error = error
 
 
-@dataclass(slots=True)
 class Run:
     """What became of a batch: one outcome a piece; `clean` if it ran whole and at the first go."""
 
-    outcomes: list[Outcome]
-    compute_s: float
-    clean: bool
-    wrong_rows: str = ""
+    __slots__ = ("clean", "compute_s", "outcomes", "wrong_rows")
+
+    def __init__(self, outcomes: list[Outcome], compute_s: float, clean: bool, wrong_rows: str = "") -> None:
+        self.outcomes = outcomes
+        self.compute_s = compute_s
+        self.clean = clean
+        self.wrong_rows = wrong_rows
 
 
 class Work(Protocol):
@@ -164,7 +178,7 @@ class Instance:
         outcomes: list[Outcome] = []
         wrong_rows = ""
         for half in (batch.pieces[:middle], batch.pieces[middle:]):
-            run = self.run(replace(batch, pieces=half))
+            run = self.run(Batch(half, batch.batched, batch.reason, batch.taken, batch.padding))
             outcomes += run.outcomes
             wrong_rows = wrong_rows or run.wrong_rows
         return outcomes, wrong_rows

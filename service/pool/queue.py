@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Final, NamedTuple, TypeAlias
 
@@ -55,12 +55,15 @@ class Limits:
     delay_s: float = 0.0
 
 
-class Piece(NamedTuple):
+class Piece:
     """The rows `start` to `stop` of an entry, which run together."""
 
-    entry: Entry
-    start: int
-    stop: int
+    __slots__ = ("entry", "start", "stop")
+
+    def __init__(self, entry: Entry, start: int, stop: int) -> None:
+        self.entry = entry
+        self.start = start
+        self.stop = stop
 
     @property
     def rows(self) -> int:
@@ -80,7 +83,6 @@ class Drop(NamedTuple):
     reason: str
 
 
-@dataclass(slots=True)
 class Take:
     """What `Queue.take` decided.
 
@@ -91,9 +93,12 @@ class Take:
             `deadline` (more rows would have made one of its entries late) or `piece` (of a larger entry).
     """
 
-    pieces: list[Piece] = field(default_factory=list)
-    drops: list[Drop] = field(default_factory=list)
-    reason: str = ""
+    __slots__ = ("drops", "pieces", "reason")
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.drops: list[Drop] = []
+        self.reason = ""
 
     @property
     def rows(self) -> int:
