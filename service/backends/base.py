@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
 
+from service.backends.normalisation import Normalisation
 from service.errors import LoadError
 from service.tensors import Signature, Tensors
 
@@ -72,6 +73,7 @@ class LoadOptions:
         kept: a folder of this file's content alone, where a backend may keep what it makes of it; None
             where there is none. It need not be there yet, nor be one that can be written to.
         engine: on a GPU, the engine of TensorRT that is to run it; None is as the runtime runs it itself.
+        normalise: on a GPU, how it is to normalise the pixels of an input itself; None where none come.
     """
 
     device: str = "cpu"
@@ -88,6 +90,7 @@ class LoadOptions:
     graphs: bool = False
     kept: Path | None = None
     engine: Engine | None = None
+    normalise: Normalisation | None = None
 
 
 class LoadedModel(ABC):
@@ -138,11 +141,13 @@ class DeviceModel(LoadedModel):
             once every batch size has run.
         capturable: whether it is worth loading with `LoadOptions.graphs`, and calling `capture` then.
         first: what `begin` does: see there.
+        normalises: whether an input may come as pixels too, as `LoadOptions.normalise` says, or why not.
     """
 
     graphs: bool | str = "its runtime has none here"
     capturable: bool = False
     first: Callable[[], None] | None = None
+    normalises: bool | str = "its runtime cannot"
 
     def begin(self) -> None:
         """Do what is to be done first."""

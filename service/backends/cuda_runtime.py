@@ -79,6 +79,10 @@ class Memory(ABC):
         """Begin to copy from the device to contiguous `host`, which is there after `wait`."""
 
     @abstractmethod
+    def clear(self, address: int, nbytes: int) -> None:
+        """Begin to set `nbytes` bytes on the device to zero, after what was queued before."""
+
+    @abstractmethod
     def wait(self) -> None:
         """Block until every copy has been made."""
 
@@ -115,6 +119,10 @@ class HostMemory(Memory):
     def download(self, host: Array, address: int) -> None:
         """Copy."""
         ctypes.memmove(host.ctypes.data, address, host.nbytes)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Set them to zero."""
+        ctypes.memset(address, 0, nbytes)
 
     def wait(self) -> None:
         """Every copy has been made."""
@@ -185,6 +193,12 @@ class CudaMemory(Memory):
     def download(self, host: Array, address: int) -> None:
         """Begin to copy from the GPU."""
         self._copy(host.ctypes.data, address, host.nbytes, _TO_HOST)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Begin to set memory of the GPU to zero."""
+        self._check(
+            self._library.cudaMemsetAsync(ctypes.c_void_p(address), 0, ctypes.c_size_t(nbytes), self._stream)
+        )
 
     def wait(self) -> None:
         """Block, without the interpreter lock, until the stream is empty."""

@@ -20,7 +20,7 @@ import numpy as np
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from service.commands import install_command
-from service.errors import LoadError, UnfitForGpu
+from service.errors import LoadError, OutOfMemory, UnfitForGpu
 
 try:
     import onnxruntime as ort
@@ -34,6 +34,7 @@ from service.backends.base import Backend, LoadedModel, LoadOptions
 from service.backends.onnx_bound import BoundModel, bindable
 from service.backends.onnx_cuda import Uncapturable, lacks_cuda, open_memory, open_session
 from service.backends.onnx_half import in_half
+from service.backends.onnx_normaliser import open_normaliser
 from service.backends.onnx_reason import check_file, reason
 from service.backends.onnx_signature import read_signature
 from service.backends.onnx_tensorrt import lacks_tensorrt, tensorrt_version
@@ -213,6 +214,12 @@ def _on_gpu(opened: _Opened, options: LoadOptions) -> LoadedModel:
         model.graphs, model.capturable = refused, False
     elif options.graphs:
         model.plain = plain
+    if options.normalise is not None:
+        try:
+            model.normaliser = open_normaliser(options.normalise, options, _settings(plainly), memory)
+            model.normalises = True
+        except (LoadError, OutOfMemory) as error:
+            model.normalises = error.detail
     return model
 
 

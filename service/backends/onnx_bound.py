@@ -14,17 +14,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime as ort
 
 from service.backends.base import DeviceModel
 from service.backends.cuda_runtime import ALONE, Memory
-from service.backends.onnx_cuda import is_out_of_memory
-from service.backends.staging import stage
+from service.backends.normalisation import run_shapes
+from service.backends.onnx_cuda import is_out_of_memory, run_options
+from service.backends.onnx_normaliser import Normaliser
+from service.backends.staging import Room, stage
 from service.errors import OutOfMemory
 from service.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec
 
@@ -34,9 +35,6 @@ _BFLOAT16: Final = 16
 _KEPT_BINDINGS: Final = 256
 """Shapes whose bindings are kept; texts of all lengths on all rungs may have more."""
 
-_NO_GRAPH: Final = -1
-"""The `gpu_graph_id` of a run that is neither captured nor replayed."""
-
 
 def bindable(signature: Signature) -> bool:
     """Whether every input and output is a tensor of numbers, with a place of its own on a device."""
@@ -44,19 +42,6 @@ def bindable(signature: Signature) -> bool:
     return len({spec.name for spec in specs}) == len(specs) and all(
         spec.datatype not in ("BYTES", JSON) for spec in specs
     )
-
-
-@dataclass(slots=True)
-class _Room:
-    """Memory of an input or output, on both sides, for shapes of up to `nbytes` bytes."""
-
-    nbytes: int = 0
-    host: Array = field(default_factory=lambda: np.empty(0, np.uint8))
-    address: int = 0
-
-    def view(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-        """The host's side as an array."""
-        return self.host[: dtype.itemsize * prod(shape)].view(dtype).reshape(shape)
 
 
 @dataclass(slots=True)
@@ -80,9 +65,11 @@ class BoundModel(DeviceModel):
 
     Attributes:
         plain: opens a session without graphs, of a model whose session can capture some; else None.
+        normaliser: puts pixels into the input that they are for, where it may come as such; else None.
     """
 
     plain: Callable[[], Any] | None = None
+    normaliser: Normaliser | None = None
 
     def __init__(
         self,
@@ -104,30 +91,29 @@ class BoundModel(DeviceModel):
         self.graphs = lacks or "none were asked for"
         self.capturable = not lacks
         self._streamed = streamed
-        self._options = _run_options(streamed, _NO_GRAPH)
+        self._options = run_options(streamed)
         self._ids = itertools.count(1)
         self._session = session
         kind, _, index = device.partition(":")
         self._device = (kind, int(index or 0))
         self._memory = memory
-        self._rooms: dict[str, _Room] = {}
+        self._rooms: dict[str, Room] = {}
         self._bindings: dict[tuple[object, ...], _Bound] = {}
         self._names = list(signature.outputs_by_name)
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         """Run as it is; raises what ONNX Runtime raises, and OutOfMemory."""
-        shapes = {name: tensor.shape for name, tensor in inputs.items()}
         if any(not tensor.size for tensor in inputs.values()):  # there is nothing to copy
             names = self._names if outputs is None else list(outputs)
-            options = _run_options(False, _NO_GRAPH)
+            options = run_options(False)
             return dict(zip(names, self._session.run(names, inputs, options), strict=True))
-        return self._run([inputs], shapes, None, outputs)
+        return self._run([inputs], self._shapes([inputs], None), None, outputs)
 
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
     ) -> Tensors:
         """Run the rows of all parts among `rows`; raises what ONNX Runtime raises, and OutOfMemory."""
-        shapes = {name: (rows, *tensor.shape[1:]) for name, tensor in parts[0].items()}
+        shapes = self._shapes(parts, rows)
         if any(0 in shape for shape in shapes.values()):
             whole = {name: np.concatenate([part[name] for part in parts]) for name in shapes}
             return self.run(whole, outputs)
@@ -141,16 +127,13 @@ class BoundModel(DeviceModel):
 
     def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
         """Let the runtime run it as often as it has to, capture it and launch it; raises what that raises."""
-        shapes = {
-            name: tensor.shape if rows is None else (rows, *tensor.shape[1:])
-            for name, tensor in parts[0].items()
-        }
+        shapes = self._shapes(parts, rows)
         key = (rows, *shapes.items())
         bound = self._bindings.get(key) or self._bind(key, shapes, rows)
         unknown = [name for name in self._names if name not in bound.outputs]
         if unknown:
             raise ValueError(_unknown(unknown[0]))
-        bound.options = _run_options(self._streamed, next(self._ids))
+        bound.options = run_options(self._streamed, next(self._ids))
         with ALONE:
             outputs = self._run(parts, shapes, rows, None)
         self.graphs = True
@@ -171,6 +154,8 @@ class BoundModel(DeviceModel):
         self._memory.enter()
         self._bindings.clear()
         self._session = None
+        if self.normaliser is not None:
+            self.normaliser.close()
         self._memory.close()
 
     def _run(
@@ -183,13 +168,8 @@ class BoundModel(DeviceModel):
         key = (rows, *shapes.items())
         self._memory.enter()
         bound = self._bindings.get(key) or self._bind(key, shapes, rows)
-        used = 0
-        for name, (staged, address) in bound.inputs.items():
-            used = stage(staged, [part[name] for part in parts])
-            self._memory.upload(address, staged)
-        if not self._streamed:
-            self._memory.wait()
         try:
+            used = self._fill(bound, parts)
             self._session.run_with_iobinding(bound.binding, bound.options)
         except Exception as error:
             with contextlib.suppress(RuntimeError):
@@ -199,6 +179,24 @@ class BoundModel(DeviceModel):
                 raise OutOfMemory(str(error)) from error
             raise
         return self._fetch(bound, None if rows is None else used, self._names if outputs is None else outputs)
+
+    def _shapes(self, parts: Sequence[Tensors], rows: int | None) -> dict[str, tuple[int, ...]]:
+        return run_shapes(parts, rows, None if self.normaliser is None else self.normaliser.normalisation)
+
+    def _fill(self, bound: _Bound, parts: Sequence[Tensors]) -> int:
+        """Queue what brings all inputs to the device; returns the number of rows."""
+        used, pixels = 0, ""
+        if self.normaliser is not None and self.normaliser.normalisation.is_among(parts[0]):
+            pixels = self.normaliser.normalisation.input
+            staged, address = bound.inputs[pixels]
+            used = self.normaliser.run([part[pixels] for part in parts], len(staged), address)
+        for name, (staged, address) in bound.inputs.items():
+            if name != pixels:
+                used = stage(staged, [part[name] for part in parts])
+                self._memory.upload(address, staged)
+        if not self._streamed:
+            self._memory.wait()
+        return used
 
     def _fetch(self, bound: _Bound, rows: int | None, names: Sequence[str]) -> Tensors:
         """Copy outputs back, of those with rows the first `rows`."""
@@ -226,7 +224,8 @@ class BoundModel(DeviceModel):
         outputs = {spec.name: shape for spec in self.signature.outputs if (shape := _fixed(spec, rows))}
         specs = {**self.signature.inputs_by_name, **self.signature.outputs_by_name}
         for name, shape in (*shapes.items(), *outputs.items()):
-            self._make_room(name, specs[name].dtype.itemsize * prod(shape))
+            room = self._rooms.setdefault(name, Room())
+            room.grow(self._memory, specs[name].dtype.itemsize * prod(shape))
         if len(self._bindings) >= _KEPT_BINDINGS:
             # Graphs are few, and cannot be had again.
             plain = (known for known, bound in self._bindings.items() if bound.options is self._options)
@@ -250,12 +249,6 @@ class BoundModel(DeviceModel):
         )
         return bound
 
-    def _make_room(self, name: str, nbytes: int) -> None:
-        room = self._rooms.setdefault(name, _Room())
-        if nbytes > room.nbytes:
-            room.host, room.address = self._memory.host(nbytes), self._memory.device(nbytes)
-            room.nbytes = nbytes
-
 
 def _fixed(spec: TensorSpec, rows: int | None) -> tuple[int, ...] | None:
     """The shape of an output where it is known before a run, and is not empty."""
@@ -278,14 +271,6 @@ def _lacks_graphs(signature: Signature, left: Mapping[str, int]) -> str:
 
 def _unknown(output: str) -> str:
     return f'the shape of output "{output}" is not known before the run'
-
-
-def _run_options(streamed: bool, graph: int) -> Any:
-    """Options of runs as graph number `graph`; a `streamed` one returns before the device is done."""
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph))
-    options.add_run_config_entry("disable_synchronize_execution_providers", str(int(streamed)))
-    return options
 
 
 def _element(spec: TensorSpec) -> Any:

@@ -29,6 +29,9 @@ from service.errors import LoadError, OutOfMemory, UnfitForGpu
 
 CUDA: Final = "CUDAExecutionProvider"
 
+NO_GRAPH: Final = -1
+"""The `gpu_graph_id` of a run that is neither captured nor replayed."""
+
 SHAPE_OPERATORS: Final = frozenset(
     {"Shape", "Size", "Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity",
      "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Min", "Max", "Floor", "Ceil", "ReduceProd", "ReduceMax",
@@ -171,6 +174,14 @@ def provider_options(options: LoadOptions, stream: int) -> dict[str, str]:
     if options.memory_bytes is not None:
         chosen["gpu_mem_limit"] = str(options.memory_bytes)
     return chosen
+
+
+def run_options(streamed: bool, graph: int = NO_GRAPH) -> Any:
+    """Options of runs as graph number `graph`; a `streamed` one returns before the device is done."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    options.add_run_config_entry("disable_synchronize_execution_providers", str(int(streamed)))
+    return options
 
 
 def cpu_nodes(session: Any) -> dict[str, int]:

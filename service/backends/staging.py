@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
 
+import numpy as np
+
+from service.backends.cuda_runtime import Memory
 from service.tensors import Array
+
+
+@dataclass(slots=True)
+class Room:
+    """Memory of an input or output, on both sides, for shapes of up to `nbytes` bytes."""
+
+    nbytes: int = 0
+    host: Array = field(default_factory=lambda: np.empty(0, np.uint8))
+    address: int = 0
+
+    def view(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """The host's side as an array."""
+        return self.host[: dtype.itemsize * prod(shape)].view(dtype).reshape(shape)
+
+    def grow(self, memory: Memory, nbytes: int) -> None:
+        """Have other, larger memory where this is too small; what uses the old may go on."""
+        if nbytes > self.nbytes:
+            self.host, self.address = memory.host(nbytes), memory.device(nbytes)
+            self.nbytes = nbytes
 
 
 def stage(staged: Array, tensors: Sequence[Array]) -> int:

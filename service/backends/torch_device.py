@@ -12,9 +12,11 @@ import torch
 
 from service.backends.base import DeviceModel, LoadOptions
 from service.backends.cuda_runtime import ALONE
+from service.backends.normalisation import Normalisation, run_shapes
 from service.backends.staging import stage
 from service.backends.torch_capture import CudaRecorder, Recorder, Recording, spare_captures
 from service.backends.torch_model import Runnable, to_array
+from service.backends.torch_normaliser import TorchNormaliser
 from service.backends.torch_signature import Place
 from service.devices import check_cuda, cuda_driver
 from service.errors import LoadError, OutOfMemory
@@ -65,11 +67,13 @@ class TorchDeviceModel(DeviceModel):
         outputs: Mapping[Place, TensorSpec],
         device: str,
         recorder: Recorder | None = None,
+        normalisation: Normalisation | None = None,
     ) -> None:
         """`outputs` are all that the model gives, by where they stand in what it returns.
 
         `device` is `cuda:N`, or `cpu`, where the same happens without a stream. `recorder` is what records
-        runs there; None is that of CUDA on a GPU, and none elsewhere.
+        runs there; None is that of CUDA on a GPU, and none elsewhere. `normalisation` is of an input that
+        may come as pixels too.
         """
         self.signature = Signature(runnable.inputs, tuple(outputs.values()))
         self.form = runnable.form
@@ -79,6 +83,12 @@ class TorchDeviceModel(DeviceModel):
         self._device = torch.device(device)
         self._stream: Any = None
         self._rooms: dict[tuple[object, ...], _Room] = {}
+        self._pixels: dict[int, _Room] = {}
+        self._normaliser: TorchNormaliser | None = None
+        if normalisation is not None:
+            datatype = self.signature.inputs_by_name[normalisation.input].datatype
+            self._normaliser = TorchNormaliser(normalisation, datatype, self._device)
+            self.normalises = True
         self._recordings: dict[tuple[object, ...], tuple[dict[str, _Room], Recording]] = {}
         if self._device.type == "cuda":
             # The weights have been copied there by another stream.
@@ -98,22 +108,22 @@ class TorchDeviceModel(DeviceModel):
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         """Run as it is; raises what PyTorch raises, and OutOfMemory."""
-        return self._run([inputs], _shapes([inputs], None), None, outputs)
+        return self._run([inputs], self._shapes([inputs], None), None, outputs)
 
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
     ) -> Tensors:
         """Run the rows of all parts among `rows`; raises what PyTorch raises, and OutOfMemory."""
-        return self._run(parts, _shapes(parts, rows), rows, outputs)
+        return self._run(parts, self._shapes(parts, rows), rows, outputs)
 
     def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
         """Record the run of these shapes; raises whatever keeps it from that."""
         assert self._runnable is not None
         assert self._recorder is not None
-        shapes = _shapes(parts, rows)
+        shapes = self._shapes(parts, rows)
         rooms = {name: self._room(name, shape) for name, shape in shapes.items()}
         with torch.inference_mode(), self._on_stream():
-            _upload(rooms, parts)
+            self._fill(rooms, parts)
             feeds = {name: room.device for name, room in rooms.items()}
             recording = self._recorder.record(partial(self._runnable.forward, feeds))
         # It has the addresses of these rooms for as long as it is there.
@@ -135,6 +145,8 @@ class TorchDeviceModel(DeviceModel):
             self._runnable.release()
         self._runnable = None
         self._rooms.clear()
+        self._pixels.clear()
+        self._normaliser = None
         self.uncapture("it is closed")
 
     def _run(
@@ -150,10 +162,10 @@ class TorchDeviceModel(DeviceModel):
                 recorded = self._recordings.get((rows, *shapes.items()))
                 if recorded is None:
                     rooms = {name: self._room(name, shape) for name, shape in shapes.items()}
-                    used = _upload(rooms, parts)
+                    used = self._fill(rooms, parts)
                     leaves = self._runnable.forward({name: room.device for name, room in rooms.items()})
                 else:
-                    used = _upload(recorded[0], parts)
+                    used = self._fill(recorded[0], parts)
                     leaves = recorded[1].replay()
                 answer = {}
                 for name in self._places if outputs is None else outputs:
@@ -172,15 +184,43 @@ class TorchDeviceModel(DeviceModel):
         if room is None:
             if len(self._rooms) >= _KEPT_SHAPES:
                 del self._rooms[next(iter(self._rooms))]
-            spec = self.signature.inputs_by_name[name]
-            bits = torch.empty(
-                shape,
-                dtype=torch.from_numpy(np.empty(0, spec.dtype)).dtype,
-                pin_memory=self._stream is not None,
-            )
-            host = bits.view(torch.bfloat16) if spec.datatype == "BF16" else bits
-            room = self._rooms[key] = _Room(bits.numpy(), host, torch.empty_like(host, device=self._device))
+            room = self._rooms[key] = self._make_room(self.signature.inputs_by_name[name], shape)
         return room
+
+    def _make_room(self, spec: TensorSpec, shape: tuple[int, ...]) -> _Room:
+        dtype = torch.from_numpy(np.empty(0, spec.dtype)).dtype
+        bits = torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
+        host = bits.view(torch.bfloat16) if spec.datatype == "BF16" else bits
+        return _Room(bits.numpy(), host, torch.empty_like(host, device=self._device))
+
+    def _shapes(self, parts: Sequence[Tensors], rows: int | None) -> dict[str, tuple[int, ...]]:
+        return run_shapes(parts, rows, None if self._normaliser is None else self._normaliser.normalisation)
+
+    def _fill(self, rooms: Mapping[str, _Room], parts: Sequence[Tensors]) -> int:
+        """Queue what brings all inputs to the device; returns the number of rows."""
+        used, pixels, normaliser = 0, "", self._normaliser
+        if normaliser is not None and normaliser.normalisation.is_among(parts[0]):
+            pixels = normaliser.normalisation.input
+        for name, room in rooms.items():
+            tensors = [part[name] for part in parts]
+            if normaliser is not None and name == pixels:
+                used = self._normalise(normaliser, tensors, room)
+            else:
+                used = stage(room.staged, tensors)
+                room.device.copy_(room.host, non_blocking=True)
+        return used
+
+    def _normalise(self, normaliser: TorchNormaliser, tensors: Sequence[Array], room: _Room) -> int:
+        """Queue what brings pixels to the device and makes of them what the model takes."""
+        rows, used = len(room.staged), sum(map(len, tensors))
+        pixels = self._pixels.get(rows)
+        if pixels is None:
+            spec = normaliser.normalisation.spec
+            pixels = self._pixels[rows] = self._make_room(spec, (rows, *tensors[0].shape[1:]))
+        stage(pixels.staged[:used], tensors)
+        pixels.device[:used].copy_(pixels.host[:used], non_blocking=True)
+        normaliser.run(pixels.device[:used], room.device)
+        return used
 
     def _trim(self) -> None:
         """Give back to the driver what is not in use; it waits for the device, which a capture must not."""
@@ -190,19 +230,3 @@ class TorchDeviceModel(DeviceModel):
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-
-def _shapes(parts: Sequence[Tensors], rows: int | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of a run's inputs: as they come, or with so many rows."""
-    return {
-        name: tensor.shape if rows is None else (rows, *tensor.shape[1:]) for name, tensor in parts[0].items()
-    }
-
-
-def _upload(rooms: Mapping[str, _Room], parts: Sequence[Tensors]) -> int:
-    """Queue the copies of all inputs; returns the number of rows."""
-    used = 0
-    for name, room in rooms.items():
-        used = stage(room.staged, [part[name] for part in parts])
-        room.device.copy_(room.host, non_blocking=True)
-    return used

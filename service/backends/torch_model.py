@@ -158,7 +158,7 @@ def start(
         # Imported here, for it is made of what is here.
         from service.backends.torch_device import TorchDeviceModel
 
-        return TorchDeviceModel(runnable, outputs, runnable.device)
+        return TorchDeviceModel(runnable, outputs, runnable.device, normalisation=options.normalise)
     return TorchModel(runnable, outputs, options.threads)
 
 

@@ -7,6 +7,7 @@ centre crop, `(pixel * scale - mean) / std`, layout.
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.backends.normalisation import Normalisation
 from service.codecs.containers import MEDIA_TYPES, Container, open_container
 from service.errors import BodyTooLarge, ConfigError, MalformedBody, RequestError
 from service.tensors import ANY, Array, Signature, Tensors, TensorSpec, names_text, shape_text
@@ -70,9 +72,16 @@ class ImageConfig(BaseModel):
 
 
 class ImageCodec:
-    """Makes one row of a model's input from the bytes of a picture; safe to share between threads."""
+    """Makes one row of a model's input from the bytes of a picture; safe to share between threads.
+
+    Attributes:
+        normalisation: how pixels become the input's numbers; None where it takes them as they are.
+        left: what `decode` gives instead of the input, where its pixels are normalised later; else None.
+    """
 
     media_types: ClassVar[tuple[str, ...]] = MEDIA_TYPES
+    normalisation: Normalisation | None
+    left: TensorSpec | None
 
     def __init__(self, config: ImageConfig, signature: Signature) -> None:
         """Settle everything that does not depend on the picture.
@@ -81,12 +90,21 @@ class ImageCodec:
         """
         spec = _find_input(config, signature)
         self._name = spec.name
-        self._layout = config.layout
         self._pillow_mode = PILLOW_MODES[config.mode]
         self._height, self._width = _settle_size(config, spec)
         self._resize = config.resize
         self._max_pixels = config.max_pixels
-        self._values = _pixel_values(config, spec)
+        self._table = Normalisation(
+            spec.name, config.layout, self._height, self._width, _pixel_values(config, spec)
+        )
+        self.normalisation = self._table if spec.datatype in FLOATS else None
+        self.left = None
+
+    def leaving_pixels(self) -> ImageCodec:
+        """The same, but for the last steps: it leaves it to the model to apply the `normalisation`."""
+        leaving = copy.copy(self)
+        leaving.left = self._table.spec
+        return leaving
 
     def pixels(self, body: bytes) -> int:
         """How many pixels a picture has, by its header; 0 where that cannot be read."""
@@ -97,7 +115,7 @@ class ImageCodec:
         return container.width * container.height
 
     def decode(self, body: bytes) -> Tensors:
-        """Decode a PNG, JPEG or WebP file to `{input: tensor}`: one row, C-contiguous.
+        """Decode a PNG, JPEG or WebP file to `{input: tensor}`: one row, C-contiguous; see `left`.
 
         Raises UnsupportedMediaType if the bytes are a picture of another format, MalformedBody if they are
         damaged or no picture, and BodyTooLarge if the picture has more than `max_pixels`, or would need
@@ -149,17 +167,8 @@ class ImageCodec:
         return int(self._resize * width / height), self._resize
 
     def _to_row(self, image: Image.Image) -> Array:
-        """Look every pixel up in the table of the model's values, in the model's layout."""
-        pixels = np.asarray(image)
-        if pixels.ndim == 2:
-            row: Array = self._values[0].take(pixels)
-            return row.reshape(_row_shape(self._layout, 1, *pixels.shape))
-        height, width, channels = pixels.shape
-        row = np.empty(_row_shape(self._layout, channels, height, width), self._values.dtype)
-        planes = row[0] if self._layout == "CHW" else np.moveaxis(row[0], -1, 0)
-        for channel, plane in enumerate(planes):
-            plane[...] = self._values[channel].take(pixels[..., channel])
-        return row
+        pixels = np.asarray(image).reshape(1, self._height, self._width, self._table.channels)
+        return pixels if self.left is not None else self._table.normalise(pixels)
 
     def _bound(self, width: int, height: int) -> None:
         if width * height > self._max_pixels:
@@ -206,11 +215,6 @@ def _crop_start(length: int, wanted: int) -> int:
     if wanted > length:
         return -((wanted - length) // 2)
     return round((length - wanted) / 2)
-
-
-def _row_shape(layout: str, channels: int, height: int, width: int) -> tuple[int, ...]:
-    sizes = {"C": channels, "H": height, "W": width}
-    return (1, *(sizes[axis] for axis in layout))
 
 
 def _find_input(config: ImageConfig, signature: Signature) -> TensorSpec:

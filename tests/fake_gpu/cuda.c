@@ -66,9 +66,15 @@ int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *st
     copies[pending++].bytes = bytes;
     return 0;
 }
+int cudaMemsetAsync(void *to, int byte, size_t bytes, void *stream) {
+    return byte ? 1 : cudaMemcpyAsync(to, NULL, bytes, 1, stream);
+}
 int cudaStreamSynchronize(void *stream) {
     for (int number = 0; number < pending; number++)
-        memcpy(copies[number].to, copies[number].from, copies[number].bytes);
+        if (copies[number].from)
+            memcpy(copies[number].to, copies[number].from, copies[number].bytes);
+        else
+            memset(copies[number].to, 0, copies[number].bytes);
     pending = 0;
     return stream ? 0 : 1;
 }
