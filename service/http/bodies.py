@@ -74,7 +74,7 @@ class _FileBody(Body):
 
     def tensors(self, served: Served) -> Tensors:
         tensors = self._read(served)
-        check_inputs(served.signature, tensors)
+        check_inputs(served.sent(tensors), tensors)
         return tensors
 
     def _read(self, served: Served) -> Tensors:

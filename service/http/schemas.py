@@ -63,6 +63,7 @@ class Gpu(BaseModel):
     precision: str
     difference: Rounding | None
     graphs: bool | str
+    pixels: str | None
     tensorrt: str | None
 
 
@@ -209,6 +210,7 @@ def _gpu(view: GpuView | None, live: LiveView) -> Gpu | None:
         precision=view.precision,
         difference=None if view.difference is None else Rounding(**asdict(view.difference)),
         graphs=view.graphs,
+        pixels=view.pixels,
         tensorrt=live.tensorrt,
     )
 

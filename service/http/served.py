@@ -11,7 +11,7 @@ from service.exposition import Exemplar
 from service.metrics import Metrics, Value
 from service.pool.ports import Result
 from service.repository.catalog import VersionView
-from service.tensors import ANY, JSON, Signature, Tensors, names_text
+from service.tensors import ANY, JSON, Signature, Tensors, TensorSpec, names_text
 
 
 class Tally:
@@ -123,6 +123,18 @@ class Served:
         )
 
         self._token_axes = _token_axes(view)
+        self._pixels = None if view.image is None else view.image.left
+        self._sent = self.signature if self._pixels is None else _sent(self.signature, self._pixels)
+
+    def sent(self, tensors: Tensors) -> Signature:
+        """What a request's inputs follow: the signature, but for pixels that a GPU will normalise."""
+        return self._sent if self._are_pixels(tensors) else self.signature
+
+    def _are_pixels(self, tensors: Tensors) -> bool:
+        if self._pixels is None:
+            return False
+        tensor = tensors.get(self._pixels.name)
+        return tensor is not None and tensor.dtype == self._pixels.dtype
 
     def bound_answer(self, rows: int, tokens: int, wanted: tuple[str, ...] | None, most_bytes: int) -> None:
         """Raise InvalidInput where the outputs of so many rows, each of `tokens`, are too large to be made.
@@ -169,11 +181,18 @@ class Served:
                     f" {self.view.batching.max_rows} rows at the most, not {rows}"
                 )
             return entry_id, 1
+        pixels = "pixels" if self._pixels is not None and self._are_pixels(tensors) else None
         if self.one_group:
-            return None, 1
+            return pixels, 1
         if self.padding is not None:
             return self.padding.sharing(tensors)
-        return tuple((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items())), 1
+        return (pixels, *((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items()))), 1
+
+
+def _sent(signature: Signature, pixels: TensorSpec) -> Signature:
+    """The signature with pixels in place of the input of that name."""
+    inputs = tuple(pixels if spec.name == pixels.name else spec for spec in signature.inputs)
+    return Signature(inputs, signature.outputs, signature.instead)
 
 
 def _token_axes(view: VersionView) -> Mapping[str, tuple[int, ...]]:

@@ -51,6 +51,7 @@ class GpuView:
         precision: how numbers are rounded, and what that changes.
         difference: the same in figures; None where the model is as it says, or it could not be measured.
         graphs: whether every instance replays its runs from CUDA graphs, or why not.
+        pixels: where those of pictures are normalised, and why not on a GPU; None where none are.
     """
 
     cpu_nodes: Mapping[str, int]
@@ -58,6 +59,7 @@ class GpuView:
     precision: str
     difference: Difference | None
     graphs: bool | str
+    pixels: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

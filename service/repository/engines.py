@@ -16,6 +16,7 @@ from service.backends.base import Backend, DeviceModel, Engine, LoadOptions
 from service.backends.engine_build import await_build, start_build
 from service.errors import InferpoolError, LoadError
 from service.pool.ladder import Ladder
+from service.pool.pixels import try_pixels
 from service.pool.plan import rows_of
 from service.pool.proof import compare, first_line
 from service.pool.switch import SwitchModel
@@ -131,7 +132,7 @@ class Engines:
             with self._lock:
                 if self._closed:
                     raise LoadError("it is being unloaded")
-                building = replace(options, engine=Engine(part, shapes))
+                building = replace(options, engine=Engine(part, shapes), normalise=None)
                 self._process = start_build(self._backend.name, self._file, building)
             await_build(self._process)
             part.rename(folder)
@@ -144,9 +145,11 @@ class Engines:
 
     def _fault(self, model: DeviceModel) -> str:
         """Run every size that batches have; what is wrong with an answer, "" if nothing is."""
+        normalise = self._options.normalise
         if self._ladder is None:
             outputs = model.run(self._rows)
-            return self._differs(outputs, len(next(iter(self._rows.values()))))
+            fault = self._differs(outputs, len(next(iter(self._rows.values()))))
+            return fault or ("" if normalise is None else try_pixels(model, normalise, [1], padded=False))
         for rung in reversed(self._ladder.rungs):
             try:
                 outputs = model.run_padded([rows_of(self._rows, rung)], rung)
@@ -154,7 +157,7 @@ class Engines:
                 raise LoadError(f"{rung} rows cannot be run: {error.detail}") from error
             if fault := self._differs(outputs, rung):
                 return fault
-        return ""
+        return "" if normalise is None else try_pixels(model, normalise, self._ladder.rungs, padded=True)
 
     def _differs(self, outputs: Tensors, count: int) -> str:
         available = len(next(iter(self._rows.values())))

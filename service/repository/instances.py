@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from service.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
+from service.backends.normalisation import Normalisation
 from service.devices import CPU
 from service.errors import LoadError, OutOfMemory
 from service.pool.graphs import capture
 from service.pool.ladder import Ladder, LadderModel
 from service.pool.ladder_proof import warm_up
 from service.pool.padding import Padding
+from service.pool.pixels import try_pixels
 from service.pool.plan import Plan, rows_of
 from service.pool.precision import Difference, Reference, reference
 from service.pool.proof import runnable
@@ -35,6 +37,7 @@ class Instances:
         ladder: the batch sizes that they run; None where any size runs as it is.
         gpu: what `/models` shows of GPUs; None on the CPU.
         engines: the work on engines of TensorRT, where they are wished for.
+        normalise: whether every one of them takes pixels, as it was asked to.
     """
 
     def __init__(self, backend: Backend, file: Path, clock: Callable[[], float]) -> None:
@@ -42,6 +45,7 @@ class Instances:
         self.ladder: Ladder | None = None
         self.gpu: GpuView | None = None
         self.engines: Engines | None = None
+        self.normalise = False
         self._backend = backend
         self._file = file
         self._clock = clock
@@ -92,7 +96,7 @@ class Instances:
         # Before there is anything else on the card: in FP32 a model takes twice the memory of FP16.
         exact, unmeasured = self._exact(replace(options, device=devices[0]), samples)
         ladder = Ladder(plan.rungs) if plan.rungs else None
-        fault = ""
+        fault = unfit = ""
         loaded: list[tuple[str, LoadedModel]] = []
         for device in [device for device in devices for _ in range(plan.instances)]:
             model = self.load(replace(options, device=device))
@@ -107,6 +111,11 @@ class Instances:
             loaded.append((device, model))
         if ladder is not None and not fault:
             self.ladder = ladder
+        wish = options.normalise
+        if wish is not None:
+            unfit = _unfit_for_pixels(loaded, wish, self.ladder, plan)
+            self.normalise = not unfit
+            options = replace(options, normalise=None if unfit else wish)
         if engines is not None:
             loaded = self._switchable(loaded, options, samples, engines)
         if self.ladder is not None:
@@ -126,6 +135,7 @@ class Instances:
             precision=_precision(rounding, found, unmeasured),
             difference=found,
             graphs=_graphs(self._owned),
+            pixels=_pixels(wish, devices, unfit),
         )
         if self.gpu.cpu_nodes:
             log.warning("%s: nodes that run on the CPU: %s", self._file, self.gpu.cpu_nodes)
@@ -185,7 +195,7 @@ class Instances:
         if not _rounding(options):
             return None, ""
         try:
-            model = self.load(replace(options, tf32=False, fp16=False, graphs=False))
+            model = self.load(replace(options, tf32=False, fp16=False, graphs=False, normalise=None))
         except LoadError as error:
             return None, error.detail
         try:
@@ -217,6 +227,26 @@ def _graphs(models: Sequence[LoadedModel]) -> bool | str:
     """Whether all of them replay their runs from CUDA graphs, or why one does not."""
     reasons = [model.graphs for model in models if isinstance(model, DeviceModel)]
     return next((reason for reason in reasons if reason is not True), True)
+
+
+def _unfit_for_pixels(
+    models: Sequence[tuple[str, LoadedModel]], normalise: Normalisation, ladder: Ladder | None, plan: Plan
+) -> str:
+    """Why pixels cannot be left to all of `models`; "" if they can."""
+    sizes = ladder.rungs if ladder is not None else {1, plan.max_rows}
+    for _, model in models:
+        if not isinstance(model, DeviceModel):
+            return "its runtime cannot"
+        if fault := try_pixels(model, normalise, sizes, padded=ladder is not None):
+            return fault
+    return ""
+
+
+def _pixels(normalise: Normalisation | None, devices: Sequence[str], unfit: str) -> str | None:
+    """Where pixels are normalised."""
+    if normalise is None:
+        return None
+    return f"normalised on the CPU: {unfit}" if unfit else f"normalised on {', '.join(devices)}"
 
 
 def _padding(plan: Plan, fault: str, padding: Padding | None) -> str:

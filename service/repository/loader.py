@@ -118,11 +118,14 @@ class Loader:
                 instances.drop(model)
                 engines = partial(self._engine_folder, file, options) if config.gpu.tensorrt else None
                 rounded = None if padding is None else replace(padding, rounded=True)
-                on_card = replace(options, graphs=graphs)
+                normalise = None if image is None else image.normalisation
+                on_card = replace(options, graphs=graphs, normalise=normalise)
                 texts = run_texts(text, rounded) if graphs else []
                 instances.on_gpus(devices, plan, on_card, rows, rounded, texts, engines)
                 if instances.ladder is not None:
                     padding = rounded
+                if image is not None and instances.normalise:
+                    image = image.leaving_pixels()
             else:
                 if plan.threads != 1:
                     instances.drop(model)

@@ -19,10 +19,13 @@ from service.devices import Gpu
 from service.errors import LoadError, OutOfMemory, UnfitForGpu
 from service.tensors import Signature, Tensors, TensorSpec
 
+PICTURES = "pictures "
+"""How the file of a model that takes them begins."""
+
 
 def expected(rows: np.ndarray) -> np.ndarray:
     """What the model answers for these rows, each alone."""
-    return rows.astype(np.float64).sum(axis=1) * 3 + 1
+    return rows.astype(np.float64).sum(axis=tuple(range(1, rows.ndim))) * 3 + 1
 
 
 class FakeDriver:
@@ -55,15 +58,25 @@ class FakeCard:
 class FakeModel(DeviceModel):
     """Three times the sum of a row, and one. A row of zeros among others is told to them with `leaks`.
 
-    With `captures` it can capture graphs, which answer as they should unless that is "wrong".
+    With `captures` it can capture graphs, which answer as they should unless that is "wrong". With `pictures`
+    a row is one of 2 × 2 grey pixels. It can normalise those unless that is "none", rightly unless it is
+    "wrong"; pixels and numbers that meet in one batch are answered with nonsense.
     """
 
     signature = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("sum", "FP64", (-1,)),))
 
     def __init__(
-        self, card: FakeCard, options: LoadOptions | None = None, leaks: bool = False, captures: str = ""
+        self,
+        card: FakeCard,
+        options: LoadOptions | None = None,
+        leaks: bool = False,
+        captures: str = "",
+        pictures: str = "",
     ) -> None:
         self.engine = ""
+        self.pictures = pictures
+        if pictures:
+            self.signature = Signature((TensorSpec("x", "FP32", (-1, 2, 2)),), self.signature.outputs)
         self.capturable = bool(captures)
         self.captures = captures
         self.captured: list[tuple[int, int]] = []
@@ -72,9 +85,12 @@ class FakeModel(DeviceModel):
         self.leaks = leaks
         self.closed = False
         self.largest = FakeBackend.largest
+        if self.options.normalise is not None and pictures != "none":
+            self.normalises = True
+        self.pixels = 0
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        rows = inputs["x"]
+        rows = self._numbers(inputs["x"])
         assert not self.closed
         if len(rows) > self.card.room_rows:
             self.card.refused.append(len(rows))
@@ -93,10 +109,20 @@ class FakeModel(DeviceModel):
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
     ) -> Tensors:
-        whole = np.zeros((rows, 4), np.float32)
-        given = np.concatenate([part["x"] for part in parts])
+        mixed = len({part["x"].dtype for part in parts}) > 1
+        numbers = [self._numbers(part["x"]) for part in parts]
+        given = np.concatenate(numbers) * np.float32(1000 if mixed else 1)
+        whole = np.zeros((rows, *given.shape[1:]), np.float32)
         whole[: len(given)] = given
         return {"sum": self.run({"x": whole})["sum"][: len(given)]}
+
+    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+        if rows.dtype == np.float32:
+            return rows
+        assert self.options.normalise is not None
+        assert rows.shape[1:] == (2, 2, 1)
+        self.pixels += len(rows)
+        return self.options.normalise.normalise(rows) + np.float32(self.pictures == "wrong")
 
     def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
         assert rows is not None
@@ -115,9 +141,10 @@ class FakeModel(DeviceModel):
 
 
 class FakeBackend(Backend):
-    """Loads `.fakegpu` files, which are empty, on any device; found through its entry point.
+    """Loads `.fakegpu` files, which are empty or say how an engine is built, on any device.
 
-    Tests set what it gives, and read what it gave.
+    Those that begin with `PICTURES` take such. It is found through its entry point. Tests set what it gives,
+    and read what it gave.
     """
 
     name = "fakegpu"
@@ -128,6 +155,7 @@ class FakeBackend(Backend):
     captures: ClassVar[str] = ""
     engines: ClassVar[bool] = False
     unfit: ClassVar[str] = ""
+    pictures: ClassVar[str] = "right"
     largest: ClassVar[float] = 65504
     fails: ClassVar[Callable[[LoadOptions], bool]] = lambda options: False
     loaded: ClassVar[list[FakeModel]] = []
@@ -135,7 +163,7 @@ class FakeBackend(Backend):
     @classmethod
     def reset(cls) -> None:
         cls.lacks, cls.leaks, cls.unfit, cls.captures = "", False, "", ""
-        cls.largest = 65504
+        cls.largest, cls.pictures = 65504, "right"
         cls.cards, cls.loaded, cls.engines = {}, [], False
         cls.fails = lambda options: False
 
@@ -145,9 +173,13 @@ class FakeBackend(Backend):
         if type(self).fails(options):
             raise OutOfMemory("the fake card has no room for it")
         card = self.cards.setdefault(options.device, FakeCard())
-        model = FakeModel(card, options, self.leaks, self.captures)
+        wish = file.read_text().removeprefix(PICTURES)
+        pictures = "" if wish == file.read_text() else self.pictures
+        model = FakeModel(card, options, self.leaks, self.captures, pictures)
         if options.engine is not None:
-            model.engine = self._engine(file.read_text(), options.engine.folder)
+            model.engine = self._engine(wish, options.engine.folder)
+            if model.engine == "blind":
+                model.normalises = "this engine is blind"
         self.loaded.append(model)
         return model
 

@@ -340,6 +340,7 @@ def test_a_server_on_gpus_pads_answers_and_tells(fake_server: Server) -> None:
         "precision": "as the model says",
         "difference": None,
         "graphs": "its runtime has none here",
+        "pixels": None,
         "tensorrt": None,
     }
     assert [item["device"] for item in version["instances"]] == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
