@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 
 from service.backends import onnx, onnx_cuda
 from service.backends.base import DeviceModel, Engine, LoadOptions, find_backend
+from service.backends.normalisation import Normalisation
 from service.errors import LoadError
 from service.metrics import Metrics
 from service.pool.ports import Entry, VersionKey
@@ -59,6 +60,7 @@ class Session(GraphSession):
     refuses: ClassVar[str] = ""
     breaks: ClassVar[str] = ""
     takes: ClassVar[list[str]] = []
+    blind: ClassVar[str] = ""
 
     def __init__(self, file: str, settings: Any, providers: Any, enable_fallback: int) -> None:
         assert not enable_fallback
@@ -66,6 +68,9 @@ class Session(GraphSession):
         *_, (_, options) = providers
         assert all(chosen["user_compute_stream"] == options["user_compute_stream"] for _, chosen in providers)
         self.graphed = options["enable_cuda_graph"] == "1"
+        self.file = Path(file).name
+        if self.blind and self.file == "normalise.onnx":
+            raise RuntimeError(self.blind)
         if self.graphed and self.refuses:
             raise RuntimeError(self.refuses)
         assert settings.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
@@ -111,7 +116,7 @@ def load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Load]:
     """Load a model of these nodes as `m`; whatever it took on the card is given back in the end."""
-    Session.made, Session.refuses, Session.breaks, Session.takes = [], "", "", []
+    Session.made, Session.refuses, Session.breaks, Session.takes, Session.blind = [], "", "", [], ""
     Memories.by_stream = {}
     driver = FakeDriver(4)
     monkeypatch.setattr(onnx_cuda, "cuda_driver", lambda: driver)
@@ -234,6 +239,74 @@ def test_a_model_of_one_shape_is_captured_too(load: Load) -> None:
     assert serving.runs == [("replayed", 1)]
 
 
+PICTURES = [node("Mul", ["a", "a"], ["y"])], [value("a", ["n", 3, 4, 5])], [value("y", ["n", 3, 4, 5])]
+NORMALISED = "[image]\nmean = [0.4, 0.5, 0.6]\nstd = [0.2, 0.3, 0.4]\n"
+
+
+def pictures(count: int) -> tuple[Any, Any]:
+    """Of four by five pixels; as such, and as the numbers that a model gets of them."""
+    pixels = np.random.default_rng(count).integers(0, 256, (count, 4, 5, 3), np.uint8)
+    scaled = (pixels / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]
+    return pixels, np.moveaxis(scaled, -1, 1).astype(np.float32)
+
+
+def check_pictures(repository: Repository) -> None:
+    for count in (1, 3, 30, 8, 1, 70):
+        pixels, rows = pictures(count)
+        for given in (pixels, rows):
+            assert ask(repository, given).tolist() == (rows * rows).tolist()
+
+
+def test_pixels_are_normalised_in_the_stream_of_graphs_that_are_replayed(load: Load) -> None:
+    """By a session beside the model's, of which every node has to run on the card, too."""
+    repository = load(*PICTURES, config=NORMALISED)
+    view: Any = repository.models()["m"].versions[1]
+    assert view.state == READY, view.reason
+    assert (view.gpu.graphs, view.gpu.pixels) == (True, "normalised on cuda:3")
+    measured, serving, lookup = Session.made
+    assert (measured.file, serving.file, lookup.file) == ("model.onnx", "model.onnx", "normalise.onnx")
+    assert (serving.graphed, lookup.graphed) == (True, False)
+    assert serving.stream == lookup.stream
+    serving.runs.clear()
+    check_pictures(repository)
+    assert {kind for kind, _ in serving.runs} == {"replayed"}
+    assert not any(lookup.synchronous)
+
+
+def test_pixels_of_a_model_that_runs_in_fp16_are_normalised_as_it_says(load: Load) -> None:
+    """Its input stays FP32, and so do the numbers that pixels become."""
+    repository = load(*PICTURES, config=f"{NORMALISED}[gpu]\nfp16 = true\n")
+    view: Any = repository.models()["m"].versions[1]
+    assert view.state == READY, view.reason
+    assert view.gpu.pixels == "normalised on cuda:3"
+    pixels, rows = pictures(5)
+    assert ask(repository, pixels).tolist() == ask(repository, rows).tolist()
+
+
+@pytest.mark.parametrize("broken", ["", "refuses"])
+def test_pixels_are_normalised_for_a_model_without_graphs(broken: str, load: Load) -> None:
+    """Also where a capture that failed took its session with it."""
+    Session.breaks = broken
+    repository = load(*PICTURES, config=NORMALISED + ("" if broken else "[gpu]\ngraphs = false\n"))
+    view: Any = repository.models()["m"].versions[1]
+    assert view.gpu.pixels == "normalised on cuda:3"
+    assert view.gpu.graphs is not True
+    check_pictures(repository)
+
+
+def test_a_card_that_cannot_normalise_is_given_numbers(load: Load) -> None:
+    Session.blind = "CUDA failure 2: out of memory"
+    repository = load(*PICTURES, config=NORMALISED)
+    view: Any = repository.models()["m"].versions[1]
+    assert view.state == READY, view.reason
+    assert view.gpu.pixels == (
+        "normalised on the CPU: cuda:3 has no memory for the model: CUDA failure 2: out of memory"
+    )
+    assert view.image.left is None
+    rows = pictures(3)[1]
+    assert ask(repository, rows).tolist() == (rows * rows).tolist()
+
+
 def test_a_failed_load_gives_the_card_back(load: Load) -> None:
     """Here it is no tensor of numbers that the model takes."""
     kind = TensorProto.STRING
@@ -256,6 +329,11 @@ def test_an_engine_runs_in_the_same_stream_with_cuda_for_the_rest(
     assert model.run_padded([{"a": rows}], 8)["y"].tolist() == (rows * rows).tolist()
     assert Session.made[-1].providers == ["TensorrtExecutionProvider", onnx_cuda.CUDA]
     assert Session.made[-1].synchronous == [False]
+    model.close()
+    for_pixels = Normalisation("a", "HW", 1, 3, np.arange(256, dtype=np.float32).reshape(1, 256))
+    model = find_backend("onnx").load(file, LoadOptions("cuda:3", engine=engine, normalise=for_pixels))
+    assert isinstance(model, DeviceModel)
+    assert Session.made[-1].providers == [onnx_cuda.CUDA]
     model.close()
     Session.takes = [onnx_cuda.CUDA]
     with pytest.raises(LoadError, match="TensorRT takes none of its nodes"):
