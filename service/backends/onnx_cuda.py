@@ -106,9 +106,11 @@ def open_memory(options: LoadOptions) -> CudaMemory:
 
 
 def open_session(
-    file: Path, options: LoadOptions, settings: Any, stream: int
+    file: Path, options: LoadOptions, settings: Any, stream: int, content: bytes = b""
 ) -> tuple[Any, Mapping[str, int]]:
     """A session on `options.device`, which queues its work in `stream`; and its nodes on the CPU, by kind.
+
+    `content` is what would be in `file`, an absolute path, where there is no such file.
 
     Raises LoadError where nodes would run on the CPU that must not; Uncapturable where that is all that is
     wrong; OutOfMemory where the GPU has no room for the model.
@@ -117,7 +119,7 @@ def open_session(
     if options.cpu_nodes == "none":
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = _session(file, options, settings, stream)
+        session = _session(file, options, settings, stream, content)
     except Exception as error:  # the runtime raises a type of its own for every fault there is
         if options.graphs and "graph capture feature" in str(error):
             raise Uncapturable(_uncapturable(str(error))) from error
@@ -126,7 +128,7 @@ def open_session(
         if "fallback to CPU EP has been explicitly disabled" not in str(error):
             raise LoadError(reason(file, str(error))) from error
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
-        session = _session(file, replace(options, graphs=False), settings, stream)
+        session = _session(file, replace(options, graphs=False), settings, stream, content)
     providers = session.get_providers()
     if CUDA not in providers:
         raise LoadError(
@@ -140,14 +142,14 @@ def open_session(
     return session, left
 
 
-def _session(file: Path, options: LoadOptions, settings: Any, stream: int) -> Any:
+def _session(file: Path, options: LoadOptions, settings: Any, stream: int, content: bytes) -> Any:
     providers = [(CUDA, provider_options(options, stream))]
     if options.engine is not None:
         # What TensorRT does not take falls to the next.
         half = options.fp16 or any(value.element == _FP16 for value in graph_values(file))
         providers.insert(0, (TENSORRT, tensorrt_options(options, options.engine, stream, half)))
     with ALONE:
-        return ort.InferenceSession(str(file), settings, providers=providers, enable_fallback=0)
+        return ort.InferenceSession(content or str(file), settings, providers=providers, enable_fallback=0)
 
 
 def _uncapturable(error: str) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +21,9 @@ from service.backends.onnx_cuda import open_session, run_options
 from service.backends.onnx_lookup import PIXELS, ROWS, given_shape, lookup_graph, taken_shape
 from service.backends.staging import Room, stage
 from service.tensors import Array
+
+_NAME: Final = Path("/normalise.onnx")
+"""What the graph, which is in no file, is called where it cannot be loaded."""
 
 _KEPT_BINDINGS: Final = 256
 """Numbers of rows, and places for them, whose bindings are kept."""
@@ -95,8 +97,6 @@ def open_normaliser(
     Raises LoadError where a node would not run there, or the device has no memory left (OutOfMemory).
     """
     plainly = replace(options, graphs=False, engine=None, cpu_nodes="none")
-    with TemporaryDirectory(prefix="inferpool-") as folder:
-        file = Path(folder) / "normalise.onnx"
-        file.write_bytes(lookup_graph(normalisation))
-        session, _ = open_session(file, plainly, settings, memory.stream)
+    graph = lookup_graph(normalisation)
+    session, _ = open_session(_NAME, plainly, settings, memory.stream, graph)
     return Normaliser(session, normalisation, options.device, memory, streamed=True)
