@@ -33,6 +33,8 @@ class TorchNormaliser:
         Both are on the device, `rows` contiguous. Raises what PyTorch raises.
         """
         ordered = pixels.permute(0, 3, 1, 2) if self._channels_first else pixels
-        places = (ordered + self._starts).reshape(-1)
-        torch.index_select(self._values, 0, places, out=rows[: len(pixels)].view(-1))
+        # A sum of its own accord would keep the order of the bytes that it was given.
+        places = torch.empty(ordered.shape, dtype=torch.int32, device=rows.device)
+        torch.add(ordered, self._starts, out=places)
+        torch.index_select(self._values, 0, places.view(-1), out=rows[: len(pixels)].view(-1))
         rows[len(pixels) :].zero_()
