@@ -5,8 +5,8 @@
 ResNet-50 in FP16 behind an input of FP32, 3 × 224 × 224, and a picture of PIXELS × PIXELS as JPEG. First by
 one instance in this process, in rows a second by batch size: numbers from the host's memory, and pixels that
 the card normalises. Then by a real server, asked by processes of their own: pictures a second, and what the
-web process spends on one, where the card normalises and where the CPU does. On the CPU (`--device cpu`, to try
-the script) there is only the latter. Results go to FOLDER as JSON and Markdown.
+web process spends on one, where the card normalises and where the CPU does. On the CPU (`--device cpu`)
+there is only the latter. Results go to FOLDER as JSON and Markdown.
 """
 
 from __future__ import annotations

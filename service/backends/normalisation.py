@@ -61,9 +61,13 @@ class Normalisation:
             row: Array = self.values[0].take(pixels)
             return row.reshape(shape)
         rows = np.empty(shape, self.values.dtype)
-        planes = np.moveaxis(rows, 1, -1) if self.layout == "CHW" else rows
-        for channel, values in enumerate(self.values):
-            planes[..., channel] = values.take(pixels[..., channel])
+        # No place can be beyond a table of all values, but numpy would look, through a copy of what it gives.
+        if self.layout == "CHW":
+            for channel, values in enumerate(self.values):
+                values.take(pixels[..., channel], out=rows[:, channel], mode="clip")
+        else:
+            starts = np.arange(0, self.values.size, self.values.shape[1])
+            self.values.reshape(-1).take(pixels + starts, out=rows, mode="clip")
         return rows
 
 
