@@ -18,7 +18,7 @@ from service.tensors import ANY, Array, Tensors, TensorSpec
 class Normalisation:
     """How the pixels of one input are normalised.
 
-    Pixels are rows of UINT8, `[rows, height, width, channels]`; an input that takes UINT8 has none.
+    Pixels are rows of UINT8, `[rows, height, width, channels]`; what the input takes is another datatype.
 
     Attributes:
         input: its name.

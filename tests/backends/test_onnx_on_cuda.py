@@ -5,6 +5,7 @@ ONNX Runtime's CPU session computes, from and to the memory of the fake library;
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from PIL import Image
 
 from service.backends import onnx, onnx_cuda
 from service.backends.base import DeviceModel, Engine, LoadOptions, find_backend
@@ -269,6 +271,12 @@ def test_pixels_are_normalised_in_the_stream_of_graphs_that_are_replayed(load: L
     assert serving.stream == lookup.stream
     serving.runs.clear()
     check_pictures(repository)
+    pixels, rows = pictures(1)
+    file = io.BytesIO()
+    Image.fromarray(pixels[0]).save(file, "PNG")
+    [left] = view.image.decode(file.getvalue()).values()
+    assert left.tolist() == pixels.tolist()
+    assert ask(repository, left).tolist() == (rows * rows).tolist()
     assert {kind for kind, _ in serving.runs} == {"replayed"}
     assert not any(lookup.synchronous)
 
