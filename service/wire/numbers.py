@@ -27,8 +27,8 @@ AVAILABLE: bool = _numbers is not None
 _MARK: Final = secrets.token_hex(8)
 """What stands for a list: nobody who sends a body can know it."""
 _MARK_BYTES: Final = _MARK.encode()
-_BARE: Final = b'{"inputs":["%s0"]}' % _MARK_BYTES
-"""What is left of the commonest body: there is nothing to be read in it."""
+_BARE: Final = frozenset(text % _MARK_BYTES for text in (b'{"inputs":["%s0"]}', b'{"inputs": ["%s0"]}'))
+"""What is left of the commonest bodies: there is nothing to be read in it."""
 _NOT_NUMBERS: Final = frozenset(("BF16", "BOOL", "BYTES"))
 _SINGLE: Final = np.dtype(np.float32)
 _MANY: Final = 64 * 1024
@@ -101,44 +101,56 @@ class NumbersDocument:
         self.fields = {}
 
 
-def _filled(fields: dict[str, Any], lists: list[Numbers]) -> dict[str, Any]:
-    """`fields` with the `lists` in place of their marks, plain ones but for those that `read` is to get.
+class _Filling:
+    """Puts lists of numbers in place of their marks: plain ones, but for those that `read` is to get.
 
-    Raises Declined where one cannot be made plain again.
+    Raises Declined where one cannot be made plain again. No functions within a function: those that call
+    themselves are circles, which keep what they know, a body's numbers, until the collector comes.
     """
 
-    def number(value: Any) -> int | None:
+    def __init__(self, lists: list[Numbers]) -> None:
+        self._lists = lists
+
+    def fields(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The top-level fields of a body."""
+        return {
+            key: self._inputs(value) if key == "inputs" else self._plain(value)
+            for key, value in fields.items()
+        }
+
+    def _inputs(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._left(inner) for name, inner in value.items()}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return [self._entry(inner) for inner in value]
+        return self._left(value)
+
+    def _entry(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return self._plain(value)
+        return {
+            key: self._left(inner) if key == "data" else self._plain(inner) for key, inner in value.items()
+        }
+
+    def _left(self, value: Any) -> Any:
+        found = self._found(value)
+        return self._plain(value) if found is None else found
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._plain(inner) for key, inner in value.items()}
+        if not isinstance(value, list):
+            return value
+        found = self._found(value)
+        return [self._plain(inner) for inner in value] if found is None else found.plain()
+
+    def _found(self, value: Any) -> Numbers | None:
+        """The list that `value` marks, if it is a mark."""
         if isinstance(value, list) and len(value) == 1:
             only = value[0]
             if isinstance(only, str) and only.startswith(_MARK):
-                return int(only[len(_MARK) :])
+                return self._lists[int(only[len(_MARK) :])]
         return None
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        if not isinstance(value, list):
-            return value
-        found = number(value)
-        return list(map(plain, value)) if found is None else lists[found].plain()
-
-    def left(value: Any) -> Any:
-        found = number(value)
-        return plain(value) if found is None else lists[found]
-
-    def entry(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return plain(value)
-        return {key: left(inner) if key == "data" else plain(inner) for key, inner in value.items()}
-
-    def inputs(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: left(inner) for name, inner in value.items()}
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return list(map(entry, value))
-        return left(value)
-
-    return {key: inputs(value) if key == "inputs" else plain(value) for key, value in fields.items()}
 
 
 def open_document(body: bytes) -> NumbersDocument | None:
@@ -151,11 +163,11 @@ def open_document(body: bytes) -> NumbersDocument | None:
         return None
     rest, memory, lists = found
     numbers = [Numbers(memory, *known) for known in lists]
-    if rest == _BARE:
+    if rest in _BARE:
         return NumbersDocument({"inputs": numbers[0]})
     try:
         fields = orjson.loads(rest)
-        return NumbersDocument(_filled(fields, numbers)) if isinstance(fields, dict) else None
+        return NumbersDocument(_Filling(numbers).fields(fields)) if isinstance(fields, dict) else None
     except (Declined, RecursionError, orjson.JSONDecodeError):
         return None
 
