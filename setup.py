@@ -17,8 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 HOT_PATH = [
     *(f"service/http/{name}.py" for name in (
-        "bodies", "dialect", "exchange", "head", "heads", "intake", "native", "outlet", "predict", "recorder",
-        "served", "turn", "v2")),
+        "bodies", "dialect", "exchange", "head", "heads", "intake", "native", "outlet", "preamble",
+        "predict", "recorder", "served", "turn", "v2")),
     *(f"service/pool/{name}.py" for name in (
         "batch", "engine", "instance", "pool", "ports", "profile", "queue")),
     *(f"service/wire/{name}.py" for name in ("arrays", "binary", "document", "json", "numbers")),

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, Final, Protocol
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
-
 from service.errors import DeadlineExceeded, InferpoolError
 from service.http.dialect import Data
 from service.http.filling import LEAST_FILLED
+from service.http.heads import KnownHead
 from service.http.intake import Intake
 from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
 from service.pool.ports import Result
@@ -258,8 +257,9 @@ class Exchange:
             return
         if self._predictor.parting and not connection.follows():
             self.keep_alive = False
-        lines: list[Data] = [STATUS_LINE[answer.status]]
-        for name, value in (*connection.server_state.default_headers, *answer.headers):
+        opening = self._predictor.preamble.of(answer.status, connection.server_state.default_headers)
+        lines: list[Data] = [opening]
+        for name, value in answer.headers:
             lines += (name, b": ", value, b"\r\n")
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
@@ -284,6 +284,12 @@ class Exchange:
             self._predictor.leave(self._call)
         else:
             self._predictor.answered(self._call)
+
+
+def known_exchange(connection: Connection, known: KnownHead) -> Exchange:
+    """The exchange for a request whose head is known: made here, for here it is compiled."""
+    call = Call(known.dialect, known.head, connection.predictor.clock())
+    return Exchange(connection, call, keep_alive=True, expects_100=False)
 
 
 class _NeverAwaited:

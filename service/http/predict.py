@@ -31,6 +31,7 @@ from service.http.head import Head, new_request_id
 from service.http.heads import Heads
 from service.http.intake import too_large
 from service.http.outlet import Outlet
+from service.http.preamble import Preamble
 from service.http.problems import STATUSES, Headers, as_problem, problem_headers
 from service.http.recorder import CLIENT_GONE, Recorder
 from service.http.served import Meters, Served, Tally
@@ -154,6 +155,7 @@ class Predictor:
         self._json_threads = ThreadPoolExecutor(JSON_THREADS, thread_name_prefix="json")
         self.heads = Heads()
         self.turn = Turn()
+        self.preamble = Preamble()
         self._nobody = Meters(metrics, "", "", Tally())
         self._unserved: dict[str, Meters] = {}
         metrics.add_source(lambda: [("in_flight_requests", (), float(self.in_flight))])
@@ -452,9 +454,11 @@ class Predictor:
 
     def _timeout_s(self, call: Call) -> float:
         """Seconds that the request may take: the shortest of what was said; infinity if nothing was."""
-        said = [ms for ms in (call.head.timeout_ms(), call.options.timeout_ms) if ms is not None]
-        if said:
-            return min(said) / 1000
+        by_head, by_body = call.head.timeout_ms(), call.options.timeout_ms
+        if by_head is not None:
+            return (by_head if by_body is None else min(by_head, by_body)) / 1000
+        if by_body is not None:
+            return by_body / 1000
         assert call.served is not None  # found before the queue
         default_s = call.served.view.timeout_s
         return math.inf if default_s is None else default_s

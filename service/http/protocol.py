@@ -19,7 +19,7 @@ from httptools import HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import InternalError, MalformedBody, TooSlow
-from service.http.exchange import Exchange
+from service.http.exchange import Exchange, known_exchange
 from service.http.filling import Filling
 from service.http.head import Head
 from service.http.lane import FOLLOWS, find_dialect
@@ -80,7 +80,7 @@ class PredictProtocol(HttpToolsProtocol):
             known, body = found
             self._idle_since = None
             self._quiet_bytes = 0
-            exchange = Exchange(self, Call(known.dialect, known.head, self.predictor.clock()), True, False)
+            exchange = known_exchange(self, known)
             self.cycle = self._answered = exchange  # type: ignore[assignment]
             exchange.run(body)
             return

@@ -110,7 +110,7 @@ DEADLINE_SLACK_S: Final = 0.005
 """A delayed batch starts this long before a deadline needs it to: timers and threads wake late."""
 
 _NOBODY: Final = Entry(0, VersionKey("", 0), {}, 0, None, 0, 0.0)
-_STALE_AT_MOST: Final = 64
+_STALE_AT_MOST: Final = 512
 
 
 _Order: TypeAlias = tuple[int, bool, float, int]
