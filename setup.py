@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 HOT_PATH = [
     *(f"service/http/{name}.py" for name in (
         "bodies", "dialect", "exchange", "head", "heads", "intake", "native", "outlet", "preamble",
-        "predict", "recorder", "served", "turn", "v2")),
+        "predict", "recorder", "served", "turn", "v2", "volley")),
     *(f"service/pool/{name}.py" for name in (
         "batch", "engine", "instance", "pool", "ports", "profile", "queue")),
     *(f"service/wire/{name}.py" for name in ("arrays", "binary", "document", "json", "numbers")),
@@ -111,6 +111,12 @@ setup(
             extra_compile_args=["-O3", "-std=c11"],
             # Without it pysimdjson reads large bodies: as fast, but nothing else runs meanwhile.
             optional=True,
-        )
+        ),
+        Extension(
+            "service.http._volley",
+            ["service/http/_volley.c"],
+            extra_compile_args=["-O2", "-std=c11"],
+            optional=True,
+        ),
     ],
 )

@@ -24,13 +24,18 @@ _JOINED_BYTES: Final = 64 * 1024
 
 
 class Connection(Protocol):
-    """What an exchange needs of the connection that it is on."""
+    """What an exchange needs of the connection that it is on.
+
+    Attributes:
+        descriptor: its socket, where what is written there goes to the client as it is; else -1.
+    """
 
     predictor: Predictor
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     flow: Any
     server_state: Any
+    descriptor: int
 
     def follows(self) -> bool:
         """Whether another request stands behind the one that is being answered."""
@@ -264,12 +269,27 @@ class Exchange:
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
         lines.append(b"content-length: %d\r\n\r\n" % answer.size)
-        if answer.size <= _JOINED_BYTES:
-            connection.transport.write(b"".join((*lines, *answer.parts)))
-        else:
+        if answer.size > _JOINED_BYTES:
             connection.transport.write(b"".join(lines))
             for part in answer.parts:
                 connection.transport.write(part)
+            self._written()
+            return
+        whole = b"".join((*lines, *answer.parts))
+        volley = self._predictor.volley
+        if volley.loading and connection.descriptor >= 0 and not connection.transport.get_write_buffer_size():
+            volley.add(connection.descriptor, whole, self)
+        else:
+            self.sent(whole)
+
+    def sent(self, left: bytes) -> None:
+        """The answer is on its way, but for what is `left` of it."""
+        if left:
+            self._connection.transport.write(left)
+        self._written()
+
+    def _written(self) -> None:
+        connection = self._connection
         self._predictor.answered(self._call)
         if connection.flow.write_paused:
             self._predictor.keep(self._call, connection.transport.get_write_buffer_size())

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from service.http.volley import Volley
 from service.pool.ports import Result
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ class Outlet:
         self._waiting: dict[int, Callable[[Result], None]] = {}
         self._arrived: deque[Result] = deque()
         self._woken = False
+        self.volley = Volley()
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver on this loop from here on."""
@@ -43,6 +45,7 @@ class Outlet:
 
     def _deliver(self) -> None:
         self._woken = False
+        self.volley.load()
         while self._arrived:
             result = self._arrived.popleft()
             then = self._waiting.pop(result.entry_id, None)
@@ -53,3 +56,4 @@ class Outlet:
             except Exception:
                 # Whoever waits for the next result must not pay for it.
                 log.exception("the result of entry %d could not be delivered", result.entry_id)
+        self.volley.fire()

@@ -144,6 +144,7 @@ class Predictor:
         self._catalog = catalog
         self._inbox = inbox
         self._outlet = outlet
+        self.volley = outlet.volley
         self._metrics = metrics
         self._recorder = recorder
         self._ids = itertools.count(1)

@@ -46,6 +46,7 @@ class PredictProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         application: Any = self.app
         self.predictor: Predictor = application.predictor
+        self.descriptor = -1
         self._between = True
         self._within_head = False
         # The request that is being answered; `cycle` is the last that has come.
@@ -67,6 +68,8 @@ class PredictProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: a request is to follow as soon as on a connection that is kept."""
         super().connection_made(transport)
+        if transport.get_extra_info("sslcontext") is None:
+            self.descriptor = transport.get_extra_info("socket").fileno()
         self._idle_since = self.loop.time()
         self._idle_check = self.loop.call_later(self.timeout_keep_alive, self._check_idle)
 

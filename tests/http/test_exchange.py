@@ -44,6 +44,7 @@ async def refuse_and_go_on() -> tuple[list[bytes], list[Exchange]]:
         flow=SimpleNamespace(write_paused=True),
         server_state=SimpleNamespace(default_headers=[]),
         pipeline=(),
+        descriptor=-1,
         on_response_complete=lambda: None,
         hold=held.append,
     )
