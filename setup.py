@@ -20,7 +20,7 @@ HOT_PATH = [
         "bodies", "dialect", "exchange", "head", "heads", "intake", "native", "outlet", "preamble",
         "predict", "recorder", "served", "turn", "v2", "volley")),
     *(f"service/pool/{name}.py" for name in (
-        "batch", "engine", "instance", "pool", "ports", "profile", "queue")),
+        "batch", "engine", "instance", "line", "pool", "ports", "profile", "queue")),
     *(f"service/wire/{name}.py" for name in ("arrays", "binary", "document", "json", "numbers")),
     "service/metrics.py",
     "service/tensors.py",

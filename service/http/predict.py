@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final
 
@@ -38,7 +38,7 @@ from service.http.served import Meters, Served, Tally
 from service.http.turn import Turn
 from service.metrics import Metrics
 from service.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
-from service.repository.catalog import Catalog, find_ready
+from service.repository.catalog import Catalog, ModelView, find_ready
 from service.tensors import Array, Tensors, check_outputs, names_text
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ TEXT_THREADS: Final = 2
 """Threads that encode long texts."""
 JSON_THREADS: Final = min(8, max(2, os.cpu_count() or 1))
 """Threads that read long JSON: not those that write `/metrics`."""
+MOST_FOUND: Final = 256
+"""Ways of naming a version that are remembered: a number may have any zeros before it."""
 _UNPACKED: Final = ("application/x-npz", "multipart/form-data")
 _MIN_GZIP_BYTES: Final = 1024
 """Smaller answers fit a packet or two as they are."""
@@ -140,7 +142,8 @@ class Predictor:
         self.parting = False
         self.draining = False
         self.accepted = 0
-        self._left = asyncio.Event()
+        # Made when somebody waits for it: to set it takes as long as many a step of a request.
+        self._left: asyncio.Event | None = None
         self._catalog = catalog
         self._inbox = inbox
         self._outlet = outlet
@@ -150,6 +153,9 @@ class Predictor:
         self._ids = itertools.count(1)
         self._served: dict[VersionKey, Served] = {}
         self._tallies: dict[VersionKey, Tally] = {}
+        # What requests have meant by their paths, as long as the catalog's models are the same.
+        self._models: Mapping[str, ModelView] = {}
+        self._found: dict[tuple[str, str | None], Served] = {}
         # Of their own, so that nothing else waits for a long text to be encoded.
         self._text_bytes = 0
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
@@ -169,7 +175,8 @@ class Predictor:
         """A request has its answer, or its client has gone."""
         self.in_flight -= 1
         self.answered(call)
-        self._left.set()
+        if self._left is not None:
+            self._left.set()
 
     def reserve(self, call: Call, size: int) -> None:
         """Make room for `size` bytes of body; raises Overloaded where those in flight leave none.
@@ -197,7 +204,8 @@ class Predictor:
         if call.entry is not None:
             call.entry = None
             self.accepted -= 1
-            self._left.set()
+            if self._left is not None:
+                self._left.set()
 
     async def idle(self, grace_s: float) -> None:
         """Wait until every accepted request has its answer.
@@ -205,6 +213,7 @@ class Predictor:
         Those whose bodies are still coming in get `grace_s` seconds to become accepted ones.
         """
         ends = self.clock() + grace_s
+        self._left = asyncio.Event()
         while self.in_flight and (self.accepted or self.clock() < ends):
             self._left.clear()
             with contextlib.suppress(TimeoutError):
@@ -300,7 +309,9 @@ class Predictor:
             raise InferpoolError("nobody waits for the answer")
         began = self.clock()
         head = call.head
-        plain = decompress(data, head.content_encoding, self.max_body_bytes)
+        plain = (
+            decompress(data, head.content_encoding, self.max_body_bytes) if head.content_encoding else data
+        )
         body = call.dialect.open(head, plain, self.max_body_bytes)
         options = call.options = body.options
         if head.model is None or (head.version is None and options.version is not None):
@@ -476,6 +487,17 @@ class Predictor:
         return next(iter(models))
 
     def _find(self, model: str, version: str | None) -> Served:
+        models = self._catalog.models()
+        if models is not self._models or len(self._found) >= MOST_FOUND:
+            self._models = models
+            self._found.clear()
+        named = (model, version)
+        served = self._found.get(named)
+        if served is None:
+            served = self._found[named] = self._look_up(model, version)
+        return served
+
+    def _look_up(self, model: str, version: str | None) -> Served:
         view = find_ready(self._catalog, model, version)
         served = self._served.get(view.key)
         if served is None or served.view is not view:

@@ -227,7 +227,8 @@ class PredictProtocol(HttpToolsProtocol):
             return
         self.server_state.total_requests += 1
         if not self.transport.is_closing():
-            self.flow.resume_reading()
+            if self.flow.read_paused:
+                self.flow.resume_reading()
             self._idle_since = self.loop.time()
 
     def _unset_keepalive_if_required(self) -> None:

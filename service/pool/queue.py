@@ -21,10 +21,11 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from service.errors import DeadlineExceeded, QueueFull
-from service.pool.ports import Entry, VersionKey
+from service.pool.line import Line, Place
+from service.pool.ports import Entry
 
 UNKNOWN_BATCH_S: Final = 1e-3
 """What a batch is taken to last while nothing has been measured."""
@@ -109,45 +110,16 @@ class Take:
 DEADLINE_SLACK_S: Final = 0.005
 """A delayed batch starts this long before a deadline needs it to: timers and threads wake late."""
 
-_NOBODY: Final = Entry(0, VersionKey("", 0), {}, 0, None, 0, 0.0)
 _STALE_AT_MOST: Final = 512
-
-
-_Order: TypeAlias = tuple[int, bool, float, int]
-
-
-class _Place:
-    """Where an entry stands in the queue; `live` turns False when it has been taken or dropped.
-
-    A place that is not live lets go of its entry: it may lie in a heap for as long as its deadline is
-    away, and the entry's tensors must not. A `large` one is served in pieces; those `behind` are large, or
-    parts of one that is.
-    """
-
-    __slots__ = ("behind", "entry", "large", "live", "load", "order", "rows", "start")
-
-    def __init__(self, entry: Entry, start: int, large: bool, behind: bool, serial: int) -> None:
-        self.entry = entry
-        self.start = start
-        self.large = large
-        self.behind = behind
-        self.live = True
-        self.rows = entry.rows - start
-        self.load = self.rows * entry.row_load
-        self.order: _Order = (entry.priority, behind, entry.deadline, serial)
-
-
-_Item: TypeAlias = tuple[_Order, _Place]
-"""How a place stands in a heap: tuples compare without a call into Python, and no two orders are equal."""
 
 
 class _Group:
     """The entries that may share a batch, first come by order; `load` and `count` are of the live."""
 
-    __slots__ = ("count", "heap", "load")
+    __slots__ = ("count", "line", "load")
 
     def __init__(self) -> None:
-        self.heap: list[_Item] = []
+        self.line = Line()
         self.load = 0.0
         self.count = 0
 
@@ -176,13 +148,13 @@ class Queue:
         self._serial = 0
         self._probe = 0
         self._batches = 0
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         # A place is in several of these; where it is no longer live it is skipped when it comes up.
         self._stale = 0
-        self._first: list[_Item] = []
+        self._first = Line()
         self._groups: dict[Hashable, _Group] = {}
-        self._arrivals: deque[_Place] = deque()
-        self._deadlines: list[tuple[float, int, _Place]] = []
+        self._arrivals: deque[Place] = deque()
+        self._deadlines: list[tuple[float, int, Place]] = []
 
     def __len__(self) -> int:
         """How many entries wait; one that is served in pieces counts while rows of it wait."""
@@ -295,7 +267,7 @@ class Queue:
         moments = []
         if (soonest := self._soonest_deadline()) is not None:
             moments.append(soonest)
-        if self.limits.delay_s > 0 and (lead := self._head(self._first)) is not None:
+        if self.limits.delay_s > 0 and (lead := self._first.head()) is not None:
             moments.append(self._delay_ends(lead))
         return max(now, min(moments)) if moments else None
 
@@ -310,22 +282,22 @@ class Queue:
 
     # The order: who leads, who follows.
 
-    def _lead(self, now: float, drops: list[Drop]) -> _Place | None:
+    def _lead(self, now: float, drops: list[Drop]) -> Place | None:
         by_age = self._batches % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
         while True:
-            place = self._oldest() if by_age else self._head(self._first)
+            place = self._oldest() if by_age else self._first.head()
             if place is None or place.entry.id == self._probe:
                 return place
             if now + self.cost_s(self._load_alone(place)) <= place.entry.deadline:
                 return place
             drops.append(self._drop(place, "deadline"))
 
-    def _take_group(self, lead: _Place, now: float, taken: Take) -> None:
+    def _take_group(self, lead: Place, now: float, taken: Take) -> None:
         group = self._groups[lead.entry.group]
         rows, deadline = lead.load, lead.entry.deadline
         self._leave(lead, taken)
         taken.reason = "drained"
-        while (follower := self._head(group.heap)) is not None:
+        while (follower := group.line.head()) is not None:
             grown = rows + follower.load
             if grown > self.limits.batch_rows:
                 taken.reason = "full"
@@ -342,13 +314,13 @@ class Queue:
         if rows >= self.limits.batch_rows:
             taken.reason = "full"
 
-    def _leave(self, place: _Place, taken: Take) -> None:
+    def _leave(self, place: Place, taken: Take) -> None:
         entry = self._forget(place)
         self._count(-(entry.load or 1), place.behind)
         self.bytes -= entry.nbytes
         taken.pieces.append(Piece(entry, 0, entry.rows))
 
-    def _take_piece(self, place: _Place, taken: Take) -> None:
+    def _take_piece(self, place: Place, taken: Take) -> None:
         start, row_load = place.start, place.entry.row_load
         rows = min(place.rows, max(1, int(self._piece_rows / row_load)))
         entry = self._forget(place)
@@ -360,14 +332,14 @@ class Queue:
         taken.pieces.append(Piece(entry, start, start + rows))
         taken.reason = "piece"
 
-    def _delays(self, lead: _Place, now: float) -> bool:
+    def _delays(self, lead: Place, now: float) -> bool:
         return (
             self.limits.delay_s > 0
             and self._groups[lead.entry.group].load < self.limits.batch_rows
             and now < self._delay_ends(lead)
         )
 
-    def _delay_ends(self, lead: _Place) -> float:
+    def _delay_ends(self, lead: Place) -> float:
         oldest = self._oldest()
         assert oldest is not None  # the lead waits, so something does
         ends = oldest.entry.arrived + self.limits.delay_s
@@ -414,28 +386,27 @@ class Queue:
         else:
             self._small_rows += load
 
-    def _load_alone(self, place: _Place) -> float:
+    def _load_alone(self, place: Place) -> float:
         return min(place.load, self.limits.batch_rows) if place.large else place.load
 
     def _enter(self, entry: Entry, start: int, *, large: bool, behind: bool) -> None:
         self._serial += 1
-        place = _Place(entry, start, large, behind, self._serial)
+        place = Place(entry, start, large, behind, self._serial)
         self._places[entry.id] = place
         self._waiting_rows += max(1, place.rows)
-        item = (place.order, place)
-        heappush(self._first, item)
+        self._first.push(place)
         self._arrivals.append(place)
         if not large:
             group = self._groups.get(entry.group)
             if group is None:
                 group = self._groups[entry.group] = _Group()
-            heappush(group.heap, item)
+            group.line.push(place)
             group.load += entry.load
             group.count += 1
         if entry.deadline < math.inf:
             heappush(self._deadlines, (entry.deadline, self._serial, place))
 
-    def _forget(self, place: _Place) -> Entry:
+    def _forget(self, place: Place) -> Entry:
         entry = place.entry
         del self._places[entry.id]
         self._waiting_rows -= max(1, place.rows)
@@ -446,8 +417,7 @@ class Queue:
             if not group.count:
                 # Row shapes are the clients' choice: nothing may stay behind for each that was seen.
                 del self._groups[entry.group]
-        place.live = False
-        place.entry = _NOBODY
+        place.leave()
         self._stale += 1
         if self._stale > _STALE_AT_MOST + len(self._places):
             self._sweep()
@@ -456,15 +426,13 @@ class Queue:
     def _sweep(self) -> None:
         self._stale = 0
         self._arrivals = deque(place for place in self._arrivals if place.live)
-        self._first = [item for item in self._first if item[1].live]
-        heapify(self._first)
+        self._first.sweep()
         self._deadlines = [item for item in self._deadlines if item[2].live]
         heapify(self._deadlines)
         for group in self._groups.values():
-            group.heap = [item for item in group.heap if item[1].live]
-            heapify(group.heap)
+            group.line.sweep()
 
-    def _drop(self, place: _Place, reason: str) -> Drop:
+    def _drop(self, place: Place, reason: str) -> Drop:
         load = place.load or 1
         entry = self._forget(place)
         self.bytes -= entry.nbytes
@@ -480,16 +448,10 @@ class Queue:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def _oldest(self) -> _Place | None:
+    def _oldest(self) -> Place | None:
         while self._arrivals and not self._arrivals[0].live:
             self._arrivals.popleft()
         return self._arrivals[0] if self._arrivals else None
-
-    @staticmethod
-    def _head(heap: list[_Item]) -> _Place | None:
-        while heap and not heap[0][1].live:
-            heappop(heap)
-        return heap[0][1] if heap else None
 
 
 def _too_late(entry: Entry, finish: float) -> DeadlineExceeded:
