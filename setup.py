@@ -96,9 +96,12 @@ class Build(build_ext):
 
 
 def is_sealed(folder):
-    """Whether the folder has the hot path of these very sources already."""
+    """Whether the folder has all of the hot path already, of these very sources."""
     seal = folder / COMPILED["SEAL"]
-    return seal.is_file() and seal.read_text() == COMPILED["sources"](ROOT / "service")
+    if not seal.is_file() or seal.read_text() != COMPILED["sources"](ROOT / "service"):
+        return False
+    names = (file.removesuffix(".py").replace("/", ".") for file in HOT_PATH)
+    return all(any(folder.glob(f"{name}.*")) for name in names)
 
 
 sys.path.insert(0, str(ROOT))  # mypyc takes the modules' names from where they lie

@@ -9,7 +9,7 @@ import numpy as np
 
 from service.pool.padding import Padding
 from service.pool.queue import Piece
-from service.tensors import Tensors, shape_text
+from service.tensors import Array, Tensors, shape_text
 
 
 class WrongRows(Exception):
@@ -31,9 +31,13 @@ def gather(pieces: Sequence[Piece], padding: Padding | None = None) -> Tensors:
     if padding is not None and len({padding.length(piece.entry.inputs) for piece in pieces}) > 1:
         return padding.gather([gather([piece]) for piece in pieces])
     return {
-        name: np.concatenate([piece.entry.inputs[name][piece.start : piece.stop] for piece in pieces])
-        for name in pieces[0].entry.inputs
+        name: np.concatenate([_rows_of(piece, name) for piece in pieces]) for name in pieces[0].entry.inputs
     }
+
+
+def _rows_of(piece: Piece, name: str) -> Array:
+    tensor = piece.entry.inputs[name]
+    return tensor if piece.whole else tensor[piece.start : piece.stop]
 
 
 def gather_parts(pieces: Sequence[Piece], padding: Padding | None = None) -> list[Tensors]:

@@ -162,21 +162,21 @@ class Pool:
             else:  # it is never too late for it
                 self._queue.offer(entry, entry.arrived, [0.0] * len(self._instances))
             if entry.parts:
-                waiting = [part.entry for part in entry.parts]
                 whole = Whole(entry)
-                self._wholes.update(dict.fromkeys((entry.id, *(one.id for one in waiting)), whole))
+                self._wholes[entry.id] = whole
+                for part in entry.parts:
+                    self._wholes[part.entry.id] = whole
+                    self._waits(part.entry)
             else:
-                waiting = [entry]
-            for one in waiting:
-                if self._queue.is_large(one):
-                    self._assemblies[one.id] = _Assembly(one.rows, {})
-                self._wake_for_more()
+                self._waits(entry)
 
     def refuse_early(self) -> None:
-        """Raise what even an entry of one row would be refused with now."""
-        with self._lock:
-            self._refuse_unless_open()
-            self._queue.refuse_if_full(1, 0, False, len(self._instances))
+        """Raise what even an entry of one row would be refused with now.
+
+        Without the lock: it is a guess in any case, for the row comes later.
+        """
+        self._refuse_unless_open()
+        self._queue.refuse_if_full(1, 0, False, len(self._instances))
 
     def cancel(self, entry_id: int, reason: str) -> None:
         """Drop an entry that still waits, for `disconnected` or `deadline`; what is running runs on."""
@@ -291,6 +291,12 @@ class Pool:
         self._put(results)
 
     # Under the lock.
+
+    def _waits(self, entry: Entry) -> None:
+        """An entry is in the queue."""
+        if self._queue.is_large(entry):
+            self._assemblies[entry.id] = _Assembly(entry.rows, {})
+        self._wake_for_more()
 
     def _wake_for_more(self) -> None:
         """Wake an idle instance, unless those that are waking take all that waits.
