@@ -37,7 +37,7 @@ is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/
 # The folder counts: the command in .venv/bin holds its path, and does not survive a move.
 made_from() {
   printf '%s\n' "$REPO" "$("$VENV/bin/python" -V)" "$(cat -- "$REPO"/{pyproject.toml,setup.py} | cksum)" \
-    "$(cksum <"$REPO/service/wire/_numbers.c")" "$(command -v cc gcc || true)"
+    "$(cat -- "$REPO"/service/*/*.c | cksum)" "$(command -v cc gcc || true)"
 }
 
 install_extras() {

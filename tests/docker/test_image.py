@@ -207,6 +207,13 @@ def test_there_is_no_compiler_and_only_what_is_pinned(image: str) -> None:
     assert len(installed) > 10
 
 
+def test_its_hot_path_is_compiled(image: str) -> None:
+    script = "import service, service.pool.queue as queue; print(service.HOT_PATH, queue.__file__)"
+    said = run_once(image, "/opt/inferpool/bin/python3", "-c", script)
+    assert said.startswith("compiled /opt/inferpool/lib/")
+    assert said.strip().endswith(".so")
+
+
 def test_its_size_is_the_one_that_is_stated(image: str, base: str) -> None:
     """What the image adds to its base is what the README says, give or take a tenth."""
     sizes = [int(images.podman("image", "inspect", "--format", "{{.Size}}", name)) for name in (image, base)]
