@@ -1,6 +1,6 @@
 """What is compiled where the package is installed; all else about it is in pyproject.toml.
 
-That is a module in C, and the hot path. Without a compiler both are left out, with a warning: the server does
+Those are modules in C, and the hot path. Without a compiler all are left out, with a warning: the server does
 the same without them, more slowly.
 """
 
@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 HOT_PATH = [
     *(f"service/http/{name}.py" for name in (
-        "bodies", "dialect", "exchange", "head", "heads", "intake", "native", "outlet", "preamble",
+        "bodies", "dialect", "exchange", "head", "heads", "intake", "native", "lines", "outlet",
         "predict", "recorder", "served", "turn", "v2", "volley")),
     *(f"service/pool/{name}.py" for name in (
         "batch", "engine", "instance", "line", "pool", "ports", "profile", "queue")),
@@ -108,18 +108,9 @@ sys.path.insert(0, str(ROOT))  # mypyc takes the modules' names from where they 
 setup(
     cmdclass={"build_ext": Build},
     ext_modules=[
-        Extension(
-            "service.wire._numbers",
-            ["service/wire/_numbers.c"],
-            extra_compile_args=["-O3", "-std=c11"],
-            # Without it pysimdjson reads large bodies: as fast, but nothing else runs meanwhile.
-            optional=True,
-        ),
-        Extension(
-            "service.http._volley",
-            ["service/http/_volley.c"],
-            extra_compile_args=["-O2", "-std=c11"],
-            optional=True,
-        ),
+        # Without them the package does the same, but while large bodies are read nothing else runs.
+        Extension(f"service.{name}", [f"service/{name.replace('.', '/')}.c"],
+                  extra_compile_args=["-O3", "-std=c11"], optional=True)
+        for name in ("http._lines", "http._volley", "wire._numbers")
     ],
-)
+)  # fmt: skip

@@ -16,6 +16,7 @@ from service.http.dialect import Data
 from service.http.filling import LEAST_FILLED
 from service.http.heads import KnownHead
 from service.http.intake import Intake
+from service.http.lines import answer_head
 from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
 from service.pool.ports import Result
 
@@ -263,19 +264,14 @@ class Exchange:
         if self._predictor.parting and not connection.follows():
             self.keep_alive = False
         opening = self._predictor.preamble.of(answer.status, connection.server_state.default_headers)
-        lines: list[Data] = [opening]
-        for name, value in answer.headers:
-            lines += (name, b": ", value, b"\r\n")
-        if not self.keep_alive:
-            lines.append(b"connection: close\r\n")
-        lines.append(b"content-length: %d\r\n\r\n" % answer.size)
+        head = answer_head(opening, answer.headers, not self.keep_alive, answer.size)
         if answer.size > _JOINED_BYTES:
-            connection.transport.write(b"".join(lines))
+            connection.transport.write(head)
             for part in answer.parts:
                 connection.transport.write(part)
             self._written()
             return
-        whole = b"".join((*lines, *answer.parts))
+        whole = b"".join((head, *answer.parts))
         volley = self._predictor.volley
         if volley.loading and connection.descriptor >= 0 and not connection.transport.get_write_buffer_size():
             volley.add(connection.descriptor, whole, self)

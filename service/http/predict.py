@@ -30,8 +30,8 @@ from service.http.dialect import Data, Dialect, Options
 from service.http.head import Head, new_request_id
 from service.http.heads import Heads
 from service.http.intake import too_large
+from service.http.lines import Preamble, server_timing
 from service.http.outlet import Outlet
-from service.http.preamble import Preamble
 from service.http.problems import STATUSES, Headers, as_problem, problem_headers
 from service.http.recorder import CLIENT_GONE, Recorder
 from service.http.served import Meters, Served, Tally
@@ -539,12 +539,3 @@ def compressed(answer: Answer) -> Answer:
         return answer
     headers = [*answer.headers, (b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
     return Answer(answer.status, headers, [packed], len(packed))
-
-
-def server_timing(queue_s: float, compute_s: float, total_s: float) -> bytes:
-    """The Server-Timing header (W3C Server Timing), in milliseconds."""
-    return b"queue;dur=%.3f, compute;dur=%.3f, total;dur=%.3f" % (
-        1000 * queue_s,
-        1000 * compute_s,
-        1000 * total_s,
-    )

@@ -21,10 +21,11 @@ from service.errors import (
 from service.http.docs import add_docs
 from service.http.head import request_id_from
 from service.http.lane import Message, Receive, Scope, Send, find_dialect, is_last, serve_predict
+from service.http.lines import server_timing
 from service.http.native import NATIVE
 from service.http.openapi import complete
 from service.http.openapi_parts import error_responses
-from service.http.predict import Predictor, server_timing
+from service.http.predict import Predictor
 from service.http.problems import STATUSES, as_problem, problem_headers
 from service.http.schemas import (
     HealthOut,
