@@ -58,8 +58,17 @@ def test_the_date_of_a_new_second_is_not_that_of_the_last() -> None:
     assert preamble.of(200, [(b"date", b"then")]) == first.replace(b"now", b"then")
 
 
-@pytest.mark.parametrize("wrong", [("", [], False, 0), (b"", [(b"a",)], False, 0), (b"", [("a", b"")], False, 0),
-                                   (b"", (), False, 0), (b"", [], False, -1), (b"", [], False)])  # fmt: skip
+NONSENSE = [
+    ("", [], False, 0),
+    (b"", [(b"a",)], False, 0),
+    (b"", [("a", b"")], False, 0),
+    (b"", (), False, 0),
+    (b"", [], False, -1),
+    (b"", [], False),
+]
+
+
+@pytest.mark.parametrize("wrong", NONSENSE)
 def test_nonsense_is_refused(wrong: tuple[object, ...]) -> None:
     with pytest.raises((TypeError, OverflowError)):
         lines._lines.head(*wrong)
