@@ -53,6 +53,8 @@ def sources(package: Path) -> str:
     """
     digest = hashlib.sha256(EXTENSION_SUFFIXES[0].encode())
     for file in sorted(package.rglob("*.py")):
+        if not file.is_file():
+            continue  # such as an editor's lock, a link to nowhere
         digest.update(
             str(file.relative_to(package)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest()
         )

@@ -69,6 +69,11 @@ def test_a_changed_line_runs_at_once(compiled: Path) -> None:
     assert state_of(compiled) == ("out of date", ".py")
 
 
+def test_the_lock_of_an_editor_is_no_source(compiled: Path) -> None:
+    (compiled / "service" / ".#errors.py").symlink_to("somebody@somewhere.1:2")
+    assert state_of(compiled) == ("compiled", ".so")
+
+
 def test_it_can_be_switched_off(compiled: Path) -> None:
     assert state_of(compiled, INFERPOOL_COMPILED="0") == ("switched off", ".py")
 

@@ -98,7 +98,9 @@ class Exchange:
         try:
             self._predictor.admit(self._call)
         except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
-            self._fault = error  # the body may still come, and is of no interest
+            # The body may still come, and is of no interest. The traceback has this very exchange in it: a
+            # circle that would keep the head, which may be of 64 KiB, until the collector comes.
+            self._fault = error.with_traceback(None)
         if self._fault is not None:
             self._refuse(self._fault)
         elif self._body_complete:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from types import SimpleNamespace
 
 from service.http.exchange import Exchange
@@ -63,3 +65,19 @@ def test_a_refused_request_is_answered_once_however_late_its_body_comes() -> Non
     written, held = asyncio.run(refuse_and_go_on())
     assert [answer.split(b"\r\n")[0] for answer in written] == [b"HTTP/1.1 404 Not Found"]
     assert len(held) == 1
+
+
+def test_a_refused_request_is_gone_at_once() -> None:
+    """Its head may be of 64 KiB: thousands of them must not wait for the collector."""
+
+    async def refuse() -> weakref.ref[object]:
+        _written, held = await refuse_and_go_on()
+        known = weakref.ref(held[0]._connection.on_response_complete)
+        held.clear()  # which the connection knows
+        return known
+
+    gc.disable()
+    try:
+        assert asyncio.run(refuse())() is None
+    finally:
+        gc.enable()
