@@ -21,11 +21,15 @@ HOT_PATH = [
         "predict", "recorder", "served", "turn", "v2", "volley")),
     *(f"service/pool/{name}.py" for name in (
         "batch", "engine", "instance", "line", "pool", "ports", "profile", "queue")),
-    *(f"service/wire/{name}.py" for name in ("arrays", "binary", "document", "json", "numbers")),
+    *(f"service/wire/{name}.py" for name in ("document", "json", "numbers")),
     "service/metrics.py",
     "service/tensors.py",
 ]  # fmt: skip
-"""What every prediction goes through, but for classes that interpreted ones inherit from: C forbids that."""
+"""What every prediction goes through, but for two kinds of modules.
+
+Classes that interpreted ones inherit from: C forbids that. And loops over what may be millions of elements,
+in `wire`: interpreted they let other threads run now and then, compiled they would not.
+"""
 
 ROOT = Path(__file__).resolve().parent
 # By its path: the package's other modules need what is not installed here.
@@ -40,7 +44,7 @@ class Build(build_ext):
         super().run()
         package = ROOT / "service" if self.inplace or self.editable_mode else Path(self.build_lib) / "service"
         folder = package / COMPILED["FOLDER"]
-        if os.environ.get(COMPILED["SWITCH"]) == "0":
+        if COMPILED["is_off"]():
             shutil.rmtree(folder, ignore_errors=True)
         elif not is_sealed(folder):
             try:

@@ -55,7 +55,7 @@ install_extras() {
     "$VENV/bin/python" -m pip uninstall -qq --yes onnxruntime onnxruntime-gpu
     rm -f "$VENV/installed/cpu" "$VENV/installed/gpu"
   fi
-  say "Installing inferpool[$extras] into $VENV ..."
+  say "Installing inferpool[$extras] into $VENV; with packages to fetch and code to compile this takes minutes ..."
   (cd -- "$REPO" && "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]")
   mkdir -p "$VENV/installed"
   for extra in "$@"; do made_from >"$VENV/installed/$extra"; done

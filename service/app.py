@@ -135,8 +135,9 @@ class _Server(uvicorn.Server):
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        if HOT_PATH == "out of date":
-            log.info("the hot path runs interpreted: its sources have changed since it was compiled")
+        if HOT_PATH in ("out of date", "switched off"):
+            why = "its sources have changed since it was compiled" if HOT_PATH == "out of date" else HOT_PATH
+            log.info("the hot path runs interpreted: %s", why)
         elif HOT_PATH == "interpreted":
             log.warning("the hot path runs interpreted, more slowly: it was not compiled at installation")
         if not numbers.AVAILABLE:

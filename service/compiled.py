@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Final, Literal
 
 SWITCH: Final = "INFERPOOL_COMPILED"
-"""The environment variable that, with the value 0, keeps them from being used, and from being made."""
+"""The environment variable that, where it is 0 (false, no, off), keeps them from being used, or made."""
 FOLDER: Final = "_compiled"
 SEAL: Final = "sources"
 """The file, beside the modules, with what `sources` was for the package that they were made of."""
@@ -61,6 +61,11 @@ def sources(package: Path) -> str:
     return digest.hexdigest()
 
 
+def is_off() -> bool:
+    """Whether the environment says that compiled modules are not wanted."""
+    return os.environ.get(SWITCH, "").lower() in ("0", "false", "no", "off")
+
+
 def use(package: Path) -> State:
     """Have imports take the compiled modules of `package` from here on, if there are any of its sources."""
     folder = package / FOLDER
@@ -68,7 +73,7 @@ def use(package: Path) -> State:
         seal = (folder / SEAL).read_text()
     except OSError:
         return "interpreted"
-    if os.environ.get(SWITCH) == "0":
+    if is_off():
         return "switched off"
     if seal != sources(package):
         return "out of date"

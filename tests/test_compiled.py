@@ -74,8 +74,9 @@ def test_the_lock_of_an_editor_is_no_source(compiled: Path) -> None:
     assert state_of(compiled) == ("compiled", ".so")
 
 
-def test_it_can_be_switched_off(compiled: Path) -> None:
-    assert state_of(compiled, INFERPOOL_COMPILED="0") == ("switched off", ".py")
+@pytest.mark.parametrize("value", ["0", "false", "No", "OFF"])
+def test_it_can_be_switched_off(compiled: Path, value: str) -> None:
+    assert state_of(compiled, INFERPOOL_COMPILED=value) == ("switched off", ".py")
 
 
 def test_without_it_everything_runs_interpreted(copy: Path) -> None:

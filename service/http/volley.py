@@ -50,7 +50,10 @@ class Volley:
         if not shots:
             return
         self._sockets, self._bodies, self._shots = [], [], []
-        taken = [0] if len(shots) == 1 else _volley.send_all(sockets, bodies)
+        try:
+            taken = [0] if len(shots) == 1 else _volley.send_all(sockets, bodies)
+        except MemoryError:
+            taken = [0] * len(shots)  # each by itself, then
         for shot, body, size in zip(shots, bodies, taken, strict=True):
             try:
                 shot.sent(body[size:])

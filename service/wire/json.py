@@ -77,8 +77,8 @@ class PredictRequest:
             self._inputs = fields["inputs"]
             return
         if not fields.keys() <= _KNOWN:
-            unknown = [key for key in fields if key not in _FIELDS]
-            raise _unknown_field("the body", "", unknown[0], _FIELDS)
+            unknown = next(key for key in fields if key not in _FIELDS)
+            raise _unknown_field("the body", "", unknown, _FIELDS)
         self.model = _text(fields, "model")
         self.version = _version(fields.get("version"))
         self.id = _text(fields, "id")

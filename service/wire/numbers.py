@@ -29,6 +29,8 @@ _MARK: Final = secrets.token_hex(8)
 _MARK_BYTES: Final = _MARK.encode()
 _BARE: Final = frozenset(text % _MARK_BYTES for text in (b'{"inputs":["%s0"]}', b'{"inputs": ["%s0"]}'))
 """What is left of the commonest bodies: there is nothing to be read in it."""
+_MOST_REST: Final = 2**20
+"""Where more than this is left, numbers are not what the body is about, and to put them back takes long."""
 _NOT_NUMBERS: Final = frozenset(("BF16", "BOOL", "BYTES"))
 _SINGLE: Final = np.dtype(np.float32)
 _MANY: Final = 64 * 1024
@@ -162,6 +164,8 @@ def open_document(body: bytes) -> NumbersDocument | None:
     if found is None:
         return None
     rest, memory, lists = found
+    if len(rest) > _MOST_REST:
+        return None
     numbers = [Numbers(memory, *known) for known in lists]
     if rest in _BARE:
         return NumbersDocument({"inputs": numbers[0]})

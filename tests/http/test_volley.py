@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +90,16 @@ def test_a_client_that_has_gone_costs_the_others_nothing(pairs: list[Pair]) -> N
     fire(pairs, [b"a", b"b", b"c"], shots)
     assert [shot.left for shot in shots] == [b"a", b"", b""]
     assert pairs[2][1].recv(100) == b"c"
+
+
+def test_without_memory_each_is_written_by_itself(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(sockets: list[int], bodies: list[bytes]) -> list[int]:
+        raise MemoryError
+
+    monkeypatch.setattr(volley, "_volley", SimpleNamespace(send_all=exhausted))
+    shots = [Shot(), Shot(), Shot()]
+    fire(pairs, [b"a", b"b", b"c"], shots)
+    assert [shot.left for shot in shots] == [b"a", b"b", b"c"]
 
 
 def test_a_single_answer_goes_by_its_transport(pairs: list[Pair]) -> None:

@@ -127,6 +127,15 @@ class TestBody:
         assert numbers.open_document(f'{{"inputs":["a",{lists}]}}'.encode()) is not None
         assert numbers.open_document(f'{{"inputs":["a",{lists},[1]]}}'.encode()) is None
 
+    def test_what_is_mostly_no_numbers_is_read_the_plain_way(self):
+        """To put the lists back into a megabyte of other things would take longer, and in one go."""
+        for text, taken in (("x" * 1000, True), ("x" * 2**20, False)):
+            body = orjson.dumps({"inputs": {"x": [[1.5, 2]]}, "id": text})
+            assert (numbers.open_document(body) is not None) is taken
+            assert outcome(body, any_shape("FP32", 2), "numbers") == outcome(
+                body, any_shape("FP32", 2), "orjson"
+            )
+
     def test_a_string_that_looks_like_a_mark_is_a_string(self):
         document = numbers.open_document(b'{"model":["0123456789abcdef0"],"inputs":[1]}')
         assert document is not None
