@@ -178,8 +178,11 @@ def index_of(place: int, shape: Sequence[int]) -> list[int]:
     return index[::-1]
 
 
-def out_of_range(spec: TensorSpec, index: list[int], value: float) -> InvalidInput:
-    """The error for a number that the datatype of `spec` cannot hold."""
+def out_of_range(spec: TensorSpec, index: list[int], value: object) -> InvalidInput:
+    """The error for a number that the datatype of `spec` cannot hold.
+
+    Compiled, a `float` would make a float of an integer, and it would not be named as it was sent.
+    """
     limits = np.finfo(spec.dtype) if spec.datatype in FLOATS else np.iinfo(spec.dtype)
     got = value_text(value)
     return InvalidInput(

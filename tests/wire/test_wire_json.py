@@ -184,6 +184,12 @@ class TestNumbers:
             assert error.members["index"] == [count]
             assert "out of the range" in error.detail
 
+    @pytest.mark.parametrize("number", ["300", "-1", "9007199254740993"])
+    def test_an_integer_beyond_the_range_is_named_as_it_was_sent(self, number: str) -> None:
+        error = refusal(f"[0, {number}]", "UINT8")
+        assert error.members["value"] == number
+        assert f"is {number}, out of the range" in error.detail
+
     def test_a_float_is_rounded_to_the_nearest(self) -> None:
         assert tensor_of("[0.1, 16777217, 1e-50]", "FP32", 1).tolist() == [
             struct.unpack("f", struct.pack("f", 0.1))[0],
