@@ -154,8 +154,7 @@ class Predictor:
         self._served: dict[VersionKey, Served] = {}
         self._tallies: dict[VersionKey, Tally] = {}
         # What requests have meant by their paths, as long as the catalog's models are the same.
-        self._models: Mapping[str, ModelView] = {}
-        self._found: dict[tuple[str, str | None], Served] = {}
+        self._found = _Found({})
         # Of their own, so that nothing else waits for a long text to be encoded.
         self._text_bytes = 0
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
@@ -488,13 +487,15 @@ class Predictor:
 
     def _find(self, model: str, version: str | None) -> Served:
         models = self._catalog.models()
-        if models is not self._models or len(self._found) >= MOST_FOUND:
-            self._models = models
-            self._found.clear()
+        # Held on to: threads that read bodies come here too, and what one finds must not be put
+        # among what another has found in later models.
+        found = self._found
+        if models is not found.models or len(found.served) >= MOST_FOUND:
+            found = self._found = _Found(models)
         named = (model, version)
-        served = self._found.get(named)
+        served = found.served.get(named)
         if served is None:
-            served = self._found[named] = self._look_up(model, version)
+            served = found.served[named] = self._look_up(model, version)
         return served
 
     def _look_up(self, model: str, version: str | None) -> Served:
@@ -504,6 +505,16 @@ class Predictor:
             tally = self._tallies.setdefault(view.key, Tally())
             served = self._served[view.key] = Served(view, self._metrics, tally)
         return served
+
+
+class _Found:
+    """What requests have meant by their paths while the catalog's models were `models`."""
+
+    __slots__ = ("models", "served")
+
+    def __init__(self, models: Mapping[str, ModelView]) -> None:
+        self.models = models
+        self.served: dict[tuple[str, str | None], Served] = {}
 
 
 def _whole(entry_id: int, parts: Sequence[Part]) -> Entry:
