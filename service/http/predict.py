@@ -58,7 +58,7 @@ TEXT_THREADS: Final = 2
 JSON_THREADS: Final = min(8, max(2, os.cpu_count() or 1))
 """Threads that read long JSON: not those that write `/metrics`."""
 MOST_FOUND: Final = 256
-"""Ways of naming a version that are remembered: a number may have any zeros before it."""
+"""Ways of naming a version that are remembered: by its number, its labels, or not at all."""
 _UNPACKED: Final = ("application/x-npz", "multipart/form-data")
 _MIN_GZIP_BYTES: Final = 1024
 """Smaller answers fit a packet or two as they are."""
