@@ -47,7 +47,12 @@ def compiled(copy: Path) -> Path:
     if not (ROOT / "service" / "_compiled").exists():
         assert "CI" not in os.environ, "CI has a compiler"
         pytest.skip("the project was installed without a C compiler, or with INFERPOOL_COMPILED=0")
-    assert state_of(copy, INFERPOOL_COMPILED="1") == ("compiled", ".so"), "install again: scripts/serve does"
+    state = state_of(copy)
+    if state[0] == "out of date" and "CI" not in os.environ:
+        pytest.skip(
+            "the sources have changed since the hot path was compiled: scripts/serve compiles it anew"
+        )
+    assert state == ("compiled", ".so")
     return copy
 
 
