@@ -17,8 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 HOT_PATH = [
     *(f"service/http/{name}.py" for name in (
-        "bodies", "dialect", "exchange", "head", "heads", "intake", "native", "lines", "outlet",
-        "predict", "recorder", "served", "turn", "v2", "volley")),
+        "bodies", "dialect", "exchange", "head", "heads", "intake", "link", "lines", "muster", "native",
+        "outlet", "predict", "recorder", "served", "turn", "v2", "volley")),
     *(f"service/pool/{name}.py" for name in (
         "batch", "engine", "instance", "line", "pool", "ports", "profile", "queue")),
     *(f"service/wire/{name}.py" for name in ("document", "json", "numbers")),
@@ -115,6 +115,6 @@ setup(
         # Without them the package does the same, but while large bodies are read nothing else runs.
         Extension(f"service.{name}", [f"service/{name.replace('.', '/')}.c"],
                   extra_compile_args=["-O3", "-std=c11"], optional=True)
-        for name in ("http._lines", "http._volley", "wire._numbers")
+        for name in ("http._lines", "http._muster", "http._volley", "wire._numbers")
     ],
 )  # fmt: skip

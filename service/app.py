@@ -21,6 +21,7 @@ from service import HOT_PATH, __version__
 from service.backends.base import backend_names, find_backend
 from service.devices import CPU, cuda_driver
 from service.errors import ConfigError, LoadError
+from service.http.muster import Muster
 from service.http.outlet import Outlet
 from service.http.predict import Predictor
 from service.http.protocol import PredictProtocol
@@ -70,8 +71,9 @@ def serve(path: Path, settings: Settings, lines: LineHandler) -> int:
         in_flight_bytes=settings.in_flight_bytes,
         recorder=Recorder(access, spans),
     )
+    muster = Muster()
     config = uvicorn.Config(
-        make_application(repository, predictor, metrics),
+        make_application(repository, predictor, muster, metrics),
         # Named, not "auto": without them every request costs four times as much, and silently.
         http=PredictProtocol,
         loop="uvloop",
@@ -87,7 +89,14 @@ def serve(path: Path, settings: Settings, lines: LineHandler) -> int:
     )
     with _listen(settings.host, settings.port) as listener:
         server = _Server(
-            config, repository, predictor, outlet, metrics, settings.drain_settle_s, settings.drain_timeout_s
+            config,
+            repository,
+            predictor,
+            outlet,
+            muster,
+            metrics,
+            settings.drain_settle_s,
+            settings.drain_timeout_s,
         )
         server.run(sockets=[listener])
     if spans is not None:
@@ -111,6 +120,7 @@ class _Server(uvicorn.Server):
         repository: Repository,
         predictor: Predictor,
         outlet: Outlet,
+        muster: Muster,
         metrics: Metrics,
         drain_settle_s: float,
         drain_timeout_s: float,
@@ -120,6 +130,7 @@ class _Server(uvicorn.Server):
         self._repository = repository
         self._predictor = predictor
         self._outlet = outlet
+        self._muster = muster
         self._metrics = metrics
         self._drain_settle_s = drain_settle_s
         self._drain_timeout_s = drain_timeout_s
@@ -144,6 +155,7 @@ class _Server(uvicorn.Server):
             log.warning("large JSON holds up other requests: Inferpool was installed without a C compiler")
         self._repository.start(self._loaded)
         await super().serve(sockets)
+        self._muster.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second stops at once."""

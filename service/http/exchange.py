@@ -6,55 +6,19 @@ into place.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import Executor
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from service.errors import DeadlineExceeded, InferpoolError
 from service.http.dialect import Data
 from service.http.filling import LEAST_FILLED
-from service.http.heads import KnownHead
 from service.http.intake import Intake
 from service.http.lines import answer_head
-from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
+from service.http.link import Link
+from service.http.predict import HEAVY_BYTES, Answer, Call, compressed
 from service.pool.ports import Result
 
 _JOINED_BYTES: Final = 64 * 1024
 """An answer up to this size is written with its head, in one piece."""
-
-
-class Connection(Protocol):
-    """What an exchange needs of the connection that it is on.
-
-    Attributes:
-        descriptor: its socket, where what is written there goes to the client as it is; else -1.
-    """
-
-    predictor: Predictor
-    loop: asyncio.AbstractEventLoop
-    transport: asyncio.Transport
-    flow: Any
-    server_state: Any
-    descriptor: int
-
-    def follows(self) -> bool:
-        """Whether another request stands behind the one that is being answered."""
-
-    def on_response_complete(self) -> None:
-        """The answer is with the transport."""
-
-    def hold(self, exchange: Exchange) -> None:
-        """Answer nothing more until the client has read what there is, then call `exchange.complete`."""
-
-    def run_aside(
-        self,
-        function: Callable[..., Any],
-        *arguments: Any,
-        then: Callable[[Any], None],
-        threads: Executor | None = None,
-    ) -> None:
-        """Call `function` in another thread, and `then` with what it returned or raised."""
 
 
 class Exchange:
@@ -65,20 +29,20 @@ class Exchange:
     """
 
     __slots__ = (
-        "_body_complete", "_call", "_connection", "_entered", "_fault", "_intake", "_predictor", "_started",
+        "_body_complete", "_call", "_entered", "_fault", "_intake", "_link", "_predictor", "_started",
         "_waits_for_100", "disconnected", "keep_alive", "message_event", "response_complete",
     )  # fmt: skip
 
     def __init__(
         self,
-        connection: Connection,
+        link: Link,
         call: Call,
         keep_alive: bool,
         expects_100: bool,
         fault: Exception | None = None,
     ) -> None:
-        self._connection = connection
-        self._predictor = connection.predictor
+        self._link = link
+        self._predictor = link.predictor
         self._call = call
         self._intake: Intake | None = None
         self._started = self._entered = self._body_complete = False
@@ -106,7 +70,7 @@ class Exchange:
         elif self._body_complete:
             self._read()
         elif self._waits_for_100:
-            self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._link.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def take(self, chunk: bytes) -> None:
         """The next chunk of the body; ignored where the request is refused already."""
@@ -192,8 +156,8 @@ class Exchange:
         self.response_complete = True
         self._leave()
         if not self.keep_alive:
-            self._connection.transport.close()
-        self._connection.on_response_complete()
+            self._link.transport.close()
+        self._link.completed()
 
     def _read(self) -> None:
         intake, self._intake = self._intake, None
@@ -204,7 +168,7 @@ class Exchange:
         try:
             if predictor.is_heavy(call, data):
                 threads = predictor.set_aside(call, len(data), self._expire)
-                self._connection.run_aside(predictor.read, call, data, then=self._read_aside, threads=threads)
+                self._link.run_aside(predictor.read, call, data, then=self._read_aside, threads=threads)
                 return
             tensors = predictor.read(call, data)
         except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
@@ -212,7 +176,7 @@ class Exchange:
             return
         # Not at once, but when every connection that has something to read has been read: the requests
         # of one round of the loop are offered together, so that an idle instance takes them together.
-        predictor.turn.at_end(self._connection.loop, self._offer, tensors)
+        predictor.turn.at_end(self._link.loop, self._offer, tensors)
 
     def _expire(self) -> None:
         self._refuse(DeadlineExceeded("the deadline passed before the body was read"))
@@ -244,7 +208,7 @@ class Exchange:
         if not answer.compressible:
             self._write(answer)
         elif answer.size > HEAVY_BYTES:
-            self._connection.run_aside(compressed, answer, then=self._packed)
+            self._link.run_aside(compressed, answer, then=self._packed)
         else:
             self._write(compressed(answer))
 
@@ -259,39 +223,39 @@ class Exchange:
         self._write(self._predictor.refusal(self._call, error))
 
     def _write(self, answer: Answer) -> None:
-        connection = self._connection
-        if self.disconnected or connection.transport.is_closing():
+        link = self._link
+        if self.disconnected or link.transport.is_closing():
             self.lose()
             return
-        if self._predictor.parting and not connection.follows():
+        if self._predictor.parting and not link.follows():
             self.keep_alive = False
-        opening = self._predictor.preamble.of(answer.status, connection.server_state.default_headers)
+        opening = self._predictor.preamble.of(answer.status, link.headers())
         head = answer_head(opening, answer.headers, not self.keep_alive, answer.size)
         if answer.size > _JOINED_BYTES:
-            connection.transport.write(head)
+            link.transport.write(head)
             for part in answer.parts:
-                connection.transport.write(part)
+                link.transport.write(part)
             self._written()
             return
         whole = b"".join((head, *answer.parts))
         volley = self._predictor.volley
-        if volley.loading and connection.descriptor >= 0 and not connection.transport.get_write_buffer_size():
-            volley.add(connection.descriptor, whole, self)
+        if volley.loading and link.descriptor >= 0 and not link.transport.get_write_buffer_size():
+            volley.add(link.descriptor, whole, self)
         else:
             self.sent(whole)
 
     def sent(self, left: bytes) -> None:
         """The answer is on its way, but for what is `left` of it."""
         if left:
-            self._connection.transport.write(left)
+            self._link.transport.write(left)
         self._written()
 
     def _written(self) -> None:
-        connection = self._connection
+        link = self._link
         self._predictor.answered(self._call)
-        if connection.flow.write_paused:
-            self._predictor.keep(self._call, connection.transport.get_write_buffer_size())
-            connection.hold(self)
+        if link.write_paused:
+            self._predictor.keep(self._call, link.transport.get_write_buffer_size())
+            link.hold(self)
         else:
             self.complete()
 
@@ -304,10 +268,27 @@ class Exchange:
             self._predictor.answered(self._call)
 
 
-def known_exchange(connection: Connection, known: KnownHead) -> Exchange:
-    """The exchange for a request whose head is known: made here, for here it is compiled."""
-    call = Call(known.dialect, known.head, connection.predictor.clock())
-    return Exchange(connection, call, keep_alive=True, expects_100=False)
+def answer_known(link: Link, data: bytes, now: float) -> bool:
+    """Answer the request `data`, which has come at `now`, if it is a whole one whose head is known.
+
+    False where it is not, or where it is not its turn: that is the parser's then.
+    """
+    before = link.cycle
+    if not link.between or (before is not None and not before.response_complete):
+        return False
+    predictor = link.predictor
+    found = predictor.heads.find(data)
+    if found is None:
+        return False
+    known, body = found
+    link.heard = now
+    link.idle_since = None
+    link.quiet_bytes = 0
+    call = Call(known.dialect, known.head, predictor.clock())
+    exchange = Exchange(link, call, keep_alive=True, expects_100=False)
+    link.cycle = link.answered = exchange
+    exchange.run(body)
+    return True
 
 
 class _NeverAwaited:

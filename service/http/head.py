@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -11,15 +10,39 @@ from typing import Final
 from service.errors import InvalidInput, MalformedBody
 from service.tracing import Trace, read_traceparent
 
-_PREFIX: Final = os.urandom(4).hex()
-_serial = itertools.count(1)
+_HEX: Final = [f"{byte:02x}" for byte in range(256)]
 # What may come back in a header and stand in a log line: visible ASCII, of a sane length.
 _SAFE_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
+class _Ids:
+    """Random digits, the same for one server, before a number that counts on; for the event loop alone.
+
+    All but the last two digits are the same for 256 ids, and only put together as often.
+    """
+
+    __slots__ = ("_next", "_prefix", "_stem")
+
+    def __init__(self) -> None:
+        self._prefix = os.urandom(4).hex()
+        self._next = 0
+        self._stem = ""
+
+    def new(self) -> str:
+        serial = self._next
+        self._next = serial + 1
+        last = serial & 255
+        if last == 0:
+            self._stem = f"{self._prefix}{serial >> 8:06x}"
+        return self._stem + _HEX[last]
+
+
+_ids: Final = _Ids()
+
+
 def new_request_id() -> str:
     """An id that no other request of this server has, nor is likely to have of any other."""
-    return f"{_PREFIX}{next(_serial):08x}"
+    return _ids.new()
 
 
 def given_request_id(value: bytes | None) -> str | None:
@@ -103,6 +126,19 @@ class Head:
                 self.timeout_text = value
             elif name == b"traceparent":
                 self.trace = read_traceparent(value)
+
+    def with_length(self, content_length: int) -> Head:
+        """The same, of a request that is neither named nor traced, for a body of `content_length` bytes."""
+        head = Head(self.model, self.version, ())
+        head.content_type = self.content_type
+        head.content_type_parameters = self.content_type_parameters
+        head.content_encoding = self.content_encoding
+        head.content_length = content_length
+        head.accept = self.accept
+        head.accept_encoding = self.accept_encoding
+        head.header_length = self.header_length
+        head.timeout_text = self.timeout_text
+        return head
 
     def timeout_ms(self) -> float | None:
         """The number in `X-Timeout-Ms`; raises InvalidInput if it is none that is above 0."""

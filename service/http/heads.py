@@ -1,12 +1,13 @@
 """Heads of predict requests that have been read before, found again by their bytes.
 
-A client sends the same head over and over: only the body differs. Such a head needs no parser and no new
-`Head`. What is learned was read by the parser, and is only used where the same bytes stand at the same
-place: at the front of what came in, with the whole body, and no more, behind them.
+A client sends the same head over and over: only the body differs, and with it its length. Such a head needs
+no parser and no new `Head`. What is learned was read by the parser, and is only used where the same bytes
+stand at the same place: at the front of what came in, with the whole body, and no more, behind them.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Final, NamedTuple
 
 from service.http.dialect import Dialect
@@ -18,6 +19,7 @@ MOST_HEAD_BYTES: Final = 1024
 """Longer heads are not kept: with as many as there may be, they would take memory."""
 
 _END: Final = b"\r\n\r\n"
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,9})\r\n", re.IGNORECASE)
 
 
 class KnownHead(NamedTuple):
@@ -33,11 +35,14 @@ class Heads:
 
     def __init__(self) -> None:
         self._known: dict[bytes, KnownHead] = {}
+        # The same without the digits of their lengths. There is one such field in a head that a parser takes.
+        self._shapes: dict[bytes, KnownHead] = {}
 
     def find(self, data: bytes) -> tuple[KnownHead, bytes] | None:
         """The head and the body in `data`, if they are one whole request whose head is known."""
         end = data.find(_END) + 4
-        known = self._known.get(data[:end])
+        head = data[:end]
+        known = self._known.get(head) or self._find_shape(head)
         return (known, data[end:]) if known is not None and len(data) - end == known.body_bytes else None
 
     def learn(self, data: bytes, body: bytes, dialect: Dialect, head: Head) -> None:
@@ -56,6 +61,26 @@ class Heads:
             and data.find(_END) + 4 == end
             and data.endswith(body)
         ):
-            if len(self._known) >= MOST_HEADS:
-                self._known.clear()
-            self._known[data[:end]] = KnownHead(dialect, head, len(body))
+            known = KnownHead(dialect, head, len(body))
+            _keep(self._known, data[:end], known)
+            length = _LENGTH.search(data, 0, end)
+            if length is not None:
+                _keep(self._shapes, data[: length.start(1)] + data[length.end(1) : end], known)
+
+    def _find_shape(self, head: bytes) -> KnownHead | None:
+        length = _LENGTH.search(head)
+        if length is None:
+            return None
+        alike = self._shapes.get(head[: length.start(1)] + head[length.end(1) :])
+        if alike is None:
+            return None
+        size = int(length[1])
+        known = KnownHead(alike.dialect, alike.head.with_length(size), size)
+        _keep(self._known, head, known)
+        return known
+
+
+def _keep(heads: dict[bytes, KnownHead], key: bytes, known: KnownHead) -> None:
+    if len(heads) >= MOST_HEADS:
+        heads.clear()
+    heads[key] = known

@@ -15,14 +15,18 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, Final, cast
 
+import uvicorn
 from httptools import HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from service.errors import InternalError, MalformedBody, TooSlow
-from service.http.exchange import Exchange, known_exchange
+from service.http.exchange import Exchange, answer_known
 from service.http.filling import Filling
 from service.http.head import Head
 from service.http.lane import FOLLOWS, find_dialect
+from service.http.link import Link
+from service.http.muster import Muster
 from service.http.pace import LEAST_BYTES, STALLED_S, Arrival
 from service.http.predict import Call, Predictor
 
@@ -42,69 +46,80 @@ _TOO_SLOW: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnec
 class PredictProtocol(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        application: Any = self.app
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        application: Any = config.loaded_app
         self.predictor: Predictor = application.predictor
-        self.descriptor = -1
-        self._between = True
-        self._within_head = False
-        # The request that is being answered; `cycle` is the last that has come.
-        self._answered: Any = None
+        # First, for uvicorn sets its `cycle`.
+        self.link = Link(self, self.predictor, _loop or asyncio.get_running_loop(), server_state)
+        super().__init__(config, server_state, app_state, _loop)
+        self._muster: Muster = application.muster
         self._bodies: list[bytes] = []
-        self._idle_since: float | None = None
-        self._heard = 0.0
         self._arrival = Arrival()
         self._filling: Filling | None = None
         self._idle_check: asyncio.TimerHandle | None = None
         self._progress = False
-        self._quiet_bytes = 0
         self._upgraded = False
         self._undrained: Exchange | None = None
         self._stall: asyncio.TimerHandle | None = None
+
+    @property
+    def cycle(self) -> Any:
+        """The last request that has come; it is uvicorn that gives it this name."""
+        return self.link.cycle
+
+    @cycle.setter
+    def cycle(self, cycle: Any) -> None:
+        self.link.cycle = cycle
 
     # From the transport.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: a request is to follow as soon as on a connection that is kept."""
         super().connection_made(transport)
-        if transport.get_extra_info("sslcontext") is None:
-            self.descriptor = transport.get_extra_info("socket").fileno()
-        self._idle_since = self.loop.time()
+        self.link.made(transport, self.flow, self.pipeline)
         self._idle_check = self.loop.call_later(self.timeout_keep_alive, self._check_idle)
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, which calls back below."""
+        """Answer a request whose head is known; feed all else to the parser, which calls back below."""
         if self._upgraded:
             return  # the parser stopped at the head, so what follows cannot be told apart from a request
-        self._heard = self.loop.time()
-        starts = self._between and (self.cycle is None or self.cycle.response_complete)
-        if starts and (found := self.predictor.heads.find(data)) is not None:
-            known, body = found
-            self._idle_since = None
-            self._quiet_bytes = 0
-            exchange = known_exchange(self, known)
-            self.cycle = self._answered = exchange  # type: ignore[assignment]
-            exchange.run(body)
+        link = self.link
+        now = self.loop.time()
+        if answer_known(link, data, now):
+            self._muster.join(link, len(data))
             return
+        link.heard = now
+        starts = link.between and (link.cycle is None or link.cycle.response_complete)
         self._arrival.size += len(data)
         self._bodies.clear()
         self._progress = False
         super().data_received(data)
-        cycle: Any = self.cycle
+        cycle = link.cycle
         if isinstance(cycle, Exchange):
-            if self._between:
+            if link.between:
                 if starts and len(self._bodies) == 1:
                     cycle.teach(data, self._bodies[0])
-            elif not self._within_head and (room := cycle.room()) is not None:
-                self._quiet_bytes = 0
+            elif not link.within_head and (room := cycle.room()) is not None:
+                link.quiet_bytes = 0
                 self._fill(room)
                 return
         # Bytes that complete neither a head nor a piece of a body are those of a head, or of trailers.
-        self._quiet_bytes = 0 if self._progress else self._quiet_bytes + len(data)
-        if self._quiet_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
+        link.quiet_bytes = 0 if self._progress else link.quiet_bytes + len(data)
+        if link.quiet_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
             self.transport.write(_TOO_LARGE_HEAD)
             self.transport.close()
+
+    def mustered(self, data: bytes) -> None:
+        """The muster has read what is no request whose head is known."""
+        self.data_received(data)
+        if not self.link.between or self.flow.read_paused:
+            self._muster.leave(self.link)
 
     def _fill(self, room: memoryview) -> None:
         if self._filling is None:
@@ -114,9 +129,9 @@ class PredictProtocol(HttpToolsProtocol):
 
     def came(self, size: int) -> None:
         """Bytes of a large body are in their place."""
-        self._heard = self.loop.time()
+        self.link.heard = self.loop.time()
         self._arrival.size += size
-        self._idle_since = None
+        self.link.idle_since = None
         if not cast("Exchange", self.cycle).came(size) and self._filling is not None:
             self._filling.throw_away()
 
@@ -124,12 +139,13 @@ class PredictProtocol(HttpToolsProtocol):
         """A large body is complete: what comes next is for a parser that knows nothing of it."""
         self.parser = HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
-        self._between = True
+        self.link.between = True
         cast("Exchange", self.cycle).taken()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of the request that is being answered, and of those behind it."""
-        answered = self._answered
+        self._muster.leave(self.link)
+        answered = self.link.answered
         if answered is not None and not answered.response_complete:
             # Its answer goes nowhere from here on: nothing can be written to what is closed.
             answered.disconnected = True
@@ -144,17 +160,20 @@ class PredictProtocol(HttpToolsProtocol):
                 exchange.lose()
         self.pipeline.clear()
         # What refers to itself in a circle stays until the collector comes, and with it its body.
-        self.cycle = self._answered = self._filling = None  # type: ignore[assignment]
+        self._filling = None
+        self.link.lose()
 
     def pause_writing(self) -> None:
         """The client does not read; what the application answers waits for it where it is."""
         super().pause_writing()
-        if not isinstance(self._answered, Exchange):
+        self.link.write_paused = True
+        if not isinstance(self.link.answered, Exchange):
             self._watch(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         """The client reads again: the next request on the connection may be answered."""
         super().resume_writing()
+        self.link.write_paused = False
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
@@ -166,10 +185,10 @@ class PredictProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins; what only the application needs is made when it gets the request."""
-        self._between = False
-        self._within_head = True
-        self._idle_since = None
-        self._arrival.begin(self._heard)
+        self.link.between = False
+        self.link.within_head = True
+        self.link.idle_since = None
+        self._arrival.begin(self.link.heard)
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -177,7 +196,7 @@ class PredictProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Decide which way the request goes."""
         self._progress = True
-        self._within_head = False
+        self.link.within_head = False
         self._upgraded = self.parser.should_upgrade()
         exchange = self._exchange()
         if exchange is None:
@@ -188,9 +207,9 @@ class PredictProtocol(HttpToolsProtocol):
             super().on_headers_complete()
             return
         before: Any = self.cycle
-        self.cycle = exchange  # type: ignore[assignment]
+        self.cycle = exchange
         if before is None or before.response_complete:
-            self._answered = exchange
+            self.link.answered = exchange
             exchange.start()
         else:
             self.flow.pause_reading()
@@ -208,7 +227,7 @@ class PredictProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is there, all of it."""
-        self._between = self._progress = True
+        self.link.between = self._progress = True
         cycle: Any = self.cycle
         if isinstance(cycle, Exchange):
             cycle.taken()
@@ -216,24 +235,16 @@ class PredictProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The next request on the connection may have its turn; where there is none, it is idle.
+        """The answer of a cycle of uvicorn's is with the transport."""
+        self.link.completed()
 
-        One timer watches a connection for as long as it is there: one more for each of its requests would
-        cost as much as reading their bodies.
-        """
-        self._answered = None
-        if self.pipeline:
-            super().on_response_complete()
-            return
-        self.server_state.total_requests += 1
-        if not self.transport.is_closing():
-            if self.flow.read_paused:
-                self.flow.resume_reading()
-            self._idle_since = self.loop.time()
+    def next_exchange(self) -> None:
+        """The next request on the connection has its turn."""
+        super().on_response_complete()
 
     def _unset_keepalive_if_required(self) -> None:
-        if not self._between:  # empty lines before a request are nothing of it
-            self._idle_since = None
+        if not self.link.between:  # empty lines before a request are nothing of it
+            self.link.idle_since = None
 
     def _check_idle(self) -> None:
         """Hang up where nothing has come for the time that a connection is kept, or too little of a request.
@@ -241,10 +252,10 @@ class PredictProtocol(HttpToolsProtocol):
         That holds between requests, and within one: a client that stands still in the middle of a head or a
         body, or sends it in drops, and is not held up from here, holds a connection and what it has sent.
         """
-        running = self._between and self.cycle is not None and not self.cycle.response_complete
-        since = self._idle_since
+        running = self.link.between and self.cycle is not None and not self.cycle.response_complete
+        since = self.link.idle_since
         if since is None and not running and not self.flow.read_paused:
-            since = self._heard
+            since = self.link.heard
         left_s = float(self.timeout_keep_alive)
         if since is not None:
             left_s += since - self.loop.time()
@@ -253,18 +264,18 @@ class PredictProtocol(HttpToolsProtocol):
             self._idle_check = self.loop.call_later(min(left_s, arrival_s), self._check_idle)
         elif left_s > 0:
             self._refuse_slow()
-        elif self._between:
+        elif self.link.between:
             self.timeout_keep_alive_handler()
         else:
             self.transport.abort()
 
     def _arrival_left_s(self) -> float:
         """Seconds that the request which is coming in may take until the next look at its pace."""
-        if self._between:
+        if self.link.between:
             return math.inf
         now = self.loop.time()
-        arriving = None if self._within_head else self.cycle
-        if self.flow.read_paused or self._answered not in (None, arriving):
+        arriving = None if self.link.within_head else self.cycle
+        if self.flow.read_paused or self.link.answered not in (None, arriving):
             # It is held up from here, or not its turn: the one before it is answered whatever becomes of it.
             self._arrival.begin(now)
         return self._arrival.left_s(now)
@@ -272,8 +283,8 @@ class PredictProtocol(HttpToolsProtocol):
     def _refuse_slow(self) -> None:
         """Hang up on a request that comes too slowly, and say so where nothing else has been answered."""
         cycle: Any = self.cycle
-        if self._within_head or not isinstance(cycle, Exchange):
-            if self._within_head or not cycle.response_started:
+        if self.link.within_head or not isinstance(cycle, Exchange):
+            if self.link.within_head or not cycle.response_started:
                 self.transport.write(_TOO_SLOW)
                 self.transport.close()
                 return
@@ -282,18 +293,14 @@ class PredictProtocol(HttpToolsProtocol):
             return
         self.transport.abort()
 
-    def follows(self) -> bool:
-        """Whether another request, or the beginning of one, stands behind the one that is being answered."""
-        return bool(self.pipeline) or self._within_head
-
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        self._answered = cycle
+        self.link.answered = cycle
         self._arrival.begin(self.loop.time())
         if isinstance(cycle, Exchange):
             # Not from within the end of the one before: a long pipeline would be as deep a recursion.
             self.loop.call_soon(cycle.start)
         else:
-            cycle.scope["state"][FOLLOWS] = self.follows
+            cycle.scope["state"][FOLLOWS] = self.link.follows
             if self._upgraded:
                 cycle.keep_alive = False
             super()._start_asgi_task(cycle, app)
@@ -313,8 +320,10 @@ class PredictProtocol(HttpToolsProtocol):
         call = Call(dialect, Head(*target, self.headers), self.predictor.clock())
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         if self._upgraded:
-            return Exchange(self, call, keep_alive=False, expects_100=False, fault=MalformedBody(_UPGRADE))
-        return Exchange(self, call, keep_alive, self.expect_100_continue)
+            return Exchange(
+                self.link, call, keep_alive=False, expects_100=False, fault=MalformedBody(_UPGRADE)
+            )
+        return Exchange(self.link, call, keep_alive, self.expect_100_continue)
 
     def hold(self, exchange: Exchange) -> None:
         """Answer nothing more on this connection until the client has read what there is."""

@@ -22,6 +22,7 @@ from service.http.docs import add_docs
 from service.http.head import request_id_from
 from service.http.lane import Message, Receive, Scope, Send, find_dialect, is_last, serve_predict
 from service.http.lines import server_timing
+from service.http.muster import Muster
 from service.http.native import NATIVE
 from service.http.openapi import complete
 from service.http.openapi_parts import error_responses
@@ -51,6 +52,7 @@ class Application(FastAPI):
     """Sends predict requests down the lane, and gives every other answer its id and timing."""
 
     predictor: Predictor
+    muster: Muster
     catalog: Catalog
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +75,7 @@ class Application(FastAPI):
         return complete(super().openapi(), self.catalog)
 
 
-def make_application(catalog: Catalog, predictor: Predictor, metrics: Metrics) -> Application:
+def make_application(catalog: Catalog, predictor: Predictor, muster: Muster, metrics: Metrics) -> Application:
     """The application over what is served."""
     app = Application(
         title="Inferpool",
@@ -84,6 +86,7 @@ def make_application(catalog: Catalog, predictor: Predictor, metrics: Metrics) -
         responses={},
     )
     app.predictor = predictor
+    app.muster = muster
     app.catalog = catalog
     _add_errors(app)
     add_docs(app)

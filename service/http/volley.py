@@ -23,7 +23,7 @@ class Shot(Protocol):
 class Volley:
     """What is to be written when the last result of a batch has become an answer.
 
-    Writing takes a quarter of a small request's time. Done one by one it holds the interpreter's lock each
+    Writing takes a fifth of a small request's time. Done one by one it holds the interpreter's lock each
     time, and the instance that wants to go on with the next batch waits for all of them.
     """
 

@@ -157,7 +157,9 @@ def test_models_tell_what_they_take_and_how_they_batch(bundled: Server) -> None:
     ]
     assert version["batching"]["enabled"]
     assert version["batching"]["max_rows"] > 1
-    assert version["instances"] == [{"device": "cpu", "state": "ready"}]
+    # How many of them pay is measured.
+    assert version["instances"]
+    assert all(instance == {"device": "cpu", "state": "ready"} for instance in version["instances"])
     detail = bundled.get("/models/digits").json()
     assert detail["default"] == 1
     assert detail["versions"][0]["latency"]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from service.http.exchange import Exchange
 from service.http.head import Head
+from service.http.link import Link
 from service.http.native import NATIVE
 from service.http.outlet import Outlet
 from service.http.predict import Call, Predictor
@@ -24,7 +25,11 @@ class Nobody:
         return {}
 
 
-async def refuse_and_go_on() -> tuple[list[bytes], list[Exchange]]:
+class Transport(SimpleNamespace):
+    """Something that may be referred to weakly."""
+
+
+async def refuse_and_go_on() -> tuple[list[bytes], list[Exchange], weakref.ref[Transport]]:
     predictor = Predictor(
         Nobody(),
         None,
@@ -37,32 +42,33 @@ async def refuse_and_go_on() -> tuple[list[bytes], list[Exchange]]:
     )
     written: list[bytes] = []
     held: list[Exchange] = []
-    connection = SimpleNamespace(
-        predictor=predictor,
-        loop=asyncio.get_running_loop(),
-        transport=SimpleNamespace(
-            write=written.append, is_closing=lambda: False, get_write_buffer_size=lambda: 10**6
-        ),
-        flow=SimpleNamespace(write_paused=True),
-        server_state=SimpleNamespace(default_headers=[]),
-        pipeline=(),
-        descriptor=-1,
-        on_response_complete=lambda: None,
-        hold=held.append,
+    transport = Transport(
+        write=written.append,
+        is_closing=lambda: False,
+        get_write_buffer_size=lambda: 10**6,
+        get_extra_info=lambda name: name == "sslcontext",
     )
+    link = Link(
+        SimpleNamespace(hold=held.append),
+        predictor,
+        asyncio.get_running_loop(),
+        SimpleNamespace(default_headers=[], total_requests=0),
+    )
+    link.made(transport, SimpleNamespace(read_paused=False), ())
+    link.write_paused = True
     head = Head("nobody", None, [(b"content-length", b"13")])
-    exchange = Exchange(connection, Call(NATIVE, head, predictor.clock()), True, False)
+    exchange = Exchange(link, Call(NATIVE, head, predictor.clock()), True, False)
     exchange.start()
     exchange.take(b'{"inputs":[]}')
     exchange.taken()
     exchange.complete()
     assert predictor.in_flight == 0
     predictor.reserve(Call(NATIVE, head, predictor.clock()), 10**7)  # nothing else is counted any more
-    return written, held
+    return written, held, weakref.ref(transport)
 
 
 def test_a_refused_request_is_answered_once_however_late_its_body_comes() -> None:
-    written, held = asyncio.run(refuse_and_go_on())
+    written, held, _ = asyncio.run(refuse_and_go_on())
     assert [answer.split(b"\r\n")[0] for answer in written] == [b"HTTP/1.1 404 Not Found"]
     assert len(held) == 1
 
@@ -70,10 +76,10 @@ def test_a_refused_request_is_answered_once_however_late_its_body_comes() -> Non
 def test_a_refused_request_is_gone_at_once() -> None:
     """Its head may be of 64 KiB: thousands of them must not wait for the collector."""
 
-    async def refuse() -> weakref.ref[object]:
-        _written, held = await refuse_and_go_on()
-        known = weakref.ref(held[0]._connection.on_response_complete)
-        held.clear()  # which the connection knows
+    async def refuse() -> weakref.ref[Transport]:
+        _written, held, known = await refuse_and_go_on()
+        assert known() is not None
+        held.clear()  # which the link knows
         return known
 
     gc.disable()

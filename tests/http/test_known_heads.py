@@ -41,6 +41,25 @@ def test_a_learned_head_is_found_with_any_body_of_its_length() -> None:
     assert heads.find(b"\r\n" + request()) is None
 
 
+def test_a_head_is_known_by_another_length_of_its_body_too() -> None:
+    heads = Heads()
+    learned = Head("m", "2", [(b"content-length", b"17"), (b"x-timeout-ms", b"5"), (b"accept", b"a/b")])
+    heads.learn(request(BODY, "x-timeout-ms: 5", "accept: a/b"), BODY, NATIVE, learned)
+    for body in (b"", b"1", BODY, BODY * 1000):
+        found = heads.find(request(body, "x-timeout-ms: 5", "accept: a/b"))
+        assert found is not None
+        known, rest = found
+        assert (rest, known.body_bytes, known.head.content_length) == (body, len(body), len(body))
+        assert (known.head.model, known.head.version) == ("m", "2")
+        assert (known.head.timeout_text, known.head.accept) == (b"5", "a/b")
+        assert heads.find(request(body, "accept: a/b")) is None
+        assert heads.find(request(body, "x-timeout-ms: 5", "accept: a/b")[:-1]) is None
+    for length in ("", "+1", "-1", "1_0", "1 ", " 1", "0x1", "1" * 10):
+        lines = ["POST /predict/m HTTP/1.1", "host: x", f"content-length: {length}", "x-timeout-ms: 5"]
+        data = "\r\n".join([*lines, "accept: a/b", "", "1"]).encode()
+        assert heads.find(data) is None, length
+
+
 @pytest.mark.parametrize(
     ("data", "body", "learned"),
     [

@@ -1,0 +1,107 @@
+"""What has come on connections that send one small request after the other, read together.
+
+The loop reads from one connection after the other, and takes and gives back the interpreter's lock for each.
+Here one call reads from all that have something, while other threads run. That is for what is as simple as a
+small request in one piece: anything else, and the end of a connection, is left to the loop again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+from service.http.exchange import answer_known
+from service.http.link import Link
+
+try:
+    from select import EPOLLIN, epoll
+
+    from service.http import _muster
+except ImportError:  # there was no compiler where the package was built, or the system has no epoll
+    _muster = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+MOST_MUSTERED_BYTES: Final = 8 * 1024
+"""Connections whose requests are larger are left to the loop, and no more is read at a time."""
+LEAST_IN_FLIGHT: Final = 4
+"""With fewer requests at a time there is nothing to be gained."""
+_ROOM_BYTES: Final = 64 * MOST_MUSTERED_BYTES
+"""From so many connections one call reads. Those that still wait have their turn when they are answered."""
+
+
+class Muster:
+    """The connections of one loop that it reads for."""
+
+    def __init__(self, least_in_flight: int = LEAST_IN_FLIGHT) -> None:
+        """Connections join where so many requests are in flight, and are given back at half of it."""
+        self._least_in_flight = least_in_flight
+        self._links: dict[int, Link] = {}
+        self._room = bytearray(_ROOM_BYTES)
+        self._poll: epoll | None = None
+        # No type of its own: compiled code insists on those of results, and uvloop's are others.
+        self._loop: Any = None
+
+    def join(self, link: Link, request_bytes: int) -> None:
+        """Read for `link` from here on, whose last request was of so many bytes, if that is any use."""
+        if (
+            link.mustered
+            or link.predictor.in_flight < self._least_in_flight
+            or request_bytes > MOST_MUSTERED_BYTES
+        ):
+            return
+        if link.descriptor < 0 or _muster is None:
+            return
+        if self._poll is None:
+            self._poll = epoll()
+            self._loop = link.loop
+            self._loop.add_reader(self._poll.fileno(), self._read)
+        try:
+            self._poll.register(link.descriptor, EPOLLIN)
+        except OSError:
+            return  # the system watches as many as it may
+        link.transport.pause_reading()
+        self._links[link.descriptor] = link
+        link.mustered = True
+
+    def leave(self, link: Link) -> None:
+        """Leave it to the loop again to read for `link`, if it did not."""
+        if not link.mustered or self._poll is None:
+            return
+        link.mustered = False
+        del self._links[link.descriptor]
+        self._poll.unregister(link.descriptor)
+        link.resume_reading()
+
+    def close(self) -> None:
+        """Read for nobody any more."""
+        for link in list(self._links.values()):
+            self.leave(link)
+        if self._poll is not None and self._loop is not None:
+            self._loop.remove_reader(self._poll.fileno())
+            self._poll.close()
+            self._poll = self._loop = None
+
+    def _read(self) -> None:
+        if self._poll is None or self._loop is None:
+            return
+        arrivals = _muster.receive(self._poll.fileno(), self._room, MOST_MUSTERED_BYTES)
+        now = self._loop.time()
+        alone = len(arrivals) == 1
+        for descriptor, data in arrivals:
+            link = self._links.get(descriptor)
+            if link is None:
+                continue
+            try:
+                if data is None or link.transport.is_closing():
+                    # The end, or what is wrong, the loop finds out for itself.
+                    self.leave(link)
+                    continue
+                if alone and 2 * link.predictor.in_flight + 2 < self._least_in_flight:
+                    self.leave(link)
+                if not answer_known(link, data, now) and link.owner is not None:
+                    link.owner.mustered(data)
+            except Exception:
+                # Those behind it must not pay for it.
+                log.exception("a request could not be read")
+                link.transport.abort()
