@@ -21,7 +21,7 @@ HOT_PATH = [
         "outlet", "predict", "recorder", "served", "turn", "v2", "volley")),
     *(f"service/pool/{name}.py" for name in (
         "batch", "engine", "instance", "line", "pool", "ports", "profile", "queue")),
-    *(f"service/wire/{name}.py" for name in ("document", "json", "numbers")),
+    *(f"service/wire/{name}.py" for name in ("document", "infer", "infer_answer", "json", "numbers")),
     "service/metrics.py",
     "service/tensors.py",
 ]  # fmt: skip

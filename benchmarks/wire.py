@@ -19,7 +19,8 @@ import orjson
 
 from service.tensors import ANY, Signature, TensorSpec
 from service.wire import json, numbers, simd
-from service.wire.binary import encode_infer, parse_infer
+from service.wire.infer import parse_infer
+from service.wire.infer_answer import encode_infer
 from service.wire.json import encode_response, parse_request
 
 IMAGE = Signature((TensorSpec("x", "FP32", (ANY, 3, 224, 224)),), (TensorSpec("y", "FP32", (ANY, 10)),))

@@ -15,7 +15,7 @@ from service.http.head import Head
 from service.http.problems import Headers
 from service.http.served import Served
 from service.tensors import Tensors
-from service.wire.binary import RequestedOutput
+from service.wire.infer import RequestedOutput
 
 Data: TypeAlias = bytes | memoryview
 """A body as it came, whole."""

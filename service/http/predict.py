@@ -241,7 +241,7 @@ class Predictor:
             return True
         if len(data) > HEAVY_TEXT_BYTES and self._may_be_text(call):
             return True
-        if self._is_heavy_json(call, len(data)):
+        if self._is_heavy_json(call, len(data)) or self._holds_strings(call, len(data)):
             return True
         if len(data) > HEAVY_BYTES:
             return head.content_type.startswith(_DECODED)
@@ -272,7 +272,8 @@ class Predictor:
             self._text_bytes += call.aside_bytes
         if text:
             return self._text_threads
-        return self._json_threads if self._is_heavy_json(call, size) else None
+        heavy = self._is_heavy_json(call, size) or self._holds_strings(call, size)
+        return self._json_threads if heavy else None
 
     def taken_back(self, call: Call) -> bool:
         """A body has been read in another thread; whether its request is still to be answered."""
@@ -287,6 +288,13 @@ class Predictor:
     @staticmethod
     def _is_heavy_json(call: Call, size: int) -> bool:
         return size > HEAVY_JSON_BYTES and call.dialect.json_bytes(call.head, size) > HEAVY_JSON_BYTES
+
+    @staticmethod
+    def _holds_strings(call: Call, size: int) -> bool:
+        """Whether a body is many strings in binary form: each is made; numbers are views of the body."""
+        if size <= HEAVY_JSON_BYTES or call.head.header_length is None or call.served is None:
+            return False
+        return any(spec.datatype == "BYTES" for spec in call.served.signature.inputs)
 
     def _may_be_text(self, call: Call) -> bool:
         """Whether the body is for a model that takes text, or may be where it is to name its model."""

@@ -13,7 +13,8 @@ from service.http.dialect import Body, Data, Dialect, Encoded, Options, Target
 from service.http.head import Head
 from service.http.served import Served
 from service.tensors import Tensors
-from service.wire.binary import InferRequest, encode_infer, parse_infer
+from service.wire.infer import InferRequest, parse_infer
+from service.wire.infer_answer import encode_infer
 
 PREFIX: Final = "/v2"
 BINARY_TYPE: Final = "application/octet-stream"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,34 @@ def test_the_document_has_an_example_that_runs_for_whatever_a_model_takes(
     assert list(paths["/v2/models/brain/infer"]["post"]["requestBody"]["content"]) == [
         "application/octet-stream"
     ]
+
+
+def test_others_are_answered_while_millions_of_strings_are_read(serve: Serve, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    write_identity(repository, "words", ["BYTES"])
+    server = serve(repository)
+    count = 2_000_000
+    content = b"\1\0\0\0a" * count
+    described = {
+        "name": "x0",
+        "datatype": "BYTES",
+        # That it is one too many is found when all are read.
+        "shape": [count + 1, 1],
+        "parameters": {"binary_data_size": len(content)},
+    }
+    head = json.dumps({"inputs": [described]}).encode()
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(
+            server.post,
+            "/v2/models/words/infer",
+            content=head + content,
+            headers={"inference-header-content-length": str(len(head))},
+        )
+        while server.metric("in_flight_requests") < 1:
+            assert not reading.done(), reading.result().text
+        answered = 0
+        while not reading.done():
+            answered += server.get("/health/live").status_code == 200
+    assert reading.result().status_code == 400
+    assert f"{count} strings" in reading.result().json()["error"]
+    assert answered >= 5, "the loop reads them itself"

@@ -9,7 +9,8 @@ import pytest
 
 from service.errors import RequestError
 from service.tensors import ANY, Array, Signature, TensorSpec
-from service.wire import binary, json, numbers, simd
+from service.wire import json, numbers, simd
+from service.wire.infer import parse_infer
 
 SIMD = ("simdjson", "simdjson and brackets") if simd.AVAILABLE else ()
 WAYS = ("orjson", *(["numbers"] if numbers.AVAILABLE else []), *SIMD)
@@ -44,7 +45,7 @@ def outcome(body: bytes, signature: Signature, way: str, infer: bool = False) ->
     """The tensors down to their bits, or the error down to its members."""
     try:
         with reading_by(way):
-            request = binary.parse_infer(body, None) if infer else json.parse_request(body)
+            request = parse_infer(body, None) if infer else json.parse_request(body)
             tensors = request.tensors(signature)
     except RequestError as error:
         return type(error), error.detail, error.members

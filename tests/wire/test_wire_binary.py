@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 from service.errors import InvalidInput, MalformedBody, ModelFailed, RequestError
 from service.tensors import ANY, DTYPES, Array, Signature, TensorSpec
-from service.wire.binary import RequestedOutput, encode_infer, parse_infer
+from service.wire.infer import RequestedOutput, parse_infer
+from service.wire.infer_answer import encode_infer
 from tests.wire.conftest import any_shape, takes
 
 TEXT = st.text(max_size=6)
@@ -379,3 +380,18 @@ class TestAnswers:
                 True,
                 given_outputs(y="BYTES"),
             )
+
+
+@pytest.mark.parametrize("name", ["inputs", "outputs"])
+def test_no_model_has_so_many_tensors(name: str) -> None:
+    member = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
+    fields = {"inputs": [member], name: [{**member, "name": str(place)} for place in range(4097)]}
+    with pytest.raises(InvalidInput, match=f'"{name}" has 4097 members; it takes 4096'):
+        parse_infer(orjson.dumps(fields), None)
+
+
+def test_a_shape_of_many_sizes_is_refused_by_its_first() -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1] * 100_000, "data": [1]}
+    with pytest.raises(InvalidInput, match="at most 32 sizes") as caught:
+        parse_infer(orjson.dumps({"inputs": [tensor]}), None)
+    assert len(caught.value.detail) < 500

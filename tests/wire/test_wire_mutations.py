@@ -15,7 +15,7 @@ import pytest
 
 from service.errors import RequestError
 from service.tensors import ANY, Signature, TensorSpec
-from service.wire.binary import parse_infer
+from service.wire.infer import parse_infer
 from service.wire.json import parse_request
 from service.wire.npy import decode_npy, decode_npz, encode_npy, encode_npz
 from tests.wire.conftest import WAYS, outcome, reading_by
