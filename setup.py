@@ -17,8 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 HOT_PATH = [
     *(f"service/http/{name}.py" for name in (
-        "bodies", "dialect", "exchange", "head", "heads", "intake", "link", "lines", "muster", "native",
-        "outlet", "predict", "recorder", "served", "turn", "v2", "volley")),
+        "bodies", "call", "dialect", "exchange", "head", "heads", "heavy", "intake", "link", "lines",
+        "muster", "native", "outlet", "predict", "recorder", "served", "turn", "v2", "volley")),
     *(f"service/pool/{name}.py" for name in (
         "batch", "engine", "instance", "line", "pool", "ports", "profile", "queue")),
     *(f"service/wire/{name}.py" for name in ("document", "infer", "infer_answer", "json", "numbers")),

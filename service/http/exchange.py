@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any, Final
 
 from service.errors import DeadlineExceeded, InferpoolError
+from service.http.call import Answer, Call, compressed
 from service.http.dialect import Data
 from service.http.filling import LEAST_FILLED
+from service.http.heavy import HEAVY_BYTES
 from service.http.intake import Intake
 from service.http.lines import answer_head
 from service.http.link import Link
-from service.http.predict import HEAVY_BYTES, Answer, Call, compressed
 from service.pool.ports import Result
 
 _JOINED_BYTES: Final = 64 * 1024

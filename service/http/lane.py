@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
 from service.errors import MethodNotAllowed
+from service.http.call import Answer, Call, compressed
 from service.http.dialect import Data, Dialect, Target
 from service.http.head import Head
+from service.http.heavy import HEAVY_BYTES
 from service.http.intake import Intake
 from service.http.native import NATIVE
-from service.http.predict import HEAVY_BYTES, Answer, Call, Predictor, compressed
+from service.http.predict import Predictor
 from service.http.v2 import V2_DIALECT
 from service.pool.ports import Result
 

@@ -11,12 +11,10 @@ import contextlib
 import itertools
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Final
 
-from service.codecs.text import Rows
 from service.errors import (
     DeadlineExceeded,
     Draining,
@@ -25,14 +23,15 @@ from service.errors import (
     InvalidInput,
     Overloaded,
 )
-from service.http.compression import decompress, gzipped, takes_gzip
-from service.http.dialect import Data, Dialect, Options
-from service.http.head import Head, new_request_id
+from service.http.call import Answer, Call
+from service.http.compression import decompress, takes_gzip
+from service.http.dialect import Data
 from service.http.heads import Heads
+from service.http.heavy import HeavyBodies
 from service.http.intake import too_large
 from service.http.lines import Preamble, server_timing
 from service.http.outlet import Outlet
-from service.http.problems import STATUSES, Headers, as_problem, problem_headers
+from service.http.problems import STATUSES, as_problem, problem_headers
 from service.http.recorder import CLIENT_GONE, Recorder
 from service.http.served import Meters, Served, Tally
 from service.http.turn import Turn
@@ -43,77 +42,10 @@ from service.tensors import Array, Tensors, check_outputs, names_text
 
 log = logging.getLogger(__name__)
 
-HEAVY_BYTES: Final = 32 * 1024
-"""Bodies to decode, and bodies and answers to unpack or pack, that are larger go to another thread."""
-HEAVY_JSON_BYTES: Final = 128 * 1024
-"""Longer JSON is read in another thread: it takes a tenth of a millisecond or two."""
-HEAVY_PIXELS: Final = 128 * 128
-"""Pictures with more pixels are decoded in another thread."""
-HEAVY_TEXT_BYTES: Final = 2 * 1024
-"""Longer bodies for a model that takes text are encoded in another thread: they take half a millisecond."""
-MOST_TEXT_BYTES: Final = 8 * 2**20
-"""Bodies of text that may wait to be encoded, in all; a megabyte takes the better part of a second."""
-TEXT_THREADS: Final = 2
-"""Threads that encode long texts."""
-JSON_THREADS: Final = min(8, max(2, os.cpu_count() or 1))
-"""Threads that read long JSON: not those that write `/metrics`."""
 MOST_FOUND: Final = 256
 """Ways of naming a version that are remembered: by its number, its labels, or not at all."""
-_UNPACKED: Final = ("application/x-npz", "multipart/form-data")
 _MIN_GZIP_BYTES: Final = 1024
 """Smaller answers fit a packet or two as they are."""
-_DECODED: Final = ("image/", "multipart/")
-
-
-class Answer:
-    """What goes back; `headers` name the body's type, but not its length.
-
-    Attributes:
-        status: the HTTP status.
-        headers: names are lower-case.
-        parts: the body, one after the other; views of the outputs where these are large.
-        size: bytes of the body.
-        compressible: whether the caller takes gzip and the body is large enough for it.
-    """
-
-    __slots__ = ("compressible", "headers", "parts", "size", "status")
-
-    def __init__(
-        self, status: int, headers: Headers, parts: Sequence[Data], size: int, compressible: bool = False
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self.parts = parts
-        self.size = size
-        self.compressible = compressible
-
-
-_NO_OPTIONS: Final = Options()
-
-
-class Call:
-    """One predict request on its way: what its lane holds on to."""
-
-    __slots__ = (
-        "aside_bytes", "aside_text", "began", "decode_s", "dialect", "entry", "given_up", "head", "options",
-        "recorded", "request_id", "reserved_bytes", "served", "texts", "timer",
-    )  # fmt: skip
-
-    def __init__(self, dialect: Dialect, head: Head, began: float) -> None:
-        """`began` is the moment at which the head was there."""
-        self.dialect = dialect
-        self.head = head
-        self.began = began
-        self.request_id = head.given_id or new_request_id()
-        self.options = _NO_OPTIONS
-        self.decode_s = 0.0
-        self.reserved_bytes = 0
-        self.recorded = self.given_up = self.aside_text = False
-        self.aside_bytes = 0
-        self.served: Served | None = None
-        self.texts: Sequence[Rows] = ()
-        self.entry: Entry | None = None
-        self.timer: asyncio.TimerHandle | None = None
 
 
 class Predictor:
@@ -155,10 +87,7 @@ class Predictor:
         self._tallies: dict[VersionKey, Tally] = {}
         # What requests have meant by their paths, as long as the catalog's models are the same.
         self._found = _Found({})
-        # Of their own, so that nothing else waits for a long text to be encoded.
-        self._text_bytes = 0
-        self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
-        self._json_threads = ThreadPoolExecutor(JSON_THREADS, thread_name_prefix="json")
+        self._heavy = HeavyBodies(catalog)
         self.heads = Heads()
         self.turn = Turn()
         self.preamble = Preamble()
@@ -236,20 +165,7 @@ class Predictor:
 
     def is_heavy(self, call: Call, data: Data) -> bool:
         """Whether reading a body would keep the event loop from its other work."""
-        head = call.head
-        if head.content_encoding or head.content_type in _UNPACKED:
-            return True
-        if len(data) > HEAVY_TEXT_BYTES and self._may_be_text(call):
-            return True
-        if self._is_heavy_json(call, len(data)) or self._holds_strings(call, len(data)):
-            return True
-        if len(data) > HEAVY_BYTES:
-            return head.content_type.startswith(_DECODED)
-        if head.content_type.startswith("image/") and call.served is not None:
-            # A picture costs what its pixels do, and a small file may have many.
-            image = call.served.view.image
-            return image is not None and image.pixels(bytes(data)) > HEAVY_PIXELS
-        return False
+        return self._heavy.is_heavy(call, data)
 
     def set_aside(self, call: Call, size: int, expire: Callable[[], None]) -> Executor | None:
         """Prepare for a heavy body of `size` bytes to be read in another thread, and call `taken_back` then.
@@ -257,51 +173,22 @@ class Predictor:
         Returns whose thread, None for whichever there is. `expire` is called if the deadline passes first.
         Raises Overloaded where too much text waits already, and DeadlineExceeded.
         """
-        text = self._may_be_text(call)
-        if text and self._text_bytes and self._text_bytes + size > MOST_TEXT_BYTES:
-            raise Overloaded(f"{self._text_bytes} bytes of text wait to be encoded already")
+        self._heavy.check_room(call, size)
         timeout_s = math.inf if call.served is None else self._timeout_s(call)
         if timeout_s < math.inf:
             left_s = call.began + timeout_s - self.clock()
             if left_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the body was there")
             call.timer = asyncio.get_running_loop().call_later(left_s, expire)
-        call.aside_bytes = max(1, size)
-        if text:
-            call.aside_text = True
-            self._text_bytes += call.aside_bytes
-        if text:
-            return self._text_threads
-        heavy = self._is_heavy_json(call, size) or self._holds_strings(call, size)
-        return self._json_threads if heavy else None
+        return self._heavy.begin(call, size)
 
     def taken_back(self, call: Call) -> bool:
         """A body has been read in another thread; whether its request is still to be answered."""
-        if call.aside_text:
-            self._text_bytes -= call.aside_bytes
-        call.aside_bytes, call.aside_text = 0, False
+        self._heavy.end(call)
         if call.given_up:
             self.answered(call)
         self.end(call)
         return not call.given_up
-
-    @staticmethod
-    def _is_heavy_json(call: Call, size: int) -> bool:
-        return size > HEAVY_JSON_BYTES and call.dialect.json_bytes(call.head, size) > HEAVY_JSON_BYTES
-
-    @staticmethod
-    def _holds_strings(call: Call, size: int) -> bool:
-        """Whether a body is many strings in binary form: each is made; numbers are views of the body."""
-        if size <= HEAVY_JSON_BYTES or call.head.header_length is None or call.served is None:
-            return False
-        return any(spec.datatype == "BYTES" for spec in call.served.signature.inputs)
-
-    def _may_be_text(self, call: Call) -> bool:
-        """Whether the body is for a model that takes text, or may be where it is to name its model."""
-        if call.served is not None:
-            return call.served.view.text is not None
-        defaults = (model.default for model in self._catalog.models().values())
-        return any(view is not None and view.text is not None for view in defaults)
 
     def tally(self, key: VersionKey) -> Tally:
         """How the requests of a version ended; it is read, not written."""
@@ -549,12 +436,3 @@ def _whole(entry_id: int, parts: Sequence[Part]) -> Entry:
 def _bytes_of(tensor: Array) -> int:
     """What a tensor takes in memory, about: text is not in the array that refers to it."""
     return tensor.nbytes if tensor.dtype.kind != "O" else sum(64 + len(text) for text in tensor.flat)
-
-
-def compressed(answer: Answer) -> Answer:
-    """`answer` as gzip where that makes it smaller; it may run in any thread."""
-    packed = gzipped(answer.parts)
-    if packed is None:
-        return answer
-    headers = [*answer.headers, (b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
-    return Answer(answer.status, headers, [packed], len(packed))

@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.errors import InternalError, MalformedBody, TooSlow
+from service.http.call import Call
 from service.http.exchange import Exchange, answer_known
 from service.http.filling import Filling
 from service.http.head import Head
@@ -28,7 +29,7 @@ from service.http.lane import FOLLOWS, find_dialect
 from service.http.link import Link
 from service.http.muster import Muster
 from service.http.pace import LEAST_BYTES, STALLED_S, Arrival
-from service.http.predict import Call, Predictor
+from service.http.predict import Predictor
 
 log = logging.getLogger(__name__)
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from service.exposition import Exemplar
+from service.http.call import Call
 from service.logs import AccessLog
 from service.pool.ports import Result
 from service.record import Record
 from service.spans import Moments, Spans
-
-if TYPE_CHECKING:
-    from service.http.predict import Call
 
 CLIENT_GONE: Final = 499
 """The status in the log of a request whose client left; nothing is sent with it."""

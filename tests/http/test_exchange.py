@@ -8,12 +8,13 @@ import time
 import weakref
 from types import SimpleNamespace
 
+from service.http.call import Call
 from service.http.exchange import Exchange
 from service.http.head import Head
 from service.http.link import Link
 from service.http.native import NATIVE
 from service.http.outlet import Outlet
-from service.http.predict import Call, Predictor
+from service.http.predict import Predictor
 from service.http.recorder import Recorder
 from service.metrics import Metrics
 
