@@ -112,7 +112,7 @@ sys.path.insert(0, str(ROOT))  # mypyc takes the modules' names from where they 
 setup(
     cmdclass={"build_ext": Build},
     ext_modules=[
-        # Without them the package does the same, but while large bodies are read nothing else runs.
+        # Without them the package does the same, but what reads numbers or moves bytes holds up all else.
         Extension(f"service.{name}", [f"service/{name.replace('.', '/')}.c"],
                   extra_compile_args=["-O3", "-std=c11"], optional=True)
         for name in ("http._lines", "http._muster", "http._volley", "wire._numbers")

@@ -18,7 +18,7 @@ _SAFE_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 class _Ids:
     """Random digits, the same for one server, before a number that counts on; for the event loop alone.
 
-    All but the last two digits are the same for 256 ids, and only put together as often.
+    All but the last two digits are the same for 256 ids, and put together once for them all.
     """
 
     __slots__ = ("_next", "_prefix", "_stem")

@@ -1,8 +1,8 @@
 """Heads of predict requests that have been read before, found again by their bytes.
 
 A client sends the same head over and over: only the body differs, and with it its length. Such a head needs
-no parser and no new `Head`. What is learned was read by the parser, and is only used where the same bytes
-stand at the same place: at the front of what came in, with the whole body, and no more, behind them.
+no parser. What is learned was read by the parser, and is only used where the same bytes, but for the digits
+of that length, stand at the front of what came in, with the whole body, and no more, behind them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from service.http.dialect import Dialect
 from service.http.head import Head
 
 MOST_HEADS: Final = 256
-"""So many are kept; then all are forgotten, for most of them will have been sent once."""
+"""So many are kept, and as many without the digits; then all are forgotten, for most were sent once."""
 MOST_HEAD_BYTES: Final = 1024
 """Longer heads are not kept: with as many as there may be, they would take memory."""
 
@@ -41,9 +41,12 @@ class Heads:
     def find(self, data: bytes) -> tuple[KnownHead, bytes] | None:
         """The head and the body in `data`, if they are one whole request whose head is known."""
         end = data.find(_END) + 4
+        if end > MOST_HEAD_BYTES:
+            return None
         head = data[:end]
-        known = self._known.get(head) or self._find_shape(head)
-        return (known, data[end:]) if known is not None and len(data) - end == known.body_bytes else None
+        size = len(data) - end
+        known = self._known.get(head) or self._find_shape(head, size)
+        return (known, data[end:]) if known is not None and size == known.body_bytes else None
 
     def learn(self, data: bytes, body: bytes, dialect: Dialect, head: Head) -> None:
         """Keep the head of the request `data`, which the parser took for `head` and, in one piece, `body`.
@@ -67,14 +70,13 @@ class Heads:
             if length is not None:
                 _keep(self._shapes, data[: length.start(1)] + data[length.end(1) : end], known)
 
-    def _find_shape(self, head: bytes) -> KnownHead | None:
+    def _find_shape(self, head: bytes, size: int) -> KnownHead | None:
         length = _LENGTH.search(head)
-        if length is None:
+        if length is None or int(length[1]) != size:
             return None
         alike = self._shapes.get(head[: length.start(1)] + head[length.end(1) :])
         if alike is None:
             return None
-        size = int(length[1])
         known = KnownHead(alike.dialect, alike.head.with_length(size), size)
         _keep(self._known, head, known)
         return known

@@ -32,7 +32,7 @@ class Owner(Protocol):
         """Call `function` in another thread (of `threads`), and `then` with what it returned or raised."""
 
     def mustered(self, data: bytes) -> None:
-        """The muster has read what is no request whose head is known."""
+        """The muster has read what is no request whose head is known, or one whose turn it is not."""
 
 
 class Link:
@@ -40,6 +40,9 @@ class Link:
 
     Attributes:
         owner: whose it is, as long as it is there.
+        predictor: what answers its requests.
+        loop: the loop that it is on.
+        transport: where its answers are written.
         descriptor: its socket, where what is written there goes to the client as it is; else -1.
         mustered: whether the muster reads for it, so that the transport does not.
         write_paused: whether its client leaves so much unread that no more is to be written.
@@ -116,7 +119,10 @@ class Link:
             self.idle_since = self.loop.time()
 
     def hold(self, exchange: Any) -> None:
-        """Answer nothing more until the client has read what there is, then call `exchange.complete`."""
+        """Answer nothing more until the client has read what there is, then call `exchange.complete`.
+
+        Where the connection is gone nothing happens: its exchanges are lost already.
+        """
         if self.owner is not None:
             self.owner.hold(exchange)
 
@@ -127,6 +133,9 @@ class Link:
         then: Callable[[Any], None],
         threads: Executor | None = None,
     ) -> None:
-        """Call `function` in another thread (of `threads`), and `then` with what it returned or raised."""
+        """Call `function` in another thread (of `threads`), and `then` with what it returned or raised.
+
+        Where the connection is gone nothing happens: its exchanges are lost already.
+        """
         if self.owner is not None:
             self.owner.run_aside(function, *arguments, then=then, threads=threads)

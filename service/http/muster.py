@@ -2,12 +2,14 @@
 
 The loop reads from one connection after the other, and takes and gives back the interpreter's lock for each.
 Here one call reads from all that have something, while other threads run. That is for what is as simple as a
-small request in one piece: anything else, and the end of a connection, is left to the loop again.
+small request in one piece: where another request, or a part of one, stands behind the one that is answered,
+and at its end, a connection is left to the loop again.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any, Final
 
 from service.http.exchange import answer_known
@@ -26,15 +28,17 @@ MOST_MUSTERED_BYTES: Final = 8 * 1024
 """Connections whose requests are larger are left to the loop, and no more is read at a time."""
 LEAST_IN_FLIGHT: Final = 4
 """With fewer requests at a time there is nothing to be gained."""
+_LOOP_BYTES: Final = 256 * 1024
+"""So much uvloop reads at a time."""
 _ROOM_BYTES: Final = 64 * MOST_MUSTERED_BYTES
-"""From so many connections one call reads. Those that still wait have their turn when they are answered."""
+"""Where it is read to, from as many connections as the module takes in one call. The others are next."""
 
 
 class Muster:
     """The connections of one loop that it reads for."""
 
     def __init__(self, least_in_flight: int = LEAST_IN_FLIGHT) -> None:
-        """Connections join where so many requests are in flight, and are given back at half of it."""
+        """Connections join where so many requests are in flight; one alone, with less than half, leaves."""
         self._least_in_flight = least_in_flight
         self._links: dict[int, Link] = {}
         self._room = bytearray(_ROOM_BYTES)
@@ -52,14 +56,13 @@ class Muster:
             return
         if link.descriptor < 0 or _muster is None:
             return
-        if self._poll is None:
-            self._poll = epoll()
-            self._loop = link.loop
-            self._loop.add_reader(self._poll.fileno(), self._read)
         try:
+            if self._poll is None:
+                self._begin(link.loop)
+            assert self._poll is not None
             self._poll.register(link.descriptor, EPOLLIN)
         except OSError:
-            return  # the system watches as many as it may
+            return  # there are no more descriptors, or the system watches as many as it may
         link.transport.pause_reading()
         self._links[link.descriptor] = link
         link.mustered = True
@@ -82,10 +85,25 @@ class Muster:
             self._poll.close()
             self._poll = self._loop = None
 
+    def _begin(self, loop: Any) -> None:
+        poll = epoll()
+        try:
+            loop.add_reader(poll.fileno(), self._read)
+        except BaseException:
+            poll.close()
+            raise
+        self._poll, self._loop = poll, loop
+
     def _read(self) -> None:
-        if self._poll is None or self._loop is None:
+        if self._poll is None:
             return
-        arrivals = _muster.receive(self._poll.fileno(), self._room, MOST_MUSTERED_BYTES)
+        try:
+            arrivals = _muster.receive(self._poll.fileno(), self._room, MOST_MUSTERED_BYTES)
+        except MemoryError:
+            # What has been read is lost, and nobody knows whose it was.
+            for whose in list(self._links.values()):
+                whose.transport.abort()
+            return
         now = self._loop.time()
         alone = len(arrivals) == 1
         for descriptor, data in arrivals:
@@ -100,8 +118,21 @@ class Muster:
                 if alone and 2 * link.predictor.in_flight + 2 < self._least_in_flight:
                     self.leave(link)
                 if not answer_known(link, data, now) and link.owner is not None:
-                    link.owner.mustered(data)
+                    link.owner.mustered(_with_rest(descriptor, data))
             except Exception:
                 # Those behind it must not pay for it.
                 log.exception("a request could not be read")
                 link.transport.abort()
+
+
+def _with_rest(descriptor: int, data: bytes) -> bytes:
+    """`data`, and what else there is, as far as the loop would read it.
+
+    A connection that is closed while something lies there unread is reset: its client may lose its answer.
+    """
+    if len(data) < MOST_MUSTERED_BYTES:
+        return data
+    try:
+        return data + os.read(descriptor, _LOOP_BYTES)
+    except OSError:  # there is nothing, or its end, which the loop finds out for itself
+        return data

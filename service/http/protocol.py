@@ -117,7 +117,7 @@ class PredictProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def mustered(self, data: bytes) -> None:
-        """The muster has read what is no request whose head is known."""
+        """The muster has read what is no request whose head is known, or one whose turn it is not."""
         self.data_received(data)
         if not self.link.between or self.flow.read_paused:
             self._muster.leave(self.link)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import random
+import resource
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from service.http import muster
+from service.http.link import Link
+from service.http.outlet import Outlet
+from service.http.predict import Predictor
+from service.http.recorder import Recorder
+from service.metrics import Metrics
 from tests.conftest import MakeChaos, Serve
 from tests.http.test_connections import Wire, request, sums
 from tests.server import Server
@@ -214,3 +224,76 @@ def test_who_leaves_while_a_batch_runs_is_dropped_from_the_queue(serve: Serve, m
         wait_until(1)
         for number, wire in enumerate(wires[:3]):
             assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
+
+
+@pytest.mark.parametrize("lane", ["tests.mustered_lane"], indirect=True, scope="module")
+@pytest.mark.parametrize("headers", ["connection: close\r\n", "upgrade: x\r\nconnection: upgrade\r\n"])
+def test_a_refusal_of_more_than_is_read_at_a_time_arrives(server: Server, headers: str) -> None:
+    """What lies unread when a connection is closed makes its end a reset, which takes the answer along."""
+    with Wire(server) as wire:
+        for _ in range(2):
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        wire.send(request(*range(1500), path="/predict/nobody", headers=headers))
+        assert wire.answer()[0] in (400, 404)
+        assert wire.ended()
+
+
+def test_without_descriptors_the_loop_goes_on_reading(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=2))
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(CLIENTS)]
+        for wire in wires:
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        used = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used, used))
+        for number, wire in enumerate(wires):
+            wire.send(request(number))
+        for number, wire in enumerate(wires):
+            assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
+
+
+def test_where_memory_ends_nobody_waits_for_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> list[tuple[int, bytes | None]]:
+        raise MemoryError
+
+    ends: list[str] = []
+    aborted = asyncio.Event()
+    transport = SimpleNamespace(
+        get_extra_info=lambda name: None if name == "sslcontext" else near,
+        pause_reading=lambda: ends.append("paused"),
+        abort=lambda: aborted.set(),
+    )
+    near, far = socket.socketpair()
+    with near, far, asyncio.Runner() as runner:
+
+        async def read() -> None:
+            loop = asyncio.get_running_loop()
+            link = Link(SimpleNamespace(), predictor(), loop, SimpleNamespace())
+            link.made(transport, SimpleNamespace(read_paused=True), ())
+            own = muster.Muster(0)
+            own.join(link, 1)
+            assert link.mustered
+            monkeypatch.setattr(muster, "_muster", SimpleNamespace(receive=exhausted))
+            far.sendall(b"x")
+            await aborted.wait()
+            own.close()
+            assert not link.mustered
+
+        runner.run(read())
+    assert ends[0] == "paused"
+
+
+def predictor() -> Predictor:
+    """One of nothing."""
+    return Predictor(
+        SimpleNamespace(models=dict),
+        None,
+        Outlet(),
+        Metrics({}),
+        time.monotonic,
+        max_body_bytes=1,
+        in_flight_bytes=1,
+        recorder=Recorder(),
+    )
