@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -69,7 +70,8 @@ class Spans:
             resource = resource.merge(Resource({SERVICE_NAME: "inferpool"}))
         self._ids = _make_ids()
         self._provider = TracerProvider(resource=resource, id_generator=self._ids, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._exporter = OTLPSpanExporter()
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("inferpool", __version__)
         self._aside = Aside[Note]("spans", self._send)
 
@@ -90,9 +92,15 @@ class Spans:
         self._aside.put(Note(record, trace, moments))
 
     def close(self, timeout_s: float) -> None:
-        """Send what waits."""
+        """Send what waits, as far as that takes no longer."""
         self._aside.close(timeout_s)
-        self._provider.force_flush(int(1000 * timeout_s))
+        # The SDK keeps to no limit here: a collector that is gone is tried again for ten seconds.
+        flush = threading.Thread(target=self._provider.force_flush, daemon=True)
+        flush.start()
+        flush.join(timeout_s)
+        if flush.is_alive():
+            log.warning("spans were left behind: they could not be sent within %g s", timeout_s)
+            self._exporter.shutdown()
         self._provider.shutdown()
 
     def _send(self, notes: Sequence[Note]) -> None:
