@@ -1,7 +1,7 @@
 """The pool of a version: its queue and the instances that work it off.
 
 The pool owns the lock. `offer` and `cancel` come from the web side, `next_batch`, `finish` and `died`
-from the instances' threads. Results leave through the outbox once a batch, never under the lock.
+from the instances' threads. Results leave through the outbox once a batch.
 """
 
 from __future__ import annotations
@@ -265,6 +265,11 @@ class Pool:
             instance.busy_until = 0.0
             for outcome in run.outcomes:
                 results += self._ended(outcome, batch, run.compute_s)
+            if not self._wholes:
+                # The web side's thread wakes up while the rest is done here. Nobody who has an answer sees it
+                # uncounted: whoever reads what was counted has to have had the lock.
+                self._put(results)
+                results = []
             if self._retried:
                 self._retried.difference_update((piece.entry.id, piece.start) for piece in batch.pieces)
             self._measured = self._clock()

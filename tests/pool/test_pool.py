@@ -146,6 +146,32 @@ def test_what_waits_runs_together_and_is_answered_in_one_put(bench: Callable[...
     assert made.outbox.puts == 2
 
 
+def test_whoever_has_an_answer_finds_it_counted(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench()
+    seen: list[tuple[int, float]] = []
+
+    def look() -> None:
+        counted = sum(count.runs for count in made.pool.batches())
+        seen.append((counted, made.metrics.value("batches_total", "m", "1", "cpu", "drained").value))
+
+    reader = threading.Thread(target=look)
+
+    def put(results: Sequence[Result]) -> None:
+        reader.start()
+        # As long as the instance is here it has counted nothing: whoever looks has to wait.
+        reader.join(0.2)
+        Outbox.put(made.outbox, results)
+
+    monkeypatch.setattr(made.outbox, "put", put)
+    made.busy()
+    made.go()
+    made.outbox.take(1)
+    reader.join(10)
+    assert seen == [(1, 1)]
+
+
 def test_only_the_guilty_of_a_batch_fail(bench: Callable[..., Bench]) -> None:
     made = bench()
     made.busy()
