@@ -20,7 +20,8 @@ HOT_PATH = [
         "bodies", "call", "dialect", "exchange", "head", "heads", "heavy", "intake", "link", "lines",
         "muster", "native", "outlet", "predict", "recorder", "served", "turn", "v2", "volley")),
     *(f"service/pool/{name}.py" for name in (
-        "batch", "engine", "instance", "line", "pool", "ports", "profile", "queue")),
+        "assembly", "batch", "counts", "drops", "engine", "instance", "line", "pool", "ports", "profile",
+        "queue", "retries")),
     *(f"service/wire/{name}.py" for name in ("document", "infer", "infer_answer", "json", "numbers")),
     "service/metrics.py",
     "service/tensors.py",

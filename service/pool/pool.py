@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from service.backends.base import LoadedModel
-from service.errors import DeadlineExceeded, Draining, InferpoolError, ModelFailed, NotReady
+from service.errors import Draining, NotReady
 from service.metrics import Metrics
-from service.pool.batch import join
+from service.pool.assembly import Assemblies
 from service.pool.complaints import Complaints
+from service.pool.counts import BatchCount, Counts
+from service.pool.drops import DROPPED
 from service.pool.instance import Batch, Instance, Outcome, Run
 from service.pool.ladder import Ladder
 from service.pool.padding import Padding
 from service.pool.ports import Entry, Outbox, Result, VersionKey
 from service.pool.profile import Profile
 from service.pool.queue import Drop, Limits, Queue
+from service.pool.retries import Retries
 from service.pool.whole import Whole
-from service.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +40,6 @@ FEW_RUNS: Final = 8
 """An expectation that rests on fewer runs refuses nothing that an idle instance could try."""
 STALE_S: Final = 10.0
 """Nor does one where nothing has run for so long: what slowed the last runs may have passed."""
-
-_DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
-    "deadline": lambda: DeadlineExceeded("the deadline passed before the model could run"),
-    "disconnected": lambda: InferpoolError("the client is gone"),
-    "draining": lambda: Draining("the server is shutting down"),
-    "lost": lambda: NotReady("every instance of this version is lost"),
-    "unbatched": lambda: ModelFailed("the request has more rows than the model can run"),
-}
-"""Why entries are dropped, and what their results say."""
-
-_ENDS: Final = ("drained", "full", "deadline", "piece", "retry")
-"""Why batches are no larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +56,6 @@ class Waiting(NamedTuple):
     rows: int = 0
     oldest_age_s: float = 0.0
     wait_s: float = 0.0
-
-
-class BatchCount(NamedTuple):
-    """Batches of exactly `rows` rows: `runs` of them, `compute_s` seconds in all."""
-
-    rows: int
-    runs: int
-    compute_s: float
-
-
-@dataclass(slots=True)
-class _Assembly:
-    """An entry that runs in pieces: the outputs it has so far, by their first row."""
-
-    missing_rows: int
-    parts: dict[int, Tensors]
-    queue_s: float = 0.0
-    compute_s: float = 0.0
 
 
 class Pool:
@@ -119,28 +91,18 @@ class Pool:
         self._ladder = ladder
         self.wrong_rows = ""
         self._outbox = outbox
-        self._metrics = metrics
         self._clock = clock
-        self._labels = (key.model, str(key.version))
-        self._rows_run = metrics.distribution("batch_rows", *self._labels)
-        self._drops = {
-            reason: metrics.value("dropped_entries_total", *self._labels, reason) for reason in _DROPPED
-        }
-        for name in ("tokens_total", "padded_tokens_total") if padding is not None else ():
-            # A rate would miss the first batch of a series that begins with it.
-            metrics.value(name, *self._labels)
+        self._counts = Counts(metrics, key, padding, ladder)
         self._lock = threading.Lock()
         self._queue = Queue(limits, profile.seconds, profile.caution)
         self._instances: list[Instance] = []
         self._idle: list[Instance] = []
         self._lost: list[str] = []
-        self._assemblies: dict[int, _Assembly] = {}
+        self._assemblies = Assemblies()
         # By the id of an entry with parts, and by those of its parts.
         self._wholes: dict[int, Whole] = {}
-        self._retries: deque[Batch] = deque()
-        self._retried: set[tuple[int, int]] = set()
+        self._retries = Retries()
         self._deaths: deque[float] = deque()
-        self._batches: dict[int, BatchCount] = {}
         self._measured = clock()
         self._started = 0
         self._waking = 0
@@ -182,10 +144,7 @@ class Pool:
         """Drop an entry that still waits, for `disconnected` or `deadline`; what is running runs on."""
         with self._lock:
             whole = self._wholes.get(entry_id)
-            if whole is not None:
-                drop = self._cancel_parts(whole, reason)
-            else:
-                drop = self._queue.cancel(entry_id, reason) or self._unretry(entry_id, reason)
+            drop = self._cancel(entry_id, reason) if whole is None else self._cancel_parts(whole, reason)
             results = self._dropped([drop]) if drop is not None else []
         self._put(results)
 
@@ -198,7 +157,7 @@ class Pool:
     def batches(self) -> list[BatchCount]:
         """What has run, by batch size, smallest first."""
         with self._lock:
-            return sorted(self._batches.values())
+            return self._counts.batches()
 
     def instances(self) -> list[InstanceState]:
         """Each instance's device and state."""
@@ -270,15 +229,17 @@ class Pool:
                 # uncounted: whoever reads what was counted has to have had the lock.
                 self._put(results)
                 results = []
-            if self._retried:
-                self._retried.difference_update((piece.entry.id, piece.start) for piece in batch.pieces)
+            self._retries.ran(batch)
             self._measured = self._clock()
             if run.clean:
                 self.profile.observe(max(1, batch.load), run.compute_s)
             if run.wrong_rows and self.batched:
                 results += self._stop_batching(run.wrong_rows)
             self._queue.bound_by_time(len(self._instances))
-            self._count(instance.device, batch, run.compute_s)
+            self._counts.ran(instance.device, batch, run.compute_s)
+            if self._ladder is not None and self.batched:
+                # No larger batches than there is memory for.
+                self.limits.batch_rows = min(self.limits.batch_rows, self._ladder.top)
         self._put(results)
 
     def died(self, instance: Instance, batch: Batch | None) -> None:
@@ -288,7 +249,10 @@ class Pool:
             if instance.woken:
                 self._waking -= 1  # it died on its way to the queue
             self._replace(instance)
-            results = self._retry(batch) if batch is not None else []
+            results: list[Result] = []
+            if batch is not None:
+                for outcome in self._retries.add(batch, self._clock()):
+                    results += self._ended(outcome, batch, 0.0)
             if not self._instances:
                 results += self._give_up("draining" if self._closed else "lost")
             for _ in range(min(len(self._idle), len(self._retries))):
@@ -300,7 +264,7 @@ class Pool:
     def _waits(self, entry: Entry) -> None:
         """An entry is in the queue."""
         if self._queue.is_large(entry):
-            self._assemblies[entry.id] = _Assembly(entry.rows, {})
+            self._assemblies.begin(entry)
         self._wake_for_more()
 
     def _wake_for_more(self) -> None:
@@ -331,13 +295,12 @@ class Pool:
         now = self._clock()
         results: list[Result] = []
         batch = None
-        while self._retries and batch is None:
-            batch = self._retries.popleft()
+        while batch is None and (batch := self._retries.take()) is not None:
             piece = batch.pieces[0]
             if not piece.whole and piece.entry.id not in self._assemblies:
                 batch = None  # another piece of its entry has failed meanwhile
             elif piece.entry.deadline <= now:
-                results += self._ended(Outcome(piece, None, _DROPPED["deadline"]()), batch, 0.0)
+                results += self._ended(Outcome(piece, None, DROPPED["deadline"]()), batch, 0.0)
                 batch = None
         if batch is None:
             taken = self._queue.take(now)
@@ -362,40 +325,26 @@ class Pool:
         queue_s = batch.taken - entry.arrived
         if piece.whole:
             return [Result(entry.id, outcome.outputs, outcome.error, queue_s, compute_s, batch.rows)]
-        assembly = self._assemblies.get(entry.id)
-        if assembly is None:  # dropped meanwhile, or another piece has failed: it is answered
+        result = self._assemblies.add(outcome, queue_s, compute_s, batch.rows)
+        if result is None:
             return []
-        assembly.queue_s = assembly.queue_s or queue_s
-        assembly.compute_s += compute_s
-        if outcome.outputs is None:
-            del self._assemblies[entry.id]
+        if result.error is not None:
             self._queue.cancel(entry.id, "failed")
-            return [Result(entry.id, None, outcome.error, assembly.queue_s, assembly.compute_s, batch.rows)]
-        assembly.parts[piece.start] = outcome.outputs
-        assembly.missing_rows -= piece.rows
-        if assembly.missing_rows:
-            return []
-        del self._assemblies[entry.id]
-        outputs: Tensors | None = None
-        error: InferpoolError | None = None
-        try:
-            outputs = join([assembly.parts[start] for start in sorted(assembly.parts)])
-        except Exception as fault:  # noqa: BLE001 - parts that do not fit together are the model's failure
-            self._complain_of_parts(fault)
-            error = ModelFailed("the parts of the answer do not fit together")
-        return [Result(entry.id, outputs, error, assembly.queue_s, assembly.compute_s, batch.rows)]
+            if result.error.__cause__ is not None:
+                self._complain_of_parts(result.error.__cause__)
+        return [result]
 
     def _dropped(self, drops: list[Drop]) -> list[Result]:
         results: list[Result] = []
         now = self._clock()
         for entry, _ in drops:
-            self._assemblies.pop(entry.id, None)
+            self._assemblies.drop(entry.id)
         for entry, reason in drops:
             # An entry in parts is dropped with the first of them, once.
-            drop = Result(entry.id, None, _DROPPED[reason](), now - entry.arrived)
+            drop = Result(entry.id, None, DROPPED[reason](), now - entry.arrived)
             alone, ended = self._fold([drop])
             if alone or ended:
-                self._drops[reason].add()
+                self._counts.dropped(reason)
             results += alone
             results += [whole.end(last) for whole, last in ended]
         return results
@@ -405,45 +354,18 @@ class Pool:
         self.batched = False
         self.wrong_rows = why
         self.limits.batch_rows = 1
-        waiting = [self._queue.cancel(entry_id, "unbatched") for entry_id in list(self._assemblies)]
+        waiting = [self._queue.cancel(entry_id, "unbatched") for entry_id in self._assemblies.ids()]
         return self._dropped([drop for drop in waiting if drop is not None])
-
-    def _count(self, device: str, batch: Batch, compute_s: float) -> None:
-        known = self._batches.get(batch.rows, BatchCount(batch.rows, 0, 0.0))
-        self._batches[batch.rows] = BatchCount(batch.rows, known.runs + 1, known.compute_s + compute_s)
-        self._rows_run.observe(batch.rows)
-        self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
-        self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
-        if self._padding is not None:
-            ran, padded = _tokens(batch, self._padding)
-            self._metrics.value("tokens_total", *self._labels).add(ran)
-            self._metrics.value("padded_tokens_total", *self._labels).add(padded)
-        if self._ladder is not None:
-            self._climb_down(self._ladder, batch.rows)
-
-    def _climb_down(self, ladder: Ladder, rows: int) -> None:
-        """Count what was padded, and form no larger batches than there is memory for."""
-        if self.batched:
-            self.limits.batch_rows = min(self.limits.batch_rows, ladder.top)
-        run = sum(map(ladder.up, ladder.pieces(rows)))
-        self._metrics.value("padded_rows_total", *self._labels).add(run - rows)
 
     def _new_instance(self, model: LoadedModel, device: str) -> None:
         """Start an instance; under the lock, so that nobody sees one whose thread does not run yet."""
         self._started += 1
-        for reason in _ENDS:
-            # A rate would miss the first batch of a series that begins at 1.
-            self._metrics.value("batches_total", *self._labels, device, reason)
-        self._metrics.value("instance_busy_seconds_total", *self._labels, device)
-        if self._ladder is not None:
-            self._metrics.value("padded_rows_total", *self._labels)
+        self._counts.add_device(device)
         name = f"{self.key.model}/{self.key.version}#{self._started}"
         instance = Instance(self, model, device, name, self._clock, self.complaints)
         instance.start()
         self._instances.append(instance)
         self._queue.bound_by_time(len(self._instances))
-        # A rate would miss the first batch of a series that begins with it.
-        self._metrics.value("instance_busy_seconds_total", *self._labels, device)
 
     def _replace(self, instance: Instance) -> None:
         now = self._clock()
@@ -451,54 +373,34 @@ class Pool:
         while self._deaths[0] < now - RESTART_WINDOW_S:
             self._deaths.popleft()
         if len(self._deaths) > RESTARTS_AT_MOST:
-            log.error("an instance of %s/%s died too often and is not replaced", *self._labels)
+            log.error("an instance of %s/%s died too often and is not replaced", *self.key)
             self._lost.append(instance.device)
             return
         try:
             self._new_instance(instance.model, instance.device)
         except RuntimeError as fault:  # no thread is to be had
-            log.error("an instance of %s/%s died and cannot be replaced: %s", *self._labels, fault)
+            log.error("an instance of %s/%s died and cannot be replaced: %s", *self.key, fault)
             self._lost.append(instance.device)
-
-    def _retry(self, batch: Batch) -> list[Result]:
-        """Let a batch whose instance died run once more, each entry alone; the second time it failed."""
-        results: list[Result] = []
-        now = self._clock()
-        for piece in batch.pieces:
-            entry = piece.entry
-            if (entry.id, piece.start) in self._retried:
-                self._retried.discard((entry.id, piece.start))
-                error = ModelFailed("the model ended its instance on this request")
-                results += self._ended(Outcome(piece, None, error), batch, 0.0)
-            elif entry.deadline <= now:
-                results += self._ended(Outcome(piece, None, _DROPPED["deadline"]()), batch, 0.0)
-            else:
-                self._retried.add((entry.id, piece.start))
-                self._retries.append(Batch([piece], batch.batched, "retry", now, batch.padding))
-        return results
-
-    def _unretry(self, entry_id: int, reason: str) -> Drop | None:
-        """Take an entry that waits to be run again out of the retries."""
-        for batch in self._retries:
-            piece = batch.pieces[0]
-            if piece.entry.id == entry_id and piece.whole:
-                self._retries.remove(batch)
-                return Drop(piece.entry, reason)
-        return None
 
     def _give_up(self, reason: str) -> list[Result]:
         """Answer everything that waits: nobody is left to run it."""
         results: list[Result] = []
-        for waiting in self._retries:
+        for waiting in self._retries.clear():
             for piece in waiting.pieces:
-                results += self._ended(Outcome(piece, None, _DROPPED[reason]()), waiting, 0.0)
-        self._retries.clear()
+                results += self._ended(Outcome(piece, None, DROPPED[reason]()), waiting, 0.0)
         return results + self._dropped(self._queue.drop_all(reason))
+
+    def _cancel(self, entry_id: int, reason: str) -> Drop | None:
+        """Take an entry out that waits, for the first time or to be run again; None if it does not."""
+        drop = self._queue.cancel(entry_id, reason)
+        if drop is None and (entry := self._retries.cancel(entry_id)) is not None:
+            drop = Drop(entry, reason)
+        return drop
 
     def _cancel_parts(self, whole: Whole, reason: str) -> Drop | None:
         """Drop the parts that still wait, and with them the entry; None, and all goes on, if none waits."""
         ids = [part.entry.id for part in whole.entry.parts]
-        waited = [one for one in ids if self._queue.cancel(one, reason) or self._unretry(one, reason)]
+        waited = [one for one in ids if self._cancel(one, reason) is not None]
         if not waited:
             return None
         for part_id in waited:
@@ -510,7 +412,7 @@ class Pool:
         """The entry has its result; those of parts that are running are still to come, and go nowhere."""
         whole.over = True
         for part in whole.entry.parts:
-            if self._assemblies.pop(part.entry.id, None) is not None:
+            if self._assemblies.drop(part.entry.id):
                 self._wholes.pop(part.entry.id, None)
         del self._wholes[whole.entry.id]
 
@@ -546,13 +448,5 @@ class Pool:
         if unsaid is not None:
             log.warning(
                 "%s/%s gave parts that cannot be joined (as %d times before, unsaid): %s",
-                *self._labels, unsaid, fault,
+                *self.key, unsaid, fault,
             )  # fmt: skip
-
-
-def _tokens(batch: Batch, padding: Padding) -> tuple[int, int]:
-    """Tokens that the batch has in all, and those of them that stand for nothing."""
-    lengths = [padding.length(piece.entry.inputs) for piece in batch.pieces]
-    ran = padding.run_length(max(lengths)) * sum(piece.rows for piece in batch.pieces)
-    own = sum(piece.rows * length for piece, length in zip(batch.pieces, lengths, strict=True))
-    return ran, ran - own

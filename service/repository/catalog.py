@@ -13,8 +13,9 @@ from service.codecs.image import ImageCodec
 from service.codecs.labels import LabelsCodec
 from service.codecs.text import TextCodec
 from service.errors import ModelNotFound, NotReady, VersionNotFound
+from service.pool.counts import BatchCount
 from service.pool.padding import Padding
-from service.pool.pool import BatchCount, InstanceState
+from service.pool.pool import InstanceState
 from service.pool.ports import VersionKey
 from service.pool.precision import Difference
 from service.pool.profile import Measurement

@@ -209,7 +209,7 @@ def test_a_large_request_is_rejoined_in_order_whoever_runs_its_pieces(bench: Cal
     check(entry, result)
     assert max(made.model.batches) == 4
     assert made.pool.waiting() == (0, 0.0, 0.0)
-    assert not made.pool._assemblies
+    assert not made.pool._assemblies.ids()
 
 
 def test_a_piece_that_fails_fails_its_request_once_and_stops_the_rest(bench: Callable[..., Bench]) -> None:
