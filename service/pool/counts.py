@@ -63,12 +63,12 @@ class Counts:
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
         self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
         if self._padding is not None:
-            ran, padded = _tokens(batch, self._padding)
-            self._metrics.value("tokens_total", *self._labels).add(ran)
-            self._metrics.value("padded_tokens_total", *self._labels).add(padded)
+            tokens, empty = _tokens(batch, self._padding)
+            self._metrics.value("tokens_total", *self._labels).add(tokens)
+            self._metrics.value("padded_tokens_total", *self._labels).add(empty)
         if self._ladder is not None:
-            run = sum(map(self._ladder.up, self._ladder.pieces(batch.rows)))
-            self._metrics.value("padded_rows_total", *self._labels).add(run - batch.rows)
+            padded = self._ladder.padded(batch.rows) - batch.rows
+            self._metrics.value("padded_rows_total", *self._labels).add(padded)
 
     def batches(self) -> list[BatchCount]:
         """What has run, by batch size, smallest first."""

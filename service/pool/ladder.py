@@ -31,7 +31,10 @@ STEEP: Final = 1.25
 
 
 class Ladder:
-    """The batch sizes of a version, shared by its instances: it only ever gets shorter, when memory does."""
+    """The batch sizes of a version, shared by its instances: it only ever gets shorter, when memory does.
+
+    That may happen in another thread at any moment.
+    """
 
     def __init__(self, rungs: Sequence[int]) -> None:
         """`rungs` are at least one, at least 1 each, rising."""
@@ -48,15 +51,21 @@ class Ladder:
         """The largest batch."""
         return self._rungs[-1]
 
-    def up(self, rows: int) -> int:
-        """The rung that `rows` rows (at most `top`) run on: the next at or above them."""
-        rungs = self._rungs
-        return rungs[bisect_left(rungs, rows)]
+    def up(self, rows: int) -> int | None:
+        """The rung that `rows` rows run on: the next at or above them; None where they are too many."""
+        return next((rung for rung in self._rungs if rung >= rows), None)
 
     def pieces(self, rows: int) -> list[int]:
         """`rows` rows as runs that the ladder has: as many of `top` as fit, and the rest."""
-        full, rest = divmod(rows, self.top)
-        return [self.top] * full + [rest] * (rest > 0)
+        top = self.top
+        full, rest = divmod(rows, top)
+        return [top] * full + [rest] * (rest > 0)
+
+    def padded(self, rows: int) -> int:
+        """How many rows run for `rows` rows: with those of zeros that they are rounded up with."""
+        rungs = self._rungs
+        full, rest = divmod(rows, rungs[-1])
+        return full * rungs[-1] + (rungs[bisect_left(rungs, rest)] if rest else 0)
 
     def halve(self, rung: int) -> bool:
         """Let half of `rung`, which has failed, be the most from here on; False where it cannot be halved.
@@ -133,8 +142,7 @@ class LadderModel(LoadedModel):
         if not rows or not self._optional.isdisjoint(parts[0]):
             # An input that holds for the whole run has no rows that could be added to.
             return self._model.run(parts[0], outputs)
-        while rows <= self.ladder.top:
-            rung = self.ladder.up(rows)
+        while (rung := self.ladder.up(rows)) is not None:
             try:
                 return self._model.run_padded(parts, rung, outputs)
             except OutOfMemory as error:

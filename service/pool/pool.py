@@ -230,16 +230,13 @@ class Pool:
                 self._put(results)
                 results = []
             self._retries.ran(batch)
-            self._measured = self._clock()
-            if run.clean:
-                self.profile.observe(max(1, batch.load), run.compute_s)
             if run.wrong_rows and self.batched:
                 results += self._stop_batching(run.wrong_rows)
-            self._queue.bound_by_time(len(self._instances))
-            self._counts.ran(instance.device, batch, run.compute_s)
-            if self._ladder is not None and self.batched:
-                # No larger batches than there is memory for.
-                self.limits.batch_rows = min(self.limits.batch_rows, self._ladder.top)
+            try:
+                self._keep(instance, batch, run)
+            except Exception:
+                # The instance would end, and its batch would run again, which has been answered.
+                log.exception("what a batch of %s/%s took could not be kept", *self.key)
         self._put(results)
 
     def died(self, instance: Instance, batch: Batch | None) -> None:
@@ -260,6 +257,17 @@ class Pool:
         self._put(results)
 
     # Under the lock.
+
+    def _keep(self, instance: Instance, batch: Batch, run: Run) -> None:
+        """Count a batch that has run, and let what it took bound what may wait."""
+        self._measured = self._clock()
+        if run.clean:
+            self.profile.observe(max(1, batch.load), run.compute_s)
+        self._queue.bound_by_time(len(self._instances))
+        self._counts.ran(instance.device, batch, run.compute_s)
+        if self._ladder is not None and self.batched:
+            # No larger batches than there is memory for.
+            self.limits.batch_rows = min(self.limits.batch_rows, self._ladder.top)
 
     def _waits(self, entry: Entry) -> None:
         """An entry is in the queue."""
@@ -332,6 +340,8 @@ class Pool:
             self._queue.cancel(entry.id, "failed")
             if result.error.__cause__ is not None:
                 self._complain_of_parts(result.error.__cause__)
+                # It is said, and need not be again where the entry is a part of another.
+                result.error.__cause__ = None
         return [result]
 
     def _dropped(self, drops: list[Drop]) -> list[Result]:

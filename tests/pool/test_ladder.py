@@ -62,6 +62,8 @@ def test_rows_go_up_to_the_next_rung_in_as_few_runs_as_there_can_be(sizes: list[
     assert len(pieces) == -(-rows // ladder.top)
     for piece in pieces:
         assert ladder.up(piece) == min(size for size in sizes if size >= piece)
+    assert ladder.up(ladder.top + rows) is None
+    assert ladder.padded(rows) == sum(map(ladder.up, pieces))
 
 
 @given(LADDERS, st.lists(st.integers(0, 10), max_size=8))

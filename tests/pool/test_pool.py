@@ -18,6 +18,7 @@ from service.backends.base import LoadedModel
 from service.errors import DeadlineExceeded, Draining, InvalidInput, ModelFailed, NotReady, QueueFull
 from service.metrics import Metrics
 from service.pool.instance import Instance
+from service.pool.ladder import Ladder
 from service.pool.pool import RESTARTS_AT_MOST, Pool
 from service.pool.ports import Entry, Part, Result, VersionKey
 from service.pool.profile import Measurement, Profile
@@ -75,7 +76,13 @@ class Held(LoadedModel):
 class Bench:
     """A pool of one instance over a held model."""
 
-    def __init__(self, instances: int = 1, most_joined_bytes: float = math.inf, **limits: object) -> None:
+    def __init__(
+        self,
+        instances: int = 1,
+        most_joined_bytes: float = math.inf,
+        ladder: Ladder | None = None,
+        **limits: object,
+    ) -> None:
         self.outbox = Outbox()
         self.model = Held()
         self.metrics = Metrics({})
@@ -90,6 +97,7 @@ class Bench:
             time.monotonic,
             batched=True,
             most_joined_bytes=most_joined_bytes,
+            ladder=ladder,
         )
         for _ in range(instances):
             self.pool.start_instance(self.model, "cpu")
@@ -170,6 +178,25 @@ def test_whoever_has_an_answer_finds_it_counted(
     made.outbox.take(1)
     reader.join(10)
     assert seen == [(1, 1)]
+
+
+def test_what_cannot_be_counted_is_answered_and_not_run_again(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Ladder):
+        def padded(self, rows: int) -> int:
+            raise IndexError("no such rung")
+
+    made = bench(ladder=Broken([1, 2, 4, 8]))
+    made.busy()
+    made.go()
+    assert made.outbox.take(1)
+    made.offer(1)
+    assert made.outbox.take(1)
+    assert made.pool.drain(10)
+    assert made.model.batches == [1, 1]
+    assert made.outbox.results.empty()
+    assert [line.message for line in caplog.records] == ["what a batch of m/1 took could not be kept"] * 2
 
 
 def test_only_the_guilty_of_a_batch_fail(bench: Callable[..., Bench]) -> None:
