@@ -190,4 +190,5 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
