@@ -39,6 +39,8 @@ class Protocol(asyncio.Protocol):
         self._batcher.offer(body, self._answer)
 
     def _answer(self, body: bytes) -> None:
+        if self._transport.is_closing():
+            return  # raising, it would keep the others of its batch from their answers
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
         self._transport.write(head % len(body) + body)
 
