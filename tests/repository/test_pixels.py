@@ -194,7 +194,8 @@ def fake_server(tmp_path: Path) -> Iterator[Server]:
     folder = tmp_path / "repository" / "m"
     (folder / "1").mkdir(parents=True)
     (folder / "1" / "model.fakegpu").write_text(PICTURES)
-    batching = "[batching]\nmax_delay_ms = 20\n[instances]\ncount = 1\n"
+    # So long that the clients of a busy machine ask within it.
+    batching = "[batching]\nmax_delay_ms = 100\n[instances]\ncount = 1\n"
     (folder / "model.toml").write_text(CONFIG + batching)
     environ = {
         "PYTHONPATH": f"{ROOT}:{FAKE}",
@@ -236,8 +237,7 @@ def test_pictures_and_numbers_at_once_are_each_answered_and_never_mixed(fake_ser
     for thread in threads:
         thread.join()
     assert not wrong
-    # How many fewer there are hangs on how many clients the machine lets ask within the delay.
-    assert server.metric("batches_total", model="m") - before < 240 * 0.9
+    assert server.metric("batches_total", model="m") - before < 240 / 2
 
 
 def test_only_pictures_are_taken_for_pixels(fake_server: Server) -> None:
