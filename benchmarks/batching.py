@@ -72,7 +72,7 @@ def cpu_s(process: int) -> float:
 
 
 @dataclass
-class Tally:
+class RequestStats:
     """Answers by status, and how long each took, in seconds; `in_window` came while requests were sent."""
 
     times: dict[int, list[float]] = field(default_factory=dict)
@@ -108,13 +108,13 @@ async def closed_loop(port: int, clients: int, seconds: float) -> float:
 
 async def open_loop(
     port: int, rate: float, seconds: float, headers: dict[str, str], patience_s: float
-) -> Tally:
+) -> RequestStats:
     """Requests sent at `rate` a second, whatever becomes of those before.
 
     Only answers that come while requests are still sent, within `patience_s`, count for `in_window`: what is
     worked off afterwards is no longer overload.
     """
-    tally = Tally()
+    tally = RequestStats()
     free: list[Client] = []
     tasks: set[asyncio.Task[None]] = set()
 

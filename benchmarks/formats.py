@@ -8,8 +8,8 @@ and of each channel of a 3×224×224 image. The last line of each table is a req
 `GET /v2/health/live`, that passes the web framework instead of a model.
 
 Where the 602,112 bytes of an image in binary form are copied between the web server's chunks and the batch:
-once into the request's body by `service.http.intake`, where they stand aligned, so that the tensor is a view
-of them, and once more into the batch by `service.pool.batch` where other entries are in it; an entry that is
+once into the request's body by `inferpool.http.predict.body_buffer`, where they stand aligned, so that the tensor is a view
+of them, and once more into the batch by `inferpool.pool.batch` where other entries are in it; an entry that is
 alone is the batch. The web server itself copies them from the socket into the chunks before that.
 """
 
@@ -144,7 +144,7 @@ def ask(connection: http.client.HTTPConnection, request: Request, count: int) ->
 def start(repository: Path) -> tuple[subprocess.Popen[str], int]:
     """The server, once its models are loaded, and its port."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "INFERPOOL_LOG_FORMAT": "console"}
-    command = [sys.executable, "-m", "service", "serve", str(repository), "--port", "0"]
+    command = [sys.executable, "-m", "inferpool", "serve", str(repository), "--port", "0"]
     server = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     port = 0

@@ -31,14 +31,15 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from inferpool.backends.base import Engine, LoadOptions
+from inferpool.backends.cuda.memory import HostMemory
+from inferpool.backends.onnx.backend import OnnxBackend
+from inferpool.backends.onnx.gpu.bound_model import BoundModel
+from inferpool.backends.onnx.gpu.tensorrt import lacks_tensorrt
+from inferpool.system.gpus import cuda_driver
+
 from benchmarks.gpu_load import load, request
 from benchmarks.gpu_models import MODELS, rows
-from service.backends.base import Engine, LoadOptions
-from service.backends.cuda_runtime import HostMemory
-from service.backends.onnx import OnnxBackend
-from service.backends.onnx_bound import BoundModel
-from service.backends.onnx_tensorrt import lacks_tensorrt
-from service.devices import cuda_driver
 from tests.server import Server
 
 SHARE: Final = 0.9

@@ -29,18 +29,19 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from inferpool.backends.base import DeviceModel, LoadOptions, find_backend
+from inferpool.cli import main as serve
+from inferpool.codecs.image import ImageCodec, ImageConfig
+from inferpool.pixel_table import Normalisation
+
 from benchmarks.gpu import machine
 from benchmarks.gpu_load import load
 from benchmarks.gpu_models import resnet50
-from service.backends.base import DeviceModel, LoadOptions, find_backend
-from service.backends.normalisation import Normalisation
-from service.cli import main as serve
-from service.codecs.image import ImageCodec, ImageConfig
 from tests.server import ROOT, Server
 
 SIZES: Final = (1, 16, 64)
 CONFIG: Final = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "resize": 224}
-WAYS: Final = {"on the card": "service", "on the CPU": "benchmarks.gpu_pictures"}
+WAYS: Final = {"on the card": "inferpool", "on the CPU": "benchmarks.gpu_pictures"}
 """Who normalises, and the module of the server in which they do."""
 
 
@@ -189,7 +190,9 @@ def table(report: dict[str, Any]) -> str:
 
 def serve_numbers() -> int:
     """The server as it is, but that no GPU is found to normalise."""
-    with patch("service.repository.instances.try_pixels", lambda *_, **__: "to see what that costs"):
+    with patch(
+        "inferpool.repository.load.model_copies.try_pixels", lambda *_, **__: "to see what that costs"
+    ):
         return serve()
 
 

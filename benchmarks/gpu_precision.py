@@ -25,11 +25,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from inferpool.backends.base import DeviceModel, LoadedModel, LoadOptions, find_backend
+from inferpool.repository.load.gpu.precision import Reference
+from inferpool.tensors import Tensors
+
 from benchmarks.gpu import machine
 from benchmarks.gpu_models import MODELS, TOKENS, WIDTH, rows
-from service.backends.base import DeviceModel, LoadedModel, LoadOptions, find_backend
-from service.pool.precision import Reference
-from service.tensors import Tensors
 
 SIZES: Final = (1, 16, 64)
 

@@ -30,8 +30,9 @@ import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from service.codecs.text import TextCodec, TextConfig
-from service.tensors import Signature, TensorSpec
+from inferpool.codecs.text import TextCodec, TextConfig
+from inferpool.tensors import Signature, TensorSpec
+
 from tests.clients import Client, with_clients
 from tests.server import Server
 

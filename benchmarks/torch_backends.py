@@ -35,13 +35,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from service.machine import keep_freed_memory, usable_cores
-from service.metrics import Metrics
-from service.pool.ports import Entry, Result, VersionKey
-from service.repository.config import read_config
-from service.repository.loader import Loaded, Loader
-from service.settings import Settings
-from tests.backends.networks import ROOT, configure, described, digits, save_exported, save_scripted
+from inferpool.observe.metrics import Metrics
+from inferpool.pool.ports import Entry, Result, VersionKey
+from inferpool.repository.config import read_config
+from inferpool.repository.load.loader import Loaded, Loader
+from inferpool.settings import Settings
+from inferpool.system.cpu import keep_freed_memory, usable_cores
+
+from tests.backends.torch.networks import ROOT, configure, described, digits, save_exported, save_scripted
 
 MOST_ROWS = 256
 

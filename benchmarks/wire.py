@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +15,11 @@ from statistics import median
 
 import numpy as np
 import orjson
-
-from service.tensors import ANY, Signature, TensorSpec
-from service.wire import json, numbers, simd
-from service.wire.infer import parse_infer
-from service.wire.infer_answer import encode_infer
-from service.wire.json import encode_response, parse_request
+from inferpool.tensors import ANY, Signature, TensorSpec
+from inferpool.wire import json_numbers
+from inferpool.wire.native_json import encode_response, parse_request
+from inferpool.wire.v2_request import parse_infer
+from inferpool.wire.v2_response import encode_infer
 
 IMAGE = Signature((TensorSpec("x", "FP32", (ANY, 3, 224, 224)),), (TensorSpec("y", "FP32", (ANY, 10)),))
 ROW = Signature((TensorSpec("x", "FP32", (ANY, 64)),), (TensorSpec("y", "FP32", (ANY, 10)),))
@@ -29,18 +27,17 @@ POINTS = Signature((TensorSpec("x", "FP32", (ANY, 3)),), ())
 Case = tuple[str, Callable[[], object], str | None]
 
 
-C, SIMD, PLAIN = "the module in C", "pysimdjson", "orjson"
+C, PLAIN = "the module in C", "orjson"
 
 
 @contextmanager
 def reading_by(way: str) -> Iterator[None]:
-    before = numbers.AVAILABLE, json.SIMD_MIN_BYTES
-    numbers.AVAILABLE = way == C
-    json.SIMD_MIN_BYTES = 0 if way == SIMD else sys.maxsize
+    before = json_numbers.AVAILABLE
+    json_numbers.AVAILABLE = way == C
     try:
         yield
     finally:
-        numbers.AVAILABLE, json.SIMD_MIN_BYTES = before
+        json_numbers.AVAILABLE = before
 
 
 def pixels_of(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -63,7 +60,7 @@ def read(body: bytes, signature: Signature, way: str) -> Callable[[], object]:
 
 def cases() -> list[Case]:
     image, points, row = predict_body(1, 3, 224, 224), predict_body(50_176, 3), predict_body(1, 64)
-    ways = [*([C] if numbers.AVAILABLE else []), *([SIMD] if simd.AVAILABLE else []), PLAIN]
+    ways = [*([C] if json_numbers.AVAILABLE else []), PLAIN]
     listed: list[Case] = [
         (f"image, {len(image):,} bytes of JSON: orjson + numpy, nothing checked", lambda: bare(image), None)
     ]

@@ -21,7 +21,7 @@ need() {
 
 # compile: have the hot path compiled of the sources as they are, where it was compiled of others.
 compile() {
-  if [[ "$("$VENV/bin/python" -c 'import service; print(service.HOT_PATH)')" == "out of date" ]]; then
+  if [[ "$("$VENV/bin/python" -c 'import inferpool; print(inferpool.HOT_PATH)')" == "out of date" ]]; then
     say "Compiling the hot path anew, as its sources have changed (INFERPOOL_COMPILED=0 spares this) ..."
     (cd -- "$REPO" && "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .)
   fi

@@ -35,7 +35,7 @@ def usual_log_level() -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
-LANES = ("service", "tests.asgi_lane")
+LANES = ("inferpool", "tests.servers.asgi_lane")
 """The modules that start a server whose predictions take the protocol's lane, or ASGI's."""
 
 

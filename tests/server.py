@@ -29,7 +29,7 @@ class Server:
         repository: Path,
         flags: Sequence[str] = (),
         environ: Mapping[str, str] = {},
-        module: str = "service",
+        module: str = "inferpool",
     ) -> None:
         own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}"}
         command = [sys.executable, "-m", module, "serve", str(repository), "--port", "0", *flags]

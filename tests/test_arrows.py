@@ -1,40 +1,52 @@
-"""Imports point one way, and what knows of what is as small as the design says."""
+"""The imports of the package point one way, and each library is imported by its own rooms alone."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "service").rglob("*.py"))
+PACKAGE = ROOT / "service" / "inferpool"
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = {
-    "__main__": 9, "cli": 8, "app": 7, "http": 6, "build": 6, "read_options": 0, "repository": 5,
-    "codecs": 4, "wire": 4, "pool": 4, "backends": 3, "tensors": 2,
-    "settings": 2, "logs": 1, "metrics": 1, "spans": 1, "machine": 1, "devices": 1, "nvml": 2,
-    "commands": 0, "errors": 0, "exposition": 0, "record": 0, "tracing": 0, "aside": 0, "__init__": 0,
-    "compiled": -1,
+    "__main__": 9, "cli": 8, "app": 7, "server": 7, "http": 6, "release": 6, "repository": 5,
+    "codecs": 4, "wire": 4, "pool": 4, "backends": 3, "pixel_table": 2, "settings": 2, "observe": 2,
+    "tensors": 1, "system": 1, "errors": 0, "__init__": 0,
 }  # fmt: skip
-"""A module imports from its own part, or from one of a lower rank."""
+"""A module imports from its own folder, or from a part of a lower rank."""
+
+SIBLINGS = {
+    "http/predict": ("http/connection", "http/native", "http/v2", "http/asgi", "http/application"),
+    "http/connection": ("http/native", "http/v2", "http/application"),
+    "http/native": ("http/v2", "http/connection"),
+    "http/v2": ("http/native", "http/connection"),
+    "backends/onnx": ("backends/torch",),
+    "backends/torch": ("backends/onnx",),
+    "backends/cuda": ("backends/onnx", "backends/torch"),
+}
+"""Folders of one part that must not import one another: what each one leaves alone."""
 
 LIBRARIES = {
-    "fastapi": ("http", "app", "cli"),
-    "starlette": ("http", "app", "cli"),
-    "uvicorn": ("http", "app", "cli"),
+    "fastapi": ("http", "app", "server", "cli"),
+    "starlette": ("http", "app", "server", "cli"),
+    "uvicorn": ("http", "app", "server", "cli"),
     "onnxruntime": ("backends/onnx",),
-    "torch": ("backends/torch", "backends/aoti"),
-    "prometheus_client": ("metrics",),
-    "opentelemetry": ("spans",),
-    "pynvml": ("nvml",),
+    "torch": ("backends/torch",),
+    "prometheus_client": ("observe/metrics",),
+    "opentelemetry": ("observe/spans",),
+    "pynvml": ("observe/gpu_metrics",),
     "PIL": ("codecs",),
     "tokenizers": ("codecs/text",),
 }
-"""Who may import what; the names are how paths below `service/` begin."""
+"""Who may import what; the names are how paths below `service/inferpool/` begin."""
 
-SEAM = ("service.pool.pool", "service.pool.engine", "service.pool.instance", "service.backends",
-        "service.repository.repository", "service.repository.loader", "onnxruntime", "torch")  # fmt: skip
+SEAM = ("inferpool.pool.pool", "inferpool.pool.router", "inferpool.pool.instance", "inferpool.backends",
+        "inferpool.repository.repository", "inferpool.repository.load", "onnxruntime", "torch")  # fmt: skip
 """What the web side never holds."""
 
 
@@ -46,41 +58,75 @@ def imports_of(file: Path) -> set[str]:
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file} imports relatively"
-            found.add(node.module or "")
-            found.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "service")
+            module = node.module or ""
+            found.add(module)
+            found.update(
+                f"{module}.{alias.name}" for alias in node.names if is_module(f"{module}.{alias.name}")
+            )
     return found
 
 
+def is_module(name: str) -> bool:
+    """Whether a dotted name is a module of the package."""
+    path = ROOT / "service" / Path(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def path_of(file: Path) -> str:
+    """`http/asgi` for the module `inferpool.http.asgi`."""
+    return str(file.relative_to(PACKAGE).with_suffix(""))
+
+
 def part_of(module: str) -> str:
-    """`service.http.lane` is in the part `http`."""
+    """`http` for the module `inferpool.http.asgi`."""
     return [*module.split("."), "__init__"][1]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", FILES, ids=path_of)
 def test_imports_point_one_way(file: Path) -> None:
-    path = str(file.relative_to(ROOT / "service"))
-    own = path.split("/")[0].removesuffix(".py")
+    path = path_of(file)
+    own = path.split("/")[0]
     for module in imports_of(file):
-        if module.split(".")[0] == "service":
+        if module.split(".")[0] == "inferpool":
             part = part_of(module)
-            if part not in RANKS:  # a name, not a module: `from service import __version__`
+            if part not in RANKS:  # a name, not a module: `from inferpool import __version__`
                 continue
             assert part == own or RANKS[part] < RANKS[own], f"{path} imports {module}"
+            for folder, forbidden in SIBLINGS.items():
+                if path.startswith(f"{folder}/"):
+                    below = "/".join(module.split(".")[1:])
+                    assert not below.startswith(forbidden), f"{path} imports {module}"
         else:
             allowed = LIBRARIES.get(module.split(".")[0])
             assert allowed is None or path.startswith(allowed), f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "service/pool").glob("*.py")), ids=lambda file: file.name)
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    modules = {
+        ".".join(("inferpool", *path_of(file).split("/"))).removesuffix(".__init__"): file for file in FILES
+    }
+    graph = {
+        name: {found for found in imports_of(file) if found in modules} - {name}
+        for name, file in modules.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "pool").glob("*.py")), ids=path_of)
 def test_the_pool_knows_no_event_loop_and_no_clock(file: Path) -> None:
     assert not imports_of(file) & {"asyncio", "time", "datetime", "socket", "http"}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "service/http").glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted((PACKAGE / "http").rglob("*.py")), ids=path_of)
 def test_the_web_side_holds_nothing_beyond_the_seam(file: Path) -> None:
     assert not [module for module in imports_of(file) if module.startswith(SEAM)]
 
 
 def test_every_module_has_a_rank() -> None:
-    paths = (file.relative_to(ROOT / "service").with_suffix("") for file in FILES)
-    assert {path.parts[0] for path in paths} <= RANKS.keys()
+    assert {path_of(file).split("/")[0] for file in FILES} <= RANKS.keys()
+
+
+def test_no_module_is_named_like_another_or_like_one_of_the_standard_library() -> None:
+    names = [file.stem for file in FILES if not file.stem.startswith("__")]
+    assert not [name for name in names if f"{name}s" in names], "two files whose names differ by a plural"
+    assert not [name for name in names if name in sys.stdlib_module_names]

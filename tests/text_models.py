@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from inferpool.tensors import Array
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from service.tensors import Array
-from tests.http.onnx_models import write_model
+from tests.onnx_models import write_model
 
 WORDS = [f"w{number}" for number in range(200)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -78,7 +78,7 @@ def closed_loop(port: int, request: Request, connections: int, seconds: float) -
 
 
 @dataclass
-class Tally:
+class RequestStats:
     """What came of the requests of an open loop; moments are in seconds since its start."""
 
     good: list[tuple[float, float]] = field(default_factory=list)
@@ -113,9 +113,9 @@ def open_loop(
     }
 
 
-async def _open_loop(port: int, request: Request, rate_per_s: float, seconds: float) -> Tally:
+async def _open_loop(port: int, request: Request, rate_per_s: float, seconds: float) -> RequestStats:
     loop = asyncio.get_running_loop()
-    tally = Tally()
+    tally = RequestStats()
     idle: list[Connection] = []
     all_tasks: set[asyncio.Task[None]] = set()
     fields = {"Host": "localhost", "Content-Length": str(len(request.body)), **request.headers}

@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from inferpool import __version__
+
 from benchmarks.peers.environments import CACHE, clean_environ
 from benchmarks.peers.load import LoadError, Request, closed_loop, open_loop
 from benchmarks.peers.peers import ADAPTERS, Peer
 from benchmarks.peers.processes import Server, ServerError, free_port
 from benchmarks.peers.workloads import ROOT, Sample, Workload, is_right, model_file, samples
-from service import __version__
 
 ANSWER_S = 60
 WARM_S = 1

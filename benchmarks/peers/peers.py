@@ -62,7 +62,7 @@ class Peer:
         if self.name == "inferpool":
             flags = ["--queue-ms", "500"] if queue else []
             folder = model.parents[1]
-            return [str(python), "-m", "service", "serve", str(folder), "--port", str(port), *flags]
+            return [str(python), "-m", "inferpool", "serve", str(folder), "--port", str(port), *flags]
         script = self.adapter or f"{self.name.replace('-', '_')}_server.py"
         told = {"model": model, "kind": kind, "port": port, "rows": rows, "workers": workers, "queue": queue}
         words = [word for name, value in told.items() for word in (f"--{name}", str(value))]

@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-
-from service.backends.base import Backend, LoadedModel, LoadOptions
-from service.errors import LoadError
-from service.tensors import Signature, Tensors, TensorSpec
+from inferpool.backends.base import Backend, LoadedModel, LoadOptions
+from inferpool.errors import LoadError
+from inferpool.tensors import Signature, Tensors, TensorSpec
 
 RAISE = -1001.0
 """The run raises, and quotes what it was given."""

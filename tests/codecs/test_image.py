@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inferpool.codecs.image import ImageCodec, ImageConfig
+from inferpool.codecs.image_files import OTHER_FORMATS, PNG_SIGNATURE
+from inferpool.errors import BodyTooLarge, ConfigError, MalformedBody, UnsupportedMediaType
+from inferpool.tensors import ANY, Array, Signature, TensorSpec
 from PIL import Image, ImageOps
 from pydantic import ValidationError
-
-from service.codecs.containers import OTHER_FORMATS, PNG_SIGNATURE
-from service.codecs.image import ImageCodec, ImageConfig
-from service.errors import BodyTooLarge, ConfigError, MalformedBody, UnsupportedMediaType
-from service.tensors import ANY, Array, Signature, TensorSpec
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
-from service.codecs.labels import LabelsCodec, LabelsConfig, read_labels
-from service.errors import ConfigError, ModelFailed
-from service.tensors import ANY, Array, Signature, TensorSpec
+from inferpool.codecs.labels import LabelsCodec, LabelsConfig, read_labels
+from inferpool.errors import ConfigError, ModelFailed
+from inferpool.tensors import ANY, Array, Signature, TensorSpec
 
 NAMES = ("ant", "bee", "cat")
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inferpool import cli
+from inferpool.codecs.text import MOST_CHARACTERS, MOST_SENTENCES, TextCodec, TextConfig
+from inferpool.errors import BodyTooLarge, ConfigError, InvalidInput, MalformedBody
+from inferpool.tensors import Signature, TensorSpec
 from tokenizers.processors import TemplateProcessing
 
-from service import cli
-from service.codecs.text import MOST_CHARACTERS, MOST_SENTENCES, TextCodec, TextConfig
-from service.errors import BodyTooLarge, ConfigError, InvalidInput, MalformedBody
-from service.tensors import Signature, TensorSpec
 from tests.text_models import WORDS, Alone, make_tokenizer, write_encoder
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from inferpool import __version__
 from onnx import TensorProto, helper, numpy_helper
 
-from service import __version__
 from tests.clients import Client, Reply, with_clients
 from tests.conftest import Serve
 from tests.docker import images
 from tests.docker.containers import CONFINED, Container, run_once
-from tests.http.onnx_models import write_model
+from tests.onnx_models import write_model
 
 ROOT = Path(__file__).parents[2]
 MISSING = images.missing()
@@ -208,7 +208,7 @@ def test_there_is_no_compiler_and_only_what_is_pinned(image: str) -> None:
 
 
 def test_its_hot_path_is_compiled(image: str) -> None:
-    script = "import service, service.pool.queue as queue; print(service.HOT_PATH, queue.__file__)"
+    script = "import inferpool.app as app, inferpool.pool.entry_queue as queue; print(app.hot_path(), queue.__file__)"
     said = run_once(image, "/opt/inferpool/bin/python3", "-c", script)
     assert said.startswith("compiled /opt/inferpool/lib/")
     assert said.strip().endswith(".so")

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inferpool import cli
+from inferpool.http.problems import STATUSES
+from inferpool.observe.logs import request_fields
+from inferpool.observe.metrics import FAMILIES
+from inferpool.observe.request_record import Record
+from inferpool.repository.config import ModelConfig
+from inferpool.settings import Settings, add_flags
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from service import cli
-from service.http.problems import STATUSES
-from service.logs import request_fields
-from service.metrics import FAMILIES
-from service.record import Record
-from service.repository.config import ModelConfig
-from service.settings import Settings, add_flags
 from tests.conftest import Serve
 from tests.server import Server
 
@@ -177,7 +177,7 @@ def test_an_example_gives_the_answer_shown(
 ):
     """Commands and programs of the README, run as they stand, print what stands below them."""
     source = source.replace("localhost:8000", f"127.0.0.1:{bundled.port}")
-    source = source.replace(".venv/bin/inferpool", f"'{sys.executable}' -m service")
+    source = source.replace(".venv/bin/inferpool", f"'{sys.executable}' -m inferpool")
     command = [sys.executable, "-c", source] if language == "python" else ["bash", "-euc", source]
     environ = {**os.environ, "INFERPOOL_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=models.parent, env=environ, capture_output=True, text=True, check=False)
@@ -242,7 +242,7 @@ def test_without_a_runtime_models_fail_with_the_reason(serve: Serve, models: Pat
 def test_check_says_that_no_runtime_is_installed(models: Path, without_runtime: str):
     """`inferpool check` exits with 1 and gives the reason for every version."""
     run = subprocess.run(
-        [sys.executable, "-m", "service", "check", "models"],
+        [sys.executable, "-m", "inferpool", "check", "models"],
         cwd=models.parent,
         env={**os.environ, "PYTHONPATH": without_runtime},
         capture_output=True,

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-
-from service.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
-from service.devices import Gpu
-from service.errors import LoadError, OutOfMemory, UnfitForGpu
-from service.tensors import Signature, Tensors, TensorSpec
+from inferpool.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
+from inferpool.errors import LoadError, OutOfMemory, UnfitForGpu
+from inferpool.system.gpus import Gpu
+from inferpool.tensors import Signature, Tensors, TensorSpec
 
 PICTURES = "pictures "
 """How the file of a model that takes them begins."""
@@ -183,7 +182,7 @@ class FakeBackend(Backend):
         self.loaded.append(model)
         return model
 
-    def lacks_gpu(self, file: Path) -> str:
+    def gpu_unavailable_reason(self, file: Path) -> str:
         return self.lacks
 
     def lacks_engines(self) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from unittest.mock import patch
 
-from service.cli import main
+from inferpool.cli import main
+
 from tests.fake_gpu import FakeDriver, nvml
 
 if __name__ == "__main__":
     sys.modules["pynvml"] = nvml
     driver = FakeDriver()
     with (
-        patch("service.repository.loader.cuda_driver", lambda: driver),
-        patch("service.app.cuda_driver", lambda: driver),
+        patch("inferpool.repository.load.loader.cuda_driver", lambda: driver),
+        patch("inferpool.app.cuda_driver", lambda: driver),
     ):
         sys.exit(main())

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inferpool.backends.base import DeviceModel, LoadOptions, find_backend
+from inferpool.observe.gpu_metrics import gpu_readings
+from inferpool.pool.buckets import BatchBuckets
+from inferpool.repository.load.gpu.graph_capture import capture
+from inferpool.system.gpus import cuda_driver
 from onnx import TensorProto, helper
 
-from service.backends.base import DeviceModel, LoadOptions, find_backend
-from service.devices import cuda_driver
-from service.nvml import gpu_readings
-from service.pool.graphs import capture
-from service.pool.ladder import Ladder
 from tests.conftest import Serve
 from tests.server import ROOT
 
@@ -223,7 +223,7 @@ IMAGES = '[[inputs]]\nname = "input"\ndatatype = "FP32"\nshape = [-1, 1, 8, 8]\n
 def test_pytorch_runs_there_too(kind: str, config: str, serve: Serve, tmp_path: Path) -> None:
     """TorchScript and exported programs answer as on the CPU, replayed or not, and in FP16 nearly so."""
     torch = pytorch()
-    networks = importlib.import_module("tests.backends.networks")
+    networks = importlib.import_module("tests.backends.torch.networks")
     network = networks.digits()
     folder = tmp_path / "repository" / "m" / "1"
     folder.mkdir(parents=True)
@@ -253,7 +253,7 @@ def test_pytorch_runs_there_too(kind: str, config: str, serve: Serve, tmp_path: 
 def test_what_cannot_be_recorded_is_told_and_served(serve: Serve, tmp_path: Path) -> None:
     """How many rows come out only the data say, and the host has to know it in the middle of the run."""
     pytorch()
-    networks = importlib.import_module("tests.backends.networks")
+    networks = importlib.import_module("tests.backends.torch.networks")
     folder = tmp_path / "repository" / "m" / "1"
     folder.mkdir(parents=True)
     networks.save_scripted(folder / "model.pt", networks.Chosen())
@@ -269,7 +269,7 @@ def test_what_cannot_be_recorded_is_told_and_served(serve: Serve, tmp_path: Path
 def test_a_model_of_pytorch_gives_its_memory_back_with_its_graphs(tmp_path: Path) -> None:
     """By the driver's count, after every batch size was recorded."""
     torch = pytorch()
-    networks = importlib.import_module("tests.backends.networks")
+    networks = importlib.import_module("tests.backends.torch.networks")
     file = networks.save_exported(tmp_path / "m.pt2", networks.digits(), torch.rand(2, 1, 8, 8))
     options = LoadOptions(device="cuda:0", trusted=True, graphs=True)
 
@@ -277,7 +277,7 @@ def test_a_model_of_pytorch_gives_its_memory_back_with_its_graphs(tmp_path: Path
         """Bytes in use while a model is there that has run so many rows, and after."""
         model = find_backend("torch").load(file, options)
         assert isinstance(model, DeviceModel)
-        capture(model, Ladder((rows // 2, rows)), [], time.monotonic)
+        capture(model, BatchBuckets((rows // 2, rows)), [], time.monotonic)
         assert model.graphs is True, model.graphs
         during = used_bytes()
         model.close()

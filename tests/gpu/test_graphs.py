@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inferpool.backends.base import DeviceModel, LoadOptions, find_backend
+from inferpool.backends.onnx.gpu.tensorrt import lacks_tensorrt
+from inferpool.pool.buckets import BatchBuckets
+from inferpool.repository.load.gpu.graph_capture import capture
+from inferpool.system.gpus import cuda_driver
 from onnx import TensorProto, helper
 
-from service.backends.base import DeviceModel, LoadOptions, find_backend
-from service.backends.onnx_tensorrt import lacks_tensorrt
-from service.devices import cuda_driver
-from service.pool.graphs import capture
-from service.pool.ladder import Ladder
 from tests.conftest import Serve
 from tests.gpu.test_gpu import DIGITS, copy_digits, images, node, value, write
 
@@ -108,7 +108,7 @@ def test_captures_beside_other_runs_break_neither() -> None:
         for _ in range(5):
             model = backend.load(file, LoadOptions("cuda:0", graphs=True))
             assert isinstance(model, DeviceModel)
-            capture(model, Ladder([1, 2, 4, 8, 16, 32]), [], time.monotonic)
+            capture(model, BatchBuckets([1, 2, 4, 8, 16, 32]), [], time.monotonic)
             assert model.graphs is True
             model.close()
     finally:

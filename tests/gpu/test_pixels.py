@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inferpool.system.gpus import cuda_driver
 from onnx import TensorProto, helper
 from PIL import Image
 
-from service.devices import cuda_driver
 from tests.conftest import Serve
 from tests.gpu.test_gpu import node, pytorch, value, write
 
@@ -105,7 +105,7 @@ def test_models_of_pytorch_answer_pictures_as_they_do_numbers(
     config: str, serve: Serve, tmp_path: Path
 ) -> None:
     torch = pytorch()
-    networks = importlib.import_module("tests.backends.networks")
+    networks = importlib.import_module("tests.backends.torch.networks")
     network = networks.digits()
     folder = tmp_path / "repository" / "m" / "1"
     folder.mkdir(parents=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from inferpool.http.problems import STATUSES
 
-from service.http.problems import STATUSES
 from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import LANES, MakeChaos, Serve
 from tests.server import Server

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from inferpool.http.problems import STATUSES
 
-from service.http.problems import STATUSES
 from tests.clients import Client, Reply, with_clients
 from tests.conftest import ROOT
 from tests.server import Server
-from tests.wire.test_wire_mutations import mutated
+from tests.wire.test_mutations import mutated
 
 CASES = int(os.environ.get("FUZZ_CASES", "100000"))
 """Requests in all; a longer search sets more."""
@@ -64,7 +64,7 @@ def infer_header(**tensor: object) -> bytes:
     return json.dumps({"id": "a", "inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
 
 
-NATIVE = json.dumps(
+NATIVE_API = json.dumps(
     {
         "model": "diabetes",
         "version": 1,
@@ -79,10 +79,10 @@ NPY = saved(np.save, ROWS)
 INFER = "/v2/models/diabetes/infer"
 FORM = {"content-type": "multipart/form-data; boundary=edge"}
 KINDS = {
-    "JSON": Kind("/predict", NATIVE, {}),
+    "JSON": Kind("/predict", NATIVE_API, {}),
     "JSON for a path": Kind("/predict/diabetes", json.dumps({"inputs": ROWS.tolist()}).encode(), {}),
     "large JSON": Kind("/predict/diabetes", json.dumps({"inputs": [[1.5] * 10] * 40}).encode(), {}),
-    "gzip": Kind("/predict", gzip.compress(NATIVE), {"content-encoding": "gzip"}),
+    "gzip": Kind("/predict", gzip.compress(NATIVE_API), {"content-encoding": "gzip"}),
     "v2 JSON": Kind(INFER, infer_header(data=ROWS.tolist()), {}),
     "v2 binary": Kind(INFER, BINARY_HEADER + ROWS.tobytes(), {LENGTH: str(len(BINARY_HEADER))}),
     "v2 raw": Kind(INFER, ROWS.tobytes(), {LENGTH: "0"}),

@@ -14,10 +14,10 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from inferpool.app import BODY_GRACE_S, CLOSE_TIMEOUT_S
+from inferpool.observe.metrics import FAMILIES
+from inferpool.settings import Settings, read_settings
 
-from service.app import BODY_GRACE_S, CLOSE_TIMEOUT_S
-from service.metrics import FAMILIES
-from service.settings import Settings, read_settings
 from tests.conftest import ROOT, Serve
 from tests.k8s.manifests import (
     MANIFESTS,

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-
-from service.codecs.image import ImageCodec, ImageConfig
-from service.codecs.labels import LabelsCodec, LabelsConfig, read_labels
-from service.tensors import ANY, Array, Signature, TensorSpec
+from inferpool.codecs.image import ImageCodec, ImageConfig
+from inferpool.codecs.labels import LabelsCodec, LabelsConfig, read_labels
+from inferpool.tensors import ANY, Array, Signature, TensorSpec
 
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ("diabetes", "digits", "forecast")

@@ -15,9 +15,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from inferpool.codecs.labels import read_labels
 from PIL import Image
 
-from service.codecs.labels import read_labels
 from tests.conftest import ROOT, Serve
 from tests.models.built import build, readme_request
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inferpool.observe.background import MOST_WAITING
 
-from service.aside import MOST_WAITING
 from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client
 from tests.conftest import LANES, MakeChaos, Serve
@@ -141,7 +141,7 @@ def test_without_the_setting_only_defects_are_logged(serve: Serve, make_chaos: M
 def test_the_level_of_the_log_holds_for_requests(level: str, every: bool, expected: list[int]):
     """With `--log-level warning` no request leaves a line that ended with less than 500."""
     program = f"""
-from service.logs import AccessLog, configure_logs
+from inferpool.observe.logs import AccessLog, configure_logs
 access = AccessLog(configure_logs({level!r}, "json"), every={every})
 print([status for status in (200, 404, 499, 500, 503, 504) if access.wants(status)])
 """
@@ -202,7 +202,16 @@ def test_lines_for_people(make_chaos: MakeChaos, cache_dir: Path):
 @pytest.fixture
 def unread(make_chaos: MakeChaos, cache_dir: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A server whose log is read until its models are loaded, and no more; and its port."""
-    command = [sys.executable, "-m", "service", "serve", str(make_chaos("m")), "--port", "0", "--access-log"]
+    command = [
+        sys.executable,
+        "-m",
+        "inferpool",
+        "serve",
+        str(make_chaos("m")),
+        "--port",
+        "0",
+        "--access-log",
+    ]
     process = subprocess.Popen(
         command,
         env={
@@ -286,7 +295,7 @@ def test_what_was_logged_at_last_is_written():
     """A process that ends of an error at once leaves every line before it, whatever was wrong with one."""
     program = """
 import logging
-from service.logs import configure_logs
+from inferpool.observe.logs import configure_logs
 configure_logs("info", "json")
 log = logging.getLogger("m")
 log.info("%d is no number", "this")

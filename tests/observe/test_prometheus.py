@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from inferpool.observe.metrics import FAMILIES
 
-from service.metrics import FAMILIES
 from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client
 from tests.observe.prometheus import FOLDER, ROOT, Prometheus, needs_prometheus

@@ -199,7 +199,7 @@ def test_spans_that_cannot_be_sent_are_an_error_at_the_start(
     if not environ:
         (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.sdk'] = None\n")
     run = subprocess.run(
-        [sys.executable, "-m", "service", "serve", "models", "--port", "0"],
+        [sys.executable, "-m", "inferpool", "serve", "models", "--port", "0"],
         cwd=ROOT,
         env={
             **os.environ,

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from service.backends.base import DeviceModel, LoadedModel
-from service.errors import ModelFailed, QueueFull
-from service.pool.ladder import Ladder, LadderModel
-from service.pool.padding import STEP, Padding, span
-from service.pool.padding_proof import prove_padding
-from service.pool.ports import Entry, Part, Result, VersionKey
-from service.pool.queue import Limits, Queue
-from service.pool.whole import Unjoinable, Whole, join_rows
-from service.tensors import Array, Signature, Tensors, TensorSpec
+from inferpool.backends.base import DeviceModel, LoadedModel
+from inferpool.errors import ModelFailed, QueueFull
+from inferpool.pool.buckets import BatchBuckets, BucketedModel
+from inferpool.pool.entry_queue import Limits, Queue
+from inferpool.pool.mixed_parts import Unjoinable, Whole, join_rows
+from inferpool.pool.padding import STEP, Padding, span
+from inferpool.pool.ports import Entry, Part, Result, VersionKey
+from inferpool.repository.load.padding_check import prove_padding
+from inferpool.tensors import Array, Signature, Tensors, TensorSpec
 
 FILLS = {"ids": 7, "mask": 0}
 KEY = VersionKey("m", 1)
@@ -113,7 +112,7 @@ def test_on_a_ladder_rows_of_tokens_run_as_lengths_that_repeat(
 ) -> None:
     """Answers have their own length; rows whose caller hides tokens run as they are."""
     model = Spans()
-    ladder = LadderModel(model, Ladder((1, 4, 8)), SPANS)
+    ladder = BucketedModel(model, BatchBuckets((1, 4, 8)), SPANS)
     parts = [rows_of(length, count, seed) for seed, count in enumerate(counts)]
     if hidden:
         parts[0]["mask"][0, -1] = 0
@@ -128,7 +127,7 @@ def test_on_a_ladder_rows_of_tokens_run_as_lengths_that_repeat(
 def test_rows_of_several_lengths_are_filled_up_once() -> None:
     """As a batch's rows are gathered, and cut again where they are scattered."""
     model = Spans()
-    ladder = LadderModel(model, Ladder((4,)), SPANS)
+    ladder = BucketedModel(model, BatchBuckets((4,)), SPANS)
     parts = [rows_of(length, seed=length) for length in (17, 20, 18)]
     answer = ladder.run_parts([SPANS.gather(parts)])
     assert model.shapes == [(4, 24)]

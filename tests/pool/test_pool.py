@@ -13,17 +13,17 @@ from typing import cast
 
 import numpy as np
 import pytest
+from inferpool.backends.base import LoadedModel
+from inferpool.errors import DeadlineExceeded, Draining, InvalidInput, ModelFailed, NotReady, QueueFull
+from inferpool.observe.metrics import Metrics
+from inferpool.pool.buckets import BatchBuckets
+from inferpool.pool.entry_queue import Limits
+from inferpool.pool.instance import Instance
+from inferpool.pool.latency_model import Measurement, Profile
+from inferpool.pool.pool import RESTARTS_AT_MOST, Pool
+from inferpool.pool.ports import Entry, Part, Result, VersionKey
+from inferpool.tensors import Signature, Tensors, TensorSpec
 
-from service.backends.base import LoadedModel
-from service.errors import DeadlineExceeded, Draining, InvalidInput, ModelFailed, NotReady, QueueFull
-from service.metrics import Metrics
-from service.pool.instance import Instance
-from service.pool.ladder import Ladder
-from service.pool.pool import RESTARTS_AT_MOST, Pool
-from service.pool.ports import Entry, Part, Result, VersionKey
-from service.pool.profile import Measurement, Profile
-from service.pool.queue import Limits
-from service.tensors import Signature, Tensors, TensorSpec
 from tests.chaos import inferpool_chaos as chaos
 
 KEY = VersionKey("m", 1)
@@ -80,7 +80,7 @@ class Bench:
         self,
         instances: int = 1,
         most_joined_bytes: float = math.inf,
-        ladder: Ladder | None = None,
+        ladder: BatchBuckets | None = None,
         **limits: object,
     ) -> None:
         self.outbox = Outbox()
@@ -183,7 +183,7 @@ def test_whoever_has_an_answer_finds_it_counted(
 def test_what_cannot_be_counted_is_answered_and_not_run_again(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken(Ladder):
+    class Broken(BatchBuckets):
         def padded(self, rows: int) -> int:
             raise IndexError("no such rung")
 

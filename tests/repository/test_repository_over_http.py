@@ -30,7 +30,7 @@ def test_one_good_one_corrupt_and_one_misconfigured_model(serve: Serve, tmp_path
     assert '"max_rows"' in reason
     assert server.post("/predict/good", json={"inputs": [[1.0] * 10]}).status_code == 200
     check = subprocess.run(
-        [sys.executable, "-m", "service", "check", str(tmp_path / "r")],
+        [sys.executable, "-m", "inferpool", "check", str(tmp_path / "r")],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert check.returncode == 1
@@ -91,7 +91,7 @@ def test_a_model_file_and_a_bare_file_are_served_too(serve: Serve, tmp_path: Pat
 def test_nothing_to_serve_is_said_at_once(tmp_path: Path) -> None:
     for path, words in ((tmp_path, "holds no models"), (tmp_path / "nowhere", "does not exist")):
         run = subprocess.run(
-            [sys.executable, "-m", "service", "serve", str(path)],
+            [sys.executable, "-m", "inferpool", "serve", str(path)],
             cwd=ROOT, capture_output=True, text=True, check=False, timeout=30,
         )  # fmt: skip
         assert run.returncode == 1

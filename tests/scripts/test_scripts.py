@@ -33,7 +33,7 @@ case "$1 $2" in
       show) [[ "$5" == "${INSTALLED:-}" ]] ;;
       *) echo "$3 ${*: -1}" >>"$NOTES"; [[ -z "${PIP_BREAKS:-}" ]] ;;
     esac ;;
-  "-c import service; "*) echo "${HOT_PATH:-compiled}" ;;
+  "-c import inferpool; "*) echo "${HOT_PATH:-compiled}" ;;
   "-m benchmarks."*) printf '%s\\n' "$PWD" "${@:2}" ;;
   "-m pytest") printf '%s\\n' "$PWD" "${@:3}" ;;
   *) echo "unexpected: $*" >&2; exit 99 ;;

@@ -1,29 +1,24 @@
 """Reading one body by each way there is, and what came of it in a form that compares."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from inferpool.errors import RequestError
+from inferpool.tensors import ANY, Array, Signature, TensorSpec
+from inferpool.wire import json_numbers, native_json
+from inferpool.wire.v2_request import parse_infer
 
-from service.errors import RequestError
-from service.tensors import ANY, Array, Signature, TensorSpec
-from service.wire import json, numbers, simd
-from service.wire.infer import parse_infer
-
-SIMD = ("simdjson", "simdjson and brackets") if simd.AVAILABLE else ()
-WAYS = ("orjson", *(["numbers"] if numbers.AVAILABLE else []), *SIMD)
-"""The plain way, and the quick ones, simdjson's with either proof that a tensor is regular."""
+WAYS = ("orjson", *(["numbers"] if json_numbers.AVAILABLE else []))
+"""Pure Python, and the module in C."""
 
 
 @contextmanager
 def reading_by(way: str) -> Iterator[None]:
     """Make bodies of every size go this way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numbers, "AVAILABLE", way == "numbers")
-        patch.setattr(json, "SIMD_MIN_BYTES", sys.maxsize if way == "orjson" else 0)
-        patch.setattr(simd, "_BYTES_PER_LIST", sys.maxsize if way == "simdjson and brackets" else 0)
+        patch.setattr(json_numbers, "AVAILABLE", way == "numbers")
         yield
 
 
@@ -38,14 +33,14 @@ def any_shape(datatype: str, rank: int) -> Signature:
 
 def predict(body: bytes, signature: Signature, way: str) -> dict[str, Array]:
     with reading_by(way):
-        return json.parse_request(body).tensors(signature)
+        return native_json.parse_request(body).tensors(signature)
 
 
 def outcome(body: bytes, signature: Signature, way: str, infer: bool = False) -> tuple[object, ...]:
     """The tensors down to their bits, or the error down to its members."""
     try:
         with reading_by(way):
-            request = parse_infer(body, None) if infer else json.parse_request(body)
+            request = parse_infer(body, None) if infer else native_json.parse_request(body)
             tensors = request.tensors(signature)
     except RequestError as error:
         return type(error), error.detail, error.members

@@ -1,1 +1,0 @@
-"""Adapters to the runtimes that execute models."""

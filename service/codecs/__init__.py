@@ -1,1 +1,0 @@
-"""Media to tensors and back: pictures in, labels out."""

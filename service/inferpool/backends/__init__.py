@@ -1,0 +1,1 @@
+"""Adapters to the runtimes, one folder each; nothing else imports onnxruntime or torch."""

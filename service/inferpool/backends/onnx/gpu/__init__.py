@@ -1,0 +1,1 @@
+"""ONNX models on a GPU. Experimental: the CPU server works without this folder."""

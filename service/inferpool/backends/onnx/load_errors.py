@@ -1,0 +1,88 @@
+"""Why an ONNX file cannot be loaded, in a sentence for people."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from inferpool.backends.onnx.model_file import graph_values
+from inferpool.errors import LoadError
+
+UNNAMED_ELEMENTS: Final = {
+    14: "complex64",
+    15: "complex128",
+    17: "float8e4m3fn",
+    18: "float8e4m3fnuz",
+    19: "float8e5m2",
+    20: "float8e5m2fnuz",
+    21: "uint4",
+    22: "int4",
+    23: "float4e2m1",
+    24: "float8e8m0",
+    25: "uint2",
+    26: "int2",
+    27: "float6e2m3",
+    28: "float6e3m2",
+}
+"""The element types of onnx.proto (`TensorProto.DataType`) that the protocol has no name for."""
+
+_NOISE: Final = (
+    re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : "),
+    # Where the runtime noticed: a path in its source, a line, and the signature of a function.
+    re.compile(
+        r"/\S+\.(?:cc|cpp|cu|cuh|h):\d+ "
+        r"[^()]*(?:\((?:[^()]|\([^()]*\))*\)[^\s()]*)+(?: const)?(?: \[with [^\]]*\])? "
+    ),
+    # The same in its short form: a file's name, a line, and the name of a function.
+    re.compile(r"\b\w+\.(?:cc|cpp|cu|cuh|h):\d+ \w+ "),
+    # Where a path leads on this machine, and the folder that it leaves; the path itself has been said.
+    re.compile(r" resolved path: .*"),
+)
+_KEPT_CHARACTERS: Final = 500
+_LFS_POINTER: Final = b"version https://git-lfs"
+
+
+def check_file(file: Path) -> None:
+    """Raise LoadError where `file` is none that a runtime needs to look at."""
+    try:
+        if not file.is_file():
+            raise LoadError(f"{file.name} is {'a folder, not a file' if file.is_dir() else 'not there'}")
+        with file.open("rb") as opened:
+            start = opened.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise LoadError(f"{file.name} cannot be read: {error.strerror}") from error
+    if not start:
+        raise LoadError(f"{file.name} is empty")
+    if start == _LFS_POINTER:
+        raise LoadError(f"{file.name} is a Git LFS pointer, not the model: run git lfs pull")
+
+
+def reason(file: Path, error: str) -> str:
+    """What ONNX Runtime said of `file`, an absolute path, without its source and this machine's folders."""
+    if "Protobuf parsing failed" in error:
+        return f"{file.name} is not an ONNX model, or not the whole of one"
+    text = error.replace(f"Load model from {file} failed:", "")
+    for noise in _NOISE:
+        text = noise.sub("", text)
+    for folder in {str(file.parent), str(file.parent.resolve())} - {file.anchor}:
+        text = text.replace(f"{folder}{os.sep}", "").replace(folder, "the model's folder")
+    text = " ".join(text.split())
+    if len(text) > _KEPT_CHARACTERS:
+        text = text[:_KEPT_CHARACTERS] + "…"
+    return f"ONNX Runtime cannot load {file.name}: {'; '.join([text, *_unnamed(file)])}"
+
+
+def _unnamed(file: Path) -> list[str]:
+    """Inputs and outputs of types that no request can carry: some the runtime knows neither, nor names."""
+    try:
+        values = graph_values(file)
+    except (OSError, ValueError, IndexError):
+        return []
+    return [
+        f'{"input" if value.is_input else "output"} "{value.name}" has type'
+        f" tensor({UNNAMED_ELEMENTS[value.element]}), which cannot be served"
+        for value in values
+        if value.element in UNNAMED_ELEMENTS
+    ]

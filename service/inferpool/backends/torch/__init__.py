@@ -1,0 +1,1 @@
+"""TorchScript files, exported programs and AOTInductor packages, run by PyTorch."""

@@ -1,0 +1,225 @@
+"""Picture files taken apart: which format, how large, which way up, and the pixels alone.
+
+Pillow is given only what it needs to decode the first frame. Text, profiles, EXIF and animation stay
+outside: they are where its parsers warn, unpack a second time, or trust an offset, and the one thing in them
+that matters, the orientation, is a single tag. Nothing is decoded here, so the size can be judged first.
+
+Sources: PNG, W3C Recommendation (third edition), section 5; JPEG, ITU-T T.81, annex B; WebP, RFC 9649,
+section 2; Exif 3.0 (CIPA DC-008), section 4.6, whose structure is TIFF 6.0's.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from inferpool.errors import BodyTooLarge, MalformedBody, RequestError, UnsupportedMediaType
+
+MEDIA_TYPES: Final = ("image/png", "image/jpeg", "image/webp")
+"""The formats that `open_container` knows."""
+
+OTHER_FORMATS: Final = (
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"<svg", "SVG"),
+    (0, b"P6\n", "PPM"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL \r\n", "JPEG XL"),
+    (4, b"jP  \r\n", "JPEG 2000"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+)
+"""What is known of other pictures: at which byte, which bytes, and their name."""
+
+PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
+EXIF_PREFIX: Final = b"Exif\0\0"
+
+PNG_PIXEL_CHUNKS: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+PNG_RGB: Final = 2
+
+SOF: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+SOS: Final = 0xDA
+APP1: Final = 0xE1
+JPEG_METADATA: Final = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
+"""APP1 to APP15 and comments, but for APP14: Adobe's says how the colours are stored. APP0 is JFIF's."""
+MAX_SCANS: Final = 100
+"""A progressive JPEG needs about ten. Each passes over the whole picture, however few bytes it has itself."""
+JPEG_BARE_MARKERS: Final = frozenset({0x01, *range(0xD0, 0xD8)})
+"""Markers that no length follows."""
+
+ORIENTATION: Final = 0x0112
+INTEGER_FORMATS: Final = {3: "H", 4: "I"}
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A picture that is not decoded yet.
+
+    Attributes:
+        media_type: one of `MEDIA_TYPES`.
+        width: in pixels, as stored, before `orientation` is applied.
+        height: likewise.
+        orientation: EXIF's, from 1 (as stored) to 8.
+        pixels: the file without its metadata; for WebP, whose metadata Pillow leaves unread, the whole.
+    """
+
+    media_type: Literal["image/png", "image/jpeg", "image/webp"]
+    width: int
+    height: int
+    orientation: int
+    pixels: bytes
+
+
+def open_container(body: bytes) -> Container:
+    """Take a picture file apart.
+
+    Raises UnsupportedMediaType if it is of a known format other than PNG, JPEG and WebP; MalformedBody if it
+    is of none, or its headers cannot be followed up to the pixels, or its width or height is 0; BodyTooLarge
+    if it is a JPEG of more than `MAX_SCANS` scans.
+    """
+    try:
+        if body.startswith(PNG_SIGNATURE):
+            container = _open_png(body)
+        elif body.startswith(JPEG_SIGNATURE):
+            container = _open_jpeg(body)
+        elif body.startswith(b"RIFF") and body[8:12] == b"WEBP":
+            container = _open_webp(body)
+        else:
+            raise _no_container(body)
+    except struct.error:
+        raise MalformedBody("the picture ends in the middle of its headers") from None
+    if container.width == 0 or container.height == 0:
+        raise MalformedBody(f"the picture's size is {container.width}×{container.height}")
+    return container
+
+
+def _no_container(body: bytes) -> RequestError:
+    for start, signature, name in OTHER_FORMATS:
+        if body.startswith(signature, start):
+            return UnsupportedMediaType(
+                f"the picture is {name}; PNG, JPEG and WebP are taken", expected=list(MEDIA_TYPES)
+            )
+    return MalformedBody("the body is no picture: it starts as neither PNG, JPEG nor WebP do")
+
+
+def _open_png(body: bytes) -> Container:
+    first, width, height, depth, colour = struct.unpack_from(">4sIIBB", body, len(PNG_SIGNATURE) + 4)
+    if first != b"IHDR":
+        raise MalformedBody("the PNG picture does not start with its header chunk")
+    view, kept, exif = memoryview(body), [memoryview(PNG_SIGNATURE)], b""
+    at = len(PNG_SIGNATURE)
+    # A chunk that is cut short is kept as it is: pixels that end too early are for the decoder to notice.
+    while at + 8 <= len(body):
+        length, kind = struct.unpack_from(">I4s", body, at)
+        if kind == b"eXIf":
+            exif = body[at + 8 : at + 8 + length]
+        elif kind == b"tRNS" and (depth, colour) == (16, PNG_RGB):
+            kept.append(memoryview(_clear_colour_in_8_bits(body[at + 8 : at + 8 + length])))
+        elif kind in PNG_PIXEL_CHUNKS:
+            kept.append(view[at : at + 12 + length])
+        if kind == b"IEND":
+            break
+        at += 12 + length
+    return Container("image/png", width, height, read_orientation(exif), b"".join(kept))
+
+
+def _clear_colour_in_8_bits(colour: bytes) -> bytes:
+    """Return a tRNS chunk whose red, green and blue are the high bytes of `colour`'s.
+
+    Pillow keeps the high bytes of 16-bit colours, but would compare them with all 16 bits of the clear one.
+    """
+    red, green, blue = (value >> 8 for value in struct.unpack_from(">HHH", colour))
+    chunk = struct.pack(">4sHHH", b"tRNS", red, green, blue)
+    return struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def _open_jpeg(body: bytes) -> Container:
+    view, kept, exif = memoryview(body), [memoryview(body[:2])], b""
+    size: tuple[int, int] | None = None
+    at = 2
+    while True:
+        filler, marker = struct.unpack_from(">BB", body, at)
+        if filler != 0xFF:
+            raise MalformedBody(f"the JPEG picture has no marker at byte {at}, where one must be")
+        if marker == 0xFF:
+            at += 1
+            continue
+        if marker == SOS:
+            break
+        if marker in JPEG_BARE_MARKERS:
+            at += 2
+            continue
+        (length,) = struct.unpack_from(">H", body, at + 2)
+        end = at + 2 + length
+        if marker in SOF:
+            height, width = struct.unpack_from(">HH", body, at + 5)
+            size = width, height
+        if marker == APP1 and body.startswith(EXIF_PREFIX, at + 4):
+            exif = exif or body[at + 4 : end]
+        if marker not in JPEG_METADATA:
+            kept.append(view[at:end])
+        at = end
+    if size is None:
+        raise MalformedBody("the JPEG picture does not say its size")
+    scans = body.count(b"\xff\xda", at)
+    if scans > MAX_SCANS:
+        raise BodyTooLarge(f"the JPEG picture has {scans} scans; at most {MAX_SCANS} are taken")
+    kept.append(view[at:])
+    return Container("image/jpeg", *size, read_orientation(exif), b"".join(kept))
+
+
+def _open_webp(body: bytes) -> Container:
+    kind = body[12:16]
+    exif = b""
+    if kind == b"VP8X":
+        low_width, high_width, low_height, high_height = struct.unpack_from("<HBHB", body, 24)
+        width, height = (high_width << 16 | low_width) + 1, (high_height << 16 | low_height) + 1
+        exif = _find_webp_exif(body)
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", body, 21)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", body, 26))
+    else:
+        raise MalformedBody("the WebP picture starts with neither VP8, VP8L nor VP8X")
+    return Container("image/webp", width, height, read_orientation(exif), body)
+
+
+def _find_webp_exif(body: bytes) -> bytes:
+    at = 12
+    while at + 8 <= len(body):
+        kind, length = struct.unpack_from("<4sI", body, at)
+        if kind == b"EXIF":
+            return body[at + 8 : at + 8 + length]
+        at += 8 + length + length % 2
+    return b""
+
+
+def read_orientation(exif: bytes) -> int:
+    """Return the orientation, 1 to 8, that a block of EXIF gives; 1 where it gives none that makes sense."""
+    tiff = exif.removeprefix(EXIF_PREFIX)
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        magic, at = struct.unpack_from(order + "HI", tiff, 2)
+        if magic != 42:
+            return 1
+        (count,) = struct.unpack_from(order + "H", tiff, at)
+        for entry in range(at + 2, at + 2 + 12 * count, 12):
+            tag, datatype, _ = struct.unpack_from(order + "HHI", tiff, entry)
+            if tag == ORIENTATION and datatype in INTEGER_FORMATS:
+                (value,) = struct.unpack_from(order + INTEGER_FORMATS[datatype], tiff, entry + 8)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        # A broken note about the picture is no reason to refuse the picture.
+        return 1
+    return 1

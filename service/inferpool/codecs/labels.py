@@ -1,0 +1,175 @@
+"""Scores to words: what `[labels]` in a model.toml says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final, Literal, TypeAlias
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from inferpool.errors import ConfigError, ModelFailed
+from inferpool.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec, names_text, shape_text
+
+Prediction: TypeAlias = dict[str, str | float | None]
+"""`{"label": name, "score": number}`; the score is None where the model gave none that is finite."""
+
+FLOATS: Final = ("FP16", "BF16", "FP32", "FP64")
+
+
+class LabelsConfig(BaseModel):
+    """The table `[labels]` of a model.toml.
+
+    Attributes:
+        output: the output that holds one score a label; when left out, the model's only output, or the first
+            one of two dimensions that holds floating-point numbers.
+        file: the names, one a line in the order of the scores, beside the model.toml.
+        activation: what turns the output into scores.
+        top_k: how many labels a row gets at most.
+        threshold: scores below it are left out; after `activation`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: str | None = None
+    file: Annotated[str, Field(min_length=1)] = "labels.txt"
+    activation: Literal["none", "softmax", "sigmoid"] = "none"
+    top_k: Annotated[int, Field(ge=1)] = 5
+    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+class LabelsCodec:
+    """Names the best scores of every row; safe to share between threads."""
+
+    def __init__(self, config: LabelsConfig, signature: Signature, names: Sequence[str]) -> None:
+        """Raise ConfigError, with the key at the front, where the output cannot hold scores for `names`."""
+        spec = _find_output(config, signature)
+        shape = spec.shape
+        if not names:
+            raise ConfigError(f"labels.file: {config.file} has no names")
+        if shape is not None:
+            if len(shape) != 2:
+                raise ConfigError(
+                    f'labels.output: "{spec.name}" is {shape_text(shape)}; scores are [rows, labels]'
+                )
+            if shape[1] not in (ANY, len(names)):
+                raise ConfigError(
+                    f"labels.file: {config.file} has {len(names)} names, "
+                    f'but "{spec.name}" gives {shape[1]} scores'
+                )
+        if spec.datatype in ("BYTES", "BOOL", JSON):
+            raise ConfigError(f'labels.output: "{spec.name}" is {spec.datatype}; scores are numbers')
+        self.output: Final = spec.name
+        self._bfloat16 = spec.datatype == "BF16"
+        self._activation = config.activation
+        self._count = min(config.top_k, len(names))
+        self._threshold = config.threshold
+        self.names: Final = tuple(names)
+
+    def predictions(self, outputs: Tensors) -> list[list[Prediction]]:
+        """Return the best labels of every row of `outputs`, best first.
+
+        Of equal scores the one that comes first in the output is better; one that is not a number is worse
+        than any other, and left out where there is a threshold. Raises ModelFailed if the output, whose
+        dimensions the model leaves open, does not hold one score a label.
+        """
+        logits = outputs[self.output]
+        if logits.ndim != 2 or logits.shape[1] != len(self.names):
+            raise ModelFailed(
+                f'output "{self.output}" is {shape_text(logits.shape)}; '
+                f"{len(self.names)} labels need [rows, {len(self.names)}]"
+            )
+        scores = self._activate(logits)
+        order = _best(scores, self._count)
+        best = np.take_along_axis(scores, order, axis=1)
+        finite = np.isfinite(best)
+        # In double precision, which is what the caller sees: a score must not round up to the threshold.
+        wanted = np.ones_like(finite) if self._threshold is None else best.astype(float) >= self._threshold
+        return [
+            [
+                {"label": self.names[index], "score": score if is_finite else None}
+                for index, score, is_finite, is_wanted in zip(*row, strict=True)
+                if is_wanted
+            ]
+            for row in zip(order.tolist(), best.tolist(), finite.tolist(), wanted.tolist(), strict=True)
+        ]
+
+    def _activate(self, logits: Array) -> Array:
+        if self._bfloat16:
+            logits = (logits.astype(np.uint32) << 16).view(np.float32)
+        scores = logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
+        if self._activation == "none":
+            return scores
+        # What is not finite stays so, and is shown as such: it needs no warning.
+        with np.errstate(invalid="ignore"):
+            return _softmax(scores) if self._activation == "softmax" else _sigmoid(scores)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Read names, one a line in UTF-8; blank lines may follow the last.
+
+    Raises ConfigError if the file cannot be read, has no names, or has an empty line or the same name twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except OSError as error:
+        raise ConfigError(f"{path.name}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name}: is not UTF-8 text (byte {error.start})") from error
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        if not name:
+            raise ConfigError(f"{path.name}: line {number} is empty; each line is one label")
+        if name in seen:
+            raise ConfigError(f'{path.name}: "{name}" is on line {seen[name]} and again on line {number}')
+        seen[name] = number
+    return tuple(seen)
+
+
+def _find_output(config: LabelsConfig, signature: Signature) -> TensorSpec:
+    if config.output is not None:
+        named = signature.outputs_by_name.get(config.output)
+        if named is None:
+            raise ConfigError(
+                f'labels.output: no output is called "{config.output}"; '
+                f"the model gives {names_text(signature.outputs_by_name)}"
+            )
+        return named
+    if len(signature.outputs) == 1:
+        return signature.outputs[0]
+    for spec in signature.outputs:
+        if spec.datatype in FLOATS and spec.shape is not None and len(spec.shape) == 2:
+            return spec
+    raise ConfigError(
+        "labels.output: must be given, because none of "
+        f"{names_text(signature.outputs_by_name)} is a table of scores [rows, labels]"
+    )
+
+
+def _best(scores: Array, count: int) -> Array:
+    """Return the indices of each row's `count` best scores, best first: [rows, count]."""
+    falling = -scores
+    order = np.empty((len(scores), count), np.intp)
+    # A stable sort of everything costs several times what finding the last place does; then few are sorted.
+    last = np.partition(falling, count - 1, axis=1)[:, count - 1]
+    for row, (values, bound) in enumerate(zip(falling, last, strict=True)):
+        # Written so that what is not a number stays a candidate; the sort puts it last.
+        candidates = np.flatnonzero(~(values > bound))
+        order[row] = candidates[values[candidates].argsort(kind="stable")[:count]]
+    return order
+
+
+def _softmax(logits: Array) -> Array:
+    """Exponentials over their sum, with each row's maximum taken off first so that none overflows."""
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores: Array = raised / raised.sum(axis=1, keepdims=True)
+    return scores
+
+
+def _sigmoid(logits: Array) -> Array:
+    """1 / (1 + exp(-x)), from exp(-|x|) so that none overflows and small ones keep their digits."""
+    small = np.exp(-np.abs(logits))
+    scores: Array = np.where(logits < 0, small, 1) / (1 + small)
+    return scores

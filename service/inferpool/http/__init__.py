@@ -1,0 +1,1 @@
+"""URLs, headers, statuses and sockets; nothing below this package knows them."""

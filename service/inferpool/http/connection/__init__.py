@@ -1,0 +1,1 @@
+"""One TCP connection: bytes in, bytes out. It knows no model."""

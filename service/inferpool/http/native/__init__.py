@@ -1,0 +1,1 @@
+"""The native API, `/predict`: its paths, bodies, schemas and OpenAPI."""

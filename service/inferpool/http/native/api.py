@@ -1,0 +1,98 @@
+"""The native dialect: `/predict`, nested lists or arrays in and out, problems as RFC 9457 has them."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import unquote
+
+import orjson
+
+from inferpool.errors import InferpoolError, Refused, UnsupportedMediaType
+from inferpool.http.native.bodies import JSON, MEANT_AS_JSON, NPY, NPZ, open_body
+from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
+from inferpool.http.predict.compression import read_weights
+from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.predict.served_version import ServedVersion
+from inferpool.tensors import Tensors
+from inferpool.wire.native_json import encode_response
+from inferpool.wire.npy import encode_npy, encode_npz
+
+PREDICT: Final = "/predict"
+
+
+class NativeApi(InferenceApi):
+    """What Inferpool's own routes speak."""
+
+    problem_type = b"application/problem+json"
+
+    def target(self, path: str) -> Target | None:
+        """`/predict`, `/predict/{model}` and `/predict/{model}/{version}`."""
+        if not path.startswith(PREDICT) or path[len(PREDICT) : len(PREDICT) + 1] not in ("", "/"):
+            return None
+        model, slash, version = path[len(PREDICT) :].strip("/").partition("/")
+        return Target(unquote(model) or None, unquote(version) if slash else None)
+
+    def json_bytes(self, head: RequestHead, size: int) -> int:
+        """All of it, by its media type."""
+        return size if head.content_type in MEANT_AS_JSON else 0
+
+    def open(self, head: RequestHead, data: Data, max_bytes: int) -> Body:
+        """By the media type: JSON is read here, all else once the model is known."""
+        return open_body(head, bytes(data), max_bytes)
+
+    def encode(
+        self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors
+    ) -> Encoded:
+        """In the media type that the caller accepts."""
+        wanted = _wanted(head.accept)
+        if wanted == NPY and len(outputs) == 1:
+            return Encoded([(b"content-type", NPY.encode())], [encode_npy(next(iter(outputs.values())))])
+        if wanted == NPZ:
+            return Encoded([(b"content-type", NPZ.encode())], [encode_npz(outputs)])
+        if wanted == NPY:
+            raise UnsupportedMediaType(
+                f"the answer has {len(outputs)} outputs: ask for one by name, or accept {NPZ}",
+                expected=[JSON, NPZ],
+            )
+        view = served.view
+        classes = view.classes
+        predictions = None
+        if classes is not None and classes.output in outputs:
+            predictions = classes.predictions(outputs)
+        body = encode_response(
+            view.key.model,
+            served.version,
+            options.id or request_id,
+            outputs,
+            predictions,
+            served.bf16,
+        )
+        return Encoded([(b"content-type", JSON.encode())], [body])
+
+    def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
+        """The `application/problem+json` body (RFC 9457) of an error."""
+        document = {
+            **error.members,
+            "type": "about:blank",
+            "title": HTTPStatus(status).phrase,
+            "status": status,
+            "detail": error.detail,
+            "code": error.code,
+            "request_id": request_id,
+        }
+        if isinstance(error, Refused):
+            document["retry_after_ms"] = round(1000 * error.retry_after_s, 3)
+        return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
+
+
+def _wanted(accept: str) -> str:
+    """Which of the answer's formats an Accept header prefers; JSON where it does not say, or names none."""
+    if "application/x-np" not in accept.lower():
+        return JSON
+    weights = read_weights(accept)
+    arrays = max((NPY, NPZ), key=lambda kind: weights.get(kind, 0.0))
+    return arrays if weights.get(arrays, 0.0) > weights.get(JSON, 0.0) else JSON
+
+
+NATIVE_API: Final = NativeApi()

@@ -1,0 +1,110 @@
+"""From the bytes of a native predict request to its tensors, by media type."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from inferpool.codecs.text import TextCodec
+from inferpool.errors import InvalidInput, UnsupportedMediaType
+from inferpool.http.native.multipart import find_input, read_form
+from inferpool.http.predict.api import Body, Options
+from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.predict.served_version import ServedVersion
+from inferpool.repository.catalog import VersionView
+from inferpool.tensors import Tensors, check_inputs, names_text
+from inferpool.wire.native_json import PredictRequest, parse_request
+from inferpool.wire.nested_lists import value_text
+from inferpool.wire.npy import cast_to, decode_npy, decode_npz
+
+JSON: Final = "application/json"
+NPY: Final = "application/x-npy"
+NPZ: Final = "application/x-npz"
+FORM: Final = "multipart/form-data"
+
+_CHARSET: Final = re.compile(r"""(?:^|[\s;])charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
+_UTF8: Final = frozenset(("utf-8", "utf8", "us-ascii", "ascii"))
+
+# What curl and browsers send when nothing was said: taken for JSON, as people mean it.
+MEANT_AS_JSON: Final = frozenset(("", JSON, "application/x-www-form-urlencoded", "application/octet-stream"))
+"""Media types of bodies that are read as JSON."""
+
+
+def open_body(head: RequestHead, data: bytes, max_bytes: int) -> Body:
+    """The body, with as much of it read as can be without the model.
+
+    Raises MalformedBody, or InvalidInput for a field beside the tensors that is wrong.
+    """
+    if head.content_type in MEANT_AS_JSON:
+        return _JsonBody(parse_request(data))
+    return _FileBody(head, data, max_bytes)
+
+
+def media_types(view: VersionView) -> list[str]:
+    """The media types of bodies that a version takes."""
+    pictures = view.image.media_types if view.image is not None else ()
+    texts = view.text.media_types if view.text is not None else ()
+    return [JSON, NPY, NPZ, FORM, *pictures, *texts]
+
+
+class _JsonBody(Body):
+    def __init__(self, request: PredictRequest) -> None:
+        self._request = request
+        self.options = Options(
+            request.model,
+            request.version,
+            request.id,
+            request.outputs,
+            request.timeout_ms,
+            request.priority,
+        )
+
+    def tensors(self, served: ServedVersion) -> Tensors:
+        return self._request.tensors(served.signature)
+
+
+class _FileBody(Body):
+    """Arrays, a picture or a text: nothing but tensors, so nothing is read before the version is known."""
+
+    def __init__(self, head: RequestHead, data: bytes, max_bytes: int) -> None:
+        self._head = head
+        self._data = data
+        self._max_bytes = max_bytes
+        self.options = Options()
+
+    def tensors(self, served: ServedVersion) -> Tensors:
+        tensors = self._read(served)
+        check_inputs(served.sent(tensors), tensors)
+        return tensors
+
+    def _read(self, served: ServedVersion) -> Tensors:
+        kind = self._head.content_type
+        if kind == NPY:
+            spec = served.signature.single_input
+            if spec is None:
+                takes = names_text(served.signature.inputs_by_name)
+                raise InvalidInput(f"the model takes {takes}: send {NPZ} with an array for each")
+            return {spec.name: cast_to(spec, decode_npy(self._data, self._max_bytes))}
+        if kind == NPZ:
+            arrays = decode_npz(self._data, self._max_bytes)
+            return {name: cast_to(find_input(served.signature, name), arrays[name]) for name in arrays}
+        image, text = served.view.image, served.view.text
+        if kind == FORM:
+            return read_form(
+                self._data, self._head.content_type_parameters, served.signature, image, text, self._max_bytes
+            )
+        if text is not None and kind in text.media_types:
+            return self._read_text(text)
+        if image is not None and kind in image.media_types:
+            return image.decode(self._data)
+        raise UnsupportedMediaType(
+            f'"{kind}" is not a format that this model takes', expected=media_types(served.view)
+        )
+
+    def _read_text(self, text: TextCodec) -> Tensors:
+        found = _CHARSET.search(self._head.content_type_parameters)
+        if found is not None and found[1].lower() not in _UTF8:
+            raise UnsupportedMediaType(
+                f"the text is in {value_text(found[1])}; it is taken in UTF-8", expected=["utf-8"]
+            )
+        return {text.input: text.decode(self._data)}

@@ -1,0 +1,151 @@
+"""`multipart/form-data` (RFC 7578): a file a tensor, named by its field, or a picture, or a sentence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from inferpool.codecs.image import ImageCodec
+from inferpool.codecs.text import TextCodec
+from inferpool.errors import InvalidInput, MalformedBody, RequestError
+from inferpool.tensors import Signature, Tensors, TensorSpec, name_text, names_text, unknown_input
+from inferpool.wire.nested_lists import value_text
+from inferpool.wire.npy import cast_to, decode_npy
+
+_MAX_PARTS: Final = 1024
+_NPY_MAGIC: Final = b"\x93NUMPY"
+
+# Its warnings tell of faults in a body, which are the caller's to hear of and not the log's.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+@dataclass(slots=True)
+class _Part:
+    """One field of the form: where its content stands in the body."""
+
+    name: str = ""
+    content: list[bytes] = field(default_factory=list)
+
+
+def read_form(
+    body: bytes,
+    parameters: str,
+    signature: Signature,
+    image: ImageCodec | None,
+    text: TextCodec | None,
+    max_bytes: int,
+) -> Tensors:
+    """The tensors in a form; `parameters` are those of its Content-Type.
+
+    A field is an npy file and has the name of its input, or it is a picture for the model's image input,
+    and then any name that is no other input's, or a sentence for its text input. Raises MalformedBody where
+    the form is not whole, InvalidInput where a field is none of these, and what npy files and pictures raise.
+    """
+    tensors: Tensors = {}
+    for part in _parts(body, parameters):
+        content = part.content[0] if len(part.content) == 1 else b"".join(part.content)
+        if text is not None and part.name == text.input and not content.startswith(_NPY_MAGIC):
+            found = {text.input: text.decode(content)}
+        elif image is None or content.startswith(_NPY_MAGIC):
+            spec = find_input(signature, part.name)
+            with _naming(part.name):
+                array = decode_npy(content, max_bytes)
+            found = {spec.name: cast_to(spec, array)}
+        else:
+            with _naming(part.name):
+                found = image.decode(content)
+            if part.name in signature.inputs_by_name and part.name not in found:
+                raise InvalidInput(
+                    f"tensor {name_text(part.name)} is a picture; the model takes one"
+                    f" for {names_text(found)}",
+                    tensor=part.name,
+                )
+        twice = found.keys() & tensors.keys()
+        if twice:
+            raise InvalidInput(f"tensor {names_text(twice)} comes twice", tensor=next(iter(twice)))
+        tensors |= found
+    return tensors
+
+
+def find_input(signature: Signature, name: str) -> TensorSpec:
+    """The input of this name; raises InvalidInput."""
+    spec = signature.inputs_by_name.get(name)
+    if spec is None:
+        raise unknown_input(signature, name)
+    return spec
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have what is wrong with a field's content say which field it is."""
+    try:
+        yield
+    except RequestError as error:
+        field_text = name_text(name)
+        raise type(error)(
+            f"field {field_text} of the form: {error.detail}", **{**error.members, "field": field_text[1:-1]}
+        ) from None
+
+
+class _Reader:
+    """Collects the parts as the parser tells of them."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Part] = []
+        self.whole = False
+        self._header = b""
+        self._value = b""
+
+    def begin(self) -> None:
+        if len(self.parts) == _MAX_PARTS:
+            raise MalformedBody(f"the form has more than {_MAX_PARTS} fields", expected=_MAX_PARTS)
+        self.parts.append(_Part())
+
+    def header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            _, options = parse_options_header(self._value.decode("latin-1"))
+            self.parts[-1].name = options.get(b"name", b"").decode(errors="replace")
+        self._header = self._value = b""
+
+    def content(self, data: bytes, start: int, end: int) -> None:
+        self.parts[-1].content.append(data[start:end])
+
+    def end(self) -> None:
+        self.whole = True
+
+
+def _parts(body: bytes, parameters: str) -> list[_Part]:
+    _, options = parse_options_header(f"multipart/form-data; {parameters}")
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise MalformedBody("the Content-Type of the form has no boundary")
+    reader = _Reader()
+    try:
+        MultipartParser(
+            boundary,
+            {
+                "on_part_begin": reader.begin,
+                "on_header_field": reader.header,
+                "on_header_value": reader.value,
+                "on_header_end": reader.header_end,
+                "on_part_data": reader.content,
+                "on_end": reader.end,
+            },
+        ).write(body)
+    except FormParserError as error:
+        raise MalformedBody(f"the body is not a sound form: {value_text(str(error))}") from None
+    if not reader.whole:
+        raise MalformedBody("the form is cut off: it does not end with its boundary")
+    return reader.parts

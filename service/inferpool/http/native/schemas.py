@@ -1,0 +1,220 @@
+"""The bodies of the other routes, as the OpenAPI document describes them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Literal
+
+from pydantic import BaseModel
+
+from inferpool.http.native.bodies import media_types
+from inferpool.repository.catalog import Catalog, GpuView, Health, LiveView, ModelView, VersionView
+from inferpool.tensors import TensorSpec
+
+
+class Tensor(BaseModel):
+    """An input or output: -1 is a dimension of any size, a shape of null one that the model leaves open."""
+
+    name: str
+    datatype: str
+    shape: list[int] | None
+    optional: bool = False
+
+
+class Batching(BaseModel):
+    """Whether rows of several requests run together, and why, or why not."""
+
+    enabled: bool
+    reason: str
+    max_rows: int
+    max_delay_ms: float
+
+
+class InstanceOut(BaseModel):
+    """One loaded copy with its own thread."""
+
+    device: str
+    state: Literal["ready", "lost"]
+
+
+class Latency(BaseModel):
+    """Batches of about so many rows take so many milliseconds, as measured."""
+
+    rows: float
+    compute_ms: float
+    runs: int
+
+
+class Rounding(BaseModel):
+    """How far outputs are from those of FP32: the largest differences over so many rows."""
+
+    absolute: float
+    relative: float
+    changed: float
+    rows: int
+
+
+class Gpu(BaseModel):
+    """How a version runs on GPUs: its nodes that do not, and the sizes that batches are rounded up to."""
+
+    cpu_nodes: dict[str, int]
+    batch_rows: list[int]
+    padding: str
+    precision: str
+    difference: Rounding | None
+    graphs: bool | str
+    pixels: str | None
+    tensorrt: str | None
+
+
+class Version(BaseModel):
+    """A version of a model; `gpu` is null on the CPU."""
+
+    version: int
+    state: Literal["loading", "ready", "unloading", "failed"]
+    reason: str
+    labels: list[str]
+    backend: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    batching: Batching
+    instances: list[InstanceOut]
+    gpu: Gpu | None
+    threads: int
+    queue_rows: int
+    load_ms: float
+    media_types: list[str]
+
+
+class VersionDetail(Version):
+    """A version with the latency that was measured of it, by batch size."""
+
+    latency: list[Latency]
+
+
+class Model(BaseModel):
+    """A model and its versions; `default` answers where a request names none."""
+
+    name: str
+    description: str
+    default: int | None
+    labels: dict[str, int]
+    versions: list[Version]
+
+
+class ModelDetail(Model):
+    """A model with what was measured of its versions."""
+
+    versions: list[VersionDetail]  # type: ignore[assignment]
+
+
+class Models(BaseModel):
+    """Everything in the repository."""
+
+    models: list[Model]
+
+
+class HealthOut(BaseModel):
+    """`status` is ok, degraded, loading, draining or unavailable; `problems` are by model/version."""
+
+    status: Literal["ok", "degraded", "loading", "draining", "unavailable"]
+    ready: bool
+    problems: dict[str, str]
+
+
+class LiveOut(BaseModel):
+    """The process answers."""
+
+    live: bool = True
+
+
+class ReadyOut(BaseModel):
+    """Whether every required model can answer."""
+
+    ready: bool
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457); `code` is the stable word to match on, further members say what was wrong."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+
+
+def health_out(health: Health) -> HealthOut:
+    """Health as it is sent."""
+    return HealthOut.model_validate(
+        {"status": health.status, "ready": health.ready, "problems": dict(health.problems)}
+    )
+
+
+def model_out(model: ModelView, catalog: Catalog) -> ModelDetail:
+    """A model as it is sent, with everything that is known of it."""
+    default = model.default
+    return ModelDetail(
+        name=model.name,
+        description=model.description,
+        default=default.key.version if default is not None else None,
+        labels=dict(model.labels),
+        versions=[version_out(view, catalog) for _, view in sorted(model.versions.items())],
+    )
+
+
+def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
+    """A version as it is sent, with everything that is known of it."""
+    live = catalog.live(view.key)
+    batching = view.batching
+    return VersionDetail(
+        version=view.key.version,
+        state=view.state,
+        reason=view.reason,
+        labels=list(view.labels),
+        backend=view.backend,
+        inputs=[_tensor(spec, view.signature.is_optional(spec)) for spec in view.signature.inputs]
+        if view.signature
+        else [],
+        outputs=[_tensor(spec) for spec in view.signature.outputs] if view.signature else [],
+        batching=Batching(
+            enabled=batching.enabled and not live.wrong_rows,
+            reason=f"turned off while serving: {live.wrong_rows}" if live.wrong_rows else batching.reason,
+            max_rows=1 if live.wrong_rows else min([batching.max_rows, *live.rungs[-1:]]),
+            max_delay_ms=batching.max_delay_ms,
+        ),
+        instances=[
+            InstanceOut.model_validate({"device": item.device, "state": item.state})
+            for item in live.instances
+        ],
+        gpu=_gpu(view.gpu, live),
+        threads=view.threads,
+        queue_rows=live.waiting_rows,
+        load_ms=round(1000 * (view.load_s or live.loading_s), 3),
+        media_types=media_types(view) if view.signature else [],
+        latency=[
+            Latency(rows=round(line.rows, 2), compute_ms=round(1000 * line.seconds, 4), runs=line.runs)
+            for line in live.latency
+        ],
+    )
+
+
+def _gpu(view: GpuView | None, live: LiveView) -> Gpu | None:
+    if view is None:
+        return None
+    return Gpu(
+        cpu_nodes=dict(view.cpu_nodes),
+        batch_rows=list(live.rungs),
+        padding=view.padding,
+        precision=view.precision,
+        difference=None if view.difference is None else Rounding(**asdict(view.difference)),
+        graphs=view.graphs,
+        pixels=view.pixels,
+        tensorrt=live.tensorrt,
+    )
+
+
+def _tensor(spec: TensorSpec, optional: bool = False) -> Tensor:
+    shape = None if spec.shape is None else list(spec.shape)
+    return Tensor(name=spec.name, datatype=spec.datatype, shape=shape, optional=optional)

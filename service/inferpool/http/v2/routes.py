@@ -1,0 +1,218 @@
+"""The routes of `/v2` beside `infer`: health, metadata, configuration, statistics, repository."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from fastapi import FastAPI, Request, Response
+
+from inferpool.errors import Forbidden, InvalidInput, NotReady
+from inferpool.http.predict.body_buffer import BodyBuffer
+from inferpool.http.predict.predictor import Predictor
+from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.v2.schemas import (
+    Error,
+    IndexEntry,
+    IndexQuery,
+    Live,
+    ModelConfig,
+    ModelMetadata,
+    ModelNames,
+    ModelReady,
+    Ready,
+    Server,
+    Statistics,
+    config_out,
+    index_out,
+    metadata_out,
+    stats_out,
+)
+from inferpool.repository.catalog import Catalog, ModelView, VersionView, find_model, find_ready
+from inferpool.wire.native_json import read_object
+from inferpool.wire.nested_lists import value_text
+
+Responses = dict[int | str, dict[str, Any]]
+
+_MAX_QUERY_BYTES: Final = 64 * 1024
+_MISSING: Responses = {404: {"model": Error, "description": "`model_not_found` or `version_not_found`"}}
+_UNABLE: Responses = {**_MISSING, 503: {"model": Error, "description": "`not_ready`"}}
+_REFUSED: dict[str, Any] = {
+    "status_code": 403,
+    "response_class": Response,
+    "responses": {403: {"model": Error, "description": "`forbidden`"}},
+}
+"""Options of a route that is there to say that it is not enabled."""
+
+
+def add_v2(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
+    """Give `app` the routes of `/v2`."""
+    _add_server(app, catalog)
+    _add_models(app, catalog, predictor)
+    _add_repository(app, catalog)
+
+
+def admin_is_off() -> Forbidden:
+    """The error for what only the admin side may do."""
+    return Forbidden("the admin side is not enabled on this server: models are as its repository has them")
+
+
+def _add_server(app: FastAPI, catalog: Catalog) -> None:
+    # The protocol's own description writes it with a slash at the end.
+    @app.get("/v2/", include_in_schema=False)
+    @app.get("/v2", tags=["v2"], summary="The server and its extensions of the protocol")
+    async def read_v2_server() -> Server:
+        return Server()
+
+    @app.get("/v2/health/live", tags=["v2"], summary="Whether the process answers")
+    async def read_v2_live() -> Live:
+        return Live()
+
+    @app.get(
+        "/v2/health/ready",
+        tags=["v2"],
+        summary="Whether every required model can answer",
+        response_model_exclude_none=True,
+        responses={503: {"model": Ready}},
+    )
+    async def read_v2_ready(response: Response) -> Ready:
+        health = catalog.health()
+        if health.ready:
+            return Ready(ready=True)
+        response.status_code = 503
+        return Ready(ready=False, error=f"the server is {health.status}", code="not_ready")
+
+
+def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
+    def find(model: str, version: str | None) -> tuple[ModelView, VersionView]:
+        view = find_ready(catalog, model, version)
+        return find_model(catalog, model), view
+
+    def is_ready(model: str, version: str | None) -> ModelReady:
+        view = find_ready(catalog, model, version)
+        if not any(instance.state == "ready" for instance in catalog.live(view.key).instances):
+            raise NotReady(f'version {view.key.version} of "{model}" has lost its instances')
+        return ModelReady(name=model)
+
+    def metadata(model: str, version: str | None) -> ModelMetadata:
+        return metadata_out(*find(model, version))
+
+    def config(model: str, version: str | None) -> ModelConfig:
+        found, view = find(model, version)
+        return config_out(found, view, catalog.live(view.key))
+
+    def stats(views: list[VersionView]) -> Statistics:
+        now, now_ms = predictor.clock(), 1000 * time.time()
+        listed = []
+        for view in views:
+            tally = predictor.tally(view.key)
+            last_ms = 0 if tally.last is None else round(now_ms - 1000 * (now - tally.last))
+            listed.append(stats_out(view, catalog.live(view.key), tally, last_ms))
+        return Statistics(model_stats=listed)
+
+    @app.get("/v2/models", tags=["v2"], summary="The names of everything in the repository")
+    async def read_v2_models() -> ModelNames:
+        return ModelNames(models=list(catalog.models()))
+
+    @app.get("/v2/models/stats", tags=["v2"], summary="What every version has done")
+    async def read_v2_stats() -> Statistics:
+        return stats([view for model in catalog.models().values() for view in _versions(model)])
+
+    @app.get("/v2/models/{model}", tags=["v2"], summary="What a model takes and gives", responses=_UNABLE)
+    async def read_v2_model(model: str) -> ModelMetadata:
+        return metadata(model, None)
+
+    @app.get(
+        "/v2/models/{model}/versions/{version}",
+        tags=["v2"],
+        summary="What a version takes and gives, by number or label",
+        responses=_UNABLE,
+    )
+    async def read_v2_version(model: str, version: str) -> ModelMetadata:
+        return metadata(model, version)
+
+    @app.get("/v2/models/{model}/ready", tags=["v2"], summary="Whether it can answer", responses=_UNABLE)
+    async def read_v2_model_ready(model: str) -> ModelReady:
+        return is_ready(model, None)
+
+    @app.get(
+        "/v2/models/{model}/versions/{version}/ready",
+        tags=["v2"],
+        summary="Whether it can answer",
+        responses=_UNABLE,
+    )
+    async def read_v2_version_ready(model: str, version: str) -> ModelReady:
+        return is_ready(model, version)
+
+    @app.get(
+        "/v2/models/{model}/config",
+        tags=["v2"],
+        summary="The configuration, as Triton words it",
+        response_model_exclude_none=True,
+        responses=_UNABLE,
+    )
+    async def read_v2_model_config(model: str) -> ModelConfig:
+        return config(model, None)
+
+    @app.get(
+        "/v2/models/{model}/versions/{version}/config",
+        tags=["v2"],
+        summary="The configuration, as Triton words it",
+        response_model_exclude_none=True,
+        responses=_UNABLE,
+    )
+    async def read_v2_version_config(model: str, version: str) -> ModelConfig:
+        return config(model, version)
+
+    @app.get(
+        "/v2/models/{model}/stats", tags=["v2"], summary="What its versions have done", responses=_MISSING
+    )
+    async def read_v2_model_stats(model: str) -> Statistics:
+        return stats(_versions(find_model(catalog, model)))
+
+    @app.get(
+        "/v2/models/{model}/versions/{version}/stats",
+        tags=["v2"],
+        summary="What it has done",
+        responses=_MISSING,
+    )
+    async def read_v2_version_stats(model: str, version: str) -> Statistics:
+        return stats([find_model(catalog, model).version(version)])
+
+
+def _add_repository(app: FastAPI, catalog: Catalog) -> None:
+    @app.post(
+        "/v2/repository/index",
+        tags=["v2"],
+        summary="Every version in the repository, and its state",
+        responses={
+            400: {"model": Error, "description": "`malformed_body`"},
+            413: {"model": Error, "description": "`body_too_large`"},
+            422: {"model": Error, "description": "`invalid_input`"},
+        },
+        openapi_extra={
+            "requestBody": {"content": {"application/json": {"schema": IndexQuery.model_json_schema()}}}
+        },
+    )
+    async def read_v2_index(request: Request) -> list[IndexEntry]:
+        # Read by hand: this protocol's clients send no body, or one without a Content-Type.
+        intake = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES)
+        async for chunk in request.stream():
+            intake.add(chunk)
+        fields = read_object(intake.whole() or b"{}")
+        ready = fields.get("ready", False)
+        if not isinstance(ready, bool):
+            raise InvalidInput(f'"ready" is {value_text(ready)}; it takes true or false', field="ready")
+        return index_out(catalog.models().values(), ready)
+
+    @app.post("/v2/repository/models/{model}/load", tags=["v2"], summary="Load", **_REFUSED)
+    async def load_v2_model(model: str) -> None:
+        raise admin_is_off()
+
+    @app.post("/v2/repository/models/{model}/unload", tags=["v2"], summary="Unload", **_REFUSED)
+    async def unload_v2_model(model: str) -> None:
+        raise admin_is_off()
+
+
+def _versions(model: ModelView) -> list[VersionView]:
+    return [view for _, view in sorted(model.versions.items())]

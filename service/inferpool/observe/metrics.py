@@ -1,0 +1,240 @@
+"""What is counted, and how Prometheus reads it.
+
+A request may cost one microsecond of metrics, so the values are plain numbers: no lock, no label
+lookup. Each value has one writer at a time (the event loop for what is counted per request, the pool
+under its lock for what is counted per batch), and whoever writes holds the value itself, looked up once
+a version. They are written when they are scraped, as text or OpenMetrics; those of the process are
+`prometheus_client`'s.
+
+`FAMILIES` is the table of everything exported; the README's table is checked against it.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from inferpool.observe.prometheus_text import (
+    Exemplar,
+    HistogramStems,
+    header,
+    histogram_lines,
+    histogram_stems,
+    stem,
+)
+
+SECONDS_BUCKETS: Final = (
+    0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025, 0.04, 0.06,
+    0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+"""Upper bounds for durations: steps of about 1.6, from half a millisecond to half a minute."""
+
+ROWS_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Upper bounds for rows a batch."""
+
+USUAL_STATUSES: Final = ("200", "422", "429", "500", "503", "504")
+"""Counted from 0 on for every version: a rate would miss the first of a series that begins at 1."""
+
+
+class Value:
+    """A number that one writer changes and any thread may read."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def add(self, amount: float = 1.0) -> None:
+        """Add `amount`."""
+        self.value += amount
+
+
+class Distribution:
+    """A histogram that one writer observes into and any thread may read."""
+
+    __slots__ = ("bounds", "counts", "exemplars", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+        self.exemplars: dict[int, Exemplar] = {}
+
+    def observe(self, amount: float) -> None:
+        """Count `amount` in the bucket of the first bound that is not below it."""
+        self.counts[bisect_left(self.bounds, amount)] += 1
+        self.sum += amount
+
+    def exemplify(self, exemplar: Exemplar) -> None:
+        """Show `exemplar`, which has been observed, with its bucket, in place of the one before."""
+        self.exemplars[bisect_left(self.bounds, exemplar.amount)] = exemplar
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One exported metric: its name without the prefix, its kind, its labels, and what it says."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "info"]
+    labels: tuple[str, ...]
+    help: str
+    bounds: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        """The name as it is scraped, `_total` included."""
+        return "inferpool_" + self.name
+
+
+_VERSION: Final = ("model", "version")
+
+FAMILIES: Final = {
+    family.name: family
+    for family in (
+        Family("requests_total", "counter", (*_VERSION, "code"),
+               "Predict requests answered, by HTTP status."),
+        Family("request_duration_seconds", "histogram", _VERSION,
+               "From the request's head to its answer, good ones and bad.", SECONDS_BUCKETS),
+        Family("queue_duration_seconds", "histogram", _VERSION,
+               "From the offer to the queue until an instance took the request.", SECONDS_BUCKETS),
+        Family("compute_duration_seconds", "histogram", _VERSION,
+               "The run of the batch that the request was in.", SECONDS_BUCKETS),
+        Family("batch_rows", "histogram", _VERSION, "Rows of each batch that ran.", ROWS_BUCKETS),
+        Family("batches_total", "counter", (*_VERSION, "device", "reason"),
+               "Batches that ran, by why they were no larger."),
+        Family("tokens_total", "counter", _VERSION,
+               "Tokens that ran, of models of text; those that filled rows up, too."),
+        Family("padded_tokens_total", "counter", _VERSION,
+               "Tokens that filled rows up to the longest of their batch."),
+        Family("padded_rows_total", "counter", _VERSION,
+               "Rows of zeros that filled batches up to a size that a GPU has run before."),
+        Family("queue_rows", "gauge", _VERSION, "Rows that wait now."),
+        Family("queue_oldest_age_seconds", "gauge", _VERSION, "How long the oldest entry has waited."),
+        Family("queue_wait_seconds", "gauge", _VERSION,
+               "What waits, in seconds of work by the measured rate."),
+        Family("in_flight_requests", "gauge", (), "Predict requests being read, run or answered now."),
+        Family("instance_busy_seconds_total", "counter", (*_VERSION, "device"),
+               "Time that instances spent running batches."),
+        Family("web_busy_seconds_total", "counter", (),
+               "CPU time of the thread that reads and answers requests: a second a second is its limit."),
+        Family("instances", "gauge", (*_VERSION, "device", "state"), "Instances, by state."),
+        Family("model_state", "gauge", (*_VERSION, "state"), "1 for the state that the version is in."),
+        Family("model_load_seconds", "gauge", _VERSION, "What loading, proving and warming up took."),
+        Family("dropped_entries_total", "counter", (*_VERSION, "reason"),
+               "Entries that were accepted and then dropped without running."),
+        Family("cpu_nodes", "gauge", _VERSION,
+               "Nodes of a model on a GPU that run on the CPU all the same."),
+        Family("gpu_utilization_ratio", "gauge", ("device",),
+               "Share of the last moments in which the GPU ran something."),
+        Family("gpu_memory_used_bytes", "gauge", ("device",),
+               "Memory of the GPU that is in use, by whomever."),
+        Family("gpu_memory_total_bytes", "gauge", ("device",), "Memory that the GPU has."),
+        Family("gpu_temperature_celsius", "gauge", ("device",), "Temperature of the GPU's core."),
+        Family("gpu_power_watts", "gauge", ("device",), "Power that the card draws."),
+        Family("gpu_energy_joules_total", "counter", ("device",),
+               "Energy that the card has used since its driver was loaded."),
+        Family("build_info", "info", (), "Versions of Inferpool and its runtimes."),
+    )
+}  # fmt: skip
+"""Everything exported, by name without the prefix."""
+
+Sample = tuple[str, tuple[str, ...], float]
+"""A gauge read at scrape time: the family's name, its label values, the number."""
+
+
+class Metrics:
+    """All values of a server, and their rendering."""
+
+    def __init__(self, info: dict[str, str]) -> None:
+        """`info` is what `build_info` says."""
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[tuple[str, ...], tuple[str, Value]]] = {}
+        self._distributions: dict[str, dict[tuple[str, ...], tuple[HistogramStems, Distribution]]] = {}
+        self._stems: dict[tuple[str, tuple[str, ...]], str] = {}
+        self._sources: list[Callable[[], Iterable[Sample]]] = []
+        self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
+        self._registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self._registry)
+
+    def value(self, name: str, *labels: str) -> Value:
+        """The counter of family `name` with these label values, made when first asked for."""
+        family = self._family(name, labels)
+        with self._lock:
+            series = self._values.setdefault(name, {})
+            if labels not in series:
+                series[labels] = (stem(family.full_name, family.labels, labels), Value())
+            return series[labels][1]
+
+    def distribution(self, name: str, *labels: str) -> Distribution:
+        """The histogram of family `name` with these label values, made when first asked for."""
+        family = self._family(name, labels)
+        with self._lock:
+            series = self._distributions.setdefault(name, {})
+            if labels not in series:
+                stems = histogram_stems(family.full_name, family.labels, labels, family.bounds)
+                series[labels] = (stems, Distribution(family.bounds))
+            return series[labels][1]
+
+    def add_version(self, model: str, version: str) -> None:
+        """Export the version's requests from 0 on."""
+        for status in USUAL_STATUSES:
+            self.value("requests_total", model, version, status)
+        for family in FAMILIES.values():
+            if family.kind == "histogram":
+                self.distribution(family.name, model, version)
+
+    def add_source(self, source: Callable[[], Iterable[Sample]]) -> None:
+        """Ask `source` for gauges at each scrape."""
+        self._sources.append(source)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type: OpenMetrics where `accept` asks for it, else text."""
+        encode, content_type = choose_encoder(accept)
+        own = self._text(openmetrics=content_type.startswith("application/openmetrics-text"))
+        # Last, because OpenMetrics ends with a mark that the encoder sets.
+        return own.encode() + encode(self._registry), content_type
+
+    def _text(self, *, openmetrics: bool) -> str:
+        with self._lock:
+            values = {name: list(series.values()) for name, series in self._values.items()}
+            distributions = {name: list(series.values()) for name, series in self._distributions.items()}
+        gauges: dict[str, list[str]] = {}
+        for source in self._sources:
+            for name, labels, number in source():
+                gauges.setdefault(name, []).append(f"{self._gauge_stem(name, labels)}{number}\n")
+        parts: list[str] = []
+        for name, family in FAMILIES.items():
+            parts.append(header(family.full_name, family.kind, family.help, openmetrics=openmetrics))
+            if family.kind == "info":
+                parts.append(self._info)
+            elif family.kind == "histogram":
+                # The text format has no exemplars.
+                parts += [
+                    histogram_lines(stems, list(of.counts), of.sum, dict(of.exemplars) if openmetrics else {})
+                    for stems, of in distributions.get(name, ())
+                ]
+            else:
+                parts += [f"{text}{value.value}\n" for text, value in values.get(name, ())]
+                parts += gauges.get(name, ())
+        return "".join(parts)
+
+    def _gauge_stem(self, name: str, labels: tuple[str, ...]) -> str:
+        known = self._stems.get((name, labels))
+        if known is None:
+            family = self._family(name, labels)
+            known = self._stems[name, labels] = stem(family.full_name, family.labels, labels)
+        return known
+
+    @staticmethod
+    def _family(name: str, labels: tuple[str, ...]) -> Family:
+        family = FAMILIES[name]
+        if len(labels) != len(family.labels):
+            raise ValueError(f"{name} has the labels {family.labels}, not {labels}")
+        return family

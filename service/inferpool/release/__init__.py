@@ -1,0 +1,1 @@
+"""From a trained model to a version: the build scripts of the models folder."""

@@ -1,0 +1,1 @@
+"""The models folder, and what is served of it."""

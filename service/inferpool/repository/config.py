@@ -1,0 +1,174 @@
+"""`model.toml`: what the owner of a model says about it. Every key is optional; unknown ones are errors."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from inferpool.backends.base import CpuNodes
+from inferpool.codecs.image import ImageConfig
+from inferpool.codecs.labels import LabelsConfig
+from inferpool.codecs.text import TextConfig
+from inferpool.errors import ConfigError
+from inferpool.system.gpus import check_devices
+from inferpool.tensors import DTYPES
+
+_Table = ConfigDict(extra="forbid", frozen=True)
+_Positive = Annotated[int, Field(ge=1)]
+_Size = Annotated[int, Field(ge=-1)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
+_MOST_BYTES = 1024 * 1024
+RESERVED_LABELS = frozenset({"load", "unload", "labels"})
+"""Words that stand where a version would, in other routes."""
+
+
+class VersionsConfig(BaseModel):
+    """`[versions]`: which versions are loaded, and what they are called."""
+
+    model_config = _Table
+    serve: Literal["all", "latest"] | tuple[_Positive, ...] = "all"
+    labels: dict[str, _Positive] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _labels_are_names(self) -> VersionsConfig:
+        for label in self.labels:
+            if not label or label.isdigit() or "/" in label or label in RESERVED_LABELS:
+                raise ValueError(f'"{label}" cannot be a label: a path would mean something else by it')
+        return self
+
+
+class BatchingConfig(BaseModel):
+    """`[batching]`: `enabled = false` turns it off; it is on wherever it has been proven right."""
+
+    model_config = _Table
+    enabled: bool = True
+    max_rows: _Positive | None = None
+    max_delay_ms: Annotated[float, Field(ge=0)] = 0.0
+
+
+class InstancesConfig(BaseModel):
+    """`[instances]`: how many a device, with how many threads each; measured where not given."""
+
+    model_config = _Table
+    count: _Positive | None = None
+    threads: _Positive | None = None
+    devices: tuple[str, ...] | None = None
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_are_names(cls, devices: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if devices is not None:
+            check_devices(devices)
+        return devices
+
+
+class GpuConfig(BaseModel):
+    """`[gpu]`: what holds where a model runs on a GPU."""
+
+    model_config = _Table
+    cpu_nodes: CpuNodes = "none"
+    tf32: bool = False
+    fp16: bool = False
+    memory_bytes: _Positive | None = None
+    graphs: bool = True
+    tensorrt: bool = False
+
+
+class QueueConfig(BaseModel):
+    """`[queue]`: the bounds of what may wait; from the measured rate where not given."""
+
+    model_config = _Table
+    max_rows: _Positive | None = None
+    max_bytes: _Positive | None = None
+
+
+class TensorConfig(BaseModel):
+    """`[[inputs]]`, `[[outputs]]`: what the file does not say of a tensor; -1 in `shape` is any size."""
+
+    model_config = _Table
+    name: Annotated[str, Field(min_length=1)]
+    datatype: str | None = None
+    shape: tuple[_Size, ...] | None = None
+
+    @field_validator("datatype")
+    @classmethod
+    def _datatype_is_known(cls, datatype: str | None) -> str | None:
+        if datatype is not None and datatype not in DTYPES:
+            raise ValueError(f'"{datatype}" is no datatype; there are {", ".join(DTYPES)}')
+        return datatype
+
+
+class ModelConfig(BaseModel):
+    """A whole `model.toml`."""
+
+    model_config = _Table
+    description: str = ""
+    backend: str | None = None
+    sha256: tuple[_Digest, ...] | None = None
+    timeout_ms: Annotated[float, Field(gt=0)] | None = None
+    versions: VersionsConfig = VersionsConfig()
+    batching: BatchingConfig = BatchingConfig()
+    instances: InstancesConfig = InstancesConfig()
+    gpu: GpuConfig = GpuConfig()
+    queue: QueueConfig = QueueConfig()
+    image: ImageConfig | None = None
+    text: TextConfig | None = None
+    labels: LabelsConfig | None = None
+    inputs: tuple[TensorConfig, ...] = ()
+    outputs: tuple[TensorConfig, ...] = ()
+
+    @field_validator("inputs", "outputs")
+    @classmethod
+    def _names_differ(cls, tensors: tuple[TensorConfig, ...]) -> tuple[TensorConfig, ...]:
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise ValueError("two of them have the same name")
+        return tensors
+
+
+def read_config(file: Path) -> ModelConfig:
+    """Read a `model.toml`; an absent one is an empty one.
+
+    Raises ConfigError, which names the file and the key.
+    """
+    name = f"{file.parent.name}/{file.name}"
+    try:
+        if file.exists() and not (file.is_file() and file.stat().st_size <= _MOST_BYTES):
+            raise ConfigError(f"{name}: not a file of at most {_MOST_BYTES} bytes")
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ModelConfig()
+    except RecursionError as error:
+        raise ConfigError(f"{name}: nested too deeply") from error
+    except ValueError as error:  # of TOML, of UTF-8, or a number of more digits than Python reads
+        raise ConfigError(f"{name}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{name}: {error.strerror}") from error
+    try:
+        return ModelConfig.model_validate(table)
+    except ValidationError as error:
+        faults = "; ".join(_sentence(fault, ModelConfig) for fault in error.errors())
+        raise ConfigError(f"{name}: {faults}") from None
+
+
+def _sentence(fault: Any, root: type[BaseModel]) -> str:
+    """One validation error in words: `batching.max_row: unknown key, did you mean "max_rows"?`"""
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
+    known = _keys_at(root, fault["loc"][:-1])
+    near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1)
+    hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(known)}"
+    return f"{key}: unknown key; {hint}"
+
+
+def _keys_at(table: Any, path: tuple[str | int, ...]) -> list[str]:
+    for part in path:
+        if isinstance(part, int):  # the place in a list, whose items have the keys
+            continue
+        annotation = table.model_fields[part].annotation
+        table = next((arg for arg in get_args(annotation) if isinstance(arg, type)), annotation)
+    return sorted(table.model_fields)

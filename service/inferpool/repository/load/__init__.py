@@ -1,0 +1,1 @@
+"""Everything that runs a model to find something out before it serves."""

@@ -1,0 +1,1 @@
+"""What the machine has: cores, memory, GPUs, and the commands that install what is missing."""

@@ -1,0 +1,451 @@
+/* Takes the lists of numbers out of a JSON body, without the interpreter's lock where the body is large.
+
+   `scan` reads a body once. What it copies is the body with each list of numbers, however deep, replaced by a
+   list of one string, which no key of an object can be; the numbers lie one after the other in memory of their own. It judges nothing but numbers and the
+   lists around them: whether the rest is JSON is for the parser that reads the copy. Whatever is not a
+   regular list of plain numbers it declines, all of the body.
+
+   Decimals become binary64 by the algorithm of D. Lemire, "Number Parsing at a Gigabyte per Second" (Software:
+   Practice and Experience 51(8), 2021), with the proof that one multiplication by 128 bits is enough from N.
+   Mushtak and D. Lemire, "Fast Number Parsing Without Fallback" (2023). The powers of five come from Python. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+#if !defined(__SIZEOF_INT128__) || !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "needs integers of 128 bits, lowest byte first; without this module bodies are read another way"
+#endif
+
+enum {
+    MOST_RANK = 32,          /* numpy 1 has no more dimensions */
+    MOST_LISTS = 256,        /* more are no tensors, and each would take a hundred times its bytes */
+    MOST_MARK = 24,          /* bytes of a mark beside what it begins with */
+    MOST_POWER = 128,        /* powers of ten from -MOST_POWER to MOST_POWER */
+    MOST_DIGITS = 19,        /* all numbers of so many digits fit 64 bits */
+    QUICK_BYTES = 16 * 1024, /* a smaller body is read before another thread would have started */
+};
+
+static uint64_t powers[2 * MOST_POWER + 1][2]; /* 128 bits of 5^q, the upper half first */
+static bool prepared = false;
+
+typedef union {
+    int64_t whole;
+    double real;
+} Number;
+
+typedef struct {
+    size_t first; /* the place of its first number */
+    size_t count;
+    bool real;   /* whether its numbers are binary64, else int64 */
+    int rank;
+    size_t shape[MOST_RANK];
+} List;
+
+typedef struct {
+    const char *at, *end;
+    char *copy;
+    Number *numbers;
+    size_t numbers_taken;
+    List *lists;
+    size_t lists_taken, lists_room;
+    const char *mark;
+    size_t mark_length;
+    bool no_memory;
+} Scan;
+
+static const char *skip_space(const char *at, const char *end) {
+    while (at < end && (*at == ' ' || *at == '\n' || *at == '\t' || *at == '\r')) at++;
+    return at;
+}
+
+static bool is_digit(char c) { return (unsigned char)(c - '0') < 10; }
+
+/* w * 10^q, rounded to even; false where this takes more than it does here. */
+static inline bool to_real(uint64_t w, int q, bool negative, double *real) {
+    uint64_t bits = 0;
+    if (w != 0) {
+        if (q < -MOST_POWER || q > MOST_POWER) return false;
+        const uint64_t *power = powers[q + MOST_POWER];
+        int zeros = __builtin_clzll(w);
+        w <<= zeros;
+        unsigned __int128 product = (unsigned __int128)w * power[0];
+        uint64_t high = (uint64_t)(product >> 64), low = (uint64_t)product;
+        if ((high & 0x1FF) == 0x1FF) { /* the bits below may carry */
+            uint64_t more = (uint64_t)((unsigned __int128)w * power[1] >> 64);
+            low += more;
+            if (low < more) high++;
+        }
+        int upper = (int)(high >> 63);
+        uint64_t mantissa = high >> (upper + 9);
+        int exponent = (((152170 + 65536) * q) >> 16) + 63 + upper - zeros + 1023;
+        if (exponent <= 0 || exponent >= 2046) return false;
+        /* Just half-way between two: to the even one. */
+        if (low <= 1 && q >= -4 && q <= 23 && (mantissa & 3) == 1 && mantissa << (upper + 9) == high)
+            mantissa &= ~(uint64_t)1;
+        mantissa = (mantissa + (mantissa & 1)) >> 1;
+        if (mantissa >> 53) {
+            mantissa = (uint64_t)1 << 52;
+            exponent++;
+        }
+        bits = (mantissa & (((uint64_t)1 << 52) - 1)) | (uint64_t)exponent << 52;
+    }
+    bits |= (uint64_t)negative << 63;
+    memcpy(real, &bits, sizeof bits);
+    return true;
+}
+
+/* What follows `value` in decimal. A NUL stands at the end of the body, which is no digit. */
+static inline const char *read_digits(const char *at, uint64_t *value) {
+    uint64_t sum = *value;
+    while (is_digit(*at)) sum = 10 * sum + (uint64_t)(*at++ - '0');
+    *value = sum;
+    return at;
+}
+
+/* The same for a fraction, which may be long: eight digits at a time as long as there are (Lemire, section 5). */
+static inline const char *read_fraction(const char *at, const char *end, uint64_t *value) {
+    while (end - at >= 8) {
+        uint64_t eight;
+        memcpy(&eight, at, sizeof eight);
+        if (((eight + 0x4646464646464646) | (eight - 0x3030303030303030)) & 0x8080808080808080) break;
+        eight -= 0x3030303030303030;
+        eight = eight * 10 + (eight >> 8);
+        eight = (((eight & 0x000000FF000000FF) * 0x000F424000000064) +
+                 (((eight >> 16) & 0x000000FF000000FF) * 0x0000271000000001)) >> 32;
+        *value = *value * 100000000 + eight;
+        at += 8;
+    }
+    return read_digits(at, value);
+}
+
+/* One number (RFC 8259, section 6) into `list`; NULL where there is none, or one that is not taken. */
+static inline const char *read_number(Scan *scan, List *list, const char *at) {
+    const char *end = scan->end;
+    bool negative = at < end && *at == '-';
+    const char *first = at += negative;
+    uint64_t w = 0;
+    at = read_digits(at, &w);
+    Py_ssize_t digits = at - first;
+    if (!digits || (digits > 1 && *first == '0')) return NULL;
+    bool real = false;
+    int q = 0;
+    if (at < end && *at == '.') {
+        real = true;
+        const char *point = ++at;
+        at = read_fraction(at, end, &w);
+        if (at == point) return NULL;
+        if (at - point > 400) return NULL;
+        q = -(int)(at - point);
+        digits += at - point;
+    }
+    if (digits > MOST_DIGITS) {
+        /* Zeros in front are none of the digits that have to fit. */
+        const char *zero = first;
+        while (*zero == '0' || *zero == '.') {
+            digits -= *zero == '0';
+            zero++;
+        }
+        if (digits > MOST_DIGITS) return NULL;
+    }
+    if (at < end && (*at == 'e' || *at == 'E')) {
+        real = true;
+        at++;
+        bool minus = at < end && *at == '-';
+        if (at < end && (*at == '-' || *at == '+')) at++;
+        const char *start = at;
+        uint64_t exponent = 0;
+        at = read_digits(at, &exponent);
+        if (at == start || at - start > 4) return NULL;
+        q += minus ? -(int)exponent : (int)exponent;
+    }
+    Number *number = scan->numbers + list->first + list->count;
+    if (!real && w > INT64_MAX) return NULL;
+    if (real && !list->real) {
+        list->real = true;
+        for (Number *before = scan->numbers + list->first; before < number; before++)
+            before->real = (double)before->whole;
+    }
+    list->count++;
+    if (!list->real)
+        number->whole = negative ? -(int64_t)w : (int64_t)w;
+    else if (!real)
+        number->real = negative ? (double)-(int64_t)w : (double)(int64_t)w;
+    else if (!to_real(w, q, negative, &number->real))
+        return NULL;
+    return at;
+}
+
+/* The list that opens at `at`; NULL where it is not a regular one of numbers. */
+static const char *read_list(Scan *scan, const char *at) {
+    if (scan->lists_taken == MOST_LISTS) return NULL;
+    if (scan->lists_taken == scan->lists_room) {
+        size_t room = 2 * scan->lists_room + 8;
+        List *lists = realloc(scan->lists, room * sizeof(List));
+        if (lists == NULL) {
+            scan->no_memory = true;
+            return NULL;
+        }
+        scan->lists = lists;
+        scan->lists_room = room;
+    }
+    List *list = &scan->lists[scan->lists_taken];
+    list->first = scan->numbers_taken;
+    list->count = 0;
+    list->real = false;
+    list->rank = 0;
+    const char *end = scan->end;
+    size_t counts[MOST_RANK] = {0}; /* elements so far of the lists that are open */
+    int depth = 0;
+    for (;;) {
+        while (at < end && *at == '[') { /* down to the numbers */
+            if (depth == MOST_RANK || (list->rank && depth == list->rank)) return NULL;
+            counts[depth++] = 0;
+            at = skip_space(at + 1, end);
+        }
+        if (!list->rank) {
+            list->rank = depth;
+            memset(list->shape, 0, sizeof list->shape);
+        } else if (depth != list->rank)
+            return NULL;
+        size_t before = list->count;
+        for (;;) {
+            at = read_number(scan, list, at);
+            if (at == NULL) return NULL;
+            if (at < end && *at == ',' && at + 1 < end && (is_digit(at[1]) || at[1] == '-')) {
+                at++;
+                continue;
+            }
+            at = skip_space(at, end);
+            if (at < end && *at == ',') {
+                at = skip_space(at + 1, end);
+                continue;
+            }
+            break;
+        }
+        counts[depth - 1] = list->count - before;
+        for (;;) { /* up, as far as lists end here */
+            if (at >= end || *at != ']') return NULL;
+            depth--;
+            if (!list->shape[depth])
+                list->shape[depth] = counts[depth];
+            else if (list->shape[depth] != counts[depth])
+                return NULL;
+            at++;
+            if (!depth) {
+                scan->numbers_taken += list->count;
+                scan->lists_taken++;
+                return at;
+            }
+            counts[depth - 1]++;
+            at = skip_space(at, end);
+            if (at < end && *at == ',') {
+                at = skip_space(at + 1, end);
+                if (at >= end || *at != '[') return NULL;
+                break;
+            }
+        }
+    }
+}
+
+static char *write_mark(Scan *scan, char *copy, size_t number) {
+    char text[MOST_MARK - 2];
+    int length = snprintf(text, sizeof text, "%zu\"]", number);
+    *copy++ = '[';
+    *copy++ = '"';
+    memcpy(copy, scan->mark, scan->mark_length);
+    copy += scan->mark_length;
+    memcpy(copy, text, (size_t)length);
+    return copy + length;
+}
+
+/* Whether numbers stand behind the brackets that open at `at`; `*inner` is what does. */
+static bool opens_numbers(const char *at, const char *end, const char **inner) {
+    while (at < end && *at == '[') at = skip_space(at + 1, end);
+    *inner = at;
+    return at < end && (is_digit(*at) || *at == '-');
+}
+
+static bool scan_body(Scan *scan) {
+    const char *at = scan->at, *end = scan->end, *inner;
+    char *copy = scan->copy;
+    while (at < end) {
+        char c = *at;
+        if (c == '"') {
+            const char *start = at++;
+            while (at < end && *at != '"') at += *at == '\\' ? 2 : 1;
+            at = at < end ? at + 1 : end;
+            memcpy(copy, start, (size_t)(at - start));
+            copy += at - start;
+        } else if (c == '[') {
+            if (opens_numbers(at, end, &inner)) {
+                at = read_list(scan, at);
+                if (at == NULL) return false;
+                copy = write_mark(scan, copy, scan->lists_taken - 1);
+            } else {
+                memcpy(copy, at, (size_t)(inner - at));
+                copy += inner - at;
+                at = inner;
+            }
+        } else {
+            *copy++ = c;
+            at++;
+        }
+    }
+    scan->copy = copy;
+    return true;
+}
+
+static PyObject *as_tuple(const List *list) {
+    PyObject *shape = PyTuple_New(list->rank);
+    if (shape == NULL) return NULL;
+    for (int axis = 0; axis < list->rank; axis++) {
+        PyObject *size = PyLong_FromSize_t(list->shape[axis]);
+        if (size == NULL) {
+            Py_DECREF(shape);
+            return NULL;
+        }
+        PyTuple_SET_ITEM(shape, axis, size);
+    }
+    return Py_BuildValue("(OnnN)", list->real ? Py_True : Py_False, (Py_ssize_t)(list->first * sizeof(Number)), (Py_ssize_t)list->count, shape);
+}
+
+static PyObject *as_list(const Scan *scan) {
+    PyObject *lists = PyList_New((Py_ssize_t)scan->lists_taken);
+    for (size_t i = 0; lists != NULL && i < scan->lists_taken; i++) {
+        PyObject *one = as_tuple(&scan->lists[i]);
+        if (one == NULL)
+            Py_CLEAR(lists);
+        else
+            PyList_SET_ITEM(lists, (Py_ssize_t)i, one);
+    }
+    return lists;
+}
+
+PyDoc_STRVAR(scan_doc,
+             "scan(body, mark)\n--\n\n"
+             "The body with `[\"MARKn\"]` in place of the nth list of numbers in it, the memory that the\n"
+             "numbers lie in, and of each list whether it is of binary64 or of int64, the offset in bytes of\n"
+             "its first number, how many they are, and its shape. None where there is a list that is not\n"
+             "regular, or numbers that are not taken.");
+
+static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    (void)module;
+    if (count != 2 || !PyBytes_Check(arguments[0]) || !PyBytes_Check(arguments[1])) {
+        PyErr_SetString(PyExc_TypeError, "scan takes two bytes objects");
+        return NULL;
+    }
+    if (!prepared) {
+        PyErr_SetString(PyExc_RuntimeError, "the powers of five are not there yet");
+        return NULL;
+    }
+    const char *body = PyBytes_AS_STRING(arguments[0]);
+    size_t length = (size_t)PyBytes_GET_SIZE(arguments[0]);
+    Scan state = {.at = body,
+                  .end = body + length,
+                  .mark = PyBytes_AS_STRING(arguments[1]),
+                  .mark_length = (size_t)PyBytes_GET_SIZE(arguments[1])};
+    /* A short list is shorter than its mark. */
+    char *copied = malloc(length + MOST_LISTS * (state.mark_length + MOST_MARK));
+    bool whole = false;
+    /* Each number takes two characters at the least. */
+    PyObject *memory = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)((length / 2 + 1) * sizeof(Number)));
+    if (copied != NULL && memory != NULL) {
+        state.copy = copied;
+        state.numbers = (Number *)(void *)PyByteArray_AS_STRING(memory);
+        PyThreadState *released = length > QUICK_BYTES ? PyEval_SaveThread() : NULL;
+        whole = scan_body(&state);
+        if (released != NULL) PyEval_RestoreThread(released);
+    }
+    PyObject *result = NULL;
+    if (copied == NULL || state.no_memory)
+        PyErr_NoMemory();
+    else if (memory != NULL && !whole)
+        result = Py_NewRef(Py_None);
+    else if (memory != NULL && PyByteArray_Resize(memory, (Py_ssize_t)(state.numbers_taken * sizeof(Number))) == 0) {
+        PyObject *rest = PyBytes_FromStringAndSize(copied, state.copy - copied);
+        PyObject *lists = rest != NULL ? as_list(&state) : NULL;
+        if (lists != NULL) result = PyTuple_Pack(3, rest, memory, lists);
+        Py_XDECREF(rest);
+        Py_XDECREF(lists);
+    }
+    Py_XDECREF(memory);
+    free(copied);
+    free(state.lists);
+    return result;
+}
+
+PyDoc_STRVAR(singles_doc,
+             "singles(memory, start, count, real)\n--\n\n"
+             "`count` numbers of `memory` from the byte `start` on, binary64 where `real`, else int64, as binary32;\n"
+             "None where one is beyond its range.");
+
+static PyObject *singles(PyObject *module, PyObject *const *arguments, Py_ssize_t given) {
+    (void)module;
+    if (given != 4 || !PyByteArray_Check(arguments[0])) {
+        PyErr_SetString(PyExc_TypeError, "singles takes a bytearray and where in it what is");
+        return NULL;
+    }
+    Py_ssize_t start = PyLong_AsSsize_t(arguments[1]), count = PyLong_AsSsize_t(arguments[2]);
+    Py_ssize_t room = PyByteArray_GET_SIZE(arguments[0]);
+    if (PyErr_Occurred()) return NULL;
+    if (start < 0 || count < 0 || start > room || count > (room - start) / (Py_ssize_t)sizeof(Number)) {
+        PyErr_SetString(PyExc_ValueError, "there are not so many numbers");
+        return NULL;
+    }
+    PyObject *narrow = PyByteArray_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof(float));
+    if (narrow == NULL) return NULL;
+    const Number *from = (const Number *)(const void *)(PyByteArray_AS_STRING(arguments[0]) + start);
+    float *to = (float *)(void *)PyByteArray_AS_STRING(narrow);
+    bool finite = true;
+    if (arguments[3] == Py_True) {
+        for (Py_ssize_t i = 0; i < count; i++) {
+            to[i] = (float)from[i].real;
+            finite &= to[i] - to[i] == 0;
+        }
+    } else {
+        for (Py_ssize_t i = 0; i < count; i++) to[i] = (float)(double)from[i].whole;
+    }
+    if (!finite) {
+        Py_DECREF(narrow);
+        Py_RETURN_NONE;
+    }
+    return narrow;
+}
+
+PyDoc_STRVAR(prepare_doc,
+             "prepare(powers)\n--\n\n"
+             "Take the 128 leading bits of 5**q for q from -MOST_POWER to MOST_POWER: 64-bit integers, the\n"
+             "upper half of each first.");
+
+static PyObject *prepare(PyObject *module, PyObject *given) {
+    (void)module;
+    if (!PyBytes_Check(given) || PyBytes_GET_SIZE(given) != sizeof powers) {
+        PyErr_SetString(PyExc_ValueError, "these are not the powers");
+        return NULL;
+    }
+    memcpy(powers, PyBytes_AS_STRING(given), sizeof powers);
+    prepared = true;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"scan", (PyCFunction)(void (*)(void))scan, METH_FASTCALL, scan_doc},
+    {"singles", (PyCFunction)(void (*)(void))singles, METH_FASTCALL, singles_doc},
+    {"prepare", prepare, METH_O, prepare_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int add_constants(PyObject *module) { return PyModule_AddIntMacro(module, MOST_POWER); }
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_constants}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "inferpool.wire._json_numbers", "Lists of numbers out of JSON bodies.", 0, methods, slots, NULL, NULL,
+    NULL,
+};
+
+PyMODINIT_FUNC PyInit__json_numbers(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,339 @@
+"""The requests of the Open Inference Protocol v2: JSON, and JSON followed by tensors in binary form.
+
+The source is the protocol's REST page and three of Triton's extensions to it: binary tensor data,
+classification and schedule policy. A body of header length 0 is raw: nothing but the one input's elements.
+
+Fields and parameters that this protocol does not name are let through, for clients send their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from inferpool.errors import InvalidInput, MalformedBody
+from inferpool.tensors import (
+    DTYPES,
+    Array,
+    Signature,
+    Tensors,
+    TensorSpec,
+    check_inputs,
+    name_text,
+    unknown_input,
+)
+from inferpool.wire.json_document import Document, FallBack
+from inferpool.wire.native_json import open_large, read_object, whole_number
+from inferpool.wire.nested_lists import MAX_RANK, fit, product, read_nested, value_text
+from inferpool.wire.v2_binary import from_raw, read_binary
+
+_MAX_ELEMENTS: Final = 2**60 - 1
+"""More than any memory holds, and with 8 bytes each still no more than numpy can count."""
+_MOST_MEMBERS: Final = 4096
+"""Inputs that a request may have, and outputs that it may ask for: no model has as many."""
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+class RequestedOutput(NamedTuple):
+    """An output that a request names.
+
+    Attributes:
+        name: as the model spells it.
+        binary_data: whether it is to be answered in binary form; None leaves it to the request.
+        classification: how many best classes to answer instead of the tensor; 0 for the tensor itself.
+        parameters: what else the request says of it.
+    """
+
+    name: str
+    binary_data: bool | None = None
+    classification: int = 0
+    parameters: Mapping[str, Any] = _NOTHING
+
+
+class _Input(NamedTuple):
+    """One member of `inputs`: `data` in JSON, or else `size` bytes of the body from `start`."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Any = None
+    start: int = 0
+    size: int = 0
+    binary: bool = False
+
+
+class InferRequest:
+    """One inference call of the protocol, before its model is known.
+
+    Attributes:
+        id: the caller's name for the request, or None.
+        parameters: the request's parameters as they came.
+        timeout_ms: milliseconds the caller will wait (`timeout` counts microseconds; 0 is none).
+        priority: 0 is the default, 1 the most urgent, larger is less urgent.
+        outputs: the outputs asked for, or None for all.
+        binary_data_output: whether outputs are in binary form where they do not say.
+    """
+
+    __slots__ = (
+        "_body",
+        "_document",
+        "_inputs",
+        "binary_data_output",
+        "id",
+        "outputs",
+        "parameters",
+        "priority",
+        "timeout_ms",
+    )
+
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        body: bytes | memoryview,
+        start: int | None,
+        document: Document | None,
+    ) -> None:
+        """Check and keep `fields`, the JSON part; binary data starts at `start`, None where there is none.
+
+        Raises InvalidInput or MalformedBody naming what is wrong.
+        """
+        self.id = _optional(fields, "id", str, "a string")
+        self.parameters: Mapping[str, Any] = _optional(fields, "parameters", dict, "an object") or {}
+        timeout_us = _count(self.parameters, "timeout")
+        self.timeout_ms = timeout_us / 1000 if timeout_us else None
+        self.priority = _count(self.parameters, "priority")
+        self.binary_data_output = bool(
+            _optional(self.parameters, "binary_data_output", bool, "true or false", "parameters.")
+        )
+        self.outputs = _requested(fields.get("outputs"))
+        self._body = body
+        self._document = document
+        self._inputs: list[_Input] | None = _inputs(fields, body, start)
+
+    @classmethod
+    def raw(cls, body: bytes | memoryview) -> InferRequest:
+        """The request that `body` is when it is nothing but the elements of the only input."""
+        request = cls({"inputs": [], "parameters": {"binary_data_output": True}}, body, len(body), None)
+        request._inputs = None
+        return request
+
+    def tensors(self, signature: Signature) -> Tensors:
+        """The inputs as `signature` takes them, views of the body where it is aligned; call it once.
+
+        Raises InvalidInput naming the tensor that is unknown, missing, irregular, or of another datatype,
+        shape or range, and MalformedBody where its bytes are not those of its datatype and shape.
+        """
+        if self._inputs is None:
+            return from_raw(signature, self._body)
+        document, self._document = self._document, None
+        if document is not None:
+            try:
+                tensors = _tensors(signature, self._inputs, self._body, document.read)
+                if document.proven():
+                    return tensors
+            except (InvalidInput, FallBack):
+                pass
+            finally:
+                self._inputs = []
+                document.close()
+            self._inputs = _inputs(read_object(self._body), self._body, None)
+        return _tensors(signature, self._inputs, self._body, read_nested)
+
+
+def parse_infer(body: bytes | memoryview, header_length: int | None) -> InferRequest:
+    """Read a body whose first `header_length` bytes are JSON: None for all of it, 0 for a raw body.
+
+    Tensors in binary form are views of `body` where they are aligned in memory.
+
+    Raises MalformedBody where the framing or the JSON is not sound, InvalidInput where a field is wrong.
+    """
+    if header_length is None:
+        body = bytes(body)
+        document = open_large(body)
+        if document is not None:
+            try:
+                return InferRequest(document.fields, body, None, document)
+            except InvalidInput:  # read the plain way, it is worded in terms of what was sent
+                document.close()
+        return InferRequest(read_object(body), body, None, None)
+    if header_length == 0:
+        return InferRequest.raw(body)
+    if not 0 < header_length <= len(body):
+        raise MalformedBody(
+            f"the JSON header is said to take {header_length} bytes, the body has {len(body)}",
+            expected=header_length,
+            got=len(body),
+        )
+    return InferRequest(read_object(memoryview(body)[:header_length]), body, header_length, None)
+
+
+def _optional(fields: Mapping[str, Any], name: str, kind: type, expected: str, where: str = "") -> Any:
+    value = fields.get(name)
+    if value is not None and type(value) is not kind:
+        raise _wrong_field(f"{where}{name}", value, expected)
+    return value
+
+
+def _count(parameters: Mapping[str, Any], name: str, where: str = "parameters.") -> int | None:
+    value = parameters.get(name)
+    if value is None:
+        return None
+    count = whole_number(value)
+    if count is None or count < 0:
+        raise _wrong_field(f"{where}{name}", value, "a whole number from 0")
+    return count
+
+
+def _wrong_field(name: str, value: Any, expected: str) -> InvalidInput:
+    got = value_text(value)
+    return InvalidInput(f'"{name}" is {got}; it takes {expected}', field=name, value=got)
+
+
+def _check_count(name: str, members: list[Any]) -> None:
+    if len(members) > _MOST_MEMBERS:
+        raise InvalidInput(
+            f'"{name}" has {len(members)} members; it takes {_MOST_MEMBERS}', field=name, got=len(members)
+        )
+
+
+def _members(fields: Mapping[str, Any], name: str, place: int) -> tuple[str, Mapping[str, Any]]:
+    """The name and the parameters of a member of `inputs` or `outputs`."""
+    where = f"{name}[{place}]"
+    if not isinstance(fields, dict):
+        raise _wrong_field(where, fields, "an object")
+    if not isinstance(fields.get("name"), str):
+        raise _wrong_field(f"{where}.name", fields.get("name"), "a string")
+    parameters = _optional(fields, "parameters", dict, "an object", f"{where}.") or {}
+    if "shared_memory_region" in parameters:
+        raise InvalidInput(
+            f'"{where}" is in shared memory, which this server does not take: send its data',
+            tensor=fields["name"],
+        )
+    return fields["name"], parameters
+
+
+def _requested(value: Any) -> tuple[RequestedOutput, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise _wrong_field("outputs", value, "a list of objects")
+    _check_count("outputs", value)
+    found: dict[str, RequestedOutput] = {}
+    for place, fields in enumerate(value):
+        name, parameters = _members(fields, "outputs", place)
+        where = f"outputs[{place}].parameters."
+        if name in found:
+            raise InvalidInput(f'output "{name}" is asked for twice', tensor=name_text(name)[1:-1])
+        found[name] = RequestedOutput(
+            name,
+            _optional(parameters, "binary_data", bool, "true or false", where),
+            _count(parameters, "classification", where) or 0,
+            {key: parameters[key] for key in parameters if key not in ("binary_data", "classification")},
+        )
+    return tuple(found.values()) or None
+
+
+def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | None) -> list[_Input]:
+    """The members of `inputs`, with the part of the body that each one's binary data is."""
+    listed = fields.get("inputs")
+    if not isinstance(listed, list):
+        raise _wrong_field("inputs", listed, "a list of objects")
+    _check_count("inputs", listed)
+    found: dict[str, _Input] = {}
+    end = start or 0
+    for place, entry in enumerate(listed):
+        name, parameters = _members(entry, "inputs", place)
+        if name in found:
+            raise InvalidInput(f"tensor {name_text(name)} comes twice", tensor=name_text(name)[1:-1])
+        datatype = entry.get("datatype")
+        if not isinstance(datatype, str) or datatype not in DTYPES:
+            raise InvalidInput(
+                f"tensor {name_text(name)} has datatype {value_text(datatype)};"
+                f" there are {', '.join(DTYPES)}",
+                tensor=name_text(name)[1:-1],
+                got=value_text(datatype),
+                expected=list(DTYPES),
+            )
+        shape = _shape(name, entry.get("shape"))
+        size = _count(parameters, "binary_data_size", f"inputs[{place}].parameters.")
+        if (size is None) == ("data" not in entry):
+            raise InvalidInput(
+                f'tensor {name_text(name)} has {"neither" if size is None else "both"} "data"'
+                f' {"nor" if size is None else "and"} "binary_data_size"; it takes one of them',
+                tensor=name_text(name)[1:-1],
+            )
+        if size is None:
+            found[name] = _Input(name, datatype, shape, entry["data"])
+            continue
+        if start is None:
+            raise MalformedBody(
+                f'tensor {name_text(name)} has "binary_data_size", but no Inference-Header-Content-Length'
+                " says where the JSON ends",
+                tensor=name_text(name)[1:-1],
+            )
+        if end + size > len(body):
+            raise MalformedBody(
+                f"tensor {name_text(name)} is truncated:"
+                f" {size} bytes are announced, {len(body) - end} are there",
+                tensor=name_text(name)[1:-1],
+                expected=size,
+                got=len(body) - end,
+            )
+        found[name] = _Input(name, datatype, shape, start=end, size=size, binary=True)
+        end += size
+    if start is not None and end < len(body):
+        raise MalformedBody(
+            f"{len(body) - end} bytes follow the last tensor", expected=end - start, got=len(body) - start
+        )
+    return list(found.values())
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    sizes = tuple(map(whole_number, value[: MAX_RANK + 1])) if isinstance(value, list) else (None,)
+    shape = tuple(size for size in sizes if size is not None and size >= 0)
+    if len(shape) < len(sizes) or len(shape) > MAX_RANK or product(filter(None, shape)) > _MAX_ELEMENTS:
+        got = (
+            f"[{', '.join(map(value_text, value[:MAX_RANK]))}]"
+            if isinstance(value, list)
+            else value_text(value)
+        )
+        raise InvalidInput(
+            f'tensor {name_text(name)} has no "shape"'
+            if value is None
+            else f"tensor {name_text(name)} has shape {got}; it takes at most {MAX_RANK} sizes from 0,"
+            f" of {_MAX_ELEMENTS} elements at most",
+            tensor=name_text(name)[1:-1],
+            got=got,
+        )
+    return shape
+
+
+def _tensors(
+    signature: Signature,
+    inputs: list[_Input],
+    body: bytes | memoryview,
+    read: Callable[[TensorSpec, Any], Array],
+) -> Tensors:
+    tensors: Tensors = {}
+    for entry in inputs:
+        spec = signature.inputs_by_name.get(entry.name)
+        if spec is None:
+            raise unknown_input(signature, entry.name)
+        if entry.datatype != spec.datatype:
+            raise InvalidInput(
+                f'tensor "{entry.name}" is {entry.datatype}, the model takes {spec.datatype}',
+                tensor=entry.name,
+                expected=spec.datatype,
+                got=entry.datatype,
+            )
+        if entry.binary:
+            tensors[entry.name] = read_binary(spec, entry.shape, body, entry.start, entry.size)
+        else:
+            tensors[entry.name] = fit(spec, read(spec, entry.data), entry.shape)
+    sentences = signature.instead
+    if sentences is not None and sentences in tensors and tensors[sentences].shape[1:] == (1,):
+        # As Triton's clients send strings: its models have a dimension beside the rows.
+        tensors[sentences] = tensors[sentences].reshape(-1)
+    check_inputs(signature, tensors)
+    return tensors

@@ -1,0 +1,87 @@
+"""The answers of the Open Inference Protocol v2: JSON, and JSON followed by tensors in binary form.
+
+Where the protocol leaves a choice: JSON answers have flat `data`; a number that is not finite is `null` there
+and the output's parameters say `"non_finite": true`; `BF16` in JSON is written as the numbers that the bits
+stand for; an output that is no tensor (a sequence or a map) is `BYTES` of JSON text, one for each element of
+a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+from inferpool.tensors import DTYPES, JSON, Array, Signature, TensorSpec
+from inferpool.wire.native_json import has_non_finite, write
+from inferpool.wire.nested_lists import bf16_to_fp32
+from inferpool.wire.v2_binary import to_binary
+from inferpool.wire.v2_classification import classify
+from inferpool.wire.v2_request import RequestedOutput
+
+_NO_LABELS: Final[Mapping[str, Sequence[str]]] = MappingProxyType({})
+
+
+def encode_infer(
+    model: str,
+    version: str,
+    request_id: str,
+    outputs: Mapping[str, Any],
+    requested: Sequence[RequestedOutput] | None,
+    binary_default: bool,
+    signature: Signature,
+    labels: Mapping[str, Sequence[str]] = _NO_LABELS,
+) -> tuple[list[bytes | memoryview], int | None]:
+    """The answer in parts, and the length of its JSON header where parts in binary form follow it.
+
+    `requested` are outputs that the model has, None for all of `outputs`; `labels` name the classes of a
+    classification, by output. An empty `request_id` is left out. Large arrays are not copied: the parts are
+    views of them. Raises InvalidInput where a classification is asked of an output that has no numbers,
+    ModelFailed where an output cannot be written.
+    """
+    if requested is None:
+        requested = [RequestedOutput(name) for name in outputs]
+    entries: list[dict[str, Any]] = []
+    parts: list[bytes | memoryview] = []
+    binary_any = False
+    for wanted in requested:
+        spec = signature.outputs_by_name.get(wanted.name)
+        tensor, datatype = _output(outputs[wanted.name], spec)
+        if wanted.classification:
+            tensor = classify(
+                wanted.name, tensor, datatype, wanted.classification, labels.get(wanted.name, ())
+            )
+            datatype = "BYTES"
+        entry: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": tensor.shape}
+        if binary_default if wanted.binary_data is None else wanted.binary_data:
+            part = to_binary(tensor)
+            entry["parameters"] = {"binary_data_size": len(part)}
+            parts.append(part)
+            binary_any = True
+        else:
+            numbers = bf16_to_fp32(tensor) if datatype == "BF16" else tensor
+            entry["data"] = numbers.reshape(-1)
+            if numbers.dtype.kind == "f" and has_non_finite(numbers):
+                entry["parameters"] = {"non_finite": True}
+        entries.append(entry)
+    answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": entries}
+    if request_id:
+        answer["id"] = request_id
+    header = write(answer)
+    return [header, *filter(len, parts)], len(header) if binary_any else None
+
+
+def _output(value: Any, spec: TensorSpec | None) -> tuple[Array, str]:
+    """An output as a tensor, and its datatype."""
+    is_tensor = isinstance(value, (np.ndarray, np.generic))
+    if is_tensor and (spec is None or spec.datatype != JSON):
+        tensor = np.asarray(value)
+        return tensor, spec.datatype if spec else _datatype_of(tensor)
+    elements = value if isinstance(value, list) else [value]
+    return np.array([write(element).decode() for element in elements], dtype=np.object_), "BYTES"
+
+
+def _datatype_of(tensor: Array) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)

@@ -1,1 +1,0 @@
-"""Bytes to tensors and back: JSON, the Open Inference Protocol's binary form, and numpy's files."""

@@ -1,0 +1,137 @@
+"""Tiny ONNX models for the tests, written in a form that every supported ONNX Runtime reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from inferpool.tensors import Array
+
+import onnx
+from onnx import TensorProto, helper
+
+OPSETS: Final = {"": 21, "ai.onnx.ml": 3}
+IR_VERSION: Final = 10
+
+ELEMENTS: Final = {
+    "BOOL": TensorProto.BOOL,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "FP16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+    "BYTES": TensorProto.STRING,
+}
+"""Every datatype that the protocol can name, and its number in onnx.proto."""
+
+Shape = Sequence[int | str | None] | None
+
+
+def value(name: str, datatype: str, shape: Shape) -> onnx.ValueInfoProto:
+    """A graph's input or output; a shape of None leaves the rank open."""
+    return helper.make_tensor_value_info(name, ELEMENTS[datatype], shape)
+
+
+def value_of(name: str, kind: onnx.TypeProto) -> onnx.ValueInfoProto:
+    """A graph's input or output of a type that is no plain tensor's."""
+    return helper.make_value_info(name, kind)
+
+
+def tensor_type(datatype: str, shape: Shape = None) -> onnx.TypeProto:
+    return helper.make_tensor_type_proto(ELEMENTS[datatype], shape)
+
+
+def constant(name: str, datatype: str, array: Array) -> onnx.TensorProto:
+    """An initialiser; `array` holds the bits where the datatype is BF16."""
+    if datatype == "BYTES":
+        # onnx.helper would cut NULs off their ends.
+        texts = [text.encode() for text in array.flat]
+        return TensorProto(name=name, data_type=TensorProto.STRING, dims=array.shape, string_data=texts)
+    return helper.make_tensor(name, ELEMENTS[datatype], array.shape, array.tobytes(), raw=True)
+
+
+def external(name: str, size: int, location: str) -> onnx.TensorProto:
+    """An FP32 initialiser of `size` elements that lie in another file."""
+    tensor = TensorProto(
+        name=name, data_type=TensorProto.FLOAT, dims=[size], data_location=TensorProto.EXTERNAL
+    )
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    initialisers: Sequence[onnx.TensorProto] = (),
+    **fields: Any,
+) -> onnx.ModelProto:
+    """A model of one graph; `fields` are set on it, `opsets` by domain."""
+    opsets = {**OPSETS, **fields.pop("opsets", {})}
+    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    graph = helper.make_graph(list(nodes), "graph", list(inputs), list(outputs), list(initialisers))
+    built: onnx.ModelProto = helper.make_model(
+        graph, opset_imports=imports, **{"ir_version": IR_VERSION, **fields}
+    )
+    return built
+
+
+def identity(datatype: str, shape: Shape, taken: str = "x", given: str = "y") -> onnx.ModelProto:
+    """A model that gives back what it takes."""
+    return model(
+        [helper.make_node("Identity", [taken], [given])],
+        [value(taken, datatype, shape)],
+        [value(given, datatype, shape)],
+    )
+
+
+def add_external(location: str, size: int = 4) -> onnx.ModelProto:
+    """A model that adds an initialiser from another file to its rows."""
+    return model(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        [value("x", "FP32", ["n", size])],
+        [value("y", "FP32", ["n", size])],
+        [external("w", size, location)],
+    )
+
+
+def zip_map(**classes: Sequence[str] | Sequence[int]) -> onnx.ModelProto:
+    """A model whose output is a map from class to score for each row of two scores."""
+    key = TensorProto.STRING if "classlabels_strings" in classes else TensorProto.INT64
+    kind = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(key, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    return model(
+        [helper.make_node("ZipMap", ["x"], ["scores"], domain="ai.onnx.ml", **classes)],
+        [value("x", "FP32", ["n", 2])],
+        [value_of("scores", kind)],
+    )
+
+
+def save(built: onnx.ModelProto, folder: Path, name: str = "model.onnx") -> Path:
+    """Write a model into a folder, which is made where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    file.write_bytes(built.SerializeToString())
+    return file
+
+
+def put(built: onnx.ModelProto, repository: Path, name: str) -> Path:
+    """Write a model into a repository, as its version 1."""
+    return save(built, repository / name / "1")
+
+
+def bf16(*numbers: float) -> Array:
+    """The bits of numbers that BF16 holds exactly: the upper half of their FP32 bits."""
+    wide = np.array(numbers, dtype=np.float32).view(np.uint32)
+    assert not (wide & 0xFFFF).any(), "not a BF16 number"
+    return (wide >> 16).astype(np.uint16)

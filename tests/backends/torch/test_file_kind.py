@@ -1,0 +1,127 @@
+"""What may be loaded at all: what a file is, whether it is trusted, whether PyTorch is there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+from inferpool.app import build_info
+from inferpool.backends.base import LoadOptions, find_backend
+from inferpool.backends.torch.backend import PyTorchBackend
+from inferpool.errors import LoadError
+
+import torch
+from tests.backends.torch.networks import quiet, save_exported, save_scripted
+from torch import nn
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> object:
+        return Path.touch, (self.file,)
+
+
+def test_a_file_is_refused_before_anything_of_it_runs_and_the_refusal_says_what_to_write(
+    tmp_path: Path,
+) -> None:
+    sign = tmp_path / "it ran"
+    file = tmp_path / "model.pt2"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("model/models/model.json", "{}")
+        archive.writestr("model/data/sample_inputs/model.pt", pickle.dumps(Evil(sign)))
+        archive.writestr("model/constants.pkl", pickle.dumps(Evil(sign)))
+    with pytest.raises(LoadError) as caught:
+        PyTorchBackend().load(file, LoadOptions())
+    assert f'sha256 = ["{digest(file)}"]' in caught.value.detail
+    assert "--trust" in caught.value.detail
+    assert not sign.exists()
+
+
+def test_a_listed_digest_trusts_that_file_only(tmp_path: Path) -> None:
+    file = save_exported(tmp_path / "model.pt2", nn.Linear(3, 2), torch.rand(2, 3))
+    listed = LoadOptions(sha256=frozenset({digest(file)}))
+    assert PyTorchBackend().load(file, listed).signature.inputs[0].shape == (-1, 3)
+    other = save_exported(tmp_path / "other.pt2", nn.Linear(3, 2), torch.rand(2, 3))
+    with pytest.raises(LoadError, match=r"the digests in model\.toml are of other files"):
+        PyTorchBackend().load(other, listed)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "has written whole"),
+        (b"PK\x03\x04 cut off", "has written whole"),
+        (pickle.dumps({"weight": 1}), "has written whole"),
+        (None, "holds weights without a model"),
+        ({"something/else.txt": b""}, "none of TorchScript, exported program and AOTInductor package"),
+        ({"m/models/model.json": b"{"}, "cannot load model.pt"),
+        ({"m/constants.pkl": b"", "m/code/x.py": b""}, "cannot load model.pt"),
+        ({"m/data/aotinductor/model/x.txt": b""}, "has 0 compiled libraries"),
+        ({"m/data/aotinductor/a/x": b"", "m/data/aotinductor/b/x": b""}, 'none is called "model"'),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(
+    tmp_path: Path, content: bytes | dict[str, bytes] | None, reason: str
+) -> None:
+    file = tmp_path / "model.pt"
+    if content is None:
+        torch.save(nn.Linear(2, 2).state_dict(), file)
+    elif isinstance(content, dict):
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, data in content.items():
+                archive.writestr(name, data)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(LoadError, match=reason) as caught:
+        PyTorchBackend().load(file, LoadOptions(trusted=True))
+    assert "\n" not in caught.value.detail
+    assert str(tmp_path) not in caught.value.detail
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pt2"])
+def test_a_file_is_told_by_what_is_in_it_not_by_its_name(tmp_path: Path, name: str) -> None:
+    file = save_exported(tmp_path / "program.pt2", nn.Linear(3, 2), torch.rand(2, 3)).rename(tmp_path / name)
+    assert PyTorchBackend().load(file, LoadOptions(trusted=True)).form == "exported program"
+    script = save_scripted(tmp_path / "script.pt", nn.Linear(3, 2)).rename(file)
+    samples = ([[1.0, 2, 3]],)
+    with quiet():
+        assert "TorchScript" in PyTorchBackend().load(script, LoadOptions(trusted=True, samples=samples)).form
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch for GPUs is installed")
+def test_the_pytorch_for_cpus_says_that_it_is_one(tmp_path: Path) -> None:
+    file = save_exported(tmp_path / "model.pt2", nn.Linear(3, 2), torch.rand(2, 3))
+    assert "the one for CPUs" in PyTorchBackend().gpu_unavailable_reason(file)
+    with pytest.raises(LoadError, match="is the one for CPUs"):
+        PyTorchBackend().load(file, LoadOptions(device="cuda:0", trusted=True))
+
+
+def test_the_runtimes_version_is_told_without_importing_it() -> None:
+    assert find_backend("torch").describe() == f"torch {importlib.metadata.version('torch')}"
+    assert build_info()["torch"].startswith("torch ")
+
+
+def test_without_pytorch_a_model_fails_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("inferpool.backends.torch.backend.version", version)
+    assert build_info()["torch"] == "not installed"
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"")
+    with pytest.raises(LoadError, match=r"pip install 'inferpool\[torch\]'"):
+        PyTorchBackend().load(file, LoadOptions())

@@ -1,0 +1,293 @@
+"""PyTorch's models through the real server: alone, batched from many clients, beside ONNX, and refused."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+import torch
+from tests.backends.torch import networks
+from tests.backends.torch.networks import (
+    ROOT,
+    configure,
+    described,
+    eager,
+    save_exported,
+    save_scripted,
+    save_traced,
+)
+from tests.clients import Client, with_clients
+from tests.conftest import Serve
+from tests.server import Server
+from torch import nn
+
+IMAGES: Final = ("FP32", [-1, 1, 8, 8])
+Inputs = dict[str, np.ndarray]
+
+
+def images(rows: int, seed: int = 0) -> Inputs:
+    return {"input": np.random.default_rng(seed).random((rows, 1, 8, 8), np.float32)}
+
+
+def mixed(rows: int, seed: int = 0) -> Inputs:
+    rng = np.random.default_rng(seed)
+    return {"x": rng.random((rows, 4), np.float32), "scale": rng.random(rows, np.float32)}
+
+
+def numbers(rows: int, seed: int = 0) -> Inputs:
+    return {"n": np.random.default_rng(seed).integers(1, 1000, (rows, 1))}
+
+
+def halves(rows: int, seed: int = 0) -> Inputs:
+    return {"input": np.random.default_rng(seed).random((rows, 4)).astype(np.float16)}
+
+
+MODULES: Final[dict[str, tuple[Callable[[], nn.Module], Callable[..., Inputs], float]]] = {
+    "digits_scripted": (networks.digits, images, 1e-4),
+    "digits_traced": (networks.digits, images, 1e-4),
+    "digits_exported": (networks.digits, images, 1e-4),
+    "mixed_scripted": (networks.Mixed, mixed, 1e-4),
+    "mixed_exported": (networks.Mixed, mixed, 1e-4),
+    "collatz": (networks.Collatz, numbers, 0),
+    "half": (lambda: nn.Linear(4, 3).half(), halves, 1e-2),
+}
+"""Each served module, what it takes, and the tolerance of its answers."""
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {name: make().eval() for name, (make, _, _) in MODULES.items()}
+
+
+@pytest.fixture(scope="module")
+def server(
+    modules: dict[str, nn.Module], cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    repository = tmp_path_factory.mktemp("torch")
+
+    def at(name: str, suffix: str = "pt2") -> Path:
+        return repository / name / "1" / f"model.{suffix}"
+
+    onnx = at("digits_onnx", "onnx")
+    onnx.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "models/digits/1/model.onnx", onnx)
+    configure(save_scripted(at("digits_scripted", "pt"), modules["digits_scripted"]), described(input=IMAGES))
+    traced = save_traced(at("digits_traced", "pt"), modules["digits_traced"], torch.rand(2, 1, 8, 8))
+    configure(traced, described(input=IMAGES))
+    save_exported(at("digits_exported"), modules["digits_exported"], torch.rand(2, 1, 8, 8))
+    configure(
+        save_scripted(at("mixed_scripted", "pt"), modules["mixed_scripted"]),
+        described(x=("FP32", [-1, 4]), scale=("FP32", [-1])),
+    )
+    save_exported(at("mixed_exported"), modules["mixed_exported"], torch.rand(2, 4), scale=torch.rand(2))
+    collatz = save_scripted(at("collatz", "pt"), modules["collatz"])
+    golden = collatz.parents[1] / "samples/27.json"
+    golden.parent.mkdir()
+    golden.write_text(json.dumps({"inputs": {"n": [[27], [1]]}, "outputs": {"output_0": [[111], [0]]}}))
+    save_exported(at("half"), modules["half"], torch.rand(2, 4).half())
+
+    # What the proof has to catch.
+    save_exported(at("dropout"), networks.Dropout(), torch.rand(2, 4))
+    dropping = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    configure(
+        save_traced(at("dropout_traced", "pt"), dropping, torch.rand(2, 4)),
+        described(input=("FP32", [-1, 4])),
+    )
+    norm = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).train()
+    save_exported(at("batch_norm"), norm, torch.rand(2, 1, 4, 4))
+    configure(
+        save_traced(at("batch_norm_traced", "pt"), norm, torch.rand(2, 1, 4, 4)),
+        described(input=("FP32", [-1, 1, 4, 4])),
+    )
+    save_exported(at("centred"), networks.Centred(), torch.rand(2, 4))
+    limited = torch.export.Dim("limited", max=12)
+    save_exported(at("limited"), nn.Linear(4, 2), torch.rand(2, 4), shapes=({0: limited},))
+
+    # What cannot be served.
+    save_scripted(at("unknown", "pt"), networks.digits())
+    save_exported(at("contradicted"), nn.Linear(4, 2), torch.rand(2, 4))
+    configure(at("contradicted"), described(input=("FP32", [-1, 5])))
+    save_exported(at("misspelt"), nn.Linear(4, 2), torch.rand(2, 4))
+    configure(at("misspelt"), '[[inputs]]\nname = "input"\ndatatyp = "FP32"\n')
+
+    served = Server(
+        repository, ("--trust",), {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "300"}
+    )
+    served.wait_loaded()
+    yield served
+    served.kill()
+
+
+def view(server: Server, name: str) -> Any:
+    return server.get(f"/models/{name}/1").json()
+
+
+def body(inputs: Inputs) -> bytes:
+    return json.dumps({"inputs": {name: array.tolist() for name, array in inputs.items()}}).encode()
+
+
+def expected(module: nn.Module, inputs: Inputs) -> dict[str, np.ndarray]:
+    given = eager(module, inputs)
+    named = given if isinstance(given, dict) else {"output_0": given}
+    return {name: tensor.numpy() for name, tensor in named.items()}
+
+
+def check(answer: bytes, module: nn.Module, inputs: Inputs, tolerance: float) -> None:
+    outputs = json.loads(answer)["outputs"]
+    for name, want in expected(module, inputs).items():
+        np.testing.assert_allclose(outputs[name], want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_model_answers_as_pytorch_does(server: Server, modules: dict[str, nn.Module], name: str) -> None:
+    _, make, tolerance = MODULES[name]
+    for rows in (1, 3):
+        inputs = make(rows)
+        reply = server.post(f"/predict/{name}", content=body(inputs))
+        assert reply.status_code == 200, reply.text
+        check(reply.content, modules[name], inputs, tolerance)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_rows_of_many_clients_share_runs_and_answer_as_alone(
+    server: Server, modules: dict[str, nn.Module], name: str
+) -> None:
+    _, make, tolerance = MODULES[name]
+    assert view(server, name)["batching"]["enabled"], view(server, name)["batching"]
+
+    async def work(client: Client, number: int) -> None:
+        for turn in range(8):
+            inputs = make(1 + (number + turn) % 3, seed=100 * number + turn)
+            reply = await client.post(f"/predict/{name}", body(inputs))
+            assert reply.status == 200, reply
+            check(reply.body, modules[name], inputs, tolerance)
+
+    batches, rows = (server.metric(f"batch_rows_{part}", model=name) for part in ("count", "sum"))
+    asyncio.run(with_clients(server.port, 24, work))
+    batches = server.metric("batch_rows_count", model=name) - batches
+    rows = server.metric("batch_rows_sum", model=name) - rows
+    assert rows == sum(1 + (number + turn) % 3 for number in range(24) for turn in range(8))
+    assert batches < 24 * 8, "some requests shared a run"
+
+
+def test_the_same_network_answers_the_same_in_every_format(server: Server) -> None:
+    pictures = images(5)["input"].tolist()
+    answers = {}
+    for name in ("digits_onnx", "digits_scripted", "digits_traced", "digits_exported"):
+        reply = server.post(f"/predict/{name}", json={"inputs": pictures})
+        (answers[name],) = reply.json()["outputs"].values()
+    for name, answer in answers.items():
+        np.testing.assert_allclose(answer, answers["digits_onnx"], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("dropout", "differs"),
+        ("dropout_traced", "differs"),
+        ("batch_norm", "differs"),
+        ("batch_norm_traced", "differs"),
+        ("centred", "differs"),
+    ],
+)
+def test_what_mixes_rows_or_draws_lots_is_not_batched(server: Server, name: str, why: str) -> None:
+    version = view(server, name)
+    assert version["state"] == "ready", version["reason"]
+    assert version["batching"]["enabled"] is False
+    assert why in version["batching"]["reason"]
+
+
+def test_a_model_that_mixes_rows_answers_each_request_as_alone(server: Server) -> None:
+    async def work(client: Client, number: int) -> None:
+        rows = np.random.default_rng(number).random((3, 4))
+        reply = await client.post("/predict/centred", json.dumps({"inputs": rows.tolist()}).encode())
+        np.testing.assert_allclose(
+            json.loads(reply.body)["outputs"]["output_0"], rows - rows.mean(0), rtol=1e-4, atol=1e-6
+        )
+
+    asyncio.run(with_clients(server.port, 8, work))
+
+
+def test_no_batch_is_larger_than_a_program_was_exported_for(server: Server) -> None:
+    assert view(server, "limited")["batching"]["max_rows"] <= 12
+    reply = server.post("/predict/limited", json={"inputs": [[1, 2, 3, 4]] * 50})
+    assert len(reply.json()["outputs"]["output_0"]) == 50
+
+
+def test_models_say_what_runs_them(server: Server) -> None:
+    version = torch.__version__
+    assert (
+        view(server, "digits_scripted")["backend"] == f"torch {version} TorchScript (deprecated by PyTorch)"
+    )
+    assert view(server, "digits_exported")["backend"] == f"torch {version} exported program"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("unknown", '[[inputs]]\nname = "input"\ndatatype = "FP32"\nshape = [-1, 64]'),
+        (
+            "contradicted",
+            "contradicted/model.toml: inputs: input has shape [-1, 4] in the model, not [-1, 5]",
+        ),
+        ("misspelt", 'misspelt/model.toml: inputs.0.datatyp: unknown key; did you mean "datatype"?'),
+    ],
+)
+def test_what_cannot_be_served_says_what_to_write(server: Server, name: str, reason: str) -> None:
+    version = view(server, name)
+    assert version["state"] == "failed"
+    assert reason in version["reason"]
+
+
+def test_a_file_is_served_when_it_is_trusted_by_its_digest(serve: Serve, tmp_path: Path) -> None:
+    files = {}
+    for name in ("listed", "unlisted"):
+        files[name] = save_exported(tmp_path / name / "1/model.pt2", nn.Linear(4, 2), torch.rand(2, 4))
+    digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    configure(files["listed"], f'sha256 = ["{digests["listed"].upper()}"]')
+    server = serve(tmp_path)
+    assert view(server, "listed")["state"] == "ready"
+    refused = view(server, "unlisted")
+    assert refused["state"] == "failed"
+    assert f'write sha256 = ["{digests["unlisted"]}"] at the top of model.toml' in refused["reason"]
+    configure(files["unlisted"], f'sha256 = ["{digests["unlisted"]}"]')
+    server.stop()
+    assert view(serve(tmp_path), "unlisted")["state"] == "ready", "what the refusal said to write"
+
+
+def test_a_server_without_pytorch_serves_the_rest(serve: Serve, tmp_path: Path) -> None:
+    blind = tmp_path / "blind"
+    blind.mkdir()
+    (blind / "sitecustomize.py").write_text(
+        "import importlib.metadata, sys\n"
+        "sys.modules['torch'] = None\n"
+        "real = importlib.metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'torch':\n"
+        "        raise importlib.metadata.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "importlib.metadata.version = version\n"
+    )
+    repository = tmp_path / "repository"
+    shutil.copytree(ROOT / "models/diabetes", repository / "diabetes")
+    save_exported(repository / "linear/1/model.pt2", nn.Linear(4, 2), torch.rand(2, 4))
+    server = serve(repository, PYTHONPATH=f"{blind}:{ROOT}")
+    assert view(server, "diabetes")["state"] == "ready"
+    assert "pip install 'inferpool[torch]'" in view(server, "linear")["reason"]
+    assert 'torch="not installed"' in server.get("/metrics").text
+
+
+def test_pytorch_is_not_imported_where_no_model_needs_it(serve: Serve, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "models/diabetes", tmp_path / "diabetes")
+    server = serve(tmp_path)
+    assert server.post("/predict/diabetes", json={"inputs": [[0.0] * 10]}).status_code == 200
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()

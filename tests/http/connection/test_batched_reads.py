@@ -1,0 +1,301 @@
+"""What many connections have sent is read in one call: each gets its own answers, whatever else it does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import resource
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from inferpool.http.connection import batched_reads
+from inferpool.http.connection.connection import Connection
+from inferpool.http.predict.predictor import Predictor
+from inferpool.http.predict.recorder import RequestRecorder
+from inferpool.http.predict.results import ResultDispatcher
+from inferpool.observe.metrics import Metrics
+
+from tests.conftest import MakeChaos, Serve
+from tests.http.connection.test_pipelining import Wire, request, sums
+from tests.server import Server
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture(autouse=True)
+def module() -> None:
+    assert batched_reads._batched_reads is not None or "CI" not in os.environ, "CI has a compiler"
+    if batched_reads._batched_reads is None:
+        pytest.skip("the project was installed without a C compiler, or the system has no epoll")
+
+
+class Watched:
+    """Connected pairs of sockets, the first of each watched."""
+
+    def __init__(self, count: int) -> None:
+        self.pairs: list[Pair] = [socket.socketpair() for _ in range(count)]
+        self.poll = select.epoll()
+        for near, _ in self.pairs:
+            near.setblocking(False)
+            self.poll.register(near.fileno(), select.EPOLLIN)
+
+    def receive(self, room: int = 1000, most: int = 100) -> dict[int, bytes | None]:
+        """What one call reads, by the number of the pair."""
+        found = batched_reads._batched_reads.receive(self.poll.fileno(), bytearray(room), most)
+        numbers = {near.fileno(): number for number, (near, _) in enumerate(self.pairs)}
+        assert len(found) == len(dict(found)), "one piece each"
+        return {numbers[descriptor]: data for descriptor, data in found}
+
+
+@pytest.fixture
+def watched() -> Iterator[Watched]:
+    made = Watched(4)
+    yield made
+    made.poll.close()
+    for pair in made.pairs:
+        for end in pair:
+            end.close()
+
+
+def test_what_has_come_is_read_and_nothing_is_waited_for(watched: Watched) -> None:
+    assert watched.receive() == {}
+    watched.pairs[1][1].sendall(b"one")
+    watched.pairs[3][1].sendall(b"\0three")
+    assert watched.receive() == {1: b"one", 3: b"\0three"}
+    assert watched.receive() == {}
+
+
+def test_an_end_is_told_after_what_came_before_it(watched: Watched) -> None:
+    watched.pairs[0][1].sendall(b"last")
+    watched.pairs[0][1].close()
+    assert watched.receive() == {0: b"last"}
+    assert watched.receive() == {0: None}
+    assert watched.receive() == {0: None}, "until somebody does something about it"
+
+
+def test_no_more_is_read_than_there_is_room_for_and_the_others_are_next(watched: Watched) -> None:
+    for number, (_, far) in enumerate(watched.pairs):
+        far.sendall(bytes([number]) * 150)
+    read = dict.fromkeys(range(4), b"")
+    for calls in range(1, 5):
+        found = watched.receive(room=200, most=100)
+        assert 1 <= len(found) <= 2
+        for number, data in found.items():
+            assert data is not None
+            assert len(data) <= 100
+            read[number] += data
+        if calls == 2:
+            assert all(read.values()), "nobody is passed over"
+    assert read == {number: bytes([number]) * 150 for number in range(4)}
+
+
+@pytest.mark.parametrize("wrong", [(1,), (1, b"", 1), ("1", bytearray(1), 1), (1, bytearray(1), None)])
+def test_nonsense_is_refused(wrong: tuple[object, ...]) -> None:
+    with pytest.raises(TypeError):
+        batched_reads._batched_reads.receive(*wrong)
+
+
+def test_what_cannot_be_read_from_is_said() -> None:
+    for most in (0, -1, 2):
+        with pytest.raises(ValueError, match="above 0"):
+            batched_reads._batched_reads.receive(1, bytearray(1), most)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        batched_reads._batched_reads.receive(2**31 - 1, bytearray(1), 1)
+
+
+CLIENTS = 24
+"""More than are needed for their connections to join."""
+
+
+@pytest.fixture
+def server(serve: Serve, make_chaos: MakeChaos) -> Server:
+    return serve(make_chaos("m", run_ms=2), "--max-body-bytes", "400000")
+
+
+def mixed(wire: Wire, rng: random.Random) -> None:
+    """One of the things that clients do, on a connection that also does what is simple."""
+    kind = rng.randrange(12)
+    marks = [rng.randrange(10 ** rng.randrange(1, 6)) for _ in range(rng.choice((1, 1, 1, 2)))]
+    text = request(*marks)
+    if kind == 0:  # in pieces
+        cut = rng.randrange(1, len(text))
+        wire.send(text[:cut])
+        wire.send(text[cut:])
+    elif kind == 1:  # pipelined
+        wire.send(text * 3)
+        for _ in range(2):
+            assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(*marks)
+    elif kind == 2:  # another route
+        wire.send("GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert wire.answer()[0] == 200
+        return
+    elif kind == 3:  # so large that it is read straight into its place
+        body = np.zeros((3000, 4), np.float32)
+        body[:, 0] = marks[0]
+        described = {"name": "x", "datatype": "FP32", "shape": [3000, 4]}
+        head = json.dumps({"inputs": [{**described, "parameters": {"binary_data_size": body.nbytes}}]})
+        padded = head + " " * 150_000
+        fields = (
+            f"content-length: {len(padded) + body.nbytes}\r\ninference-header-content-length: {len(padded)}"
+        )
+        wire.send(f"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\n{fields}\r\n\r\n{padded}".encode())
+        wire.send(body.tobytes())
+        status, _, answer = wire.answer()
+        assert status == 200, answer[:300]
+        return
+    elif kind == 4:  # named
+        wire.send(request(*marks, headers="x-request-id: mine\r\n"))
+        status, headers, answer = wire.answer()
+        assert (status, headers["x-request-id"]) == (200, "mine")
+        assert json.loads(answer)["outputs"]["sum"] == sums(*marks)
+        return
+    elif kind == 5:  # wrong
+        wire.send(text.replace("[", "{"))
+        assert wire.answer()[0] == 400
+        return
+    else:
+        wire.send(text)
+    status, _, answer = wire.answer()
+    assert status == 200
+    assert json.loads(answer)["outputs"]["sum"] == sums(*marks)
+
+
+@pytest.mark.parametrize(
+    "lane", ["inferpool", "tests.servers.always_batched_reads"], indirect=True, scope="module"
+)
+def test_clients_that_do_all_kinds_of_things_get_their_own_answers(server: Server) -> None:
+    faults: list[BaseException] = []
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(3):
+                with Wire(server) as wire:
+                    for _ in range(40):
+                        mixed(wire, rng)
+                    if rng.random() < 0.5:
+                        wire.send(request(1))  # and away without its answer
+        except BaseException as error:
+            faults.append(error)
+            raise
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not faults
+    assert not any(thread.is_alive() for thread in threads)
+    assert not [line for line in server.log if line["level"] in ("error", "raw")]
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("lane", ["tests.servers.always_batched_reads"], indirect=True, scope="module")
+def test_who_leaves_while_a_batch_runs_is_dropped_from_the_queue(serve: Serve, make_chaos: MakeChaos) -> None:
+    config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n"
+    server = serve(make_chaos("m", run_ms=500, config=config))
+
+    def wait_until(dropped: int, **waiting: int) -> None:
+        while server.metric("dropped_entries_total", model="m", reason="disconnected") < dropped:
+            pass
+        while {name: server.metric(name) for name in waiting} != waiting:
+            pass
+
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(4)]
+        for wire in wires:
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        wires[0].send(request(0))
+        wait_until(0, in_flight_requests=1, queue_rows=0)
+        for number in (1, 2, 3):
+            wires[number].send(request(number))
+        wait_until(0, in_flight_requests=4)
+        wires[3].stream.close()
+        wires[3].socket.close()
+        wait_until(1)
+        for number, wire in enumerate(wires[:3]):
+            assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
+
+
+@pytest.mark.parametrize("lane", ["tests.servers.always_batched_reads"], indirect=True, scope="module")
+@pytest.mark.parametrize("headers", ["connection: close\r\n", "upgrade: x\r\nconnection: upgrade\r\n"])
+def test_a_refusal_of_more_than_is_read_at_a_time_arrives(server: Server, headers: str) -> None:
+    """What lies unread when a connection is closed makes its end a reset, which takes the answer along."""
+    with Wire(server) as wire:
+        for _ in range(2):
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        wire.send(request(*range(1500), path="/predict/nobody", headers=headers))
+        assert wire.answer()[0] in (400, 404)
+        assert wire.ended()
+
+
+def test_without_descriptors_the_loop_goes_on_reading(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=2))
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(CLIENTS)]
+        for wire in wires:
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        used = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used, used))
+        for number, wire in enumerate(wires):
+            wire.send(request(number))
+        for number, wire in enumerate(wires):
+            assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
+
+
+def test_where_memory_ends_nobody_waits_for_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> list[tuple[int, bytes | None]]:
+        raise MemoryError
+
+    ends: list[str] = []
+    aborted = asyncio.Event()
+    transport = SimpleNamespace(
+        get_extra_info=lambda name: None if name == "sslcontext" else near,
+        pause_reading=lambda: ends.append("paused"),
+        abort=lambda: aborted.set(),
+    )
+    near, far = socket.socketpair()
+    with near, far, asyncio.Runner() as runner:
+
+        async def read() -> None:
+            loop = asyncio.get_running_loop()
+            link = Connection(SimpleNamespace(), predictor(), loop, SimpleNamespace())
+            link.made(transport, SimpleNamespace(read_paused=True), ())
+            own = batched_reads.ReadBatcher(0)
+            own.join(link, 1)
+            assert link.mustered
+            monkeypatch.setattr(batched_reads, "_batched_reads", SimpleNamespace(receive=exhausted))
+            far.sendall(b"x")
+            await aborted.wait()
+            own.close()
+            assert not link.mustered
+
+        runner.run(read())
+    assert ends[0] == "paused"
+
+
+def predictor() -> Predictor:
+    """One of nothing."""
+    return Predictor(
+        SimpleNamespace(models=dict),
+        None,
+        ResultDispatcher(),
+        Metrics({}),
+        time.monotonic,
+        max_body_bytes=1,
+        in_flight_bytes=1,
+        recorder=RequestRecorder(),
+    )

@@ -1,0 +1,99 @@
+"""What the protocol of the predict lane adds to uvicorn's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+
+import pytest
+
+from tests.conftest import MakeChaos, Serve
+from tests.http.connection.test_pipelining import Wire, request, sums
+
+GETS = ("/models", "/metrics", "/health/live", "/openapi.json", "/predict/m")
+
+
+def test_a_head_without_end_is_cut_off(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=1))
+    with Wire(server) as wire:
+        wire.send(request(1, headers=f"x: {'y' * 30_000}\r\n"))
+        assert wire.answer()[0] == 200
+    with Wire(server) as wire:
+        wire.send("POST /predict/m HTTP/1.1\r\n")
+        with pytest.raises(ConnectionError):  # noqa: PT012 - whichever write notices first
+            for number in range(10_000):
+                wire.send(f"x-{number}: {'y' * 10_000}\r\n")
+    with Wire(server) as wire:
+        wire.send("GET /models HTTP/1.1\r\nx: " + "y" * 70_000)
+        assert wire.status()[0] == 431
+
+
+def test_an_upgrade_is_ignored_and_what_follows_is_never_taken_for_a_request(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m", run_ms=1))
+    hidden = "GET /models/smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
+    for path in ("/predict/m", "/models"):
+        with Wire(server) as wire:
+            wire.send(
+                f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+                f"content-length: {len(hidden)}\r\n\r\n"
+            )
+            wire.send(hidden)
+            assert 400 <= wire.answer()[0] < 500
+            assert wire.ended()
+    with Wire(server) as wire:
+        wire.send("GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
+        assert wire.answer()[0] == 200
+
+
+def test_what_is_pipelined_is_answered_to_its_end_while_the_server_settles(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    """Only the last answer says that the connection closes: after it a client expects no more."""
+    server = serve(make_chaos("m", run_ms=20), "--drain-settle-s", "4")
+    gets = "".join(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n" for path in GETS)
+    whole = request(1) + gets + request(2) + request(3)
+    with Wire(server) as mixed, Wire(server) as ends_with_get, Wire(server) as partial:
+        server.process.terminate()
+        server.wait_for("draining")
+        mixed.send(whole)
+        answers = [mixed.answer() for _ in range(len(GETS) + 3)]
+        assert [status for status, _, _ in answers] == [200, 200, 200, 200, 200, 405, 200, 200]
+        assert [headers.get("connection") == "close" for _, headers, _ in answers] == [False] * 7 + [True]
+        assert json.loads(answers[-1][2])["outputs"]["sum"] == sums(3)
+        assert mixed.ended()
+        ends_with_get.send(request(1) + gets)
+        answers = [ends_with_get.answer() for _ in range(len(GETS) + 1)]
+        assert [headers.get("connection") == "close" for _, headers, _ in answers] == [False] * 5 + [True]
+        assert ends_with_get.ended()
+        # The next request has only begun when this one is answered.
+        partial.send(request(1) + request(2)[:20])
+        assert "connection" not in partial.answer()[1]
+        partial.send(request(2)[20:])
+        status, headers, _ = partial.answer()
+        assert (status, headers["connection"]) == (200, "close")
+        assert partial.ended()
+    assert server.process.wait(30) == 0
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_pipeline_leaves_no_error(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m", run_ms=1))
+    pipeline = "".join(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n" for path in GETS)
+    for count in range(30):
+        with contextlib.suppress(ConnectionError), Wire(server) as wire:
+            # Closed with a reset, which the server notices while it answers.
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            wire.send((request(1) * (count % 2) + pipeline) * 20)
+            assert wire.status()[0] == 200
+    with Wire(server) as wire:
+        wire.send(request(1))
+        assert wire.answer()[0] == 200
+    while server.metric("in_flight_requests"):
+        pass
+    assert server.stop() == 0
+    assert [line for line in server.log if line["level"] not in ("info", "debug")] == []

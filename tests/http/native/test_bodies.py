@@ -1,0 +1,159 @@
+"""Forms with files, and what is packed with gzip on its way in and out."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, MakeChaos, Serve
+from tests.onnx_models import write_identity
+from tests.server import Server
+
+PICTURE = (ROOT / "models/digits/samples/7.png").read_bytes()
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def test_a_form_has_a_file_for_each_tensor(serve: Serve, tmp_path: Any) -> None:
+    write_identity(tmp_path / "models", "both", ["FP32", "INT64"])
+    server = serve(tmp_path / "models")
+    second = np.arange(20).reshape(2, 10)
+    first = (second / 4).astype(np.float32)
+    files = {"x0": ("a.npy", npy(first), "application/x-npy"), "x1": ("b.npy", npy(second))}
+    answer = server.post("/predict/both", files=files)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["outputs"] == {"y0": first.tolist(), "y1": second.tolist()}
+    missing = server.post("/predict/both", files={"x0": npy(first)})
+    assert missing.json()["tensor"] == "x1"
+    unknown = server.post("/predict/both", files={"x0": npy(first), "z": npy(first)})
+    assert unknown.json()["tensor"] == "z"
+    twice = server.post("/predict/both", files=[("x0", npy(first)), ("x0", npy(first))])
+    assert twice.json()["code"] == "invalid_input"
+
+
+@pytest.mark.parametrize("field", ["image", "file"])
+def test_a_form_may_hold_a_picture(bundled: Server, field: str) -> None:
+    answer = bundled.post("/predict/digits", files={field: ("seven.png", PICTURE, "image/png")})
+    alone = bundled.post("/predict/digits", content=PICTURE, headers={"content-type": "image/png"})
+    assert answer.json()["predictions"] == alone.json()["predictions"]
+    two = bundled.post("/predict/digits", files=[(field, PICTURE), (field, PICTURE)])
+    assert two.json()["code"] == "invalid_input"
+
+
+@pytest.mark.parametrize(
+    ("content", "boundary", "code"),
+    [
+        (b"", "boundary=x", "malformed_body"),
+        (b"no form", "boundary=x", "malformed_body"),
+        (b"--x\r\n\r\n\r\n--x--", "charset=utf-8", "malformed_body"),
+        (b"--x\r\n\r\n\r\n--x--", "boundary=" + "x" * 1000, "malformed_body"),
+        (b"--x\r\nA: b\r\n\r\ncut off", "boundary=x", "malformed_body"),
+        (b"--x\r\n\r\nno name\r\n--x--", "boundary=x", "invalid_input"),
+        (b"--x\r\n" + b"A: b\r\n" * 1000 + b"\r\n\r\n--x--", "boundary=x", "malformed_body"),
+        (b"--x\r\n\r\n\r\n" * 2000 + b"--x--", "boundary=x", "malformed_body"),
+        (b"--x--", "boundary=x", "invalid_input"),
+    ],
+)
+def test_a_form_that_is_not_sound_is_refused(
+    bundled: Server, content: bytes, boundary: str, code: str
+) -> None:
+    headers = {"content-type": f"multipart/form-data; {boundary}"}
+    answer = bundled.post("/predict/diabetes", content=content, headers=headers)
+    assert answer.json()["code"] == code, answer.text
+
+
+def large(rows: int = 400) -> bytes:
+    return json.dumps({"inputs": [[n / 7] * 10 for n in range(rows)]}).encode()
+
+
+@pytest.mark.parametrize("accept", ["gzip", "gzip, deflate, br", "GZIP;q=0.5", "*"])
+@pytest.mark.parametrize("rows", [400, 6000])
+def test_a_large_answer_is_gzip_where_that_is_accepted(bundled: Server, accept: str, rows: int) -> None:
+    answers = []
+    for encoding in (accept, "identity"):
+        with httpx.stream(
+            "POST",
+            bundled.url + "/predict/diabetes",
+            content=large(rows),
+            headers={"accept-encoding": encoding, "x-request-id": "a"},
+        ) as answer:
+            raw = b"".join(answer.iter_raw())
+            answers.append((answer.headers.get("content-encoding"), raw))
+            assert int(answer.headers["content-length"]) == len(raw)
+    (packed_as, packed), (plain_as, plain) = answers
+    assert (packed_as, plain_as) == ("gzip", None)
+    assert gzip.decompress(packed) == plain
+    assert len(packed) < 0.8 * len(plain)
+
+
+@pytest.mark.parametrize("accept", ["", "identity", "gzip;q=0", "*;q=0", "br", "gzip;q=x"])
+def test_an_answer_is_not_gzip_where_that_is_not_accepted(bundled: Server, accept: str) -> None:
+    answer = bundled.post("/predict/diabetes", content=large(), headers={"accept-encoding": accept})
+    assert answer.status_code == 200
+    assert "content-encoding" not in answer.headers
+
+
+def test_what_is_small_or_does_not_shrink_goes_as_it_is(bundled: Server) -> None:
+    headers = {"accept-encoding": "gzip"}
+    small = bundled.post("/predict/diabetes", content=large(1), headers=headers)
+    assert "content-encoding" not in small.headers
+    noise = np.random.default_rng(0).uniform(0, 100, (5000, 10)).astype(np.float32)
+    arrays = bundled.post(
+        "/predict/diabetes",
+        content=npy(noise),
+        headers={**headers, "accept": "application/x-npy", "content-type": "application/x-npy"},
+    )
+    assert "content-encoding" not in arrays.headers
+    zeros = bundled.post(
+        "/predict/diabetes",
+        content=npy(np.zeros_like(noise)),
+        headers={**headers, "accept": "application/x-npy", "content-type": "application/x-npy"},
+    )
+    assert zeros.headers["content-encoding"] == "gzip"
+    assert np.load(io.BytesIO(zeros.content)).shape == (5000, 1)
+
+
+def test_v2_bodies_are_capped_after_they_are_unpacked(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"), "--max-body-bytes", "10000")
+    packed = gzip.compress(b" " * 20_000)
+    answer = server.post("/v2/models/m/infer", content=packed, headers={"content-encoding": "gzip"})
+    assert answer.status_code == 413
+    assert answer.json()["code"] == "body_too_large"
+
+
+def minor_faults(server: Server) -> int:
+    """Pages that the kernel has had to give the process so far."""
+    return int(Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+def test_the_memory_of_large_bodies_is_used_again(bundled: Server) -> None:
+    rows = np.zeros((15_000, 10), np.float32)
+    headers = {"inference-header-content-length": "0", "accept-encoding": "identity"}
+
+    def ask(count: int) -> None:
+        with httpx.Client(timeout=30) as client:
+            for _ in range(count):
+                answer = client.post(
+                    f"{bundled.url}/v2/models/diabetes/infer", content=rows.tobytes(), headers=headers
+                )
+                assert answer.status_code == 200
+
+    ask(30)
+    before = minor_faults(bundled)
+    ask(50)
+    pages = rows.nbytes // resource.getpagesize()
+    assert (minor_faults(bundled) - before) / 50 < pages / 4

@@ -1,0 +1,128 @@
+"""What `/metrics` says is well formed, in both formats, and the same in both."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inferpool.observe.metrics import FAMILIES, Metrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tests.server import Server
+
+OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"}
+ROWS = {"inputs": [[0.0] * 10]}
+
+
+def test_both_formats_say_the_same(bundled: Server):
+    """The strict parsers of Prometheus' own client find every family in both, with equal samples."""
+    bundled.post("/predict/diabetes", json=ROWS)
+    text, openmetrics = bundled.get("/metrics"), bundled.get("/metrics", headers=OPENMETRICS)
+    assert text.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert openmetrics.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    samples = []
+    for parse, answer in ((parse_text, text), (parse_openmetrics, openmetrics)):
+        families = [family for family in parse(answer.text) if family.name.startswith("inferpool_")]
+        names = {family.name.removesuffix("_info") for family in families}
+        assert names == {family.full_name.removesuffix("_info").removesuffix("_total") for family in
+                         FAMILIES.values()}  # fmt: skip
+        samples.append(
+            {
+                (s.name, *sorted(s.labels.items())): s.value
+                for family in families
+                for s in family.samples
+                # What it costs to be scraped, too.
+                if s.name != "inferpool_web_busy_seconds_total"
+            }
+        )
+    assert samples[0] == samples[1]
+
+
+def test_a_sampled_trace_becomes_an_exemplar(bundled: Server):
+    """The bucket that counted the request shows its trace id; OpenMetrics only."""
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    assert bundled.post("/predict/digits", json={"inputs": [[[[0.0] * 8] * 8]]}, headers=headers).is_success
+    found = [
+        (sample.name, sample)
+        for family in parse_openmetrics(bundled.get("/metrics", headers=OPENMETRICS).text)
+        for sample in family.samples
+        if sample.exemplar is not None
+    ]
+    kinds = ("request", "queue", "compute")
+    assert {name for name, _ in found} == {f"inferpool_{kind}_duration_seconds_bucket" for kind in kinds}
+    for _, sample in found:
+        assert sample.exemplar.labels == {"trace_id": trace}
+        assert sample.exemplar.value <= float(sample.labels["le"])
+        assert sample.value >= 1
+    assert trace not in bundled.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "00-4bf92f3577b34da6a3ce929d0e0e4737-00f067aa0ba902b7-00",  # valid, but not sampled
+        "00-4bf92f3577b34da6a3ce929d0e0e4737-00f067aa0ba902b7",
+        "00-4BF92F3577B34DA6A3CE929D0E0E4737-00f067aa0ba902b7-01",
+        "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+        "00-4bf92f3577b34da6a3ce929d0e0e4737-0000000000000000-01",
+        "ff-4bf92f3577b34da6a3ce929d0e0e4737-00f067aa0ba902b7-01",
+        "00-4bf92f3577b34da6a3ce929d0e0e4737-00f067aa0ba902b7-01-more",
+        '00-4bf92f3577b34da6a3ce929d0e0e473"-00f067aa0ba902b7-01',
+    ],
+)
+def test_what_is_no_sampled_trace_is_no_exemplar(value: str, bundled: Server):
+    """Nor is a request refused for a `traceparent` that makes no sense."""
+    assert bundled.post("/predict/diabetes", json=ROWS, headers={"traceparent": value}).is_success
+    assert "4bf92f3577b34da6a3ce929d0e0e473" not in bundled.get("/metrics", headers=OPENMETRICS).text.replace(
+        "4bf92f3577b34da6a3ce929d0e0e4736", ""
+    )
+
+
+def test_a_version_is_counted_from_its_first_moment(bundled: Server):
+    """Before any request, its series are there at 0: a rate would miss the first of one that is not."""
+    families = list(parse_text(bundled.get("/metrics").text))
+    values = {
+        (sample.name, sample.labels.get("code")): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.labels.get("model") == "diabetes"
+    }
+    assert values["inferpool_requests_total", "503"] == 0
+    assert ("inferpool_dropped_entries_total", None) in values
+    assert ("inferpool_batches_total", None) in values
+
+
+labels = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+durations = st.floats(0, 100)
+
+
+@given(model=labels, amounts=st.lists(durations, max_size=30), count=st.integers(0, 10**12))
+def test_what_is_written_is_read_back(model: str, amounts: list[float], count: int):
+    """Whatever a model is called and whatever was measured, a parser reads it back."""
+    metrics = Metrics({"version": model})
+    distribution = metrics.distribution("request_duration_seconds", model, "1")
+    for amount in amounts:
+        distribution.observe(amount)
+    metrics.value("requests_total", model, "1", "200").add(count)
+    metrics.add_source(lambda: [("queue_rows", (model, "1"), 3.0)])
+    for parse, accept in ((parse_text, ""), (parse_openmetrics, OPENMETRICS["Accept"])):
+        samples = {
+            (sample.name, sample.labels.get("le")): sample
+            for family in parse(metrics.render(accept)[0].decode())
+            for sample in family.samples
+            if sample.labels.get("model") == model or sample.labels.get("version") == model
+        }
+        name = "inferpool_request_duration_seconds"
+        assert samples["inferpool_requests_total", None].value == count
+        assert samples["inferpool_queue_rows", None].value == 3
+        assert samples["inferpool_build_info", None].value == 1
+        assert samples[f"{name}_count", None].value == len(amounts)
+        assert math.isclose(samples[f"{name}_sum", None].value, sum(amounts), rel_tol=1e-9, abs_tol=1e-12)
+        for bound in (0.0005, 0.25, 30.0):
+            expected = sum(amount <= bound for amount in amounts)
+            assert samples[f"{name}_bucket", str(bound)].value == expected
+        assert samples[f"{name}_bucket", "+Inf"].value == len(amounts)

@@ -1,0 +1,336 @@
+"""The queue's policy as pure maths: a state machine of its invariants, and each rule by itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from inferpool.errors import DeadlineExceeded, QueueFull
+from inferpool.pool.entry_queue import OLDEST_LEADS_EVERY, Limits, Queue
+from inferpool.pool.latency_model import Measurement, Profile
+from inferpool.pool.ports import Entry, VersionKey
+
+KEY = VersionKey("m", 1)
+LIMIT = 8
+
+
+def cost_s(rows: int) -> float:
+    return 0.010 + 0.001 * rows
+
+
+def entry(number: int, rows: int = 1, *, now: float = 0.0, **rest: object) -> Entry:
+    fields = {"group": "a", "nbytes": rows * 4} | rest
+    return Entry(number, KEY, {"x": np.zeros((rows, 1))}, rows, arrived=now, **fields)
+
+
+def queue_of(*entries: Entry, **limits: object) -> Queue:
+    queue = Queue(
+        Limits(**({"batch_rows": LIMIT, "queue_rows": 1000, "queue_bytes": 10**6} | limits)), cost_s
+    )
+    for item in entries:
+        queue.offer(item, item.arrived)
+    return queue
+
+
+def taken(queue: Queue, now: float = 0.0) -> list[int]:
+    return [piece.entry.id for piece in queue.take(now).pieces]
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Offers, cancels and takes in any order; every entry is accounted for at every moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = Queue(Limits(LIMIT, 60, 10_000), cost_s)
+        self.now = 0.0
+        self.number = 0
+        self.waiting: dict[int, Entry] = {}
+        self.served: dict[int, int] = {}
+        self.ended: dict[int, str] = {}
+        self.batches = 0
+
+    @rule(
+        rows=st.integers(0, 30),
+        group=st.sampled_from("ab"),
+        priority=st.integers(1, 3),
+        timeout=st.one_of(st.none(), st.floats(0.0, 0.3)),
+    )
+    def offer(self, rows: int, group: str, priority: int, timeout: float | None) -> None:
+        self.number += 1
+        deadline = math.inf if timeout is None else self.now + timeout
+        item = entry(self.number, rows, now=self.now, group=group, priority=priority, deadline=deadline)
+        before = (len(self.queue), self.queue.rows, self.queue.bytes)
+        try:
+            self.queue.offer(item, self.now, [self.now])
+        except (QueueFull, DeadlineExceeded):
+            assert (len(self.queue), self.queue.rows, self.queue.bytes) == before
+        else:
+            self.waiting[item.id] = item
+            self.served[item.id] = 0
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.waiting)))
+        drop = self.queue.cancel(number, "disconnected")
+        assert drop is not None
+        assert drop.entry is self.waiting.pop(number)
+        self.end(number, "disconnected")
+        assert self.queue.cancel(number, "disconnected") is None
+
+    @rule(passes=st.floats(0.0, 0.2))
+    def time_passes(self, passes: float) -> None:
+        self.now += passes
+
+    @rule()
+    def take(self) -> None:
+        before = dict(self.waiting)
+        take = self.queue.take(self.now)
+        for drop in take.drops:
+            assert drop.reason == "deadline"
+            assert drop.entry.deadline < self.now + cost_s(min(drop.entry.rows, LIMIT))
+            self.end(self.waiting.pop(drop.entry.id).id, "deadline")
+        assert bool(take.pieces) == bool(before.keys() - {drop.entry.id for drop in take.drops})
+        if not take.pieces:
+            return
+        self.batches += 1
+        assert take.rows <= LIMIT
+        assert take.reason in ("full", "drained", "deadline", "piece")
+        assert len({piece.entry.group for piece in take.pieces}) == 1
+        assert len(take.pieces) == 1 or all(piece.whole for piece in take.pieces)
+        for piece in take.pieces:
+            assert piece.entry.deadline >= self.now + cost_s(take.rows)
+            assert piece.start == self.served[piece.entry.id], "pieces leave in order, none twice"
+            self.served[piece.entry.id] = piece.stop
+            if piece.stop == piece.entry.rows:
+                self.end(self.waiting.pop(piece.entry.id).id, "served")
+        self.check_order(take.pieces, before)
+
+    def check_order(self, pieces: list, before: dict[int, Entry]) -> None:
+        """Nothing left behind should have gone before what was taken, of the same group and priority."""
+        left = [item for item in before.values() if item.id in self.waiting and item.rows <= LIMIT]
+        by_age = (self.batches - 1) % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
+        for piece in pieces[1 if by_age else 0 :]:
+            for item in left:
+                if (item.group, item.priority) == (piece.entry.group, piece.entry.priority) and piece.whole:
+                    assert (piece.entry.deadline, piece.entry.id) < (item.deadline, item.id)
+
+    def end(self, number: int, how: str) -> None:
+        assert number not in self.ended, "every entry ends once"
+        self.ended[number] = how
+
+    @invariant()
+    def books_balance(self) -> None:
+        assert len(self.queue) == len(self.waiting)
+        left = {number: max(1, item.rows - self.served[number]) for number, item in self.waiting.items()}
+        assert self.queue.rows == sum(left.values())
+        assert self.queue.bytes == sum(item.nbytes for item in self.waiting.values())
+        assert self.waiting.keys() | self.ended.keys() >= self.served.keys()
+        wakeup = self.queue.next_wakeup(self.now)
+        assert wakeup is None or wakeup >= self.now
+
+    def teardown(self) -> None:
+        """Everything that was accepted comes out in the end."""
+        for _ in range(1000):
+            if not self.waiting:
+                break
+            self.take()
+        assert not self.waiting
+        assert not len(self.queue)
+        assert self.queue.rows == self.queue.bytes == 0
+
+
+TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_batch_takes_what_waits_up_to_its_rows() -> None:
+    queue = queue_of(entry(1, 3), entry(2, 3), entry(3, 3))
+    take = queue.take(0.0)
+    assert [piece.entry.id for piece in take.pieces] == [1, 2]
+    assert take.reason == "full"
+    assert queue.take(0.0).reason == "drained"
+
+
+def test_entries_of_different_row_shapes_never_share_a_batch() -> None:
+    queue = queue_of(entry(1, group="a"), entry(2, group="b"), entry(3, group="a"))
+    assert taken(queue) == [1, 3]
+    assert taken(queue) == [2]
+
+
+def test_the_earliest_deadline_goes_first_within_a_priority() -> None:
+    queue = queue_of(
+        entry(1, 8),
+        entry(2, 8, deadline=9.0),
+        entry(3, 8, deadline=5.0),
+        entry(4, 8, deadline=9.5, priority=1),
+    )
+    assert [taken(queue) for _ in range(3)] == [[4], [3], [2]]
+
+
+def test_every_fourth_batch_is_led_by_the_entry_that_has_waited_longest() -> None:
+    queue = queue_of(entry(1, 8, priority=9))
+    order = []
+    for number in range(2, 12):
+        queue.offer(entry(number, 8, priority=1), 0.0)
+        order += taken(queue)
+    assert order.index(1) == OLDEST_LEADS_EVERY - 1
+
+
+def test_a_large_entry_leaves_in_pieces_and_lets_others_go_between() -> None:
+    queue = queue_of(entry(1, 20))
+    first = queue.take(0.0).pieces
+    assert [(piece.start, piece.stop) for piece in first] == [(0, 4)]
+    queue.offer(entry(2, 1), 0.0)
+    assert taken(queue) == [2]
+    for start in (4, 8, 12, 16):
+        assert [(piece.start, piece.stop) for piece in queue.take(0.0).pieces] == [(start, start + 4)]
+    assert not queue.take(0.0).pieces
+    assert not queue.bytes
+
+
+def test_a_large_entry_does_not_fill_the_queue_for_small_ones() -> None:
+    queue = queue_of(entry(1, 10_000), queue_rows=16)
+    queue.offer(entry(2, 8), 0.0)
+    queue.offer(entry(3, 8), 0.0)
+    with pytest.raises(QueueFull):
+        queue.offer(entry(4, 1), 0.0)
+    with pytest.raises(QueueFull):
+        queue.offer(entry(5, 17), 0.0)
+
+
+def test_a_full_queue_says_when_there_will_be_room() -> None:
+    queue = queue_of(*(entry(number, 8) for number in range(10)), queue_rows=80)
+    with pytest.raises(QueueFull) as refusal:
+        queue.offer(entry(99, 8), 0.0, [0.0, 0.0])
+    assert refusal.value.retry_after_s == pytest.approx(cost_s(8) / 2)
+
+
+def test_bytes_are_bounded_apart_from_rows() -> None:
+    queue = queue_of(entry(1, nbytes=900), queue_bytes=1000)
+    with pytest.raises(QueueFull, match="900 bytes"):
+        queue.offer(entry(2, nbytes=200), 0.0)
+
+
+def test_an_empty_queue_takes_an_entry_of_any_size() -> None:
+    queue = queue_of(entry(1, 8, nbytes=10**9), queue_rows=1, queue_bytes=1)
+    assert taken(queue) == [1]
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_the_door() -> None:
+    queue = queue_of(*(entry(number, 8) for number in range(10)))
+    wait = 10 * cost_s(8)
+    late = entry(98, 8, deadline=wait + 0.9 * cost_s(8), priority=9)
+    with pytest.raises(DeadlineExceeded):
+        queue.offer(late, 0.0, [0.0])
+    queue.offer(entry(99, 8, deadline=wait + 1.1 * cost_s(8), priority=9), 0.0, [0.0])
+
+
+def test_what_waits_is_reckoned_with_caution_but_not_the_run_itself() -> None:
+    limits = Limits(LIMIT, 1000, 10**6)
+    cautious = Queue(limits, cost_s, caution=lambda: 1.5)
+    for number in range(1, 11):
+        cautious.offer(entry(number, rows=LIMIT, priority=1), 0.0)
+    waiting, own = 10 * cost_s(LIMIT), cost_s(1)
+    with pytest.raises(DeadlineExceeded):
+        cautious.offer(entry(11, deadline=1.49 * waiting + own), 0.0)
+    cautious.offer(entry(12, deadline=1.51 * waiting + own), 0.0)
+    Queue(limits, cost_s, caution=lambda: 1.5).offer(entry(13, deadline=1.01 * own), 0.0)
+
+
+def test_runs_that_take_now_more_now_less_call_for_more_caution() -> None:
+    steady, unsteady = Profile(), Profile()
+    for run in range(100):
+        steady.observe(4, 0.010)
+        unsteady.observe(4, 0.005 if run % 2 else 0.015)
+    assert steady.caution() < 1.01
+    assert 2 < unsteady.caution() < 4
+
+
+def test_batches_of_many_sizes_call_for_no_caution_where_their_cost_is_steady() -> None:
+    profile = Profile(Measurement(2**power, 0.001 * 2**power, 8) for power in range(9))
+    for run in range(200):
+        rows = 129 if run % 2 else 256
+        profile.observe(rows, 0.001 * rows)
+    assert profile.caution() < 1.01
+
+
+def test_an_urgent_entry_is_not_refused_for_the_lax_ones_that_it_overtakes() -> None:
+    queue = queue_of(*(entry(number, 8) for number in range(10)))
+    queue.offer(entry(99, 8, deadline=1.5 * cost_s(8)), 0.0, [0.0])
+    assert taken(queue) == [99]
+
+
+def test_two_instances_halve_the_predicted_wait() -> None:
+    queue = queue_of(*(entry(number, 8, deadline=100.0) for number in range(10)))
+    deadline = 5.5 * cost_s(8) + cost_s(8)
+    with pytest.raises(DeadlineExceeded):
+        queue.offer(entry(98, 8, deadline=deadline, priority=9), 0.0, [0.0])
+    queue.offer(entry(99, 8, deadline=deadline, priority=9), 0.0, [0.0, 0.0])
+
+
+def test_an_expired_entry_is_dropped_once_and_never_taken() -> None:
+    queue = queue_of(entry(1, deadline=1.0))
+    take = queue.take(2.0)
+    assert not take.pieces
+    assert [(drop.entry.id, drop.reason) for drop in take.drops] == [(1, "deadline")]
+    assert not queue.take(2.0).drops
+
+
+def test_a_wrong_measurement_does_not_keep_everything_from_running() -> None:
+    queue = Queue(Limits(LIMIT, 100, 10**6), lambda rows: 60.0)
+    with pytest.raises(DeadlineExceeded):
+        queue.offer(entry(1, deadline=1.0), 0.0, [0.0])
+    queue.offer(entry(2, deadline=1.0), 0.0, [0.0], probe=True)
+    assert taken(queue) == [2]
+    with pytest.raises(DeadlineExceeded):
+        queue.offer(entry(3, deadline=1.0), 0.0, [60.0], probe=True)
+
+
+def test_a_batch_does_not_grow_past_what_its_tightest_deadline_allows() -> None:
+    queue = queue_of(entry(1, 2, deadline=cost_s(4)), entry(2, 2), entry(3, 4))
+    take = queue.take(0.0)
+    assert [piece.entry.id for piece in take.pieces] == [1, 2]
+    assert take.reason == "deadline"
+
+
+@given(st.integers(0, 100), st.integers(1, 4))
+def test_the_work_that_waits_is_what_its_batches_take(count: int, instances: int) -> None:
+    queue = queue_of(*map(entry, range(1, count + 1)))
+    foreseen = queue.wait_s(instances)
+    batches = []
+    while take := queue.take(0.0).pieces:
+        batches.append(cost_s(len(take)))
+    assert foreseen == pytest.approx(sum(batches) / instances)
+    assert queue.wait_s(instances) == 0.0
+
+
+def test_a_delay_counts_from_the_first_entry() -> None:
+    queue = queue_of(entry(1, now=1.0), delay_s=0.5)
+    assert taken(queue, 1.1) == []
+    queue.offer(entry(2, now=1.4), 1.4)
+    assert queue.next_wakeup(1.4) == 1.5
+    assert taken(queue, 1.5) == [1, 2]
+
+
+def test_a_delay_ends_when_the_batch_is_full_or_a_deadline_would_pass() -> None:
+    queue = queue_of(entry(1, 8), delay_s=9.0)
+    assert taken(queue) == [1]
+    queue = queue_of(entry(1, deadline=1.0), delay_s=9.0)
+    wakeup = queue.next_wakeup(0.0)
+    assert wakeup is not None
+    assert wakeup < 1.0
+    assert taken(queue, wakeup) == [1]
+
+
+def test_what_was_taken_or_dropped_is_not_held_on_to() -> None:
+    queue = queue_of()
+    for number in range(10_000):
+        queue.offer(entry(number, deadline=1e9, group=number), 0.0)
+        assert taken(queue) == [number]
+    assert len(queue._deadlines) < 200
+    assert not queue._groups

@@ -1,0 +1,262 @@
+"""Pictures of an FP32 input on GPUs: who normalises them, what is shown of it, and what shares a batch."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from inferpool.http.predict.served_version import RequestStats, ServedVersion
+from inferpool.observe.metrics import Metrics
+from inferpool.pool.ports import Entry, VersionKey
+from inferpool.repository.catalog import READY
+from inferpool.repository.repository import Repository
+from inferpool.settings import Settings
+from inferpool.tensors import ANY, TensorSpec
+from PIL import Image
+
+from tests.fake_gpu import PICTURES, FakeBackend, FakeCard, FakeDriver, expected
+from tests.pool.test_pool import Outbox
+from tests.server import ROOT, Server
+
+FAKE = ROOT / "tests" / "fake_gpu"
+KEY = VersionKey("m", 1)
+CONFIG = '[image]\nmode = "grey"\nlayout = "HW"\nmean = 0.5\nstd = 0.25\n'
+
+Load = Callable[..., Repository]
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Load a fake model of pictures, on `devices`; what it took is given back after the test."""
+    monkeypatch.syspath_prepend(str(FAKE))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{FAKE}")
+    FakeBackend.reset()
+    made: list[Repository] = []
+
+    def start(config: str = "", wish: str = "", **settings: Any) -> Repository:
+        folder = tmp_path / "repository" / "m"
+        (folder / "1").mkdir(parents=True)
+        (folder / "1" / "model.fakegpu").write_text(PICTURES + wish)
+        (folder / "model.toml").write_text(CONFIG + config)
+        chosen = Settings(cache_dir=tmp_path / "cache", measure_ms=0, **settings)
+        made.append(Repository(folder.parent, chosen, Outbox(), Metrics({}), time.monotonic, FakeDriver()))
+        made[-1].load_now()
+        return made[-1]
+
+    yield start
+    for repository in made:
+        assert repository.drain(10)
+        for loaded in repository._loaded.values():
+            loaded.close()
+    assert all(model.closed for model in FakeBackend.loaded)
+
+
+def view(repository: Repository) -> Any:
+    shown = repository.models()["m"].versions[1]
+    assert shown.state == READY, shown.reason
+    return shown
+
+
+def picture(*pixels: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.array(pixels, np.uint8).reshape(2, 2)).save(file, "PNG")
+    return file.getvalue()
+
+
+def numbers(*pixels: int) -> np.ndarray:
+    """The row that a picture is to the model."""
+    scaled = (np.array(pixels, np.float64).reshape(1, 2, 2) / 255 - 0.5) / 0.25
+    return scaled.astype(np.float32)
+
+
+def ask(repository: Repository, body: bytes) -> float:
+    """What the version answers for a picture, as its codec leaves it."""
+    inputs = view(repository).image.decode(body)
+    pool = repository._loaded[KEY].pool
+    pool.offer(Entry(1, KEY, inputs, 1, "x", inputs["x"].nbytes, time.monotonic()))
+    outbox: Any = pool._outbox
+    [result] = outbox.take(1).values()
+    assert result.outputs is not None, result.error
+    return float(result.outputs["sum"][0])
+
+
+def test_on_gpus_pixels_are_left_to_every_instance(load: Load) -> None:
+    """Each has run them on every size; the copies that it was measured with have not been asked to."""
+    repository = load()
+    assert view(repository).gpu.pixels == "normalised on cuda:0, cuda:1"
+    assert view(repository).image.left.datatype == "UINT8"
+    serving = [model for model in FakeBackend.loaded if not model.closed]
+    assert [model.pixels for model in serving] == [31 + 15 + 7 + 3 + 1 + 1] * 4
+    assert {model.options.normalise for model in FakeBackend.loaded if model.closed} == {None}
+    assert ask(repository, picture(0, 50, 100, 255)) == expected(numbers(0, 50, 100, 255))[0]
+    assert sum(model.pixels for model in serving) == 4 * 58 + 1
+
+
+@pytest.mark.parametrize(
+    ("pictures", "reason"),
+    [
+        ("none", "its runtime cannot"),
+        ("wrong", 'output "sum" differs by [0-9.]+ .* when 31 pictures are normalised on the GPU'),
+    ],
+)
+def test_what_cannot_normalise_gets_numbers_and_the_reason_is_shown(
+    pictures: str, reason: str, load: Load
+) -> None:
+    FakeBackend.pictures = pictures
+    repository = load()
+    assert view(repository).image.left is None
+    assert re.fullmatch(f"normalised on the CPU: {reason}", view(repository).gpu.pixels)
+    assert ask(repository, picture(0, 50, 100, 255)) == expected(numbers(0, 50, 100, 255))[0]
+
+
+def test_on_the_cpu_nothing_is_left(load: Load) -> None:
+    repository = load(devices=("cpu",))
+    assert view(repository).image.left is None
+    assert {model.options.normalise for model in FakeBackend.loaded} == {None}
+    assert ask(repository, picture(1, 2, 3, 4)) == expected(numbers(1, 2, 3, 4))[0]
+
+
+def test_without_a_ladder_pixels_are_tried_on_one_row_and_on_the_most(load: Load) -> None:
+    FakeBackend.leaks = True
+    repository = load("[instances]\ncount = 1\n")
+    assert repository.live(KEY).rungs == ()
+    assert view(repository).gpu.pixels == "normalised on cuda:0, cuda:1"
+    most = view(repository).batching.max_rows
+    assert [model.pixels for model in FakeBackend.loaded if not model.closed] == [most + 1] * 2
+    assert ask(repository, picture(9, 8, 7, 6)) == expected(numbers(9, 8, 7, 6))[0]
+
+
+def test_memory_that_ends_with_pixels_halves_the_ladder_while_serving(load: Load) -> None:
+    """As with numbers; each picture is answered."""
+    FakeBackend.cards = {"cuda:0": FakeCard(), "cuda:1": FakeCard()}
+    repository = load('[instances]\ndevices = ["cuda:0"]\ncount = 1\n')
+    FakeBackend.cards["cuda:0"].room_rows = 3
+    [(_, model)] = repository._loaded[KEY].instances.models
+    pixels = view(repository).image.decode(picture(5, 6, 7, 8))["x"]
+    answer = model.run({"x": np.repeat(pixels, 30, axis=0)})["sum"]
+    assert answer.tolist() == [expected(numbers(5, 6, 7, 8))[0]] * 30
+    assert repository.live(KEY).rungs == (1, 2)
+
+
+def test_an_engine_takes_pixels_before_it_takes_over(load: Load) -> None:
+    FakeBackend.engines = True
+    config = '[gpu]\ntensorrt = true\n[instances]\ndevices = ["cuda:0"]\ncount = 1\n'
+    repository = load(config, "right")
+    engines: Any = repository._loaded[KEY].instances.engines
+    engines._thread.join(60)
+    assert repository.live(KEY).tensorrt == "TensorRT serves"
+    made = FakeBackend.loaded[-1]
+    assert (made.engine, made.pixels) == ("right", 58)
+    assert ask(repository, picture(0, 50, 100, 255)) == expected(numbers(0, 50, 100, 255))[0]
+    assert made.pixels == 59
+
+
+def test_an_engine_that_cannot_normalise_leaves_cuda_serving(load: Load) -> None:
+    FakeBackend.engines = True
+    config = '[gpu]\ntensorrt = true\n[instances]\ndevices = ["cuda:0"]\ncount = 1\n'
+    repository = load(config, "blind")
+    engines: Any = repository._loaded[KEY].instances.engines
+    engines._thread.join(60)
+    assert repository.live(KEY).tensorrt == "CUDA serves: this engine is blind"
+    assert ask(repository, picture(0, 50, 100, 255)) == expected(numbers(0, 50, 100, 255))[0]
+
+
+@pytest.mark.parametrize("shape", [(ANY, 2, 2), (ANY, ANY, ANY), None])
+def test_pixels_and_numbers_share_no_batch_whatever_the_shape(
+    shape: tuple[int, ...] | None, load: Load
+) -> None:
+    """Pixels among themselves do, and so do numbers."""
+    shown = view(load())
+    signature = replace(shown.signature, inputs=(TensorSpec("x", "FP32", shape),))
+    served = ServedVersion(replace(shown, signature=signature), Metrics({}), RequestStats())
+    pixels, others = (shown.image.decode(picture(*range(low, low + 4))) for low in (0, 10))
+    rows = {"x": numbers(1, 2, 3, 4)}
+    assert served.group(1, pixels, 1) == served.group(2, others, 1)
+    assert served.group(3, rows, 1) == served.group(4, {"x": rows["x"] * 2}, 1)
+    assert served.group(1, pixels, 1)[0] != served.group(3, rows, 1)[0]
+    # Of one shape, too, as pixels of a grey picture without the last dimension would be.
+    assert served.group(1, {"x": rows["x"].astype(np.uint8)}, 1)[0] != served.group(3, rows, 1)[0]
+
+
+# Through the real door.
+
+
+@pytest.fixture
+def fake_server(tmp_path: Path) -> Iterator[Server]:
+    folder = tmp_path / "repository" / "m"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.fakegpu").write_text(PICTURES)
+    # So long that the clients of a busy machine ask within it.
+    batching = "[batching]\nmax_delay_ms = 100\n[instances]\ncount = 1\n"
+    (folder / "model.toml").write_text(CONFIG + batching)
+    environ = {
+        "PYTHONPATH": f"{ROOT}:{FAKE}",
+        "INFERPOOL_CACHE_DIR": str(tmp_path / "cache"),
+        "INFERPOOL_MEASURE_MS": "0",
+    }
+    server = Server(folder.parent, ["--devices", "cuda:0"], environ, "tests.fake_gpu")
+    server.wait_loaded()
+    yield server
+    server.kill()
+
+
+def test_pictures_and_numbers_at_once_are_each_answered_and_never_mixed(fake_server: Server) -> None:
+    """A batch of both would be answered with nonsense; those of one kind come together."""
+    server = fake_server
+    assert server.get("/models/m/1").json()["gpu"]["pixels"] == "normalised on cuda:0"
+    rng = np.random.default_rng(0)
+    wrong: list[Any] = []
+    together = threading.Barrier(24)
+    before = server.metric("batches_total", model="m")
+
+    def ask_often(number: int) -> None:
+        together.wait()
+        for pixels in drawn[number]:
+            want = [expected(numbers(*pixels))[0]]
+            if number % 2:
+                body = {"inputs": {"x": numbers(*pixels).tolist()}}
+                answer = server.post("/predict/m", json=body)
+            else:
+                headers = {"content-type": "image/png"}
+                answer = server.post("/predict/m", content=picture(*pixels), headers=headers)
+            if answer.status_code != 200 or answer.json()["outputs"]["sum"] != want:
+                wrong.append((number, answer.text, want))
+
+    drawn = rng.integers(1, 256, (24, 10, 4)).tolist()
+    threads = [threading.Thread(target=ask_often, args=(number,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert server.metric("batches_total", model="m") - before < 240 / 2
+
+
+def test_only_pictures_are_taken_for_pixels(fake_server: Server) -> None:
+    """Whole numbers of 8 bits that a client sends are numbers, or refused, as without a GPU."""
+    server = fake_server
+    small = np.array([[[1, 2], [3, 4]]], np.uint8)
+    file = io.BytesIO()
+    np.save(file, small)
+    npy = server.post("/predict/m", content=file.getvalue(), headers={"content-type": "application/x-npy"})
+    assert npy.json()["outputs"]["sum"] == expected(small).tolist()
+    for shape in ([1, 2, 2], [1, 2, 2, 1]):
+        tensor = {"name": "x", "datatype": "UINT8", "shape": shape, "data": [1, 2, 3, 4]}
+        refused = server.post("/v2/models/m/infer", json={"inputs": [tensor]})
+        assert (refused.status_code, refused.json()["code"]) == (422, "invalid_input")
+    file = io.BytesIO()
+    np.save(file, small[..., np.newaxis])
+    for files in ({"x": file.getvalue()}, {"y": picture(1, 2, 3, 4)}):
+        form = server.post("/predict/m", files=files)
+        if "x" in files:
+            assert (form.status_code, form.json()["code"]) == (422, "invalid_input")
+        else:
+            assert form.json()["outputs"]["sum"] == expected(numbers(1, 2, 3, 4)).tolist()

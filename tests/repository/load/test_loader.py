@@ -1,0 +1,55 @@
+"""A load that does not end holds up no other model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MakeChaos, Serve
+from tests.servers.short_load_patience import PATIENCE_S
+
+pytestmark = pytest.mark.parametrize("lane", ["tests.servers.short_load_patience"], indirect=True)
+
+BODY = {"inputs": [[1, 2, 3, 4]]}
+
+
+@pytest.mark.parametrize("required", [(), ("--required-models", "b")])
+def test_the_next_models_are_loaded_beside_one_that_does_not_end(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path, required: tuple[str, ...]
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    make_chaos("a", gate=str(gate))
+    server = serve(make_chaos("b"), *required, wait=False)
+    server.wait_for(r"^a/1 has been loading for")
+    server.wait_for(r"^b/1 is ready")
+    server.wait_for(r"2 models$")
+    assert server.post("/predict/b", json=BODY).status_code == 200
+    refused = server.post("/predict/a", json=BODY)
+    assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+    loading = server.get("/models/a/1").json()
+    assert loading["state"] == "loading"
+    assert loading["load_ms"] > 1000 * PATIENCE_S
+    assert server.get("/models/a/1").json()["load_ms"] > loading["load_ms"]
+    health = server.get("/health")
+    assert health.json()["problems"].keys() == {"a/1"}
+    assert health.json()["problems"]["a/1"].startswith("loading for ")
+    assert (health.status_code, health.json()["status"]) == (
+        (200, "degraded") if required else (503, "loading")
+    )
+    gate.write_text("open")
+    server.wait_for(r"^a/1 is ready")
+    server.wait_for(r"^ok: 2 models$")
+    assert server.post("/predict/a", json=BODY).status_code == 200
+    assert server.get("/models/a/1").json()["load_ms"] > loading["load_ms"]
+    assert server.get("/health").json() == {"status": "ok", "ready": True, "problems": {}}
+
+
+def test_a_server_whose_load_does_not_end_ends(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("a", gate=str(gate)), wait=False)
+    server.wait_for(r"^a/1 has been loading for")
+    assert server.stop() == 0

@@ -1,0 +1,14 @@
+"""Start the server as the command does, but for a load that holds up the next one for a moment only."""
+
+from __future__ import annotations
+
+import sys
+from unittest import mock
+
+from inferpool.cli import main
+
+PATIENCE_S = 0.2
+
+if __name__ == "__main__":
+    with mock.patch("inferpool.repository.repository.PATIENCE_S", PATIENCE_S):
+        sys.exit(main())

@@ -1,0 +1,26 @@
+"""Start the server as the command does, but for the time that connections and slow clients are given."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from unittest import mock
+
+import uvicorn
+from inferpool.cli import main
+
+KEPT_S = 0.5
+STALLED_S = 1.0
+
+if __name__ == "__main__":
+    made = uvicorn.Config
+
+    def config(*arguments: Any, **options: Any) -> uvicorn.Config:
+        return made(*arguments, **{**options, "timeout_keep_alive": KEPT_S})
+
+    with (
+        mock.patch("uvicorn.Config", config),
+        mock.patch("inferpool.http.connection.slow_client.STALLED_S", STALLED_S),
+        mock.patch("inferpool.http.connection.protocol.STALLED_S", STALLED_S),
+    ):
+        sys.exit(main())
