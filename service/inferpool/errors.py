@@ -34,7 +34,17 @@ The tree, by who is at fault:
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, TypeAlias
+
+Reason: TypeAlias = str
+"""Why something is not so, as one sentence for people. `Reason | None`: None means that nothing is wrong."""
+
+
+class Verdict(NamedTuple):
+    """Whether something holds, and why or why not, as one sentence for people."""
+
+    ok: bool
+    reason: Reason
 
 
 class InferpoolError(Exception):
