@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ from prometheus_client.parser import text_string_to_metric_families
 ROOT = Path(__file__).parent.parent
 CHAOS = ROOT / "tests" / "chaos"
 START_S = 60
+"""How long a server may take to start, and a condition to come true, on a busy machine."""
+POLL_S = 0.02
+"""Pause between two looks at a condition."""
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
+    """Wait until `condition()` holds, looking every 20 ms; fails with `what` after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(POLL_S)
 
 
 class Server:
@@ -72,11 +85,12 @@ class Server:
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         """One GET request."""
-        return httpx.get(self.url + path, timeout=30, **options)
+        # Without `verify=False` every call loads the certificates of the machine, for plain HTTP.
+        return httpx.get(self.url + path, timeout=30, verify=False, **options)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
         """One POST request."""
-        return httpx.post(self.url + path, timeout=30, **options)
+        return httpx.post(self.url + path, timeout=30, verify=False, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels, at this moment."""
@@ -87,6 +101,25 @@ class Server:
             for sample in family.samples
             if sample.name == f"inferpool_{name}" and labels.items() <= sample.labels.items()
         )
+
+    def wait_for_metric(
+        self,
+        name: str,
+        at_least: float = -math.inf,
+        at_most: float = math.inf,
+        timeout_s: float = START_S,
+        **labels: str,
+    ) -> float:
+        """Wait until a metric is within its limits; returns its value, fails after `timeout_s` seconds."""
+        value = math.nan
+
+        def within() -> bool:
+            nonlocal value
+            value = self.metric(name, **labels)
+            return at_least <= value <= at_most
+
+        wait_until(within, f"{name}{labels or ''} from {at_least:g} to {at_most:g}", timeout_s)
+        return value
 
     def stop(self, timeout_s: float = 30) -> int:
         """Send SIGTERM and wait for the end; returns the exit status."""
