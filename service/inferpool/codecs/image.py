@@ -60,15 +60,37 @@ class ImageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    input: str | None = None
-    size: tuple[Side, Side] | None = None
-    resize: Side | None = None
-    mode: Literal["rgb", "grey"] = "rgb"
-    layout: Literal["CHW", "HWC", "HW"] = "CHW"
-    scale: Number | None = None
-    mean: Number | tuple[Number, ...] | None = None
-    std: Number | tuple[Number, ...] | None = None
-    max_pixels: Annotated[int, Field(ge=1)] = 50_000_000
+    input: str | None = Field(
+        default=None,
+        description="The input that takes the picture.",
+        json_schema_extra={"unset": "the only one"},
+    )
+    size: tuple[Side, Side] | None = Field(
+        default=None,
+        description="`[height, width]` in pixels that the model gets.",
+        json_schema_extra={"unset": "from the model"},
+    )
+    resize: Side | None = Field(
+        default=None,
+        description="Resize the shorter side to this many pixels and cut out the centre. Without it the picture"
+        " is resized to `size`, whatever its proportions.",
+    )
+    mode: Literal["rgb", "grey"] = Field(default="rgb", description='`"rgb"` or `"grey"`.')
+    layout: Literal["CHW", "HWC", "HW"] = Field(
+        default="CHW", description='Order of a row\'s dimensions: `"CHW"`, `"HWC"`, or `"HW"` (grey).'
+    )
+    scale: Number | None = Field(
+        default=None, description="Factor for a pixel, 0 to 255.", json_schema_extra={"unset": "1/255"}
+    )
+    mean: Number | tuple[Number, ...] | None = Field(
+        default=None, description="Subtracted after `scale`: one number, or a list with one number a channel."
+    )
+    std: Number | tuple[Number, ...] | None = Field(
+        default=None, description="Divisor after `mean`: one number, or a list with one number a channel."
+    )
+    max_pixels: Annotated[int, Field(ge=1)] = Field(
+        default=50_000_000, description="A larger picture is refused before it is decoded."
+    )
 
 
 class ImageCodec:

@@ -32,11 +32,22 @@ class LabelsConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    output: str | None = None
-    file: Annotated[str, Field(min_length=1)] = "labels.txt"
-    activation: Literal["none", "softmax", "sigmoid"] = "none"
-    top_k: Annotated[int, Field(ge=1)] = 5
-    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    output: str | None = Field(
+        default=None,
+        description="The output with one score a label. Of several outputs, the default is the first that has"
+        " two dimensions and floating-point numbers.",
+        json_schema_extra={"unset": "the only one"},
+    )
+    file: Annotated[str, Field(min_length=1)] = Field(
+        default="labels.txt", description="The names, one a line, in the order of the scores."
+    )
+    activation: Literal["none", "softmax", "sigmoid"] = Field(
+        default="none", description='Turns the output into scores: `"none"`, `"softmax"` or `"sigmoid"`.'
+    )
+    top_k: Annotated[int, Field(ge=1)] = Field(default=5, description="Labels a row at most.")
+    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        default=None, description="Leave out scores below this."
+    )
 
 
 class LabelsCodec:

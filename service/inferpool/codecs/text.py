@@ -54,12 +54,25 @@ class TextConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    input: Annotated[str, Field(min_length=1)] = "text"
-    tokenizer: Annotated[str, Field(min_length=1)] = "tokenizer.json"
-    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    ids: str = "input_ids"
-    mask: str = "attention_mask"
-    types: str = "token_type_ids"
+    input: Annotated[str, Field(min_length=1)] = Field(
+        default="text", description="The name under which clients send sentences."
+    )
+    tokenizer: Annotated[str, Field(min_length=1)] = Field(
+        default="tokenizer.json", description="The tokenizer's file, of Hugging Face's `tokenizers`."
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None,
+        description="Longer sentences are truncated to this many tokens.",
+        json_schema_extra={"unset": "from the tokenizer's file, else 512"},
+    )
+    ids: str = Field(default="input_ids", description="The model's input of token ids, `[rows, tokens]`.")
+    mask: str = Field(
+        default="attention_mask",
+        description="The model's input that is 1 for tokens and 0 for padding, if it has one.",
+    )
+    types: str = Field(
+        default="token_type_ids", description="The model's input of token type ids, if it has one."
+    )
 
 
 class Rows(NamedTuple):

@@ -30,8 +30,12 @@ class VersionsConfig(BaseModel):
     """`[versions]`: which versions are loaded, and what they are called."""
 
     model_config = _Table
-    serve: Literal["all", "latest"] | tuple[_Positive, ...] = "all"
-    labels: dict[str, _Positive] = Field(default_factory=dict)
+    serve: Literal["all", "latest"] | tuple[_Positive, ...] = Field(
+        default="all", description='Versions to load: `"all"`, `"latest"`, or a list of numbers.'
+    )
+    labels: dict[str, _Positive] = Field(
+        default_factory=dict, description="Names for versions: `{stable = 1, canary = 2}`."
+    )
 
     @model_validator(mode="after")
     def _labels_are_names(self) -> VersionsConfig:
@@ -45,18 +49,34 @@ class BatchingConfig(BaseModel):
     """`[batching]`: `enabled = false` turns it off; it is on wherever it has been proven right."""
 
     model_config = _Table
-    enabled: bool = True
-    max_rows: _Positive | None = None
-    max_delay_ms: Annotated[float, Field(ge=0)] = 0.0
+    enabled: bool = Field(default=True, description="`false` runs every request alone.")
+    max_rows: _Positive | None = Field(
+        default=None, description="Rows of a batch at most.", json_schema_extra={"unset": "measured"}
+    )
+    max_delay_ms: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="How long the first request of a batch may wait for others."
+    )
 
 
 class InstancesConfig(BaseModel):
     """`[instances]`: how many a device, with how many threads each; measured where not given."""
 
     model_config = _Table
-    count: _Positive | None = None
-    threads: _Positive | None = None
-    devices: tuple[str, ...] | None = None
+    count: _Positive | None = Field(
+        default=None,
+        description="Threads that run batches at the same time, on each device.",
+        json_schema_extra={"unset": "measured"},
+    )
+    threads: _Positive | None = Field(
+        default=None,
+        description="Threads that the runtime uses for one batch.",
+        json_schema_extra={"unset": "measured"},
+    )
+    devices: tuple[str, ...] | None = Field(
+        default=None,
+        description='Where this model runs: `["auto"]`, `["cpu"]` or `["cuda:0", "cuda:1"]`.',
+        json_schema_extra={"unset": "setting `devices`"},
+    )
 
     @field_validator("devices")
     @classmethod
@@ -70,29 +90,62 @@ class GpuConfig(BaseModel):
     """`[gpu]`: what holds where a model runs on a GPU."""
 
     model_config = _Table
-    cpu_nodes: CpuNodes = "none"
-    tf32: bool = False
-    fp16: bool = False
-    memory_bytes: _Positive | None = None
-    graphs: bool = True
-    tensorrt: bool = False
+    cpu_nodes: CpuNodes = Field(
+        default="none",
+        description='Nodes that may run on the CPU although the model is on a GPU: `"none"`, `"shapes"`'
+        ' (arithmetic with shapes) or `"any"`.',
+    )
+    tf32: bool = Field(
+        default=False,
+        description="Let FP32 matrix products round as TF32; `/models` shows the difference that this makes.",
+    )
+    fp16: bool = Field(
+        default=False,
+        description="Run FP32 operations in FP16. Inputs and outputs keep their datatypes; `/models` shows"
+        " the difference that this makes.",
+    )
+    memory_bytes: _Positive | None = Field(
+        default=None, description="GPU memory that ONNX Runtime may take for each copy of the model."
+    )
+    graphs: bool = Field(default=True, description="Replay runs from CUDA graphs if the model allows it.")
+    tensorrt: bool = Field(
+        default=False,
+        description="Let TensorRT take over once its engine is built; `/models` shows the progress.",
+    )
 
 
 class QueueConfig(BaseModel):
     """`[queue]`: the bounds of what may wait; from the measured rate where not given."""
 
     model_config = _Table
-    max_rows: _Positive | None = None
-    max_bytes: _Positive | None = None
+    max_rows: _Positive | None = Field(
+        default=None,
+        description="Rows that may wait; by default as many as can run within the setting `queue_ms`.",
+        json_schema_extra={"unset": "measured"},
+    )
+    max_bytes: _Positive | None = Field(
+        default=None,
+        description="Bytes of input that may wait.",
+        json_schema_extra={"unset": "setting `queue_bytes`"},
+    )
 
 
 class TensorConfig(BaseModel):
     """`[[inputs]]`, `[[outputs]]`: what the file does not say of a tensor; -1 in `shape` is any size."""
 
     model_config = _Table
-    name: Annotated[str, Field(min_length=1)]
-    datatype: str | None = None
-    shape: tuple[_Size, ...] | None = None
+    name: Annotated[str, Field(min_length=1)] = Field(
+        description="The tensor's name. Inputs are listed by the name that the file gives them; outputs are"
+        " listed in the model's order and get these names."
+    )
+    datatype: str | None = Field(
+        default=None, description='`"FP32"`, `"INT64"`, …', json_schema_extra={"unset": "from the model"}
+    )
+    shape: tuple[_Size, ...] | None = Field(
+        default=None,
+        description="Sizes, -1 for any: `[-1, 3, 224, 224]`.",
+        json_schema_extra={"unset": "from the model"},
+    )
 
     @field_validator("datatype")
     @classmethod
@@ -106,10 +159,19 @@ class ModelConfig(BaseModel):
     """A whole `model.toml`."""
 
     model_config = _Table
-    description: str = ""
-    backend: str | None = None
-    sha256: tuple[_Digest, ...] | None = None
-    timeout_ms: Annotated[float, Field(gt=0)] | None = None
+    description: str = Field(default="", description="A sentence that `/models` shows.")
+    backend: str | None = Field(
+        default=None,
+        description='The runtime: `"onnx"`, `"torch"`, or one that an installed package adds.',
+        json_schema_extra={"unset": "by the file"},
+    )
+    sha256: tuple[_Digest, ...] | None = Field(
+        default=None,
+        description="Digests of `.pt` and `.pt2` files of this model that are trusted to run code.",
+    )
+    timeout_ms: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Timeout of a request that gives none."
+    )
     versions: VersionsConfig = VersionsConfig()
     batching: BatchingConfig = BatchingConfig()
     instances: InstancesConfig = InstancesConfig()
