@@ -34,7 +34,8 @@ The tree, by who is at fault:
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, TypeAlias
+import re
+from typing import ClassVar, Final, NamedTuple, TypeAlias
 
 Reason: TypeAlias = str
 """Why something is not so, as one sentence for people. `Reason | None`: None means that nothing is wrong."""
@@ -45,6 +46,24 @@ class Verdict(NamedTuple):
 
     ok: bool
     reason: Reason
+
+
+_KEPT_CHARACTERS: Final = 300
+_LAST_LINE: Final = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt): .+", re.MULTILINE)
+"""The line at the end of a traceback that says what was raised, and why."""
+
+
+def short_reason(error: BaseException) -> Reason:
+    """The one line of an error's text that says why, of at most 300 characters; without a text, its class.
+
+    That is the first line. If the text holds a traceback, as TorchScript's errors do, it is the last line.
+    """
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    raised = _LAST_LINE.findall(text) if "Traceback" in text else []
+    return (raised or lines[:1])[-1][:_KEPT_CHARACTERS]
 
 
 class InferpoolError(Exception):

@@ -49,6 +49,12 @@ JSON: Final = "JSON"
 Only outputs have it. It has no dtype and no shape, and no rows: a model that has one is not batched.
 """
 
+ROUNDING: Final[Mapping[str, float]] = {"FP64": 1e-8, "FP32": 1e-4, "FP16": 2e-2, "BF16": 1e-1}
+"""By datatype, the largest difference that counts as rounding, relative to the scale of the output.
+
+Numbers of the other datatypes must be equal.
+"""
+
 _KEPT_CHARACTERS: Final = 100
 _KEPT_NAMES: Final = 32
 """Of names, in a text for people: a client chooses its own, and a model may have thousands."""

@@ -31,13 +31,12 @@ from inferpool.backends.torch.model import (
     OutputTree,
     Runnable,
     check_datatypes,
-    first_line,
     quiet,
     run_once,
     start,
 )
-from inferpool.backends.torch.signature import complete_inputs, flatten, made_up, name_inputs
-from inferpool.errors import LoadError
+from inferpool.backends.torch.signature import complete_inputs, flatten, name_inputs, pairs_to_try
+from inferpool.errors import LoadError, short_reason
 from inferpool.system.cpu import usable_cores
 from inferpool.tensors import ANY, names_text
 
@@ -107,7 +106,7 @@ def _check_single_row(runnable: Runnable, options: LoadOptions) -> None:
     """
     if any(not spec.shape or spec.shape[0] != ANY for spec in runnable.inputs):
         return
-    for inputs, _ in made_up(runnable.inputs, options.samples):
+    for inputs, _ in pairs_to_try(runnable.inputs, options.samples):
         with suppress(RuntimeError):
             run_once(runnable, inputs, options.threads)
             break
@@ -115,7 +114,7 @@ def _check_single_row(runnable: Runnable, options: LoadOptions) -> None:
         run_once(runnable, {name: tensor[:1] for name, tensor in inputs.items()}, options.threads)
     except RuntimeError as error:
         raise LoadError(
-            f"the compiled code refuses a single row ({first_line(error)}); compile it again with"
+            f"the compiled code refuses a single row ({short_reason(error)}); compile it again with"
             ' inductor_configs={"aot_inductor.check_lowerbound": False}'
         ) from error
 

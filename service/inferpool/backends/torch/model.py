@@ -26,12 +26,12 @@ from inferpool.backends.torch.signature import (
     Place,
     TensorMeta,
     complete_outputs,
-    made_up,
     name_outputs,
+    pairs_to_try,
     place_text,
 )
-from inferpool.errors import LoadError
-from inferpool.tensors import Array, Signature, Tensors, TensorSpec, name_text
+from inferpool.errors import LoadError, short_reason
+from inferpool.tensors import ROUNDING, Array, Signature, Tensors, TensorSpec, name_text
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,6 @@ Forward: TypeAlias = Callable[[InputTensors], OutputTree]
 
 WARM_RUNS: Final = 3
 """The executor of TorchScript watches the first run and optimises in the second: the third is as any."""
-
-TOLERANCES: Final = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference that counts as rounding, relative to the larger of the value and the output's scale."""
 
 _DATATYPES: Final = {
     torch.bool: "BOOL",
@@ -136,13 +133,13 @@ def start(
     It runs the golden samples, or made-up rows.
     """
     runs, fault = [known] if known is not None else [], ""
-    for pair in made_up(runnable.inputs, options.samples):
+    for pair in pairs_to_try(runnable.inputs, options.samples):
         try:
             answers = [run_once(runnable, inputs, options.threads) for inputs in pair]
             for _ in range(WARM_RUNS - 1):
                 run_once(runnable, pair[0], options.threads)
         except Exception as error:  # noqa: BLE001 - made-up rows may be nonsense to the model
-            fault = fault or first_line(error)
+            fault = fault or short_reason(error)
             continue
         runs = runs or [{place: _facts(place, leaf) for place, leaf in leaves.items()} for leaves in answers]
         break
@@ -164,7 +161,7 @@ def start(
 
 def agree(reference: Runnable, candidate: Runnable, options: LoadOptions) -> bool:
     """Whether two ways to run a model give the same; False where `reference` runs nothing at all."""
-    for pair in made_up(reference.inputs, options.samples):
+    for pair in pairs_to_try(reference.inputs, options.samples):
         compared = 0
         for inputs in pair:
             try:
@@ -240,14 +237,8 @@ def quiet(file: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise LoadError(
-            f"PyTorch {torch.__version__} cannot load {file.name}: {first_line(error)}"
+            f"PyTorch {torch.__version__} cannot load {file.name}: {short_reason(error)}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, or else what it is."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 class _Writable:
@@ -282,7 +273,8 @@ def _close(one: Any, other: Any, fp16: bool) -> bool:
         return bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    tolerance = TOLERANCES.get(torch.float16 if fp16 and one.dtype is torch.float32 else one.dtype)
+    datatype = _DATATYPES.get(one.dtype, "")
+    tolerance = ROUNDING.get("FP16" if fp16 and datatype == "FP32" else datatype)
     if tolerance is None:
         return bool(torch.equal(one, other))
     scale = other.abs().nan_to_num(0, 0, 0).amax().item() if other.numel() else 0.0

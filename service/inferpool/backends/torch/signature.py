@@ -14,18 +14,12 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from inferpool.backends.base import TensorHint
+from inferpool.backends.made_up_inputs import made_up_pairs
 from inferpool.errors import LoadError
 from inferpool.tensors import ANY, Array, Tensors, TensorSpec, name_text, names_text, shape_text
 
-_SEED: Final = 20_260_201
 _DATATYPES: Final = {"b": "BOOL", "i": "INT64", "u": "INT64", "f": "FP32"}
 """By the kind of numpy dtype that a golden sample's numbers make."""
-# Dimensions of any size other than the rows, tried in turn, each with another for the second run: what
-# differs between the two is of any size.
-_SIZES: Final = ((16, 24), (224, 256), (64, 96), (1, 2), (3, 4), (32, 48), (128, 160))
-# Largest integers tried: token ids want variety, masks and flags want 0 and 1.
-_INTEGERS: Final = (9, 2, 1)
-
 Place: TypeAlias = tuple[str | int, ...]
 """Where in what a model returned a tensor stands: indexes of tuples and lists, keys of dicts."""
 
@@ -97,9 +91,11 @@ def complete_inputs(
     return tuple(specs)
 
 
-def made_up(specs: Sequence[TensorSpec], samples: Sequence[Any]) -> Iterator[tuple[Tensors, Tensors]]:
-    """Inputs that may run, two at a time, which differ in the sizes that may differ; the samples' first."""
-    rng = np.random.default_rng(_SEED)
+def pairs_to_try(specs: Sequence[TensorSpec], samples: Sequence[Any]) -> Iterator[tuple[Tensors, Tensors]]:
+    """Pairs of inputs that may run, which differ in the sizes that may differ.
+
+    The golden samples come first, then made-up inputs.
+    """
     for sample in samples:
         first = _arrays(specs, sample)
         if first is not None:
@@ -109,16 +105,7 @@ def made_up(specs: Sequence[TensorSpec], samples: Sequence[Any]) -> Iterator[tup
                 if all(spec.shape and spec.shape[0] == ANY for spec in specs if spec.name in first)
                 else first,
             )
-    required = [spec for spec in specs if not spec.optional]
-    free = any(size == ANY for spec in required for size in (spec.shape or ())[1:])
-    whole = any(np.issubdtype(spec.dtype, np.integer) for spec in required)
-    for sizes in _SIZES if free else _SIZES[:1]:
-        for largest in _INTEGERS if whole else _INTEGERS[:1]:
-            for other in sizes[::-1] if free else sizes[:1]:
-                yield (
-                    {spec.name: _random(spec, 2, sizes[0], largest, rng) for spec in required},
-                    {spec.name: _random(spec, 3, other, largest, rng) for spec in required},
-                )
+    yield from made_up_pairs(specs)
 
 
 def flatten(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
@@ -218,16 +205,6 @@ def _arrays(specs: Sequence[TensorSpec], sample: Any) -> Tensors | None:
 
 def _doubled(tensor: Array) -> Array:
     return np.concatenate([tensor, tensor])
-
-
-def _random(spec: TensorSpec, rows: int, size: int, largest: int, rng: np.random.Generator) -> Array:
-    sizes = spec.shape or ()
-    shape = tuple(length if length != ANY else size if place else rows for place, length in enumerate(sizes))
-    if spec.datatype == "BF16":
-        return (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    if spec.dtype.kind == "f":
-        return np.asarray(rng.standard_normal(shape), spec.dtype)
-    return np.asarray(rng.integers(0, 2 if spec.dtype.kind == "b" else largest + 1, shape), spec.dtype)
 
 
 def _name(place: Place) -> str:

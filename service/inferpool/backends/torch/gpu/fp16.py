@@ -18,9 +18,9 @@ import torch
 from torch.fx.node import map_aggregate
 
 from inferpool.backends.base import LoadOptions
-from inferpool.backends.torch.model import Forward, InputTensors, OutputTree, Runnable, first_line, run_once
-from inferpool.backends.torch.signature import Place, made_up
-from inferpool.errors import LoadError
+from inferpool.backends.torch.model import Forward, InputTensors, OutputTree, Runnable, run_once
+from inferpool.backends.torch.signature import Place, pairs_to_try
+from inferpool.errors import LoadError, short_reason
 from inferpool.tensors import Tensors
 
 _LARGEST: Final = torch.finfo(torch.float16).max
@@ -52,7 +52,7 @@ def halve_script(module: Any, exact: Runnable, options: LoadOptions) -> Callable
             run_once(replace(exact, forward=border(exact.forward)), inputs, options.threads)
     except Exception as error:
         raise LoadError(
-            f"it does not run in FP16 ({first_line(error)}): something in it is FP32 and no weight;"
+            f"it does not run in FP16 ({short_reason(error)}): something in it is FP32 and no weight;"
             " convert it before it is exported, or leave gpu.fp16 out"
         ) from error
     return border
@@ -60,7 +60,7 @@ def halve_script(module: Any, exact: Runnable, options: LoadOptions) -> Callable
 
 def _run_in_full(exact: Runnable, options: LoadOptions) -> tuple[Tensors, frozenset[Place]]:
     """Inputs that `exact` runs, none if there are no such, and where it gives tensors of FP32 for them."""
-    for inputs, _ in made_up(exact.inputs, options.samples):
+    for inputs, _ in pairs_to_try(exact.inputs, options.samples):
         try:
             leaves = run_once(exact, inputs, options.threads)
         except Exception:  # noqa: BLE001 - made-up rows may be nonsense to the model
