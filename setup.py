@@ -34,7 +34,7 @@ Base classes of interpreted classes stay interpreted, because mypyc forbids such
 of elements in `wire` stay interpreted, because compiled loops would not let other threads run.
 """
 
-NATIVE_API = ("http/connection/_batched_reads", "http/connection/_batched_writes", "wire/_json_numbers")
+NATIVE_API = ("http/connection/_socketio", "wire/_json_numbers")
 
 
 def compiled_hot_path() -> list[Extension]:

@@ -34,8 +34,8 @@ Pair = tuple[socket.socket, socket.socket]
 
 @pytest.fixture(autouse=True)
 def module() -> None:
-    assert batched_reads._batched_reads is not None or "CI" not in os.environ, "CI has a compiler"
-    if batched_reads._batched_reads is None:
+    assert batched_reads._socketio is not None or "CI" not in os.environ, "CI has a compiler"
+    if batched_reads._socketio is None:
         pytest.skip("the project was installed without a C compiler, or the system has no epoll")
 
 
@@ -51,7 +51,7 @@ class Watched:
 
     def receive(self, room: int = 1000, most: int = 100) -> dict[int, bytes | None]:
         """What one call reads, by the number of the pair."""
-        found = batched_reads._batched_reads.receive(self.poll.fileno(), bytearray(room), most)
+        found = batched_reads._socketio.receive(self.poll.fileno(), bytearray(room), most)
         numbers = {near.fileno(): number for number, (near, _) in enumerate(self.pairs)}
         assert len(found) == len(dict(found)), "one piece each"
         return {numbers[descriptor]: data for descriptor, data in found}
@@ -102,15 +102,15 @@ def test_no_more_is_read_than_there_is_room_for_and_the_others_are_next(watched:
 @pytest.mark.parametrize("wrong", [(1,), (1, b"", 1), ("1", bytearray(1), 1), (1, bytearray(1), None)])
 def test_nonsense_is_refused(wrong: tuple[object, ...]) -> None:
     with pytest.raises(TypeError):
-        batched_reads._batched_reads.receive(*wrong)
+        batched_reads._socketio.receive(*wrong)
 
 
 def test_what_cannot_be_read_from_is_said() -> None:
     for most in (0, -1, 2):
-        with pytest.raises(ValueError, match="above 0"):
-            batched_reads._batched_reads.receive(1, bytearray(1), most)
+        with pytest.raises(ValueError, match="from 1 to the length"):
+            batched_reads._socketio.receive(1, bytearray(1), most)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        batched_reads._batched_reads.receive(2**31 - 1, bytearray(1), 1)
+        batched_reads._socketio.receive(2**31 - 1, bytearray(1), 1)
 
 
 CLIENTS = 24
@@ -277,7 +277,7 @@ def test_where_memory_ends_nobody_waits_for_what_is_lost(monkeypatch: pytest.Mon
             own = batched_reads.ReadBatcher(0)
             own.join(link, 1)
             assert link.mustered
-            monkeypatch.setattr(batched_reads, "_batched_reads", SimpleNamespace(receive=exhausted))
+            monkeypatch.setattr(batched_reads, "_socketio", SimpleNamespace(receive=exhausted))
             far.sendall(b"x")
             await aborted.wait()
             own.close()

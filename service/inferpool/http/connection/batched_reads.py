@@ -18,9 +18,9 @@ from inferpool.http.connection.exchange import try_cached_head
 try:
     from select import EPOLLIN, epoll
 
-    from inferpool.http.connection import _batched_reads
+    from inferpool.http.connection import _socketio
 except ImportError:  # there was no compiler where the package was built, or the system has no epoll
-    _batched_reads = None  # type: ignore[assignment]
+    _socketio = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ReadBatcher:
             or request_bytes > MOST_MUSTERED_BYTES
         ):
             return
-        if link.descriptor < 0 or _batched_reads is None:
+        if link.descriptor < 0 or _socketio is None:
             return
         try:
             if self._poll is None:
@@ -98,7 +98,7 @@ class ReadBatcher:
         if self._poll is None:
             return
         try:
-            arrivals = _batched_reads.receive(self._poll.fileno(), self._room, MOST_MUSTERED_BYTES)
+            arrivals = _socketio.receive(self._poll.fileno(), self._room, MOST_MUSTERED_BYTES)
         except MemoryError:
             # What has been read is lost, and nobody knows whose it was.
             for whose in list(self._links.values()):

@@ -6,9 +6,9 @@ import logging
 from typing import Protocol
 
 try:
-    from inferpool.http.connection import _batched_writes
+    from inferpool.http.connection import _socketio
 except ImportError:  # there was no compiler where the package was built, or no such sockets as it wants
-    _batched_writes = None  # type: ignore[assignment]
+    _socketio = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class WriteBatcher:
 
     def load(self) -> None:
         """From here on answers are kept until `fire`."""
-        self.loading = _batched_writes is not None
+        self.loading = _socketio is not None
 
     def add(self, socket: int, body: bytes, shot: PendingWrite) -> None:
         """Have `body` written to a descriptor on whose transport nothing waits to be written."""
@@ -51,7 +51,7 @@ class WriteBatcher:
             return
         self._sockets, self._bodies, self._shots = [], [], []
         try:
-            taken = [0] if len(shots) == 1 else _batched_writes.send_all(sockets, bodies)
+            taken = [0] if len(shots) == 1 else _socketio.send_all(sockets, bodies)
         except MemoryError:
             taken = [0] * len(shots)  # each by itself, then
         for shot, body, size in zip(shots, bodies, taken, strict=True):
