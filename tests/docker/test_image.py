@@ -208,7 +208,10 @@ def test_there_is_no_compiler_and_only_what_is_pinned(image: str) -> None:
 
 
 def test_its_hot_path_is_compiled(image: str) -> None:
-    script = "import inferpool.app as app, inferpool.pool.entry_queue as queue; print(app.hot_path(), queue.__file__)"
+    script = (
+        "import inferpool.observe.build_info as info, inferpool.pool.entry_queue as queue;"
+        " print(info.hot_path(), queue.__file__)"
+    )
     said = run_once(image, "/opt/inferpool/bin/python3", "-c", script)
     assert said.startswith("compiled /opt/inferpool/lib/")
     assert said.strip().endswith(".so")

@@ -14,6 +14,6 @@ if __name__ == "__main__":
     driver = FakeDriver()
     with (
         patch("inferpool.repository.load.loader.cuda_driver", lambda: driver),
-        patch("inferpool.app.cuda_driver", lambda: driver),
+        patch("inferpool.server.cuda_driver", lambda: driver),
     ):
         sys.exit(main())

@@ -14,8 +14,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from inferpool.app import BODY_GRACE_S, CLOSE_TIMEOUT_S
 from inferpool.observe.metrics import FAMILIES
+from inferpool.server import BODY_GRACE_S, CLOSE_TIMEOUT_S
 from inferpool.settings import Settings, read_settings
 
 from tests.conftest import ROOT, Serve

@@ -8,5 +8,5 @@ from unittest import mock
 from inferpool.cli import main
 
 if __name__ == "__main__":
-    with mock.patch("inferpool.app.PredictProtocol", "httptools"):
+    with mock.patch("inferpool.server.PredictProtocol", "httptools"):
         sys.exit(main())

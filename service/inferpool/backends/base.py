@@ -233,6 +233,17 @@ def find_backend(name: str) -> Backend:
     raise LoadError(f'no backend is called "{name}"; there are {", ".join(backend_names())}')
 
 
+def describe_backends() -> dict[str, str]:
+    """The runtime and version of every backend by name; `not installed` if its runtime is missing."""
+    described = {}
+    for name in backend_names():
+        try:
+            described[name] = find_backend(name).describe()
+        except LoadError:
+            described[name] = "not installed"
+    return described
+
+
 def backends_by_suffix() -> dict[str, str]:
     """File suffix to backend name, for every backend."""
     suffixes = {suffix: name for name, (_, _, listed) in _BUILT_IN.items() for suffix in listed}

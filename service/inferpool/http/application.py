@@ -52,7 +52,7 @@ class Application(FastAPI):
     """Sends predict requests down the lane, and gives every other answer its id and timing."""
 
     predictor: Predictor
-    muster: ReadBatcher
+    read_batcher: ReadBatcher
     catalog: Catalog
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +76,7 @@ class Application(FastAPI):
 
 
 def make_application(
-    catalog: Catalog, predictor: Predictor, muster: ReadBatcher, metrics: Metrics
+    catalog: Catalog, predictor: Predictor, read_batcher: ReadBatcher, metrics: Metrics
 ) -> Application:
     """The application over what is served."""
     app = Application(
@@ -88,7 +88,7 @@ def make_application(
         responses={},
     )
     app.predictor = predictor
-    app.muster = muster
+    app.read_batcher = read_batcher
     app.catalog = catalog
     _add_errors(app)
     add_docs(app)

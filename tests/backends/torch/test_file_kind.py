@@ -9,8 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from inferpool.app import build_info
-from inferpool.backends.base import LoadOptions, find_backend
+from inferpool.backends.base import LoadOptions, describe_backends, find_backend
 from inferpool.backends.torch.backend import PyTorchBackend
 from inferpool.errors import LoadError
 
@@ -110,7 +109,7 @@ def test_the_pytorch_for_cpus_says_that_it_is_one(tmp_path: Path) -> None:
 
 def test_the_runtimes_version_is_told_without_importing_it() -> None:
     assert find_backend("torch").describe() == f"torch {importlib.metadata.version('torch')}"
-    assert build_info()["torch"].startswith("torch ")
+    assert describe_backends()["torch"].startswith("torch ")
 
 
 def test_without_pytorch_a_model_fails_with_the_command_that_installs_it(
@@ -120,7 +119,7 @@ def test_without_pytorch_a_model_fails_with_the_command_that_installs_it(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("inferpool.backends.torch.backend.version", version)
-    assert build_info()["torch"] == "not installed"
+    assert describe_backends()["torch"] == "not installed"
     file = tmp_path / "model.pt"
     file.write_bytes(b"")
     with pytest.raises(LoadError, match=r"pip install 'inferpool\[torch\]'"):

@@ -59,7 +59,7 @@ class PredictProtocol(HttpToolsProtocol):
         # First, for uvicorn sets its `cycle`.
         self.link = Connection(self, self.predictor, _loop or asyncio.get_running_loop(), server_state)
         super().__init__(config, server_state, app_state, _loop)
-        self._muster: ReadBatcher = application.muster
+        self._muster: ReadBatcher = application.read_batcher
         self._bodies: list[bytes] = []
         self._arrival = SlowClientTimer()
         self._filling: BodyReceiver | None = None
