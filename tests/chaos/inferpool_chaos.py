@@ -3,8 +3,8 @@
 A `.chaos` file is JSON: `{"row": [4], "run_ms": 0, "row_ms": 0, "mix": false, "first": -1}`. It takes "x",
 FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`: the sum of each row times
 3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. A row whose first element is one of
-these makes the run it is in misbehave; no made-up row ever is. With a `"gate"`, the path of a named pipe,
-loading ends when somebody opens that to write.
+the constants below makes its run misbehave; no made-up row has one. With a `"gate"`, the path of a named
+pipe, loading ends when the pipe is opened for writing; with a `"run_gate"` so does a run marked `WAIT`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ DIE = -1002.0
 """The run ends its thread."""
 WRONG_ROWS = -1003.0
 """The run gives one row more than it was given, where it was given several."""
+WAIT = -1004.0
+"""The run waits until somebody opens `run_gate` for writing."""
 
 
 def expected(rows: np.ndarray) -> np.ndarray:
@@ -53,6 +55,7 @@ class ChaosModel(LoadedModel):
         self._run_s = settings.get("run_ms", 0) / 1000
         self._row_s = settings.get("row_ms", 0) / 1000
         self._mix = settings.get("mix", False)
+        self._gate = settings.get("run_gate")
         first = settings.get("first", -1)
         self.signature = Signature(
             (TensorSpec("x", "FP32", (first, *settings.get("row", [4]))),),
@@ -64,6 +67,8 @@ class ChaosModel(LoadedModel):
         marks = set(rows.reshape(len(rows), -1)[:, 0].tolist()) if rows.size else set()
         if self._run_s or self._row_s:
             time.sleep(self._run_s + self._row_s * len(rows))
+        if WAIT in marks:
+            Path(self._gate).read_bytes()
         if RAISE in marks:
             raise ValueError(f"a marked row among {rows.ravel().tolist()}, which cannot be")
         if DIE in marks:

@@ -1,9 +1,12 @@
-"""SIGTERM: what was accepted is answered, what comes later is told to go, and the exit status says so."""
+"""SIGTERM: accepted requests are answered, later clients told to go, and the exit status tells of losses."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -11,9 +14,17 @@ import pytest
 
 from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client, with_clients
-from tests.conftest import LANES, MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve
+from tests.server import Server, wait_until
 
-pytestmark = pytest.mark.parametrize("lane", LANES, indirect=True, scope="module")
+ROW = {"inputs": [[1, 2, 3, 4]]}
+WAITING_ROW = {"inputs": [[chaos.WAIT, 2, 3, 4]]}
+"""A run of this row lasts until the test opens the gate."""
+
+
+def is_unready(server: Server) -> bool:
+    """Whether readiness has gone."""
+    return server.get("/health/ready").status_code != 200
 
 
 def test_sigterm_under_load_loses_no_accepted_request(serve: Serve, make_chaos: MakeChaos) -> None:
@@ -49,38 +60,42 @@ def test_sigterm_under_load_loses_no_accepted_request(serve: Serve, make_chaos: 
     async def load() -> None:
         nonlocal terminated
         work = asyncio.create_task(with_clients(server.port, clients, ask))
-        while await asyncio.to_thread(server.metric, "queue_rows", model="m") < clients / 2:
-            assert not work.done()
+        await asyncio.to_thread(server.wait_for_metric, "queue_rows", clients / 2, model="m")
+        assert not work.done()
         before = answered
         server.process.terminate()
         await asyncio.to_thread(server.wait_for, "draining")
         terminated = True
         await work
-        assert answered - before >= clients / 2, "what waited when the signal came was answered"
+        assert answered - before >= clients / 2, "requests that waited when the signal came are answered"
 
     asyncio.run(load())
     assert server.process.wait(30) == 0
     assert len(endings) == clients
 
 
-def test_readiness_goes_first_and_work_is_finished(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=1500, config="[instances]\ncount = 1\n"), "--measure-ms", "0")
+def test_readiness_goes_first_and_work_is_finished(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", run_gate=str(gate)))
 
     async def scenario() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as session:
-            slow = asyncio.create_task(session.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]}))
-            while (await session.get("/metrics")).text.find("inferpool_in_flight_requests 1.0") < 0:
-                pass
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as session:
+            accepted = asyncio.create_task(session.post("/predict/m", json=WAITING_ROW))
+            await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
             server.process.terminate()
-            while (await session.get("/health/ready")).status_code == 200:
-                pass
+            await asyncio.to_thread(wait_until, lambda: is_unready(server), "readiness goes")
             assert (await session.get("/health/live")).status_code == 200
             assert (await session.get("/health")).json()["status"] == "draining"
-            late = await session.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]})
+            late = await session.post("/predict/m", json=ROW)
             assert late.status_code == 503
             assert late.json()["code"] == "draining"
             assert late.headers["retry-after"]
-            assert (await slow).status_code == 200
+            assert not accepted.done()
+            await asyncio.to_thread(gate.write_bytes, b"")
+            assert (await accepted).status_code == 200
 
     asyncio.run(scenario())
     assert server.process.wait(30) == 0
@@ -89,16 +104,15 @@ def test_readiness_goes_first_and_work_is_finished(serve: Serve, make_chaos: Mak
 def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
-    server = serve(make_chaos("m"), "--drain-settle-s", "2")
-    body = json.dumps({"inputs": [[1, 2, 3, 4]]}).encode()
+    server = serve(make_chaos("m"), "--drain-settle-s", "4")
+    body = json.dumps(ROW).encode()
 
     async def scenario() -> None:
         idle, kept, late = [await Client.connect(server.port) for _ in range(3)]
         for client in (idle, kept):
             assert "connection" not in (await client.post("/predict/m", body)).headers
         server.process.terminate()
-        while server.get("/health/ready").status_code == 200:
-            pass
+        await asyncio.to_thread(wait_until, lambda: is_unready(server), "readiness goes")
         assert server.get("/health").json()["status"] == "draining"
         for path in ("/health/live", "/models", "/nothing", "/v2/health/live", "/predict/m"):
             answer = server.get(path)
@@ -108,7 +122,7 @@ def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
             assert (reply.status, reply.headers["connection"]) == (200, "close")
             with pytest.raises(asyncio.IncompleteReadError):
                 await client.receive()
-        # What stays quiet is closed without a word: no answer that could be taken for the next one's.
+        # An idle connection is closed without a response: the client could take it for its next one.
         with pytest.raises(asyncio.IncompleteReadError) as ended:
             await idle.receive()
         assert ended.value.partial == b""
@@ -117,20 +131,23 @@ def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
 
     asyncio.run(scenario())
     assert server.process.wait(30) == 0
-    server.wait_for("settled")
+    server.wait_for("the settle time is over")
 
 
-def test_what_is_not_done_in_time_makes_the_exit_status_1(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=3000), "--measure-ms", "0", "--drain-timeout-s", "0.2")
+def test_a_request_that_outlasts_the_drain_timeout_makes_the_exit_status_1(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", run_gate=str(gate)), "--drain-timeout-s", "0.2")
 
     async def scenario() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as session:
-            slow = asyncio.create_task(session.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]}))
-            while (await session.get("/metrics")).text.find("inferpool_in_flight_requests 1.0") < 0:
-                pass
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as session:
+            unanswered = asyncio.create_task(session.post("/predict/m", json=WAITING_ROW))
+            await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
             server.process.terminate()
-            await asyncio.wait([slow])
-            slow.exception()
+            await asyncio.wait([unanswered])
+            assert unanswered.exception() is not None
 
     asyncio.run(scenario())
     assert server.process.wait(30) == 1
@@ -140,15 +157,8 @@ def test_a_client_that_never_finishes_its_body_does_not_hold_up_the_end(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     server = serve(make_chaos("m"))
-
-    async def scenario() -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(b"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
-        while server.metric("in_flight_requests") < 1:
-            pass
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+        server.wait_for_metric("in_flight_requests", 1)
         server.process.terminate()
-        await asyncio.to_thread(server.process.wait, 15)
-        writer.close()
-
-    asyncio.run(scenario())
-    assert server.process.returncode == 0
+        assert server.process.wait(30) == 0
