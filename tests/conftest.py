@@ -35,24 +35,20 @@ def usual_log_level() -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
-LANES = ("inferpool", "tests.servers.asgi_lane")
-"""The modules that start a server whose predictions take the protocol's lane, or ASGI's."""
-
-
 @pytest.fixture(scope="module")
-def lane(request: pytest.FixtureRequest) -> str:
-    """The module to start; a test module runs over both lanes with `@pytest.mark.parametrize("lane", …)`."""
-    return str(getattr(request, "param", LANES[0]))
+def server_module(request: pytest.FixtureRequest) -> str:
+    """The module to start; a test names another one by an indirect parameter of this name."""
+    return str(getattr(request, "param", "inferpool"))
 
 
 @pytest.fixture
-def serve(cache_dir: Path, lane: str) -> Iterator[Serve]:
+def serve(cache_dir: Path, server_module: str) -> Iterator[Serve]:
     """Start servers: `serve(repository, *flags)`; they are stopped after the test."""
     servers: list[Server] = []
 
     def start(repository: Path, *flags: str, wait: bool = True, **environ: str) -> Server:
         own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-        server = Server(repository, flags, {**own, **environ}, lane)
+        server = Server(repository, flags, {**own, **environ}, server_module)
         servers.append(server)
         if wait:
             server.wait_loaded()
@@ -78,9 +74,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundled(models: Path, cache_dir: Path, lane: str) -> Iterator[Server]:
+def bundled(models: Path, cache_dir: Path, server_module: str) -> Iterator[Server]:
     """A server of the models that come with the project."""
-    server = Server(models, (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, lane)
+    server = Server(models, (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, server_module)
     server.wait_loaded()
     yield server
     server.kill()

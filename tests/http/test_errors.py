@@ -15,10 +15,8 @@ import pytest
 from inferpool.http.problems import STATUSES
 
 from tests.chaos import inferpool_chaos as chaos
-from tests.conftest import LANES, MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve
 from tests.server import Server
-
-pytestmark = pytest.mark.parametrize("lane", LANES, indirect=True, scope="module")
 
 ROW = {"inputs": {"features": [[1.0] * 10]}}
 

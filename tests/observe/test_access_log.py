@@ -16,7 +16,7 @@ from inferpool.observe.background import MOST_WAITING
 
 from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client
-from tests.conftest import LANES, MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve
 from tests.server import CHAOS, ROOT, Server
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -24,7 +24,6 @@ FIELDS = {
     "time", "level", "logger", "message", "request_id", "trace_id", "status", "code", "model", "version",
     "rows", "batch_rows", "queue_ms", "compute_ms", "total_ms", "bytes_in", "bytes_out",
 }  # fmt: skip
-both_lanes = pytest.mark.parametrize("lane", LANES, indirect=True)
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
@@ -33,9 +32,8 @@ def lines(server: Server) -> list[dict[str, Any]]:
     return [line for line in server.log if line.get("logger") == "inferpool.access"]
 
 
-@both_lanes
-def test_a_request_leaves_one_line(serve: Serve, make_chaos: MakeChaos, lane: str):
-    """Id, trace, model, version, rows, times, status, code and bytes; the same from either lane."""
+def test_a_request_leaves_one_line(serve: Serve, make_chaos: MakeChaos):
+    """Id, trace, model, version, rows, times, status, code and bytes."""
     server = serve(make_chaos("slow", run_ms=20), "--access-log")
     body = json.dumps({"inputs": [[1, 2, 3, 4], [5, 6, 7, 8]]}).encode()
     headers = {"X-Request-Id": "mine", "traceparent": f"00-{TRACE}-b7ad6b7169203331-00"}
@@ -53,8 +51,7 @@ def test_a_request_leaves_one_line(serve: Serve, make_chaos: MakeChaos, lane: st
     assert 0 <= line["queue_ms"] <= line["total_ms"] - line["compute_ms"]
 
 
-@both_lanes
-def test_requests_that_fail_leave_lines_too(serve: Serve, make_chaos: MakeChaos, lane: str):
+def test_requests_that_fail_leave_lines_too(serve: Serve, make_chaos: MakeChaos):
     """The code is that of the answer; what was never known is null."""
     server = serve(make_chaos("m"), "--access-log")
     server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
@@ -82,8 +79,7 @@ def test_requests_that_fail_leave_lines_too(serve: Serve, make_chaos: MakeChaos,
     assert all(line["queue_ms"] is None for line in found[1:])
 
 
-@both_lanes
-def test_what_did_not_run_to_an_end_has_no_time_in_the_model(serve: Serve, make_chaos: MakeChaos, lane: str):
+def test_what_did_not_run_to_an_end_has_no_time_in_the_model(serve: Serve, make_chaos: MakeChaos):
     """A time that nobody knows is null, not 0."""
     server = serve(make_chaos("m"))
     assert server.post("/predict/m", json={"inputs": [[DIE] * 4]}).status_code == 500
@@ -91,8 +87,7 @@ def test_what_did_not_run_to_an_end_has_no_time_in_the_model(serve: Serve, make_
     assert (line["code"], line["compute_ms"]) == ("model_failed", None)
 
 
-@both_lanes
-def test_a_client_that_leaves_leaves_a_line(serve: Serve, make_chaos: MakeChaos, lane: str):
+def test_a_client_that_leaves_leaves_a_line(serve: Serve, make_chaos: MakeChaos):
     """Status 499, whether its request was complete or not; and one line only."""
     config = "[batching]\nmax_delay_ms = 600000\nmax_rows = 8\n"
     server = serve(make_chaos("slow", config), "--access-log")

@@ -1,4 +1,4 @@
-"""The web application: the predict lane in front, FastAPI for every other route."""
+"""The web application: FastAPI for every route but predictions, which `PredictProtocol` answers itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inferpool.errors import (
     MethodNotAllowed,
     NotFound,
 )
-from inferpool.http.asgi import Message, Receive, Scope, Send, find_api, is_last, serve_predict
+from inferpool.http.asgi import Message, Receive, Scope, Send, find_api, is_last, refuse_method
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.response_head import server_timing
 from inferpool.http.docs_page import add_docs
@@ -49,7 +49,7 @@ DESCRIPTION = """Serves exported models. `GET /models` says what there is and wh
 
 
 class Application(FastAPI):
-    """Sends predict requests down the lane, and gives every other answer its id and timing."""
+    """Gives every response its id and timing, and refuses other methods than POST for predictions."""
 
     predictor: Predictor
     read_batcher: ReadBatcher
@@ -62,7 +62,7 @@ class Application(FastAPI):
             return
         found = find_api(scope["raw_path"].decode("latin-1"))
         if found is not None:
-            await serve_predict(self.predictor, *found, scope, receive, send)
+            await refuse_method(self.predictor, *found, scope, send)
         else:
             if scope["method"] == "HEAD":
                 # As GET; the server leaves the body out, by the method in its own scope.

@@ -113,6 +113,10 @@ def test_what_cannot_be_read_from_is_said() -> None:
         batched_reads._socketio.receive(2**31 - 1, bytearray(1), 1)
 
 
+always_batched = pytest.mark.parametrize(
+    "server_module", ["tests.servers.always_batched_reads"], indirect=True, scope="module"
+)
+
 CLIENTS = 24
 """More than are needed for their connections to join."""
 
@@ -171,7 +175,7 @@ def mixed(wire: Wire, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize(
-    "lane", ["inferpool", "tests.servers.always_batched_reads"], indirect=True, scope="module"
+    "server_module", ["inferpool", "tests.servers.always_batched_reads"], indirect=True, scope="module"
 )
 def test_clients_that_do_all_kinds_of_things_get_their_own_answers(server: Server) -> None:
     faults: list[BaseException] = []
@@ -200,7 +204,9 @@ def test_clients_that_do_all_kinds_of_things_get_their_own_answers(server: Serve
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("lane", ["tests.servers.always_batched_reads"], indirect=True, scope="module")
+@pytest.mark.parametrize(
+    "server_module", ["tests.servers.always_batched_reads"], indirect=True, scope="module"
+)
 def test_who_leaves_while_a_batch_runs_is_dropped_from_the_queue(serve: Serve, make_chaos: MakeChaos) -> None:
     config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n"
     server = serve(make_chaos("m", run_ms=500, config=config))
@@ -228,7 +234,9 @@ def test_who_leaves_while_a_batch_runs_is_dropped_from_the_queue(serve: Serve, m
             assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
 
 
-@pytest.mark.parametrize("lane", ["tests.servers.always_batched_reads"], indirect=True, scope="module")
+@pytest.mark.parametrize(
+    "server_module", ["tests.servers.always_batched_reads"], indirect=True, scope="module"
+)
 @pytest.mark.parametrize("headers", ["connection: close\r\n", "upgrade: x\r\nconnection: upgrade\r\n"])
 def test_a_refusal_of_more_than_is_read_at_a_time_arrives(server: Server, headers: str) -> None:
     """What lies unread when a connection is closed makes its end a reset, which takes the answer along."""

@@ -1,4 +1,4 @@
-"""What clients do with their connections, over both lanes: pipelining, chunks, expectations, leaving."""
+"""What clients do with their connections: pipelining, chunks, expectations, leaving."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 from tests.chaos import inferpool_chaos as chaos
-from tests.conftest import LANES, MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve
 from tests.server import Server
-
-pytestmark = pytest.mark.parametrize("lane", LANES, indirect=True, scope="module")
 
 
 class Wire:

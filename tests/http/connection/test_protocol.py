@@ -1,4 +1,4 @@
-"""What the protocol of the predict lane adds to uvicorn's."""
+"""What `PredictProtocol` adds to uvicorn's protocol."""
 
 from __future__ import annotations
 
@@ -47,6 +47,32 @@ def test_an_upgrade_is_ignored_and_what_follows_is_never_taken_for_a_request(
     with Wire(server) as wire:
         wire.send("GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
         assert wire.answer()[0] == 200
+
+
+@pytest.mark.parametrize(
+    "target", ["http://x/predict/m", "HTTP://x:80/predict/m/1?y=z", "http://x/v2/models/m/infer"]
+)
+def test_a_target_may_be_an_absolute_uri_as_proxies_are_sent(
+    serve: Serve, make_chaos: MakeChaos, target: str
+) -> None:
+    server = serve(make_chaos("m", run_ms=1))
+    body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [3, 0, 0, 0]}]}
+    native = request(3, path=target)
+    text = json.dumps(body)
+    v2 = f"POST {target} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(text)}\r\n\r\n{text}"
+    with Wire(server) as wire:
+        wire.send(v2 if "v2" in target else native)
+        status, _, answer = wire.answer()
+        assert status == 200
+        outputs = json.loads(answer)["outputs"]
+        assert (outputs[0]["data"] if "v2" in target else outputs["sum"]) == sums(3)
+        wire.send(f"GET {target} HTTP/1.1\r\nhost: x\r\n\r\n")
+        status, headers, answer = wire.answer()
+        assert (status, headers["allow"], json.loads(answer)["code"]) == (405, "POST", "method_not_allowed")
+        wire.send("POST http://x/nothing HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+        assert wire.answer()[0] == 404
+        wire.send("POST http://x HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+        assert wire.status()[0] == 400
 
 
 def test_what_is_pipelined_is_answered_to_its_end_while_the_server_settles(

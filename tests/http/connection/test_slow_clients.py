@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import MakeChaos, Serve
 from tests.server import Server
 
-pytestmark = pytest.mark.parametrize("lane", ["tests.servers.short_timeouts"], indirect=True)
+pytestmark = pytest.mark.parametrize("server_module", ["tests.servers.short_timeouts"], indirect=True)
 
 HEAD = b"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 17\r\n\r\n"
 

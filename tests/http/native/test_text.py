@@ -19,7 +19,7 @@ from inferpool import cli
 from jsonschema import Draft202012Validator
 
 from tests.clients import Client, with_clients
-from tests.conftest import LANES, ROOT
+from tests.conftest import ROOT
 from tests.server import Server
 from tests.text_models import WORDS, Alone, write_encoder
 
@@ -40,9 +40,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path, cache_dir: Path, lane: str) -> Iterator[Server]:
+def server(repository: Path, cache_dir: Path, server_module: str) -> Iterator[Server]:
     own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-    started = Server(repository, (), own, lane)
+    started = Server(repository, (), own, server_module)
     started.wait_loaded()
     yield started
     started.kill()
@@ -51,9 +51,6 @@ def server(repository: Path, cache_dir: Path, lane: str) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def alone(repository: Path) -> dict[str, Alone]:
     return {name: Alone(repository / name / "1/model.onnx") for name in ("masked", "leaky", "apart")}
-
-
-pytestmark = pytest.mark.parametrize("lane", LANES, indirect=True)
 
 
 def check_rows(outputs: dict[str, Any], sentences: list[str], model: Alone) -> None:
@@ -320,11 +317,11 @@ def test_deadlines_and_lost_clients_end_whole_requests(server: Server) -> None:
 
 
 def test_without_tokenizers_the_model_says_what_to_install(
-    repository: Path, cache_dir: Path, tmp_path: Path, lane: str
+    repository: Path, cache_dir: Path, tmp_path: Path, server_module: str
 ) -> None:
     (tmp_path / "tokenizers.py").write_text("raise ImportError\n")
     own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    server = Server(repository / "masked", (), own, lane)
+    server = Server(repository / "masked", (), own, server_module)
     try:
         server.wait_loaded()
         assert "pip install 'inferpool[text]'" in server.get("/health").json()["problems"]["masked/1"]

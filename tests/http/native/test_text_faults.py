@@ -10,7 +10,6 @@ from typing import Any
 import onnx
 import pytest
 
-from tests.conftest import LANES
 from tests.server import Server
 from tests.text_models import WORDS, write_encoder
 
@@ -71,15 +70,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path, cache_dir: Path, lane: str) -> Iterator[Server]:
+def server(repository: Path, cache_dir: Path, server_module: str) -> Iterator[Server]:
     own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "100"}
-    started = Server(repository, ("--in-flight-bytes", str(IN_FLIGHT_BYTES)), own, lane)
+    started = Server(repository, ("--in-flight-bytes", str(IN_FLIGHT_BYTES)), own, server_module)
     started.wait_loaded()
     yield started
     started.kill()
-
-
-pytestmark = pytest.mark.parametrize("lane", LANES, indirect=True)
 
 
 def test_a_tokenizer_that_panics_fails_its_model_alone(server: Server) -> None:

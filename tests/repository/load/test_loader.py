@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import MakeChaos, Serve
 from tests.servers.short_load_patience import PATIENCE_S
 
-pytestmark = pytest.mark.parametrize("lane", ["tests.servers.short_load_patience"], indirect=True)
+pytestmark = pytest.mark.parametrize("server_module", ["tests.servers.short_load_patience"], indirect=True)
 
 BODY = {"inputs": [[1, 2, 3, 4]]}
 

@@ -16,7 +16,7 @@ from concurrent.futures import Executor
 from typing import Any, Final, cast
 
 import uvicorn
-from httptools import HttpRequestParser
+from httptools import HttpRequestParser, parse_url
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -311,12 +311,17 @@ class PredictProtocol(HttpToolsProtocol):
 
     def _exchange(self) -> Exchange | None:
         """The exchange for the request whose head is there; None if it goes the usual way."""
-        url = self.url
-        if not url.startswith((b"/predict", b"/v2/models/")) or self.parser.get_method() != b"POST":
+        if self.parser.get_method() != b"POST":
             return None
+        url = self.url
         found = find_api(url.partition(b"?")[0].decode("latin-1"))
         if found is None:
-            return None
+            if url.startswith(b"/") and b"#" not in url:
+                return None
+            # The target is an absolute URI, as a proxy is sent, or ends with a fragment.
+            found = find_api((parse_url(url).path or b"").decode("latin-1"))
+            if found is None:
+                return None
         api, target = found
         call = PredictContext(api, RequestHead(*target, self.headers), self.predictor.clock())
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
