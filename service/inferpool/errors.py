@@ -13,7 +13,6 @@ The tree, by who is at fault:
     │   │   ├── ModelNotFound
     │   │   └── VersionNotFound
     │   ├── MethodNotAllowed
-    │   ├── Unauthorized
     │   └── Forbidden
     ├── Refused                   nobody's fault: come back later (`retry_after_s`)
     │   ├── QueueFull
@@ -134,12 +133,6 @@ class MethodNotAllowed(RequestError):
     """The path exists, but not with this method; `members["allow"]` says which it takes."""
 
     code = "method_not_allowed"
-
-
-class Unauthorized(RequestError):
-    """No credentials, or wrong ones."""
-
-    code = "unauthorized"
 
 
 class Forbidden(RequestError):

@@ -10,7 +10,6 @@ from inferpool.errors import InferpoolError, InternalError, MethodNotAllowed, Re
 
 STATUSES: Final[Mapping[str, int]] = {
     "malformed_body": 400,
-    "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
     "model_not_found": 404,

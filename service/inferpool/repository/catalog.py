@@ -21,7 +21,7 @@ from inferpool.pool.stats import BatchCount
 from inferpool.repository.load.gpu.precision import Difference
 from inferpool.tensors import Signature, names_text
 
-State: TypeAlias = Literal["loading", "ready", "unloading", "failed"]
+State: TypeAlias = Literal["loading", "ready", "failed"]
 """The state of a version."""
 
 LOADING: Final[State] = "loading"

@@ -71,7 +71,7 @@ class Version(BaseModel):
     """A version of a model; `gpu` is null on the CPU."""
 
     version: int
-    state: Literal["loading", "ready", "unloading", "failed"]
+    state: Literal["loading", "ready", "failed"]
     reason: str
     labels: list[str]
     backend: str

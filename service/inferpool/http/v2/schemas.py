@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from inferpool import __version__
 from inferpool.http.predict.served_version import RequestStats
-from inferpool.repository.catalog import LiveView, ModelView, VersionView
+from inferpool.repository.catalog import LiveView, ModelView, State, VersionView
 from inferpool.tensors import ANY, JSON, TensorSpec
 
 EXTENSIONS = (
@@ -209,7 +209,7 @@ class IndexEntry(BaseModel):
 
     name: str
     version: str
-    state: Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+    state: Literal["READY", "LOADING", "UNAVAILABLE"]
     reason: str
 
 
@@ -300,7 +300,7 @@ def index_out(models: Iterable[ModelView], ready_only: bool) -> list[IndexEntry]
         IndexEntry(
             name=model.name,
             version=str(number),
-            state="UNAVAILABLE" if view.state == "failed" else _STATES[view.state],
+            state=_INDEX_STATES[view.state],
             reason=view.reason,
         )
         for model in models
@@ -309,10 +309,10 @@ def index_out(models: Iterable[ModelView], ready_only: bool) -> list[IndexEntry]
     ]
 
 
-_STATES: dict[str, Literal["READY", "LOADING", "UNLOADING"]] = {
+_INDEX_STATES: dict[State, Literal["READY", "LOADING", "UNAVAILABLE"]] = {
     "loading": "LOADING",
     "ready": "READY",
-    "unloading": "UNLOADING",
+    "failed": "UNAVAILABLE",
 }
 
 
