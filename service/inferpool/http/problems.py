@@ -1,4 +1,4 @@
-"""Errors as answers: the one table from code to status, and the headers that go with an error."""
+"""Errors as HTTP responses: the table from error code to status, and the headers of an error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from inferpool.errors import InferpoolError, InternalError, MethodNotAllowed, Refused
+from inferpool.errors import Forbidden, InferpoolError, InternalError, MethodNotAllowed, Refused
 
 STATUSES: Final[Mapping[str, int]] = {
     "malformed_body": 400,
@@ -33,16 +33,21 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def as_problem(error: Exception) -> InferpoolError:
-    """The error itself where it is one of ours; else an InternalError that says nothing of the inside."""
+    """`error` itself if it has a status; else an InternalError, which hides the cause."""
     if isinstance(error, InferpoolError) and error.code in STATUSES:
         return error
-    return InternalError("the server failed on this request; its log says why, under the request's id")
+    return InternalError("the server failed on this request; its log has the cause, under the request id")
+
+
+def admin_disabled() -> Forbidden:
+    """The error of every admin route: no setting enables them."""
+    return Forbidden("the admin routes are not enabled on this server; change the models folder instead")
 
 
 def problem_headers(error: InferpoolError) -> Headers:
-    """Headers that an error's answer has beside its body's own."""
+    """The headers of an error response, except those of its body."""
     if isinstance(error, Refused):
-        # Retry-After counts whole seconds (RFC 9110, 10.2.3); the body has it to the millisecond.
+        # Retry-After counts whole seconds (RFC 9110, 10.2.3); the body has the exact milliseconds.
         return [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode())]
     if isinstance(error, MethodNotAllowed):
         return [(b"allow", str(error.members.get("allow", "GET")).encode())]

@@ -7,10 +7,11 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 
-from inferpool.errors import Forbidden, InvalidInput, NotReady
+from inferpool.errors import InvalidInput, NotReady
 from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.problems import admin_disabled
 from inferpool.http.v2.schemas import (
     Error,
     IndexEntry,
@@ -42,7 +43,7 @@ _REFUSED: dict[str, Any] = {
     "response_class": Response,
     "responses": {403: {"model": Error, "description": "`forbidden`"}},
 }
-"""Options of a route that is there to say that it is not enabled."""
+"""Options of an admin route, which is not enabled."""
 
 
 def add_v2(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
@@ -50,11 +51,6 @@ def add_v2(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
     _add_server(app, catalog)
     _add_models(app, catalog, predictor)
     _add_repository(app, catalog)
-
-
-def admin_is_off() -> Forbidden:
-    """The error for what only the admin side may do."""
-    return Forbidden("the admin side is not enabled on this server: models are as its repository has them")
 
 
 def _add_server(app: FastAPI, catalog: Catalog) -> None:
@@ -207,11 +203,11 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
 
     @app.post("/v2/repository/models/{model}/load", tags=["v2"], summary="Load", **_REFUSED)
     async def load_v2_model(model: str) -> None:
-        raise admin_is_off()
+        raise admin_disabled()
 
     @app.post("/v2/repository/models/{model}/unload", tags=["v2"], summary="Unload", **_REFUSED)
     async def unload_v2_model(model: str) -> None:
-        raise admin_is_off()
+        raise admin_disabled()
 
 
 def _versions(model: ModelView) -> list[VersionView]:

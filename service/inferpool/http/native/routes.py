@@ -1,0 +1,124 @@
+"""The native routes beside predict: models, health, metrics, and the admin routes, which are not enabled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from inferpool.http.native.api import NATIVE_API
+from inferpool.http.native.schemas import (
+    HealthOut,
+    LiveOut,
+    ModelDetail,
+    Models,
+    ReadyOut,
+    VersionDetail,
+    health_out,
+    model_out,
+    version_out,
+)
+from inferpool.http.openapi_parts import error_responses
+from inferpool.http.problems import admin_disabled
+from inferpool.observe.metrics import Metrics
+from inferpool.repository.catalog import Catalog, find_model
+
+
+def add_native(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
+    """Give `app` the native routes."""
+    # The admin routes come first: `/models/{model}/{version}` matches their paths too, and a request
+    # with a wrong method must be told of the admin route's.
+    _add_admin(app)
+    _add_models(app, catalog)
+    _add_health(app, catalog)
+    _add_metrics(app, metrics)
+
+
+def _add_admin(app: FastAPI) -> None:
+    refused: dict[str, Any] = {
+        "tags": ["admin"],
+        "status_code": 403,
+        "response_class": Response,
+        "responses": {403: _documented_error("403")},
+    }
+
+    @app.post("/models/{model}/load", summary="Load a model", **refused)
+    async def load_model(model: str) -> None:
+        raise admin_disabled()
+
+    @app.post("/models/{model}/unload", summary="Unload a model", **refused)
+    async def unload_model(model: str) -> None:
+        raise admin_disabled()
+
+    @app.put("/models/{model}/labels/{label}", summary="Give a label to a version", **refused)
+    async def set_label(model: str, label: str) -> None:
+        raise admin_disabled()
+
+
+def _add_models(app: FastAPI, catalog: Catalog) -> None:
+    not_found: dict[int | str, dict[str, Any]] = {404: _documented_error("404")}
+
+    @app.get("/models", tags=["models"], summary="Every model in the repository")
+    async def read_models() -> Models:
+        return Models.model_validate(
+            {"models": [model_out(model, catalog).model_dump() for model in catalog.models().values()]}
+        )
+
+    @app.get(
+        "/models/{model}", tags=["models"], summary="A model and its measured latency", responses=not_found
+    )
+    async def read_model(model: str) -> ModelDetail:
+        return model_out(find_model(catalog, model), catalog)
+
+    @app.get(
+        "/models/{model}/{version}",
+        tags=["models"],
+        summary="A version, by number or label",
+        responses=not_found,
+    )
+    async def read_version(model: str, version: str) -> VersionDetail:
+        return version_out(find_model(catalog, model).version(version), catalog)
+
+
+def _add_health(app: FastAPI, catalog: Catalog) -> None:
+    @app.get(
+        "/health",
+        tags=["health"],
+        summary="Whether the server can answer, and the problems of its models",
+        responses={503: {"model": HealthOut}},
+    )
+    async def read_health(response: Response) -> HealthOut:
+        health = catalog.health()
+        response.status_code = 200 if health.ready else 503
+        return health_out(health)
+
+    @app.get("/health/live", tags=["health"], summary="Whether the process answers")
+    async def read_live() -> LiveOut:
+        return LiveOut()
+
+    @app.get(
+        "/health/ready",
+        tags=["health"],
+        summary="Whether every required model can answer",
+        responses={503: {"model": ReadyOut}},
+    )
+    async def read_ready(response: Response) -> ReadyOut:
+        ready = catalog.health().ready
+        response.status_code = 200 if ready else 503
+        return ReadyOut(ready=ready)
+
+
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/metrics", tags=["health"], summary="All metrics, for Prometheus", response_class=Response)
+    async def read_metrics(request: Request) -> Response:
+        """Prometheus text, or OpenMetrics if Accept asks for it."""
+        # In a thread: with many versions rendering takes a while, and predictions must go on.
+        body, content_type = await asyncio.to_thread(metrics.render, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+
+def _documented_error(status: str) -> dict[str, Any]:
+    """The OpenAPI response of an error with this status."""
+    response: dict[str, Any] = error_responses("Problem", NATIVE_API.problem_type.decode())[status]
+    return response
