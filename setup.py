@@ -1,16 +1,24 @@
-"""Compiles the modules in C, and the hot path by mypyc, when a wheel is built.
+"""Builds the C modules and, for a wheel, compiles the hot path with mypyc.
 
-An editable installation runs the sources interpreted. Without a C compiler the package has neither, says so in
-its log, and answers the same, more slowly.
+An editable installation builds the C modules only and runs the Python sources. Without a C compiler a wheel has
+no compiled code: the server answers the same, more slowly, and says so in its log.
+
+INFERPOOL_COMPILED is read at build time only: 0 builds a wheel without mypyc, 1 makes a failed compilation an error.
 """
 
+from __future__ import annotations
+
 import os
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
 
+ROOT = Path(__file__).resolve().parent
 SOURCE = "service/inferpool"
 HOT_PATH = [
     *(f"{SOURCE}/http/connection/{name}.py" for name in (
@@ -34,26 +42,74 @@ Base classes of interpreted classes stay interpreted, because mypyc forbids such
 of elements in `wire` stay interpreted, because compiled loops would not let other threads run.
 """
 
-NATIVE_API = ("http/connection/_socketio", "wire/_json_numbers")
+C_MODULES = ("http/connection/_socketio", "wire/_json_numbers")
+
+COMPILED = os.environ.get("INFERPOOL_COMPILED", "")
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class ParallelBuild(build_ext):
+    """Compiles the C files of all extensions in parallel, and builds the compiled hot path completely or not at all."""
+
+    def finalize_options(self) -> None:
+        """Build as many extensions at once as there are CPUs."""
+        super().finalize_options()
+        self.parallel = self.parallel or CPUS
+
+    def build_extensions(self) -> None:
+        """Build all extensions; without a working C compiler, leave the compiled ones out of the wheel."""
+        compile_in_turn = self.compiler.compile
+
+        def compile_in_parallel(sources: list[str], *args: object, **options: object) -> list[str]:
+            largest_first = sorted(sources, key=lambda source: -Path(source).stat().st_size)
+            runs = [pool.submit(compile_in_turn, [source], *args, **options) for source in largest_first]
+            return [file for run in runs for file in run.result()]
+
+        with ThreadPoolExecutor(CPUS) as pool:
+            self.compiler.compile = compile_in_parallel
+            try:
+                super().build_extensions()
+            except (BaseError, OSError) as error:
+                if COMPILED == "1":
+                    raise
+                self.warn(f"the hot path is not compiled and will run interpreted: {error}")
+                self._drop_hot_path()
+            finally:
+                self.compiler.compile = compile_in_turn
+
+    def _drop_hot_path(self) -> None:
+        """Remove what was built of the hot path, because its extensions work together only."""
+        built = [extension for extension in self.extensions if not extension.optional]
+        self.extensions = [extension for extension in self.extensions if extension.optional]
+        for extension in built:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
 
 
 def compiled_hot_path() -> list[Extension]:
-    """Return mypyc's extensions for the hot path, if a wheel is built: editable installations have none."""
-    if "bdist_wheel" not in sys.argv or os.environ.get("INFERPOOL_COMPILED") == "0":
+    """Return mypyc's extensions for the hot path if a wheel is being built, else none."""
+    if "bdist_wheel" not in sys.argv or COMPILED == "0":
         return []
     from mypyc.build import mypycify
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent / "service"))
-    os.environ["MYPYPATH"] = str(Path(__file__).resolve().parent / "service")
-    return mypycify(["--config-file=", "--ignore-missing-imports", *HOT_PATH],
-                    opt_level="2", debug_level="0", group_name="inferpool")  # fmt: skip
+    os.environ["MYPYPATH"] = str(ROOT / "service")
+    # Objects of an earlier build may be those of modules that no longer exist.
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
+    # One C file per module, so that they compile in parallel. Only Python calls the extensions' functions from
+    # outside: hidden functions can be called directly and inlined.
+    extensions = mypycify(
+        ["--config-file=", "--ignore-missing-imports", *HOT_PATH],
+        opt_level="2", debug_level="0", multi_file=True, group_name="inferpool",
+    )  # fmt: skip
+    for extension in extensions:
+        extension.extra_compile_args = [*extension.extra_compile_args, "-fvisibility=hidden"]
+    return extensions
 
 
 setup(
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": ParallelBuild},
     ext_modules=[
         *(Extension(f"inferpool.{name.replace('/', '.')}", [f"{SOURCE}/{name}.c"],
-                    extra_compile_args=["-O3", "-std=c11"], optional=True) for name in NATIVE_API),
+                    extra_compile_args=["-O3", "-std=c11", "-g0"], optional=COMPILED != "1") for name in C_MODULES),
         *compiled_hot_path(),
     ],
 )  # fmt: skip

@@ -1,79 +1,233 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: the project's own virtual environment, `.venv`, kept up to date.
+# Sourced by the scripts beside it. They use two environments:
 #
-# What was installed is remembered in `.venv/installed/EXTRA`: what it was made from. As long as that is
-# the same a start installs nothing, and asks the network nothing.
+#   .venv       the server as a user runs it: a wheel built from this checkout, with the hot path compiled
+#   .venv-test  the sources themselves, editable and interpreted, with the tools of the tests and the checks
+#
+# Each environment has a folder `installed` with one file for each thing in it. The file holds a digest of the
+# sources of that thing. While the digest stays the same, a start installs nothing and needs no network.
 
 REPO="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
-VENV="$REPO/.venv"
+SERVE_VENV="$REPO/.venv"
+VENV="$REPO/.venv-test"
 
 say() { printf '%s\n' "$*" >&2; }
 
-# need EXTRA...: have the project installed, editable, with these extras.
-need() {
-  local missing=() extra
-  is_python "$VENV/bin/python" || make_venv
-  for extra in "$@"; do
-    [[ "$(cat "$VENV/installed/$extra" 2>/dev/null)" == "$(made_from)" ]] || missing+=("$extra")
-  done
-  if ((${#missing[@]})); then install_extras "${missing[@]}"; fi
+# help "$@": if the first argument asks for help, print the comment at the top of the script and exit.
+help() {
+  case "${1:-}" in
+    -h | --help)
+      sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+      exit 0
+      ;;
+  esac
 }
 
-# compile: have the hot path compiled of the sources as they are, where it was compiled of others.
-compile() {
-  if [[ "$("$VENV/bin/python" -c 'import inferpool; print(inferpool.HOT_PATH)')" == "out of date" ]]; then
-    say "Compiling the hot path anew, as its sources have changed (INFERPOOL_COMPILED=0 spares this) ..."
-    (cd -- "$REPO" && "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .)
-  fi
-}
-
-# runtime: the extra that brings this machine's ONNX Runtime, `gpu` where there is an NVIDIA driver.
+# runtime: print the extra that brings ONNX Runtime for this machine: `gpu` with an NVIDIA driver, else `cpu`.
 runtime() {
   if [[ -e /proc/driver/nvidia/version ]] || nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi
 }
 
-is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+# --- .venv-test ---------------------------------------------------------------------------------------------
 
-# The folder counts: the command in .venv/bin holds its path, and does not survive a move.
-made_from() {
-  printf '%s\n' "$REPO" "$("$VENV/bin/python" -V)" "$(cat -- "$REPO"/{pyproject.toml,setup.py} | cksum)" \
-    "$(cat -- "$REPO"/service/*/*.c | cksum)" "$(command -v cc gcc || true)"
-}
-
-install_extras() {
-  local extras other="" extra
-  extras="$(IFS=,; echo "$*")"
+# need EXTRA...: install the project into .venv-test, editable, with these extras. By pip, because pip finds local
+# builds of PyTorch (find-links in pip.conf), and other installers would download gigabytes of CUDA libraries.
+need() {
+  local missing=() extra extras other key
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv "$VENV" with-pip
+  key="$(editable_key)"
+  # A change of the project makes every extra out of date.
+  [[ "$(cat "$VENV/installed/project" 2>/dev/null)" == "$key" ]] || rm -rf "$VENV/installed"
   for extra in "$@"; do
-    case "$extra" in
-      cpu) other=gpu ;;
-      gpu) other=cpu ;;
-    esac
+    [[ -e "$VENV/installed/$extra" ]] || missing+=("$extra")
   done
-  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
-  # The two builds of ONNX Runtime install the same files: taking one away breaks the other, so both go.
-  if [[ -n "$other" ]] && "$VENV/bin/python" -m pip show --quiet "$(distribution "$other")" 2>/dev/null; then
-    "$VENV/bin/python" -m pip uninstall -qq --yes onnxruntime onnxruntime-gpu
-    rm -f "$VENV/installed/cpu" "$VENV/installed/gpu"
+  if ((${#missing[@]} == 0)); then return; fi
+  for extra in "${missing[@]}"; do
+    other="$(other_runtime "$extra")"
+    if [[ -n "$other" ]] && "$VENV/bin/python" -m pip show --quiet "$other" 2>/dev/null; then
+      # The two builds of ONNX Runtime install the same files: removing one breaks the other.
+      "$VENV/bin/python" -m pip uninstall -qq --yes onnxruntime onnxruntime-gpu
+      rm -f "$VENV/installed/cpu" "$VENV/installed/gpu"
+    fi
+  done
+  extras="$(IFS=,; echo "${missing[*]}")"
+  say "Installing inferpool[$extras] into $VENV; this takes minutes if packages must be downloaded ..."
+  if [[ -e "$VENV/installed/project" ]]; then
+    # The project is installed already: nothing is built again.
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "inferpool[$extras]"
+  else
+    (cd -- "$REPO" && "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]")
   fi
-  say "Installing inferpool[$extras] into $VENV; with packages to fetch and code to compile this takes minutes ..."
-  (cd -- "$REPO" && "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]")
   mkdir -p "$VENV/installed"
-  for extra in "$@"; do made_from >"$VENV/installed/$extra"; done
+  printf '%s\n' "$key" >"$VENV/installed/project"
+  for extra in "${missing[@]}"; do touch "$VENV/installed/$extra"; done
 }
 
-distribution() { if [[ "$1" == gpu ]]; then echo onnxruntime-gpu; else echo onnxruntime; fi; }
+# The folder is part of the key: commands in bin/ hold their path, and do not survive a move.
+editable_key() {
+  { printf '%s\n' "$REPO" "$("$VENV/bin/python" -V)" "$(command -v cc gcc || true)"
+    cat -- "$REPO"/{pyproject.toml,setup.py}
+    find "$REPO/service" -name '*.c' -exec cat -- {} +
+  } | sha256sum
+}
 
-make_venv() {
+other_runtime() {
+  case "$1" in
+    cpu) echo onnxruntime-gpu ;;
+    gpu) echo onnxruntime ;;
+  esac
+}
+
+# --- .venv --------------------------------------------------------------------------------------------------
+
+# install_server EXTRA...: install the server and these extras into .venv, from a wheel with a compiled hot path.
+install_server() {
+  local packages wheel started=$SECONDS packages_job=""
+  is_python "$SERVE_VENV/bin/python" || make_venv "$SERVE_VENV" without-pip
+  packages="$(packages_key "$@")"
+  wheel="$(wheel_key)"
+  if is_installed packages "$packages" && is_installed wheel "$wheel"; then return; fi
+  find_uv
+  if ! is_installed packages "$packages"; then
+    say "Installing the packages of inferpool[$(IFS=,; echo "$*")] into $SERVE_VENV ..."
+    install_packages "$packages" "$@" &
+    packages_job=$!
+  fi
+  if ! is_installed wheel "$wheel"; then build_wheel; fi
+  if [[ -n "$packages_job" ]]; then wait "$packages_job"; fi
+  if ! is_installed wheel "$wheel"; then
+    run_uv pip install --python "$SERVE_VENV/bin/python" --no-deps --reinstall "$SERVE_VENV"/wheel/*.whl
+    mark_installed wheel "$wheel"
+  fi
+  say "Everything is installed after $((SECONDS - started)) s; the next start installs nothing."
+}
+
+# The wheel stays in .venv/wheel. It is built again when a source, the compiler or INFERPOOL_COMPILED changes.
+build_wheel() {
+  local tools="$SERVE_VENV/build" source started=$SECONDS compiled="${INFERPOOL_COMPILED:-}"
+  if [[ "$compiled" == 0 ]]; then
+    say "Building the server without compiling its hot path (INFERPOOL_COMPILED=0) ..."
+  elif ! has_compiler; then
+    say "Warning: no C compiler with the headers of $("$SERVE_VENV/bin/python" -V): the hot path runs interpreted, and"
+    say "  a request costs nearly twice the CPU time. To change that on Debian: apt-get install gcc libc6-dev python3-dev"
+    [[ "$compiled" != 1 ]] || exit 1
+    compiled=0
+  else
+    say "Compiling the server's hot path with mypyc; this takes half a minute on two cores ..."
+  fi
+  if [[ "$(cat "$tools/installed" 2>/dev/null)" != "$(tools_key)" ]]; then
+    run_uv venv --clear --python "$SERVE_VENV/bin/python" "$tools"
+    build_requirements | run_uv pip install --python "$tools/bin/python" --requirement -
+    tools_key >"$tools/installed"
+  fi
+  # The copy keeps the checkout clean, and its C modules, which an editable installation built, out of the wheel.
+  source="$(mktemp -d)"
+  (cd -- "$REPO" && tar -cf - --exclude='*.so' --exclude='__pycache__' --exclude='*.egg-info' \
+    pyproject.toml setup.py README.md LICENSE service) | tar -xf - -C "$source"
+  rm -rf "$SERVE_VENV/wheel"
+  INFERPOOL_COMPILED="$compiled" run_uv build --wheel --no-build-isolation --python "$tools/bin/python" \
+    --out-dir "$SERVE_VENV/wheel" "$source" || { rm -rf "$source"; return 1; }
+  rm -rf "$source"
+  if [[ "$compiled" == 0 ]]; then
+    say "The server is built after $((SECONDS - started)) s."
+  elif "$SERVE_VENV/bin/python" -m zipfile -l "$SERVE_VENV"/wheel/*.whl | grep -q '__mypyc'; then
+    say "The hot path is compiled after $((SECONDS - started)) s."
+  else
+    say "Warning: the hot path could not be compiled and runs interpreted. INFERPOOL_COMPILED=1 scripts/serve shows why."
+  fi
+}
+
+# install_packages KEY EXTRA...: install the dependencies of the project, without the project itself.
+install_packages() {
+  local key="$1" started=$SECONDS extra flags=()
+  shift
+  for extra in "$@"; do
+    flags+=(--extra "$extra")
+    # The two builds of ONNX Runtime install the same files: removing one breaks the other.
+    if [[ -n "$(other_runtime "$extra")" && -e "$SERVE_VENV/installed/$(other_runtime "$extra")" ]]; then
+      run_uv pip uninstall --python "$SERVE_VENV/bin/python" onnxruntime onnxruntime-gpu
+    fi
+  done
+  rm -f "$SERVE_VENV"/installed/onnxruntime*
+  run_uv pip install --python "$SERVE_VENV/bin/python" "${flags[@]}" --requirement "$REPO/pyproject.toml"
+  mark_installed "onnxruntime$([[ " $* " != *" gpu "* ]] || echo -gpu)" "$key"
+  mark_installed packages "$key"
+  say "The packages are installed after $((SECONDS - started)) s."
+}
+
+is_installed() { [[ "$(cat "$SERVE_VENV/installed/$1" 2>/dev/null)" == "$2" ]]; }
+
+mark_installed() {
+  mkdir -p "$SERVE_VENV/installed"
+  printf '%s\n' "$2" >"$SERVE_VENV/installed/$1"
+}
+
+packages_key() {
+  { printf '%s\n' "$REPO" "$("$SERVE_VENV/bin/python" -V)" "$@"; cat -- "$REPO/pyproject.toml"; } | sha256sum
+}
+
+wheel_key() {
+  { printf '%s\n' "$REPO" "$("$SERVE_VENV/bin/python" -V)" "${INFERPOOL_COMPILED:-}"
+    ! has_compiler || command -v cc gcc || true
+    cd -- "$REPO"
+    find service -type f \( -name '*.py' -o -name '*.pyi' -o -name '*.c' -o -name '*.h' \) -print0 | sort -z | xargs -0 sha256sum
+    cat -- pyproject.toml setup.py
+  } | sha256sum
+}
+
+tools_key() { { printf '%s\n' "$REPO" "$("$SERVE_VENV/bin/python" -V)"; build_requirements; } | sha256sum; }
+
+build_requirements() {
+  "$SERVE_VENV/bin/python" -c 'import sys, tomllib
+for line in tomllib.load(open(sys.argv[1], "rb"))["build-system"]["requires"]: print(line)' "$REPO/pyproject.toml"
+}
+
+has_compiler() {
+  command -v cc >/dev/null && [[ -e "$("$SERVE_VENV/bin/python" -c \
+    'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]]
+}
+
+# find_uv: find uv on the PATH or in .venv; if there is none, install it into .venv by pip. uv is to use the package
+# index that pip would use.
+find_uv() {
   local python
   python="$(find_python)"
-  # Debian packs this part of Python on its own.
-  "$python" -c 'import ensurepip' 2>/dev/null || install_ensurepip "$python"
-  say "Making $VENV with $("$python" -V) ..."
-  if is_python "$VENV/bin/python"; then
-    "$python" -m venv "$VENV"
-  else
-    "$python" -m venv --clear "$VENV"
+  export UV_SYSTEM_CERTS=1
+  if [[ -z "${UV_DEFAULT_INDEX:-}" ]]; then
+    UV_DEFAULT_INDEX="${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}"
+    if [[ -n "$UV_DEFAULT_INDEX" ]]; then export UV_DEFAULT_INDEX; fi
   fi
+  if [[ -x "$SERVE_VENV/bin/uv" ]]; then UV="$SERVE_VENV/bin/uv"; else UV="$(command -v uv || true)"; fi
+  if [[ -n "$UV" ]]; then return; fi
+  say "Installing uv, the installer, into $SERVE_VENV ..."
+  if ! "$python" -m pip --python "$SERVE_VENV/bin/python" install --quiet --disable-pip-version-check uv 2>/dev/null; then
+    # No pip, or one from before its option --python.
+    "$python" -c 'import ensurepip' 2>/dev/null || install_ensurepip "$python"
+    "$SERVE_VENV/bin/python" -m ensurepip >/dev/null
+    "$SERVE_VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv
+  fi
+  UV="$SERVE_VENV/bin/uv"
+}
+
+run_uv() { "$UV" --quiet "$@"; }
+
+# --- Python -------------------------------------------------------------------------------------------------
+
+is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+# make_venv FOLDER with-pip|without-pip
+make_venv() {
+  local python options=()
+  python="$(find_python)"
+  if [[ "$2" == without-pip ]]; then
+    options+=(--without-pip)
+  else
+    # Debian has this part of Python in a package of its own.
+    "$python" -c 'import ensurepip' 2>/dev/null || install_ensurepip "$python"
+  fi
+  is_python "$1/bin/python" || options+=(--clear)
+  say "Making $1 with $("$python" -V) ..."
+  "$python" -m venv "${options[@]}" "$1"
 }
 
 find_python() {

@@ -91,6 +91,9 @@ class Settings(BaseModel):
         return devices
 
 
+_NOT_SETTINGS = ("CONFIG", "COMPILED")
+"""Variables with our prefix that are no settings: the file of settings, and a switch of the build (setup.py)."""
+
 # Kubernetes writes these for a Service called "inferpool"; they are not ours.
 _SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT)(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)$")
 
@@ -143,7 +146,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values = {}
     for variable, text in environ.items():
         name = variable.removeprefix(ENV_PREFIX)
-        if name == variable or name == "CONFIG" or _SERVICE_LINK.match(name):
+        if name == variable or name in _NOT_SETTINGS or _SERVICE_LINK.match(name):
             continue
         if name == "PORT" and "://" in text:
             continue
