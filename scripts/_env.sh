@@ -130,7 +130,7 @@ build_wheel() {
   rm -rf "$source"
   if [[ "$compiled" == 0 ]]; then
     say "The server is built after $((SECONDS - started)) s."
-  elif "$SERVE_VENV/bin/python" -m zipfile -l "$SERVE_VENV"/wheel/*.whl | grep -q '__mypyc'; then
+  elif [[ "$("$SERVE_VENV/bin/python" -m zipfile -l "$SERVE_VENV"/wheel/*.whl)" == *__mypyc* ]]; then
     say "The hot path is compiled after $((SECONDS - started)) s."
   else
     say "Warning: the hot path could not be compiled and runs interpreted. INFERPOOL_COMPILED=1 scripts/serve shows why."
@@ -219,6 +219,7 @@ is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/
 make_venv() {
   local python options=()
   python="$(find_python)"
+  PYTHON="$python"
   if [[ "$2" == without-pip ]]; then
     options+=(--without-pip)
   else
@@ -232,6 +233,7 @@ make_venv() {
 
 find_python() {
   local name
+  if [[ -n "${PYTHON:-}" ]]; then echo "$PYTHON"; return; fi
   for name in python3.13 python3.12 python3.11 python3; do
     if is_python "$name"; then
       command -v "$name"
