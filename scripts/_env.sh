@@ -102,6 +102,17 @@ install_server() {
   say "Everything is installed after $((SECONDS - started)) s; the next start installs nothing."
 }
 
+# install_benchmark_packages: add the packages of the tests, which the benchmarks use, to .venv. By pip, for PyTorch.
+install_benchmark_packages() {
+  local key
+  key="$(packages_key test)"
+  if is_installed test "$key"; then return; fi
+  "$SERVE_VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$SERVE_VENV/bin/python" -m ensurepip >/dev/null
+  say "Installing the packages of the benchmarks into $SERVE_VENV; this takes minutes ..."
+  "$SERVE_VENV/bin/python" -m pip install --quiet --disable-pip-version-check "inferpool[test]"
+  mark_installed test "$key"
+}
+
 # The wheel stays in .venv/wheel. It is built again when a source, the compiler or INFERPOOL_COMPILED changes.
 build_wheel() {
   local tools="$SERVE_VENV/build" source started=$SECONDS compiled="${INFERPOOL_COMPILED:-}"
@@ -169,7 +180,7 @@ packages_key() {
 wheel_key() {
   { printf '%s\n' "$REPO" "$("$SERVE_VENV/bin/python" -V)" "${INFERPOOL_COMPILED:-}"
     ! has_compiler || command -v cc gcc || true
-    cd -- "$REPO"
+    cd -- "$REPO" || exit
     find service -type f \( -name '*.py' -o -name '*.pyi' -o -name '*.c' -o -name '*.h' \) -print0 | sort -z | xargs -0 sha256sum
     cat -- pyproject.toml setup.py
   } | sha256sum
