@@ -20,7 +20,7 @@ from inferpool import cli
 from inferpool.http.problems import STATUSES
 from inferpool.observe.logs import request_fields
 from inferpool.observe.metrics import FAMILIES
-from inferpool.observe.request_record import Record
+from inferpool.observe.request_record import RequestRecord
 from inferpool.repository.config import ModelConfig
 from inferpool.settings import Settings, add_flags
 from pydantic import BaseModel
@@ -132,7 +132,7 @@ def test_the_table_of_components_is_the_folders():
 def test_the_table_of_log_fields_is_the_codes():
     """The README lists every field of a request's line."""
     named = re.findall(r"`(\w+)`", " ".join(row[0] for row in table("Watching it", "field")))
-    record = Record(0.0, "", None, 200, "ok", None, None, None, None, None, None, 0.0, 0, 0)
+    record = RequestRecord(0.0, "", None, 200, "ok", None, None, None, None, None, None, 0.0, 0, 0)
     assert set(named) == set(request_fields(record))
 
 

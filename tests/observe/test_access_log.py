@@ -96,14 +96,11 @@ def test_a_client_that_leaves_leaves_a_line(serve: Serve, make_chaos: MakeChaos)
         waiting, sending = [await Client.connect(server.port) for _ in range(2)]
         waiting.send("/predict/slow", b'{"inputs": [[1, 2, 3, 4]]}', {"x-request-id": "waiting"})
         sending.send("/predict/slow", b"{", {"x-request-id": "sending", "content-length": "100"})
-        while await asyncio.to_thread(server.metric, "in_flight_requests") < 2:
-            pass
-        while await asyncio.to_thread(server.metric, "queue_rows") < 1:
-            pass
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 2)
+        await asyncio.to_thread(server.wait_for_metric, "queue_rows", 1)
         for client in (waiting, sending):
             await client.close()
-        while await asyncio.to_thread(server.metric, "in_flight_requests"):
-            pass
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", at_most=0)
 
     asyncio.run(leave())
     found = {line["request_id"]: line for line in lines(server)}

@@ -42,8 +42,7 @@ async def post(server: Server, content: bytes, **headers: str) -> Reply:
 
 async def until(server: Server, name: str, at_least: float, **labels: str) -> None:
     """Wait until a metric has reached a value."""
-    while await asyncio.to_thread(server.metric, name, **labels) < at_least:
-        pass
+    await asyncio.to_thread(server.wait_for_metric, name, at_least, **labels)
 
 
 def gather(*work: object) -> list[Reply]:

@@ -376,7 +376,7 @@ def test_what_a_mig_device_does_not_tell_is_absent() -> None:
 def test_without_a_driver_there_are_no_readings_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
     """The real NVML, which does not find its library."""
     assert gpu_readings([Gpu(0, "none", "uuid-0", 1)]) is None
-    assert "no metrics of GPUs: NVML Shared Library Not Found" in caplog.text
+    assert "GPU metrics are off: NVML did not start: NVML Shared Library Not Found" in caplog.text
 
 
 @without_driver

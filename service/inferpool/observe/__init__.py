@@ -1,1 +1,1 @@
-"""What the server tells: metrics, logs and spans."""
+"""Metrics, logs and spans."""

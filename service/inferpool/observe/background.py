@@ -1,4 +1,4 @@
-"""Work that requests leave behind, done by a thread beside the event loop."""
+"""A thread beside the event loop, for work that no response waits for: log lines and spans."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 GATHER_S: Final = 0.05
-"""How long items gather: to wake a thread costs more than to hand over an item."""
+"""How long items are gathered: waking a thread costs more than handing over an item."""
 MOST_WAITING: Final = 20_000
-"""More items are dropped and counted: a reader who is too slow must not cost memory without end."""
+"""Items that may wait. Further items are dropped and counted, so that a slow reader costs bounded memory."""
 AT_ONCE: Final = 64
-"""Items handled in one call; between calls the event loop gets its turn."""
+"""Items handled in one call. Between two calls the event loop can take the interpreter's lock."""
 
 
 class BackgroundWorker(Generic[Item]):
-    """Hands items to `handle`, in order, in a thread of its own. `put` never blocks."""
+    """Passes items in order to `handle` in a thread of its own. `put` never blocks."""
 
     def __init__(
         self,
@@ -28,9 +28,10 @@ class BackgroundWorker(Generic[Item]):
         handle: Callable[[Sequence[Item]], None],
         report: Callable[[str], None] = log.warning,
     ) -> None:
-        """`name` is the thread's; an exception of `handle` loses the items it was called with.
+        """Start the thread `name`.
 
-        `report` is told, in the thread, of items that were dropped.
+        If `handle` raises, its items are lost and the error is logged. The thread calls `report` with a
+        message when items were dropped.
         """
         self._dropped = 0
         self._dropping = threading.Lock()
@@ -40,13 +41,13 @@ class BackgroundWorker(Generic[Item]):
         self._items: deque[Item] = deque()
         self._woken = False
         self._wake = threading.Event()
-        self._hurry = threading.Event()
+        self._flush = threading.Event()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def put(self, item: Item) -> None:
-        """Leave `item` to the thread, or drop it where too many wait."""
+        """Queue `item` for the thread, or drop it if too many items wait."""
         if len(self._items) >= MOST_WAITING:
             with self._dropping:
                 self._dropped += 1
@@ -56,30 +57,30 @@ class BackgroundWorker(Generic[Item]):
             self._woken = True
             self._wake.set()
 
-    def hurry(self) -> None:
-        """Let the thread handle what waits now, without gathering more."""
-        self._hurry.set()
+    def flush_soon(self) -> None:
+        """Make the thread handle the waiting items now instead of gathering more."""
+        self._flush.set()
         self._wake.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Handle what waits and end the thread; False if that took longer than `timeout_s`."""
+        """Handle the waiting items and end the thread; False if that takes longer than `timeout_s`."""
         self._closed.set()
-        self.hurry()
+        self.flush_soon()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         while not self._closed.is_set():
             self._wake.wait()
-            self._hurry.wait(GATHER_S)
-            self._hurry.clear()
+            self._flush.wait(GATHER_S)
+            self._flush.clear()
             self._wake.clear()
-            # From here on an item wakes the thread again; one that was put before is handled below.
+            # An item that is put after this line wakes the thread again; `_drain` handles all earlier ones.
             self._woken = False
-            self._work_off()
-        self._work_off()
+            self._drain()
+        self._drain()
 
-    def _work_off(self) -> None:
+    def _drain(self) -> None:
         while self._items:
             items = [self._items.popleft() for _ in range(min(AT_ONCE, len(self._items)))]
             try:

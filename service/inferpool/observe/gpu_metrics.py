@@ -1,7 +1,7 @@
-"""What NVIDIA's management library tells of the GPUs in use, for `/metrics`.
+"""Readings of the GPUs in use for `/metrics`, taken from NVIDIA's management library (NVML).
 
-A GPU that does not tell something (a MIG device has no clock of its own, so no utilisation) has no such
-series. Without the driver, or without `nvidia-ml-py`, there are none at all, and that is no error.
+A GPU that lacks a reading has no such series: a MIG device, for example, has no utilisation of its own.
+Without the driver or `nvidia-ml-py` there are no GPU series at all, which is not an error.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from inferpool.system.install_hints import install_command
 
 log = logging.getLogger(__name__)
 
-_CORE: Final = 0
-"""NVML_TEMPERATURE_GPU of nvml.h: the only sensor that every card has."""
+_CORE_SENSOR: Final = 0
+"""NVML_TEMPERATURE_GPU in nvml.h, the only sensor that every GPU has."""
 
 _READINGS: Final[tuple[tuple[str, Callable[[Any, Any], float]], ...]] = (
     ("gpu_utilization_ratio", lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100),
     ("gpu_memory_used_bytes", lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used),
     ("gpu_memory_total_bytes", lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).total),
-    ("gpu_temperature_celsius", lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, _CORE)),
+    ("gpu_temperature_celsius", lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, _CORE_SENSOR)),
     ("gpu_power_watts", lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000),
     ("gpu_energy_joules_total", lambda nvml, gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000),
 )
-"""Metrics, and how NVML tells them: in per cent, milliwatts and millijoules."""
+"""Metric name and reader. NVML uses per cent, milliwatts and millijoules."""
 
 
 class GpuReadings:
-    """A source of metrics: what the GPUs tell at this moment."""
+    """A source of metrics that reads the GPUs at each scrape."""
 
     def __init__(self, nvml: Any, gpus: Sequence[Gpu]) -> None:
-        """`nvml` is the module `pynvml`, initialised; GPUs that it does not know are left out."""
+        """Keep the initialised module `pynvml` and those of the `gpus` that it knows."""
         self._nvml = nvml
         self._handles = [(gpu.device, handle) for gpu in gpus if (handle := self._handle(gpu)) is not None]
 
     def __call__(self) -> Iterable[Sample]:
-        """The series that there are, read now."""
+        """Read every GPU and yield its samples."""
         for device, handle in self._handles:
             for name, read in _READINGS:
                 with suppress(self._nvml.NVMLError):
@@ -55,16 +55,18 @@ class GpuReadings:
 
 
 def gpu_readings(gpus: Sequence[Gpu]) -> GpuReadings | None:
-    """The source for `gpus`; None where there are none, or NVML is not to be had."""
+    """The source for `gpus`; None if there are none or NVML is not available."""
     if not gpus:
         return None
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
     except ImportError:
-        log.warning("no metrics of GPUs: nvidia-ml-py is not installed: %s", install_command("gpu"))
+        log.warning(
+            "GPU metrics are off: nvidia-ml-py is not installed; install it with: %s", install_command("gpu")
+        )
     except nvml.NVMLError as error:
-        log.warning("no metrics of GPUs: %s", error)
+        log.warning("GPU metrics are off: NVML did not start: %s", error)
     else:
         return GpuReadings(nvml, gpus)
     return None

@@ -1,4 +1,4 @@
-"""Log lines: for people on a terminal, as JSON for machines. Never a payload."""
+"""Log lines: text for a terminal or JSON for machines, and never a payload."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any, Final, TextIO
 import orjson
 
 from inferpool.observe.background import BackgroundWorker
-from inferpool.observe.request_record import Record
+from inferpool.observe.request_record import RequestRecord
 
 ACCESS: Final = "inferpool.access"
-"""The logger of the lines that requests leave."""
+"""The logger name of the access log."""
 
 CLOSE_S: Final = 1.0
-"""How long what waits may take to be written at the end."""
+"""How long the process may take at its end to write the waiting lines."""
 
-_STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
+_STANDARD_FIELDS: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
     "message",
     "asctime",
     "taskName",
@@ -32,11 +32,11 @@ _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
 
 
 class LineFormatter(logging.Formatter):
-    """Makes a line of a log record, or of its parts."""
+    """Formats a log record, or the values of one, as a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a log record; what was passed as `extra` stands beside the message."""
-        fields = {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
+        """The line of a log record, with the fields that the call passed as `extra`."""
+        fields = {key: value for key, value in record.__dict__.items() if key not in _STANDARD_FIELDS}
         exception = self.formatException(record.exc_info) if record.exc_info else None
         return self.line(
             record.created, record.levelname, record.name, record.getMessage(), fields, exception
@@ -51,12 +51,12 @@ class LineFormatter(logging.Formatter):
         fields: Mapping[str, Any],
         exception: str | None = None,
     ) -> str:
-        """The line; `time` is Unix time in seconds."""
+        """The line for these values; `time` is Unix time in seconds."""
         raise NotImplementedError
 
 
 class JsonFormatter(LineFormatter):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def line(
         self,
@@ -67,14 +67,14 @@ class JsonFormatter(LineFormatter):
         fields: Mapping[str, Any],
         exception: str | None = None,
     ) -> str:
-        """The object; its keys are those of `fields` beside time, level, logger and message."""
+        """The object: time, level, logger, message and `fields`, and `exception` if there is one."""
         line = {"time": _iso(time), "level": level.lower(), "logger": logger, "message": message, **fields}
         if exception is not None:
             line["exception"] = exception
         try:
             return orjson.dumps(line, default=str).decode()
         except orjson.JSONEncodeError:
-            # File names may be no Unicode; such text is escaped here, where orjson refuses it.
+            # orjson refuses text that is not valid Unicode, which file names can contain; `json` escapes it.
             return json.dumps(line, default=str)
 
 
@@ -90,83 +90,80 @@ class ConsoleFormatter(LineFormatter):
         fields: Mapping[str, Any],
         exception: str | None = None,
     ) -> str:
-        """The line, and the traceback below it if there is one."""
+        """The line, followed by the traceback if there is one."""
         extra = "".join(f" {key}={value}" for key, value in fields.items() if value is not None)
-        # A client chooses some of what is logged; it must not be able to start a line of its own.
+        # Clients choose a part of some messages. They must not be able to start a line of their own.
         message = message.replace("\n", "\\n").replace("\r", "\\r")
         line = f"{_iso(time)[11:23]} {level:<8} {message}{extra}"
         return line if exception is None else f"{line}\n{exception}"
 
 
 class LineHandler(logging.Handler):
-    """Has lines written by a thread of its own, so that no logging call waits for whoever reads them."""
+    """Writes lines in a thread of its own, so that no logging call waits for the reader of the log."""
 
     def __init__(self, stream: TextIO, formatter: LineFormatter) -> None:
-        """`stream` must be a file's: lines go to its descriptor.
+        """Write to the file descriptor of `stream`.
 
-        A thread that writes to the stream itself holds its lock while it does, and where nobody reads Python
-        could not flush the stream at its end.
+        The stream itself is not used: a blocked write would hold its lock, and Python could not flush
+        the stream when it ends.
         """
         super().__init__()
         self._file = stream.fileno()
         self._encoding = stream.encoding
-        self._lines = formatter
+        self._formatter = formatter
         self.setFormatter(formatter)
-        self._aside = BackgroundWorker[str | Record]("log", self._write, self._report)
+        self._worker = BackgroundWorker[str | RequestRecord]("log", self._write, self._report)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Have a log record's line written soon: it may be the last of a process that dies."""
+        """Write the line of a log record soon: it may be the last of a process that dies."""
         try:
             line = self.format(record)
-        except Exception as fault:  # noqa: BLE001 - what goes wrong in logging must not end what is logged
-            message = f"a line could not be made of {record.msg!r}: {fault!r}"
-            line = self._lines.line(record.created, "ERROR", record.name, message, {})
-        self._aside.put(line)
-        self._aside.hurry()
+        except Exception as fault:  # noqa: BLE001 - an error in logging must not end the code that logs
+            message = f"the log record {record.msg!r} could not be formatted: {fault!r}"
+            line = self._formatter.line(record.created, "ERROR", record.name, message, {})
+        self._worker.put(line)
+        self._worker.flush_soon()
 
-    def put(self, record: Record) -> None:
-        """Have a request's line written."""
-        self._aside.put(record)
+    def put(self, record: RequestRecord) -> None:
+        """Write the line of a request."""
+        self._worker.put(record)
 
     def close(self) -> None:
-        """Write what waits, for a bounded time; Python does it at its end."""
-        self._aside.close(CLOSE_S)
+        """Write the waiting lines within a bounded time; Python calls this at its end."""
+        self._worker.close(CLOSE_S)
         super().close()
 
-    def _write(self, items: Sequence[str | Record]) -> None:
+    def _write(self, items: Sequence[str | RequestRecord]) -> None:
         lines = (item if isinstance(item, str) else self._access_line(item) for item in items)
         data = "".join(f"{line}\n" for line in lines).encode(self._encoding, "backslashreplace")
-        # Where nobody can take lines any more there is nobody to tell either.
+        # If the stream is broken, the error cannot be reported either.
         with contextlib.suppress(OSError):
             while data:
                 data = data[os.write(self._file, data) :]
 
-    def _access_line(self, record: Record) -> str:
+    def _access_line(self, record: RequestRecord) -> str:
         level = logging.getLevelName(_level(record.status))
-        return self._lines.line(record.time, level, ACCESS, "predict", request_fields(record))
+        return self._formatter.line(record.time, level, ACCESS, "predict", request_fields(record))
 
     def _report(self, message: str) -> None:
-        # Not by way of the logger: who closes this handler holds its lock, and waits for this thread.
-        self._write([self._lines.line(time.time(), "WARNING", __name__, message, {})])
+        # The logger is not used: `close` holds the lock of this handler while it waits for this thread.
+        self._write([self._formatter.line(time.time(), "WARNING", __name__, message, {})])
 
 
 class AccessLog:
-    """One line a predict request.
-
-    A request that ended with 500 is an error and always logged; every other only where that is wanted.
-    """
+    """Logs predict requests, one line each: all of them, or only those that ended with status 500."""
 
     def __init__(self, handler: LineHandler, *, every: bool) -> None:
         self._handler = handler
-        # A status from here on is logged: as the level of the lines is, so is that of these.
+        # The configured log level holds for these lines too.
         self._level = logging.getLogger(ACCESS).getEffectiveLevel() if every else logging.ERROR
 
     def wants(self, status: int) -> bool:
         """Whether a request that ended with `status` is logged."""
         return _level(status) >= self._level
 
-    def put(self, record: Record) -> None:
-        """Log a request; at once done, whatever the stream does."""
+    def put(self, record: RequestRecord) -> None:
+        """Log a request; returns at once, whatever the stream does."""
         self._handler.put(record)
 
 
@@ -175,20 +172,20 @@ def configure_logs(level: str, style: str, stream: TextIO = sys.stderr) -> LineH
     console = style == "console" or (style == "auto" and stream.isatty())
     handler = LineHandler(stream, ConsoleFormatter() if console else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # Its start and stop lines say again what ours say.
+    # uvicorn's lines about start and stop repeat our own.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     return handler
 
 
 def _level(status: int) -> int:
-    """500 is a defect, of the server or of a model; 503 and 504 say that it is loaded or not ready."""
+    """The level of a status: 500 is a defect; 503 and 504 mean overload or a model that is not ready."""
     if status < 500:
         return logging.INFO
     return logging.ERROR if status == 500 else logging.WARNING
 
 
-def request_fields(record: Record) -> dict[str, Any]:
-    """What a request's line says beside its time and level."""
+def request_fields(record: RequestRecord) -> dict[str, Any]:
+    """The fields of a request's line, without time and level."""
     return {
         "request_id": record.request_id,
         "trace_id": record.trace_id,

@@ -1,12 +1,11 @@
-"""What is counted, and how Prometheus reads it.
+"""All metrics, and their text for Prometheus.
 
-A request may cost one microsecond of metrics, so the values are plain numbers: no lock, no label
-lookup. Each value has one writer at a time (the event loop for what is counted per request, the pool
-under its lock for what is counted per batch), and whoever writes holds the value itself, looked up once
-a version. They are written when they are scraped, as text or OpenMetrics; those of the process are
-`prometheus_client`'s.
+Metrics may cost a request one microsecond. So the values are plain numbers, without locks and without
+label look-ups. Each value has one writer at a time: the event loop writes the values of requests, the pool
+writes those of batches under its lock. A writer looks a value up once per version and keeps it. A scrape
+renders the values as text or OpenMetrics; the metrics of the process come from `prometheus_client`.
 
-`FAMILIES` is the table of everything exported; the README's table is checked against it.
+`FAMILIES` is the table of all exported metrics; a test compares the documented table with it.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ SECONDS_BUCKETS: Final = (
     0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025, 0.04, 0.06,
     0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0,
 )  # fmt: skip
-"""Upper bounds for durations: steps of about 1.6, from half a millisecond to half a minute."""
+"""Upper bounds for durations in seconds: steps of about 1.6, from 0.5 ms to 30 s."""
 
 ROWS_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Upper bounds for rows a batch."""
+"""Upper bounds for the rows of a batch."""
 
 USUAL_STATUSES: Final = ("200", "422", "429", "500", "503", "504")
-"""Counted from 0 on for every version: a rate would miss the first of a series that begins at 1."""
+"""Statuses whose counters exist from the start: a rate misses the first request of a new series."""
 
 
 class Value:
-    """A number that one writer changes and any thread may read."""
+    """A number with one writer at a time, which any thread may read."""
 
     __slots__ = ("value",)
 
@@ -56,7 +55,7 @@ class Value:
 
 
 class Distribution:
-    """A histogram that one writer observes into and any thread may read."""
+    """A histogram with one writer at a time, which any thread may read."""
 
     __slots__ = ("bounds", "counts", "exemplars", "sum")
 
@@ -67,18 +66,18 @@ class Distribution:
         self.exemplars: dict[int, Exemplar] = {}
 
     def observe(self, amount: float) -> None:
-        """Count `amount` in the bucket of the first bound that is not below it."""
+        """Count `amount` in the first bucket whose upper bound is not below it."""
         self.counts[bisect_left(self.bounds, amount)] += 1
         self.sum += amount
 
     def exemplify(self, exemplar: Exemplar) -> None:
-        """Show `exemplar`, which has been observed, with its bucket, in place of the one before."""
+        """Attach `exemplar`, whose amount was observed, to its bucket in place of the previous one."""
         self.exemplars[bisect_left(self.bounds, exemplar.amount)] = exemplar
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One exported metric: its name without the prefix, its kind, its labels, and what it says."""
+    """One exported metric: its name without the prefix, its kind, labels and help text."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram", "info"]
@@ -88,7 +87,7 @@ class Family:
 
     @property
     def full_name(self) -> str:
-        """The name as it is scraped, `_total` included."""
+        """The exported name, with prefix."""
         return "inferpool_" + self.name
 
 
@@ -142,17 +141,17 @@ FAMILIES: Final = {
         Family("build_info", "info", (), "Versions of Inferpool and its runtimes."),
     )
 }  # fmt: skip
-"""Everything exported, by name without the prefix."""
+"""All exported metrics, by name without the prefix."""
 
 Sample = tuple[str, tuple[str, ...], float]
-"""A gauge read at scrape time: the family's name, its label values, the number."""
+"""A gauge that a source reads at scrape time: the family's name, its label values, the number."""
 
 
 class Metrics:
-    """All values of a server, and their rendering."""
+    """The metrics of a server."""
 
     def __init__(self, info: dict[str, str]) -> None:
-        """`info` is what `build_info` says."""
+        """Start without values; `info` has the labels of `build_info`."""
         self._lock = threading.Lock()
         self._values: dict[str, dict[tuple[str, ...], tuple[str, Value]]] = {}
         self._distributions: dict[str, dict[tuple[str, ...], tuple[HistogramStems, Distribution]]] = {}
@@ -164,7 +163,7 @@ class Metrics:
             collector(registry=self._registry)
 
     def value(self, name: str, *labels: str) -> Value:
-        """The counter of family `name` with these label values, made when first asked for."""
+        """The counter of family `name` with these label values, created at the first call."""
         family = self._family(name, labels)
         with self._lock:
             series = self._values.setdefault(name, {})
@@ -173,7 +172,7 @@ class Metrics:
             return series[labels][1]
 
     def distribution(self, name: str, *labels: str) -> Distribution:
-        """The histogram of family `name` with these label values, made when first asked for."""
+        """The histogram of family `name` with these label values, created at the first call."""
         family = self._family(name, labels)
         with self._lock:
             series = self._distributions.setdefault(name, {})
@@ -183,7 +182,7 @@ class Metrics:
             return series[labels][1]
 
     def add_version(self, model: str, version: str) -> None:
-        """Export the version's requests from 0 on."""
+        """Export the version's request counters and histograms with the value 0."""
         for status in USUAL_STATUSES:
             self.value("requests_total", model, version, status)
         for family in FAMILIES.values():
@@ -191,14 +190,14 @@ class Metrics:
                 self.distribution(family.name, model, version)
 
     def add_source(self, source: Callable[[], Iterable[Sample]]) -> None:
-        """Ask `source` for gauges at each scrape."""
+        """Call `source` for its gauges at each scrape."""
         self._sources.append(source)
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """The exposition and its content type: OpenMetrics where `accept` asks for it, else text."""
+        """All metrics and their content type: OpenMetrics if `accept` asks for it, else text."""
         encode, content_type = choose_encoder(accept)
         own = self._text(openmetrics=content_type.startswith("application/openmetrics-text"))
-        # Last, because OpenMetrics ends with a mark that the encoder sets.
+        # The encoder comes last, because it writes the mark that ends an OpenMetrics page.
         return own.encode() + encode(self._registry), content_type
 
     def _text(self, *, openmetrics: bool) -> str:
@@ -217,8 +216,10 @@ class Metrics:
             elif family.kind == "histogram":
                 # The text format has no exemplars.
                 parts += [
-                    histogram_lines(stems, list(of.counts), of.sum, dict(of.exemplars) if openmetrics else {})
-                    for stems, of in distributions.get(name, ())
+                    histogram_lines(
+                        stems, list(each.counts), each.sum, dict(each.exemplars) if openmetrics else {}
+                    )
+                    for stems, each in distributions.get(name, ())
                 ]
             else:
                 parts += [f"{text}{value.value}\n" for text, value in values.get(name, ())]

@@ -1,7 +1,7 @@
-"""How metrics are written: Prometheus' text format 0.0.4, and OpenMetrics 1.0.
+"""Writes metrics in Prometheus' text format 0.0.4 and in OpenMetrics 1.0.
 
-What does not change of a series, its name and labels, is made once as a *stem*; a scrape only puts the
-numbers behind it, so that many versions do not make a slow page.
+The constant front of a series, its name and labels, is made once and called its *stem*. A scrape only
+appends the numbers, so that the page stays fast with many versions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
 class Exemplar(NamedTuple):
-    """One request that a bucket counted: its trace, what was measured, and when (Unix time in seconds)."""
+    """One request that a bucket counted: its trace id, the measured amount, and the Unix time in seconds."""
 
     trace_id: str
     amount: float
@@ -22,11 +22,11 @@ class Exemplar(NamedTuple):
 
 
 class HistogramStems(NamedTuple):
-    """The stems of a histogram's series: one a bucket, `+Inf` last, and those of its count and sum."""
+    """The stems of a histogram's series: one per bucket, `+Inf` last, and those of its count and sum."""
 
     buckets: tuple[str, ...]
-    of_count: str
-    of_sum: str
+    count_stem: str
+    sum_stem: str
 
 
 def stem(name: str, labels: Sequence[str], values: Sequence[str]) -> str:
@@ -42,7 +42,7 @@ def stem(name: str, labels: Sequence[str], values: Sequence[str]) -> str:
 def histogram_stems(
     name: str, labels: Sequence[str], values: Sequence[str], bounds: Sequence[float]
 ) -> HistogramStems:
-    """The stems of a histogram with these upper bounds; OpenMetrics wants them written as floats."""
+    """The stems of a histogram with these upper bounds, which OpenMetrics requires as floats."""
     named = [*map(str, map(float, bounds)), "+Inf"]
     buckets = tuple(stem(f"{name}_bucket", (*labels, "le"), (*values, bound)) for bound in named)
     return HistogramStems(buckets, stem(f"{name}_count", labels, values), stem(f"{name}_sum", labels, values))
@@ -51,21 +51,21 @@ def histogram_stems(
 def histogram_lines(
     stems: HistogramStems, counts: Sequence[int], total: float, exemplars: Mapping[int, Exemplar]
 ) -> str:
-    """The series of a histogram: `counts` are those of each bucket, `exemplars` those of some."""
+    """The lines of a histogram; `counts` has one number per bucket, `exemplars` are by bucket index."""
     cumulative = list(accumulate(counts))
     if exemplars:
         lines = [
-            f"{text}{count}{_exemplar(exemplars.get(number))}\n"
-            for number, (text, count) in enumerate(zip(stems.buckets, cumulative, strict=True))
+            f"{text}{count}{_exemplar(exemplars.get(index))}\n"
+            for index, (text, count) in enumerate(zip(stems.buckets, cumulative, strict=True))
         ]
     else:
         lines = [f"{text}{count}\n" for text, count in zip(stems.buckets, cumulative, strict=True)]
-    lines.append(f"{stems.of_count}{cumulative[-1]}\n{stems.of_sum}{total}\n")
+    lines.append(f"{stems.count_stem}{cumulative[-1]}\n{stems.sum_stem}{total}\n")
     return "".join(lines)
 
 
 def header(name: str, kind: str, text: str, *, openmetrics: bool) -> str:
-    """The comments above a family; the two formats differ in what they call a counter and an info."""
+    """The comments above a family; the two formats name counters and infos differently."""
     if kind == "info":
         name, kind = (name.removesuffix("_info"), "info") if openmetrics else (name, "gauge")
     elif kind == "counter" and openmetrics:

@@ -1,28 +1,28 @@
-"""What is known of a predict request when it ends: the line in the log and the spans are made of it."""
+"""The facts about a predict request that has ended, for its log line and its spans."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 
-class Record(NamedTuple):
-    """One predict request. There is no payload in it, and nothing that grows with one.
+class RequestRecord(NamedTuple):
+    """One predict request, without its payload or anything that grows with the payload.
 
     Attributes:
-        time: when it ended, in seconds of Unix time.
-        request_id: the caller's `X-Request-Id`, or the one it was given.
-        trace_id: 32 hexadecimal digits; None where the request belongs to no trace.
-        status: the HTTP status; 499 where the client left before it was answered.
-        code: the error's code; "ok" where there is none.
-        model: None where the request never named one that is served.
-        version: the version's number, or None.
-        rows: rows of the request; None where it was never in the queue.
-        batch_rows: rows of the batch it ran in; None where it never ran.
-        queue_s: seconds in the queue; None where it was never in it.
-        compute_s: seconds that its batch ran; None where it never ran, or not to an end.
+        time: the end of the request, in seconds of Unix time.
+        request_id: the client's `X-Request-Id`, or a generated one.
+        trace_id: 32 hexadecimal digits; None if the request belongs to no trace.
+        status: the HTTP status; 499 if the client disconnected before the response.
+        code: the error code, or "ok".
+        model: the model's name; None if the request named no model that is served.
+        version: the version number, or None.
+        rows: rows of the request; None if the request was never queued.
+        batch_rows: rows of the batch that the request ran in; None if it never ran.
+        queue_s: seconds in the queue; None if the request was never queued.
+        compute_s: seconds that its batch ran; None if the run never began or did not finish.
         total_s: seconds from the request's head to its end.
-        bytes_in: bytes of its body that were taken in, as they came; 0 where it was refused before.
-        bytes_out: bytes of the answer's body, before compression.
+        bytes_in: bytes of the body that were received, before decompression; 0 if refused before the body.
+        bytes_out: bytes of the response body, before compression.
     """
 
     time: float

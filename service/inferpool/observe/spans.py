@@ -1,8 +1,8 @@
-"""OpenTelemetry spans of predict requests, where the extra `otel` is installed and told where to send them.
+"""OpenTelemetry spans of predict requests, if an endpoint for them is configured.
 
-A request leaves one note behind when it ends. The spans are made of it by a thread beside the event
-loop, after the fact, with the times that were measured anyway. The SDK's own variables (`OTEL_*`) configure
-everything: where to, how much, under which name.
+A request leaves one record when it ends. A background thread makes the spans from the record, with the
+times that were measured anyway. The SDK's own variables (`OTEL_*`) configure the endpoint, the sampling and
+the service name. The extra `otel` must be installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from inferpool import __version__
 from inferpool.errors import ConfigError
 from inferpool.observe.background import BackgroundWorker
-from inferpool.observe.request_record import Record
+from inferpool.observe.request_record import RequestRecord
 from inferpool.observe.traceparent import Trace
 from inferpool.system.install_hints import install_command
 
@@ -32,17 +32,17 @@ _PROTOCOL: Final = "http/protobuf"
 
 
 class Moments(NamedTuple):
-    """When things happened to a request, by the predictor's clock; `offered` is None if it never was."""
+    """The times of a request by the predictor's clock; `offered` is None if it was never queued."""
 
     began: float
     offered: float | None
     ended: float
 
 
-class Note(NamedTuple):
-    """What a request leaves behind for its spans."""
+class _Ended(NamedTuple):
+    """A request that has ended, whose spans are to be sent."""
 
-    record: Record
+    record: RequestRecord
     trace: Trace
     moments: Moments
 
@@ -51,10 +51,12 @@ class Spans:
     """Decides which requests are traced, and sends their spans."""
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
-        """Raises ConfigError where the SDK is missing, or is told to speak what is not there."""
+        """Start the SDK; raises ConfigError if it is not installed or the protocol is not supported."""
         for name in _PROTOCOLS:
             if environ.get(name, _PROTOCOL) != _PROTOCOL:
-                raise ConfigError(f"{name} is {environ[name]!r}: spans are sent as {_PROTOCOL}")
+                raise ConfigError(
+                    f"{name} is {environ[name]!r}: only {_PROTOCOL} is supported; change or unset it"
+                )
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -62,8 +64,8 @@ class Spans:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise ConfigError(
-                f"spans are asked for ({', '.join(name for name in _ENDPOINTS if name in environ)}), which"
-                f" takes: {install_command('otel')} ({error})"
+                f"{' and '.join(name for name in _ENDPOINTS if name in environ)} ask for spans, but the"
+                f" OpenTelemetry SDK is not installed ({error}); install it with: {install_command('otel')}"
             ) from error
         resource = Resource.create({"service.version": __version__})
         if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
@@ -73,12 +75,12 @@ class Spans:
         self._exporter = OTLPSpanExporter()
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("inferpool", __version__)
-        self._aside = BackgroundWorker[Note]("spans", self._send)
+        self._worker = BackgroundWorker[_Ended]("spans", self._send)
 
     def sample(self, trace: Trace | None) -> Trace:
-        """The trace of a request that came with `trace`: a new one where it came with none.
+        """The trace of a request: the client's `trace`, or a new one if that is None.
 
-        `sampled` says whether its spans are wanted here.
+        In the result, `sampled` tells whether this server sends spans of the request.
         """
         if trace is None:
             trace = Trace(secrets.token_hex(16), "", sampled=False)
@@ -87,31 +89,31 @@ class Spans:
         ).decision
         return trace._replace(sampled=decision.is_sampled())
 
-    def put(self, record: Record, trace: Trace, moments: Moments) -> None:
-        """Send the spans of a request whose trace is sampled."""
-        self._aside.put(Note(record, trace, moments))
+    def put(self, record: RequestRecord, trace: Trace, moments: Moments) -> None:
+        """Send the spans of a request, whose trace must be sampled."""
+        self._worker.put(_Ended(record, trace, moments))
 
     def close(self, timeout_s: float) -> None:
-        """Send what waits, as far as that takes no longer."""
-        self._aside.close(timeout_s)
-        # The SDK keeps to no limit here: a collector that is gone is tried again for ten seconds.
+        """Send the waiting spans; those that take longer than `timeout_s` are lost, with a warning."""
+        self._worker.close(timeout_s)
+        # The SDK ignores time limits here: it retries an unreachable collector for ten seconds.
         flush = threading.Thread(target=self._provider.force_flush, daemon=True)
         flush.start()
         flush.join(timeout_s)
         if flush.is_alive():
-            log.warning("spans were left behind: they could not be sent within %g s", timeout_s)
+            log.warning("some spans are lost: they could not be sent within %g s", timeout_s)
             self._exporter.shutdown()
         self._provider.shutdown()
 
-    def _send(self, notes: Sequence[Note]) -> None:
-        for note in notes:
-            self._send_one(note)
+    def _send(self, requests: Sequence[_Ended]) -> None:
+        for request in requests:
+            self._send_one(request)
 
-    def _send_one(self, note: Note) -> None:
+    def _send_one(self, request: _Ended) -> None:
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 
-        record, trace, moments = note
+        record, trace, moments = request
 
         def at(moment: float) -> int:
             return int(1e9 * (record.time - (moments.ended - moment)))
@@ -133,7 +135,7 @@ class Spans:
 
 
 def make_spans(environ: Mapping[str, str] = os.environ) -> Spans | None:
-    """Spans, where a variable says where to send them and none switches them off; raises ConfigError."""
+    """Spans if a variable names an endpoint and none disables them, else None; raises ConfigError."""
     off = (
         environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
         or environ.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower() == "none"
@@ -143,23 +145,23 @@ def make_spans(environ: Mapping[str, str] = os.environ) -> Spans | None:
     return Spans(environ)
 
 
-def phases(record: Record, moments: Moments) -> list[tuple[str, float, float]]:
-    """What a request went through: name, begin and end of each phase, one after the other."""
+def phases(record: RequestRecord, moments: Moments) -> list[tuple[str, float, float]]:
+    """The phases of a request in order: name, begin and end of each, by the predictor's clock."""
     if moments.offered is None:
         return [("receive", moments.began, moments.ended)]
     found = [("receive", moments.began, moments.offered)]
     now = moments.offered
     for name, seconds in (("queue", record.queue_s), ("compute", record.compute_s)):
         if seconds is not None:
-            # The pieces of a large request may have run side by side: together longer than it took.
+            # The parts of a split request may run at the same time: their sum may exceed the whole.
             end = min(now + seconds, moments.ended)
             found.append((name, now, end))
             now = end
     return [*found, ("respond", now, moments.ended)]
 
 
-def _attributes(record: Record) -> dict[str, str | int]:
-    """OpenTelemetry's names for what is HTTP's, our own for what is ours."""
+def _attributes(record: RequestRecord) -> dict[str, str | int]:
+    """The attributes of the root span: OpenTelemetry's names for HTTP, `inferpool.*` for the rest."""
     named: dict[str, str | int | None] = {
         "http.request.method": "POST",
         "http.response.status_code": record.status,
@@ -176,7 +178,7 @@ def _attributes(record: Record) -> dict[str, str | int]:
 
 
 def _context(trace: Trace) -> Context:
-    """The caller's span as the SDK wants it; an empty context where the trace begins here."""
+    """The caller's span as a context of the SDK; an empty context if the trace begins here."""
     from opentelemetry.context import Context
     from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
@@ -188,7 +190,7 @@ def _context(trace: Trace) -> Context:
 
 
 def _make_ids() -> Any:
-    """Ids for the SDK: a trace that begins here has the id that its log line has."""
+    """An id generator for the SDK that gives a new trace the id of its log line."""
     from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
     class Ids(RandomIdGenerator):  # type: ignore[misc]  # of an optional package, which mypy skips

@@ -1,22 +1,22 @@
-"""W3C Trace Context: which trace a request belongs to."""
+"""The `traceparent` header of W3C Trace Context: the trace that a request belongs to."""
 
 from __future__ import annotations
 
 import re
 from typing import Final, NamedTuple
 
-# Of later versions what is known is read, and what follows is not.
+# A later version may append fields, which are ignored.
 _TRACEPARENT: Final = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _SAMPLED: Final = 0x01
 
 
 class Trace(NamedTuple):
-    """Where a request stands in a trace.
+    """The position of a request in a trace.
 
     Attributes:
         id: 32 hexadecimal digits.
-        parent: the caller's span, 16 hexadecimal digits; "" where the trace begins with the request.
-        sampled: whether the trace is kept by whoever began it.
+        parent: the caller's span, 16 hexadecimal digits; "" if the trace begins with the request.
+        sampled: whether the caller records the trace.
     """
 
     id: str
@@ -25,7 +25,7 @@ class Trace(NamedTuple):
 
 
 def read_traceparent(value: bytes) -> Trace | None:
-    """What a `traceparent` header says (W3C Trace Context, 3.2.2); None if it is not valid."""
+    """Parse a `traceparent` header (W3C Trace Context, 3.2.2); None if it is invalid."""
     found = _TRACEPARENT.fullmatch(value.strip())
     if found is None:
         return None

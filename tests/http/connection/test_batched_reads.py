@@ -211,25 +211,20 @@ def test_who_leaves_while_a_batch_runs_is_dropped_from_the_queue(serve: Serve, m
     config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n"
     server = serve(make_chaos("m", run_ms=500, config=config))
 
-    def wait_until(dropped: int, **waiting: int) -> None:
-        while server.metric("dropped_entries_total", model="m", reason="disconnected") < dropped:
-            pass
-        while {name: server.metric(name) for name in waiting} != waiting:
-            pass
-
     with contextlib.ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in range(4)]
         for wire in wires:
             wire.send(request(1))
             assert wire.answer()[0] == 200
         wires[0].send(request(0))
-        wait_until(0, in_flight_requests=1, queue_rows=0)
+        server.wait_for_metric("in_flight_requests", 1)
+        server.wait_for_metric("queue_rows", at_most=0)
         for number in (1, 2, 3):
             wires[number].send(request(number))
-        wait_until(0, in_flight_requests=4)
+        server.wait_for_metric("in_flight_requests", 4)
         wires[3].stream.close()
         wires[3].socket.close()
-        wait_until(1)
+        server.wait_for_metric("dropped_entries_total", 1, model="m", reason="disconnected")
         for number, wire in enumerate(wires[:3]):
             assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
 

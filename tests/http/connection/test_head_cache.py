@@ -232,5 +232,4 @@ def test_old_clients_are_hung_up_on_each_time(server: Server) -> None:
 
 
 def wait_until_running(server: Server) -> None:
-    while server.metric("in_flight_requests") == 0:
-        pass
+    server.wait_for_metric("in_flight_requests", 1)

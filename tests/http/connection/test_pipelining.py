@@ -178,8 +178,7 @@ def test_a_client_that_leaves_in_the_middle_costs_nothing(server: Server) -> Non
     with Wire(server) as wire:
         wire.send(request(1))
         assert wire.answer()[0] == 200
-        while server.metric("in_flight_requests"):
-            pass
+        server.wait_for_metric("in_flight_requests", at_most=0)
 
 
 def test_a_client_that_does_not_read_holds_up_only_itself(server: Server) -> None:
@@ -206,8 +205,7 @@ def test_bodies_in_flight_are_bounded_for_all_together(serve: Serve, make_chaos:
     with Wire(server) as first, Wire(server) as second:
         idle = "POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n"
         first.send(idle)
-        while server.metric("in_flight_requests") < 1:
-            pass
+        server.wait_for_metric("in_flight_requests", 1)
         second.send(request(*range(40)))
         assert second.answer()[0] == 200, "what is only announced takes no room"
         first.send(chunk)
@@ -221,8 +219,7 @@ def test_bodies_in_flight_are_bounded_for_all_together(serve: Serve, make_chaos:
             assert headers["retry-after"]
         second.send(request(1))
         assert second.answer()[0] == 200, "a small one still fits"
-    while server.metric("in_flight_requests"):
-        pass
+    server.wait_for_metric("in_flight_requests", at_most=0)
     with Wire(server) as wire:
         wire.send(request(*range(300)))
         assert wire.answer()[0] == 200, "and a large one where no other is in flight"

@@ -119,7 +119,6 @@ def test_a_client_that_leaves_in_the_middle_of_a_pipeline_leaves_no_error(
     with Wire(server) as wire:
         wire.send(request(1))
         assert wire.answer()[0] == 200
-    while server.metric("in_flight_requests"):
-        pass
+    server.wait_for_metric("in_flight_requests", at_most=0)
     assert server.stop() == 0
     assert [line for line in server.log if line["level"] not in ("info", "debug")] == []

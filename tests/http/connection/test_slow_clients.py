@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeChaos, Serve
-from tests.server import Server
+from tests.server import Server, wait_until
 
 pytestmark = pytest.mark.parametrize("server_module", ["tests.servers.short_timeouts"], indirect=True)
 
@@ -155,5 +155,4 @@ def test_who_does_not_read_what_the_application_answers_is_hung_up_on(server: Se
         connection.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() * 100)
         assert connection.recv(9) == b"HTTP/1.1 "
         assert sockets(server) > count
-        while sockets(server) > count:
-            pass
+        wait_until(lambda: sockets(server) <= count, "the connection is closed")

@@ -8,7 +8,7 @@ from typing import Final
 from inferpool.http.predict.context import PredictContext
 from inferpool.observe.logs import AccessLog
 from inferpool.observe.prometheus_text import Exemplar
-from inferpool.observe.request_record import Record
+from inferpool.observe.request_record import RequestRecord
 from inferpool.observe.spans import Moments, Spans
 from inferpool.pool.ports import Result
 
@@ -45,7 +45,7 @@ class RequestRecorder:
         if not (sampled or logs):
             return
         served, entry = call.served, call.entry
-        record = Record(
+        record = RequestRecord(
             time.time(),
             call.request_id,
             trace.id if trace is not None else None,
