@@ -11,10 +11,10 @@ from pathlib import Path
 
 from inferpool import __version__
 from inferpool.errors import InferpoolError
-from inferpool.release.build import find_script, find_scripts, python_for, run_script
+from inferpool.release.build import find_script, find_scripts, run_script
 from inferpool.repository.catalog import Catalog
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
-from inferpool.settings import ENV_PREFIX, Settings, add_flags, read_settings
+from inferpool.settings import ENV_PREFIX, add_flags, read_settings
 from inferpool.tensors import shape_text
 
 _EPILOG = f"""\
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if command == "build":
-            return _build(path, name, options, settings)
+            return _build(path, name, options)
         # Imported late, so that --help and mistakes answer at once.
         from inferpool import app
         from inferpool.observe import logs
@@ -85,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser(
         "build",
         help="run a model's build script",
-        description="Run the script that builds the model NAME, with everything it needs: here if that is "
-        "installed, else in an environment made for it. Without NAME, list the models that have a script.",
+        description="Run the script that builds the model NAME. If a package of the script is not installed here, "
+        "uv runs the script in an environment with its packages. Without NAME, list the models that have a script.",
         usage="inferpool build [-h] [--repository FOLDER] [NAME [OPTIONS ...]]",
         allow_abbrev=False,
     )
@@ -104,11 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(repository: Path, name: str | None, options: Sequence[str], settings: Settings) -> int:
-    """Become the build script of the model `name`, or say which models have one."""
+def _build(repository: Path, name: str | None, options: Sequence[str]) -> int:
+    """Replace this process by the build script of the model `name`, or list the models that have a script."""
     if name is not None:
-        script = find_script(repository, name)
-        run_script(script, python_for(script, options, settings.cache_dir), options)
+        run_script(find_script(repository, name), options)
     scripts = find_scripts(repository)
     width = max(len(script.name) for script in scripts)
     for script in scripts:

@@ -1,4 +1,4 @@
-"""`inferpool build` runs a script where all that it needs is; `serve` leaves out what is not built."""
+"""`inferpool build` runs a script with the packages that it needs; `serve` leaves out models that are not built."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inferpool.cli import main
 from inferpool.errors import ConfigError
-from inferpool.release import read_options
-from inferpool.release.build import missing, read_requirements, script_blocks
-from packaging.requirements import Requirement
+from inferpool.release.build import missing_packages
 
 from tests.conftest import ROOT, Serve
 from tests.models.built import build
@@ -62,8 +61,8 @@ def write_wheel(folder: Path, version: str) -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
-def test_a_script_runs_here_where_everything_is_installed(tmp_path: Path) -> None:
-    """Its options, its output and its exit status are its own."""
+def test_this_python_runs_a_script_whose_packages_are_installed(tmp_path: Path) -> None:
+    """The options, the output and the exit status are those of the script."""
     folder = add_model(
         tmp_path, "here", NEEDS.format(needs='"numpy>=1", "no-such-thing; python_version < \'3\'"') + SCRIPT
     )
@@ -72,48 +71,58 @@ def test_a_script_runs_here_where_everything_is_installed(tmp_path: Path) -> Non
     assert (folder / "ran.json").read_text() == f'["{sys.executable}", "--rows", "3", "--help"]'
 
 
-def test_a_script_without_metadata_runs_here(tmp_path: Path) -> None:
+def test_this_python_runs_a_script_without_metadata(tmp_path: Path) -> None:
     add_model(tmp_path, "plain", SCRIPT)
     assert build(tmp_path, "plain").returncode == 7
 
 
-def test_what_is_missing_is_installed_once_in_an_environment_of_its_own(tmp_path: Path) -> None:
+def uv_only(tmp_path: Path) -> dict[str, str]:
+    """Return variables that give uv one folder of wheels as its only source, and a cache of its own."""
+    return {
+        "UV_NO_INDEX": "1", "UV_FIND_LINKS": str(tmp_path / "wheels"),
+        "UV_CACHE_DIR": str(tmp_path / "cache"),
+        "UV_PYTHON": sys.executable,
+    }  # fmt: skip
+
+
+def test_uv_installs_missing_packages_in_an_environment_of_their_own(tmp_path: Path) -> None:
     write_wheel(tmp_path / "wheels", "1.5")
     script = (
         NEEDS.format(needs='"inferpool-tiny==1.5"')
-        + "import inferpool_tiny\nprint(inferpool_tiny.__file__)\n"
+        + "import sys, inferpool_tiny\nprint(inferpool_tiny.__file__, *sys.argv[1:])\nsys.exit(7)\n"
     )
     add_model(tmp_path / "models", "apart", script)
-    environ = {"INFERPOOL_CACHE_DIR": str(tmp_path / "cache"), "PIP_NO_INDEX": "1"}
-    run = build(tmp_path / "models", "apart", **environ, PIP_FIND_LINKS=str(tmp_path / "wheels"))
-    assert run.returncode == 0, run.stderr
-    module = Path(run.stdout.strip())
-    assert module.is_relative_to(tmp_path / "cache")
-    assert "inferpool-tiny==1.5, which is not installed here" in run.stderr
-    # The second time nothing is installed, and nothing need be there to install from.
-    run = build(tmp_path / "models", "apart", **environ)
-    assert (run.returncode, run.stdout, run.stderr) == (0, f"{module}\n", "")
+    run = build(tmp_path / "models", "apart", "--rows", "3", **uv_only(tmp_path))
+    assert run.returncode == 7, run.stderr
+    assert run.stdout.startswith(str(tmp_path / "cache"))
+    assert run.stdout.endswith("inferpool_tiny.py --rows 3\n")
+    assert "apart: the build script needs inferpool-tiny==1.5, not installed here" in run.stderr
 
 
-def test_an_environment_that_was_not_finished_is_made_anew(tmp_path: Path) -> None:
-    script = NEEDS.format(needs='"inferpool-tiny==1.5"') + "import inferpool_tiny\n"
-    add_model(tmp_path / "models", "apart", script)
+def test_a_package_that_cannot_be_installed_is_named(tmp_path: Path) -> None:
+    folder = add_model(tmp_path / "models", "apart", NEEDS.format(needs='"inferpool-tiny==1.5"') + SCRIPT)
     write_wheel(tmp_path / "wheels", "1.4")
-    environ = {
-        "INFERPOOL_CACHE_DIR": str(tmp_path / "cache"), "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(tmp_path / "wheels"),
-    }  # fmt: skip
-    run = build(tmp_path / "models", "apart", **environ)
+    run = build(tmp_path / "models", "apart", **uv_only(tmp_path))
     assert run.returncode == 1
-    assert "this failed, and nothing was built" in run.stderr
-    assert "pip install" in run.stderr
+    assert "inferpool-tiny==1.5" in run.stderr
     assert "Traceback" not in run.stderr
-    write_wheel(tmp_path / "wheels", "1.5")
-    assert build(tmp_path / "models", "apart", **environ).returncode == 0
+    assert not (folder / "ran.json").exists()
+
+
+def test_without_uv_the_message_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_model(tmp_path, "apart", NEEDS.format(needs='"inferpool-tiny==1.5"') + SCRIPT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert main(["build", "--repository", str(tmp_path), "apart"]) == 1
+    message = capsys.readouterr().err
+    assert "apart: the build script needs inferpool-tiny==1.5, not installed here" in message
+    assert message.rstrip().endswith("python -m pip install 'inferpool[build]'")
 
 
 def test_a_signal_ends_the_script_itself(tmp_path: Path) -> None:
-    """The script takes the command's place: who stops the command stops it."""
+    """The script replaces the process of the command: a signal to the command ends the script."""
     add_model(tmp_path, "slow", "import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen(
         [sys.executable, "-m", "inferpool", "build", "--repository", str(tmp_path), "slow"],
@@ -125,7 +134,7 @@ def test_a_signal_ends_the_script_itself(tmp_path: Path) -> None:
         assert run.wait(10) == -signal.SIGTERM
 
 
-def test_without_a_name_it_lists_what_there_is(tmp_path: Path) -> None:
+def test_without_a_name_it_lists_the_models(tmp_path: Path) -> None:
     add_model(tmp_path, "fresh", SCRIPT, "Not there yet")
     (add_model(tmp_path, "b", SCRIPT, "There") / "1").mkdir()
     (tmp_path / "no-script").mkdir()
@@ -145,11 +154,14 @@ def test_without_a_name_it_lists_what_there_is(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 1
-    assert f"expected models/NAME/build.py in {tmp_path / 'fresh'}; --repository FOLDER" in run.stderr
+    assert (
+        f"expected models/NAME/build.py in {tmp_path / 'fresh'}; name another folder with --repository FOLDER"
+        in run.stderr
+    )
 
 
 def test_only_models_that_could_be_served_are_listed(tmp_path: Path) -> None:
-    """Hidden folders, names that no path can have, and folders called build.py are no models to build."""
+    """Hidden folders, unprintable names, and folders called build.py are not models to build."""
     add_model(tmp_path, "good", SCRIPT, "Good")
     others = ("_hidden", ".hidden", "two\nlines", "\x1b[2Jclear", os.fsdecode(b"\xff"))
     for name in others:
@@ -167,15 +179,14 @@ def test_only_models_that_could_be_served_are_listed(tmp_path: Path) -> None:
     assert "none of good is built yet" in run.stderr
 
 
-def test_what_cannot_be_printed_is_escaped_in_the_listing(tmp_path: Path) -> None:
-    """A description can neither make lines of its own nor speak to the terminal."""
+def test_unprintable_characters_are_escaped_in_the_listing(tmp_path: Path) -> None:
+    """A description cannot start a new line or control the terminal."""
     add_model(tmp_path, "a", SCRIPT, r"red \u001b[31m\nb  built  \u202e \u0007é")
     listed = build(tmp_path, PYTHONUTF8="1").stdout
     assert listed == "a  not built  red \\x1b[31m\\nb  built  \\u202e \\x07é\n"
 
 
-def test_a_damaged_folder_is_its_own_trouble(tmp_path: Path) -> None:
-    """The others are listed and built."""
+def test_a_damaged_folder_does_not_affect_the_others(tmp_path: Path) -> None:
     bad = add_model(tmp_path, "bad", "# /// script\n# dependencies = [\n# ///\n")
     (bad / "model.toml").write_text("descripton = 'misspelt'\n")
     add_model(tmp_path, "good", SCRIPT, "Good")
@@ -185,7 +196,7 @@ def test_a_damaged_folder_is_its_own_trouble(tmp_path: Path) -> None:
     assert build(tmp_path, "good").returncode == 7
     run = build(tmp_path, "bad")
     assert run.returncode == 1
-    assert "bad/build.py: its metadata cannot be read" in run.stderr
+    assert "bad/build.py: the metadata of the script cannot be read" in run.stderr
 
 
 def test_the_projects_own_models_are_the_default() -> None:
@@ -200,38 +211,36 @@ def test_the_projects_own_models_are_the_default() -> None:
 @pytest.mark.parametrize(
     "script", sorted((ROOT / "models").glob("*/build.py")), ids=lambda file: file.parent.name
 )
-def test_the_tests_have_what_the_projects_scripts_need(script: Path) -> None:
-    """So that the tests build every model here, and not in an environment that takes minutes to make."""
-    requirements = read_requirements(script)
-    assert requirements
-    assert missing(requirements) == []
+def test_the_extra_test_has_the_packages_of_the_projects_scripts(script: Path) -> None:
+    """The tests build every model with this Python, and not in an environment that takes minutes to make."""
+    assert "# dependencies = [" in script.read_text()
+    assert missing_packages(script) == []
 
 
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        (NEEDS.format(needs='"numpy >"'), "its metadata cannot be read"),
-        (NEEDS.format(needs="1"), "its metadata cannot be read"),
-        (NEEDS.format(needs="numpy"), "its metadata cannot be read"),
+        (NEEDS.format(needs='"numpy >"'), "metadata of the script cannot be read"),
+        (NEEDS.format(needs="1"), "metadata of the script cannot be read"),
+        (NEEDS.format(needs="numpy"), "metadata of the script cannot be read"),
         (NEEDS.format(needs='"numpy"') + "\n" + NEEDS.format(needs='"numpy"'), "2 blocks of metadata"),
-        ('# /// script\n# requires-python = ">=9"\n# ///\n', "needs Python >=9"),
-        ('# /// script\n# requires-python = 3\n# ///\n', "its metadata cannot be read"),
-        ('# /// script\n# dependencies = 3\n# ///\n', "its metadata cannot be read"),
+            ('# /// script\n# requires-python = 3\n# ///\n', "metadata of the script cannot be read"),
+        ('# /// script\n# dependencies = 3\n# ///\n', "metadata of the script cannot be read"),
     ],
 )  # fmt: skip
 def test_damaged_metadata_is_refused_with_the_scripts_name(tmp_path: Path, block: str, words: str) -> None:
     script = add_model(tmp_path, "model", block + SCRIPT) / "build.py"
     with pytest.raises(ConfigError, match=words) as refused:
-        read_requirements(script)
+        missing_packages(script)
     assert "model/build.py" in refused.value.detail
 
 
-def test_what_cannot_be_told_from_a_version_counts_as_missing() -> None:
-    wanted = [
-        Requirement(text)
-        for text in ("numpy", "numpy[extra]", "numpy @ https://example.org/n.whl", "numpy<1")
-    ]
-    assert [str(requirement) for requirement in missing(wanted)] == [str(one) for one in wanted[1:]]
+def test_requirements_that_a_version_cannot_meet_count_as_missing(tmp_path: Path) -> None:
+    """An extra and a URL may need packages that are not installed; uv also brings another Python."""
+    wanted = ("numpy", "numpy[extra]", "numpy @ https://example.org/n.whl", "numpy<1")
+    needs = NEEDS.format(needs='", "'.join(("", *wanted, ""))[3:-3]).replace(">=3.11", ">=9")
+    script = add_model(tmp_path, "model", needs + SCRIPT) / "build.py"
+    assert missing_packages(script) == [*wanted[1:], "Python >=9"]
 
 
 @given(st.text('#/ script\n=[]"a', max_size=60))
@@ -239,29 +248,10 @@ def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
     script = tmp_path_factory.mktemp("script") / "build.py"
     script.write_text(f"# /// script\n{text}\n# ///\n")
     with contextlib.suppress(ConfigError):
-        assert isinstance(read_requirements(script), tuple)
+        assert isinstance(missing_packages(script), list)
 
 
-PEP_723 = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
-"""The regular expression that PEP 723 gives for its blocks."""
-LINES = ("# /// script", "# /// other", "# ///", "#", "# a", "#a", "", "a", " # ///", "# /// script ", "# \f")
-
-
-@given(st.lists(st.sampled_from(LINES), max_size=12), st.booleans())
-def test_blocks_are_those_that_pep_723s_regular_expression_finds(lines: list[str], ends: bool) -> None:
-    text = "\n".join(lines) + "\n" * ends
-    found = [block for block in re.finditer(PEP_723, text) if block["type"] == "script"]
-    expected = ["\n".join(line[2:] for line in block["content"][:-1].split("\n")) for block in found]
-    assert script_blocks(text) == expected
-
-
-@pytest.mark.timeout(20)
-def test_finding_blocks_takes_time_that_grows_with_the_text() -> None:
-    """By the regular expression these lines take an hour."""
-    assert script_blocks("# /// script\n" * 200_000) == []
-
-
-def test_what_is_not_built_is_left_out_and_its_command_is_logged(serve: Serve, models: Path) -> None:
+def test_the_log_names_the_command_for_each_model_that_is_not_built(serve: Serve, models: Path) -> None:
     server = serve(models)
     assert {model["name"] for model in server.get("/models").json()["models"]} == {
         "diabetes",
@@ -280,7 +270,7 @@ def test_what_is_not_built_is_left_out_and_its_command_is_logged(serve: Serve, m
         assert server.post(f"/predict/{name}", json={"inputs": [[1]]}).json()["code"] == "model_not_found"
 
 
-def test_a_repository_of_nothing_built_says_how_to_build(tmp_path: Path) -> None:
+def test_a_repository_without_a_built_model_says_how_to_build(tmp_path: Path) -> None:
     add_model(tmp_path / "my models", "fresh", SCRIPT)
     for path, words in (
         (tmp_path / "my models", "none of fresh is built yet"),
@@ -297,8 +287,8 @@ def test_a_repository_of_nothing_built_says_how_to_build(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_a_command_that_is_printed_works_as_it_stands(tmp_path: Path, found: bool) -> None:
-    """Whether or not the environment that runs is active, and with another one's pip in front."""
+def test_a_printed_command_works(tmp_path: Path, found: bool) -> None:
+    """The environment of the server may be active or not, and another pip may come first on the PATH."""
     add_model(tmp_path / "models", "fresh", SCRIPT)
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -334,56 +324,20 @@ print(inferpool_tiny.VERSION, options.data)
 """
 
 
-def test_help_and_mistakes_are_answered_before_anything_is_installed(tmp_path: Path) -> None:
+def test_the_help_of_a_script_needs_no_packages(tmp_path: Path) -> None:
     folder = add_model(tmp_path / "models", "apart", NEEDS.format(needs='"inferpool-tiny==1.5"') + ASKED)
-    write_wheel(tmp_path / "wheels", "1.5")
-    cache = tmp_path / "cache"
-    environ = {"INFERPOOL_CACHE_DIR": str(cache), "PIP_NO_INDEX": "1"}
-    run = build(tmp_path / "models", "apart", "--help", **environ)
+    run = build(tmp_path / "models", "apart", "--help", **uv_only(tmp_path))
     assert (run.returncode, run.stderr) == (0, "")
     assert "--data FILE" in run.stdout
-    for wrong in ((), ("--date", "x")):
-        run = build(tmp_path / "models", "apart", *wrong, **environ)
-        assert (run.returncode, run.stdout) == (2, "")
-        assert "usage: build.py" in run.stderr
-        assert "arguments are required: --data" in run.stderr
-    assert not cache.exists()
     assert not (folder / "went-on").exists()
-    environ["PIP_FIND_LINKS"] = str(tmp_path / "wheels")
-    run = build(tmp_path / "models", "apart", "--data", "x", **environ)
-    assert (run.returncode, run.stdout) == (0, "1.5 x\n"), run.stderr
-
-
-def test_a_script_that_knows_no_options_is_not_tried(tmp_path: Path) -> None:
-    """It would only do its work, without what it needs."""
-    folder = add_model(tmp_path / "models", "apart", NEEDS.format(needs='"inferpool-tiny==1.5"') + SCRIPT)
-    run = build(tmp_path / "models", "apart", INFERPOOL_CACHE_DIR=str(tmp_path / "cache"), PIP_NO_INDEX="1")
-    assert run.returncode == 1
-    assert "this failed, and nothing was built" in run.stderr
-    assert not (folder / "ran.json").exists()
-
-
-def test_scripts_of_equal_needs_share_an_environment(tmp_path: Path) -> None:
-    write_wheel(tmp_path / "wheels", "1.5")
-    script = (
-        NEEDS.format(needs='"inferpool-tiny==1.5"')
-        + "import inferpool_tiny\nprint(inferpool_tiny.__file__)\n"
-    )
-    environ = {"INFERPOOL_CACHE_DIR": str(tmp_path / "cache"), "PIP_NO_INDEX": "1"}
-    add_model(tmp_path / "models", "one", script)
-    one = build(tmp_path / "models", "one", **environ, PIP_FIND_LINKS=str(tmp_path / "wheels"))
-    add_model(tmp_path / "models", "other", script)
-    other = build(tmp_path / "models", "other", **environ)
-    assert (other.returncode, other.stdout, other.stderr) == (0, one.stdout, "")
 
 
 @pytest.mark.parametrize(
     "script", sorted((ROOT / "models").glob("*/build.py")), ids=lambda file: file.parent.name
 )
-def test_the_projects_scripts_give_their_help_without_what_they_need(script: Path) -> None:
+def test_the_projects_scripts_print_their_help_without_packages(script: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-S", "-P", read_options.__file__, str(script), "--help"],
-        env={}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-S", str(script), "--help"], env={}, capture_output=True, text=True, check=False
+    )
     assert (run.returncode, run.stderr) == (0, "")
     assert "usage: build.py" in run.stdout

@@ -1,40 +1,34 @@
-"""Build scripts: which models of a repository have one, and where it can run.
+"""Find the build scripts of a repository, and run them.
 
-What a script needs stands in its own first lines, as PEP 723 says. It is run by this Python where that has
-everything, else by one in a virtual environment that is made for exactly these needs, kept, and shared by the
-scripts that need the same. Before one is made the script is asked whether it understands its options.
+The first lines of a script name the packages that it needs, in the format of PEP 723. If this Python has all of
+them, this Python runs the script. Otherwise `uv run --script` does, in an environment that uv makes and keeps.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from inferpool.errors import ConfigError
-from inferpool.release import read_options
 from inferpool.repository.config import read_config
 from inferpool.repository.layout import BUILD_SCRIPT, CONFIG_FILE, is_model_name, is_unbuilt
-from inferpool.repository.load.plan_cache import cache_folder
+from inferpool.system.install_hints import install_command
 from inferpool.tensors import names_text
 
-_BLOCK_START = re.compile(r"# /// ([a-zA-Z0-9-]+)")
-_SCRIPT_START = "# /// script"
-_BLOCK_END = "# ///"
+_METADATA = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
+"""The regular expression of PEP 723, for blocks of the type `script`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +36,10 @@ class BuildScript:
     """The build script of one model.
 
     Attributes:
-        name: the model's.
-        file: the script.
-        description: what the `model.toml` beside it says of the model, fit to be printed.
-        built: whether the model has a version already.
+        name: The name of the model.
+        file: The path of the script.
+        description: The description in the `model.toml` beside the script, in printable characters.
+        built: True if the model has a version already.
     """
 
     name: str
@@ -55,17 +49,21 @@ class BuildScript:
 
 
 def find_scripts(repository: Path) -> list[BuildScript]:
-    """Every model of `repository` that has a build script, by name; raises ConfigError if there is none."""
+    """Return the build scripts of all models of `repository`, sorted by name.
+
+    Raises:
+        ConfigError: no model has a build script.
+    """
     files = [
         file
         for file in (sorted(repository.glob(f"*/{BUILD_SCRIPT}")) if repository.is_dir() else ())
         if file.is_file() and is_model_name(file.parent.name)
     ]
     if not files:
-        where = "" if repository.is_absolute() else f" in {Path.cwd()}"
+        parent = "" if repository.is_absolute() else f" in {Path.cwd()}"
         raise ConfigError(
-            f"{repository} has no models to build: expected {repository}/NAME/{BUILD_SCRIPT}{where};"
-            " --repository FOLDER, before the name, says where else they are"
+            f"{repository} has no models to build: expected {repository}/NAME/{BUILD_SCRIPT}{parent};"
+            " name another folder with --repository FOLDER, before the model's name"
         )
     return [
         BuildScript(
@@ -79,7 +77,7 @@ def find_scripts(repository: Path) -> list[BuildScript]:
 
 
 def _description(folder: Path) -> str:
-    """What the model in `folder` is, or what is wrong with its `model.toml`; on one line, and plain text."""
+    """Return the description of a model, or the fault of its `model.toml`, as one printable line."""
     try:
         text = read_config(folder / CONFIG_FILE).description
     except ConfigError as error:
@@ -88,132 +86,84 @@ def _description(folder: Path) -> str:
 
 
 def find_script(repository: Path, name: str) -> BuildScript:
-    """The script of the model `name`; raises ConfigError, which says what there is."""
+    """Return the build script of the model `name`.
+
+    Raises:
+        ConfigError: there is no such script; the message names those that there are.
+    """
     scripts = {script.name: script for script in find_scripts(repository)}
     if name not in scripts:
         raise ConfigError(f'{repository} has no build script for "{name}"; there are {names_text(scripts)}')
     return scripts[name]
 
 
-def read_requirements(script: Path) -> tuple[Requirement, ...]:
-    """The dependencies in the metadata of `script` (PEP 723); none where it has no such block.
+def run_script(script: BuildScript, options: Sequence[str]) -> None:
+    """Replace this process by the script: its output, signals and exit status become those of the command.
 
-    Raises ConfigError if the block is damaged or asks for another Python than this.
+    Raises:
+        ConfigError: the metadata of the script cannot be read, or uv is needed and was not found.
+    """
+    command = _command(script, options)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
+
+
+def _command(script: BuildScript, options: Sequence[str]) -> list[str]:
+    missing = missing_packages(script.file)
+    # A script parses its options before it imports third-party packages: it prints its help without them.
+    if not missing or {"-h", "--help"} & set(options):
+        return [sys.executable, str(script.file), *options]
+    needed = f"{script.name}: the build script needs {', '.join(missing)}, not installed here"
+    uv = _find_uv()
+    if uv is None:
+        hint = install_command("build")
+        raise ConfigError(f"{needed}; uv can install that, but was not found: run {hint}")
+    sys.stderr.write(f"{needed}. uv installs that now; this can take minutes, and gigabytes, once ...\n")
+    return [uv, "run", "--script", str(script.file), *options]
+
+
+def _find_uv() -> str | None:
+    """Return the path of uv: beside this Python, or on the PATH."""
+    beside = Path(sys.executable).with_name("uv")
+    return str(beside) if beside.exists() else shutil.which("uv")
+
+
+def missing_packages(script: Path) -> list[str]:
+    """Return the requirements in the metadata of `script` that this Python does not meet, itself included.
+
+    Raises:
+        ConfigError: the metadata cannot be read.
     """
     name = f"{script.parent.name}/{script.name}"
     try:
-        blocks = script_blocks(script.read_text(encoding="utf-8"))
-        if not blocks:
-            return ()
-        if len(blocks) > 1:
-            raise ConfigError(f"{name}: has {len(blocks)} blocks of metadata where one is allowed")
-        table = tomllib.loads(blocks[0])
+        table = _metadata(script.read_text(encoding="utf-8"))
         python = SpecifierSet(table.get("requires-python", ""))
-        requirements = tuple(Requirement(text) for text in table.get("dependencies", []))
+        requirements = [Requirement(text) for text in table.get("dependencies", [])]
     except (OSError, ValueError, TypeError, AttributeError, InvalidRequirement, InvalidSpecifier) as error:
-        raise ConfigError(f"{name}: its metadata cannot be read: {error}") from error
+        raise ConfigError(f"{name}: the metadata of the script cannot be read: {error}") from error
+    missing = [str(requirement) for requirement in requirements if not _is_met(requirement)]
     if not python.contains(platform.python_version(), prereleases=True):
-        raise ConfigError(f"{name}: needs Python {python}, and this is {platform.python_version()}")
-    return requirements
+        missing.append(f"Python {python}")
+    return missing
 
 
-def script_blocks(text: str) -> list[str]:
-    """The TOML of every block of type `script` in a script's text, found as PEP 723 says.
-
-    A block is a run of comments from one that opens it to the last that closes it. PEP 723 gives a regular
-    expression; this finds the same, in time that grows with the text and not with its square.
-    """
-    blocks = []
-    for is_comment, run in groupby(text.split("\n"), lambda line: line == "#" or line.startswith("# ")):
-        lines = list(run) if is_comment else []
-        starts = (place for place, line in enumerate(lines) if _BLOCK_START.fullmatch(line))
-        ends = (place for place in reversed(range(len(lines))) if lines[place] == _BLOCK_END)
-        start, end = next(starts, None), next(ends, None)
-        if start is None or end is None or end <= start + 1:
-            continue
-        if lines[start] == _SCRIPT_START:
-            blocks.append("\n".join(line[2:] for line in lines[start + 1 : end]))
-    return blocks
-
-
-def missing(requirements: Sequence[Requirement]) -> list[Requirement]:
-    """Those of `requirements` that this Python has not installed, or in another version."""
-    return [requirement for requirement in requirements if not _is_met(requirement)]
+def _metadata(text: str) -> dict[str, Any]:
+    """Return the metadata of a script, empty without a block; raises ValueError for a damaged block."""
+    blocks = [match["content"] for match in _METADATA.finditer(text)]
+    if len(blocks) > 1:
+        raise ValueError(f"it has {len(blocks)} blocks of metadata, and one is allowed")
+    lines = "".join(blocks).splitlines()
+    return tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines))
 
 
 def _is_met(requirement: Requirement) -> bool:
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
         return True
     if requirement.url is not None or requirement.extras:
-        # What an address holds, or an extra brings along, cannot be told from one distribution's version.
+        # The version of one distribution does not tell what a URL has, or which packages an extra adds.
         return False
     try:
         return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
     except metadata.PackageNotFoundError:
         return False
-
-
-def python_for(script: BuildScript, options: Sequence[str], cache_dir: Path | None) -> str:
-    """The Python that can run `script`: this one, or that of an environment below the cache folder.
-
-    Says on standard error what it installs. Raises ConfigError where that fails, or where the
-    script's metadata cannot be read; exits as the script does where `options` ask it for help, or are wrong.
-    """
-    requirements = read_requirements(script.file)
-    lacking = missing(requirements)
-    if not lacking:
-        return sys.executable
-    _try_options(script, options)
-    wanted = sorted(map(str, requirements))
-    digest = hashlib.sha256("\n".join([sys.version, sys.prefix, *wanted]).encode()).hexdigest()
-    try:
-        folder = cache_folder(cache_dir).resolve() / f"build-{digest[:16]}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Held until the environment is whole, so that two builds at once make it once.
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "complete").exists():
-                _say(f"{script.name} needs {', '.join(map(str, lacking))}, which is not installed here.")
-                _say(f"Making an environment in {folder}; this can take minutes, and gigabytes ...")
-                _make_environment(folder, wanted)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{script.name}: no environment can be made for its script: {error}") from error
-    return str(folder / "bin" / "python")
-
-
-def _try_options(script: BuildScript, options: Sequence[str]) -> None:
-    """Let `script` answer `options` with its help or what is wrong with them, and exit, if it can here."""
-    # The standard library alone (-S), and without the folder of the package, whose names are short (-P).
-    command = [sys.executable, "-S", "-P", read_options.__file__, str(script.file), *options]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode != read_options.UNANSWERED:
-        sys.stdout.write(run.stdout)
-        sys.stderr.write(run.stderr)
-        raise SystemExit(run.returncode)
-
-
-def _make_environment(folder: Path, wanted: Sequence[str]) -> None:
-    """A new virtual environment with `wanted`; marked complete at the end, so that half of one is no use."""
-    shutil.rmtree(folder, ignore_errors=True)
-    python = str(folder / "bin" / "python")
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted],
-    ):
-        # What these print is progress: standard output is the script's.
-        if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise ConfigError(f"this failed, and nothing was built: {' '.join(command)}")
-    (folder / "complete").touch()
-
-
-def run_script(script: BuildScript, python: str, options: Sequence[str]) -> None:
-    """Become the script: its output, its signals and its exit status are this process's."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(python, [python, str(script.file), *options])
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
