@@ -134,7 +134,7 @@ def _print_check(catalog: Catalog, unbuilt: Sequence[Path]) -> int:
             for kind, specs in (("input", view.signature.inputs), ("output", view.signature.outputs)):
                 for spec in specs:
                     left_out = " optional" if spec.optional else ""
-                    if spec.name == view.signature.instead and kind == "input":
+                    if spec.name == view.signature.substitute_input and kind == "input":
                         left_out = " in place of every other input"
                     print(f"  {kind:<8} {spec.name}: {spec.datatype} {shape_text(spec.shape)}{left_out}")
             batching = view.batching

@@ -1,12 +1,12 @@
-"""Everything that can go wrong, as values that carry what the caller needs to know.
+"""The errors of the project: each carries what its caller needs to know.
 
-The tree, by who is at fault:
+The tree, by the party at fault:
 
     InferpoolError
-    ├── RequestError              the caller can mend it
+    ├── RequestError              the client can correct the request
     │   ├── MalformedBody         not JSON, wrong header length, truncated tensor
-    │   ├── BodyTooLarge          larger than the server takes
-    │   ├── TooSlow               it takes too long to come
+    │   ├── BodyTooLarge          larger than the server accepts
+    │   ├── TooSlow               it arrives too slowly
     │   ├── UnsupportedMediaType  a format that this model or route does not take
     │   ├── InvalidInput          a tensor or a field that the model does not take
     │   ├── NotFound              no such route
@@ -14,21 +14,21 @@ The tree, by who is at fault:
     │   │   └── VersionNotFound
     │   ├── MethodNotAllowed
     │   └── Forbidden
-    ├── Refused                   nobody's fault: come back later (`retry_after_s`)
+    ├── Refused                   nobody is at fault: retry later (`retry_after_s`)
     │   ├── QueueFull
     │   ├── NotReady
     │   ├── Draining
     │   └── Overloaded
-    ├── DeadlineExceeded          the answer would come too late to be of use
-    ├── ModelFailed               the model raised on this request alone
-    ├── OutOfMemory               a GPU has no memory for a batch; for a smaller one it may have
-    ├── InternalError             a defect of the server's own
-    └── LoadError                 a version cannot be served; its text is the version's reason
+    ├── DeadlineExceeded          the response would come too late
+    ├── ModelFailed               the model raised an error for this request alone
+    ├── OutOfMemory               a GPU lacks memory for a batch; a smaller batch may fit
+    ├── InternalError             a defect of the server
+    └── LoadError                 a version cannot be served; the text is the reason
         ├── ConfigError           model.toml or a setting is wrong; names the file and the key
-        └── UnfitForGpu           the model itself cannot run on a GPU as it has to
+        └── UnfitForGpu           the model itself cannot run on a GPU
 
-`code` is the stable word that clients match on; which HTTP status it becomes is known in
-`inferpool.http.problems` alone. Every error pickles: it may cross a process boundary.
+`code` is a stable word for clients to match; `inferpool.http.problems` maps it to an HTTP status. Every
+error can be pickled, because it may cross a process boundary.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ import re
 from typing import ClassVar, Final, NamedTuple, TypeAlias
 
 Reason: TypeAlias = str
-"""Why something is not so, as one sentence for people. `Reason | None`: None means that nothing is wrong."""
+"""One sentence for people that says why something fails; in `Reason | None`, None means no objection."""
 
 
 class Verdict(NamedTuple):
-    """Whether something holds, and why or why not, as one sentence for people."""
+    """Whether something holds, with one sentence for people that says why or why not."""
 
     ok: bool
     reason: Reason
 
 
-_KEPT_CHARACTERS: Final = 300
+_REASON_CHARACTERS: Final = 300
 _LAST_LINE: Final = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt): .+", re.MULTILINE)
 """The line at the end of a traceback that says what was raised, and why."""
 
@@ -62,11 +62,11 @@ def short_reason(error: BaseException) -> Reason:
     if not lines:
         return type(error).__name__
     raised = _LAST_LINE.findall(text) if "Traceback" in text else []
-    return (raised or lines[:1])[-1][:_KEPT_CHARACTERS]
+    return (raised or lines[:1])[-1][:_REASON_CHARACTERS]
 
 
 class InferpoolError(Exception):
-    """The root: `detail` is one sentence for the caller, `members` are machine-readable facts."""
+    """The root: `detail` is one sentence for the client, `members` are machine-readable facts."""
 
     code: ClassVar[str] = "internal_error"
 
@@ -78,29 +78,29 @@ class InferpoolError(Exception):
 
 
 class RequestError(InferpoolError):
-    """The request is at fault; sending it again unchanged cannot help."""
+    """The request is at fault; a retry without a change fails again."""
 
 
 class MalformedBody(RequestError):
-    """The body is not what its headers say it is."""
+    """The body does not match its headers or its format."""
 
     code = "malformed_body"
 
 
 class BodyTooLarge(RequestError):
-    """The body, or what it decompresses to, is larger than the server takes."""
+    """The body is larger than the server accepts, before or after decompression."""
 
     code = "body_too_large"
 
 
 class TooSlow(RequestError):
-    """The request takes too long to come: it holds a connection, and memory, for next to nothing."""
+    """The request arrives too slowly, and holds a connection and memory meanwhile."""
 
     code = "too_slow"
 
 
 class UnsupportedMediaType(RequestError):
-    """The body's format is not one that this model takes."""
+    """The model or the route does not take the format of the body."""
 
     code = "unsupported_media_type"
 
@@ -112,42 +112,42 @@ class InvalidInput(RequestError):
 
 
 class NotFound(RequestError):
-    """Nothing is served under this path."""
+    """No route matches the path."""
 
     code = "not_found"
 
 
 class ModelNotFound(NotFound):
-    """No model of this name is in the repository."""
+    """The repository has no model with this name."""
 
     code = "model_not_found"
 
 
 class VersionNotFound(NotFound):
-    """The model has no version of this number or label."""
+    """The model has no version with this number or label."""
 
     code = "version_not_found"
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, but not with this method; `members["allow"]` says which it takes."""
+    """The route does not take this method; `members["allow"]` lists the methods that it takes."""
 
     code = "method_not_allowed"
 
 
 class Forbidden(RequestError):
-    """The credentials are good, or none are needed, and still this is not allowed."""
+    """The server does not allow this operation."""
 
     code = "forbidden"
 
 
 class Refused(InferpoolError):
-    """The request is good but cannot be taken now; `retry_after_s` says when it can."""
+    """The request is valid but cannot be accepted now; `retry_after_s` tells when to retry."""
 
     code = "overloaded"
 
     def __init__(self, detail: str, retry_after_s: float = 1.0, **members: object) -> None:
-        """Keep `retry_after_s`, the seconds after which another try is worth it."""
+        """Keep `retry_after_s`, the seconds after which a retry may succeed."""
         super().__init__(detail, **members)
         self.retry_after_s = retry_after_s
 
@@ -165,37 +165,37 @@ class NotReady(Refused):
 
 
 class Draining(Refused):
-    """The server is shutting down and takes no more requests."""
+    """The server is shutting down and accepts no more requests."""
 
     code = "draining"
 
 
 class Overloaded(Refused):
-    """The server as a whole has no room for the request."""
+    """The server has no room for the request, whatever its model."""
 
     code = "overloaded"
 
 
 class DeadlineExceeded(InferpoolError):
-    """The deadline passed, or it can be foreseen that it will, before the model could run."""
+    """The deadline passed before the model ran, or is certain to pass."""
 
     code = "deadline_exceeded"
 
 
 class ModelFailed(InferpoolError):
-    """The model raised on this request alone; the cause is in the log, not in the answer."""
+    """The model raised an error for this request alone; the log has the cause, the response has not."""
 
     code = "model_failed"
 
 
 class OutOfMemory(InferpoolError):
-    """A GPU has no memory for a batch of this size; who asks with fewer rows may succeed."""
+    """A GPU lacks memory for a batch of this size; a request with fewer rows may succeed."""
 
     code = "model_failed"
 
 
 class InternalError(InferpoolError):
-    """A defect of the server; the cause is in the log, not in the answer."""
+    """A defect of the server; the log has the cause, the response has not."""
 
     code = "internal_error"
 
@@ -213,6 +213,6 @@ class ConfigError(LoadError):
 
 
 class UnfitForGpu(LoadError):
-    """The model itself, not the machine, keeps it from a GPU: nodes without kernels, tensors of text."""
+    """The model itself cannot run on a GPU: it has nodes without kernels or tensors of text."""
 
     code = "load_failed"

@@ -1,7 +1,7 @@
 """The settings of a server: one frozen object, from flags, then `INFERPOOL_*` variables, then a TOML file.
 
-The table below is the only one: `inferpool serve --help` and the README are made from it and checked
-against it. Units are in the names.
+The fields below are the only table of settings: `inferpool serve --help` prints it, and a test compares the
+documentation with it. The names contain the units.
 """
 
 from __future__ import annotations
@@ -23,65 +23,68 @@ ENV_PREFIX = "INFERPOOL_"
 
 
 class Settings(BaseModel):
-    """Every setting with its default; the descriptions are what `--help` prints."""
+    """Every setting with its default and the description that `--help` prints."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 is every one of the machine's.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; 0.0.0.0 listens on all addresses of the machine."
+    )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        8000, description="Port to listen on; 0 takes a free one and says which."
+        8000, description="Port to listen on; 0 takes a free port, which the log names."
     )
     drain_settle_s: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="On SIGTERM, how long requests are still taken, so that clients can go elsewhere.",
+        description="Seconds after SIGTERM in which requests are still accepted, so that load balancers can"
+        " notice.",
     )
     drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
-        30.0, description="On SIGTERM, how long accepted requests may take to finish, after the settling."
+        30.0, description="Seconds that accepted requests may take to finish after the settle time."
     )
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
-        64 * 1024 * 1024, description="Largest request body, also after decompression."
+        64 * 1024 * 1024, description="Largest request body in bytes, before and after decompression."
     )
     in_flight_bytes: Annotated[int, Field(ge=1)] = Field(
         512 * 1024 * 1024,
-        description="Bytes of request bodies that may be in flight for all models together; also of the"
-        " outputs of one request for text.",
+        description="Bytes of request bodies that all models together may hold; also the limit for the"
+        " outputs of one text request.",
     )
     queue_bytes: Annotated[int, Field(ge=1)] = Field(
-        256 * 1024 * 1024, description="Bytes of input that may wait for one model."
+        256 * 1024 * 1024, description="Bytes of inputs that may wait for one model."
     )
     queue_ms: Annotated[float, Field(gt=0)] = Field(
-        5000.0, description="Work that may wait for one model, in milliseconds by its measured rate."
+        5000.0, description="Milliseconds of work that may wait for one model, by its measured rate."
     )
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="Cores that models may use; 0 takes those of the affinity mask and the cgroup quota."
+        0, description="CPU cores for models; 0 takes those of the affinity mask and the cgroup quota."
     )
     devices: tuple[str, ...] = Field(
         (AUTO,),
-        description="Where models run: auto (every GPU in sight that their runtime can use, else the CPU),"
+        description="Where models run: auto (every visible GPU that their runtime can use, else the CPU),"
         " cpu, or GPUs by name, separated by commas: cuda:0,cuda:1.",
     )
     measure_ms: Annotated[float, Field(ge=0)] = Field(
-        2000.0, description="Longest time to measure one model at load; 0 does not measure."
+        2000.0, description="Most milliseconds to measure one model at load; 0 disables measuring."
     )
     cache_dir: Path | None = Field(
         None,
-        description="Where measurements and the environments of build scripts are kept; by default the user's"
+        description="Folder for measurements and the environments of build scripts; by default in the user's"
         " cache folder.",
     )
     trust: bool = Field(
-        False, description="Load model files that can run code when loaded (.pt, .pt2), whoever made them."
+        False, description="Load model files that can run code when loaded (.pt, .pt2), from any source."
     )
     required_models: tuple[str, ...] = Field(
-        (), description="Models without which the server is not ready, separated by commas."
+        (), description="Models that must be ready before the server is ready, separated by commas."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe lines that are logged."
+        "info", description="Least severe level that is logged."
     )
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="Log lines for people or machines; auto is console on a terminal, else json."
+        "auto", description="Format of log lines; auto is console on a terminal, else json."
     )
     access_log: bool = Field(
-        False, description="Log a line for each predict request, not only for those that end with 500."
+        False, description="Log every predict request, not only those that end with status 500."
     )
 
     @field_validator("devices")
@@ -92,14 +95,14 @@ class Settings(BaseModel):
 
 
 _NOT_SETTINGS = ("CONFIG", "COMPILED")
-"""Variables with our prefix that are no settings: the file of settings, and a switch of the build (setup.py)."""
+"""Variables with our prefix that are not settings: the path of the file, and a switch of setup.py."""
 
-# Kubernetes writes these for a Service called "inferpool"; they are not ours.
+# Kubernetes sets these variables for a Service called "inferpool".
 _SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT)(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)$")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` one flag a setting, with its default and its variable in the help."""
+    """Add one flag per setting to `parser`; the help has the default and the variable."""
     for name, info in Settings.model_fields.items():
         default = _default_text(info.default)
         text = f"{info.description} [{ENV_PREFIX}{name.upper()}; default: {default}]"
@@ -118,7 +121,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def read_settings(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None) -> Settings:
     """The settings: `flags` first, then variables, then `file`, then the defaults.
 
-    Raises ConfigError, which names the setting and where it came from.
+    Raises ConfigError, which names the setting and its source.
     """
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -164,7 +167,7 @@ def _from_file(file: Path) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """A list written with commas becomes one; pydantic reads every other kind from its text."""
+    """Split a text with commas into the tuple of a list setting; pydantic parses all other texts."""
     info = Settings.model_fields.get(name)
     if info is not None and get_origin(info.annotation) is tuple and isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -174,7 +177,7 @@ def _parsed(name: str, value: Any) -> Any:
 def _unknown(source: str, name: str) -> str:
     near = difflib.get_close_matches(name, Settings.model_fields, 1)
     hint = f"; did you mean {_spelled(source, near[0])}?" if near else ""
-    return f"{_spelled(source, name)}: there is no such setting{hint}"
+    return f"{_spelled(source, name)}: no setting has this name{hint}"
 
 
 def _spelled(source: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The vocabulary of tensors: datatypes, specs, signatures, and the check of one against the other.
+"""Datatypes, tensor specs and signatures, and the checks of tensors against a signature.
 
 Datatype names are those of the Open Inference Protocol v2 (`FP32`, `INT64`, `BYTES`, …). In memory a
 tensor is a numpy array of the datatype's dtype, with two conventions: `BYTES` is an object array of
@@ -44,9 +44,9 @@ ANY: Final = -1
 """A dimension of any size."""
 
 JSON: Final = "JSON"
-"""The datatype of an output that is no tensor: a list, a mapping, arrays within them, or None.
+"""The datatype of an output that is not a tensor: a list, a mapping, arrays within them, or None.
 
-Only outputs have it. It has no dtype and no shape, and no rows: a model that has one is not batched.
+Only outputs have this datatype. Such an output has no dtype, shape or rows, so its model is not batched.
 """
 
 ROUNDING: Final[Mapping[str, float]] = {"FP64": 1e-8, "FP32": 1e-4, "FP16": 2e-2, "BF16": 1e-1}
@@ -55,22 +55,24 @@ ROUNDING: Final[Mapping[str, float]] = {"FP64": 1e-8, "FP32": 1e-4, "FP16": 2e-2
 Numbers of the other datatypes must be equal.
 """
 
-_KEPT_CHARACTERS: Final = 100
-_KEPT_NAMES: Final = 32
-"""Of names, in a text for people: a client chooses its own, and a model may have thousands."""
+_SHOWN_CHARACTERS: Final = 100
+"""Characters of a name that a message shows, because clients choose names of any length."""
+_SHOWN_NAMES: Final = 32
+"""Names that a message lists, because a model may have thousands of inputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What one input or output looks like.
+    """The name, datatype and shape of one input or output.
 
     Attributes:
-        name: as the model spells it.
-        datatype: a key of `DTYPES`; of an output also `JSON`.
-        shape: one size a dimension, `ANY` (-1) where it may vary; `()` is a scalar, and None a tensor
-            of which the model does not say the rank.
-        optional: an input that may be left out (the model has a default for it).
-        symbols: the model's names of its dimensions, "" where one has none; empty where none has.
+        name: the name in the model.
+        datatype: a key of `DTYPES`; for an output also `JSON`.
+        shape: one size per dimension, `ANY` (-1) for a dimension of any size. `()` is a scalar; None
+            means that the model leaves the rank open.
+        optional: whether a request may omit this input, because the model has a default for it.
+        symbols: the model's names of the dimensions, "" for a dimension without a name; empty if no
+            dimension has one.
     """
 
     name: str
@@ -81,7 +83,7 @@ class TensorSpec:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The numpy dtype that holds this tensor; raises KeyError where the datatype is `JSON`."""
+        """The numpy dtype that holds this tensor; raises KeyError if the datatype is `JSON`."""
         return DTYPES[self.datatype]
 
 
@@ -90,30 +92,31 @@ class Signature:
     """The inputs and outputs of a version, in the model's order.
 
     Attributes:
-        inputs: as requests name them.
-        outputs: as answers name them.
-        instead: the input, if any, that a request may send in place of all the others.
+        inputs: the inputs by their names in requests.
+        outputs: the outputs by their names in responses.
+        substitute_input: the name of an input that replaces all others, or None. A request sends either
+            this input alone or the others.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    instead: str | None = None
+    substitute_input: str | None = None
 
     @cached_property
     def inputs_by_name(self) -> Mapping[str, TensorSpec]:
-        """The inputs, found by name."""
+        """The inputs by name."""
         return {spec.name: spec for spec in self.inputs}
 
     @cached_property
     def outputs_by_name(self) -> Mapping[str, TensorSpec]:
-        """The outputs, found by name."""
+        """The outputs by name."""
         return {spec.name: spec for spec in self.outputs}
 
     @cached_property
     def single_input(self) -> TensorSpec | None:
-        """The input that a body without names means: the only one needed."""
-        if self.instead is not None:
-            return self.inputs_by_name[self.instead]
+        """The input of a body without input names: the only one required, or None if there are several."""
+        if self.substitute_input is not None:
+            return self.inputs_by_name[self.substitute_input]
         required = [spec for spec in self.inputs if not spec.optional]
         if len(self.inputs) == 1:
             return self.inputs[0]
@@ -121,56 +124,56 @@ class Signature:
 
     @cached_property
     def shared_symbols(self) -> Mapping[str, tuple[tuple[str, int], ...]]:
-        """Dimensions that must be equal: the inputs and axes of each symbol that stands in several places."""
-        places: dict[str, list[tuple[str, int]]] = {}
+        """Dimensions that must be equal: by symbol, the input names and axes of its dimensions."""
+        axes: dict[str, list[tuple[str, int]]] = {}
         for spec in self.inputs:
             for axis, symbol in enumerate(spec.symbols):
                 if symbol:
-                    places.setdefault(symbol, []).append((spec.name, axis))
-        return {symbol: tuple(found) for symbol, found in places.items() if len(found) > 1}
+                    axes.setdefault(symbol, []).append((spec.name, axis))
+        return {symbol: tuple(found) for symbol, found in axes.items() if len(found) > 1}
 
     def is_optional(self, spec: TensorSpec) -> bool:
-        """Whether a request may do without this input."""
-        return spec.optional or self.instead is not None
+        """Whether a request may omit this input."""
+        return spec.optional or self.substitute_input is not None
 
 
 def shape_text(shape: tuple[int, ...] | None) -> str:
-    """A shape for people: `[-1, 3, 224]`, or `any` where the rank is unknown."""
+    """A shape for a message: `[-1, 3, 224]`, or `any` if the rank is open."""
     return "any" if shape is None else "[" + ", ".join(map(str, shape)) + "]"
 
 
 def name_text(name: str) -> str:
-    """A name for people, quoted, its end cut off where it is long."""
+    """A name for a message: quoted, and shortened if it is long."""
     return f'"{_cut(name)}"'
 
 
 def names_text(names: Collection[str]) -> str:
-    """Names for people, each quoted: `"a", "b"`, or `none`; of very many, the first and how many more."""
-    shown = ", ".join(map(name_text, islice(names, _KEPT_NAMES))) or "none"
-    return shown if len(names) <= _KEPT_NAMES else f"{shown} and {len(names) - _KEPT_NAMES} more"
+    """Names for a message: `"a", "b"`, or `none`; of very many, the first and the number of the others."""
+    shown = ", ".join(map(name_text, islice(names, _SHOWN_NAMES))) or "none"
+    return shown if len(names) <= _SHOWN_NAMES else f"{shown} and {len(names) - _SHOWN_NAMES} more"
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= _KEPT_CHARACTERS else name[:_KEPT_CHARACTERS] + "…"
+    return name if len(name) <= _SHOWN_CHARACTERS else name[:_SHOWN_CHARACTERS] + "…"
 
 
 def check_tensor(spec: TensorSpec, tensor: Array) -> None:
     """Raise InvalidInput unless `tensor` has the datatype, rank and fixed dimensions of `spec`."""
     if tensor.dtype != spec.dtype:
         is_text = tensor.dtype == DTYPES["BYTES"]
-        came = "strings" if is_text else str(tensor.dtype)
+        came = "BYTES" if is_text else str(tensor.dtype)
         raise InvalidInput(
-            f'tensor "{spec.name}" is {came}, the model takes {spec.datatype}',
+            f'tensor "{spec.name}" has the datatype {came}, the model takes {spec.datatype}',
             tensor=spec.name,
             expected=spec.datatype,
-            got="BYTES" if is_text else came,
+            got=came,
         )
     expected = spec.shape
     if expected is None:
         return
     shape = tensor.shape
     if len(shape) == len(expected) and expected[:1] == (ANY,) and shape[1:] == expected[1:]:
-        return  # open in rows alone, as most are: worth a look before the walk
+        return  # the usual case, only the rows are open: cheaper than the loop below
     if len(shape) != len(expected) or any(
         want not in (ANY, got) for want, got in zip(expected, shape, strict=True)
     ):
@@ -183,25 +186,25 @@ def check_tensor(spec: TensorSpec, tensor: Array) -> None:
 
 
 def check_inputs(signature: Signature, tensors: Mapping[str, Array]) -> None:
-    """Raise InvalidInput unless `tensors` are just what `signature` takes, no more and no less."""
+    """Raise InvalidInput unless `tensors` are exactly the inputs of `signature`, optional ones aside."""
     by_name = signature.inputs_by_name
     for name, tensor in tensors.items():
         spec = by_name.get(name)
         if spec is None:
             raise unknown_input(signature, name)
         check_tensor(spec, tensor)
-    if signature.instead is not None and signature.instead in tensors:
+    if signature.substitute_input is not None and signature.substitute_input in tensors:
         if len(tensors) > 1:
-            others = [name for name in tensors if name != signature.instead]
+            others = [name for name in tensors if name != signature.substitute_input]
             raise InvalidInput(
-                f"tensor {name_text(signature.instead)} comes in place of every other; leave out"
+                f"tensor {name_text(signature.substitute_input)} replaces all other inputs; leave out"
                 f" {names_text(others)}",
-                tensor=signature.instead,
+                tensor=signature.substitute_input,
             )
         return
     if len(tensors) < len(by_name):
         for spec in signature.inputs:
-            if spec.name not in tensors and not spec.optional and spec.name != signature.instead:
+            if spec.name not in tensors and not spec.optional and spec.name != signature.substitute_input:
                 raise InvalidInput(
                     f"tensor {name_text(spec.name)} is missing; the model takes {names_text(by_name)}",
                     tensor=spec.name,
@@ -211,27 +214,24 @@ def check_inputs(signature: Signature, tensors: Mapping[str, Array]) -> None:
 
 
 def _check_symbols(signature: Signature, tensors: Mapping[str, Array]) -> None:
-    """Raise InvalidInput where dimensions differ to which the model gives the same name."""
-    for symbol, places in signature.shared_symbols.items():
-        found = [(name, axis) for name, axis in places if name in tensors]
-        if len({tensors[name].shape[axis] for name, axis in found}) > 1:
-            (first, axis), (other, other_axis) = next(
-                (found[0], place)
-                for place in found
-                if tensors[place[0]].shape[place[1]] != tensors[found[0][0]].shape[found[0][1]]
-            )
+    """Raise InvalidInput if dimensions differ that the model gives the same name."""
+    for symbol, axes in signature.shared_symbols.items():
+        sizes = [(name, axis, tensors[name].shape[axis]) for name, axis in axes if name in tensors]
+        if len({size for _, _, size in sizes}) > 1:
+            first, axis, expected = sizes[0]
+            other, other_axis, got = next(each for each in sizes if each[2] != expected)
             raise InvalidInput(
                 f"tensor {name_text(first)} has shape {shape_text(tensors[first].shape)} and tensor"
-                f" {name_text(other)} {shape_text(tensors[other].shape)}: dimension {axis} of the one and"
-                f" {other_axis} of the other are the same, {name_text(symbol)}",
+                f" {name_text(other)} {shape_text(tensors[other].shape)}; dimension {axis} of the first and"
+                f" dimension {other_axis} of the second must be equal ({name_text(symbol)})",
                 tensor=other,
-                expected=tensors[first].shape[axis],
-                got=tensors[other].shape[other_axis],
+                expected=expected,
+                got=got,
             )
 
 
 def check_outputs(signature: Signature, names: tuple[str, ...]) -> None:
-    """Raise InvalidInput if a requested output is not one of the model's."""
+    """Raise InvalidInput if the model lacks one of the requested outputs `names`."""
     for name in names:
         if name not in signature.outputs_by_name:
             raise InvalidInput(

@@ -104,7 +104,7 @@ def test_strings_where_numbers_belong_are_called_so(bundled: Server) -> None:
     headers = {"content-type": "application/x-npy"}
     answer = bundled.post("/predict/diabetes", content=file.getvalue(), headers=headers)
     assert code_of(answer) == "invalid_input"
-    assert answer.json()["detail"] == 'tensor "features" is strings, the model takes FP32'
+    assert answer.json()["detail"] == 'tensor "features" has the datatype BYTES, the model takes FP32'
     assert answer.json()["got"] == "BYTES"
 
 

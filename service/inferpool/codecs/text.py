@@ -128,7 +128,9 @@ class TextCodec:
         # A power of two, so that the costs of rows add up without rounding.
         self.unit: Final = 1 << (min(MEASURED_TOKENS, self.max_tokens).bit_length() - 1)
         sentences = TensorSpec(self.input, "BYTES", (ANY,))
-        self.signature: Final = replace(signature, inputs=(sentences, *signature.inputs), instead=self.input)
+        self.signature: Final = replace(
+            signature, inputs=(sentences, *signature.inputs), substitute_input=self.input
+        )
 
     def decode(self, body: bytes) -> Array:
         """One sentence, all of `body`, which is UTF-8; raises MalformedBody where it is none."""

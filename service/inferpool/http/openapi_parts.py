@@ -63,9 +63,9 @@ def input_schema(view: VersionView, spec: TensorSpec) -> Document:
 def input_sets(view: VersionView, specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
     """Those of `specs` that come together: the model's own, and the one, if any, in place of them all."""
     assert view.signature is not None  # only ready versions are shown
-    instead = view.signature.instead
-    own = [spec for spec in specs if spec.name != instead]
-    return [own, *([spec] for spec in specs if spec.name == instead)]
+    substitute = view.signature.substitute_input
+    own = [spec for spec in specs if spec.name != substitute]
+    return [own, *([spec] for spec in specs if spec.name == substitute)]
 
 
 def in_json(view: VersionView) -> list[TensorSpec] | None:
@@ -79,11 +79,11 @@ def in_json(view: VersionView) -> list[TensorSpec] | None:
 def example_inputs(view: VersionView) -> list[tuple[TensorSpec, list[int]]] | None:
     """The inputs that the version needs, each with a shape it takes; None where that is too much to show."""
     assert view.signature is not None  # only ready versions are shown
-    instead = view.signature.instead
+    substitute = view.signature.substitute_input
     shapes = [
         (spec, [1 if size == ANY else size for size in spec.shape or ()])
         for spec in view.signature.inputs
-        if (not spec.optional if instead is None else spec.name == instead)
+        if (not spec.optional if substitute is None else spec.name == substitute)
     ]
     fits = in_json(view) is not None and sum(prod(shape) for _, shape in shapes) <= _MAX_EXAMPLE_ELEMENTS
     return shapes if fits else None

@@ -1,6 +1,6 @@
-"""What this process has of the machine: the cores that it may really use, and the memory that it keeps.
+"""The CPU cores that this process may use, and the memory that it keeps.
 
-Cores are those of its affinity and its cgroup's quota, not the host's.
+The cores follow from the affinity mask and the cgroup quota, not from the host.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ _ROOT = Path("/")
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST_KEPT_BYTES = 32 * 2**20
-"""The most that glibc allows as M_MMAP_THRESHOLD."""
+"""The largest M_MMAP_THRESHOLD that glibc allows."""
 _KEPT_BYTES = 128 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Keep what is freed for the next request; False where the C library is not glibc.
+    """Make glibc keep freed memory for the next request; False if the C library is not glibc.
 
-    Of its own accord glibc maps a body or a batch of 128 KiB or more from the kernel and gives it back when
-    it is freed, so that every one of them is paid for page by page: for a request of 600 KB that is more than
-    all else it costs. With this at most 128 MiB that are free stay with the process. Source: mallopt(3).
+    By default glibc maps every block of 128 KiB or more from the kernel and returns it when it is freed. Each
+    body or batch of that size then costs page faults, which for a request of 600 KB take longer than
+    everything else. After this call the process keeps at most 128 MiB of free memory. Source: mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -32,10 +32,10 @@ def keep_freed_memory() -> bool:
 
 
 def usable_cores(root: Path = _ROOT) -> int:
-    """Cores that may run at once, at least 1: the affinity mask, cut down to the CPU quota rounded up.
+    """The number of cores that may run at once, at least 1: the affinity mask, limited by the CPU quota.
 
-    `root` is where `proc` and `sys` are. Sources: cpu.max in the kernel's cgroup-v2.rst, and
-    cpu.cfs_quota_us in its scheduler/sched-bwc.rst for version 1.
+    A fraction of the quota is rounded up. `root` contains `proc` and `sys`. Sources: the kernel's documents
+    cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (cpu.cfs_quota_us, version 1).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
@@ -43,7 +43,7 @@ def usable_cores(root: Path = _ROOT) -> int:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """The tightest CPU quota on the way from this process's cgroup to the top, in cores; None without one."""
+    """The tightest CPU quota in cores from this process's cgroup up to the root; None without a quota."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -58,7 +58,8 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
             mount, read = root / "sys/fs/cgroup/cpu", _quota_v1
         else:
             continue
-        # Without a cgroup namespace the path is the host's and may not exist here: the mount's top is ours.
+        # Without a cgroup namespace the path is the host's and may not exist here; then the top of the mount
+        # is the cgroup of this process.
         parts = Path(path.lstrip("/"))
         quotas += [read(mount / folder) for folder in (parts, *parts.parents)]
     return min((quota for quota in quotas if quota is not None), default=None)

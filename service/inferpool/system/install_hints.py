@@ -1,4 +1,4 @@
-"""Commands that messages tell people to type, such that they work as they are printed."""
+"""Commands for messages, which work when a user types them as printed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def own_command() -> str:
-    """How to call this program: by its name where that is found, else by where it is installed."""
+    """The command that runs this program: its name if the shell finds it, else its path."""
     if shutil.which("inferpool"):
         return "inferpool"
     installed = Path(sys.executable).with_name("inferpool")
@@ -17,12 +17,12 @@ def own_command() -> str:
 
 
 def install_command(extra: str) -> str:
-    """How to install the `extra` for the Python that runs, which need not be the one whose pip is found."""
+    """The command that installs `extra` for the running Python, whose pip may not be first in the PATH."""
     return f"{_pip()} install 'inferpool[{extra}]'"
 
 
 def uninstall_command(package: str) -> str:
-    """How to take `package` away from the Python that runs."""
+    """The command that uninstalls `package` from the running Python."""
     return f"{_pip()} uninstall {package}"
 
 
@@ -33,7 +33,7 @@ def _pip() -> str:
 
 
 def _shown(file: Path) -> str:
-    """The path of `file` as one types it: from the working folder where it is in that."""
+    """The path of `file` for a shell, relative to the working folder if the file is below it."""
     try:
         return shlex.quote(str(file.relative_to(Path.cwd())))
     except (ValueError, OSError):

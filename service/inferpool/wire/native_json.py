@@ -189,7 +189,7 @@ def _read_inputs(signature: Signature, inputs: Any, read: Callable[[TensorSpec, 
         spec = signature.inputs_by_name.get(name)
         if spec is None:
             raise unknown_input(signature, name)
-        if name == signature.instead:
+        if name == signature.substitute_input:
             _check_sentences(name, value)
         tensors[name] = read(spec, value)
     check_inputs(signature, tensors)

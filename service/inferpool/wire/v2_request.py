@@ -331,7 +331,7 @@ def _tensors(
             tensors[entry.name] = read_binary(spec, entry.shape, body, entry.start, entry.size)
         else:
             tensors[entry.name] = fit(spec, read(spec, entry.data), entry.shape)
-    sentences = signature.instead
+    sentences = signature.substitute_input
     if sentences is not None and sentences in tensors and tensors[sentences].shape[1:] == (1,):
         # As Triton's clients send strings: its models have a dimension beside the rows.
         tensors[sentences] = tensors[sentences].reshape(-1)

@@ -192,7 +192,7 @@ class ServedVersion:
 def _sent(signature: Signature, pixels: TensorSpec) -> Signature:
     """The signature with pixels in place of the input of that name."""
     inputs = tuple(pixels if spec.name == pixels.name else spec for spec in signature.inputs)
-    return Signature(inputs, signature.outputs, signature.instead)
+    return Signature(inputs, signature.outputs, signature.substitute_input)
 
 
 def _token_axes(view: VersionView) -> Mapping[str, tuple[int, ...]]:
