@@ -72,8 +72,8 @@ class ImageConfig(BaseModel):
     )
     resize: Side | None = Field(
         default=None,
-        description="Resize the shorter side to this many pixels and cut out the centre. Without it the picture"
-        " is resized to `size`, whatever its proportions.",
+        description="Resize the shorter side to this many pixels and cut out the centre. Without it the"
+        " picture is resized to `size`, whatever its proportions.",
     )
     mode: Literal["rgb", "grey"] = Field(default="rgb", description='`"rgb"` or `"grey"`.')
     layout: Literal["CHW", "HWC", "HW"] = Field(
