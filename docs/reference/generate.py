@@ -1,0 +1,234 @@
+"""Write the tables of the reference pages from the code; `--check` only says which pages are out of date.
+
+A page keeps its own text. The generator replaces the lines between `<!-- generated: NAME -->` and
+`<!-- end -->`, for the names in `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from inferpool import cli, errors
+from inferpool.http.problems import STATUSES
+from inferpool.observe.metrics import FAMILIES
+from inferpool.repository.config import ModelConfig
+from inferpool.settings import Settings, add_flags
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+DOCS: Final = Path(__file__).parents[1]
+RULES: Final = DOCS.parent / "docker" / "prometheus" / "rules.yml"
+REGION: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+REMEDIES: Final = {
+    "malformed_body": "Send what the headers say. `detail` names the position or the tensor.",
+    "forbidden": "Change the models folder and restart: loading over HTTP is off.",
+    "not_found": "See `/docs` for the paths.",
+    "model_not_found": "See `GET /models` for the names.",
+    "version_not_found": "See `GET /models/MODEL` for the versions and labels.",
+    "method_not_allowed": "Use a method that `Allow` lists.",
+    "too_slow": "Send the body faster: 64 KiB a minute is the least.",
+    "body_too_large": "Stay below `limit` bytes or characters, or `max_pixels` pixels.",
+    "unsupported_media_type": "Send a format that `expected` lists.",
+    "invalid_input": "Compare `expected` with `got`; `tensor` or `field` says where.",
+    "queue_full": "Try again after `Retry-After`.",
+    "internal_error": "Look into the log for the `request_id`, and report the defect.",
+    "model_failed": "Look into the log for the `request_id`.",
+    "not_ready": "See `GET /models/MODEL` for the state and its reason; try again after `Retry-After`.",
+    "draining": "Send the request to another server.",
+    "overloaded": "Try again after `Retry-After`, or raise `in_flight_bytes`.",
+    "deadline_exceeded": "Give a longer timeout, or send less.",
+}
+"""What a client does about each error."""
+
+
+def row(*cells: str) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join([row(*header), "|" + "---|" * len(header), *(row(*cells) for cells in rows)])
+
+
+def code(text: str) -> str:
+    """Text as code in Markdown."""
+    return f"`{text}`"
+
+
+def settings() -> str:
+    """Every setting: its flag, variable, default and meaning."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser)
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for action in parser._actions:
+            described = re.fullmatch(r"(.*) \[(\w+); default: (.*)\]", action.help or "", re.DOTALL)
+            assert described is not None, action.help
+            text, variable, default = described.groups()
+            shown = default if default == "none" else code(default)
+            yield code(action.option_strings[0]), code(variable), shown, text
+
+    return table(("flag", "variable", "default", "meaning"), rows())
+
+
+def config_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that a `model.toml` may have, with its field."""
+    for name, info in model.model_fields.items():
+        kinds: list[Any] = [info.annotation, *getattr(info.annotation, "__args__", ())]
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if inner is not None:
+            yield from config_keys(inner, f"{name}.")
+        else:
+            yield prefix + name, info
+
+
+def default_text(info: FieldInfo) -> str:
+    """The default of a key, as a reader of the table needs it."""
+    if info.is_required():
+        return "required"
+    default = info.get_default(call_default_factory=True)
+    if default is None or default == {}:
+        extra = info.json_schema_extra
+        return str(extra["unset"]) if isinstance(extra, dict) and "unset" in extra else "none"
+    if isinstance(default, bool):
+        return code(str(default).lower())
+    return code(f'"{default}"' if isinstance(default, str) else str(default))
+
+
+def model_toml() -> str:
+    """Every key of a `model.toml`: its default and meaning."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for key, info in config_keys(ModelConfig):
+            assert info.description, f"{key} has no description"
+            yield code(key), default_text(info), info.description
+
+    return table(("key", "default", "meaning"), rows())
+
+
+def error_classes(root: type[errors.InferpoolError] = errors.InferpoolError) -> Iterator[type]:
+    """Every class of the error tree."""
+    yield root
+    for child in root.__subclasses__():
+        yield from error_classes(child)
+
+
+def error_codes() -> str:
+    """Every error code: its status, its meaning and what to do."""
+    by_name = {kind.__name__.lower(): kind for kind in error_classes()}
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for name, status in STATUSES.items():
+            kind = by_name[name.replace("_", "")]
+            meaning = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+            yield code(name), str(status), meaning, REMEDIES[name]
+
+    return table(("code", "status", "meaning", "what to do"), rows())
+
+
+def metrics() -> str:
+    """Every metric: its kind, labels and meaning."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for family in FAMILIES.values():
+            yield code(family.full_name), family.kind, ", ".join(map(code, family.labels)), family.help
+
+    return table(("metric", "kind", "labels", "meaning"), rows())
+
+
+def alerts() -> str:
+    """Every alert: how long its condition must hold, its severity and its summary."""
+    pattern = re.compile(
+        r"- alert: (\w+)\n.*?\n +for: (\w+)\n.*?severity: (\w+)\n.*?summary: \"(.*?)\"\n", re.DOTALL
+    )
+
+    def plain(text: str) -> str:
+        text = re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda match: match[1].upper(), text)
+        return re.sub(r"\{\{ \$value.*?\}\}", "N", text)
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for name, duration, severity, summary in pattern.findall(RULES.read_text(encoding="utf-8")):
+            yield code(name), severity, duration, plain(summary)
+
+    return table(("alert", "severity", "for", "summary"), rows())
+
+
+def commands() -> str:
+    """Every command: its usage, what it does, and the options that are no settings."""
+    flags = {"--" + name.replace("_", "-") for name in Settings.model_fields}
+    parts = []
+    for name, parser in _subcommands(cli._parser()).items():
+        options = [
+            action
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS and not flags.intersection(action.option_strings)
+        ]
+        lines = [f"## inferpool {name}", "", parser.description or "", ""]
+        rows = ((code(_spelled(action)), (action.help or "").replace("%%", "%")) for action in options)
+        lines.append(table(("argument", "meaning"), rows))
+        if any(flags.intersection(action.option_strings) for action in parser._actions):
+            lines += ["", "It also takes flags for [settings](settings.md)."]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command, by its name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    raise AssertionError("the command has no subcommands")
+
+
+def _spelled(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return str(action.metavar or action.dest)
+    value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+    return ", ".join(action.option_strings) + value
+
+
+TABLES: Final[dict[str, Callable[[], str]]] = {
+    "settings": settings,
+    "model-toml": model_toml,
+    "errors": error_codes,
+    "metrics": metrics,
+    "alerts": alerts,
+    "commands": commands,
+}
+
+
+def written(text: str) -> str:
+    """The page `text` with its tables as the code has them now."""
+    return REGION.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> int:
+    """Write the pages; with `--check`, write nothing and exit with 1 if a page would change."""
+    parser = argparse.ArgumentParser(description="Write the tables of the reference pages from the code.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a page is out of date"
+    )
+    check = parser.parse_args().check
+    stale = []
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        new = written(text)
+        if new != text:
+            stale.append(page)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    for page in stale:
+        state = "out of date" if check else "written"
+        sys.stderr.write(f"{page.relative_to(DOCS.parent)}: {state}\n")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
