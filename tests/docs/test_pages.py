@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from inferpool import cli
 from inferpool.observe.logs import request_fields
-from inferpool.observe.request_record import Record
+from inferpool.observe.request_record import RequestRecord
 from inferpool.repository.config import ModelConfig
 from inferpool.settings import Settings
 
@@ -98,7 +98,7 @@ def test_the_table_of_components_is_the_folders() -> None:
 def test_the_table_of_log_fields_is_the_code_s() -> None:
     rows = pages.table(ROOT / "docs" / "operate" / "logs.md", "field")
     named = re.findall(r"`(\w+)`", " ".join(row[0] for row in rows))
-    record = Record(0.0, "", None, 200, "ok", None, None, None, None, None, None, 0.0, 0, 0)
+    record = RequestRecord(0.0, "", None, 200, "ok", None, None, None, None, None, None, 0.0, 0, 0)
     assert set(named) == set(request_fields(record))
 
 
