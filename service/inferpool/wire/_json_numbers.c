@@ -396,9 +396,14 @@ static PyObject *singles(PyObject *module, PyObject *const *arguments, Py_ssize_
         PyErr_SetString(PyExc_ValueError, "there are not so many numbers");
         return NULL;
     }
+    const char *first = PyByteArray_AS_STRING(arguments[0]) + start;
+    if ((uintptr_t)first % _Alignof(Number) != 0) {
+        PyErr_SetString(PyExc_ValueError, "start must be a multiple of 8 bytes");
+        return NULL;
+    }
     PyObject *narrow = PyByteArray_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof(float));
     if (narrow == NULL) return NULL;
-    const Number *from = (const Number *)(const void *)(PyByteArray_AS_STRING(arguments[0]) + start);
+    const Number *from = (const Number *)(const void *)first;
     float *to = (float *)(void *)PyByteArray_AS_STRING(narrow);
     bool finite = true;
     if (arguments[3] == Py_True) {
