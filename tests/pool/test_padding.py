@@ -16,7 +16,7 @@ from inferpool.pool.entry_queue import Limits, Queue
 from inferpool.pool.mixed_parts import Unjoinable, Whole, join_rows
 from inferpool.pool.padding import STEP, Padding, span
 from inferpool.pool.ports import Entry, Part, Result, VersionKey
-from inferpool.repository.load.padding_check import prove_padding
+from inferpool.repository.load.padding_check import check_padding
 from inferpool.tensors import Array, Signature, Tensors, TensorSpec
 
 FILLS = {"ids": 7, "mask": 0}
@@ -193,7 +193,7 @@ class Fake(LoadedModel):
 def test_harmless_padding_is_proven(
     function: Callable[[Array, Array], Array], axes: dict[str, tuple[int, ...]]
 ) -> None:
-    padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32, 512))
+    padding = check_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32, 512))
     assert padding.proven, padding.reason
     assert padding.axes == axes
     assert "1 to 32 tokens" in padding.reason
@@ -211,7 +211,7 @@ def test_harmless_padding_is_proven(
 )
 def test_padding_that_shows_is_not_proven(function: Callable[[Array, Array], Array], words: str) -> None:
     with np.errstate(divide="ignore"):
-        padding = prove_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32, 512))
+        padding = check_padding(Fake(function), rows_of(32, 8), Padding(FILLS, "ids", 32, 512))
     assert not padding.proven
     assert "never share a batch" in padding.reason
     assert any(word in padding.reason for word in words.split("|")), padding.reason

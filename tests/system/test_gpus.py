@@ -140,7 +140,7 @@ def test_every_gpu_gets_two_instances_with_a_copy_each(load: Load) -> None:
     assert sum(not model.closed for model in FakeBackend.loaded) == 4
     assert {model.options.device for model in FakeBackend.loaded if not model.closed} == {"cuda:0", "cuda:1"}
     repository.drain(10)
-    repository._loaded[KEY].close()
+    repository.loaded(KEY).close()
     assert all(model.closed for model in FakeBackend.loaded)
 
 
@@ -154,7 +154,7 @@ def test_the_ladder_is_shown_and_halved_where_memory_ends(load: Load) -> None:
     FakeBackend.cards = {"cuda:0": FakeCard(room_rows=20), "cuda:1": FakeCard()}
     repository = load()
     assert view(repository).state == READY, view(repository).reason
-    assert repository.live(KEY).rungs == (1, 2, 4, 8, 16)
+    assert repository.live(KEY).buckets == (1, 2, 4, 8, 16)
     assert max(len(batch) for batch in FakeBackend.cards["cuda:1"].batches) <= 32
 
 
@@ -162,7 +162,7 @@ def test_a_model_that_tells_padding_from_rows_is_not_padded(load: Load) -> None:
     FakeBackend.leaks = True
     repository = load()
     assert view(repository).state == READY
-    assert repository.live(KEY).rungs == ()
+    assert repository.live(KEY).buckets == ()
     assert 'output "sum" differs' in view(repository).gpu.padding
 
 
@@ -256,8 +256,8 @@ def test_fp16_that_loses_numbers_fails_the_version_and_says_so(load: Load) -> No
     failed = view(load("[gpu]\nfp16 = true"))
     assert failed.state == FAILED
     assert re.fullmatch(
-        r'in FP16 output "sum" is no finite number in \d of 8 places where FP32 has one \(up to [\d.]+\);'
-        r" FP16 ends at 65504, within the model too",
+        r'in FP16 output "sum" is not finite in \d of 8 numbers that are finite in FP32 \(up to [\d.]+\);'
+        r" FP16 ends at 65504, within the model too: set gpu.fp16 = false in model.toml",
         failed.reason,
     )
     assert all(model.closed for model in FakeBackend.loaded)

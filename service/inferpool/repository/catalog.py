@@ -1,4 +1,4 @@
-"""What is served, as plain values: the view that the web side has of the repository."""
+"""The web side's view of the repository: models, versions and their states, as plain values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Final, Literal, Protocol, TypeAlias, get_args
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.labels import LabelsCodec
 from inferpool.codecs.text import TextCodec
-from inferpool.errors import ModelNotFound, NotReady, VersionNotFound
+from inferpool.errors import ModelNotFound, NotReady, Reason, VersionNotFound
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.padding import Padding
 from inferpool.pool.pool import InstanceState
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.stats import BatchCount
-from inferpool.repository.load.gpu.precision import Difference
 from inferpool.tensors import Signature, names_text
 
 State: TypeAlias = Literal["loading", "ready", "failed"]
@@ -34,12 +33,37 @@ STATES: Final[tuple[State, ...]] = get_args(State)
 
 @dataclass(frozen=True, slots=True)
 class BatchingView:
-    """Whether rows of several requests run together, why, and how many at the most."""
+    """Whether rows of several requests run together.
+
+    Attributes:
+        enabled: whether they do; `reason` says why, or why not.
+        max_rows: the most rows of a batch.
+        max_delay_ms: how long a batch waits for more rows.
+        remedy: what to change so that they do; None if they do.
+    """
 
     enabled: bool = False
     reason: str = ""
     max_rows: int = 1
     max_delay_ms: float = 0.0
+    remedy: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingDifference:
+    """The largest differences that coarser rounding makes.
+
+    Attributes:
+        absolute: between two numbers of an output.
+        relative: the same as a share of the output's scale.
+        changed: the share of integers, flags and texts that are not the same.
+        rows: how many rows were tried.
+    """
+
+    absolute: float
+    relative: float
+    changed: float
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,36 +73,36 @@ class GpuView:
     Attributes:
         cpu_nodes: how many nodes of each kind run on the CPU all the same.
         padding: whether batches are rounded up to the measured sizes, and why, or why not.
-        precision: how numbers are rounded, and what that changes.
-        difference: the same in figures; None where the model is as it says, or it could not be measured.
+        precision: how numbers are rounded, and the change that this makes.
+        difference: the same in figures; None without coarser rounding, or if it could not be measured.
         graphs: whether every instance replays its runs from CUDA graphs, or why not.
-        pixels: where those of pictures are normalised, and why not on a GPU; None where none are.
+        pixels: where pixels are normalised, and why not on a GPU; None if the model takes no pictures.
     """
 
     cpu_nodes: Mapping[str, int]
     padding: str
     precision: str
-    difference: Difference | None
+    difference: RoundingDifference | None
     graphs: bool | str
     pixels: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class VersionView:
-    """One version: its state, and what a request needs to know of it.
+    """One version: its state, and the facts about it that requests depend on.
 
     Attributes:
         key: model name and version number.
         state: one of `STATES`; `reason` says why it failed.
-        labels: names of this version.
-        signature: None until it is known.
-        timeout_s: the timeout of a request that gives none, or None.
-        image: turns pictures into tensors, where the model takes them.
-        text: turns sentences into tensors, where the model takes them.
-        padding: how rows of different lengths share batches, where the model has such.
-        classes: turns outputs into predictions, where the model has labels.
-        gpu: how it runs on GPUs, where it does.
-        load_s: what loading took, in seconds.
+        labels: the labels that name this version.
+        signature: its inputs and outputs; None until they are known.
+        timeout_s: the timeout of a request that has none; None sets no timeout.
+        image: turns pictures into tensors; None if the model takes none.
+        text: turns sentences into tensors; None if the model takes none.
+        padding: how rows of different lengths share batches; None if all rows have one length.
+        classes: turns outputs into predictions; None if the model has no labels.
+        gpu: how the version runs on GPUs; None on the CPU.
+        load_s: the seconds that loading took.
     """
 
     key: VersionKey
@@ -100,16 +124,25 @@ class VersionView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A model: its versions by number, its labels, and the version that requests mean by default."""
+    """A model.
+
+    Attributes:
+        name: the name in requests.
+        description: what `model.toml` says about it.
+        versions: its versions by number.
+        labels: the number of the version that each label names.
+        label_fault: which labels name a version that is not served; None if all labels are good.
+    """
 
     name: str
     description: str
     versions: Mapping[int, VersionView]
     labels: Mapping[str, int]
+    label_fault: Reason | None = None
 
     @cached_property
     def default(self) -> VersionView | None:
-        """The version labelled `stable` if it is ready, else the newest that is; None if none is."""
+        """The version labelled `stable` if it is ready, else the newest ready version; None without one."""
         stable = self.versions.get(self.labels.get("stable", 0))
         if stable is not None and stable.state == READY:
             return stable
@@ -130,19 +163,19 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class LiveView:
-    """What changes while a version serves.
+    """The facts about a version that change while it serves.
 
     Attributes:
         instances: each with its device and state.
         latency: measured seconds by batch size.
         waiting_rows: rows in the queue.
-        oldest_age_s: seconds that the entry which came first has waited.
+        oldest_age_s: seconds that the oldest entry has waited.
         wait_s: seconds of work that wait, by the measured rate.
-        wrong_rows: what an output had instead of a batch's rows, if that turned batching off.
+        wrong_rows: the rows that an output had instead of its batch's, if that turned batching off.
         batches: how many batches of each size have run.
-        rungs: the sizes that batches are rounded up to on GPUs; empty where none are.
-        tensorrt: what has become of the wish for TensorRT; None where it was not wished for.
-        loading_s: for how long it has been loading so far, while it does.
+        buckets: the sizes that batches are rounded up to on GPUs; empty on the CPU.
+        tensorrt: the state of the upgrade to TensorRT; None if none was asked for.
+        loading_s: for how many seconds it has been loading; 0 once it is loaded.
     """
 
     instances: Sequence[InstanceState] = ()
@@ -152,19 +185,19 @@ class LiveView:
     wait_s: float = 0.0
     wrong_rows: str = ""
     batches: Sequence[BatchCount] = ()
-    rungs: Sequence[int] = ()
+    buckets: Sequence[int] = ()
     tensorrt: str | None = None
     loading_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the server can answer, and what is wrong with what.
+    """Whether the server can answer, and the problems there are.
 
     Attributes:
-        ready: every required model can answer.
+        ready: whether every required model can answer.
         status: `ok`, `degraded` (ready, with problems), `loading`, `draining` or `unavailable`.
-        problems: a sentence for each `model/version` (or `model`, or `server`) that has one.
+        problems: a sentence for each `model/version` (or `model`, or `server`) with a problem.
     """
 
     ready: bool
@@ -179,14 +212,14 @@ class Catalog(Protocol):
         """Every model by name, as it is at this moment; the mapping does not change."""
 
     def live(self, key: VersionKey) -> LiveView:
-        """The changing facts of a version; empty ones if it is not loaded."""
+        """The facts about a version that change; empty if it is not loaded."""
 
     def health(self) -> Health:
         """Whether the server can answer."""
 
 
 def find_model(catalog: Catalog, name: str) -> ModelView:
-    """The model of this name; raises ModelNotFound."""
+    """The model of this name; raises ModelNotFound, which lists the models there are."""
     models = catalog.models()
     model = models.get(name)
     if model is None:
@@ -195,9 +228,9 @@ def find_model(catalog: Catalog, name: str) -> ModelView:
 
 
 def find_ready(catalog: Catalog, name: str, version: str | None) -> VersionView:
-    """The version that a request means: by number, by label, or the model's default.
+    """The version that a request asks for by number or label; without either, the model's default.
 
-    Raises ModelNotFound, VersionNotFound, or NotReady if it cannot answer.
+    Raises ModelNotFound, VersionNotFound, or NotReady if the version cannot answer.
     """
     model = find_model(catalog, name)
     if version is None:

@@ -1,4 +1,4 @@
-"""`model.toml`: what the owner of a model says about it. Every key is optional; unknown ones are errors."""
+"""`model.toml`: the owner's settings for one model. Every key is optional; an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inferpool.codecs.labels import LabelsConfig
 from inferpool.codecs.text import TextConfig
 from inferpool.errors import ConfigError
 from inferpool.system.gpus import check_devices
-from inferpool.tensors import DTYPES
+from inferpool.tensors import DTYPES, Signature, names_text, shape_text
 
 _Table = ConfigDict(extra="forbid", frozen=True)
 _Positive = Annotated[int, Field(ge=1)]
@@ -23,11 +23,11 @@ _Size = Annotated[int, Field(ge=-1)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 _MOST_BYTES = 1024 * 1024
 RESERVED_LABELS = frozenset({"load", "unload", "labels"})
-"""Words that stand where a version would, in other routes."""
+"""Words that other routes have in the place of a version."""
 
 
 class VersionsConfig(BaseModel):
-    """`[versions]`: which versions are loaded, and what they are called."""
+    """`[versions]`: which versions are loaded, and their labels."""
 
     model_config = _Table
     serve: Literal["all", "latest"] | tuple[_Positive, ...] = Field(
@@ -41,12 +41,15 @@ class VersionsConfig(BaseModel):
     def _labels_are_names(self) -> VersionsConfig:
         for label in self.labels:
             if not label or label.isdigit() or "/" in label or label in RESERVED_LABELS:
-                raise ValueError(f'"{label}" cannot be a label: a path would mean something else by it')
+                raise ValueError(
+                    f'"{label}" cannot be a label, because it has another meaning in a path; choose a word'
+                    f" without digits only or a slash, other than {', '.join(sorted(RESERVED_LABELS))}"
+                )
         return self
 
 
 class BatchingConfig(BaseModel):
-    """`[batching]`: `enabled = false` turns it off; it is on wherever it has been proven right."""
+    """`[batching]`: `enabled = false` turns batching off; else it is on if it is proven safe."""
 
     model_config = _Table
     enabled: bool = Field(default=True, description="`false` runs every request alone.")
@@ -59,7 +62,7 @@ class BatchingConfig(BaseModel):
 
 
 class InstancesConfig(BaseModel):
-    """`[instances]`: how many a device, with how many threads each; measured where not given."""
+    """`[instances]`: how many on each device, with how many threads each; measured if not set."""
 
     model_config = _Table
     count: _Positive | None = Field(
@@ -87,7 +90,7 @@ class InstancesConfig(BaseModel):
 
 
 class GpuConfig(BaseModel):
-    """`[gpu]`: what holds where a model runs on a GPU."""
+    """`[gpu]`: settings for a model on a GPU."""
 
     model_config = _Table
     cpu_nodes: CpuNodes = Field(
@@ -115,7 +118,7 @@ class GpuConfig(BaseModel):
 
 
 class QueueConfig(BaseModel):
-    """`[queue]`: the bounds of what may wait; from the measured rate where not given."""
+    """`[queue]`: how much may wait; by default from the measured rate."""
 
     model_config = _Table
     max_rows: _Positive | None = Field(
@@ -131,7 +134,7 @@ class QueueConfig(BaseModel):
 
 
 class TensorConfig(BaseModel):
-    """`[[inputs]]`, `[[outputs]]`: what the file does not say of a tensor; -1 in `shape` is any size."""
+    """`[[inputs]]`, `[[outputs]]`: what the file does not say about a tensor; -1 in `shape` is any size."""
 
     model_config = _Table
     name: Annotated[str, Field(min_length=1)] = Field(
@@ -151,7 +154,7 @@ class TensorConfig(BaseModel):
     @classmethod
     def _datatype_is_known(cls, datatype: str | None) -> str | None:
         if datatype is not None and datatype not in DTYPES:
-            raise ValueError(f'"{datatype}" is no datatype; there are {", ".join(DTYPES)}')
+            raise ValueError(f'"{datatype}" is no datatype; choose from {", ".join(DTYPES)}')
         return datatype
 
 
@@ -187,25 +190,25 @@ class ModelConfig(BaseModel):
     @classmethod
     def _names_differ(cls, tensors: tuple[TensorConfig, ...]) -> tuple[TensorConfig, ...]:
         if len({tensor.name for tensor in tensors}) < len(tensors):
-            raise ValueError("two of them have the same name")
+            raise ValueError("two tensors have the same name; give each its own")
         return tensors
 
 
 def read_config(file: Path) -> ModelConfig:
-    """Read a `model.toml`; an absent one is an empty one.
+    """Read a `model.toml`; an absent file counts as an empty one.
 
     Raises ConfigError, which names the file and the key.
     """
     name = f"{file.parent.name}/{file.name}"
     try:
         if file.exists() and not (file.is_file() and file.stat().st_size <= _MOST_BYTES):
-            raise ConfigError(f"{name}: not a file of at most {_MOST_BYTES} bytes")
+            raise ConfigError(f"{name}: expected a file of at most {_MOST_BYTES} bytes")
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return ModelConfig()
     except RecursionError as error:
         raise ConfigError(f"{name}: nested too deeply") from error
-    except ValueError as error:  # of TOML, of UTF-8, or a number of more digits than Python reads
+    except ValueError as error:  # not TOML, not UTF-8, or a number with more digits than Python reads
         raise ConfigError(f"{name}: {error}") from error
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}") from error
@@ -216,8 +219,32 @@ def read_config(file: Path) -> ModelConfig:
         raise ConfigError(f"{name}: {faults}") from None
 
 
+def check_tensors(config: ModelConfig, folder: Path | None, signature: Signature) -> None:
+    """Raise ConfigError if `model.toml` describes a tensor otherwise than the model has it."""
+    file = f"{folder.name if folder is not None else ''}/model.toml"
+    for table, tensors, specs in (
+        ("inputs", config.inputs, signature.inputs_by_name),
+        ("outputs", config.outputs, signature.outputs_by_name),
+    ):
+        for tensor in tensors:
+            spec = specs.get(tensor.name)
+            if spec is None:
+                raise ConfigError(
+                    f"{file}: {table}: the model has no {tensor.name}; it has {names_text(specs)}"
+                )
+            if tensor.datatype not in (None, spec.datatype):
+                raise ConfigError(
+                    f"{file}: {table}: {tensor.name} is {spec.datatype} in the model, not {tensor.datatype}"
+                )
+            if tensor.shape is not None and tensor.shape != spec.shape:
+                raise ConfigError(
+                    f"{file}: {table}: {tensor.name} has shape {shape_text(spec.shape)} in the model,"
+                    f" not {shape_text(tensor.shape)}"
+                )
+
+
 def _sentence(fault: Any, root: type[BaseModel]) -> str:
-    """One validation error in words: `batching.max_row: unknown key, did you mean "max_rows"?`"""
+    """One validation error as a sentence: `batching.max_row: unknown key, did you mean "max_rows"?`"""
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] != "extra_forbidden":
         return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
@@ -229,7 +256,7 @@ def _sentence(fault: Any, root: type[BaseModel]) -> str:
 
 def _keys_at(table: Any, path: tuple[str | int, ...]) -> list[str]:
     for part in path:
-        if isinstance(part, int):  # the place in a list, whose items have the keys
+        if isinstance(part, int):  # an index into a list, whose items have the keys
             continue
         annotation = table.model_fields[part].annotation
         table = next((arg for arg in get_args(annotation) if isinstance(arg, type)), annotation)

@@ -1,13 +1,17 @@
-"""Where models and their versions lie in a folder, or which single model a path means."""
+"""Finds the models and versions in a folder, or the single model that a path names."""
 
 from __future__ import annotations
 
 import logging
+import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-from inferpool.errors import ConfigError, LoadError
+from inferpool.errors import ConfigError, LoadError, Reason
+from inferpool.repository.foreign_files import find_conversion
 from inferpool.system.install_hints import own_command
 
 log = logging.getLogger(__name__)
@@ -15,77 +19,64 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "model.toml"
 BUILD_SCRIPT = "build.py"
 DEFAULT_REPOSITORY = Path("models")
-"""Where models are built if nothing else is said, below the working folder."""
+"""Where models are built by default, below the working folder."""
 _HIDDEN = (".", "_")
+_LIKE_A_VERSION: Final = re.compile(r"(?:v|ver|version)?[-_.]?0*(\d+)", re.IGNORECASE)
+"""Folder names that look like versions: `01`, `v2`, `version-3`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model as it lies on disk.
+    """A model on disk.
 
     Attributes:
-        name: what requests call it.
+        name: the name in requests.
         folder: holds `model.toml`, `samples/`, `labels.txt`; None for a bare file.
         files: each version's model file.
-        faults: versions that have no file to load, and why.
-        origin: the file or folder, by its name in the repository.
+        faults: why a version has no file that can be loaded.
+        origin: the name of the file or folder in the repository.
+        skipped: for each folder that looks like a version but is none, why, and what to do.
     """
 
     name: str
     folder: Path | None
     files: dict[int, Path] = field(default_factory=dict)
-    faults: dict[int, str] = field(default_factory=dict)
+    faults: dict[int, Reason] = field(default_factory=dict)
     origin: str = ""
+    skipped: tuple[Reason, ...] = ()
 
 
-def scan(path: Path, suffixes: dict[str, str]) -> list[ModelFolder]:
-    """The models that `path` holds: a repository, one model's folder, or one model file.
+def scan(path: Path, suffixes: Mapping[str, str]) -> list[ModelFolder]:
+    """The models in `path`: a repository, one model's folder, or one model file.
 
-    `suffixes` are those of model files (`.onnx`). Raises ConfigError if there is nothing to serve.
+    `suffixes` are those of model files (`.onnx`). Logs each file and folder that looks like a model and is
+    skipped. Raises ConfigError if there is nothing to serve.
     """
     if path.is_file():
         if path.suffix not in suffixes:
-            raise ConfigError(f"{path} is not a model file; those end in {', '.join(sorted(suffixes))}")
+            raise ConfigError(f"{path} is not a model file: {_file_remedy(path, suffixes)}")
         return [_bare(path)]
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist")
     if _version_folders(path):
-        return [_folder(path.resolve(), suffixes)]
+        single = _folder(path.resolve(), suffixes)
+        for reason in single.skipped:
+            log.warning("%s", reason)
+        return [single]
     found: dict[str, ModelFolder] = {}
+    skipped: list[Reason] = []
     for item in sorted(path.iterdir()):
-        if not is_model_name(item.name):
-            if not item.name.startswith(_HIDDEN):
-                log.warning("%r is left out: its name cannot stand in a path", item.name)
-            continue
-        if is_unbuilt(item):
-            log.info("%s is left out until it is built: run %s", item.name, build_command(item))
-            continue
-        if item.is_file() and item.suffix in suffixes:
-            model = _bare(item)
-        elif item.is_dir() and ((item / CONFIG_FILE).exists() or _version_folders(item)):
-            model = _folder(item, suffixes)
-        elif item.is_dir() and (stray := _stray_file(item, suffixes)) is not None:
-            where = f"{item.name}/1/model{stray.suffix.lower()}"
-            model = ModelFolder(
-                item.name, item, {}, {1: f"{stray.relative_to(path)} is in no version: expected {where}"}
-            )
-        else:
-            if item.is_dir():
-                log.info("%s is no model: it has neither versions nor a %s", item, CONFIG_FILE)
+        model = _model(item, suffixes, skipped)
+        if model is None:
             continue
         if model.name in found:
-            fault = f"both {found[model.name].origin} and {model.origin} are called {model.name}"
+            fault = f"both {found[model.name].origin} and {model.origin} are called {model.name}; rename one"
             model = ModelFolder(model.name, None, {}, {1: fault})
         found[model.name] = model
+    for reason in skipped:
+        log.warning("%s", reason)
     if not found:
-        if (path / BUILD_SCRIPT).is_file():
-            raise ConfigError(f"{path} is not built yet: run {build_command(path.resolve())}")
-        unbuilt = [item.name for item in sorted(path.iterdir()) if is_unbuilt(item)]
-        if unbuilt:
-            raise ConfigError(
-                f"{path}: none of {', '.join(unbuilt)} is built yet: run {build_command(path / unbuilt[0])}"
-            )
-        raise ConfigError(f"{path} holds no models: expected {path}/NAME/1/model.onnx or {path}/NAME.onnx")
+        raise ConfigError(_nothing_found(path, skipped))
     return list(found.values())
 
 
@@ -105,10 +96,54 @@ def is_unbuilt(item: Path) -> bool:
 
 
 def build_command(folder: Path) -> str:
-    """What to type to have the model in `folder` built."""
+    """The command that builds the model in `folder`."""
     repository = folder.parent
-    where = "" if repository == DEFAULT_REPOSITORY else f"--repository {shlex.quote(str(repository))} "
-    return f"{own_command()} build {where}{shlex.quote(folder.name)}"
+    option = "" if repository == DEFAULT_REPOSITORY else f"--repository {shlex.quote(str(repository))} "
+    return f"{own_command()} build {option}{shlex.quote(folder.name)}"
+
+
+def _model(item: Path, suffixes: Mapping[str, str], skipped: list[Reason]) -> ModelFolder | None:
+    """The model in `item` of a repository, or None. Adds to `skipped` if `item` only looks like a model."""
+    if not is_model_name(item.name):
+        if not item.name.startswith(_HIDDEN):
+            skipped.append(f"{item.name!r} is skipped: its name cannot stand in a path; rename it")
+        return None
+    if is_unbuilt(item):
+        log.info("%s is left out until it is built: run %s", item.name, build_command(item))
+        return None
+    if item.is_file():
+        if item.suffix in suffixes:
+            return _bare(item)
+        if _looks_like_a_model(item, suffixes):
+            skipped.append(f"{item.name} is skipped: {_file_remedy(item, suffixes)}")
+        return None
+    if not item.is_dir():
+        return None
+    if (item / CONFIG_FILE).exists() or _version_folders(item):
+        model = _folder(item, suffixes)
+        skipped.extend(model.skipped)
+        return model
+    stray = _stray_file(item, suffixes)
+    if stray is None:
+        log.info("%s is no model: it has neither versions nor a %s", item, CONFIG_FILE)
+        return None
+    name = stray.relative_to(item.parent)
+    if stray.suffix.lower() in suffixes:
+        target = f"{item.name}/1/model{stray.suffix.lower()}"
+        return ModelFolder(item.name, item, {}, {1: f"{name} is in no version: expected {target}"})
+    skipped.append(f"{name} is skipped: {_file_remedy(stray, suffixes)}")
+    return None
+
+
+def _nothing_found(path: Path, skipped: list[Reason]) -> Reason:
+    """Why a repository without models has none, and what to do."""
+    if (path / BUILD_SCRIPT).is_file():
+        return f"{path} is not built yet: run {build_command(path.resolve())}"
+    unbuilt = [item.name for item in sorted(path.iterdir()) if is_unbuilt(item)]
+    if unbuilt:
+        return f"{path}: none of {', '.join(unbuilt)} is built yet: run {build_command(path / unbuilt[0])}"
+    expected = f"{path} holds no models: expected {path}/NAME/1/model.onnx or {path}/NAME.onnx"
+    return "; ".join((expected, *skipped))
 
 
 def _bare(file: Path) -> ModelFolder:
@@ -125,15 +160,37 @@ def _version_folders(folder: Path) -> dict[int, Path]:
     }
 
 
-def _stray_file(folder: Path, suffixes: dict[str, str]) -> Path | None:
-    """A model file in a folder of no model, or just below it: meant to be served, and in the wrong place."""
-    files = (*folder.glob("*"), *folder.glob("*/*"))
-    return next((item for item in sorted(files) if item.suffix.lower() in suffixes and item.is_file()), None)
+def _looks_like_a_model(file: Path, suffixes: Mapping[str, str]) -> bool:
+    return file.suffix.lower() in suffixes or find_conversion(file) is not None
 
 
-def _folder(folder: Path, suffixes: dict[str, str]) -> ModelFolder:
-    model = ModelFolder(folder.name, folder, origin=f"{folder.name}/")
-    for version, version_folder in sorted(_version_folders(folder).items()):
+def _file_remedy(file: Path, suffixes: Mapping[str, str]) -> Reason:
+    """What to do with a file that is expected to be a model file and is none."""
+    if file.suffix.lower() in suffixes:
+        return f"rename it to {file.stem}{file.suffix.lower()}"
+    conversion = find_conversion(file)
+    if conversion is not None:
+        return f"it is {conversion}"
+    return f"model files end in {', '.join(sorted(suffixes))}"
+
+
+def _stray_file(folder: Path, suffixes: Mapping[str, str]) -> Path | None:
+    """A file in a folder without versions, or one level below, that looks like a model: it is misplaced."""
+    files = [item for item in sorted((*folder.glob("*"), *folder.glob("*/*"))) if item.is_file()]
+    known = [item for item in files if item.suffix.lower() in suffixes]
+    foreign = [item for item in files if find_conversion(item) is not None]
+    return next(iter(known + foreign), None)
+
+
+def _folder(folder: Path, suffixes: Mapping[str, str]) -> ModelFolder:
+    versions = _version_folders(folder)
+    skipped = [
+        reason
+        for item in sorted(folder.iterdir())
+        if (reason := _skipped_version(item, versions, suffixes)) is not None
+    ]
+    model = ModelFolder(folder.name, folder, origin=f"{folder.name}/", skipped=tuple(skipped))
+    for version, version_folder in sorted(versions.items()):
         try:
             model.files[version] = _model_file(version_folder, suffixes)
         except LoadError as error:
@@ -141,15 +198,48 @@ def _folder(folder: Path, suffixes: dict[str, str]) -> ModelFolder:
     return model
 
 
-def _model_file(version_folder: Path, suffixes: dict[str, str]) -> Path:
-    files = sorted(item for item in version_folder.iterdir() if item.suffix in suffixes and item.is_file())
+def _skipped_version(item: Path, versions: Mapping[int, Path], suffixes: Mapping[str, str]) -> Reason | None:
+    """Why an item of a model's folder is no version although it looks like one, and what to do."""
+    name = f"{item.parent.name}/{item.name}"
+    if item.is_file():
+        if not _looks_like_a_model(item, suffixes):
+            return None
+        if item.suffix.lower() in suffixes:
+            target = f"{item.parent.name}/{max(versions, default=0) + 1}/model{item.suffix.lower()}"
+            return f"{name} is skipped: a model file must be in a version's folder; move it to {target}"
+        # Beside versions, a pickle may well be something else than a model.
+        return None if versions else f"{name} is skipped: {_file_remedy(item, suffixes)}"
+    numbered = _LIKE_A_VERSION.fullmatch(item.name)
+    if not item.is_dir() or item in versions.values():
+        return None
+    if numbered is None and not any(_looks_like_a_model(file, suffixes) for file in item.glob("model.*")):
+        return None
+    number = int(numbered[1]) if numbered is not None else 0
+    if number in versions or not number:
+        number = max(versions, default=0) + 1
+    return (
+        f"{name} is skipped: a version's folder must be named by a number without leading zeros;"
+        f" rename it to {item.parent.name}/{number}"
+    )
+
+
+def _model_file(version_folder: Path, suffixes: Mapping[str, str]) -> Path:
+    """The model file of a version; raises LoadError, which says what to do, unless there is exactly one."""
+    everything = sorted(item for item in version_folder.iterdir() if item.is_file())
+    files = [item for item in everything if item.suffix in suffixes]
     named = [item for item in files if item.stem == "model"]
-    where = f"{version_folder.parent.name}/{version_folder.name}"
+    name = f"{version_folder.parent.name}/{version_folder.name}"
     if len(named) == 1:
         return named[0]
     if named:
-        raise LoadError(f"{where} has {' and '.join(item.name for item in named)}; which is it? Keep one")
+        raise LoadError(f"{name} has {' and '.join(item.name for item in named)}: keep one of them")
     if files:
-        raise LoadError(f"{where} has {files[0].name}; call it model{files[0].suffix}")
+        raise LoadError(f"{name} has {files[0].name}: rename it to model{files[0].suffix}")
+    similar = [item for item in everything if _looks_like_a_model(item, suffixes)]
+    similar.sort(key=lambda item: item.suffix.lower() not in suffixes)
+    if similar and similar[0].suffix.lower() in suffixes:
+        raise LoadError(f"{name} has {similar[0].name}: rename it to model{similar[0].suffix.lower()}")
     expected = " or ".join(f"model{suffix}" for suffix in sorted(suffixes))
-    raise LoadError(f"{where} has no model file; expected {expected}")
+    if similar:
+        raise LoadError(f"{name} has {similar[0].name}, not {expected}: {_file_remedy(similar[0], suffixes)}")
+    raise LoadError(f"{name} has no model file: expected {expected}")

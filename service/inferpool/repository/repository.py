@@ -1,8 +1,8 @@
-"""The models that are served: loads them one after the other and publishes what is ready.
+"""The models folder at work: loads its versions one after the other and publishes those that are ready.
 
-One loads at a time, so that measurements do not disturb one another; a load that does not end holds up the
-others for a while only. What is served is published as a new mapping at each change; whoever reads one reads
-a consistent state without a lock.
+One version loads at a time, so that measurements do not disturb one another. A load that does not end delays
+the next one for `PATIENCE_S` only. Each change is published as a new mapping, so that readers see a
+consistent state without a lock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from inferpool.backends.base import backends_by_suffix
-from inferpool.errors import InferpoolError
+from inferpool.errors import InferpoolError, Reason
 from inferpool.observe.metrics import Metrics, Sample
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.pool.router import PoolRouter
@@ -33,18 +33,18 @@ from inferpool.repository.catalog import (
 )
 from inferpool.repository.config import ModelConfig, read_config
 from inferpool.repository.layout import CONFIG_FILE, ModelFolder, scan
-from inferpool.repository.load.loader import Loaded, Loader
+from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.settings import Settings
 from inferpool.system.gpus import Driver
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0
-"""How long a load holds up the next one. Most take seconds; some never end."""
+"""How many seconds a load delays the next one. Most loads take seconds; some never end."""
 
 
 class Repository:
-    """Loads the models of a folder into pools; is the `Catalog` that the web side reads."""
+    """Loads the models of a folder into pools. The web side reads it as its `Catalog`."""
 
     def __init__(
         self,
@@ -54,17 +54,19 @@ class Repository:
         metrics: Metrics,
         clock: Callable[[], float],
         driver: Driver | None = None,
+        *,
+        remeasure: bool = False,
     ) -> None:
-        """Look at what is in `path`; raises ConfigError if that is nothing to serve.
+        """Look for models in `path`; raises ConfigError if there are none.
 
-        `driver` is that of the GPUs; None is this machine's.
+        `driver` is the GPU driver; None is this machine's. `remeasure` ignores kept measurements.
         """
         self.engine = PoolRouter()
         self._settings = settings
         self._metrics = metrics
-        self._loader = Loader(settings, outbox, metrics, clock, driver)
+        self._loader = Loader(settings, outbox, metrics, clock, driver, remeasure=remeasure)
         self._clock = clock
-        self._loaded: dict[VersionKey, Loaded] = {}
+        self._loaded: dict[VersionKey, LoadedVersion] = {}
         self._load_began: dict[VersionKey, float] = {}
         self._publishing = threading.Lock()
         self._draining = False
@@ -83,7 +85,7 @@ class Repository:
         return self._models
 
     def live(self, key: VersionKey) -> LiveView:
-        """The changing facts of a version; empty ones if it is not loaded."""
+        """The facts about a version that change; empty if it is not loaded."""
         loaded = self._loaded.get(key)
         if loaded is None:
             began = self._load_began.get(key)
@@ -99,14 +101,16 @@ class Repository:
             pool.wrong_rows,
             pool.batches(),
             pool.rungs(),
-            loaded.instances.tensorrt,
+            loaded.copies.tensorrt,
         )
 
     def health(self) -> Health:
-        """Whether every required model can answer, and what is wrong with what."""
+        """Whether every required model can answer, and the problems there are."""
         problems: dict[str, str] = {}
         loading, answering = set(), set()
         for model in self._models.values():
+            if model.label_fault is not None:
+                problems[model.name] = model.label_fault
             for version in model.versions.values():
                 name = f"{model.name}/{version.key.version}"
                 if version.state == READY:
@@ -134,12 +138,14 @@ class Repository:
             return Health(True, "degraded" if problems else "ok", problems)
         return Health(False, "loading" if loading else "unavailable", problems)
 
-    # Life.
+    def loaded(self, key: VersionKey) -> LoadedVersion:
+        """The version that was loaded under `key`, with its pool and its models; raises KeyError."""
+        return self._loaded[key]
 
     def start(self, then: Callable[[], None]) -> None:
-        """Begin to load, in a thread of its own; it calls `then` when everything is loaded or failed.
+        """Begin to load, in a thread of its own, which calls `then` when every version is ready or failed.
 
-        Where loads take too long it calls `then` when all others are, too.
+        If a load takes too long, the thread also calls `then` when all the others have ended.
         """
         threading.Thread(target=self._load_all, args=(then,), name="loader", daemon=True).start()
 
@@ -148,16 +154,21 @@ class Repository:
         self._load_all(lambda: None)
 
     def begin_drain(self) -> None:
-        """Be no longer ready; what is accepted still runs."""
+        """Report that the server is not ready; requests that were accepted still run."""
         self._draining = True
 
     def drain(self, timeout_s: float) -> bool:
-        """Finish what was accepted and end every instance; False if that took longer than `timeout_s`."""
+        """Finish the accepted requests and end every instance; False if `timeout_s` is too short."""
         self.begin_drain()
         self._stopped.set()
         deadline = self._clock() + timeout_s
         ended = [pool.drain(max(0.0, deadline - self._clock())) for pool in self.engine.pools()]
         return all(ended)
+
+    def close(self) -> None:
+        """Free the memory of every model. The instances have ended."""
+        for loaded in self._loaded.values():
+            loaded.close()
 
     def _load_all(self, then: Callable[[], None]) -> None:
         late: list[threading.Thread] = []
@@ -172,7 +183,7 @@ class Repository:
                     if work.is_alive():
                         late.append(work)
                         log.warning(
-                            "%s/%d has been loading for %.0f s; the next are loaded beside it",
+                            "%s/%d has been loading for %.0f s; the next models load beside it",
                             name, version, PATIENCE_S,
                         )  # fmt: skip
         if late:
@@ -189,7 +200,7 @@ class Repository:
         except InferpoolError as error:
             self._fail(key, error.detail)
         except BaseException as error:
-            # What a model's code or a native library raises to end the process ends this version only.
+            # A model's code or a native library may raise SystemExit: that fails this version only.
             log.exception("loading %s/%d", model.name, version)
             self._fail(key, f"loading failed with {type(error).__name__}: {error}")
         else:
@@ -222,8 +233,8 @@ class Repository:
             self._models = MappingProxyType({**self._models, model.name: replace(model, versions=versions)})
 
     def _first_view(self, model: ModelFolder) -> ModelView:
-        """A model before anything of it is loaded."""
-        fault = ""
+        """A model before any of its versions is loaded."""
+        fault: Reason | None = None
         config = ModelConfig()
         try:
             if model.folder is not None:
@@ -232,20 +243,19 @@ class Repository:
             fault = error.detail
         self._configs[model.name] = config
         served = _served(config, [*model.files, *model.faults])
-        names: dict[int, tuple[str, ...]] = {}
-        for label, version in config.versions.labels.items():
-            names[version] = (*names.get(version, ()), label)
-            if version not in served:
-                fault = fault or f"{model.name}/model.toml: versions.labels: there is no version {version}"
+        labels = {label: version for label, version in config.versions.labels.items() if version in served}
+        label_fault = _label_fault(model.name, config, served)
+        if label_fault is not None:
+            log.warning("%s", label_fault)
         versions = {}
         for version in served or [1]:
-            reason = fault or model.faults.get(version, "")
+            reason = fault or model.faults.get(version)
             if not served:
                 reason = reason or _none_served(model, config)
-            state: State = FAILED if reason else LOADING
-            key = VersionKey(model.name, version)
-            versions[version] = VersionView(key, state, reason, names.get(version, ()))
-        return ModelView(model.name, config.description, versions, config.versions.labels)
+            state: State = LOADING if reason is None else FAILED
+            names = tuple(label for label, labelled in labels.items() if labelled == version)
+            versions[version] = VersionView(VersionKey(model.name, version), state, reason or "", names)
+        return ModelView(model.name, config.description, versions, labels, label_fault)
 
     def _samples(self) -> Iterable[Sample]:
         """Gauges for a scrape."""
@@ -264,18 +274,32 @@ class Repository:
                 yield "queue_oldest_age_seconds", labels, live.oldest_age_s
                 yield "queue_wait_seconds", labels, live.wait_s
                 counts = Counter((instance.device, instance.state) for instance in live.instances)
-                for of, count in counts.items():
-                    yield "instances", (*labels, *of), float(count)
+                for device_and_state, count in counts.items():
+                    yield "instances", (*labels, *device_and_state), float(count)
 
 
-def _none_served(model: ModelFolder, config: ModelConfig) -> str:
+def _label_fault(model: str, config: ModelConfig, served: list[int]) -> Reason | None:
+    """Which labels name a version that is not served, and what to do; None if there are none."""
+    stale = {label: version for label, version in config.versions.labels.items() if version not in served}
+    if not stale or not served:
+        return None
+    labels = ", ".join(f'"{label}" names version {version}' for label, version in stale.items())
+    have = ", ".join(map(str, served))
+    return (
+        f"{model}/model.toml: versions.labels: {labels}, which is not served; correct the label"
+        f" or remove it (served: {have})"
+    )
+
+
+def _none_served(model: ModelFolder, config: ModelConfig) -> Reason:
     found = sorted([*model.files, *model.faults])
     if found:
         have = ", ".join(map(str, found))
         return (
             f"{model.name}/model.toml: versions.serve: {config.versions.serve} is not there; there is {have}"
         )
-    return f"{model.name} has no version: expected {model.name}/1/model.onnx"
+    reason = f"{model.name} has no version: expected {model.name}/1/model.onnx"
+    return "; ".join((reason, *model.skipped))
 
 
 def _served(config: ModelConfig, found: list[int]) -> list[int]:

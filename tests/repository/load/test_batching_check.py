@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from inferpool.backends.base import LoadedModel, LoadOptions
 from inferpool.backends.onnx.backend import OnnxBackend
-from inferpool.repository.load.batching_check import Proof, prove
+from inferpool.repository.load.batching_check import BatchingProof, check_batching
 from inferpool.repository.load.planner import Plan, PlanConstraints, Planner
 from inferpool.tensors import Signature, Tensors, TensorSpec
 from onnx import TensorProto, helper
@@ -39,8 +40,8 @@ class Fake(LoadedModel):
         pass
 
 
-def proof_of(model: LoadedModel, *samples: Tensors) -> Proof:
-    return prove(model, samples, 1.0, time.perf_counter)
+def proof_of(model: LoadedModel, *samples: Tensors) -> BatchingProof:
+    return check_batching(model, samples, 1.0, time.perf_counter)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_one_sample_row_is_varied_until_mixing_shows(
 def test_a_slow_model_is_proven_with_fewer_rows() -> None:
     moments = iter(range(10_000))
     model = Fake(lambda x: x)
-    proof = prove(model, (), 1.0, lambda: next(moments) * 0.4)
+    proof = check_batching(model, (), 1.0, lambda: next(moments) * 0.4)
     assert proof.batched
     assert sum(model.runs) < 12
 
@@ -190,8 +191,8 @@ def test_batch_norm_left_in_training_mode_is_caught_in_a_real_model(tmp_path: Pa
     assert not proof_of(load(1)).batched
 
 
-def plan_of(model: LoadedModel, **wishes: object) -> Plan:
-    fields = {"cores": 1, "budget_s": 0.3} | wishes
+def plan_of(model: LoadedModel, **constraints: Any) -> Plan:
+    fields: dict[str, Any] = {"cores": 1, "budget_s": 0.3} | constraints
     return Planner(lambda threads: model, PlanConstraints(**fields), time.perf_counter).make(model)
 
 

@@ -181,7 +181,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
         batching=Batching(
             enabled=batching.enabled and not live.wrong_rows,
             reason=f"turned off while serving: {live.wrong_rows}" if live.wrong_rows else batching.reason,
-            max_rows=1 if live.wrong_rows else min([batching.max_rows, *live.rungs[-1:]]),
+            max_rows=1 if live.wrong_rows else min([batching.max_rows, *live.buckets[-1:]]),
             max_delay_ms=batching.max_delay_ms,
         ),
         instances=[
@@ -205,7 +205,7 @@ def _gpu(view: GpuView | None, live: LiveView) -> Gpu | None:
         return None
     return Gpu(
         cpu_nodes=dict(view.cpu_nodes),
-        batch_rows=list(live.rungs),
+        batch_rows=list(live.buckets),
         padding=view.padding,
         precision=view.precision,
         difference=None if view.difference is None else Rounding(**asdict(view.difference)),

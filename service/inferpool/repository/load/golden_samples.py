@@ -1,7 +1,7 @@
-"""Golden samples: inputs with the outputs they must give, checked before a version is ready.
+"""Golden samples: inputs with their expected outputs, checked before a version is ready.
 
-`samples/NAME.json` is `{"inputs": …, "outputs": {"name": nested lists}, "tolerance": 1e-4}`, the inputs as
-in a request. A number passes if it is within `tolerance`, absolute or relative.
+`samples/NAME.json` is `{"inputs": …, "outputs": {"name": nested lists}, "tolerance": 1e-4}`, with the inputs
+as in a request. A number passes if it is within `tolerance`, absolute or relative.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import orjson
 
 from inferpool.backends.base import LoadedModel
 from inferpool.codecs.text import TextCodec
-from inferpool.errors import InferpoolError, LoadError
+from inferpool.errors import InferpoolError, LoadError, Reason
 from inferpool.pool.mixed_parts import Unjoinable, join_rows
 from inferpool.repository.config import ModelConfig
-from inferpool.tensors import Array, Signature, Tensors
+from inferpool.tensors import Array, Signature, Tensors, names_text
 from inferpool.wire.native_json import parse_request, write
 
 _KEYS = {"inputs", "outputs", "tolerance"}
@@ -33,10 +33,10 @@ class GoldenSample:
     """One golden sample.
 
     Attributes:
-        name: its file's.
-        inputs: what the model is run with, one after the other: one for tensors, one a sentence for text.
-        outputs: what must come out, for all of them together.
-        tolerance: the largest difference that is none, absolute or relative.
+        name: the name of its file.
+        inputs: the inputs of each run: one run for tensors, one for each sentence of a text.
+        outputs: the expected outputs, of all runs together.
+        tolerance: the largest difference that passes, absolute or relative.
     """
 
     name: str
@@ -46,47 +46,48 @@ class GoldenSample:
 
 
 def read_samples(folder: Path, signature: Signature, text: TextCodec | None = None) -> list[GoldenSample]:
-    """The samples of a model's folder, by name; raises LoadError for one that cannot be read.
+    """The samples in a model's folder, sorted by name; raises LoadError if a sample cannot be read.
 
-    `text` encodes sentences, which a sample of its model may have in place of tensors.
+    `text` encodes sentences, which a sample may have in place of tensors.
     """
     return [_read(file, signature, text) for file in sorted(folder.glob("samples/*.json")) if file.is_file()]
 
 
 def raw_inputs(folder: Path, config: ModelConfig) -> Iterator[Any]:
-    """The tensors of each golden sample as it is written; a file that is not JSON is complained of later."""
+    """The inputs of each golden sample, as its JSON has them; `read_samples` reports other files."""
     for file in sorted(folder.glob("samples/*.json")):
         with suppress(OSError, orjson.JSONDecodeError):
             table = orjson.loads(file.read_bytes())
             if not isinstance(table, dict) or "inputs" not in table:
                 continue
             inputs = table["inputs"]
-            # Sentences say nothing of what the model itself takes.
+            # Sentences do not describe the tensors that the model takes.
             if config.text is None or (isinstance(inputs, dict) and config.text.input not in inputs):
                 yield table["inputs"]
 
 
 def check_samples(samples: list[GoldenSample], model: LoadedModel) -> None:
-    """Run every sample; raises LoadError for the first that gives something else."""
+    """Run every sample; raises LoadError for the first one with other outputs than expected."""
     for sample in samples:
         try:
             outputs = _run(sample, model)
         except Unjoinable as error:
             raise LoadError(f"sample {sample.name}: {error}") from error
-        except Exception as error:  # whatever the runtime raises is this version's fault
+        except Exception as error:  # whatever the runtime raises, this version cannot be served
             raise LoadError(f"sample {sample.name}: the model raised {error}") from error
         for name, expected in sample.outputs.items():
             if name not in outputs:
-                raise LoadError(f'sample {sample.name}: the model has no output "{name}"')
+                known = names_text(model.signature.outputs_by_name)
+                raise LoadError(f'sample {sample.name}: the model has no output "{name}"; it has {known}')
             fault = _difference(outputs[name], expected, sample.tolerance)
-            if fault:
+            if fault is not None:
                 raise LoadError(f'sample {sample.name}: output "{name}" {fault}')
 
 
 def _run(sample: GoldenSample, model: LoadedModel) -> Tensors:
     if len(sample.inputs) == 1:
         return model.run(sample.inputs[0])
-    return join_rows([([place], model.run(row)) for place, row in enumerate(sample.inputs)])
+    return join_rows([([index], model.run(row)) for index, row in enumerate(sample.inputs)])
 
 
 def _read(file: Path, signature: Signature, text: TextCodec | None) -> GoldenSample:
@@ -95,14 +96,16 @@ def _read(file: Path, signature: Signature, text: TextCodec | None) -> GoldenSam
     except (OSError, orjson.JSONDecodeError) as error:
         raise LoadError(f"sample {file.name}: {error}") from error
     if not isinstance(table, dict) or not {"inputs", "outputs"} <= table.keys() <= _KEYS:
-        raise LoadError(f"sample {file.name}: expected an object with inputs, outputs and perhaps tolerance")
+        raise LoadError(f"sample {file.name}: expected an object of inputs, outputs and maybe tolerance")
     tolerance = table.get("tolerance", DEFAULT_TOLERANCE)
     if (
         not isinstance(table["outputs"], dict)
         or not table["outputs"]
         or not isinstance(tolerance, int | float)
     ):
-        raise LoadError(f"sample {file.name}: outputs is an object of at least one, tolerance is a number")
+        raise LoadError(
+            f"sample {file.name}: expected an object with at least one output, and a number as tolerance"
+        )
     try:
         request = parse_request(orjson.dumps({"inputs": table["inputs"]}))
         tensors = request.tensors(signature if text is None else text.signature)
@@ -114,25 +117,26 @@ def _read(file: Path, signature: Signature, text: TextCodec | None) -> GoldenSam
     return GoldenSample(file.name, inputs, table["outputs"], float(tolerance))
 
 
-def _difference(got: Array | list[Any] | dict[str, Any], expected: Any, tolerance: float) -> str:
+def _difference(got: Array | list[Any] | dict[str, Any], expected: Any, tolerance: float) -> Reason | None:
+    """How an output differs from the expected one; None if it does not."""
     if not isinstance(got, np.ndarray):
         as_sent = orjson.loads(write(got))
-        return "" if _alike(as_sent, expected, tolerance) else f"is {as_sent}, not {expected}"
+        return None if _alike(as_sent, expected, tolerance) else f"is {as_sent}, not {expected}"
     if got.dtype.kind not in "fiub":
-        return "" if got.tolist() == expected else f"is {got.tolist()}, not {expected}"
+        return None if got.tolist() == expected else f"is {got.tolist()}, not {expected}"
     try:
         want = np.asarray(expected, dtype=np.float64)
     except (TypeError, ValueError):
-        return "is numbers, and something else is expected"
+        return "is numbers, but the sample expects something else"
     if want.shape != got.shape:
         return f"has shape {list(got.shape)}, not {list(want.shape)}"
     if np.allclose(got.astype(np.float64), want, rtol=tolerance, atol=tolerance, equal_nan=True):
-        return ""
+        return None
     return f"differs by {np.max(np.abs(got - want)):.3g}, more than the tolerance {tolerance:g}"
 
 
 def _alike(got: Any, expected: Any, tolerance: float) -> bool:
-    """Whether two JSON values are the same but for rounding."""
+    """Whether two JSON values are equal within `tolerance`."""
     if isinstance(got, list) and isinstance(expected, list):
         return len(got) == len(expected) and all(
             _alike(one, other, tolerance) for one, other in zip(got, expected, strict=True)

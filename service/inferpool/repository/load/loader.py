@@ -1,6 +1,6 @@
-"""From a file on disk to a pool that serves: load, check, prove, measure, start.
+"""Loads a version: from a file on disk, over checks and measurements, to a pool that serves.
 
-Everything that can be wrong with a version is found here, before it is ready.
+The loader finds everything that can be wrong with a version before the version is ready.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from inferpool.backends.base import (
     Backend,
@@ -21,8 +21,9 @@ from inferpool.backends.base import (
     backends_by_suffix,
     find_backend,
 )
+from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
-from inferpool.errors import UnfitForGpu
+from inferpool.errors import LoadError, UnfitForGpu
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.entry_queue import Limits
 from inferpool.pool.latency_model import Profile
@@ -30,35 +31,63 @@ from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.repository.catalog import READY, BatchingView, VersionView
-from inferpool.repository.config import ModelConfig
-from inferpool.repository.load.codec_factory import make_codecs, make_padding, run_texts
+from inferpool.repository.config import ModelConfig, check_tensors
+from inferpool.repository.load.batching_remedies import find_remedy
+from inferpool.repository.load.codec_factory import make_codecs, make_padding, make_texts
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
 from inferpool.repository.load.model_copies import ModelCopies
 from inferpool.repository.load.plan_cache import PlanCache
 from inferpool.repository.load.planner import Plan, PlanConstraints, Planner
-from inferpool.repository.load.tensor_hints import check_described
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, Driver, cuda_driver, gpu_index, place
 from inferpool.tensors import Tensors
 
+if TYPE_CHECKING:
+    from inferpool.repository.load.gpu.gpu_copies import GpuCopies
+
 log = logging.getLogger(__name__)
 
 LEAST_QUEUE_ROWS = 64
-"""Rows that may wait however slow the model is: a burst of single requests is no overload."""
+"""Rows that may wait however slow the model is, because a burst of single requests is no overload."""
 
 
 @dataclass(slots=True)
-class Loaded:
-    """A version that is ready: what the web side sees of it, its pool, and what is in memory."""
+class LoadedVersion:
+    """A version that is ready: its view for the web side, its pool and its copies in memory."""
 
     view: VersionView
     pool: Pool
-    instances: ModelCopies
+    copies: ModelCopies
 
     def close(self) -> None:
-        """Give back the models' memory; the instances have ended."""
-        self.instances.close()
+        """Free the models' memory. The instances have ended."""
+        self.copies.close()
+
+
+class _Source(NamedTuple):
+    """What a version is loaded from."""
+
+    file: Path
+    folder: Path | None
+    config: ModelConfig
+    backend: Backend
+
+
+class _Content(NamedTuple):
+    """What the files beside a model say about its inputs.
+
+    Attributes:
+        text: the codec of sentences; None if the model takes none.
+        image: the codec of pictures; None if the model takes none.
+        rows: inputs that the model is known to take.
+        samples: the files of the golden samples.
+    """
+
+    text: TextCodec | None
+    image: ImageCodec | None
+    rows: list[Tensors]
+    samples: list[Path]
 
 
 class Loader:
@@ -71,117 +100,156 @@ class Loader:
         metrics: Metrics,
         clock: Callable[[], float],
         driver: Driver | None = None,
+        *,
+        remeasure: bool = False,
     ) -> None:
-        """`driver` is that of the GPUs; None is this machine's."""
+        """`driver` is the GPU driver; None is this machine's. `remeasure` ignores kept plans."""
         self._settings = settings
         self._outbox = outbox
         self._metrics = metrics
         self._clock = clock
         self._driver = driver or cuda_driver()
-        self._cache = PlanCache(settings.cache_dir)
+        self._cache = PlanCache(settings.cache_dir, remeasure=remeasure)
         self._cores = settings.threads or usable_cores()
 
-    def load(self, key: VersionKey, file: Path, folder: Path | None, config: ModelConfig) -> Loaded:
+    def load(self, key: VersionKey, file: Path, folder: Path | None, config: ModelConfig) -> LoadedVersion:
         """Load `file` as version `key`; `folder` has its samples and labels.
 
         Raises LoadError, whose detail is the reason that `/models` shows.
         """
         began = self._clock()
-        name = config.backend or backends_by_suffix().get(file.suffix, "")
-        backend = find_backend(name)
-        devices = self._devices(config, backend, file)
-        options = self._options(config, file, folder, devices[0])
-        instances = ModelCopies(backend, file, self._clock)
-        on_cpu = ""
+        backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
+        source = _Source(file, folder, config, backend)
+        devices = self._devices(source)
+        options = self._options(source, devices[0])
+        copies, model, unfit = self._first_copy(source, options)
         try:
-            try:
-                model = instances.load(options)
-            except UnfitForGpu as error:
-                if AUTO not in self._wanted(config):
-                    raise
-                log.warning("%s is served on the CPU: %s", file, error.detail)
-                on_cpu = f"on the CPU, though there is a GPU: {error.detail}"
-                devices, options = (CPU,), replace(options, device=CPU, fp16=False)
-                model = instances.load(options)
-            check_described(config, folder, model.signature)
+            if unfit is not None:
+                devices, options = (CPU,), _for_cpu(options)
+            check_tensors(config, folder, model.signature)
             image, text, classes = make_codecs(config, folder, model.signature)
             samples = read_samples(folder, model.signature, text) if folder is not None else []
             rows = [inputs for sample in samples for inputs in sample.inputs]
             if text is not None:
-                # First, for they are of the length that everything is measured by.
+                # First, because these rows have the length that everything is measured by.
                 rows.insert(0, text.made_up(text.unit))
-            golden = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
-            plan = self._plan(file, config, backend, model, rows, golden, options, text)
+            files = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
+            content = _Content(text, image, rows, files)
+            plan = self._plan(source, model, options, content)
             padding = make_padding(text, model, batched=plan.batched) if text is not None else None
-            if options.device != CPU:
-                graphs = config.gpu.graphs and isinstance(model, DeviceModel) and model.capturable
-                instances.drop(model)
-                engines = partial(self._engine_folder, file, options) if config.gpu.tensorrt else None
-                rounded = None if padding is None else replace(padding, rounded=True)
-                normalise = None if image is None else image.normalisation
-                on_card = replace(options, graphs=graphs, normalise=normalise)
-                texts = run_texts(text, rounded) if graphs else []
-                instances.on_gpus(devices, plan, on_card, rows, rounded, texts, engines)
-                if instances.ladder is not None:
-                    padding = rounded
-                if image is not None and instances.normalise:
-                    image = image.leaving_pixels()
-            else:
+            if options.device == CPU:
                 if plan.threads != 1:
-                    instances.drop(model)
-                    model = instances.load(replace(options, threads=plan.threads))
-                instances.on_cpu(model, plan.instances)
-            for loaded in dict(instances.models).values():
+                    copies.drop(model)
+                    model = copies.load(replace(options, threads=plan.threads))
+                copies.share(model, plan.instances)
+            else:
+                padding = self._prepare_gpus(copies, model, source, devices, options, plan, content, padding)
+            if image is not None and copies.takes_pixels:
+                image = image.leaving_pixels()
+            for loaded in dict(copies.models).values():
                 check_samples(samples, loaded)
-            pool = self._pool(key, config, plan, padding, instances)
-            for device, loaded in instances.models:
+            pool = self._pool(key, config, plan, padding, copies)
+            for device, loaded in copies.models:
                 pool.start_instance(loaded, device)
-            instances.await_begun()
+            copies.finish()
         except BaseException:
-            instances.close()
+            copies.close()
             raise
-        reason = "; ".join(filter(None, (plan.reason, padding.reason if padding is not None else "")))
         view = VersionView(
             key=key,
             state=READY,
-            reason=on_cpu,
+            reason=unfit or "",
             backend=" ".join(filter(None, (backend.describe(), model.form))),
             signature=model.signature if text is None else text.signature,
-            batching=BatchingView(plan.batched, reason, plan.max_rows, config.batching.max_delay_ms),
+            batching=_batching_view(plan, padding, config, backend, model),
             threads=plan.threads,
             timeout_s=config.timeout_ms / 1000 if config.timeout_ms else None,
             image=image,
             text=text,
             padding=padding,
             classes=classes,
-            gpu=instances.gpu,
+            gpu=copies.gpu,
             load_s=self._clock() - began,
         )
-        return Loaded(view, pool, instances)
+        return LoadedVersion(view, pool, copies)
+
+    def _first_copy(
+        self, source: _Source, options: LoadOptions
+    ) -> tuple[ModelCopies, LoadedModel, str | None]:
+        """The first copy, and why it is on the CPU although there is a GPU; None if it is not."""
+        if options.device != CPU:
+            copies: ModelCopies = _gpu_copies(source, self._clock)
+            try:
+                return copies, copies.load(options), None
+            except UnfitForGpu as error:
+                if AUTO not in self._wanted(source.config):
+                    raise
+                log.warning("%s is served on the CPU: %s", source.file, error.detail)
+                unfit = f"on the CPU, though there is a GPU: {error.detail}"
+                options = _for_cpu(options)
+        else:
+            unfit = None
+        copies = ModelCopies(source.backend, source.file)
+        return copies, copies.load(options), unfit
+
+    def _prepare_gpus(
+        self,
+        copies: ModelCopies,
+        model: LoadedModel,
+        source: _Source,
+        devices: tuple[str, ...],
+        options: LoadOptions,
+        plan: Plan,
+        content: _Content,
+        padding: Padding | None,
+    ) -> Padding | None:
+        """Exchange `model` for a copy for each instance on each GPU; returns the padding of texts there."""
+        from inferpool.repository.load.gpu.gpu_copies import GpuCopies, GpuInputs
+
+        assert isinstance(copies, GpuCopies)
+        graphs = source.config.gpu.graphs and isinstance(model, DeviceModel) and model.capturable
+        copies.drop(model)
+        rounded = None if padding is None else replace(padding, rounded=True)
+        normalise = None if content.image is None else content.image.normalisation
+        texts = make_texts(content.text, rounded) if graphs else []
+
+        def find_folder(device: str, version: str) -> Path:
+            measured = self._measured_on(replace(options, device=device))
+            return self._cache.engine_folder(source.file, [version, *measured])
+
+        copies.prepare(
+            devices,
+            plan,
+            replace(options, graphs=graphs, normalise=normalise),
+            GpuInputs(content.rows, texts, rounded),
+            find_folder if source.config.gpu.tensorrt else None,
+        )
+        return padding if copies.buckets is None else rounded
 
     def _wanted(self, config: ModelConfig) -> tuple[str, ...]:
         return config.instances.devices or self._settings.devices
 
-    def _devices(self, config: ModelConfig, backend: Backend, file: Path) -> tuple[str, ...]:
-        """Where the instances go; raises LoadError where that cannot be."""
-        wanted = self._wanted(config)
-        devices = place(wanted, self._driver, lambda: backend.gpu_unavailable_reason(file))
+    def _devices(self, source: _Source) -> tuple[str, ...]:
+        """The devices of the instances; raises LoadError if the model cannot run on the devices asked for."""
+        wanted = self._wanted(source.config)
+        devices = place(wanted, self._driver, lambda: source.backend.gpu_unavailable_reason(source.file))
         if devices == (CPU,) and wanted != devices and self._driver.gpus():
             log.warning(
                 "%s is served on the CPU although there is a GPU: %s",
-                file,
-                backend.gpu_unavailable_reason(file),
+                source.file,
+                source.backend.gpu_unavailable_reason(source.file),
             )
         return devices
 
-    def _options(self, config: ModelConfig, file: Path, folder: Path | None, device: str) -> LoadOptions:
+    def _options(self, source: _Source, device: str) -> LoadOptions:
+        config, folder = source.config, source.folder
         fp16 = config.gpu.fp16 and device != CPU
         return LoadOptions(
             device=device,
             cpu_nodes=config.gpu.cpu_nodes,
             tf32=config.gpu.tf32,
             fp16=fp16,
-            kept=self._cache.beside(file) if fp16 else None,
+            kept=self._cache.beside(source.file) if fp16 else None,
             memory_bytes=config.gpu.memory_bytes,
             inputs=tuple(TensorHint(**tensor.model_dump()) for tensor in config.inputs),
             outputs=tuple(TensorHint(**tensor.model_dump()) for tensor in config.outputs),
@@ -190,18 +258,10 @@ class Loader:
             sha256=frozenset(digest.lower() for digest in config.sha256 or ()),
         )
 
-    def _plan(
-        self,
-        file: Path,
-        config: ModelConfig,
-        backend: Backend,
-        model: LoadedModel,
-        rows: list[Tensors],
-        golden: list[Path],
-        options: LoadOptions,
-        text: TextCodec | None,
-    ) -> Plan:
-        wishes = PlanConstraints(
+    def _plan(self, source: _Source, model: LoadedModel, options: LoadOptions, content: _Content) -> Plan:
+        """The plan that was kept for this model on this machine, or a new one."""
+        config, text = source.config, content.text
+        constraints = PlanConstraints(
             cores=self._cores,
             budget_s=self._settings.measure_ms / 1000,
             batching=config.batching.enabled,
@@ -213,26 +273,21 @@ class Loader:
         described: tuple[object, ...] = (*config.inputs, *config.outputs)
         if text is not None:
             described = (*described, text.fills, config.text, text.words)
-        # What the owner says of a model's tensors is part of what is measured.
-        runtime = " ".join((backend.describe(), *map(repr, described), *self._measured_on(options)))
-        known = self._cache.find(file, golden, wishes, runtime)
+        # A plan depends on what model.toml says of the tensors.
+        runtime = " ".join((source.backend.describe(), *map(repr, described), *self._measured_on(options)))
+        known = self._cache.find(source.file, content.samples, constraints, runtime)
         if known is not None:
             return known
 
         def load(threads: int) -> LoadedModel:
-            return backend.load(file, replace(options, threads=threads))
+            return source.backend.load(source.file, replace(options, threads=threads))
 
-        plan = Planner(load, wishes, self._clock).make(model, rows)
-        self._cache.keep(file, golden, wishes, runtime, plan)
+        plan = Planner(load, constraints, self._clock).make(model, content.rows)
+        self._cache.keep(source.file, content.samples, constraints, runtime, plan)
         return plan
 
-    def _engine_folder(self, file: Path, options: LoadOptions, device: str, version: str) -> Path:
-        """Where an engine of `file` for `device` is kept, which holds for that `version` alone."""
-        measured = self._measured_on(replace(options, device=device))
-        return self._cache.engine_folder(file, [version, *measured])
-
     def _measured_on(self, options: LoadOptions) -> list[str]:
-        """What makes measurements on one GPU worthless on another."""
+        """The facts about a GPU that measurements and engines depend on; none on the CPU."""
         if options.device == CPU:
             return []
         gpu = self._driver.gpus()[gpu_index(options.device)]
@@ -247,7 +302,7 @@ class Loader:
         config: ModelConfig,
         plan: Plan,
         padding: Padding | None,
-        instances: ModelCopies,
+        copies: ModelCopies,
     ) -> Pool:
         row_load = 1 if padding is None else math.ceil(padding.longest / padding.unit)
         limits = Limits(
@@ -268,5 +323,34 @@ class Loader:
             batched=plan.batched,
             padding=padding,
             most_joined_bytes=self._settings.in_flight_bytes,
-            ladder=instances.ladder,
+            ladder=copies.buckets,
         )
+
+
+def _gpu_copies(source: _Source, clock: Callable[[], float]) -> GpuCopies:
+    """The copies of a model on GPUs; raises LoadError if this installation has no code for GPUs."""
+    try:
+        from inferpool.repository.load.gpu.gpu_copies import GpuCopies
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"this installation cannot load models on GPUs ({error}); serve with --devices cpu"
+        ) from error
+    return GpuCopies(source.backend, source.file, clock)
+
+
+def _for_cpu(options: LoadOptions) -> LoadOptions:
+    """The same options for the CPU."""
+    return replace(options, device=CPU, fp16=False)
+
+
+def _batching_view(
+    plan: Plan, padding: Padding | None, config: ModelConfig, backend: Backend, model: LoadedModel
+) -> BatchingView:
+    reason = "; ".join(filter(None, (plan.reason, padding.reason if padding is not None else "")))
+    remedy = None
+    if plan.fault is not None:
+        fault = plan.fault
+        remedy = find_remedy(
+            fault.obstacle, fault.tensor, is_input=fault.is_input, backend=backend.name, form=model.form
+        )
+    return BatchingView(plan.batched, reason, plan.max_rows, config.batching.max_delay_ms, remedy)

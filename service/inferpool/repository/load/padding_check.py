@@ -1,21 +1,23 @@
-"""Whether rows of different lengths may share a run, padded to the longest: the proof, made once at load.
+"""Whether rows of different lengths may share a run, padded to the longest: checked once, at load.
 
-Rows of several lengths are run one by one as they are, and together, each filled up to the longest. If what
-is left after the padding's part has been cut off is the same, within the datatype's rounding, then padding
-changes no answer. A model without a mask that lets padding through does not pass.
+Rows of several lengths run one by one as they are, and together, each padded to the longest. The padding is
+cut off the outputs again. Padding is safe if the rest is the same, within the datatype's rounding. A model
+without a mask fails the check if padding changes its answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from inferpool.backends.base import LoadedModel
+from inferpool.errors import Reason, short_reason
 from inferpool.pool.padding import Padding
-from inferpool.repository.load.batching_check import compare, first_line
+from inferpool.repository.load.comparison import compare_outputs
+from inferpool.repository.load.runnable_rows import rows_between
 from inferpool.tensors import Tensors, shape_text
 
 _SHORTEST: Final = 1
@@ -23,62 +25,70 @@ _ROWS: Final = 8
 _GROUPINGS: Final = ((0, 1, 2, 3, 4, 5, 6, 7), (7, 0), (4, 2, 6))
 
 
-def prove_padding(model: LoadedModel, rows: Tensors, padding: Padding) -> Padding:
-    """`padding` with the verdict on `model`, reached with `rows`: eight of `padding.unit` tokens."""
+class _Result(NamedTuple):
+    """What is wrong, or None; the largest relative difference; by output, the axes that tokens lie along."""
+
+    fault: Reason | None
+    difference: float = 0.0
+    axes: Mapping[str, tuple[int, ...]] = {}
+
+
+def check_padding(model: LoadedModel, rows: Tensors, padding: Padding) -> Padding:
+    """Find out whether padding changes answers of `model`; returns `padding` with the result.
+
+    `rows` are eight rows of `padding.unit` tokens.
+    """
     longest = padding.unit
     if longest <= _SHORTEST:
         return replace(padding, reason="rows are too short to be padded")
-    lengths = [longest - place * (longest - _SHORTEST) // (_ROWS - 1) for place in range(_ROWS)]
-    parts = [
-        {name: tensor[place : place + 1, :length] for name, tensor in rows.items()}
-        for place, length in enumerate(lengths)
+    lengths = [longest - row * (longest - _SHORTEST) // (_ROWS - 1) for row in range(_ROWS)]
+    requests = [
+        {name: tensor[row : row + 1, :length] for name, tensor in rows.items()}
+        for row, length in enumerate(lengths)
     ]
     try:
-        fault, worst, axes = _compare(model, parts, lengths, padding)
-    except Exception as error:  # noqa: BLE001 - whatever a model raises, such rows do not share a batch
-        fault, worst, axes = f"the model raised {first_line(error)!r} when they were padded", 0.0, {}
-    if fault:
-        return replace(padding, reason=f"rows of different lengths never share a batch: {fault}")
+        result = _compare(model, requests, lengths, padding)
+    except Exception as error:  # noqa: BLE001 - whatever the model raises, such rows do not share a batch
+        result = _Result(f"the model raised {short_reason(error)!r} when they were padded")
+    if result.fault is not None:
+        return replace(padding, reason=f"rows of different lengths never share a batch: {result.fault}")
     return replace(
         padding,
         proven=True,
-        axes=axes,
+        axes=result.axes,
         reason=(
             f"so do rows of different lengths, padded to the longest (tried {min(lengths)} to {longest}"
-            f" tokens; largest relative difference {worst:.1g})"
+            f" tokens; largest relative difference {result.difference:.1g})"
         ),
     )
 
 
-def _compare(
-    model: LoadedModel, parts: list[Tensors], lengths: list[int], padding: Padding
-) -> tuple[str, float, Mapping[str, tuple[int, ...]]]:
-    """What is wrong ("" if nothing is), the largest relative difference, and the outputs' axes of tokens."""
-    alone = [model.run(part) for part in parts]
+def _compare(model: LoadedModel, requests: list[Tensors], lengths: list[int], padding: Padding) -> _Result:
+    alone = [model.run(request) for request in requests]
     axes: dict[str, tuple[int, ...]] = {}
     for name in alone[0]:
         shapes = [outputs[name].shape for outputs in alone]
         varying = [axis for axis in range(1, len(shapes[0])) if len({shape[axis] for shape in shapes}) > 1]
         if any([shape[axis] for shape in shapes] != lengths for axis in varying):
-            return f'output "{name}" is {shape_text(shapes[0])} for {lengths[0]} tokens and' \
-                   f" {shape_text(shapes[-1])} for {lengths[-1]}", 0.0, {}  # fmt: skip
+            return _Result(
+                f'output "{name}" is {shape_text(shapes[0])} for {lengths[0]} tokens and'
+                f" {shape_text(shapes[-1])} for {lengths[-1]}"
+            )
         if varying:
             axes[name] = tuple(varying)
-    whole = {name: np.concatenate([out[name] for out in alone]) for name in alone[0] if name not in axes}
+    joined = {name: np.concatenate([out[name] for out in alone]) for name in alone[0] if name not in axes}
     padding = replace(padding, axes=axes)
     worst = 0.0
     for grouping in _GROUPINGS:
-        together = model.run(padding.gather([parts[place] for place in grouping]))
-        for row, place in enumerate(grouping):
-            got = padding.cut(
-                {name: tensor[row : row + 1] for name, tensor in together.items()}, lengths[place]
-            )
+        together = model.run(padding.gather([requests[index] for index in grouping]))
+        for row, index in enumerate(grouping):
+            got = padding.cut(rows_between(together, row, row + 1), lengths[index])
             for name, tensor in got.items():
-                reference, chosen = ({name: alone[place][name]}, 0) if name in axes else (whole, place)
-                fault, difference = compare(
+                reference, chosen = ({name: alone[index][name]}, 0) if name in axes else (joined, index)
+                fault, difference = compare_outputs(
                     model.signature, {name: tensor}, reference, [chosen], model.rounding
                 )
-                if fault:
-                    return f"{fault} when {lengths[place]} tokens are padded", worst, {}
+                if fault is not None:
+                    return _Result(f"{fault} when {lengths[index]} tokens are padded")
                 worst = max(worst, difference)
-    return "", worst, axes
+    return _Result(None, worst, axes)

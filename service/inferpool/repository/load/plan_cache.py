@@ -1,4 +1,4 @@
-"""What was found out about models, kept between starts: one JSON file a model, machine and wish."""
+"""Keeps plans between starts: one JSON file for each model, machine and set of constraints."""
 
 from __future__ import annotations
 
@@ -15,62 +15,83 @@ from pathlib import Path
 
 from inferpool import __version__
 from inferpool.pool.latency_model import Measurement
+from inferpool.repository.load.batching_check import Fault
+from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.planner import Plan, PlanConstraints
 
 log = logging.getLogger(__name__)
 
 
 class PlanCache:
-    """Plans by the model's content, the runtime, the machine and what was wished for."""
+    """Plans by the model's content, the runtime, the machine and the constraints."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """Keep them in `folder`, or in the user's cache folder."""
+    def __init__(self, folder: Path | None = None, *, remeasure: bool = False) -> None:
+        """Keep plans in `folder`, or in the user's cache folder; `remeasure` ignores those that are kept."""
         self._folder = folder
+        self._remeasure = remeasure
 
-    def find(self, file: Path, samples: Sequence[Path], wishes: PlanConstraints, runtime: str) -> Plan | None:
-        """The plan that was kept for this, or None; the proof may rest on `samples`, so they count."""
+    def find(
+        self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str
+    ) -> Plan | None:
+        """The plan that was kept, or None. A plan depends on the contents of `samples`, too."""
+        if self._remeasure:
+            return None
         try:
-            target = self._file(file, samples, wishes, runtime)
+            target = self._file(file, samples, constraints, runtime)
             table = json.loads(target.read_text(encoding="utf-8"))
             measured = tuple(Measurement(*line) for line in table.pop("table"))
-            return Plan(**table | {"table": measured, "rungs": tuple(table["rungs"])})
+            fault = table.pop("fault")
+            if fault is not None:
+                fault = Fault(Obstacle(fault[0]), *fault[1:])
+            return Plan(**table | {"table": measured, "buckets": tuple(table["buckets"]), "fault": fault})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            log.warning("a kept measurement of %s cannot be read and is made anew: %s", file, error)
+            log.warning("the kept measurement of %s cannot be read, so it is made again: %s", file, error)
             return None
 
     def keep(
-        self, file: Path, samples: Sequence[Path], wishes: PlanConstraints, runtime: str, plan: Plan
+        self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str, plan: Plan
     ) -> None:
-        """Keep `plan`; where that is not possible (a read-only file system) the next start measures again."""
+        """Keep `plan`. If that fails (a read-only file system), the next start measures again."""
         try:
-            target = self._file(file, samples, wishes, runtime)
+            target = self._file(file, samples, constraints, runtime)
             target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(asdict(plan)), encoding="utf-8")
-            part.replace(target)
+            unfinished = target.with_suffix(f".{os.getpid()}.part")
+            unfinished.write_text(json.dumps(asdict(plan)), encoding="utf-8")
+            unfinished.replace(target)
         except (OSError, RuntimeError, ValueError) as error:
             log.info("measurements are not kept: %s", error)
 
     def beside(self, file: Path) -> Path | None:
-        """The folder for what a backend makes of the content of `file`; None where it cannot be had."""
+        """The folder for what a backend derives from `file`; None if the user has no cache folder."""
         try:
-            return cache_folder(self._folder) / f"{file.parent.parent.name}-{_digest(_whole(file))[:24]}"
+            return (
+                cache_folder(self._folder) / f"{file.parent.parent.name}-{_digest(_model_files(file))[:24]}"
+            )
         except (OSError, RuntimeError) as error:
-            log.info("what is made of %s is not kept: %s", file, error)
+            log.info("files that are derived from %s are not kept: %s", file, error)
             return None
 
     def engine_folder(self, file: Path, facts: Sequence[str]) -> Path:
-        """Where an engine of TensorRT for the model `file` is kept, which holds for `facts` alone.
+        """Where a TensorRT engine for the model `file` is kept; an engine is valid for `facts` alone.
 
-        Raises RuntimeError where the user has no home, OSError where the model cannot be read.
+        Raises RuntimeError if the user has no home, OSError if the model cannot be read.
         """
-        told = hashlib.sha256("\n".join((__version__, *facts, _digest(_whole(file)))).encode()).hexdigest()
-        return cache_folder(self._folder) / "tensorrt" / f"{file.parent.parent.name}-{told[:24]}"
+        digest = hashlib.sha256(
+            "\n".join((__version__, *facts, _digest(_model_files(file)))).encode()
+        ).hexdigest()
+        return cache_folder(self._folder) / "tensorrt" / f"{file.parent.parent.name}-{digest[:24]}"
 
-    def _file(self, file: Path, samples: Sequence[Path], wishes: PlanConstraints, runtime: str) -> Path:
-        facts = [__version__, runtime, _machine(), repr(wishes), _digest(_whole(file)), _digest(samples)]
+    def _file(self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str) -> Path:
+        facts = [
+            __version__,
+            runtime,
+            _machine(),
+            repr(constraints),
+            _digest(_model_files(file)),
+            _digest(samples),
+        ]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         return cache_folder(self._folder) / f"{file.parent.parent.name}-{digest[:24]}.json"
 
@@ -81,14 +102,14 @@ def cache_folder(chosen: Path | None) -> Path:
     return (chosen if chosen is not None else base / "inferpool").expanduser()
 
 
-def _whole(file: Path) -> list[Path]:
-    """A model's files: external data lies beside it, in a version's folder, or is called like a bare file."""
+def _model_files(file: Path) -> list[Path]:
+    """A model's files. Its external data is in the version's folder, or is named after a bare file."""
     pattern = "*" if file.stem == "model" else glob.escape(file.name) + "*"
     return [item for item in file.parent.glob(pattern) if item.is_file()]
 
 
 def _digest(files: Sequence[Path]) -> str:
-    """SHA-256 over the names and contents of `files`: a model with its external data, or its samples."""
+    """SHA-256 over the names and contents of `files`."""
     digest = hashlib.sha256()
     for item in sorted(files):
         with item.open("rb") as stream:
@@ -98,7 +119,7 @@ def _digest(files: Sequence[Path]) -> str:
 
 @cache
 def _machine() -> str:
-    """What makes measurements of one machine worthless on another."""
+    """The facts about this machine that measurements depend on."""
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         models = {line.partition(":")[2] for line in info.splitlines() if line.startswith("model name")}

@@ -1,7 +1,7 @@
-"""How a version is to be served: batched or not, in batches of how many rows, by how many instances.
+"""Decides how a version is served: batched or not, the rows of a batch, instances and threads.
 
-All of it is found out by running the model at load, within a budget of time; what was found can be kept
-(`inferpool.repository.load.plan_cache`), so that the next start need not.
+The planner measures by running the model at load, within a budget of time. `PlanCache` keeps the plan, so
+that the next start need not measure.
 """
 
 from __future__ import annotations
@@ -14,84 +14,90 @@ from dataclasses import dataclass
 from typing import Final
 
 from inferpool.backends.base import LoadedModel
+from inferpool.errors import Reason, short_reason
 from inferpool.pool.buckets import between, rungs
 from inferpool.pool.latency_model import Measurement
-from inferpool.repository.load.batching_check import Proof, compare, first_line, prove
+from inferpool.repository.load.batching_check import BatchingProof, Fault, check_batching, refuted
+from inferpool.repository.load.batching_remedies import Obstacle
+from inferpool.repository.load.comparison import compare_outputs
+from inferpool.repository.load.runnable_rows import repeat_rows, repeated_indexes
 from inferpool.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
 MOST_ROWS: Final = 256
-"""Rows of a batch beyond which none is measured, unless `model.toml` sets more."""
+"""The largest batch that is measured, in rows, unless `model.toml` sets a larger one."""
 
 UNMEASURED_ROWS: Final = 32
-"""Rows of a batch where nothing could be measured."""
+"""The largest batch in rows if nothing could be measured."""
 
 NEARLY: Final = 0.97
-"""The batch limit is the fewest rows that bring this share of the best rows a second that was seen."""
+"""The batch limit is the smallest batch that reaches this share of the best rate seen, in rows a second."""
 
 FLAT: Final = 1.02
-"""A doubling of the rows that brings less than this many times the best rows a second brings nothing."""
+"""Doubling the rows brings nothing if the rate rises to less than this many times the best before."""
 
 TRUST: Final = 8
-"""Runs that a measurement at load counts for against those while serving."""
+"""A measurement at load weighs as much as this many runs while serving."""
 
 PROOF_S: Final = 1.0
-"""Seconds of which half go to the proof even where nothing is to be measured."""
+"""The check of batching has at least half of this many seconds, even if nothing is to be measured."""
 
-CLIMB: Final = 0.6
-"""The share of the time for measuring in which batch sizes are tried; the rest shares out the cores."""
+GROWING: Final = 0.6
+"""The share of the budget in which batch sizes are tried; the rest tries instances and threads."""
 
 BETTER: Final = 1.05
-"""More instances are taken where they bring at least this many times the rows a second."""
+"""More instances are taken if they bring at least this many times the rate."""
 
 MUCH_BETTER: Final = 1.3
-"""The same where a run of one row is short: the web side needs cores as well, and more in proportion."""
+"""The same if a run of one row is short: the web side then needs more of the cores."""
 
 BATCH_S: Final = 1e-4
-"""What a batch costs beside its run (two wake-ups, gather, scatter), which more rows share."""
+"""The cost of a batch in addition to its run: two wake-ups, gather, scatter. More rows share it."""
 
 OVERLAPPING: Final = 2
-"""Instances on a GPU where nothing could be measured: one copies while the other runs."""
+"""Instances on a GPU if nothing could be measured: one copies while the other runs."""
 
 CLEAR_S: Final = 1e-3
-"""A run shorter than this gains nothing from a second thread: the web side needs the core."""
+"""A run shorter than this gains nothing from a second thread, because the web side needs the core."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was decided, and what was measured.
+    """The decisions and the measurements.
 
     Attributes:
-        batched: whether rows of different entries share a run, and `reason` why, or why not.
-        max_rows: rows of a batch at the most; 1 where not batched.
+        batched: whether rows of different requests share a run; `reason` says why, or why not.
+        max_rows: the most rows of a batch; 1 if not batched.
         instances: threads that run batches at the same time, on each device.
         threads: threads that the runtime uses within a run.
         table: seconds by batch size.
-        rungs: the sizes that batches are rounded up to on a GPU; empty where any size runs as it is.
+        buckets: the sizes that batches are rounded up to on a GPU; empty if any size runs as it is.
+        fault: why rows share no run, by which the remedy is found; None if they do.
     """
 
     batched: bool
-    reason: str
+    reason: Reason
     max_rows: int
     instances: int
     threads: int
     table: tuple[Measurement, ...] = ()
-    rungs: tuple[int, ...] = ()
+    buckets: tuple[int, ...] = ()
+    fault: Fault | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlanConstraints:
-    """What the owner of the model has set; None is to be found out.
+    """The owner's settings that a plan must respect; the planner decides whatever is None.
 
     Attributes:
-        batching: False turns it off.
-        max_rows: rows of a batch at the most.
-        instances: how many.
-        threads: threads of a run.
         cores: cores that the model may use in all, at least 1.
         budget_s: seconds that measuring may take; 0 measures nothing.
-        gpu: whether it runs on a GPU, where instances share no copy, and cores are not what is scarce.
+        batching: False turns batching off.
+        max_rows: the most rows of a batch.
+        instances: the number of instances.
+        threads: threads of a run.
+        gpu: whether the model runs on a GPU, where instances share no copy and cores are not scarce.
     """
 
     cores: int
@@ -104,154 +110,173 @@ class PlanConstraints:
 
 
 class Planner:
-    """Proves and measures one version. `load(threads)` loads the model for so many threads a run."""
+    """Checks and measures one version."""
 
     def __init__(
-        self, load: Callable[[int], LoadedModel], wishes: PlanConstraints, clock: Callable[[], float]
+        self, load: Callable[[int], LoadedModel], constraints: PlanConstraints, clock: Callable[[], float]
     ) -> None:
+        """`load(threads)` loads one more copy of the model, for that many threads a run."""
         self._load = load
-        self._wishes = wishes
+        self._constraints = constraints
         self._clock = clock
         self._ends = 0.0
 
     def make(self, model: LoadedModel, samples: Sequence[Tensors] = ()) -> Plan:
-        """Find the plan with `model`, which was loaded for one thread a run; `samples` help the proof."""
-        wishes = self._wishes
-        proof = Proof(False, "turned off in model.toml")
-        if wishes.batching:
-            proof = prove(model, samples, max(wishes.budget_s, PROOF_S) / 2, self._clock)
+        """Make the plan with `model`, which was loaded for one thread a run.
+
+        `samples` are inputs that the model is known to take; the check of batching prefers them.
+        """
+        constraints = self._constraints
+        proof = refuted(Fault(Obstacle.TURNED_OFF, "turned off in model.toml"))
+        if constraints.batching:
+            proof = check_batching(model, samples, max(constraints.budget_s, PROOF_S) / 2, self._clock)
         began = self._clock()
-        self._ends = began + CLIMB * wishes.budget_s
+        self._ends = began + GROWING * constraints.budget_s
         rows = proof.rows or (samples[0] if samples else {})
         if proof.rows and not proof.batched:
-            rows = rows_of(rows, 1)
-        if not rows or not wishes.budget_s:
-            most = (wishes.max_rows or UNMEASURED_ROWS) if proof.batched else 1
-            instances, threads = self._unmeasured()
-            return Plan(proof.batched, proof.reason, most, instances, threads, rungs=self._rungs((), most))
-        table, fault = self._climb(model, proof, rows)
-        if fault:
-            proof = Proof(False, fault, rows)
-            rows, table = rows_of(rows, 1), table[:1]
+            rows = repeat_rows(rows, 1)
+        if not rows or not constraints.budget_s:
+            return self._unmeasured_plan(proof)
+        table, fault = self._grow_batch(model, proof, rows)
+        if fault is not None:
+            proof = refuted(fault, rows)
+            rows, table = repeat_rows(rows, 1), table[:1]
         if not table:
-            instances, threads = self._unmeasured()
-            return Plan(False, proof.reason, 1, instances, threads)
-        max_rows = (wishes.max_rows or int(table[-1].rows)) if proof.batched else 1
-        batch = rows_of(rows, max_rows) if proof.batched else rows
-        if wishes.gpu:
+            instances, threads = self._unmeasured_instances()
+            fault = proof.fault or Fault(Obstacle.NOTHING_RUNS, proof.reason)
+            return Plan(False, proof.reason, 1, instances, threads, fault=fault)
+        max_rows = (constraints.max_rows or int(table[-1].rows)) if proof.batched else 1
+        batch = repeat_rows(rows, max_rows) if proof.batched else rows
+        if constraints.gpu:
             if proof.batched:
-                table += self._between(model, rows, table)
+                table += self._measure_between(model, rows, table)
             instances, gain = self._overlap(model, batch)
             threads = 1
         else:
-            self._ends = began + wishes.budget_s
-        instances, threads, gain = self._share_cores(model, batch, table)
+            self._ends = began + constraints.budget_s
+            instances, threads, gain = self._share_cores(model, batch, table)
         shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in sorted(table))
-        sizes = self._rungs(table, max_rows) if proof.batched else ()
-        return Plan(proof.batched, proof.reason, max_rows, instances, threads, shared, sizes)
+        sizes = self._buckets(table, max_rows) if proof.batched else ()
+        return Plan(proof.batched, proof.reason, max_rows, instances, threads, shared, sizes, proof.fault)
 
-    def _unmeasured(self) -> tuple[int, int]:
-        """Instances and threads of a run where nothing was measured."""
-        wishes = self._wishes
-        if wishes.gpu:
-            return wishes.instances or OVERLAPPING, 1
-        return wishes.instances or 1, wishes.threads or max(1, wishes.cores // (wishes.instances or 1))
+    def _unmeasured_plan(self, proof: BatchingProof) -> Plan:
+        most = (self._constraints.max_rows or UNMEASURED_ROWS) if proof.batched else 1
+        buckets = self._buckets((), most)
+        instances, threads = self._unmeasured_instances()
+        return Plan(proof.batched, proof.reason, most, instances, threads, buckets=buckets, fault=proof.fault)
 
-    def _rungs(self, table: Sequence[Measurement], most: int) -> tuple[int, ...]:
-        """The ladder of a model on a GPU; without measurements all powers of two."""
-        if not self._wishes.gpu:
+    def _unmeasured_instances(self) -> tuple[int, int]:
+        """Instances, and threads of a run, if nothing was measured."""
+        constraints = self._constraints
+        if constraints.gpu:
+            return constraints.instances or OVERLAPPING, 1
+        instances = constraints.instances or 1
+        return instances, constraints.threads or max(1, constraints.cores // instances)
+
+    def _buckets(self, table: Sequence[Measurement], most: int) -> tuple[int, ...]:
+        """The batch sizes of a model on a GPU; without measurements, all powers of two."""
+        if not self._constraints.gpu:
             return ()
         if table:
             return rungs(table, most)
         return tuple(sorted({*(1 << power for power in range(most.bit_length())), most}))
 
-    def _climb(self, model: LoadedModel, proof: Proof, rows: Tensors) -> tuple[list[Measurement], str]:
-        """Time batches of 1, 2, 4, … rows until more no longer pay, and hold each against the proof.
+    def _grow_batch(
+        self, model: LoadedModel, proof: BatchingProof, rows: Tensors
+    ) -> tuple[list[Measurement], Fault | None]:
+        """Time batches of 1, 2, 4, … rows until more rows no longer pay, and check the answers of each.
 
-        Returns the measurements, and what was wrong with a batch's outputs if anything was.
+        Returns the measurements, and how a batch's outputs differ from those of its rows alone.
         """
         table: list[Measurement] = []
         rates: list[float] = []
         size = 1
-        most = self._wishes.max_rows or MOST_ROWS
+        most = self._constraints.max_rows or MOST_ROWS
         while not table or (proof.batched and size <= most and not self._late()):
-            batch = rows_of(rows, size) if proof.batched else rows
+            batch = repeat_rows(rows, size) if proof.batched else rows
             try:
                 outputs = model.run(batch)
-            except Exception as error:  # noqa: BLE001 - too many rows for it, or for the machine
-                log.info("batches end at %d rows: %s", size // 2, first_line(error))
+            except Exception as error:  # noqa: BLE001 - too many rows for the model, or for the machine
+                log.info("batches end at %d rows: %s", size // 2, short_reason(error))
                 break
             if proof.batched:
-                fault, _ = compare(model.signature, outputs, proof.alone, _places(rows, size), model.rounding)
-                if fault:
-                    return table, f"{fault} when {size} rows run together"
+                chosen = repeated_indexes(rows, size)
+                fault, _ = compare_outputs(model.signature, outputs, proof.alone, chosen, model.rounding)
+                if fault is not None:
+                    return table, Fault(Obstacle.ROWS_MIXED, f"{fault} when {size} rows run together")
             quickest, typical = self._time(model, batch)
             table.append(Measurement(size, typical, TRUST))
             rates.append(size / (quickest + BATCH_S))
-            if self._wishes.max_rows is None and len(rates) > 2 and max(rates[-2:]) < FLAT * max(rates[:-2]):
-                # Two doublings in a row that bring nothing: one alone may be the machine's noise.
+            if (
+                self._constraints.max_rows is None
+                and len(rates) > 2
+                and max(rates[-2:]) < FLAT * max(rates[:-2])
+            ):
+                # Two doublings in a row that bring nothing: a single one may be the machine's noise.
                 break
             size *= 2
-        if self._wishes.max_rows is not None or not rates:
-            return table, ""  # with a limit that was set, every size up to it is of use
-        enough = next(place for place, rate in enumerate(rates) if rate >= NEARLY * max(rates))
-        return table[: enough + 1], ""
+        if self._constraints.max_rows is not None or not rates:
+            return table, None  # with a limit from model.toml, every size up to it is of use
+        enough = next(index for index, rate in enumerate(rates) if rate >= NEARLY * max(rates))
+        return table[: enough + 1], None
 
     def _time(self, model: LoadedModel, batch: Tensors) -> tuple[float, float]:
         """The quickest and the median of a few runs, in seconds."""
         times: list[float] = []
-        stop = min(self._ends, self._clock() + self._wishes.budget_s / 20)
+        stop = min(self._ends, self._clock() + self._constraints.budget_s / 20)
         while len(times) < 3 or (len(times) < 30 and self._clock() < stop):
             began = self._clock()
             model.run(batch)
             times.append(self._clock() - began)
-            if times[-1] > self._wishes.budget_s / 10:
+            if times[-1] > self._constraints.budget_s / 10:
                 break  # a slow model is timed by one run: more would not change the decision
         return max(min(times), 1e-9), statistics.median(times)
 
-    def _between(self, model: LoadedModel, rows: Tensors, table: Sequence[Measurement]) -> list[Measurement]:
-        """Time sizes between those of `table` where that may spare padding."""
+    def _measure_between(
+        self, model: LoadedModel, rows: Tensors, table: Sequence[Measurement]
+    ) -> list[Measurement]:
+        """Time sizes between those of `table` if such buckets may save padding."""
         found = []
         for size in between(table):
             if self._late():
                 break
-            batch = rows_of(rows, size)
+            batch = repeat_rows(rows, size)
             model.run(batch)
             found.append(Measurement(size, self._time(model, batch)[1], TRUST))
         return found
 
     def _overlap(self, model: LoadedModel, batch: Tensors) -> tuple[int, float]:
-        """Instances on a GPU, and how many times the rate of one they have: one copies while another runs."""
-        wished = self._wishes.instances
-        if wished == 1 or self._late():
-            return wished or OVERLAPPING, 1.0
+        """Instances on a GPU, where one copies while another runs, and their rate as a multiple of one's."""
+        asked = self._constraints.instances
+        if asked == 1 or self._late():
+            return asked or OVERLAPPING, 1.0
         base = self._rate([model], batch)
         others: list[LoadedModel] = []
         try:
-            for _ in range((wished or OVERLAPPING) - 1):
-                others.append(self._load(1))  # noqa: PERF401 - those before one that fails are to be closed
+            for _ in range((asked or OVERLAPPING) - 1):
+                others.append(self._load(1))  # noqa: PERF401 - if one fails, those before it must be closed
             rate = self._rate([model, *others], batch)
-        except Exception as error:  # memory for one more copy may be lacking
-            if wished:
+        except Exception as error:  # there may be no memory for one more copy
+            if asked:
                 raise
-            log.info("one instance a GPU: %s", first_line(error))
+            log.info("one instance a GPU: %s", short_reason(error))
             return 1, 1.0
         finally:
             for other in others:
                 other.close()
-        instances = wished or (OVERLAPPING if rate > BETTER * base else 1)
+        instances = asked or (OVERLAPPING if rate > BETTER * base else 1)
         return instances, min(rate / base, instances) if instances > 1 else 1.0
 
     def _share_cores(
         self, model: LoadedModel, batch: Tensors, table: Sequence[Measurement]
     ) -> tuple[int, int, float]:
-        """Instances, threads a run, and how many times the rate of one instance of one thread they have."""
+        """Instances, threads of a run, and their rate as a multiple of one instance with one thread."""
         options = self._options(table[0].seconds, table[-1].seconds)
         if options == [(1, 1)] or self._late():
             return *options[0], 1.0
         base = self._rate([model], batch)
         rates: dict[tuple[int, int], float] = {}
-        # Those of one thread first: the model is there, and for others it must be loaded anew.
+        # Options with one thread come first, because for others the model must be loaded again.
         for instances, threads in sorted(options, key=lambda option: option[::-1]):
             if rates and self._late():
                 break
@@ -264,32 +289,32 @@ class Planner:
                     candidate.close()
         enough = max(rates.values()) / (BETTER if table[0].seconds >= CLEAR_S else MUCH_BETTER)
         best = next(option for option in options if rates.get(option, 0.0) >= enough)
-        # What no number of cores can bring is noise in one of the two rates.
+        # A gain beyond the number of threads is noise in one of the two rates.
         return *best, min(rates[best] / base, best[0] * best[1])
 
     def _options(self, single_s: float, full_s: float) -> list[tuple[int, int]]:
-        """Instances and threads worth trying, fewest instances first: those answer a lone request soonest.
+        """Instances and threads worth trying. Few instances come first: they answer a lone request soonest.
 
-        `single_s` is what a run of one row takes, `full_s` one of a full batch.
+        `single_s` is the time of a run of one row, `full_s` that of a full batch.
         """
-        wishes, cores = self._wishes, self._wishes.cores
-        if wishes.instances:
-            return [(wishes.instances, wishes.threads or max(1, cores // wishes.instances))]
-        if wishes.threads:
-            return sorted({(1, wishes.threads), (max(1, cores // wishes.threads), wishes.threads)})
+        asked, cores = self._constraints, self._constraints.cores
+        if asked.instances:
+            return [(asked.instances, asked.threads or max(1, cores // asked.instances))]
+        if asked.threads:
+            return sorted({(1, asked.threads), (max(1, cores // asked.threads), asked.threads)})
         if cores == 1 or full_s < CLEAR_S:
             return [(1, 1)]
         if single_s < CLEAR_S:
-            # Many instances would share out the batches of a model that lives by large ones.
+            # A model that gains by large batches loses if many instances share the rows among them.
             return [(1, 1), (1, cores), (2, 1)]
         halves = {(2, cores // 2), (cores // 2, 2)} if cores >= 4 else set()
         return sorted({(1, cores), (cores, 1)} | halves)
 
     def _rate(self, models: Sequence[LoadedModel], batch: Tensors) -> float:
-        """Batches a second of threads, one for each of `models`, which run `batch` over and over."""
+        """Batches a second if one thread for each of `models` runs `batch` over and over."""
         for model in dict.fromkeys(models):
             model.run(batch)
-        stop = self._clock() + self._wishes.budget_s / 10
+        stop = self._clock() + self._constraints.budget_s / 10
         runs = [0] * len(models)
 
         def work(number: int) -> None:
@@ -307,14 +332,3 @@ class Planner:
 
     def _late(self) -> bool:
         return self._clock() >= self._ends
-
-
-def rows_of(rows: Tensors, count: int) -> Tensors:
-    """`count` rows: those of `rows`, over and over."""
-    chosen = _places(rows, count)
-    return {name: tensor[chosen] for name, tensor in rows.items()}
-
-
-def _places(rows: Tensors, count: int) -> list[int]:
-    available = len(next(iter(rows.values())))
-    return [row % available for row in range(count)]

@@ -26,7 +26,7 @@ from inferpool.errors import OutOfMemory
 from inferpool.pixel_table import Normalisation
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.load.gpu.graph_capture import capture
-from inferpool.repository.load.gpu.pixel_check import try_pixels
+from inferpool.repository.load.gpu.pixel_check import check_pixels
 from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec
 from PIL import Image
 
@@ -243,8 +243,8 @@ def test_a_card_without_room_for_pixels_says_so_and_goes_on(opened: list[str]) -
 
 def test_it_is_tried_on_every_size() -> None:
     model, session = bound(HostMemory(), "CHW")
-    assert try_pixels(model, table("CHW"), (1, 2, 8), padded=True) == ""
-    assert try_pixels(model, table("CHW"), (1,), padded=False) == ""
+    assert check_pixels(model, table("CHW"), (1, 2, 8), padded=True) is None
+    assert check_pixels(model, table("CHW"), (1,), padded=False) is None
     assert len(session.runs) == 8
 
 
@@ -252,7 +252,7 @@ def test_what_answers_otherwise_or_not_at_all_is_told() -> None:
     model, _ = bound(HostMemory(), "CHW")
     normalisation = table("CHW")
     other = Normalisation("x", "CHW", 5, 7, normalisation.values + np.float32(0.5))
-    assert 'output "y" differs by ' in try_pixels(model, other, (2,), padded=True)
+    assert 'output "y" differs by ' in str(check_pixels(model, other, (2,), padded=True))
 
     class Full:
         normalisation = table("CHW")
@@ -262,11 +262,11 @@ def test_what_answers_otherwise_or_not_at_all_is_told() -> None:
 
     full: Any = Full()
     model.normaliser = full
-    assert try_pixels(model, normalisation, (2,), padded=True) == (
+    assert check_pixels(model, normalisation, (2,), padded=True) == (
         "with pixels the model raised 'CUDA: out of memory'"
     )
     model.normalises = "there is no kernel for it"
-    assert try_pixels(model, normalisation, (2,), padded=True) == "there is no kernel for it"
+    assert check_pixels(model, normalisation, (2,), padded=True) == "there is no kernel for it"
 
 
 # Of PyTorch.
@@ -300,7 +300,7 @@ def test_a_model_of_pytorch_answers_pixels_as_it_does_numbers(layout: str, datat
             padded = np.concatenate([rows, np.zeros((rung - count, *rows.shape[1:]), rows.dtype)])
             assert torch.equal(seen[-1], to_tensor(padded, datatype, copy=True))
         assert model.run({"x": pixels})["y"].tobytes() == rows.tobytes()
-    assert try_pixels(model, table(layout, datatype), (1, 4), padded=True) == ""
+    assert check_pixels(model, table(layout, datatype), (1, 4), padded=True) is None
 
 
 def test_recordings_of_pytorch_replay_over_what_was_normalised() -> None:

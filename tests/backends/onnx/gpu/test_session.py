@@ -152,15 +152,14 @@ def load(
     yield start
     for repository in repositories:
         assert repository.drain(10)
-        for loaded in repository._loaded.values():
-            loaded.close()
+        repository.close()
     for made in Memories.by_stream.values():
         assert made._library.fakeLeft() == 0
 
 
 def ask(repository: Repository, rows: Any) -> Any:
     """What the version answers for `rows`, through its queue."""
-    pool = repository._loaded[KEY].pool
+    pool = repository.loaded(KEY).pool
     pool.offer(Entry(1, KEY, {"a": rows}, len(rows), "a", rows.nbytes, time.monotonic()))
     outbox: Any = pool._outbox
     [result] = outbox.take(1).values()
@@ -184,7 +183,7 @@ def test_a_version_is_captured_on_the_thread_that_serves_it(load: Load) -> None:
     assert view.gpu.graphs is True
     measured, serving = Session.made
     assert (measured.graphed, serving.graphed) == (False, True)
-    assert len(serving.graphs) == len(repository.live(KEY).rungs)
+    assert len(serving.graphs) == len(repository.live(KEY).buckets)
     serving.runs.clear()
     check(repository)
     assert {kind for kind, _ in serving.runs} == {"replayed"}

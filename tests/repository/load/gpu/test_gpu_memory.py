@@ -99,7 +99,7 @@ def test_loaded_asked_and_unloaded_nothing_is_left(start: Start, card: Any) -> N
         rows = rng.random((count, 1, 8, 8)).astype(np.float32)
         assert len(ask(repository, outbox, key, number, rows, name)["logits"]) == count
     assert repository.drain(10)
-    repository._loaded[key].close()
+    repository.loaded(key).close()
     assert card.fakeLeft() == 0
 
 
@@ -113,10 +113,10 @@ def test_without_memory_it_serves_less_or_fails_and_nothing_is_left(
     repository.load_now()
     view = repository.models()["digits"].versions[1]
     if view.state == READY:
-        rungs = repository.live(VersionKey("digits", 1)).rungs
+        rungs = repository.live(VersionKey("digits", 1)).buckets
         assert 1 <= rungs[-1] < 32
         assert repository.drain(10)
-        repository._loaded[VersionKey("digits", 1)].close()
+        repository.loaded(VersionKey("digits", 1)).close()
     else:
         assert "memory" in view.reason
     assert (view.state == READY) == (room > 1_000)
@@ -187,9 +187,9 @@ def test_a_copy_that_cannot_be_closed_keeps_no_other_open(
     two_versions(tmp_path, monkeypatch)
     repository, _ = start(("cuda:0", "cuda:1"), 2, measure_ms=0)
     repository.load_now()
-    loaded = repository._loaded[VersionKey("m", 2)]
+    loaded = repository.loaded(VersionKey("m", 2))
     assert repository.drain(10)
-    [*models] = loaded.instances._owned
+    [*models] = loaded.copies.owned
     models[-1].__class__ = Stuck
     loaded.close()
     assert all(isinstance(model, FakeModel) and model.closed for model in models)

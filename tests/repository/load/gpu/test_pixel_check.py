@@ -54,8 +54,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     yield start
     for repository in made:
         assert repository.drain(10)
-        for loaded in repository._loaded.values():
-            loaded.close()
+        repository.close()
     assert all(model.closed for model in FakeBackend.loaded)
 
 
@@ -80,7 +79,7 @@ def numbers(*pixels: int) -> np.ndarray:
 def ask(repository: Repository, body: bytes) -> float:
     """What the version answers for a picture, as its codec leaves it."""
     inputs = view(repository).image.decode(body)
-    pool = repository._loaded[KEY].pool
+    pool = repository.loaded(KEY).pool
     pool.offer(Entry(1, KEY, inputs, 1, "x", inputs["x"].nbytes, time.monotonic()))
     outbox: Any = pool._outbox
     [result] = outbox.take(1).values()
@@ -127,7 +126,7 @@ def test_on_the_cpu_nothing_is_left(load: Load) -> None:
 def test_without_a_ladder_pixels_are_tried_on_one_row_and_on_the_most(load: Load) -> None:
     FakeBackend.leaks = True
     repository = load("[instances]\ncount = 1\n")
-    assert repository.live(KEY).rungs == ()
+    assert repository.live(KEY).buckets == ()
     assert view(repository).gpu.pixels == "normalised on cuda:0, cuda:1"
     most = view(repository).batching.max_rows
     assert [model.pixels for model in FakeBackend.loaded if not model.closed] == [most + 1] * 2
@@ -139,19 +138,18 @@ def test_memory_that_ends_with_pixels_halves_the_ladder_while_serving(load: Load
     FakeBackend.cards = {"cuda:0": FakeCard(), "cuda:1": FakeCard()}
     repository = load('[instances]\ndevices = ["cuda:0"]\ncount = 1\n')
     FakeBackend.cards["cuda:0"].room_rows = 3
-    [(_, model)] = repository._loaded[KEY].instances.models
+    [(_, model)] = repository.loaded(KEY).copies.models
     pixels = view(repository).image.decode(picture(5, 6, 7, 8))["x"]
     answer = model.run({"x": np.repeat(pixels, 30, axis=0)})["sum"]
     assert answer.tolist() == [expected(numbers(5, 6, 7, 8))[0]] * 30
-    assert repository.live(KEY).rungs == (1, 2)
+    assert repository.live(KEY).buckets == (1, 2)
 
 
 def test_an_engine_takes_pixels_before_it_takes_over(load: Load) -> None:
     FakeBackend.engines = True
     config = '[gpu]\ntensorrt = true\n[instances]\ndevices = ["cuda:0"]\ncount = 1\n'
     repository = load(config, "right")
-    engines: Any = repository._loaded[KEY].instances.engines
-    engines._thread.join(60)
+    assert repository.loaded(KEY).copies.await_upgrade(60)
     assert repository.live(KEY).tensorrt == "TensorRT serves"
     made = FakeBackend.loaded[-1]
     assert (made.engine, made.pixels) == ("right", 58)
@@ -163,8 +161,7 @@ def test_an_engine_that_cannot_normalise_leaves_cuda_serving(load: Load) -> None
     FakeBackend.engines = True
     config = '[gpu]\ntensorrt = true\n[instances]\ndevices = ["cuda:0"]\ncount = 1\n'
     repository = load(config, "blind")
-    engines: Any = repository._loaded[KEY].instances.engines
-    engines._thread.join(60)
+    assert repository.loaded(KEY).copies.await_upgrade(60)
     assert repository.live(KEY).tensorrt == "CUDA serves: this engine is blind"
     assert ask(repository, picture(0, 50, 100, 255)) == expected(numbers(0, 50, 100, 255))[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,20 +56,28 @@ class ServedVersion:
 
     def build(self) -> str | None:
         """What has become of it when the work is done."""
-        self.repository._loaded[KEY].instances.engines._thread.join(60)  # type: ignore[union-attr]
+        assert self.repository.loaded(KEY).copies.await_upgrade(60)
         return self.status
 
     def ask(self, value: float) -> None:
         rows = np.full((1, 4), value, np.float32)
         number = next(self.numbers)
         entry = Entry(number, KEY, {"x": rows}, 1, "x", rows.nbytes, time.monotonic())
-        self.repository._loaded[KEY].pool.offer(entry)
+        self.repository.loaded(KEY).pool.offer(entry)
         [result] = self.outbox.take(1).values()
         assert result.outputs is not None, result.error
         assert result.outputs["sum"][0] == expected(rows)[0]
 
     def serving(self) -> list[FakeModel]:
         return [model for model in FakeBackend.loaded if not model.closed]
+
+
+def children_that_build() -> list[str]:
+    """The command lines of this process's children that build an engine."""
+    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    pids = [pid for file in children for pid in file.read_text().split()]
+    lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids if Path(f"/proc/{pid}").exists()]
+    return [line for line in lines if "tensorrt_build" in line]
 
 
 Serve = Callable[..., ServedVersion]
@@ -90,8 +99,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     yield start
     for one in made:
         assert one.repository.drain(10)
-        for loaded in one.repository._loaded.values():
-            loaded.close()
+        one.repository.close()
     assert all(model.closed for model in FakeBackend.loaded)
 
 
@@ -158,12 +166,11 @@ def test_while_an_engine_is_built_cuda_serves_and_can_be_unloaded(served: Serve)
     assert one.status == BUILDING
     for value in range(5):
         one.ask(value)
-    engines = one.repository._loaded[KEY].instances.engines
-    assert engines is not None
+    copies = one.repository.loaded(KEY).copies
     assert one.repository.drain(10)
-    one.repository._loaded[KEY].close()
-    assert not engines._thread.is_alive()
-    assert engines._process is None or engines._process.poll() is not None
+    copies.close()
+    assert copies.await_upgrade(0)
+    assert not children_that_build()
 
 
 def test_a_backend_without_engines_says_so(served: Serve) -> None:

@@ -1,1 +1,1 @@
-"""What only a GPU needs at load. Experimental: the CPU server works without this folder."""
+"""Whatever a load does on GPUs only. The CPU server works without this folder."""

@@ -1,7 +1,6 @@
-"""What is found out of a model on a GPU before it serves: whether rows may be padded.
+"""Runs every bucket of a model on a GPU before it serves, and checks whether batches may be padded.
 
-Each instance runs every rung of its ladder, which is also what makes the runtime pick its algorithms and grow
-its memory, so that no request waits for that.
+The runs also make the runtime choose its algorithms and grow its memory, so that no request waits for that.
 """
 
 from __future__ import annotations
@@ -9,46 +8,47 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from inferpool.backends.base import DeviceModel
-from inferpool.errors import OutOfMemory
+from inferpool.errors import OutOfMemory, Reason, short_reason
 from inferpool.pool.buckets import BatchBuckets
-from inferpool.repository.load.batching_check import compare, first_line, runnable
-from inferpool.repository.load.planner import rows_of
+from inferpool.repository.load.comparison import compare_outputs
+from inferpool.repository.load.runnable_rows import find_runnable_rows, repeat_rows
 from inferpool.tensors import Tensors
 
 
 def warm_up(
-    model: DeviceModel, ladder: BatchBuckets, samples: Sequence[Tensors], clock: Callable[[], float]
-) -> str:
-    """Run every rung full and with its last row padded; returns why padding must not be, "" if it may.
+    model: DeviceModel, buckets: BatchBuckets, samples: Sequence[Tensors], clock: Callable[[], float]
+) -> Reason | None:
+    """Run every bucket full and with its last row padded; returns why batches must not be padded.
 
-    `samples` are inputs that the model is known to take. A rung that the GPU has no memory for halves the
-    ladder; raises OutOfMemory where there is none for a single row.
+    `samples` are inputs that the model is known to take. If the GPU has no memory for a bucket, half of it
+    becomes the largest. Raises OutOfMemory if there is no memory for a single row.
     """
-    rows, _, fault = runnable(model, samples, clock)
-    if not rows:
-        return f"no made-up rows could be run ({fault})"
-    # The largest first: what it makes room for, the others fit in.
-    waiting = list(ladder.rungs)
+    rows, _, unrunnable = find_runnable_rows(model, samples, clock)
+    if unrunnable is not None:
+        return f"no made-up rows could be run ({unrunnable})"
+    # The largest bucket runs first: the others fit in the memory that the runtime takes for it.
+    waiting = list(buckets.rungs)
     while waiting:
-        rung = waiting.pop()
+        bucket = waiting.pop()
         try:
-            fault = _padded(model, rows, rung)
+            fault = _padding_fault(model, rows, bucket)
         except OutOfMemory:
-            if not ladder.halve(rung):
+            if not buckets.halve(bucket):
                 raise
-            waiting = list(ladder.rungs)
+            waiting = list(buckets.rungs)
+            continue
         except Exception as error:  # noqa: BLE001 - a row of zeros may be nonsense to the model
-            fault = f"the model raised {first_line(error)!r} on a row of zeros"
-        if fault:
+            fault = f"the model raised {short_reason(error)!r} on a row of zeros"
+        if fault is not None:
             return fault
-    return ""
+    return None
 
 
-def _padded(model: DeviceModel, rows: Tensors, rung: int) -> str:
-    """Hold a rung with one row of padding against the same rung full; what is wrong, "" if nothing is."""
-    full = model.run_padded([rows_of(rows, rung)], rung)
-    if rung == 1:
-        return ""
-    got = model.run_padded([rows_of(rows, rung - 1)], rung)
-    fault, _ = compare(model.signature, got, full, range(rung - 1), model.rounding)
-    return f"{fault} when a row of zeros is run with {rung - 1} others" if fault else ""
+def _padding_fault(model: DeviceModel, rows: Tensors, bucket: int) -> Reason | None:
+    """How a bucket with one row of padding differs from the same bucket full; None if it does not."""
+    full = model.run_padded([repeat_rows(rows, bucket)], bucket)
+    if bucket == 1:
+        return None
+    got = model.run_padded([repeat_rows(rows, bucket - 1)], bucket)
+    fault, _ = compare_outputs(model.signature, got, full, range(bucket - 1), model.rounding)
+    return None if fault is None else f"{fault} when a row of zeros is run with {bucket - 1} others"

@@ -1,6 +1,6 @@
-"""Whether pixels may be left to a model on a GPU to normalise, which is tried at load on every batch size.
+"""Whether a model on a GPU may normalise pixels itself: tried at load on every batch size.
 
-It is also what makes the runtime grow its memory and load its kernels, so that no picture waits for that.
+The runs also make the runtime grow its memory and load its kernels, so that no picture waits for that.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from typing import Final
 import numpy as np
 
 from inferpool.backends.base import DeviceModel
+from inferpool.errors import Reason, short_reason
 from inferpool.pixel_table import Normalisation
-from inferpool.repository.load.batching_check import compare, first_line
-from inferpool.repository.load.planner import rows_of
+from inferpool.repository.load.comparison import compare_outputs
+from inferpool.repository.load.runnable_rows import repeat_rows
 from inferpool.tensors import Array, Tensors
 
 _PICTURES: Final = 4
-"""Different pictures that are tried; a batch has them over and over."""
+"""The number of different pictures; a batch repeats them."""
 
 
-def try_pixels(
+def check_pixels(
     model: DeviceModel, normalisation: Normalisation, sizes: Iterable[int], *, padded: bool
-) -> str:
-    """Hold pictures as pixels against the same, normalised here; returns why they must not be left, or "".
+) -> Reason | None:
+    """Compare pictures as pixels with the same pictures normalised here; returns why they differ.
 
-    `sizes` are those of batches, of which the last row is padding where they are `padded`.
+    `sizes` are the batch sizes to try. With `padded`, the last row of each batch is padding.
     """
     if model.normalises is not True:
         return str(model.normalises)
@@ -39,16 +40,16 @@ def try_pixels(
                 _run(model, normalisation, tensor, count, size if padded else None)
                 for tensor in (rows, pixels)
             )
-            fault, _ = compare(model.signature, got, wanted, range(count), model.rounding)
-            if fault:
+            fault, _ = compare_outputs(model.signature, got, wanted, range(count), model.rounding)
+            if fault is not None:
                 return f"{fault} when {count} pictures are normalised on the GPU"
-    except Exception as error:  # noqa: BLE001 - whatever it is, the CPU can
-        return f"with pixels the model raised {first_line(error)!r}"
-    return ""
+    except Exception as error:  # noqa: BLE001 - whatever the model raises, the CPU can normalise
+        return f"with pixels the model raised {short_reason(error)!r}"
+    return None
 
 
 def _run(
-    model: DeviceModel, normalisation: Normalisation, tensor: Array, count: int, rung: int | None
+    model: DeviceModel, normalisation: Normalisation, tensor: Array, count: int, bucket: int | None
 ) -> Tensors:
-    batch = rows_of({normalisation.input: tensor}, count)
-    return model.run(batch) if rung is None else model.run_padded([batch], rung)
+    batch = repeat_rows({normalisation.input: tensor}, count)
+    return model.run(batch) if bucket is None else model.run_padded([batch], bucket)

@@ -1,4 +1,4 @@
-"""What coarser rounding changes: a model's outputs held against those of the same model in FP32, at load."""
+"""Measures what coarser rounding changes: compares a model's outputs with those of the same model in FP32."""
 
 from __future__ import annotations
 
@@ -8,73 +8,59 @@ from dataclasses import dataclass
 import numpy as np
 
 from inferpool.backends.base import LoadedModel
-from inferpool.errors import LoadError, OutOfMemory
-from inferpool.repository.load.batching_check import first_line, relative_difference, runnable
-from inferpool.tensors import Array, Tensors, TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """The largest differences that were seen.
-
-    Attributes:
-        absolute: between two numbers of an output.
-        relative: the same as a share of the output's scale.
-        changed: the share of whole numbers, flags and texts that are not the same.
-        rows: how many rows were tried.
-    """
-
-    absolute: float
-    relative: float
-    changed: float
-    rows: int
+from inferpool.errors import LoadError, OutOfMemory, short_reason
+from inferpool.repository.catalog import RoundingDifference
+from inferpool.repository.load.comparison import relative_difference
+from inferpool.repository.load.runnable_rows import find_runnable_rows
+from inferpool.tensors import ROUNDING, Array, Tensors, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Inputs, and what the model makes of them in FP32."""
+    """Inputs, and the model's outputs for them in FP32."""
 
     inputs: Sequence[Tensors]
     outputs: Sequence[Tensors]
 
-    def difference(self, model: LoadedModel, name: str) -> Difference:
-        """How far `model` is from it; `name` is that of its rounding.
+    def difference(self, model: LoadedModel, rounding: str) -> RoundingDifference:
+        """How far the outputs of `model` are from the reference; `rounding` is the name of its rounding.
 
-        Raises LoadError where it gives no numbers for what has some in FP32, or nothing at all.
+        Raises LoadError if the model raises, or if a number that is finite in FP32 is not.
         """
         absolute = relative = 0.0
-        same = whole = rows = 0
+        same = compared = rows = 0
         for inputs, wanted in zip(self.inputs, self.outputs, strict=True):
             try:
                 given = model.run(inputs)
-            except Exception as error:  # whatever a runtime raises is this version's fault
-                raise LoadError(f"in {name} the model raised {first_line(error)}") from error
+            except Exception as error:  # whatever the runtime raises is this version's fault
+                raise LoadError(f"in {rounding} the model raised {short_reason(error)}") from error
             rows += len(next(iter(inputs.values())))
             for output, want in wanted.items():
                 spec, got = model.signature.outputs_by_name[output], given[output]
                 if not isinstance(want, np.ndarray) or not isinstance(got, np.ndarray):
                     continue
                 if want.shape != got.shape:
-                    raise LoadError(f'in {name} output "{output}" has another shape than in FP32')
-                if spec.datatype not in ("FP64", "FP32", "FP16", "BF16"):
+                    raise LoadError(f'in {rounding} output "{output}" has another shape than in FP32')
+                if spec.datatype not in ROUNDING:
                     same += int(np.count_nonzero(got == want))
-                    whole += want.size
+                    compared += want.size
                     continue
-                gap = _gap(_numbers(got, spec), _numbers(want, spec), f'in {name} output "{output}"')
+                gap = _gap(_numbers(got, spec), _numbers(want, spec), f'in {rounding} output "{output}"')
                 absolute, relative = max(absolute, gap[0]), max(relative, gap[1])
-        return Difference(absolute, relative, 1 - same / whole if whole else 0.0, rows)
+        changed = 1 - same / compared if compared else 0.0
+        return RoundingDifference(absolute, relative, changed, rows)
 
 
-def reference(exact: LoadedModel, samples: Sequence[Tensors], clock: Callable[[], float]) -> Reference:
-    """What `exact`, which rounds as FP32, gives for the rows that proofs are made with and for `samples`."""
-    rows, _, _ = runnable(exact, samples, clock)
+def run_reference(exact: LoadedModel, samples: Sequence[Tensors], clock: Callable[[], float]) -> Reference:
+    """Run `exact`, which rounds as FP32, on the rows of the checks and on `samples`."""
+    rows = find_runnable_rows(exact, samples, clock).rows
     inputs, outputs = [], []
     for candidate in ([rows] if rows else []) + [sample for sample in samples if _has_rows(sample)]:
         try:
             outputs.append(exact.run(candidate))
         except OutOfMemory:
             raise
-        except Exception:  # noqa: BLE001 - what is wrong with a sample is told when it is checked
+        except Exception:  # noqa: BLE001 - the check of the samples reports what is wrong with one
             continue
         inputs.append(candidate)
     return Reference(inputs, outputs)
@@ -85,7 +71,7 @@ def _has_rows(sample: Tensors) -> bool:
 
 
 def _numbers(tensor: Array, spec: TensorSpec) -> Array:
-    """The numbers of an output, wide enough for all; BF16 comes as bits."""
+    """The numbers of an output as FP64; BF16 comes as bits."""
     if spec.datatype == "BF16":
         tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
     wide: Array = tensor.astype(np.float64)
@@ -93,14 +79,18 @@ def _numbers(tensor: Array, spec: TensorSpec) -> Array:
 
 
 def _gap(got: Array, want: Array, what: str) -> tuple[float, float]:
-    """The largest difference, absolute and of the scale; raises LoadError where only `want` is a number."""
+    """The largest difference, absolute and relative to the scale.
+
+    Raises LoadError if a number of `got` is not finite where that of `want` is.
+    """
     lost = np.isfinite(want) & ~np.isfinite(got)
     if lost.any():
         raise LoadError(
-            f"{what} is no finite number in {np.count_nonzero(lost)} of {want.size} places where FP32 has one"
-            " (up to {:.3g}); FP16 ends at 65504, within the model too".format(np.abs(want[lost]).max())
+            f"{what} is not finite in {np.count_nonzero(lost)} of {want.size} numbers that are finite in FP32"
+            f" (up to {np.abs(want[lost]).max():.3g}); FP16 ends at 65504, within the model too:"
+            " set gpu.fp16 = false in model.toml"
         )
-    # What is infinite in FP32 has no distance.
+    # Numbers that are infinite in FP32 do not count.
     got = np.where(np.isfinite(want), got, want)
     finite = np.isfinite(want)
     absolute = np.abs(got[finite] - want[finite]).max(initial=0.0)

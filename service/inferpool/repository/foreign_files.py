@@ -1,0 +1,55 @@
+"""Model files that no backend loads: how to convert them to one that can be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from inferpool.errors import Reason
+
+_SCIKIT_LEARN: Final = (
+    "a pickled Python object. Convert a scikit-learn model with skl2onnx: to_onnx(model, X[:1],"
+    ' options={"zipmap": False}), and write its SerializeToString() to model.onnx'
+)
+_KERAS: Final = 'a Keras model. Convert it in Keras: model.export("model.onnx", format="onnx")'
+_WEIGHTS: Final = (
+    "weights of PyTorch without the model. Load them in Python, call model.eval(), and export the model:"
+    ' torch.onnx.export(model, (x,), "model.onnx", dynamic_shapes=({0: "batch"},))'
+)
+_REMEDIES: Final = {
+    ".pkl": _SCIKIT_LEARN,
+    ".pickle": _SCIKIT_LEARN,
+    ".joblib": _SCIKIT_LEARN,
+    ".h5": _KERAS,
+    ".hdf5": _KERAS,
+    ".keras": _KERAS,
+    ".pth": f"{_WEIGHTS}; if the file is TorchScript (torch.jit.save), rename it to model.pt",
+    ".ckpt": _WEIGHTS,
+    ".safetensors": (
+        "weights without the model. Convert a Hugging Face model with Optimum: optimum-cli export onnx"
+        " --model FOLDER OUTPUT"
+    ),
+    ".pb": (
+        "a TensorFlow model. Convert it with tf2onnx: python -m tf2onnx.convert --saved-model FOLDER"
+        " --output model.onnx"
+    ),
+    ".tflite": (
+        "a TensorFlow Lite model. Convert it with tf2onnx: python -m tf2onnx.convert --tflite FILE"
+        " --output model.onnx"
+    ),
+    ".ubj": (
+        "an XGBoost model. Convert it with onnxmltools:"
+        ' convert_xgboost(model, initial_types=[("x", FloatTensorType([None, FEATURES]))])'
+    ),
+    ".cbm": 'a CatBoost model. Convert it in CatBoost: model.save_model("model.onnx", format="onnx")',
+    ".engine": (
+        "a TensorRT engine, which runs on one kind of GPU only. Serve the ONNX file that it was built from,"
+        " and write tensorrt = true below [gpu] in model.toml"
+    ),
+    ".gguf": "a language model for llama.cpp, which Inferpool does not serve",
+}
+
+
+def find_conversion(file: Path) -> Reason | None:
+    """What kind of model `file` is and how to convert it; None if it looks like no model file."""
+    return _REMEDIES.get(file.suffix.lower())

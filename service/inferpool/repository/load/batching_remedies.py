@@ -1,0 +1,70 @@
+"""What to change when rows of a model cannot share a run: a line of `model.toml` or of the export."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+from inferpool.tensors import name_text
+
+
+class Obstacle(StrEnum):
+    """What keeps rows of different requests from sharing a run."""
+
+    TURNED_OFF = "turned off"
+    NO_REQUIRED_INPUT = "no required input"
+    NO_TENSOR = "no tensor"
+    UNKNOWN_RANK = "unknown rank"
+    SCALAR = "scalar"
+    FIXED_ROWS = "fixed rows"
+    NOTHING_RUNS = "nothing runs"
+    ROWS_LOST = "rows lost"
+    ROWS_MIXED = "rows mixed"
+    ROWS_ALIKE = "rows alike"
+    RAISED = "raised"
+
+
+_SAMPLE: Final = (
+    'add a golden sample beside model.toml: samples/one.json with {"inputs": …, "outputs": {"NAME": …}'
+)
+_REMEDIES: Final = {
+    Obstacle.TURNED_OFF: 'in model.toml, below [batching], remove "enabled = false"',
+    Obstacle.NO_REQUIRED_INPUT: "in the export, give no default to the input that has the rows",
+    Obstacle.NO_TENSOR: (
+        "in the export, return tensors only; for a scikit-learn classifier:"
+        ' convert_sklearn(model, …, options={"zipmap": False})'
+    ),
+    Obstacle.SCALAR: "in the export, give <tensor> a first dimension for the rows",
+    Obstacle.NOTHING_RUNS: _SAMPLE,
+    Obstacle.ROWS_LOST: "in the model, return one row of <tensor> for each row of the input, in order",
+    Obstacle.ROWS_MIXED: (
+        "in the export, call model.eval() first, and quantise or normalise each row by itself; if rows are"
+        ' meant to depend on one another, write "enabled = false" below [batching] in model.toml'
+    ),
+    Obstacle.ROWS_ALIKE: _SAMPLE,
+    Obstacle.RAISED: (
+        "in the model, take the number of rows from the input (x.shape[0], or -1 in a reshape),"
+        " not from the example it was exported with"
+    ),
+}
+_DYNAMIC_ROWS: Final = {
+    "onnx": 'in the export: torch.onnx.export(…, dynamic_shapes={"<name>": {0: "batch"}})',
+    "torch": (
+        'in the export: torch.export.export(…, dynamic_shapes={"<name>": {0: torch.export.Dim("batch")}})'
+    ),
+}
+
+
+def find_remedy(obstacle: Obstacle, tensor: str, *, is_input: bool, backend: str, form: str) -> str:
+    """The line to change. `tensor` is the name of the input or output that the obstacle is about, or "".
+
+    `backend` is the backend's name, `form` the kind of model file among those the backend has.
+    """
+    if obstacle not in (Obstacle.FIXED_ROWS, Obstacle.UNKNOWN_RANK):
+        return _REMEDIES[obstacle].replace("<tensor>", name_text(tensor))
+    if not is_input:
+        return _REMEDIES[Obstacle.RAISED]
+    if form.startswith("TorchScript"):
+        return f"in model.toml, below [[inputs]] of {name_text(tensor)}, let shape begin with -1"
+    line = _DYNAMIC_ROWS.get(backend, "in the export, let the first dimension of <name> be of any size")
+    return line.replace("<name>", tensor)
