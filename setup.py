@@ -29,8 +29,8 @@ HOT_PATH = [
         "served_version")),
     *(f"{SOURCE}/http/{name}.py" for name in ("native/api", "native/bodies", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
-        "assembly", "batch", "drop_reasons", "entry_queue", "instance", "latency_model", "ordered_queue",
-        "pool", "ports", "retries", "router", "stats")),
+        "admission", "batch", "entry_queue", "instance", "instance_set", "latency_model", "ordered_queue",
+        "pool", "ports", "retries", "router", "splitting", "stats")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
         "json_document", "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",

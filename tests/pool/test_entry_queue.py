@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,26 +13,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from inferpool.errors import DeadlineExceeded, QueueFull
-from inferpool.pool.entry_queue import OLDEST_LEADS_EVERY, Limits, Queue
-from inferpool.pool.latency_model import Measurement, Profile
+from inferpool.pool.admission import Limits
+from inferpool.pool.batch import RowSlice
+from inferpool.pool.entry_queue import OLDEST_LEADS_EVERY, Queue
+from inferpool.pool.ordered_queue import QueueSlot
 from inferpool.pool.ports import Entry, VersionKey
 
 KEY = VersionKey("m", 1)
 LIMIT = 8
 
 
-def cost_s(rows: int) -> float:
+def batch_s(rows: float) -> float:
     return 0.010 + 0.001 * rows
 
 
-def entry(number: int, rows: int = 1, *, now: float = 0.0, **rest: object) -> Entry:
-    fields = {"group": "a", "nbytes": rows * 4} | rest
+def entry(number: int, rows: int = 1, *, now: float = 0.0, **rest: Any) -> Entry:
+    fields: dict[str, Any] = {"group": "a", "nbytes": rows * 4} | rest
     return Entry(number, KEY, {"x": np.zeros((rows, 1))}, rows, arrived=now, **fields)
 
 
-def queue_of(*entries: Entry, **limits: object) -> Queue:
+def queue_of(*entries: Entry, **limits: Any) -> Queue:
     queue = Queue(
-        Limits(**({"batch_rows": LIMIT, "queue_rows": 1000, "queue_bytes": 10**6} | limits)), cost_s
+        Limits(**({"batch_rows": LIMIT, "queue_rows": 1000, "queue_bytes": 10**6} | limits)), batch_s
     )
     for item in entries:
         queue.offer(item, item.arrived)
@@ -37,15 +42,15 @@ def queue_of(*entries: Entry, **limits: object) -> Queue:
 
 
 def taken(queue: Queue, now: float = 0.0) -> list[int]:
-    return [piece.entry.id for piece in queue.take(now).pieces]
+    return [each.entry.id for each in queue.take(now).slices]
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Offers, cancels and takes in any order; every entry is accounted for at every moment."""
+    """Offers, removes and takes in any order; every entry is accounted for at every moment."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = Queue(Limits(LIMIT, 60, 10_000), cost_s)
+        self.queue = Queue(Limits(LIMIT, 60, 10_000), batch_s)
         self.now = 0.0
         self.number = 0
         self.waiting: dict[int, Entry] = {}
@@ -63,24 +68,22 @@ class QueueMachine(RuleBasedStateMachine):
         self.number += 1
         deadline = math.inf if timeout is None else self.now + timeout
         item = entry(self.number, rows, now=self.now, group=group, priority=priority, deadline=deadline)
-        before = (len(self.queue), self.queue.rows, self.queue.bytes)
+        before = (len(self.queue), self.queue.rows, self.queue.nbytes)
         try:
             self.queue.offer(item, self.now, [self.now])
         except (QueueFull, DeadlineExceeded):
-            assert (len(self.queue), self.queue.rows, self.queue.bytes) == before
+            assert (len(self.queue), self.queue.rows, self.queue.nbytes) == before
         else:
             self.waiting[item.id] = item
             self.served[item.id] = 0
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
+    def remove(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.waiting)))
-        drop = self.queue.cancel(number, "disconnected")
-        assert drop is not None
-        assert drop.entry is self.waiting.pop(number)
+        assert self.queue.remove(number) is self.waiting.pop(number)
         self.end(number, "disconnected")
-        assert self.queue.cancel(number, "disconnected") is None
+        assert self.queue.remove(number) is None
 
     @rule(passes=st.floats(0.0, 0.2))
     def time_passes(self, passes: float) -> None:
@@ -92,32 +95,35 @@ class QueueMachine(RuleBasedStateMachine):
         take = self.queue.take(self.now)
         for drop in take.drops:
             assert drop.reason == "deadline"
-            assert drop.entry.deadline < self.now + cost_s(min(drop.entry.rows, LIMIT))
+            assert drop.entry.deadline < self.now + batch_s(min(drop.entry.rows, LIMIT))
             self.end(self.waiting.pop(drop.entry.id).id, "deadline")
-        assert bool(take.pieces) == bool(before.keys() - {drop.entry.id for drop in take.drops})
-        if not take.pieces:
+        assert bool(take.slices) == bool(before.keys() - {drop.entry.id for drop in take.drops})
+        if not take.slices:
             return
         self.batches += 1
         assert take.rows <= LIMIT
         assert take.reason in ("full", "drained", "deadline", "piece")
-        assert len({piece.entry.group for piece in take.pieces}) == 1
-        assert len(take.pieces) == 1 or all(piece.whole for piece in take.pieces)
-        for piece in take.pieces:
-            assert piece.entry.deadline >= self.now + cost_s(take.rows)
-            assert piece.start == self.served[piece.entry.id], "pieces leave in order, none twice"
-            self.served[piece.entry.id] = piece.stop
-            if piece.stop == piece.entry.rows:
-                self.end(self.waiting.pop(piece.entry.id).id, "served")
-        self.check_order(take.pieces, before)
+        assert len({each.entry.group for each in take.slices}) == 1
+        assert len(take.slices) == 1 or all(each.has_all_rows for each in take.slices)
+        for each in take.slices:
+            assert each.entry.deadline >= self.now + batch_s(take.rows)
+            assert each.start == self.served[each.entry.id], "slices leave in order, none twice"
+            self.served[each.entry.id] = each.stop
+            if each.stop == each.entry.rows:
+                self.end(self.waiting.pop(each.entry.id).id, "served")
+        self.check_order(take.slices, before)
 
-    def check_order(self, pieces: list, before: dict[int, Entry]) -> None:
-        """Nothing left behind should have gone before what was taken, of the same group and priority."""
+    def check_order(self, slices: list[RowSlice], before: dict[int, Entry]) -> None:
+        """No entry that was left behind comes before a taken one of its group and priority."""
         left = [item for item in before.values() if item.id in self.waiting and item.rows <= LIMIT]
         by_age = (self.batches - 1) % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
-        for piece in pieces[1 if by_age else 0 :]:
+        for each in slices[1 if by_age else 0 :]:
             for item in left:
-                if (item.group, item.priority) == (piece.entry.group, piece.entry.priority) and piece.whole:
-                    assert (piece.entry.deadline, piece.entry.id) < (item.deadline, item.id)
+                if (item.group, item.priority) == (
+                    each.entry.group,
+                    each.entry.priority,
+                ) and each.has_all_rows:
+                    assert (each.entry.deadline, each.entry.id) < (item.deadline, item.id)
 
     def end(self, number: int, how: str) -> None:
         assert number not in self.ended, "every entry ends once"
@@ -128,7 +134,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert len(self.queue) == len(self.waiting)
         left = {number: max(1, item.rows - self.served[number]) for number, item in self.waiting.items()}
         assert self.queue.rows == sum(left.values())
-        assert self.queue.bytes == sum(item.nbytes for item in self.waiting.values())
+        assert self.queue.nbytes == sum(item.nbytes for item in self.waiting.values())
         assert self.waiting.keys() | self.ended.keys() >= self.served.keys()
         wakeup = self.queue.next_wakeup(self.now)
         assert wakeup is None or wakeup >= self.now
@@ -141,7 +147,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.take()
         assert not self.waiting
         assert not len(self.queue)
-        assert self.queue.rows == self.queue.bytes == 0
+        assert self.queue.rows == self.queue.nbytes == 0
 
 
 TestQueueMachine = QueueMachine.TestCase
@@ -151,7 +157,7 @@ TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=40, d
 def test_a_batch_takes_what_waits_up_to_its_rows() -> None:
     queue = queue_of(entry(1, 3), entry(2, 3), entry(3, 3))
     take = queue.take(0.0)
-    assert [piece.entry.id for piece in take.pieces] == [1, 2]
+    assert [each.entry.id for each in take.slices] == [1, 2]
     assert take.reason == "full"
     assert queue.take(0.0).reason == "drained"
 
@@ -181,16 +187,16 @@ def test_every_fourth_batch_is_led_by_the_entry_that_has_waited_longest() -> Non
     assert order.index(1) == OLDEST_LEADS_EVERY - 1
 
 
-def test_a_large_entry_leaves_in_pieces_and_lets_others_go_between() -> None:
+def test_a_large_entry_runs_in_slices_and_lets_others_go_between() -> None:
     queue = queue_of(entry(1, 20))
-    first = queue.take(0.0).pieces
-    assert [(piece.start, piece.stop) for piece in first] == [(0, 4)]
+    first = queue.take(0.0).slices
+    assert [(each.start, each.stop) for each in first] == [(0, 4)]
     queue.offer(entry(2, 1), 0.0)
     assert taken(queue) == [2]
     for start in (4, 8, 12, 16):
-        assert [(piece.start, piece.stop) for piece in queue.take(0.0).pieces] == [(start, start + 4)]
-    assert not queue.take(0.0).pieces
-    assert not queue.bytes
+        assert [(each.start, each.stop) for each in queue.take(0.0).slices] == [(start, start + 4)]
+    assert not queue.take(0.0).slices
+    assert not queue.nbytes
 
 
 def test_a_large_entry_does_not_fill_the_queue_for_small_ones() -> None:
@@ -207,7 +213,7 @@ def test_a_full_queue_says_when_there_will_be_room() -> None:
     queue = queue_of(*(entry(number, 8) for number in range(10)), queue_rows=80)
     with pytest.raises(QueueFull) as refusal:
         queue.offer(entry(99, 8), 0.0, [0.0, 0.0])
-    assert refusal.value.retry_after_s == pytest.approx(cost_s(8) / 2)
+    assert refusal.value.retry_after_s == pytest.approx(batch_s(8) / 2)
 
 
 def test_bytes_are_bounded_apart_from_rows() -> None:
@@ -223,51 +229,34 @@ def test_an_empty_queue_takes_an_entry_of_any_size() -> None:
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_the_door() -> None:
     queue = queue_of(*(entry(number, 8) for number in range(10)))
-    wait = 10 * cost_s(8)
-    late = entry(98, 8, deadline=wait + 0.9 * cost_s(8), priority=9)
+    wait = 10 * batch_s(8)
+    late = entry(98, 8, deadline=wait + 0.9 * batch_s(8), priority=9)
     with pytest.raises(DeadlineExceeded):
         queue.offer(late, 0.0, [0.0])
-    queue.offer(entry(99, 8, deadline=wait + 1.1 * cost_s(8), priority=9), 0.0, [0.0])
+    queue.offer(entry(99, 8, deadline=wait + 1.1 * batch_s(8), priority=9), 0.0, [0.0])
 
 
-def test_what_waits_is_reckoned_with_caution_but_not_the_run_itself() -> None:
+def test_the_safety_factor_applies_to_what_waits_but_not_to_the_run_itself() -> None:
     limits = Limits(LIMIT, 1000, 10**6)
-    cautious = Queue(limits, cost_s, caution=lambda: 1.5)
+    careful = Queue(limits, batch_s, safety_factor=lambda: 1.5)
     for number in range(1, 11):
-        cautious.offer(entry(number, rows=LIMIT, priority=1), 0.0)
-    waiting, own = 10 * cost_s(LIMIT), cost_s(1)
+        careful.offer(entry(number, rows=LIMIT, priority=1), 0.0)
+    waiting, own = 10 * batch_s(LIMIT), batch_s(1)
     with pytest.raises(DeadlineExceeded):
-        cautious.offer(entry(11, deadline=1.49 * waiting + own), 0.0)
-    cautious.offer(entry(12, deadline=1.51 * waiting + own), 0.0)
-    Queue(limits, cost_s, caution=lambda: 1.5).offer(entry(13, deadline=1.01 * own), 0.0)
-
-
-def test_runs_that_take_now_more_now_less_call_for_more_caution() -> None:
-    steady, unsteady = Profile(), Profile()
-    for run in range(100):
-        steady.observe(4, 0.010)
-        unsteady.observe(4, 0.005 if run % 2 else 0.015)
-    assert steady.caution() < 1.01
-    assert 2 < unsteady.caution() < 4
-
-
-def test_batches_of_many_sizes_call_for_no_caution_where_their_cost_is_steady() -> None:
-    profile = Profile(Measurement(2**power, 0.001 * 2**power, 8) for power in range(9))
-    for run in range(200):
-        rows = 129 if run % 2 else 256
-        profile.observe(rows, 0.001 * rows)
-    assert profile.caution() < 1.01
+        careful.offer(entry(11, deadline=1.49 * waiting + own), 0.0)
+    careful.offer(entry(12, deadline=1.51 * waiting + own), 0.0)
+    Queue(limits, batch_s, safety_factor=lambda: 1.5).offer(entry(13, deadline=1.01 * own), 0.0)
 
 
 def test_an_urgent_entry_is_not_refused_for_the_lax_ones_that_it_overtakes() -> None:
     queue = queue_of(*(entry(number, 8) for number in range(10)))
-    queue.offer(entry(99, 8, deadline=1.5 * cost_s(8)), 0.0, [0.0])
+    queue.offer(entry(99, 8, deadline=1.5 * batch_s(8)), 0.0, [0.0])
     assert taken(queue) == [99]
 
 
 def test_two_instances_halve_the_predicted_wait() -> None:
     queue = queue_of(*(entry(number, 8, deadline=100.0) for number in range(10)))
-    deadline = 5.5 * cost_s(8) + cost_s(8)
+    deadline = 5.5 * batch_s(8) + batch_s(8)
     with pytest.raises(DeadlineExceeded):
         queue.offer(entry(98, 8, deadline=deadline, priority=9), 0.0, [0.0])
     queue.offer(entry(99, 8, deadline=deadline, priority=9), 0.0, [0.0, 0.0])
@@ -276,7 +265,7 @@ def test_two_instances_halve_the_predicted_wait() -> None:
 def test_an_expired_entry_is_dropped_once_and_never_taken() -> None:
     queue = queue_of(entry(1, deadline=1.0))
     take = queue.take(2.0)
-    assert not take.pieces
+    assert not take.slices
     assert [(drop.entry.id, drop.reason) for drop in take.drops] == [(1, "deadline")]
     assert not queue.take(2.0).drops
 
@@ -292,21 +281,21 @@ def test_a_wrong_measurement_does_not_keep_everything_from_running() -> None:
 
 
 def test_a_batch_does_not_grow_past_what_its_tightest_deadline_allows() -> None:
-    queue = queue_of(entry(1, 2, deadline=cost_s(4)), entry(2, 2), entry(3, 4))
+    queue = queue_of(entry(1, 2, deadline=batch_s(4)), entry(2, 2), entry(3, 4))
     take = queue.take(0.0)
-    assert [piece.entry.id for piece in take.pieces] == [1, 2]
+    assert [each.entry.id for each in take.slices] == [1, 2]
     assert take.reason == "deadline"
 
 
 @given(st.integers(0, 100), st.integers(1, 4))
 def test_the_work_that_waits_is_what_its_batches_take(count: int, instances: int) -> None:
     queue = queue_of(*map(entry, range(1, count + 1)))
-    foreseen = queue.wait_s(instances)
+    foreseen = queue.admission.wait_s(instances)
     batches = []
-    while take := queue.take(0.0).pieces:
-        batches.append(cost_s(len(take)))
+    while take := queue.take(0.0).slices:
+        batches.append(batch_s(len(take)))
     assert foreseen == pytest.approx(sum(batches) / instances)
-    assert queue.wait_s(instances) == 0.0
+    assert queue.admission.wait_s(instances) == 0.0
 
 
 def test_a_delay_counts_from_the_first_entry() -> None:
@@ -327,10 +316,32 @@ def test_a_delay_ends_when_the_batch_is_full_or_a_deadline_would_pass() -> None:
     assert taken(queue, wakeup) == [1]
 
 
-def test_what_was_taken_or_dropped_is_not_held_on_to() -> None:
+def test_entries_that_have_left_the_queue_are_not_kept_in_memory() -> None:
+    """Their slots may stay in a heap until their deadlines, and their groups are the clients' choice."""
     queue = queue_of()
-    for number in range(10_000):
-        queue.offer(entry(number, deadline=1e9, group=number), 0.0)
+    left = []
+    for number in range(2_000):
+        item = entry(number, deadline=1e9, group=number)
+        left.append(weakref.ref(item.inputs["x"]))
+        queue.offer(item, 0.0)
         assert taken(queue) == [number]
-    assert len(queue._deadlines) < 200
-    assert not queue._groups
+    del item
+    gc.collect()
+    assert not [each for each in left if each() is not None]
+    assert queue.next_wakeup(0.0) is None
+
+
+def slots_in(queue: Queue) -> int:
+    """How many slots are in memory."""
+    return sum(isinstance(each, QueueSlot) for each in gc.get_objects())
+
+
+def test_dead_slots_are_swept_away() -> None:
+    """Entries with later deadlines stay, in every order; those that were taken before are let go of."""
+    queue = queue_of(entry(1, 8, deadline=1e9, priority=9), entry(2, 8, deadline=2e9, priority=9))
+    before = slots_in(queue)
+    for number in range(10, 4_010):
+        queue.offer(entry(number, 8, deadline=1e8 + number % 7, priority=1 + number % 3), 0.0)
+        assert queue.remove(number) is not None
+    assert slots_in(queue) - before < 1_000
+    assert [taken(queue), taken(queue)] == [[1], [2]]

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inferpool.backends.base import DeviceModel, LoadedModel
-from inferpool.errors import ModelFailed, QueueFull
+from inferpool.pool.admission import Limits
 from inferpool.pool.buckets import BatchBuckets, BucketedModel
-from inferpool.pool.entry_queue import Limits, Queue
-from inferpool.pool.mixed_parts import Unjoinable, Whole, join_rows
+from inferpool.pool.entry_queue import Queue
 from inferpool.pool.padding import STEP, Padding, span
-from inferpool.pool.ports import Entry, Part, Result, VersionKey
+from inferpool.pool.ports import Entry, VersionKey
 from inferpool.repository.load.padding_check import check_padding
 from inferpool.tensors import Array, Signature, Tensors, TensorSpec
 
@@ -56,8 +55,8 @@ def test_gathered_rows_are_the_parts_and_fills(shapes: list[tuple[int, int]]) ->
 
 
 @given(st.integers(1, 600), st.integers(1, 512))
-def test_lengths_that_are_run_repeat_only_where_that_is_asked_for(length: int, longest: int) -> None:
-    """Few of them, none shorter than the row, and none longer than the model takes."""
+def test_lengths_are_rounded_up_only_on_demand(length: int, longest: int) -> None:
+    """Few lengths are run; none is shorter than the row or longer than the model takes."""
     padding = Padding(FILLS, "ids", 32, longest, proven=True, rounded=True)
     run = padding.run_length(length)
     assert length <= run <= max(length, longest)
@@ -68,7 +67,7 @@ def test_lengths_that_are_run_repeat_only_where_that_is_asked_for(length: int, l
     assert replace(padding, proven=False).run_length(length) == length
 
 
-def test_shapes_on_a_ladder_are_bounded() -> None:
+def test_the_shapes_of_bucketed_runs_are_bounded() -> None:
     """Texts of up to 512 tokens run with 32 lengths, those of up to 8192 with 64."""
     for longest, count in ((512, 32), (8192, 64)):
         padding = Padding(FILLS, "ids", 32, longest, proven=True, rounded=True)
@@ -93,10 +92,10 @@ class Spans(DeviceModel):
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
     ) -> Tensors:
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        missing = rows - len(whole["ids"])
-        full = {name: np.pad(tensor, ((0, missing), (0, 0))) for name, tensor in whole.items()}
-        return {name: tensor[: len(whole["ids"])] for name, tensor in self.run(full).items()}
+        inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        missing = rows - len(inputs["ids"])
+        padded = {name: np.pad(tensor, ((0, missing), (0, 0))) for name, tensor in inputs.items()}
+        return {name: tensor[: len(inputs["ids"])] for name, tensor in self.run(padded).items()}
 
     def close(self) -> None:
         pass
@@ -107,32 +106,32 @@ SPANS = Padding(FILLS, "ids", 32, 100, proven=True, axes={"doubled": (1,)}, mask
 
 @settings(deadline=None)
 @given(st.integers(1, 100), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
-def test_on_a_ladder_rows_of_tokens_run_as_lengths_that_repeat(
+def test_in_buckets_rows_of_tokens_run_with_lengths_that_repeat(
     length: int, counts: list[int], hidden: bool
 ) -> None:
-    """Answers have their own length; rows whose caller hides tokens run as they are."""
+    """Answers have their own length; rows with hidden tokens are not padded."""
     model = Spans()
-    ladder = BucketedModel(model, BatchBuckets((1, 4, 8)), SPANS)
+    bucketed = BucketedModel(model, BatchBuckets((1, 4, 8)), SPANS)
     parts = [rows_of(length, count, seed) for seed, count in enumerate(counts)]
     if hidden:
         parts[0]["mask"][0, -1] = 0
-    answer = ladder.run_parts(parts)
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    assert answer["sum"].tolist() == (whole["ids"] * whole["mask"]).sum(axis=1).tolist()
-    assert answer["doubled"].tolist() == (2 * whole["ids"]).tolist()
+    answer = bucketed.run_parts(parts)
+    inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    assert answer["sum"].tolist() == (inputs["ids"] * inputs["mask"]).sum(axis=1).tolist()
+    assert answer["doubled"].tolist() == (2 * inputs["ids"]).tolist()
     assert {shape[1] for shape in model.shapes} == {length if hidden else SPANS.run_length(length)}
     assert {shape[0] for shape in model.shapes} <= {1, 4, 8}
 
 
 def test_rows_of_several_lengths_are_filled_up_once() -> None:
-    """As a batch's rows are gathered, and cut again where they are scattered."""
+    """The padding is added when a batch is gathered, and cut off when it is scattered."""
     model = Spans()
-    ladder = BucketedModel(model, BatchBuckets((4,)), SPANS)
+    bucketed = BucketedModel(model, BatchBuckets((4,)), SPANS)
     parts = [rows_of(length, seed=length) for length in (17, 20, 18)]
-    answer = ladder.run_parts([SPANS.gather(parts)])
+    answer = bucketed.run_parts([SPANS.gather(parts)])
     assert model.shapes == [(4, 24)]
-    for place, part in enumerate(parts):
-        cut = SPANS.cut({"doubled": answer["doubled"][place : place + 1]}, SPANS.length(part))
+    for index, part in enumerate(parts):
+        cut = SPANS.cut({"doubled": answer["doubled"][index : index + 1]}, SPANS.length(part))
         assert cut["doubled"].tolist() == (2 * part["ids"]).tolist()
 
 
@@ -147,12 +146,12 @@ def test_batches_of_mixed_lengths_are_bounded_in_tokens_and_padding(lengths: lis
         assert load * 32 >= length
         queue.offer(Entry(number, KEY, inputs, 1, group, 8, 0.0, row_load=load), 0.0)
     served: list[int] = []
-    while queue:
-        pieces = queue.take(0.0).pieces
-        tokens = [padding.length(piece.entry.inputs) for piece in pieces]
-        assert len(pieces) == 1 or len(pieces) * max(tokens) <= 32 * limit, "never more than was measured"
+    while len(queue):
+        slices = queue.take(0.0).slices
+        tokens = [padding.length(each.entry.inputs) for each in slices]
+        assert len(slices) == 1 or len(slices) * max(tokens) <= 32 * limit, "never more than was measured"
         assert max(tokens) - min(tokens) < max(STEP, max(tokens) / 8 + 1)
-        served += [piece.entry.id for piece in pieces]
+        served += [each.entry.id for each in slices]
     assert sorted(served) == list(range(len(lengths)))
     assert queue.rows == 0
 
@@ -217,70 +216,7 @@ def test_padding_that_shows_is_not_proven(function: Callable[[Array, Array], Arr
     assert any(word in padding.reason for word in words.split("|")), padding.reason
 
 
-@settings(deadline=None)
-@given(st.permutations(range(6)), st.integers(1, 5))
-def test_rows_are_joined_in_their_own_order(order: list[int], cut: int) -> None:
-    parts = [(order[:cut], rows_of(4, cut)), (order[cut:], rows_of(9, 6 - cut))]
-    joined = join_rows(parts)["ids"]
-    assert joined.shape == (6, 9)
-    for places, tensors in parts:
-        length = tensors["ids"].shape[1]
-        np.testing.assert_array_equal(joined[places][:, :length], tensors["ids"])
-        assert not joined[places][:, length:].any()
-
-
-@pytest.mark.parametrize("odd", [np.zeros((2, 4)), np.zeros(()), np.zeros((1, 4, 1)), [1]])
-def test_outputs_without_the_rows_are_not_joined(odd: object) -> None:
-    with pytest.raises(Unjoinable, match='output "y"'):
-        join_rows([([0], {"y": np.zeros((1, 4))}), ([1], {"y": odd})])
-
-
-def test_a_whole_ends_with_its_last_part_or_the_first_error() -> None:
-    parts = tuple(Part(Entry(n, KEY, {}, 1, None, 8, 0.0), [n - 1]) for n in (1, 2))
-    entry = Entry(9, KEY, {}, 2, None, 16, 0.0, parts=parts)
-    whole = Whole(entry)
-    assert whole.add(Result(2, {"y": np.array([[2.0]])}, None, 0.2, 0.5)) is False
-    last = Result(1, {"y": np.array([[1.0]])}, None, 0.1, 0.25)
-    assert whole.add(last) is True
-    result = whole.end(last)
-    assert result.entry_id == 9
-    assert result.outputs is not None
-    assert result.outputs["y"].tolist() == [[1.0], [2.0]]
-    assert (result.queue_s, result.compute_s) == (0.2, 0.75)
-    failed, error = Whole(entry), Result(2, None, ModelFailed("no"), 0.0)
-    assert failed.add(error) is True
-    assert failed.end(error).error is error.error
-
-
-def test_parts_of_a_large_request_come_behind_small_ones() -> None:
-    queue = Queue(Limits(8, 1000, 10**9), lambda rows: 0.0)
-    parts = tuple(Part(Entry(10 + n, KEY, rows_of(4), 1, "a", 8, 0.0), [n]) for n in range(20))
-    queue.offer(Entry(1, KEY, {}, 20, "a", 160, 0.0, parts=parts), 0.0)
-    queue.offer(Entry(2, KEY, rows_of(4), 1, "a", 8, 0.0), 0.0)
-    assert queue.rows == 21
-    first = queue.take(0.0).pieces
-    assert [piece.entry.id for piece in first] == [2, *range(10, 17)]
-    assert queue.cancel(17, "disconnected")
-    while queue:
-        assert len(queue.take(0.0).pieces) <= 8
-    assert queue.rows == queue.bytes == 0
-    assert queue.next_wakeup(0.0) is None
-
-
-def test_a_request_in_parts_is_refused_as_one() -> None:
-    queue = Queue(Limits(8, 20, 10**9), lambda rows: 0.0)
-    for number in (0, 100):
-        parts = tuple(Part(Entry(number + n, KEY, rows_of(4), 1, "a", 8, 0.0), [n]) for n in range(1, 21))
-        whole = Entry(number, KEY, {}, 20, "a", 160, 0.0, parts=parts)
-        if number:
-            with pytest.raises(QueueFull):
-                queue.offer(whole, 0.0)
-        else:
-            queue.offer(whole, 0.0)
-    assert len(queue) == 20
-
-
-def test_a_row_whose_caller_hides_tokens_of_it_is_not_padded() -> None:
+def test_a_row_with_hidden_tokens_is_not_padded() -> None:
     padding = Padding(FILLS, "ids", 32, 512, proven=True, mask="mask")
     ids = np.ones((2, 5), np.int64)
     shown = {"ids": ids, "mask": np.ones_like(ids)}
@@ -292,7 +228,7 @@ def test_a_row_whose_caller_hides_tokens_of_it_is_not_padded() -> None:
 
 
 def test_the_lengths_that_runs_have_are_few_and_known() -> None:
-    """What is captured for each is what runs ask for; lengths that are not rounded are not counted."""
+    """Every rounded run has one of these lengths; lengths that are not rounded are not listed."""
     rounded = Padding({"ids": 0}, "ids", 64, 500, proven=True, rounded=True)
     lengths = rounded.run_lengths()
     assert (len(lengths), lengths[0], lengths[-1]) == (32, 8, 500)

@@ -1,27 +1,28 @@
-"""The pool with a fake model: every entry ends once, the guilty fail alone, the dead are replaced."""
+"""The pool with a fake model: every entry ends once, the guilty fail alone, dead instances are replaced."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any
 
 import numpy as np
 import pytest
 from inferpool.backends.base import LoadedModel
 from inferpool.errors import DeadlineExceeded, Draining, InvalidInput, ModelFailed, NotReady, QueueFull
 from inferpool.observe.metrics import Metrics
+from inferpool.pool.admission import Limits
 from inferpool.pool.buckets import BatchBuckets
-from inferpool.pool.entry_queue import Limits
-from inferpool.pool.instance import Instance
-from inferpool.pool.latency_model import Measurement, Profile
-from inferpool.pool.pool import RESTARTS_AT_MOST, Pool
+from inferpool.pool.instance_set import MAX_RESTARTS
+from inferpool.pool.latency_model import LatencyModel, Measurement
+from inferpool.pool.padding import Padding
+from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Entry, Part, Result, VersionKey
+from inferpool.pool.splitting import split_entry
 from inferpool.tensors import Signature, Tensors, TensorSpec
 
 from tests.chaos import inferpool_chaos as chaos
@@ -46,14 +47,24 @@ class Outbox:
         """The next `count` results by entry; no entry has two."""
         found: dict[int, Result] = {}
         for _ in range(count):
-            result = self.results.get(timeout=10)
+            result = self.results.get(timeout=60)
             assert result.entry_id not in found
             found[result.entry_id] = result
         return found
 
 
-class Held(LoadedModel):
-    """The chaos model, which waits for `release` before each run and keeps what it was given."""
+class Clock:
+    """The system's clock, which a test can put forward."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+class HeldModel(LoadedModel):
+    """The chaos model, which waits for `release` before each run and keeps the rows of each batch."""
 
     signature = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("sum", "FP64", (-1,)),))
 
@@ -66,7 +77,7 @@ class Held(LoadedModel):
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         self.batches.append(len(inputs["x"]))
         self.running.release()
-        assert self.release.acquire(timeout=10)
+        assert self.release.acquire(timeout=60)
         return self.model.run(inputs)
 
     def close(self) -> None:
@@ -79,42 +90,63 @@ class Bench:
     def __init__(
         self,
         instances: int = 1,
-        most_joined_bytes: float = math.inf,
-        ladder: BatchBuckets | None = None,
-        **limits: object,
+        max_joined_bytes: float = math.inf,
+        buckets: BatchBuckets | None = None,
+        padding: Padding | None = None,
+        **limits: Any,
     ) -> None:
         self.outbox = Outbox()
-        self.model = Held()
+        self.clock = Clock()
+        self.model = HeldModel()
         self.metrics = Metrics({})
         self._ids = itertools.count(1)
-        fields = {"batch_rows": 8, "queue_rows": 100, "queue_bytes": 10**6} | limits
+        fields: dict[str, Any] = {"batch_rows": 8, "queue_rows": 100, "queue_bytes": 10**6} | limits
         self.pool = Pool(
             KEY,
             Limits(**fields),
-            Profile([Measurement(1, 0.01, 100), Measurement(8, 0.02, 100)]),
+            LatencyModel([Measurement(1, 0.01, 100), Measurement(8, 0.02, 100)]),
             self.outbox,
             self.metrics,
-            time.monotonic,
+            self.clock,
             batched=True,
-            most_joined_bytes=most_joined_bytes,
-            ladder=ladder,
+            padding=padding,
+            max_joined_bytes=max_joined_bytes,
+            buckets=buckets,
         )
         for _ in range(instances):
             self.pool.start_instance(self.model, "cpu")
 
-    def offer(self, *marks: float, **rest: object) -> Entry:
-        """Offer an entry with a row for each mark, which is the row's first element."""
+    def entry(self, *marks: float, **rest: Any) -> Entry:
+        """An entry with a row for each mark, which is the row's first element."""
         rows = np.zeros((len(marks), 4), np.float32)
         rows[:, 0] = marks
-        fields = {"group": None, "nbytes": rows.nbytes, "arrived": time.monotonic()} | rest
-        entry = Entry(next(self._ids), KEY, {"x": rows}, len(rows), **fields)
+        fields: dict[str, Any] = {"group": None, "nbytes": rows.nbytes, "arrived": self.clock()} | rest
+        return Entry(next(self._ids), KEY, {"x": rows}, len(rows), **fields)
+
+    def offer(self, *marks: float, **rest: Any) -> Entry:
+        """Offer an entry with a row for each mark."""
+        entry = self.entry(*marks, **rest)
         self.pool.offer(entry)
         return entry
+
+    def offer_parts(self, *marks: Sequence[float], **rest: Any) -> Entry:
+        """Offer an entry of parts, each with a row for each of its marks."""
+        parts, start = [], 0
+        for part in marks:
+            parts.append(Part(self.entry(*part, **rest), range(start, start + len(part))))
+            start += len(part)
+        entry = split_entry(next(self._ids), parts)
+        self.pool.offer(entry)
+        return entry
+
+    def dropped(self, reason: str) -> float:
+        """How many entries were counted as dropped for `reason`."""
+        return self.metrics.value("dropped_entries_total", "m", "1", reason).value
 
     def busy(self) -> Entry:
         """Keep the instance busy with one row, so that what is offered next waits together."""
         entry = self.offer(7)
-        assert self.model.running.acquire(timeout=10)
+        assert self.model.running.acquire(timeout=60)
         return entry
 
     def go(self) -> None:
@@ -126,14 +158,14 @@ class Bench:
 def bench() -> Iterator[Callable[..., Bench]]:
     made: list[Bench] = []
 
-    def make(**fields: object) -> Bench:
+    def make(**fields: Any) -> Bench:
         made.append(Bench(**fields))
         return made[-1]
 
     yield make
     for item in made:
         item.go()
-        item.pool.drain(10)
+        item.pool.drain(60)
 
 
 def check(entry: Entry, result: Result) -> None:
@@ -154,7 +186,7 @@ def test_what_waits_runs_together_and_is_answered_in_one_put(bench: Callable[...
     assert made.outbox.puts == 2
 
 
-def test_whoever_has_an_answer_finds_it_counted(
+def test_a_client_that_has_its_answer_finds_it_counted(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = bench()
@@ -168,7 +200,7 @@ def test_whoever_has_an_answer_finds_it_counted(
 
     def put(results: Sequence[Result]) -> None:
         reader.start()
-        # As long as the instance is here it has counted nothing: whoever looks has to wait.
+        # The instance counts the batch after this, so that the reader has to wait.
         reader.join(0.2)
         Outbox.put(made.outbox, results)
 
@@ -176,27 +208,29 @@ def test_whoever_has_an_answer_finds_it_counted(
     made.busy()
     made.go()
     made.outbox.take(1)
-    reader.join(10)
+    reader.join(60)
     assert seen == [(1, 1)]
 
 
-def test_what_cannot_be_counted_is_answered_and_not_run_again(
+def test_a_batch_that_cannot_be_counted_is_answered_and_not_run_again(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(BatchBuckets):
-        def padded(self, rows: int) -> int:
-            raise IndexError("no such rung")
+        def padded_rows(self, rows: int) -> int:
+            raise IndexError("no such bucket")
 
-    made = bench(ladder=Broken([1, 2, 4, 8]))
+    made = bench(buckets=Broken([1, 2, 4, 8]))
     made.busy()
     made.go()
     assert made.outbox.take(1)
     made.offer(1)
     assert made.outbox.take(1)
-    assert made.pool.drain(10)
+    assert made.pool.drain(60)
     assert made.model.batches == [1, 1]
     assert made.outbox.results.empty()
-    assert [line.message for line in caplog.records] == ["what a batch of m/1 took could not be kept"] * 2
+    assert [line.message for line in caplog.records] == [
+        "the measurements of a batch of m/1 could not be kept"
+    ] * 2
 
 
 def test_only_the_guilty_of_a_batch_fail(bench: Callable[..., Bench]) -> None:
@@ -221,14 +255,16 @@ def test_wrong_rows_fail_their_batch_and_turn_batching_off(bench: Callable[..., 
     results = made.outbox.take(4)
     assert all(isinstance(results[entry.id].error, ModelFailed) for entry in (*bad, large))
     assert not made.pool.batched
-    assert "shape [3] for 2 rows" in made.pool.wrong_rows
+    assert made.pool.wrong_rows == 'output "sum" has shape [3] for 2 rows'
     after = [made.offer(2), made.offer(3, 4)]
     results = made.outbox.take(2)
     for entry in after:
         check(entry, results[entry.id])
 
 
-def test_a_large_request_is_rejoined_in_order_whoever_runs_its_pieces(bench: Callable[..., Bench]) -> None:
+def test_a_large_request_is_joined_in_order_whichever_instance_runs_its_slices(
+    bench: Callable[..., Bench],
+) -> None:
     made = bench(instances=3)
     entry = made.offer(*range(1000))
     made.go()
@@ -236,10 +272,9 @@ def test_a_large_request_is_rejoined_in_order_whoever_runs_its_pieces(bench: Cal
     check(entry, result)
     assert max(made.model.batches) == 4
     assert made.pool.waiting() == (0, 0.0, 0.0)
-    assert not made.pool._assemblies.ids()
 
 
-def test_a_piece_that_fails_fails_its_request_once_and_stops_the_rest(bench: Callable[..., Bench]) -> None:
+def test_a_slice_that_fails_fails_its_request_once_and_stops_the_rest(bench: Callable[..., Bench]) -> None:
     made = bench()
     marks = [0.0] * 1000
     marks[20] = chaos.RAISE
@@ -280,7 +315,7 @@ def test_an_instance_that_dies_too_often_stays_lost_and_the_pool_says_so(bench: 
         deadly += 1
         error = made.outbox.take(1)[entry.id].error
         assert isinstance(error, ModelFailed | NotReady)
-    assert deadly <= RESTARTS_AT_MOST
+    assert deadly <= MAX_RESTARTS
     assert [item.state for item in made.pool.instances()] == ["lost"]
     with pytest.raises(NotReady):
         made.offer(1)
@@ -297,16 +332,14 @@ def test_a_cancelled_entry_never_runs_and_is_reported_once(bench: Callable[..., 
     check(stays, results[stays.id])
     assert results[gone.id].error is not None
     assert made.model.batches == [1, 1]
-    dropped = made.metrics.value("dropped_entries_total", "m", "1", "disconnected")
-    assert dropped.value == 1
+    assert made.dropped("disconnected") == 1
 
 
 def test_an_entry_whose_deadline_passes_while_it_waits_never_runs(bench: Callable[..., Bench]) -> None:
     made = bench()
     made.busy()
-    late = made.offer(1, deadline=time.monotonic() + 0.6)
-    while time.monotonic() < late.deadline:
-        threading.Event().wait(late.deadline - time.monotonic())
+    late = made.offer(1, deadline=made.clock() + 100)
+    made.clock.ahead_s += 101
     made.go()
     results = made.outbox.take(2)
     assert isinstance(results[late.id].error, DeadlineExceeded)
@@ -323,21 +356,21 @@ def test_refusals_are_raised_at_the_door(bench: Callable[..., Bench]) -> None:
     with pytest.raises(QueueFull):
         made.pool.refuse_early()
     with pytest.raises(DeadlineExceeded):
-        made.offer(1, deadline=time.monotonic() + 0.001)
+        made.offer(1, deadline=made.clock() + 0.001)
 
 
 def test_what_may_wait_follows_what_was_measured_last(bench: Callable[..., Bench]) -> None:
-    """A machine that has become slower works off less in the time that may be waited."""
+    """A machine that has become slower runs fewer rows in the time that entries may wait."""
     made = bench(instances=2, queue_s=0.5, least_rows=3)
     assert made.pool.limits.queue_rows == 2 * 8 * 25, "two batches of eight rows in 20 ms"
     for _ in range(200):
-        made.pool.profile.observe(8, 0.1)
+        made.pool.latency.observe(8, 0.1)
     entry = made.busy()
     made.go()
     made.outbox.take(1)
     assert 2 * 8 * 5 <= made.pool.limits.queue_rows < 2 * 8 * 6
     for _ in range(200):
-        made.pool.profile.observe(8, 30)
+        made.pool.latency.observe(8, 30)
     made.offer(1)
     made.go()
     assert entry.id not in made.outbox.take(1)
@@ -348,7 +381,7 @@ def test_drain_finishes_what_was_accepted_and_takes_no_more(bench: Callable[...,
     made = bench(delay_s=100.0)
     entries = [made.offer(number) for number in range(3)]
     made.go()
-    assert made.pool.drain(10)
+    assert made.pool.drain(60)
     results = made.outbox.take(3)
     for entry in entries:
         check(entry, results[entry.id])
@@ -405,7 +438,7 @@ def test_random_work_from_many_threads_is_answered_once_each_and_rightly(bench: 
     assert made.outbox.results.empty()
 
 
-def test_a_piece_that_kills_its_thread_is_retried_once_whatever_the_others_do(
+def test_a_slice_that_kills_its_thread_is_retried_once_whatever_the_others_do(
     bench: Callable[..., Bench],
 ) -> None:
     made = bench(instances=2)
@@ -421,148 +454,266 @@ def test_a_piece_that_kills_its_thread_is_retried_once_whatever_the_others_do(
     assert [item.state for item in made.pool.instances()] == ["ready", "ready"]
 
 
-def test_parts_that_cannot_be_joined_fail_their_request_once(bench: Callable[..., Bench]) -> None:
+def test_slices_that_cannot_be_joined_fail_their_request_once(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
     made = bench()
     widths = itertools.count(1)
-    made.model.model.run = lambda inputs: {"sum": np.zeros((len(inputs["x"]), next(widths)))}  # type: ignore[method-assign]
-    entry = made.offer(*range(20))
+
+    def run(inputs: Tensors) -> Tensors:
+        return {"sum": np.zeros((len(inputs["x"]), next(widths)))}
+
+    made.model.model.run = run  # type: ignore[method-assign, assignment]
     made.go()
-    assert isinstance(made.outbox.take(1)[entry.id].error, ModelFailed)
+    for _ in range(2):
+        entry = made.offer(*range(20))
+        assert isinstance(made.outbox.take(1)[entry.id].error, ModelFailed)
     assert [item.state for item in made.pool.instances()] == ["ready"]
+    assert len(caplog.records) == 1, "one such line a minute"
+    assert "m/1 gave outputs that cannot be joined (0 more since the last such line)" in caplog.text
 
 
-@pytest.mark.parametrize(("most", "error"), [(math.inf, ModelFailed), (10**9, InvalidInput)])
-def test_parts_that_no_memory_holds_together_end_their_request_alone(
-    bench: Callable[..., Bench], most: float, error: type[Exception]
+@pytest.mark.parametrize(("max_bytes", "error"), [(math.inf, ModelFailed), (10**9, InvalidInput)])
+def test_parts_whose_outputs_are_too_large_to_join_fail_their_request_alone(
+    bench: Callable[..., Bench], max_bytes: float, error: type[Exception]
 ) -> None:
-    """Each part is small, and joined they are not: one of them is long, and all become as long as it."""
-    made = bench(most_joined_bytes=most)
+    """Each output is small. Joined, all rows get the length of the longest, which no memory holds."""
+    made = bench(max_joined_bytes=max_bytes)
     made.busy()
 
     def run(inputs: Tensors) -> Tensors:
-        long = inputs["x"][0, 0] == 1  # a view of one number, so that it takes no memory itself
+        long = inputs["x"][0, 0] == 1  # a view of one number, which takes no memory itself
         return {"sum": np.broadcast_to(np.float64(1), (len(inputs["x"]), 2**50 if long else 1))}
 
-    made.model.model.run = run  # type: ignore[method-assign]
-    rows = [{"x": np.full((1, 4), mark, np.float32)} for mark in (1, 2)]
-    parts = tuple(
-        Part(Entry(100 + n, KEY, row, 1, n, 16, time.monotonic()), [n]) for n, row in enumerate(rows)
-    )
-    made.pool.offer(Entry(99, KEY, {}, 2, 0, 32, time.monotonic(), parts=parts))
+    made.model.model.run = run  # type: ignore[method-assign, assignment]
+    entry = made.offer_parts([1], [2], group=99)
     neighbour = made.offer(3)
     made.go()
     results = made.outbox.take(3)
-    assert isinstance(results[99].error, error)
+    assert isinstance(results[entry.id].error, error)
     assert results[neighbour.id].error is None
     after = made.offer(3)
     assert made.outbox.take(1)[after.id].error is None
     assert [item.state for item in made.pool.instances()] == ["ready"]
 
 
-def in_parts(made: Bench, entry_id: int, marks: Sequence[Sequence[float]], deadline: float) -> Entry:
-    """Offer an entry whose parts have a row for each of their marks."""
-    now = time.monotonic()
-    parts, start = [], 0
-    for number, part in enumerate(marks, entry_id + 1):
-        rows = np.zeros((len(part), 4), np.float32)
-        rows[:, 0] = part
-        entry = Entry(number, KEY, {"x": rows}, len(rows), None, rows.nbytes, now, deadline)
-        parts.append(Part(entry, range(start, start + len(rows))))
-        start += len(rows)
-    whole = Entry(entry_id, KEY, {}, start, None, 16 * start, now, deadline, parts=tuple(parts))
-    made.pool.offer(whole)
-    return whole
+@pytest.mark.parametrize("instances", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_parts_are_answered_as_one_request(bench: Callable[..., Bench], rows: int, instances: int) -> None:
+    """They may share a batch, fill one each, or run in slices."""
+    made = bench(instances=instances)
+    marks = [[float(rows * part + row) for row in range(rows)] for part in range(3)]
+    entry = made.offer_parts(*marks)
+    made.go()
+    outputs = made.outbox.take(1)[entry.id].outputs
+    assert outputs is not None
+    assert outputs["sum"].tolist() == [3 * mark + 1 for part in marks for mark in part]
+    assert made.pool.drain(60)
+    assert made.outbox.results.empty(), "no result of a part is seen"
+
+
+def test_a_part_that_fails_ends_its_request_and_the_others_do_not_run(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    first = made.busy()
+    entry = made.offer_parts([chaos.RAISE] * 5, [1.0] * 5, [2.0] * 5)
+    made.go()
+    results = made.outbox.take(2)
+    check(first, results[first.id])
+    assert isinstance(results[entry.id].error, ModelFailed)
+    assert made.pool.drain(60)
+    assert made.outbox.results.empty()
+    assert made.model.batches == [1, 5]
 
 
 @pytest.mark.parametrize("rows", [1, 10])
 def test_an_entry_in_parts_is_dropped_once(bench: Callable[..., Bench], rows: int) -> None:
-    """However many of its parts have waited too long, and whether they are larger than a batch or not."""
+    """However many of its parts have waited too long, and whether they fit in a batch or not."""
     made = bench()
     first = made.busy()
-    whole = in_parts(made, 100, [[1.0] * rows] * 4, time.monotonic() + 0.6)
+    entry = made.offer_parts(*[[1.0] * rows] * 4, deadline=made.clock() + 100)
     last = made.offer(5)
-    while time.monotonic() <= whole.deadline:
-        pass
+    made.clock.ahead_s += 101
     made.go()
     results = made.outbox.take(3)
-    assert results.keys() == {first.id, whole.id, last.id}
-    assert isinstance(results[whole.id].error, DeadlineExceeded)
-    assert made.pool.drain(10)
+    assert results.keys() == {first.id, entry.id, last.id}
+    assert isinstance(results[entry.id].error, DeadlineExceeded)
+    assert made.pool.drain(60)
     assert made.outbox.results.empty(), "no result of a part is seen"
-    assert dropped(made, "deadline") == 1
+    assert made.dropped("deadline") == 1
 
 
 @pytest.mark.parametrize("rows", [5, 10])
-def test_parts_that_run_when_their_entry_is_dropped_answer_nobody(
-    bench: Callable[..., Bench], rows: int
-) -> None:
+def test_running_parts_of_a_cancelled_entry_give_no_result(bench: Callable[..., Bench], rows: int) -> None:
     """The client leaves while the first part runs and the others wait."""
     made = bench()
-    whole = in_parts(made, 100, [[1.0] * rows] * 4, math.inf)
-    assert made.model.running.acquire(timeout=10)
-    made.pool.cancel(whole.id, "disconnected")
+    entry = made.offer_parts(*[[1.0] * rows] * 4)
+    assert made.model.running.acquire(timeout=60)
+    made.pool.cancel(entry.id, "disconnected")
     last = made.offer(5)
     made.go()
-    assert made.outbox.take(2).keys() == {whole.id, last.id}
-    assert made.pool.drain(10)
+    assert made.outbox.take(2).keys() == {entry.id, last.id}
+    assert made.pool.drain(60)
     assert made.outbox.results.empty(), "no result of a part is seen"
-    assert dropped(made, "disconnected") == 1
+    assert made.dropped("disconnected") == 1
 
 
-def dropped(made: Bench, reason: str) -> float:
-    """What is counted as dropped for `reason`."""
-    text = made.metrics.render("")[0].decode()
-    found = re.search(rf'^inferpool_dropped_entries_total\{{.*reason="{reason}".*\}} (\S+)$', text, re.M)
-    assert found is not None
-    return float(found[1])
+def test_a_split_request_whose_last_rows_run_already_is_not_cancelled(bench: Callable[..., Bench]) -> None:
+    made = bench(instances=2)
+    entry = made.offer_parts([1.0] * 8, [2.0] * 8)
+    assert made.model.running.acquire(timeout=60)
+    assert made.model.running.acquire(timeout=60)
+    made.pool.cancel(entry.id, "disconnected")
+    made.go()
+    assert made.outbox.take(1)[entry.id].error is None
+    assert made.dropped("disconnected") == 0
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_thread_that_dies_on_a_split_request_costs_it_one_more_run(
+    bench: Callable[..., Bench], split: bool
+) -> None:
+    """The slice that dies fails the request at its second run; other slices of the request stop."""
+    made = bench()
+    marks = [[1.0] * 6, [chaos.DIE] + [1.0] * 5, [1.0] * 6]
+    entry = made.offer_parts(*marks) if split else made.offer(*[mark for part in marks for mark in part])
+    made.go()
+    assert isinstance(made.outbox.take(1)[entry.id].error, ModelFailed)
+    after = made.offer(5)
+    check(after, made.outbox.take(1)[after.id])
+    assert made.outbox.results.empty()
+
+
+def test_a_retry_whose_deadline_has_passed_is_not_run(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    deadly = made.offer(chaos.DIE, priority=1)
+    late = made.offer(3, deadline=made.clock() + 100)
+    made.model.release.release(2)  # the busy run, and the run that dies
+    for _ in range(2):
+        assert made.model.running.acquire(timeout=60)
+    # The deadly entry runs once more, by itself, while the other one waits.
+    made.clock.ahead_s += 101
+    made.go()
+    results = made.outbox.take(3)
+    assert isinstance(results[deadly.id].error, ModelFailed)
+    assert isinstance(results[late.id].error, DeadlineExceeded)
+    assert made.model.batches == [1, 2, 1]
+
+
+def test_a_death_after_the_deadline_leads_to_no_second_run(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    late = made.offer(chaos.DIE, deadline=made.clock() + 100)
+    assert made.model.running.acquire(timeout=60)
+    made.clock.ahead_s += 101
+    made.go()
+    assert isinstance(made.outbox.take(1)[late.id].error, DeadlineExceeded)
+    assert made.model.batches == [1]
+
+
+def test_a_slice_of_a_request_that_has_failed_is_not_retried(bench: Callable[..., Bench]) -> None:
+    """Two slices run at once. One of them fails the request, and then the other's thread dies."""
+    made = bench(instances=2)
+    entry = made.offer(*[chaos.RAISE] * 4, *[chaos.DIE] * 4, 1)
+    assert made.model.running.acquire(timeout=60)
+    assert made.model.running.acquire(timeout=60)
+    made.go()
+    assert isinstance(made.outbox.take(1)[entry.id].error, ModelFailed)
+    assert made.pool.drain(60)
+    assert made.outbox.results.empty()
+    assert made.model.batches.count(4) <= 3
+
+
+def test_everything_that_waits_is_answered_when_the_last_instance_is_lost(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system has no thread for another instance."""
+    made = bench()
+    made.busy()
+    deadly = made.offer(chaos.DIE, group="deadly")
+    large, parts, small = made.offer(*range(20)), made.offer_parts([1.0], [2.0]), made.offer(3)
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    made.go()
+    results = made.outbox.take(5)
+    for entry in (deadly, large, parts, small):
+        assert isinstance(results[entry.id].error, NotReady)
+    assert [item.state for item in made.pool.instances()] == ["lost"]
+    assert made.dropped("lost") == 3, "the deadly entry ran"
+    with pytest.raises(NotReady, match="lost"):
+        made.pool.refuse_early()
+
+
+def test_an_instance_sleeps_until_a_delayed_batch_is_due(bench: Callable[..., Bench]) -> None:
+    """No offer wakes it: its own wait times out."""
+    made = bench(delay_s=0.05)
+    made.go()
+    for _ in range(3):
+        entry = made.offer(1)
+        check(entry, made.outbox.take(1)[entry.id])
+
+
+def test_buckets_that_have_shrunk_limit_the_next_batches(bench: Callable[..., Bench]) -> None:
+    buckets = BatchBuckets([1, 2, 4, 8])
+    made = bench(buckets=buckets)
+    made.busy()
+    buckets.halve(8)
+    made.go()
+    assert made.outbox.take(1)
+    assert made.pool.bucket_sizes() == (1, 2, 4)
+    made.offer(1)
+    assert made.outbox.take(1)
+    assert made.pool.limits.batch_rows == 4
+    assert made.metrics.value("padded_rows_total", "m", "1").value == 0
+    made.offer(1, 2, 3)
+    assert made.outbox.take(1)
+    assert made.pool.drain(60)
+    assert made.metrics.value("padded_rows_total", "m", "1").value == 1
+
+
+def test_tokens_and_padding_are_counted(bench: Callable[..., Bench]) -> None:
+    """The model's second dimension counts tokens: rows of 4 and of 2 tokens share a batch."""
+    made = bench(padding=Padding({"x": 0.0}, "x", 4, 8, proven=True))
+    made.busy()
+    short = made.entry(1)
+    short.inputs["x"] = short.inputs["x"][:, :2]
+    made.pool.offer(short)
+    made.offer(1, 2)
+    made.go()
+    results = made.outbox.take(3)
+    assert all(result.error is None for result in results.values())
+    assert made.pool.drain(60)
+    assert made.model.batches == [1, 3]
+    assert made.metrics.value("tokens_total", "m", "1").value == 4 + 3 * 4
+    assert made.metrics.value("padded_tokens_total", "m", "1").value == 2
+
+
+def test_a_version_that_is_not_batched_runs_each_entry_alone_and_does_not_split_it(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench(batch_rows=1)
+    made.pool.batched = False
+    made.busy()
+    entries = [made.offer(1, 2, 3), made.offer(4)]
+    made.go()
+    results = made.outbox.take(3)
+    for entry in entries:
+        check(entry, results[entry.id])
+    assert made.model.batches == [1, 3, 1]
 
 
 def test_a_cancelled_retry_is_not_run(bench: Callable[..., Bench]) -> None:
     made = bench()
     made.busy()
     deadly, gone = made.offer(chaos.DIE), made.offer(3)
-    made.model.release.release(2)  # the busy run, and the one that dies
-    assert made.model.running.acquire(timeout=10)
-    assert made.model.running.acquire(timeout=10)  # the deadly entry's second run, by itself
+    made.model.release.release(2)  # the busy run, and the run that dies
+    assert made.model.running.acquire(timeout=60)
+    assert made.model.running.acquire(timeout=60)  # the deadly entry's second run, by itself
     made.pool.cancel(gone.id, "disconnected")
     made.go()
     results = made.outbox.take(3)
     assert isinstance(results[deadly.id].error, ModelFailed)
     assert results[gone.id].outputs is None
     assert made.model.batches == [1, 2, 1]
-
-
-class Bell:
-    """Stands before the lock that an instance waits for, and rings it later."""
-
-    def __init__(self, instance: Instance) -> None:
-        self.instance, self.lock = instance, instance._wake
-        self.rung = False
-        instance._wake = cast("threading.Lock", self)
-
-    def release(self) -> None:
-        assert not self.rung
-        self.rung = True
-
-    def pass_on(self) -> None:
-        self.instance._wake = self.lock
-        if self.rung:
-            self.lock.release()
-
-
-def test_a_second_instance_is_woken_only_for_what_the_first_cannot_take(bench: Callable[..., Bench]) -> None:
-    made = bench(instances=3, batch_rows=4)
-    deadline = time.monotonic() + 10
-    while len(made.pool._idle) < 3:
-        assert time.monotonic() < deadline
-    bells = [Bell(instance) for instance in made.pool._idle]
-    entries = [made.offer(mark) for mark in range(4)]
-    assert sum(bell.rung for bell in bells) == 1, "one batch takes them all"
-    entries.append(made.offer(4))
-    assert sum(bell.rung for bell in bells) == 2
-    made.go()
-    for bell in bells:
-        bell.pass_on()
-    results = made.outbox.take(5)
-    for entry in entries:
-        check(entry, results[entry.id])

@@ -1,4 +1,7 @@
-"""Gather the rows of several entries into one batch, and scatter its outputs back to them."""
+"""A batch: rows of entries that run together, and what becomes of them.
+
+`gather` makes the inputs of a batch, `scatter` gives its outputs back to the entries.
+"""
 
 from __future__ import annotations
 
@@ -7,93 +10,192 @@ from typing import Any
 
 import numpy as np
 
-from inferpool.pool.entry_queue import Piece
+from inferpool.errors import InferpoolError, Reason
 from inferpool.pool.padding import Padding
+from inferpool.pool.ports import Entry
 from inferpool.tensors import Array, Tensors, shape_text
 
 
 class WrongRows(Exception):
-    """An output of a batch does not have the batch's rows, so it cannot be told whose rows are whose."""
+    """An output does not have as many rows as its batch, so that no entry's rows can be found in it."""
 
 
-def gather(pieces: Sequence[Piece], padding: Padding | None = None) -> Tensors:
-    """The inputs of a batch: the pieces' rows, in order, along the first dimension.
+class RowSlice:
+    """The rows `start` to `stop` of an entry, which run in one batch."""
 
-    All pieces are of one group, so they have the same inputs, datatypes and row shapes, or with `padding`
-    are brought to the same. A batch of one whole entry is that entry's inputs as they came, not a copy.
+    __slots__ = ("entry", "start", "stop")
+
+    def __init__(self, entry: Entry, start: int, stop: int) -> None:
+        self.entry = entry
+        self.start = start
+        self.stop = stop
+
+    @property
+    def rows(self) -> int:
+        """How many rows the slice has."""
+        return self.stop - self.start
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether the slice has every row of its entry."""
+        return self.stop - self.start == self.entry.rows
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the request has more rows than these, so that its result needs other slices, too."""
+        return self.stop - self.start != self.entry.rows or self.entry.part_of != 0
+
+
+class Batch:
+    """Slices that run together.
+
+    Attributes:
+        slices: at least one.
+        batched: whether outputs have a row for every row of the inputs (law 5).
+        reason: why the batch is no larger, for `batches_total`.
+        taken: moment at which an instance took the batch.
+        padding: how rows of different lengths are brought to one length; None if all lengths are equal.
+        rows: rows of all slices.
     """
-    if len(pieces) == 1:
-        piece = pieces[0]
-        inputs = piece.entry.inputs
-        if piece.whole:
+
+    __slots__ = ("batched", "padding", "reason", "rows", "slices", "taken")
+
+    def __init__(
+        self,
+        slices: list[RowSlice],
+        batched: bool,
+        reason: str,
+        taken: float,
+        padding: Padding | None = None,
+    ) -> None:
+        self.slices = slices
+        self.batched = batched
+        self.reason = reason
+        self.taken = taken
+        self.padding = padding
+        # Counted once, because every result of the batch tells this number.
+        self.rows = 0
+        for row_slice in slices:
+            self.rows += row_slice.rows
+
+    @property
+    def load(self) -> float:
+        """Cost of the batch, in rows like those that were measured at load."""
+        load = 0.0
+        for row_slice in self.slices:
+            load += row_slice.rows * row_slice.entry.row_load
+        return load
+
+
+class Outcome:
+    """How a slice ended: with its outputs, or with an error."""
+
+    __slots__ = ("error", "outputs", "row_slice")
+
+    def __init__(self, row_slice: RowSlice, outputs: Tensors | None, error: InferpoolError | None) -> None:
+        self.row_slice = row_slice
+        self.outputs = outputs
+        self.error = error
+
+
+class Run:
+    """How a batch ended.
+
+    Attributes:
+        outcomes: one per slice.
+        compute_s: seconds that the batch ran.
+        clean: whether the batch ran undivided and without an error.
+        wrong_rows: the output that did not have the batch's rows; None if all outputs had them.
+    """
+
+    __slots__ = ("clean", "compute_s", "outcomes", "wrong_rows")
+
+    def __init__(
+        self, outcomes: list[Outcome], compute_s: float, clean: bool, wrong_rows: Reason | None = None
+    ) -> None:
+        self.outcomes = outcomes
+        self.compute_s = compute_s
+        self.clean = clean
+        self.wrong_rows = wrong_rows
+
+
+def gather(slices: Sequence[RowSlice], padding: Padding | None = None) -> Tensors:
+    """Return the inputs of a batch: the slices' rows, in order, along the first dimension.
+
+    All slices belong to one group. They have the same inputs, datatypes and row shapes, or `padding` gives
+    them the same row shapes. A batch of one undivided entry is the entry's own inputs, not a copy.
+    """
+    if len(slices) == 1:
+        only = slices[0]
+        inputs = only.entry.inputs
+        if only.has_all_rows:
             return inputs
-        return {name: tensor[piece.start : piece.stop] for name, tensor in inputs.items()}
-    if padding is not None and len({padding.length(piece.entry.inputs) for piece in pieces}) > 1:
-        return padding.gather([gather([piece]) for piece in pieces])
+        return {name: tensor[only.start : only.stop] for name, tensor in inputs.items()}
+    if padding is not None and len({padding.length(each.entry.inputs) for each in slices}) > 1:
+        return padding.gather([gather([each]) for each in slices])
     return {
-        name: np.concatenate([_rows_of(piece, name) for piece in pieces]) for name in pieces[0].entry.inputs
+        name: np.concatenate([_rows_of(each, name) for each in slices]) for name in slices[0].entry.inputs
     }
 
 
-def _rows_of(piece: Piece, name: str) -> Array:
-    tensor = piece.entry.inputs[name]
-    return tensor if piece.whole else tensor[piece.start : piece.stop]
+def _rows_of(row_slice: RowSlice, name: str) -> Array:
+    tensor = row_slice.entry.inputs[name]
+    return tensor if row_slice.has_all_rows else tensor[row_slice.start : row_slice.stop]
 
 
-def gather_parts(pieces: Sequence[Piece], padding: Padding | None = None) -> list[Tensors]:
-    """The inputs of a batch in parts, for a model that puts them together itself: no copies are made.
+def gather_separately(slices: Sequence[RowSlice], padding: Padding | None = None) -> list[Tensors]:
+    """Return the inputs of each slice, uncopied, for a model that puts them together itself.
 
-    Rows that `padding` has to bring to one length are one part.
+    If `padding` has to bring the rows to one length, the list has one item with all rows.
     """
-    if padding is not None and len({padding.length(piece.entry.inputs) for piece in pieces}) > 1:
-        return [gather(pieces, padding)]
-    return [gather([piece]) for piece in pieces]
+    if padding is not None and len({padding.length(each.entry.inputs) for each in slices}) > 1:
+        return [gather(slices, padding)]
+    return [gather([each]) for each in slices]
 
 
-def wanted_outputs(pieces: Sequence[Piece]) -> tuple[str, ...] | None:
-    """The outputs that the batch has to compute: all that any of its entries asked for; None is all."""
+def wanted_outputs(slices: Sequence[RowSlice]) -> tuple[str, ...] | None:
+    """Return the names of all outputs that any of the entries asked for; None means every output."""
     wanted: dict[str, None] = {}
-    for piece in pieces:
-        if piece.entry.outputs is None:
+    for row_slice in slices:
+        if row_slice.entry.outputs is None:
             return None
-        wanted.update(dict.fromkeys(piece.entry.outputs))
+        wanted.update(dict.fromkeys(row_slice.entry.outputs))
     return tuple(wanted)
 
 
-def scatter(outputs: Tensors, pieces: Sequence[Piece], padding: Padding | None = None) -> list[Tensors]:
-    """Each piece's rows of the outputs that its entry asked for, as views, in the order of `pieces`.
+def scatter(outputs: Tensors, slices: Sequence[RowSlice], padding: Padding | None = None) -> list[Tensors]:
+    """Return each slice's rows of the outputs that its entry asked for, as views, in the order of `slices`.
 
-    What came of `padding` is cut off.
-
-    Raises WrongRows unless every output has the batch's rows along its first dimension.
+    Values that padding has added are cut off. Raises WrongRows unless every output has the batch's rows along
+    its first dimension.
     """
-    rows = sum(piece.rows for piece in pieces)
+    rows = sum(each.rows for each in slices)
     for name, tensor in outputs.items():
         if not tensor.ndim or tensor.shape[0] != rows:
             raise WrongRows(f'output "{name}" has shape {shape_text(tensor.shape)} for {rows} rows')
-    if len(pieces) == 1:
-        return [select(outputs, pieces[0].entry.outputs)]
-    parts = []
+    if len(slices) == 1:
+        return [select(outputs, slices[0].entry.outputs)]
+    scattered = []
     start = 0
-    for piece in pieces:
-        stop = start + piece.rows
-        chosen = select(outputs, piece.entry.outputs)
-        rows_of = {name: tensor[start:stop] for name, tensor in chosen.items()}
+    for row_slice in slices:
+        stop = start + row_slice.rows
+        chosen = select(outputs, row_slice.entry.outputs)
+        own = {name: tensor[start:stop] for name, tensor in chosen.items()}
         if padding is not None:
-            rows_of = padding.cut(rows_of, padding.length(piece.entry.inputs))
-        parts.append(rows_of)
+            own = padding.cut(own, padding.length(row_slice.entry.inputs))
+        scattered.append(own)
         start = stop
-    return parts
+    return scattered
 
 
 def select(outputs: Tensors, names: tuple[str, ...] | None) -> Tensors:
-    """The outputs of these names, in their order; all of them for None."""
+    """Return the outputs of these names, in this order; all outputs if `names` is None."""
     return outputs if names is None else {name: outputs[name] for name in names}
 
 
-def join(parts: Sequence[Tensors]) -> Tensors:
-    """The outputs of an entry that ran in pieces, from theirs in order."""
+def concatenate(outputs: Sequence[Tensors]) -> Tensors:
+    """Return the outputs of consecutive rows as one; raises ValueError if their row shapes differ."""
     joined: dict[str, Any] = {}
-    for name in parts[0]:
-        joined[name] = np.concatenate([part[name] for part in parts])
+    for name in outputs[0]:
+        joined[name] = np.concatenate([each[name] for each in outputs])
     return joined

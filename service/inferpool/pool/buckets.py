@@ -1,8 +1,10 @@
-"""Batch sizes that repeat: on a GPU a batch is rounded up to a rung of a ladder that was measured at load.
+"""Batch sizes that repeat: on a GPU, a batch is padded to the next of a few sizes that were measured at load.
 
-Pure policy, and the model that follows it. A runtime prepares itself for every shape it meets (it picks
-algorithms, grows memory), so that a few sizes, met again and again, run at full speed. The rows that are
-missing to a rung are zeros.
+Experimental: this has never run on a real GPU. Nothing here is needed on the CPU, and nothing here imports a
+GPU library.
+
+A runtime prepares itself for every shape that it meets (it picks algorithms and grows memory). A few sizes,
+used again and again, therefore run at full speed. The padding is rows of zeros.
 """
 
 from __future__ import annotations
@@ -16,86 +18,86 @@ from typing import Final
 
 from inferpool.backends.base import DeviceModel, LoadedModel
 from inferpool.errors import OutOfMemory
-from inferpool.pool.batch import join
+from inferpool.pool.batch import concatenate
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.padding import Padding
 from inferpool.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
-WORTH: Final = 0.95
-"""A rung stays where it takes less than this share of the next one's time; else that serves as well."""
+WORTH_A_BUCKET: Final = 0.95
+"""A size is a bucket if it takes less than this share of the next bucket's time."""
 
 STEEP: Final = 1.25
-"""Half-way between two rungs there is another where the upper takes this many times the lower's time."""
+"""A size half-way between two is worth measuring if the larger takes this many times the smaller's time."""
 
 
 class BatchBuckets:
-    """The batch sizes of a version, shared by its instances: it only ever gets shorter, when memory does.
+    """The batch sizes of a version, shared by its instances. Running out of memory removes the largest ones.
 
-    That may happen in another thread at any moment.
+    Any thread may do that at any moment.
     """
 
-    def __init__(self, rungs: Sequence[int]) -> None:
-        """`rungs` are at least one, at least 1 each, rising."""
-        self._rungs = tuple(rungs)
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """`sizes` has at least one size; they are at least 1 and rise."""
+        self._sizes = tuple(sizes)
         self._lock = threading.Lock()
 
     @property
-    def rungs(self) -> tuple[int, ...]:
+    def sizes(self) -> tuple[int, ...]:
         """The batch sizes, rising."""
-        return self._rungs
+        return self._sizes
 
     @property
-    def top(self) -> int:
-        """The largest batch."""
-        return self._rungs[-1]
+    def largest(self) -> int:
+        """Rows of the largest batch."""
+        return self._sizes[-1]
 
-    def up(self, rows: int) -> int | None:
-        """The rung that `rows` rows run on: the next at or above them; None where they are too many."""
-        return next((rung for rung in self._rungs if rung >= rows), None)
+    def bucket_for(self, rows: int) -> int | None:
+        """Return the next size at or above `rows`; None if `rows` is above the largest."""
+        return next((size for size in self._sizes if size >= rows), None)
 
-    def pieces(self, rows: int) -> list[int]:
-        """`rows` rows as runs that the ladder has: as many of `top` as fit, and the rest."""
-        top = self.top
-        full, rest = divmod(rows, top)
-        return [top] * full + [rest] * (rest > 0)
+    def split(self, rows: int) -> list[int]:
+        """Return `rows` rows as the rows of several runs: as many of `largest` as fit, and the rest."""
+        largest = self.largest
+        full, rest = divmod(rows, largest)
+        return [largest] * full + [rest] * (rest > 0)
 
-    def padded(self, rows: int) -> int:
-        """How many rows run for `rows` rows: with those of zeros that they are rounded up with."""
-        rungs = self._rungs
-        full, rest = divmod(rows, rungs[-1])
-        return full * rungs[-1] + (rungs[bisect_left(rungs, rest)] if rest else 0)
+    def padded_rows(self, rows: int) -> int:
+        """Return how many rows run in place of `rows`, including those that are padding."""
+        sizes = self._sizes
+        full, rest = divmod(rows, sizes[-1])
+        return full * sizes[-1] + (sizes[bisect_left(sizes, rest)] if rest else 0)
 
-    def halve(self, rung: int) -> bool:
-        """Let half of `rung`, which has failed, be the most from here on; False where it cannot be halved.
+    def halve(self, size: int) -> bool:
+        """Make half of `size`, for which there was no memory, the largest; False if `size` is a single row.
 
-        Several instances may fail on it before the first has said so; that counts once.
+        If several instances report the same size, the first report counts.
         """
-        most = rung // 2
+        largest = size // 2
         with self._lock:
-            if most and self.top > most:
-                self._rungs = (*(smaller for smaller in self._rungs if smaller < most), most)
-        return most > 0
+            if largest and self.largest > largest:
+                self._sizes = (*(smaller for smaller in self._sizes if smaller < largest), largest)
+        return largest > 0
 
 
-def rungs(table: Sequence[Measurement], most: int) -> tuple[int, ...]:
-    """The rungs worth having of those that were measured, up to `most` rows, which is always one.
+def choose_buckets(table: Sequence[Measurement], max_rows: int) -> tuple[int, ...]:
+    """Return the measured sizes up to `max_rows` that are worth a bucket; `max_rows` is always one.
 
-    A size that takes almost as long as the next is left out: padding up to that costs nothing.
+    A size that takes almost as long as the next is left out, because padding to the next costs nothing.
     """
     kept: list[Measurement] = []
     for line in sorted(table, reverse=True):
-        if line.rows > most:
+        if line.rows > max_rows:
             continue
-        if not kept or line.seconds < WORTH * kept[-1].seconds:
+        if not kept or line.seconds < WORTH_A_BUCKET * kept[-1].seconds:
             kept.append(line)
-    sizes = {int(line.rows) for line in kept} | {most}
+    sizes = {int(line.rows) for line in kept} | {max_rows}
     return tuple(sorted(sizes))
 
 
-def between(table: Sequence[Measurement]) -> list[int]:
-    """Sizes half-way between two that were measured, where padding up to the upper would be dear."""
+def sizes_between(table: Sequence[Measurement]) -> list[int]:
+    """Return the sizes half-way between two measured ones, if padding to the larger would cost much."""
     lines = sorted(table)
     return [
         int(low.rows + high.rows) // 2
@@ -105,30 +107,30 @@ def between(table: Sequence[Measurement]) -> list[int]:
 
 
 class BucketedModel(LoadedModel):
-    """A model on a GPU, run on the rungs of a ladder; of a batch that is too large for memory, the halves.
+    """A model on a GPU whose batches are padded to buckets. A batch that has no memory runs in halves.
 
-    Rows of tokens are filled up to lengths that repeat, too, where `padding` says so.
+    If `padding` says so, rows of tokens are padded to lengths that repeat, too.
     """
 
-    def __init__(self, model: DeviceModel, ladder: BatchBuckets, padding: Padding | None = None) -> None:
+    def __init__(self, model: DeviceModel, buckets: BatchBuckets, padding: Padding | None = None) -> None:
         self.signature = model.signature
         self.form = model.form
         self.max_rows = model.max_rows
         self.cpu_nodes = model.cpu_nodes
         self.rounding = model.rounding
-        self.ladder = ladder
+        self.buckets = buckets
         self._model = model
         self._padding = padding
         self._optional = frozenset(spec.name for spec in model.signature.inputs if spec.optional)
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Run rows on the rung above them; raises what the model raises."""
+        """Run rows in the bucket for them; raises whatever the model raises."""
         return self.run_parts([inputs], outputs)
 
     def run_parts(self, parts: Sequence[Tensors], outputs: Sequence[str] | None = None) -> Tensors:
-        """Run the rows of all parts together, one below the other, as `run` does with one.
+        """Run the rows of all parts together, concatenated, as `run` does.
 
-        Rows of tokens have one length.
+        Rows of tokens must all have one length.
         """
         padding = self._padding
         if padding is not None:
@@ -140,25 +142,27 @@ class BucketedModel(LoadedModel):
     def _run_rows(self, parts: Sequence[Tensors], outputs: Sequence[str] | None) -> Tensors:
         rows = sum(map(_rows, parts))
         if not rows or not self._optional.isdisjoint(parts[0]):
-            # An input that holds for the whole run has no rows that could be added to.
+            # An input that holds for the whole run has no rows that padding could be added to.
             return self._model.run(parts[0], outputs)
-        while (rung := self.ladder.up(rows)) is not None:
+        while (bucket := self.buckets.bucket_for(rows)) is not None:
             try:
-                return self._model.run_padded(parts, rung, outputs)
+                return self._model.run_padded(parts, bucket, outputs)
             except OutOfMemory as error:
-                if not self.ladder.halve(rung):
+                if not self.buckets.halve(bucket):
                     raise
-                text = "the GPU has no memory for %d rows, %d are the most from here on: %s"
-                log.warning(text, rung, self.ladder.top, error)
-        sizes = list(accumulate(self.ladder.pieces(rows), initial=0))
-        return join([self._run_rows(_rows_between(parts, *ends), outputs) for ends in pairwise(sizes)])
+                text = "the GPU has no memory for %d rows, batches have at most %d from here on: %s"
+                log.warning(text, bucket, self.buckets.largest, error)
+        bounds = list(accumulate(self.buckets.split(rows), initial=0))
+        return concatenate(
+            [self._run_rows(_rows_between(parts, *ends), outputs) for ends in pairwise(bounds)]
+        )
 
     def begin(self) -> None:
-        """Get the model ready on this thread."""
+        """Get the model ready on the calling thread."""
         self._model.begin()
 
     def close(self) -> None:
-        """Give back memory."""
+        """Give back the model's memory."""
         self._model.close()
 
 
@@ -167,7 +171,7 @@ def _rows(part: Tensors) -> int:
 
 
 def _rows_between(parts: Sequence[Tensors], start: int, stop: int) -> list[Tensors]:
-    """The rows `start` to `stop` of all parts, as views."""
+    """Return the rows `start` to `stop` of the concatenated parts, as views."""
     chosen = []
     for part in parts:
         rows = _rows(part)

@@ -1,4 +1,8 @@
-"""A model on a GPU that can be exchanged for a better one between two batches."""
+"""A model on a GPU that can be exchanged for a better one between two batches.
+
+Experimental: this has never run on a real GPU. Nothing here is needed on the CPU, and nothing here imports a
+GPU library.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ from inferpool.tensors import Tensors
 
 
 class HotSwapModel(DeviceModel):
-    """Runs one model until another has been offered, and that from the next batch on.
+    """Runs one model until another is offered, and the other from the next batch on.
 
-    What is there of the first to be seen (its signature, what runs on the CPU) stays.
+    The attributes that the first model shows, such as its signature and its nodes on the CPU, stay.
     """
 
     def __init__(self, model: DeviceModel) -> None:
@@ -23,45 +27,45 @@ class HotSwapModel(DeviceModel):
         self.capturable = model.capturable
         self._model = model
         self._offered: DeviceModel | None = None
-        self._nothing: Tensors | None = None
+        self._empty_outputs: Tensors | None = None
 
     @property
     def graphs(self) -> bool | str:  # type: ignore[override]
-        """Of the model that runs now."""
+        """Whether the model that runs now replays CUDA graphs, or why not."""
         return self._model.graphs
 
-    def offer(self, model: DeviceModel, nothing: Tensors | None) -> None:
-        """Let `model`, which has the same signature and answers alike, run the next batch; only once.
+    def offer(self, model: DeviceModel, empty_outputs: Tensors | None) -> None:
+        """Let `model`, which has the same signature and gives equal answers, run the next batch. Only once.
 
-        `nothing` is what is answered where there are no rows, for which an engine has no shape; None leaves
-        that to the model.
+        `empty_outputs` answers requests without rows, for which a TensorRT engine has no shape. With None,
+        the model runs them.
         """
-        self._nothing = nothing
+        self._empty_outputs = empty_outputs
         self._offered = model
 
     def begin(self) -> None:
-        """Get the model ready on this thread."""
+        """Get the model ready on the calling thread."""
         self._model.begin()
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Run as it is; raises what the model raises."""
-        if self._nothing is not None and not all(tensor.size for tensor in inputs.values()):
-            return {name: self._nothing[name] for name in outputs or self._nothing}
-        return self._chosen().run(inputs, outputs)
+        """Run the inputs as they are; raises whatever the model raises."""
+        if self._empty_outputs is not None and not all(tensor.size for tensor in inputs.values()):
+            return {name: self._empty_outputs[name] for name in outputs or self._empty_outputs}
+        return self._chosen_model().run(inputs, outputs)
 
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
     ) -> Tensors:
-        """Run the rows of all parts among `rows`; raises what the model raises."""
-        return self._chosen().run_padded(parts, rows, outputs)
+        """Run the rows of all parts, padded to `rows` rows; raises whatever the model raises."""
+        return self._chosen_model().run_padded(parts, rows, outputs)
 
     def close(self) -> None:
-        """Close what runs, and what has been offered and never ran."""
+        """Close the model that runs, and the one that was offered and never ran."""
         for model in filter(None, (self._model, self._offered)):
             model.close()
 
-    def _chosen(self) -> DeviceModel:
+    def _chosen_model(self) -> DeviceModel:
         if self._offered is not None:
-            gone, self._model, self._offered = self._model, self._offered, None
-            gone.close()
+            replaced, self._model, self._offered = self._model, self._offered, None
+            replaced.close()
         return self._model

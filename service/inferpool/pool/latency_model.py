@@ -1,4 +1,4 @@
-"""What a batch of so many rows costs, as measured: at load, and ever after while serving."""
+"""The expected latency of a batch by its size: measured at load, and kept up to date while serving."""
 
 from __future__ import annotations
 
@@ -7,63 +7,63 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 WEIGHT: Final = 0.1
-"""Weight of a new measurement in the exponentially weighted mean of its rung."""
+"""Weight of a new measurement in the exponentially weighted mean of its bucket."""
 
 OUTLIER: Final = 4.0
-"""A measurement counts as at most so many times the mean of its rung."""
-
+"""A measurement counts as at most this many times the mean of its bucket."""
 
 FIRST_SPREAD: Final = 0.1
-"""The relative spread that is assumed until it has been seen."""
+"""The relative spread that is assumed before any has been measured."""
 
 
 class Measurement(NamedTuple):
-    """One line of the table: batches of about `rows` rows take `seconds` (means over `runs` runs)."""
+    """One line of the table: batches of about `rows` rows take `seconds`. Both are means over `runs` runs."""
 
     rows: float
     seconds: float
     runs: int
 
 
-class Profile:
-    """Latency by batch size, on rungs of 1, 2, 4, … rows, kept live by an exponentially weighted mean.
+class LatencyModel:
+    """Latency by batch size, in buckets of 1, 2, 4, … rows, each an exponentially weighted mean.
 
-    A rung holds the mean of both rows and seconds of the batches that fell on it, so that reading
-    between rungs interpolates along what was measured. One writer at a time; any thread may read.
+    A bucket holds the mean of both the rows and the seconds of its batches, so that a size between two
+    buckets is interpolated along the measurements. One thread may write at a time; any thread may read.
     """
 
     def __init__(self, table: Iterable[Measurement] = ()) -> None:
-        """`table` is what was measured before, in any order."""
-        self._rungs: dict[int, Measurement] = {_rung(line.rows): line for line in table}
+        """`table` has earlier measurements, in any order."""
+        self._buckets: dict[int, Measurement] = {_bucket(line.rows): line for line in table}
         self._spread = FIRST_SPREAD
         self._curve: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
-        self._trace()
+        self._update_curve()
 
     def observe(self, rows: float, seconds: float) -> None:
         """Take in one batch of `rows` rows (at least 1) that ran for `seconds`."""
-        rung = _rung(rows)
-        known = self._rungs.get(rung)
+        bucket = _bucket(rows)
+        known = self._buckets.get(bucket)
         if known is None:
-            self._rungs[rung] = Measurement(rows, seconds, 1)
+            self._buckets[bucket] = Measurement(rows, seconds, 1)
         else:
-            # The first few runs count equally, so that a cold first one does not linger.
+            # The first few runs count equally, so that a cold first run is soon outweighed.
             weight = max(WEIGHT, 1 / (known.runs + 1))
-            # One run that was held up says little of the next; a lasting change gets through all the same.
+            # One run that was held up says little about the next. A lasting change still gets through.
             seconds = min(seconds, OUTLIER * known.seconds)
-            # Against the curve, not the rung's mean: that a rung holds batches of many sizes is no spread.
+            # Compared with the curve, because a bucket's mean is that of batches of different sizes.
             if (expected := self.seconds(rows)) > 0:
                 self._spread += WEIGHT * (abs(seconds / expected - 1) - self._spread)
-            self._rungs[rung] = Measurement(
+            self._buckets[bucket] = Measurement(
                 known.rows + weight * (rows - known.rows),
                 known.seconds + weight * (seconds - known.seconds),
                 known.runs + 1,
             )
-        self._trace()
+        self._update_curve()
 
     def seconds(self, rows: float) -> float:
-        """Expected seconds of a batch of `rows` rows; 0 while nothing is known.
+        """Return the expected seconds of a batch of `rows` rows; 0 while nothing is known.
 
-        Linear between measurements, proportional to rows beyond the largest, never below the smallest.
+        The expectation is linear between measurements, proportional to rows above the largest, and constant
+        below the smallest.
         """
         sizes, times = self._curve
         if not sizes:
@@ -76,27 +76,28 @@ class Profile:
         share = (rows - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
         return times[right - 1] + share * (times[right] - times[right - 1])
 
-    def caution(self) -> float:
-        """How many times their expected time runs should be given: the mean and four mean deviations.
+    def safety_factor(self) -> float:
+        """Return how many times the expected time a run should be given: the mean and four mean deviations.
 
-        As TCP waits for an answer (Jacobson, "Congestion avoidance and control", 1988; RFC 6298).
+        TCP computes its retransmission timeout likewise (Jacobson, "Congestion avoidance and control", 1988;
+        RFC 6298).
         """
         return 1 + 4 * self._spread
 
     def runs(self, rows: float) -> int:
-        """How many runs the expectation for `rows` rows rests on."""
-        known = self._rungs.get(_rung(rows))
+        """Return on how many runs the expectation for `rows` rows is based."""
+        known = self._buckets.get(_bucket(rows))
         if known is not None:
             return known.runs
-        return max((line.runs for line in self._rungs.values()), default=0)
+        return max((line.runs for line in self._buckets.values()), default=0)
 
     def table(self) -> list[Measurement]:
-        """The measurements, smallest batch first."""
-        return [self._rungs[rung] for rung in sorted(self._rungs)]
+        """Return the measurements, smallest batch first."""
+        return [self._buckets[bucket] for bucket in sorted(self._buckets)]
 
-    def _trace(self) -> None:
-        # Noise can make a larger batch look quicker than a smaller one. Deadlines are judged by this
-        # curve, so it never falls: a smaller batch is not expected to take longer than a larger one.
+    def _update_curve(self) -> None:
+        # Noise can make a larger batch look quicker than a smaller one. Deadlines are judged by this curve,
+        # so it never falls: a smaller batch is not expected to take longer than a larger one.
         lines = self.table()
         times: list[float] = []
         ceiling = float("inf")
@@ -106,6 +107,6 @@ class Profile:
         self._curve = (tuple(line.rows for line in lines), tuple(reversed(times)))
 
 
-def _rung(rows: float) -> int:
-    """The power of two that is next at or above `rows`."""
+def _bucket(rows: float) -> int:
+    """Return the next power of two at or above `rows`."""
     return 1 << max(0, (round(rows) - 1).bit_length())

@@ -1,8 +1,10 @@
-"""Where entries stand in a queue, in the order in which they are to run."""
+"""Where the entries of a queue stand, in the four orders in which the queue looks at them."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Hashable, Iterable
 from heapq import heapify, heappop, heappush
 from typing import Final, TypeAlias
 
@@ -11,67 +13,211 @@ from inferpool.pool.ports import Entry, VersionKey
 Order: TypeAlias = tuple[float, ...]
 """Tuples compare without a call into Python, and no two orders are equal."""
 
-_NOBODY: Final = Entry(0, VersionKey("", 0), {}, 0, None, 0, 0.0)
+_NO_ENTRY: Final = Entry(0, VersionKey("", 0), {}, 0, None, 0, 0.0)
+
+_MAX_DEAD_SLOTS: Final = 512
+"""Dead slots that may be left in the orders, beside one for each entry that waits."""
 
 
 class QueueSlot:
-    """Where an entry stands in the queue; `live` turns False when it has been taken or dropped.
+    """Where an entry stands in the queue.
 
-    A place that is not live lets go of its entry: it may lie in a heap for as long as its deadline is
-    away, and the entry's tensors must not. A `large` one is served in pieces; those `behind` are large, or
-    parts of one that is.
+    Attributes:
+        entry: the entry that waits; a dead slot has let go of it.
+        start: first row that waits.
+        rows: how many rows wait.
+        load: cost of these rows, in rows like those that were measured at load.
+        is_large: whether the entry runs in slices.
+        low_band: whether the slot stands behind all small requests: it is large, or part of a large request.
+        is_live: False once the entry has been taken or dropped.
+        order: sorts slots into the order in which they are to run.
     """
 
-    __slots__ = ("behind", "entry", "large", "live", "load", "order", "rows", "start")
+    __slots__ = ("entry", "is_large", "is_live", "load", "low_band", "order", "rows", "start")
 
-    def __init__(self, entry: Entry, start: int, large: bool, behind: bool, serial: int) -> None:
+    def __init__(self, entry: Entry, start: int, is_large: bool, low_band: bool, serial: int) -> None:
         self.entry = entry
         self.start = start
-        self.large = large
-        self.behind = behind
-        self.live = True
+        self.is_large = is_large
+        self.low_band = low_band
+        self.is_live = True
         self.rows = entry.rows - start
         self.load = self.rows * entry.row_load
-        self.order: Order = (entry.priority, behind, entry.deadline, serial)
+        self.order: Order = (entry.priority, low_band, entry.deadline, serial)
 
-    def leave(self) -> None:
-        """The entry has been taken or dropped."""
-        self.live = False
-        self.entry = _NOBODY
+    def kill(self) -> None:
+        """Mark the slot as dead, and let go of its entry.
+
+        A dead slot may stay in a heap until its deadline, and must not keep the entry's tensors in memory.
+        """
+        self.is_live = False
+        self.entry = _NO_ENTRY
 
 
 class OrderedQueue:
-    """Places in their order.
+    """Slots in their order.
 
-    Most come in it: these stand in a row, and cost one comparison each. The others stand in a heap.
+    Most slots are added in order. These stand in a deque and cost one comparison each; the rest are in a
+    heap.
     """
 
-    __slots__ = ("_heap", "_row")
+    __slots__ = ("_heap", "_sorted")
 
     def __init__(self) -> None:
-        self._row: deque[QueueSlot] = deque()
+        self._sorted: deque[QueueSlot] = deque()
         self._heap: list[tuple[Order, QueueSlot]] = []
 
-    def push(self, place: QueueSlot) -> None:
-        """Take a place in."""
-        if not self._row or self._row[-1].order < place.order:
-            self._row.append(place)
+    def push(self, slot: QueueSlot) -> None:
+        """Add a slot."""
+        if not self._sorted or self._sorted[-1].order < slot.order:
+            self._sorted.append(slot)
         else:
-            heappush(self._heap, (place.order, place))
+            heappush(self._heap, (slot.order, slot))
 
-    def head(self) -> QueueSlot | None:
-        """The first that is live; None if none is. It stays."""
-        row, heap = self._row, self._heap
-        while row and not row[0].live:
-            row.popleft()
-        while heap and not heap[0][1].live:
+    def first(self) -> QueueSlot | None:
+        """Return the first live slot, without removing it; None if there is none."""
+        in_order, heap = self._sorted, self._heap
+        while in_order and not in_order[0].is_live:
+            in_order.popleft()
+        while heap and not heap[0][1].is_live:
             heappop(heap)
-        if heap and (not row or heap[0][0] < row[0].order):
+        if heap and (not in_order or heap[0][0] < in_order[0].order):
             return heap[0][1]
-        return row[0] if row else None
+        return in_order[0] if in_order else None
 
     def sweep(self) -> None:
-        """Let go of all that are not live."""
-        self._row = deque(place for place in self._row if place.live)
-        self._heap = [item for item in self._heap if item[1].live]
+        """Let go of all dead slots."""
+        self._sorted = deque(slot for slot in self._sorted if slot.is_live)
+        self._heap = [item for item in self._heap if item[1].is_live]
         heapify(self._heap)
+
+
+class Group:
+    """The entries that may share a batch. `load` and `count` are those of the live slots."""
+
+    __slots__ = ("count", "load", "slots")
+
+    def __init__(self) -> None:
+        self.slots = OrderedQueue()
+        self.load = 0.0
+        self.count = 0
+
+
+class WaitingEntries:
+    """The entries that wait: in the order to run, by group, by arrival and by deadline.
+
+    A slot stands in several orders at once. Removing it only marks it as dead, and an order skips a dead slot
+    that has come to its front.
+
+    Attributes:
+        rows: rows that wait; an entry without rows counts as one.
+        nbytes: bytes of inputs that wait.
+        small_load: cost of the small requests that wait, in rows like those that were measured at load.
+        large_load: likewise, of the requests with more rows than a batch may have.
+    """
+
+    __slots__ = (
+        "_arrivals", "_dead_slots", "_deadlines", "_groups", "_in_order", "_serial", "_slots", "large_load",
+        "nbytes", "rows", "small_load",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.nbytes = 0
+        self.small_load = 0.0
+        self.large_load = 0.0
+        self._slots: dict[int, QueueSlot] = {}
+        self._in_order = OrderedQueue()
+        self._groups: dict[Hashable, Group] = {}
+        self._arrivals: deque[QueueSlot] = deque()
+        self._deadlines: list[tuple[float, int, QueueSlot]] = []
+        self._serial = 0
+        self._dead_slots = 0
+
+    def __len__(self) -> int:
+        """How many entries wait; an entry that runs in slices counts while rows of it wait."""
+        return len(self._slots)
+
+    def add(self, entry: Entry, start: int, is_large: bool, low_band: bool) -> None:
+        """Add the rows of `entry` from `start` on."""
+        self._serial += 1
+        slot = QueueSlot(entry, start, is_large, low_band, self._serial)
+        self._slots[entry.id] = slot
+        self.rows += max(1, slot.rows)
+        self.nbytes += entry.nbytes
+        if low_band:
+            self.large_load += slot.load or 1
+        else:
+            self.small_load += slot.load or 1
+        self._in_order.push(slot)
+        self._arrivals.append(slot)
+        if not is_large:
+            group = self._groups.get(entry.group)
+            if group is None:
+                group = self._groups[entry.group] = Group()
+            group.slots.push(slot)
+            group.load += entry.load
+            group.count += 1
+        if entry.deadline < math.inf:
+            heappush(self._deadlines, (entry.deadline, self._serial, slot))
+
+    def remove(self, slot: QueueSlot) -> Entry:
+        """Take a live slot out of every order; returns its entry."""
+        entry = slot.entry
+        del self._slots[entry.id]
+        self.rows -= max(1, slot.rows)
+        self.nbytes -= entry.nbytes
+        if slot.low_band:
+            self.large_load -= slot.load or 1
+        else:
+            self.small_load -= slot.load or 1
+        if not slot.is_large:
+            group = self._groups[entry.group]
+            group.load -= entry.load
+            group.count -= 1
+            if not group.count:
+                # Clients choose row shapes, so an empty group must not stay behind for each one.
+                del self._groups[entry.group]
+        slot.kill()
+        self._dead_slots += 1
+        if self._dead_slots > _MAX_DEAD_SLOTS + len(self._slots):
+            self._sweep()
+        return entry
+
+    def find(self, entry_id: int) -> QueueSlot | None:
+        """Return the slot of an entry; None if no row of it waits."""
+        return self._slots.get(entry_id)
+
+    def slots(self) -> Iterable[QueueSlot]:
+        """Return every live slot."""
+        return self._slots.values()
+
+    def first(self) -> QueueSlot | None:
+        """Return the slot that is to run first; None if none waits."""
+        return self._in_order.first()
+
+    def oldest(self) -> QueueSlot | None:
+        """Return the slot that has waited longest; None if none waits."""
+        while self._arrivals and not self._arrivals[0].is_live:
+            self._arrivals.popleft()
+        return self._arrivals[0] if self._arrivals else None
+
+    def most_urgent(self) -> QueueSlot | None:
+        """Return the slot with the earliest deadline; None if no slot has a deadline."""
+        while self._deadlines and not self._deadlines[0][2].is_live:
+            heappop(self._deadlines)
+        return self._deadlines[0][2] if self._deadlines else None
+
+    def group_of(self, slot: QueueSlot) -> Group:
+        """Return the group of a live slot that is not large."""
+        return self._groups[slot.entry.group]
+
+    def _sweep(self) -> None:
+        """Let go of all dead slots, of which there may otherwise be any number."""
+        self._dead_slots = 0
+        self._arrivals = deque(slot for slot in self._arrivals if slot.is_live)
+        self._in_order.sweep()
+        self._deadlines = [item for item in self._deadlines if item[2].is_live]
+        heapify(self._deadlines)
+        for group in self._groups.values():
+            group.slots.sweep()

@@ -1,7 +1,7 @@
-"""The pool of a version: its queue and the instances that work it off.
+"""The pool of a version: its queue, and the instances that run what is in it.
 
-The pool owns the lock. `offer` and `cancel` come from the web side, `next_batch`, `finish` and `died`
-from the instances' threads. Results leave through the outbox once a batch.
+The pool owns the lock. The web side calls `offer` and `cancel`, the instances' threads call `next_batch`,
+`finish` and `died`. Results leave through the outbox, once per batch.
 """
 
 from __future__ import annotations
@@ -9,103 +9,76 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 from inferpool.backends.base import LoadedModel
-from inferpool.errors import Draining, NotReady
+from inferpool.errors import Draining, NotReady, Reason
 from inferpool.observe.metrics import Metrics
-from inferpool.pool.assembly import SplitRequests
+from inferpool.pool.admission import Limits
+from inferpool.pool.batch import Batch, Outcome, Run
 from inferpool.pool.buckets import BatchBuckets
-from inferpool.pool.drop_reasons import DROPPED
-from inferpool.pool.entry_queue import Drop, Limits, Queue
-from inferpool.pool.instance import Batch, Instance, Outcome, Run
-from inferpool.pool.latency_model import Profile
+from inferpool.pool.entry_queue import Drop, Queue
+from inferpool.pool.instance import Instance
+from inferpool.pool.instance_set import InstanceSet
+from inferpool.pool.latency_model import LatencyModel
 from inferpool.pool.log_limits import LogLimiter
-from inferpool.pool.mixed_parts import Whole
 from inferpool.pool.padding import Padding
 from inferpool.pool.ports import Entry, Outbox, Result, VersionKey
 from inferpool.pool.retries import Retries
-from inferpool.pool.stats import BatchCount, Counts
+from inferpool.pool.splitting import SplitRequest
+from inferpool.pool.stats import DROPPED, BatchCount, BatchStats, InstanceState, Waiting
 
 log = logging.getLogger(__name__)
 
-RESTARTS_AT_MOST: Final = 5
-"""Threads of a version that are replaced within `RESTART_WINDOW_S`; the next to die stays lost."""
-RESTART_WINDOW_S: Final = 60.0
-
 FEW_RUNS: Final = 8
-"""An expectation that rests on fewer runs refuses nothing that an idle instance could try."""
+"""An expectation based on fewer runs is doubtful: it refuses nothing that an idle instance could try."""
 STALE_S: Final = 10.0
-"""Nor does one where nothing has run for so long: what slowed the last runs may have passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceState:
-    """What is known of an instance from outside: `state` is `ready` or `lost`."""
-
-    device: str
-    state: str
-
-
-class Waiting(NamedTuple):
-    """What waits: rows, the seconds that the entry which came first has waited, and those of work ahead."""
-
-    rows: int = 0
-    oldest_age_s: float = 0.0
-    wait_s: float = 0.0
+"""So is one if nothing has run for this long, because what slowed the last runs may have passed."""
 
 
 class Pool:
-    """Instances of one version, their shared queue, and what was measured of them."""
+    """The instances of one version, their shared queue, and what was measured of them."""
 
     def __init__(
         self,
         key: VersionKey,
         limits: Limits,
-        profile: Profile,
+        latency: LatencyModel,
         outbox: Outbox,
         metrics: Metrics,
         clock: Callable[[], float],
         *,
         batched: bool,
         padding: Padding | None = None,
-        most_joined_bytes: float = math.inf,
-        ladder: BatchBuckets | None = None,
+        max_joined_bytes: float = math.inf,
+        buckets: BatchBuckets | None = None,
     ) -> None:
-        """`batched` says whether rows of different entries may share a run: it has been proven.
+        """`batched` says whether rows of different entries may share a run, which has been proven.
 
-        `padding` is how rows of different lengths are treated; None where they are all alike. The outputs of
-        an entry's parts are joined up to `most_joined_bytes`. `ladder` has the batch sizes that models on
+        `padding` is how rows of different lengths are treated; None if all lengths are equal. The outputs of
+        an entry's parts are joined up to `max_joined_bytes`. `buckets` has the batch sizes that models on
         GPUs run.
         """
         self.key = key
         self.limits = limits
-        self.profile = profile
+        self.latency = latency
         self.batched = batched
+        self.wrong_rows: Reason | None = None
+        self.log_limiter = LogLimiter(clock)
         self._padding = padding
-        self._most_joined_bytes = most_joined_bytes
-        self.complaints = LogLimiter(clock)
-        self._ladder = ladder
-        self.wrong_rows = ""
+        self._max_joined_bytes = max_joined_bytes
+        self._buckets = buckets
         self._outbox = outbox
         self._clock = clock
-        self._counts = Counts(metrics, key, padding, ladder)
+        self._stats = BatchStats(metrics, key, padding, buckets)
         self._lock = threading.Lock()
-        self._queue = Queue(limits, profile.seconds, profile.caution)
-        self._instances: list[Instance] = []
-        self._idle: list[Instance] = []
-        self._lost: list[str] = []
-        self._assemblies = SplitRequests()
-        # By the id of an entry with parts, and by those of its parts.
-        self._wholes: dict[int, Whole] = {}
+        self._queue = Queue(limits, latency.seconds, latency.safety_factor)
+        self._instances = InstanceSet(key, self, clock, self.log_limiter)
+        # By the id of the request's own entry; a request is in here until it has its result.
+        self._splits: dict[int, SplitRequest] = {}
         self._retries = Retries()
-        self._deaths: deque[float] = deque()
-        self._measured = clock()
-        self._started = 0
-        self._waking = 0
+        self._last_run = clock()
         self._closed = False
 
     # The web side.
@@ -118,76 +91,72 @@ class Pool:
                 entry.rows = 1
             if entry.deadline < math.inf:
                 now = self._clock()
-                doubtful = self.profile.runs(entry.load) < FEW_RUNS or now - self._measured > STALE_S
-                free_at = [instance.busy_until for instance in self._instances]
-                self._queue.offer(entry, now, free_at, probe=doubtful)
-            else:  # it is never too late for it
+                doubtful = self.latency.runs(entry.load) < FEW_RUNS or now - self._last_run > STALE_S
+                self._queue.offer(entry, now, self._instances.free_at(), probe=doubtful)
+            else:  # such an entry is never late
                 self._queue.offer(entry, entry.arrived, [0.0] * len(self._instances))
-            if entry.parts:
-                whole = Whole(entry)
-                self._wholes[entry.id] = whole
-                for part in entry.parts:
-                    self._wholes[part.entry.id] = whole
-                    self._waits(part.entry)
-            else:
-                self._waits(entry)
+            if entry.parts or self.limits.is_large(entry):
+                self._splits[entry.id] = SplitRequest(entry)
+            self._instances.wake_for(self._queue.load, self.limits.batch_rows)
+            for _ in entry.parts[1:]:
+                self._instances.wake_for(self._queue.load, self.limits.batch_rows)
 
     def refuse_early(self) -> None:
-        """Raise what even an entry of one row would be refused with now.
+        """Raise the error that would refuse even an entry of one row now.
 
-        Without the lock: it is a guess in any case, for the row comes later.
+        This takes no lock, because the answer is a guess in any case: the entry is offered later.
         """
         self._refuse_unless_open()
-        self._queue.refuse_if_full(1, 0, False, len(self._instances))
+        self._queue.admission.refuse_if_full(1, 0, False, len(self._instances))
 
     def cancel(self, entry_id: int, reason: str) -> None:
-        """Drop an entry that still waits, for `disconnected` or `deadline`; what is running runs on."""
+        """Drop an entry that still waits, for `disconnected` or `deadline`. A run that has begun goes on."""
         with self._lock:
-            whole = self._wholes.get(entry_id)
-            drop = self._cancel(entry_id, reason) if whole is None else self._cancel_parts(whole, reason)
-            results = self._dropped([drop]) if drop is not None else []
+            split = self._splits.get(entry_id)
+            entry = self._remove(entry_id) if split is None else self._remove_split(split)
+            results = self._dropped([Drop(entry, reason)]) if entry is not None else []
         self._put(results)
 
     def waiting(self) -> Waiting:
-        """What waits now."""
+        """Return what waits now."""
         with self._lock:
             queue = self._queue
-            return Waiting(queue.rows, queue.oldest_age_s(self._clock()), queue.wait_s(len(self._instances)))
+            wait_s = queue.admission.wait_s(len(self._instances))
+            return Waiting(queue.rows, queue.oldest_age_s(self._clock()), wait_s)
 
     def batches(self) -> list[BatchCount]:
-        """What has run, by batch size, smallest first."""
+        """Return what has run by batch size, smallest first."""
         with self._lock:
-            return self._counts.batches()
+            return self._stats.batches()
 
     def instances(self) -> list[InstanceState]:
-        """Each instance's device and state."""
+        """Return each instance's device and state."""
         with self._lock:
-            ready = [InstanceState(instance.device, "ready") for instance in self._instances]
-            return ready + [InstanceState(device, "lost") for device in self._lost]
+            return self._instances.states()
 
-    def rungs(self) -> tuple[int, ...]:
-        """The batch sizes that run on GPUs now; empty on the CPU, where any does."""
-        return self._ladder.rungs if self._ladder is not None else ()
+    def bucket_sizes(self) -> tuple[int, ...]:
+        """Return the batch sizes that run on GPUs now; empty on the CPU, which runs any size."""
+        return self._buckets.sizes if self._buckets is not None else ()
 
-    # Life.
+    # Start and end.
 
     def start_instance(self, model: LoadedModel, device: str) -> None:
         """Start one more instance, which runs `model` on `device`."""
-        with self._lock:
-            self._new_instance(model, device)
+        with self._lock:  # so that no caller sees an instance whose thread does not run yet
+            self._stats.add_device(device)
+            self._instances.start(model, device)
+            self._queue.admission.bound_by_time(len(self._instances))
 
     def drain(self, timeout_s: float) -> bool:
         """Accept no more, finish what was accepted, end the instances; False if that took too long.
 
-        What has not begun to run by then is answered with Draining.
+        Entries that have not begun to run by then are answered with Draining.
         """
         with self._lock:
             self._closed = True
             self.limits.delay_s = 0.0
-            for instance in self._idle:
-                instance.wake()
-            self._idle.clear()
-            instances = list(self._instances)
+            self._instances.wake_all()
+            instances = self._instances.all()
         deadline = self._clock() + timeout_s
         ended = [instance.join(max(0.0, deadline - self._clock())) for instance in instances]
         with self._lock:
@@ -200,263 +169,199 @@ class Pool:
     def next_batch(self, instance: Instance) -> Batch | None:
         """Block until `instance` has a batch to run; None when the pool is closed and empty."""
         while True:
+            results: list[Result] = []
             with self._lock:
-                batch, results, wait_s = self._next(instance)
-                ends = batch is None and self._closed
+                now = self._clock()
+                batch = self._next(instance, now, results)
+                ends = batch is None and self._closed and not len(self._queue)
+                wakeup = None
                 if ends:
                     self._instances.remove(instance)
+                elif batch is None:
+                    self._instances.begin_waiting(instance)
+                    wakeup = self._queue.next_wakeup(now)
             self._put(results)
             if batch is not None or ends:
                 return batch
-            if not instance.wait(wait_s):
+            if not instance.wait(None if wakeup is None else wakeup - now):
                 with self._lock:
-                    chosen = instance not in self._idle
-                    if not chosen:
-                        self._idle.remove(instance)
-                if chosen:
-                    # An offer chose this instance as its wait timed out: the wake-up is on its way.
+                    woken = not self._instances.stop_waiting(instance)
+                if woken:
+                    # An offer chose this instance just when its wait timed out: the wake-up will come.
                     instance.wait(None)
 
     def finish(self, instance: Instance, batch: Batch, run: Run) -> None:
-        """Answer the entries of a batch that has run, and keep what was measured of it."""
+        """Answer the entries of a batch that has run, and keep its measurements."""
         results: list[Result] = []
+        complete: list[SplitRequest] = []
         with self._lock:
             instance.busy_until = 0.0
             for outcome in run.outcomes:
-                results += self._ended(outcome, batch, run.compute_s)
-            if not self._wholes:
-                # The web side's thread wakes up while the rest is done here. Nobody who has an answer sees it
-                # uncounted: whoever reads what was counted has to have had the lock.
-                self._put(results)
-                results = []
-            self._retries.ran(batch)
-            if run.wrong_rows and self.batched:
-                results += self._stop_batching(run.wrong_rows)
+                split = self._end(outcome, batch, run.compute_s, results)
+                if split is not None:
+                    complete.append(split)
+            # The web side's thread can wake up while this one does the rest. A client that has its answer
+            # cannot observe stale counters, because readers of the counters take this lock.
+            self._put(results)
+            self._retries.forget(batch)
+            results = []
+            if run.wrong_rows is not None and self.batched:
+                results = self._stop_batching(run.wrong_rows)
             try:
                 self._keep(instance, batch, run)
             except Exception:
-                # The instance would end, and its batch would run again, which has been answered.
-                log.exception("what a batch of %s/%s took could not be kept", *self.key)
+                # Raising would end the instance, and run a batch again that has been answered.
+                log.exception("the measurements of a batch of %s/%s could not be kept", *self.key)
         self._put(results)
+        # Without the lock, and after the neighbours' results: large outputs take a while to join.
+        for split in complete:
+            self._put_joined(split)
 
     def died(self, instance: Instance, batch: Batch | None) -> None:
-        """Replace an instance whose thread has died; what it ran is run once more, entry by entry."""
+        """Replace an instance whose thread has died. The entries of its batch run once more, each alone."""
+        results: list[Result] = []
         with self._lock:
             self._instances.remove(instance)
-            if instance.woken:
-                self._waking -= 1  # it died on its way to the queue
-            self._replace(instance)
-            results: list[Result] = []
+            self._instances.replace(instance)
+            self._queue.admission.bound_by_time(len(self._instances))
             if batch is not None:
                 for outcome in self._retries.add(batch, self._clock()):
-                    results += self._ended(outcome, batch, 0.0)
-            if not self._instances:
+                    self._end(outcome, batch, 0.0, results)
+            if not len(self._instances):
                 results += self._give_up("draining" if self._closed else "lost")
-            for _ in range(min(len(self._idle), len(self._retries))):
-                self._wake()
+            for _ in range(min(self._instances.idle_count, len(self._retries))):
+                self._instances.wake_one()
         self._put(results)
 
-    # Under the lock.
-
-    def _keep(self, instance: Instance, batch: Batch, run: Run) -> None:
-        """Count a batch that has run, and let what it took bound what may wait."""
-        self._measured = self._clock()
-        if run.clean:
-            self.profile.observe(max(1, batch.load), run.compute_s)
-        self._queue.bound_by_time(len(self._instances))
-        self._counts.ran(instance.device, batch, run.compute_s)
-        if self._ladder is not None and self.batched:
-            # No larger batches than there is memory for.
-            self.limits.batch_rows = min(self.limits.batch_rows, self._ladder.top)
-
-    def _waits(self, entry: Entry) -> None:
-        """An entry is in the queue."""
-        if self._queue.is_large(entry):
-            self._assemblies.begin(entry)
-        self._wake_for_more()
-
-    def _wake_for_more(self) -> None:
-        """Wake an idle instance, unless those that are waking take all that waits.
-
-        Whatever of it they cannot take together, the first of them wakes another for.
-        """
-        if self._idle and self._queue.load > self._waking * self.limits.batch_rows:
-            self._wake()
-
-    def _wake(self) -> None:
-        instance = self._idle.pop()
-        instance.woken = True
-        self._waking += 1
-        instance.wake()
+    # Under the lock: which batch runs next.
 
     def _refuse_unless_open(self) -> None:
         if self._closed:
-            raise Draining("the server, or this version, is shutting down")
-        if not self._instances:
-            raise NotReady("every instance of this version is lost")
+            raise Draining("the server, or this version, is shutting down; try again later")
+        if not len(self._instances):
+            raise NotReady("every instance of this version is lost; its log says why")
 
-    def _next(self, instance: Instance) -> tuple[Batch | None, list[Result], float | None]:
-        """What `instance` runs now, the results of what never will, and how long to wait else."""
-        if instance.woken:
-            instance.woken = False
-            self._waking -= 1
-        now = self._clock()
-        results: list[Result] = []
-        batch = None
-        while batch is None and (batch := self._retries.take()) is not None:
-            piece = batch.pieces[0]
-            if not piece.whole and piece.entry.id not in self._assemblies:
-                batch = None  # another piece of its entry has failed meanwhile
-            elif piece.entry.deadline <= now:
-                results += self._ended(Outcome(piece, None, DROPPED["deadline"]()), batch, 0.0)
-                batch = None
+    def _next(self, instance: Instance, now: float, results: list[Result]) -> Batch | None:
+        """Return the batch that `instance` runs now; adds the results of entries that will never run."""
+        self._instances.arrived(instance)
+        batch = self._next_retry(now, results)
         if batch is None:
             taken = self._queue.take(now)
             results += self._dropped(taken.drops)
-            if taken.pieces:
-                batch = Batch(taken.pieces, self.batched, taken.reason, now, self._padding)
-        if batch is not None:
-            instance.busy_until = now + self.profile.seconds(batch.load)
-            if self._idle and (self._retries or len(self._queue)):
-                self._wake()
-            return batch, results, None
-        if self._closed and not len(self._queue):
-            return None, results, None
-        self._idle.append(instance)
-        wakeup = self._queue.next_wakeup(now)
-        return None, results, None if wakeup is None else wakeup - now
+            if not taken.slices:
+                return None
+            batch = Batch(taken.slices, self.batched, taken.reason, now, self._padding)
+        instance.busy_until = now + self.latency.seconds(batch.load)
+        if self._instances.idle_count and (len(self._retries) or len(self._queue)):
+            self._instances.wake_one()
+        return batch
 
-    def _ended(self, outcome: Outcome, batch: Batch, compute_s: float) -> list[Result]:
-        """The result that an outcome completes, if any: a piece of a larger entry may not be the last."""
-        piece = outcome.piece
-        entry = piece.entry
+    def _next_retry(self, now: float, results: list[Result]) -> Batch | None:
+        while (batch := self._retries.take()) is not None:
+            row_slice = batch.slices[0]
+            if row_slice.is_split and self._split_of(row_slice.entry) is None:
+                self._retries.forget(batch)  # the request ended with another of its slices
+            elif row_slice.entry.deadline <= now:
+                self._retries.forget(batch)
+                self._end(Outcome(row_slice, None, DROPPED["deadline"]()), batch, 0.0, results)
+            else:
+                return batch
+        return None
+
+    # Under the lock: how entries end.
+
+    def _split_of(self, entry: Entry) -> SplitRequest | None:
+        """Return the split request that runs `entry`; None if the request has its result."""
+        return self._splits.get(entry.part_of or entry.id)
+
+    def _end(
+        self, outcome: Outcome, batch: Batch, compute_s: float, results: list[Result]
+    ) -> SplitRequest | None:
+        """Take the outcome of a slice; adds the result, if the entry has one now.
+
+        Returns the split request whose last outcome this is, and whose outputs are to be joined.
+        """
+        row_slice = outcome.row_slice
+        entry = row_slice.entry
         queue_s = batch.taken - entry.arrived
-        if piece.whole:
-            return [Result(entry.id, outcome.outputs, outcome.error, queue_s, compute_s, batch.rows)]
-        result = self._assemblies.add(outcome, queue_s, compute_s, batch.rows)
-        if result is None:
-            return []
-        if result.error is not None:
-            self._queue.cancel(entry.id, "failed")
-            if result.error.__cause__ is not None:
-                self._complain_of_parts(result.error.__cause__)
-                # It is said, and need not be again where the entry is a part of another.
-                result.error.__cause__ = None
-        return [result]
+        if not row_slice.is_split:
+            results.append(Result(entry.id, outcome.outputs, outcome.error, queue_s, compute_s, batch.rows))
+            return None
+        split = self._split_of(entry)
+        if split is None or not split.add(outcome, queue_s, compute_s, batch.rows):
+            return None
+        del self._splits[split.entry.id]
+        if split.error is None:
+            return split
+        self._remove_split(split)
+        results.append(split.result())
+        return None
+
+    def _remove(self, entry_id: int) -> Entry | None:
+        """Take out an entry that waits, for its first or second run; None if it does not wait."""
+        waiting, retry = self._queue.remove(entry_id), self._retries.remove(entry_id)
+        return waiting or retry
+
+    def _remove_split(self, split: SplitRequest) -> Entry | None:
+        """Take out everything of a split request that waits; returns its entry, or None if nothing waits."""
+        removed = [self._remove(entry.id) for entry in split.queued_entries]
+        return split.entry if any(entry is not None for entry in removed) else None
 
     def _dropped(self, drops: list[Drop]) -> list[Result]:
+        """Return the results of dropped entries; a split request is dropped with the first of its parts."""
         results: list[Result] = []
         now = self._clock()
-        for entry, _ in drops:
-            self._assemblies.drop(entry.id)
         for entry, reason in drops:
-            # An entry in parts is dropped with the first of them, once.
-            drop = Result(entry.id, None, DROPPED[reason](), now - entry.arrived)
-            alone, ended = self._fold([drop])
-            if alone or ended:
-                self._counts.dropped(reason)
-            results += alone
-            results += [whole.end(last) for whole, last in ended]
+            compute_s = 0.0
+            split = self._split_of(entry)
+            if split is not None:
+                del self._splits[split.entry.id]
+                self._remove_split(split)
+                entry, compute_s = split.entry, split.compute_s
+            elif entry.part_of:
+                continue
+            self._stats.count_drop(reason)
+            results.append(Result(entry.id, None, DROPPED[reason](), now - entry.arrived, compute_s))
         return results
 
-    def _stop_batching(self, why: str) -> list[Result]:
-        """Serve every entry alone from here on; those that only run in pieces cannot be served."""
+    def _stop_batching(self, reason: Reason) -> list[Result]:
+        """Run every entry alone from here on; entries that only run in slices are answered with an error."""
         self.batched = False
-        self.wrong_rows = why
+        self.wrong_rows = reason
         self.limits.batch_rows = 1
-        waiting = [self._queue.cancel(entry_id, "unbatched") for entry_id in self._assemblies.ids()]
-        return self._dropped([drop for drop in waiting if drop is not None])
-
-    def _new_instance(self, model: LoadedModel, device: str) -> None:
-        """Start an instance; under the lock, so that nobody sees one whose thread does not run yet."""
-        self._started += 1
-        self._counts.add_device(device)
-        name = f"{self.key.model}/{self.key.version}#{self._started}"
-        instance = Instance(self, model, device, name, self._clock, self.complaints)
-        instance.start()
-        self._instances.append(instance)
-        self._queue.bound_by_time(len(self._instances))
-
-    def _replace(self, instance: Instance) -> None:
-        now = self._clock()
-        self._deaths.append(now)
-        while self._deaths[0] < now - RESTART_WINDOW_S:
-            self._deaths.popleft()
-        if len(self._deaths) > RESTARTS_AT_MOST:
-            log.error("an instance of %s/%s died too often and is not replaced", *self.key)
-            self._lost.append(instance.device)
-            return
-        try:
-            self._new_instance(instance.model, instance.device)
-        except RuntimeError as fault:  # no thread is to be had
-            log.error("an instance of %s/%s died and cannot be replaced: %s", *self.key, fault)
-            self._lost.append(instance.device)
+        return self._dropped([Drop(entry, "unbatched") for entry in self._queue.remove_large()])
 
     def _give_up(self, reason: str) -> list[Result]:
-        """Answer everything that waits: nobody is left to run it."""
+        """Answer everything that waits, because no instance is left to run it."""
         results: list[Result] = []
-        for waiting in self._retries.clear():
-            for piece in waiting.pieces:
-                results += self._ended(Outcome(piece, None, DROPPED[reason]()), waiting, 0.0)
-        return results + self._dropped(self._queue.drop_all(reason))
+        for retry in self._retries.clear():
+            self._end(Outcome(retry.slices[0], None, DROPPED[reason]()), retry, 0.0, results)
+        return results + self._dropped([Drop(entry, reason) for entry in self._queue.remove_all()])
 
-    def _cancel(self, entry_id: int, reason: str) -> Drop | None:
-        """Take an entry out that waits, for the first time or to be run again; None if it does not."""
-        drop = self._queue.cancel(entry_id, reason)
-        if drop is None and (entry := self._retries.cancel(entry_id)) is not None:
-            drop = Drop(entry, reason)
-        return drop
+    def _keep(self, instance: Instance, batch: Batch, run: Run) -> None:
+        """Count a batch that has run, and bound what may wait by how long it took."""
+        self._last_run = self._clock()
+        if run.clean:
+            self.latency.observe(max(1, batch.load), run.compute_s)
+        self._queue.admission.bound_by_time(len(self._instances))
+        self._stats.count_batch(instance.device, batch, run.compute_s)
+        if self._buckets is not None and self.batched:
+            # The GPU may have had no memory for larger batches.
+            self.limits.batch_rows = min(self.limits.batch_rows, self._buckets.largest)
 
-    def _cancel_parts(self, whole: Whole, reason: str) -> Drop | None:
-        """Drop the parts that still wait, and with them the entry; None, and all goes on, if none waits."""
-        ids = [part.entry.id for part in whole.entry.parts]
-        waited = [one for one in ids if self._cancel(one, reason) is not None]
-        if not waited:
-            return None
-        for part_id in waited:
-            del self._wholes[part_id]
-        self._let_go(whole)
-        return Drop(whole.entry, reason)
-
-    def _let_go(self, whole: Whole) -> None:
-        """The entry has its result; those of parts that are running are still to come, and go nowhere."""
-        whole.over = True
-        for part in whole.entry.parts:
-            if self._assemblies.drop(part.entry.id):
-                self._wholes.pop(part.entry.id, None)
-        del self._wholes[whole.entry.id]
-
-    def _fold(self, results: list[Result]) -> tuple[list[Result], list[tuple[Whole, Result]]]:
-        """The results of what was offered as it ran, and the entries that end with the result of a part."""
-        folded, ended = [], []
-        for result in results:
-            whole = self._wholes.pop(result.entry_id, None)
-            if whole is None:
-                folded.append(result)
-            elif not whole.over and whole.add(result):
-                if self._cancel_parts(whole, "failed") is None:
-                    self._let_go(whole)
-                ended.append((whole, result))
-        return folded, ended
+    # The outbox.
 
     def _put(self, results: list[Result]) -> None:
-        ended: list[tuple[Whole, Result]] = []
-        if results and self._wholes:
-            with self._lock:
-                results, ended = self._fold(results)
         if results:
             self._outbox.put(results)
-        # Neither under the lock nor before the neighbours have theirs: joining takes as long as it is large.
-        for whole, last in ended:
-            own = whole.end(last, self._most_joined_bytes)
-            if own.error is not None and own.error.__cause__ is not None:
-                self._complain_of_parts(own.error.__cause__)
-            self._outbox.put([own])
 
-    def _complain_of_parts(self, fault: BaseException) -> None:
-        unsaid = self.complaints.unsaid("parts")
-        if unsaid is not None:
-            log.warning(
-                "%s/%s gave parts that cannot be joined (as %d times before, unsaid): %s",
-                *self.key, unsaid, fault,
-            )  # fmt: skip
+    def _put_joined(self, split: SplitRequest) -> None:
+        result = split.result(self._max_joined_bytes)
+        if result.error is not None and result.error.__cause__ is not None:
+            suppressed = self.log_limiter.suppressed("split request")
+            if suppressed is not None:
+                log.warning(
+                    "%s/%s gave outputs that cannot be joined (%d more since the last such line): %s",
+                    *self.key, suppressed, result.error.__cause__,
+                )  # fmt: skip
+        self._outbox.put([result])

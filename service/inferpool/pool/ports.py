@@ -1,7 +1,7 @@
 """What crosses the seam between the web side and the pool: plain values through two ports.
 
-What is made anew for each request has its `__init__` written out, here and along its way: that of a dataclass
-or of a named tuple runs interpreted where all about it is compiled, and takes most of a microsecond.
+Classes whose objects are made for every request write out their `__init__`. The `__init__` of a dataclass or
+a named tuple stays interpreted in compiled modules, and takes most of a microsecond.
 """
 
 from __future__ import annotations
@@ -14,38 +14,40 @@ from inferpool.errors import InferpoolError
 from inferpool.tensors import Tensors
 
 DEFAULT_PRIORITY: Final = 5
-"""The priority of a request that names none; 1 is the highest, larger numbers wait longer."""
+"""The priority of a request that names none. 1 is the highest; entries with larger numbers wait longer."""
 
 
 class VersionKey(NamedTuple):
-    """Which version of which model."""
+    """Names one version of one model."""
 
     model: str
     version: int
 
 
 class Entry:
-    """A request in a queue.
+    """A request in a queue, with its deadline.
 
     Attributes:
-        id: unique in the life of the server; its result carries it.
-        key: the version that is to run it.
-        inputs: validated tensors; rows are along the first dimension where the version is batched.
-        rows: how many rows it has; 1 where the version is not batched.
-        group: entries share a batch only if their groups are equal (their row shapes are).
-        nbytes: size of the inputs, for the bound on memory.
+        id: at least 1, unique in the life of the server; the entry's result carries it.
+        key: the version that is to run the entry.
+        inputs: validated tensors; rows are along the first dimension if the version is batched.
+        rows: how many rows the entry has; 1 if the version is not batched.
+        group: entries share a batch only if their groups are equal, because their row shapes are then equal.
+        nbytes: size of the inputs in bytes, for the bound on memory.
         arrived: moment of the offer, in seconds of the pool's clock.
-        deadline: moment after which the answer is of no use, or infinity.
+        deadline: moment after which an answer is useless, or infinity.
         priority: 1 is the highest.
         outputs: names of the outputs wanted, or None for all.
-        row_load: what one of its rows costs, in rows like those that were measured at load.
-        request_id: what log lines call the request that it is of.
-        parts: where its rows cannot all run as they stand together, the entries that do; `inputs` is empty.
+        row_load: cost of one row, in rows like those that were measured at load.
+        request_id: the id of the request in log lines.
+        parts: the entries that run in place of this one, if its rows have different lengths; `inputs` is then
+            empty. `inferpool.pool.splitting.split_entry` makes such an entry.
+        part_of: id of the entry that this one is a part of; 0 if it is none.
     """
 
     __slots__ = (
-        "arrived", "deadline", "group", "id", "inputs", "key", "nbytes", "outputs", "parts", "priority",
-        "request_id", "row_load", "rows",
+        "arrived", "deadline", "group", "id", "inputs", "key", "nbytes", "outputs", "part_of", "parts",
+        "priority", "request_id", "row_load", "rows",
     )  # fmt: skip
 
     def __init__(
@@ -77,30 +79,31 @@ class Entry:
         self.row_load = row_load
         self.request_id = request_id
         self.parts = parts
+        self.part_of = 0
 
     @property
     def load(self) -> float:
-        """What it costs, in rows like those that were measured at load."""
+        """Cost of all rows, in rows like those that were measured at load."""
         return self.rows * self.row_load
 
 
 class Part(NamedTuple):
-    """Some rows of an entry, as an entry of their own; `places` are their numbers among its rows."""
+    """Some rows of an entry, as an entry of their own; `row_indices` tells which rows they are."""
 
     entry: Entry
-    places: Sequence[int]
+    row_indices: Sequence[int]
 
 
 class Result:
-    """How an entry ended: with `outputs`, or with an `error`; there is exactly one an entry.
+    """How an entry ended: with `outputs` or with an `error`. Every entry gets exactly one result.
 
     Attributes:
         entry_id: the entry's id.
         outputs: the tensors asked for, or None.
-        error: why there are none, or None.
-        queue_s: seconds from the offer until an instance took the entry (its first rows).
-        compute_s: seconds that the batches it was in ran.
-        batch_rows: rows of the (last) batch it ran in, other entries' included; 0 if it never ran.
+        error: why there are no outputs, or None.
+        queue_s: seconds from the offer until an instance took the entry's first rows.
+        compute_s: seconds that the entry's batches ran.
+        batch_rows: rows of the entry's last batch, with those of other entries; 0 if the entry never ran.
     """
 
     __slots__ = ("batch_rows", "compute_s", "entry_id", "error", "outputs", "queue_s")
@@ -123,20 +126,20 @@ class Result:
 
 
 class Inbox(Protocol):
-    """Where the web side puts entries. Both calls return at once and may come from any thread."""
+    """Takes entries from the web side. All calls return at once and may come from any thread."""
 
     def offer(self, entry: Entry) -> None:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady or Draining."""
 
     def refuse_early(self, key: VersionKey) -> None:
-        """Raise what any entry for `key` would be refused with now, whatever is in it."""
+        """Raise the error with which `key` would refuse any entry now, whatever its inputs."""
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
         """Drop the entry if it still waits; `reason` is `disconnected` or `deadline`."""
 
 
 class Outbox(Protocol):
-    """Where the pool puts results: once a batch, from an instance's thread, never blocking."""
+    """Takes results from the pool: once per batch, from an instance's thread, without blocking."""
 
     def put(self, results: Sequence[Result]) -> None:
-        """Hand over the results of a batch, or of entries dropped together."""
+        """Hand over the results of a batch, or of entries that were dropped together."""

@@ -1,65 +1,67 @@
-"""What ran on an instance whose thread died: it runs once more, each entry alone."""
+"""Slices whose instance died: each runs once more, alone."""
 
 from __future__ import annotations
 
 from collections import deque
 
 from inferpool.errors import ModelFailed
-from inferpool.pool.drop_reasons import DROPPED
-from inferpool.pool.instance import Batch, Outcome
+from inferpool.pool.batch import Batch, Outcome
 from inferpool.pool.ports import Entry
+from inferpool.pool.stats import DROPPED
 
 
 class Retries:
-    """Batches of one piece that wait to be run again. Their pool's lock is held by whoever calls."""
+    """Batches of one slice that wait to run again. The caller holds the pool's lock."""
 
     def __init__(self) -> None:
         self._waiting: deque[Batch] = deque()
-        # What is run for the second time, by its entry's id and its first row.
+        # The slices that run for the second time: the entry's id and the first row.
         self._tried: set[tuple[int, int]] = set()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, batch: Batch, now: float) -> list[Outcome]:
-        """Have the pieces of a batch run again; the outcomes of those that do not.
+        """Let the slices of `batch` run again; returns the outcomes of those that do not.
 
-        They end where it was their second time, or their deadline has passed.
+        A slice ends here if this was its second run, or if its deadline has passed.
         """
         ended: list[Outcome] = []
-        for piece in batch.pieces:
-            run = (piece.entry.id, piece.start)
+        for row_slice in batch.slices:
+            run = (row_slice.entry.id, row_slice.start)
             if run in self._tried:
                 self._tried.discard(run)
-                failure = ModelFailed("the model ended its instance on this request")
-                ended.append(Outcome(piece, None, failure))
-            elif piece.entry.deadline <= now:
-                ended.append(Outcome(piece, None, DROPPED["deadline"]()))
+                failure = ModelFailed("the model ended its instance on this request, twice")
+                ended.append(Outcome(row_slice, None, failure))
+            elif row_slice.entry.deadline <= now:
+                ended.append(Outcome(row_slice, None, DROPPED["deadline"]()))
             else:
                 self._tried.add(run)
-                self._waiting.append(Batch([piece], batch.batched, "retry", now, batch.padding))
+                self._waiting.append(Batch([row_slice], batch.batched, "retry", now, batch.padding))
         return ended
 
     def take(self) -> Batch | None:
-        """The one that has waited longest."""
+        """Return the batch that has waited longest; None if none waits."""
         return self._waiting.popleft() if self._waiting else None
 
-    def ran(self, batch: Batch) -> None:
-        """A batch has run to its end, whether it was one of these or not."""
+    def forget(self, batch: Batch) -> None:
+        """Note that a batch has ended, whether it is a retry or not."""
         if self._tried:
-            self._tried.difference_update((piece.entry.id, piece.start) for piece in batch.pieces)
+            self._tried.difference_update((each.entry.id, each.start) for each in batch.slices)
 
-    def cancel(self, entry_id: int) -> Entry | None:
-        """Take an entry out that waits here as a whole; None if it does not."""
-        for batch in self._waiting:
-            piece = batch.pieces[0]
-            if piece.entry.id == entry_id and piece.whole:
+    def remove(self, entry_id: int) -> Entry | None:
+        """Take out every slice of an entry that waits here; returns the entry, or None if no slice waits."""
+        removed = None
+        for batch in list(self._waiting):
+            if batch.slices[0].entry.id == entry_id:
                 self._waiting.remove(batch)
-                return piece.entry
-        return None
+                self.forget(batch)
+                removed = batch.slices[0].entry
+        return removed
 
     def clear(self) -> list[Batch]:
-        """All that waits, which does so no longer."""
+        """Take out everything that waits."""
         waiting = list(self._waiting)
         self._waiting.clear()
+        self._tried.clear()
         return waiting

@@ -1,4 +1,4 @@
-"""The inbox of a server: finds the pool of each entry's version."""
+"""Routes entries to the pool of their version."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class PoolRouter:
         self._pools: dict[VersionKey, Pool] = {}
 
     def add(self, pool: Pool) -> None:
-        """Let `pool` take the entries of its version."""
+        """Route the entries of the pool's version to `pool`."""
         self._pools[pool.key] = pool
 
     def remove(self, key: VersionKey) -> Pool | None:
-        """Take the version's pool out; its entries stay with it."""
+        """Remove and return the version's pool, which keeps its entries; None if there is none."""
         return self._pools.pop(key, None)
 
     def pools(self) -> list[Pool]:
-        """Every pool, in the order they were added."""
+        """Return every pool, in the order in which they were added."""
         return list(self._pools.values())
 
     def offer(self, entry: Entry) -> None:
@@ -30,7 +30,7 @@ class PoolRouter:
         self._pool(entry.key).offer(entry)
 
     def refuse_early(self, key: VersionKey) -> None:
-        """Raise what any entry for `key` would be refused with now, whatever is in it."""
+        """Raise the error with which `key` would refuse any entry now, whatever its inputs."""
         self._pool(key).refuse_early()
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
@@ -42,5 +42,5 @@ class PoolRouter:
     def _pool(self, key: VersionKey) -> Pool:
         pool = self._pools.get(key)
         if pool is None:
-            raise NotReady(f'version {key.version} of "{key.model}" is not ready')
+            raise NotReady(f'version {key.version} of "{key.model}" is not ready; try again later')
         return pool

@@ -1,83 +1,110 @@
-"""What a version's pool has run and dropped, by batch size and in metrics."""
+"""What a pool reports: the batches that ran, the entries that were dropped, what waits, its instances."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from inferpool.errors import DeadlineExceeded, Draining, InferpoolError, ModelFailed, NotReady
 from inferpool.observe.metrics import Metrics
+from inferpool.pool.batch import Batch
 from inferpool.pool.buckets import BatchBuckets
-from inferpool.pool.drop_reasons import DROPPED
-from inferpool.pool.instance import Batch
 from inferpool.pool.padding import Padding
 from inferpool.pool.ports import VersionKey
 
-_ENDS: Final = ("drained", "full", "deadline", "piece", "retry")
-"""Why batches are no larger."""
+DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
+    "deadline": lambda: DeadlineExceeded("the deadline passed before the model could run"),
+    "disconnected": lambda: InferpoolError("the client is gone"),
+    "draining": lambda: Draining("the server is shutting down"),
+    "lost": lambda: NotReady("every instance of this version is lost"),
+    "unbatched": lambda: ModelFailed("the request has more rows than the model can run"),
+}
+"""Makes the error of a dropped entry; the keys are the reasons of `dropped_entries_total`."""
+
+_BATCH_REASONS: Final = ("drained", "full", "deadline", "piece", "retry")
+"""Why a batch is no larger, as `batches_total` says it."""
 
 
 class BatchCount(NamedTuple):
-    """Batches of exactly `rows` rows: `runs` of them, `compute_s` seconds in all."""
+    """Batches of exactly `rows` rows: how many ran, and for how many seconds in total."""
 
     rows: int
     runs: int
     compute_s: float
 
 
-class Counts:
-    """The counts of one version. Its pool's lock is held by whoever calls."""
+class Waiting(NamedTuple):
+    """What waits: rows, the seconds that the oldest entry has waited, and the seconds of work ahead."""
+
+    rows: int = 0
+    oldest_age_s: float = 0.0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """An instance as seen from outside: `state` is `ready` or `lost`."""
+
+    device: str
+    state: str
+
+
+class BatchStats:
+    """The counts of one version. The caller holds the pool's lock."""
 
     def __init__(
-        self, metrics: Metrics, key: VersionKey, padding: Padding | None, ladder: BatchBuckets | None
+        self, metrics: Metrics, key: VersionKey, padding: Padding | None, buckets: BatchBuckets | None
     ) -> None:
-        """`padding` is how rows of different lengths are treated, `ladder` has the batch sizes of GPUs."""
+        """`padding` tells how many tokens a row has; `buckets` has the batch sizes that GPUs run."""
         self._metrics = metrics
         self._labels = (key.model, str(key.version))
         self._padding = padding
-        self._ladder = ladder
-        self._rows_run = metrics.distribution("batch_rows", *self._labels)
+        self._buckets = buckets
+        self._batch_rows = metrics.distribution("batch_rows", *self._labels)
         self._drops = {
             reason: metrics.value("dropped_entries_total", *self._labels, reason) for reason in DROPPED
         }
         self._batches: dict[int, BatchCount] = {}
-        # A rate would miss the first batch of a series that begins with it; below as well.
+        # Series start at 0 here and in `add_device`: a rate misses the batch with which a series begins.
         for name in ("tokens_total", "padded_tokens_total") if padding is not None else ():
             metrics.value(name, *self._labels)
 
     def add_device(self, device: str) -> None:
-        """An instance on `device` is about to start."""
-        for reason in _ENDS:
+        """Export the counters of `device`, on which an instance is about to start."""
+        for reason in _BATCH_REASONS:
             self._metrics.value("batches_total", *self._labels, device, reason)
         self._metrics.value("instance_busy_seconds_total", *self._labels, device)
-        if self._ladder is not None:
+        if self._buckets is not None:
             self._metrics.value("padded_rows_total", *self._labels)
 
-    def dropped(self, reason: str) -> None:
-        """An entry has been dropped."""
+    def count_drop(self, reason: str) -> None:
+        """Count an entry that was dropped."""
         self._drops[reason].add()
 
-    def ran(self, device: str, batch: Batch, compute_s: float) -> None:
-        """A batch has run on `device` for so many seconds."""
+    def count_batch(self, device: str, batch: Batch, compute_s: float) -> None:
+        """Count a batch that ran on `device` for `compute_s` seconds."""
         known = self._batches.get(batch.rows, BatchCount(batch.rows, 0, 0.0))
         self._batches[batch.rows] = BatchCount(batch.rows, known.runs + 1, known.compute_s + compute_s)
-        self._rows_run.observe(batch.rows)
+        self._batch_rows.observe(batch.rows)
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
         self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
         if self._padding is not None:
-            tokens, empty = _tokens(batch, self._padding)
+            tokens, padded = _tokens(batch, self._padding)
             self._metrics.value("tokens_total", *self._labels).add(tokens)
-            self._metrics.value("padded_tokens_total", *self._labels).add(empty)
-        if self._ladder is not None:
-            padded = self._ladder.padded(batch.rows) - batch.rows
-            self._metrics.value("padded_rows_total", *self._labels).add(padded)
+            self._metrics.value("padded_tokens_total", *self._labels).add(padded)
+        if self._buckets is not None:
+            padded_rows = self._buckets.padded_rows(batch.rows) - batch.rows
+            self._metrics.value("padded_rows_total", *self._labels).add(padded_rows)
 
     def batches(self) -> list[BatchCount]:
-        """What has run, by batch size, smallest first."""
+        """Return what has run by batch size, smallest first."""
         return sorted(self._batches.values())
 
 
 def _tokens(batch: Batch, padding: Padding) -> tuple[int, int]:
-    """Tokens that the batch has in all, and those of them that stand for nothing."""
-    lengths = [padding.length(piece.entry.inputs) for piece in batch.pieces]
-    ran = padding.run_length(max(lengths)) * sum(piece.rows for piece in batch.pieces)
-    own = sum(piece.rows * length for piece, length in zip(batch.pieces, lengths, strict=True))
+    """Return how many tokens ran in the batch, and how many of them were padding."""
+    lengths = [padding.length(each.entry.inputs) for each in batch.slices]
+    ran = padding.run_length(max(lengths)) * sum(each.rows for each in batch.slices)
+    own = sum(each.rows * length for each, length in zip(batch.slices, lengths, strict=True))
     return ran, ran - own

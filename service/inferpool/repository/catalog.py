@@ -15,9 +15,8 @@ from inferpool.codecs.text import TextCodec
 from inferpool.errors import ModelNotFound, NotReady, Reason, VersionNotFound
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.padding import Padding
-from inferpool.pool.pool import InstanceState
 from inferpool.pool.ports import VersionKey
-from inferpool.pool.stats import BatchCount
+from inferpool.pool.stats import BatchCount, InstanceState
 from inferpool.tensors import Signature, names_text
 
 State: TypeAlias = Literal["loading", "ready", "failed"]
@@ -183,7 +182,7 @@ class LiveView:
     waiting_rows: int = 0
     oldest_age_s: float = 0.0
     wait_s: float = 0.0
-    wrong_rows: str = ""
+    wrong_rows: Reason | None = None
     batches: Sequence[BatchCount] = ()
     buckets: Sequence[int] = ()
     tensorrt: str | None = None

@@ -94,13 +94,13 @@ class Repository:
         rows, age_s, wait_s = pool.waiting()
         return LiveView(
             pool.instances(),
-            pool.profile.table(),
+            pool.latency.table(),
             rows,
             age_s,
             wait_s,
             pool.wrong_rows,
             pool.batches(),
-            pool.rungs(),
+            pool.bucket_sizes(),
             loaded.copies.tensorrt,
         )
 

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Final
 
@@ -37,6 +37,7 @@ from inferpool.http.predict.served_version import RequestMetrics, RequestStats, 
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
+from inferpool.pool.splitting import split_entry
 from inferpool.repository.catalog import Catalog, ModelView, find_ready
 from inferpool.tensors import Array, Tensors, check_outputs, names_text
 
@@ -244,7 +245,7 @@ class Predictor:
         entry = self._entry(call, tensors, now, deadline)
         if len(call.texts) > 1:
             parts = [Part(self._entry(call, rows.tensors, now, deadline), rows.places) for rows in call.texts]
-            entry = _whole(next(self._ids), parts)
+            entry = split_entry(next(self._ids), parts)
         self._outlet.expect(entry.id, then)
         try:
             self._inbox.offer(entry)
@@ -410,27 +411,6 @@ class _Found:
     def __init__(self, models: Mapping[str, ModelView]) -> None:
         self.models = models
         self.served: dict[tuple[str, str | None], ServedVersion] = {}
-
-
-def _whole(entry_id: int, parts: Sequence[Part]) -> Entry:
-    """The entry whose rows run as `parts`."""
-    first = parts[0].entry
-    rows = sum(len(part.places) for part in parts)
-    return Entry(
-        entry_id,
-        first.key,
-        {},
-        rows,
-        first.group,
-        sum(part.entry.nbytes for part in parts),
-        first.arrived,
-        first.deadline,
-        first.priority,
-        first.outputs,
-        sum(part.entry.load for part in parts) / rows,
-        first.request_id,
-        tuple(parts),
-    )
 
 
 def _bytes_of(tensor: Array) -> int:

@@ -19,7 +19,7 @@ import orjson
 from inferpool.backends.base import LoadedModel
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InferpoolError, LoadError, Reason
-from inferpool.pool.mixed_parts import Unjoinable, join_rows
+from inferpool.pool.splitting import Unjoinable, join_rows
 from inferpool.repository.config import ModelConfig
 from inferpool.tensors import Array, Signature, Tensors, names_text
 from inferpool.wire.native_json import parse_request, write

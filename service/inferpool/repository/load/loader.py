@@ -25,8 +25,8 @@ from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import LoadError, UnfitForGpu
 from inferpool.observe.metrics import Metrics
-from inferpool.pool.entry_queue import Limits
-from inferpool.pool.latency_model import Profile
+from inferpool.pool.admission import Limits
+from inferpool.pool.latency_model import LatencyModel
 from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Outbox, VersionKey
@@ -316,14 +316,14 @@ class Loader:
         return Pool(
             key,
             limits,
-            Profile(plan.table),
+            LatencyModel(plan.table),
             self._outbox,
             self._metrics,
             self._clock,
             batched=plan.batched,
             padding=padding,
-            most_joined_bytes=self._settings.in_flight_bytes,
-            ladder=copies.buckets,
+            max_joined_bytes=self._settings.in_flight_bytes,
+            buckets=copies.buckets,
         )
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from inferpool.backends.base import LoadedModel
 from inferpool.errors import Reason, short_reason
-from inferpool.pool.buckets import between, rungs
+from inferpool.pool.buckets import choose_buckets, sizes_between
 from inferpool.pool.latency_model import Measurement
 from inferpool.repository.load.batching_check import BatchingProof, Fault, check_batching, refuted
 from inferpool.repository.load.batching_remedies import Obstacle
@@ -178,7 +178,7 @@ class Planner:
         if not self._constraints.gpu:
             return ()
         if table:
-            return rungs(table, most)
+            return choose_buckets(table, most)
         return tuple(sorted({*(1 << power for power in range(most.bit_length())), most}))
 
     def _grow_batch(
@@ -237,7 +237,7 @@ class Planner:
     ) -> list[Measurement]:
         """Time sizes between those of `table` if such buckets may save padding."""
         found = []
-        for size in between(table):
+        for size in sizes_between(table):
             if self._late():
                 break
             batch = repeat_rows(rows, size)

@@ -101,7 +101,7 @@ def test_every_rung_is_replayed_and_answers_as_the_network_does() -> None:
         whole = np.concatenate([part["x"] for part in parts])
         with torch.inference_mode():
             want = network(torch.from_numpy(whole)).numpy()
-        rung = BatchBuckets((1, 4, 8)).up(len(whole))
+        rung = BatchBuckets((1, 4, 8)).bucket_for(len(whole))
         kept.append((model.run_padded(parts, rung)["scores"], want))
     for got, want in kept:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -27,7 +27,7 @@ def warm_up(
     if unrunnable is not None:
         return f"no made-up rows could be run ({unrunnable})"
     # The largest bucket runs first: the others fit in the memory that the runtime takes for it.
-    waiting = list(buckets.rungs)
+    waiting = list(buckets.sizes)
     while waiting:
         bucket = waiting.pop()
         try:
@@ -35,7 +35,7 @@ def warm_up(
         except OutOfMemory:
             if not buckets.halve(bucket):
                 raise
-            waiting = list(buckets.rungs)
+            waiting = list(buckets.sizes)
             continue
         except Exception as error:  # noqa: BLE001 - a row of zeros may be nonsense to the model
             fault = f"the model raised {short_reason(error)!r} on a row of zeros"

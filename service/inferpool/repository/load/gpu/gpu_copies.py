@@ -218,7 +218,7 @@ class GpuCopies(ModelCopies):
     ) -> Reason | None:
         """Why the copies cannot normalise pixels; None if all of them can."""
         padded = self.buckets is not None
-        sizes: Iterable[int] = self.buckets.rungs if self.buckets is not None else {1, max_rows}
+        sizes: Iterable[int] = self.buckets.sizes if self.buckets is not None else {1, max_rows}
         for _, model in copies:
             if not isinstance(model, DeviceModel):
                 return "its runtime cannot"

@@ -144,7 +144,7 @@ def _shapes(
         if unrunnable is not None:
             return [], f"no made-up rows could be run ({unrunnable})"
         kinds = [rows]
-    found = [(bucket, rows) for rows in kinds for bucket in buckets.rungs]
+    found = [(bucket, rows) for rows in kinds for bucket in buckets.sizes]
     return sorted(found, key=lambda shape: shape[0] * _row_bytes(shape[1])), None
 
 

@@ -159,7 +159,7 @@ class TensorRTUpgrade:
             if fault is not None or normalise is None:
                 return fault
             return check_pixels(model, normalise, [1], padded=False)
-        for bucket in reversed(self._buckets.rungs):
+        for bucket in reversed(self._buckets.sizes):
             try:
                 outputs = model.run_padded([repeat_rows(self._rows, bucket)], bucket)
             except InferpoolError as error:
@@ -167,7 +167,7 @@ class TensorRTUpgrade:
             fault = self._difference(outputs, bucket)
             if fault is not None:
                 return fault
-        return None if normalise is None else check_pixels(model, normalise, self._buckets.rungs, padded=True)
+        return None if normalise is None else check_pixels(model, normalise, self._buckets.sizes, padded=True)
 
     def _difference(self, outputs: Tensors, count: int) -> Reason | None:
         """How the first `count` outputs differ from those of CUDA; None if they do not."""
@@ -188,5 +188,5 @@ def engine_shapes(
         if spec.shape is None or ANY in spec.shape[1:] or (buckets is None and ANY in spec.shape):
             raise LoadError(f'an engine needs fixed shapes, but that of input "{spec.name}" varies')
         if buckets is not None and spec.shape[0] == ANY:
-            shapes.append((spec.name, (buckets.top, *spec.shape[1:])))
+            shapes.append((spec.name, (buckets.largest, *spec.shape[1:])))
     return tuple(shapes)
