@@ -333,7 +333,7 @@ def test_entries_that_have_left_the_queue_are_not_kept_in_memory() -> None:
 
 def slots_in(queue: Queue) -> int:
     """How many slots are in memory."""
-    return sum(isinstance(each, QueueSlot) for each in gc.get_objects())
+    return sum(type(each) is QueueSlot for each in gc.get_objects())
 
 
 def test_dead_slots_are_swept_away() -> None:
