@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of every predict route: tensors as JSON Schema, headers, errors."""
+"""The parts of the OpenAPI document that all predict routes share: tensors, headers, errors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Document = dict[str, Any]
 
 BINARY: Final[Document] = {"type": "string", "format": "binary"}
 _EXAMPLE_VALUES: Final = {"BOOL": False, "BYTES": "text"}
-"""What an element of an example is; every other datatype takes a 0."""
+"""The element of an example by datatype; all other datatypes take 0."""
 _MAX_EXAMPLE_ELEMENTS: Final = 1024
-"""Larger tensors would make the document mostly zeros."""
+"""Larger examples are left out, because they would fill the document with zeros."""
 
 
 def element_schema(datatype: str) -> Document:
-    """One element of a tensor."""
+    """The schema of one element of a tensor."""
     if datatype == "BOOL":
         return {"type": "boolean"}
     if datatype == "BYTES":
@@ -36,7 +36,7 @@ def element_schema(datatype: str) -> Document:
 
 
 def nested_schema(spec: TensorSpec) -> Document:
-    """A tensor as lists in lists, one a dimension; only the innermost may be empty, or it would not show."""
+    """The schema of a tensor as nested lists; only the innermost may be empty, else the shape is unknown."""
     if spec.shape is None:
         return {"description": f"{spec.datatype}, of any number of dimensions"}
     schema = element_schema(spec.datatype)
@@ -49,19 +49,19 @@ def nested_schema(spec: TensorSpec) -> Document:
     return schema
 
 
-def least_size(view: VersionView, spec: TensorSpec) -> int:
-    """The least that a dimension of any size may be: there is a sentence at least, but no row need be."""
+def minimum_size(view: VersionView, spec: TensorSpec) -> int:
+    """The smallest size of a dimension of any size: 1 for sentences, 0 for all other inputs."""
     return int(view.text is not None and spec.name == view.text.input)
 
 
 def input_schema(view: VersionView, spec: TensorSpec) -> Document:
-    """An input of a version as lists in lists."""
-    least = least_size(view, spec)
-    return {**nested_schema(spec), **({"minItems": least} if least else {})}
+    """The schema of an input as nested lists."""
+    minimum = minimum_size(view, spec)
+    return {**nested_schema(spec), **({"minItems": minimum} if minimum else {})}
 
 
 def input_sets(view: VersionView, specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    """Those of `specs` that come together: the model's own, and the one, if any, in place of them all."""
+    """Split `specs` into the sets that a request may send: the usual inputs, and the substitute, if any."""
     assert view.signature is not None  # only ready versions are shown
     substitute = view.signature.substitute_input
     own = [spec for spec in specs if spec.name != substitute]
@@ -69,7 +69,7 @@ def input_sets(view: VersionView, specs: Sequence[TensorSpec]) -> list[list[Tens
 
 
 def in_json(view: VersionView) -> list[TensorSpec] | None:
-    """The inputs that JSON can carry; None where it cannot carry one that the version needs."""
+    """The inputs that JSON can represent; None if it cannot represent a required one."""
     assert view.signature is not None  # only ready versions are shown
     if any(spec.datatype == "BF16" and not spec.optional for spec in view.signature.inputs):
         return None
@@ -77,7 +77,7 @@ def in_json(view: VersionView) -> list[TensorSpec] | None:
 
 
 def example_inputs(view: VersionView) -> list[tuple[TensorSpec, list[int]]] | None:
-    """The inputs that the version needs, each with a shape it takes; None where that is too much to show."""
+    """The required inputs, each with a valid shape; None if an example would be too large."""
     assert view.signature is not None  # only ready versions are shown
     substitute = view.signature.substitute_input
     shapes = [
@@ -90,20 +90,20 @@ def example_inputs(view: VersionView) -> list[tuple[TensorSpec, list[int]]] | No
 
 
 def nested_example(spec: TensorSpec, shape: list[int]) -> Any:
-    """A tensor of `shape` as lists in lists."""
+    """An example tensor of `shape` as nested lists."""
     if not shape:
         return _EXAMPLE_VALUES.get(spec.datatype, 0)
     return [nested_example(spec, shape[1:]) for _ in range(shape[0])]
 
 
 def path_parameter(name: str, description: str) -> Document:
-    """A part of the path that the caller fills in."""
+    """The documentation of a path parameter."""
     schema = {"type": "string"}
     return {"name": name, "in": "path", "required": True, "description": description, "schema": schema}
 
 
 def error_responses(schema: str, media_type: str) -> Document:
-    """One response a status of the error table, with the codes that it may carry."""
+    """One response per status of the error table, with its codes; `schema` is the name of its schema."""
     codes: dict[int, list[str]] = {}
     for code, status in STATUSES.items():
         codes.setdefault(status, []).append(code)
@@ -117,7 +117,7 @@ def error_responses(schema: str, media_type: str) -> Document:
 
 
 def error_references(schema: str) -> Document:
-    """The same responses, as they are named in the document's components."""
+    """References to the responses of `error_responses` in the components of the document."""
     return {
         str(status): {"$ref": f"#/components/responses/{schema}{status}"}
         for status in sorted(set(STATUSES.values()))
@@ -128,13 +128,13 @@ REQUEST_HEADERS: Final[list[Document]] = [
     {
         "name": "X-Request-Id",
         "in": "header",
-        "description": "Comes back with the answer where it is 1 to 128 visible ASCII characters.",
+        "description": "Returned with the response if it has 1 to 128 visible ASCII characters.",
         "schema": {"type": "string"},
     },
     {
         "name": "X-Timeout-Ms",
         "in": "header",
-        "description": "Answer 504 rather than later than this.",
+        "description": "Milliseconds after which the server answers 504.",
         "schema": {"type": "number", "exclusiveMinimum": 0},
     },
 ]
@@ -145,7 +145,7 @@ ANSWER_HEADERS: Final[Document] = {
         "schema": {"type": "string"},
     },
     "Content-Encoding": {
-        "description": "`gzip`, where Accept-Encoding takes it and the answer shrinks.",
+        "description": "`gzip`, if Accept-Encoding allows it and the response shrinks.",
         "schema": {"type": "string"},
     },
 }

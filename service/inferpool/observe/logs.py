@@ -167,8 +167,14 @@ class AccessLog:
         self._handler.put(record)
 
 
-def configure_logs(level: str, style: str, stream: TextIO = sys.stderr) -> LineHandler:
-    """Send every log line to `stream`; `style` is console, json or auto (console on a terminal)."""
+def configure_logs(level: str, style: str, stream: TextIO | None = None) -> LineHandler:
+    """Send every log line to `stream`, by default the standard error of the process.
+
+    `style` is `console`, `json` or `auto`, which is console on a terminal. The stream must have a file
+    descriptor.
+    """
+    # Whatever replaces `sys.stderr`, a test for example, may have no descriptor.
+    stream = stream or sys.__stderr__ or sys.stderr
     console = style == "console" or (style == "auto" and stream.isatty())
     handler = LineHandler(stream, ConsoleFormatter() if console else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

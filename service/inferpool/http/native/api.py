@@ -1,4 +1,4 @@
-"""The native dialect: `/predict`, nested lists or arrays in and out, problems as RFC 9457 has them."""
+"""The native API, `/predict`: nested lists or arrays in and out, errors as RFC 9457 problems."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ PREDICT: Final = "/predict"
 
 
 class NativeApi(InferenceApi):
-    """What Inferpool's own routes speak."""
+    """The formats and paths of Inferpool's own predict routes."""
 
     problem_type = b"application/problem+json"
 
     def target(self, path: str) -> Target | None:
-        """`/predict`, `/predict/{model}` and `/predict/{model}/{version}`."""
+        """Match `/predict`, `/predict/{model}` and `/predict/{model}/{version}`."""
         if not path.startswith(PREDICT) or path[len(PREDICT) : len(PREDICT) + 1] not in ("", "/"):
             return None
         model, slash, version = path[len(PREDICT) :].strip("/").partition("/")
         return Target(unquote(model) or None, unquote(version) if slash else None)
 
     def json_bytes(self, head: RequestHead, size: int) -> int:
-        """All of it, by its media type."""
+        """The whole body if its media type is JSON, else 0."""
         return size if head.content_type in MEANT_AS_JSON else 0
 
     def open(self, head: RequestHead, data: Data, max_bytes: int) -> Body:
-        """By the media type: JSON is read here, all else once the model is known."""
+        """Open the body by its media type: JSON is parsed here, other formats once the model is known."""
         return open_body(head, bytes(data), max_bytes)
 
     def encode(
         self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors
     ) -> Encoded:
-        """In the media type that the caller accepts."""
+        """Encode the outputs in the media type that the client accepts."""
         wanted = _wanted(head.accept)
         if wanted == NPY and len(outputs) == 1:
             return Encoded([(b"content-type", NPY.encode())], [encode_npy(next(iter(outputs.values())))])
@@ -52,7 +52,7 @@ class NativeApi(InferenceApi):
             return Encoded([(b"content-type", NPZ.encode())], [encode_npz(outputs)])
         if wanted == NPY:
             raise UnsupportedMediaType(
-                f"the answer has {len(outputs)} outputs: ask for one by name, or accept {NPZ}",
+                f"the response has {len(outputs)} outputs, {NPY} holds one; name one output, or accept {NPZ}",
                 expected=[JSON, NPZ],
             )
         view = served.view
@@ -87,7 +87,7 @@ class NativeApi(InferenceApi):
 
 
 def _wanted(accept: str) -> str:
-    """Which of the answer's formats an Accept header prefers; JSON where it does not say, or names none."""
+    """The response format that an Accept header prefers; JSON if it names none of the formats."""
     if "application/x-np" not in accept.lower():
         return JSON
     weights = read_weights(accept)

@@ -1,4 +1,4 @@
-"""From the bytes of a native predict request to its tensors, by media type."""
+"""Reads the body of a native predict request as tensors, by its media type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inferpool.http.predict.api import Body, Options
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.repository.catalog import VersionView
-from inferpool.tensors import Tensors, check_inputs, names_text
+from inferpool.tensors import Tensors, check_inputs, name_text, names_text
 from inferpool.wire.native_json import PredictRequest, parse_request
 from inferpool.wire.nested_lists import value_text
 from inferpool.wire.npy import cast_to, decode_npy, decode_npz
@@ -25,15 +25,14 @@ FORM: Final = "multipart/form-data"
 _CHARSET: Final = re.compile(r"""(?:^|[\s;])charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
 _UTF8: Final = frozenset(("utf-8", "utf8", "us-ascii", "ascii"))
 
-# What curl and browsers send when nothing was said: taken for JSON, as people mean it.
 MEANT_AS_JSON: Final = frozenset(("", JSON, "application/x-www-form-urlencoded", "application/octet-stream"))
-"""Media types of bodies that are read as JSON."""
+"""Media types that are read as JSON, including those that curl and browsers send by default."""
 
 
 def open_body(head: RequestHead, data: bytes, max_bytes: int) -> Body:
-    """The body, with as much of it read as can be without the model.
+    """Open a body and parse as much of it as possible without the model.
 
-    Raises MalformedBody, or InvalidInput for a field beside the tensors that is wrong.
+    Raises MalformedBody, or InvalidInput for a wrong field other than the tensors.
     """
     if head.content_type in MEANT_AS_JSON:
         return _JsonBody(parse_request(data))
@@ -41,7 +40,7 @@ def open_body(head: RequestHead, data: bytes, max_bytes: int) -> Body:
 
 
 def media_types(view: VersionView) -> list[str]:
-    """The media types of bodies that a version takes."""
+    """The media types of the bodies that a version takes."""
     pictures = view.image.media_types if view.image is not None else ()
     texts = view.text.media_types if view.text is not None else ()
     return [JSON, NPY, NPZ, FORM, *pictures, *texts]
@@ -64,7 +63,7 @@ class _JsonBody(Body):
 
 
 class _FileBody(Body):
-    """Arrays, a picture or a text: nothing but tensors, so nothing is read before the version is known."""
+    """Arrays, a picture or a text. Such a body has only tensors, so it is read once the version is known."""
 
     def __init__(self, head: RequestHead, data: bytes, max_bytes: int) -> None:
         self._head = head
@@ -83,7 +82,9 @@ class _FileBody(Body):
             spec = served.signature.single_input
             if spec is None:
                 takes = names_text(served.signature.inputs_by_name)
-                raise InvalidInput(f"the model takes {takes}: send {NPZ} with an array for each")
+                raise InvalidInput(
+                    f"{NPY} holds one array, the model takes {takes}; send {NPZ} with one array per input"
+                )
             return {spec.name: cast_to(spec, decode_npy(self._data, self._max_bytes))}
         if kind == NPZ:
             arrays = decode_npz(self._data, self._max_bytes)
@@ -97,14 +98,15 @@ class _FileBody(Body):
             return self._read_text(text)
         if image is not None and kind in image.media_types:
             return image.decode(self._data)
+        expected = media_types(served.view)
         raise UnsupportedMediaType(
-            f'"{kind}" is not a format that this model takes', expected=media_types(served.view)
+            f"the body is {name_text(kind)}, the model takes {', '.join(expected)}", expected=expected
         )
 
     def _read_text(self, text: TextCodec) -> Tensors:
         found = _CHARSET.search(self._head.content_type_parameters)
         if found is not None and found[1].lower() not in _UTF8:
             raise UnsupportedMediaType(
-                f"the text is in {value_text(found[1])}; it is taken in UTF-8", expected=["utf-8"]
+                f"the text has the charset {value_text(found[1])}; send UTF-8", expected=["utf-8"]
             )
         return {text.input: text.decode(self._data)}

@@ -1,4 +1,4 @@
-"""`multipart/form-data` (RFC 7578): a file a tensor, named by its field, or a picture, or a sentence."""
+"""Reads `multipart/form-data` (RFC 7578): each field is an npy file, a picture or a sentence."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from inferpool.tensors import Signature, Tensors, TensorSpec, name_text, names_t
 from inferpool.wire.nested_lists import value_text
 from inferpool.wire.npy import cast_to, decode_npy
 
-_MAX_PARTS: Final = 1024
+_MAX_FIELDS: Final = 1024
 _NPY_MAGIC: Final = b"\x93NUMPY"
 
-# Its warnings tell of faults in a body, which are the caller's to hear of and not the log's.
+# The library logs faults in bodies; those concern the client, who is told, and not the log.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 @dataclass(slots=True)
-class _Part:
-    """One field of the form: where its content stands in the body."""
+class _Field:
+    """One field of the form, with the slices of its content."""
 
     name: str = ""
     content: list[bytes] = field(default_factory=list)
@@ -41,14 +41,14 @@ def read_form(
     text: TextCodec | None,
     max_bytes: int,
 ) -> Tensors:
-    """The tensors in a form; `parameters` are those of its Content-Type.
+    """Read the tensors in a form; `parameters` are those of its Content-Type.
 
-    A field is an npy file and has the name of its input, or it is a picture for the model's image input,
-    and then any name that is no other input's, or a sentence for its text input. Raises MalformedBody where
-    the form is not whole, InvalidInput where a field is none of these, and what npy files and pictures raise.
+    An npy file has the name of its input. A picture is for the model's image input, and may have any name
+    that no other input has. A sentence is for the text input. Raises MalformedBody if the form is incomplete,
+    InvalidInput if a field is none of these, and the errors of npy files and pictures.
     """
     tensors: Tensors = {}
-    for part in _parts(body, parameters):
+    for part in _fields(body, parameters):
         content = part.content[0] if len(part.content) == 1 else b"".join(part.content)
         if text is not None and part.name == text.input and not content.startswith(_NPY_MAGIC):
             found = {text.input: text.decode(content)}
@@ -62,19 +62,21 @@ def read_form(
                 found = image.decode(content)
             if part.name in signature.inputs_by_name and part.name not in found:
                 raise InvalidInput(
-                    f"tensor {name_text(part.name)} is a picture; the model takes one"
-                    f" for {names_text(found)}",
+                    f"field {name_text(part.name)} is a picture, which the model takes for"
+                    f" {names_text(found)} only; send an npy file",
                     tensor=part.name,
                 )
         twice = found.keys() & tensors.keys()
         if twice:
-            raise InvalidInput(f"tensor {names_text(twice)} comes twice", tensor=next(iter(twice)))
+            raise InvalidInput(
+                f"tensor {names_text(twice)} comes twice; send each input once", tensor=next(iter(twice))
+            )
         tensors |= found
     return tensors
 
 
 def find_input(signature: Signature, name: str) -> TensorSpec:
-    """The input of this name; raises InvalidInput."""
+    """The input called `name`; raises InvalidInput if there is none."""
     spec = signature.inputs_by_name.get(name)
     if spec is None:
         raise unknown_input(signature, name)
@@ -83,7 +85,7 @@ def find_input(signature: Signature, name: str) -> TensorSpec:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Have what is wrong with a field's content say which field it is."""
+    """Prefix the errors of a field's content with the name of the field."""
     try:
         yield
     except RequestError as error:
@@ -94,18 +96,21 @@ def _naming(name: str) -> Iterator[None]:
 
 
 class _Reader:
-    """Collects the parts as the parser tells of them."""
+    """Collects the fields from the callbacks of the parser."""
 
     def __init__(self) -> None:
-        self.parts: list[_Part] = []
-        self.whole = False
+        self.parts: list[_Field] = []
+        self.complete = False
         self._header = b""
         self._value = b""
 
     def begin(self) -> None:
-        if len(self.parts) == _MAX_PARTS:
-            raise MalformedBody(f"the form has more than {_MAX_PARTS} fields", expected=_MAX_PARTS)
-        self.parts.append(_Part())
+        if len(self.parts) == _MAX_FIELDS:
+            raise MalformedBody(
+                f"the form has more than {_MAX_FIELDS} fields, the most that are accepted",
+                expected=_MAX_FIELDS,
+            )
+        self.parts.append(_Field())
 
     def header(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -123,14 +128,14 @@ class _Reader:
         self.parts[-1].content.append(data[start:end])
 
     def end(self) -> None:
-        self.whole = True
+        self.complete = True
 
 
-def _parts(body: bytes, parameters: str) -> list[_Part]:
+def _fields(body: bytes, parameters: str) -> list[_Field]:
     _, options = parse_options_header(f"multipart/form-data; {parameters}")
     boundary = options.get(b"boundary")
     if not boundary:
-        raise MalformedBody("the Content-Type of the form has no boundary")
+        raise MalformedBody("the Content-Type of the form has no boundary; add the parameter boundary")
     reader = _Reader()
     try:
         MultipartParser(
@@ -145,7 +150,7 @@ def _parts(body: bytes, parameters: str) -> list[_Part]:
             },
         ).write(body)
     except FormParserError as error:
-        raise MalformedBody(f"the body is not a sound form: {value_text(str(error))}") from None
-    if not reader.whole:
-        raise MalformedBody("the form is cut off: it does not end with its boundary")
+        raise MalformedBody(f"the body is not a valid form: {value_text(str(error))}") from None
+    if not reader.complete:
+        raise MalformedBody("the form is cut off: its last boundary is missing")
     return reader.parts

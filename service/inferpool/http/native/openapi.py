@@ -38,7 +38,7 @@ def predict_paths(views: list[VersionView]) -> Document:
         **{kind: {"schema": _SENTENCE} for kind in texts},
     }
     any_form = {FORM: {"schema": {"type": "object", "description": _FORM}}}
-    anything = {"description": "Nested lists by input, rows first, or those of the single input."}
+    anything = {"description": "Nested lists by input name, or those of the single input; rows come first."}
     any_model: Document = {JSON: {"schema": _request(anything, None)}, **files, **any_form}
     paths = {
         "/predict": _path("predict", "Predict, with the model named in the body", [], _named(views)),
@@ -66,7 +66,7 @@ def _path(name: str, summary: str, parameters: list[Document], content: Document
             "requestBody": {"required": True, "content": content},
             "responses": {
                 "200": {
-                    "description": "The model's answer, in a form that Accept asks for.",
+                    "description": "The model's outputs, in the format that Accept asks for.",
                     "headers": ANSWER_HEADERS,
                     "content": {
                         JSON: {"schema": _ANSWER},
@@ -81,7 +81,7 @@ def _path(name: str, summary: str, parameters: list[Document], content: Document
 
 
 def _named(views: list[VersionView]) -> Document:
-    """The bodies of `/predict`: JSON that names a model; anything where there is but one to be meant."""
+    """The bodies of `/predict`: JSON that names a model, and all formats if only one model is served."""
     requests = []
     examples = {}
     for view in views:
@@ -96,14 +96,14 @@ def _named(views: list[VersionView]) -> Document:
         if example is not None:
             examples[view.key.model] = {"value": {"model": view.key.model, **example}}
     schema = {"oneOf": requests} if requests else _request({}, None)
-    others = (
+    other_formats = (
         {kind: body for kind, body in _content(views[0]).items() if kind != JSON} if len(views) == 1 else {}
     )
-    return {JSON: {"schema": schema, **({"examples": examples} if examples else {})}, **others}
+    return {JSON: {"schema": schema, **({"examples": examples} if examples else {})}, **other_formats}
 
 
 def _content(view: VersionView) -> Document:
-    """The bodies that a version takes, by media type."""
+    """The request bodies of a version by media type."""
     assert view.signature is not None  # only ready versions are shown
     content: Document = {}
     inputs = _inputs(view)
@@ -126,7 +126,7 @@ def _content(view: VersionView) -> Document:
 
 
 def _inputs(view: VersionView) -> Document | None:
-    """`inputs` of a version's JSON body; None where JSON cannot carry them."""
+    """The schema of `inputs` in a version's JSON body; None if JSON cannot represent the inputs."""
     assert view.signature is not None  # only ready versions are shown
     specs = in_json(view)
     if specs is None:
@@ -140,7 +140,7 @@ def _inputs(view: VersionView) -> Document | None:
 
 
 def _by_name(specs: list[TensorSpec], schemas: Document) -> Document:
-    """An object with the inputs `specs`, each as `schemas` has it."""
+    """The schema of an object with the inputs `specs`, each with its schema in `schemas`."""
     return {
         "type": "object",
         "required": [spec.name for spec in specs if not spec.optional],
@@ -165,7 +165,7 @@ def _form(specs: list[TensorSpec]) -> Document:
 
 
 def _request(inputs: Document, view: VersionView | None) -> Document:
-    """The JSON body with these `inputs`, for a version or for any."""
+    """The schema of a JSON body with these `inputs`, for a version or, without `view`, for any."""
     outputs: Document = {"type": "string"}
     if view is not None and view.signature is not None:
         outputs["enum"] = list(view.signature.outputs_by_name)
@@ -176,15 +176,15 @@ def _request(inputs: Document, view: VersionView | None) -> Document:
         "properties": {
             "model": {
                 "type": ["string", "null"] if view is None else "null",
-                "description": "The model's name, where the path does not name it.",
+                "description": "The model's name, if the path does not contain it.",
             },
             "version": {"type": ["string", "integer", "null"], "description": "A number or a label."},
-            "id": {"type": ["string", "null"], "description": "Comes back in the answer."},
+            "id": {"type": ["string", "null"], "description": "Returned in the response."},
             "inputs": inputs,
             "outputs": {
                 "type": ["array", "null"],
                 "items": outputs,
-                "description": "The outputs wanted; all by default.",
+                "description": "Names of the outputs to return; by default all.",
             },
             "parameters": {
                 "type": ["object", "null"],
@@ -194,7 +194,7 @@ def _request(inputs: Document, view: VersionView | None) -> Document:
                     "priority": {
                         "type": ["integer", "null"],
                         "minimum": 0,
-                        "description": "1 is the highest; 0 is the default.",
+                        "description": "1 is the highest; 0 means the default.",
                     },
                 },
             },
@@ -202,7 +202,7 @@ def _request(inputs: Document, view: VersionView | None) -> Document:
     }
 
 
-_FORM: Final = "An npy file for each input, or a picture or a sentence for a model that takes one."
+_FORM: Final = "An npy file per input, or a picture or a sentence for a model that takes one."
 _SENTENCE: Final[Document] = {"type": "string", "description": "One sentence, in UTF-8."}
 _ANSWER: Final[Document] = {
     "type": "object",
@@ -211,10 +211,13 @@ _ANSWER: Final[Document] = {
         "model": {"type": "string"},
         "version": {"type": "string"},
         "id": {"type": "string"},
-        "outputs": {"type": "object", "description": "Nested lists by output; the first dimension is rows."},
+        "outputs": {
+            "type": "object",
+            "description": "Nested lists by output name; the first dimension is rows.",
+        },
         "predictions": {
             "type": "array",
-            "description": "For a model with labels: for each row its best labels, best first.",
+            "description": "For a model with labels: a list per row of its best labels, best first.",
             "items": {
                 "type": "array",
                 "items": {
@@ -227,7 +230,7 @@ _ANSWER: Final[Document] = {
         "non_finite": {
             "type": "array",
             "items": {"type": "string"},
-            "description": "Outputs with numbers that JSON cannot hold: null in their place.",
+            "description": "Names of outputs with numbers that JSON cannot represent, which are null.",
         },
     },
 }

@@ -1,4 +1,4 @@
-"""The bodies of the other routes, as the OpenAPI document describes them."""
+"""The response bodies of the native routes, with their schemas in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inferpool.tensors import TensorSpec
 
 
 class Tensor(BaseModel):
-    """An input or output: -1 is a dimension of any size, a shape of null one that the model leaves open."""
+    """An input or output: -1 is a dimension of any size, a shape of null is of any rank."""
 
     name: str
     datatype: str
@@ -22,7 +22,7 @@ class Tensor(BaseModel):
 
 
 class Batching(BaseModel):
-    """Whether rows of several requests run together, and why, or why not."""
+    """Whether rows of several requests run together, and the reason."""
 
     enabled: bool
     reason: str
@@ -38,7 +38,7 @@ class InstanceOut(BaseModel):
 
 
 class Latency(BaseModel):
-    """Batches of about so many rows take so many milliseconds, as measured."""
+    """The measured latency of batches with about this many rows."""
 
     rows: float
     compute_ms: float
@@ -46,7 +46,7 @@ class Latency(BaseModel):
 
 
 class Rounding(BaseModel):
-    """How far outputs are from those of FP32: the largest differences over so many rows."""
+    """The largest differences of the outputs from those in FP32, over this many rows."""
 
     absolute: float
     relative: float
@@ -55,7 +55,7 @@ class Rounding(BaseModel):
 
 
 class Gpu(BaseModel):
-    """How a version runs on GPUs: its nodes that do not, and the sizes that batches are rounded up to."""
+    """How a version runs on GPUs: its nodes on the CPU, and the sizes to which batches are padded."""
 
     cpu_nodes: dict[str, int]
     batch_rows: list[int]
@@ -87,13 +87,13 @@ class Version(BaseModel):
 
 
 class VersionDetail(Version):
-    """A version with the latency that was measured of it, by batch size."""
+    """A version with its measured latency by batch size."""
 
     latency: list[Latency]
 
 
 class Model(BaseModel):
-    """A model and its versions; `default` answers where a request names none."""
+    """A model and its versions; `default` answers requests that name no version."""
 
     name: str
     description: str
@@ -103,19 +103,19 @@ class Model(BaseModel):
 
 
 class ModelDetail(Model):
-    """A model with what was measured of its versions."""
+    """A model with the measured latency of its versions."""
 
     versions: list[VersionDetail]  # type: ignore[assignment]
 
 
 class Models(BaseModel):
-    """Everything in the repository."""
+    """Every model in the repository."""
 
     models: list[Model]
 
 
 class HealthOut(BaseModel):
-    """`status` is ok, degraded, loading, draining or unavailable; `problems` are by model/version."""
+    """The health of the server; the keys of `problems` are `model/version`."""
 
     status: Literal["ok", "degraded", "loading", "draining", "unavailable"]
     ready: bool
@@ -123,7 +123,7 @@ class HealthOut(BaseModel):
 
 
 class LiveOut(BaseModel):
-    """The process answers."""
+    """Whether the process answers: it does if this arrives."""
 
     live: bool = True
 
@@ -135,7 +135,7 @@ class ReadyOut(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error (RFC 9457); `code` is the stable word to match on, further members say what was wrong."""
+    """An error (RFC 9457). Clients match `code`, which is stable; further members give details."""
 
     type: str
     title: str
@@ -146,14 +146,14 @@ class Problem(BaseModel):
 
 
 def health_out(health: Health) -> HealthOut:
-    """Health as it is sent."""
+    """The response body for `health`."""
     return HealthOut.model_validate(
         {"status": health.status, "ready": health.ready, "problems": dict(health.problems)}
     )
 
 
 def model_out(model: ModelView, catalog: Catalog) -> ModelDetail:
-    """A model as it is sent, with everything that is known of it."""
+    """The response body for a model, with all details."""
     default = model.default
     return ModelDetail(
         name=model.name,
@@ -165,7 +165,7 @@ def model_out(model: ModelView, catalog: Catalog) -> ModelDetail:
 
 
 def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
-    """A version as it is sent, with everything that is known of it."""
+    """The response body for a version, with all details."""
     live = catalog.live(view.key)
     batching = view.batching
     return VersionDetail(

@@ -1,7 +1,7 @@
-"""What differs between the ways of asking for a prediction; everything else is shared.
+"""The interface of an inference API: everything that differs between `/predict` and `/v2`.
 
-A dialect says which paths are its own, what a body says, how outputs are answered and how an error is
-worded. Admission, the queue, deadlines, ids, timing, metrics and logs are the predictor's, for all of them.
+An API recognises its paths, reads bodies, encodes outputs and formats errors. The predictor does the rest for
+all APIs: admission, the queue, deadlines, ids, timing, metrics and logs.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from inferpool.tensors import Tensors
 from inferpool.wire.v2_request import RequestedOutput
 
 Data: TypeAlias = bytes | memoryview
-"""A body as it came, whole."""
+"""The bytes of a complete body."""
 
 
 class Target(NamedTuple):
-    """What a path names: `model` is None where the body is to name it, `version` a number or label."""
+    """What a path names: `model` is None if the body must name it; `version` is a number, a label or None."""
 
     model: str | None
     version: str | None
 
 
 class Options:
-    """What a body says beside its tensors, where its format can; nothing changes it.
+    """The fields of a body other than its tensors, as far as its format has them. Never changed.
 
     Attributes:
         model: the model's name.
-        version: number or label.
-        id: the caller's name for the request.
-        outputs: names of the outputs wanted, None for all.
-        timeout_ms: milliseconds that the caller will wait.
-        priority: 1 is the highest; 0 and None are the default.
-        forms: how each output is wanted, where the dialect lets the caller say.
-        binary: whether outputs whose form is not said are answered in binary.
+        version: a version number or label.
+        id: the client's name for the request.
+        outputs: names of the outputs to return, None for all.
+        timeout_ms: milliseconds that the client waits.
+        priority: 1 is the highest; 0 and None mean the default.
+        forms: the form of each output, if the API lets the client choose it.
+        binary: whether outputs without a chosen form are returned in binary form.
     """
 
     __slots__ = ("binary", "forms", "id", "model", "outputs", "priority", "timeout_ms", "version")
@@ -66,20 +66,20 @@ class Options:
 
 
 class Body(ABC):
-    """A body whose framing and options are read, and whose tensors are once the version is known."""
+    """A body whose options are read; its tensors are read once the version is known."""
 
     options: Options
 
     @abstractmethod
     def tensors(self, served: ServedVersion) -> Tensors:
-        """The inputs as the version takes them, checked against its signature; call it once.
+        """Read the inputs and check them against the version's signature; call this once.
 
         Raises UnsupportedMediaType, MalformedBody, InvalidInput or BodyTooLarge.
         """
 
 
 class Encoded:
-    """Outputs as they go back: `headers` name the body's type, `parts` follow one another."""
+    """The encoded outputs: `headers` give the media type, the body is the concatenated `parts`."""
 
     __slots__ = ("headers", "parts")
 
@@ -89,32 +89,32 @@ class Encoded:
 
 
 class InferenceApi(ABC):
-    """One way of asking for a prediction. Dialects have no state."""
+    """One inference API. An API has no state."""
 
     problem_type: bytes
     """The media type of errors."""
 
     @abstractmethod
     def target(self, path: str) -> Target | None:
-        """What `path`, still percent-encoded, names; None where it is not this dialect's."""
+        """The target of `path`, which is percent-encoded; None if the path belongs to another API."""
 
     @abstractmethod
     def json_bytes(self, head: RequestHead, size: int) -> int:
-        """How much of a body of `size` bytes is read as JSON."""
+        """How many bytes of a body of `size` bytes are JSON."""
 
     @abstractmethod
     def open(self, head: RequestHead, data: Data, max_bytes: int) -> Body:
-        """The body in `data`, which is not compressed any more.
+        """Open the decompressed body in `data`.
 
-        Raises MalformedBody, UnsupportedMediaType, or InvalidInput for a field beside the tensors.
+        Raises MalformedBody, UnsupportedMediaType, or InvalidInput for a field other than the tensors.
         """
 
     @abstractmethod
     def encode(
         self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors
     ) -> Encoded:
-        """The answer for `outputs`; raises UnsupportedMediaType, InvalidInput or ModelFailed."""
+        """Encode `outputs` as a response; raises UnsupportedMediaType, InvalidInput or ModelFailed."""
 
     @abstractmethod
     def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
-        """The body of an error's answer."""
+        """The body of an error response."""

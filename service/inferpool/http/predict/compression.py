@@ -1,4 +1,4 @@
-"""Content-Encoding: request bodies unpacked within their limit, answers packed where the caller asks."""
+"""Content-Encoding: decompresses request bodies within their limit and compresses responses on request."""
 
 from __future__ import annotations
 
@@ -11,51 +11,56 @@ from inferpool.http.predict.api import Data
 
 _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
 
-_EXPANDED_BYTES: Final = 1024 * 1024
+_FREE_EXPANSION_BYTES: Final = 1024 * 1024
 _MOST_EXPANSION: Final = 100
-"""A body may unpack to a megabyte, or to so many times its size: more is no data but an attack."""
+"""A body may decompress to 1 MiB or to this many times its size; more is an attack."""
 _GZIP: Final = 16 + zlib.MAX_WBITS
 _FASTEST: Final = 1
 _TRIED_BYTES: Final = 16 * 1024
-"""So much of an answer is packed to see whether the rest is worth it."""
-_WORTH_IT: Final = 0.8
-"""Random numbers in binary form shrink by some 8 %, for 20 times the time it takes to send them."""
+"""Bytes at the start of a response that are compressed to estimate whether the rest shrinks."""
+_WORTHWHILE_SHARE: Final = 0.8
+"""The largest share that is worth the time. Random binary numbers shrink by about 8 % only, and compressing
+them takes 20 times as long as sending them."""
 
 
 def decompress(data: Data, encoding: str, max_bytes: int) -> Data:
-    """A body without its Content-Encoding: gzip, deflate, or none.
+    """Decompress a body whose Content-Encoding is gzip, deflate or none.
 
-    Raises BodyTooLarge as soon as more than `max_bytes` have come out, UnsupportedMediaType for other
-    encodings, MalformedBody for data that is damaged or cut off.
+    Raises BodyTooLarge as soon as the output exceeds `max_bytes`, UnsupportedMediaType for other encodings,
+    and MalformedBody for data that is damaged or cut off.
     """
     if encoding in ("", "identity"):
         return data
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise UnsupportedMediaType(
-            f'Content-Encoding "{encoding[:40]}" is not taken', expected=["gzip", "deflate"]
+            f'Content-Encoding "{encoding[:40]}" is not supported; use gzip or deflate',
+            expected=["gzip", "deflate"],
         )
-    max_bytes = min(max_bytes, max(_EXPANDED_BYTES, _MOST_EXPANSION * len(data)))
+    max_bytes = min(max_bytes, max(_FREE_EXPANSION_BYTES, _MOST_EXPANSION * len(data)))
     stream = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         plain = stream.decompress(data, max_bytes + 1)
     except zlib.error:
         if encoding != "deflate":
             raise MalformedBody(f"the body is not {encoding} data") from None
-        # "deflate" means zlib's format (RFC 9110, 8.4.1.2), but some send the bare stream.
+        # "deflate" means zlib's format (RFC 9110, 8.4.1.2), but some clients send the bare stream.
         stream = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
             plain = stream.decompress(data, max_bytes + 1)
         except zlib.error:
             raise MalformedBody("the body is not deflate data") from None
     if len(plain) > max_bytes:
-        raise BodyTooLarge(f"the body is larger than {max_bytes} bytes when decompressed", limit=max_bytes)
+        raise BodyTooLarge(
+            f"the decompressed body is larger than {max_bytes} bytes, the most that is accepted",
+            limit=max_bytes,
+        )
     if not stream.eof or stream.unused_data:
         raise MalformedBody(f"the {encoding} data is {'cut off' if not stream.eof else 'followed by more'}")
     return plain
 
 
 def takes_gzip(accept_encoding: str) -> bool:
-    """Whether an Accept-Encoding header (RFC 9110, 12.5.3) lets an answer be gzip."""
+    """Whether an Accept-Encoding header (RFC 9110, 12.5.3) allows a gzip response."""
     if not accept_encoding:
         return False
     weights = read_weights(accept_encoding)
@@ -66,8 +71,8 @@ def read_weights(header: str) -> dict[str, float]:
     """The names in an Accept or Accept-Encoding header, lower-case, with their weights (RFC 9110, 12.4.2)."""
     weights: dict[str, float] = {}
     for part in header.lower().split(","):
-        name, *parameters = (piece.strip() for piece in part.split(";"))
-        weight = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
+        name, *parameters = (text.strip() for text in part.split(";"))
+        weight = next((text[2:] for text in parameters if text.startswith("q=")), "1")
         try:
             weights[name] = float(weight)
         except ValueError:
@@ -76,11 +81,11 @@ def read_weights(header: str) -> dict[str, float]:
 
 
 def gzipped(parts: Sequence[Data]) -> bytes | None:
-    """`parts`, one after the other, as gzip; None where they hardly shrink."""
+    """The concatenated `parts` as gzip; None if they hardly shrink."""
     tried = bytearray()
     for part in parts:
         tried += part[: _TRIED_BYTES - len(tried)]
-    if len(zlib.compress(tried, _FASTEST)) > _WORTH_IT * len(tried):
+    if len(zlib.compress(tried, _FASTEST)) > _WORTHWHILE_SHARE * len(tried):
         return None
     stream = zlib.compressobj(_FASTEST, wbits=_GZIP)
     return b"".join((*map(stream.compress, parts), stream.flush()))

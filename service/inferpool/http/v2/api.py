@@ -1,4 +1,4 @@
-"""The dialect of the Open Inference Protocol v2 over REST, with Triton's binary tensor data extension."""
+"""The Open Inference Protocol v2 over REST, with Triton's binary tensor data extension."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inferpool.errors import InferpoolError, UnsupportedMediaType
 from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
-from inferpool.tensors import Tensors
+from inferpool.tensors import Tensors, name_text
 from inferpool.wire.v2_request import InferRequest, parse_infer
 from inferpool.wire.v2_response import encode_infer
 
@@ -20,18 +20,18 @@ PREFIX: Final = "/v2"
 BINARY_TYPE: Final = "application/octet-stream"
 
 _INFER: Final = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-_TAKEN: Final = frozenset(("", "application/json", BINARY_TYPE, "application/x-www-form-urlencoded"))
-"""What the protocol's clients call their bodies, or curl does where nothing was said."""
-_JSON_ANSWER: Final = [(b"content-type", b"application/json")]
+_ACCEPTED_TYPES: Final = frozenset(("", "application/json", BINARY_TYPE, "application/x-www-form-urlencoded"))
+"""The media types that clients of the protocol send, and the default of curl."""
+_JSON_HEADERS: Final = [(b"content-type", b"application/json")]
 
 
 class V2Api(InferenceApi):
-    """What `/v2` speaks."""
+    """The formats and paths of the infer routes of `/v2`."""
 
     problem_type = b"application/json"
 
     def target(self, path: str) -> Target | None:
-        """`/v2/models/{model}/infer` and `/v2/models/{model}/versions/{version}/infer`."""
+        """Match `/v2/models/{model}/infer` and `/v2/models/{model}/versions/{version}/infer`."""
         found = _INFER.fullmatch(path)
         if found is None:
             return None
@@ -39,16 +39,16 @@ class V2Api(InferenceApi):
         return Target(unquote(model), None if version is None else unquote(version))
 
     def json_bytes(self, head: RequestHead, size: int) -> int:
-        """What the header says to stand before the tensors; else all of it."""
+        """The bytes before the binary tensors, from the header; without it the whole body."""
         return size if head.header_length is None else min(size, head.header_length)
 
     def open(self, head: RequestHead, data: Data, max_bytes: int) -> Body:
-        """JSON, JSON followed by tensors, or one raw tensor, as `Inference-Header-Content-Length` says."""
+        """Open JSON, JSON with binary tensors, or one raw tensor, depending on the header length."""
         json_length = head.json_length()
-        # Who says where the JSON ends speaks this protocol, whatever he calls the body.
-        if json_length is None and head.content_type not in _TAKEN:
+        # A client that sends the header length speaks this protocol, whatever its media type.
+        if json_length is None and head.content_type not in _ACCEPTED_TYPES:
             raise UnsupportedMediaType(
-                f'"{head.content_type}" is not a format of this protocol',
+                f"the body is {name_text(head.content_type)}, /v2 takes application/json and {BINARY_TYPE}",
                 expected=["application/json", BINARY_TYPE],
             )
         return _InferBody(parse_infer(data, json_length))
@@ -56,7 +56,7 @@ class V2Api(InferenceApi):
     def encode(
         self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors
     ) -> Encoded:
-        """JSON, followed by the outputs that are wanted in binary form."""
+        """Encode JSON, followed by the outputs that the request wants in binary form."""
         parts, json_length = encode_infer(
             served.view.key.model,
             served.version,
@@ -68,7 +68,7 @@ class V2Api(InferenceApi):
             served.class_names,
         )
         if json_length is None:
-            return Encoded(_JSON_ANSWER, parts)
+            return Encoded(_JSON_HEADERS, parts)
         return Encoded(
             [
                 (b"content-type", BINARY_TYPE.encode()),
@@ -78,7 +78,7 @@ class V2Api(InferenceApi):
         )
 
     def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
-        """The protocol's error object, with the code that clients match on."""
+        """The protocol's error object, with the code for clients to match."""
         return orjson.dumps({"error": error.detail, "code": error.code})
 
 

@@ -16,7 +16,7 @@ from inferpool.http.openapi_parts import (
     in_json,
     input_schema,
     input_sets,
-    least_size,
+    minimum_size,
     nested_example,
     path_parameter,
 )
@@ -29,7 +29,7 @@ _JSON: Final = "application/json"
 
 
 def infer_paths(views: list[VersionView]) -> Document:
-    """The path items of infer: for any model and version, and one for each model that is ready."""
+    """The path items of infer: for any model and version, and one for each ready model."""
     model = path_parameter("model", "The model's name.")
     version = path_parameter("version", "A number or a label.")
     paths = {
@@ -55,7 +55,7 @@ def _path(name: str, summary: str, parameters: list[Document], view: VersionView
             "requestBody": {"required": True, "content": _content(view)},
             "responses": {
                 "200": {
-                    "description": "The model's answer; binary where an output was asked for so.",
+                    "description": "The model's outputs; binary if the request asks for binary.",
                     "headers": {**ANSWER_HEADERS, _LENGTH: _LENGTH_HEADER},
                     "content": {_JSON: {"schema": _ANSWER}, BINARY_TYPE: {"schema": BINARY}},
                 },
@@ -96,7 +96,7 @@ def _content(view: VersionView | None) -> Document:
 
 
 def _inputs(view: VersionView, specs: list[TensorSpec]) -> Document:
-    """Tensors that come together, in any order."""
+    """The schema of a list with the inputs `specs` in any order."""
     return {
         "type": "array",
         **({"items": {"anyOf": [_input(view, spec) for spec in specs]}} if specs else {}),
@@ -114,21 +114,25 @@ def _request(inputs: Document, outputs: Document) -> Document:
         "type": "object",
         "required": ["inputs"],
         "properties": {
-            "id": {"type": ["string", "null"], "description": "Comes back in the answer."},
+            "id": {"type": ["string", "null"], "description": "Returned in the response."},
             "inputs": inputs,
-            "outputs": {**outputs, "type": ["array", "null"], "description": "Those wanted; all by default."},
+            "outputs": {
+                **outputs,
+                "type": ["array", "null"],
+                "description": "The outputs to return; by default all.",
+            },
             "parameters": {
                 "type": ["object", "null"],
                 "properties": {
                     "timeout": {
                         "type": ["integer", "null"],
                         "minimum": 0,
-                        "description": "Microseconds; 0 is none.",
+                        "description": "Microseconds; 0 means no timeout.",
                     },
                     "priority": {
                         "type": ["integer", "null"],
                         "minimum": 0,
-                        "description": "1 is the highest; 0 is the default.",
+                        "description": "1 is the highest; 0 means the default.",
                     },
                     "binary_data_output": {"type": ["boolean", "null"]},
                 },
@@ -138,15 +142,15 @@ def _request(inputs: Document, outputs: Document) -> Document:
 
 
 def _input(view: VersionView | None, spec: TensorSpec | None) -> Document:
-    """A tensor in JSON: `data` is flat or nested, and fills `shape`."""
+    """The schema of a tensor in JSON, whose `data` is flat or nested and fills `shape`."""
     shape: Document = {"type": "array", "items": {"type": "integer", "minimum": 0}}
     data: Document = {"type": ["array", "number", "string", "boolean"]}
     if view is not None and spec is not None:
-        least = least_size(view, spec)
-        flat = {**_list(element_schema(spec.datatype)), "minItems": least}
+        minimum = minimum_size(view, spec)
+        flat = {**_list(element_schema(spec.datatype)), "minItems": minimum}
         data = {"anyOf": [flat, input_schema(view, spec)]}
         if spec.shape is not None:
-            any_size = {"type": "integer", "minimum": least}
+            any_size = {"type": "integer", "minimum": minimum}
             sizes = [any_size if size == ANY else {"const": size} for size in spec.shape]
             shape = {"type": "array", "prefixItems": sizes, "minItems": len(sizes), "maxItems": len(sizes)}
     return {
@@ -174,7 +178,7 @@ def _output(names: list[str] | None) -> Document:
                     "classification": {
                         "type": ["integer", "null"],
                         "minimum": 0,
-                        "description": "So many best classes instead of the tensor; numbers only.",
+                        "description": "Return this many best classes instead of the tensor; numeric only.",
                     },
                 },
             },
@@ -186,13 +190,13 @@ _LENGTH_PARAMETER: Final[Document] = {
     "name": _LENGTH,
     "in": "header",
     "description": (
-        "Bytes of JSON at the start of the body, which binary tensors follow; 0 for a body that is nothing"
-        " but the only input's elements. All of it is JSON where this is missing."
+        "Bytes of JSON at the start of the body, before the binary tensors; 0 for a body that is only the"
+        " elements of the single input. Without this header the whole body is JSON."
     ),
     "schema": {"type": "integer", "minimum": 0},
 }
 _LENGTH_HEADER: Final[Document] = {
-    "description": "Bytes of JSON at the start of an answer with binary tensors.",
+    "description": "Bytes of JSON at the start of a response with binary tensors.",
     "schema": {"type": "integer", "minimum": 1},
 }
 _ANSWER: Final[Document] = {

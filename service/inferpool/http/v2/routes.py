@@ -47,16 +47,16 @@ _REFUSED: dict[str, Any] = {
 
 
 def add_v2(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
-    """Give `app` the routes of `/v2`."""
+    """Give `app` the routes of `/v2`, except infer."""
     _add_server(app, catalog)
     _add_models(app, catalog, predictor)
     _add_repository(app, catalog)
 
 
 def _add_server(app: FastAPI, catalog: Catalog) -> None:
-    # The protocol's own description writes it with a slash at the end.
+    # The protocol's own description writes this path with a slash at the end.
     @app.get("/v2/", include_in_schema=False)
-    @app.get("/v2", tags=["v2"], summary="The server and its extensions of the protocol")
+    @app.get("/v2", tags=["v2"], summary="The server and the protocol extensions that it has")
     async def read_v2_server() -> Server:
         return Server()
 
@@ -87,7 +87,9 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
     def is_ready(model: str, version: str | None) -> ModelReady:
         view = find_ready(catalog, model, version)
         if not any(instance.state == "ready" for instance in catalog.live(view.key).instances):
-            raise NotReady(f'version {view.key.version} of "{model}" has lost its instances')
+            raise NotReady(
+                f'version {view.key.version} of "{model}" has lost its instances; restart the server'
+            )
         return ModelReady(name=model)
 
     def metadata(model: str, version: str | None) -> ModelMetadata:
@@ -101,40 +103,42 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
         now, now_ms = predictor.clock(), 1000 * time.time()
         listed = []
         for view in views:
-            tally = predictor.tally(view.key)
-            last_ms = 0 if tally.last is None else round(now_ms - 1000 * (now - tally.last))
-            listed.append(stats_out(view, catalog.live(view.key), tally, last_ms))
+            counted = predictor.tally(view.key)
+            last_ms = 0 if counted.last is None else round(now_ms - 1000 * (now - counted.last))
+            listed.append(stats_out(view, catalog.live(view.key), counted, last_ms))
         return Statistics(model_stats=listed)
 
-    @app.get("/v2/models", tags=["v2"], summary="The names of everything in the repository")
+    @app.get("/v2/models", tags=["v2"], summary="The names of the models in the repository")
     async def read_v2_models() -> ModelNames:
         return ModelNames(models=list(catalog.models()))
 
-    @app.get("/v2/models/stats", tags=["v2"], summary="What every version has done")
+    @app.get("/v2/models/stats", tags=["v2"], summary="Statistics of every version")
     async def read_v2_stats() -> Statistics:
         return stats([view for model in catalog.models().values() for view in _versions(model)])
 
-    @app.get("/v2/models/{model}", tags=["v2"], summary="What a model takes and gives", responses=_UNABLE)
+    @app.get("/v2/models/{model}", tags=["v2"], summary="Inputs and outputs of a model", responses=_UNABLE)
     async def read_v2_model(model: str) -> ModelMetadata:
         return metadata(model, None)
 
     @app.get(
         "/v2/models/{model}/versions/{version}",
         tags=["v2"],
-        summary="What a version takes and gives, by number or label",
+        summary="Inputs and outputs of a version, by number or label",
         responses=_UNABLE,
     )
     async def read_v2_version(model: str, version: str) -> ModelMetadata:
         return metadata(model, version)
 
-    @app.get("/v2/models/{model}/ready", tags=["v2"], summary="Whether it can answer", responses=_UNABLE)
+    @app.get(
+        "/v2/models/{model}/ready", tags=["v2"], summary="Whether the model can answer", responses=_UNABLE
+    )
     async def read_v2_model_ready(model: str) -> ModelReady:
         return is_ready(model, None)
 
     @app.get(
         "/v2/models/{model}/versions/{version}/ready",
         tags=["v2"],
-        summary="Whether it can answer",
+        summary="Whether the model can answer",
         responses=_UNABLE,
     )
     async def read_v2_version_ready(model: str, version: str) -> ModelReady:
@@ -143,7 +147,7 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
     @app.get(
         "/v2/models/{model}/config",
         tags=["v2"],
-        summary="The configuration, as Triton words it",
+        summary="The configuration in Triton's terms",
         response_model_exclude_none=True,
         responses=_UNABLE,
     )
@@ -153,7 +157,7 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
     @app.get(
         "/v2/models/{model}/versions/{version}/config",
         tags=["v2"],
-        summary="The configuration, as Triton words it",
+        summary="The configuration in Triton's terms",
         response_model_exclude_none=True,
         responses=_UNABLE,
     )
@@ -161,7 +165,10 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
         return config(model, version)
 
     @app.get(
-        "/v2/models/{model}/stats", tags=["v2"], summary="What its versions have done", responses=_MISSING
+        "/v2/models/{model}/stats",
+        tags=["v2"],
+        summary="Statistics of a model's versions",
+        responses=_MISSING,
     )
     async def read_v2_model_stats(model: str) -> Statistics:
         return stats(_versions(find_model(catalog, model)))
@@ -169,7 +176,7 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
     @app.get(
         "/v2/models/{model}/versions/{version}/stats",
         tags=["v2"],
-        summary="What it has done",
+        summary="Statistics of a version",
         responses=_MISSING,
     )
     async def read_v2_version_stats(model: str, version: str) -> Statistics:
@@ -191,21 +198,21 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
         },
     )
     async def read_v2_index(request: Request) -> list[IndexEntry]:
-        # Read by hand: this protocol's clients send no body, or one without a Content-Type.
+        # FastAPI cannot read this body: clients of the protocol send none, or one without a Content-Type.
         intake = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES)
         async for chunk in request.stream():
             intake.add(chunk)
         fields = read_object(intake.whole() or b"{}")
         ready = fields.get("ready", False)
         if not isinstance(ready, bool):
-            raise InvalidInput(f'"ready" is {value_text(ready)}; it takes true or false', field="ready")
+            raise InvalidInput(f'"ready" is {value_text(ready)}; send true or false', field="ready")
         return index_out(catalog.models().values(), ready)
 
-    @app.post("/v2/repository/models/{model}/load", tags=["v2"], summary="Load", **_REFUSED)
+    @app.post("/v2/repository/models/{model}/load", tags=["v2"], summary="Load a model", **_REFUSED)
     async def load_v2_model(model: str) -> None:
         raise admin_disabled()
 
-    @app.post("/v2/repository/models/{model}/unload", tags=["v2"], summary="Unload", **_REFUSED)
+    @app.post("/v2/repository/models/{model}/unload", tags=["v2"], summary="Unload a model", **_REFUSED)
     async def unload_v2_model(model: str) -> None:
         raise admin_disabled()
 

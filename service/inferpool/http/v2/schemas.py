@@ -1,6 +1,6 @@
-"""The bodies of `/v2` beside `infer`: the Open Inference Protocol's, and those of Triton's extensions to it.
+"""The bodies of the `/v2` routes except infer: those of the protocol and of Triton's extensions.
 
-Sources: the protocol's REST page for metadata and health, and Triton's pages on the model configuration,
+Sources: the protocol's REST page for metadata and health; Triton's pages on the model configuration,
 statistics and model repository extensions.
 """
 
@@ -25,7 +25,7 @@ EXTENSIONS = (
     "schedule_policy",
     "statistics",
 )
-"""What `/v2` has of Triton's extensions, by the names that Triton gives them."""
+"""The extensions of Triton that `/v2` implements, by Triton's names."""
 
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "torch": "pytorch_libtorch"}
 _BACKENDS = {"torch": "pytorch"}
@@ -33,14 +33,14 @@ _NANOSECONDS = 1_000_000_000
 
 
 class Error(BaseModel):
-    """An error of `/v2`; `code` is the stable word to match on."""
+    """An error of `/v2`. Clients match `code`, which is stable."""
 
     error: str
     code: str
 
 
 class Server(BaseModel):
-    """What serves, and which extensions of the protocol it has."""
+    """The server and the protocol extensions that it has."""
 
     name: str = "inferpool"
     version: str = __version__
@@ -48,13 +48,13 @@ class Server(BaseModel):
 
 
 class Live(BaseModel):
-    """The process answers."""
+    """Whether the process answers: it does if this arrives."""
 
     live: bool = True
 
 
 class Ready(BaseModel):
-    """Whether every required model can answer; what is in the way where not."""
+    """Whether every required model can answer; if not, `error` has the reason."""
 
     ready: bool
     error: str | None = None
@@ -62,20 +62,20 @@ class Ready(BaseModel):
 
 
 class ModelReady(BaseModel):
-    """The model can answer."""
+    """Whether the model can answer; otherwise the response is an error."""
 
     name: str
     ready: bool = True
 
 
 class ModelNames(BaseModel):
-    """Everything in the repository."""
+    """The names of the models in the repository."""
 
     models: list[str]
 
 
 class Metadata(BaseModel):
-    """An input or output: -1 is a dimension of any size, `[-1]` the shape where the rank is left open."""
+    """An input or output: -1 is a dimension of any size; the shape is `[-1]` if the rank is open."""
 
     name: str
     datatype: str
@@ -83,7 +83,7 @@ class Metadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """What a model takes and gives."""
+    """The inputs and outputs of a model."""
 
     name: str
     versions: list[str]
@@ -93,7 +93,7 @@ class ModelMetadata(BaseModel):
 
 
 class ConfigInput(BaseModel):
-    """An input, without its rows where requests are batched."""
+    """An input; if requests are batched, `dims` leaves out the rows."""
 
     name: str
     data_type: str
@@ -102,7 +102,7 @@ class ConfigInput(BaseModel):
 
 
 class ConfigOutput(BaseModel):
-    """An output, without its rows where requests are batched."""
+    """An output; if requests are batched, `dims` leaves out the rows."""
 
     name: str
     data_type: str
@@ -131,14 +131,14 @@ class VersionPolicy(BaseModel):
 
 
 class DynamicBatching(BaseModel):
-    """How rows of several requests are gathered; without a preferred size every one is as good."""
+    """How rows of several requests are gathered; without preferred sizes all are equally good."""
 
     preferred_batch_size: list[int]
     max_queue_delay_microseconds: int
 
 
 class ModelConfig(BaseModel):
-    """A model's configuration as Triton words it; `max_batch_size` 0 is a model that is not batched."""
+    """A model's configuration in Triton's terms; `max_batch_size` 0 means that it is not batched."""
 
     name: str
     platform: str
@@ -152,17 +152,17 @@ class ModelConfig(BaseModel):
 
 
 class Duration(BaseModel):
-    """How often something was done, and how long it took in all; 0 and 0 where it is not measured."""
+    """A count and the total duration; both are 0 if the step is not measured."""
 
     count: int
     ns: int
 
 
 class InferenceStats(BaseModel):
-    """Requests by how they ended, and where the time of those that succeeded went.
+    """Requests by outcome, and the phases of those that succeeded.
 
-    `compute_input` is reading and checking the tensors of a request, `compute_infer` the runs of the batches
-    that it was in, `compute_output` writing its answer.
+    `compute_input` is for reading and checking tensors, `compute_infer` for the runs of the batches, and
+    `compute_output` for writing responses.
     """
 
     success: Duration
@@ -174,7 +174,7 @@ class InferenceStats(BaseModel):
 
 
 class BatchStats(BaseModel):
-    """Batches of one size; what gathers and scatters them is not measured apart from their requests."""
+    """Batches of one size; gathering and scattering are measured per request only."""
 
     batch_size: int
     compute_input: Duration
@@ -183,10 +183,10 @@ class BatchStats(BaseModel):
 
 
 class VersionStats(BaseModel):
-    """What a version has done since the server started.
+    """The statistics of a version since the server started.
 
-    `last_inference` is a moment in milliseconds since 1970, 0 where there is none; `inference_count` counts
-    rows, `execution_count` batches.
+    `last_inference` is in milliseconds since 1970, or 0 before the first; `inference_count` counts rows,
+    `execution_count` batches.
     """
 
     name: str
@@ -199,13 +199,13 @@ class VersionStats(BaseModel):
 
 
 class Statistics(BaseModel):
-    """What was done by version."""
+    """The statistics of several versions."""
 
     model_stats: list[VersionStats]
 
 
 class IndexEntry(BaseModel):
-    """A version in the repository."""
+    """A version in the repository, with its state."""
 
     name: str
     version: str
@@ -216,11 +216,11 @@ class IndexEntry(BaseModel):
 class IndexQuery(BaseModel):
     """Which versions to list."""
 
-    ready: bool = Field(False, description="List only those that can answer.")
+    ready: bool = Field(False, description="List only versions that can answer.")
 
 
 def metadata_out(model: ModelView, view: VersionView) -> ModelMetadata:
-    """What a version takes and gives."""
+    """The metadata of a ready version."""
     assert view.signature is not None  # the version is ready
     return ModelMetadata(
         name=model.name,
@@ -232,7 +232,7 @@ def metadata_out(model: ModelView, view: VersionView) -> ModelMetadata:
 
 
 def config_out(model: ModelView, view: VersionView, live: LiveView) -> ModelConfig:
-    """A version's configuration."""
+    """The configuration of a ready version."""
     assert view.signature is not None  # the version is ready
     batched = view.batching.enabled and not live.wrong_rows
     skipped = 1 if batched else 0
@@ -246,7 +246,7 @@ def config_out(model: ModelView, view: VersionView, live: LiveView) -> ModelConf
             ConfigInput(
                 name=spec.name,
                 data_type=_data_type(spec),
-                # An optional input is one for the whole run, and has no rows.
+                # An optional input holds for the whole run and has no rows.
                 dims=_shape(spec)[0 if spec.optional else skipped :],
                 optional=view.signature.is_optional(spec),
             )
@@ -266,21 +266,21 @@ def config_out(model: ModelView, view: VersionView, live: LiveView) -> ModelConf
     )
 
 
-def stats_out(view: VersionView, live: LiveView, tally: RequestStats, last_ms: int) -> VersionStats:
-    """What a version has done; `last_ms` is the moment of the last success since 1970, 0 for none."""
+def stats_out(view: VersionView, live: LiveView, counted: RequestStats, last_ms: int) -> VersionStats:
+    """The statistics of a version; `last_ms` is the last success in ms since 1970, 0 for none."""
     return VersionStats(
         name=view.key.model,
         version=str(view.key.version),
         last_inference=last_ms,
-        inference_count=tally.rows,
+        inference_count=counted.rows,
         execution_count=sum(batch.runs for batch in live.batches),
         inference_stats=InferenceStats(
-            success=_duration(tally.successes, tally.success_s),
-            fail=_duration(tally.failures, tally.failure_s),
-            queue=_duration(tally.successes, tally.queue_s),
-            compute_input=_duration(tally.successes, tally.decode_s),
-            compute_infer=_duration(tally.successes, tally.compute_s),
-            compute_output=_duration(tally.successes, tally.encode_s),
+            success=_duration(counted.successes, counted.success_s),
+            fail=_duration(counted.failures, counted.failure_s),
+            queue=_duration(counted.successes, counted.queue_s),
+            compute_input=_duration(counted.successes, counted.decode_s),
+            compute_infer=_duration(counted.successes, counted.compute_s),
+            compute_output=_duration(counted.successes, counted.encode_s),
         ),
         batch_stats=[
             BatchStats(
@@ -295,7 +295,7 @@ def stats_out(view: VersionView, live: LiveView, tally: RequestStats, last_ms: i
 
 
 def index_out(models: Iterable[ModelView], ready_only: bool) -> list[IndexEntry]:
-    """Every version in the repository, or those that can answer."""
+    """Every version of `models`, or only the ready ones."""
     return [
         IndexEntry(
             name=model.name,
@@ -317,7 +317,7 @@ _INDEX_STATES: dict[State, Literal["READY", "LOADING", "UNAVAILABLE"]] = {
 
 
 def _runtime(view: VersionView) -> str:
-    """The runtime's name, of its name and version."""
+    """The name of the runtime, without its version."""
     return view.backend.partition(" ")[0]
 
 
@@ -326,7 +326,7 @@ def _shape(spec: TensorSpec) -> list[int]:
 
 
 def _datatype(spec: TensorSpec) -> str:
-    # What is no tensor goes out as its JSON text, a string for each of its elements.
+    # An output that is not a tensor is sent as JSON text, one string per element.
     return "BYTES" if spec.datatype == JSON else spec.datatype
 
 
@@ -342,13 +342,13 @@ def _data_type(spec: TensorSpec) -> str:
 def _groups(model: str, devices: list[str]) -> list[InstanceGroup]:
     groups = []
     for number, device in enumerate(dict.fromkeys(devices)):
-        kind, _, place = device.partition(":")
+        kind, _, index = device.partition(":")
         groups.append(
             InstanceGroup(
                 name=f"{model}_{number}",
                 kind="KIND_CPU" if kind == "cpu" else "KIND_GPU",
                 count=devices.count(device),
-                gpus=[int(place)] if place else [],
+                gpus=[int(index)] if index else [],
             )
         )
     return groups
