@@ -218,9 +218,10 @@ def test_its_hot_path_is_compiled(image: str) -> None:
 
 
 def test_its_size_is_the_one_that_is_stated(image: str, base: str) -> None:
-    """What the image adds to its base is what the README says, give or take a tenth."""
+    """What the image adds to its base is what the page on containers says, give or take a tenth."""
     sizes = [int(images.podman("image", "inspect", "--format", "{{.Size}}", name)) for name in (image, base)]
     added = (sizes[0] - sizes[1]) / 1e6
-    stated = re.search(r"^\| `cpu` \| (\d+) MB \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "deploy" / "containers.md").read_text()
+    stated = re.search(r"^\| `cpu` \| (\d+) MB \|", page, re.MULTILINE)
     assert stated is not None
     assert added == pytest.approx(float(stated[1]), rel=0.1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
+from tests.docs.pages import PAGES
 from tests.server import Server
 
 
@@ -26,10 +27,10 @@ def build(repository: Path, *arguments: object, **environ: str) -> subprocess.Co
     )
 
 
-def readme_request(model: str, server: Server, folder: Path) -> Any:
-    """The answer to the request that the README shows for `model`, sent from `folder`."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(rf"^(curl .*localhost:8000/predict/{model}\b.*)$", readme, re.MULTILINE)
+def documented_request(model: str, server: Server, folder: Path) -> Any:
+    """Return the answer to the request that the documents show for `model`, sent from `folder`."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    (line,) = re.findall(rf"^(curl .*localhost:8000/predict/{model}\b.*)$", text, re.MULTILINE)
     command = shlex.split(line.replace("localhost:8000", f"127.0.0.1:{server.port}"))
     run = subprocess.run([*command, "-sS"], cwd=folder, capture_output=True, check=True)
     return json.loads(run.stdout)

@@ -27,7 +27,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, Serve
 from tests.models import cifar_archive as made
-from tests.models.built import build, readme_request
+from tests.models.built import build, documented_request
 
 MODEL = ROOT / "models/cifar10"
 ROWS = 40
@@ -79,7 +79,7 @@ def test_the_archive_becomes_a_model_that_names_pictures(
         assert len(answer["predictions"][0]) == 3
         right += answer["predictions"][0][0]["label"] == made.NAMES[label]
     assert right / len(images) >= 0.6
-    answer = readme_request("cifar10", server, repository.parent)
+    answer = documented_request("cifar10", server, repository.parent)
     assert answer["predictions"][0][0]["label"] in made.NAMES
 
 

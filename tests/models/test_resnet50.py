@@ -19,7 +19,7 @@ from inferpool.codecs.labels import read_labels
 from PIL import Image
 
 from tests.conftest import ROOT, Serve
-from tests.models.built import build, readme_request
+from tests.models.built import build, documented_request
 
 MODEL = ROOT / "models/resnet50"
 LAYERS = "537b1c87e6f187e4adb6923a34c01b5c077e82f8c4a64396d34dd2dbffe28f0d"
@@ -112,7 +112,7 @@ def test_a_weights_file_becomes_a_model_that_names_a_photograph(
 
     server = serve(repository)
     (tmp_path / "photograph.jpg").write_bytes(photograph())
-    answer = readme_request("resnet50", server, tmp_path)
+    answer = documented_request("resnet50", server, tmp_path)
     (expected,) = session.run(["logits"], {"image": as_torchvision_does(photograph())})
     # A pixel may be off by one of 255: Pillow rounds between the two directions of a resize.
     np.testing.assert_allclose(answer["outputs"]["logits"], expected, atol=0.02)

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.models.built import readme_request
+from tests.docs.pages import PAGES, blocks
+from tests.models.built import documented_request
 from tests.server import Server
 
 MODELS = ROOT / "models"
@@ -322,25 +322,26 @@ def test_next_word_is_small_enough_to_be_a_part_of_the_repository(models: Path) 
     assert sum(file.stat().st_size for file in files) < 3_000_000
 
 
-def readme_example(first_words: str) -> tuple[str, str]:
-    """A block of the README that begins so, and the block below it, which is its answer."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    fenced = rf"^```\n({re.escape(first_words)}.*?)^```\n^```\w+\n(.*?)^```$"
-    ((source, shown),) = re.findall(fenced, readme, re.MULTILINE | re.DOTALL)
-    return source, shown
+def documented_example(first_words: str) -> tuple[str, str]:
+    """Return the block of the documents that begins with `first_words`, and the output below it."""
+    (block,) = [block for page in PAGES for block in blocks(page) if block.source.startswith(first_words)]
+    assert block.output is not None
+    return block.source, block.output.source
 
 
-def test_the_readmes_request_to_news_gets_the_answer_shown(news: Server) -> None:
-    _, shown = readme_example("curl localhost:8000/predict/news ")
-    answer, expected = readme_request("news", news, ROOT), json.loads(shown)
+def test_the_documented_request_to_news_gets_the_answer_shown(news: Server) -> None:
+    _, shown = documented_example("curl localhost:8000/predict/news ")
+    answer, expected = documented_request("news", news, ROOT), json.loads(shown)
     assert answer.keys() == expected.keys()
     np.testing.assert_allclose(answer["outputs"]["logits"], expected["outputs"]["logits"], rtol=1e-4)
     for got, row in zip(answer["predictions"], expected["predictions"], strict=True):
         assert got == [{**word, "score": pytest.approx(word["score"], rel=1e-4)} for word in row]
 
 
-def test_the_readmes_program_for_minilm_prints_what_is_shown(minilm: Server) -> None:
-    source, shown = readme_example("import json\nimport urllib.request\n\nimport numpy as np\n\nsentences")
+def test_the_documented_program_for_minilm_prints_what_is_shown(minilm: Server) -> None:
+    source, shown = documented_example(
+        "import json\nimport urllib.request\n\nimport numpy as np\n\nsentences"
+    )
     program = source.replace("localhost:8000", f"127.0.0.1:{minilm.port}")
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == shown
