@@ -10,6 +10,7 @@
 REPO="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 SERVE_VENV="$REPO/.venv"
 VENV="$REPO/.venv-test"
+FOUND_PYTHON=""
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -230,7 +231,7 @@ is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/
 make_venv() {
   local python options=()
   python="$(find_python)"
-  PYTHON="$python"
+  FOUND_PYTHON="$python"
   if [[ "$2" == without-pip ]]; then
     options+=(--without-pip)
   else
@@ -244,7 +245,7 @@ make_venv() {
 
 find_python() {
   local name
-  if [[ -n "${PYTHON:-}" ]]; then echo "$PYTHON"; return; fi
+  if [[ -n "${FOUND_PYTHON:-}" ]]; then echo "$FOUND_PYTHON"; return; fi
   for name in python3.13 python3.12 python3.11 python3; do
     if is_python "$name"; then
       command -v "$name"

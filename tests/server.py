@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -129,12 +130,24 @@ class Server:
         return status
 
     def kill(self) -> None:
-        """End it, whatever it is doing."""
+        """End the server, whatever it is doing; while coverage is measured, let it write its data first."""
+        if "COVERAGE_PROCESS_START" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ:
+            self._end_with_coverage()
         self.process.kill()
         self.process.wait()
         self._reader.join(5)
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+    def _end_with_coverage(self) -> None:
+        # The first signal drains, the second stops at once.
+        for _ in range(2):
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
+                return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
 
     def _read(self) -> None:
         assert self.process.stderr is not None

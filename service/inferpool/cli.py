@@ -85,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser(
         "build",
         help="run a model's build script",
-        description="Run the script that builds the model NAME. If a package of the script is not installed here, "
-        "uv runs the script in an environment with its packages. Without NAME, list the models that have a script.",
+        description="Run the script that builds the model NAME. If a package of the script is not installed, "
+        "uv runs the script in an environment with its packages. Without NAME, list the models that have a "
+        "build script.",
         usage="inferpool build [-h] [--repository FOLDER] [NAME [OPTIONS ...]]",
         allow_abbrev=False,
     )

@@ -1,4 +1,4 @@
-"""`inferpool build` runs a script with the packages that it needs; `serve` leaves out models that are not built."""
+"""`inferpool build` runs a script with the packages that it needs; `serve` leaves out unbuilt models."""
 
 from __future__ import annotations
 
@@ -304,7 +304,10 @@ def test_a_printed_command_works(tmp_path: Path, found: bool) -> None:
     assert command.startswith("inferpool build") == found
     again = subprocess.run(command, shell=True, cwd=tmp_path, env=environ, check=False)
     assert again.returncode == 7, "the script's own"
-    code = "from inferpool.system.install_hints import *; print(uninstall_command('x'), '&&', install_command('text'))"
+    code = (
+        "from inferpool.system.install_hints import *;"
+        " print(uninstall_command('x'), '&&', install_command('text'))"
+    )
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
     )

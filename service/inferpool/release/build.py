@@ -1,7 +1,7 @@
 """Find the build scripts of a repository, and run them.
 
-The first lines of a script name the packages that it needs, in the format of PEP 723. If this Python has all of
-them, this Python runs the script. Otherwise `uv run --script` does, in an environment that uv makes and keeps.
+The first lines of a script name the packages that it needs, in the format of PEP 723. If this Python has
+all of them, this Python runs the script. Otherwise `uv run --script` does, in an environment that uv keeps.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""The wheel has one package, serves from an empty environment, and its compiled hot path passes the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.server import Server
+
+HAS_COMPILER = shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+pytestmark = [
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(
+        not HAS_COMPILER, reason="needs a C compiler: apt-get install gcc libc6-dev python3-dev"
+    ),
+]
+
+HOT_PATH_TESTS = {
+    "wire": ["tests/wire"],
+    "pool": [
+        "tests/pool",
+        "--ignore=tests/pool/test_soak.py",
+        "--ignore=tests/pool/test_batching_over_http.py",
+    ],
+    "http": ["tests/http/connection", "tests/http/predict"],
+}
+"""The tests of the modules that a wheel compiles; the other runs of these tests import the sources."""
+
+
+def plain_environ(**own: str) -> dict[str, str]:
+    """Return the variables of this process, without those that choose modules or measure coverage."""
+    left_out = ("PYTHONPATH", "COVERAGE_", "COV_", "PYTEST_")
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(left_out)}
+    return kept | own
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that is built from the sources as a user of pip builds it."""
+    source = tmp_path_factory.mktemp("source")
+    target = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    shutil.copytree(ROOT / "service", source / "service", ignore=ignored)
+    run = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(target), str(source)],
+        env=plain_environ(INFERPOOL_COMPILED="1"), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    [file] = target.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="session")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel; the packages that it depends on are those of the tests."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "--python", str(python)),
+            *("install", "--quiet", "--no-deps", "--no-index", str(wheel)),
+        ],
+        env=plain_environ(), check=True,
+    )  # fmt: skip
+    [packages] = folder.glob("lib/python*/site-packages")
+    # A folder on this list comes after the environment's own packages, and its .pth files are not read. An
+    # editable installation of the project is not found there for that reason.
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "tests-packages.pth").write_text("\n".join(others) + "\n")
+    return python
+
+
+def test_the_wheel_has_one_package_and_its_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    packages = {top for top in tops if "." not in top}
+    assert packages == {"inferpool"}
+    others = sorted(tops - packages)
+    # mypyc puts the code of all compiled modules into one library, with the package's name.
+    assert [name.split(".")[0].split("-")[0] for name in others] == ["inferpool", "inferpool__mypyc"]
+    assert "inferpool/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.endswith(".c") or "/tests/" in name]
+
+
+def test_the_package_is_imported_from_the_wheel(python: Path, tmp_path: Path) -> None:
+    for command in ([str(python), "-m", "inferpool"], [str(python.with_name("inferpool"))]):
+        run = subprocess.run(
+            [*command, "--version"], cwd=tmp_path, env=plain_environ(),
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert run.stdout.startswith("inferpool ")
+    code = (
+        "import inferpool, importlib.util as u;"
+        " print(inferpool.__file__, u.find_spec('service'), u.find_spec('tests'))"
+    )
+    run = subprocess.run(
+        [str(python), "-c", code],
+        cwd=tmp_path,
+        env=plain_environ(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file, *others = run.stdout.split()
+    assert Path(file).is_relative_to(python.parents[1])
+    assert others == ["None", "None"]
+
+
+class InstalledServer(Server):
+    """`inferpool serve` of an environment, started in a folder that has nothing to do with the project."""
+
+    def __init__(self, python: Path, repository: Path, folder: Path) -> None:
+        own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": "", "INFERPOOL_CACHE_DIR": str(folder)}
+        command = [str(python.with_name("inferpool")), "serve", str(repository), "--port", "0"]
+        # The variable is read when a wheel is built; a server that finds it set starts all the same.
+        self._start(["env", f"--chdir={folder}", "INFERPOOL_COMPILED=1", *command], own)
+
+
+def test_the_wheel_serves_with_its_hot_path_compiled(python: Path, models: Path, tmp_path: Path) -> None:
+    server = InstalledServer(python, models / "diabetes", tmp_path)
+    try:
+        server.wait_loaded()
+        row = [59.0, 2.0, 32.1, 101.0, 157.0, 93.2, 38.0, 4.0, 4.86, 87.0]
+        answer = server.post("/predict/diabetes", json={"inputs": [row]})
+        assert answer.status_code == 200, answer.text
+        [[prediction]] = answer.json()["outputs"].values()
+        assert prediction
+        assert server.metric("build_info", hot_path="compiled") == 1
+        assert not [line for line in server.log if line["level"] in ("warning", "error", "raw")]
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("arguments", HOT_PATH_TESTS.values(), ids=HOT_PATH_TESTS.keys())
+def test_the_compiled_hot_path_passes_its_tests(python: Path, arguments: list[str]) -> None:
+    """The tests run in another process, with the compiled modules of the wheel in place of the sources."""
+    run = subprocess.run(
+        [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=.", *arguments],
+        cwd=ROOT, env=plain_environ(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-20000:] + run.stderr
