@@ -25,21 +25,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from inferpool.backends.base import Engine, LoadOptions
-from inferpool.backends.cuda.memory import HostMemory
+from inferpool.backends.base import GpuOptions, LoadOptions, TensorRTPlan
 from inferpool.backends.onnx.backend import OnnxBackend
 from inferpool.backends.onnx.gpu.bound_model import BoundModel
-from inferpool.backends.onnx.gpu.tensorrt import lacks_tensorrt
+from inferpool.backends.onnx.gpu.tensorrt import tensorrt_unavailable_reason
 from inferpool.system.gpus import cuda_driver
 
 from benchmarks.gpu_load import load, request
 from benchmarks.gpu_models import MODELS, rows
+from tests.fake_gpu.host_memory import HostMemory
 from tests.server import Server
 
 SHARE: Final = 0.9
@@ -103,7 +102,7 @@ def machine(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
         "gpus": [gpu.name for gpu in driver.gpus()],
-        "driver_cuda": "{}.{}".format(*driver.cuda()) if not driver.fault() else driver.fault(),
+        "driver_cuda": driver.unavailable_reason() or "{}.{}".format(*driver.cuda()),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
@@ -115,7 +114,7 @@ def sessions(options: argparse.Namespace) -> list[str]:
     """The ways to run a model that were asked for, and are there."""
     lacks = {"plain": "", "graphs": "it is no GPU", "TensorRT": "it is no GPU"}
     if options.device != "cpu":
-        lacks = {"plain": "", "graphs": "", "TensorRT": lacks_tensorrt()}
+        lacks = {"plain": "", "graphs": "", "TensorRT": tensorrt_unavailable_reason()}
     wanted = options.sessions.split(",")
     for session in wanted:
         if lacks[session]:
@@ -172,12 +171,12 @@ def rates_of(
 
 def bound(name: str, file: Path, device: str, session: str) -> BoundModel:
     """The model as an instance has it; on the CPU too, so that this script can be tried without a GPU."""
-    options = LoadOptions(device=device, graphs=session == "graphs")
+    options = LoadOptions(device=device, gpu=GpuOptions(graphs=session == "graphs"))
     if session == "TensorRT":
         folder = file.parents[2] / "engines" / name
         folder.mkdir(parents=True, exist_ok=True)
         shape = (SIZES[-1], *rows(name, 1).shape[1:])
-        options = replace(options, engine=Engine(folder, (("x", shape),)))
+        options = options.with_gpu(tensorrt=TensorRTPlan(folder, (("x", shape),)))
     model = OnnxBackend().load(file, options)
     if isinstance(model, BoundModel):
         return model

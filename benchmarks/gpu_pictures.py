@@ -29,7 +29,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from inferpool.backends.base import DeviceModel, LoadOptions, find_backend
+from inferpool.backends.base import DeviceModel, GpuOptions, LoadOptions
+from inferpool.backends.registry import find_backend
 from inferpool.cli import main as serve
 from inferpool.codecs.image import ImageCodec, ImageConfig
 from inferpool.pixel_table import Normalisation
@@ -89,10 +90,10 @@ def in_process(file: Path, options: argparse.Namespace) -> dict[str, dict[int, f
     plain.close()
     assert normalise is not None
     model = find_backend("onnx").load(
-        file, LoadOptions(device=options.device, graphs=True, normalise=normalise)
+        file, LoadOptions(device=options.device, gpu=GpuOptions(graphs=True, normalisation=normalise))
     )
     assert isinstance(model, DeviceModel)
-    assert model.normalises is True, model.normalises
+    assert model.takes_pixels.ok, model.takes_pixels.reason
     rates: dict[str, dict[int, float]] = {"numbers": {}, "pixels": {}}
     for size in sorted(SIZES, reverse=True):
         print(f"one instance, {size} rows", flush=True)

@@ -25,7 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from inferpool.backends.base import DeviceModel, LoadedModel, LoadOptions, find_backend
+from inferpool.backends.base import DeviceModel, GpuOptions, LoadedModel, LoadOptions
+from inferpool.backends.registry import find_backend
 from inferpool.repository.load.gpu.precision import Reference
 from inferpool.tensors import Tensors
 
@@ -74,7 +75,10 @@ def ways(name: str, place: Path, options: argparse.Namespace) -> Iterator[tuple[
         for fp16 in (False, True):
             for graphs in (False, True) if gpu else (False,):
                 model = find_backend("torch").load(
-                    file, LoadOptions(device=options.device, trusted=True, fp16=fp16, graphs=graphs)
+                    file,
+                    LoadOptions(
+                        device=options.device, trusted=True, gpu=GpuOptions(fp16=fp16, graphs=graphs)
+                    ),
                 )
                 way = ("FP16" if fp16 else "FP32") + (", graph" if graphs else "")
                 [spec] = model.signature.inputs
@@ -86,7 +90,8 @@ def ways(name: str, place: Path, options: argparse.Namespace) -> Iterator[tuple[
         model = find_backend("onnx").load(
             file,
             LoadOptions(
-                device=options.device, tf32=way == "TF32", fp16=way == "FP16", kept=place / f"{name}-kept"
+                device=options.device,
+                gpu=GpuOptions(tf32=way == "TF32", fp16=way == "FP16", cache_dir=place / f"{name}-kept"),
             ),
         )
         yield way, model, lambda count: {"x": rows(name, count, True)}

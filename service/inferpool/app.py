@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from inferpool.backends.base import describe_backends
+from inferpool.backends.registry import describe_backends
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.predict.predictor import Predictor

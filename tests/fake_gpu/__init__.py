@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from inferpool.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
-from inferpool.errors import LoadError, OutOfMemory, UnfitForGpu
+from inferpool.backends.base import REPLAYED, Backend, DeviceModel, LoadedModel, LoadOptions
+from inferpool.errors import LoadError, OutOfMemory, UnfitForGpu, Verdict
 from inferpool.system.gpus import Gpu
 from inferpool.tensors import Signature, Tensors, TensorSpec
 
@@ -30,13 +30,13 @@ def expected(rows: np.ndarray) -> np.ndarray:
 class FakeDriver:
     """A driver that shows `cards` cards."""
 
-    def __init__(self, cards: int = 2, fault: str = "", cuda: tuple[int, int] = (13, 0)) -> None:
+    def __init__(self, cards: int = 2, reason: str | None = None, cuda: tuple[int, int] = (13, 0)) -> None:
         self._gpus = [Gpu(number, "NVIDIA Fake", f"uuid-{number}", 2**34) for number in range(cards)]
-        self._fault = fault
+        self._reason = reason
         self._cuda = cuda
 
-    def fault(self) -> str:
-        return self._fault
+    def unavailable_reason(self) -> str | None:
+        return self._reason
 
     def cuda(self) -> tuple[int, int]:
         return self._cuda
@@ -76,7 +76,7 @@ class FakeModel(DeviceModel):
         self.pictures = pictures
         if pictures:
             self.signature = Signature((TensorSpec("x", "FP32", (-1, 2, 2)),), self.signature.outputs)
-        self.capturable = bool(captures)
+        self.can_capture = bool(captures)
         self.captures = captures
         self.captured: list[tuple[int, int]] = []
         self.card = card
@@ -84,8 +84,8 @@ class FakeModel(DeviceModel):
         self.leaks = leaks
         self.closed = False
         self.largest = FakeBackend.largest
-        if self.options.normalise is not None and pictures != "none":
-            self.normalises = True
+        if self.options.gpu.normalisation is not None and pictures != "none":
+            self.takes_pixels = Verdict(True, "pixels are normalised on the card")
         self.pixels = 0
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
@@ -101,9 +101,9 @@ class FakeModel(DeviceModel):
         if self.engine == "wrong":
             answer = answer + 1
         # What a card rounds to as TF32, or in FP16, which ends at 65504.
-        if self.options.fp16:
+        if self.options.gpu.fp16:
             answer = np.where(np.abs(answer) > self.largest, np.inf, answer * (1 + 1e-3))
-        return {"sum": answer * (1 + 1e-4 * self.options.tf32)}
+        return {"sum": answer * (1 + 1e-4 * self.options.gpu.tf32)}
 
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
@@ -118,21 +118,21 @@ class FakeModel(DeviceModel):
     def _numbers(self, rows: np.ndarray) -> np.ndarray:
         if rows.dtype == np.float32:
             return rows
-        assert self.options.normalise is not None
+        assert self.options.gpu.normalisation is not None
         assert rows.shape[1:] == (2, 2, 1)
         self.pixels += len(rows)
-        return self.options.normalise.normalise(rows) + np.float32(self.pictures == "wrong")
+        return self.options.gpu.normalisation.normalise(rows) + np.float32(self.pictures == "wrong")
 
     def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
         assert rows is not None
-        assert self.options.graphs
+        assert self.options.gpu.graphs
         self.captured.append((threading.get_ident(), rows))
-        self.graphs = True
+        self.graphs = REPLAYED
         answer = self.run_padded(parts, rows)
         return {"sum": answer["sum"] + 1} if self.captures == "wrong" else answer
 
     def uncapture(self, reason: str) -> None:
-        self.graphs = reason
+        self.graphs = Verdict(False, reason)
 
     def close(self) -> None:
         assert not self.closed
@@ -175,18 +175,18 @@ class FakeBackend(Backend):
         wish = file.read_text().removeprefix(PICTURES)
         pictures = "" if wish == file.read_text() else self.pictures
         model = FakeModel(card, options, self.leaks, self.captures, pictures)
-        if options.engine is not None:
-            model.engine = self._engine(wish, options.engine.folder)
+        if options.gpu.tensorrt is not None:
+            model.engine = self._engine(wish, options.gpu.tensorrt.folder)
             if model.engine == "blind":
-                model.normalises = "this engine is blind"
+                model.takes_pixels = Verdict(False, "this engine is blind")
         self.loaded.append(model)
         return model
 
-    def gpu_unavailable_reason(self, file: Path) -> str:
-        return self.lacks
+    def gpu_unavailable_reason(self, file: Path) -> str | None:
+        return self.lacks or None
 
-    def lacks_engines(self) -> str:
-        return "" if self.engines else super().lacks_engines()
+    def tensorrt_unavailable_reason(self) -> str | None:
+        return None if self.engines else super().tensorrt_unavailable_reason()
 
     def _engine(self, wish: str, folder: Path) -> str:
         """What the engine does; the file says how it is built where it is not there."""

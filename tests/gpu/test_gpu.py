@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inferpool.backends.base import DeviceModel, LoadOptions, find_backend
+from inferpool.backends.base import DeviceModel, GpuOptions, LoadOptions
+from inferpool.backends.registry import find_backend
 from inferpool.observe.gpu_metrics import gpu_readings
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.load.gpu.graph_capture import capture
@@ -23,7 +24,8 @@ from onnx import TensorProto, helper
 from tests.conftest import Serve
 from tests.server import ROOT
 
-pytestmark = pytest.mark.skipif(bool(cuda_driver().fault()), reason=f"needs a GPU: {cuda_driver().fault()}")
+NO_GPU = cuda_driver().unavailable_reason()
+pytestmark = pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
 
 DIGITS = ROOT / "models" / "digits"
 node = helper.make_node
@@ -271,14 +273,14 @@ def test_a_model_of_pytorch_gives_its_memory_back_with_its_graphs(tmp_path: Path
     torch = pytorch()
     networks = importlib.import_module("tests.backends.torch.networks")
     file = networks.save_exported(tmp_path / "m.pt2", networks.digits(), torch.rand(2, 1, 8, 8))
-    options = LoadOptions(device="cuda:0", trusted=True, graphs=True)
+    options = LoadOptions(device="cuda:0", trusted=True, gpu=GpuOptions(graphs=True))
 
     def used_by(rows: int) -> tuple[int, int]:
         """Bytes in use while a model is there that has run so many rows, and after."""
         model = find_backend("torch").load(file, options)
         assert isinstance(model, DeviceModel)
         capture(model, BatchBuckets((rows // 2, rows)), [], time.monotonic)
-        assert model.graphs is True, model.graphs
+        assert model.graphs.ok, model.graphs
         during = used_bytes()
         model.close()
         return during, used_bytes()

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inferpool.backends.base import DeviceModel, LoadOptions, find_backend
-from inferpool.backends.onnx.gpu.tensorrt import lacks_tensorrt
+from inferpool.backends.base import DeviceModel, GpuOptions, LoadOptions
+from inferpool.backends.onnx.gpu.tensorrt import tensorrt_unavailable_reason
+from inferpool.backends.registry import find_backend
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.load.gpu.graph_capture import capture
 from inferpool.system.gpus import cuda_driver
@@ -22,7 +23,8 @@ from onnx import TensorProto, helper
 from tests.conftest import Serve
 from tests.gpu.test_gpu import DIGITS, copy_digits, images, node, value, write
 
-pytestmark = pytest.mark.skipif(bool(cuda_driver().fault()), reason=f"needs a GPU: {cuda_driver().fault()}")
+NO_GPU = cuda_driver().unavailable_reason()
+pytestmark = pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
 
 
 def answer(server: Any, model: str, rows: Any) -> Any:
@@ -106,10 +108,10 @@ def test_captures_beside_other_runs_break_neither() -> None:
     thread.start()
     try:
         for _ in range(5):
-            model = backend.load(file, LoadOptions("cuda:0", graphs=True))
+            model = backend.load(file, LoadOptions("cuda:0", gpu=GpuOptions(graphs=True)))
             assert isinstance(model, DeviceModel)
             capture(model, BatchBuckets([1, 2, 4, 8, 16, 32]), [], time.monotonic)
-            assert model.graphs is True
+            assert model.graphs.ok
             model.close()
     finally:
         ended.set()
@@ -119,7 +121,7 @@ def test_captures_beside_other_runs_break_neither() -> None:
     assert len(runs) > 5
 
 
-@pytest.mark.skipif(bool(lacks_tensorrt()), reason=lacks_tensorrt())
+@pytest.mark.skipif(bool(tensorrt_unavailable_reason()), reason=str(tensorrt_unavailable_reason()))
 def test_tensorrt_takes_over_from_cuda(serve: Serve, tmp_path: Path) -> None:
     """While its engine is built, CUDA answers."""
     repository = tmp_path / "repository"

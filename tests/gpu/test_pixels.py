@@ -20,7 +20,8 @@ from PIL import Image
 from tests.conftest import Serve
 from tests.gpu.test_gpu import node, pytorch, value, write
 
-pytestmark = pytest.mark.skipif(bool(cuda_driver().fault()), reason=f"needs a GPU: {cuda_driver().fault()}")
+NO_GPU = cuda_driver().unavailable_reason()
+pytestmark = pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
 
 COLOURS = "[image]\nsize = [24, 20]\nmean = [0.485, 0.456, 0.406]\nstd = [0.229, 0.224, 0.225]\n"
 GREY = '[image]\nmode = "grey"\nsize = [8, 8]\nmean = 0.5\nstd = 0.25\n'

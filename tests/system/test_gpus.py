@@ -18,7 +18,7 @@ from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog import FAILED, READY
 from inferpool.repository.repository import Repository
 from inferpool.settings import Settings
-from inferpool.system.gpus import Gpu, check_cuda, check_devices, cuda_driver, place
+from inferpool.system.gpus import Gpu, check_cuda, check_devices, choose_devices, cuda_driver
 
 from tests.conftest import Serve
 from tests.fake_gpu import FakeBackend, FakeCard, FakeDriver, expected, nvml
@@ -27,8 +27,8 @@ from tests.server import ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"
 KEY = VersionKey("m", 1)
-NO_DRIVER = "no NVIDIA driver is to be found"
-has_driver = not cuda_driver().fault()
+NO_DRIVER = "no NVIDIA driver was found"
+has_driver = cuda_driver().unavailable_reason() is None
 without_driver = pytest.mark.skipif(has_driver, reason="this machine has an NVIDIA driver")
 
 
@@ -38,10 +38,10 @@ without_driver = pytest.mark.skipif(has_driver, reason="this machine has an NVID
         (["gpu"], '"gpu" is no device'),
         (["cuda"], '"cuda" is no device'),
         (["cuda:01"], '"cuda:01" is no device'),
-        (["cuda:0", "cpu"], "stand alone"),
-        (["auto", "cuda:0"], "stand alone"),
+        (["cuda:0", "cpu"], "cannot be combined"),
+        (["auto", "cuda:0"], "cannot be combined"),
         (["cuda:1", "cuda:1"], "twice"),
-        ([], "at least one"),
+        ([], "no device is given"),
     ],
 )
 def test_what_is_no_device_is_refused(devices: list[str], fault: str) -> None:
@@ -64,14 +64,14 @@ def test_auto_is_every_gpu_there_is_and_a_named_one_is_taken(
     wanted: tuple[str, ...], driver: FakeDriver, lacks: str, devices: tuple[str, ...]
 ) -> None:
     check_devices(wanted)
-    assert place(wanted, driver, lambda: lacks) == devices
+    assert choose_devices(wanted, driver, lambda: lacks) == devices
 
 
 @pytest.mark.parametrize(
     ("driver", "lacks", "fault"),
     [
-        (FakeDriver(2), "the runtime is for CPUs", "is to run on cuda:2, but the runtime is for CPUs"),
-        (FakeDriver(0, "there is no driver"), "", "is to run on cuda:2, but there is no driver"),
+        (FakeDriver(2), "the runtime is for CPUs", "is configured for cuda:2, but the runtime is for CPUs"),
+        (FakeDriver(0, "there is no driver"), "", "is configured for cuda:2, but there is no driver"),
         (FakeDriver(2), "", "no cuda:2: this process sees cuda:0, cuda:1; CUDA_VISIBLE_DEVICES is '4,7'"),
     ],
 )
@@ -80,7 +80,7 @@ def test_a_named_gpu_that_is_missing_is_an_error_that_says_why(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     with pytest.raises(LoadError) as error:
-        place(("cuda:2",), driver, lambda: lacks)
+        choose_devices(("cuda:2",), driver, lambda: lacks)
     assert fault in str(error.value)
 
 
@@ -88,7 +88,7 @@ def test_a_named_gpu_that_is_missing_is_an_error_that_says_why(
     ("driver", "fault"),
     [
         (FakeDriver(0, "no driver"), "no driver"),
-        (FakeDriver(1, cuda=(12, 8)), r"up to 12\.8, and it is built for CUDA 13\.0: it needs driver 580"),
+        (FakeDriver(1, cuda=(12, 8)), r"up to 12\.8, but it is built for CUDA 13\.0: install driver 580"),
     ],
 )
 def test_an_old_driver_is_told_from_a_missing_one(driver: FakeDriver, fault: str) -> None:
@@ -182,7 +182,7 @@ def test_what_tf32_changes_is_measured_and_shown(load: Load) -> None:
     assert view(repository).gpu.precision == (
         "TF32; its outputs differ from those of FP32 by 0.0001 of their scale at the most"
     )
-    serving = [model.options.tf32 for model in FakeBackend.loaded if not model.closed]
+    serving = [model.options.gpu.tf32 for model in FakeBackend.loaded if not model.closed]
     assert serving == [True] * 4
 
 
@@ -190,7 +190,7 @@ def test_graphs_are_captured_by_each_instance_before_it_is_ready(load: Load) -> 
     """For all rungs, from the largest, on the thread that runs it; what it was measured with has none."""
     FakeBackend.captures = "well"
     repository = load()
-    assert view(repository).gpu.graphs is True
+    assert view(repository).gpu.graphs.ok
     serving = [model for model in FakeBackend.loaded if not model.closed]
     assert [[rows for _, rows in model.captured] for model in serving] == [[32, 16, 8, 4, 2, 1]] * 4
     threads = [{thread for thread, _ in model.captured} for model in serving]
@@ -202,15 +202,15 @@ def test_graphs_that_answer_wrongly_are_given_up_and_told(load: Load) -> None:
     FakeBackend.captures = "wrong"
     repository = load()
     assert view(repository).state == READY
-    assert 'output "sum" differs' in view(repository).gpu.graphs
-    assert view(repository).gpu.graphs.endswith("when a run of 32 rows is replayed")
+    assert 'output "sum" differs' in view(repository).gpu.graphs.reason
+    assert view(repository).gpu.graphs.reason.endswith("when a run of 32 rows is replayed")
 
 
 def test_graphs_can_be_turned_off(load: Load) -> None:
     FakeBackend.captures = "well"
     repository = load("[gpu]\ngraphs = false")
-    assert view(repository).gpu.graphs == "its runtime has none here"
-    assert not any(model.options.graphs or model.captured for model in FakeBackend.loaded)
+    assert view(repository).gpu.graphs.reason == "its runtime has none here"
+    assert not any(model.options.gpu.graphs or model.captured for model in FakeBackend.loaded)
 
 
 def test_what_fp16_changes_is_measured_on_made_up_rows_and_on_samples(load: Load, tmp_path: Path) -> None:
@@ -231,11 +231,11 @@ def test_what_fp16_changes_is_measured_on_made_up_rows_and_on_samples(load: Load
     assert shown.gpu.difference.absolute == pytest.approx(4.5, rel=0.4)
     assert shown.gpu.difference.changed == 0
     assert shown.batching.enabled
-    assert [model.options.fp16 for model in FakeBackend.loaded] == [True, False, *[True] * 4]
-    [kept] = {model.options.kept for model in FakeBackend.loaded}
+    assert [model.options.gpu.fp16 for model in FakeBackend.loaded] == [True, False, *[True] * 4]
+    [kept] = {model.options.gpu.cache_dir for model in FakeBackend.loaded}
     assert kept is not None
     assert (kept.parent, kept.name[:2]) == (tmp_path / "cache", "m-")
-    assert [model.options.fp16 for model in FakeBackend.loaded if not model.closed] == [True] * 4
+    assert [model.options.gpu.fp16 for model in FakeBackend.loaded if not model.closed] == [True] * 4
 
 
 def test_a_sample_is_held_against_the_model_as_it_serves(load: Load, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_fp16_that_loses_numbers_fails_the_version_and_says_so(load: Load) -> No
 
 
 def test_without_memory_for_fp32_the_difference_is_not_known_and_said_so(load: Load) -> None:
-    FakeBackend.fails = lambda options: not options.fp16
+    FakeBackend.fails = lambda options: not options.gpu.fp16
     shown = view(load("[gpu]\nfp16 = true"))
     assert (shown.state, shown.gpu.difference) == (READY, None)
     assert shown.gpu.precision == (
@@ -275,7 +275,7 @@ def test_without_memory_for_fp32_the_difference_is_not_known_and_said_so(load: L
 def test_on_the_cpu_fp16_means_nothing(load: Load) -> None:
     repository = load("[gpu]\nfp16 = true", devices=("cpu",))
     assert view(repository).state == READY
-    assert not any(model.options.fp16 for model in FakeBackend.loaded)
+    assert not any(model.options.gpu.fp16 for model in FakeBackend.loaded)
 
 
 def test_auto_is_the_cpu_where_the_runtime_knows_no_gpu(load: Load, caplog: pytest.LogCaptureFixture) -> None:
@@ -380,7 +380,7 @@ def test_without_a_driver_there_are_no_readings_and_no_error(caplog: pytest.LogC
 
 
 @without_driver
-@pytest.mark.parametrize(("model", "missing"), [("digits", "is the one for CPUs"), ("fake", NO_DRIVER)])
+@pytest.mark.parametrize(("model", "missing"), [("digits", "is built for CPUs only"), ("fake", NO_DRIVER)])
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_failure(
     model: str, missing: str, serve: Serve, tmp_path: Path
 ) -> None:
@@ -400,12 +400,12 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_failure(
     server = serve(repository, "--devices", "cuda:0", PYTHONPATH=f"{ROOT}:{FAKE}")
     version = server.get("/models/wanted/1").json()
     assert (version["state"], version["instances"]) == ("failed", [])
-    assert version["reason"].startswith("it is to run on cuda:0, but ")
+    assert version["reason"].startswith("the model is configured for cuda:0, but ")
     assert missing in version["reason"]
     assert server.get("/models/neighbour/1").json()["instances"][0]["device"] == "cpu"
     assert server.post("/predict/wanted", json={"inputs": [[0, 0, 0, 0]]}).status_code == 503
 
 
 def test_a_setting_that_names_no_device_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="stand alone"):
+    with pytest.raises(AssertionError, match="cannot be combined"):
         Server(tmp_path, ["--devices", "cpu,cuda:0"])

@@ -1,34 +1,31 @@
-"""What the pool needs of a runtime: a file becomes a loaded model, a loaded model runs tensors.
+"""The interfaces between the pool and a runtime.
 
-A backend is found by name or by the file's suffix. The built-in ones are imported when first needed,
-so a server without torch, or without ONNX Runtime, still starts; others may be installed beside
-Inferpool under the entry-point group `inferpool.backends`.
+A `Backend` turns a file into a `LoadedModel`. A `LoadedModel` turns input tensors into output tensors.
+`inferpool.backends.registry` finds the backend of a file.
 """
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
 
-from inferpool.errors import LoadError
+from inferpool.errors import Reason, Verdict
 from inferpool.pixel_table import Normalisation
 from inferpool.tensors import Signature, Tensors
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHint:
-    """What the owner of a model says of one input or output; None is left to the file.
+    """The description of one input or output in `model.toml`. A field that is None is read from the file.
 
     Attributes:
-        name: as requests spell it.
+        name: the name that requests use.
         datatype: a key of `inferpool.tensors.DTYPES`.
-        shape: one size a dimension, -1 where it may vary.
+        shape: one size for each dimension; -1 marks a dimension of any size.
     """
 
     name: str
@@ -37,16 +34,16 @@ class TensorHint:
 
 
 CpuNodes: TypeAlias = Literal["none", "shapes", "any"]
-"""Which nodes of a model on a GPU may run on the CPU: none, arithmetic with shapes, whatever has to."""
+"""The nodes of a GPU model that may run on the CPU: none, arithmetic with shapes, or any node."""
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """What TensorRT makes of a model for one kind of GPU.
+class TensorRTPlan:
+    """A plan that TensorRT builds from a model for one kind of GPU ("engine" in TensorRT's documents).
 
     Attributes:
-        folder: where its files are; it is built into an empty one.
-        shapes: the inputs whose number of rows varies, with the largest shape of each.
+        folder: the folder of the plan's files. A load with an empty folder builds the plan.
+        shapes: the inputs with a variable number of rows, each with its largest shape.
     """
 
     folder: Path
@@ -54,26 +51,45 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuOptions:
+    """The part of `LoadOptions` that matters on a GPU.
+
+    Attributes:
+        cpu_nodes: the nodes that may run on the CPU all the same.
+        tf32: whether matrix products of FP32 may round to TF32.
+        fp16: whether FP32 weights and operations become FP16. Inputs and outputs keep their datatypes.
+        memory_bytes: the most memory that the runtime may take for this copy; None sets no limit.
+        graphs: whether the caller will call `DeviceModel.capture`, if the runtime supports CUDA graphs.
+        cache_dir: a folder in which a backend may cache files that it derives from this model file. The
+            folder depends on the file's content, may not exist yet and may be read-only. None disables
+            the cache.
+        tensorrt: the TensorRT plan that runs the model; None runs it without TensorRT.
+        normalisation: how the GPU normalises the pixels of an input; None if no pixels are sent.
+    """
+
+    cpu_nodes: CpuNodes = "none"
+    tf32: bool = False
+    fp16: bool = False
+    memory_bytes: int | None = None
+    graphs: bool = False
+    cache_dir: Path | None = None
+    tensorrt: TensorRTPlan | None = None
+    normalisation: Normalisation | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a model is to be loaded.
+    """How to load a model.
 
     Attributes:
         device: `cpu` or `cuda:N`.
-        threads: threads that one run may use (at least 1).
-        inputs: the inputs as the owner describes them, for files that do not say what they take.
-        outputs: the outputs, likewise; for files that do not name them, in their order.
-        samples: the inputs of each golden sample as they are written: nested lists, by name or bare.
-        trusted: files that can run code when they are loaded may do so, whoever made them.
-        sha256: SHA-256 digests, in lower-case hexadecimal, of files that may do so in any case.
-        cpu_nodes: on a GPU, what may run on the CPU all the same.
-        tf32: on a GPU, matrix products of FP32 may be rounded as TF32.
-        fp16: weights and operations of FP32 become FP16; inputs and outputs keep their datatypes.
-        memory_bytes: on a GPU, the most that the runtime may take for this copy; None is all there is.
-        graphs: on a GPU, `capture` will be called where the runtime has that.
-        kept: a folder of this file's content alone, where a backend may keep what it makes of it; None
-            where there is none. It need not be there yet, nor be one that can be written to.
-        engine: on a GPU, the engine of TensorRT that is to run it; None is as the runtime runs it itself.
-        normalise: on a GPU, how it is to normalise the pixels of an input itself; None where none come.
+        threads: the number of threads that one run may use (at least 1).
+        inputs: the owner's description of the inputs, for files that do not describe them.
+        outputs: the owner's description of the outputs in their order, for files that do not name them.
+        samples: the inputs of each golden sample, as its JSON has them: nested lists, by name or bare.
+        trusted: whether any file that can run code during its load may do so.
+        sha256: SHA-256 digests (lower-case hexadecimal) of the files that may run code during their load.
+        gpu: what holds on a GPU only.
     """
 
     device: str = "cpu"
@@ -83,26 +99,23 @@ class LoadOptions:
     samples: tuple[Any, ...] = ()
     trusted: bool = False
     sha256: frozenset[str] = frozenset()
-    cpu_nodes: CpuNodes = "none"
-    tf32: bool = False
-    fp16: bool = False
-    memory_bytes: int | None = None
-    graphs: bool = False
-    kept: Path | None = None
-    engine: Engine | None = None
-    normalise: Normalisation | None = None
+    gpu: GpuOptions = GpuOptions()
+
+    def with_gpu(self, **changes: Any) -> LoadOptions:
+        """A copy with these fields of `gpu` changed; raises TypeError for an unknown field."""
+        return replace(self, gpu=replace(self.gpu, **changes))
 
 
 class LoadedModel(ABC):
-    """A model in memory. `run` may be called from several threads at once and releases the GIL.
+    """A model in memory. Several threads may call `run` at once; `run` releases the GIL.
 
     Attributes:
-        signature: what it takes and gives.
-        form: which of the backend's kinds of model it is, in a few words; empty where there is one kind.
-        max_rows: the largest batch that it takes, by its own account; None where it does not say.
-        cpu_nodes: of a model on a GPU, how many nodes of each kind run on the CPU.
-        rounding: the datatype that its sums are rounded to where that is coarser than its outputs' own;
-            empty elsewhere. Whoever loads a model sets it, by what was asked for.
+        signature: the inputs and outputs.
+        form: the kind of model in a few words, for a backend with several kinds; else empty.
+        max_rows: the largest batch that the model declares; None if it declares none.
+        cpu_nodes: for a model on a GPU, the number of nodes of each kind that run on the CPU.
+        rounding: the datatype that intermediate sums are rounded to, if it is coarser than the outputs'
+            own; else empty. The loader sets it from the options.
     """
 
     signature: Signature
@@ -113,141 +126,94 @@ class LoadedModel(ABC):
 
     @abstractmethod
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Compute `outputs` (all of them when None) from `inputs`; raises whatever the runtime raises.
+        """Compute `outputs` (None: all of them) from `inputs`; raises whatever the runtime raises.
 
-        The inputs match the signature already; optional ones may be absent. The caller does not
-        change `inputs` afterwards and owns what is returned.
+        The inputs already match the signature; optional inputs may be absent. The caller does not
+        change `inputs` afterwards and owns the returned tensors.
         """
 
-    def begin(self) -> None:  # noqa: B027 - most have nothing to do
-        """Get ready on the thread that runs it from here on, before its first batch.
+    def begin(self) -> None:  # noqa: B027 - most models have nothing to do
+        """Prepare the calling thread, which runs the model from now on, before its first batch.
 
-        Called by an instance's thread when it starts, and by the one that takes its place if it dies.
+        An instance's thread calls this when it starts. Its replacement calls it again after a crash.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give back memory and devices; no run is under way and none follows."""
+        """Free memory and devices. No run is in progress and none follows."""
+
+
+REPLAYED: Final = Verdict(True, "runs are replayed from CUDA graphs")
+"""The value of `DeviceModel.graphs` after a successful capture."""
 
 
 class DeviceModel(LoadedModel):
-    """A model on a GPU, with memory of its own for inputs and outputs: one thread runs it at a time.
+    """A model on a GPU with its own memory for inputs and outputs. One thread runs it at a time.
 
-    Every instance has one of its own, so that the copies of one overlap the runs of another. Where the
-    device has no memory left for a run, it raises OutOfMemory.
+    Each instance has its own copy, so that the copies of one instance overlap the runs of another.
+    `run` and `run_padded` raise OutOfMemory if the device has too little memory for the run.
 
     Attributes:
-        graphs: whether runs that repeat are replayed from CUDA graphs, or why they are not; it is known
-            once every batch size has run.
-        capturable: whether it is worth loading with `LoadOptions.graphs`, and calling `capture` then.
-        first: what `begin` does: see there.
-        normalises: whether an input may come as pixels too, as `LoadOptions.normalise` says, or why not.
+        graphs: whether repeated runs are replayed from CUDA graphs. Final once every batch size has run.
+        can_capture: whether loading with `GpuOptions.graphs` and calling `capture` can pay off.
+        takes_pixels: whether an input may also arrive as pixels, as `GpuOptions.normalisation` describes.
     """
 
-    graphs: bool | str = "its runtime has none here"
-    capturable: bool = False
-    first: Callable[[], None] | None = None
-    normalises: bool | str = "its runtime cannot"
-
-    def begin(self) -> None:
-        """Do what is to be done first."""
-        if self.first is not None:
-            self.first()
+    graphs: Verdict = Verdict(False, "its runtime has none here")
+    can_capture: bool = False
+    takes_pixels: Verdict = Verdict(False, "its runtime cannot")
 
     def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
-        """Run as `run_padded`, or as `run` where `rows` is None; such runs of this thread are replayed after.
+        """Run like `run_padded` (or like `run` if `rows` is None), and capture the run as a CUDA graph.
 
-        Only of a model that was loaded for it. Raises whatever keeps the run from being captured.
+        Later runs of the same shape on this thread are replayed. Requires a model that was loaded with
+        `GpuOptions.graphs`. Raises whatever prevents the capture.
         """
         raise NotImplementedError
 
-    def uncapture(self, reason: str) -> None:
-        """Run everything as it is from here on, and say that it is for `reason`."""
+    def uncapture(self, reason: Reason) -> None:
+        """Drop all graphs and run without graphs from now on, because of `reason`."""
         raise NotImplementedError
 
     @abstractmethod
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
     ) -> Tensors:
-        """Compute `outputs` of the rows of all `parts`, one below the other, in a run of `rows` rows.
+        """Concatenate the rows of all `parts`, pad them to `rows` rows and compute `outputs`.
 
-        The rows that are missing are zeros, or empty texts, and are cut off the outputs again. Every input
-        and output has the rows along its first dimension: only of models for which that has been proven.
+        Padding rows are zeros or empty texts; their outputs are cut off. The first dimension of every
+        input and output must be the rows, so the caller must have proven that the model can be batched.
         """
 
 
 class Backend(ABC):
-    """A runtime. Subclasses are stateless and made without arguments."""
+    """A runtime. Subclasses hold no state and have a constructor without arguments."""
 
     name: str
     suffixes: tuple[str, ...]
 
     @abstractmethod
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
-        """Load `file`; raises LoadError with a sentence that says what is wrong with it."""
+        """Load `file`. Raises LoadError, whose text says what is wrong with the file.
 
-    def gpu_unavailable_reason(self, file: Path) -> str:
-        """Why `file` cannot run on a GPU, whatever the machine has; "" if it can.
+        For a device `cuda:N` the result is a DeviceModel, if the backend supports GPUs.
+        """
 
-        The end of a sentence: `the backend chaos runs models on the CPU only`. Where it can, `load` gives
-        a DeviceModel for a device `cuda:N`.
+    def gpu_unavailable_reason(self, file: Path) -> Reason | None:
+        """Why this backend cannot run `file` on any GPU; None if it can.
+
+        The reason reads as the end of a sentence: `the backend chaos runs models on the CPU only`.
         """
         return f"the backend {self.name} runs models on the CPU only"
 
-    def lacks_engines(self) -> str:
-        """Why no model of this backend can be loaded with an engine of TensorRT here; "" if one may be."""
-        return f"the backend {self.name} runs no engines of TensorRT"
+    def tensorrt_unavailable_reason(self) -> Reason | None:
+        """Why this backend cannot run a TensorRT plan here; None if it can."""
+        return f"the backend {self.name} does not use TensorRT"
 
-    def engine_version(self) -> str:
-        """The versions that engines are good for, and no others; it `lacks_engines` for no reason."""
+    def tensorrt_version(self) -> str:
+        """The versions that a TensorRT plan depends on. Requires that TensorRT is available."""
         return self.describe()
 
     @abstractmethod
     def describe(self) -> str:
         """The runtime and its version, for logs and `build_info`: `onnxruntime 1.31.1`."""
-
-
-_BUILT_IN: Final = {
-    "onnx": ("inferpool.backends.onnx.backend", "OnnxBackend", (".onnx",)),
-    "torch": ("inferpool.backends.torch.backend", "PyTorchBackend", (".pt", ".pt2")),
-}
-ENTRY_POINT_GROUP: Final = "inferpool.backends"
-
-
-def backend_names() -> tuple[str, ...]:
-    """Every backend that can be asked for by name, whether or not its runtime is installed."""
-    installed = (point.name for point in entry_points(group=ENTRY_POINT_GROUP))
-    return (*_BUILT_IN, *installed)
-
-
-def find_backend(name: str) -> Backend:
-    """The backend of this name; raises LoadError if there is none or its runtime is not installed."""
-    if name in _BUILT_IN:
-        module, attribute, _ = _BUILT_IN[name]
-        backend: Backend = getattr(importlib.import_module(module), attribute)()
-        return backend
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name == name:
-            found: Backend = point.load()()
-            return found
-    raise LoadError(f'no backend is called "{name}"; there are {", ".join(backend_names())}')
-
-
-def describe_backends() -> dict[str, str]:
-    """The runtime and version of every backend by name; `not installed` if its runtime is missing."""
-    described = {}
-    for name in backend_names():
-        try:
-            described[name] = find_backend(name).describe()
-        except LoadError:
-            described[name] = "not installed"
-    return described
-
-
-def backends_by_suffix() -> dict[str, str]:
-    """File suffix to backend name, for every backend."""
-    suffixes = {suffix: name for name, (_, _, listed) in _BUILT_IN.items() for suffix in listed}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        for suffix in point.load().suffixes:
-            suffixes.setdefault(suffix, point.name)
-    return suffixes

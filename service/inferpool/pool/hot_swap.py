@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inferpool.backends.base import DeviceModel
+from inferpool.errors import Verdict
 from inferpool.tensors import Tensors
 
 
@@ -24,13 +25,13 @@ class HotSwapModel(DeviceModel):
         self.max_rows = model.max_rows
         self.cpu_nodes = model.cpu_nodes
         self.rounding = model.rounding
-        self.capturable = model.capturable
+        self.can_capture = model.can_capture
         self._model = model
         self._offered: DeviceModel | None = None
         self._empty_outputs: Tensors | None = None
 
     @property
-    def graphs(self) -> bool | str:  # type: ignore[override]
+    def graphs(self) -> Verdict:  # type: ignore[override]
         """Whether the model that runs now replays CUDA graphs, or why not."""
         return self._model.graphs
 

@@ -12,7 +12,7 @@ from typing import Final, Literal, Protocol, TypeAlias, get_args
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.labels import LabelsCodec
 from inferpool.codecs.text import TextCodec
-from inferpool.errors import ModelNotFound, NotReady, Reason, VersionNotFound
+from inferpool.errors import ModelNotFound, NotReady, Reason, Verdict, VersionNotFound
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.padding import Padding
 from inferpool.pool.ports import VersionKey
@@ -82,7 +82,7 @@ class GpuView:
     padding: str
     precision: str
     difference: RoundingDifference | None
-    graphs: bool | str
+    graphs: Verdict
     pixels: str | None = None
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from inferpool.backends.base import backends_by_suffix
+from inferpool.backends.registry import backends_by_suffix
 from inferpool.errors import InferpoolError, Reason
 from inferpool.observe.metrics import Metrics, Sample
 from inferpool.pool.ports import Outbox, VersionKey

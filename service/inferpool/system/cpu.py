@@ -18,17 +18,19 @@ _LARGEST_KEPT_BYTES = 32 * 2**20
 _KEPT_BYTES = 128 * 2**20
 
 
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the next request; False if the C library is not glibc.
+def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
+    """Make glibc keep up to `most_bytes` of freed memory for the next request.
 
     By default glibc maps every block of 128 KiB or more from the kernel and returns it when it is freed. Each
     body or batch of that size then costs page faults, which for a request of 600 KB take longer than
-    everything else. After this call the process keeps at most 128 MiB of free memory. Source: mallopt(3).
+    everything else. Source: mallopt(3).
+
+    Returns False, and changes nothing, if a `MALLOC_*` variable is set or the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, most_bytes))
 
 
 def usable_cores(root: Path = _ROOT) -> int:

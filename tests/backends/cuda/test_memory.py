@@ -52,7 +52,7 @@ def opened(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def test_the_driver_tells_of_every_card_in_its_own_order(opened: list[str]) -> None:
     driver = _CudaDriver()
     assert opened == []
-    assert (driver.fault(), driver.cuda()) == ("", (13, 2))
+    assert (driver.unavailable_reason(), driver.cuda()) == (None, (13, 2))
     first = "00102030-4050-6070-8090-a0b0c0d0e0f0"
     second = "01112131-4151-6171-8191-a1b1c1d1e1f1"
     assert driver.gpus() == [
@@ -76,7 +76,7 @@ def test_a_driver_that_cannot_be_used_says_why(
     monkeypatch.setenv("FAKE_CUINIT", status)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     driver = _CudaDriver()
-    assert driver.fault() == fault
+    assert driver.unavailable_reason() == fault
     assert driver.gpus() == []
 
 

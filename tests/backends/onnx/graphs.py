@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from inferpool.tensors import Array
-
 import onnx
+from inferpool.tensors import Array
 from onnx import TensorProto, helper
 
 OPSETS: Final = {"": 21, "ai.onnx.ml": 3}

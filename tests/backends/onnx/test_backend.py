@@ -23,8 +23,8 @@ from inferpool.backends.onnx.load_errors import UNNAMED_ELEMENTS
 from inferpool.backends.onnx.signature import DATATYPES
 from inferpool.errors import LoadError
 from inferpool.tensors import ANY, DTYPES, JSON, Array, TensorSpec
-
 from onnx import TensorProto, helper
+
 from tests.backends.onnx import graphs
 from tests.backends.onnx.graphs import bf16, constant, identity, model, tensor_type, value, value_of
 
@@ -590,8 +590,8 @@ def custom(domain: str, **opsets: int) -> bytes:
     ("content", "reason"),
     [
         (b"", r"model\.onnx is empty"),
-        (b"nothing like a model", r"model\.onnx is not an ONNX model, or not the whole of one"),
-        (GOOD[: len(GOOD) // 2], r"model\.onnx is not an ONNX model, or not the whole of one"),
+        (b"nothing like a model", r"model\.onnx is not an ONNX model, or is incomplete"),
+        (GOOD[: len(GOOD) // 2], r"model\.onnx is not an ONNX model, or is incomplete"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
             r"model\.onnx is a Git LFS pointer, not the model: run git lfs pull",
@@ -629,7 +629,7 @@ def test_a_file_that_does_not_load_has_a_reason_of_one_line(
 
 
 def test_a_file_that_is_none_has_a_reason(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=r"^missing\.onnx is not there$"):
+    with pytest.raises(LoadError, match=r"^missing\.onnx does not exist$"):
         OnnxBackend().load(tmp_path / "missing.onnx", LoadOptions())
     (tmp_path / "folder.onnx").mkdir()
     with pytest.raises(LoadError, match=r"^folder\.onnx is a folder, not a file$"):

@@ -13,11 +13,11 @@ import numpy as np
 import onnxruntime
 import pytest
 from inferpool.tensors import DTYPES
+from onnx import TensorProto, helper
 from skl2onnx import to_onnx
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 
-from onnx import TensorProto, helper
 from tests.backends.onnx import graphs
 from tests.backends.onnx.graphs import bf16, constant, identity, model, put, tensor_type, value, value_of
 from tests.server import Server

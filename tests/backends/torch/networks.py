@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import onnx
-from onnx import numpy_helper
-
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 ROOT: Final = Path(__file__).parents[3]

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from inferpool.backends.base import LoadedModel, LoadOptions, TensorHint
 from inferpool.backends.torch.backend import PyTorchBackend
 from inferpool.errors import LoadError
+from torch import nn
 
-import torch
 from tests.backends.torch.networks import configure, described, eager, export, quiet
 from tests.backends.torch.test_backend import longest_standstill
 from tests.clients import Client, with_clients
 from tests.conftest import Serve
-from torch import nn
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
@@ -150,9 +150,9 @@ def test_arguments_by_place_have_the_names_of_the_description_or_the_sample(pack
         ("scale", "FP32", (-1,)),
         ("mask", "BOOL", (-1, 256)),
     ]
-    with pytest.raises(LoadError, match='takes 1 inputs by their place, and 2 are described: "a", "b"'):
+    with pytest.raises(LoadError, match='takes 1 positional inputs, but 2 are described: "a", "b"'):
         load(package, TensorHint("a"), TensorHint("b"))
-    with pytest.raises(LoadError, match=r'all of the input "input_0", "scale", "mask"'):
+    with pytest.raises(LoadError, match=r'fully describe the input "input_0", "scale", "mask"'):
         load(package)
 
 

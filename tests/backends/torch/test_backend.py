@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -18,12 +20,10 @@ from inferpool.backends.torch.backend import PyTorchBackend
 from inferpool.backends.torch.model import to_array, to_tensor
 from inferpool.errors import LoadError
 from inferpool.tensors import DTYPES
+from torch import nn
 
-import torch
-import torch.nn.functional as F
 from tests.backends.torch import networks
 from tests.backends.torch.networks import save_exported, save_scripted, save_traced
-from torch import nn
 
 SCRIPT = "TorchScript (deprecated by PyTorch)"
 PROGRAM = "exported program"
@@ -146,7 +146,7 @@ def test_outputs_without_names_are_named_as_described(tmp_path: Path) -> None:
         ("more", (-1, 4)),
         ("twice", (-1, -1)),
     ]
-    with pytest.raises(LoadError, match=r'gives "output_0", "output_1"; model.toml describes "only"'):
+    with pytest.raises(LoadError, match=r'returns "output_0", "output_1"; model.toml describes "only"'):
         load(file, x(-1, 4), outputs=(TensorHint("only"),))
 
 
@@ -249,7 +249,7 @@ def test_an_argument_that_is_no_tensor_is_refused_by_name(tmp_path: Path) -> Non
         def forward(self, x: torch.Tensor, times: int) -> torch.Tensor:
             return x * times
 
-    with pytest.raises(LoadError, match='the argument "times" of forward is int; only tensors'):
+    with pytest.raises(LoadError, match='the argument "times" of forward is int, but only tensors'):
         load(save_scripted(tmp_path / "m.pt", Module()))
 
 
@@ -265,7 +265,7 @@ def test_an_output_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
 def test_a_datatype_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="complex64, which cannot be sent"):
         exported(tmp_path, torch.fft.rfft, torch.rand(2, 4))
-    with pytest.raises(LoadError, match='input "x" is BYTES, which PyTorch does not have'):
+    with pytest.raises(LoadError, match='input "x" is BYTES, which PyTorch does not support'):
         load(save_scripted(tmp_path / "m.pt", Identity()), x(-1, datatype="BYTES"))
 
 

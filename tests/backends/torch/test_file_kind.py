@@ -9,13 +9,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from inferpool.backends.base import LoadOptions, describe_backends, find_backend
+import torch
+from inferpool.backends.base import LoadOptions
+from inferpool.backends.registry import describe_backends, find_backend
 from inferpool.backends.torch.backend import PyTorchBackend
 from inferpool.errors import LoadError
-
-import torch
-from tests.backends.torch.networks import quiet, save_exported, save_scripted
 from torch import nn
+
+from tests.backends.torch.networks import quiet, save_exported, save_scripted
 
 
 def digest(file: Path) -> str:
@@ -53,18 +54,21 @@ def test_a_listed_digest_trusts_that_file_only(tmp_path: Path) -> None:
     listed = LoadOptions(sha256=frozenset({digest(file)}))
     assert PyTorchBackend().load(file, listed).signature.inputs[0].shape == (-1, 3)
     other = save_exported(tmp_path / "other.pt2", nn.Linear(3, 2), torch.rand(2, 3))
-    with pytest.raises(LoadError, match=r"the digests in model\.toml are of other files"):
+    with pytest.raises(LoadError, match=r"the digests in model\.toml belong to other files"):
         PyTorchBackend().load(other, listed)
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "has written whole"),
-        (b"PK\x03\x04 cut off", "has written whole"),
-        (pickle.dumps({"weight": 1}), "has written whole"),
+        (b"", "is not a complete file"),
+        (b"PK\x03\x04 cut off", "is not a complete file"),
+        (pickle.dumps({"weight": 1}), "is not a complete file"),
         (None, "holds weights without a model"),
-        ({"something/else.txt": b""}, "none of TorchScript, exported program and AOTInductor package"),
+        (
+            {"something/else.txt": b""},
+            "is not a TorchScript file, an exported program or an AOTInductor package",
+        ),
         ({"m/models/model.json": b"{"}, "cannot load model.pt"),
         ({"m/constants.pkl": b"", "m/code/x.py": b""}, "cannot load model.pt"),
         ({"m/data/aotinductor/model/x.txt": b""}, "has 0 compiled libraries"),
@@ -102,8 +106,8 @@ def test_a_file_is_told_by_what_is_in_it_not_by_its_name(tmp_path: Path, name: s
 @pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch for GPUs is installed")
 def test_the_pytorch_for_cpus_says_that_it_is_one(tmp_path: Path) -> None:
     file = save_exported(tmp_path / "model.pt2", nn.Linear(3, 2), torch.rand(2, 3))
-    assert "the one for CPUs" in PyTorchBackend().gpu_unavailable_reason(file)
-    with pytest.raises(LoadError, match="is the one for CPUs"):
+    assert "built for CPUs only" in PyTorchBackend().gpu_unavailable_reason(file)
+    with pytest.raises(LoadError, match="is built for CPUs only"):
         PyTorchBackend().load(file, LoadOptions(device="cuda:0", trusted=True))
 
 

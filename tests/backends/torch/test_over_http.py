@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-
 import torch
+from torch import nn
+
 from tests.backends.torch import networks
 from tests.backends.torch.networks import (
     ROOT,
@@ -27,7 +28,6 @@ from tests.backends.torch.networks import (
 from tests.clients import Client, with_clients
 from tests.conftest import Serve
 from tests.server import Server
-from torch import nn
 
 IMAGES: Final = ("FP32", [-1, 1, 8, 8])
 Inputs = dict[str, np.ndarray]

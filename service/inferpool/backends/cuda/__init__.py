@@ -1,1 +1,1 @@
-"""The CUDA runtime by ctypes: device memory, streams and page-locked buffers. Experimental."""
+"""CUDA's runtime library through ctypes. Imported by folders named `gpu` only."""

@@ -1,4 +1,7 @@
-"""Rows on their way to a device: put below one another where it copies them from."""
+"""Host buffers in which the rows of several requests are concatenated before the copy to a device.
+
+*Experimental: not yet run on a GPU.*
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,27 @@ from inferpool.tensors import Array
 
 @dataclass(slots=True)
 class Buffer:
-    """Memory of an input or output, on both sides, for shapes of up to `nbytes` bytes."""
+    """Memory for one input or output on the host and the device, for shapes of up to `nbytes` bytes."""
 
     nbytes: int = 0
     host: Array = field(default_factory=lambda: np.empty(0, np.uint8))
     address: int = 0
 
     def view(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-        """The host's side as an array."""
+        """The host memory as an array of this dtype and shape."""
         return self.host[: dtype.itemsize * prod(shape)].view(dtype).reshape(shape)
 
     def grow(self, memory: Memory, nbytes: int) -> None:
-        """Have other, larger memory where this is too small; what uses the old may go on."""
+        """Allocate new memory if the present memory is smaller. The old memory stays valid for its users."""
         if nbytes > self.nbytes:
             self.host, self.address = memory.host(nbytes), memory.device(nbytes)
             self.nbytes = nbytes
 
 
 def stage(staged: Array, tensors: Sequence[Array]) -> int:
-    """Put the rows of `tensors` below one another into `staged`, and zeros after them; returns their number.
+    """Concatenate the rows of `tensors` in `staged`, fill the rest with zeros and return the number of rows.
 
-    The one tensor of a `staged` without dimensions is put there as it is.
+    If `staged` is a scalar, the first tensor is copied as it is and the result is 0.
     """
     if not staged.ndim:
         staged[...] = tensors[0]

@@ -1,4 +1,4 @@
-"""Why an ONNX file cannot be loaded, in a sentence for people."""
+"""Readable reasons why an ONNX file cannot be loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from inferpool.backends.onnx.model_file import graph_values
-from inferpool.errors import LoadError
+from inferpool.errors import LoadError, Reason
 
 UNNAMED_ELEMENTS: Final = {
     14: "complex64",
@@ -26,18 +26,18 @@ UNNAMED_ELEMENTS: Final = {
     27: "float6e2m3",
     28: "float6e3m2",
 }
-"""The element types of onnx.proto (`TensorProto.DataType`) that the protocol has no name for."""
+"""The element types of onnx.proto (`TensorProto.DataType`) that the protocol has no datatype for."""
 
 _NOISE: Final = (
     re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : "),
-    # Where the runtime noticed: a path in its source, a line, and the signature of a function.
+    # The place in the runtime's source: a path, a line, and the signature of a function.
     re.compile(
         r"/\S+\.(?:cc|cpp|cu|cuh|h):\d+ "
         r"[^()]*(?:\((?:[^()]|\([^()]*\))*\)[^\s()]*)+(?: const)?(?: \[with [^\]]*\])? "
     ),
-    # The same in its short form: a file's name, a line, and the name of a function.
+    # The short form of the place: a file name, a line, and the name of a function.
     re.compile(r"\b\w+\.(?:cc|cpp|cu|cuh|h):\d+ \w+ "),
-    # Where a path leads on this machine, and the folder that it leaves; the path itself has been said.
+    # The resolved path on this machine. The text before already has the path itself.
     re.compile(r" resolved path: .*"),
 )
 _KEPT_CHARACTERS: Final = 500
@@ -45,10 +45,10 @@ _LFS_POINTER: Final = b"version https://git-lfs"
 
 
 def check_file(file: Path) -> None:
-    """Raise LoadError where `file` is none that a runtime needs to look at."""
+    """Raise LoadError if `file` is missing, unreadable, empty, a folder or a Git LFS pointer."""
     try:
         if not file.is_file():
-            raise LoadError(f"{file.name} is {'a folder, not a file' if file.is_dir() else 'not there'}")
+            raise LoadError(f"{file.name} {'is a folder, not a file' if file.is_dir() else 'does not exist'}")
         with file.open("rb") as opened:
             start = opened.read(len(_LFS_POINTER))
     except OSError as error:
@@ -59,10 +59,10 @@ def check_file(file: Path) -> None:
         raise LoadError(f"{file.name} is a Git LFS pointer, not the model: run git lfs pull")
 
 
-def reason(file: Path, error: str) -> str:
-    """What ONNX Runtime said of `file`, an absolute path, without its source and this machine's folders."""
+def readable_error(file: Path, error: str) -> Reason:
+    """The runtime's `error` about `file`, an absolute path, without its source and this machine's folders."""
     if "Protobuf parsing failed" in error:
-        return f"{file.name} is not an ONNX model, or not the whole of one"
+        return f"{file.name} is not an ONNX model, or is incomplete"
     text = error.replace(f"Load model from {file} failed:", "")
     for noise in _NOISE:
         text = noise.sub("", text)
@@ -71,11 +71,11 @@ def reason(file: Path, error: str) -> str:
     text = " ".join(text.split())
     if len(text) > _KEPT_CHARACTERS:
         text = text[:_KEPT_CHARACTERS] + "…"
-    return f"ONNX Runtime cannot load {file.name}: {'; '.join([text, *_unnamed(file)])}"
+    return f"ONNX Runtime cannot load {file.name}: {'; '.join([text, *_unservable(file)])}"
 
 
-def _unnamed(file: Path) -> list[str]:
-    """Inputs and outputs of types that no request can carry: some the runtime knows neither, nor names."""
+def _unservable(file: Path) -> list[str]:
+    """The inputs and outputs of types that no request can carry. The runtime does not name them."""
     try:
         values = graph_values(file)
     except (OSError, ValueError, IndexError):

@@ -1,8 +1,8 @@
-"""What an ONNX file says of its graph's inputs and outputs that a session of ONNX Runtime does not tell.
+"""Reads the inputs and outputs of a graph from an ONNX file, where a session of ONNX Runtime is not enough.
 
-A session gives the shape `[]` for a scalar and for a tensor of unknown rank alike, and does not name the
-input whose type keeps it from loading. Both stand in the file: a protobuf `ModelProto` (onnx.proto of the
-ONNX project), of which only the few messages on the way are read here, and nothing else is looked at.
+A session reports the shape `[]` for a scalar and for a tensor of unknown rank alike, and does not name the
+input whose type it refuses. The file has both. An ONNX file is a protobuf `ModelProto` (onnx.proto of the
+ONNX project). Only the messages on the way to inputs and outputs are parsed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 Field: TypeAlias = tuple[int, "int | memoryview"]
 
-# Wire types of protobuf: how a field's value is stored.
+# Protobuf wire types: how the value of a field is stored.
 _VARINT: Final = 0
 _EIGHT_BYTES: Final = 1
 _LENGTH_DELIMITED: Final = 2
@@ -37,10 +37,10 @@ class GraphValue(NamedTuple):
     """An input or output of a graph.
 
     Attributes:
-        name: as the model spells it.
+        name: the name in the model.
         is_input: false for an output.
-        element: the number of its elements' type in `TensorProto.DataType`; 0 where it is no tensor.
-        ranked: whether its rank is said.
+        element: the element type as a number of `TensorProto.DataType`; 0 if the value is no tensor.
+        ranked: whether the file declares the rank.
     """
 
     name: str
@@ -50,13 +50,13 @@ class GraphValue(NamedTuple):
 
 
 def graph_values(file: Path) -> list[GraphValue]:
-    """The inputs (initialisers among them where they may be set) and outputs of a model's graph.
+    """The inputs (with the initialisers that may be overridden) and outputs of the graph in `file`.
 
-    The file is one that ONNX Runtime has parsed. Nodes and weights are skipped over, not read. Raises
-    OSError where the file cannot be read, ValueError or IndexError where it is no sound protobuf.
+    Nodes and weights are skipped. Raises OSError if the file cannot be read, and ValueError or IndexError if
+    it is not valid protobuf.
     """
     with file.open("rb") as opened:
-        # Unmapped with its last view: those of the generators below end with this function.
+        # The file is unmapped with its last view, when this function ends.
         model = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
     return [
         _value(value, number == _GRAPH_INPUT)
@@ -80,7 +80,7 @@ def _value(value: memoryview, is_input: bool) -> GraphValue:
 
 
 def _tensors(kind: memoryview) -> Iterator[memoryview]:
-    """The tensor type that a type is, or is an optional one of."""
+    """The tensor type in a `TypeProto`, also inside an optional type."""
     yield from _messages(kind, _TYPE_TENSOR)
     for optional in _messages(kind, _TYPE_OPTIONAL):
         for element in _messages(optional, _OPTIONAL_ELEMENT):
@@ -94,31 +94,31 @@ def _messages(message: memoryview, wanted: int) -> Iterator[memoryview]:
 
 
 def _fields(message: memoryview) -> Iterator[Field]:
-    """The fields of a message: numbers as such, all that has a length as a view."""
-    place, end = 0, len(message)
-    while place < end:
-        key, place = _varint(message, place)
+    """The fields of a message: integers as int, length-delimited fields as a view."""
+    offset, end = 0, len(message)
+    while offset < end:
+        key, offset = _varint(message, offset)
         kind = key & 7
         if kind == _LENGTH_DELIMITED:
-            length, place = _varint(message, place)
-            yield key >> 3, message[place : place + length]
-            place += length
+            length, offset = _varint(message, offset)
+            yield key >> 3, message[offset : offset + length]
+            offset += length
         elif kind == _VARINT:
-            number, place = _varint(message, place)
+            number, offset = _varint(message, offset)
             yield key >> 3, number
         elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-            place += 8 if kind == _EIGHT_BYTES else 4
+            offset += 8 if kind == _EIGHT_BYTES else 4
         else:
-            raise ValueError(f"a protobuf field is stored in way {kind}, which ONNX does not use")
+            raise ValueError(f"a protobuf field has wire type {kind}, which ONNX does not use")
 
 
-def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """The number at `place`, seven bits a byte and the least first, and the place behind it."""
+def _varint(message: memoryview, offset: int) -> tuple[int, int]:
+    """The varint at `offset` (seven bits in each byte, least significant first), and the offset after it."""
     number = shift = 0
     while True:
-        byte = message[place]
-        place += 1
+        byte = message[offset]
+        offset += 1
         number |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return number, place
+            return number, offset
         shift += 7

@@ -1,4 +1,4 @@
-"""The signature of an ONNX model, from what a session of ONNX Runtime says of its inputs and outputs."""
+"""Reads the signature of an ONNX model from a session of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ DATATYPES: Final = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
-"""ONNX Runtime's type names to the protocol's."""
+"""Type names of ONNX Runtime to datatypes of the protocol."""
 
 _OPTIONAL_TENSOR: Final = re.compile(r"optional\((tensor\(\w+\))\)")
 _NESTED: Final = re.compile(r"(?:optional\(|seq\(|map\(\w+,)+(tensor\(\w+\))\)+")
 
 
 def read_signature(file: Path, session: Any) -> Signature:
-    """What `session`, which has loaded `file`, takes and gives.
+    """The signature of `session`, which has loaded `file`.
 
-    An initialiser that may be overridden is an optional input, and so is an input of an optional type. A
-    sequence, a map or an optional value is an output of datatype `JSON`. Raises LoadError naming an input
-    or output whose type no request or answer can carry; an input of such a type that may be left out
-    always is, and is no part of the signature.
+    An initialiser that may be overridden is an optional input, and so is an input of an optional type. An
+    output that is a sequence, a map or an optional value has the datatype `JSON`.
+
+    Raises LoadError for an input or output whose type no request or response can carry. An optional input of
+    such a type is left out of the signature instead.
     """
     try:
         return _read(file, session)
@@ -54,13 +55,13 @@ def _read(file: Path, session: Any) -> Signature:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     defaults = session.get_overridable_initializers()
     unranked: frozenset[str] = frozenset()
-    # The session has the empty shape for scalars and for tensors of unknown rank.
+    # The session reports an empty shape for scalars and for tensors of unknown rank.
     if not all(node.shape for node in (*inputs, *defaults, *outputs)):
         unranked = frozenset(value.name for value in graph_values(file) if not value.ranked)
-    taken = [*_inputs(inputs, unranked), *_inputs(defaults, unranked, overridable=True)]
-    # A file may list an output twice; its name can be answered once.
-    given = {node.name: _output(node, unranked) for node in outputs}
-    return Signature(tuple(taken), tuple(given.values()))
+    input_specs = [*_inputs(inputs, unranked), *_inputs(defaults, unranked, overridable=True)]
+    # A file may list an output twice, but a response names it once.
+    output_specs = {node.name: _output(node, unranked) for node in outputs}
+    return Signature(tuple(input_specs), tuple(output_specs.values()))
 
 
 def _inputs(
@@ -75,7 +76,7 @@ def _inputs(
         elif optional:
             log.info('input "%s" has type %s, which no request can set', node.name, node.type)
         else:
-            raise _unserved("input", node)
+            raise _unservable("input", node)
 
 
 def _output(node: Any, unranked: frozenset[str]) -> TensorSpec:
@@ -83,9 +84,9 @@ def _output(node: Any, unranked: frozenset[str]) -> TensorSpec:
     if datatype is not None:
         return TensorSpec(node.name, datatype, _shape(node, unranked), symbols=_symbols(node))
     nested = _NESTED.fullmatch(node.type)
-    # ONNX Runtime makes no Python objects of BF16.
+    # ONNX Runtime cannot convert BF16 to Python objects.
     if nested is None or DATATYPES.get(nested[1], "BF16") == "BF16":
-        raise _unserved("output", node)
+        raise _unservable("output", node)
     return TensorSpec(node.name, JSON, None)
 
 
@@ -96,10 +97,10 @@ def _shape(node: Any, unranked: frozenset[str]) -> tuple[int, ...] | None:
 
 
 def _symbols(node: Any) -> tuple[str, ...]:
-    # An overridable initialiser's sizes are of another kind of integer.
+    # The sizes of an overridable initialiser have another integer type, so test for str.
     symbols = tuple(size if isinstance(size, str) else "" for size in node.shape)
     return symbols if any(symbols) else ()
 
 
-def _unserved(kind: str, node: Any) -> LoadError:
+def _unservable(kind: str, node: Any) -> LoadError:
     return LoadError(f'{kind} "{node.name}" has type {node.type}, which cannot be served')

@@ -1,12 +1,12 @@
 """AOTInductor packages (`torch._inductor.aoti_compile_and_package`): exported programs as machine code.
 
-PyTorch's own runner of packages holds the interpreter lock through a run, which keeps every other thread
-from its work (pytorch/pytorch#197516). So the library in the package is called directly, without the
-lock; only a package that needs PyTorch's help in a run goes by PyTorch's runner.
+PyTorch's own runner of packages holds the interpreter lock during a run, which stops every other thread
+(pytorch/pytorch#197516). So the library in the package is called directly, without the lock. Only a package
+that needs PyTorch's help in a run uses PyTorch's runner.
 
-A package says neither datatypes and shapes nor the names of arguments that go by their place. Compiled
-code trusts what it is given, and reads beyond its inputs where they are smaller than it was compiled for:
-so the checks that are compiled into it are turned on, and none is served that refuses a single row.
+A package has neither the datatypes and shapes nor the names of positional arguments. Compiled code trusts its
+inputs, and reads beyond inputs that are smaller than it was compiled for. So the checks in the compiled code
+are turned on, and a package that refuses a single row is not served.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from typing import Final, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from inferpool.backends.base import LoadedModel, LoadOptions, TensorHint
+from inferpool.backends.base import LoadOptions, TensorHint
 from inferpool.backends.torch.aotinductor_library import Library
 from inferpool.backends.torch.model import (
     InputTensors,
     OutputTree,
     Runnable,
+    StartedModel,
     check_datatypes,
     quiet,
     run_once,
@@ -47,62 +48,62 @@ FORM: Final = "AOTInductor package"
 _Run: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor | None]]
 
 
-def load(file: Path, options: LoadOptions) -> LoadedModel:
+def load(file: Path, options: LoadOptions) -> StartedModel:
     """Load a package; raises LoadError."""
-    with quiet(file), TemporaryDirectory(prefix="inferpool-") as place:
-        folder = Path(place)
+    with quiet(file), TemporaryDirectory(prefix="inferpool-") as temporary:
+        folder = Path(temporary)
         name = _unpack(file, folder)
         _check_machine(folder)
         libraries = list(folder.glob("*.so"))
         if len(libraries) != 1:
-            raise LoadError(f"{file.name} has {len(libraries)} compiled libraries where one is expected")
+            raise LoadError(f"{file.name} has {len(libraries)} compiled libraries; expected one")
         library = Library(libraries[0], usable_cores())
         try:
-            if library.lacks_weights:
+            if library.needs_weights:
                 raise LoadError(f"{file.name} was compiled without its weights; compile it with them")
             run, form = library.run, FORM
             if _calls_pytorch(folder):
                 run = torch._C._aoti.AOTIModelPackageLoader(str(file), name, False, 1, -1).boxed_run
                 form = f"{FORM}, holding the interpreter lock"
                 log.warning(
-                    "%s has operations for which compiled code needs PyTorch: while it runs, the server does"
-                    " nothing else",
+                    "%s has operations for which compiled code needs PyTorch: the server does nothing else"
+                    " during a run",
                     file,
                 )
             runnable = _runnable(library, run, form, options)
-            model = start(runnable, options)
+            started = start(runnable, options)
             _check_single_row(runnable, options)
-            return model
+            return started
         except BaseException:
             library.close()
             raise
 
 
 def _runnable(library: Library, run: _Run, form: str, options: LoadOptions) -> Runnable:
-    takes, gives = map(pytree.treespec_loads, library.call)
-    args, kwargs = pytree.tree_unflatten(range(takes.num_leaves), takes)
-    by_place = [index for _, index in flatten(args)]
-    by_name = {"_".join(map(str, place)): index for place, index in flatten(kwargs)}
-    unnamed = name_inputs(len(by_place), by_name.keys(), options.inputs, options.samples)
-    order = dict(zip(unnamed, by_place, strict=True)) | by_name
+    input_tree, output_tree = map(pytree.treespec_loads, library.call)
+    args, kwargs = pytree.tree_unflatten(range(input_tree.num_leaves), input_tree)
+    positional = [index for _, index in flatten(args)]
+    by_name = {"_".join(map(str, path)): index for path, index in flatten(kwargs)}
+    unnamed = name_inputs(len(positional), by_name.keys(), options.inputs, options.samples)
+    order = dict(zip(unnamed, positional, strict=True)) | by_name
     names = sorted(order, key=order.__getitem__)
-    if len(names) != takes.num_leaves:
+    if len(names) != input_tree.num_leaves:
         raise LoadError(f"two inputs would have the same name: {names_text(names)}")
     inputs = complete_inputs([TensorHint(name) for name in names], (), options.inputs, options.samples)
     check_datatypes(inputs)
-    places = [place for place, _ in flatten(pytree.tree_unflatten(range(gives.num_leaves), gives))]
+    paths = [path for path, _ in flatten(pytree.tree_unflatten(range(output_tree.num_leaves), output_tree))]
 
     def forward(feeds: InputTensors) -> OutputTree:
-        outputs = zip(places, run([feeds[name] for name in names]), strict=True)
-        return {place: tensor for place, tensor in outputs if tensor is not None}
+        outputs = zip(paths, run([feeds[name] for name in names]), strict=True)
+        return {path: tensor for path, tensor in outputs if tensor is not None}
 
     return Runnable(forward, inputs, form, copies=True, release=library.close)
 
 
 def _check_single_row(runnable: Runnable, options: LoadOptions) -> None:
-    """Raise LoadError where batches of any size are described, and the code refuses those of one row.
+    """Raise LoadError if batches of any size are described but the code refuses a batch of one row.
 
-    It does unless it was compiled otherwise: the compiler writes "at least two" for every size that varies.
+    By default the compiler writes "at least two" for every size that varies.
     """
     if any(not spec.shape or spec.shape[0] != ANY for spec in runnable.inputs):
         return
@@ -120,7 +121,7 @@ def _check_single_row(runnable: Runnable, options: LoadOptions) -> None:
 
 
 def _unpack(file: Path, folder: Path) -> str:
-    """Put what belongs to the compiled model into `folder`; returns the model's name in the package."""
+    """Extract the files of the compiled model into `folder`; returns the model's name in the package."""
     models: dict[str, list[zipfile.ZipInfo]] = {}
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
@@ -129,26 +130,26 @@ def _unpack(file: Path, folder: Path) -> str:
                 models.setdefault(parts[3], []).append(entry)
         name = "model" if "model" in models else next(iter(models))
         if len(models) > 1 and name != "model":
-            raise LoadError(f'{file.name} has the models {names_text(models)}, and none is called "model"')
+            raise LoadError(f'{file.name} has the models {names_text(models)}, but none is called "model"')
         for entry in models[name]:
             (folder / PurePosixPath(entry.filename).name).write_bytes(archive.read(entry))
     return name
 
 
 def _check_machine(folder: Path) -> None:
-    """Raise LoadError where the code was compiled for another kind of machine: it would end the server."""
-    facts: dict[str, str] = {}
+    """Raise LoadError if the code was compiled for another kind of machine: it would crash the server."""
+    metadata: dict[str, str] = {}
     for file in folder.glob("*_metadata.json"):
-        facts |= json.loads(file.read_text(encoding="utf-8"))
+        metadata |= json.loads(file.read_text(encoding="utf-8"))
     here = {
         "AOTI_DEVICE_KEY": "cpu",
         "AOTI_PLATFORM": platform.system().lower(),
         "AOTI_MACHINE": platform.machine(),
     }
     for key, expected in here.items():
-        if facts.get(key, expected) != expected:
-            raise LoadError(f"it was compiled for {facts[key]}, and this is {expected}")
-    wanted = [flag.lower() for flag in facts.get("AOTI_CPU_ISA", "").split()]
+        if metadata.get(key, expected) != expected:
+            raise LoadError(f"it was compiled for {metadata[key]}, but this machine is {expected}")
+    wanted = [flag.lower() for flag in metadata.get("AOTI_CPU_ISA", "").split()]
     try:
         has = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
@@ -159,6 +160,6 @@ def _check_machine(folder: Path) -> None:
 
 
 def _calls_pytorch(folder: Path) -> bool:
-    """Whether the code has operations that PyTorch runs for it; they stand in a file of their own."""
+    """Whether PyTorch has to run some operations for the code; a file of its own lists them."""
     listed = [file for file in folder.glob("*.json") if not file.name.endswith("_metadata.json")]
     return any("nodes" in json.loads(file.read_text(encoding="utf-8")) for file in listed)

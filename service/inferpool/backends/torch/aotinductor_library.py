@@ -1,7 +1,7 @@
 """The compiled library of an AOTInductor package, called without the interpreter lock.
 
-The functions are those of torch/csrc/inductor/aoti_runtime/interface.h, which packages of different
-versions of PyTorch have in common. Each returns 0, or 1 for a failure.
+The functions are those of torch/csrc/inductor/aoti_runtime/interface.h, which the packages of all PyTorch
+versions have. Each function returns 0, or 1 for a failure.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _PREFIX: Final = "AOTInductorModelContainer"
 
 
 class LibraryError(RuntimeError):
-    """A function of the library has failed; the text is what it said."""
+    """A function of the library failed; the text is the library's error."""
 
 
 class Library:
-    """One compiled model; `run` may be called from several threads at once, and does not hold the lock.
+    """A compiled model. Several threads may call `run` at once; `run` does not hold the interpreter lock.
 
     Attributes:
-        call: how it is called and what it returns, as PyTorch's trees of arguments and outputs.
+        call: the trees of arguments and of outputs, as PyTorch serialises them.
     """
 
     def __init__(self, file: Path, runners: int) -> None:
-        """Load `file`, which may be removed then; as many as `runners` runs go on at the same time.
+        """Load `file`, which may be removed afterwards. Up to `runners` runs may be in progress at once.
 
-        Raises OSError where it is no such library, LibraryError where it cannot make its model.
+        Raises OSError if `file` is no such library, and LibraryError if it cannot create its model.
         """
         self._library = ctypes.CDLL(str(file))
         self._container = c_void_p()
@@ -46,15 +46,17 @@ class Library:
         self._check(create(byref(self._container), runners, b"cpu", None))
         self._inputs = self._number("GetNumInputs")
         self._outputs = self._number("GetNumOutputs")
-        taken, given = c_char_p(), c_char_p()
+        arguments, outputs = c_char_p(), c_char_p()
         self._check(
-            self._function("GetCallSpec", c_void_p, c_void_p)(self._container, byref(taken), byref(given))
+            self._function("GetCallSpec", c_void_p, c_void_p)(
+                self._container, byref(arguments), byref(outputs)
+            )
         )
-        self.call = ((taken.value or b"").decode(), (given.value or b"").decode())
+        self.call = ((arguments.value or b"").decode(), (outputs.value or b"").decode())
 
     @property
-    def lacks_weights(self) -> bool:
-        """Whether it was compiled to be given its weights, without which it must not run."""
+    def needs_weights(self) -> bool:
+        """Whether the library was compiled without its weights. Then it must not run."""
         entries, count = c_void_p(), c_size_t()
         function = self._function("ExtractConstantsMapEntries", c_void_p, c_void_p, ctypes.c_bool)
         self._check(function(self._container, byref(entries), byref(count), False))
@@ -63,18 +65,20 @@ class Library:
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """The outputs for `tensors`, both in the flat order of `call`; raises LibraryError."""
         if len(tensors) != self._inputs:
-            raise LibraryError(f"it takes {self._inputs} tensors, not {len(tensors)}")
-        # The handles of inputs become the library's, and those of outputs ours.
+            raise LibraryError(f"got {len(tensors)} tensors, expected {self._inputs}")
+        # The library takes ownership of the input handles. The output handles become ours.
         capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
-        taken = (c_void_p * self._inputs)(*(_pointer(capsule, None) for capsule in capsules))
-        given = (c_void_p * self._outputs)()
-        self._check(self._run(self._container, taken, self._inputs, given, self._outputs, None, None))
-        capsules = [_capsule(handle, None, None) for handle in given if handle]
+        input_handles = (c_void_p * self._inputs)(*(_pointer(capsule, None) for capsule in capsules))
+        output_handles = (c_void_p * self._outputs)()
+        self._check(
+            self._run(self._container, input_handles, self._inputs, output_handles, self._outputs, None, None)
+        )
+        capsules = [_capsule(handle, None, None) for handle in output_handles if handle]
         outputs = iter(torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules))
-        return [next(outputs) if handle else None for handle in given]
+        return [next(outputs) if handle else None for handle in output_handles]
 
     def close(self) -> None:
-        """Give back its memory; no run is under way and none follows."""
+        """Free the library's memory. No run is in progress and none follows."""
         self._function("Delete")(self._container)
         _ctypes.dlclose(self._library._handle)
 
@@ -91,6 +95,6 @@ class Library:
 
     def _check(self, status: int) -> None:
         if status:
-            said = c_char_p()
-            self._library.AOTInductorGetLastError(byref(said))
-            raise LibraryError((said.value or b"it does not say why").decode(errors="replace"))
+            text = c_char_p()
+            self._library.AOTInductorGetLastError(byref(text))
+            raise LibraryError((text.value or b"the library gives no reason").decode(errors="replace"))

@@ -1,11 +1,12 @@
-"""PyTorch's files: TorchScript (`.pt`), exported programs and AOTInductor packages (`.pt2`).
+"""The backend for PyTorch's files: TorchScript (`.pt`), exported programs and AOTInductor packages (`.pt2`).
 
-What a file is, is told by what is in it, not by its name. PyTorch itself is imported when the first such
-file is loaded, not before: it takes seconds and hundreds of megabytes.
+The content of a file decides its kind, not its name. PyTorch is imported when the first such file is loaded,
+because the import takes seconds and hundreds of megabytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any, Final
 from inferpool.backends.base import Backend, LoadedModel, LoadOptions
 from inferpool.backends.torch.file_kind import Kind, kind_of
 from inferpool.backends.torch.process_env import prepare
-from inferpool.backends.torch.trust import check_trust
-from inferpool.errors import LoadError
+from inferpool.errors import LoadError, Reason
+from inferpool.system.gpus import CPU, gpu_support
 from inferpool.system.install_hints import install_command
 
 _LOADERS: Final = {
@@ -24,11 +25,12 @@ _LOADERS: Final = {
     Kind.COMPILED: "inferpool.backends.torch.aotinductor",
 }
 
-_COMPILED: Final = "AOTInductor packages run on the CPU only"
+_DEVICE_MODEL: Final = "inferpool.backends.torch.gpu.device_model"
+_COMPILED_ON_CPU: Final = "AOTInductor packages run on the CPU only"
 
 
 class PyTorchBackend(Backend):
-    """Loads PyTorch's files, where `options` trust them: all of them can run code when they are loaded."""
+    """Loads PyTorch's files if `options` trust them: all kinds can run code while they are loaded."""
 
     name = "torch"
     suffixes = (".pt", ".pt2")
@@ -38,33 +40,74 @@ class PyTorchBackend(Backend):
         self.describe()
         kind = kind_of(file)
         check_trust(file, options)
-        if options.device != "cpu":
-            if kind is Kind.COMPILED:
-                raise LoadError(_COMPILED)
-            _imported("inferpool.backends.torch.gpu.device_model").prepare_gpu(options)
-        model: LoadedModel = _imported(_LOADERS[kind]).load(file, options)
-        return model
+        if options.device == CPU:
+            started = _import(_LOADERS[kind]).load(file, options)
+            model: LoadedModel = _import("inferpool.backends.torch.model").TorchModel(
+                started, options.threads
+            )
+            return model
+        if kind is Kind.COMPILED:
+            raise LoadError(_COMPILED_ON_CPU)
+        with gpu_support():
+            gpu = _import(_DEVICE_MODEL)
+        gpu.prepare_gpu(options)
+        started = _import(_LOADERS[kind]).load(file, options)
+        on_gpu: LoadedModel = gpu.TorchDeviceModel(
+            started, options.device, normalisation=options.gpu.normalisation
+        )
+        return on_gpu
 
-    def gpu_unavailable_reason(self, file: Path) -> str:
-        """Why not, for compiled files, and where the PyTorch that is installed is the one for CPUs."""
+    def gpu_unavailable_reason(self, file: Path) -> Reason | None:
+        """Why not, for compiled files and if the installed PyTorch is built for CPUs only."""
         self.describe()
         if kind_of(file) is Kind.COMPILED:
-            return _COMPILED
-        lacks: str = _imported("inferpool.backends.torch.gpu.device_model").lacks_cuda()
-        return lacks
+            return _COMPILED_ON_CPU
+        try:
+            with gpu_support():
+                reason: Reason | None = _import(_DEVICE_MODEL).cuda_unavailable_reason()
+        except LoadError as error:
+            return error.detail
+        return reason
 
     def describe(self) -> str:
-        """The runtime's version; raises LoadError, which says how to install it, where it is not."""
+        """The runtime's version; raises LoadError, which says how to install it, if PyTorch is missing."""
         try:
             return f"torch {version('torch')}"
         except PackageNotFoundError as error:
-            raise LoadError(f"PyTorch is not installed: {install_command('torch')}") from error
+            raise LoadError(f"PyTorch is not installed: run {install_command('torch')}") from error
 
 
-def _imported(module: str) -> Any:
-    """A module that imports PyTorch, which the process has to be prepared for."""
+def check_trust(file: Path, options: LoadOptions) -> None:
+    """Raise LoadError, which says what to write in `model.toml`, unless `options` trust `file`.
+
+    Only the file's digest is computed; none of its code runs.
+    """
+    if options.trusted:
+        return
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest in options.sha256:
+        return
+    listed = "; the digests in model.toml belong to other files" if options.sha256 else ""
+    raise LoadError(
+        f"{file.name} can run its own code while it is loaded, and is not trusted{listed}."
+        f' If you know who made the file, write sha256 = ["{digest}"] at the top of model.toml; or serve with'
+        " --trust (INFERPOOL_TRUST=true), which trusts every such file"
+    )
+
+
+def _import(module: str) -> Any:
+    """Prepare the process for PyTorch, then import a module that imports PyTorch; raises LoadError."""
     prepare()
     try:
         return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("inferpool."):
+            raise
+        raise _broken(error) from error
     except ImportError as error:
-        raise LoadError(f"PyTorch is installed but cannot be imported: {error}") from error
+        raise _broken(error) from error
+
+
+def _broken(error: ImportError) -> LoadError:
+    return LoadError(f"PyTorch is installed but cannot be imported: {error}")

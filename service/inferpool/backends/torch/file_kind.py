@@ -1,8 +1,8 @@
-"""What one of PyTorch's files is, by the names of what is in it; nothing of it is read or run.
+"""Tells the kind of a PyTorch file by the names in its archive. Nothing of the file is read or run.
 
-All three kinds are zip archives with one folder at the top: TorchScript has `constants.pkl` and `code/`;
-a PT2 archive has its exported programs in `models/NAME.json` and its compiled ones in
-`data/aotinductor/NAME/` (torch/csrc/export/pt2_archive_constants.h).
+All three kinds are zip archives with one folder at the top. TorchScript has `constants.pkl` and `code/`. A
+PT2 archive has exported programs in `models/NAME.json` and compiled programs in `data/aotinductor/NAME/`
+(torch/csrc/export/pt2_archive_constants.h).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class Kind(Enum):
 
 
 def kind_of(file: Path) -> Kind:
-    """What `file` is; of a package with a program both compiled and not, the program: it has a signature.
+    """The kind of `file`.
 
-    Raises LoadError for what cannot be served, saying what it seems to be.
+    A package with both a program and its compiled form counts as the program, because that has a signature.
+    Raises LoadError, which says what the file seems to be, if it cannot be served.
     """
     names = _names(file)
     if any(name.startswith("models/") and name.endswith(".json") for name in names):
@@ -39,7 +40,7 @@ def kind_of(file: Path) -> Kind:
             f"{file.name} holds weights without a model (torch.save); save the model itself, with"
             " torch.export.save as model.pt2"
         )
-    raise LoadError(f"{file.name} is none of TorchScript, exported program and AOTInductor package")
+    raise LoadError(f"{file.name} is not a TorchScript file, an exported program or an AOTInductor package")
 
 
 def _names(file: Path) -> set[str]:
@@ -49,7 +50,7 @@ def _names(file: Path) -> set[str]:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise LoadError(
-            f"{file.name} is not a file that torch.export.save or torch.jit.save has written whole"
+            f"{file.name} is not a complete file of torch.export.save or torch.jit.save"
         ) from error
     except OSError as error:
         raise LoadError(f"{file.name} cannot be read: {error.strerror}") from error

@@ -1,11 +1,11 @@
-"""What PyTorch's kinds of model have in common: tensors in and out, threads, the first runs.
+"""The common part of all kinds of PyTorch model: tensors in and out, threads, the first runs.
 
-A kind of model is a `Forward`: a function of named tensors. The rest is here.
+Each kind of model supplies a `Forward`, a function of named tensors. This module does the rest.
 
-PyTorch keeps the number of threads of a run in two places: OpenMP's, which is the calling thread's own,
-and MKL's, which is the process's. So it is set before every run, which costs a third of a microsecond:
-each instance has its own number, and only a matrix product that starts while another model is between
-the two steps may use the other's.
+PyTorch keeps the number of threads for a run in two places: OpenMP's number belongs to the calling thread,
+MKL's to the process. Both are therefore set before every run, which costs a third of a microsecond. Each
+instance has its own number. Only a matrix product that starts while another model is between the two steps
+may use the other model's number.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from inferpool.backends.base import LoadedModel, LoadOptions
 from inferpool.backends.torch.signature import (
-    Place,
     TensorMeta,
+    TreePath,
     complete_outputs,
     name_outputs,
     pairs_to_try,
-    place_text,
+    path_text,
 )
 from inferpool.errors import LoadError, short_reason
 from inferpool.tensors import ROUNDING, Array, Signature, Tensors, TensorSpec, name_text
@@ -36,12 +36,12 @@ from inferpool.tensors import ROUNDING, Array, Signature, Tensors, TensorSpec, n
 log = logging.getLogger(__name__)
 
 InputTensors: TypeAlias = dict[str, torch.Tensor]
-OutputTree: TypeAlias = dict[Place, Any]
+OutputTree: TypeAlias = dict[TreePath, Any]
 Forward: TypeAlias = Callable[[InputTensors], OutputTree]
-"""Runs a model: named tensors in, everything that it returned out, by where it stands."""
+"""Runs a model: takes named tensors, returns all outputs by their paths in the returned structure."""
 
 WARM_RUNS: Final = 3
-"""The executor of TorchScript watches the first run and optimises in the second: the third is as any."""
+"""The executor of TorchScript profiles the first run and optimises in the second. The third is typical."""
 
 _DATATYPES: Final = {
     torch.bool: "BOOL",
@@ -62,17 +62,17 @@ _DATATYPES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Runnable:
-    """A kind of model, as far as it is known before its first run.
+    """A model before its first run.
 
     Attributes:
-        forward: runs it; may be called from several threads at once.
-        inputs: their specs.
-        form: which kind of model this is, in a few words.
-        copies: inputs have to be copied, because it may write to them.
-        max_rows: the largest batch that it takes; None where that is not known.
-        release: gives back what the collector does not.
-        device: where its weights are, and its inputs have to be.
-        waits: why its runs cannot be recorded on a GPU, where that is known beforehand.
+        forward: runs the model; several threads may call it at once.
+        inputs: the specs of the inputs.
+        form: the kind of model in a few words.
+        copies: whether inputs have to be copied because the model may write to them.
+        max_rows: the largest batch that the model takes; None if that is unknown.
+        release: frees what the garbage collector does not.
+        device: the device of the weights and the inputs.
+        operations: the operations of a run, by their names in PyTorch's schemas; empty if unknown.
     """
 
     forward: Forward
@@ -82,25 +82,38 @@ class Runnable:
     max_rows: int | None = None
     release: Callable[[], None] = lambda: None
     device: str = "cpu"
-    waits: str = ""
+    operations: tuple[str, ...] = ()
+
+
+class StartedModel(NamedTuple):
+    """A model that has run: the input of the constructors of `TorchModel` and `TorchDeviceModel`.
+
+    Attributes:
+        runnable: the model.
+        outputs: the spec of each output, by its path in the returned structure.
+    """
+
+    runnable: Runnable
+    outputs: Mapping[TreePath, TensorSpec]
 
 
 class TorchModel(LoadedModel):
-    """A model of PyTorch on the CPU. Instances share it, and with it one copy of the weights."""
+    """A PyTorch model on the CPU. All instances share the model, and so one copy of the weights."""
 
-    def __init__(self, runnable: Runnable, outputs: Mapping[Place, TensorSpec], threads: int) -> None:
-        """`outputs` are all that the model gives, by where they stand in what it returns."""
+    def __init__(self, started: StartedModel, threads: int) -> None:
+        """`threads` is the number of threads that one run may use."""
+        runnable, outputs = started
         self.signature = Signature(runnable.inputs, tuple(outputs.values()))
         self.form = runnable.form
         self.max_rows = runnable.max_rows
         self._runnable: Runnable | None = runnable
         self._forward = runnable.forward
         self._copies = runnable.copies
-        self._places = {spec.name: place for place, spec in outputs.items()}
+        self._paths = {spec.name: path for path, spec in outputs.items()}
         self._threads = threads
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Run the model; raises what PyTorch raises, and RuntimeError where an output is missing."""
+        """Run the model; raises what PyTorch raises, and RuntimeError if an output is missing."""
         specs = self.signature.inputs_by_name
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
@@ -109,16 +122,16 @@ class TorchModel(LoadedModel):
                 for name, array in inputs.items()
             }
             leaves = self._forward(feeds)
-            answer = {}
-            for name in self._places if outputs is None else outputs:
-                leaf = leaves.get(self._places[name])
+            arrays = {}
+            for name in self._paths if outputs is None else outputs:
+                leaf = leaves.get(self._paths[name])
                 if leaf is None:
-                    raise RuntimeError(f"the model gave no output {name_text(name)}")
-                answer[name] = to_array(leaf)
-        return answer
+                    raise RuntimeError(f"the model returned no output {name_text(name)}")
+                arrays[name] = to_array(leaf)
+        return arrays
 
     def close(self) -> None:
-        """Drop the module, and with it its memory."""
+        """Drop the module, which frees its memory."""
         if self._runnable is not None:
             self._runnable.release()
         self._runnable = None
@@ -126,41 +139,36 @@ class TorchModel(LoadedModel):
 
 
 def start(
-    runnable: Runnable, options: LoadOptions, known: Mapping[Place, TensorMeta] | None = None
-) -> LoadedModel:
-    """Run a model until it is warm, and see what it gives where that is not `known`; raises LoadError.
+    runnable: Runnable, options: LoadOptions, known: Mapping[TreePath, TensorMeta] | None = None
+) -> StartedModel:
+    """Run a model until it is warm, and find out its outputs unless `known` has them; raises LoadError.
 
-    It runs the golden samples, or made-up rows.
+    The runs use the golden samples, or else made-up rows.
     """
-    runs, fault = [known] if known is not None else [], ""
+    runs = [known] if known is not None else []
+    first_error = ""
     for pair in pairs_to_try(runnable.inputs, options.samples):
         try:
-            answers = [run_once(runnable, inputs, options.threads) for inputs in pair]
+            results = [run_once(runnable, inputs, options.threads) for inputs in pair]
             for _ in range(WARM_RUNS - 1):
                 run_once(runnable, pair[0], options.threads)
         except Exception as error:  # noqa: BLE001 - made-up rows may be nonsense to the model
-            fault = fault or short_reason(error)
+            first_error = first_error or short_reason(error)
             continue
-        runs = runs or [{place: _facts(place, leaf) for place, leaf in leaves.items()} for leaves in answers]
+        runs = runs or [{path: _meta(path, leaf) for path, leaf in leaves.items()} for leaves in results]
         break
     if not runs:
         raise LoadError(
-            f"the model runs neither its golden samples nor made-up rows of its inputs ({fault});"
-            " add a golden sample, or correct what model.toml says of its inputs"
+            f"the model runs neither its golden samples nor made-up rows of its inputs ({first_error});"
+            " add a golden sample, or correct the inputs in model.toml"
         )
     names = name_outputs(list(runs[0]), options.outputs)
     specs = complete_outputs(names, runs, options.outputs)
-    outputs = dict(zip(names, specs, strict=True))
-    if runnable.device != "cpu":
-        # Imported here, for it is made of what is here.
-        from inferpool.backends.torch.gpu.device_model import TorchDeviceModel
-
-        return TorchDeviceModel(runnable, outputs, runnable.device, normalisation=options.normalise)
-    return TorchModel(runnable, outputs, options.threads)
+    return StartedModel(runnable, dict(zip(names, specs, strict=True)))
 
 
 def agree(reference: Runnable, candidate: Runnable, options: LoadOptions) -> bool:
-    """Whether two ways to run a model give the same; False where `reference` runs nothing at all."""
+    """Whether two ways to run a model give the same outputs. False if `reference` runs no inputs at all."""
     for pair in pairs_to_try(reference.inputs, options.samples):
         compared = 0
         for inputs in pair:
@@ -169,7 +177,7 @@ def agree(reference: Runnable, candidate: Runnable, options: LoadOptions) -> boo
             except Exception:  # noqa: BLE001 - made-up rows may be nonsense to the model
                 continue
             try:
-                if not _same(run_once(candidate, inputs, options.threads), expected, options.fp16):
+                if not _same(run_once(candidate, inputs, options.threads), expected, options.gpu.fp16):
                     return False
             except RuntimeError:
                 return False
@@ -180,7 +188,7 @@ def agree(reference: Runnable, candidate: Runnable, options: LoadOptions) -> boo
 
 
 def run_once(runnable: Runnable, inputs: Tensors, threads: int) -> OutputTree:
-    """One run with copies of `inputs`, outside of any instance; raises what the model raises."""
+    """Run copies of `inputs` once, outside of any instance; raises what the model raises."""
     datatypes = {spec.name: spec.datatype for spec in runnable.inputs}
     torch.set_num_threads(threads)
     with torch.inference_mode():
@@ -192,23 +200,28 @@ def run_once(runnable: Runnable, inputs: Tensors, threads: int) -> OutputTree:
         )
 
 
-def datatype_of(dtype: torch.dtype, what: str) -> str:
-    """The datatype's name; raises LoadError, which names `what`, where the protocol has none."""
+def datatype_of(dtype: torch.dtype, tensor: str) -> str:
+    """The datatype for `dtype`; raises LoadError, which names `tensor`, if the protocol has none."""
     if dtype not in _DATATYPES:
-        raise LoadError(f"{what} is {str(dtype).removeprefix('torch.')}, which cannot be sent or answered")
+        raise LoadError(f"{tensor} is {str(dtype).removeprefix('torch.')}, which cannot be sent or answered")
     return _DATATYPES[dtype]
 
 
 def check_datatypes(specs: Sequence[TensorSpec]) -> None:
-    """Raise LoadError for an input of a datatype that PyTorch does not have."""
+    """Raise LoadError for an input whose datatype PyTorch does not support."""
     for spec in specs:
         if spec.datatype not in _DATATYPES.values():
-            raise LoadError(f"input {name_text(spec.name)} is {spec.datatype}, which PyTorch does not have")
+            raise LoadError(
+                f"input {name_text(spec.name)} is {spec.datatype}, which PyTorch does not support"
+            )
 
 
 def to_tensor(array: Array, datatype: str, *, copy: bool) -> torch.Tensor:
-    """The tensor on an array's memory, or on a copy; a read-only array is promised not to be written to."""
-    # An array of one element counts as contiguous whatever its strides are, and PyTorch takes none below 0.
+    """A tensor on the array's memory, or on a copy.
+
+    The caller must not write to the tensor of a read-only array.
+    """
+    # An array of one element is contiguous whatever its strides; PyTorch refuses negative strides.
     plain = array.flags.c_contiguous and array.flags.aligned and min(array.strides, default=0) >= 0
     if copy or not plain:
         array = np.array(array, order="C")
@@ -219,7 +232,7 @@ def to_tensor(array: Array, datatype: str, *, copy: bool) -> torch.Tensor:
 
 
 def to_array(tensor: torch.Tensor) -> Array:
-    """The array on a tensor's memory; of BF16 its bits."""
+    """An array on the tensor's memory. BF16 becomes its bits."""
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     array: Array = tensor.numpy(force=True)
@@ -228,7 +241,7 @@ def to_array(tensor: torch.Tensor) -> Array:
 
 @contextmanager
 def quiet(file: Path) -> Iterator[None]:
-    """Turn whatever PyTorch raises on loading `file` into LoadError, and its warnings into nothing."""
+    """Turn whatever PyTorch raises while it loads `file` into LoadError, and silence its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -242,7 +255,7 @@ def quiet(file: Path) -> Iterator[None]:
 
 
 class _Writable:
-    """The memory of a read-only array, for PyTorch, which warns of those; it keeps the array alive."""
+    """The memory of a read-only array, without the flag of which PyTorch warns. Keeps the array alive."""
 
     def __init__(self, array: Array) -> None:
         self.array = array
@@ -254,17 +267,15 @@ class _Writable:
         }
 
 
-def _facts(place: Place, leaf: Any) -> TensorMeta:
+def _meta(path: TreePath, leaf: Any) -> TensorMeta:
     if not isinstance(leaf, torch.Tensor):
-        raise LoadError(
-            f"output {place_text(place)} is {type(leaf).__name__}, and only tensors can be answered"
-        )
-    return datatype_of(leaf.dtype, f"output {place_text(place)}"), tuple(leaf.shape)
+        raise LoadError(f"output {path_text(path)} is {type(leaf).__name__}; only tensors can be answered")
+    return datatype_of(leaf.dtype, f"output {path_text(path)}"), tuple(leaf.shape)
 
 
 def _same(leaves: OutputTree, others: OutputTree, fp16: bool) -> bool:
     return leaves.keys() == others.keys() and all(
-        _close(leaf, others[place], fp16) for place, leaf in leaves.items()
+        _close(leaf, others[path], fp16) for path, leaf in leaves.items()
     )
 
 

@@ -1,46 +1,30 @@
-"""What the process has to be like before PyTorch is imported into it; the environment's own word counts."""
+"""Prepares the process before PyTorch is imported. Variables that the user has set keep their values."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from typing import Final
 
+from inferpool.system.cpu import keep_freed_memory
+
 _ENVIRONMENT: Final = {
-    # Threads that wait for the others of a run would spin, which takes the core from those that they wait for
-    # wherever all cores are busy: with the web side beside it, runs of two threads took ten times as long.
+    # By default a thread that waits for the other threads of a run spins, and takes the core that they need.
+    # With the web side beside it, runs of two threads took ten times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Compiled code reads beyond its inputs where they are smaller than it was compiled for, unless it checks.
+    # Compiled code reads beyond inputs that are smaller than it was compiled for, unless this is set.
     "AOTI_RUNTIME_CHECK_INPUTS": "1",
 }
 
-_M_TRIM_THRESHOLD: Final = -1
-_M_MMAP_THRESHOLD: Final = -3
-"""Options of mallopt(3), from malloc.h."""
-
-_BLOCK_BYTES: Final = 32 * 1024 * 1024
-"""Smaller blocks come from memory that is kept; glibc allows no more than this."""
-
-_KEPT_BYTES: Final = 256 * 1024 * 1024
-"""Free memory at the end of an arena that is kept."""
+_KEPT_BYTES: Final = 256 * 2**20
+"""PyTorch allocates the memory of every run anew, so more is kept than the server keeps by default."""
 
 
 def prepare() -> None:
-    """Set the environment that PyTorch and what it brings read once, and how memory is kept."""
+    """Set the variables that PyTorch and its libraries read once, and keep freed memory.
+
+    Without the latter, glibc returns freed blocks of some sizes to the kernel, which clears them page by page
+    in the next run. That is up to half the time of a small convolutional network at some batch sizes.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if not any(name.startswith("MALLOC_") for name in os.environ):
-        _keep_memory()
-
-
-def _keep_memory() -> None:
-    """Let the process keep freed memory, where it runs on glibc.
-
-    PyTorch allocates what it needs in a run anew each time. glibc gives freed blocks of some sizes back to
-    the kernel, which has to clear them page by page in the next run: up to half the time of a small
-    convolutional network at some batch sizes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _BLOCK_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    keep_freed_memory(_KEPT_BYTES)

@@ -1,15 +1,15 @@
-"""Exported programs (`torch.export.save`). The file says what the model takes and gives.
+"""Exported programs (`torch.export.save`). The file has the whole signature.
 
-Run as PyTorch loads it, a program is Python code that calls one operation after the other: it gives up
-the interpreter lock in each and has to win it back after each, for which it waits milliseconds wherever
-the web side is busy. So a program is translated to a graph that PyTorch runs without Python; it runs as
-Python only where that cannot be done, or does not give the same.
+A program as PyTorch loads it is Python code that calls one operation after the other. Each call releases the
+interpreter lock and has to win it back, which takes milliseconds while the web side is busy. So a program is
+translated to a graph that PyTorch runs without Python. It runs as Python only if the translation fails or
+gives other outputs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
-from inferpool.backends.base import LoadedModel, LoadOptions
-from inferpool.backends.torch.gpu.cuda_graphs import waits
-from inferpool.backends.torch.gpu.fp16 import bordered, halve
+from inferpool.backends.base import LoadOptions
 from inferpool.backends.torch.model import (
     Forward,
     InputTensors,
     OutputTree,
     Runnable,
+    StartedModel,
     agree,
     datatype_of,
     quiet,
@@ -35,27 +34,29 @@ from inferpool.backends.torch.model import (
     to_array,
 )
 from inferpool.backends.torch.program_to_graph import Untranslatable, function, optimize, translate, writes
-from inferpool.backends.torch.signature import Place, TensorMeta, flatten, place_text
+from inferpool.backends.torch.signature import TensorMeta, TreePath, flatten, path_text
 from inferpool.errors import LoadError
+from inferpool.system.gpus import CPU, gpu_support
 from inferpool.tensors import ANY, Tensors, TensorSpec, name_text
 
 log = logging.getLogger(__name__)
 
 FORM: Final = "exported program"
-MOST_ROWS: Final = 1_000_000
-"""A limit from here on is none: exporters write a very large number for "any"."""
+NO_LIMIT_ROWS: Final = 1_000_000
+"""A limit of at least this many rows means no limit: exporters write a very large number for "any"."""
 
 
 class _Program:
-    """An exported program and how it is called.
+    """An exported program and its calling convention.
 
     Attributes:
-        inputs: the tensors that it takes, in the flat order of its arguments.
-        outputs: where each tensor stands in what it returns, and what it looks like, in the flat order.
+        inputs: the specs of the input tensors, in the flat order of the arguments.
+        outputs: the path of each output tensor and its datatype and shape, in the flat order.
+        max_rows: the largest batch that the program was exported for; None without a limit.
     """
 
     def __init__(self, exported: Any) -> None:
-        """Read the calling convention; raises LoadError where something else than tensors is in it."""
+        """Read the calling convention; raises LoadError if an input or output is no tensor."""
         self.exported = exported
         self.module = exported.module()
         values = {node.name: node.meta.get("val") for node in exported.graph.nodes}
@@ -64,15 +65,15 @@ class _Program:
         ]
         self._flat = partial(_flat, arguments)
         self.inputs = tuple(
-            TensorSpec(argument.name, *_facts(values[argument.name], f"input {name_text(argument.name)}"))
+            TensorSpec(argument.name, *_meta(values[argument.name], f"input {name_text(argument.name)}"))
             for argument in arguments
             if not isinstance(argument, ConstantArgument)
         )
         returned = exported.graph_signature.user_outputs
         structure = pytree.tree_unflatten(range(len(returned)), exported.call_spec.out_spec)
-        self.outputs: dict[Place, TensorMeta] = {
-            place: _facts(values.get(returned[index], returned[index]), f"output {place_text(place)}")
-            for place, index in flatten(structure)
+        self.outputs: dict[TreePath, TensorMeta] = {
+            path: _meta(values.get(returned[index], returned[index]), f"output {path_text(path)}")
+            for path, index in flatten(structure)
             if returned[index] is not None
         }
         limits = [
@@ -83,7 +84,7 @@ class _Program:
         self.max_rows = min((limit for limit in limits if limit is not None), default=None)
 
     def example(self) -> list[Tensors]:
-        """The inputs that it was exported with, if they are in the file."""
+        """The inputs that the program was exported with, if the file has them."""
         if not self.exported.example_inputs:
             return []
         flat = pytree.tree_leaves(self.exported.example_inputs)
@@ -93,39 +94,44 @@ class _Program:
         return [{spec.name: to_array(tensor) for spec, tensor in zip(self.inputs, tensors, strict=True)}]
 
     def operations(self) -> Iterator[str]:
-        """The operations that it is made of, as PyTorch's schemas name them."""
+        """The operations of the program, by their names in PyTorch's schemas."""
         for node in self.exported.graph.nodes:
             if isinstance(node.target, torch._ops.OpOverload):
                 yield node.target._schema.name
 
     def as_python(self, feeds: InputTensors) -> OutputTree:
-        """Run it as PyTorch loads it."""
+        """Run the program as PyTorch loads it."""
         args, kwargs = pytree.tree_unflatten(self._flat(feeds), self.exported.call_spec.in_spec)
         return dict(flatten(self.module(*args, **kwargs)))
 
     def as_graph(self, graph: Any) -> Forward:
-        """What runs it as `graph` after the same checks of sizes; raises Untranslatable without those."""
+        """A function that checks the sizes as the program does, then runs `graph`.
+
+        Raises Untranslatable if the checks of sizes are not available.
+        """
         guards = getattr(self.module, "_guards_fn", None)
         if guards is None:
-            raise Untranslatable("its checks of the sizes are not to be had on their own")
+            raise Untranslatable("its checks of sizes are not available on their own")
         run, flat = function(graph), self._flat
-        names, places = [spec.name for spec in self.inputs], list(self.outputs)
+        names, paths = [spec.name for spec in self.inputs], list(self.outputs)
 
-        # It holds nothing of the program: the graph's own weights would be there beside the program's.
+        # This closure must not refer to the program, whose weights would stay in memory beside the graph's.
         def forward(feeds: InputTensors) -> OutputTree:
             guards(*flat(feeds))
-            return dict(zip(places, run(*[feeds[name] for name in names]), strict=True))
+            return dict(zip(paths, run(*[feeds[name] for name in names]), strict=True))
 
         return forward
 
 
-def load(file: Path, options: LoadOptions) -> LoadedModel:
+def load(file: Path, options: LoadOptions) -> StartedModel:
     """Load an exported program; raises LoadError."""
     with quiet(file):
         exported = torch.export.load(file)
-        if options.device != "cpu":
+        if options.device != CPU:
             exported = move_to_device_pass(exported, options.device)
-        if options.fp16:
+        if options.gpu.fp16:
+            with gpu_support():
+                from inferpool.backends.torch.gpu.fp16 import halve
             halve(exported)
         program = _Program(exported)
         options = replace(options, samples=(*program.example(), *options.samples))
@@ -133,34 +139,42 @@ def load(file: Path, options: LoadOptions) -> LoadedModel:
 
 
 def _runnable(file: Path, program: _Program, options: LoadOptions) -> Runnable:
-    """The quickest way to run it that gives the same as the others."""
-    wide = frozenset(place for place, (datatype, _) in program.outputs.items() if datatype == "FP32")
-
-    def border(forward: Forward) -> Forward:
-        return bordered(forward, wide) if options.fp16 else forward
-
+    """The quickest way to run the program that gives the same outputs as Python does."""
+    with_casts = _casts(program) if options.gpu.fp16 else _unchanged
     python = Runnable(
-        border(program.as_python),
+        with_casts(program.as_python),
         program.inputs,
         f"{FORM}, run as Python",
         copies=True,
         max_rows=program.max_rows,
         device=options.device,
-        waits=waits(program.operations()),
+        operations=tuple(program.operations()),
     )
     try:
         graph = translate(program.exported)
         for candidate in (optimize(graph), graph):
             runnable = replace(
-                python, forward=border(program.as_graph(candidate)), form=FORM, copies=writes(candidate)
+                python, forward=with_casts(program.as_graph(candidate)), form=FORM, copies=writes(candidate)
             )
             if agree(python, runnable, options):
                 return runnable
-        reason = "it does not give the same otherwise"
+        reason = "its graph does not give the same outputs"
     except (Untranslatable, AttributeError) as error:  # a PyTorch without TorchScript's runtime lacks names
         reason = str(error)
-    log.warning("%s runs as Python, which slows it down wherever the server is busy: %s", file, reason)
+    log.warning("%s runs as Python, which is slow while the server is busy: %s", file, reason)
     return python
+
+
+def _casts(program: _Program) -> Callable[[Forward], Forward]:
+    """Wraps a run in FP16 so that inputs and outputs keep the program's datatypes."""
+    with gpu_support():
+        from inferpool.backends.torch.gpu.fp16 import cast_borders
+    fp32_outputs = frozenset(path for path, (datatype, _) in program.outputs.items() if datatype == "FP32")
+    return partial(cast_borders, fp32_outputs=fp32_outputs)
+
+
+def _unchanged(forward: Forward) -> Forward:
+    return forward
 
 
 def _flat(arguments: Sequence[Any], feeds: InputTensors) -> list[object]:
@@ -171,17 +185,17 @@ def _flat(arguments: Sequence[Any], feeds: InputTensors) -> list[object]:
     ]
 
 
-def _facts(value: Any, what: str) -> TensorMeta:
-    """Datatype and shape of a tensor as the exporter saw it; raises LoadError for anything else."""
+def _meta(value: Any, tensor: str) -> TensorMeta:
+    """The datatype and shape that the exporter recorded; raises LoadError if `value` is no tensor."""
     if not isinstance(value, torch.Tensor):
-        raise LoadError(f"{what} is {type(value).__name__}, and only tensors can be sent and answered")
+        raise LoadError(f"{tensor} is {type(value).__name__}; only tensors can be sent and answered")
     shape = tuple(size if isinstance(size, int) else ANY for size in value.shape)
-    return datatype_of(value.dtype, what), shape
+    return datatype_of(value.dtype, tensor), shape
 
 
 def _upper_limit(size: Any, ranges: Any) -> int | None:
-    """The largest value that a dimension may have, where that is known and finite."""
+    """The largest value that a dimension may have; None if it is unknown or unlimited."""
     if isinstance(size, int):
         return None
     limits = ranges.get(size.node.expr)
-    return int(limits.upper) if limits is not None and limits.upper < MOST_ROWS else None
+    return int(limits.upper) if limits is not None and limits.upper < NO_LIMIT_ROWS else None

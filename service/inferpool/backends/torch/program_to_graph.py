@@ -1,8 +1,8 @@
-"""From an exported program to a graph of TorchScript's runtime, which runs it without Python.
+"""Translates an exported program to a graph of TorchScript's runtime, which runs the graph without Python.
 
-Every operation of a program is one of PyTorch's own, with a schema; so is every node of such a graph.
-Sizes that are only known when it runs are integers in the graph. What has no equal there (operations on
-functions, sizes that follow from data, state that changes) is not translated.
+Every operation of a program is an operation of PyTorch with a schema, and so is every node of such a graph.
+Sizes that are only known at run time are integers in the graph. Operations on functions, sizes that depend on
+data, and state that changes have no equivalent in a graph and are not translated.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ _INTEGERS: Final = {
     torch.ops.aten.sym_size.int: "aten::size",
     torch.ops.aten.sym_numel.default: "aten::numel",
 }
-"""What is done with sizes, and gives a size."""
+"""Operations on sizes that result in a size."""
 
 
 class Untranslatable(Exception):
-    """The program has something that a graph cannot have; the text says what."""
+    """The program contains something that has no equivalent in a graph; the text names it."""
 
 
 def translate(exported: Any) -> Any:
-    """A graph (`torch.Graph`) of the program's tensors, in and out in their order; outputs are one tuple.
+    """The program as a graph (`torch.Graph`), with the inputs in their order and one tuple of outputs.
 
     Raises Untranslatable.
     """
     try:
         translation = _Translation(exported)
         translation.graph.lint()
-    except (RuntimeError, TypeError, KeyError) as error:  # as the graph's own checks raise
+    except (RuntimeError, TypeError, KeyError) as error:  # raised by the graph's own checks
         raise Untranslatable(str(error)) from error
     aliases = translation.graph.alias_db()
     if any(aliases.has_writers(weight) for weight in translation.weights):
-        raise Untranslatable("it changes a state of its own")
+        raise Untranslatable("the program changes its own state")
     return translation.graph
 
 
 def optimize(graph: Any) -> Any:
-    """A copy whose weights are folded into one another where that saves work; it rounds otherwise."""
+    """A copy with weights folded into one another, which saves work but rounds differently."""
     copy = graph.copy()
     torch._C._jit_pass_optimize_frozen_graph(copy, True)
     return copy
 
 
 def function(graph: Any) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """What runs `graph`; it does not hold the interpreter lock meanwhile."""
+    """A function that runs `graph` without holding the interpreter lock."""
     made: Callable[..., tuple[torch.Tensor, ...]] = torch._C._create_function_from_graph("forward", graph)
     return made
 
@@ -76,7 +76,7 @@ class _Translation:
         signature = exported.graph_signature
         for spec in signature.output_specs:
             if spec.kind is not OutputKind.USER_OUTPUT:
-                raise Untranslatable(f"it changes {spec.target}")
+                raise Untranslatable(f"the program changes {spec.target}")
         self._inputs = {spec.arg.name: spec for spec in signature.input_specs}
         steps = {
             "placeholder": self._placeholder,
@@ -99,7 +99,7 @@ class _Translation:
         states = (self._exported.state_dict, self._exported.constants)
         weight = next(state[spec.target] for state in states if spec.target in state)
         if not isinstance(weight, torch.Tensor):
-            raise Untranslatable(f"{spec.target} is no tensor")
+            raise Untranslatable(f"{spec.target} is not a tensor")
         self._values[node] = self.graph.insertConstant(weight.detach())
         self.weights.append(self._values[node])
 
@@ -117,7 +117,7 @@ class _Translation:
         elif isinstance(target, torch._ops.OpOverload):
             schema = target._schema
             values = [
-                self._value(_argument(node, place, of), of.type) for place, of in enumerate(schema.arguments)
+                self._value(_argument(node, index, of), of.type) for index, of in enumerate(schema.arguments)
             ]
             self._add(node, schema.name, values, [of.type for of in schema.returns])
         else:
@@ -139,14 +139,14 @@ class _Translation:
         self._values[node] = outputs[0] if len(outputs) == 1 else outputs
 
     def _value(self, value: Any, of: Any = None) -> Any:
-        """An argument's value in the graph: a node's, or a constant of the type `of` where that is known."""
+        """An argument's value in the graph: a node's value, or a constant (of type `of` if given)."""
         if isinstance(of, torch._C.OptionalType) and value is not None:
             of = of.getElementType()
         if isinstance(value, Node):
             return self._values[value]
         if isinstance(value, (list, tuple)):
             element = of.getElementType() if isinstance(of, torch._C.ListType) else None
-            values = [self._value(part, element) for part in value]
+            values = [self._value(item, element) for item in value]
             made = self.graph.insertNode(self.graph.create("prim::ListConstruct", values, 1)).output()
             made.setType(torch._C.ListType(element if element is not None else values[0].type()))
             return made
@@ -155,7 +155,7 @@ class _Translation:
         return self.graph.insertConstant(value)
 
 
-def _argument(node: Node, place: int, of: Any) -> Any:
-    if place < len(node.args) and not of.kwarg_only:
-        return node.args[place]
+def _argument(node: Node, index: int, of: Any) -> Any:
+    if index < len(node.args) and not of.kwarg_only:
+        return node.args[index]
     return node.kwargs.get(of.name, of.default_value)

@@ -1,12 +1,12 @@
 """TorchScript (`torch.jit.save`). PyTorch has deprecated it in favour of exported programs.
 
-The file names the inputs; it says neither their datatypes nor their shapes.
+The file names the inputs, but has neither their datatypes nor their shapes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from inferpool.backends.base import LoadedModel, LoadOptions, TensorHint
-from inferpool.backends.torch.gpu.cuda_graphs import operations, waits
-from inferpool.backends.torch.gpu.fp16 import halve_script
+from inferpool.backends.base import LoadOptions, TensorHint
 from inferpool.backends.torch.model import (
     Forward,
     InputTensors,
     OutputTree,
     Runnable,
+    StartedModel,
     agree,
     check_datatypes,
     quiet,
@@ -29,6 +28,7 @@ from inferpool.backends.torch.model import (
 )
 from inferpool.backends.torch.signature import complete_inputs, flatten
 from inferpool.errors import LoadError
+from inferpool.system.gpus import gpu_support
 from inferpool.tensors import name_text
 
 log = logging.getLogger(__name__)
@@ -36,19 +36,21 @@ log = logging.getLogger(__name__)
 FORM = "TorchScript (deprecated by PyTorch)"
 
 
-def load(file: Path, options: LoadOptions) -> LoadedModel:
-    """Load a TorchScript file, in evaluation mode, frozen where that changes no answer; raises LoadError."""
+def load(file: Path, options: LoadOptions) -> StartedModel:
+    """Load a TorchScript file in evaluation mode, frozen if that changes no output; raises LoadError."""
     with quiet(file):
         module = torch.jit.load(str(file), map_location=options.device).eval()
         plain = _runnable(module, options)
-        border: Callable[[Forward], Forward] = _as_it_is
-        if options.fp16:
-            border = halve_script(module, plain, options)
-            plain = replace(plain, forward=border(plain.forward))
-        frozen = _frozen(module, plain, border)
+        with_casts: Callable[[Forward], Forward] = _unchanged
+        if options.gpu.fp16:
+            with gpu_support():
+                from inferpool.backends.torch.gpu.fp16 import halve_script
+            with_casts = halve_script(module, plain, options)
+            plain = replace(plain, forward=with_casts(plain.forward))
+        frozen = _frozen(module, plain, with_casts)
         if frozen is not None and agree(plain, frozen, options):
             return start(frozen, options)
-        log.info("%s is not frozen: it would not give the same answers", file)
+        log.info("%s is not frozen: frozen, it does not give the same outputs", file)
         return start(plain, options)
 
 
@@ -65,7 +67,7 @@ def _runnable(module: Any, options: LoadOptions) -> Runnable:
                 optional.add(argument.name)
         elif not argument.has_default_value():
             raise LoadError(
-                f"the argument {name_text(argument.name)} of forward is {kind}; only tensors can be sent:"
+                f"the argument {name_text(argument.name)} of forward is {kind}, but only tensors can be sent:"
                 " give it a default, or wrap the module in one that takes tensors"
             )
     inputs = complete_inputs(tensors, optional, options.inputs, options.samples)
@@ -76,7 +78,7 @@ def _runnable(module: Any, options: LoadOptions) -> Runnable:
         FORM,
         copies=_writes(module),
         device=options.device,
-        waits=waits(operations(module.inlined_graph)),
+        operations=tuple(_operations(module.inlined_graph)),
     )
 
 
@@ -87,15 +89,15 @@ def _forward(module: Any) -> Forward:
     return forward
 
 
-def _as_it_is(forward: Forward) -> Forward:
+def _unchanged(forward: Forward) -> Forward:
     return forward
 
 
-def _frozen(module: Any, plain: Runnable, border: Callable[[Forward], Forward]) -> Runnable | None:
-    """The module with its weights as constants, or None where it cannot be frozen."""
+def _frozen(module: Any, plain: Runnable, with_casts: Callable[[Forward], Forward]) -> Runnable | None:
+    """The module with its weights as constants, or None if it cannot be frozen."""
     with suppress(RuntimeError):
         frozen = torch.jit.freeze(module)
-        return replace(plain, forward=border(_forward(frozen)), copies=_writes(frozen))
+        return replace(plain, forward=with_casts(_forward(frozen)), copies=_writes(frozen))
     return None
 
 
@@ -104,3 +106,11 @@ def _writes(module: Any) -> bool:
     graph = module.inlined_graph
     aliases = graph.alias_db()
     return any(aliases.has_writers(value) for value in list(graph.inputs())[1:])
+
+
+def _operations(graph: Any) -> Iterator[str]:
+    """The operations of a graph of TorchScript's runtime, and of the blocks in it."""
+    for node in graph.nodes():
+        yield node.kind()
+        for block in node.blocks():
+            yield from _operations(block)

@@ -1,7 +1,7 @@
-"""The signature of a model whose file does not tell it all: from descriptions, golden samples and runs.
+"""Completes the signature of a model from `model.toml`, golden samples and runs, if its file lacks parts.
 
-A description in `model.toml` counts first, then the file, then the golden samples. Nothing here needs
-PyTorch: tensors are seen as numpy arrays.
+A description in `model.toml` comes first, then the file, then the golden samples. This module does not need
+PyTorch: it sees tensors as numpy arrays.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from inferpool.errors import LoadError
 from inferpool.tensors import ANY, Array, Tensors, TensorSpec, name_text, names_text, shape_text
 
 _DATATYPES: Final = {"b": "BOOL", "i": "INT64", "u": "INT64", "f": "FP32"}
-"""By the kind of numpy dtype that a golden sample's numbers make."""
-Place: TypeAlias = tuple[str | int, ...]
-"""Where in what a model returned a tensor stands: indexes of tuples and lists, keys of dicts."""
+"""Kind of the numpy dtype of a golden sample's numbers to datatype."""
+TreePath: TypeAlias = tuple[str | int, ...]
+"""The path of a tensor in a returned structure: indexes of tuples and lists, keys of dicts."""
 
 TensorMeta: TypeAlias = tuple[str, tuple[int, ...]]
-"""Datatype and shape of a tensor."""
+"""The datatype and shape of a tensor."""
 
 
 def name_inputs(
     unnamed: int, taken: Collection[str], described: Sequence[TensorHint], samples: Sequence[Any]
 ) -> list[str]:
-    """Names for inputs that have a place but no name: as described, as in a sample, else `input_0`…
+    """Names for `unnamed` positional inputs: from `described`, else from a sample, else `input_0`…
 
-    `taken` are the names of the other inputs. Raises LoadError where too few or too many are described.
+    `taken` are the names of the other inputs. Raises LoadError if too few or too many names are given.
     """
     if not unnamed:
         return []
@@ -43,12 +43,12 @@ def name_inputs(
         names = [name for name in source if name not in taken]
         if names and len(names) != unnamed:
             raise LoadError(
-                f"the model takes {unnamed} inputs by their place, and {len(names)} are described:"
+                f"the model takes {unnamed} positional inputs, but {len(names)} are described:"
                 f" {names_text(names)}"
             )
         if names:
             return names
-    return [f"input_{place}" for place in range(unnamed)]
+    return [f"input_{index}" for index in range(unnamed)]
 
 
 def complete_inputs(
@@ -57,17 +57,17 @@ def complete_inputs(
     described: Sequence[TensorHint],
     samples: Sequence[Any],
 ) -> tuple[TensorSpec, ...]:
-    """Specs of the inputs that were `found`, completed by `described` and else by `samples`.
+    """The specs of the inputs `found` in the file, completed from `described`, else from `samples`.
 
-    Those in `optional` are left out where nothing is known of them. Raises LoadError with the lines that
-    `model.toml` needs where something of another one is not known.
+    An input in `optional` about which too little is known is left out. For any other such input, raises
+    LoadError with the lines to write in `model.toml`.
     """
     known = {entry.name: entry for entry in described}
     unknown = known.keys() - {entry.name for entry in found}
     if unknown:
         raise LoadError(
             f"model.toml describes the input {names_text(sorted(unknown))}, which the model does not have;"
-            f" it takes {names_text([entry.name for entry in found])}"
+            f" the model takes {names_text([entry.name for entry in found])}"
         )
     specs: list[TensorSpec] = []
     missing = []
@@ -75,24 +75,25 @@ def complete_inputs(
         if isinstance(entry, TensorSpec):
             specs.append(entry)
             continue
-        own = known.get(entry.name, entry)
-        seen = _seen(entry.name, samples, alone=len(found) == 1)
-        datatype, shape = own.datatype or seen.datatype, seen.shape if own.shape is None else own.shape
+        hint = known.get(entry.name, entry)
+        seen = _seen(entry.name, samples, single=len(found) == 1)
+        datatype = hint.datatype or seen.datatype
+        shape = seen.shape if hint.shape is None else hint.shape
         if datatype is not None and shape is not None:
             specs.append(TensorSpec(entry.name, datatype, shape, entry.name in optional))
         elif entry.name not in optional:
             missing.append(TensorHint(entry.name, datatype, shape))
     if missing:
         raise LoadError(
-            f"the file does not say all of the input {names_text([entry.name for entry in missing])};"
-            " add a golden sample, or write in model.toml, with the true datatypes and shapes"
-            " (-1 where any size will do):\n" + _toml("inputs", missing)
+            f"the file does not fully describe the input {names_text([entry.name for entry in missing])};"
+            " add a golden sample, or write the true datatypes and shapes in model.toml"
+            " (-1 for a dimension of any size):\n" + _toml("inputs", missing)
         )
     return tuple(specs)
 
 
 def pairs_to_try(specs: Sequence[TensorSpec], samples: Sequence[Any]) -> Iterator[tuple[Tensors, Tensors]]:
-    """Pairs of inputs that may run, which differ in the sizes that may differ.
+    """Pairs of inputs that may run, which differ in every dimension of any size.
 
     The golden samples come first, then made-up inputs.
     """
@@ -108,53 +109,53 @@ def pairs_to_try(specs: Sequence[TensorSpec], samples: Sequence[Any]) -> Iterato
     yield from made_up_pairs(specs)
 
 
-def flatten(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Everything in tuples, lists and dicts within one another, with where it stands; None is left out."""
+def flatten(value: Any, path: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
+    """All values in nested tuples, lists and dicts, each with its path. None is left out."""
     if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from flatten(part, (*place, key))
+        for key, child in value.items():
+            yield from flatten(child, (*path, key))
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for key, part in zip(value._fields, value, strict=True):
-            yield from flatten(part, (*place, key))
+        for key, child in zip(value._fields, value, strict=True):
+            yield from flatten(child, (*path, key))
     elif isinstance(value, (tuple, list)):
-        for index, part in enumerate(value):
-            yield from flatten(part, (*place, index))
+        for index, child in enumerate(value):
+            yield from flatten(child, (*path, index))
     elif value is not None:
-        yield place, value
+        yield path, value
 
 
-def name_outputs(places: Sequence[Place], described: Sequence[TensorHint]) -> dict[Place, str]:
-    """A name for each output: its key in a dict, else as described, else `output_0`…
+def name_outputs(paths: Sequence[TreePath], described: Sequence[TensorHint]) -> dict[TreePath, str]:
+    """A name for each output: its key in a dict, else its name in `described`, else `output_0`…
 
-    Raises LoadError where what is described and what the model gives are not as many, or have other keys.
+    Raises LoadError if the number or the keys of the described outputs differ from the model's.
     """
-    if not places:
-        raise LoadError("the model gives no tensor")
-    keyed = all(place and isinstance(place[0], str) for place in places)
-    names = [_name(place) for place in places]
+    if not paths:
+        raise LoadError("the model returns no tensor")
+    keyed = all(path and isinstance(path[0], str) for path in paths)
+    names = [_name(path) for path in paths]
     wanted = [entry.name for entry in described]
     if wanted and ((keyed and set(wanted) != set(names)) or len(wanted) != len(names)):
-        raise LoadError(f"the model gives {names_text(names)}; model.toml describes {names_text(wanted)}")
+        raise LoadError(f"the model returns {names_text(names)}; model.toml describes {names_text(wanted)}")
     if len(set(names)) < len(names):
-        raise LoadError(f"two outputs would have the same name; the model gives {names_text(names)}")
-    return dict(zip(places, names if keyed or not wanted else wanted, strict=True))
+        raise LoadError(f"two outputs would have the same name; the model returns {names_text(names)}")
+    return dict(zip(paths, names if keyed or not wanted else wanted, strict=True))
 
 
 def complete_outputs(
-    names: Mapping[Place, str],
-    runs: Sequence[Mapping[Place, TensorMeta]],
+    names: Mapping[TreePath, str],
+    runs: Sequence[Mapping[TreePath, TensorMeta]],
     described: Sequence[TensorHint],
 ) -> tuple[TensorSpec, ...]:
-    """Specs of the outputs by `names`: datatypes and shapes as in `runs`, -1 where those differ.
+    """The specs of the outputs in `names`, from `runs`. Sizes that differ between runs become -1.
 
-    A shape that is described counts instead. Raises LoadError where two runs differ in more than sizes.
+    A shape in `described` takes precedence. Raises LoadError if two runs differ in more than sizes.
     """
     shapes = {entry.name: entry.shape for entry in described if entry.shape is not None}
     specs = []
-    for place, name in names.items():
-        seen = [run[place] for run in runs if place in run]
+    for path, name in names.items():
+        seen = [run[path] for run in runs if path in run]
         if len(seen) < len(runs) or len({datatype for datatype, _ in seen}) > 1:
-            raise LoadError(f"output {name_text(name)} is there, or of one datatype, in some runs only")
+            raise LoadError(f"output {name_text(name)} is missing, or has another datatype, in some runs")
         ranks = {len(shape) for _, shape in seen}
         shape = None
         if len(ranks) == 1:
@@ -164,21 +165,21 @@ def complete_outputs(
     return tuple(specs)
 
 
-def place_text(place: Place) -> str:
-    """A place for people: `["hidden"][0]`; nothing where the model returns a tensor."""
-    return "".join(f"[{json.dumps(part)}]" for part in place)
+def path_text(path: TreePath) -> str:
+    """A path as text: `["hidden"][0]`; empty for the returned value itself."""
+    return "".join(f"[{json.dumps(key)}]" for key in path)
 
 
-def _seen(name: str, samples: Sequence[Any], *, alone: bool) -> TensorHint:
-    """What golden samples show of an input; the first dimension is rows."""
+def _seen(name: str, samples: Sequence[Any], *, single: bool) -> TensorHint:
+    """The datatype and shape of an input in the golden samples. The first dimension is the rows."""
     seen = TensorHint(name)
     for sample in samples:
-        value = sample.get(name) if isinstance(sample, Mapping) else sample if alone else None
+        value = sample.get(name) if isinstance(sample, Mapping) else sample if single else None
         if value is None:
             continue
         try:
             array = np.asarray(value)
-        except ValueError:  # ragged: reading the samples will say so
+        except ValueError:  # ragged: the error is raised when the samples are read
             continue
         datatype = _DATATYPES.get(array.dtype.kind)
         shape = (ANY, *array.shape[1:]) if array.ndim else ()
@@ -193,7 +194,7 @@ def _seen(name: str, samples: Sequence[Any], *, alone: bool) -> TensorHint:
 
 
 def _arrays(specs: Sequence[TensorSpec], sample: Any) -> Tensors | None:
-    """A sample as arrays, or None: a sample that does not fit is for others to complain of."""
+    """A sample as arrays, or None if it does not fit. Reading the samples reports the error."""
     named = sample if isinstance(sample, Mapping) else {specs[0].name: sample} if len(specs) == 1 else {}
     by_name = {spec.name: spec for spec in specs}
     try:
@@ -207,15 +208,15 @@ def _doubled(tensor: Array) -> Array:
     return np.concatenate([tensor, tensor])
 
 
-def _name(place: Place) -> str:
-    parts = "_".join(map(str, place))
-    if not place:
+def _name(path: TreePath) -> str:
+    joined = "_".join(map(str, path))
+    if not path:
         return "output_0"
-    return parts if isinstance(place[0], str) else f"output_{parts}"
+    return joined if isinstance(path[0], str) else f"output_{joined}"
 
 
 def _toml(table: str, entries: Sequence[TensorHint]) -> str:
-    """The lines of `model.toml` that describe `entries`, with examples where something is not known."""
+    """The lines of `model.toml` that describe `entries`, with examples for unknown fields."""
     return "\n".join(
         f'[[{table}]]\nname = {json.dumps(entry.name)}\ndatatype = "{entry.datatype or "FP32"}"\n'
         f"shape = {shape_text((ANY, 64) if entry.shape is None else entry.shape)}"

@@ -209,7 +209,7 @@ def _gpu(view: GpuView | None, live: LiveView) -> Gpu | None:
         padding=view.padding,
         precision=view.precision,
         difference=None if view.difference is None else Rounding(**asdict(view.difference)),
-        graphs=view.graphs,
+        graphs=view.graphs.ok or view.graphs.reason,
         pixels=view.pixels,
         tensorrt=live.tensorrt,
     )

@@ -12,18 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from inferpool.backends.base import (
-    Backend,
-    DeviceModel,
-    LoadedModel,
-    LoadOptions,
-    TensorHint,
-    backends_by_suffix,
-    find_backend,
-)
+from inferpool.backends.base import Backend, DeviceModel, GpuOptions, LoadedModel, LoadOptions, TensorHint
+from inferpool.backends.registry import backends_by_suffix, find_backend
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
-from inferpool.errors import LoadError, UnfitForGpu
+from inferpool.errors import UnfitForGpu
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.latency_model import LatencyModel
@@ -40,7 +33,7 @@ from inferpool.repository.load.plan_cache import PlanCache
 from inferpool.repository.load.planner import Plan, PlanConstraints, Planner
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
-from inferpool.system.gpus import AUTO, CPU, Driver, cuda_driver, gpu_index, place
+from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
 from inferpool.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -207,7 +200,7 @@ class Loader:
         from inferpool.repository.load.gpu.gpu_copies import GpuCopies, GpuInputs
 
         assert isinstance(copies, GpuCopies)
-        graphs = source.config.gpu.graphs and isinstance(model, DeviceModel) and model.capturable
+        graphs = source.config.gpu.graphs and isinstance(model, DeviceModel) and model.can_capture
         copies.drop(model)
         rounded = None if padding is None else replace(padding, rounded=True)
         normalise = None if content.image is None else content.image.normalisation
@@ -220,7 +213,7 @@ class Loader:
         copies.prepare(
             devices,
             plan,
-            replace(options, graphs=graphs, normalise=normalise),
+            options.with_gpu(graphs=graphs, normalisation=normalise),
             GpuInputs(content.rows, texts, rounded),
             find_folder if source.config.gpu.tensorrt else None,
         )
@@ -232,7 +225,9 @@ class Loader:
     def _devices(self, source: _Source) -> tuple[str, ...]:
         """The devices of the instances; raises LoadError if the model cannot run on the devices asked for."""
         wanted = self._wanted(source.config)
-        devices = place(wanted, self._driver, lambda: source.backend.gpu_unavailable_reason(source.file))
+        devices = choose_devices(
+            wanted, self._driver, lambda: source.backend.gpu_unavailable_reason(source.file)
+        )
         if devices == (CPU,) and wanted != devices and self._driver.gpus():
             log.warning(
                 "%s is served on the CPU although there is a GPU: %s",
@@ -246,11 +241,13 @@ class Loader:
         fp16 = config.gpu.fp16 and device != CPU
         return LoadOptions(
             device=device,
-            cpu_nodes=config.gpu.cpu_nodes,
-            tf32=config.gpu.tf32,
-            fp16=fp16,
-            kept=self._cache.beside(source.file) if fp16 else None,
-            memory_bytes=config.gpu.memory_bytes,
+            gpu=GpuOptions(
+                cpu_nodes=config.gpu.cpu_nodes,
+                tf32=config.gpu.tf32,
+                fp16=fp16,
+                cache_dir=self._cache.beside(source.file) if fp16 else None,
+                memory_bytes=config.gpu.memory_bytes,
+            ),
             inputs=tuple(TensorHint(**tensor.model_dump()) for tensor in config.inputs),
             outputs=tuple(TensorHint(**tensor.model_dump()) for tensor in config.outputs),
             samples=tuple(raw_inputs(folder, config)) if folder is not None else (),
@@ -293,7 +290,7 @@ class Loader:
         gpu = self._driver.gpus()[gpu_index(options.device)]
         return [
             gpu.name,
-            *map(str, (gpu.memory_bytes, options.tf32, options.fp16, options.memory_bytes)),
+            *map(str, (gpu.memory_bytes, options.gpu.tf32, options.gpu.fp16, options.gpu.memory_bytes)),
         ]
 
     def _pool(
@@ -329,18 +326,14 @@ class Loader:
 
 def _gpu_copies(source: _Source, clock: Callable[[], float]) -> GpuCopies:
     """The copies of a model on GPUs; raises LoadError if this installation has no code for GPUs."""
-    try:
+    with gpu_support():
         from inferpool.repository.load.gpu.gpu_copies import GpuCopies
-    except ModuleNotFoundError as error:
-        raise LoadError(
-            f"this installation cannot load models on GPUs ({error}); serve with --devices cpu"
-        ) from error
     return GpuCopies(source.backend, source.file, clock)
 
 
 def _for_cpu(options: LoadOptions) -> LoadOptions:
     """The same options for the CPU."""
-    return replace(options, device=CPU, fp16=False)
+    return replace(options.with_gpu(fp16=False), device=CPU)
 
 
 def _batching_view(

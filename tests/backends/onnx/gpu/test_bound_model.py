@@ -11,16 +11,16 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inferpool.backends.base import LoadOptions
-from inferpool.backends.cuda.memory import CudaMemory, HostMemory
+from inferpool.backends.base import GpuOptions, LoadOptions
+from inferpool.backends.cuda.memory import CudaMemory
 from inferpool.backends.onnx.backend import OnnxBackend
 from inferpool.backends.onnx.gpu.bound_model import BoundModel, bindable
 from inferpool.backends.onnx.gpu.session import (
     check_nodes,
     cpu_nodes,
+    cuda_unavailable_reason,
     found_versions,
     is_out_of_memory,
-    lacks_cuda,
     load_libraries,
     provider_options,
 )
@@ -28,9 +28,10 @@ from inferpool.backends.onnx.signature import read_signature
 from inferpool.errors import LoadError, OutOfMemory
 from inferpool.system.install_hints import install_command, uninstall_command
 from inferpool.tensors import Array
-
 from onnx import TensorProto, helper
+
 from tests.backends.onnx.graphs import bf16
+from tests.fake_gpu.host_memory import HostMemory
 
 node = helper.make_node
 Make = Callable[..., BoundModel]
@@ -68,9 +69,9 @@ AFFINE = graph(
     [tensor("total", ["n", 3]), tensor("sum", [])],
 )
 POSITIVE = graph(
-    [node("NonZero", ["a"], ["places"])],
+    [node("NonZero", ["a"], ["indexes"])],
     [tensor("a", ["n", "m"])],
-    [tensor("places", [2, "k"], TensorProto.INT64)],
+    [tensor("indexes", [2, "k"], TensorProto.INT64)],
 )
 
 
@@ -108,7 +109,7 @@ def test_it_runs_as_an_unbound_session_does(make: Make) -> None:
 def test_an_output_whose_shape_follows_from_data_is_read_where_it_lies(make: Make) -> None:
     model = make(POSITIVE)
     for array in (np.eye(3, dtype=np.float32), np.zeros((2, 2), np.float32), np.ones((2, 5), np.float32)):
-        assert model.run({"a": array})["places"].tolist() == np.array(np.nonzero(array)).tolist()
+        assert model.run({"a": array})["indexes"].tolist() == np.array(np.nonzero(array)).tolist()
 
 
 def test_rows_run_among_more_and_come_back_alone(make: Make) -> None:
@@ -249,7 +250,7 @@ def test_nodes_on_the_cpu_are_read_from_a_session() -> None:
     ],
 )
 def test_what_stays_on_the_cpu_has_to_be_asked_for(left: dict[str, int], allowed: Any, refused: str) -> None:
-    options = LoadOptions("cuda:0", cpu_nodes=allowed)
+    options = LoadOptions("cuda:0", gpu=GpuOptions(cpu_nodes=allowed))
     if refused:
         with pytest.raises(LoadError, match=refused):
             check_nodes(left, options)
@@ -267,7 +268,9 @@ def test_the_provider_is_told_what_was_asked_for() -> None:
         "user_compute_stream": "4096",
         "enable_cuda_graph": "0",
     }
-    bounded = provider_options(LoadOptions("cuda:0", tf32=True, memory_bytes=2**30, graphs=True), 4096)
+    bounded = provider_options(
+        LoadOptions("cuda:0", gpu=GpuOptions(tf32=True, memory_bytes=2**30, graphs=True)), 4096
+    )
     assert bounded["enable_cuda_graph"] == "1"
     assert (bounded["use_tf32"], bounded["gpu_mem_limit"]) == ("1", str(2**30))
 
@@ -301,12 +304,11 @@ def test_memory_that_ends_in_a_run_is_out_of_memory(make: Make) -> None:
         model.run_padded([{"a": rows(1), "b": rows(1)}], 2)
 
 
-@pytest.mark.skipif(not lacks_cuda(), reason="ONNX Runtime for GPUs is installed")
+@pytest.mark.skipif(not cuda_unavailable_reason(), reason="ONNX Runtime for GPUs is installed")
 def test_the_runtime_for_cpus_says_that_it_is_one() -> None:
     commands = f"{uninstall_command('onnxruntime')}, then {install_command('gpu')}"
-    assert (
-        OnnxBackend().gpu_unavailable_reason(Path("model.onnx")).endswith(f"is the one for CPUs: {commands}")
-    )
+    reason = OnnxBackend().gpu_unavailable_reason(Path("model.onnx"))
+    assert str(reason).endswith(f"is built for CPUs only: run {commands}")
     with pytest.raises(LoadError, match=r"CUDA's runtime library cannot be loaded"):
         CudaMemory(0, 0)
     assert found_versions("0") in ("neither", "cuDNN 9")

@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from inferpool.backends.base import LoadOptions
-from inferpool.backends.cuda.memory import ALONE, CudaMemory, HostMemory, Memory
+from inferpool.backends.base import GpuOptions, LoadOptions
+from inferpool.backends.cuda.memory import DEVICE_LOCK, CudaMemory, Memory
 from inferpool.backends.onnx.gpu import session as gpu_session
 from inferpool.backends.onnx.gpu.bound_model import BoundModel
-from inferpool.backends.onnx.gpu.session import Uncapturable, open_session
+from inferpool.backends.onnx.gpu.session import GraphsRefused, open_session
 from inferpool.backends.onnx.signature import read_signature
 from inferpool.errors import LoadError, OutOfMemory
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.load.gpu.graph_capture import MOST_GRAPHS, capture
 from inferpool.tensors import Array
-
 from onnx import TensorProto, helper
+
 from tests.backends.cuda.test_memory import library, opened  # noqa: F401 - fixtures
+from tests.fake_gpu.host_memory import HostMemory
 
 node = helper.make_node
 
@@ -89,7 +90,7 @@ class GraphSession:
                 self.session.run_with_iobinding(self.graphs[key])
         else:
             self.runs.append(("captured", graph))
-            self.alone.append(ALONE.locked())
+            self.alone.append(DEVICE_LOCK.locked())
             if self.fault == "refuses":
                 if isinstance(self.memory, CudaMemory):
                     self.memory._library.fakeCapture()
@@ -108,11 +109,14 @@ class CountedMemory(CudaMemory):
         super().wait()
 
 
-def bound(memory: Memory, session: Any = None, fault: str = "") -> tuple[BoundModel, GraphSession]:
+def bound(
+    memory: Memory, session: Any = None, fault: str = "", reopen: Callable[[], Any] | None = None
+) -> tuple[BoundModel, GraphSession]:
     wrapped = GraphSession(session or square(), memory, fault)
     signature = read_signature(Path("unread"), wrapped.session)
     streamed = isinstance(memory, CudaMemory)
-    return BoundModel(wrapped, signature, "cpu", memory, {}, streamed=streamed), wrapped
+    model = BoundModel(wrapped, signature, "cpu", memory, {}, streamed=streamed, open_without_graphs=reopen)
+    return model, wrapped
 
 
 def rows(count: int, start: float = 0) -> Array:
@@ -130,9 +134,9 @@ def capture_all(model: BoundModel, ladder: BatchBuckets | None, samples: list[An
 
 def test_each_rung_has_a_graph_of_its_own_that_reads_what_is_there(opened: list[str]) -> None:  # noqa: F811
     model, session = bound(CudaMemory(3, 13))
-    assert (model.graphs, model.capturable) == ("none were asked for", True)
+    assert (model.graphs, model.can_capture) == ((False, "none were asked for"), True)
     capture_all(model, BatchBuckets([1, 2, 4, 8]))
-    assert model.graphs is True
+    assert model.graphs.ok
     numbers = [number for kind, number in session.runs if kind == "captured"]
     assert numbers == [1, 2, 3, 4]
     assert all(session.alone)
@@ -170,7 +174,8 @@ def test_rows_of_tokens_are_captured_for_the_smallest_of_their_shapes() -> None:
             {"a": np.arange(8 * length, dtype=np.float32).reshape(8, length) / length} for length in lengths
         ]
         capture(model, BatchBuckets(list(rungs)), [], lambda: 0.0, texts)
-        assert (part in model.graphs) if isinstance(model.graphs, str) else not part
+        assert model.graphs.ok == (not part)
+        assert part in model.graphs.reason
         wrapped.runs.clear()
         sizes = sorted((rung * length, rung, length) for rung in rungs for length in lengths)
         for _, rung, length in sizes:
@@ -248,7 +253,6 @@ def test_a_capture_that_fails_or_answers_wrongly_is_given_up_with_its_session(
 ) -> None:
     """The capture is ended before the session is closed; a session without graphs answers."""
     memory = CudaMemory(3, 13)
-    model, session = bound(memory, fault=fault)
     plain = GraphSession(square(), memory)
 
     def reopen() -> Any:
@@ -258,10 +262,10 @@ def test_a_capture_that_fails_or_answers_wrongly_is_given_up_with_its_session(
         assert model._session is None
         return plain
 
-    model.plain = reopen
+    model, session = bound(memory, fault=fault, reopen=reopen)
     capture_all(model, BatchBuckets([1, 2, 4]))
-    assert isinstance(model.graphs, str)
-    assert reason in model.graphs
+    assert not model.graphs.ok
+    assert reason in model.graphs.reason
     session.runs.clear()
     for rung in (1, 4, 2):
         check(model, 1, rung)
@@ -275,12 +279,12 @@ def test_the_thread_that_takes_over_captures_its_own(opened: list[str]) -> None:
     """Graphs of a thread that is gone are not named on another, to be captured there while it serves."""
     model, session = bound(CudaMemory(3, 13))
     ladder = BatchBuckets([1, 4])
-    model.first = lambda: capture_all(model, ladder)
     faults: list[BaseException] = []
 
     def live() -> None:
         try:
             model.begin()
+            capture_all(model, ladder)
             for rung in (1, 4):
                 check(model, 1, rung)
         except Exception as error:  # noqa: BLE001 - it is raised again by the test
@@ -288,7 +292,7 @@ def test_the_thread_that_takes_over_captures_its_own(opened: list[str]) -> None:
 
     # Both are there at once, so that they are two also to whoever reuses the names of threads.
     first, second = threading.Thread(target=live), threading.Thread(target=live)
-    model.first()
+    capture_all(model, ladder)
     before = len(session.graphs)
     for thread in (first, second):
         session.runs.clear()
@@ -296,7 +300,6 @@ def test_the_thread_that_takes_over_captures_its_own(opened: list[str]) -> None:
         thread.join()
         assert not faults
         assert [kind for kind, _ in session.runs if kind != "plain"][-2:] == ["replayed"] * 2
-    model.first = None
     model.begin()
     session.runs.clear()
     check(model, 1, 4)
@@ -326,7 +329,7 @@ def test_no_capture_elsewhere_forbids_a_thread_to_allocate(opened: list[str]) ->
 def test_a_model_of_one_shape_has_one_graph() -> None:
     model, session = bound(HostMemory(), square(1))
     capture_all(model, None, [{"a": rows(1)}])
-    assert model.graphs is True
+    assert model.graphs.ok
     session.runs.clear()
     assert model.run({"a": rows(1, 5)})["y"].tolist() == (rows(1, 5) * rows(1, 5)).tolist()
     assert session.runs == [("replayed", 1)]
@@ -338,7 +341,7 @@ def test_no_rows_at_all_meet_no_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "outputs", "left", "reason"),
+    ("nodes", "outputs", "cpu_nodes", "reason"),
     [
         (
             [node("NonZero", ["a"], ["y"])],
@@ -355,11 +358,11 @@ def test_no_rows_at_all_meet_no_graph() -> None:
     ],
 )
 def test_what_cannot_be_captured_says_why(
-    nodes: list[Any], outputs: list[Any], left: dict[str, int], reason: str
+    nodes: list[Any], outputs: list[Any], cpu_nodes: dict[str, int], reason: str
 ) -> None:
     session = session_of(nodes, [value("a", ["n", 3])], outputs)
-    model = BoundModel(session, read_signature(Path("unread"), session), "cpu", HostMemory(), left)
-    assert (model.graphs, model.capturable) == (reason, False)
+    model = BoundModel(session, read_signature(Path("unread"), session), "cpu", HostMemory(), cpu_nodes)
+    assert (model.graphs, model.can_capture) == ((False, reason), False)
 
 
 def test_rows_of_many_shapes_are_captured_for_one() -> None:
@@ -371,7 +374,7 @@ def test_rows_of_many_shapes_are_captured_for_one() -> None:
     )
     model, wrapped = bound(HostMemory(), session)
     capture_all(model, BatchBuckets([1, 2]))
-    assert model.graphs == "for rows of the shape that was tried at load only"
+    assert model.graphs == (False, "for rows of the shape that was tried at load only")
     wrapped.runs.clear()
     for width in (3, 4):
         given = np.ones((1, width), np.float32)
@@ -388,14 +391,14 @@ def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Opened:
 
     def opening(error: str) -> LoadError:
         def session(*_: Any, **options: Any) -> None:
-            assert ALONE.locked()
+            assert DEVICE_LOCK.locked()
             [(_, chosen)] = options["providers"]
             assert chosen["enable_cuda_graph"] == "1"
             assert chosen["user_compute_stream"] == "4096"
             raise RuntimeError(error)
 
         monkeypatch.setattr(gpu_session, "ort", SimpleNamespace(InferenceSession=session))
-        options = LoadOptions("cuda:0", graphs=True)
+        options = LoadOptions("cuda:0", gpu=GpuOptions(graphs=True))
         with pytest.raises(LoadError) as raised:
             open_session(tmp_path / "model.onnx", options, ort.SessionOptions(), 4096)
         return raised.value
@@ -409,7 +412,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Opened:
         (
             "This session cannot use the graph capture feature as requested by the user as the model has"
             " control flow nodes which can't be supported by CUDAExecutionProvider",
-            "it has control flow (If, Loop or Scan)",
+            "the model has control flow (If, Loop or Scan)",
         ),
         (
             "This session cannot use the graph capture feature as requested by the user  as all compute graph"
@@ -424,9 +427,9 @@ def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Opened:
 )
 def test_the_runtime_may_refuse_and_says_why(error: str, reason: str, refuse: Opened) -> None:
     raised = refuse(error)
-    assert isinstance(raised, Uncapturable)
+    assert isinstance(raised, GraphsRefused)
     assert reason in raised.detail
 
 
 def test_another_fault_is_no_matter_of_graphs(refuse: Opened) -> None:
-    assert not isinstance(refuse("Protobuf parsing failed"), Uncapturable)
+    assert not isinstance(refuse("Protobuf parsing failed"), GraphsRefused)

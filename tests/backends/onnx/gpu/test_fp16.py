@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from inferpool.backends.base import LoadedModel, LoadOptions
+from inferpool.backends.base import GpuOptions, LoadedModel, LoadOptions
 from inferpool.backends.onnx.backend import OnnxBackend
 from inferpool.backends.onnx.gpu.fp16 import in_half
 from inferpool.errors import LoadError
 from inferpool.tensors import Array
-
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+
 from tests.server import ROOT
 
 DIGITS = ROOT / "models" / "digits" / "1" / "model.onnx"
@@ -25,7 +25,7 @@ node = helper.make_node
 
 
 def load(file: Path, kept: Path | None = None, fp16: bool = True) -> LoadedModel:
-    return OnnxBackend().load(file, LoadOptions(fp16=fp16, kept=kept))
+    return OnnxBackend().load(file, LoadOptions(gpu=GpuOptions(fp16=fp16, cache_dir=kept)))
 
 
 def value(name: str, shape: list[Any], element: int = TensorProto.FLOAT) -> Any:
@@ -182,7 +182,7 @@ def test_a_broken_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"model\.onnx cannot be converted to FP16: .+"):
         load(broken, tmp_path / "kept")
     assert not [*(tmp_path / "kept").iterdir()]
-    with pytest.raises(LoadError, match="is not there"):
+    with pytest.raises(LoadError, match="does not exist"):
         load(tmp_path / "missing.onnx")
 
 

@@ -11,30 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from inferpool.backends.cuda.memory import CudaMemory, HostMemory, Memory
+from inferpool.backends.cuda.memory import CudaMemory, Memory
 from inferpool.backends.onnx.gpu.bound_model import BoundModel
 from inferpool.backends.onnx.gpu.lookup_graph import PIXELS, ROWS, lookup_graph
 from inferpool.backends.onnx.gpu.normaliser import Normaliser
 from inferpool.backends.onnx.signature import read_signature
 from inferpool.backends.torch.gpu.device_model import TorchDeviceModel
-from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, to_tensor
+from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, StartedModel, to_tensor
 from inferpool.codecs.image import ImageCodec, ImageConfig
-from inferpool.errors import OutOfMemory
+from inferpool.errors import OutOfMemory, Verdict
 from inferpool.pixel_table import Normalisation
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.load.gpu.graph_capture import capture
 from inferpool.repository.load.gpu.pixel_check import check_pixels
 from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 from tests.backends.cuda.test_memory import library, opened  # noqa: F401 - fixtures
 from tests.backends.onnx.gpu.test_cuda_graphs import GraphSession
 from tests.backends.torch.gpu.test_cuda_graphs import FakeRecorder
+from tests.fake_gpu.host_memory import HostMemory
 
 node = helper.make_node
 
@@ -105,13 +106,13 @@ def test_the_graph_is_what_the_onnx_package_writes(layout: str) -> None:
     if first:
         nodes.append(node("Transpose", [last], ["ordered"], name="Transpose", perm=[0, 3, 1, 2]))
         shape, last = [3, 5, 7], "ordered"
-    nodes.append(node("Cast", [last], ["places"], name="Cast", to=TensorProto.INT32))
-    last = "places"
+    nodes.append(node("Cast", [last], ["indexes"], name="Cast", to=TensorProto.INT32))
+    last = "indexes"
     if colours:
         starts = np.array([0, 256, 512], np.int32)
         tensors.append(("starts", starts.reshape(3, 1, 1) if first else starts))
-        nodes.append(node("Add", [last, "starts"], ["placed"], name="Add"))
-        last = "placed"
+        nodes.append(node("Add", [last, "starts"], ["table_indexes"], name="Add"))
+        last = "table_indexes"
     nodes.append(node("Gather", ["values", last], [ROWS], name="Gather"))
     graph = helper.make_graph(
         nodes,
@@ -154,11 +155,10 @@ def bound(memory: Memory, layout: str, datatype: str = "FP32") -> tuple[BoundMod
     lookup = ort.InferenceSession(lookup_graph(normalisation), providers=providers)
     streamed = isinstance(memory, CudaMemory)
     wrapped = GraphSession(session, memory)
-    made = BoundModel(wrapped, read_signature(Path("unread"), session), "cpu", memory, {}, streamed=streamed)
-    of_pixels = GraphSession(lookup, memory)
-    made.normaliser = Normaliser(of_pixels, normalisation, "cpu", memory, streamed=streamed)
-    made.normalises = True
-    return made, wrapped
+    normaliser = Normaliser(GraphSession(lookup, memory), normalisation, "cpu", memory, streamed=streamed)
+    signature = read_signature(Path("unread"), session)
+    bound_model = BoundModel(wrapped, signature, "cpu", memory, {}, streamed=streamed, normaliser=normaliser)
+    return bound_model, wrapped
 
 
 def check(model: Any, made: ImageCodec, count: int, rung: int, seed: int) -> None:
@@ -190,8 +190,8 @@ def test_in_one_stream_it_is_waited_for_once_and_given_back(opened: list[str]) -
     model, session = bound(memory, "CHW")
     check(model, codec("CHW"), 5, 8, 0)
     assert session.synchronous == [False, False]
-    assert model.normaliser is not None
-    lookup: Any = model.normaliser._session
+    assert model._normaliser is not None
+    lookup: Any = model._normaliser._session
     assert lookup.synchronous == [False]
     model.close()
     assert memory._library.fakeLeft() == 0
@@ -202,7 +202,7 @@ def test_graphs_replay_over_what_was_normalised(opened: list[str]) -> None:  # n
     model, session = bound(CudaMemory(3, 13), "CHW")
     made = codec("CHW")
     capture(model, BatchBuckets([1, 2, 4]), [{"x": both(made, range(4))[1]}], lambda: 0.0)
-    assert model.graphs is True
+    assert model.graphs.ok
     session.runs.clear()
     for seed, (count, rung) in enumerate(((3, 4), (1, 1), (2, 2), (4, 4), (1, 4))):
         check(model, made, count, rung, 10 * seed)
@@ -252,7 +252,7 @@ def test_what_answers_otherwise_or_not_at_all_is_told() -> None:
     model, _ = bound(HostMemory(), "CHW")
     normalisation = table("CHW")
     other = Normalisation("x", "CHW", 5, 7, normalisation.values + np.float32(0.5))
-    assert 'output "y" differs by ' in str(check_pixels(model, other, (2,), padded=True))
+    assert 'output "y" differs by ' in check_pixels(model, other, (2,), padded=True)
 
     class Full:
         normalisation = table("CHW")
@@ -261,11 +261,11 @@ def test_what_answers_otherwise_or_not_at_all_is_told() -> None:
             raise OutOfMemory("CUDA: out of memory")
 
     full: Any = Full()
-    model.normaliser = full
+    model._normaliser = full
     assert check_pixels(model, normalisation, (2,), padded=True) == (
         "with pixels the model raised 'CUDA: out of memory'"
     )
-    model.normalises = "there is no kernel for it"
+    model.takes_pixels = Verdict(False, "there is no kernel for it")
     assert check_pixels(model, normalisation, (2,), padded=True) == "there is no kernel for it"
 
 
@@ -282,7 +282,8 @@ def echo(layout: str, datatype: str, recorder: Any = None) -> tuple[TorchDeviceM
     spec = TensorSpec("x", datatype, LAYOUTS[layout][0])
     outputs = {(): TensorSpec("y", datatype, spec.shape)}
     runnable = Runnable(forward, (spec,), "a form", copies=False)
-    return TorchDeviceModel(runnable, outputs, "cpu", recorder, table(layout, datatype)), seen
+    started = StartedModel(runnable, outputs)
+    return TorchDeviceModel(started, "cpu", recorder, table(layout, datatype)), seen
 
 
 @layouts
@@ -291,7 +292,7 @@ def test_a_model_of_pytorch_answers_pixels_as_it_does_numbers(layout: str, datat
     """And what is padded is zero, after a batch that filled the memory."""
     made = codec(layout, datatype)
     model, seen = echo(layout, datatype)
-    assert model.normalises is True
+    assert model.takes_pixels.ok
     for seed, (count, rung) in enumerate(((4, 4), (3, 4), (1, 1), (8, 8), (2, 4))):
         pixels, rows = both(made, range(10 * seed, 10 * seed + count))
         for tensor in (pixels, rows):
@@ -308,7 +309,7 @@ def test_recordings_of_pytorch_replay_over_what_was_normalised() -> None:
     made = codec("CHW")
     model, _ = echo("CHW", "FP32", recorder)
     capture(model, BatchBuckets([1, 4]), [{"x": both(made, range(4))[1]}], lambda: 0.0)
-    assert model.graphs is True
+    assert model.graphs.ok
     before = sum(recording.replays for recording in recorder.made)
     for seed, (count, rung) in enumerate(((3, 4), (1, 1), (4, 4))):
         pixels, rows = both(made, range(10 * seed, 10 * seed + count))

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 import onnxruntime as ort
 import pytest
-from inferpool.backends.base import DeviceModel, Engine, LoadOptions, find_backend
-from inferpool.backends.onnx import backend as onnx
+from inferpool.backends.base import DeviceModel, GpuOptions, LoadOptions, TensorRTPlan
+from inferpool.backends.onnx.gpu import loading
 from inferpool.backends.onnx.gpu import session as gpu_session
+from inferpool.backends.registry import find_backend
 from inferpool.errors import LoadError
 from inferpool.observe.metrics import Metrics
 from inferpool.pixel_table import Normalisation
@@ -25,9 +26,9 @@ from inferpool.pool.ports import Entry, VersionKey
 from inferpool.repository.catalog import READY
 from inferpool.repository.repository import Repository
 from inferpool.settings import Settings
+from onnx import TensorProto, helper
 from PIL import Image
 
-from onnx import TensorProto, helper
 from tests.backends.cuda.test_memory import library, opened  # noqa: F401 - fixtures
 from tests.backends.onnx.gpu.test_cuda_graphs import GraphSession, value
 from tests.fake_gpu import FakeDriver
@@ -124,7 +125,7 @@ def load(
     driver = FakeDriver(4)
     monkeypatch.setattr(gpu_session, "cuda_driver", lambda: driver)
     monkeypatch.setattr(ort, "cuda_version", "13.0", raising=False)
-    monkeypatch.setattr(onnx, "lacks_cuda", lambda: "")
+    monkeypatch.setattr(gpu_session, "cuda_unavailable_reason", lambda: None)
     monkeypatch.setattr(ort, "InferenceSession", Session)
     make_memory = gpu_session.CudaMemory
 
@@ -180,7 +181,7 @@ def test_a_version_is_captured_on_the_thread_that_serves_it(load: Load) -> None:
     repository = load(*SQUARE)
     view: Any = repository.models()["m"].versions[1]
     assert view.state == READY, view.reason
-    assert view.gpu.graphs is True
+    assert view.gpu.graphs.ok
     measured, serving = Session.made
     assert (measured.graphed, serving.graphed) == (False, True)
     assert len(serving.graphs) == len(repository.live(KEY).buckets)
@@ -193,7 +194,7 @@ def test_a_version_is_captured_on_the_thread_that_serves_it(load: Load) -> None:
 @pytest.mark.parametrize(
     ("refuses", "breaks", "reason"),
     [
-        ("cannot use the graph capture feature: control flow nodes", "", "it has control flow"),
+        ("cannot use the graph capture feature: control flow nodes", "", "the model has control flow"),
         ("", "refuses", "a run could not be captured: CUDA failure 900"),
         ("", "stale", 'output "y" differs'),
     ],
@@ -204,7 +205,7 @@ def test_without_graphs_it_is_served_all_the_same(refuses: str, breaks: str, rea
     repository = load(*SQUARE)
     view: Any = repository.models()["m"].versions[1]
     assert view.state == READY, view.reason
-    assert reason in view.gpu.graphs
+    assert reason in view.gpu.graphs.reason
     serving = Session.made[-1]
     assert not serving.graphed
     serving.runs.clear()
@@ -217,14 +218,14 @@ def test_what_cannot_be_captured_is_not_tried(load: Load) -> None:
     repository = load([node("NonZero", ["a"], ["y"])], [value("a", ["n", "m"])], places)
     view: Any = repository.models()["m"].versions[1]
     assert view.state == READY, view.reason
-    assert view.gpu.graphs == 'the shape of output "y" is not known before the run'
+    assert view.gpu.graphs.reason == 'the shape of output "y" is not known before the run'
     assert not any(session.graphed for session in Session.made)
 
 
 def test_graphs_that_were_turned_off_are_not_tried(load: Load) -> None:
     repository = load(*SQUARE, config="[gpu]\ngraphs = false")
     view: Any = repository.models()["m"].versions[1]
-    assert view.gpu.graphs == "none were asked for"
+    assert view.gpu.graphs.reason == "none were asked for"
     assert not any(session.graphed for session in Session.made)
     check(repository)
 
@@ -233,7 +234,7 @@ def test_a_model_of_one_shape_is_captured_too(load: Load) -> None:
     """It has no ladder: its rows cannot be added to."""
     repository = load([node("Mul", ["a", "a"], ["y"])], [value("a", [1, 3])], [value("y", [1, 3])])
     view: Any = repository.models()["m"].versions[1]
-    assert view.gpu.graphs is True
+    assert view.gpu.graphs.ok
     serving = Session.made[-1]
     serving.runs.clear()
     rows = np.ones((1, 3), np.float32) * 5
@@ -264,7 +265,7 @@ def test_pixels_are_normalised_in_the_stream_of_graphs_that_are_replayed(load: L
     repository = load(*PICTURES, config=NORMALISED)
     view: Any = repository.models()["m"].versions[1]
     assert view.state == READY, view.reason
-    assert (view.gpu.graphs, view.gpu.pixels) == (True, "normalised on cuda:3")
+    assert (view.gpu.graphs.ok, view.gpu.pixels) == (True, "normalised on cuda:3")
     _, serving, lookup = Session.made
     assert [session.normalises for session in Session.made] == [False, False, True]
     assert (serving.graphed, lookup.graphed) == (True, False)
@@ -298,7 +299,7 @@ def test_pixels_are_normalised_for_a_model_without_graphs(broken: str, load: Loa
     repository = load(*PICTURES, config=NORMALISED + ("" if broken else "[gpu]\ngraphs = false\n"))
     view: Any = repository.models()["m"].versions[1]
     assert view.gpu.pixels == "normalised on cuda:3"
-    assert view.gpu.graphs is not True
+    assert not view.gpu.graphs.ok
     check_pictures(repository)
 
 
@@ -329,9 +330,9 @@ def test_an_engine_runs_in_the_same_stream_with_cuda_for_the_rest(
     """And is none where TensorRT takes no node."""
     load(*SQUARE)
     file = tmp_path / "repository" / "m" / "1" / "model.onnx"
-    monkeypatch.setattr(onnx, "lacks_tensorrt", lambda: "")
-    engine = Engine(tmp_path, (("a", (8, 3)),))
-    model = find_backend("onnx").load(file, LoadOptions("cuda:3", engine=engine))
+    monkeypatch.setattr(loading, "tensorrt_unavailable_reason", lambda: None)
+    engine = TensorRTPlan(tmp_path, (("a", (8, 3)),))
+    model = find_backend("onnx").load(file, LoadOptions("cuda:3", gpu=GpuOptions(tensorrt=engine)))
     rows = np.ones((2, 3), np.float32) * 3
     assert isinstance(model, DeviceModel)
     assert model.run_padded([{"a": rows}], 8)["y"].tolist() == (rows * rows).tolist()
@@ -339,13 +340,15 @@ def test_an_engine_runs_in_the_same_stream_with_cuda_for_the_rest(
     assert Session.made[-1].synchronous == [False]
     model.close()
     for_pixels = Normalisation("a", "HW", 1, 3, np.arange(256, dtype=np.float32).reshape(1, 256))
-    model = find_backend("onnx").load(file, LoadOptions("cuda:3", engine=engine, normalise=for_pixels))
+    model = find_backend("onnx").load(
+        file, LoadOptions("cuda:3", gpu=GpuOptions(tensorrt=engine, normalisation=for_pixels))
+    )
     assert isinstance(model, DeviceModel)
     assert Session.made[-1].providers == [gpu_session.CUDA]
     model.close()
     Session.takes = [gpu_session.CUDA]
-    with pytest.raises(LoadError, match="TensorRT takes none of its nodes"):
-        find_backend("onnx").load(file, LoadOptions("cuda:3", engine=engine))
-    monkeypatch.setattr(onnx, "lacks_tensorrt", lambda: "there is none")
+    with pytest.raises(LoadError, match="TensorRT takes none of the model's nodes"):
+        find_backend("onnx").load(file, LoadOptions("cuda:3", gpu=GpuOptions(tensorrt=engine)))
+    monkeypatch.setattr(loading, "tensorrt_unavailable_reason", lambda: "there is none")
     with pytest.raises(LoadError, match="there is none"):
-        find_backend("onnx").load(file, LoadOptions("cuda:3", engine=engine))
+        find_backend("onnx").load(file, LoadOptions("cuda:3", gpu=GpuOptions(tensorrt=engine)))

@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from inferpool.backends.base import LoadOptions, TensorHint
 from inferpool.backends.torch import program, script
 from inferpool.backends.torch.backend import PyTorchBackend
-from inferpool.backends.torch.gpu.cuda_graphs import Recording
+from inferpool.backends.torch.gpu.cuda_graphs import Recording, record_obstacle
 from inferpool.backends.torch.gpu.device_model import _KEPT_SHAPES, TorchDeviceModel
-from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, start
+from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, StartedModel, start
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.load.gpu.graph_capture import capture
 from inferpool.tensors import Array, TensorSpec
-
-import torch
-from tests.backends.torch.networks import Chosen, digits, save_exported, save_scripted
 from torch import nn
+
+from tests.backends.torch.networks import Chosen, digits, save_exported, save_scripted
 
 X = TensorSpec("x", "FP32", (-1, 1, 8, 8))
 SCORES = TensorSpec("scores", "FP32", (-1, 10))
@@ -44,8 +44,8 @@ class FakeRecording:
         assert not self.dropped
         self.replays += 1
         if self.fault != "stale":
-            for place, leaf in self.run().items():
-                self.leaves[place].copy_(leaf)
+            for path, leaf in self.run().items():
+                self.leaves[path].copy_(leaf)
         return self.leaves
 
     def drop(self) -> None:
@@ -70,14 +70,16 @@ class FakeRecorder:
         return self.made[-1]
 
 
-def on_fake(recorder: FakeRecorder, forward: Any = None, waiting: str = "") -> TorchDeviceModel:
+def on_fake(
+    recorder: FakeRecorder, forward: Any = None, operations: tuple[str, ...] = ()
+) -> TorchDeviceModel:
     network = digits()
 
     def plain(feeds: InputTensors) -> OutputTree:
         return {(): network(feeds["x"])}
 
-    runnable = Runnable(forward or plain, (X,), "a form", copies=False, waits=waiting)
-    return TorchDeviceModel(runnable, {(): SCORES}, "cpu", recorder)
+    runnable = Runnable(forward or plain, (X,), "a form", copies=False, operations=operations)
+    return TorchDeviceModel(StartedModel(runnable, {(): SCORES}), "cpu", recorder)
 
 
 def images(count: int, seed: int) -> Array:
@@ -88,16 +90,16 @@ def test_every_rung_is_replayed_and_answers_as_the_network_does() -> None:
     """Whatever ran before; a row among others, a full rung, and rows of several requests."""
     recorder = FakeRecorder()
     model = on_fake(recorder)
-    assert model.capturable
-    assert model.graphs == "none were asked for"
+    assert model.can_capture
+    assert model.graphs == (False, "none were asked for")
     capture(model, BatchBuckets((1, 4, 8)), [], time.monotonic)
-    assert model.graphs is True
+    assert model.graphs.ok
     assert len(recorder.made) == 3
     before = [recording.replays for recording in recorder.made]
     network = digits()
     kept = []
     for seed, counts in enumerate(((8,), (3, 2), (1,), (4,), (2, 1), (8,))):
-        parts = [{"x": images(count, 10 * seed + place)} for place, count in enumerate(counts)]
+        parts = [{"x": images(count, 10 * seed + index)} for index, count in enumerate(counts)]
         whole = np.concatenate([part["x"] for part in parts])
         with torch.inference_mode():
             want = network(torch.from_numpy(whole)).numpy()
@@ -122,15 +124,15 @@ def test_other_shapes_run_as_they_are() -> None:
 
 
 def test_what_is_recorded_keeps_its_memory_however_many_shapes_come() -> None:
-    """Rooms are given up for others; those of a recording, which has their addresses, are not."""
+    """Buffers make room for others, except the buffers of a recording, which has their addresses."""
 
     def forward(feeds: InputTensors) -> OutputTree:
         return {(): feeds["x"].sum((1, 2, 3))[:, None].repeat(1, 10)}
 
     model = on_fake(FakeRecorder(), forward)
     capture(model, BatchBuckets((4,)), [], time.monotonic)
-    [(rooms, _)] = model._recordings.values()
-    alive = weakref.ref(rooms["x"].device)
+    [(buffers, _)] = model._recordings.values()
+    alive = weakref.ref(buffers["x"].device)
     for count in range(1, _KEPT_SHAPES + 2):
         model.run_padded([{"x": images(1, count)}], 4 + count)
     gc.collect()
@@ -151,7 +153,7 @@ def test_what_cannot_be_recorded_or_answers_wrongly_is_given_up_and_told(fault: 
     recorder = FakeRecorder(fault)
     model = on_fake(recorder)
     capture(model, BatchBuckets((1, 8)), [], time.monotonic)
-    assert str(model.graphs).startswith(reason)
+    assert model.graphs.reason.startswith(reason)
     assert all(recording.dropped for recording in recorder.made)
     rows = images(3, 1)
     with torch.inference_mode():
@@ -165,37 +167,35 @@ def test_closed_it_drops_what_it_recorded() -> None:
     capture(model, BatchBuckets((1, 8)), [], time.monotonic)
     model.close()
     assert [recording.dropped for recording in recorder.made] == [True, True]
-    assert not model._rooms
+    assert not model._buffers
     assert not model._recordings
 
 
 def test_each_thread_that_runs_it_gets_ready_for_captures_of_others() -> None:
     recorder = FakeRecorder()
     model = on_fake(recorder)
-    done: list[int] = []
-    model.first = lambda: done.append(recorder.entered)
     model.begin()
-    assert done == [1]
+    assert recorder.entered == 1
 
 
-def test_what_asks_the_device_in_the_middle_is_not_tried(
+def test_a_run_that_waits_for_the_device_is_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a file has in it reaches the model that would be recorded, of both kinds of file."""
-    found: list[str] = []
+    """The operations of both kinds of file reach the model that would record them."""
+    found: list[str | None] = []
 
     def spy(runnable: Runnable, *rest: Any) -> Any:
-        found.append(runnable.waits)
+        found.append(record_obstacle(runnable.operations))
         return start(runnable, *rest)
 
     for module in (program, script):
         monkeypatch.setattr(module, "start", spy)
     described = LoadOptions(trusted=True, inputs=(TensorHint("x", "FP32", (-1, 4)),))
     for network in (Chosen(), nn.Linear(4, 4)):
-        program = save_exported(tmp_path / "m.pt2", network, torch.rand(3, 4))
-        PyTorchBackend().load(program, LoadOptions(trusted=True))
+        file = save_exported(tmp_path / "m.pt2", network, torch.rand(3, 4))
+        PyTorchBackend().load(file, LoadOptions(trusted=True))
     PyTorchBackend().load(save_scripted(tmp_path / "m.pt", Chosen()), described)
     reason = "aten::nonzero waits for the device in the middle of a run"
-    assert found == [reason, "", reason]
-    model = on_fake(FakeRecorder(), waiting=reason)
-    assert (model.capturable, model.graphs) == (False, reason)
+    assert found == [reason, None, reason]
+    model = on_fake(FakeRecorder(), operations=("aten::add", "aten::nonzero"))
+    assert (model.can_capture, model.graphs) == (False, (False, reason))

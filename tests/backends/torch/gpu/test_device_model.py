@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from inferpool.backends.torch.gpu.device_model import TorchDeviceModel
-from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable
+from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, StartedModel
 from inferpool.errors import OutOfMemory
 from inferpool.tensors import Array, TensorSpec
 
-import torch
 from tests.backends.torch.networks import digits
 
 X = TensorSpec("x", "FP32", (-1, 1, 8, 8))
@@ -23,7 +23,8 @@ Specs = Mapping[Any, TensorSpec]
 
 
 def bound(forward: Any, inputs: tuple[TensorSpec, ...], outputs: Specs) -> TorchDeviceModel:
-    return TorchDeviceModel(Runnable(forward, inputs, "a form", copies=False), outputs, "cpu")
+    runnable = Runnable(forward, inputs, "a form", copies=False)
+    return TorchDeviceModel(StartedModel(runnable, outputs), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_rows_run_among_more_and_come_back_alone(model: TorchDeviceModel) -> Non
     network = digits()
     kept = []
     for counts in ((5, 2, 1), (3,), (8,), (1, 1)):
-        parts = [{"x": images(count, place)} for place, count in enumerate(counts)]
+        parts = [{"x": images(count, seed)} for seed, count in enumerate(counts)]
         whole = np.concatenate([part["x"] for part in parts])
         with torch.inference_mode():
             expected = network(torch.from_numpy(whole)).numpy()
@@ -94,8 +95,8 @@ def test_closed_it_lets_go_of_the_module_and_its_memory() -> None:
     runnable = Runnable(
         lambda feeds: {(): feeds["x"]}, (X,), "", copies=False, release=lambda: released.append(True)
     )
-    echo = TorchDeviceModel(runnable, {(): X}, "cpu")
+    echo = TorchDeviceModel(StartedModel(runnable, {(): X}), "cpu")
     echo.run({"x": images(1, 0)})
     echo.close()
     assert released == [True]
-    assert not echo._rooms
+    assert not echo._buffers

@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inferpool.backends.base import LoadedModel, LoadOptions, TensorHint
+import torch
+from inferpool.backends.base import GpuOptions, LoadedModel, LoadOptions, TensorHint
 from inferpool.backends.torch.backend import PyTorchBackend
 from inferpool.errors import LoadError
 from inferpool.tensors import Array
-
-import torch
-from tests.backends.torch.networks import digits, eager, save_exported, save_scripted, save_traced
 from torch import nn
+
+from tests.backends.torch.networks import digits, eager, save_exported, save_scripted, save_traced
 
 X = TensorHint("x", "FP32", (-1, 4))
 IMAGE = TensorHint("input", "FP32", (-1, 1, 8, 8))
 
 
 def load(file: Path, *inputs: TensorHint, fp16: bool = True) -> LoadedModel:
-    return PyTorchBackend().load(file, LoadOptions(trusted=True, inputs=inputs, fp16=fp16))
+    return PyTorchBackend().load(file, LoadOptions(trusted=True, inputs=inputs, gpu=GpuOptions(fp16=fp16)))
 
 
 def images(count: int) -> Array:
@@ -111,7 +111,7 @@ class Scale(nn.Module):
 def test_a_script_that_does_not_go_along_is_refused_with_the_reason(tmp_path: Path) -> None:
     file = save_scripted(tmp_path / "m.pt", Stubborn())
     assert load(file, X, fp16=False).run({"x": np.ones((1, 4), np.float32)})["output_0"].tolist() == [[4, 4]]
-    with pytest.raises(LoadError, match=r"it does not run in FP16 \(.+\): something in it is FP32 and no"):
+    with pytest.raises(LoadError, match=r"the model does not run in FP16 \(.+\): an FP32 tensor in it is no"):
         load(file, X)
 
 

@@ -17,7 +17,7 @@ import onnxruntime as ort
 import pytest
 from inferpool.backends.base import LoadOptions
 from inferpool.backends.cuda.memory import CudaMemory
-from inferpool.backends.onnx import backend as onnx_backend
+from inferpool.backends.onnx.gpu import loading, session
 from inferpool.backends.onnx.gpu.bound_model import BoundModel
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Entry, VersionKey
@@ -64,14 +64,14 @@ def card(opened: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         return ort.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"]), {}
 
     def bound(
-        session: Any, signature: Any, device: str, memory: Any, left: Any, streamed: bool
+        session: Any, signature: Any, device: str, memory: Any, cpu_nodes: Any, **rest: Any
     ) -> BoundModel:
-        return BoundModel(session, signature, "cpu", memory, left, streamed=False)
+        return BoundModel(session, signature, "cpu", memory, cpu_nodes, **rest | {"streamed": False})
 
-    monkeypatch.setattr(onnx_backend, "lacks_cuda", lambda: "")
-    monkeypatch.setattr(onnx_backend, "open_memory", lambda options: CudaMemory(3, 13))
-    monkeypatch.setattr(onnx_backend, "open_session", open_session)
-    monkeypatch.setattr(onnx_backend, "BoundModel", bound)
+    monkeypatch.setattr(session, "cuda_unavailable_reason", lambda: None)
+    monkeypatch.setattr(loading, "open_memory", lambda options: CudaMemory(3, 13))
+    monkeypatch.setattr(loading, "open_session", open_session)
+    monkeypatch.setattr(loading, "BoundModel", bound)
     fake = ctypes.CDLL("libcudart.so.13")
     fake.fakeRoom(ctypes.c_size_t(ROOM))
     return fake

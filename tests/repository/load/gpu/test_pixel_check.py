@@ -94,7 +94,7 @@ def test_on_gpus_pixels_are_left_to_every_instance(load: Load) -> None:
     assert view(repository).image.left.datatype == "UINT8"
     serving = [model for model in FakeBackend.loaded if not model.closed]
     assert [model.pixels for model in serving] == [31 + 15 + 7 + 3 + 1 + 1] * 4
-    assert {model.options.normalise for model in FakeBackend.loaded if model.closed} == {None}
+    assert {model.options.gpu.normalisation for model in FakeBackend.loaded if model.closed} == {None}
     assert ask(repository, picture(0, 50, 100, 255)) == expected(numbers(0, 50, 100, 255))[0]
     assert sum(model.pixels for model in serving) == 4 * 58 + 1
 
@@ -119,7 +119,7 @@ def test_what_cannot_normalise_gets_numbers_and_the_reason_is_shown(
 def test_on_the_cpu_nothing_is_left(load: Load) -> None:
     repository = load(devices=("cpu",))
     assert view(repository).image.left is None
-    assert {model.options.normalise for model in FakeBackend.loaded} == {None}
+    assert {model.options.gpu.normalisation for model in FakeBackend.loaded} == {None}
     assert ask(repository, picture(1, 2, 3, 4)) == expected(numbers(1, 2, 3, 4))[0]
 
 

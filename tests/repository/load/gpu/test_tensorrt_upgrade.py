@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from inferpool.backends.base import Engine, LoadOptions, find_backend
-from inferpool.backends.onnx.gpu.tensorrt import lacks_tensorrt, tensorrt_options
+from inferpool.backends.base import GpuOptions, LoadOptions, TensorRTPlan
+from inferpool.backends.onnx.gpu.tensorrt import tensorrt_options, tensorrt_unavailable_reason
 from inferpool.backends.onnx.gpu.tensorrt_build import await_build, start_build
+from inferpool.backends.registry import find_backend
 from inferpool.errors import LoadError
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.buckets import BatchBuckets
@@ -142,7 +143,7 @@ def test_an_engine_is_kept_for_the_next_start(served: Serve, tmp_path: Path) -> 
     ("wish", "reason"),
     [
         ("fails", "CUDA serves: TensorRT knows no operator like that"),
-        ("crashes", "CUDA serves: the process that builds ended with -9"),
+        ("crashes", "CUDA serves: the build process ended with status -9"),
         ("wrong", 'CUDA serves: output "sum" differs'),
     ],
 )
@@ -176,7 +177,7 @@ def test_while_an_engine_is_built_cuda_serves_and_can_be_unloaded(served: Serve)
 def test_a_backend_without_engines_says_so(served: Serve) -> None:
     FakeBackend.engines = False
     one = served("right")
-    assert one.build() == "CUDA serves: the backend fakegpu runs no engines of TensorRT"
+    assert one.build() == "CUDA serves: the backend fakegpu does not use TensorRT"
 
 
 def test_models_tells_of_it_through_the_real_door(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_models_tells_of_it_through_the_real_door(tmp_path: Path) -> None:
         server.wait_loaded()
         server.wait_for("no TensorRT: the backend fakegpu")
         told = server.get("/models/m/1").json()["gpu"]["tensorrt"]
-        assert told == "CUDA serves: the backend fakegpu runs no engines of TensorRT"
+        assert told == "CUDA serves: the backend fakegpu does not use TensorRT"
         answer = server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]})
         assert answer.json()["outputs"]["sum"] == expected(np.array([[1, 2, 3, 4]])).tolist()
     finally:
@@ -202,10 +203,12 @@ def test_a_build_ends_with_whoever_waits_for_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{FAKE}")
     file = tmp_path / "model.fakegpu"
     file.write_text("hangs")
-    process = start_build("fakegpu", file, LoadOptions("cuda:0", engine=Engine(tmp_path)))
+    process = start_build(
+        "fakegpu", file, LoadOptions("cuda:0", gpu=GpuOptions(tensorrt=TensorRTPlan(tmp_path)))
+    )
     assert process.stdin is not None
     process.stdin.close()
-    with pytest.raises(LoadError, match="the process that builds ended with 1"):
+    with pytest.raises(LoadError, match="the build process ended with status 1"):
         await_build(process)
 
 
@@ -219,19 +222,21 @@ for_cpus = pytest.mark.skipif(
 def test_a_real_build_says_what_is_missing(tmp_path: Path) -> None:
     """The process that would build it, with the real backend."""
     file = ROOT / "models" / "digits" / "1" / "model.onnx"
-    process = start_build("onnx", file, LoadOptions("cuda:0", engine=Engine(tmp_path)))
+    process = start_build(
+        "onnx", file, LoadOptions("cuda:0", gpu=GpuOptions(tensorrt=TensorRTPlan(tmp_path)))
+    )
     with pytest.raises(LoadError, match="was built without TensorRT"):
         await_build(process)
 
 
 @for_cpus
-def test_the_runtime_for_cpus_lacks_tensorrt() -> None:
-    assert lacks_tensorrt().endswith("that is installed was built without TensorRT")
-    assert find_backend("onnx").lacks_engines() == lacks_tensorrt()
+def test_the_runtime_for_cpus_has_no_tensorrt() -> None:
+    assert str(tensorrt_unavailable_reason()).endswith("was built without TensorRT")
+    assert find_backend("onnx").tensorrt_unavailable_reason() == tensorrt_unavailable_reason()
 
 
 def test_tensorrt_is_told_where_engines_are_and_how_large_batches_get() -> None:
-    engine = Engine(Path("/cache/e"), (("a", (32, 3, 8)), ("b", (32,))))
+    engine = TensorRTPlan(Path("/cache/e"), (("a", (32, 3, 8)), ("b", (32,))))
     told = tensorrt_options(LoadOptions("cuda:3"), engine, 4096, half=True)
     assert told == {
         "device_id": "3",
@@ -245,7 +250,7 @@ def test_tensorrt_is_told_where_engines_are_and_how_large_batches_get() -> None:
         "trt_profile_opt_shapes": "a:32x3x8,b:32",
         "trt_profile_max_shapes": "a:32x3x8,b:32",
     }
-    fixed = tensorrt_options(LoadOptions("cuda:0"), Engine(Path("/cache/e")), 1, half=False)
+    fixed = tensorrt_options(LoadOptions("cuda:0"), TensorRTPlan(Path("/cache/e")), 1, half=False)
     assert fixed["trt_fp16_enable"] == "False"
     assert not [name for name in fixed if "profile" in name]
 

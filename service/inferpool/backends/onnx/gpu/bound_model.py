@@ -1,12 +1,14 @@
-"""A session of ONNX Runtime whose inputs and outputs lie in memory that is used again for every run.
+"""A session of ONNX Runtime whose inputs and outputs stay in the same memory for every run.
 
-Rows go from where the requests left them straight into page-locked memory, from there to the GPU in one copy
-an input, and what comes out takes the same way back. Nothing is allocated for a shape that was run before.
-Where the session runs in the stream of the copies, all of that is queued at once and waited for once.
+*Experimental: not yet run on a GPU.*
 
-A run of a certain shape can be captured as a CUDA graph, which ONNX Runtime launches as a whole when the run
-comes again: no kernel is launched by itself. It keeps the graphs for the thread that captured them, and tells
-them apart by a number that a run names (`gpu_graph_id`).
+Rows are copied from the requests straight into page-locked memory, and from there to the GPU in one copy for
+each input. Outputs travel back the same way. A shape that has run before allocates nothing. If the session
+runs in the stream of the copies, all of this is queued at once and waited for once.
+
+A run of one shape can be captured as a CUDA graph. ONNX Runtime then launches the whole graph instead of its
+kernels one by one when the same shape runs again. The runtime keeps graphs by thread, and tells graphs apart
+by a number that each run names (`gpu_graph_id`).
 """
 
 from __future__ import annotations
@@ -20,24 +22,22 @@ from typing import Any, Final
 
 import numpy as np
 
-from inferpool.backends.base import DeviceModel
-from inferpool.backends.cuda.memory import ALONE, Memory
+from inferpool.backends.base import REPLAYED, DeviceModel
+from inferpool.backends.cuda.memory import DEVICE_LOCK, Memory
 from inferpool.backends.cuda.staging import Buffer, stage
 from inferpool.backends.onnx.gpu.normaliser import Normaliser
 from inferpool.backends.onnx.gpu.session import is_out_of_memory, run_options
-from inferpool.errors import OutOfMemory
+from inferpool.backends.onnx.model import BFLOAT16
+from inferpool.errors import OutOfMemory, Reason, Verdict
 from inferpool.pixel_table import run_shapes
 from inferpool.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec
 
-_BFLOAT16: Final = 16
-"""BFLOAT16 in onnx.proto (`TensorProto.DataType`)."""
-
 _KEPT_BINDINGS: Final = 256
-"""Shapes whose bindings are kept; texts of all lengths on all rungs may have more."""
+"""Shapes whose bindings are kept. Texts of all lengths in all batch sizes may have more shapes."""
 
 
 def bindable(signature: Signature) -> bool:
-    """Whether every input and output is a tensor of numbers, with a place of its own on a device."""
+    """Whether every input and output is a tensor of numbers with its own memory on a device."""
     specs = (*signature.inputs, *signature.outputs)
     return len({spec.name for spec in specs}) == len(specs) and all(
         spec.datatype not in ("BYTES", JSON) for spec in specs
@@ -45,12 +45,17 @@ def bindable(signature: Signature) -> bool:
 
 
 @dataclass(slots=True)
-class _Bound:
-    """A binding for inputs of certain shapes; `outputs` are those whose shapes are known beforehand.
+class _Binding:
+    """A binding for inputs of certain shapes.
 
-    Each has its place on the host and its address on the device, which stay its own when larger shapes get
-    other memory. `order` has the names of all outputs as the binding gives them; `options` are those of its
-    runs.
+    A binding keeps its memory when a larger shape gets new memory.
+
+    Attributes:
+        binding: ONNX Runtime's `IOBinding`.
+        order: the names of all outputs, in the order in which the binding returns them.
+        inputs: name to host array and device address.
+        outputs: the same for the outputs whose shapes are known before the run.
+        options: the run options (`ort.RunOptions`).
     """
 
     binding: Any
@@ -61,15 +66,7 @@ class _Bound:
 
 
 class BoundModel(DeviceModel):
-    """A session that runs from and to `memory`.
-
-    Attributes:
-        plain: opens a session without graphs, of a model whose session can capture some; else None.
-        normaliser: puts pixels into the input that they are for, where it may come as such; else None.
-    """
-
-    plain: Callable[[], Any] | None = None
-    normaliser: Normaliser | None = None
+    """A session that reads its inputs from `memory` and writes its outputs there."""
 
     def __init__(
         self,
@@ -77,19 +74,39 @@ class BoundModel(DeviceModel):
         signature: Signature,
         device: str,
         memory: Memory,
-        left: Mapping[str, int],
+        cpu_nodes: Mapping[str, int],
         *,
         streamed: bool = False,
+        graphs_refused: Reason | None = None,
+        open_without_graphs: Callable[[], Any] | None = None,
+        normaliser: Normaliser | None = None,
+        takes_pixels: Verdict | None = None,
     ) -> None:
-        """`signature` is `bindable`; `left` are the nodes that the session runs on the CPU.
+        """`signature` is `bindable`; `cpu_nodes` are the nodes that the session runs on the CPU.
 
-        `streamed` says that the session runs in the stream of `memory`.
+        Args:
+            session: ONNX Runtime's session.
+            signature: its inputs and outputs.
+            device: `cuda:N`, or `cpu` in tests.
+            memory: owned, and closed, by this model.
+            cpu_nodes: the number of nodes of each kind.
+            streamed: whether the session runs in the stream of `memory`.
+            graphs_refused: why the runtime opened no session that captures graphs; None if it did.
+            open_without_graphs: opens a session without graphs, for a session that can capture graphs.
+            normaliser: writes pixels into the input that they belong to.
+            takes_pixels: why there is no `normaliser`, if pixels were asked for.
         """
         self.signature = signature
-        self.cpu_nodes = left
-        lacks = _lacks_graphs(signature, left)
-        self.graphs = lacks or "none were asked for"
-        self.capturable = not lacks
+        self.cpu_nodes = cpu_nodes
+        reason = graphs_refused or _capture_obstacle(signature, cpu_nodes)
+        self.graphs = Verdict(False, reason or "none were asked for")
+        self.can_capture = reason is None
+        if normaliser is not None:
+            self.takes_pixels = Verdict(True, "pixels are normalised on the GPU")
+        elif takes_pixels is not None:
+            self.takes_pixels = takes_pixels
+        self._normaliser = normaliser
+        self._open_without_graphs = open_without_graphs
         self._streamed = streamed
         self._options = run_options(streamed)
         self._ids = itertools.count(1)
@@ -97,13 +114,13 @@ class BoundModel(DeviceModel):
         kind, _, index = device.partition(":")
         self._device = (kind, int(index or 0))
         self._memory = memory
-        self._rooms: dict[str, Buffer] = {}
-        self._bindings: dict[tuple[object, ...], _Bound] = {}
+        self._buffers: dict[str, Buffer] = {}
+        self._bindings: dict[tuple[object, ...], _Binding] = {}
         self._names = list(signature.outputs_by_name)
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Run as it is; raises what ONNX Runtime raises, and OutOfMemory."""
-        if any(not tensor.size for tensor in inputs.values()):  # there is nothing to copy
+        """Run without padding; raises what ONNX Runtime raises, and OutOfMemory."""
+        if any(not tensor.size for tensor in inputs.values()):  # nothing to copy
             names = self._names if outputs is None else list(outputs)
             options = run_options(False)
             return dict(zip(names, self._session.run(names, inputs, options), strict=True))
@@ -112,50 +129,48 @@ class BoundModel(DeviceModel):
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None
     ) -> Tensors:
-        """Run the rows of all parts among `rows`; raises what ONNX Runtime raises, and OutOfMemory."""
+        """Run all rows, padded to `rows`; raises what ONNX Runtime raises, and OutOfMemory."""
         shapes = self._shapes(parts, rows)
         if any(0 in shape for shape in shapes.values()):
-            whole = {name: np.concatenate([part[name] for part in parts]) for name in shapes}
-            return self.run(whole, outputs)
+            joined = {name: np.concatenate([part[name] for part in parts]) for name in shapes}
+            return self.run(joined, outputs)
         return self._run(parts, shapes, rows, outputs)
 
     def begin(self) -> None:
-        """Forget graphs that another thread has captured, for the runtime would capture them again."""
+        """Forget the graphs that another thread captured; the runtime would capture them again."""
         for bound in self._bindings.values():
             bound.options = self._options
-        super().begin()
 
     def capture(self, parts: Sequence[Tensors], rows: int | None) -> Tensors:
-        """Let the runtime run it as often as it has to, capture it and launch it; raises what that raises."""
+        """Let the runtime warm up, capture the run and launch the graph; raises what ONNX Runtime raises."""
         shapes = self._shapes(parts, rows)
         key = (rows, *shapes.items())
         bound = self._bindings.get(key) or self._bind(key, shapes, rows)
         unknown = [name for name in self._names if name not in bound.outputs]
         if unknown:
-            raise ValueError(_unknown(unknown[0]))
+            raise ValueError(_unknown_shape(unknown[0]))
         bound.options = run_options(self._streamed, next(self._ids))
-        with ALONE:
+        with DEVICE_LOCK:
             outputs = self._run(parts, shapes, rows, None)
-        self.graphs = True
+        self.graphs = REPLAYED
         return outputs
 
-    def uncapture(self, reason: str) -> None:
-        """Drop the graphs, and the session with them: after a capture that failed it may not run again."""
-        self.graphs = reason
+    def uncapture(self, reason: Reason) -> None:
+        """Drop the graphs and the session. After a failed capture a session may not run again."""
+        self.graphs = Verdict(False, reason)
         self._memory.end_capture()
         self._bindings.clear()
-        if self.plain is not None:
-            self._session = None
-            self._session = self.plain()
+        if self._open_without_graphs is not None:
+            self._session = None  # frees its memory before the next session needs memory
+            self._session = self._open_without_graphs()
 
     def close(self) -> None:
-        """Drop the session and give back the memory."""
-        # The session frees its memory itself.
+        """Drop the session, which frees its own memory, and close `memory`."""
         self._memory.enter()
         self._bindings.clear()
         self._session = None
-        if self.normaliser is not None:
-            self.normaliser.close()
+        if self._normaliser is not None:
+            self._normaliser.close()
         self._memory.close()
 
     def _run(
@@ -173,7 +188,7 @@ class BoundModel(DeviceModel):
             self._session.run_with_iobinding(bound.binding, bound.options)
         except Exception as error:
             with contextlib.suppress(RuntimeError):
-                # What was queued before must not meet the rows of the next run.
+                # Copies that are still queued must not touch the rows of the next run.
                 self._memory.wait()
             if is_out_of_memory(error):
                 raise OutOfMemory(str(error)) from error
@@ -181,30 +196,30 @@ class BoundModel(DeviceModel):
         return self._fetch(bound, None if rows is None else used, self._names if outputs is None else outputs)
 
     def _shapes(self, parts: Sequence[Tensors], rows: int | None) -> dict[str, tuple[int, ...]]:
-        return run_shapes(parts, rows, None if self.normaliser is None else self.normaliser.normalisation)
+        return run_shapes(parts, rows, None if self._normaliser is None else self._normaliser.normalisation)
 
-    def _fill(self, bound: _Bound, parts: Sequence[Tensors]) -> int:
-        """Queue what brings all inputs to the device; returns the number of rows."""
-        used, pixels = 0, ""
-        if self.normaliser is not None and self.normaliser.normalisation.is_among(parts[0]):
-            pixels = self.normaliser.normalisation.input
-            staged, address = bound.inputs[pixels]
-            used = self.normaliser.run([part[pixels] for part in parts], len(staged), address)
+    def _fill(self, bound: _Binding, parts: Sequence[Tensors]) -> int:
+        """Queue the copies of all inputs to the device; returns the number of rows."""
+        used, pixel_input = 0, ""
+        if self._normaliser is not None and self._normaliser.normalisation.is_among(parts[0]):
+            pixel_input = self._normaliser.normalisation.input
+            staged, address = bound.inputs[pixel_input]
+            used = self._normaliser.run([part[pixel_input] for part in parts], len(staged), address)
         for name, (staged, address) in bound.inputs.items():
-            if name != pixels:
+            if name != pixel_input:
                 used = stage(staged, [part[name] for part in parts])
                 self._memory.upload(address, staged)
         if not self._streamed:
             self._memory.wait()
         return used
 
-    def _fetch(self, bound: _Bound, rows: int | None, names: Sequence[str]) -> Tensors:
-        """Copy outputs back, of those with rows the first `rows`."""
+    def _fetch(self, bound: _Binding, rows: int | None, names: Sequence[str]) -> Tensors:
+        """Copy the outputs `names` back; if `rows` is given, only their first `rows` rows."""
         values = dict(zip(bound.order, bound.binding.get_outputs(), strict=True))
         fetched: Tensors = {}
         for name in names:
-            place = bound.outputs.get(name)
-            if place is None:
+            memory = bound.outputs.get(name)
+            if memory is None:
                 shape = tuple(values[name].shape())
                 fetched[name] = array = np.empty(shape, self.signature.outputs_by_name[name].dtype)
                 if array.size:
@@ -212,7 +227,7 @@ class BoundModel(DeviceModel):
                 if rows is not None:
                     fetched[name] = array[:rows]
             else:
-                staged, address = place
+                staged, address = memory
                 fetched[name] = staged[:rows]
                 self._memory.download(fetched[name], address)
         self._memory.wait()
@@ -220,27 +235,29 @@ class BoundModel(DeviceModel):
 
     def _bind(
         self, key: tuple[object, ...], shapes: Mapping[str, tuple[int, ...]], rows: int | None
-    ) -> _Bound:
+    ) -> _Binding:
         outputs = {spec.name: shape for spec in self.signature.outputs if (shape := _fixed(spec, rows))}
         specs = {**self.signature.inputs_by_name, **self.signature.outputs_by_name}
         for name, shape in (*shapes.items(), *outputs.items()):
-            room = self._rooms.setdefault(name, Buffer())
-            room.grow(self._memory, specs[name].dtype.itemsize * prod(shape))
+            buffer = self._buffers.setdefault(name, Buffer())
+            buffer.grow(self._memory, specs[name].dtype.itemsize * prod(shape))
         if len(self._bindings) >= _KEPT_BINDINGS:
-            # Graphs are few, and cannot be had again.
-            plain = (known for known, bound in self._bindings.items() if bound.options is self._options)
-            del self._bindings[next(plain)]
+            # Bindings with a graph stay: there are few, and a graph is not captured again.
+            without_graph = (
+                known for known, bound in self._bindings.items() if bound.options is self._options
+            )
+            del self._bindings[next(without_graph)]
         binding = self._session.io_binding()
         staged: dict[str, tuple[Array, int]] = {}
         for name, shape in (*shapes.items(), *outputs.items()):
-            spec, room = specs[name], self._rooms[name]
+            spec, buffer = specs[name], self._buffers[name]
             bind = binding.bind_input if name in shapes else binding.bind_output
-            bind(name, *self._device, _element(spec), shape, room.address)
-            staged[name] = room.view(spec.dtype, shape), room.address
+            bind(name, *self._device, _element(spec), shape, buffer.address)
+            staged[name] = buffer.view(spec.dtype, shape), buffer.address
         others = [name for name in self._names if name not in outputs]
         for name in others:
             binding.bind_output(name, *self._device)
-        self._bindings[key] = bound = _Bound(
+        self._bindings[key] = bound = _Binding(
             binding,
             (*outputs, *others),
             {name: staged[name] for name in shapes},
@@ -251,27 +268,27 @@ class BoundModel(DeviceModel):
 
 
 def _fixed(spec: TensorSpec, rows: int | None) -> tuple[int, ...] | None:
-    """The shape of an output where it is known before a run, and is not empty."""
+    """The shape of an output, if the shape is known before the run and is not empty; else None."""
     if not spec.shape:
         return None
     shape = spec.shape if rows is None else (rows, *spec.shape[1:])
     return None if ANY in shape or 0 in shape else shape
 
 
-def _lacks_graphs(signature: Signature, left: Mapping[str, int]) -> str:
-    """Why no run can be captured, so far as that is known beforehand; "" if one may be."""
-    if left:
-        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
-        return f"{sum(left.values())} nodes run on the CPU: {listed}"
+def _capture_obstacle(signature: Signature, cpu_nodes: Mapping[str, int]) -> Reason | None:
+    """Why no run can be captured, as far as the signature and the nodes tell; None if a capture may work."""
+    if cpu_nodes:
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(cpu_nodes.items()))
+        return f"{sum(cpu_nodes.values())} nodes run on the CPU: {listed}"
     for spec in signature.outputs:
         if not spec.shape or ANY in spec.shape[1:]:
-            return _unknown(spec.name)
-    return ""
+            return _unknown_shape(spec.name)
+    return None
 
 
-def _unknown(output: str) -> str:
+def _unknown_shape(output: str) -> Reason:
     return f'the shape of output "{output}" is not known before the run'
 
 
 def _element(spec: TensorSpec) -> Any:
-    return _BFLOAT16 if spec.datatype == "BF16" else spec.dtype.type
+    return BFLOAT16 if spec.datatype == "BF16" else spec.dtype.type

@@ -1,7 +1,9 @@
-"""The graph that looks pixels up in a table, for ONNX Runtime, as the bytes of an ONNX file.
+"""Writes the ONNX graph that looks pixels up in a table, as the bytes of an ONNX file.
 
-It is a handful of nodes, and the package `onnx`, which would write them, is nothing that serving needs: so
-the few messages of protobuf on the way are written here. Numbers of fields and types are those of onnx.proto.
+*Experimental: not yet run on a GPU.*
+
+The graph has a handful of nodes. Serving does not need the package `onnx`, so the few protobuf messages are
+written here. The numbers of fields and types are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -15,64 +17,64 @@ from inferpool.pixel_table import Normalisation
 from inferpool.tensors import Array
 
 PIXELS: Final = "pixels"
-"""The graph's input."""
+"""The name of the graph's input."""
 ROWS: Final = "rows"
-"""Its output."""
+"""The name of the graph's output."""
 
 _IR_VERSION: Final = 8
 _OPSET: Final = 17
 _ELEMENTS: Final = {"float32": 1, "uint8": 2, "uint16": 4, "int32": 6, "float16": 10, "float64": 11}
-"""dtype to number (`TensorProto.DataType`); BF16 goes by its bits, as it does everywhere."""
+"""dtype to number (`TensorProto.DataType`). BF16 is handled as its bits (uint16)."""
 _INT, _INTS = 2, 7
-"""Kinds of attributes (`AttributeProto.AttributeType`)."""
+"""The kinds of attributes (`AttributeProto.AttributeType`)."""
 
 _TO_CHANNELS_FIRST: Final = (0, 3, 1, 2)
 
 
 def lookup_graph(normalisation: Normalisation) -> bytes:
-    """The bytes of a model that does what `Normalisation.normalise` does."""
+    """The bytes of a model that computes `Normalisation.normalise`."""
     values = normalisation.values
     nodes, tensors, last = [], [_tensor("values", values.reshape(-1))], PIXELS
     colours, first = normalisation.channels > 1, _channels_first(normalisation)
     if first:
-        # Now, while a pixel is one byte.
+        # Transpose first, while a pixel is one byte.
         nodes.append(_node("Transpose", [last], "ordered", _ints("perm", _TO_CHANNELS_FIRST)))
         last = "ordered"
-    nodes.append(_node("Cast", [last], "places", _int("to", _ELEMENTS["int32"])))
-    last = "places"
+    nodes.append(_node("Cast", [last], "indexes", _int("to", _ELEMENTS["int32"])))
+    last = "indexes"
     if colours:
-        # One table for all channels, one behind the other.
+        # The tables of all channels form one table, one after the other.
         starts = np.arange(0, values.size, values.shape[1], dtype=np.int32)
         tensors.append(_tensor("starts", starts.reshape(-1, 1, 1) if first else starts))
-        nodes.append(_node("Add", [last, "starts"], "placed"))
-        last = "placed"
+        nodes.append(_node("Add", [last, "starts"], "table_indexes"))
+        last = "table_indexes"
     nodes.append(_node("Gather", ["values", last], ROWS))
     graph = b"".join(
         [
             *(_message(1, node) for node in nodes),
             _message(2, b"normalise"),
             *(_message(5, tensor) for tensor in tensors),
-            _message(11, _value(PIXELS, _ELEMENTS["uint8"], taken_shape(normalisation))),
-            _message(12, _value(ROWS, _ELEMENTS[values.dtype.name], given_shape(normalisation))),
+            _message(11, _value(PIXELS, _ELEMENTS["uint8"], pixel_shape(normalisation))),
+            _message(12, _value(ROWS, _ELEMENTS[values.dtype.name], row_shape(normalisation))),
         ]
     )
     opset = _message(1, b"") + _number(2, _OPSET)
     return _number(1, _IR_VERSION) + _message(7, graph) + _message(8, opset)
 
 
-def taken_shape(normalisation: Normalisation) -> tuple[int, int, int]:
+def pixel_shape(normalisation: Normalisation) -> tuple[int, int, int]:
     """The shape of a row of pixels."""
     return normalisation.height, normalisation.width, normalisation.channels
 
 
-def given_shape(normalisation: Normalisation) -> tuple[int, int, int]:
-    """The shape of a row that comes out: the model's, or one of as many numbers in the same order."""
-    height, width, channels = taken_shape(normalisation)
+def row_shape(normalisation: Normalisation) -> tuple[int, int, int]:
+    """The shape of an output row: the model's own, or a shape with the same numbers in the same order."""
+    height, width, channels = pixel_shape(normalisation)
     return (channels, height, width) if _channels_first(normalisation) else (height, width, channels)
 
 
 def _channels_first(normalisation: Normalisation) -> bool:
-    """Whether pixels have to change places; grey ones need not, whatever the layout."""
+    """Whether the pixels have to be transposed. Grey pixels need not, whatever the layout."""
     return normalisation.layout == "CHW" and normalisation.channels > 1
 
 
@@ -105,7 +107,7 @@ def _tensor(name: str, array: Array) -> bytes:
 
 
 def _value(name: str, element: int, shape: Sequence[int]) -> bytes:
-    """An input or output, rows of this shape."""
+    """An input or output whose rows have this shape."""
     sizes = [_message(1, _message(2, b"n")), *(_message(1, _number(1, size)) for size in shape)]
     kind = _number(1, element) + _message(2, b"".join(sizes))
     return _message(1, name.encode()) + _message(2, _message(1, kind))
@@ -120,7 +122,7 @@ def _message(field: int, content: bytes) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """Seven bits a byte, the least first."""
+    """A protobuf varint: seven bits in each byte, the least significant first."""
     coded = bytearray()
     while number > 0x7F:
         coded.append(number & 0x7F | 0x80)

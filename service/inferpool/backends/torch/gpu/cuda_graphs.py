@@ -1,7 +1,9 @@
-"""Runs of PyTorch on a GPU as CUDA graphs: recorded once for a shape, and launched as a whole from then on.
+"""CUDA graphs of PyTorch: a run is recorded once for each shape and replayed as a whole afterwards.
 
-A recorded run reads its inputs and leaves its outputs at the same addresses each time. Only one may be
-recorded at a time in a process, and whoever waits for the whole device meanwhile breaks it.
+*Experimental: not yet run on a GPU.*
+
+A recorded run reads its inputs from, and writes its outputs to, the same addresses each time. Only one run in
+a process may be recorded at a time. A thread that waits for the whole device breaks the recording.
 """
 
 from __future__ import annotations
@@ -12,68 +14,61 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from inferpool.backends.cuda.memory import ALONE
+from inferpool.backends.cuda.memory import DEVICE_LOCK
 from inferpool.backends.torch.model import WARM_RUNS, OutputTree
+from inferpool.errors import Reason
 
 _THREAD_LOCAL: Final = 1
-"""As cuda.h numbers the modes of captures (`CUstreamCaptureMode`)."""
+"""The capture mode in cuda.h (`CUstreamCaptureMode`)."""
 
-_WAITING: Final = frozenset(
+_BLOCKING: Final = frozenset(
     {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero",
      "aten::nonzero_numpy", "aten::argwhere", "aten::masked_select", "aten::bincount", "aten::unique_dim",
      "aten::unique_consecutive", "aten::_unique", "aten::_unique2", "prim::tolist"}
 )  # fmt: skip
-"""Operations that need to know on the host what the device has computed."""
+"""Operations for which the host needs a result of the device in the middle of a run."""
 
 
-def waits(operations: Iterable[str]) -> str:
-    """Why a run of these operations cannot be recorded; "" if that has to be tried.
+def record_obstacle(operations: Iterable[str]) -> Reason | None:
+    """Why a run of these operations cannot be recorded; None if an attempt is worth it.
 
-    PyTorch 2.13 keeps the memory of a recording that failed until the process ends (pytorch/pytorch#190348):
-    so what is known to fail is not tried.
+    PyTorch 2.13 keeps the memory of a failed recording until the process ends (pytorch/pytorch#190348), so an
+    attempt that is known to fail is not made.
     """
-    found = next((operation for operation in operations if operation in _WAITING), None)
-    return "" if found is None else f"{found} waits for the device in the middle of a run"
+    found = next((operation for operation in operations if operation in _BLOCKING), None)
+    return None if found is None else f"{found} waits for the device in the middle of a run"
 
 
-def operations(graph: Any) -> Iterable[str]:
-    """The operations of a graph of TorchScript's runtime, and of the blocks in it."""
-    for node in graph.nodes():
-        yield node.kind()
-        for block in node.blocks():
-            yield from operations(block)
-
-
-def spare_captures() -> None:
-    """Let no capture of another thread, as ONNX Runtime makes them, forbid this one to allocate."""
+def allow_allocation() -> None:
+    """Let this thread allocate while ONNX Runtime captures a graph on another thread."""
     mode = ctypes.c_int(_THREAD_LOCAL)
     ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 class Recording(Protocol):
-    """A run that can be repeated."""
+    """A recorded run."""
 
     def replay(self) -> OutputTree:
-        """Run it again; the outputs lie where they lay before."""
+        """Run again. The outputs have the same addresses as before."""
 
     def drop(self) -> None:
-        """Give back its memory."""
+        """Free the memory of the recording."""
 
 
 class Recorder(Protocol):
-    """Records the runs of one model."""
+    """Records runs of one model."""
 
     def enter(self) -> None:
-        """Make the calling thread fit to run the model while others record."""
+        """Prepare the calling thread to run the model while other threads record."""
 
     def record(self, run: Callable[[], OutputTree]) -> Recording:
-        """Run it until it is warm, and once more to record it; raises whatever keeps it from that."""
+        """Call `run` until it is warm, then record it; raises whatever prevents the recording."""
 
 
 class CudaRecorder:
-    """Records in the stream that the model runs in, with memory that its recordings share.
+    """Records in the model's stream. All recordings of the model share memory.
 
-    They may share it because they never run at the same time, and nothing is read of one after another ran.
+    Sharing is safe: recordings never run at once, and the outputs of one are read before the next runs.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -81,12 +76,12 @@ class CudaRecorder:
         self._pool: Any = None
 
     def enter(self) -> None:
-        """Let it allocate while others capture."""
-        spare_captures()
+        """Let the thread allocate while other threads capture."""
+        allow_allocation()
 
     def record(self, run: Callable[[], OutputTree]) -> Recording:
-        """Record it in a mode that leaves other threads alone."""
-        with ALONE:
+        """Record in a mode that does not affect other threads."""
+        with DEVICE_LOCK:
             for _ in range(WARM_RUNS):
                 run()
             graph = torch.cuda.CUDAGraph()

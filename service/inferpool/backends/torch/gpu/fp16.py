@@ -1,9 +1,11 @@
-"""Models of PyTorch in FP16: their weights become FP16, and casts stand where tensors go in and come out.
+"""PyTorch models in FP16: the weights become FP16, and casts are put around inputs and outputs.
 
-Not `torch.autocast`: it keeps the casts of parameters that are trained, and casts the constants of a frozen
-module anew in every run, which reads all of FP32's memory and writes half of it again. Converted, a model
-takes half the memory. What it has in FP32 besides weights has to go along: a TorchScript file in which
-something does not is refused.
+*Experimental: not yet run on a GPU.*
+
+`torch.autocast` is not used. It caches the casts of trained parameters only, and casts the constants of a
+frozen module anew in every run, which reads all of the FP32 memory and writes half of it again. A converted
+model takes half the memory. Everything else in FP32 has to be converted too: a TorchScript file in which
+something cannot be converted is refused.
 """
 
 from __future__ import annotations
@@ -19,60 +21,60 @@ from torch.fx.node import map_aggregate
 
 from inferpool.backends.base import LoadOptions
 from inferpool.backends.torch.model import Forward, InputTensors, OutputTree, Runnable, run_once
-from inferpool.backends.torch.signature import Place, pairs_to_try
+from inferpool.backends.torch.signature import TreePath, pairs_to_try
 from inferpool.errors import LoadError, short_reason
 from inferpool.tensors import Tensors
 
 _LARGEST: Final = torch.finfo(torch.float16).max
 
 
-def bordered(forward: Forward, wide: frozenset[Place]) -> Forward:
-    """`forward`, which runs in FP16, with inputs of FP32, and outputs of FP32 at the places in `wide`."""
+def cast_borders(forward: Forward, fp32_outputs: frozenset[TreePath]) -> Forward:
+    """Wrap `forward`, which runs in FP16: inputs are cast from FP32, and `fp32_outputs` back to FP32."""
 
     def run(feeds: InputTensors) -> OutputTree:
-        leaves = forward({name: _to(feed, torch.float32, torch.float16) for name, feed in feeds.items()})
+        leaves = forward({name: _cast(feed, torch.float32, torch.float16) for name, feed in feeds.items()})
         return {
-            place: _to(leaf, torch.float16, torch.float32) if place in wide else leaf
-            for place, leaf in leaves.items()
+            path: _cast(leaf, torch.float16, torch.float32) if path in fp32_outputs else leaf
+            for path, leaf in leaves.items()
         }
 
     return run
 
 
 def halve_script(module: Any, exact: Runnable, options: LoadOptions) -> Callable[[Forward], Forward]:
-    """Make the weights of a TorchScript `module` FP16, which `exact` runs; returns what its runs then need.
+    """Make the weights of a TorchScript `module` FP16; returns the wrapper that its runs need afterwards.
 
-    Raises LoadError where it does not run so.
+    `exact` runs the same module in FP32. Raises LoadError if the module does not run in FP16.
     """
-    inputs, wide = _run_in_full(exact, options)
+    inputs, fp32_outputs = _run_in_fp32(exact, options)
     module.half()
-    border = partial(bordered, wide=wide)
+    with_casts = partial(cast_borders, fp32_outputs=fp32_outputs)
     try:
         if inputs:
-            run_once(replace(exact, forward=border(exact.forward)), inputs, options.threads)
+            run_once(replace(exact, forward=with_casts(exact.forward)), inputs, options.threads)
     except Exception as error:
         raise LoadError(
-            f"it does not run in FP16 ({short_reason(error)}): something in it is FP32 and no weight;"
-            " convert it before it is exported, or leave gpu.fp16 out"
+            f"the model does not run in FP16 ({short_reason(error)}): an FP32 tensor in it is no weight;"
+            " convert the model before its export, or set gpu.fp16 = false"
         ) from error
-    return border
+    return with_casts
 
 
-def _run_in_full(exact: Runnable, options: LoadOptions) -> tuple[Tensors, frozenset[Place]]:
-    """Inputs that `exact` runs, none if there are no such, and where it gives tensors of FP32 for them."""
+def _run_in_fp32(exact: Runnable, options: LoadOptions) -> tuple[Tensors, frozenset[TreePath]]:
+    """Inputs that `exact` runs (empty if there are none), and the paths of its FP32 outputs."""
     for inputs, _ in pairs_to_try(exact.inputs, options.samples):
         try:
             leaves = run_once(exact, inputs, options.threads)
         except Exception:  # noqa: BLE001 - made-up rows may be nonsense to the model
             continue
-        return inputs, frozenset(place for place, leaf in leaves.items() if _is(leaf, torch.float32))
+        return inputs, frozenset(path for path, leaf in leaves.items() if _is(leaf, torch.float32))
     return {}, frozenset()
 
 
 def halve(exported: Any) -> None:
-    """Make the weights of an exported program FP16, and whatever its operations ask for in FP32.
+    """Make the weights of an exported program FP16, and the FP32 literals of its operations.
 
-    What it says of its inputs and outputs stays as it is.
+    The declared inputs and outputs keep their datatypes.
     """
     for state in (exported.state_dict, exported.constants):
         for name, value in state.items():
@@ -89,7 +91,7 @@ def halve(exported: Any) -> None:
         def literal(value: Any, of_floats: bool = of_floats) -> Any:
             if value is torch.float32:
                 return torch.float16
-            # What masks by the smallest number of FP32 shall do so by that of FP16.
+            # A mask that uses FP32's lowest number has to use FP16's lowest number.
             if of_floats and isinstance(value, float) and math.isfinite(value):
                 return max(-_LARGEST, min(value, _LARGEST))
             return value
@@ -99,7 +101,7 @@ def halve(exported: Any) -> None:
     exported.graph_module.recompile()
 
 
-def _to(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
+def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
     return value.to(after) if _is(value, before) else value
 
 

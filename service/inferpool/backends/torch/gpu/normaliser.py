@@ -1,4 +1,7 @@
-"""Pixels on a device, normalised there into the tensor that a model of PyTorch reads."""
+"""Normalises pixels on a device, into the tensor that a PyTorch model reads.
+
+*Experimental: not yet run on a GPU.*
+"""
 
 from __future__ import annotations
 
@@ -14,27 +17,27 @@ class TorchNormaliser:
     """The table of a `Normalisation` on a device.
 
     Attributes:
-        normalisation: what it does.
+        normalisation: the table and the shapes.
     """
 
     def __init__(self, normalisation: Normalisation, datatype: str, device: Any) -> None:
-        """`datatype` is that of the input."""
+        """`datatype` is the datatype of the input."""
         self.normalisation = normalisation
         values = to_tensor(normalisation.values, datatype, copy=True)
         self._values = values.reshape(-1).to(device)
-        # One table for all channels, one behind the other.
+        # The tables of all channels form one table, one after the other.
         starts = torch.arange(0, values.numel(), values.shape[1], dtype=torch.int32)
         self._channels_first = normalisation.layout == "CHW"
         self._starts = (starts.reshape(-1, 1, 1) if self._channels_first else starts).to(device)
 
     def run(self, pixels: Any, rows: Any) -> None:
-        """Put `pixels`, normalised, into the first of `rows`, and zeros into the others.
+        """Write the normalised `pixels` to the first rows of `rows`, and zeros to the others.
 
-        Both are on the device, `rows` contiguous. Raises what PyTorch raises.
+        Both are on the device; `rows` is contiguous. Raises what PyTorch raises.
         """
         ordered = pixels.permute(0, 3, 1, 2) if self._channels_first else pixels
-        # A sum of its own accord would keep the order of the bytes that it was given.
-        places = torch.empty(ordered.shape, dtype=torch.int32, device=rows.device)
-        torch.add(ordered, self._starts, out=places)
-        torch.index_select(self._values, 0, places.view(-1), out=rows[: len(pixels)].view(-1))
+        # Without `out`, the sum would keep the memory order of its permuted operand.
+        indexes = torch.empty(ordered.shape, dtype=torch.int32, device=rows.device)
+        torch.add(ordered, self._starts, out=indexes)
+        torch.index_select(self._values, 0, indexes.view(-1), out=rows[: len(pixels)].view(-1))
         rows[len(pixels) :].zero_()

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inferpool.backends.base import Backend, DeviceModel, LoadedModel, LoadOptions
-from inferpool.errors import LoadError, OutOfMemory, Reason
+from inferpool.backends.base import REPLAYED, Backend, DeviceModel, LoadedModel, LoadOptions
+from inferpool.errors import LoadError, OutOfMemory, Reason, Verdict
 from inferpool.pixel_table import Normalisation
 from inferpool.pool.buckets import BatchBuckets, BucketedModel
 from inferpool.pool.hot_swap import HotSwapModel
@@ -60,7 +60,7 @@ class GpuCopies(ModelCopies):
     def load(self, options: LoadOptions) -> LoadedModel:
         """Load one more copy of the model; raises LoadError."""
         model = super().load(options)
-        if options.fp16 or options.tf32:
+        if options.gpu.fp16 or options.gpu.tf32:
             model.rounding = "FP16"  # TF32 has as many digits
         return model
 
@@ -82,11 +82,11 @@ class GpuCopies(ModelCopies):
         copies, fault = self._load_copies(devices, plan.instances, options, inputs.samples, buckets)
         if fault is None:
             self.buckets = buckets
-        wanted, unfit = options.normalise, None
+        wanted, unfit = options.gpu.normalisation, None
         if wanted is not None:
             unfit = self._pixel_fault(copies, wanted, plan.max_rows)
             self.takes_pixels = unfit is None
-            options = replace(options, normalise=wanted if unfit is None else None)
+            options = options.with_gpu(normalisation=wanted if unfit is None else None)
         served = self._wrap(copies, options, inputs, find_folder)
         self.models = list(zip((device for device, _ in copies), served, strict=True))
         rounding = _rounding(options)
@@ -153,7 +153,7 @@ class GpuCopies(ModelCopies):
         """The models that instances run: they capture, can be exchanged, and round batches up to buckets."""
         models: list[LoadedModel] = []
         for _, model in copies:
-            if isinstance(model, DeviceModel) and options.graphs and model.capturable:
+            if isinstance(model, DeviceModel) and options.gpu.graphs and model.can_capture:
                 self._captured.append(threading.Event())
                 models.append(
                     CapturingModel(
@@ -202,7 +202,7 @@ class GpuCopies(ModelCopies):
         if not _rounding(options):
             return None, None
         try:
-            model = self.load(replace(options, tf32=False, fp16=False, graphs=False, normalise=None))
+            model = self.load(options.with_gpu(tf32=False, fp16=False, graphs=False, normalisation=None))
         except LoadError as error:
             return None, error.detail
         try:
@@ -230,9 +230,9 @@ class GpuCopies(ModelCopies):
 
 def _rounding(options: LoadOptions) -> str:
     """The rounding that the owner allows; empty if none."""
-    if options.fp16:
-        return "FP16, and TF32 in what stays FP32" if options.tf32 else "FP16"
-    return "TF32" if options.tf32 else ""
+    if options.gpu.fp16:
+        return "FP16, and TF32 in what stays FP32" if options.gpu.tf32 else "FP16"
+    return "TF32" if options.gpu.tf32 else ""
 
 
 def _precision_text(rounding: str, found: RoundingDifference | None, unmeasured: Reason | None) -> str:
@@ -244,10 +244,10 @@ def _precision_text(rounding: str, found: RoundingDifference | None, unmeasured:
     return f"{rounding}; its outputs differ from those of FP32 by {most} at the most"
 
 
-def _graphs(models: Sequence[LoadedModel]) -> bool | str:
-    """Whether all models replay their runs from CUDA graphs, or why one does not."""
-    reasons = [model.graphs for model in models if isinstance(model, DeviceModel)]
-    return next((reason for reason in reasons if reason is not True), True)
+def _graphs(models: Sequence[LoadedModel]) -> Verdict:
+    """Whether all models replay their runs from CUDA graphs, or why one of them does not."""
+    verdicts = [model.graphs for model in models if isinstance(model, DeviceModel)]
+    return next((verdict for verdict in verdicts if not verdict.ok), REPLAYED)
 
 
 def _pixels_text(normalise: Normalisation | None, devices: Sequence[str], unfit: Reason | None) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from inferpool.backends.base import DeviceModel
-from inferpool.errors import Reason, short_reason
+from inferpool.errors import Reason, Verdict, short_reason
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.load.comparison import compare_outputs
 from inferpool.repository.load.runnable_rows import find_runnable_rows, repeat_rows, reversed_rows
@@ -42,7 +42,7 @@ class CapturingModel(DeviceModel):
         self.max_rows = model.max_rows
         self.cpu_nodes = model.cpu_nodes
         self.rounding = model.rounding
-        self.capturable = model.capturable
+        self.can_capture = model.can_capture
         self._model = model
         self._buckets = buckets
         self._samples = samples
@@ -51,14 +51,14 @@ class CapturingModel(DeviceModel):
         self._then = then
 
     @property
-    def graphs(self) -> bool | str:  # type: ignore[override]
+    def graphs(self) -> Verdict:  # type: ignore[override]
         """Whether runs are replayed from CUDA graphs, or why not."""
         return self._model.graphs
 
     @property
-    def normalises(self) -> bool | str:  # type: ignore[override]
+    def takes_pixels(self) -> Verdict:  # type: ignore[override]
         """Whether an input may come as pixels, or why not."""
-        return self._model.normalises
+        return self._model.takes_pixels
 
     def begin(self) -> None:
         """Prepare the calling thread, and capture on it."""
@@ -114,9 +114,10 @@ def capture(
         log.warning("runs are not replayed from CUDA graphs: %s", fault)
         model.uncapture(fault)
     elif len(shapes) > MOST_GRAPHS:
-        model.graphs = f"for the smallest {MOST_GRAPHS} of {len(shapes)} shapes that batches have"
+        reason = f"for the smallest {MOST_GRAPHS} of {len(shapes)} shapes that batches have"
+        model.graphs = Verdict(False, reason)
     elif not texts and any(_varies(spec, buckets) for spec in model.signature.inputs):
-        model.graphs = "for rows of the shape that was tried at load only"
+        model.graphs = Verdict(False, "for rows of the shape that was tried at load only")
 
 
 def _capture_one(model: DeviceModel, samples: Sequence[Tensors], clock: Callable[[], float]) -> Reason | None:

@@ -28,8 +28,8 @@ def check_pixels(
 
     `sizes` are the batch sizes to try. With `padded`, the last row of each batch is padding.
     """
-    if model.normalises is not True:
-        return str(model.normalises)
+    if not model.takes_pixels.ok:
+        return model.takes_pixels.reason
     shape = (_PICTURES, normalisation.height, normalisation.width, normalisation.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     rows = normalisation.normalise(pixels)

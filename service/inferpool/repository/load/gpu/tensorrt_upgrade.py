@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from inferpool.backends.base import Backend, DeviceModel, Engine, LoadOptions
+from inferpool.backends.base import Backend, DeviceModel, LoadOptions, TensorRTPlan
 from inferpool.backends.onnx.gpu.tensorrt_build import await_build, start_build
 from inferpool.errors import InferpoolError, LoadError, Reason, short_reason
 from inferpool.pool.buckets import BatchBuckets
@@ -53,7 +53,7 @@ class TensorRTUpgrade:
         self.status = "an engine is being built, and CUDA serves meanwhile"
         self._backend = backend
         self._file = file
-        self._options = replace(options, graphs=False)
+        self._options = options.with_gpu(graphs=False)
         self._find_folder = find_folder
         self._buckets = buckets
         self._rows = rows
@@ -95,8 +95,8 @@ class TensorRTUpgrade:
                 log.warning("%s: no TensorRT: %s", self._file, short_reason(error))
 
     def _switch(self) -> None:
-        if lacks := self._backend.lacks_engines():
-            raise LoadError(lacks)
+        if reason := self._backend.tensorrt_unavailable_reason():
+            raise LoadError(reason)
         if not self._rows:
             raise LoadError("no made-up rows could be run to compare answers with; add a golden sample")
         shapes = engine_shapes(self._switches[0][1].signature, self._buckets)
@@ -123,8 +123,8 @@ class TensorRTUpgrade:
 
     def _build(self, device: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> LoadOptions:
         """Build the engine for `device` unless it is kept; returns the options to load it with."""
-        folder = self._find_folder(device, f"{self._backend.engine_version()} {shapes}")
-        options = replace(self._options, device=device, engine=Engine(folder, shapes))
+        folder = self._find_folder(device, f"{self._backend.tensorrt_version()} {shapes}")
+        options = replace(self._options, device=device).with_gpu(tensorrt=TensorRTPlan(folder, shapes))
         if folder.is_dir():
             return options
         try:
@@ -140,7 +140,7 @@ class TensorRTUpgrade:
             with self._lock:
                 if self._closed:
                     raise LoadError("the version is being unloaded")
-                engine = replace(options, engine=Engine(building, shapes), normalise=None)
+                engine = options.with_gpu(tensorrt=TensorRTPlan(building, shapes), normalisation=None)
                 self._process = start_build(self._backend.name, self._file, engine)
             await_build(self._process)
             building.rename(folder)
@@ -153,7 +153,7 @@ class TensorRTUpgrade:
 
     def _fault(self, model: DeviceModel) -> Reason | None:
         """Run every batch size; returns what is wrong with an answer."""
-        normalise = self._options.normalise
+        normalise = self._options.gpu.normalisation
         if self._buckets is None:
             fault = self._difference(model.run(self._rows), len(next(iter(self._rows.values()))))
             if fault is not None or normalise is None:

@@ -1,0 +1,62 @@
+"""Finds a backend by its name or by the suffix of a file.
+
+The built-in backends are imported when they are first needed. A server without torch, or without ONNX
+Runtime, therefore still starts. Other packages may add backends under the entry-point group
+`inferpool.backends`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Final
+
+from inferpool.backends.base import Backend
+from inferpool.errors import LoadError
+
+_BUILT_IN: Final = {
+    "onnx": ("inferpool.backends.onnx.backend", "OnnxBackend", (".onnx",)),
+    "torch": ("inferpool.backends.torch.backend", "PyTorchBackend", (".pt", ".pt2")),
+}
+"""Name to module, class and suffixes."""
+
+ENTRY_POINT_GROUP: Final = "inferpool.backends"
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names of all backends, whether or not their runtimes are installed."""
+    added = (point.name for point in entry_points(group=ENTRY_POINT_GROUP))
+    return (*_BUILT_IN, *added)
+
+
+def find_backend(name: str) -> Backend:
+    """The backend called `name`; raises LoadError if there is none or its runtime is not installed."""
+    if name in _BUILT_IN:
+        module, attribute, _ = _BUILT_IN[name]
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+        return backend
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == name:
+            found: Backend = point.load()()
+            return found
+    raise LoadError(f'no backend is called "{name}"; expected one of {", ".join(backend_names())}')
+
+
+def describe_backends() -> dict[str, str]:
+    """The runtime and version of every backend by name; `not installed` if its runtime is missing."""
+    described = {}
+    for name in backend_names():
+        try:
+            described[name] = find_backend(name).describe()
+        except LoadError:
+            described[name] = "not installed"
+    return described
+
+
+def backends_by_suffix() -> dict[str, str]:
+    """File suffix to backend name, for all backends. A built-in backend wins over an added one."""
+    suffixes = {suffix: name for name, (_, _, listed) in _BUILT_IN.items() for suffix in listed}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        for suffix in point.load().suffixes:
+            suffixes.setdefault(suffix, point.name)
+    return suffixes
