@@ -1,4 +1,4 @@
-"""The real door: fixtures that start real servers and build repositories for them."""
+"""Fixtures that start real servers and make repositories for them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,33 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Serve = Callable[..., Server]
 MakeChaos = Callable[..., Path]
+
+LONGEST_FIRST = (
+    *("docker", "test_wheel.py", "models", "http/test_fuzz.py", "pool/test_soak.py"),
+    *("k8s", "benchmarks", "docs", "release"),
+)
+"""The files and folders of tests that take minutes; among several processes they start first."""
+
+IN_ONE_PROCESS = ("docker", "benchmarks")
+"""The folders whose tests share images or ports; elsewhere the tests of one file stay together."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Divide the tests among the processes of pytest-xdist, if there are several."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+
+    def path(item: pytest.Item) -> str:
+        return str(item.path.relative_to(ROOT / "tests"))
+
+    def rank(item: pytest.Item) -> int:
+        return next((rank for rank, start in enumerate(LONGEST_FIRST) if path(item).startswith(start)), 99)
+
+    for item in items:
+        folder = path(item).split("/")[0]
+        item.add_marker(pytest.mark.xdist_group(folder if folder in IN_ONE_PROCESS else path(item)))
+    if config.getoption("numprocesses", None) or "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,8 @@ from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client
 from tests.conftest import MakeChaos, Serve
 
-REQUESTS = 100_000
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "10000"))
+"""Requests in all; `scripts/test --full` sends 100,000."""
 CLIENTS = 48
 MIB = 1024 * 1024
 

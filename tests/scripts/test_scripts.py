@@ -244,7 +244,7 @@ def test_a_failed_compilation_is_a_warning(checkout: Checkout) -> None:
 
 
 def test_tests_have_an_environment_of_their_own(checkout: Checkout) -> None:
-    """`scripts/test` installs the sources, editable, and runs pytest; the environment of serve stays as it is."""
+    """`scripts/test` installs the sources, editable; the environment of serve stays as it is."""
     checkout.run("serve")
     checkout.noted()
     run = checkout.run("test", "-k", "npy")
