@@ -18,12 +18,12 @@ from inferpool.settings import ENV_PREFIX, add_flags, read_settings
 from inferpool.tensors import shape_text
 
 _EPILOG = f"""\
-Settings are taken from flags, then {ENV_PREFIX}* variables, then the file of --config, then the defaults.
+Flags override {ENV_PREFIX}* variables, variables override the file of --config, the file overrides defaults.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 0, 1 if it failed, 2 if it was called wrongly."""
+    """Run the command. The exit status is 0, 1 if the command fails, 2 if its arguments are wrong."""
     parser = _parser()
     flags = vars(parser.parse_args(arguments))
     command, path, config = flags.pop("command"), flags.pop("repository"), flags.pop("config", None)
@@ -37,21 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "build":
             return _build(path, name, options)
-        # Imported late, so that --help and mistakes answer at once.
+        # Imported late, so that --help and wrong arguments are answered at once.
         from inferpool import app
         from inferpool.observe import logs
 
         if command == "check":
-            # What it prints says all that the log would, unless the log was asked for.
+            # The printed report replaces the log, unless the user asked for a log level.
             logs.configure_logs(flags.get("log_level", "error"), "console")
             return _print_check(app.load_all(path, settings), _unbuilt(path))
         return app.serve(path, settings, logs.configure_logs(settings.log_level, settings.log_format))
     except BrokenPipeError:
-        # Whoever read the output has seen enough; Python must not complain about it at exit.
+        # The reader of the output has closed it. Python must not report that when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except InferpoolError as error:
-        # What led to it comes first.
+        # The log lines that led to the error come first.
         logging.shutdown()
         print(f"inferpool: {error.detail}", file=sys.stderr)
         return 1
@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=summary, description=description, epilog=_EPILOG, allow_abbrev=False
         )
-        command.add_argument("repository", type=Path, metavar="REPOSITORY", help="where the models are")
-        command.add_argument("--config", metavar="FILE", help=f"a TOML file of settings [{ENV_PREFIX}CONFIG]")
+        command.add_argument("repository", type=Path, metavar="REPOSITORY", help="path of the models")
+        command.add_argument("--config", metavar="FILE", help=f"TOML file with settings [{ENV_PREFIX}CONFIG]")
         add_flags(command)
     build = commands.add_parser(
         "build",
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=DEFAULT_REPOSITORY,
         metavar="FOLDER",
-        help=f"where the models are (default: {DEFAULT_REPOSITORY})",
+        help=f"path of the models (default: {DEFAULT_REPOSITORY})",
     )
     build.add_argument("name", nargs="?", metavar="NAME", help="the model's folder in the repository")
     build.add_argument(
