@@ -82,6 +82,8 @@ def json_body(chance: random.Random) -> bytes:
         if chance.random() < 0.02:  # beyond the size from which the GIL is released
             shape = [chance.randrange(1000, 4000)]
         lists.append(nested_text(chance, shape, chance.choice(("", "", " ", "\n\t")), number))
+    if chance.random() < 0.05:  # as many numbers as a body of its length can have
+        lists = [f"[{','.join(['7'] * chance.randrange(1, 3000))}]"]
     if chance.random() < 0.5:
         members = ",".join(f'"{chance.choice("xyz")}":{text}' for text in lists)
         text = f'{{"id":"é\\"[1,2]","inputs":{{{members}}},"outputs":["y"],"parameters":{{"a":[[3,4]]}}}}'
