@@ -32,7 +32,7 @@ HOT_PATH = [
         "admission", "batch", "entry_queue", "instance", "instance_set", "latency_model", "ordered_queue",
         "pool", "ports", "retries", "router", "splitting", "stats")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
-        "json_document", "json_numbers", "native_json", "v2_request", "v2_response")),
+        "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",
     f"{SOURCE}/tensors.py",
 ]  # fmt: skip

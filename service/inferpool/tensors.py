@@ -8,7 +8,7 @@ array of the raw bits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -40,6 +40,9 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 }
 """Datatype name to the numpy dtype that holds it."""
 
+FLOATS: Final = frozenset(("FP16", "BF16", "FP32", "FP64"))
+"""The datatypes of floating-point numbers."""
+
 ANY: Final = -1
 """A dimension of any size."""
 
@@ -57,6 +60,7 @@ Numbers of the other datatypes must be equal.
 
 _SHOWN_CHARACTERS: Final = 100
 """Characters of a name that a message shows, because clients choose names of any length."""
+_SHOWN_VALUE_CHARACTERS: Final = 64
 _SHOWN_NAMES: Final = 32
 """Names that a message lists, because a model may have thousands of inputs."""
 
@@ -151,6 +155,36 @@ def names_text(names: Collection[str]) -> str:
     """Names for a message: `"a", "b"`, or `none`; of very many, the first and the number of the others."""
     shown = ", ".join(map(name_text, islice(names, _SHOWN_NAMES))) or "none"
     return shown if len(names) <= _SHOWN_NAMES else f"{shown} and {len(names) - _SHOWN_NAMES} more"
+
+
+def value_text(value: object) -> str:
+    """Return a JSON value for messages, cut off if it is long; lists and objects are only named."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = f'"{value[: _SHOWN_VALUE_CHARACTERS + 1]}"' if isinstance(value, str) else repr(value)
+    return text if len(text) <= _SHOWN_VALUE_CHARACTERS + 2 else text[:_SHOWN_VALUE_CHARACTERS] + "…"
+
+
+def element_count(shape: Iterable[int]) -> int:
+    """Return how many elements a shape has, exactly, because Python's integers do not overflow."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def bf16_to_fp32(bits: Array) -> Array:
+    """Return the float32 numbers that raw bits of BF16 stand for; each has exactly the same value."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def fp32_to_bf16(values: Array) -> Array:
+    """Return the raw bits of BF16 that are nearest to float32 numbers, ties to even."""
+    bits = values.view(np.uint32)
+    rounding = (bits >> 16 & 1) + np.uint32(0x7FFF)
+    return (bits + rounding >> 16).astype(np.uint16)
 
 
 def _cut(name: str) -> str:

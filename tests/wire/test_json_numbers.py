@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from inferpool.tensors import TensorSpec
 from inferpool.wire import json_numbers
-from inferpool.wire.json_document import FallBack
+from inferpool.wire.json_numbers import FallBack
 
 from tests.wire.conftest import any_shape, outcome
 
@@ -51,11 +51,11 @@ DECIMALS = st.one_of(
 
 def read(text: str) -> list[float] | None:
     """The numbers of a list as binary64; None where the body is declined."""
-    document = json_numbers.open_document(f'{{"inputs":[{text}]}}'.encode())
-    if document is None:
+    fields = json_numbers.extract_numbers(f'{{"inputs":[{text}]}}'.encode())
+    if fields is None:
         return None
     try:
-        found = document.read(TensorSpec("x", "FP64", (-1,)), document.fields["inputs"])
+        found = json_numbers.read_extracted(TensorSpec("x", "FP64", (-1,)), fields["inputs"])
     except FallBack:
         return None
     return list(found)
@@ -110,46 +110,46 @@ class TestBody:
         ],
     )
     def test_what_is_no_regular_body_is_declined(self, body):
-        assert json_numbers.open_document(body) is None
+        assert json_numbers.extract_numbers(body) is None
 
     def test_lists_beside_the_inputs_are_plain(self):
         body = b'{"outputs":[1,[2]],"parameters":{"a":[[3,4]],"b":["x",[5]]},"inputs":{"x":[6.5],"y":[[]]}}'
-        assert json_numbers.open_document(body) is None  # 1 and [2] do not go together
+        assert json_numbers.extract_numbers(body) is None  # 1 and [2] do not go together
         body = body.replace(b"[1,[2]]", b"[[1],[2]]")
-        document = json_numbers.open_document(body)
-        assert document is not None
-        left = document.fields.pop("inputs")
-        assert document.fields == {"outputs": [[1], [2]], "parameters": {"a": [[3, 4]], "b": ["x", [5]]}}
+        fields = json_numbers.extract_numbers(body)
+        assert fields is not None
+        left = fields.pop("inputs")
+        assert fields == {"outputs": [[1], [2]], "parameters": {"a": [[3, 4]], "b": ["x", [5]]}}
         assert isinstance(left["x"], json_numbers.Numbers)
         assert left["y"] == [[]]
 
     def test_more_lists_than_a_model_has_tensors_are_declined(self):
         lists = ",".join(["[1]"] * 256)
-        assert json_numbers.open_document(f'{{"inputs":["a",{lists}]}}'.encode()) is not None
-        assert json_numbers.open_document(f'{{"inputs":["a",{lists},[1]]}}'.encode()) is None
+        assert json_numbers.extract_numbers(f'{{"inputs":["a",{lists}]}}'.encode()) is not None
+        assert json_numbers.extract_numbers(f'{{"inputs":["a",{lists},[1]]}}'.encode()) is None
 
     def test_what_is_mostly_no_numbers_is_read_the_plain_way(self):
         """To put the lists back into a megabyte of other things would take longer, and in one go."""
         for text, taken in (("x" * 1000, True), ("x" * 2**20, False)):
             body = orjson.dumps({"inputs": {"x": [[1.5, 2]]}, "id": text})
-            assert (json_numbers.open_document(body) is not None) is taken
+            assert (json_numbers.extract_numbers(body) is not None) is taken
             assert outcome(body, any_shape("FP32", 2), "numbers") == outcome(
                 body, any_shape("FP32", 2), "orjson"
             )
 
     def test_a_string_that_looks_like_a_mark_is_a_string(self):
-        document = json_numbers.open_document(b'{"model":["0123456789abcdef0"],"inputs":[1]}')
-        assert document is not None
-        assert document.fields["model"] == ["0123456789abcdef0"]
+        fields = json_numbers.extract_numbers(b'{"model":["0123456789abcdef0"],"inputs":[1]}')
+        assert fields is not None
+        assert fields["model"] == ["0123456789abcdef0"]
 
     @given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.sampled_from(("", " ", "\n\t")))
     def test_shapes_are_those_of_the_lists(self, shape, space):
         values = np.arange(np.prod(shape)).reshape(shape).tolist()
         body = orjson.dumps({"inputs": values}).replace(b",", f"{space},{space}".encode())
         body = body.replace(b"[", f"[{space}".encode()).replace(b"]", f"{space}]".encode())
-        document = json_numbers.open_document(body)
-        assert document is not None
-        found = document.read(TensorSpec("x", "INT16", (-1,) * len(shape)), document.fields["inputs"])
+        fields = json_numbers.extract_numbers(body)
+        assert fields is not None
+        found = json_numbers.read_extracted(TensorSpec("x", "INT16", (-1,) * len(shape)), fields["inputs"])
         assert found.tolist() == values
 
     @pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64", "INT8", "UINT8", "INT64", "UINT64"])
@@ -195,7 +195,7 @@ def _longest_pause(body: bytes) -> tuple[float, float]:
     def work() -> None:
         nonlocal took
         began = time.perf_counter()
-        assert json_numbers.open_document(body) is not None
+        assert json_numbers.extract_numbers(body) is not None
         took = time.perf_counter() - began
 
     thread = threading.Thread(target=work)

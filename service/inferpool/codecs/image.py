@@ -18,14 +18,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from inferpool.codecs.image_files import MEDIA_TYPES, Container, open_container
 from inferpool.errors import BodyTooLarge, ConfigError, MalformedBody, RequestError
 from inferpool.pixel_table import Normalisation
-from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec, names_text, shape_text
+from inferpool.tensors import (
+    ANY,
+    FLOATS,
+    Array,
+    Signature,
+    Tensors,
+    TensorSpec,
+    fp32_to_bf16,
+    names_text,
+    shape_text,
+)
 
 Side: TypeAlias = Annotated[int, Field(ge=1)]
 Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 
 CHANNELS: Final = {"rgb": 3, "grey": 1}
 PILLOW_MODES: Final = {"rgb": "RGB", "grey": "L"}
-FLOATS: Final = ("FP16", "BF16", "FP32", "FP64")
 INTEGERS: Final = ("UINT8", "UINT16", "UINT32", "UINT64", "INT16", "INT32", "INT64")
 """Those that hold every pixel from 0 to 255."""
 
@@ -324,7 +333,7 @@ def _pixel_values(config: ImageConfig, spec: TensorSpec) -> Array:
         values = scaled.astype(np.float32 if spec.datatype == "BF16" else spec.dtype)
     if not np.isfinite(values).all():
         raise ConfigError(f"image.scale: with mean and std, pixels become too large for {spec.datatype}")
-    return _to_bfloat16(values) if spec.datatype == "BF16" else values
+    return fp32_to_bf16(values) if spec.datatype == "BF16" else values
 
 
 def _by_channel(
@@ -335,10 +344,3 @@ def _by_channel(
     if len(numbers) != channels:
         raise ConfigError(f"image.{key}: {len(numbers)} numbers for {channels} channel(s)")
     return np.array(numbers, np.float64)[:, np.newaxis]
-
-
-def _to_bfloat16(values: Array) -> Array:
-    """Return float32 as the raw bits of bfloat16, rounded to nearest, ties to even."""
-    bits = values.view(np.uint32)
-    rounding = (bits >> 16 & 1) + np.uint32(0x7FFF)
-    return (bits + rounding >> 16).astype(np.uint16)

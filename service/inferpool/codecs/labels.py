@@ -10,12 +10,21 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from inferpool.errors import ConfigError, ModelFailed
-from inferpool.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec, names_text, shape_text
+from inferpool.tensors import (
+    ANY,
+    FLOATS,
+    JSON,
+    Array,
+    Signature,
+    Tensors,
+    TensorSpec,
+    bf16_to_fp32,
+    names_text,
+    shape_text,
+)
 
 Prediction: TypeAlias = dict[str, str | float | None]
 """`{"label": name, "score": number}`; the score is None where the model gave none that is finite."""
-
-FLOATS: Final = ("FP16", "BF16", "FP32", "FP64")
 
 
 class LabelsConfig(BaseModel):
@@ -108,7 +117,7 @@ class LabelsCodec:
 
     def _activate(self, logits: Array) -> Array:
         if self._bfloat16:
-            logits = (logits.astype(np.uint32) << 16).view(np.float32)
+            logits = bf16_to_fp32(logits)
         scores = logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
         if self._activation == "none":
             return scores

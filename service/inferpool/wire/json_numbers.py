@@ -1,7 +1,9 @@
-"""Lists of numbers straight from a JSON body to a tensor; without the interpreter's lock where it is long.
+"""Reads lists of numbers straight from a JSON body into tensors.
 
-`_numbers`, a module in C, takes them out of the body; orjson reads what is left, and so judges all that is no
-list of numbers. Other threads run meanwhile: a body of megabytes holds up nobody else's request.
+`_json_numbers`, a module in C, takes the lists of numbers out of a body and leaves a mark in place of each.
+orjson reads the remainder, so it judges everything that is not a list of numbers. Bodies that this module
+does not take are read by orjson and `inferpool.wire.nested_lists` instead, which also word all errors. Both
+ways give the same tensors. The GIL is released while a large body is read, so it delays no other request.
 """
 
 from __future__ import annotations
@@ -12,52 +14,59 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from inferpool.tensors import Array, TensorSpec
-from inferpool.wire.json_document import FallBack
-from inferpool.wire.nested_lists import FLOATS, narrow_floats, narrow_integers, read_nested
+from inferpool.tensors import FLOATS, Array, TensorSpec
+from inferpool.wire.nested_lists import narrow_floats, narrow_integers, read_nested
 
 try:
     from inferpool.wire import _json_numbers
-except ImportError:  # there was no compiler where the package was built
+except ImportError:  # the package was built without a C compiler
     _json_numbers = None  # type: ignore[assignment]
 
 AVAILABLE: bool = _json_numbers is not None
-"""Whether the module in C is there, and to be used: tests and benchmarks choose the way by it."""
+"""Whether to use the module in C. Tests and benchmarks set it to choose how bodies are read."""
 
 _MARK: Final = secrets.token_hex(8)
-"""What stands for a list: nobody who sends a body can know it."""
+"""Stands for a list in the remainder. It is random, so that no client can send it."""
 _MARK_BYTES: Final = _MARK.encode()
-_BARE: Final = frozenset(text % _MARK_BYTES for text in (b'{"inputs":["%s0"]}', b'{"inputs": ["%s0"]}'))
-"""What is left of the commonest bodies: there is nothing to be read in it."""
-_MOST_REST: Final = 2**20
-"""Where more than this is left, numbers are not what the body is about, and to put them back takes long."""
+_ONLY_INPUTS: Final = frozenset(
+    text % _MARK_BYTES for text in (b'{"inputs":["%s0"]}', b'{"inputs": ["%s0"]}')
+)
+"""The remainder of the most frequent bodies, which need no parser."""
+_MOST_REMAINDER_BYTES: Final = 2**20
+"""With a larger remainder, replacing the marks would hold the GIL for longer than reading with orjson."""
 _NOT_NUMBERS: Final = frozenset(("BF16", "BOOL", "BYTES"))
-_SINGLE: Final = np.dtype(np.float32)
-_MANY: Final = 64 * 1024
-"""So many numbers are narrowed by numpy, which lets other threads run."""
+_FP32: Final = np.dtype(np.float32)
+_MANY_NUMBERS: Final = 64 * 1024
+"""From this many numbers on, numpy narrows them, because it releases the GIL."""
+
+
+class FallBack(Exception):
+    """The body must be read by orjson and `nested_lists` instead; this is no fault of the body."""
 
 
 class Numbers:
-    """A regular list of numbers, float64 or int64, and the shape that they were sent in."""
+    """A regular list of numbers, float64 or int64, with the shape that it was sent in."""
 
     __slots__ = ("_count", "_floats", "_memory", "_shape", "_start")
 
-    def __init__(self, memory: bytearray, real: bool, start: int, count: int, shape: tuple[int, ...]) -> None:
-        """`count` of them lie in `memory` from the byte `start` on, `real` ones or integers."""
+    def __init__(
+        self, memory: bytearray, floats: bool, start: int, count: int, shape: tuple[int, ...]
+    ) -> None:
+        """Keep the `count` numbers of 8 bytes that lie in `memory` from the byte `start` on."""
         self._memory = memory
-        self._floats = real
+        self._floats = floats
         self._start = start
         self._count = count
         self._shape = shape
 
     def tensor(self, spec: TensorSpec) -> Array:
-        """The tensor in the datatype of `spec`; raises Declined where a number does not fit it."""
+        """Return the tensor in the datatype of `spec`; raises FallBack if a number does not fit in it."""
         tensor: Array | None = None
-        if spec.datatype == "FP32" and self._count < _MANY:
+        if spec.datatype == "FP32" and self._count < _MANY_NUMBERS:
             narrow = _json_numbers.singles(self._memory, self._start, self._count, self._floats)
             if narrow is None:
                 raise FallBack
-            return np.ndarray(self._shape, _SINGLE, narrow)
+            return np.ndarray(self._shape, _FP32, narrow)
         if spec.datatype in FLOATS:
             tensor = narrow_floats(self._flat().astype(np.float64, copy=False), spec.dtype)
         elif not self._floats:
@@ -67,9 +76,9 @@ class Numbers:
         return tensor.reshape(self._shape)
 
     def plain(self) -> Any:
-        """The list as orjson would have read it; raises Declined where that is no longer known."""
+        """Return the list as orjson would have read it; raises FallBack if that is not known."""
         if self._floats:
-            raise FallBack  # which of them were written as integers has not been kept
+            raise FallBack  # it is not kept which of the numbers were written as integers
         return self._flat().reshape(self._shape).tolist()
 
     def _flat(self) -> Array:
@@ -77,44 +86,55 @@ class Numbers:
         return np.frombuffer(self._memory, dtype, self._count, self._start)
 
 
-class NumbersDocument:
-    """A body whose lists of numbers have been taken out; see `inferpool.wire.json_document`."""
+def extract_numbers(body: bytes) -> dict[str, Any] | None:
+    """Read the top-level fields of `body`, with `Numbers` for the lists of numbers in `inputs`.
 
-    __slots__ = ("fields",)
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        """`fields` has `Numbers` where they may stay for `read`."""
-        self.fields = fields
-
-    def read(self, spec: TensorSpec, value: Any) -> Array:
-        """The tensor that `value` spells, in the datatype of `spec`; raises Declined or InvalidInput."""
-        if not isinstance(value, Numbers):
-            return read_nested(spec, value)
-        if spec.datatype in _NOT_NUMBERS:
-            raise FallBack
-        return value.tensor(spec)
-
-    def proven(self) -> bool:
-        """They are: no others are taken out."""
-        return True
-
-    def close(self) -> None:
-        """Let go of the numbers."""
-        self.fields = {}
+    In `inputs` these are the value itself, the members of an object, and `data` of objects in a list. All
+    other fields hold plain values. Returns None if `body` is not a JSON object, or is not taken for another
+    reason. Raises MemoryError.
+    """
+    found = _json_numbers.scan(body, _MARK_BYTES)
+    if found is None:
+        return None
+    remainder, memory, lists = found
+    if len(remainder) > _MOST_REMAINDER_BYTES:
+        return None
+    numbers = [Numbers(memory, *described) for described in lists]
+    if remainder in _ONLY_INPUTS:
+        return {"inputs": numbers[0]}
+    try:
+        fields = orjson.loads(remainder)
+        return _MarkReplacer(numbers).fields(fields) if isinstance(fields, dict) else None
+    except (FallBack, RecursionError, orjson.JSONDecodeError):
+        return None
 
 
-class _Filling:
-    """Puts lists of numbers in place of their marks: plain ones, but for those that `read` is to get.
+def read_extracted(spec: TensorSpec, value: Any) -> Array:
+    """Return `value`, from the fields of `extract_numbers`, as a tensor in the datatype of `spec`.
 
-    Raises Declined where one cannot be made plain again. No functions within a function: those that call
-    themselves are circles, which keep what they know, a body's numbers, until the collector comes.
+    The caller checks the shape. Raises FallBack, or an InvalidInput that may name another fault than
+    `read_nested` finds first.
+    """
+    if not isinstance(value, Numbers):
+        return read_nested(spec, value)
+    if spec.datatype in _NOT_NUMBERS:
+        raise FallBack
+    return value.tensor(spec)
+
+
+class _MarkReplacer:
+    """Replaces marks by their lists: by `Numbers` where tensors are expected, else by plain lists.
+
+    Raises FallBack if a list cannot be made plain. These are methods, not nested functions: nested
+    functions that call themselves are reference cycles, which would keep the numbers of a body until the
+    next collection.
     """
 
     def __init__(self, lists: list[Numbers]) -> None:
         self._lists = lists
 
     def fields(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The top-level fields of a body."""
+        """Return the top-level fields of a body without marks."""
         return {
             key: self._inputs(value) if key == "inputs" else self._plain(value)
             for key, value in fields.items()
@@ -122,65 +142,44 @@ class _Filling:
 
     def _inputs(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: self._left(inner) for name, inner in value.items()}
+            return {name: self._tensor(inner) for name, inner in value.items()}
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return [self._entry(inner) for inner in value]
-        return self._left(value)
+            return [self._v2_input(inner) for inner in value]
+        return self._tensor(value)
 
-    def _entry(self, value: Any) -> Any:
+    def _v2_input(self, value: Any) -> Any:
         if not isinstance(value, dict):
             return self._plain(value)
         return {
-            key: self._left(inner) if key == "data" else self._plain(inner) for key, inner in value.items()
+            key: self._tensor(inner) if key == "data" else self._plain(inner) for key, inner in value.items()
         }
 
-    def _left(self, value: Any) -> Any:
-        found = self._found(value)
-        return self._plain(value) if found is None else found
+    def _tensor(self, value: Any) -> Any:
+        numbers = self._marked(value)
+        return self._plain(value) if numbers is None else numbers
 
     def _plain(self, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: self._plain(inner) for key, inner in value.items()}
         if not isinstance(value, list):
             return value
-        found = self._found(value)
-        return [self._plain(inner) for inner in value] if found is None else found.plain()
+        numbers = self._marked(value)
+        return [self._plain(inner) for inner in value] if numbers is None else numbers.plain()
 
-    def _found(self, value: Any) -> Numbers | None:
-        """The list that `value` marks, if it is a mark."""
+    def _marked(self, value: Any) -> Numbers | None:
+        """Return the list that `value` stands for, or None if it is not a mark."""
         if isinstance(value, list) and len(value) == 1:
-            only = value[0]
-            if isinstance(only, str) and only.startswith(_MARK):
-                return self._lists[int(only[len(_MARK) :])]
-        return None
-
-
-def open_document(body: bytes) -> NumbersDocument | None:
-    """Take the numbers out of `body`; None where it is no JSON object, or has what this way does not take.
-
-    Raises MemoryError.
-    """
-    found = _json_numbers.scan(body, _MARK_BYTES)
-    if found is None:
-        return None
-    rest, memory, lists = found
-    if len(rest) > _MOST_REST:
-        return None
-    numbers = [Numbers(memory, *known) for known in lists]
-    if rest in _BARE:
-        return NumbersDocument({"inputs": numbers[0]})
-    try:
-        fields = orjson.loads(rest)
-        return NumbersDocument(_Filling(numbers).fields(fields)) if isinstance(fields, dict) else None
-    except (FallBack, RecursionError, orjson.JSONDecodeError):
+            text = value[0]
+            if isinstance(text, str) and text.startswith(_MARK):
+                return self._lists[int(text[len(_MARK) :])]
         return None
 
 
 def _powers_of_five(most: int) -> bytes:
-    """The 128 leading bits of 5**q for q from -most to most, as D. Lemire's algorithm wants them.
+    """Return the 128 leading bits of 5**q for q from -most to most, for D. Lemire's algorithm.
 
-    They are rounded down but for those from -27 to -1: these are the reciprocals by which a quotient that is
-    exact, or just half-way, must come out so (section 6 of the paper).
+    They are rounded down, except those from -27 to -1. These are reciprocals, and with them a quotient that
+    is exact, or just half-way between two floats, must come out so (section 6 of the paper).
     """
     table: list[int] = []
     for q in range(-most, most + 1):

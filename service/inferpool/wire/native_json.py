@@ -1,9 +1,8 @@
-"""The native JSON bodies: `{"model", "version", "id", "inputs", "outputs", "parameters"}` and its answer.
+"""The native JSON bodies: `{"model", "version", "id", "inputs", "outputs", "parameters"}` and their answers.
 
-Numbers go to their tensor through `inferpool.wire.json_numbers`; where its module in C was not built, those of a
-large body through `inferpool.wire.simd`; all else through orjson and `inferpool.wire.nested_lists`. Each way reads the
-same tensors and raises the same errors. Where a key comes twice the last one counts. `null` for an optional
-field is the same as leaving it out.
+Lists of numbers are read by `inferpool.wire.json_numbers` if its module in C was built, all else by orjson
+and `inferpool.wire.nested_lists`. Both ways give the same tensors and the same errors. If a key comes
+twice, the last one counts. `null` for an optional field means the same as leaving it out.
 """
 
 from __future__ import annotations
@@ -21,36 +20,38 @@ from inferpool.tensors import (
     Signature,
     Tensors,
     TensorSpec,
+    bf16_to_fp32,
     check_inputs,
     name_text,
     names_text,
     unknown_input,
+    value_text,
 )
 from inferpool.wire import json_numbers
-from inferpool.wire.json_document import Document, FallBack
-from inferpool.wire.nested_lists import bf16_to_fp32, read_nested, value_text
+from inferpool.wire.json_numbers import FallBack, read_extracted
+from inferpool.wire.nested_lists import read_nested
 
 _FIELDS: Final = ("model", "version", "id", "inputs", "outputs", "parameters")
-_KNOWN: Final = frozenset(_FIELDS)
+_KNOWN_FIELDS: Final = frozenset(_FIELDS)
 _PARAMETERS: Final = ("timeout_ms", "priority")
-_WRITE: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+_ORJSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
 class PredictRequest:
-    """One native inference call, before its model is known.
+    """One native inference request, whose model is not resolved yet.
 
     Attributes:
-        model: the model's name, or None where the body does not say.
-        version: number or label, as text.
-        id: the caller's name for the request.
+        model: the model's name, or None if the body does not say.
+        version: a number or a label, as text.
+        id: the client's name for the request.
         outputs: the outputs asked for, in order and each once; None for all.
-        timeout_ms: milliseconds the caller will wait.
+        timeout_ms: how many milliseconds the client waits.
         priority: 0 is the default, 1 the most urgent, larger is less urgent.
     """
 
     __slots__ = (
         "_body",
-        "_document",
+        "_extracted",
         "_inputs",
         "id",
         "model",
@@ -60,10 +61,13 @@ class PredictRequest:
         "version",
     )
 
-    def __init__(self, fields: Mapping[str, Any], body: bytes, document: Document | None) -> None:
-        """Check and keep the top-level `fields`; raises InvalidInput naming the first that is wrong."""
+    def __init__(self, fields: Mapping[str, Any], body: bytes, extracted: bool) -> None:
+        """Check and keep the top-level `fields` of `body`, which are `extracted` by `json_numbers` or plain.
+
+        Raises InvalidInput with the first field that is wrong.
+        """
         self._body = body
-        self._document = document
+        self._extracted = extracted
         self.model: str | None = None
         self.version: str | None = None
         self.id: str | None = None
@@ -73,7 +77,7 @@ class PredictRequest:
         if len(fields) == 1 and "inputs" in fields:  # most bodies
             self._inputs = fields["inputs"]
             return
-        if not fields.keys() <= _KNOWN:
+        if not fields.keys() <= _KNOWN_FIELDS:
             unknown = next(key for key in fields if key not in _FIELDS)
             raise _unknown_field("the body", "", unknown, _FIELDS)
         self.model = _text(fields, "model")
@@ -86,22 +90,19 @@ class PredictRequest:
         self._inputs = fields["inputs"]
 
     def tensors(self, signature: Signature) -> Tensors:
-        """The inputs as `signature` takes them; call it once.
+        """Return the inputs as `signature` takes them; may be called once.
 
-        Raises InvalidInput naming the tensor that is unknown, missing, irregular, or of another datatype,
-        shape or range.
+        Raises InvalidInput with the tensor that is unknown, missing, irregular, or of another datatype, shape
+        or range.
         """
-        document, self._document = self._document, None
-        if document is not None:
+        if self._extracted:
+            self._extracted = False
             try:
-                tensors = _read_inputs(signature, self._inputs, document.read)
-                if document.proven():
-                    return tensors
+                return _read_inputs(signature, self._inputs, read_extracted)
             except (InvalidInput, FallBack):
                 pass
             finally:
                 self._inputs = None
-                document.close()
             self._inputs = read_object(self._body)["inputs"]
         return _read_inputs(signature, self._inputs, read_nested)
 
@@ -109,15 +110,17 @@ class PredictRequest:
 def parse_request(body: bytes) -> PredictRequest:
     """Read a native body.
 
-    Raises MalformedBody where it is not a JSON object, InvalidInput where a field is unknown or wrong.
+    Raises MalformedBody if it is not a JSON object, and InvalidInput if a field is unknown or wrong.
     """
-    document = open_large(body)
-    return PredictRequest(document.fields if document else read_object(body), body, document)
+    fields = extract_numbers(body)
+    if fields is not None:
+        return PredictRequest(fields, body, True)
+    return PredictRequest(read_object(body), body, False)
 
 
-def open_large(body: bytes) -> Document | None:
-    """The body opened a quick way, where there is one that pays and takes it."""
-    return json_numbers.open_document(body) if json_numbers.AVAILABLE else None
+def extract_numbers(body: bytes) -> dict[str, Any] | None:
+    """Call `json_numbers.extract_numbers`; returns None if the module in C was not built."""
+    return json_numbers.extract_numbers(body) if json_numbers.AVAILABLE else None
 
 
 def encode_response(
@@ -128,12 +131,11 @@ def encode_response(
     predictions: list[Any] | None,
     bf16: Collection[str] = (),
 ) -> bytes:
-    """The native answer as strict JSON.
+    """Return the native answer as strict JSON.
 
-    `outputs` are arrays, or lists and objects where the model gives sequences and maps. Those named in
-    `bf16` hold the raw bits of BF16. A number that is not finite becomes null and its output is named in
-    `"non_finite"`. `predictions` are left out when None. Raises ModelFailed where an output holds what
-    JSON cannot.
+    `outputs` are arrays, or lists and objects if the model gives sequences and maps. The outputs named in
+    `bf16` hold the raw bits of BF16. A number that is not finite becomes null, and its output is named in
+    `"non_finite"`. `predictions` are left out if None. Raises ModelFailed if JSON cannot hold an output.
     """
     if bf16:
         outputs = {name: bf16_to_fp32(tensor) if name in bf16 else tensor for name, tensor in outputs.items()}
@@ -150,7 +152,7 @@ def encode_response(
 
 
 def read_object(body: bytes | memoryview) -> dict[str, Any]:
-    """The JSON object that `body` is; raises MalformedBody with the position where that is known."""
+    """Read a JSON object; raises MalformedBody, with the position of the fault if it is known."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -161,15 +163,15 @@ def read_object(body: bytes | memoryview) -> dict[str, Any]:
 
 
 def write(value: object) -> bytes:
-    """Strict JSON of `value`, numpy arrays included; raises ModelFailed where JSON cannot hold it."""
+    """Return `value` as strict JSON, numpy arrays included; raises ModelFailed if JSON cannot hold it."""
     try:
-        return orjson.dumps(value, default=_plain, option=_WRITE)
+        return orjson.dumps(value, default=_plain, option=_ORJSON_OPTIONS)
     except TypeError as error:
         raise ModelFailed("an output of the model cannot be written as JSON") from error
 
 
 def has_non_finite(value: object) -> bool:
-    """Whether a NaN or an infinity is in an array, or anywhere in lists and objects."""
+    """Return whether an array, or anything in lists and objects, is a NaN or an infinity."""
     if isinstance(value, np.ndarray):
         if value.dtype == np.object_:
             return any(map(has_non_finite, value.flat))
@@ -197,7 +199,7 @@ def _read_inputs(signature: Signature, inputs: Any, read: Callable[[TensorSpec, 
 
 
 def _check_sentences(name: str, value: Any) -> None:
-    """Raise InvalidInput where sentences are meant and something simpler to name than a shape is wrong."""
+    """Raise InvalidInput if a value for sentences has a fault that is simpler than a wrong shape."""
     if isinstance(value, str):
         raise InvalidInput(
             f"tensor {name_text(name)} is a string; send a list of sentences: [{value_text(value)}]",
@@ -206,12 +208,12 @@ def _check_sentences(name: str, value: Any) -> None:
         )
     if not isinstance(value, list) or set(map(type, value)) <= {str, list}:
         return
-    place = next(i for i, item in enumerate(value) if type(item) not in (str, list))
-    got = value_text(value[place])
+    index = next(i for i, item in enumerate(value) if type(item) not in (str, list))
+    got = value_text(value[index])
     raise InvalidInput(
-        f"tensor {name_text(name)} at [{place}] is {got}; it takes a sentence (string)",
+        f"tensor {name_text(name)} at [{index}] is {got}; it takes a sentence (string)",
         tensor=name,
-        index=[place],
+        index=[index],
         value=got,
         expected="BYTES",
     )
@@ -240,10 +242,10 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
 def _version(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    whole = whole_number(value)
-    if whole is None:
+    number = whole_number(value)
+    if number is None:
         raise _wrong_field("version", value, "a whole number or a string")
-    return str(whole)
+    return str(number)
 
 
 def _outputs(value: Any) -> tuple[str, ...] | None:
@@ -269,15 +271,15 @@ def _parameters(value: Any) -> tuple[float | None, int | None]:
     if timeout is not None and not (type(timeout) in (int, float) and timeout > 0):
         raise _wrong_field("parameters.timeout_ms", timeout, "a number above 0")
     if priority is not None:
-        whole = whole_number(priority)
-        if whole is None or whole < 0:
+        number = whole_number(priority)
+        if number is None or number < 0:
             raise _wrong_field("parameters.priority", priority, "a whole number from 0")
-        priority = whole
+        priority = number
     return None if timeout is None else float(timeout), priority
 
 
 def whole_number(value: Any) -> int | None:
-    """The integer that a JSON number is: `3.0` is 3, as JSON Schema has it; None for anything else."""
+    """Return a JSON number as an integer, `3.0` as 3 like JSON Schema does; None for anything else."""
     if type(value) is float and value.is_integer():
         return int(value)
     return value if type(value) is int else None
@@ -297,8 +299,6 @@ def _wrong_field(name: str, value: Any, expected: str, verb: str = "is") -> Inva
 
 _BOM: Final = b"\xef\xbb\xbf"
 _NON_FINITE: Final = ("NaN", "Infinity")
-
-
 _LOOKS_LIKE: Final = (
     (b"\x89PNG", "a PNG picture: send Content-Type: image/png"),
     (b"\xff\xd8\xff", "a JPEG picture: send Content-Type: image/jpeg"),
@@ -307,7 +307,7 @@ _LOOKS_LIKE: Final = (
     (b"PK\x03\x04", "an archive of arrays: send Content-Type: application/x-npz"),
     (b"\x1f\x8b", "gzip data: send Content-Encoding: gzip"),
 )
-"""How bodies begin that are taken for JSON where their sender forgot to say what they are."""
+"""How bodies of other formats begin, which are taken for JSON if they come without a Content-Type."""
 
 
 def _malformed(body: bytes, error: orjson.JSONDecodeError) -> MalformedBody:
@@ -321,29 +321,29 @@ def _malformed(body: bytes, error: orjson.JSONDecodeError) -> MalformedBody:
     try:
         text = body.decode()
     except UnicodeDecodeError as undecodable:
-        place = undecodable.start
+        offset = undecodable.start
         return MalformedBody(
-            f"the body is not UTF-8: byte 0x{body[place]:02x} at offset {place}", position=place
+            f"the body is not UTF-8: byte 0x{body[offset]:02x} at offset {offset}", position=offset
         )
-    place = error.pos
-    if text[place : place + 8].startswith(_NON_FINITE):
+    position = error.pos
+    if text[position : position + 8].startswith(_NON_FINITE):
         return MalformedBody(
-            f"the body is not JSON at character {place}: JSON has no NaN or Infinity;"
+            f"the body is not JSON at character {position}: JSON has no NaN or Infinity;"
             " send such numbers in the binary form of /v2",
-            position=place,
+            position=position,
         )
-    if place == 0 and text[0].isalpha():
+    if position == 0 and text[0].isalpha():
         return MalformedBody(
             "the body is not JSON; if it is a sentence for a model of text: send Content-Type: text/plain",
             position=0,
         )
-    return MalformedBody(f"the body is not JSON: {error.msg} at character {place}", position=place)
+    return MalformedBody(f"the body is not JSON: {error.msg} at character {position}", position=position)
 
 
 def _plain(value: object) -> object:
-    """What orjson takes in place of an array or a scalar that it does not."""
+    """Return a value that orjson takes in place of an array or a scalar that it does not take."""
     if isinstance(value, np.integer):
-        # numpy may have two types for one width, of which orjson knows one.
+        # numpy may have two types of one width, and orjson knows one of them.
         return value.item()
     if not isinstance(value, np.ndarray):
         raise TypeError

@@ -1,9 +1,9 @@
-"""numpy's `.npy` and `.npz` files to tensors and back, for clients that have arrays and no wish for JSON.
+"""Reads and writes numpy's `.npy` and `.npz` files, which clients with arrays may send instead of JSON.
 
 The format is that of NEP 1: a magic string, a version, a header with `descr`, `fortran_order` and `shape`,
-and the elements. No pickle is ever read, and every length is checked against the bytes that are there
-before anything is allocated. Strings (`U`, or `S` with UTF-8 in it) become `BYTES`; numpy pads them with
-NULs, so NULs at a string's end do not survive. BF16 travels as `uint16`, its raw bits.
+and the elements. Pickles are never read. Every length is checked against the size of the body before memory
+is allocated. Strings (`U`, or `S` with UTF-8 in it) become `BYTES`. numpy pads strings with NULs, so NULs
+at the end of a string are lost. BF16 is sent as `uint16`, its raw bits.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any, Final
 import numpy as np
 
 from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed, UnsupportedMediaType
-from inferpool.tensors import Array, TensorSpec, check_tensor, shape_text
-from inferpool.wire.nested_lists import MAX_RANK, index_of, narrow_integers, out_of_range, product, value_text
+from inferpool.tensors import Array, TensorSpec, check_tensor, element_count, shape_text, value_text
+from inferpool.wire.nested_lists import MAX_RANK, index_of, narrow_integers, out_of_range
 
 _MAGIC: Final = b"\x93NUMPY"
 _MAX_HEADER_BYTES: Final = 4096
-"""Three short entries and their padding; numpy writes 118 bytes."""
+"""A header is three short entries and padding; numpy writes 118 bytes."""
 _MAX_BYTES: Final = 2**63 - 1
 _MAX_MEMBERS: Final = 4096
 _MAX_TEXT_BYTES: Final = 2**30
 _TEXT_OBJECT_BYTES: Final = 64
-"""What a short Python string and the pointer to it take beside its characters."""
+"""Bytes of a short Python string and the pointer to it, without its characters."""
 _LAST_CHARACTER: Final = 0x10FFFF
 _SURROGATES: Final = 0xD800
 _SURROGATE_MASK: Final = 0xFFFFF800
-"""The 2048 codes from 0xD800 are halves of UTF-16 pairs and no characters."""
+"""The 2048 codes from 0xD800 on are halves of UTF-16 pairs, not characters."""
 _ENCRYPTED: Final = 0x1
 _ZIP_ERRORS: Final = (
     zipfile.BadZipFile,
@@ -45,8 +45,10 @@ _ZIP_ERRORS: Final = (
     UnicodeDecodeError,
     ValueError,
 )
-"""What reading a zip file that is none, or is damaged, raises."""
+"""The errors that zipfile raises for damaged files, and for files that are not zip files."""
 
+# numpy's own header reader (numpy.lib.format) is not used: it warns about old files, evaluates Python
+# literals, builds any dtype, and raises many kinds of errors. These expressions take linear time.
 _VALUE: Final = r"""('[^']*+'|"[^"]*+"|True|False|\([\d\s,]*+\))"""
 _ENTRY: Final = rf"""(['"])(descr|fortran_order|shape)\1\s*+:\s*+{_VALUE}\s*+"""
 _HEADER: Final = re.compile(rf"\s*+\{{\s*+(?:{_ENTRY},?+\s*+)*+\}}\s*+")
@@ -55,17 +57,17 @@ _DESCR: Final = re.compile(r"([<>|=]?)(?:(b1|[iu][1248]|f[248])|([US])([1-9]\d{0
 
 
 def decode_npy(body: bytes | memoryview, max_bytes: int) -> Array:
-    """The array in an `.npy` file, C-contiguous in native byte order; a view of `body` where it can be.
+    """Return the array in an `.npy` file, C-contiguous in native byte order; a view of `body` if possible.
 
-    Raises MalformedBody where the file is not whole, BodyTooLarge where the array takes more than
-    `max_bytes`, InvalidInput where its dtype is none that a tensor can have.
+    Raises MalformedBody if the file is damaged or incomplete, BodyTooLarge if the array takes more than
+    `max_bytes` bytes, and InvalidInput if no tensor can have its dtype.
     """
     view = memoryview(body)
     header, start = _split(view)
     descr, fortran, shape = _read_header(header)
     dtype = _dtype(descr)
     expected = _size(dtype, shape)
-    needed = expected + (product(shape) * _TEXT_OBJECT_BYTES if dtype.kind in "US" else 0)
+    needed = expected + (element_count(shape) * _TEXT_OBJECT_BYTES if dtype.kind in "US" else 0)
     if needed > max_bytes:
         raise BodyTooLarge(
             f"the array takes {needed} bytes, the limit is {max_bytes}", limit=max_bytes, got=needed
@@ -80,16 +82,17 @@ def decode_npy(body: bytes | memoryview, max_bytes: int) -> Array:
     flat: Array = np.frombuffer(view, dtype=dtype, offset=start) if expected else np.empty(0, dtype)
     array = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
     if dtype.kind in "US":
-        return _text_from(array)
+        return _from_numpy_text(array)
     if dtype.kind == "b" and array.size and int(flat.view(np.uint8).max()) > 1:
         raise InvalidInput("a byte of a bool array is neither 0 nor 1", expected="BOOL")
     return np.ascontiguousarray(array.astype(dtype.newbyteorder("="), copy=False)).reshape(shape)
 
 
 def decode_npz(body: bytes | memoryview, max_bytes: int) -> dict[str, Array]:
-    """The arrays in an `.npz` file by name, stored or deflated; `max_bytes` counts them all, unpacked.
+    """Return the arrays in an `.npz` file by name; together they may unpack to `max_bytes` bytes.
 
-    Names may hold slashes, as those of inputs do: nothing is unpacked to a disk. Raises as `decode_npy`.
+    Members may be stored or deflated. Names may contain slashes, like names of inputs do, because nothing
+    is unpacked to a disk. Raises the errors of `decode_npy`.
     """
     arrays: dict[str, Array] = {}
     try:
@@ -103,21 +106,25 @@ def decode_npz(body: bytes | memoryview, max_bytes: int) -> dict[str, Array]:
                     raise MalformedBody(f"npz member {value_text(member.filename)} is truncated")
                 arrays[member.filename.removesuffix(".npy")] = decode_npy(content, max_bytes)
     except _ZIP_ERRORS as error:
-        raise MalformedBody(f"the body is not a sound npz file: {value_text(str(error))}") from None
+        raise MalformedBody(f"the body is not a valid npz file: {value_text(str(error))}") from None
     return arrays
 
 
 def encode_npy(array: Array) -> bytes:
-    """An `.npy` file of `array`; strings are written as `U`.
+    """Return an `.npy` file of `array`; strings are written as `U`.
 
-    Raises UnsupportedMediaType where an output is a sequence or a map and no array, ModelFailed where its
-    strings get too long.
+    Raises UnsupportedMediaType if an output is a sequence or a map instead of an array, and ModelFailed if
+    its strings become too long.
     """
     if not isinstance(array, np.ndarray):
-        raise UnsupportedMediaType("an output of this model is no array: accept application/json")
-    array = _text_to(array) if array.dtype == np.object_ else np.ascontiguousarray(array).reshape(array.shape)
+        raise UnsupportedMediaType("an output of this model is not an array: accept application/json")
+    array = (
+        _to_numpy_text(array)
+        if array.dtype == np.object_
+        else np.ascontiguousarray(array).reshape(array.shape)
+    )
     entries = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': {array.shape!r}, }}"
-    # The elements start at a multiple of 64 bytes, as the format asks, so that a mapped file is aligned.
+    # The format asks that elements start at a multiple of 64 bytes, so that a mapped file is aligned.
     padding = -(len(_MAGIC) + 4 + len(entries) + 1) % 64
     header = entries.encode() + b" " * padding + b"\n"
     prefix = _MAGIC + b"\x01\x00" + len(header).to_bytes(2, "little") + header
@@ -125,7 +132,7 @@ def encode_npy(array: Array) -> bytes:
 
 
 def encode_npz(arrays: Mapping[str, Array]) -> bytes:
-    """An `.npz` file of `arrays`, stored and not compressed."""
+    """Return an `.npz` file of `arrays`, which are stored without compression."""
     file = BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -134,12 +141,12 @@ def encode_npz(arrays: Mapping[str, Array]) -> bytes:
 
 
 def cast_to(spec: TensorSpec, array: Array) -> Array:
-    """`array` in the datatype of `spec`, checked against its shape.
+    """Return `array` in the datatype of `spec`, after a check of its shape.
 
-    Within a kind the datatype may differ: integers keep their value and must be in range; numbers become
-    floats by rounding, and a finite one must stay finite. A float never becomes an integer, and a
-    boolean or a string is nothing but itself. Raises InvalidInput naming the tensor, and the position and
-    value where one is at fault.
+    Integers are cast to other integer datatypes if every value is in range. All numbers are rounded to
+    floats if every finite value stays finite. Nothing else is cast: no float to an integer, no boolean, no
+    string. Raises InvalidInput with the tensor, and with the position and the value at fault if there is
+    one.
     """
     kinds = spec.dtype.kind, array.dtype.kind
     if array.dtype != spec.dtype and spec.datatype != "BF16":
@@ -162,8 +169,8 @@ def _to_floats(spec: TensorSpec, array: Array) -> Array:
     if not finite.all():
         lost = np.flatnonzero(np.isfinite(array) & ~finite)
         if lost.size:
-            place = int(lost[0])
-            raise out_of_range(spec, index_of(place, array.shape), array.flat[place].item())
+            position = int(lost[0])
+            raise out_of_range(spec, index_of(position, array.shape), array.flat[position].item())
     return cast
 
 
@@ -171,18 +178,22 @@ def _to_integers(spec: TensorSpec, array: Array) -> Array:
     cast = narrow_integers(array, spec.dtype)
     if cast is None:
         limits = np.iinfo(spec.dtype)
-        place = next(i for i, number in enumerate(array.flat) if not limits.min <= int(number) <= limits.max)
-        raise out_of_range(spec, index_of(place, array.shape), array.flat[place].item())
+        position = next(
+            i for i, number in enumerate(array.flat) if not limits.min <= int(number) <= limits.max
+        )
+        raise out_of_range(spec, index_of(position, array.shape), array.flat[position].item())
     return cast
 
 
 def _split(view: memoryview) -> tuple[bytes, int]:
-    """The header's text, and where the elements start."""
+    """Return the bytes of the header, and the offset of the elements."""
     if bytes(view[:6]) != _MAGIC:
         raise MalformedBody("the body is not an npy file: it does not start with \\x93NUMPY", position=0)
     version = tuple(view[6:8])
     if version not in ((1, 0), (2, 0), (3, 0)):
-        raise MalformedBody(f"npy format {'.'.join(map(str, version))} is not known; there are 1.0 to 3.0")
+        raise MalformedBody(
+            f"npy format {'.'.join(map(str, version))} is unknown; 1.0, 2.0 and 3.0 are taken"
+        )
     start = 10 if version == (1, 0) else 12
     length = int.from_bytes(view[8:start], "little")
     if length > _MAX_HEADER_BYTES:
@@ -201,54 +212,56 @@ def _read_header(header: bytes) -> tuple[str, bool, tuple[int, ...]]:
     entries = {key: value for _, key, value in _ENTRIES.findall(text)} if _HEADER.fullmatch(text) else {}
     descr, fortran, shape = (entries.get(key, "") for key in ("descr", "fortran_order", "shape"))
     if "'descr': [" in text:
-        raise InvalidInput("the npy file holds structured elements; a tensor has plain ones")
+        raise InvalidInput(
+            "the npy file holds structured elements; a tensor takes numbers, booleans or strings"
+        )
     if descr[:1] not in ("'", '"') or fortran not in ("True", "False") or shape[:1] != "(":
         raise MalformedBody("the npy header is not {'descr': …, 'fortran_order': …, 'shape': …}")
     sizes = [size.strip() for size in shape[1:-1].removesuffix(",").split(",")] if shape[1:-1].strip() else []
     if not all(size.isdecimal() and len(size) < 20 for size in sizes) or len(sizes) > MAX_RANK:
-        raise MalformedBody(f"the npy header has shape {value_text(shape)}, which is none")
+        raise MalformedBody(f"the npy header has shape {value_text(shape)}, which is not a shape")
     return descr[1:-1], fortran == "True", tuple(map(int, sizes))
 
 
 def _dtype(descr: str) -> np.dtype[Any]:
     if not _DESCR.fullmatch(descr):
         raise InvalidInput(
-            f"the npy file has dtype {value_text(descr)}, which no tensor has; there are"
-            " bool, integers, floats up to 64 bits, and strings",
+            f"the npy file has dtype {value_text(descr)}; a tensor takes bool, integers,"
+            " floats of up to 64 bits, and strings",
             got=value_text(descr),
         )
     return np.dtype(descr)
 
 
 def _size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    """The bytes that the elements take; raises MalformedBody where not even zero of them have that shape."""
-    if dtype.itemsize * product(size for size in shape if size) > _MAX_BYTES:
+    """Return how many bytes the elements take; raises MalformedBody if no array can have that shape."""
+    if dtype.itemsize * element_count(size for size in shape if size) > _MAX_BYTES:
         raise MalformedBody(f"the npy header has shape {shape_text(shape)}, more than memory can hold")
-    return dtype.itemsize * product(shape)
+    return dtype.itemsize * element_count(shape)
 
 
-def _text_from(array: Array) -> Array:
+def _from_numpy_text(array: Array) -> Array:
     texts: Array = np.empty(array.shape, dtype=np.object_)
     if array.dtype.kind == "U":
         native = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
-        # numpy does not look before it makes strings of them, and some are no characters.
+        # numpy makes strings of any codes, also of codes that are not characters.
         codes = native.view(np.uint32)
         if ((codes > _LAST_CHARACTER) | ((codes & _SURROGATE_MASK) == _SURROGATES)).any():
-            raise _not_text()
+            raise _not_unicode()
         texts.reshape(-1)[:] = native.reshape(-1).tolist()
     else:
         try:
             texts.reshape(-1)[:] = [text.decode() for text in array.ravel().tolist()]
         except UnicodeDecodeError:
-            raise _not_text() from None
+            raise _not_unicode() from None
     return texts
 
 
-def _not_text() -> InvalidInput:
-    return InvalidInput("a string in the npy file is not Unicode text", expected="BYTES")
+def _not_unicode() -> InvalidInput:
+    return InvalidInput("a string in the npy file is not valid Unicode text", expected="BYTES")
 
 
-def _text_to(array: Array) -> Array:
+def _to_numpy_text(array: Array) -> Array:
     texts = [str(text) for text in array.flat]
     longest = max(map(len, texts), default=0)
     if 4 * longest * len(texts) > _MAX_TEXT_BYTES:
@@ -272,7 +285,7 @@ def _check_members(members: list[zipfile.ZipInfo], max_bytes: int) -> None:
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise MalformedBody(f"npz member {name} is neither stored nor deflated")
     unpacked = sum(member.file_size for member in members)
-    # The headers of the npy files are not the caller's data, and each is small.
+    # The headers of the npy files are small and not counted.
     limit = max_bytes + len(members) * (_MAX_HEADER_BYTES + 12)
     if unpacked > limit:
         raise BodyTooLarge(

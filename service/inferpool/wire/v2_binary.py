@@ -1,7 +1,8 @@
 """Tensors in binary form, as Triton's extension of the Open Inference Protocol defines it.
 
-A tensor is its elements in row-major order, little-endian and without padding; `BOOL` is a byte of 0 or 1,
-and an element of `BYTES` is a 4-byte length and as many bytes, here of UTF-8.
+A tensor is the list of its elements in row-major order, little-endian and without padding. An element of
+`BOOL` is a byte of 0 or 1. An element of `BYTES` is a length of 4 bytes and that many bytes, which must be
+UTF-8 here.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ from typing import Final
 import numpy as np
 
 from inferpool.errors import InvalidInput, MalformedBody, ModelFailed
-from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec, check_inputs, shape_text
-from inferpool.wire.nested_lists import product
+from inferpool.tensors import (
+    ANY,
+    Array,
+    Signature,
+    Tensors,
+    TensorSpec,
+    check_inputs,
+    element_count,
+    shape_text,
+)
 
 _LENGTH: Final = struct.Struct("<I")
 
@@ -21,13 +30,14 @@ _LENGTH: Final = struct.Struct("<I")
 def read_binary(
     spec: TensorSpec, shape: tuple[int, ...], body: bytes | memoryview, start: int, size: int
 ) -> Array:
-    """The tensor in `size` bytes of the body; a view of them where they are aligned.
+    """Return the tensor in `size` bytes of the body from `start` on; a view of them if they are aligned.
 
-    Raises MalformedBody where they are not as many as `shape` takes, InvalidInput where one cannot be.
+    Raises MalformedBody if `shape` takes another number of bytes, and InvalidInput if an element is
+    impossible.
     """
     if spec.datatype == "BYTES":
         return _texts(spec, shape, bytes(body[start : start + size]))
-    expected = spec.dtype.itemsize * product(shape)
+    expected = spec.dtype.itemsize * element_count(shape)
     if size != expected:
         raise MalformedBody(
             f'tensor "{spec.name}" has {size} bytes; {spec.datatype} of shape {shape_text(shape)}'
@@ -38,13 +48,13 @@ def read_binary(
         )
     if not expected:
         return np.empty(shape, dtype=spec.dtype)
-    view: Array = np.frombuffer(body, spec.dtype.newbyteorder("<"), product(shape), start)
-    # Runtimes are promised aligned elements; the JSON header ends where it ends.
+    view: Array = np.frombuffer(body, spec.dtype.newbyteorder("<"), element_count(shape), start)
+    # Runtimes expect aligned elements, but a JSON header may have any length.
     tensor = view.astype(spec.dtype, copy=not view.flags.aligned)
     if spec.datatype == "BOOL" and int(tensor.view(np.uint8).max()) > 1:
-        place = int(np.flatnonzero(tensor.view(np.uint8) > 1)[0])
+        position = int(np.flatnonzero(tensor.view(np.uint8) > 1)[0])
         raise InvalidInput(
-            f'tensor "{spec.name}" has byte {tensor.view(np.uint8)[place]} for element {place};'
+            f'tensor "{spec.name}" has byte {tensor.view(np.uint8)[position]} for element {position};'
             " BOOL takes 0 and 1",
             tensor=spec.name,
             expected="BOOL",
@@ -53,11 +63,12 @@ def read_binary(
 
 
 def from_raw(signature: Signature, body: bytes | memoryview) -> Tensors:
-    """The only input, its shape found from the size of the body.
+    """Return the only input, whose shape follows from the size of the body.
 
-    Triton takes this for models of one input with at most one dimension that may vary, beside the rows, of
-    which it takes one. Here the rows are counted too where they are what varies. Raises InvalidInput where
-    the shape does not follow, and what `read_binary` and `check_inputs` raise.
+    Like Triton, takes models of one input with at most one variable dimension beside the rows, and then
+    takes one row. Unlike Triton, takes any number of rows if no other dimension is variable. Raises
+    InvalidInput if the shape does not follow from the size, and the errors of `read_binary` and
+    `check_inputs`.
     """
     spec = signature.single_input
     if spec is None or spec.shape is None:
@@ -75,7 +86,7 @@ def from_raw(signature: Signature, body: bytes | memoryview) -> Tensors:
     if shape.count(ANY) > 1:
         raise _not_raw(spec)
     if ANY in shape:
-        step = spec.dtype.itemsize * product(size for size in shape if size != ANY)
+        step = spec.dtype.itemsize * element_count(size for size in shape if size != ANY)
         shape[shape.index(ANY)] = len(body) // step if step else 0
     tensors = {spec.name: read_binary(spec, tuple(shape), body, 0, len(body))}
     check_inputs(signature, tensors)
@@ -83,12 +94,12 @@ def from_raw(signature: Signature, body: bytes | memoryview) -> Tensors:
 
 
 def to_binary(tensor: Array) -> bytes | memoryview:
-    """The elements of `tensor`, a view where it is laid out so; raises ModelFailed for what is no text."""
+    """Return the elements of `tensor`, as a view if possible; raises ModelFailed if a string is not text."""
     if tensor.dtype == np.object_:
         try:
             encoded = [str(text).encode() for text in tensor.flat]
         except UnicodeEncodeError as error:
-            raise ModelFailed("an output of the model holds what is no Unicode text") from error
+            raise ModelFailed("an output of the model holds a string that is not Unicode text") from error
         return b"".join([part for text in encoded for part in (_LENGTH.pack(len(text)), text)])
     if not tensor.size:
         return b""
@@ -97,15 +108,15 @@ def to_binary(tensor: Array) -> bytes | memoryview:
 
 
 def _texts(spec: TensorSpec, shape: tuple[int, ...], content: bytes) -> Array:
-    """The strings in `content`, each behind its length."""
-    expected = product(shape)
+    """Return the strings in `content`, each of which follows its length."""
+    expected = element_count(shape)
     texts: list[str] = []
-    place = 0
-    while place < len(content):
-        end = place + 4
+    start = 0
+    while start < len(content):
+        end = start + 4
         if end <= len(content):
-            end += _LENGTH.unpack_from(content, place)[0]
-        if end > len(content) or end < place + 4:
+            end += _LENGTH.unpack_from(content, start)[0]
+        if end > len(content):
             raise MalformedBody(
                 f'tensor "{spec.name}" is truncated in element {len(texts)}',
                 tensor=spec.name,
@@ -113,14 +124,14 @@ def _texts(spec: TensorSpec, shape: tuple[int, ...], content: bytes) -> Array:
                 got=len(content),
             )
         try:
-            texts.append(content[place + 4 : end].decode())
+            texts.append(content[start + 4 : end].decode())
         except UnicodeDecodeError:
             raise InvalidInput(
                 f'tensor "{spec.name}" is not UTF-8 in element {len(texts)}; BYTES takes text',
                 tensor=spec.name,
                 expected="BYTES",
             ) from None
-        place = end
+        start = end
     if len(texts) != expected:
         raise MalformedBody(
             f'tensor "{spec.name}" has {len(texts)} strings; shape {shape_text(shape)} takes {expected}',

@@ -1,4 +1,4 @@
-"""Outputs as their best classes: Triton's extension of the Open Inference Protocol for classification."""
+"""Answers with the best classes of an output: Triton's classification extension of the protocol v2."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Final
 import numpy as np
 
 from inferpool.errors import InvalidInput
-from inferpool.tensors import Array
-from inferpool.wire.nested_lists import bf16_to_fp32
+from inferpool.tensors import Array, bf16_to_fp32
 
 _MAX_CLASSIFIED: Final = 1_000_000
-"""Elements that are sorted for one classification, as in Triton."""
+"""The most elements that are sorted for one classification, as in Triton."""
 
 
 def classify(name: str, tensor: Array, datatype: str, wanted: int, labels: Sequence[str]) -> Array:
-    """The `wanted` best classes of each row of the output `name` as strings `value:index[:label]`.
+    """Return the `wanted` best classes of each row of the output `name`, as strings `value:index[:label]`.
 
-    The best is first, and equal ones are in order of index; `labels` name the classes as far as they go.
-    Raises InvalidInput where the output has no numbers, or too many.
+    The best class is first; equal ones are in order of index. There may be fewer `labels` than classes.
+    Raises InvalidInput if the output has no numbers, or too many.
     """
     if datatype in ("BOOL", "BYTES"):
         raise InvalidInput(f'output "{name}" is {datatype}; a classification takes numbers', tensor=name)
@@ -33,11 +32,11 @@ def classify(name: str, tensor: Array, datatype: str, wanted: int, labels: Seque
     count = min(wanted, rows.shape[1])
     floats = numbers.dtype.kind == "f"
     classes: Array = np.empty((len(rows), count), dtype=np.object_)
-    for place, row in enumerate(rows):
+    for row_number, row in enumerate(rows):
         best = np.argsort(-row if floats else ~row, kind="stable")[:count]
         for rank, index in enumerate(best.tolist()):
-            # Triton prints floats with six digits behind the point.
+            # Triton prints floats with six digits after the point.
             value = f"{row[index]:f}" if floats else str(row[index])
             label = f":{labels[index]}" if index < len(labels) else ""
-            classes[place, rank] = f"{value}:{index}{label}"
+            classes[row_number, rank] = f"{value}:{index}{label}"
     return classes if numbers.ndim > 1 else classes.reshape(-1)

@@ -1,9 +1,10 @@
-"""The requests of the Open Inference Protocol v2: JSON, and JSON followed by tensors in binary form.
+"""Requests of the Open Inference Protocol v2: JSON, alone or followed by tensors in binary form.
 
-The source is the protocol's REST page and three of Triton's extensions to it: binary tensor data,
-classification and schedule policy. A body of header length 0 is raw: nothing but the one input's elements.
+The sources are the protocol's REST page and three of Triton's extensions to it: binary tensor data,
+classification and schedule policy. A body with header length 0 is raw: it holds the elements of the only
+input.
 
-Fields and parameters that this protocol does not name are let through, for clients send their own.
+Unknown fields and parameters are ignored, because clients send fields of their own.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from inferpool.tensors import (
     Tensors,
     TensorSpec,
     check_inputs,
+    element_count,
     name_text,
     unknown_input,
+    value_text,
 )
-from inferpool.wire.json_document import Document, FallBack
-from inferpool.wire.native_json import open_large, read_object, whole_number
-from inferpool.wire.nested_lists import MAX_RANK, fit, product, read_nested, value_text
+from inferpool.wire.json_numbers import FallBack, read_extracted
+from inferpool.wire.native_json import extract_numbers, read_object, whole_number
+from inferpool.wire.nested_lists import MAX_RANK, in_shape, read_nested
 from inferpool.wire.v2_binary import from_raw, read_binary
 
 _MAX_ELEMENTS: Final = 2**60 - 1
-"""More than any memory holds, and with 8 bytes each still no more than numpy can count."""
+"""More than any memory holds; with 8 bytes each, numpy can still count them."""
 _MOST_MEMBERS: Final = 4096
-"""Inputs that a request may have, and outputs that it may ask for: no model has as many."""
+"""The most inputs of a request, and the most outputs that it may ask for. No model has as many."""
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -39,10 +42,10 @@ class RequestedOutput(NamedTuple):
     """An output that a request names.
 
     Attributes:
-        name: as the model spells it.
-        binary_data: whether it is to be answered in binary form; None leaves it to the request.
-        classification: how many best classes to answer instead of the tensor; 0 for the tensor itself.
-        parameters: what else the request says of it.
+        name: the name in the model.
+        binary_data: whether to send it in binary form; None if the request's `binary_data_output` decides.
+        classification: how many of the best classes to send instead of the tensor; 0 sends the tensor.
+        parameters: its other parameters in the request.
     """
 
     name: str
@@ -52,7 +55,7 @@ class RequestedOutput(NamedTuple):
 
 
 class _Input(NamedTuple):
-    """One member of `inputs`: `data` in JSON, or else `size` bytes of the body from `start`."""
+    """One member of `inputs`: either `data` from JSON, or `size` bytes of the body from `start` on."""
 
     name: str
     datatype: str
@@ -64,20 +67,20 @@ class _Input(NamedTuple):
 
 
 class InferRequest:
-    """One inference call of the protocol, before its model is known.
+    """One inference request of the protocol, whose model is not resolved yet.
 
     Attributes:
-        id: the caller's name for the request, or None.
-        parameters: the request's parameters as they came.
-        timeout_ms: milliseconds the caller will wait (`timeout` counts microseconds; 0 is none).
+        id: the client's name for the request, or None.
+        parameters: the request's parameters as they were sent.
+        timeout_ms: how many milliseconds the client waits (`timeout` counts microseconds, 0 means no limit).
         priority: 0 is the default, 1 the most urgent, larger is less urgent.
         outputs: the outputs asked for, or None for all.
-        binary_data_output: whether outputs are in binary form where they do not say.
+        binary_data_output: whether to send outputs in binary form unless they say otherwise.
     """
 
     __slots__ = (
         "_body",
-        "_document",
+        "_extracted",
         "_inputs",
         "binary_data_output",
         "id",
@@ -88,15 +91,12 @@ class InferRequest:
     )
 
     def __init__(
-        self,
-        fields: Mapping[str, Any],
-        body: bytes | memoryview,
-        start: int | None,
-        document: Document | None,
+        self, fields: Mapping[str, Any], body: bytes | memoryview, start: int | None, extracted: bool
     ) -> None:
-        """Check and keep `fields`, the JSON part; binary data starts at `start`, None where there is none.
+        """Check and keep `fields`, the JSON part, which are `extracted` by `json_numbers` or plain.
 
-        Raises InvalidInput or MalformedBody naming what is wrong.
+        Binary data starts at the byte `start`, None if there is none. Raises InvalidInput or MalformedBody
+        with the field at fault.
         """
         self.id = _optional(fields, "id", str, "a string")
         self.parameters: Mapping[str, Any] = _optional(fields, "parameters", dict, "an object") or {}
@@ -108,64 +108,61 @@ class InferRequest:
         )
         self.outputs = _requested(fields.get("outputs"))
         self._body = body
-        self._document = document
+        self._extracted = extracted
         self._inputs: list[_Input] | None = _inputs(fields, body, start)
 
     @classmethod
     def raw(cls, body: bytes | memoryview) -> InferRequest:
-        """The request that `body` is when it is nothing but the elements of the only input."""
-        request = cls({"inputs": [], "parameters": {"binary_data_output": True}}, body, len(body), None)
+        """Return the request whose `body` holds only the elements of the only input."""
+        request = cls({"inputs": [], "parameters": {"binary_data_output": True}}, body, len(body), False)
         request._inputs = None
         return request
 
     def tensors(self, signature: Signature) -> Tensors:
-        """The inputs as `signature` takes them, views of the body where it is aligned; call it once.
+        """Return the inputs as `signature` takes them, as views of an aligned body; may be called once.
 
-        Raises InvalidInput naming the tensor that is unknown, missing, irregular, or of another datatype,
-        shape or range, and MalformedBody where its bytes are not those of its datatype and shape.
+        Raises InvalidInput with the tensor that is unknown, missing, irregular, or of another datatype,
+        shape or range, and MalformedBody if the number of its bytes does not match its datatype and shape.
         """
         if self._inputs is None:
             return from_raw(signature, self._body)
-        document, self._document = self._document, None
-        if document is not None:
+        if self._extracted:
+            self._extracted = False
             try:
-                tensors = _tensors(signature, self._inputs, self._body, document.read)
-                if document.proven():
-                    return tensors
+                return _tensors(signature, self._inputs, self._body, read_extracted)
             except (InvalidInput, FallBack):
                 pass
             finally:
                 self._inputs = []
-                document.close()
             self._inputs = _inputs(read_object(self._body), self._body, None)
         return _tensors(signature, self._inputs, self._body, read_nested)
 
 
 def parse_infer(body: bytes | memoryview, header_length: int | None) -> InferRequest:
-    """Read a body whose first `header_length` bytes are JSON: None for all of it, 0 for a raw body.
+    """Read a body whose first `header_length` bytes are JSON: all of it if None, none of it (raw) if 0.
 
-    Tensors in binary form are views of `body` where they are aligned in memory.
+    Tensors in binary form are views of `body` if they are aligned in memory.
 
-    Raises MalformedBody where the framing or the JSON is not sound, InvalidInput where a field is wrong.
+    Raises MalformedBody if the lengths or the JSON are wrong, and InvalidInput if a field is wrong.
     """
     if header_length is None:
         body = bytes(body)
-        document = open_large(body)
-        if document is not None:
+        fields = extract_numbers(body)
+        if fields is not None:
             try:
-                return InferRequest(document.fields, body, None, document)
-            except InvalidInput:  # read the plain way, it is worded in terms of what was sent
-                document.close()
-        return InferRequest(read_object(body), body, None, None)
+                return InferRequest(fields, body, None, True)
+            except InvalidInput:  # the fields hold no plain values for the message, so they are read again
+                fields = None
+        return InferRequest(read_object(body), body, None, False)
     if header_length == 0:
         return InferRequest.raw(body)
     if not 0 < header_length <= len(body):
         raise MalformedBody(
-            f"the JSON header is said to take {header_length} bytes, the body has {len(body)}",
+            f"the JSON header is announced with {header_length} bytes, the body has {len(body)}",
             expected=header_length,
             got=len(body),
         )
-    return InferRequest(read_object(memoryview(body)[:header_length]), body, header_length, None)
+    return InferRequest(read_object(memoryview(body)[:header_length]), body, header_length, False)
 
 
 def _optional(fields: Mapping[str, Any], name: str, kind: type, expected: str, where: str = "") -> Any:
@@ -197,9 +194,9 @@ def _check_count(name: str, members: list[Any]) -> None:
         )
 
 
-def _members(fields: Mapping[str, Any], name: str, place: int) -> tuple[str, Mapping[str, Any]]:
-    """The name and the parameters of a member of `inputs` or `outputs`."""
-    where = f"{name}[{place}]"
+def _member(fields: Mapping[str, Any], list_name: str, index: int) -> tuple[str, Mapping[str, Any]]:
+    """Return the name and the parameters of a member of `inputs` or `outputs`."""
+    where = f"{list_name}[{index}]"
     if not isinstance(fields, dict):
         raise _wrong_field(where, fields, "an object")
     if not isinstance(fields.get("name"), str):
@@ -207,7 +204,7 @@ def _members(fields: Mapping[str, Any], name: str, place: int) -> tuple[str, Map
     parameters = _optional(fields, "parameters", dict, "an object", f"{where}.") or {}
     if "shared_memory_region" in parameters:
         raise InvalidInput(
-            f'"{where}" is in shared memory, which this server does not take: send its data',
+            f'"{where}" is in shared memory, which this server does not read: send its data',
             tensor=fields["name"],
         )
     return fields["name"], parameters
@@ -220,9 +217,9 @@ def _requested(value: Any) -> tuple[RequestedOutput, ...] | None:
         raise _wrong_field("outputs", value, "a list of objects")
     _check_count("outputs", value)
     found: dict[str, RequestedOutput] = {}
-    for place, fields in enumerate(value):
-        name, parameters = _members(fields, "outputs", place)
-        where = f"outputs[{place}].parameters."
+    for index, fields in enumerate(value):
+        name, parameters = _member(fields, "outputs", index)
+        where = f"outputs[{index}].parameters."
         if name in found:
             raise InvalidInput(f'output "{name}" is asked for twice', tensor=name_text(name)[1:-1])
         found[name] = RequestedOutput(
@@ -235,15 +232,15 @@ def _requested(value: Any) -> tuple[RequestedOutput, ...] | None:
 
 
 def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | None) -> list[_Input]:
-    """The members of `inputs`, with the part of the body that each one's binary data is."""
+    """Return the members of `inputs`, with the bounds of their binary data in the body."""
     listed = fields.get("inputs")
     if not isinstance(listed, list):
         raise _wrong_field("inputs", listed, "a list of objects")
     _check_count("inputs", listed)
     found: dict[str, _Input] = {}
     end = start or 0
-    for place, entry in enumerate(listed):
-        name, parameters = _members(entry, "inputs", place)
+    for index, entry in enumerate(listed):
+        name, parameters = _member(entry, "inputs", index)
         if name in found:
             raise InvalidInput(f"tensor {name_text(name)} comes twice", tensor=name_text(name)[1:-1])
         datatype = entry.get("datatype")
@@ -256,7 +253,7 @@ def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | No
                 expected=list(DTYPES),
             )
         shape = _shape(name, entry.get("shape"))
-        size = _count(parameters, "binary_data_size", f"inputs[{place}].parameters.")
+        size = _count(parameters, "binary_data_size", f"inputs[{index}].parameters.")
         if (size is None) == ("data" not in entry):
             raise InvalidInput(
                 f'tensor {name_text(name)} has {"neither" if size is None else "both"} "data"'
@@ -292,7 +289,7 @@ def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | No
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     sizes = tuple(map(whole_number, value[: MAX_RANK + 1])) if isinstance(value, list) else (None,)
     shape = tuple(size for size in sizes if size is not None and size >= 0)
-    if len(shape) < len(sizes) or len(shape) > MAX_RANK or product(filter(None, shape)) > _MAX_ELEMENTS:
+    if len(shape) < len(sizes) or len(shape) > MAX_RANK or element_count(filter(None, shape)) > _MAX_ELEMENTS:
         got = (
             f"[{', '.join(map(value_text, value[:MAX_RANK]))}]"
             if isinstance(value, list)
@@ -330,10 +327,10 @@ def _tensors(
         if entry.binary:
             tensors[entry.name] = read_binary(spec, entry.shape, body, entry.start, entry.size)
         else:
-            tensors[entry.name] = fit(spec, read(spec, entry.data), entry.shape)
+            tensors[entry.name] = in_shape(spec, read(spec, entry.data), entry.shape)
     sentences = signature.substitute_input
     if sentences is not None and sentences in tensors and tensors[sentences].shape[1:] == (1,):
-        # As Triton's clients send strings: its models have a dimension beside the rows.
+        # Triton's clients send strings so, because its models have a dimension beside the rows.
         tensors[sentences] = tensors[sentences].reshape(-1)
     check_inputs(signature, tensors)
     return tensors

@@ -1,9 +1,9 @@
-"""The answers of the Open Inference Protocol v2: JSON, and JSON followed by tensors in binary form.
+"""Answers of the Open Inference Protocol v2: JSON, alone or followed by tensors in binary form.
 
-Where the protocol leaves a choice: JSON answers have flat `data`; a number that is not finite is `null` there
-and the output's parameters say `"non_finite": true`; `BF16` in JSON is written as the numbers that the bits
-stand for; an output that is no tensor (a sequence or a map) is `BYTES` of JSON text, one for each element of
-a sequence.
+The protocol leaves some choices open. Here `data` in JSON is flat. A number that is not finite is `null`,
+and the output's parameters then say `"non_finite": true`. `BF16` in JSON is written as the numbers that its
+bits stand for. An output that is not a tensor (a sequence or a map) is `BYTES` of JSON text, one string for
+each element of a sequence.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from inferpool.tensors import DTYPES, JSON, Array, Signature, TensorSpec
+from inferpool.tensors import DTYPES, JSON, Array, Signature, TensorSpec, bf16_to_fp32
 from inferpool.wire.native_json import has_non_finite, write
-from inferpool.wire.nested_lists import bf16_to_fp32
 from inferpool.wire.v2_binary import to_binary
 from inferpool.wire.v2_classification import classify
 from inferpool.wire.v2_request import RequestedOutput
@@ -34,12 +33,12 @@ def encode_infer(
     signature: Signature,
     labels: Mapping[str, Sequence[str]] = _NO_LABELS,
 ) -> tuple[list[bytes | memoryview], int | None]:
-    """The answer in parts, and the length of its JSON header where parts in binary form follow it.
+    """Return the parts of the answer, and the length of its JSON header if parts in binary form follow it.
 
-    `requested` are outputs that the model has, None for all of `outputs`; `labels` name the classes of a
+    `requested` are outputs that the model has, None for all of `outputs`. `labels` name the classes of a
     classification, by output. An empty `request_id` is left out. Large arrays are not copied: the parts are
-    views of them. Raises InvalidInput where a classification is asked of an output that has no numbers,
-    ModelFailed where an output cannot be written.
+    views of them. Raises InvalidInput if a classification is asked of an output without numbers, and
+    ModelFailed if an output cannot be written.
     """
     if requested is None:
         requested = [RequestedOutput(name) for name in outputs]
@@ -74,7 +73,7 @@ def encode_infer(
 
 
 def _output(value: Any, spec: TensorSpec | None) -> tuple[Array, str]:
-    """An output as a tensor, and its datatype."""
+    """Return an output as a tensor, and its datatype."""
     is_tensor = isinstance(value, (np.ndarray, np.generic))
     if is_tensor and (spec is None or spec.datatype != JSON):
         tensor = np.asarray(value)

@@ -12,9 +12,8 @@ from inferpool.http.predict.api import Body, Options
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.repository.catalog import VersionView
-from inferpool.tensors import Tensors, check_inputs, name_text, names_text
+from inferpool.tensors import Tensors, check_inputs, name_text, names_text, value_text
 from inferpool.wire.native_json import PredictRequest, parse_request
-from inferpool.wire.nested_lists import value_text
 from inferpool.wire.npy import cast_to, decode_npy, decode_npz
 
 JSON: Final = "application/json"

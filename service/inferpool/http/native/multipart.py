@@ -14,8 +14,15 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InvalidInput, MalformedBody, RequestError
-from inferpool.tensors import Signature, Tensors, TensorSpec, name_text, names_text, unknown_input
-from inferpool.wire.nested_lists import value_text
+from inferpool.tensors import (
+    Signature,
+    Tensors,
+    TensorSpec,
+    name_text,
+    names_text,
+    unknown_input,
+    value_text,
+)
 from inferpool.wire.npy import cast_to, decode_npy
 
 _MAX_FIELDS: Final = 1024

@@ -30,8 +30,8 @@ from inferpool.http.v2.schemas import (
     stats_out,
 )
 from inferpool.repository.catalog import Catalog, ModelView, VersionView, find_model, find_ready
+from inferpool.tensors import value_text
 from inferpool.wire.native_json import read_object
-from inferpool.wire.nested_lists import value_text
 
 Responses = dict[int | str, dict[str, Any]]
 

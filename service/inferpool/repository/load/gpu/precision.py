@@ -12,7 +12,7 @@ from inferpool.errors import LoadError, OutOfMemory, short_reason
 from inferpool.repository.catalog import RoundingDifference
 from inferpool.repository.load.comparison import relative_difference
 from inferpool.repository.load.runnable_rows import find_runnable_rows
-from inferpool.tensors import ROUNDING, Array, Tensors, TensorSpec
+from inferpool.tensors import ROUNDING, Array, Tensors, TensorSpec, bf16_to_fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _has_rows(sample: Tensors) -> bool:
 def _numbers(tensor: Array, spec: TensorSpec) -> Array:
     """The numbers of an output as FP64; BF16 comes as bits."""
     if spec.datatype == "BF16":
-        tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
+        tensor = bf16_to_fp32(tensor)
     wide: Array = tensor.astype(np.float64)
     return wide
 
