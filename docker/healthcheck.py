@@ -1,6 +1,7 @@
-"""The image's HEALTHCHECK: 0 if the server in this container can answer for its models, else 1.
+"""The HEALTHCHECK of the image: exits with 0 if the server in this container is ready, else with 1.
 
-Plain sockets, as it starts anew every few seconds: importing an HTTP client would cost more than the check.
+The check uses a plain socket. It starts a new Python every few seconds, and the import of an HTTP client
+would cost more than the check itself.
 """
 
 import os
@@ -11,7 +12,7 @@ REQUEST = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r
 
 
 def main() -> int:
-    """Ask the port of INFERPOOL_PORT; a flag --port cannot be seen from here."""
+    """Ask the server at INFERPOOL_PORT whether it is ready. The check cannot see a flag --port."""
     port = int(os.environ.get("INFERPOOL_PORT", "8000"))
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=4) as connection:

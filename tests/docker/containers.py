@@ -1,4 +1,4 @@
-"""A server in a container, as it is meant to be run: nothing writable, no capabilities, one CPU, 1 GiB."""
+"""A server in a container, run as recommended: nothing writable, no capabilities, one CPU, 1 GiB."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFINED = (
     "--ulimit=nofile=1024:1024",
     "--ulimit=nproc=1024:1024",
     "--read-only",
-    # Docker gives a read-only container no writable /tmp of its own accord either.
+    # By default, Docker gives a read-only container no writable /tmp either.
     "--read-only-tmpfs=false",
     "--cap-drop=ALL",
     "--security-opt=no-new-privileges",
@@ -28,7 +28,7 @@ CONFINED = (
 
 
 class Container(Server):
-    """`podman run` of an image that serves `repository`, mounted at /models; one made in by default."""
+    """`podman run` of an image that serves `repository`, mounted at /models, or the models in the image."""
 
     def __init__(
         self, image: str, repository: Path | None, options: Sequence[str] = (), flags: Sequence[str] = ()
@@ -45,35 +45,35 @@ class Container(Server):
         self.url = f"http://127.0.0.1:{self.port}"
 
     def inspect(self, template: str) -> str:
-        """What podman knows of the container."""
+        """Return a value that podman knows about the container, by a Go template."""
         return podman("inspect", "--format", template, self.name)
 
     def processes(self) -> list[dict[str, str]]:
-        """The fields of /proc/PID/status of each process in it, the first of them first."""
+        """Return the fields of /proc/PID/status of each process in the container, process 1 first."""
         first = int(self.inspect("{{.State.Pid}}"))
         children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
         return [_status(pid) for pid in (first, *map(int, children))]
 
     def healthcheck(self) -> int:
-        """Run the image's HEALTHCHECK in it; returns the exit status."""
+        """Run the image's HEALTHCHECK in the container; return the exit status."""
         command = ["podman", "--runtime", "runc", "healthcheck", "run", self.name]
         return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode
 
     def stop(self, timeout_s: float = 30) -> int:
-        """What `docker stop` does: SIGTERM, and SIGKILL (status 137) when time is up; returns the status."""
+        """Do as `docker stop`: SIGTERM, and SIGKILL (status 137) after the timeout; return the status."""
         podman("stop", f"--time={timeout_s:.0f}", self.name, timeout_s=timeout_s + 30)
         status = self.process.wait(30)
         self._reader.join(5)
         return status
 
     def kill(self) -> None:
-        """End it, whatever it is doing."""
+        """End the container, whatever it is doing."""
         podman("rm", "--force", "--ignore", "--time=0", self.name)
         super().kill()
 
 
 def run_once(image: str, *command: str, options: Sequence[str] = ()) -> str:
-    """What a command prints in a container of its own, confined like a server."""
+    """Return the output of a command in a container of its own, confined like a server."""
     return podman("run", "--rm", *CONFINED, *options, f"--entrypoint={json.dumps(list(command))}", image)
 
 
@@ -83,7 +83,7 @@ def _status(pid: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    """A port that is free now; the image's HEALTHCHECK has to know it beforehand."""
+    """Return a port that is free now; the image's HEALTHCHECK must know the port before the start."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         port: Any = listener.getsockname()[1]

@@ -1,7 +1,7 @@
-"""Images built by podman, without a Docker engine, on a Python base that Debian's packages make.
+"""Images built by podman, without a Docker engine, on a Python base made from Debian's packages.
 
-The base stands in for the images of a registry, and holds what this machine needs to reach its mirrors:
-apt's sources and proxies, and the certificates that are trusted here.
+The base replaces the Python image of a registry. It contains the settings with which this machine reaches its
+mirrors: apt's sources and proxies, and the trusted certificates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = ("ca-certificates", "python3", "python3-pip", "python3-venv")
 
 
 def missing() -> str:
-    """What this machine lacks to build and run images; empty if nothing."""
+    """Return the programs and rights that this machine lacks to build and run images, or an empty text."""
     lacking = [tool for tool in TOOLS if not shutil.which(tool)]
     if os.geteuid() != 0:
         lacking.append("root")
@@ -33,7 +33,7 @@ def missing() -> str:
 
 
 def podman(*arguments: str | Path, timeout_s: float = 60) -> str:
-    """What podman prints; raises AssertionError, with all that it said, where it fails."""
+    """Return the output of podman; raise AssertionError, with all of its output, if it fails."""
     run = subprocess.run(
         ["podman", "--runtime", "runc", *arguments],
         capture_output=True,
@@ -46,7 +46,7 @@ def podman(*arguments: str | Path, timeout_s: float = 60) -> str:
 
 
 def build_base() -> str:
-    """The Python base; it is kept between runs, as long as it would be made the same."""
+    """Return the name of the Python base; it is made again only when its recipe has changed."""
     sources, proxies = _sources(), _proxies()
     recipe = json.dumps([sources, proxies, BUNDLE.read_text(), PACKAGES])
     name = f"localhost/inferpool-tests-python:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
@@ -61,7 +61,7 @@ def build_base() -> str:
             "mmdebstrap",
             "--variant=minbase",
             f"--include={','.join(PACKAGES)}",
-            # Into the base as well, for what the Dockerfile installs.
+            # These settings are also for the packages that the Dockerfile installs.
             f"--aptopt={conf}",
             f"--customize-hook=copy-in {BUNDLE} {BUNDLE.parent}",
             _codename(),
@@ -75,14 +75,14 @@ def build_base() -> str:
 
 
 def build(target: str, base: str, models: str = "") -> str:
-    """Build a target of the Dockerfile, with a folder of models baked in or none; returns its name."""
+    """Build a target of the Dockerfile, with a folder of models in the image or without; return its name."""
     name = f"localhost/inferpool-tests:{'-'.join(filter(None, (target, models)))}"
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as secret:
         secret.write(_pip_conf())
         secret.flush()
         podman(
             "build",
-            # HEALTHCHECK is Docker's; the OCI format has no place for it.
+            # The OCI format has no HEALTHCHECK.
             "--format=docker",
             "--isolation=chroot",
             "--network=host",
@@ -106,7 +106,7 @@ def _codename() -> str:
 
 
 def _sources() -> list[str]:
-    """Debian's part of apt's sources, one line each."""
+    """Return those of apt's sources that are Debian's, one line each."""
     listed = subprocess.run(
         [
             "apt-get",
@@ -123,14 +123,14 @@ def _sources() -> list[str]:
 
 
 def _proxies() -> str:
-    """How apt reaches its mirrors from here: proxies, and what it is told of TLS."""
+    """Return apt's settings of proxies and TLS."""
     dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True)
     kept = ("Acquire::http::", "Acquire::https::")
     return "".join(f"{line}\n" for line in dump.stdout.splitlines() if line.startswith(kept))
 
 
 def index_settings() -> dict[str, str]:
-    """What pip is told of its package index here; without folders, which a build does not see."""
+    """Return pip's settings of the package index, without local folders, because a build cannot see them."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
@@ -140,13 +140,13 @@ def index_settings() -> dict[str, str]:
         name = key.rpartition(".")[2]
         if name not in ("index-url", "extra-index-url", "find-links", "proxy", "trusted-host"):
             continue
-        places = [place for place in shlex.split(value)[0].split() if not place.startswith(("/", "file:"))]
-        if places:
-            settings[name] = " ".join(places)
+        urls = [url for url in shlex.split(value)[0].split() if not url.startswith(("/", "file:"))]
+        if urls:
+            settings[name] = " ".join(urls)
     return settings
 
 
 def _pip_conf() -> str:
-    """This machine's way to its package index, as a pip.conf."""
+    """Return a pip.conf with the package index and the certificates of this machine."""
     settings = {"cert": str(BUNDLE), **index_settings()}
     return "\n".join(["[global]", *(f"{name} = {value}" for name, value in settings.items()), ""])

@@ -1,4 +1,4 @@
-"""The compose files, by the Compose Specification's own schema and as a compose tool merges them."""
+"""The compose files follow the Compose Specification, and a compose tool merges them as intended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = ("compose.yaml", "compose.gpu.yaml")
 
 
 def merged(*files: str, **environ: str) -> dict[str, Any]:
-    """What podman-compose makes of the files together."""
+    """Return the project that podman-compose merges from the files."""
     chosen = [argument for file in files for argument in ("--file", str(FOLDER / file))]
     run = subprocess.run(
         [sys.executable, "-m", "podman_compose", *chosen, "config"],
@@ -31,15 +31,15 @@ def merged(*files: str, **environ: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_it_follows_the_specification(file: str) -> None:
-    """The schema knows every key, and no other."""
+def test_a_file_follows_the_specification(file: str) -> None:
+    """The schema of the specification knows every key."""
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     run = subprocess.run([*command, FOLDER / file], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_the_gpu_file_changes_the_image_and_adds_the_gpus() -> None:
-    """Over the other file it builds the other target and reserves every GPU; the rest stays as it was."""
+    """With the second file, compose builds the other target and reserves every GPU; the rest is the same."""
     plain, gpu = (merged(*files)["services"] for files in (FILES[:1], FILES))
     before, after = plain.pop("inferpool"), gpu.pop("inferpool")
     assert plain == gpu
@@ -52,7 +52,7 @@ def test_the_gpu_file_changes_the_image_and_adds_the_gpus() -> None:
 
 
 def test_the_folder_of_models_can_be_chosen() -> None:
-    """MODELS takes the place of the models that come with the project."""
+    """MODELS replaces the models of the project."""
     volumes = merged("compose.yaml", MODELS="/srv/models")["services"]["inferpool"]["volumes"]
     assert "/srv/models:/models:ro" in volumes
 

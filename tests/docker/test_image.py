@@ -1,4 +1,4 @@
-"""The image for CPUs, built and run by podman: small, confined, sized by its CPU, and drained by SIGTERM."""
+"""The image for CPUs, built and run by podman: it is small and confined, keeps its CPU quota, and drains."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.onnx_models import write_model
 ROOT = Path(__file__).parents[2]
 MISSING = images.missing()
 pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"images are built with {MISSING}, which is not here"),
-    # The first test of them waits for the build.
+    pytest.mark.skipif(bool(MISSING), reason=f"building images needs {MISSING}"),
+    # The first test waits for the build.
     pytest.mark.timeout(600),
 ]
 
@@ -46,7 +46,7 @@ def image(base: str) -> str:
 
 @pytest.fixture
 def run(image: str) -> Iterator[Run]:
-    """Start containers: `run(repository, *flags)`; they are gone after the test."""
+    """Start containers with `run(repository, *flags)`; they are removed after the test."""
     started: list[Container] = []
 
     def start(repository: Path | None, *flags: str, **environ: str) -> Container:
@@ -60,7 +60,7 @@ def run(image: str) -> Iterator[Run]:
 
 
 def write_slow(repository: Path) -> Path:
-    """A model that gives its rows of `WIDTH` numbers back after some tens of milliseconds; never batched."""
+    """Write a model that returns its rows of `WIDTH` numbers after tens of milliseconds, never batched."""
     names = ["x", *(f"step{n}" for n in range(1, RUN_STEPS)), "y"]
     eye = numpy_helper.from_array(np.eye(WIDTH, dtype=np.float32), "eye")
     value = helper.make_tensor_value_info
@@ -73,13 +73,13 @@ def write_slow(repository: Path) -> Path:
     )
     write_model(repository, "slow", graph)
     (repository / "slow" / "model.toml").write_text("[batching]\nenabled = false\n")
-    # The tests' temporary folders are for their owner alone, which the user in the container is not.
+    # Only their owner may read the temporary folders of tests, and the user in the container is another one.
     repository.chmod(0o755)
     return repository
 
 
 def test_the_models_of_a_volume_answer(run: Run) -> None:
-    """Read-only, without capabilities or a writable folder, the bundled models load and are right."""
+    """The bundled models load and answer in a read-only container without capabilities."""
     container = run(ROOT / "models")
     container.wait_loaded()
     assert container.get("/health").json()["status"] == "ok"
@@ -93,8 +93,8 @@ def test_the_models_of_a_volume_answer(run: Run) -> None:
         assert answer.json()["predictions"][0][0]["label"] == "7"
 
 
-def test_it_runs_as_nobody_in_particular(run: Run) -> None:
-    """tini and the server are user 10001 and hold no capability, and the file system takes nothing."""
+def test_the_server_runs_without_root_and_without_capabilities(run: Run) -> None:
+    """tini and the server run as user 10001, without capabilities, on a read-only file system."""
     container = run(ROOT / "models")
     container.wait_loaded()
     processes = container.processes()
@@ -107,9 +107,9 @@ def test_it_runs_as_nobody_in_particular(run: Run) -> None:
     assert any("measurements are not kept" in line["message"] for line in container.log)
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="needs a second core to keep from it")
-def test_threads_are_those_of_the_quota(run: Run, serve: Serve) -> None:
-    """Given one of several cores, a run has one thread; the same server outside takes them all."""
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="needs a second core, outside the quota")
+def test_the_quota_limits_the_threads(run: Run, serve: Serve) -> None:
+    """With a quota of one core a run has one thread; outside the container it has a thread per core."""
     container = run(ROOT / "models", INFERPOOL_MEASURE_MS="0")
     outside = serve(ROOT / "models", "--measure-ms", "0")
     container.wait_loaded()
@@ -118,7 +118,7 @@ def test_threads_are_those_of_the_quota(run: Run, serve: Serve) -> None:
 
 
 def test_measurements_are_kept_in_a_volume(image: str, tmp_path: Path) -> None:
-    """A folder mounted at /cache holds what was measured, for the next container."""
+    """The server writes its measurements into a folder mounted at /cache, for the next container."""
     tmp_path.chmod(0o777)
     options = [f"--volume={tmp_path}:/cache", "--env=INFERPOOL_MEASURE_MS=200"]
     container = Container(image, ROOT / "models", options)
@@ -130,7 +130,7 @@ def test_measurements_are_kept_in_a_volume(image: str, tmp_path: Path) -> None:
 
 
 def test_the_healthcheck_follows_readiness(run: Run) -> None:
-    """It passes where the models can answer, and fails where a required one cannot."""
+    """The check passes when the models are ready, and fails when a required model is missing."""
     container = run(ROOT / "models")
     container.wait_loaded()
     assert container.healthcheck() == 0
@@ -141,7 +141,7 @@ def test_the_healthcheck_follows_readiness(run: Run) -> None:
 
 
 def test_sigterm_drains(run: Run, tmp_path: Path) -> None:
-    """What was accepted when `docker stop` came is answered, and the exit status is 0."""
+    """After `docker stop`, accepted requests are answered, and the exit status is 0."""
     container = run(write_slow(tmp_path), "--measure-ms", "0")
     container.wait_loaded()
     count = 24
@@ -153,12 +153,11 @@ def test_sigterm_drains(run: Run, tmp_path: Path) -> None:
 
     async def scenario() -> int:
         work = asyncio.create_task(with_clients(container.port, count, ask))
-        # One runs, the others wait.
-        while await asyncio.to_thread(container.metric, "queue_rows", model="slow") < count / 2:
-            assert not work.done()
+        # One request runs, the others wait.
+        await asyncio.to_thread(container.wait_for_metric, "queue_rows", at_least=count / 2, model="slow")
         stop = asyncio.create_task(asyncio.to_thread(container.stop))
         await asyncio.to_thread(container.wait_for, "draining")
-        assert len(replies) < count, "all were answered before the signal came"
+        assert len(replies) < count, "all requests were answered before the signal"
         await work
         return await stop
 
@@ -169,12 +168,12 @@ def test_sigterm_drains(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_server_that_still_starts_can_be_stopped(image: str) -> None:
-    """SIGTERM ends it at once before it handles signals itself, which process 1 would not."""
+    """SIGTERM ends a server that does not handle signals yet, because tini is process 1."""
     [entrypoint] = json.loads(
         images.podman("image", "inspect", "--format={{json .Config.Entrypoint}}", image)
     )[:1]
     name = f"inferpool-start-{os.getpid()}"
-    # In the place of a server that has not got as far as to handle signals.
+    # `sleep` is like a server that does not handle signals yet.
     command = json.dumps([entrypoint, "--", "sleep", "60"])
     images.podman("run", "--detach", f"--name={name}", *CONFINED, f"--entrypoint={command}", image)
     try:
@@ -184,8 +183,8 @@ def test_a_server_that_still_starts_can_be_stopped(image: str) -> None:
         images.podman("rm", "--force", "--time=0", name)
 
 
-def test_models_can_be_baked_in(base: str) -> None:
-    """`--build-arg MODELS=models` needs no volume."""
+def test_an_image_may_contain_models(base: str) -> None:
+    """An image built with `--build-arg MODELS=models` needs no volume."""
     container = Container(images.build("cpu", base, "models"), None)
     try:
         container.wait_loaded()
@@ -194,8 +193,8 @@ def test_models_can_be_baked_in(base: str) -> None:
         container.kill()
 
 
-def test_there_is_no_compiler_and_only_what_is_pinned(image: str) -> None:
-    """Neither compilers nor pip's leftovers: exactly the packages of the lock and the server itself."""
+def test_the_image_has_the_pinned_packages_and_no_compiler(image: str) -> None:
+    """The image contains exactly the packages of the lock and the server."""
     found = run_once(image, "sh", "-c", "command -v cc c++ gcc g++ clang ld as make || true")
     assert found == ""
     script = "from importlib.metadata import *; print(*(f'{d.name}=={d.version}' for d in distributions()))"
@@ -207,7 +206,7 @@ def test_there_is_no_compiler_and_only_what_is_pinned(image: str) -> None:
     assert len(installed) > 10
 
 
-def test_its_hot_path_is_compiled(image: str) -> None:
+def test_the_hot_path_of_the_image_is_compiled(image: str) -> None:
     script = (
         "import inferpool.observe.build_info as info, inferpool.pool.entry_queue as queue;"
         " print(info.hot_path(), queue.__file__)"
@@ -217,8 +216,8 @@ def test_its_hot_path_is_compiled(image: str) -> None:
     assert said.strip().endswith(".so")
 
 
-def test_its_size_is_the_one_that_is_stated(image: str, base: str) -> None:
-    """What the image adds to its base is what the page on containers says, give or take a tenth."""
+def test_the_documented_size_is_right(image: str, base: str) -> None:
+    """The size that the image adds to its base differs from the page on containers by a tenth at most."""
     sizes = [int(images.podman("image", "inspect", "--format", "{{.Size}}", name)) for name in (image, base)]
     added = (sizes[0] - sizes[1]) / 1e6
     page = (ROOT / "docs" / "deploy" / "containers.md").read_text()

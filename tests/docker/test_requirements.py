@@ -1,4 +1,4 @@
-"""What the images install: pinned, allowed by the project, and to be had for the Python that they run."""
+"""The images install pinned packages, which the project allows and the package index has for their Python."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOCKS = {target: ROOT / "docker" / f"requirements-{target}.txt" for target in (*
 
 
 def pins(target: str) -> dict[str, set[str]]:
-    """The versions of each package, which may differ between Pythons."""
+    """Return the pinned versions of each package; they may differ between Pythons."""
     found: dict[str, set[str]] = {}
     for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", LOCKS[target].read_text(), re.MULTILINE):
         found.setdefault(name, set()).add(version)
@@ -28,7 +28,7 @@ def pins(target: str) -> dict[str, set[str]]:
 
 
 def wanted(target: str) -> list[Requirement]:
-    """What the project asks for in an image."""
+    """Return the requirements of the project for an image."""
     if target == "build":
         return [Requirement(line) for line in PROJECT["build-system"]["requires"]]
     extras = PROJECT["project"]["optional-dependencies"]
@@ -38,7 +38,7 @@ def wanted(target: str) -> list[Requirement]:
 
 @pytest.mark.parametrize("target", LOCKS)
 def test_the_pins_are_what_the_project_asks_for(target: str) -> None:
-    """A dependency that was added or raised is in the lock; if not, run scripts/lock."""
+    """A new or raised dependency is in the lock; if not, run scripts/lock."""
     locked = pins(target)
     for requirement in wanted(target):
         assert requirement.name in locked, requirement
@@ -47,7 +47,7 @@ def test_the_pins_are_what_the_project_asks_for(target: str) -> None:
 
 
 def test_pytorch_in_the_image_is_the_one_that_is_tested() -> None:
-    """The tests' PyTorch is pinned, and the lock follows it."""
+    """The tests pin PyTorch, and the lock has the same version."""
     tests = map(Requirement, PROJECT["project"]["optional-dependencies"]["test"])
     [torch] = [requirement for requirement in tests if requirement.name == "torch"]
     assert {f"=={version}" for version in pins("gpu")["torch"]} == {str(torch.specifier)}
