@@ -1,13 +1,28 @@
-/* Takes the lists of numbers out of a JSON body, without the interpreter's lock where the body is large.
+/* Takes the lists of numbers out of a JSON body.
 
-   `scan` reads a body once. What it copies is the body with each list of numbers, however deep, replaced by a
-   list of one string, which no key of an object can be; the numbers lie one after the other in memory of their own. It judges nothing but numbers and the
-   lists around them: whether the rest is JSON is for the parser that reads the copy. Whatever is not a
-   regular list of plain numbers it declines, all of the body.
+   Purpose. A JSON parser makes a Python object of every number, with the GIL held. `scan` reads a body once and
+   writes its numbers, without objects, into one block of memory as binary64 or int64. It also writes the
+   remainder: the body with a list of one string, the mark, in place of each list of numbers, however deep. No key
+   of an object can look like this. `scan` judges only numbers and the lists around them; a parser that reads the
+   remainder judges all else. json_numbers.py is the only caller, and works without this module.
+
+   GIL. `scan` releases the GIL for bodies above RELEASE_BYTES and then touches no Python object: the body and the
+   mark are bytes, which cannot change, and the memory for the numbers is not yet known to anybody else. `singles`
+   keeps the GIL, because another thread could resize its bytearray; the caller passes few numbers. `prepare` is
+   called once, at import; the powers are static, shared by all threads, and only read afterwards.
+
+   Limits. `scan` takes no body (it returns None, and the caller parses the body) with an irregular list, with a
+   list deeper than MOST_RANK, with more than MOST_LISTS lists, with an integer beyond int64, or with a number of
+   more than MOST_DIGITS significant digits or a power of ten beyond MOST_POWER. Its memory is bounded by the
+   body's length: one copy, and 8 bytes for every two bytes of the body. Nothing recurses.
 
    Decimals become binary64 by the algorithm of D. Lemire, "Number Parsing at a Gigabyte per Second" (Software:
-   Practice and Experience 51(8), 2021), with the proof that one multiplication by 128 bits is enough from N.
-   Mushtak and D. Lemire, "Fast Number Parsing Without Fallback" (2023). The powers of five come from Python. */
+   Practice and Experience 51(8), 2021). N. Mushtak and D. Lemire, "Fast Number Parsing Without Fallback" (2023),
+   prove that one multiplication by 128 bits is enough. The powers of five come from Python. `scripts/fuzz` compares
+   every number with orjson's.
+
+   Needs integers of 128 bits and a little-endian processor. Elsewhere this file does not compile, setup.py leaves
+   the module out, and orjson reads all bodies. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -17,30 +32,30 @@
 #include <string.h>
 
 #if !defined(__SIZEOF_INT128__) || !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "needs integers of 128 bits, lowest byte first; without this module bodies are read another way"
+#error "needs integers of 128 bits and a little-endian processor; without this module orjson reads all bodies"
 #endif
 
 enum {
-    MOST_RANK = 32,          /* numpy 1 has no more dimensions */
-    MOST_LISTS = 256,        /* more are no tensors, and each would take a hundred times its bytes */
-    MOST_MARK = 24,          /* bytes of a mark beside what it begins with */
-    MOST_POWER = 128,        /* powers of ten from -MOST_POWER to MOST_POWER */
-    MOST_DIGITS = 19,        /* all numbers of so many digits fit 64 bits */
-    QUICK_BYTES = 16 * 1024, /* a smaller body is read before another thread would have started */
+    MOST_RANK = 32,            /* numpy 1 has no more dimensions */
+    MOST_LISTS = 256,          /* no model has so many inputs, and each List takes a hundred times its bytes */
+    MOST_MARK = 24,            /* bytes of a mark without its text: brackets, quotes and a number */
+    MOST_POWER = 128,          /* powers of ten from -MOST_POWER to MOST_POWER */
+    MOST_DIGITS = 19,          /* every integer of so many digits fits in 64 bits */
+    RELEASE_BYTES = 16 * 1024, /* reading a smaller body takes less time than waking another thread */
 };
 
-static uint64_t powers[2 * MOST_POWER + 1][2]; /* 128 bits of 5^q, the upper half first */
+static uint64_t powers[2 * MOST_POWER + 1][2]; /* 128 leading bits of 5^q, the upper half first */
 static bool prepared = false;
 
 typedef union {
-    int64_t whole;
+    int64_t integer;
     double real;
 } Number;
 
 typedef struct {
-    size_t first; /* the place of its first number */
+    size_t first; /* index of its first number */
     size_t count;
-    bool real;   /* whether its numbers are binary64, else int64 */
+    bool real; /* whether its numbers are binary64; else they are int64 */
     int rank;
     size_t shape[MOST_RANK];
 } List;
@@ -51,7 +66,7 @@ typedef struct {
     Number *numbers;
     size_t numbers_taken;
     List *lists;
-    size_t lists_taken, lists_room;
+    size_t lists_taken, lists_capacity;
     const char *mark;
     size_t mark_length;
     bool no_memory;
@@ -64,7 +79,7 @@ static const char *skip_space(const char *at, const char *end) {
 
 static bool is_digit(char c) { return (unsigned char)(c - '0') < 10; }
 
-/* w * 10^q, rounded to even; false where this takes more than it does here. */
+/* Sets `real` to w * 10^q, rounded to even; returns false if that needs more than one multiplication. */
 static inline bool to_real(uint64_t w, int q, bool negative, double *real) {
     uint64_t bits = 0;
     if (w != 0) {
@@ -74,7 +89,7 @@ static inline bool to_real(uint64_t w, int q, bool negative, double *real) {
         w <<= zeros;
         unsigned __int128 product = (unsigned __int128)w * power[0];
         uint64_t high = (uint64_t)(product >> 64), low = (uint64_t)product;
-        if ((high & 0x1FF) == 0x1FF) { /* the bits below may carry */
+        if ((high & 0x1FF) == 0x1FF) { /* the lower bits may carry */
             uint64_t more = (uint64_t)((unsigned __int128)w * power[1] >> 64);
             low += more;
             if (low < more) high++;
@@ -83,7 +98,7 @@ static inline bool to_real(uint64_t w, int q, bool negative, double *real) {
         uint64_t mantissa = high >> (upper + 9);
         int exponent = (((152170 + 65536) * q) >> 16) + 63 + upper - zeros + 1023;
         if (exponent <= 0 || exponent >= 2046) return false;
-        /* Just half-way between two: to the even one. */
+        /* Just half-way between two floats: round to the even one. */
         if (low <= 1 && q >= -4 && q <= 23 && (mantissa & 3) == 1 && mantissa << (upper + 9) == high)
             mantissa &= ~(uint64_t)1;
         mantissa = (mantissa + (mantissa & 1)) >> 1;
@@ -98,7 +113,7 @@ static inline bool to_real(uint64_t w, int q, bool negative, double *real) {
     return true;
 }
 
-/* What follows `value` in decimal. A NUL stands at the end of the body, which is no digit. */
+/* Appends the decimal digits at `at` to `value`. Bytes objects end with a NUL, which stops the loop. */
 static inline const char *read_digits(const char *at, uint64_t *value) {
     uint64_t sum = *value;
     while (is_digit(*at)) sum = 10 * sum + (uint64_t)(*at++ - '0');
@@ -106,7 +121,7 @@ static inline const char *read_digits(const char *at, uint64_t *value) {
     return at;
 }
 
-/* The same for a fraction, which may be long: eight digits at a time as long as there are (Lemire, section 5). */
+/* The same for a fraction, which may be long: eight digits at a time if there are so many (Lemire, section 5). */
 static inline const char *read_fraction(const char *at, const char *end, uint64_t *value) {
     while (end - at >= 8) {
         uint64_t eight;
@@ -122,7 +137,7 @@ static inline const char *read_fraction(const char *at, const char *end, uint64_
     return read_digits(at, value);
 }
 
-/* One number (RFC 8259, section 6) into `list`; NULL where there is none, or one that is not taken. */
+/* Reads one number (RFC 8259, section 6) into `list`; returns NULL if there is none, or one beyond the limits. */
 static inline const char *read_number(Scan *scan, List *list, const char *at) {
     const char *end = scan->end;
     bool negative = at < end && *at == '-';
@@ -143,7 +158,7 @@ static inline const char *read_number(Scan *scan, List *list, const char *at) {
         digits += at - point;
     }
     if (digits > MOST_DIGITS) {
-        /* Zeros in front are none of the digits that have to fit. */
+        /* Leading zeros need not fit. */
         const char *zero = first;
         while (*zero == '0' || *zero == '.') {
             digits -= *zero == '0';
@@ -167,11 +182,11 @@ static inline const char *read_number(Scan *scan, List *list, const char *at) {
     if (real && !list->real) {
         list->real = true;
         for (Number *before = scan->numbers + list->first; before < number; before++)
-            before->real = (double)before->whole;
+            before->real = (double)before->integer;
     }
     list->count++;
     if (!list->real)
-        number->whole = negative ? -(int64_t)w : (int64_t)w;
+        number->integer = negative ? -(int64_t)w : (int64_t)w;
     else if (!real)
         number->real = negative ? (double)-(int64_t)w : (double)(int64_t)w;
     else if (!to_real(w, q, negative, &number->real))
@@ -179,18 +194,18 @@ static inline const char *read_number(Scan *scan, List *list, const char *at) {
     return at;
 }
 
-/* The list that opens at `at`; NULL where it is not a regular one of numbers. */
+/* Reads the list that opens at `at`; returns NULL if it is not a regular list of numbers. */
 static const char *read_list(Scan *scan, const char *at) {
     if (scan->lists_taken == MOST_LISTS) return NULL;
-    if (scan->lists_taken == scan->lists_room) {
-        size_t room = 2 * scan->lists_room + 8;
-        List *lists = realloc(scan->lists, room * sizeof(List));
+    if (scan->lists_taken == scan->lists_capacity) {
+        size_t capacity = 2 * scan->lists_capacity + 8;
+        List *lists = realloc(scan->lists, capacity * sizeof(List));
         if (lists == NULL) {
             scan->no_memory = true;
             return NULL;
         }
         scan->lists = lists;
-        scan->lists_room = room;
+        scan->lists_capacity = capacity;
     }
     List *list = &scan->lists[scan->lists_taken];
     list->first = scan->numbers_taken;
@@ -198,10 +213,10 @@ static const char *read_list(Scan *scan, const char *at) {
     list->real = false;
     list->rank = 0;
     const char *end = scan->end;
-    size_t counts[MOST_RANK] = {0}; /* elements so far of the lists that are open */
+    size_t counts[MOST_RANK] = {0}; /* elements so far in each open list */
     int depth = 0;
     for (;;) {
-        while (at < end && *at == '[') { /* down to the numbers */
+        while (at < end && *at == '[') { /* open lists, down to the numbers */
             if (depth == MOST_RANK || (list->rank && depth == list->rank)) return NULL;
             counts[depth++] = 0;
             at = skip_space(at + 1, end);
@@ -227,7 +242,7 @@ static const char *read_list(Scan *scan, const char *at) {
             break;
         }
         counts[depth - 1] = list->count - before;
-        for (;;) { /* up, as far as lists end here */
+        for (;;) { /* close lists, as far as they end here */
             if (at >= end || *at != ']') return NULL;
             depth--;
             if (!list->shape[depth])
@@ -262,7 +277,7 @@ static char *write_mark(Scan *scan, char *copy, size_t number) {
     return copy + length;
 }
 
-/* Whether numbers stand behind the brackets that open at `at`; `*inner` is what does. */
+/* Returns whether a number follows the brackets that open at `at`; `*inner` is set to the byte after them. */
 static bool opens_numbers(const char *at, const char *end, const char **inner) {
     while (at < end && *at == '[') at = skip_space(at + 1, end);
     *inner = at;
@@ -299,7 +314,7 @@ static bool scan_body(Scan *scan) {
     return true;
 }
 
-static PyObject *as_tuple(const List *list) {
+static PyObject *list_as_tuple(const List *list) {
     PyObject *shape = PyTuple_New(list->rank);
     if (shape == NULL) return NULL;
     for (int axis = 0; axis < list->rank; axis++) {
@@ -310,13 +325,14 @@ static PyObject *as_tuple(const List *list) {
         }
         PyTuple_SET_ITEM(shape, axis, size);
     }
-    return Py_BuildValue("(OnnN)", list->real ? Py_True : Py_False, (Py_ssize_t)(list->first * sizeof(Number)), (Py_ssize_t)list->count, shape);
+    return Py_BuildValue("(OnnN)", list->real ? Py_True : Py_False, (Py_ssize_t)(list->first * sizeof(Number)),
+                         (Py_ssize_t)list->count, shape);
 }
 
-static PyObject *as_list(const Scan *scan) {
+static PyObject *lists_as_list(const Scan *scan) {
     PyObject *lists = PyList_New((Py_ssize_t)scan->lists_taken);
     for (size_t i = 0; lists != NULL && i < scan->lists_taken; i++) {
-        PyObject *one = as_tuple(&scan->lists[i]);
+        PyObject *one = list_as_tuple(&scan->lists[i]);
         if (one == NULL)
             Py_CLEAR(lists);
         else
@@ -327,10 +343,10 @@ static PyObject *as_list(const Scan *scan) {
 
 PyDoc_STRVAR(scan_doc,
              "scan(body, mark)\n--\n\n"
-             "The body with `[\"MARKn\"]` in place of the nth list of numbers in it, the memory that the\n"
-             "numbers lie in, and of each list whether it is of binary64 or of int64, the offset in bytes of\n"
-             "its first number, how many they are, and its shape. None where there is a list that is not\n"
-             "regular, or numbers that are not taken.");
+             "Take the lists of numbers out of `body`.\n\n"
+             "Returns the body with `[\"MARKn\"]` in place of the nth list, the memory with all numbers, and a tuple for\n"
+             "each list: whether it holds binary64 or else int64, the offset in bytes of its first number, the count of\n"
+             "its numbers, and its shape. Returns None if a list is irregular, or a number is beyond the limits.");
 
 static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
     (void)module;
@@ -339,7 +355,7 @@ static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t c
         return NULL;
     }
     if (!prepared) {
-        PyErr_SetString(PyExc_RuntimeError, "the powers of five are not there yet");
+        PyErr_SetString(PyExc_RuntimeError, "prepare must be called first");
         return NULL;
     }
     const char *body = PyBytes_AS_STRING(arguments[0]);
@@ -348,52 +364,52 @@ static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t c
                   .end = body + length,
                   .mark = PyBytes_AS_STRING(arguments[1]),
                   .mark_length = (size_t)PyBytes_GET_SIZE(arguments[1])};
-    /* A short list is shorter than its mark. */
-    char *copied = malloc(length + MOST_LISTS * (state.mark_length + MOST_MARK));
-    bool whole = false;
-    /* Each number takes two characters at the least. */
+    /* A list may be shorter than its mark. */
+    char *remainder = malloc(length + MOST_LISTS * (state.mark_length + MOST_MARK));
+    bool complete = false;
+    /* Each number takes at least two characters, with the comma or bracket after it. */
     PyObject *memory = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)((length / 2 + 1) * sizeof(Number)));
-    if (copied != NULL && memory != NULL) {
-        state.copy = copied;
+    if (remainder != NULL && memory != NULL) {
+        state.copy = remainder;
         state.numbers = (Number *)(void *)PyByteArray_AS_STRING(memory);
-        PyThreadState *released = length > QUICK_BYTES ? PyEval_SaveThread() : NULL;
-        whole = scan_body(&state);
+        PyThreadState *released = length > RELEASE_BYTES ? PyEval_SaveThread() : NULL;
+        complete = scan_body(&state);
         if (released != NULL) PyEval_RestoreThread(released);
     }
     PyObject *result = NULL;
-    if (copied == NULL || state.no_memory)
+    if (remainder == NULL || state.no_memory)
         PyErr_NoMemory();
-    else if (memory != NULL && !whole)
+    else if (memory != NULL && !complete)
         result = Py_NewRef(Py_None);
     else if (memory != NULL && PyByteArray_Resize(memory, (Py_ssize_t)(state.numbers_taken * sizeof(Number))) == 0) {
-        PyObject *rest = PyBytes_FromStringAndSize(copied, state.copy - copied);
-        PyObject *lists = rest != NULL ? as_list(&state) : NULL;
+        PyObject *rest = PyBytes_FromStringAndSize(remainder, state.copy - remainder);
+        PyObject *lists = rest != NULL ? lists_as_list(&state) : NULL;
         if (lists != NULL) result = PyTuple_Pack(3, rest, memory, lists);
         Py_XDECREF(rest);
         Py_XDECREF(lists);
     }
     Py_XDECREF(memory);
-    free(copied);
+    free(remainder);
     free(state.lists);
     return result;
 }
 
 PyDoc_STRVAR(singles_doc,
              "singles(memory, start, count, real)\n--\n\n"
-             "`count` numbers of `memory` from the byte `start` on, binary64 where `real`, else int64, as binary32;\n"
-             "None where one is beyond its range.");
+             "Return `count` numbers as binary32, from the byte `start` of `memory` on.\n\n"
+             "The numbers are binary64 if `real`, else int64. Returns None if one is out of the range of binary32.");
 
 static PyObject *singles(PyObject *module, PyObject *const *arguments, Py_ssize_t given) {
     (void)module;
     if (given != 4 || !PyByteArray_Check(arguments[0])) {
-        PyErr_SetString(PyExc_TypeError, "singles takes a bytearray and where in it what is");
+        PyErr_SetString(PyExc_TypeError, "singles takes a bytearray, two integers and a boolean");
         return NULL;
     }
     Py_ssize_t start = PyLong_AsSsize_t(arguments[1]), count = PyLong_AsSsize_t(arguments[2]);
-    Py_ssize_t room = PyByteArray_GET_SIZE(arguments[0]);
+    Py_ssize_t size = PyByteArray_GET_SIZE(arguments[0]);
     if (PyErr_Occurred()) return NULL;
-    if (start < 0 || count < 0 || start > room || count > (room - start) / (Py_ssize_t)sizeof(Number)) {
-        PyErr_SetString(PyExc_ValueError, "there are not so many numbers");
+    if (start < 0 || count < 0 || start > size || count > (size - start) / (Py_ssize_t)sizeof(Number)) {
+        PyErr_SetString(PyExc_ValueError, "start and count must be within the memory");
         return NULL;
     }
     const char *first = PyByteArray_AS_STRING(arguments[0]) + start;
@@ -412,7 +428,7 @@ static PyObject *singles(PyObject *module, PyObject *const *arguments, Py_ssize_
             finite &= to[i] - to[i] == 0;
         }
     } else {
-        for (Py_ssize_t i = 0; i < count; i++) to[i] = (float)(double)from[i].whole;
+        for (Py_ssize_t i = 0; i < count; i++) to[i] = (float)(double)from[i].integer;
     }
     if (!finite) {
         Py_DECREF(narrow);
@@ -423,13 +439,13 @@ static PyObject *singles(PyObject *module, PyObject *const *arguments, Py_ssize_
 
 PyDoc_STRVAR(prepare_doc,
              "prepare(powers)\n--\n\n"
-             "Take the 128 leading bits of 5**q for q from -MOST_POWER to MOST_POWER: 64-bit integers, the\n"
-             "upper half of each first.");
+             "Set the 128 leading bits of 5**q for q from -MOST_POWER to MOST_POWER, as 64-bit integers with the\n"
+             "upper half first. Must be called once, before any `scan`.");
 
 static PyObject *prepare(PyObject *module, PyObject *given) {
     (void)module;
     if (!PyBytes_Check(given) || PyBytes_GET_SIZE(given) != sizeof powers) {
-        PyErr_SetString(PyExc_ValueError, "these are not the powers");
+        PyErr_SetString(PyExc_ValueError, "prepare takes two integers of 64 bits for each power");
         return NULL;
     }
     memcpy(powers, PyBytes_AS_STRING(given), sizeof powers);
@@ -449,8 +465,11 @@ static int add_constants(PyObject *module) { return PyModule_AddIntMacro(module,
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_constants}, {0, NULL}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "inferpool.wire._json_numbers", "Lists of numbers out of JSON bodies.", 0, methods, slots, NULL, NULL,
-    NULL,
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_json_numbers",
+    .m_doc = "Takes the lists of numbers out of a JSON body.",
+    .m_methods = methods,
+    .m_slots = slots,
 };
 
 PyMODINIT_FUNC PyInit__json_numbers(void) { return PyModuleDef_Init(&definition); }

@@ -10,10 +10,10 @@
    The module has no state of its own, so it works in every subinterpreter.
 
    Limits. No call waits: sockets are polled, read and written without blocking. A system call that a signal
-   interrupts (EINTR) is made again. `receive` handles at most MOST_SOCKETS sockets a call; the next call continues with the others.
-   `send_all` tries each socket once; the caller sends the bytes that a socket did not take. A socket that fails
-   is reported as ended, or as having taken nothing, and the event loop finds the error itself. If memory runs
-   out in `receive` after the sockets were read, these bytes are lost and MemoryError is raised.
+   interrupts (EINTR) is made again. `receive` handles at most MOST_SOCKETS sockets a call; the next call continues
+   with the others. `send_all` tries each socket once; the caller sends the bytes that a socket did not take. A
+   socket that fails is reported as ended, or as having taken nothing, and the event loop finds the error itself.
+   If memory runs out in `receive` after the sockets were read, these bytes are lost and MemoryError is raised.
 
    Never for TLS. The bytes go past the transport, hence past its encryption. Callers pass only descriptors of
    plain TCP connections whose transport is paused (`receive`) or has nothing left to write (`send_all`).
