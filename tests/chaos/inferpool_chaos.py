@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from inferpool.backends.base import Backend, LoadedModel, LoadOptions
@@ -51,11 +52,11 @@ class ChaosBackend(Backend):
 
 
 class ChaosModel(LoadedModel):
-    def __init__(self, settings: dict[str, object]) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         self._run_s = settings.get("run_ms", 0) / 1000
         self._row_s = settings.get("row_ms", 0) / 1000
         self._mix = settings.get("mix", False)
-        self._gate = settings.get("run_gate")
+        self._gate = settings.get("run_gate", "")
         first = settings.get("first", -1)
         self.signature = Signature(
             (TensorSpec("x", "FP32", (first, *settings.get("row", [4]))),),

@@ -1,9 +1,10 @@
-"""What JSON Schema cannot say of a request, said to schemathesis: files, and what depends on other fields."""
+"""Tells schemathesis what JSON Schema cannot express: files, and fields that depend on other fields."""
 
 from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 INPUTS = {"diabetes": ("features", (10,)), "digits": ("image", (1, 8, 8)), "forecast": ("closes", (20,))}
-"""The input of each model that is served and takes numbers, and the shape of its rows."""
+"""The models that take numbers, with the input and the row shape of each."""
 TEXT = "next-word"
-"""The model that takes sentences, or else token ids with a mask."""
+"""The model that takes sentences, or token ids with a mask."""
 IDS = ("input_ids", "attention_mask")
 VOCABULARY = 1000
-"""Less than the words that it knows: of an id that is none of them, it is the model that complains."""
+"""Ids below this are in the vocabulary of the model, which rejects all others itself."""
 SENTENCES = ["It is", "A value", "", "Return the names of", "\u00fc\n"]
 LENGTH = "Inference-Header-Content-Length"
 
@@ -36,22 +37,19 @@ def picture(kind: str, side: int) -> bytes:
 
 
 for kind in ("png", "jpeg", "webp"):
-    schemathesis.openapi.media_type(
-        f"image/{kind}", st.integers(1, 30).map(lambda side, kind=kind: picture(kind, side))
-    )
-# Which arrays are right depends on the path: `map_body` makes them, with so many rows.
+    schemathesis.openapi.media_type(f"image/{kind}", st.integers(1, 30).map(partial(picture, kind)))
+# The right arrays depend on the path: `map_case` makes them, with this number of rows.
 for media_type in ("application/x-npy", "application/x-npz", "application/octet-stream"):
     schemathesis.openapi.media_type(
-        media_type,
-        st.integers(1, 5).map(lambda rows, media_type=media_type: f"{media_type} {rows}".encode()),
+        media_type, st.integers(1, 5).map((media_type + " {}").format).map(str.encode)
     )
 
 
 @schemathesis.hook
 def map_case(context: Any, case: Any) -> Any:
-    """Make a valid request of one that is valid but for what the schema cannot say."""
+    """Correct a request that is valid except for the rules that the schema cannot express."""
     if case.path.endswith("/infer") and case.headers and case.headers.get(LENGTH) == "0":
-        # Whatever follows is a sentence, where the model takes one.
+        # A model of text takes any body as a sentence.
         del case.headers[LENGTH]
     is_predict = case.path.startswith("/predict") or case.path.endswith("/infer")
     if case.meta is None or not case.meta.generation.mode.is_positive or not is_predict:
@@ -65,9 +63,9 @@ def map_case(context: Any, case: Any) -> Any:
     elif model is not None:
         case.body = mended_body(case.body, *INPUTS[model])
     elif (case.path_parameters or {}).get("model") in (*INPUTS, TEXT):
-        # What it takes is said by its own path alone.
+        # Only the path of the model itself documents its inputs.
         case.path_parameters["model"] = "nobody"
-    # Files are no strings, by which schemathesis would take them for faults that are made on purpose.
+    # Files are bytes, and schemathesis would take them for faults made on purpose.
     case._record_starting_state()
     return case
 
@@ -87,7 +85,7 @@ def mended_body(body: Any, name: str, row: tuple[int, ...]) -> Any:
 
 
 def mended_text(body: Any) -> Any:
-    """Sentences, or token ids and their mask, which have one shape and are words of the model."""
+    """Sentences, or token ids and a mask of the same shape, with ids that the model knows."""
     if isinstance(body, bytes) and body.startswith(b"application/"):
         media_type, rows = body.decode().split()
         sentences = np.array(SENTENCES[: int(rows)])
@@ -120,7 +118,7 @@ def mended_text(body: Any) -> Any:
 
 
 def words(data: list[Any]) -> np.ndarray:
-    """Ids of words, as many rows of them as `data` has elements."""
+    """Ids of words, with one row per element of `data`."""
     first = np.array([sum(row) if isinstance(row, list) else row for row in data] or [1], object)
     return np.stack([first % VOCABULARY, first // 7 % VOCABULARY], axis=1).astype(np.int64)
 
@@ -138,13 +136,13 @@ def id_tensors(ids: np.ndarray) -> list[dict[str, Any]]:
 
 
 def infer(name: str, rows: np.ndarray) -> bytes:
-    """A body of `/v2` that is all JSON, whatever it is called."""
+    """A body of `/v2` that is all JSON, whatever its media type."""
     tensor = {"name": name, "datatype": "FP32", "shape": rows.shape, "data": rows.tolist()}
     return json.dumps({"inputs": [tensor]}).encode()
 
 
 def mended(tensor: Any, row: tuple[int, ...]) -> Any:
-    """A tensor of `/v2` whose `shape` is filled by its `data`; any other value is what it is."""
+    """A tensor of `/v2` whose `data` fills its `shape`; any other value unchanged."""
     if not isinstance(tensor, dict):
         return tensor
     data = tensor["data"]

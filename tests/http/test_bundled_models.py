@@ -1,4 +1,4 @@
-"""The models that come with the project, over HTTP: right, batched, and counted."""
+"""The bundled models over HTTP: their answers are right, batched and counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIENTS = 64
 
 @pytest.fixture(scope="module")
 def held_out() -> tuple[np.ndarray, np.ndarray]:
-    """The fifth of the digits that the model has never seen: pictures (0 to 16) and labels."""
+    """The fifth of the digits that the model was not trained on: pictures (0 to 16) and labels."""
     spec = importlib.util.spec_from_file_location("build_digits", ROOT / "models/digits/build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -50,19 +50,19 @@ def test_digits_from_64_clients_are_right_batched_and_answered_once(
     answers: list[dict[str, Any]] = [{}] * (rounds * len(bodies))
 
     async def ask(clients: list[Client]) -> None:
-        # All ask before any reads: what is tested is the server under 64 requests at once, and not
-        # whether clients that share its cores are quick enough to keep 64 under way.
+        # All clients send before any reads. So the server has 64 requests at once, even if clients that
+        # share its cores are too slow to keep 64 under way.
         for first in range(0, len(answers), CLIENTS):
             asked = list(zip(range(first, min(first + CLIENTS, len(answers))), clients, strict=False))
-            for place, client in asked:
-                headers = {"content-type": "image/png", "x-request-id": f"picture-{place}"}
-                client.send("/predict/digits", bodies[place % len(bodies)], headers)
-            for place, client in asked:
+            for index, client in asked:
+                headers = {"content-type": "image/png", "x-request-id": f"picture-{index}"}
+                client.send("/predict/digits", bodies[index % len(bodies)], headers)
+            for index, client in asked:
                 reply = await client.receive()
                 assert reply.status == 200
-                assert reply.headers["x-request-id"] == f"picture-{place}"
-                assert not answers[place]
-                answers[place] = json.loads(reply.body)
+                assert reply.headers["x-request-id"] == f"picture-{index}"
+                assert not answers[index]
+                answers[index] = json.loads(reply.body)
 
     async def connect_and_ask() -> None:
         clients = [await Client.connect(bundled.port) for _ in range(CLIENTS)]
@@ -105,7 +105,7 @@ def test_the_same_rows_answer_the_same_in_every_format(bundled: Server) -> None:
     np.save(npy, rows)
     npz = io.BytesIO()
     np.savez(npz, features=rows)
-    bodies = [
+    bodies: list[tuple[object, tuple[str, bytes] | None, str]] = [
         ({"inputs": {"features": rows.tolist()}}, None, "/predict/diabetes"),
         ({"inputs": rows.tolist()}, None, "/predict/diabetes/1"),
         ({"inputs": rows.tolist(), "model": "diabetes"}, None, "/predict"),
@@ -114,7 +114,7 @@ def test_the_same_rows_answer_the_same_in_every_format(bundled: Server) -> None:
     ]
     answers = []
     for document, raw, path in bodies:
-        if document is not None:
+        if raw is None:
             answer = bundled.post(path, json=document)
         else:
             answer = bundled.post(path, content=raw[1], headers={"content-type": raw[0]})

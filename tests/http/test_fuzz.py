@@ -1,4 +1,4 @@
-"""Whatever a body holds, it is answered as its fault explains, and costs nobody else anything."""
+"""A body with faults gets the response that its fault explains, and costs other clients nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLIENTS = 8
 SEED = int(os.environ.get("FUZZ_SEED", "4"))
 HANGS_S = 30
 GROWTH_BYTES = 2 * 2**20
-"""What the memory of a server that keeps nothing may differ by between two moments."""
+"""The memory of a server that keeps nothing may differ by this between two moments."""
 NOT_FAULTS = (429, 503, 504)
 LENGTH = "inference-header-content-length"
 ROWS = np.random.default_rng(0).uniform(0, 100, (2, 10)).astype(np.float32)
@@ -98,7 +98,7 @@ KINDS = {
 }
 
 
-ODD_VALUES = [
+ODD_VALUES: list[object] = [
     *(None, True, False, 0, -1, 1.5, 3.0, 2**63, -(2**70), 1e308, 1e-320),
     *("", "x", "\0", "é" * 40, "9" * 30, "FP16", "BYTES", "progression", "features", "digits"),
     *([], {}, [[]], [0] * 33, [2, 10], [0, 10], [1, 2, 10], [2**40, 2**40], {"x": []}, {"name": "features"}),
@@ -106,26 +106,26 @@ ODD_VALUES = [
 
 
 def distorted(document: object, chance: random.Random) -> object:
-    """`document` with one of its values, at any depth, replaced, left out, or there twice."""
+    """`document` with one of its values, at any depth, replaced, removed or duplicated."""
     if not isinstance(document, dict | list) or not document or chance.random() < 0.15:
         return chance.choice(ODD_VALUES)
     keys = list(document) if isinstance(document, dict) else list(range(len(document)))
-    place = chance.choice(keys)
+    key = chance.choice(keys)
     changed = document.copy()
     if chance.random() < 0.15:
-        del changed[place]  # type: ignore[arg-type]
+        del changed[key]  # type: ignore[arg-type]
     elif chance.random() < 0.1:
         if isinstance(changed, dict):
-            changed[chance.choice(["inputs", "x", "", "shape", "shared_memory_region"])] = changed[place]
+            changed[chance.choice(["inputs", "x", "", "shape", "shared_memory_region"])] = changed[key]
         else:
-            changed.append(changed[place])
+            changed.append(changed[key])
     else:
-        changed[place] = distorted(changed[place], chance)  # type: ignore[index]
+        changed[key] = distorted(changed[key], chance)  # type: ignore[index]
     return changed
 
 
 def faulty(kind: Kind, chance: random.Random) -> tuple[bytes, dict[str, str]]:
-    """A body of this kind with a fault in it, and the headers to send it with."""
+    """A body of this kind with a fault, and the headers for it."""
     headers, body = kind.headers, kind.body
     tail = b""
     if headers.get(LENGTH, "0") != "0":
@@ -139,7 +139,7 @@ def faulty(kind: Kind, chance: random.Random) -> tuple[bytes, dict[str, str]]:
 
 
 def explained(kind: str, reply: Reply, body: bytes) -> int:
-    """The status, after checking that it is one that the body's fault explains."""
+    """Check that the fault of the body explains the status, and return the status."""
     case = f"{kind}: {body!r} is answered {reply.status} {reply.body!r}"
     assert reply.status < 500 or reply.status in NOT_FAULTS, case
     assert reply.headers.get("connection") != "close", case
@@ -158,7 +158,7 @@ def resident_bytes(server: Server) -> int:
 
 
 async def ask(port: int, cases: int, seed: int) -> Counter[tuple[str, int]]:
-    """Send so many mutated bodies; returns how often each kind had each status."""
+    """Send `cases` mutated bodies; returns how often each kind got each status."""
     counts: Counter[tuple[str, int]] = Counter()
 
     async def work(client: Client, number: int) -> None:

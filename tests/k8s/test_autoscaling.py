@@ -59,7 +59,9 @@ def total(scaled_object: Manifest) -> Formulas:
     return {item["name"]: item["metadata"]["query"] for item in scaled_object["spec"]["triggers"]}
 
 
-def test_the_autoscalers_agree(hpa: Manifest, scaled_object: Manifest, by_pod: Formulas, total: Formulas):
+def test_the_autoscalers_agree(
+    hpa: Manifest, scaled_object: Manifest, by_pod: Formulas, total: Formulas
+) -> None:
     """KEDA's queries are the sums of the adapter's over pods; targets and bounds are the same."""
     names = {"busy": "inferpool_busy", "wait": "inferpool_wait_seconds"}
     for short, name in names.items():
@@ -161,7 +163,9 @@ CASES: dict[str, tuple[list[dict[str, str]], dict[str, float], dict[str, float]]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_over_series_whose_answer_is_known(case: str, by_pod: Formulas, total: Formulas, tmp_path: Path):
+def test_over_series_whose_answer_is_known(
+    case: str, by_pod: Formulas, total: Formulas, tmp_path: Path
+) -> None:
     parts, shares, waits = CASES[case]
     series = {name: values for part in parts for name, values in part.items()}
     expected = []
@@ -262,7 +266,7 @@ def every(low: float, high: float) -> Callable[[dict[Labels, float]], bool]:
 
 def test_over_real_servers_the_wish_for_pods_follows_the_load(
     urls: list[str], prometheus: Prometheus, hpa: Manifest, by_pod: Formulas, total: Formulas
-):
+) -> None:
     busy_by_pod, wait_by_pod = quicker(by_pod["inferpool_busy"]), quicker(by_pod["inferpool_wait_seconds"])
     busy_total, wait_total = quicker(total["busy"]), quicker(total["wait"])
     busy_target, wait_target = (

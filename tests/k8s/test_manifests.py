@@ -54,14 +54,14 @@ def overlay(request: pytest.FixtureRequest) -> list[Manifest]:
 
 
 @pytest.mark.parametrize("folder", ["overlays/cpu", "overlays/gpu", "kserve", "prometheus-adapter"])
-def test_every_manifest_fits_the_schema_of_its_kind(folder: str):
+def test_every_manifest_fits_the_schema_of_its_kind(folder: str) -> None:
     for manifest in render(MANIFESTS / folder):
         validate(manifest)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "bare")
-def test_the_components_go_together_in_every_way(name: str, way: list[str], tmp_path: Path):
+def test_the_components_go_together_in_every_way(name: str, way: list[str], tmp_path: Path) -> None:
     manifests = render_with(tmp_path / "k8s", name, way)
     for manifest in manifests:
         validate(manifest)
@@ -89,7 +89,7 @@ def _base() -> list[Manifest]:
     return render(MANIFESTS / "base")
 
 
-def test_spans_may_go_where_they_are_sent(tmp_path: Path):
+def test_spans_may_go_where_they_are_sent(tmp_path: Path) -> None:
     """To the collector that the variable names, and to the DNS that knows where it is; nowhere else."""
     manifests = render_with(tmp_path / "k8s", "cpu", ["otel"])
     dns, collector = only(manifests, "NetworkPolicy")["spec"]["egress"]
@@ -115,7 +115,7 @@ def test_spans_may_go_where_they_are_sent(tmp_path: Path):
         ("kserve/inferenceservice.yaml", ("spec", "predictor", "model", "format")),
     ],
 )
-def test_the_schemas_refuse_what_they_do_not_know(file: str, path: tuple[Any, ...]):
+def test_the_schemas_refuse_what_they_do_not_know(file: str, path: tuple[Any, ...]) -> None:
     manifest = inner = yaml.safe_load((MANIFESTS / file).read_text())
     validate(manifest)
     for part in path[:-1]:
@@ -145,7 +145,7 @@ def _check_pod(spec: Manifest) -> None:
         assert volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim"}
 
 
-def test_whoever_selects_pods_selects_these(overlay: list[Manifest]):
+def test_whoever_selects_pods_selects_these(overlay: list[Manifest]) -> None:
     labels = pod(overlay)["metadata"]["labels"].items()
     assert only(overlay, "Service")["spec"]["selector"].items() <= labels
     assert only(overlay, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"].items() <= labels
@@ -160,7 +160,7 @@ def test_whoever_selects_pods_selects_these(overlay: list[Manifest]):
     assert {port["port"] for port in ingress["ports"]} <= ports
 
 
-def test_everything_is_in_one_namespace(overlay: list[Manifest]):
+def test_everything_is_in_one_namespace(overlay: list[Manifest]) -> None:
     namespace = only(overlay, "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     for manifest in overlay:
@@ -168,12 +168,12 @@ def test_everything_is_in_one_namespace(overlay: list[Manifest]):
             assert manifest["metadata"]["namespace"] == namespace["metadata"]["name"]
 
 
-def test_the_port_is_the_servers(overlay: list[Manifest]):
+def test_the_port_is_the_servers(overlay: list[Manifest]) -> None:
     (port,) = server_of(overlay)["ports"]
-    assert port["containerPort"] == Settings().port
+    assert port["containerPort"] == Settings.model_validate({}).port
 
 
-def test_the_grace_period_covers_settling_draining_and_closing(overlay: list[Manifest]):
+def test_the_grace_period_covers_settling_draining_and_closing(overlay: list[Manifest]) -> None:
     """The kubelet counts the time of preStop into the grace period, and kills at its end."""
     container = server_of(overlay)
     settings = read_settings({}, environ(container))
@@ -194,7 +194,7 @@ def _until_not_ready(container: Manifest) -> float:
 
 def test_a_server_starts_with_the_containers_variables_and_passes_its_probes(
     overlay: list[Manifest], serve: Serve
-):
+) -> None:
     container = server_of(overlay)
     assert container["args"] == ["serve", "/models"]
     writable = {mount["mountPath"] for mount in container["volumeMounts"]}
@@ -207,7 +207,7 @@ def test_a_server_starts_with_the_containers_variables_and_passes_its_probes(
     assert "inferpool_requests" in server.get(endpoint["path"]).text
 
 
-def test_the_gpu_overlay_asks_for_a_gpu_and_nobody_else_does():
+def test_the_gpu_overlay_asks_for_a_gpu_and_nobody_else_does() -> None:
     spec = pod(render(MANIFESTS / "overlays" / "gpu"))["spec"]
     (container,) = spec["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
@@ -219,25 +219,25 @@ def test_the_gpu_overlay_asks_for_a_gpu_and_nobody_else_does():
     assert spec["containers"][0]["image"] == "inferpool:cpu"
 
 
-def test_threads_are_sized_by_a_whole_number_of_cores(overlay: list[Manifest]):
+def test_threads_are_sized_by_a_whole_number_of_cores(overlay: list[Manifest]) -> None:
     """A quota makes the server take so many threads; as much must be requested for them to run."""
     resources = server_of(overlay)["resources"]
     assert int(resources["limits"]["cpu"]) >= 1
     assert resources["requests"]["cpu"] == resources["limits"]["cpu"]
 
 
-def test_the_rules_are_those_of_compose(overlay: list[Manifest]):
+def test_the_rules_are_those_of_compose(overlay: list[Manifest]) -> None:
     rules = yaml.safe_load((ROOT / "docker" / "prometheus" / "rules.yml").read_text())
     assert only(overlay, "PrometheusRule")["spec"] == rules, "prometheusrule.yaml says how it is made"
 
 
-def test_the_job_has_the_name_that_the_rules_ask_for(overlay: list[Manifest]):
+def test_the_job_has_the_name_that_the_rules_ask_for(overlay: list[Manifest]) -> None:
     label = only(overlay, "PodMonitor")["spec"]["jobLabel"]
     asked = set(re.findall(r'job="([^"]*)"', str(only(overlay, "PrometheusRule")["spec"])))
     assert asked == {pod(overlay)["metadata"]["labels"][label]}
 
 
-def test_rules_and_formulas_name_metrics_that_there_are(overlay: list[Manifest]):
+def test_rules_and_formulas_name_metrics_that_there_are(overlay: list[Manifest]) -> None:
     texts = [
         str(only(overlay, "PrometheusRule")["spec"]["groups"]),
         *(rule["metricsQuery"] for rule in adapter_rules()),
@@ -255,7 +255,7 @@ def adapter_rules() -> list[Manifest]:
     return rules
 
 
-def test_kserve_finds_runtime_format_and_protocol():
+def test_kserve_finds_runtime_format_and_protocol() -> None:
     manifests = render(MANIFESTS / "kserve")
     runtime, service = only(manifests, "ClusterServingRuntime"), only(manifests, "InferenceService")
     model = service["spec"]["predictor"]["model"]
@@ -274,7 +274,7 @@ def test_kserve_finds_runtime_format_and_protocol():
     assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] >= needed + 5
 
 
-def test_a_service_of_kserve_answers_under_its_name(serve: Serve, tmp_path: Path):
+def test_a_service_of_kserve_answers_under_its_name(serve: Serve, tmp_path: Path) -> None:
     """What its claim holds is mounted at /mnt/models; its clients ask for the model of the service's name."""
     manifests = render(MANIFESTS / "kserve")
     (container,) = only(manifests, "ClusterServingRuntime")["spec"]["containers"]

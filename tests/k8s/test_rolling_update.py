@@ -98,7 +98,7 @@ def _start(serve: Serve, repository: Path, port: int) -> Server:
 
 def test_a_rolling_update_under_load_fails_no_request(
     serve: Serve, repository: Path, servers: list[Server], proxy: Proxy
-):
+) -> None:
     """Each server gets SIGTERM under load and is replaced when it is gone; every request has its answer.
 
     Kubernetes takes a pod out of the endpoints during preStop; what it does to new connections then, and

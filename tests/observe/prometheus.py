@@ -37,7 +37,7 @@ class Prometheus:
         config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         for name in config["rule_files"]:
-            # Alerts wait for a minute and more before they fire; what they say is the same.
+            # Alerts wait a minute or longer before they fire; only this delay is changed.
             text = re.sub(r"for: \w+", "for: 2s", (FOLDER / name).read_text())
             (folder / name).write_text(text)
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -58,19 +58,19 @@ class Prometheus:
         self.wait(self._ready, "Prometheus is ready", START_S)
 
     def query(self, expression: str, at: float | None = None) -> list[tuple[Labels, float]]:
-        """What an expression gives now, or at a moment of Unix time."""
+        """The samples of an expression now, or at a Unix time."""
         found = self._get("query", query=expression, **({} if at is None else {"time": at}))
         if found["resultType"] == "scalar":
             return [({}, float(found["result"][1]))]
         return [(each["metric"], float(each["value"][1])) for each in found["result"]]
 
     def value(self, expression: str, at: float | None = None) -> float:
-        """The one number that an expression gives."""
+        """The number of an expression with one sample."""
         ((_, number),) = self.query(expression, at)
         return number
 
     def exemplars(self, expression: str, begin: float, end: float) -> list[dict[str, Any]]:
-        """The exemplars of series between two moments."""
+        """The exemplars of series between two Unix times."""
         found = self._get("query_exemplars", query=expression, start=begin, end=end)
         return [exemplar for series in found for exemplar in series["exemplars"]]
 
@@ -78,8 +78,12 @@ class Prometheus:
         """Every rule, with its health and its alerts."""
         return [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
 
+    def wait_for_value(self, expression: str, number: float, timeout_s: float) -> None:
+        """Wait until the one number that an expression gives is `number`."""
+        self.wait(lambda: self.value(expression) == number, f"{expression} is {number}", timeout_s)
+
     def wait(self, condition: Callable[[], Any], what: str, timeout_s: float) -> None:
-        """Look until `condition` holds; Prometheus has no way to tell when it will."""
+        """Wait until `condition` holds, looking ten times a second."""
         ends = time.monotonic() + timeout_s
         while not condition():
             assert self._process.poll() is None, "Prometheus has ended"

@@ -17,7 +17,7 @@ OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;
 ROWS = {"inputs": [[0.0] * 10]}
 
 
-def test_both_formats_say_the_same(bundled: Server):
+def test_both_formats_say_the_same(bundled: Server) -> None:
     """The strict parsers of Prometheus' own client find every family in both, with equal samples."""
     bundled.post("/predict/diabetes", json=ROWS)
     text, openmetrics = bundled.get("/metrics"), bundled.get("/metrics", headers=OPENMETRICS)
@@ -41,7 +41,7 @@ def test_both_formats_say_the_same(bundled: Server):
     assert samples[0] == samples[1]
 
 
-def test_a_sampled_trace_becomes_an_exemplar(bundled: Server):
+def test_a_sampled_trace_becomes_an_exemplar(bundled: Server) -> None:
     """The bucket that counted the request shows its trace id; OpenMetrics only."""
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
@@ -74,7 +74,7 @@ def test_a_sampled_trace_becomes_an_exemplar(bundled: Server):
         '00-4bf92f3577b34da6a3ce929d0e0e473"-00f067aa0ba902b7-01',
     ],
 )
-def test_what_is_no_sampled_trace_is_no_exemplar(value: str, bundled: Server):
+def test_what_is_no_sampled_trace_is_no_exemplar(value: str, bundled: Server) -> None:
     """Nor is a request refused for a `traceparent` that makes no sense."""
     assert bundled.post("/predict/diabetes", json=ROWS, headers={"traceparent": value}).is_success
     assert "4bf92f3577b34da6a3ce929d0e0e473" not in bundled.get("/metrics", headers=OPENMETRICS).text.replace(
@@ -82,7 +82,7 @@ def test_what_is_no_sampled_trace_is_no_exemplar(value: str, bundled: Server):
     )
 
 
-def test_a_version_is_counted_from_its_first_moment(bundled: Server):
+def test_a_version_is_counted_from_its_first_moment(bundled: Server) -> None:
     """Before any request, its series are there at 0: a rate would miss the first of one that is not."""
     families = list(parse_text(bundled.get("/metrics").text))
     values = {
@@ -96,12 +96,12 @@ def test_a_version_is_counted_from_its_first_moment(bundled: Server):
     assert ("inferpool_batches_total", None) in values
 
 
-labels = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+labels = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 durations = st.floats(0, 100)
 
 
 @given(model=labels, amounts=st.lists(durations, max_size=30), count=st.integers(0, 10**12))
-def test_what_is_written_is_read_back(model: str, amounts: list[float], count: int):
+def test_what_is_written_is_read_back(model: str, amounts: list[float], count: int) -> None:
     """Whatever a model is called and whatever was measured, a parser reads it back."""
     metrics = Metrics({"version": model})
     distribution = metrics.distribution("request_duration_seconds", model, "1")

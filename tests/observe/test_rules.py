@@ -22,17 +22,17 @@ def promtool(*arguments: str | Path) -> None:
 
 
 @needs_prometheus
-def test_the_configuration_and_the_rules_are_valid():
+def test_the_configuration_and_the_rules_are_valid() -> None:
     promtool("check", "config", "prometheus.yml")
     promtool("check", "rules", "--lint=all", "--lint-fatal", "rules.yml")
 
 
 @needs_prometheus
-def test_the_rules_say_what_their_cases_expect():
+def test_the_rules_say_what_their_cases_expect() -> None:
     promtool("test", "rules", CASES)
 
 
-def test_every_alert_has_a_case_in_which_it_fires():
+def test_every_alert_has_a_case_in_which_it_fires() -> None:
     """No alert is left out of the cases."""
     fired = {
         case["alertname"]

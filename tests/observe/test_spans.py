@@ -85,7 +85,7 @@ def attributes(span: Span) -> dict[str, Any]:
 
 def test_a_request_becomes_a_span_with_a_child_for_each_phase(
     serve: Serve, make_chaos: MakeChaos, collector: Collector
-):
+) -> None:
     """It is the child of the caller's span; its phases follow one another and fill it."""
     server = serve(make_chaos("m", run_ms=20), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
     headers = {**SAMPLED, "X-Request-Id": "mine"}
@@ -120,7 +120,7 @@ def test_a_request_becomes_a_span_with_a_child_for_each_phase(
 
 def test_a_trace_begins_with_a_request_that_brings_none(
     serve: Serve, make_chaos: MakeChaos, collector: Collector
-):
+) -> None:
     """The log line has its id, and each request is a trace of its own; one whose caller does not want
     it sampled is not."""
     server = serve(make_chaos("m"), "--access-log", OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
@@ -135,7 +135,7 @@ def test_a_trace_begins_with_a_request_that_brings_none(
     assert len(collector.spans()) == 15
 
 
-def test_failures_are_errors(serve: Serve, make_chaos: MakeChaos, collector: Collector):
+def test_failures_are_errors(serve: Serve, make_chaos: MakeChaos, collector: Collector) -> None:
     """A 5xx is an error with its code; a 4xx is the caller's, and has no phases after the first."""
     server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
     server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
@@ -166,7 +166,7 @@ def test_what_is_not_sampled_is_not_sent(
     serve: Serve,
     make_chaos: MakeChaos,
     collector: Collector,
-):
+) -> None:
     """OpenTelemetry's own variables say what is sent."""
     server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, **environ)
     assert server.post("/predict/m", json=ROWS, headers=headers).status_code == 200
@@ -174,7 +174,7 @@ def test_what_is_not_sampled_is_not_sent(
     assert collector.spans() == []
 
 
-def test_a_collector_that_is_gone_costs_no_request(serve: Serve, make_chaos: MakeChaos):
+def test_a_collector_that_is_gone_costs_no_request(serve: Serve, make_chaos: MakeChaos) -> None:
     """Requests are answered, and the server ends in time."""
     nobody = "http://127.0.0.1:9"
     server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=nobody, OTEL_BSP_SCHEDULE_DELAY="50")
@@ -194,7 +194,7 @@ def test_a_collector_that_is_gone_costs_no_request(serve: Serve, make_chaos: Mak
 )
 def test_spans_that_cannot_be_sent_are_an_error_at_the_start(
     environ: dict[str, str], message: str, tmp_path: Path
-):
+) -> None:
     """A server that was told to send spans does not run without them in silence."""
     if not environ:
         (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.sdk'] = None\n")

@@ -17,7 +17,7 @@ FRAMEWORKS = (
     "huggingface", "lightgbm", "onnx", "paddle", "pmml", "pytorch", "sklearn", "tensorflow", "triton",
     "xgboost",
 )  # fmt: skip
-LEFT_OUT = {
+LEFT_OUT: dict[str, list[tuple[str, ...]]] = {
     "ClusterServingRuntime": [("spec", "workerSpec")],
     "InferenceService": [
         ("spec", "canary"),
@@ -42,9 +42,10 @@ def strict(schema: Any) -> Any:
     }
     if schema.get("x-kubernetes-int-or-string"):
         made.pop("type", None)
-    if isinstance(made.get("pattern"), str):
+    pattern = made.get("pattern")
+    if isinstance(pattern, str):
         # Go takes flags anywhere, Python at the front.
-        made["pattern"] = made["pattern"].replace("^(?i)", "(?i)^")
+        made["pattern"] = pattern.replace("^(?i)", "(?i)^")
     if "properties" in made and not schema.get("x-kubernetes-preserve-unknown-fields"):
         made.setdefault("additionalProperties", False)
     return made
