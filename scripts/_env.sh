@@ -108,7 +108,6 @@ install_benchmark_packages() {
   local key
   key="$(packages_key test)"
   if is_installed test "$key"; then return; fi
-  "$SERVE_VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$SERVE_VENV/bin/python" -m ensurepip >/dev/null
   say "Installing the packages of the benchmarks into $SERVE_VENV; this takes minutes ..."
   "$SERVE_VENV/bin/python" -m pip install --quiet --disable-pip-version-check "inferpool[test]"
   mark_installed test "$key"
@@ -161,7 +160,8 @@ install_packages() {
     fi
   done
   rm -f "$SERVE_VENV"/installed/onnxruntime*
-  run_uv pip install --python "$SERVE_VENV/bin/python" "${flags[@]}" --requirement "$REPO/pyproject.toml"
+  # pip is for the people who add packages: messages of the server name commands with it.
+  run_uv pip install --python "$SERVE_VENV/bin/python" "${flags[@]}" --requirement "$REPO/pyproject.toml" pip
   mark_installed "onnxruntime$([[ " $* " != *" gpu "* ]] || echo -gpu)" "$key"
   mark_installed packages "$key"
   say "The packages are installed after $((SECONDS - started)) s."
