@@ -59,8 +59,13 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
     return server.exit_status
 
 
-def load_all(path: Path, settings: Settings) -> Catalog:
-    """Load every model in `path` without serving; raises ConfigError if there is nothing to load."""
-    repository = Repository(path, settings, ResultDispatcher(), Metrics({}), time.monotonic)
+def load_all(path: Path, settings: Settings, *, remeasure: bool = False) -> Catalog:
+    """Load every model in `path` without serving; raises ConfigError if there is nothing to load.
+
+    `remeasure` measures every model again, whatever the cache holds.
+    """
+    repository = Repository(
+        path, settings, ResultDispatcher(), Metrics({}), time.monotonic, remeasure=remeasure
+    )
     repository.load_now()
     return repository

@@ -8,14 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from inferpool import __version__
 from inferpool.errors import InferpoolError
 from inferpool.release.build import find_script, find_scripts, run_script
-from inferpool.repository.catalog import Catalog
+from inferpool.repository.catalog import Catalog, LiveView, VersionView
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
-from inferpool.settings import ENV_PREFIX, add_flags, read_settings
-from inferpool.tensors import shape_text
+from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, Settings, add_flags, read_settings
+from inferpool.tensors import Signature, shape_text
 
 _EPILOG = f"""\
 Flags override {ENV_PREFIX}* variables, variables override the file of --config, the file overrides defaults.
@@ -23,11 +24,12 @@ Flags override {ENV_PREFIX}* variables, variables override the file of --config,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. The exit status is 0, 1 if the command fails, 2 if its arguments are wrong."""
+    """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
     parser = _parser()
     flags = vars(parser.parse_args(arguments))
     command, path, config = flags.pop("command"), flags.pop("repository"), flags.pop("config", None)
     name, options = flags.pop("name", None), flags.pop("options", ())
+    remeasure = flags.pop("remeasure", False)
     try:
         config = config or os.environ.get(ENV_PREFIX + "CONFIG")
         settings = read_settings(flags, os.environ, Path(config) if config else None)
@@ -37,17 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "build":
             return _build(path, name, options)
-        # Imported late, so that --help and wrong arguments are answered at once.
+        # Imported late, so that --help and mistakes answer at once.
         from inferpool import app
         from inferpool.observe import logs
 
         if command == "check":
-            # The printed report replaces the log, unless the user asked for a log level.
-            logs.configure_logs(flags.get("log_level", "error"), "console")
-            return _print_check(app.load_all(path, settings), _unbuilt(path))
+            # The output has everything that is logged below a warning, unless the user asks for the log.
+            logs.configure_logs(settings.log_level, "console")
+            return _print_check(app.load_all(path, settings, remeasure=remeasure), _unbuilt(path))
         return app.serve(path, settings, logs.configure_logs(settings.log_level, settings.log_format))
     except BrokenPipeError:
-        # The reader of the output has closed it. Python must not report that when it ends.
+        # The reader of the output has closed it. Python must not complain about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except InferpoolError as error:
@@ -63,31 +65,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"inferpool {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary, description in (
-        (
-            "serve",
-            "serve a folder of models",
-            "Serve the models in REPOSITORY: a folder of models, one model's folder, or a model file.",
-        ),
-        (
-            "check",
-            "load every model, say what it takes and how it batches, and stop",
-            "Load everything in REPOSITORY and print each version's signature and batching. "
-            "Exits with 1 if a version cannot be served, and says why.",
-        ),
-    ):
-        command = commands.add_parser(
-            name, help=summary, description=description, epilog=_EPILOG, allow_abbrev=False
-        )
-        command.add_argument("repository", type=Path, metavar="REPOSITORY", help="path of the models")
-        command.add_argument("--config", metavar="FILE", help=f"TOML file with settings [{ENV_PREFIX}CONFIG]")
-        add_flags(command)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a folder of models",
+        description="Serve the models in REPOSITORY: a folder of models, a model's folder, or a model file.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    _add_repository(serve)
+    add_flags(serve)
+    check = commands.add_parser(
+        "check",
+        help="load every model, print its inputs, outputs and batching, and stop",
+        description="Load everything in REPOSITORY and print each version's signature and batching. If"
+        " batching is off, print what to change. Exits with 1 if a version cannot be served, and says why.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    _add_repository(check)
+    check.add_argument(
+        "--remeasure", action="store_true", help="measure every model again, whatever the cache holds"
+    )
+    check.add_argument(
+        "--log-level",
+        choices=get_args(Settings.model_fields["log_level"].annotation),
+        default="warning",
+        help="least severe level that is logged (default: warning)",
+    )
+    add_flags(check, CHECK_SETTINGS)
     build = commands.add_parser(
         "build",
         help="run a model's build script",
-        description="Run the script that builds the model NAME. If a package of the script is not installed, "
-        "uv runs the script in an environment with its packages. Without NAME, list the models that have a "
-        "build script.",
+        description="Run the script that builds the model NAME. If a package of the script is not installed"
+        " here, uv runs the script in an environment with its packages. Without NAME, list the models that"
+        " have a script.",
         usage="inferpool build [-h] [--repository FOLDER] [NAME [OPTIONS ...]]",
         allow_abbrev=False,
     )
@@ -100,9 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("name", nargs="?", metavar="NAME", help="the model's folder in the repository")
     build.add_argument(
-        "options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="go to the script; --help lists its own"
+        "options",
+        nargs=argparse.REMAINDER,
+        metavar="OPTIONS",
+        help="options of the script (see NAME --help)",
     )
     return parser
+
+
+def _add_repository(command: argparse.ArgumentParser) -> None:
+    command.add_argument("repository", type=Path, metavar="REPOSITORY", help="path of the models")
+    command.add_argument("--config", metavar="FILE", help=f"TOML file with settings [{ENV_PREFIX}CONFIG]")
 
 
 def _build(repository: Path, name: str | None, options: Sequence[str]) -> int:
@@ -122,36 +141,47 @@ def _unbuilt(path: Path) -> list[Path]:
 
 
 def _print_check(catalog: Catalog, unbuilt: Sequence[Path]) -> int:
-    """Say of each version what it takes and how it batches; 1 if one has failed."""
-    failed = 0
-    for model in catalog.models().values():
-        for number, view in sorted(model.versions.items()):
-            names = f" ({', '.join(view.labels)})" if view.labels else ""
-            print(f"{model.name}/{number}{names}: {view.state}")
-            if view.signature is None:
-                failed += 1
-                print(f"  {view.reason}")
-                continue
-            for kind, specs in (("input", view.signature.inputs), ("output", view.signature.outputs)):
-                for spec in specs:
-                    left_out = " optional" if spec.optional else ""
-                    if spec.name == view.signature.substitute_input and kind == "input":
-                        left_out = " in place of every other input"
-                    print(f"  {kind:<8} {spec.name}: {spec.datatype} {shape_text(spec.shape)}{left_out}")
-            batching = view.batching
-            extent = f"up to {batching.max_rows} rows" if batching.enabled else "off"
-            print(f"  batching {extent}: {batching.reason}")
-            live = catalog.live(view.key)
-            count = _counted(len(live.instances), "instance"), _counted(view.threads, "thread")
-            print(f"  runs     {count[0]} of {count[1]} by {view.backend}")
-            for line in live.latency:
-                print(f"           {line.rows:5.0f} rows in {1000 * line.seconds:9.3f} ms")
+    """Print each version's signature and batching; returns 1 if a version has failed."""
+    models = catalog.models().values()
+    views = [view for model in models for _, view in sorted(model.versions.items())]
+    for view in views:
+        names = f" ({', '.join(view.labels)})" if view.labels else ""
+        print(f"{view.key.model}/{view.key.version}{names}: {view.state}")
+        if view.signature is None:
+            print(f"  {view.reason}")
+        else:
+            _print_signature(view.signature)
+            _print_batching(view)
+            _print_runs(view, catalog.live(view.key))
     for folder in unbuilt:
         print(f"{folder.name}: not built yet; {build_command(folder)}")
-    print(
-        f"{failed} of {sum(len(model.versions) for model in catalog.models().values())} versions have failed"
-    )
+    failed = sum(view.signature is None for view in views)
+    print(f"{failed} of {len(views)} versions have failed")
     return 1 if failed else 0
+
+
+def _print_signature(signature: Signature) -> None:
+    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        for spec in specs:
+            note = " optional" if spec.optional else ""
+            if spec.name == signature.substitute_input and kind == "input":
+                note = " in place of every other input"
+            print(f"  {kind:<8} {spec.name}: {spec.datatype} {shape_text(spec.shape)}{note}")
+
+
+def _print_batching(view: VersionView) -> None:
+    batching = view.batching
+    extent = f"up to {batching.max_rows} rows" if batching.enabled else "off"
+    print(f"  batching {extent}: {batching.reason}")
+    if batching.remedy is not None:
+        print(f"  change   {batching.remedy}")
+
+
+def _print_runs(view: VersionView, live: LiveView) -> None:
+    instances, threads = _counted(len(live.instances), "instance"), _counted(view.threads, "thread")
+    print(f"  runs     {instances} of {threads} by {view.backend}")
+    for line in live.latency:
+        print(f"           {line.rows:5.0f} rows in {1000 * line.seconds:9.3f} ms")
 
 
 def _counted(count: int, noun: str) -> str:

@@ -10,9 +10,9 @@ import argparse
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -101,9 +101,14 @@ _NOT_SETTINGS = ("CONFIG", "COMPILED")
 _SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT)(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)$")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per setting to `parser`; the help has the default and the variable."""
-    for name, info in Settings.model_fields.items():
+CHECK_SETTINGS: Final = ("threads", "devices", "measure_ms", "cache_dir", "trust")
+"""The settings that `inferpool check` depends on; all others are about serving."""
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(Settings.model_fields)) -> None:
+    """Add one flag to `parser` for each setting in `names`; the help has the default and the variable."""
+    for name in names:
+        info = Settings.model_fields[name]
         default = _default_text(info.default)
         text = f"{info.description} [{ENV_PREFIX}{name.upper()}; default: {default}]"
         flag = "--" + name.replace("_", "-")

@@ -1,8 +1,9 @@
-"""A folder with good and bad models: the bad are failed with a reason, the good serve."""
+"""A folder of good and bad models: a bad model fails with a reason, and the good models serve."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,22 @@ def test_versions_and_labels_choose_who_answers(serve: Serve, make_chaos: MakeCh
     assert answers == {"m": "1", "m/1": "1", "m/stable": "1", "m/3": "3", "m/canary": "3", "m/2": None}
     assert server.post("/predict/m", json={**body, "version": "canary"}).json()["version"] == "3"
     assert server.post("/predict/m", json={**body, "version": 3}).json()["version"] == "3"
+
+
+def test_a_stale_label_fails_and_its_model_serves(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", "[versions]\nlabels = { stable = 1, canary = 3 }\n"))
+    fault = (
+        'm/model.toml: versions.labels: "canary" names version 3, which is not served; correct the label or'
+        " remove it (served: 1)"
+    )
+    server.wait_for(re.escape(fault))
+    health = server.get("/health").json()
+    assert health == {"status": "degraded", "ready": True, "problems": {"m": fault}}
+    body = {"inputs": [[1, 2, 3, 4]]}
+    assert server.post("/predict/m/stable", json=body).json()["version"] == "1"
+    missing = server.post("/predict/m/canary", json=body)
+    assert (missing.status_code, missing.json()["code"]) == (404, "version_not_found")
+    assert server.get("/models/m/1").json()["labels"] == ["stable"]
 
 
 def test_the_newest_version_that_is_ready_answers(serve: Serve, make_chaos: MakeChaos) -> None:

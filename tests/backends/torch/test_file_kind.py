@@ -37,7 +37,8 @@ def test_a_file_is_refused_before_anything_of_it_runs_and_the_refusal_says_what_
     tmp_path: Path,
 ) -> None:
     sign = tmp_path / "it ran"
-    file = tmp_path / "model.pt2"
+    file = tmp_path / "1" / "model.pt2"
+    file.parent.mkdir()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("model/models/model.json", "{}")
         archive.writestr("model/data/sample_inputs/model.pt", pickle.dumps(Evil(sign)))

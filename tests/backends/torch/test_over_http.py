@@ -264,6 +264,29 @@ def test_a_file_is_served_when_it_is_trusted_by_its_digest(serve: Serve, tmp_pat
     assert view(serve(tmp_path), "unlisted")["state"] == "ready", "what the refusal said to write"
 
 
+def test_the_line_of_a_refusal_trusts_every_version(serve: Serve, tmp_path: Path) -> None:
+    """Pasting the line of either refusal is enough: model.toml may have the key only once."""
+    files = [
+        save_exported(tmp_path / "m" / version / "model.pt2", nn.Linear(4, 2), torch.rand(2, 4))
+        for version in ("1", "2")
+    ]
+    server = serve(tmp_path)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    line = f'sha256 = ["{digests[0]}", "{digests[1]}"]'
+    for version in ("1", "2"):
+        reason = server.get(f"/models/m/{version}").json()["reason"]
+        assert f"write {line} at the top of model.toml (it trusts 1/model.pt2, 2/model.pt2)" in reason
+    (tmp_path / "m" / "model.toml").write_text(f'sha256 = ["{digests[0]}"]\n')
+    server.stop()
+    listed = serve(tmp_path)
+    assert listed.get("/models/m/1").json()["state"] == "ready"
+    assert f"replace the line sha256 by {line}" in listed.get("/models/m/2").json()["reason"]
+    (tmp_path / "m" / "model.toml").write_text(f"{line}\n")
+    listed.stop()
+    both = serve(tmp_path)
+    assert [both.get(f"/models/m/{version}").json()["state"] for version in ("1", "2")] == ["ready"] * 2
+
+
 def test_a_server_without_pytorch_serves_the_rest(serve: Serve, tmp_path: Path) -> None:
     blind = tmp_path / "blind"
     blind.mkdir()

@@ -6,7 +6,6 @@ because the import takes seconds and hundreds of megabytes.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 from inferpool.backends.base import Backend, LoadedModel, LoadOptions
 from inferpool.backends.torch.file_kind import Kind, kind_of
 from inferpool.backends.torch.process_env import prepare
+from inferpool.backends.torch.trust import check_trust
 from inferpool.errors import LoadError, Reason
 from inferpool.system.gpus import CPU, gpu_support
 from inferpool.system.install_hints import install_command
@@ -75,25 +75,6 @@ class PyTorchBackend(Backend):
             return f"torch {version('torch')}"
         except PackageNotFoundError as error:
             raise LoadError(f"PyTorch is not installed: run {install_command('torch')}") from error
-
-
-def check_trust(file: Path, options: LoadOptions) -> None:
-    """Raise LoadError, which says what to write in `model.toml`, unless `options` trust `file`.
-
-    Only the file's digest is computed; none of its code runs.
-    """
-    if options.trusted:
-        return
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest in options.sha256:
-        return
-    listed = "; the digests in model.toml belong to other files" if options.sha256 else ""
-    raise LoadError(
-        f"{file.name} can run its own code while it is loaded, and is not trusted{listed}."
-        f' If you know who made the file, write sha256 = ["{digest}"] at the top of model.toml; or serve with'
-        " --trust (INFERPOOL_TRUST=true), which trusts every such file"
-    )
 
 
 def _import(module: str) -> Any:

@@ -27,6 +27,9 @@ _UTF8: Final = frozenset(("utf-8", "utf8", "us-ascii", "ascii"))
 MEANT_AS_JSON: Final = frozenset(("", JSON, "application/x-www-form-urlencoded", "application/octet-stream"))
 """Media types that are read as JSON, including those that curl and browsers send by default."""
 
+_SYNONYMS: Final = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg"}
+"""Media types that are not registered, and that clients send all the same."""
+
 
 def open_body(head: RequestHead, data: bytes, max_bytes: int) -> Body:
     """Open a body and parse as much of it as possible without the model.
@@ -88,6 +91,7 @@ class _FileBody(Body):
         if kind == NPZ:
             arrays = decode_npz(self._data, self._max_bytes)
             return {name: cast_to(find_input(served.signature, name), arrays[name]) for name in arrays}
+        kind = _SYNONYMS.get(kind, kind)
         image, text = served.view.image, served.view.text
         if kind == FORM:
             return read_form(
