@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT, MakeChaos, Serve
 from tests.onnx_models import write_identity
@@ -51,6 +52,16 @@ def test_a_form_may_hold_a_picture(bundled: Server, field: str) -> None:
     assert answer.json()["predictions"] == alone.json()["predictions"]
     two = bundled.post("/predict/digits", files=[(field, PICTURE), (field, PICTURE)])
     assert two.json()["code"] == "invalid_input"
+
+
+def test_the_unregistered_name_of_jpeg_is_taken_too(bundled: Server) -> None:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(PICTURE)).convert("L").save(file, "JPEG")
+    answers = [
+        bundled.post("/predict/digits", content=file.getvalue(), headers={"content-type": kind}).json()
+        for kind in ("image/jpeg", "image/jpg")
+    ]
+    assert answers[0]["predictions"] == answers[1]["predictions"]
 
 
 @pytest.mark.parametrize(
