@@ -179,6 +179,18 @@ def commands() -> str:
     return "\n\n".join(parts)
 
 
+def scripts() -> str:
+    """Every script: the first sentence of the comment at its top."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for file in sorted((DOCS.parent / "scripts").iterdir()):
+            if file.is_file() and not file.name.startswith("_"):
+                comment = file.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
+                yield code(f"scripts/{file.name}"), comment
+
+    return table(("script", "job"), rows())
+
+
 def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, by its name."""
     for action in parser._actions:
@@ -201,6 +213,7 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
     "metrics": metrics,
     "alerts": alerts,
     "commands": commands,
+    "scripts": scripts,
 }
 
 

@@ -108,14 +108,6 @@ def test_the_table_of_extras_is_the_project_s() -> None:
     assert {row[0].strip("`") for row in rows} == set(project["optional-dependencies"])
 
 
-def test_the_table_of_scripts_is_the_folder() -> None:
-    rows = pages.table(ROOT / "docs" / "reference" / "cli.md", "script")
-    scripts = {
-        f"scripts/{file.name}" for file in (ROOT / "scripts").iterdir() if not file.name.startswith("_")
-    }
-    assert {row[0].strip("`") for row in rows} == scripts
-
-
 def test_the_table_of_models_is_the_folder() -> None:
     rows = pages.table(ROOT / "docs" / "models.md", "folder")
     named = {match[1] for row in rows if (match := re.match(r"\[(.+)\]", row[0]))}
