@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from inferpool.backends.base import DeviceModel, GpuOptions, LoadOptions
 from inferpool.backends.registry import find_backend
 from inferpool.cli import main as serve
-from inferpool.codecs.image import ImageCodec, ImageConfig
+from inferpool.codecs.image import ImageCodec
+from inferpool.codecs.image_config import ImageConfig
 from inferpool.pixel_table import Normalisation
 
 from benchmarks.gpu import machine

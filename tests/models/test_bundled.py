@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from inferpool.codecs.image import ImageCodec, ImageConfig
+from inferpool.codecs.image import ImageCodec
+from inferpool.codecs.image_config import ImageConfig
 from inferpool.codecs.labels import LabelsCodec, LabelsConfig, read_labels
 from inferpool.tensors import ANY, Array, Signature, TensorSpec
 

@@ -1,11 +1,12 @@
-"""Picture files taken apart: which format, how large, which way up, and the pixels alone.
+"""Reads picture files without decoding them: format, size, orientation, and the pixels without metadata.
 
-Pillow is given only what it needs to decode the first frame. Text, profiles, EXIF and animation stay
-outside: they are where its parsers warn, unpack a second time, or trust an offset, and the one thing in them
-that matters, the orientation, is a single tag. Nothing is decoded here, so the size can be judged first.
+Pillow gets only the bytes that it needs to decode the first frame. Its parsers of text, profiles, EXIF and
+animation warn, decompress again or trust offsets, so these parts are removed. The only important one, the
+orientation, is a single tag, which is read here. Nothing is decoded here, so a picture can be refused by
+its size first.
 
 Sources: PNG, W3C Recommendation (third edition), section 5; JPEG, ITU-T T.81, annex B; WebP, RFC 9649,
-section 2; Exif 3.0 (CIPA DC-008), section 4.6, whose structure is TIFF 6.0's.
+section 2; Exif 3.0 (CIPA DC-008), section 4.6, which uses the structure of TIFF 6.0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final, Literal
 from inferpool.errors import BodyTooLarge, MalformedBody, RequestError, UnsupportedMediaType
 
 MEDIA_TYPES: Final = ("image/png", "image/jpeg", "image/webp")
-"""The formats that `open_container` knows."""
+"""The formats that `open_container` takes."""
 
 OTHER_FORMATS: Final = (
     (0, b"GIF8", "GIF"),
@@ -36,7 +37,7 @@ OTHER_FORMATS: Final = (
     (4, b"ftyphei", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
 )
-"""What is known of other pictures: at which byte, which bytes, and their name."""
+"""Signatures of other picture formats: offset, bytes, and the name of the format."""
 
 PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
@@ -49,11 +50,11 @@ SOF: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SOS: Final = 0xDA
 APP1: Final = 0xE1
 JPEG_METADATA: Final = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
-"""APP1 to APP15 and comments, but for APP14: Adobe's says how the colours are stored. APP0 is JFIF's."""
+"""APP1 to APP15 and comments, except APP14, which says how the colours are stored. APP0 is JFIF's."""
 MAX_SCANS: Final = 100
-"""A progressive JPEG needs about ten. Each passes over the whole picture, however few bytes it has itself."""
+"""A progressive JPEG needs about ten. Even a short scan makes the decoder pass over the whole picture."""
 JPEG_BARE_MARKERS: Final = frozenset({0x01, *range(0xD0, 0xD8)})
-"""Markers that no length follows."""
+"""The markers that are not followed by a length."""
 
 ORIENTATION: Final = 0x0112
 INTEGER_FORMATS: Final = {3: "H", 4: "I"}
@@ -65,10 +66,11 @@ class Container:
 
     Attributes:
         media_type: one of `MEDIA_TYPES`.
-        width: in pixels, as stored, before `orientation` is applied.
-        height: likewise.
-        orientation: EXIF's, from 1 (as stored) to 8.
-        pixels: the file without its metadata; for WebP, whose metadata Pillow leaves unread, the whole.
+        width: in pixels, before `orientation` is applied.
+        height: in pixels, before `orientation` is applied.
+        orientation: the orientation of EXIF, from 1 (upright) to 8.
+        pixels: the file without its metadata. For WebP it is the complete file, because Pillow does not read
+            the metadata of WebP.
     """
 
     media_type: Literal["image/png", "image/jpeg", "image/webp"]
@@ -79,11 +81,11 @@ class Container:
 
 
 def open_container(body: bytes) -> Container:
-    """Take a picture file apart.
+    """Read the headers of a picture file.
 
-    Raises UnsupportedMediaType if it is of a known format other than PNG, JPEG and WebP; MalformedBody if it
-    is of none, or its headers cannot be followed up to the pixels, or its width or height is 0; BodyTooLarge
-    if it is a JPEG of more than `MAX_SCANS` scans.
+    Raises UnsupportedMediaType for a known format other than PNG, JPEG and WebP. Raises MalformedBody for
+    other bytes, for headers that are damaged or cut short, and for a width or height of 0. Raises
+    BodyTooLarge for a JPEG with more than `MAX_SCANS` scans.
     """
     try:
         if body.startswith(PNG_SIGNATURE):
@@ -107,7 +109,7 @@ def _no_container(body: bytes) -> RequestError:
             return UnsupportedMediaType(
                 f"the picture is {name}; PNG, JPEG and WebP are taken", expected=list(MEDIA_TYPES)
             )
-    return MalformedBody("the body is no picture: it starts as neither PNG, JPEG nor WebP do")
+    return MalformedBody("the body is not a picture: it does not start like PNG, JPEG or WebP")
 
 
 def _open_png(body: bytes) -> Container:
@@ -116,13 +118,13 @@ def _open_png(body: bytes) -> Container:
         raise MalformedBody("the PNG picture does not start with its header chunk")
     view, kept, exif = memoryview(body), [memoryview(PNG_SIGNATURE)], b""
     at = len(PNG_SIGNATURE)
-    # A chunk that is cut short is kept as it is: pixels that end too early are for the decoder to notice.
+    # A chunk that is cut short is kept: the decoder notices that pixels are missing.
     while at + 8 <= len(body):
         length, kind = struct.unpack_from(">I4s", body, at)
         if kind == b"eXIf":
             exif = body[at + 8 : at + 8 + length]
         elif kind == b"tRNS" and (depth, colour) == (16, PNG_RGB):
-            kept.append(memoryview(_clear_colour_in_8_bits(body[at + 8 : at + 8 + length])))
+            kept.append(memoryview(_transparent_colour_in_8_bits(body[at + 8 : at + 8 + length])))
         elif kind in PNG_PIXEL_CHUNKS:
             kept.append(view[at : at + 12 + length])
         if kind == b"IEND":
@@ -131,10 +133,11 @@ def _open_png(body: bytes) -> Container:
     return Container("image/png", width, height, read_orientation(exif), b"".join(kept))
 
 
-def _clear_colour_in_8_bits(colour: bytes) -> bytes:
-    """Return a tRNS chunk whose red, green and blue are the high bytes of `colour`'s.
+def _transparent_colour_in_8_bits(colour: bytes) -> bytes:
+    """Return a tRNS chunk with the high bytes of the red, green and blue of `colour`.
 
-    Pillow keeps the high bytes of 16-bit colours, but would compare them with all 16 bits of the clear one.
+    Pillow keeps the high bytes of 16-bit colours, but would compare them with all 16 bits of the
+    transparent one.
     """
     red, green, blue = (value >> 8 for value in struct.unpack_from(">HHH", colour))
     chunk = struct.pack(">4sHHH", b"tRNS", red, green, blue)
@@ -148,7 +151,7 @@ def _open_jpeg(body: bytes) -> Container:
     while True:
         filler, marker = struct.unpack_from(">BB", body, at)
         if filler != 0xFF:
-            raise MalformedBody(f"the JPEG picture has no marker at byte {at}, where one must be")
+            raise MalformedBody(f"the JPEG picture has no marker at byte {at}, where a marker is needed")
         if marker == 0xFF:
             at += 1
             continue
@@ -168,7 +171,7 @@ def _open_jpeg(body: bytes) -> Container:
             kept.append(view[at:end])
         at = end
     if size is None:
-        raise MalformedBody("the JPEG picture does not say its size")
+        raise MalformedBody("the JPEG picture has no size in its headers")
     scans = body.count(b"\xff\xda", at)
     if scans > MAX_SCANS:
         raise BodyTooLarge(f"the JPEG picture has {scans} scans; at most {MAX_SCANS} are taken")
@@ -189,7 +192,7 @@ def _open_webp(body: bytes) -> Container:
     elif kind == b"VP8 ":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", body, 26))
     else:
-        raise MalformedBody("the WebP picture starts with neither VP8, VP8L nor VP8X")
+        raise MalformedBody("the WebP picture does not start with VP8, VP8L or VP8X")
     return Container("image/webp", width, height, read_orientation(exif), body)
 
 
@@ -204,7 +207,7 @@ def _find_webp_exif(body: bytes) -> bytes:
 
 
 def read_orientation(exif: bytes) -> int:
-    """Return the orientation, 1 to 8, that a block of EXIF gives; 1 where it gives none that makes sense."""
+    """Return the orientation, 1 to 8, in a block of EXIF; 1 if there is none or it is invalid."""
     tiff = exif.removeprefix(EXIF_PREFIX)
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
@@ -220,6 +223,6 @@ def read_orientation(exif: bytes) -> int:
                 (value,) = struct.unpack_from(order + INTEGER_FORMATS[datatype], tiff, entry + 8)
                 return value if 1 <= value <= 8 else 1
     except struct.error:
-        # A broken note about the picture is no reason to refuse the picture.
+        # Damaged EXIF is no reason to refuse a picture.
         return 1
     return 1

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from inferpool.backends.base import CpuNodes
-from inferpool.codecs.image import ImageConfig
+from inferpool.codecs.image_config import ImageConfig
 from inferpool.codecs.labels import LabelsConfig
 from inferpool.codecs.text import TextConfig
 from inferpool.errors import ConfigError

@@ -123,7 +123,7 @@ class ServedVersion:
         )
 
         self._token_axes = _token_axes(view)
-        self._pixels = None if view.image is None else view.image.left
+        self._pixels = None if view.image is None else view.image.pixel_spec
         self._sent = self.signature if self._pixels is None else _sent(self.signature, self._pixels)
 
     def sent(self, tensors: Tensors) -> Signature:

@@ -138,7 +138,7 @@ class Loader:
             else:
                 padding = self._prepare_gpus(copies, model, source, devices, options, plan, content, padding)
             if image is not None and copies.takes_pixels:
-                image = image.leaving_pixels()
+                image = image.without_normalisation()
             for loaded in dict(copies.models).values():
                 check_samples(samples, loaded)
             pool = self._pool(key, config, plan, padding, copies)

@@ -22,7 +22,8 @@ from inferpool.backends.onnx.gpu.normaliser import Normaliser
 from inferpool.backends.onnx.signature import read_signature
 from inferpool.backends.torch.gpu.device_model import TorchDeviceModel
 from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, StartedModel, to_tensor
-from inferpool.codecs.image import ImageCodec, ImageConfig
+from inferpool.codecs.image import ImageCodec
+from inferpool.codecs.image_config import ImageConfig
 from inferpool.errors import OutOfMemory, Verdict
 from inferpool.pixel_table import Normalisation
 from inferpool.pool.buckets import BatchBuckets
@@ -74,7 +75,7 @@ def picture(seed: int) -> bytes:
 def both(made: ImageCodec, seeds: Sequence[int]) -> tuple[Array, Array]:
     """Pictures as pixels, and as the codec itself normalises them."""
     files = [picture(seed) for seed in seeds]
-    leaving = made.leaving_pixels()
+    leaving = made.without_normalisation()
     pixels, rows = (np.concatenate([one.decode(file)["x"] for file in files]) for one in (leaving, made))
     return pixels, rows
 

@@ -311,7 +311,7 @@ def test_a_card_that_cannot_normalise_is_given_numbers(load: Load) -> None:
     assert view.gpu.pixels == (
         "normalised on the CPU: cuda:3 has no memory for the model: CUDA failure 2: out of memory"
     )
-    assert view.image.left is None
+    assert view.image.pixel_spec is None
     rows = pictures(3)[1]
     assert ask(repository, rows).tolist() == (rows * rows).tolist()
 

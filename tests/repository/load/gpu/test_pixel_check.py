@@ -91,7 +91,7 @@ def test_on_gpus_pixels_are_left_to_every_instance(load: Load) -> None:
     """Each has run them on every size; the copies that it was measured with have not been asked to."""
     repository = load()
     assert view(repository).gpu.pixels == "normalised on cuda:0, cuda:1"
-    assert view(repository).image.left.datatype == "UINT8"
+    assert view(repository).image.pixel_spec.datatype == "UINT8"
     serving = [model for model in FakeBackend.loaded if not model.closed]
     assert [model.pixels for model in serving] == [31 + 15 + 7 + 3 + 1 + 1] * 4
     assert {model.options.gpu.normalisation for model in FakeBackend.loaded if model.closed} == {None}
@@ -111,14 +111,14 @@ def test_what_cannot_normalise_gets_numbers_and_the_reason_is_shown(
 ) -> None:
     FakeBackend.pictures = pictures
     repository = load()
-    assert view(repository).image.left is None
+    assert view(repository).image.pixel_spec is None
     assert re.fullmatch(f"normalised on the CPU: {reason}", view(repository).gpu.pixels)
     assert ask(repository, picture(0, 50, 100, 255)) == expected(numbers(0, 50, 100, 255))[0]
 
 
 def test_on_the_cpu_nothing_is_left(load: Load) -> None:
     repository = load(devices=("cpu",))
-    assert view(repository).image.left is None
+    assert view(repository).image.pixel_spec is None
     assert {model.options.gpu.normalisation for model in FakeBackend.loaded} == {None}
     assert ask(repository, picture(1, 2, 3, 4)) == expected(numbers(1, 2, 3, 4))[0]
 
