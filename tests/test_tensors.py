@@ -24,13 +24,13 @@ MANY = Signature(
 )
 
 
-def test_a_name_is_quoted_and_cut_off_where_it_is_long() -> None:
+def test_a_name_is_quoted_and_shortened() -> None:
     assert name_text("scores/0:x") == '"scores/0:x"'
     assert name_text("n" * 100) == f'"{"n" * 100}"'
     assert name_text("n" * 101) == f'"{"n" * 100}…"'
 
 
-def test_names_are_listed_and_the_many_are_counted() -> None:
+def test_long_lists_of_names_end_with_a_count() -> None:
     assert names_text(()) == "none"
     assert names_text(["a"]) == '"a"'
     assert names_text({"a": 1, "b": 2}) == '"a", "b"'
@@ -45,7 +45,7 @@ def test_an_error_about_inputs_is_short(given: dict[str, np.ndarray]) -> None:
     assert "and 968 more" in refused.value.detail
 
 
-def test_an_error_repeats_little_of_what_the_client_called_a_tensor() -> None:
+def test_an_error_repeats_only_the_start_of_a_long_name() -> None:
     small = Signature((TensorSpec("x", "FP32", ()),), (TensorSpec("y", "FP32", ()),))
     with pytest.raises(InvalidInput) as refused:
         check_outputs(small, (LONG,))
@@ -54,6 +54,6 @@ def test_an_error_repeats_little_of_what_the_client_called_a_tensor() -> None:
         assert len(str(error.members)) < 200
 
 
-def test_an_output_that_is_no_tensor_has_no_dtype() -> None:
+def test_an_output_that_is_not_a_tensor_has_no_dtype() -> None:
     with pytest.raises(KeyError):
         _ = TensorSpec("scores", JSON, None).dtype

@@ -45,20 +45,20 @@ def test_every_file_of_the_page_comes_from_the_server(bundled: Server) -> None:
     assert bundled.get("/" + document).json()["info"]["title"] == "Inferpool"
 
 
-def test_the_style_sheet_loads_nothing_more(bundled: Server) -> None:
+def test_the_style_sheet_loads_no_other_file(bundled: Server) -> None:
     style = bundled.get("/docs/files/swagger-ui.css").text
     assert "@import" not in style
     assert set(re.findall(r"url\([\"']?(\w+:?)", style)) == {"data:"}
 
 
 @pytest.mark.parametrize("path", ["nothing.js", "../core.py", "%2e%2e/core.py", ""])
-def test_nothing_else_is_there(bundled: Server, path: str) -> None:
+def test_other_files_are_not_found(bundled: Server, path: str) -> None:
     answer = bundled.get(f"/docs/files/{path}")
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium: apt-get install chromium")
-def test_a_browser_that_reaches_no_other_host_shows_the_routes(bundled: Server, tmp_path: Path) -> None:
+def test_a_browser_without_other_hosts_shows_the_routes(bundled: Server, tmp_path: Path) -> None:
     command = [
         # Its sandbox cannot be had by root, nor in most containers; the page is our own.
         *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),

@@ -69,7 +69,7 @@ def test_an_error_says_which_tensor_what_came_and_what_was_expected(bundled: Ser
     assert problem["got"] == [1, 9]
 
 
-def test_other_methods_and_paths_are_told_so(bundled: Server) -> None:
+def test_wrong_methods_and_unknown_paths_have_codes(bundled: Server) -> None:
     answer = bundled.get("/predict/diabetes")
     assert code_of(answer) == "method_not_allowed"
     assert answer.headers["allow"] == "POST"
@@ -98,7 +98,7 @@ def test_a_format_that_the_model_does_not_take_is_refused(bundled: Server) -> No
     assert code_of(answer) == "unsupported_media_type"
 
 
-def test_strings_where_numbers_belong_are_called_so(bundled: Server) -> None:
+def test_strings_instead_of_numbers_are_named(bundled: Server) -> None:
     file = io.BytesIO()
     np.save(file, np.array([["a"] * 10]))
     headers = {"content-type": "application/x-npy"}
@@ -108,7 +108,7 @@ def test_strings_where_numbers_belong_are_called_so(bundled: Server) -> None:
     assert answer.json()["got"] == "BYTES"
 
 
-def test_a_timeout_is_told_with_all_its_digits(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_short_timeout_is_not_rounded_to_zero(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=20))
     body = {"inputs": [[1.0] * 4]}
     assert server.post("/predict/m", json=body).status_code == 200
@@ -118,7 +118,7 @@ def test_a_timeout_is_told_with_all_its_digits(serve: Serve, make_chaos: MakeCha
         assert " 0.0 ms" not in answer.json()["detail"]
 
 
-def test_what_is_refused_counts_for_the_model_it_names(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_refused_request_counts_for_the_model_that_it_names(serve: Serve, make_chaos: MakeChaos) -> None:
     """So that an alert sees requests to a model that cannot answer; names of none do not become labels."""
     make_chaos("good")
     server = serve(make_chaos("bad", config="nonsense = 1\n"))
@@ -139,7 +139,7 @@ def test_what_is_refused_counts_for_the_model_it_names(serve: Serve, make_chaos:
     assert "nobody" not in server.get("/metrics").text
 
 
-def test_a_single_model_that_cannot_answer_need_not_be_named_to_count(
+def test_a_refused_request_without_a_model_counts_for_the_only_model(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     server = serve(make_chaos("bad", config="nonsense = 1\n"))

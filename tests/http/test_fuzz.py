@@ -164,8 +164,8 @@ async def ask(port: int, cases: int, seed: int) -> Counter[tuple[str, int]]:
     async def work(client: Client, number: int) -> None:
         chance = random.Random(seed * CLIENTS + number)
         names = list(KINDS)
-        for place in range(cases // CLIENTS):
-            name = names[place % len(names)]
+        for index in range(cases // CLIENTS):
+            name = names[index % len(names)]
             body, headers = faulty(KINDS[name], chance)
             async with asyncio.timeout(HANGS_S):
                 reply = await client.post(KINDS[name].path, body, headers)

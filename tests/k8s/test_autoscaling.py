@@ -163,7 +163,7 @@ CASES: dict[str, tuple[list[dict[str, str]], dict[str, float], dict[str, float]]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_over_series_whose_answer_is_known(
+def test_formulas_over_series_with_known_results(
     case: str, by_pod: Formulas, total: Formulas, tmp_path: Path
 ) -> None:
     parts, shares, waits = CASES[case]
@@ -264,7 +264,7 @@ def every(low: float, high: float) -> Callable[[dict[Labels, float]], bool]:
     return lambda answer: answer.keys() == pods and all(low <= n <= high for n in answer.values())
 
 
-def test_over_real_servers_the_wish_for_pods_follows_the_load(
+def test_the_number_of_pods_follows_the_load_of_real_servers(
     urls: list[str], prometheus: Prometheus, hpa: Manifest, by_pod: Formulas, total: Formulas
 ) -> None:
     busy_by_pod, wait_by_pod = quicker(by_pod["inferpool_busy"]), quicker(by_pod["inferpool_wait_seconds"])

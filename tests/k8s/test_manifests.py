@@ -61,7 +61,7 @@ def test_every_manifest_fits_the_schema_of_its_kind(folder: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "bare")
-def test_the_components_go_together_in_every_way(name: str, way: list[str], tmp_path: Path) -> None:
+def test_the_components_combine_in_every_way(name: str, way: list[str], tmp_path: Path) -> None:
     manifests = render_with(tmp_path / "k8s", name, way)
     for manifest in manifests:
         validate(manifest)
@@ -89,7 +89,7 @@ def _base() -> list[Manifest]:
     return render(MANIFESTS / "base")
 
 
-def test_spans_may_go_where_they_are_sent(tmp_path: Path) -> None:
+def test_the_network_policy_lets_spans_out(tmp_path: Path) -> None:
     """To the collector that the variable names, and to the DNS that knows where it is; nowhere else."""
     manifests = render_with(tmp_path / "k8s", "cpu", ["otel"])
     dns, collector = only(manifests, "NetworkPolicy")["spec"]["egress"]
@@ -115,7 +115,7 @@ def test_spans_may_go_where_they_are_sent(tmp_path: Path) -> None:
         ("kserve/inferenceservice.yaml", ("spec", "predictor", "model", "format")),
     ],
 )
-def test_the_schemas_refuse_what_they_do_not_know(file: str, path: tuple[Any, ...]) -> None:
+def test_the_schemas_refuse_unknown_fields(file: str, path: tuple[Any, ...]) -> None:
     manifest = inner = yaml.safe_load((MANIFESTS / file).read_text())
     validate(manifest)
     for part in path[:-1]:
@@ -145,7 +145,7 @@ def _check_pod(spec: Manifest) -> None:
         assert volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim"}
 
 
-def test_whoever_selects_pods_selects_these(overlay: list[Manifest]) -> None:
+def test_every_selector_matches_the_pods(overlay: list[Manifest]) -> None:
     labels = pod(overlay)["metadata"]["labels"].items()
     assert only(overlay, "Service")["spec"]["selector"].items() <= labels
     assert only(overlay, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"].items() <= labels
@@ -207,7 +207,7 @@ def test_a_server_starts_with_the_containers_variables_and_passes_its_probes(
     assert "inferpool_requests" in server.get(endpoint["path"]).text
 
 
-def test_the_gpu_overlay_asks_for_a_gpu_and_nobody_else_does() -> None:
+def test_only_the_gpu_overlay_asks_for_a_gpu() -> None:
     spec = pod(render(MANIFESTS / "overlays" / "gpu"))["spec"]
     (container,) = spec["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
@@ -237,7 +237,7 @@ def test_the_job_has_the_name_that_the_rules_ask_for(overlay: list[Manifest]) ->
     assert asked == {pod(overlay)["metadata"]["labels"][label]}
 
 
-def test_rules_and_formulas_name_metrics_that_there_are(overlay: list[Manifest]) -> None:
+def test_rules_and_formulas_name_exported_metrics(overlay: list[Manifest]) -> None:
     texts = [
         str(only(overlay, "PrometheusRule")["spec"]["groups"]),
         *(rule["metricsQuery"] for rule in adapter_rules()),

@@ -51,7 +51,7 @@ def test_a_request_leaves_one_line(serve: Serve, make_chaos: MakeChaos) -> None:
     assert 0 <= line["queue_ms"] <= line["total_ms"] - line["compute_ms"]
 
 
-def test_requests_that_fail_leave_lines_too(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_failed_requests_leave_lines_too(serve: Serve, make_chaos: MakeChaos) -> None:
     """The code is that of the answer; what was never known is null."""
     server = serve(make_chaos("m"), "--access-log")
     server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
@@ -79,7 +79,7 @@ def test_requests_that_fail_leave_lines_too(serve: Serve, make_chaos: MakeChaos)
     assert all(line["queue_ms"] is None for line in found[1:])
 
 
-def test_what_did_not_run_to_an_end_has_no_time_in_the_model(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_run_that_did_not_finish_has_no_compute_time(serve: Serve, make_chaos: MakeChaos) -> None:
     """A time that nobody knows is null, not 0."""
     server = serve(make_chaos("m"))
     assert server.post("/predict/m", json={"inputs": [[DIE] * 4]}).status_code == 500
@@ -87,7 +87,7 @@ def test_what_did_not_run_to_an_end_has_no_time_in_the_model(serve: Serve, make_
     assert (line["code"], line["compute_ms"]) == ("model_failed", None)
 
 
-def test_a_client_that_leaves_leaves_a_line(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_client_that_disconnects_leaves_a_line(serve: Serve, make_chaos: MakeChaos) -> None:
     """Status 499, whether its request was complete or not; and one line only."""
     config = "[batching]\nmax_delay_ms = 600000\nmax_rows = 8\n"
     server = serve(make_chaos("slow", config), "--access-log")
@@ -110,7 +110,9 @@ def test_a_client_that_leaves_leaves_a_line(serve: Serve, make_chaos: MakeChaos)
     assert found["sending"]["bytes_in"] == 1
 
 
-def test_without_the_setting_only_defects_are_logged(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_without_the_setting_only_requests_with_status_500_are_logged(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
     """A request that ended with 500 leaves its line in any case, no other does."""
     server = serve(make_chaos("m", run_ms=5))
     server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]})
@@ -155,7 +157,7 @@ def test_no_line_has_a_payload(serve: Serve, make_chaos: MakeChaos) -> None:
     assert "2718" not in json.dumps(server.log)
 
 
-def test_many_lines_are_whole_and_none_is_lost(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_many_requests_leave_as_many_complete_lines(serve: Serve, make_chaos: MakeChaos) -> None:
     """Thousands of requests at once leave as many lines, each with an id of its own."""
     server = serve(make_chaos("m"), "--access-log")
 
@@ -174,7 +176,7 @@ def test_many_lines_are_whole_and_none_is_lost(serve: Serve, make_chaos: MakeCha
     assert not [line for line in server.log if line["level"] == "raw"]
 
 
-def test_lines_for_people(make_chaos: MakeChaos, cache_dir: Path) -> None:
+def test_console_lines(make_chaos: MakeChaos, cache_dir: Path) -> None:
     """On a console a line is text: time, level, what it is, and the fields that have a value."""
     repository = make_chaos("m")
     environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_LOG_FORMAT": "console"}
@@ -237,7 +239,7 @@ async def fill_log(port: int, count: int = 1000) -> None:
     await client.close()
 
 
-def test_a_reader_who_does_not_read_holds_up_nothing(unread: tuple[subprocess.Popen[str], int]) -> None:
+def test_a_log_that_nobody_reads_delays_nothing(unread: tuple[subprocess.Popen[str], int]) -> None:
     """Where nobody takes the log's lines, requests are answered as ever, and SIGTERM ends the server."""
     process, port = unread
 
@@ -254,7 +256,7 @@ def test_a_reader_who_does_not_read_holds_up_nothing(unread: tuple[subprocess.Po
     assert process.wait(20) == 0
 
 
-def test_a_reader_who_comes_late_is_told_what_is_missing(unread: tuple[subprocess.Popen[str], int]) -> None:
+def test_dropped_lines_are_counted_in_the_log(unread: tuple[subprocess.Popen[str], int]) -> None:
     """Lines beyond those that may wait are dropped and counted; every other is written."""
     process, port = unread
     assert process.stderr is not None
@@ -283,7 +285,7 @@ def test_a_reader_who_comes_late_is_told_what_is_missing(unread: tuple[subproces
     assert written + int(dropped[1]) == sent
 
 
-def test_what_was_logged_at_last_is_written() -> None:
+def test_the_last_lines_of_a_process_are_written() -> None:
     """A process that ends of an error at once leaves every line before it, whatever was wrong with one."""
     program = """
 import logging

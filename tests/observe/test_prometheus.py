@@ -132,7 +132,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
 pytestmark = needs_prometheus
 
 
-def test_counters_are_what_was_sent(watched: Watched) -> None:
+def test_counters_are_those_of_the_clients(watched: Watched) -> None:
     """After the load, the counts by model and status are those of the clients."""
     prometheus, load = watched
     for model, status in (
@@ -144,7 +144,7 @@ def test_counters_are_what_was_sent(watched: Watched) -> None:
         prometheus.wait_for_value(expression, expected, 20)
 
 
-def test_a_rate_is_the_clients_own(watched: Watched) -> None:
+def test_rates_are_those_of_the_clients(watched: Watched) -> None:
     """The rate that Prometheus computes is that of the clients' own counts."""
     prometheus, load = watched
     end = load.began + LOAD_S
@@ -197,7 +197,7 @@ def test_recorded_ratios_are_those_of_the_load(watched: Watched) -> None:
     assert prometheus.query('inferpool:requests:rate5m{model=""}', end) == []
 
 
-def test_alerts_fire_for_what_is_wrong_and_nothing_else(watched: Watched) -> None:
+def test_exactly_the_expected_alerts_fire(watched: Watched) -> None:
     """The alerts name the failed model, the lost instance and the failures, and no other alert fires."""
     prometheus = watched.prometheus
     expected = {

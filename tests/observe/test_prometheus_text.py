@@ -74,7 +74,7 @@ def test_a_sampled_trace_becomes_an_exemplar(bundled: Server) -> None:
         '00-4bf92f3577b34da6a3ce929d0e0e473"-00f067aa0ba902b7-01',
     ],
 )
-def test_what_is_no_sampled_trace_is_no_exemplar(value: str, bundled: Server) -> None:
+def test_an_invalid_or_unsampled_trace_becomes_no_exemplar(value: str, bundled: Server) -> None:
     """Nor is a request refused for a `traceparent` that makes no sense."""
     assert bundled.post("/predict/diabetes", json=ROWS, headers={"traceparent": value}).is_success
     assert "4bf92f3577b34da6a3ce929d0e0e473" not in bundled.get("/metrics", headers=OPENMETRICS).text.replace(
@@ -82,7 +82,7 @@ def test_what_is_no_sampled_trace_is_no_exemplar(value: str, bundled: Server) ->
     )
 
 
-def test_a_version_is_counted_from_its_first_moment(bundled: Server) -> None:
+def test_the_counters_of_a_version_start_at_0(bundled: Server) -> None:
     """Before any request, its series are there at 0: a rate would miss the first of one that is not."""
     families = list(parse_text(bundled.get("/metrics").text))
     values = {
@@ -101,7 +101,7 @@ durations = st.floats(0, 100)
 
 
 @given(model=labels, amounts=st.lists(durations, max_size=30), count=st.integers(0, 10**12))
-def test_what_is_written_is_read_back(model: str, amounts: list[float], count: int) -> None:
+def test_rendered_metrics_are_parsed_back(model: str, amounts: list[float], count: int) -> None:
     """Whatever a model is called and whatever was measured, a parser reads it back."""
     metrics = Metrics({"version": model})
     distribution = metrics.distribution("request_duration_seconds", model, "1")

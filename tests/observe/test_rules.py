@@ -28,7 +28,7 @@ def test_the_configuration_and_the_rules_are_valid() -> None:
 
 
 @needs_prometheus
-def test_the_rules_say_what_their_cases_expect() -> None:
+def test_the_rules_pass_their_cases() -> None:
     promtool("test", "rules", CASES)
 
 

@@ -118,7 +118,7 @@ def test_a_request_becomes_a_span_with_a_child_for_each_phase(
     assert {each.key: each.value.string_value for each in resource.attributes}["service.name"] == "inferpool"
 
 
-def test_a_trace_begins_with_a_request_that_brings_none(
+def test_a_request_without_a_trace_begins_one(
     serve: Serve, make_chaos: MakeChaos, collector: Collector
 ) -> None:
     """The log line has its id, and each request is a trace of its own; one whose caller does not want
@@ -135,7 +135,9 @@ def test_a_trace_begins_with_a_request_that_brings_none(
     assert len(collector.spans()) == 15
 
 
-def test_failures_are_errors(serve: Serve, make_chaos: MakeChaos, collector: Collector) -> None:
+def test_spans_of_failed_requests_are_errors(
+    serve: Serve, make_chaos: MakeChaos, collector: Collector
+) -> None:
     """A 5xx is an error with its code; a 4xx is the caller's, and has no phases after the first."""
     server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
     server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
@@ -160,7 +162,7 @@ def test_failures_are_errors(serve: Serve, make_chaos: MakeChaos, collector: Col
     ],
     ids=["sampler", "exporter", "disabled"],
 )
-def test_what_is_not_sampled_is_not_sent(
+def test_requests_that_are_not_sampled_send_no_spans(
     environ: dict[str, str],
     headers: dict[str, str],
     serve: Serve,
@@ -174,7 +176,7 @@ def test_what_is_not_sampled_is_not_sent(
     assert collector.spans() == []
 
 
-def test_a_collector_that_is_gone_costs_no_request(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_an_unreachable_collector_costs_no_request(serve: Serve, make_chaos: MakeChaos) -> None:
     """Requests are answered, and the server ends in time."""
     nobody = "http://127.0.0.1:9"
     server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=nobody, OTEL_BSP_SCHEDULE_DELAY="50")

@@ -1,4 +1,4 @@
-"""`inferpool`, with the muster reading for every connection that it can, however few requests there are."""
+"""The command with batched reads for every connection, however few requests there are."""
 
 import sys
 from functools import partial

@@ -78,9 +78,7 @@ def test_the_unregistered_name_of_jpeg_is_taken_too(bundled: Server) -> None:
         (b"--x--", "boundary=x", "invalid_input"),
     ],
 )
-def test_a_form_that_is_not_sound_is_refused(
-    bundled: Server, content: bytes, boundary: str, code: str
-) -> None:
+def test_an_invalid_form_is_refused(bundled: Server, content: bytes, boundary: str, code: str) -> None:
     headers = {"content-type": f"multipart/form-data; {boundary}"}
     answer = bundled.post("/predict/diabetes", content=content, headers=headers)
     assert answer.json()["code"] == code, answer.text
@@ -92,7 +90,7 @@ def large(rows: int = 400) -> bytes:
 
 @pytest.mark.parametrize("accept", ["gzip", "gzip, deflate, br", "GZIP;q=0.5", "*"])
 @pytest.mark.parametrize("rows", [400, 6000])
-def test_a_large_answer_is_gzip_where_that_is_accepted(bundled: Server, accept: str, rows: int) -> None:
+def test_a_large_response_is_gzip_if_the_client_accepts_it(bundled: Server, accept: str, rows: int) -> None:
     answers = []
     for encoding in (accept, "identity"):
         with httpx.stream(
@@ -111,13 +109,13 @@ def test_a_large_answer_is_gzip_where_that_is_accepted(bundled: Server, accept: 
 
 
 @pytest.mark.parametrize("accept", ["", "identity", "gzip;q=0", "*;q=0", "br", "gzip;q=x"])
-def test_an_answer_is_not_gzip_where_that_is_not_accepted(bundled: Server, accept: str) -> None:
+def test_a_response_is_not_gzip_if_the_client_does_not_accept_it(bundled: Server, accept: str) -> None:
     answer = bundled.post("/predict/diabetes", content=large(), headers={"accept-encoding": accept})
     assert answer.status_code == 200
     assert "content-encoding" not in answer.headers
 
 
-def test_what_is_small_or_does_not_shrink_goes_as_it_is(bundled: Server) -> None:
+def test_a_response_that_is_small_or_does_not_shrink_is_not_compressed(bundled: Server) -> None:
     headers = {"accept-encoding": "gzip"}
     small = bundled.post("/predict/diabetes", content=large(1), headers=headers)
     assert "content-encoding" not in small.headers
@@ -137,7 +135,7 @@ def test_what_is_small_or_does_not_shrink_goes_as_it_is(bundled: Server) -> None
     assert np.load(io.BytesIO(zeros.content)).shape == (5000, 1)
 
 
-def test_v2_bodies_are_capped_after_they_are_unpacked(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_v2_bodies_are_capped_after_decompression(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m"), "--max-body-bytes", "10000")
     packed = gzip.compress(b" " * 20_000)
     answer = server.post("/v2/models/m/infer", content=packed, headers={"content-encoding": "gzip"})
@@ -151,7 +149,7 @@ def minor_faults(server: Server) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
-def test_the_memory_of_large_bodies_is_used_again(bundled: Server) -> None:
+def test_the_memory_of_large_bodies_is_reused(bundled: Server) -> None:
     rows = np.zeros((15_000, 10), np.float32)
     headers = {"inference-header-content-length": "0", "accept-encoding": "identity"}
 

@@ -157,14 +157,16 @@ def test_every_wire_format_carries_sentences(server: Server, alone: dict[str, Al
         (["w" * 1_000_001], 413, "1000000"),
     ],
 )
-def test_what_is_no_sentence_is_refused_by_name(server: Server, inputs: Any, status: int, words: str) -> None:
+def test_a_value_that_is_not_a_sentence_is_refused_by_name(
+    server: Server, inputs: Any, status: int, words: str
+) -> None:
     answer = server.post("/predict/masked", json={"inputs": inputs})
     assert answer.status_code == status, answer.text
     assert words in answer.json()["detail"]
     assert answer.json()["tensor"] in ("text", "attention_mask")
 
 
-def test_how_much_is_too_much_is_told(server: Server) -> None:
+def test_the_limits_of_a_text_are_stated(server: Server) -> None:
     """By the members that the README names."""
     answer = server.post("/predict/masked", json={"inputs": ["w" * 1_000_001]})
     assert (answer.status_code, answer.json()["limit"]) == (413, 1_000_000)
@@ -172,14 +174,14 @@ def test_how_much_is_too_much_is_told(server: Server) -> None:
     assert (answer.status_code, answer.json()["expected"]) == (422, 10_000)
 
 
-def test_a_sentence_that_is_not_said_to_be_one_is_recognised(server: Server) -> None:
+def test_a_sentence_without_a_media_type_is_recognised(server: Server) -> None:
     for body in (b"This method is", b"Infinite loops", b'{"inputs": }'):
         answer = server.post("/predict/masked", content=body)
         assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")
         assert ("Content-Type: text/plain" in answer.json()["detail"]) == body.startswith((b"T", b"Infinite"))
 
 
-def test_sentences_have_a_second_dimension_in_v2_if_the_client_is_used_to_one(server: Server) -> None:
+def test_sentences_may_have_a_second_dimension_in_v2(server: Server) -> None:
     sentences = ["w1", "w2 w3", "w4"]
     entry = {"name": "text", "datatype": "BYTES"}
     packed = b"".join(struct.pack("<I", len(text)) + text.encode() for text in sentences)
@@ -203,14 +205,14 @@ def test_sentences_have_a_second_dimension_in_v2_if_the_client_is_used_to_one(se
         assert server.post("/v2/models/masked/infer", json=body).status_code == 422
 
 
-def test_a_field_of_a_form_that_is_wrong_is_named(server: Server) -> None:
+def test_a_wrong_field_of_a_form_is_named(server: Server) -> None:
     answer = server.post("/predict/masked", files={"input_ids": (None, b"abc")})
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith('field "input_ids" of the form: ')
     assert answer.json()["field"] == "input_ids"
 
 
-def test_bytes_and_characters_that_are_none_are_refused(server: Server) -> None:
+def test_invalid_utf8_and_lone_surrogates_are_refused(server: Server) -> None:
     answer = server.post("/predict/masked", content=b"w1 \xff", headers={"content-type": "text/plain"})
     assert (answer.status_code, answer.json()["tensor"]) == (400, "text")
     latin = {"content-type": "text/plain; charset=latin-1"}
@@ -218,7 +220,7 @@ def test_bytes_and_characters_that_are_none_are_refused(server: Server) -> None:
     assert server.post("/predict/masked", content=b'{"inputs": ["\\ud800"]}').status_code == 400
 
 
-def test_dimensions_of_one_name_must_agree(server: Server) -> None:
+def test_dimensions_with_the_same_name_must_be_equal(server: Server) -> None:
     inputs = {"input_ids": [[2, 5, 3]], "attention_mask": [[1, 1]]}
     answer = server.post("/predict/masked", json={"inputs": inputs})
     assert answer.status_code == 422
@@ -226,7 +228,7 @@ def test_dimensions_of_one_name_must_agree(server: Server) -> None:
         assert f'"{name}"' in answer.json()["detail"]
 
 
-def test_what_is_served_is_said_everywhere(
+def test_all_descriptions_of_a_text_model_agree(
     server: Server, repository: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     version = server.get("/models/masked/1").json()
@@ -278,7 +280,9 @@ TOKENS = [
         ("/v2/models/masked/infer", [], False),
     ],
 )
-def test_the_document_allows_what_is_taken(server: Server, path: str, inputs: Any, is_right: bool) -> None:
+def test_the_document_allows_every_accepted_body(
+    server: Server, path: str, inputs: Any, is_right: bool
+) -> None:
     """Sentences, one at least, or everything that they stand for: the document and the server agree."""
     body = {"inputs": inputs}
     document = server.get("/openapi.json").json()

@@ -87,7 +87,7 @@ def test_a_tokenizer_that_panics_fails_its_model_alone(server: Server) -> None:
 
 
 @pytest.mark.parametrize("longer", [0, 3000])
-def test_a_tokenizer_that_panics_on_a_text_answers_it(server: Server, longer: int) -> None:
+def test_a_tokenizer_that_panics_on_a_text_fails_that_request_alone(server: Server, longer: int) -> None:
     """In the event loop where the body is small, in another thread where it is not."""
     for _ in range(3):
         answer = server.post("/predict/backtracks", json={"inputs": ["x" * 40, "w1 " * longer]})
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_panics_on_a_text_answers_it(server: Server, longer: in
     assert server.post("/predict/backtracks", json={"inputs": ["w1"]}).status_code == 200
 
 
-def test_an_answer_that_would_be_too_large_is_refused_before_it_is_made(server: Server) -> None:
+def test_a_response_that_would_be_too_large_is_refused_before_the_run(server: Server) -> None:
     ran = server.metric("batches_total", model="masked")
     ids = {"input_ids": [[5] * 128] * 1000, "attention_mask": [[1] * 128] * 1000}
     for inputs in (MIXED, MIXED[:1] * 600, ids):
@@ -109,7 +109,7 @@ def test_an_answer_that_would_be_too_large_is_refused_before_it_is_made(server: 
         assert server.post("/predict/masked", json=body).status_code == 200
 
 
-def test_an_answer_of_unknown_size_is_bounded_where_it_is_joined(server: Server) -> None:
+def test_a_response_of_unknown_size_is_bounded_when_it_is_joined(server: Server) -> None:
     answer = server.post("/predict/unnamed", json={"inputs": MIXED})
     assert answer.status_code == 422, answer.text
     assert answer.json()["expected"] == IN_FLIGHT_BYTES < answer.json()["got"]
@@ -130,7 +130,7 @@ def test_an_answer_of_unknown_size_is_bounded_where_it_is_joined(server: Server)
     ],
     ids=["far", "next", "negative", "none", "many"],
 )
-def test_ids_that_are_no_tokens_are_refused_by_name(
+def test_ids_outside_the_vocabulary_are_refused_by_name(
     server: Server, ids: Any, mask: Any, tensor: str, words: str
 ) -> None:
     answer = server.post("/predict/masked", json={"inputs": {"input_ids": ids, "attention_mask": mask}})

@@ -118,15 +118,15 @@ def test_many_datatypes_travel_in_one_request_and_some_as_json(identities: Serve
     chosen = [datatype for datatype in ELEMENTS if datatype != "BF16"]
     tensors = {}
     inputs, outputs = [], []
-    for place, datatype in enumerate(chosen):
+    for index, datatype in enumerate(chosen):
         tensor = values(datatype, (2, 4))
         if datatype.startswith("FP"):
             tensor = np.arange(8, dtype=tensor.dtype).reshape(2, 4) / 8
-        tensors[f"y{place}"] = tensor
+        tensors[f"y{index}"] = tensor
         # Triton's client knows no JSON for FP16.
-        in_json = place % 2 == 0 and datatype != "FP16"
-        inputs.append(as_input(f"x{place}", datatype, tensor, binary_data=not in_json))
-        outputs.append(triton.InferRequestedOutput(f"y{place}", binary_data=binary))
+        in_json = index % 2 == 0 and datatype != "FP16"
+        inputs.append(as_input(f"x{index}", datatype, tensor, binary_data=not in_json))
+        outputs.append(triton.InferRequestedOutput(f"y{index}", binary_data=binary))
     with triton.InferenceServerClient(f"127.0.0.1:{identities.port}") as client:
         answer = client.infer("all", inputs, outputs=outputs)
     for name, tensor in tensors.items():
@@ -248,7 +248,7 @@ def test_the_statistics_count_what_the_client_did(client: Any) -> None:
         (lambda client: client.get_inference_statistics("nobody"), "404"),
     ],
 )
-def test_what_is_refused_reaches_the_client_as_a_sentence(
+def test_the_client_gets_the_text_of_an_error(
     client: Any, call: Callable[[Any], object], status: str
 ) -> None:
     with pytest.raises(InferenceServerException) as refused:

@@ -69,7 +69,7 @@ def test_json_data_may_be_flat_or_nested(bundled: Server, path: str, data: list[
     assert (answer.json()["model_name"], answer.json()["model_version"]) == ("diabetes", "1")
 
 
-def test_an_id_is_answered_only_where_one_was_given(bundled: Server) -> None:
+def test_an_id_is_returned_only_if_the_client_sends_one(bundled: Server) -> None:
     answer = bundled.post(INFER, json={"inputs": [tensor(data=ROWS.tolist())]})
     assert "id" not in answer.json()
     assert answer.headers["x-request-id"]
@@ -77,12 +77,12 @@ def test_an_id_is_answered_only_where_one_was_given(bundled: Server) -> None:
 
 
 @pytest.mark.parametrize("pad", range(9))
-def test_a_binary_tensor_is_read_wherever_its_bytes_lie(bundled: Server, pad: int) -> None:
+def test_a_binary_tensor_is_read_at_any_alignment(bundled: Server, pad: int) -> None:
     body, headers = binary_body(id="x" * pad)
     assert progression(bundled.post(INFER, content=body, headers=headers)) == expected().tolist()
 
 
-def test_a_large_binary_tensor_in_many_chunks_is_put_together(bundled: Server) -> None:
+def test_a_large_binary_tensor_in_many_chunks_is_joined(bundled: Server) -> None:
     rows = np.random.default_rng(5).random((20_000, 10), np.float32)
     body, headers = binary_body(rows, parameters={"binary_data_output": True})
 
@@ -107,14 +107,14 @@ def test_a_raw_body_is_the_only_tensor(bundled: Server) -> None:
     assert answer.content[length:] == expected().tobytes()
 
 
-def test_a_compressed_body_has_the_header_length_of_what_it_unpacks_to(bundled: Server) -> None:
+def test_the_header_length_of_a_compressed_body_is_that_of_the_decompressed_one(bundled: Server) -> None:
     body, headers = binary_body()
     packed = {**headers, "content-encoding": "gzip"}
     answer = bundled.post(INFER, content=gzip.compress(body), headers=packed)
     assert progression(answer) == expected().tolist()
 
 
-def test_outputs_are_selected_and_formed_one_by_one(bundled: Server) -> None:
+def test_each_output_is_selected_with_its_own_form(bundled: Server) -> None:
     body = {"inputs": [tensor(data=ROWS.tolist())], "outputs": [{"name": "progression"}]}
     assert progression(bundled.post(INFER, json=body)) == expected().tolist()
     body["outputs"] = [{"name": "progression", "parameters": {"binary_data": True}}]
@@ -175,7 +175,7 @@ def test_a_wrong_header_length_is_refused(bundled: Server, length: str) -> None:
     assert code_of(answer) == "malformed_body"
 
 
-def test_a_body_of_another_format_is_refused_by_its_name(bundled: Server) -> None:
+def test_an_unsupported_media_type_is_refused(bundled: Server) -> None:
     answer = bundled.post(INFER, content=b"x", headers={"content-type": "application/x-npy"})
     assert code_of(answer) == "unsupported_media_type"
 
@@ -203,7 +203,7 @@ def test_a_priority_is_a_whole_number(bundled: Server) -> None:
     assert code_of(wrong) == "invalid_input"
 
 
-def test_a_model_that_raises_or_is_not_ready_says_so(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_model_that_raises_or_is_not_ready_has_its_code(serve: Serve, make_chaos: MakeChaos) -> None:
     repository = make_chaos("m")
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")
@@ -266,7 +266,7 @@ def test_the_admin_routes_are_forbidden(bundled: Server) -> None:
         assert answer.json()["code"] == "forbidden"
 
 
-def test_what_is_no_tensor_is_answered_as_its_json_text(serve: Serve, tmp_path: Path) -> None:
+def test_an_output_that_is_not_a_tensor_is_returned_as_json_text(serve: Serve, tmp_path: Path) -> None:
     repository = tmp_path / "models"
     rows = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows"])
     listed = helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None)
@@ -282,9 +282,7 @@ def test_what_is_no_tensor_is_answered_as_its_json_text(serve: Serve, tmp_path: 
     assert [json.loads(text) for text in output["data"]] == [[1.0, 2.5]] * 2
 
 
-def test_the_document_has_an_example_that_runs_for_whatever_a_model_takes(
-    serve: Serve, tmp_path: Path
-) -> None:
+def test_the_document_has_an_example_that_runs_for_every_model(serve: Serve, tmp_path: Path) -> None:
     repository = tmp_path / "models"
     write_identity(repository, "many", ["FP32", "INT8", "BOOL", "BYTES", "FP64"])
     write_identity(repository, "scalar", ["UINT64"], ())
@@ -306,7 +304,7 @@ def test_the_document_has_an_example_that_runs_for_whatever_a_model_takes(
     ]
 
 
-def test_others_are_answered_while_millions_of_strings_are_read(serve: Serve, tmp_path: Path) -> None:
+def test_other_requests_are_answered_while_millions_of_strings_are_read(serve: Serve, tmp_path: Path) -> None:
     repository = tmp_path / "models"
     write_identity(repository, "words", ["BYTES"])
     server = serve(repository)

@@ -199,10 +199,10 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
     )
     async def read_v2_index(request: Request) -> list[IndexEntry]:
         # FastAPI cannot read this body: clients of the protocol send none, or one without a Content-Type.
-        intake = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES)
+        body = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES)
         async for chunk in request.stream():
-            intake.add(chunk)
-        fields = read_object(intake.whole() or b"{}")
+            body.add(chunk)
+        fields = read_object(body.whole() or b"{}")
         ready = fields.get("ready", False)
         if not isinstance(ready, bool):
             raise InvalidInput(f'"ready" is {value_text(ready)}; send true or false', field="ready")
