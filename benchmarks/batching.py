@@ -1,9 +1,9 @@
-"""What the batching core promises, measured: overload, neighbours, added latency, idling.
+"""Measures the promises of the batching core: overload, neighbours, added latency, idling.
 
     python benchmarks/batching.py [--seconds S] [--rounds N]
 
-Each figure is taken from a real server in a process of its own, over loopback, by clients in this process.
-Medians over the rounds. The models are made here (plain matrix products with random weights).
+Each figure is the median over the rounds. Clients in this process take it over loopback from a real server in a
+process of its own. The models are made here: plain matrix products with random weights.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ ROW = json.dumps({"inputs": [[0.5] * WIDTH]}).encode()
 
 
 def make_model(file: Path, hidden: int, layers: int) -> None:
-    """A network of `layers` products of `hidden` × `hidden`, on rows of 64 floats.
+    """Write a network of `layers` products of `hidden` × `hidden`, on rows of 64 floats, to `file`.
 
-    The products share one matrix, which stays in a core's cache: read from memory, it would take as long as
-    whatever else uses the memory lets it, and a rate that moves says nothing of the share that is served.
+    The products share one matrix, which stays in a core's cache. The speed of a model that is read from
+    memory depends on what else uses the memory, and a share of a rate that moves says nothing.
     """
     rng = np.random.default_rng(0)
 
     def weight(name: str, rows: int, columns: int) -> onnx.TensorProto:
-        # He's scale (1502.01852), with which the rows neither grow nor fade from layer to layer.
+        # He's scale (arXiv 1502.01852), so that the rows neither grow nor fade from layer to layer.
         values = rng.standard_normal((rows, columns)) * np.sqrt(2 / rows)
         return numpy_helper.from_array(values.astype(np.float32), name)
 
@@ -66,14 +66,14 @@ def make_model(file: Path, hidden: int, layers: int) -> None:
 
 
 def cpu_s(process: int) -> float:
-    """CPU seconds that a process has used, all threads."""
+    """Return the CPU seconds that all threads of a process have used."""
     fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
-class RequestStats:
-    """Answers by status, and how long each took, in seconds; `in_window` came while requests were sent."""
+class AnswerTimes:
+    """The seconds that each answer took, by status; `in_window` counts good ones in time under overload."""
 
     times: dict[int, list[float]] = field(default_factory=dict)
     in_window: int = 0
@@ -90,14 +90,14 @@ class RequestStats:
 
 
 async def closed_loop(port: int, clients: int, seconds: float) -> float:
-    """Requests a second of so many clients that ask again as soon as they are answered."""
+    """Return the requests per second of clients that send the next request as soon as they are answered."""
     count = 0
     ends = time.perf_counter() + seconds
 
     async def work(client: Client, number: int) -> None:
         nonlocal count
         while time.perf_counter() < ends:
-            reply = await client.post("/predict/heavy", ROW)
+            reply = await client.post("/predict/slow", ROW)
             assert reply.status == 200, reply
             count += 1
 
@@ -108,23 +108,23 @@ async def closed_loop(port: int, clients: int, seconds: float) -> float:
 
 async def open_loop(
     port: int, rate: float, seconds: float, headers: dict[str, str], patience_s: float
-) -> RequestStats:
-    """Requests sent at `rate` a second, whatever becomes of those before.
+) -> AnswerTimes:
+    """Send requests at `rate` per second, whether or not earlier ones have been answered.
 
-    Only answers that come while requests are still sent, within `patience_s`, count for `in_window`: what is
-    worked off afterwards is no longer overload.
+    Good answers count for `in_window` if they come within `patience_s`, and while requests are still being
+    sent. Later ones are not answered under overload.
     """
-    tally = RequestStats()
+    answers = AnswerTimes()
     free: list[Client] = []
     tasks: set[asyncio.Task[None]] = set()
 
     async def one() -> None:
         client = free.pop() if free else await Client.connect(port)
         began = time.perf_counter()
-        reply = await client.post("/predict/heavy", ROW, headers)
+        reply = await client.post("/predict/slow", ROW, headers)
         ended = time.perf_counter()
-        tally.add(reply, ended - began)
-        tally.in_window += reply.status == 200 and ended < closes and ended - began <= patience_s
+        answers.add(reply, ended - began)
+        answers.in_window += reply.status == 200 and ended < closes and ended - began <= patience_s
         free.append(client)
 
     opens = time.perf_counter()
@@ -139,13 +139,13 @@ async def open_loop(
     await asyncio.gather(*tasks)
     for client in free:
         await client.close()
-    return tally
+    return answers
 
 
 def overload(repository: Path, seconds: float, rounds: int) -> None:
-    """Twice what the machine can carry: how much of the capacity is still answered, and how soon the rest."""
-    # One core for the model; the other is shared by the server and these clients.
-    (repository / "heavy/model.toml").write_text(
+    """Send twice what the machine can run: how much is still answered, and how soon the rest is refused."""
+    # The model has one core. The server and these clients share the other.
+    (repository / "slow/model.toml").write_text(
         "[instances]\ncount = 1\nthreads = 1\n[batching]\nmax_rows = 4\n"
     )
     cases = (
@@ -153,30 +153,30 @@ def overload(repository: Path, seconds: float, rounds: int) -> None:
         ("refused by their deadline", {"x-timeout-ms": "300"}, 0.3),
     )
     for name, headers, patience_s in cases:
-        shares, capacities, refusals, answers = [], [], [], []
+        shares, capacities, refusal_times, answer_times = [], [], [], []
         for _ in range(rounds):
             server = Server(repository, ("--queue-ms", "200"))
             server.wait_loaded()
             before = asyncio.run(closed_loop(server.port, 24, seconds))
-            tally = asyncio.run(open_loop(server.port, 2 * before, seconds, headers, patience_s))
-            # Before and after: the machine is not equally quick from one second to the next.
+            answers = asyncio.run(open_loop(server.port, 2 * before, seconds, headers, patience_s))
+            # Measured before and after, because the machine's speed changes from second to second.
             capacities.append((before + asyncio.run(closed_loop(server.port, 24, seconds))) / 2)
-            shares.append(tally.in_window / seconds / capacities[-1])
-            refusals.append(statistics.median(tally.refusals))
-            answers.append(statistics.median(tally.times[200]))
+            shares.append(answers.in_window / seconds / capacities[-1])
+            refusal_times.append(statistics.median(answers.refusals))
+            answer_times.append(statistics.median(answers.times[200]))
             server.kill()
         capacity = statistics.median(capacities)
         row(
             f"twice the capacity ({capacity:.0f}/s), {name}: goodput",
             f"{100 * statistics.median(shares):.1f} % of capacity", "at least 95 %",
         )  # fmt: skip
-        row("… refusals, median", f"{1000 * statistics.median(refusals):.2f} ms", "under 2 ms")
-        row("… answers, median", f"{1000 * statistics.median(answers):.0f} ms", "")
+        row("… refusals, median", f"{1000 * statistics.median(refusal_times):.2f} ms", "under 2 ms")
+        row("… answers, median", f"{1000 * statistics.median(answer_times):.0f} ms", "")
 
 
 def neighbours(repository: Path, rounds: int) -> None:
-    """What one request of 10,000 rows, and one slow client, do to the small requests of four others."""
-    (repository / "heavy/model.toml").write_text("[instances]\ncount = 1\nthreads = 1\n")
+    """Measure how a request of 10,000 rows, and a slow client, delay the small requests of four others."""
+    (repository / "slow/model.toml").write_text("[instances]\ncount = 1\nthreads = 1\n")
     large = json.dumps({"inputs": [[0.5] * WIDTH] * 10_000}).encode()
     quiet, beside_large, beside_slow, largest = [], [], [], []
     for _ in range(rounds):
@@ -189,7 +189,7 @@ def neighbours(repository: Path, rounds: int) -> None:
             async def work(client: Client, number: int) -> None:
                 for _ in range(25):
                     began = time.perf_counter()
-                    reply = await client.post("/predict/heavy", ROW)
+                    reply = await client.post("/predict/slow", ROW)
                     times.append(time.perf_counter() - began)
                     assert reply.status == 200
 
@@ -199,18 +199,17 @@ def neighbours(repository: Path, rounds: int) -> None:
         async def with_large(server: Server = server) -> float:
             port = server.port
             client = await Client.connect(port)
-            under_way = asyncio.create_task(client.post("/predict/heavy", large))
-            while await asyncio.to_thread(server.metric, "queue_rows", model="heavy") < 1000:
-                pass
+            under_way = asyncio.create_task(client.post("/predict/slow", large))
+            await asyncio.to_thread(server.wait_for_metric, "queue_rows", at_least=1000, model="slow")
             median = await small(port)
-            assert not under_way.done(), "the large request was there all the time"
+            assert not under_way.done(), "the large request is to be there all the time"
             assert (await under_way).status == 200
             await client.close()
             return median
 
         async def with_slow(port: int = server.port) -> float:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"POST /predict/heavy HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+            writer.write(b"POST /predict/slow HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
 
             async def drip() -> None:
                 while True:
@@ -227,7 +226,7 @@ def neighbours(repository: Path, rounds: int) -> None:
         quiet.append(asyncio.run(small()))
         beside_slow.append(asyncio.run(with_slow()))
         beside_large.append(asyncio.run(with_large()))
-        latency = server.get("/models/heavy/1").json()["latency"]
+        latency = server.get("/models/slow/1").json()["latency"]
         largest.append(latency[-1]["compute_ms"] / 1000)
         server.kill()
     batch = statistics.median(largest)
@@ -246,8 +245,8 @@ def neighbours(repository: Path, rounds: int) -> None:
 
 
 def ask_in_turn(port: int, count: int) -> list[float]:
-    """Seconds of each of `count` requests, one after the other on one connection, by a bare socket."""
-    head = f"POST /predict/light HTTP/1.1\r\nhost: x\r\ncontent-length: {len(ROW)}\r\n\r\n"
+    """Return the seconds of each of `count` requests, sent one after the other on one bare socket."""
+    head = f"POST /predict/fast HTTP/1.1\r\nhost: x\r\ncontent-length: {len(ROW)}\r\n\r\n"
     request = head.encode() + ROW
     times = []
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -264,8 +263,8 @@ def ask_in_turn(port: int, count: int) -> list[float]:
 
 
 def added(repository: Path, rounds: int) -> None:
-    """One request at a time: what it takes longer than the bare run of the session."""
-    session = onnxruntime.InferenceSession(repository / "light/1/model.onnx")
+    """Measure how much longer one request at a time takes than a bare run of the session."""
+    session = onnxruntime.InferenceSession(repository / "fast/1/model.onnx")
     rows = np.full((1, WIDTH), 0.5, np.float32)
     differences, medians = [], []
     for _ in range(rounds):
@@ -290,10 +289,10 @@ def added(repository: Path, rounds: int) -> None:
 
 
 def idle(repository: Path, seconds: float) -> None:
-    """CPU of a loaded server that nobody asks anything."""
+    """Measure the CPU of a server with loaded models and no requests."""
     server = Server(repository)
     server.wait_loaded()
-    server.post("/predict/light", content=ROW)
+    server.post("/predict/fast", content=ROW)
     before = cpu_s(server.process.pid)
     time.sleep(seconds)
     share = (cpu_s(server.process.pid) - before) / seconds
@@ -318,8 +317,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder)
         os.environ["INFERPOOL_CACHE_DIR"] = str(repository / ".cache")
-        make_model(repository / "heavy/1/model.onnx", hidden=384, layers=512)
-        make_model(repository / "light/1/model.onnx", hidden=128, layers=1)
+        make_model(repository / "slow/1/model.onnx", hidden=384, layers=512)
+        make_model(repository / "fast/1/model.onnx", hidden=128, layers=1)
         parts = {
             "added": lambda: added(repository, arguments.rounds),
             "idle": lambda: idle(repository, 4 * arguments.seconds),

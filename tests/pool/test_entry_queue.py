@@ -280,6 +280,35 @@ def test_a_wrong_measurement_does_not_keep_everything_from_running() -> None:
         queue.offer(entry(3, deadline=1.0), 0.0, [60.0], probe=True)
 
 
+def test_an_entry_that_cannot_meet_its_deadline_any_more_does_not_lead_a_batch() -> None:
+    """Nothing is late yet, but the first entry would be after its run."""
+    queue = queue_of(entry(1, deadline=0.1), entry(2, deadline=9.0))
+    take = queue.take(0.095)
+    assert [each.entry.id for each in take.slices] == [2]
+    assert [(drop.entry.id, drop.reason) for drop in take.drops] == [(1, "deadline")]
+
+
+def test_an_entry_that_cannot_meet_its_deadline_any_more_is_left_out_of_a_batch() -> None:
+    """The first entry leads with its higher priority, and the third one still fits behind it."""
+    queue = queue_of(entry(1, priority=1), entry(2, deadline=0.1), entry(3))
+    take = queue.take(0.095)
+    assert [each.entry.id for each in take.slices] == [1, 3]
+    assert [(drop.entry.id, drop.reason) for drop in take.drops] == [(2, "deadline")]
+
+
+def test_a_deadline_in_the_past_is_refused_at_the_door() -> None:
+    with pytest.raises(DeadlineExceeded, match="passed before"):
+        queue_of().offer(entry(1, now=2.0, deadline=1.0), 2.0)
+
+
+def test_a_large_entry_is_expected_to_run_its_slices_on_all_instances() -> None:
+    """Five slices of four rows: two rounds on three instances."""
+    needed = 2 * batch_s(4)
+    with pytest.raises(DeadlineExceeded):
+        queue_of().offer(entry(1, 20, deadline=0.99 * needed), 0.0, [0.0] * 3)
+    queue_of().offer(entry(1, 20, deadline=1.01 * needed), 0.0, [0.0] * 3)
+
+
 def test_a_batch_does_not_grow_past_what_its_tightest_deadline_allows() -> None:
     queue = queue_of(entry(1, 2, deadline=batch_s(4)), entry(2, 2), entry(3, 4))
     take = queue.take(0.0)

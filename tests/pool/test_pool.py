@@ -16,7 +16,7 @@ from inferpool.backends.base import LoadedModel
 from inferpool.errors import DeadlineExceeded, Draining, InvalidInput, ModelFailed, NotReady, QueueFull
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
-from inferpool.pool.buckets import BatchBuckets
+from inferpool.pool.buckets import BatchBuckets, BucketedModel
 from inferpool.pool.instance_set import MAX_RESTARTS
 from inferpool.pool.latency_model import LatencyModel, Measurement
 from inferpool.pool.padding import Padding
@@ -26,6 +26,7 @@ from inferpool.pool.splitting import split_entry
 from inferpool.tensors import Signature, Tensors, TensorSpec
 
 from tests.chaos import inferpool_chaos as chaos
+from tests.fake_gpu import FakeCard, FakeModel
 
 KEY = VersionKey("m", 1)
 
@@ -688,6 +689,89 @@ def test_tokens_and_padding_are_counted(bench: Callable[..., Bench]) -> None:
     assert made.model.batches == [1, 3]
     assert made.metrics.value("tokens_total", "m", "1").value == 4 + 3 * 4
     assert made.metrics.value("padded_tokens_total", "m", "1").value == 2
+
+
+def test_a_small_request_waits_for_one_slice_of_a_large_one_at_most(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    large = made.offer(*range(100))
+    assert made.model.running.acquire(timeout=60)
+    small = [made.offer(number) for number in range(5)]
+    made.model.release.release(2)  # the slice that runs, and the batch of the small ones
+    results = made.outbox.take(5)
+    for entry in small:
+        check(entry, results[entry.id])
+    assert made.model.batches[:2] == [4, 5]
+    made.go()
+    check(large, made.outbox.take(1)[large.id])
+
+
+def test_a_batch_in_buckets_is_padded_and_gives_each_entry_its_own_rows() -> None:
+    card, outbox = FakeCard(), Outbox()
+    buckets = BatchBuckets([1, 4, 8])
+    pool = Pool(
+        KEY,
+        Limits(8, 100, 10**6),
+        LatencyModel(),
+        outbox,
+        Metrics({}),
+        time.monotonic,
+        batched=True,
+        buckets=buckets,
+    )
+    entries = [
+        Entry(number, KEY, {"x": np.full((rows, 4), number, np.float32)}, rows, None, 16, 0.0)
+        for number, rows in enumerate((2, 1, 3), 1)
+    ]
+    with pytest.raises(NotReady):
+        pool.offer(entries[0])
+    model = BucketedModel(FakeModel(card), buckets)
+    pool.start_instance(model, "cuda:0")
+    for entry in entries:
+        pool.offer(entry)
+    results = outbox.take(3)
+    for entry in entries:
+        check(entry, results[entry.id])
+    assert pool.drain(60)
+    assert {len(batch) for batch in card.batches} <= {1, 4, 8}
+    model.close()
+
+
+def test_a_run_computes_the_outputs_that_its_entries_asked_for(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    wanted: list[Sequence[str] | None] = []
+
+    def run(inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
+        wanted.append(outputs)
+        rows = len(inputs["x"])
+        made.model.running.release()
+        assert made.model.release.acquire(timeout=60)
+        return {name: np.zeros(rows) for name in outputs or ("a", "b", "c")}
+
+    made.model.run = run  # type: ignore[method-assign, assignment]
+    made.busy()
+    entries = [made.offer(1, outputs=("b",)), made.offer(2, outputs=("a", "b"))]
+    made.go()
+    results = made.outbox.take(3)
+    assert wanted == [None, ("b", "a")]
+    for entry in entries:
+        found = results[entry.id].outputs
+        assert found is not None
+        assert tuple(found) == entry.outputs
+
+
+def test_an_idle_instance_takes_over_from_one_that_has_died(bench: Callable[..., Bench]) -> None:
+    """The entries of the dead instance run again on all that are free."""
+    made = bench(instances=1)
+    made.busy()
+    entries = [made.offer(number) for number in range(3)]
+    deadly = made.offer(chaos.DIE)
+    for _ in range(2):
+        made.pool.start_instance(made.model, "cpu")
+    made.go()
+    results = made.outbox.take(5)
+    for entry in entries:
+        check(entry, results[entry.id])
+    assert isinstance(results[deadly.id].error, ModelFailed)
 
 
 def test_a_version_that_is_not_batched_runs_each_entry_alone_and_does_not_split_it(
