@@ -2,8 +2,8 @@
 
     python benchmarks/batching.py [--seconds S] [--rounds N]
 
-Each figure is the median over the rounds. Clients in this process take it over loopback from a real server in a
-process of its own. The models are made here: plain matrix products with random weights.
+Each figure is the median over the rounds. Clients in this process take it over loopback, from a real server
+in a process of its own. The models are made here: plain matrix products with random weights.
 """
 
 from __future__ import annotations
