@@ -1,4 +1,4 @@
-"""Many light clients at once: one connection each, requests one after the other, nothing but HTTP/1.1."""
+"""Many light HTTP/1.1 clients at once: each has one connection and sends one request after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Reply(NamedTuple):
-    """An answer: `headers` have lower-case names."""
+    """A response; the names in `headers` are lower-case."""
 
     status: int
     headers: dict[str, str]
@@ -29,13 +29,13 @@ class Client:
         return cls(*await asyncio.open_connection("127.0.0.1", port))
 
     def send(self, path: str, body: bytes, headers: Mapping[str, str] = {}) -> None:
-        """Send a POST request, without waiting for its answer."""
+        """Send a POST request without waiting for the response."""
         fields = {"host": "localhost", "content-length": str(len(body)), **headers}
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         self._writer.write(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
 
     async def receive(self) -> Reply:
-        """The next answer; raises IncompleteReadError or ConnectionError if the connection ends first."""
+        """Read the next response; raises IncompleteReadError or ConnectionError if there is none."""
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {}
         for line in head[1:-2]:
@@ -45,12 +45,12 @@ class Client:
         return Reply(int(head[0].split(" ", 2)[1]), headers, body)
 
     async def post(self, path: str, body: bytes, headers: Mapping[str, str] = {}) -> Reply:
-        """Send a request and wait for its answer."""
+        """Send a POST request and read the response."""
         self.send(path, body, headers)
         return await self.receive()
 
     async def close(self) -> None:
-        """Hang up, whatever is under way."""
+        """Close the connection at once."""
         self._writer.transport.abort()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()

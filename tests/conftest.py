@@ -16,7 +16,7 @@ from tests.server import Server
 
 ROOT = Path(__file__).parent.parent
 
-# Tests that import the runtime themselves do so without the switch that the backend sets for it.
+# The backend sets this variable before it imports the runtime; some tests import the runtime first.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Serve = Callable[..., Server]
@@ -52,13 +52,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Measurements of the models, kept for all tests of a run."""
+    """A folder for measurements, shared by all tests of a run."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def usual_log_level() -> None:
-    """Undo what a command that ran within the tests' process has set: `check` lets errors alone be heard."""
+    """Reset the log level: the command `check`, called by a test, hides all lines but errors."""
     logging.getLogger().setLevel(logging.WARNING)
 
 
@@ -88,7 +88,7 @@ def serve(cache_dir: Path, server_module: str) -> Iterator[Serve]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder `models` as it comes with the project, without what was built into it since."""
+    """A copy of the folder `models` as it is in the repository, without files that were built later."""
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     target = tmp_path_factory.mktemp("bundled") / "models"
 

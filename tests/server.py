@@ -1,4 +1,4 @@
-"""A server in a process of its own, as a user would start it."""
+"""Starts a server in a process of its own, as a user would."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = STAR
 
 
 class Server:
-    """`inferpool serve` on a free port; its log is read as it comes."""
+    """`inferpool serve` on a free port; a thread reads the log as it is written."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Server:
         return httpx.post(self.url + path, timeout=30, verify=False, **options)
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that have these labels, at this moment."""
+        """The current sum of a metric's samples that have these labels."""
         families = text_string_to_metric_families(self.get("/metrics").text)
         return sum(
             sample.value
@@ -123,7 +123,7 @@ class Server:
         return value
 
     def stop(self, timeout_s: float = 30) -> int:
-        """Send SIGTERM and wait for the end; returns the exit status."""
+        """Send SIGTERM and wait until the process ends; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         status = self.process.wait(timeout_s)
         self._reader.join(5)

@@ -1,4 +1,4 @@
-"""Rendering the manifests by a real kustomize, and validating what comes out against the real schemas."""
+"""Renders the manifests with a real kustomize, and validates them with the real schemas."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def kustomize() -> tuple[str, ...] | None:
 
 
 def render(folder: Path) -> list[Manifest]:
-    """What `kubectl apply -k` would send; warnings count as errors."""
+    """The manifests that `kubectl apply -k` would send; warnings count as errors."""
     command = kustomize()
     assert command is not None
     made = subprocess.run([*command, str(folder)], capture_output=True, text=True)
@@ -45,7 +45,7 @@ def render(folder: Path) -> list[Manifest]:
 
 
 def render_with(tree: Path, overlay: str, components: Sequence[str]) -> list[Manifest]:
-    """What an overlay gives with these components; the manifests are copied to `tree` and changed there."""
+    """The manifests of an overlay with these components, rendered from a copy in `tree`."""
     shutil.copytree(MANIFESTS, tree)
     file = tree / "overlays" / overlay / "kustomization.yaml"
     kustomization = yaml.safe_load(file.read_text())
@@ -55,13 +55,13 @@ def render_with(tree: Path, overlay: str, components: Sequence[str]) -> list[Man
 
 
 def validate(manifest: Manifest) -> None:
-    """Hold a manifest against the schema of its kind; raises what the validator raises."""
+    """Validate a manifest with the schema of its kind; raises the errors of the validator."""
     _validate(json.dumps(manifest))
 
 
 @cache
 def _validate(text: str) -> None:
-    # Most manifests are the same in every overlay, and reading Kubernetes' schemas takes a while.
+    # Most manifests are the same in every overlay, and Kubernetes' schemas are slow to read.
     manifest = json.loads(text)
     kind, api = manifest["kind"], manifest["apiVersion"]
     custom = SCHEMAS / f"{api.replace('/', '_')}_{kind}.json"
@@ -96,6 +96,6 @@ def environ(container: Manifest) -> dict[str, str]:
 
 
 def containers(spec: Manifest) -> Iterator[Manifest]:
-    """Every container of a pod, those that run before it included."""
+    """Every container of a pod, init containers included."""
     yield from spec.get("initContainers", ())
     yield from spec["containers"]

@@ -62,7 +62,7 @@ class Prometheus:
     def wait_for(
         self, query: str, wanted: Callable[[dict[Labels, float]], bool], timeout_s: float = 30.0
     ) -> dict[Labels, float]:
-        """Ask until the answer is as wanted; no answer on the way may hold a NaN."""
+        """Repeat a query until `wanted` accepts the result; no result may contain NaN."""
         ends = time.monotonic() + timeout_s
         while True:
             answer = self.ask(query)

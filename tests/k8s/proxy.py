@@ -1,4 +1,4 @@
-"""A real HAProxy before some servers: once as a proxy of requests, once of connections, as kube-proxy is."""
+"""A real HAProxy before some servers: as a proxy of requests, and of connections as kube-proxy is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 HAPROXY = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
-# No retries and no redispatch: what a server refuses or drops must show.
+# No retries and no redispatch: a request that a server refuses or drops must be visible.
 CONFIG = """
 global
   stats socket {folder}/admin.sock level admin
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 class Proxy:
-    """HAProxy before the servers on these ports, which it calls s0, s1, …"""
+    """HAProxy before the servers on these ports, which are called s0, s1, …"""
 
     def __init__(self, folder: Path, ports: Sequence[int]) -> None:
         assert HAPROXY is not None
@@ -59,13 +59,13 @@ class Proxy:
         self._process = subprocess.Popen([HAPROXY, "-db", "-f", str(file)], stderr=subprocess.DEVNULL)
 
     def states(self, server: int) -> set[str]:
-        """How the two proxies see a server: `UP`, `DOWN`, `DRAIN`, …"""
+        """The states of a server in the two proxies: `UP`, `DOWN`, `DRAIN`, …"""
         table = self.command("show stat").lstrip("# ")
         rows = csv.DictReader(table.splitlines())
         return {row["status"].split()[0] for row in rows if row["svname"] == f"s{server}"}
 
     def wait_for(self, server: int, state: str, timeout_s: float = 30.0) -> None:
-        """Wait until both proxies see the server so."""
+        """Wait until the server has this state in both proxies."""
         ends = time.monotonic() + timeout_s
         while not self._admin.exists() or self.states(server) != {state}:
             assert self._process.poll() is None, "HAProxy has ended"
@@ -73,19 +73,19 @@ class Proxy:
             time.sleep(0.05)
 
     def command(self, text: str) -> str:
-        """What HAProxy answers to a command of its admin socket."""
+        """HAProxy's response to a command on its admin socket."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self._admin))
             connection.sendall(text.encode() + b"\n")
             return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
 
     def withdraw(self, server: int) -> None:
-        """Give a server no more, as an endpoint that is taken out: connections that there are stay."""
+        """Send no new connections to a server, as when an endpoint is removed; open ones stay."""
         for backend in ("requests", "connections"):
             self.command(f"set server {backend}/s{server} state drain")
 
     def restore(self, server: int) -> None:
-        """Let a server have requests again, as soon as it is ready."""
+        """Send requests to a server again as soon as it is ready."""
         for backend in ("requests", "connections"):
             self.command(f"set server {backend}/s{server} state ready")
 

@@ -1,4 +1,4 @@
-"""Servers behind a real proxy are replaced one after the other, and nobody notices."""
+"""Servers behind a real proxy are replaced one after the other, and no request fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 class Load:
-    """Clients that ask without a pause, each on a connection that it keeps as long as it may."""
+    """Clients that send requests without a pause, each on a connection that it keeps open."""
 
     def __init__(self, ports: list[int], clients: int) -> None:
         self.answers: Counter[str] = Counter()
@@ -56,14 +56,14 @@ class Load:
                     self.answers[outcome] += 1
 
     def more(self, count: int) -> None:
-        """Wait until so many more requests have been answered."""
+        """Wait until `count` more requests are answered."""
         wanted = self.answers.total() + count
         while self.answers.total() < wanted:
             assert any(thread.is_alive() for thread in self._threads)
-            self._stopped.wait(0.01)
+            self._stopped.wait(0.02)
 
     def stop(self) -> Counter[str]:
-        """End the clients; how many requests ended in which way."""
+        """End the clients; returns how many requests had each outcome."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(30)
@@ -99,11 +99,10 @@ def _start(serve: Serve, repository: Path, port: int) -> Server:
 def test_a_rolling_update_under_load_fails_no_request(
     serve: Serve, repository: Path, servers: list[Server], proxy: Proxy
 ) -> None:
-    """Each server gets SIGTERM under load and is replaced when it is gone; every request has its answer.
+    """Each server gets SIGTERM under load and is replaced once it has ended; every request is answered.
 
-    Kubernetes takes a pod out of the endpoints during preStop; what it does to new connections then, and
-    not to those that there are, is done to the first server here. A balancer of another kind sees nothing
-    before /health/ready says no: that is how it learns of the second.
+    The first server leaves as in Kubernetes: during preStop it gets no new connections but keeps the open
+    ones. The second leaves as behind other load balancers, which learn of it only from /health/ready.
     """
     load = Load([proxy.requests, proxy.connections], clients=4)
     try:
@@ -125,4 +124,4 @@ def test_a_rolling_update_under_load_fails_no_request(
         answers = load.stop()
     assert set(answers) == {"200"}, answers
     for server in servers:
-        server.wait_for("settled")
+        server.wait_for("the settle time is over")
