@@ -112,6 +112,16 @@ def test_no_modules_import_one_another_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
+@pytest.mark.parametrize("file", FILES, ids=path_of)
+def test_gpu_folders_are_imported_only_on_the_way_to_a_gpu(file: Path) -> None:
+    """Elsewhere, folders named `gpu` are imported within functions, so that the folders can be deleted."""
+    if "gpu" in file.parts or file.is_relative_to(PACKAGE / "backends" / "cuda"):
+        return
+    at_the_top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom)]
+    assert not [node.module for node in at_the_top if "gpu" in (node.module or "").split(".")]
+    assert not [module for module in imports_of(file) if module.startswith("inferpool.backends.cuda")]
+
+
 @pytest.mark.parametrize("file", sorted((PACKAGE / "pool").glob("*.py")), ids=path_of)
 def test_the_pool_knows_no_event_loop_and_no_clock(file: Path) -> None:
     assert not imports_of(file) & {"asyncio", "time", "datetime", "socket", "http"}

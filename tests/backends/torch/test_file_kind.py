@@ -104,14 +104,6 @@ def test_a_file_is_told_by_what_is_in_it_not_by_its_name(tmp_path: Path, name: s
         assert "TorchScript" in PyTorchBackend().load(script, LoadOptions(trusted=True, samples=samples)).form
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch for GPUs is installed")
-def test_the_pytorch_for_cpus_says_that_it_is_one(tmp_path: Path) -> None:
-    file = save_exported(tmp_path / "model.pt2", nn.Linear(3, 2), torch.rand(2, 3))
-    assert "built for CPUs only" in PyTorchBackend().gpu_unavailable_reason(file)
-    with pytest.raises(LoadError, match="is built for CPUs only"):
-        PyTorchBackend().load(file, LoadOptions(device="cuda:0", trusted=True))
-
-
 def test_the_runtimes_version_is_told_without_importing_it() -> None:
     assert find_backend("torch").describe() == f"torch {importlib.metadata.version('torch')}"
     assert describe_backends()["torch"].startswith("torch ")

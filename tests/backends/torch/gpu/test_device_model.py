@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from inferpool.backends.base import LoadOptions
+from inferpool.backends.torch.backend import PyTorchBackend
 from inferpool.backends.torch.gpu.device_model import TorchDeviceModel
 from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, StartedModel
-from inferpool.errors import OutOfMemory
+from inferpool.errors import LoadError, OutOfMemory
 from inferpool.tensors import Array, TensorSpec
 
-from tests.backends.torch.networks import digits
+from tests.backends.torch.networks import digits, save_exported
 
 X = TensorSpec("x", "FP32", (-1, 1, 8, 8))
 SCORES = TensorSpec("scores", "FP32", (-1, 10))
@@ -100,3 +103,11 @@ def test_closed_it_lets_go_of_the_module_and_its_memory() -> None:
     echo.close()
     assert released == [True]
     assert not echo._buffers
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch for GPUs is installed")
+def test_a_pytorch_for_cpus_is_the_reason_why_no_gpu_is_used(tmp_path: Path) -> None:
+    file = save_exported(tmp_path / "model.pt2", torch.nn.Linear(3, 2), torch.rand(2, 3))
+    assert "built for CPUs only" in str(PyTorchBackend().gpu_unavailable_reason(file))
+    with pytest.raises(LoadError, match="is built for CPUs only"):
+        PyTorchBackend().load(file, LoadOptions(device="cuda:0", trusted=True))
