@@ -30,7 +30,8 @@ import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from inferpool.codecs.text import TextCodec, TextConfig
+from inferpool.codecs.text import TextCodec
+from inferpool.codecs.text_config import TextConfig
 from inferpool.tensors import Signature, TensorSpec
 
 from tests.clients import Client, with_clients

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inferpool import cli
-from inferpool.codecs.text import MOST_CHARACTERS, MOST_SENTENCES, TextCodec, TextConfig
+from inferpool.codecs.text import MOST_CHARACTERS, MOST_SENTENCES, TextCodec
+from inferpool.codecs.text_config import TextConfig
 from inferpool.errors import BodyTooLarge, ConfigError, InvalidInput, MalformedBody
 from inferpool.tensors import Signature, TensorSpec
 from tokenizers.processors import TemplateProcessing
@@ -50,15 +51,15 @@ def test_rows_are_what_the_tokenizer_says(tokenizer_file: Path, sentences: list[
     texts = array(*map(" ".join, sentences))
     seen: list[int] = []
     for rows in made.encode(texts, apart=False):
-        for row, place in enumerate(rows.places):
+        for row, place in enumerate(rows.indices):
             encoding = by_hand.encode(texts[place])
             assert rows.tensors["input_ids"][row].tolist() == encoding.ids
             assert rows.tensors["attention_mask"][row].tolist() == encoding.attention_mask
             assert rows.tensors["token_type_ids"][row].tolist() == encoding.type_ids
-        seen += rows.places
+        seen += rows.indices
     assert sorted(seen) == list(range(len(sentences)))
     apart = made.encode(texts, apart=True)
-    assert [rows.places for rows in apart] == [[place] for place in range(len(sentences))]
+    assert [rows.indices for rows in apart] == [[place] for place in range(len(sentences))]
 
 
 @pytest.mark.parametrize("datatype", ["INT32", "INT64"])
@@ -148,7 +149,7 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path, content: bytes | None) -> N
 
 
 def test_made_up_rows_are_words_and_not_padding(tokenizer_file: Path) -> None:
-    rows = codec(tokenizer_file).made_up(16)
+    rows = codec(tokenizer_file).made_up_rows(16)
     assert rows["input_ids"].shape == (8, 16)
     assert (rows["input_ids"] >= 4).all()
     assert rows["attention_mask"].all()

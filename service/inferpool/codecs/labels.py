@@ -1,4 +1,4 @@
-"""Scores to words: what `[labels]` in a model.toml says."""
+"""Names the best scores of an output, as `[labels]` in a model.toml says."""
 
 from __future__ import annotations
 
@@ -24,20 +24,11 @@ from inferpool.tensors import (
 )
 
 Prediction: TypeAlias = dict[str, str | float | None]
-"""`{"label": name, "score": number}`; the score is None where the model gave none that is finite."""
+"""`{"label": name, "score": number}`; the score is None if it is not finite."""
 
 
 class LabelsConfig(BaseModel):
-    """The table `[labels]` of a model.toml.
-
-    Attributes:
-        output: the output that holds one score a label; when left out, the model's only output, or the first
-            one of two dimensions that holds floating-point numbers.
-        file: the names, one a line in the order of the scores, beside the model.toml.
-        activation: what turns the output into scores.
-        top_k: how many labels a row gets at most.
-        threshold: scores below it are left out; after `activation`.
-    """
+    """The table `[labels]` of a model.toml; the descriptions of its keys are also those of the reference."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,7 +54,7 @@ class LabelsCodec:
     """Names the best scores of every row; safe to share between threads."""
 
     def __init__(self, config: LabelsConfig, signature: Signature, names: Sequence[str]) -> None:
-        """Raise ConfigError, with the key at the front, where the output cannot hold scores for `names`."""
+        """Raise ConfigError, with the key at the front, if the output cannot hold scores for `names`."""
         spec = _find_output(config, signature)
         shape = spec.shape
         if not names:
@@ -90,9 +81,9 @@ class LabelsCodec:
     def predictions(self, outputs: Tensors) -> list[list[Prediction]]:
         """Return the best labels of every row of `outputs`, best first.
 
-        Of equal scores the one that comes first in the output is better; one that is not a number is worse
-        than any other, and left out where there is a threshold. Raises ModelFailed if the output, whose
-        dimensions the model leaves open, does not hold one score a label.
+        Equal scores keep the order of the output. A score that is NaN is worse than any other, and left out if
+        there is a threshold. Raises ModelFailed if the model has left the dimensions of the output open, and
+        the output does not hold one score a label.
         """
         logits = outputs[self.output]
         if logits.ndim != 2 or logits.shape[1] != len(self.names):
@@ -104,7 +95,7 @@ class LabelsCodec:
         order = _best(scores, self._count)
         best = np.take_along_axis(scores, order, axis=1)
         finite = np.isfinite(best)
-        # In double precision, which is what the caller sees: a score must not round up to the threshold.
+        # Compared in double precision, as clients see them: no score may be rounded up to the threshold.
         wanted = np.ones_like(finite) if self._threshold is None else best.astype(float) >= self._threshold
         return [
             [
@@ -121,7 +112,7 @@ class LabelsCodec:
         scores = logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
         if self._activation == "none":
             return scores
-        # What is not finite stays so, and is shown as such: it needs no warning.
+        # Scores that are not finite are answered as such, so numpy need not warn.
         with np.errstate(invalid="ignore"):
             return _softmax(scores) if self._activation == "softmax" else _sigmoid(scores)
 
@@ -172,17 +163,17 @@ def _best(scores: Array, count: int) -> Array:
     """Return the indices of each row's `count` best scores, best first: [rows, count]."""
     falling = -scores
     order = np.empty((len(scores), count), np.intp)
-    # A stable sort of everything costs several times what finding the last place does; then few are sorted.
-    last = np.partition(falling, count - 1, axis=1)[:, count - 1]
-    for row, (values, bound) in enumerate(zip(falling, last, strict=True)):
-        # Written so that what is not a number stays a candidate; the sort puts it last.
+    # Finding the bound and sorting a few candidates takes a fraction of the time of a stable sort of all.
+    bounds = np.partition(falling, count - 1, axis=1)[:, count - 1]
+    for row, (values, bound) in enumerate(zip(falling, bounds, strict=True)):
+        # With this comparison NaN stays a candidate; the sort puts it last.
         candidates = np.flatnonzero(~(values > bound))
         order[row] = candidates[values[candidates].argsort(kind="stable")[:count]]
     return order
 
 
 def _softmax(logits: Array) -> Array:
-    """Exponentials over their sum, with each row's maximum taken off first so that none overflows."""
+    """Return the softmax of each row, after subtracting its maximum, so that nothing overflows."""
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
     scores: Array = raised / raised.sum(axis=1, keepdims=True)
     return scores

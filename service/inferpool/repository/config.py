@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from inferpool.backends.base import CpuNodes
 from inferpool.codecs.image_config import ImageConfig
 from inferpool.codecs.labels import LabelsConfig
-from inferpool.codecs.text import TextConfig
+from inferpool.codecs.text_config import TextConfig
 from inferpool.errors import ConfigError
 from inferpool.system.gpus import check_devices
 from inferpool.tensors import DTYPES, Signature, names_text, shape_text

@@ -294,7 +294,7 @@ def test_the_document_allows_every_accepted_body(
 
 def test_a_wrong_tokenizer_fails_its_model_alone(server: Server) -> None:
     problems = server.get("/health").json()["problems"]
-    assert "broken/model.toml: text.tokenizer: tokenizer.json is no tokenizer" in problems["broken/1"]
+    assert "broken/model.toml: text.tokenizer: tokenizer.json is not a tokenizer" in problems["broken/1"]
     assert "a row of 512 tokens cannot be run" in problems["too-long/1"]
     assert "text.max_tokens" in problems["too-long/1"]
     assert problems.keys() == {"broken/1", "too-long/1"}

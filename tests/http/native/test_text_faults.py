@@ -82,7 +82,7 @@ def test_a_tokenizer_that_panics_fails_its_model_alone(server: Server) -> None:
     problems = server.get("/health").json()["problems"]
     assert problems.keys() == {"a-charsmap/1", "a-length/1", "a-template/1"}
     for name, reason in problems.items():
-        assert f"{name[:-2]}/model.toml: text.tokenizer: tokenizer.json is no tokenizer: " in reason
+        assert f"{name[:-2]}/model.toml: text.tokenizer: tokenizer.json is not a tokenizer: " in reason
     assert "chunk size must be non-zero" in problems["a-length/1"]
 
 

@@ -244,7 +244,7 @@ class Predictor:
         now, deadline = self.clock(), call.began + timeout_s
         entry = self._entry(call, tensors, now, deadline)
         if len(call.texts) > 1:
-            parts = [Part(self._entry(call, rows.tensors, now, deadline), rows.places) for rows in call.texts]
+            parts = [Part(self._entry(call, rows.tensors, now, deadline), rows.indices) for rows in call.texts]
             entry = split_entry(next(self._ids), parts)
         self._outlet.expect(entry.id, then)
         try:

@@ -125,7 +125,7 @@ class Loader:
             rows = [inputs for sample in samples for inputs in sample.inputs]
             if text is not None:
                 # First, because these rows have the length that everything is measured by.
-                rows.insert(0, text.made_up(text.unit))
+                rows.insert(0, text.made_up_rows(text.unit))
             files = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
             content = _Content(text, image, rows, files)
             plan = self._plan(source, model, options, content)
@@ -269,7 +269,7 @@ class Loader:
         )
         described: tuple[object, ...] = (*config.inputs, *config.outputs)
         if text is not None:
-            described = (*described, text.fills, config.text, text.words)
+            described = (*described, text.fills, config.text, text.vocabulary_size)
         # A plan depends on what model.toml says of the tensors.
         runtime = " ".join((source.backend.describe(), *map(repr, described), *self._measured_on(options)))
         known = self._cache.find(source.file, content.samples, constraints, runtime)

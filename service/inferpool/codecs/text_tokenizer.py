@@ -1,0 +1,111 @@
+"""Reads a file of Hugging Face's `tokenizers` and prepares the tokenizer in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from inferpool.codecs.text_config import TextConfig
+from inferpool.errors import ConfigError, LoadError
+from inferpool.system.install_hints import install_command
+
+DEFAULT_MAX_TOKENS: Final = 512
+"""Used if neither the table nor the tokenizer's file has a limit. Most encoders were trained with it."""
+PROBE: Final = "One sentence, with 2 numbers: 34."
+"""A sentence that every tokenizer can encode."""
+_PAD_TOKENS: Final = ("[PAD]", "<pad>", "<PAD>", "<|pad|>", "<|endoftext|>", "</s>")
+"""Names of the padding token in various tokenizers, or of a token that is used for padding."""
+
+
+def read_tokenizer(config: TextConfig, file: Path) -> Any:
+    """Return the `tokenizers.Tokenizer` in `file`.
+
+    Raises ConfigError if the file cannot be read or is not a tokenizer, and LoadError if `tokenizers` is not
+    installed.
+    """
+    # Threads of the library would take cores from the model, and do not survive a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise LoadError(
+            f"text needs tokenizers, which is not installed: {install_command('text')}"
+        ) from error
+    try:
+        content = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"text.tokenizer: {config.tokenizer} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"text.tokenizer: {config.tokenizer} is not UTF-8 text") from error
+    with name_file(config):
+        return Tokenizer.from_str(content)
+
+
+@contextmanager
+def catch_panics() -> Iterator[None]:
+    """Turn panics of `tokenizers` into a RuntimeError.
+
+    pyo3 raises panics as a BaseException, which would end the thread. The library works on after a panic,
+    because encoding changes none of its state.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(str(panic)) from panic
+
+
+@contextmanager
+def name_file(config: TextConfig) -> Iterator[None]:
+    """Turn every error of `tokenizers` into a ConfigError with the name of the file."""
+    try:
+        with catch_panics():
+            yield
+    except ConfigError:
+        raise
+    except Exception as error:  # the library has no error type of its own
+        raise ConfigError(f"text.tokenizer: {config.tokenizer} is not a tokenizer: {error}") from error
+
+
+def set_truncation(config: TextConfig, tokenizer: Any) -> int:
+    """Let `tokenizer` truncate sentences; return the largest number of tokens of a sentence."""
+    own = tokenizer.truncation or {}
+    most: int = config.max_tokens or own.get("max_length") or DEFAULT_MAX_TOKENS
+    added: int = tokenizer.num_special_tokens_to_add(False)
+    if most <= added:
+        raise ConfigError(
+            f"text.max_tokens: {most} leaves no room for a word; the tokenizer adds {added} special tokens"
+        )
+    # There is no stride: it is for texts that continue in further rows, and a sentence has one row.
+    tokenizer.enable_truncation(
+        most, strategy=own.get("strategy", "longest_first"), direction=own.get("direction", "right")
+    )
+    return most
+
+
+def highest_type(tokenizer: Any) -> int:
+    """Return the highest type id of a token in a sentence, in a pair of sentences, or in padding.
+
+    A model fails on higher type ids. No file says how many type ids the model was trained with.
+    """
+    truncation, padding = tokenizer.truncation, tokenizer.padding
+    tokenizer.no_truncation()
+    types = [*tokenizer.encode(PROBE).type_ids, *tokenizer.encode(PROBE, PROBE).type_ids]
+    if truncation:
+        tokenizer.enable_truncation(**truncation)
+    highest: int = max(padding["pad_type_id"] if padding else 0, *types, 0)
+    return highest
+
+
+def take_padding(tokenizer: Any) -> tuple[int, int]:
+    """Switch padding off; return the id and the type id of the padding token, 0 if there is none."""
+    own = tokenizer.padding
+    tokenizer.no_padding()
+    if own:
+        return own["pad_id"], own["pad_type_id"]
+    found = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
+    return next((token for token in found if token is not None), 0), 0
