@@ -81,7 +81,7 @@ class LabelsCodec:
     def predictions(self, outputs: Tensors) -> list[list[Prediction]]:
         """Return the best labels of every row of `outputs`, best first.
 
-        Equal scores keep the order of the output. A score that is NaN is worse than any other, and left out if
+        Equal scores keep the order of the output. NaN is worse than any other score, and left out if
         there is a threshold. Raises ModelFailed if the model has left the dimensions of the output open, and
         the output does not hold one score a label.
         """
@@ -180,7 +180,7 @@ def _softmax(logits: Array) -> Array:
 
 
 def _sigmoid(logits: Array) -> Array:
-    """1 / (1 + exp(-x)), from exp(-|x|) so that none overflows and small ones keep their digits."""
+    """Return 1 / (1 + exp(-x)), computed from exp(-|x|): nothing overflows and small values stay precise."""
     small = np.exp(-np.abs(logits))
     scores: Array = np.where(logits < 0, small, 1) / (1 + small)
     return scores
