@@ -1,16 +1,16 @@
-"""What a request costs the server by the format of its body: `scripts/bench formats`.
+"""Measures the CPU time of a request, by the format of its body: `scripts/bench formats`.
 
-A server of this checkout is started as a process of its own, and asked one request after the other over one
-connection. The cost is the CPU time, user and system, of the server's whole process tree between the first
-and the last of `--requests` requests, as the kernel counts it, for each request; medians of `--rounds`
-rounds, in which the formats take turns. The models do next to nothing: the mean of each row of 64 floats,
-and of each channel of a 3×224×224 image. The last line of each table is a request without a body,
-`GET /v2/health/live`, that passes the web framework instead of a model.
+A server of this checkout runs in a process of its own and gets one request after the other over one
+connection. The cost is the user and system CPU time of the server's process tree for `--requests`
+requests, divided by their number. Figures are medians of `--rounds` rounds, in which the formats take
+turns. The models do next to nothing: they compute the mean of a row of 64 floats, or of each channel of a
+3×224×224 image. The last line of each table is a request without a body, `GET /v2/health/live`, which the
+web framework answers.
 
-Where the 602,112 bytes of an image in binary form are copied between the web server's chunks and the batch:
-once into the request's body by `inferpool.http.predict.body_buffer`, where they stand aligned, so that the tensor is a view
-of them, and once more into the batch by `inferpool.pool.batch` where other entries are in it; an entry that is
-alone is the batch. The web server itself copies them from the socket into the chunks before that.
+The 602,112 bytes of a binary image are copied at most twice in Python.
+`inferpool.http.predict.body_buffer` copies them into an aligned body, of which the tensor is a view.
+`inferpool.pool.batch` copies them into the batch, unless the entry is alone in it. The kernel's copy from
+the socket comes before.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Request(NamedTuple):
 
 
 def write_mean(folder: Path, name: str, shape: list[int], axes: list[int]) -> None:
-    """A model that gives the mean of each row over `axes`."""
+    """Write a model that computes the mean of each row over `axes`."""
     graph = helper.make_graph(
         [helper.make_node("ReduceMean", ["x"], ["y"], axes=axes, keepdims=0)],
         name,
@@ -87,7 +87,7 @@ def npy(rows: np.ndarray) -> bytes:
 
 
 def photo() -> bytes:
-    """A picture as compressible as photographs are: smooth, with some noise."""
+    """Return a picture that compresses like a photograph: smooth, with some noise."""
     across, down = np.meshgrid(np.linspace(0, 6, SIDE), np.linspace(0, 5, SIDE))
     noise = np.random.default_rng(2).normal(0, 6, (SIDE, SIDE, 3))
     waves = np.stack([np.sin(across), np.cos(down), np.sin(across + down)], axis=-1)
@@ -115,11 +115,11 @@ def requests(model: str, rows: np.ndarray) -> list[Request]:
 
 
 def cpu_s(root: int) -> float:
-    """CPU seconds of a process and its children, all of their threads, since they started."""
+    """Return the CPU seconds of a process and its children, with all threads, since they started."""
     parents, ticks = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # The name, in parentheses, may hold anything.
+            # The name of a process, in parentheses, may contain anything.
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
@@ -142,7 +142,7 @@ def ask(connection: http.client.HTTPConnection, request: Request, count: int) ->
 
 
 def start(repository: Path) -> tuple[subprocess.Popen[str], int]:
-    """The server, once its models are loaded, and its port."""
+    """Start a server; return the process and its port once the models are loaded."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "INFERPOOL_LOG_FORMAT": "console"}
     command = [sys.executable, "-m", "inferpool", "serve", str(repository), "--port", "0"]
     server = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
@@ -157,7 +157,7 @@ def start(repository: Path) -> tuple[subprocess.Popen[str], int]:
 
 
 def measure(port: int, root: int, listed: list[Request], count: int, rounds: int) -> dict[str, float]:
-    """Microseconds of CPU by request, medians."""
+    """Return the median CPU microseconds of each request."""
     times: dict[str, list[float]] = {request.name: [] for request in listed}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for request in listed:

@@ -1,11 +1,11 @@
-"""Sentences of 3 to 120 words: rows a second and how much of what ran was padding, each way of serving them.
+"""Measures rows a second and the share of padding for sentences of 3 to 120 words.
 
     models/minilm/build.py && python benchmarks/text.py [--model FOLDER] [--seconds S] [--rounds N]
 
-The model is any folder with a `[text]` table, by default MiniLM. Inferpool is a real server in a process of
-its own, over loopback, one sentence a request, its clients in this process. Beside it, in this process and
-without HTTP: a plain loop that runs sentence by sentence, and one that runs 32 at a time, each padded to the
-longest of them; both with ONNX Runtime's own choice of threads. Medians over the rounds.
+The model is any folder with a `[text]` table, by default MiniLM. Inferpool runs in a process of its own,
+and clients in this process send one sentence a request over loopback. Two plain loops run in this process
+without HTTP: one sentence at a time, and 32 at a time, padded to the longest of them. Both use ONNX
+Runtime's own choice of threads. Figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TOGETHER = 32
 
 
 def make_sentences() -> list[str]:
-    """English prose cut into sentences of 3 to 120 words, every length as likely as any other."""
+    """Cut English prose into sentences of 3 to 120 words; every length is equally likely."""
     words = " ".join(pydoc_data.topics.topics.values()).split()
     rng = random.Random(0)
     sentences = []
@@ -69,7 +69,7 @@ class Plain:
         return tensors, tensors[self.codec.ids].shape[1]
 
     def loop(self, sentences: list[str]) -> tuple[int, int]:
-        """Run them one by one; returns their tokens, and those of padding."""
+        """Run one sentence at a time; return the numbers of tokens and of padding tokens."""
         tokens = 0
         for sentence in sentences:
             tensors, length = self.one(sentence)
@@ -78,7 +78,7 @@ class Plain:
         return tokens, 0
 
     def batches(self, sentences: list[str]) -> tuple[int, int]:
-        """Run so many at a time in the order they come, padded to the longest of them."""
+        """Run `TOGETHER` sentences at a time in their order, padded to the longest of them."""
         tokens = padded = 0
         for start in range(0, len(sentences), TOGETHER):
             rows = [self.one(sentence) for sentence in sentences[start : start + TOGETHER]]
@@ -99,17 +99,17 @@ class Plain:
 
 
 async def closed_loop(port: int, name: str, bodies: list[bytes], clients: int, seconds: float) -> list[int]:
-    """Clients that ask again as soon as they are answered; returns which bodies were answered."""
+    """Run clients that send the next request after each answer; return the indexes of the answered bodies."""
     answered: list[int] = []
     ends = time.perf_counter() + seconds
 
     async def work(client: Client, number: int) -> None:
-        place = number * len(bodies) // clients
+        index = number * len(bodies) // clients
         while time.perf_counter() < ends:
-            reply = await client.post(f"/predict/{name}", bodies[place % len(bodies)])
+            reply = await client.post(f"/predict/{name}", bodies[index % len(bodies)])
             assert reply.status == 200, reply
-            answered.append(place % len(bodies))
-            place += 1
+            answered.append(index % len(bodies))
+            index += 1
 
     await with_clients(port, clients, work)
     return answered
@@ -118,7 +118,7 @@ async def closed_loop(port: int, name: str, bodies: list[bytes], clients: int, s
 def rate_of(
     run: Callable[[list[str]], tuple[int, int]], sentences: list[str], seconds: float
 ) -> tuple[float, float]:
-    """Rows a second, and the share of padding."""
+    """Return rows a second and the share of padding."""
     rows = tokens = padded = 0
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:

@@ -1,13 +1,12 @@
-"""What the pool makes of PyTorch's models: rows a second beside the best loop around the same module.
+"""Measures rows a second of PyTorch models in the pool, beside the best loop around the same module.
 
     python benchmarks/torch_backends.py [--network digits|resnet50] [--seconds S] [--rounds N]
 
-Each network is written with the same weights as ONNX, TorchScript and exported program, loaded as the
-server loads it (the proof, the measurements, the planner's choice of batch size, instances and threads),
-and kept busy by one thread that offers entries as soon as others are answered. Beside it runs the loop
-that one would write by hand: the module called over and over with a full batch, eager and as frozen
-TorchScript, with one thread and with all, at the batch size at which it is quickest. Loops and pools take
-turns; figures are medians over the rounds.
+Each network is written as ONNX, TorchScript and exported program with the same weights. The server's
+loader loads it with its proof, its measurements and its plan, and one thread keeps it busy with entries.
+The loop for comparison calls the module with a full batch, eager and as frozen TorchScript, with one
+thread and with all threads, at its fastest batch size. Loops and pools take turns. Figures are medians
+over the rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# As the server does before it imports PyTorch: otherwise the loops, too, would wait by spinning.
+# The server does the same before it imports PyTorch. Without this, the threads of the loops would spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -95,7 +94,7 @@ class Outbox:
 
 
 class Pooled:
-    """A model loaded as the server loads it, and kept busy."""
+    """A model that the server's loader has loaded, kept busy with entries."""
 
     def __init__(self, file: Path, entry_rows: int, shape: tuple[int, ...]) -> None:
         self.outbox = Outbox()
@@ -110,7 +109,7 @@ class Pooled:
         self.ids = itertools.count()
 
     def rate(self, seconds: float) -> float:
-        """Rows a second, with two full batches waiting for each instance."""
+        """Return rows a second, with two full batches waiting for each instance."""
         plan = self.loaded.view
         waiting = max(2, 3 * plan.batching.max_rows * len(self.loaded.pool.instances()) // self.rows)
         for _ in range(waiting):
@@ -134,7 +133,7 @@ class Pooled:
 
     @property
     def choice(self) -> str:
-        """What the planner chose."""
+        """Return the plan in words."""
         view = self.loaded.view
         return (
             f"{view.backend}: batches of {view.batching.max_rows},"
@@ -145,7 +144,7 @@ class Pooled:
 def loop_rate(
     module: Callable[[torch.Tensor], Any], batch: torch.Tensor, threads: int, seconds: float
 ) -> float:
-    """Rows a second of calling `module` over and over."""
+    """Return rows a second of a loop that calls `module`."""
     torch.set_num_threads(threads)
     with torch.inference_mode():
         for _ in range(3):
@@ -160,7 +159,7 @@ def loop_rate(
 def best_size(
     module: Callable[[torch.Tensor], Any], shape: tuple[int, ...], threads: int, seconds: float
 ) -> torch.Tensor:
-    """The batch at whose size the loop is quickest; none is tried beyond three that are not quicker."""
+    """Return the batch of the fastest size; stop after three sizes that are not faster."""
     batches = [torch.rand(1, *shape)]
     rates = [loop_rate(module, batches[0], threads, seconds)]
     while len(batches[-1]) < MOST_ROWS and max(rates) > max(rates[:-3], default=0.0):
@@ -170,7 +169,7 @@ def best_size(
 
 
 def write_onnx(network: nn.Module, file: Path, sample: torch.Tensor) -> None:
-    """Write a network as ONNX: the digits' as it is in the repository, others by PyTorch's exporter."""
+    """Write a network as ONNX: digits is copied from the repository, others pass PyTorch's exporter."""
     file.parent.mkdir(parents=True)
     if len(sample[0, :, 0, 0]) == 1:
         shutil.copy(ROOT / "models/digits/1/model.onnx", file)

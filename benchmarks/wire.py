@@ -1,7 +1,7 @@
-"""What it costs to turn request bodies into tensors, beside the parsers alone: `python benchmarks/wire.py`.
+"""Measures the time to turn request bodies into tensors, beside bare parsers: `python benchmarks/wire.py`.
 
-Times are medians of `--runs` runs, each the mean of as many calls as fill a good part of a second, in
-microseconds, on one thread. The last column is the ratio to the row that the line names.
+Times are microseconds on one thread: medians of `--runs` runs, each the mean of many calls. The last
+column is the ratio to the line that it names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def reading_by(way: str) -> Iterator[None]:
 
 
 def pixels_of(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Pixels as clients send them: five digits."""
+    """Return pixels with five digits, like those that clients send."""
     return np.random.default_rng(0).random(shape).round(5)
 
 
@@ -101,7 +101,7 @@ def infer(body: bytes, length: int) -> Callable[[], object]:
 def infer_body(
     pixels: np.ndarray[tuple[int, ...], np.dtype[np.float32]], misaligned: int
 ) -> tuple[bytes, int]:
-    """A binary body whose tensor starts `misaligned` bytes after a multiple of 8 of the body's memory."""
+    """Return a binary body whose tensor starts `misaligned` bytes after a multiple of 8 in memory."""
     parameters = {"binary_data_size": pixels.nbytes}
     entry = {"name": "x", "datatype": "FP32", "shape": pixels.shape, "parameters": parameters}
     header = orjson.dumps({"inputs": [entry]})

@@ -1,13 +1,13 @@
 """Inferpool and its peers, measured beside each other: `scripts/bench peers`.
 
-Each server is installed into an environment of its own and started in its turn, with the same model file.
-Its answers are checked, alone and together; wrk loads it at several levels of concurrency; CPU time and
-memory of its whole process tree are accounted. The results are in benchmarks/results: `peers.json`, with
-every record, `peers.md` and the plots made of it.
+Each server is installed into an environment of its own. The servers take turns with the same model files.
+Answers are checked, alone and together. wrk loads each server at several levels of concurrency, and the
+CPU time and memory of its process tree are counted. The results are in benchmarks/results: `peers.json`
+has every record, and `peers.md` and the charts are made from it.
 
-The JSON file is added to: `--rounds` says how many rounds each server shall have under each workload in the
-end, so a call that was cut short, by --stop-after-s or otherwise, is taken up by the same call. Records of
-Inferpool are dropped when its code has changed since.
+`peers.json` grows: `--rounds` is the number of rounds that each server has under each workload in the
+end. The same call continues a run that was stopped, by --stop-after-s or otherwise. Records of Inferpool
+are dropped if its code has changed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ NAMES = [*PEERS, IN_PROCESS]
 
 
 def main() -> int:
-    """Measure what is missing, write the report; 1 where --check finds a target missed."""
+    """Measure what is missing and write the report; return 1 if --check finds a missed target."""
     given = parser().parse_args()
-    # So that a server under test ends with this process.
+    # A server under test must end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     results = Results(given.out / "peers.json")
     if not (given.check or given.report):
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run(results: Results, given: argparse.Namespace) -> None:
-    """Round by round, all servers under all workloads, each in its turn."""
+    """Run all rounds; in each, all servers take turns under all workloads."""
     ends = time.monotonic() + given.stop_after_s
     pythons = set_up(results, given.peers)
     if given.fresh:
@@ -88,7 +88,7 @@ def run(results: Results, given: argparse.Namespace) -> None:
 
 
 def pairs(given: argparse.Namespace, number: int) -> Iterator[tuple[str, str]]:
-    """What belongs to a round: workloads with servers, which begin with another one each round."""
+    """Return the workloads and servers of a round; each round begins with another server."""
     turn = number % len(given.peers)
     for workload in given.workloads:
         for peer in [*given.peers[turn:], *given.peers[:turn]]:
@@ -97,7 +97,7 @@ def pairs(given: argparse.Namespace, number: int) -> Iterator[tuple[str, str]]:
 
 
 def set_up(results: Results, names: list[str]) -> dict[str, Path]:
-    """The Pythons of the servers that can be run here; of the others the results say why not."""
+    """Return the Python of each server that can run here; the results say why others cannot."""
     pythons = {}
     for name in names:
         if name == IN_PROCESS:
@@ -124,7 +124,7 @@ def python_of(peer: Peer) -> Path:
 
 
 def version_of(peer: Peer, python: Path) -> str:
-    """What the tables say of a peer's version."""
+    """Return the version of a peer for the tables."""
     if peer.name == "inferpool":
         return own_version()
     found = versions(python, (peer.distribution,))
@@ -136,7 +136,7 @@ def version_of(peer: Peer, python: Path) -> str:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on; raises LoadError where the load generator is missing."""
+    """Describe the machine; raises LoadError if the load generator is missing."""
     told = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in told if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def say(line: str) -> None:
-    """Tell whoever waits."""
+    """Print progress."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Load: a closed loop by wrk, and an open loop that sends on whatever becomes of the requests before."""
+"""Load: a closed loop by wrk, and an open loop that sends at a fixed rate without waiting for answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import httptools
 
 SCRIPT = Path(__file__).with_name("wrk.lua")
 PATIENCE_S = 30
-"""How long an answer may take before it counts as lost, and wrk beyond its time before it is ended."""
+"""Seconds after which an answer counts as lost, and after which a late wrk is killed."""
 
 SETTLE_S = 1.0
-"""The start of an open loop, while queues fill, that is not counted."""
+"""Seconds at the start of an open loop that are not counted, because queues fill."""
 
 
 class LoadError(Exception):
@@ -44,7 +44,7 @@ def need_wrk() -> str:
 
 
 def closed_loop(port: int, request: Request, connections: int, seconds: float) -> dict[str, float]:
-    """Ask over so many connections, each again as soon as it is answered; wrk, one thread.
+    """Run wrk with one thread: each connection sends the next request after each answer.
 
     Returns requests a second, latencies in ms, and how many were refused (not 2xx) or lost.
     """
@@ -79,14 +79,14 @@ def closed_loop(port: int, request: Request, connections: int, seconds: float) -
 
 @dataclass
 class RequestStats:
-    """What came of the requests of an open loop; moments are in seconds since its start."""
+    """The results of an open loop; times are seconds since its start."""
 
     good: list[tuple[float, float]] = field(default_factory=list)
-    """Of each answer with status 200, when it came and how long it took."""
+    """For each answer with status 200: when it came, and how long it took."""
     refusals: list[float] = field(default_factory=list)
     """How long each other answer took."""
     delays: list[float] = field(default_factory=list)
-    """How much later than due each request was sent: what the generator is to blame for."""
+    """How late each request was sent, which is the fault of the load generator."""
     lost: int = 0
 
 
@@ -97,8 +97,8 @@ def open_loop(
 
     Counted are the answers that come after the first second, while the load lasts.
     """
-    tally = asyncio.run(_open_loop(port, request, rate_per_s, seconds))
-    counted = [took for at, took in tally.good if SETTLE_S <= at < seconds]
+    stats = asyncio.run(_open_loop(port, request, rate_per_s, seconds))
+    counted = [took for at, took in stats.good if SETTLE_S <= at < seconds]
     in_time = [took for took in counted if took <= limit_s]
     median = statistics.median
     return {
@@ -106,16 +106,16 @@ def open_loop(
         "goodput_per_s": len(in_time) / (seconds - SETTLE_S),
         "late_per_s": (len(counted) - len(in_time)) / (seconds - SETTLE_S),
         "good_p50_ms": 1000 * median(in_time) if in_time else 0.0,
-        "refused": len(tally.refusals),
-        "refusal_p50_ms": 1000 * median(tally.refusals) if tally.refusals else 0.0,
-        "lost": tally.lost,
-        "sent_late_p99_ms": 1000 * sorted(tally.delays)[int(0.99 * len(tally.delays))],
+        "refused": len(stats.refusals),
+        "refusal_p50_ms": 1000 * median(stats.refusals) if stats.refusals else 0.0,
+        "lost": stats.lost,
+        "sent_late_p99_ms": 1000 * sorted(stats.delays)[int(0.99 * len(stats.delays))],
     }
 
 
 async def _open_loop(port: int, request: Request, rate_per_s: float, seconds: float) -> RequestStats:
     loop = asyncio.get_running_loop()
-    tally = RequestStats()
+    stats = RequestStats()
     idle: list[Connection] = []
     all_tasks: set[asyncio.Task[None]] = set()
     fields = {"Host": "localhost", "Content-Length": str(len(request.body)), **request.headers}
@@ -124,7 +124,7 @@ async def _open_loop(port: int, request: Request, rate_per_s: float, seconds: fl
     began = loop.time()
 
     async def one(due: float) -> None:
-        tally.delays.append(loop.time() - due)
+        stats.delays.append(loop.time() - due)
         connection: Connection | None = idle.pop() if idle else None
         try:
             async with asyncio.timeout(PATIENCE_S):
@@ -132,21 +132,21 @@ async def _open_loop(port: int, request: Request, rate_per_s: float, seconds: fl
                     _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
                 status = await connection.ask(message)
         except OSError:  # TimeoutError is one
-            tally.lost += 1
+            stats.lost += 1
             if connection is not None:
                 connection.close()
             return
         took = loop.time() - due
         if status == 200:
-            tally.good.append((loop.time() - began, took))
+            stats.good.append((loop.time() - began, took))
         else:
-            tally.refusals.append(took)
+            stats.refusals.append(took)
         if connection.keeps:
             idle.append(connection)
 
     for number in range(int(rate_per_s * seconds)):
         due = began + number / rate_per_s
-        # Also when late, so that answers are read meanwhile.
+        # Sleeps even if it is late, so that answers are read.
         await asyncio.sleep(max(0.0, due - loop.time()))
         task = asyncio.create_task(one(due))
         all_tasks.add(task)
@@ -154,7 +154,7 @@ async def _open_loop(port: int, request: Request, rate_per_s: float, seconds: fl
     await asyncio.gather(*all_tasks)
     for connection in idle:
         connection.close()
-    return tally
+    return stats
 
 
 class Connection(asyncio.Protocol):

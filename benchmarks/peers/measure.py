@@ -1,4 +1,4 @@
-"""One server under one workload: started, checked, loaded, accounted, stopped."""
+"""Measures one server under one workload: start, check, load, count, stop."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from benchmarks.peers.workloads import ROOT, Sample, Workload, is_right, model_f
 ANSWER_S = 60
 WARM_S = 1
 CAPACITY_S = 4
-"""The least time in which a capacity is found: some servers answer in bursts."""
+"""Shortest time to find a capacity in seconds: some servers answer in bursts."""
 
 LIMIT_S = 1.0
-"""In an overload, an answer that takes longer is of no use."""
+"""Seconds after which an answer under overload no longer counts."""
 
 Record = dict[str, Any]
 
 
 def measure(peer: Peer, python: Path, workload: Workload, seconds: float) -> list[Record]:
-    """A record a level of concurrency, or one that says under `problem` what went wrong."""
+    """Return one record for each level of concurrency, or one record with a `problem`."""
     port = free_port()
     requests = [(sample, at_model(peer, workload, sample)) for sample in samples(workload)]
     typical = requests[len(requests) // 2]  # sentences come by length
@@ -43,7 +43,7 @@ def measure(peer: Peer, python: Path, workload: Workload, seconds: float) -> lis
     command = peer.command(
         python, model_file(workload), workload.kind, port, workload.rows, workload.workers, queue
     )
-    # Short, as the paths of sockets may be no longer than 107 bytes.
+    # A short prefix, because the path of a socket may have at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
         server = Server(command, environ(python), Path(folder))
         records: list[Record] = []
@@ -81,7 +81,7 @@ def closed_loops(
 def overload(
     server: Server, port: int, asked: tuple[Sample, Request], workload: Workload, seconds: float
 ) -> Iterator[Record]:
-    """Find the capacity in a closed loop, then offer twice of that in an open one."""
+    """Find the capacity in a closed loop, then offer twice that rate in an open loop."""
     [connections] = workload.levels
     closed_loop(port, asked[1], connections, WARM_S)
     capacity = closed_loop(port, asked[1], connections, max(seconds, CAPACITY_S))["requests_per_s"]
@@ -93,7 +93,7 @@ def overload(
 
 
 def in_process(workload: Workload, seconds: float, python: Path) -> list[Record]:
-    """The model without a server, in a process of its own: its best rows a second."""
+    """Return the best rows a second of the model without a server, in a process of its own."""
     cores = len(os.sched_getaffinity(0))
     words = ["--model", str(model_file(workload)), "--cores", str(cores), "--seconds", str(seconds)]
     command = [str(python), str(ADAPTERS / "in_process.py"), *words]
@@ -152,7 +152,7 @@ def stamped(records: list[Record]) -> list[Record]:
 
 
 def own_version() -> str:
-    """Inferpool's version, and a digest of its code, so that figures of other code are told apart."""
+    """Return Inferpool's version with a digest of its code, to tell figures of different code apart."""
     digest = hashlib.sha256()
     for file in sorted(file for end in ("py", "c") for file in (ROOT / "service").rglob(f"*.{end}")):
         digest.update(file.read_bytes())

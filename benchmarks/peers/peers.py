@@ -1,4 +1,4 @@
-"""The servers: what they are installed from, what starts them, and how each of them takes an input."""
+"""The servers: packages, start commands, and the requests that each of them takes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_V2 = "has no `/v2` routes"
 
 
 def common(*loose: str) -> tuple[str, ...]:
-    """What every adapter imports, in the versions that this project runs with but for the loose ones."""
+    """Return the packages of every adapter, in this project's versions except for the loose ones."""
     listed = ("onnxruntime", "numpy", "orjson", "pillow")
     pinned = {name: f"{name}=={importlib.metadata.version(name)}" for name in listed if name not in loose}
     return (*(pinned.get(name, name) for name in listed), "tokenizers")
@@ -41,11 +41,11 @@ class Peer:
     name: str
     title: str
     settings: str
-    """What is set, in words for the table."""
+    """The settings, in words for the table."""
     requests: Mapping[str, Build]
     """By kind of body, how a request is made."""
     cannot: Mapping[str, str] = field(default_factory=dict)
-    """By kind of body, why there is none."""
+    """By kind of body, why the peer takes none."""
     requirements: tuple[str, ...] = ()
     """The peer itself first; none for what runs in this project's own environment."""
     needs: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ PEERS = {
             "mlserver", "MLServer", "adaptive batching of 1 ms; one session: in the web server's process",
             {"json": v2(TRITON, "inputs"), "v2": v2(TRITON, "inputs"), "text": v2_text(TRITON, "inputs")},
             {"binary": "has no binary tensors over HTTP", "jpeg": "takes images as base64 in JSON only"},
-            # Its workers ask for an event loop in a way that later ones of uvloop refuse.
+            # Its workers get an event loop in a way that later versions of uvloop refuse.
             ("mlserver==1.7.1", "uvloop<0.22", *common()),
         ),
         Peer(

@@ -1,4 +1,4 @@
-"""Throughput against p99, a line a server, a point a level of concurrency."""
+"""Charts of throughput against p99: one line for each server, one point for each level of concurrency."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A server's process, and all those that come of it."""
+    """A server's process and all its children."""
 
     def __init__(self, command: list[str], environ: dict[str, str], folder: Path) -> None:
         """Start `command` in `folder`, where also its log and its temporary files go."""
@@ -88,7 +88,7 @@ class Server:
         return kib / 1024
 
     def stop(self) -> None:
-        """End all processes: politely first, then whatever is left."""
+        """End all processes: with SIGTERM first, then with SIGKILL."""
         self._processes()
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -128,7 +128,7 @@ class Entry:
     """A line of the process table."""
 
     def __init__(self, stat: str) -> None:
-        # The name, in parentheses, may hold anything.
+        # The name of a process, in parentheses, may contain anything.
         fields = stat.rpartition(")")[2].split()
         self.lives = fields[0] not in "ZX"
         self.parent = int(fields[1])

@@ -13,7 +13,7 @@ from benchmarks.peers.targets import IN_PROCESS, targets
 from benchmarks.peers.workloads import WORKLOADS, Workload
 
 ENOUGH = 3
-"""Answers a connection that a load needs before its latencies say something."""
+"""Answers for each connection that a load needs before its latencies are shown."""
 
 
 def write_report(results: Results, folder: Path, plots: bool) -> None:
@@ -33,7 +33,7 @@ def write_report(results: Results, folder: Path, plots: bool) -> None:
 
 
 def described(results: Results) -> Iterator[str]:
-    """On what, when and with which settings."""
+    """Return the lines on the machine, the time and the settings."""
     machine = results.machine
     first, last = results.moments() or ("", "")
     yield (
@@ -61,7 +61,7 @@ def described(results: Results) -> Iterator[str]:
 
 
 def table(results: Results, workload: Workload) -> Iterator[str]:
-    """A line a server, best throughput first, and those without figures below with the reason."""
+    """Return a line for each server, best throughput first, and last the reasons of those without figures."""
     if workload.queue:
         yield (
             f"Twice the capacity that a closed loop of {workload.levels[0]} connections found is offered. "
@@ -94,7 +94,7 @@ def table(results: Results, workload: Workload) -> Iterator[str]:
 
 
 def absence(results: Results, workload: Workload, name: str) -> str | None:
-    """Why a server has no figures; None where it was simply not measured yet."""
+    """Return why a server has no figures; None if it was not measured yet."""
     if reason := PEERS[name].cannot.get(workload.kind):
         return f"cannot: {reason}"
     if problems := results.problems(workload.name, name):
@@ -152,14 +152,14 @@ def overload_line(results: Results, workload: Workload, name: str) -> str:
 
 
 def throughput(results: Results, workload: Workload, name: str) -> float:
-    """By what the lines are sorted."""
+    """Return the sort key of a line."""
     of = "goodput_per_s" if workload.queue else "requests_per_s"
     spread = results.spread(workload.name, name, busiest(workload), of)
     return spread.median if spread else 0.0
 
 
 def busiest(workload: Workload) -> int:
-    """The level of which CPU and memory are shown: 64 connections where there are, 16 for large bodies."""
+    """Return the level whose CPU and memory are shown: 64 connections if measured, 16 for large bodies."""
     wanted = 16 if workload.kind in ("binary", "jpeg") or workload.model == "image" else 64
     return wanted if wanted in workload.levels else workload.levels[-1]
 

@@ -35,7 +35,7 @@ class Results:
         self._records: list[Record] = kept.get("records", [])
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file completely, or not at all."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         records = ",\n".join(json.dumps(record) for record in self._records)
         head = json.dumps({"machine": self.machine, "peers": self.peers}, indent=1)[:-2]
@@ -44,7 +44,7 @@ class Results:
         draft.replace(self._file)
 
     def set_peer(self, name: str, **known: Any) -> None:
-        """Say what is known of a peer; records of another version of it are dropped."""
+        """Set the facts about a peer; records of another version are dropped."""
         self.peers[name] = known
         version = known.get("version")
         self._records = [

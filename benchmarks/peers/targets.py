@@ -1,4 +1,4 @@
-"""The figures that Inferpool is held to, beside its peers: `scripts/bench peers --check`."""
+"""The figures that Inferpool has to reach beside its peers: `scripts/bench peers --check`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHERS = [name for name in PEERS if name != OWN and "floor" not in name]
 
 
 class Target(NamedTuple):
-    """What is wanted, and what was measured; None where something of it was not."""
+    """A target and the measured figure; None if a part was not measured."""
 
     wanted: str
     at_least: bool
@@ -33,7 +33,7 @@ class Target(NamedTuple):
 
 
 class Figures:
-    """Medians by workload, peer and level; one that is missing is None, and so is what comes of it."""
+    """Medians by workload, peer and level; a missing median is None, and so is every result of it."""
 
     def __init__(self, results: Results) -> None:
         self._results = results

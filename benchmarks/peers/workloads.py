@@ -1,4 +1,4 @@
-"""What the servers are asked: models, inputs, and the answers that are right."""
+"""The workloads: models, inputs, and the right answers."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Workload:
     """Sessions of one thread that servers are told to run at the same time."""
     levels: tuple[int, ...] = LEVELS
     stretch: float = 1.0
-    """How much longer loads last: with few answers a second, a batch more or less would show."""
+    """Factor for the length of loads: with few answers a second, one batch would change the figure."""
     queue: int = 0
-    """Not 0: an overload; so many requests may wait, where a server has such a bound."""
+    """If not 0, the workload is an overload, and this many requests may wait in servers with such a limit."""
 
 
 WORKLOADS = {
@@ -74,7 +74,7 @@ WORKLOADS = {
 
 
 def model_file(workload: Workload) -> Path:
-    """The ONNX file, made where it is not there yet; raises NotHere for one that has to be built first."""
+    """Return the ONNX file, and make it if it is missing; raises NotHere if it has to be built first."""
     if workload.model == "minilm":
         built = sorted((ROOT / "models" / "minilm").glob("[0-9]*/model.onnx"))
         if not built:
@@ -104,7 +104,7 @@ def make_resnet(folder: Path) -> None:
 
 def make_heavy(folder: Path) -> None:
     make_model(folder / "heavy/1/model.onnx", hidden=2048, layers=10)
-    # As the other servers are told, and heavy, so that the load generator keeps up with twice the capacity.
+    # The other servers get the same limits. The model is slow: the load generator can send twice the capacity.
     config = "[batching]\nmax_rows = 2\n[instances]\ncount = 1\nthreads = 1\n"
     (folder / "heavy/model.toml").write_text(config)
 
@@ -119,7 +119,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 @functools.cache
 def samples(workload: Workload) -> tuple[Sample, ...]:
-    """Different inputs, with what ONNX Runtime answers to each alone; raises NotHere with its model."""
+    """Return different inputs with ONNX Runtime's answer to each alone; raises NotHere like `model_file`."""
     model = Model(model_file(workload), "text" if workload.kind == "text" else "json")
     random = np.random.default_rng(7)
     made = []
@@ -139,7 +139,7 @@ def samples(workload: Workload) -> tuple[Sample, ...]:
 
 
 def make_jpeg(random: np.random.Generator) -> bytes:
-    """A picture as compressible as photographs are: smooth, with some noise."""
+    """Return a picture that compresses like a photograph: smooth, with some noise."""
     across, down = np.meshgrid(np.linspace(0, 6, SIDE), np.linspace(0, 5, SIDE))
     phase = random.uniform(0, 6, 3)
     waves = np.stack(
@@ -158,12 +158,12 @@ WORDS = (
 
 
 def sentence(random: np.random.Generator, words: int) -> str:
-    """So many words, picked at random."""
+    """Return `count` random words."""
     return " ".join(random.choice(WORDS, words))
 
 
 def is_right(sample: Sample, headers: dict[str, str], body: bytes) -> bool:
-    """Whether an answer has the right numbers, whatever a server wraps around them."""
+    """Return whether an answer has the right numbers, in any form."""
     try:
         found = read_answer(headers, body)
     except (ValueError, LookupError, TypeError):

@@ -173,7 +173,7 @@ def test_a_server_that_ends_says_its_last_words(tmp_path: Path):
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs, zombies aside."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

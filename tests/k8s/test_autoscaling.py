@@ -275,7 +275,7 @@ def test_the_number_of_pods_follows_the_load_of_real_servers(
     )
 
     def wished() -> int:
-        """The larger of the two wishes, as the autoscaler takes it."""
+        """Return the number of pods that the autoscaler would choose: the larger of the two."""
         average = {
             query: sum(prometheus.ask(query).values()) / len(PODS) for query in (busy_by_pod, wait_by_pod)
         }

@@ -1,4 +1,4 @@
-"""The least that batching takes: a thread that runs what has come in meanwhile. For the two floors."""
+"""The simplest batching, for the two floors: a thread that runs all requests that wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Answer = Callable[[bytes], None]
 
 
 class Batcher:
-    """One thread and one model; answers come back to the event loop, once for each batch."""
+    """One thread and one model; answers return to the event loop once for each batch."""
 
     def __init__(self, model: Model, rows: int) -> None:
         self._model, self._rows = model, rows
@@ -23,7 +23,7 @@ class Batcher:
         threading.Thread(target=self._work, daemon=True).start()
 
     def offer(self, body: bytes, answer: Answer) -> None:
-        """Have `answer` called, on the event loop, with the body of the answer."""
+        """Call `answer` on the event loop with the body of the answer."""
         self._waiting.append((body, answer))
         if len(self._waiting) == 1:
             self._news.release()

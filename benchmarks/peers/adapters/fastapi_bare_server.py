@@ -13,7 +13,7 @@ app = FastAPI()
 
 @app.post("/predict")
 async def predict(request: Request) -> Response:
-    """Whatever comes, as a prediction."""
+    """Answer every request as a prediction."""
     [answer] = model.answers([await request.body()])
     return Response(answer, media_type="application/json")
 

@@ -1,4 +1,4 @@
-"""FastAPI as its tutorial has it: a model of pydantic for JSON, no batching."""
+"""FastAPI in the style of its tutorial: a pydantic model for JSON, no batching."""
 
 from __future__ import annotations
 

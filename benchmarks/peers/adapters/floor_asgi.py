@@ -15,7 +15,7 @@ HEAD = {"type": "http.response.start", "status": 200, "headers": [(b"content-typ
 
 
 async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
-    """Answer whatever comes as a prediction."""
+    """Answer every request as a prediction."""
     global batcher
     if batcher is None:
         batcher = Batcher(Model(given.model, given.kind), given.rows)

@@ -17,7 +17,7 @@ given = arguments()
 
 
 class Protocol(asyncio.Protocol):
-    """Answers whatever comes as a prediction, in the order it is worked off."""
+    """Answers every request as a prediction, in the order in which runs end."""
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher

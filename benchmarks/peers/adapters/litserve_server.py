@@ -28,7 +28,7 @@ class Predict(litserve.LitAPI):
         return self._model.row(request["inputs"]) if given.kind == "json" else request["inputs"][0]
 
     def batch(self, inputs: list[Any]) -> list[Any]:
-        """Left to the model, which takes a list."""
+        """Return the list: the model takes a list."""
         return inputs
 
     def predict(self, rows: list[Any]) -> Any:

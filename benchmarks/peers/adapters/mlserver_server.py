@@ -15,7 +15,7 @@ folder = Path(tempfile.mkdtemp())
 (folder / "settings.json").write_text(
     json.dumps({
         "host": "127.0.0.1", "http_port": given.port, "grpc_port": free_port(), "metrics_port": free_port(),
-        # With workers it hands requests over to processes; one alone is faster without.
+        # With workers, MLServer passes requests to processes. A single model is faster without.
         "parallel_workers": given.workers if given.workers > 1 else 0,
         "gzip_enabled": False, "debug": False,
     })

@@ -8,7 +8,7 @@ from typing import Any
 from shared import DELAY_MS, Model, arguments, encode
 
 given = arguments()
-# Mosec reads the command line itself, when it is imported.
+# Mosec reads the command line when it is imported.
 sys.argv = [
     sys.argv[0],
     *("--address", "127.0.0.1", "--port", str(given.port), "--timeout", "30000", "--log-level", "error"),

@@ -8,7 +8,7 @@ import sysconfig
 import tempfile
 from typing import Any
 
-# Triton's Python has to be this very one: the machine may have another library of the same version.
+# Triton must use exactly this Python: the machine may have another library of the same version.
 os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
 os.environ["PYTRITON_HOME"] = tempfile.gettempdir()
 
@@ -35,7 +35,7 @@ of_bytes = given.kind in ("jpeg", "text")
 policy: dict[str, Any] = (
     {"default_queue_policy": QueuePolicy(max_queue_size=given.queue)} if given.queue else {}
 )
-# As Ctrl-C does, so that Triton is stopped and its shared memory goes.
+# The same as Ctrl-C: stops Triton and frees its shared memory.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 settings = TritonConfig(
     http_address="127.0.0.1", http_port=given.port, allow_grpc=False, allow_metrics=False,
@@ -54,7 +54,7 @@ with Triton(config=settings) as triton:
         config=ModelConfig(
             batching=True,
             max_batch_size=given.rows,
-            # No delay: Triton's batcher takes what waits whenever an instance is free.
+            # No delay: Triton's batcher takes all waiting requests when an instance is free.
             batcher=DynamicBatcher(max_queue_delay_microseconds=0, **policy),
         ),
     )

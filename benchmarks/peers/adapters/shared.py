@@ -1,4 +1,4 @@
-"""What every adapter needs: its arguments, the model, bodies to rows and outputs to bodies.
+"""Shared by all adapters: arguments, the model, bodies to rows, and outputs to bodies.
 
 Adapters run in their peer's environment, as scripts, and import nothing of this project but this file.
 Needs numpy, onnxruntime and orjson; pillow for pictures and tokenizers for text.
@@ -21,7 +21,7 @@ import orjson
 
 ARGUMENTS = "PEER_ARGUMENTS"
 DELAY_MS = 1
-"""How long peers with a timer wait for a batch to fill: the least that Mosec takes."""
+"""Milliseconds that peers with a timer wait for a batch to fill: the least that Mosec accepts."""
 
 
 def arguments() -> argparse.Namespace:
@@ -43,14 +43,14 @@ def arguments() -> argparse.Namespace:
 
 
 def free_port() -> int:
-    """For what a peer wants to listen on beside the port it was given."""
+    """Return a free port for a second listener of a peer."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Model:
-    """The model file in ONNX Runtime on the CPU, one thread for an operator, as every peer has it."""
+    """The model file in ONNX Runtime on the CPU, with one thread for an operator, the same for every peer."""
 
     def __init__(self, file: Path, kind: str) -> None:
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
