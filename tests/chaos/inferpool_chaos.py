@@ -10,6 +10,7 @@ pipe, loading ends when the pipe is opened for writing; with a `"run_gate"` so d
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ WRONG_ROWS = -1003.0
 """The run gives one row more than it was given, where it was given several."""
 WAIT = -1004.0
 """The run waits until somebody opens `run_gate` for writing."""
+
+
+def open_gate(gate: Path) -> None:
+    """Let the load or run that waits at `gate` go on, and all later ones pass."""
+    waiting = os.open(gate, os.O_WRONLY)  # returns once somebody waits
+    gate.unlink()
+    gate.touch()
+    os.close(waiting)
 
 
 def expected(rows: np.ndarray) -> np.ndarray:

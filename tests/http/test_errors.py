@@ -1,4 +1,4 @@
-"""Every error of the table, by its code, and none of them costs the neighbours anything."""
+"""Every error has its code, and costs other requests nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import gzip
 import http.client
 import io
 import json
+import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -21,8 +23,21 @@ from tests.server import Server
 ROW = {"inputs": {"features": [[1.0] * 10]}}
 
 
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Server]:
+    """A server with a slow model `m`, for bodies of up to 10,000 bytes."""
+    folder = tmp_path_factory.mktemp("limited") / "m" / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.chaos").write_text('{"run_ms": 20}')
+    environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
+    server = Server(folder.parent.parent, ("--max-body-bytes", "10000"), environ)
+    server.wait_loaded()
+    yield server
+    server.kill()
+
+
 def code_of(answer: httpx.Response) -> str:
-    """The code of a problem, after checking that it is one."""
+    """Check that the response is a problem, and return its code."""
     problem = answer.json()
     assert answer.headers["content-type"] == "application/problem+json"
     assert problem["status"] == answer.status_code == STATUSES[problem["code"]]
@@ -108,18 +123,17 @@ def test_strings_instead_of_numbers_are_named(bundled: Server) -> None:
     assert answer.json()["got"] == "BYTES"
 
 
-def test_a_short_timeout_is_not_rounded_to_zero(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=20))
+def test_a_short_timeout_is_not_rounded_to_zero(limited: Server) -> None:
     body = {"inputs": [[1.0] * 4]}
-    assert server.post("/predict/m", json=body).status_code == 200
+    assert limited.post("/predict/m", json=body).status_code == 200
     for timeout in ("0.001", "0.9", "15"):
-        answer = server.post("/predict/m", json=body, headers={"x-timeout-ms": timeout})
+        answer = limited.post("/predict/m", json=body, headers={"x-timeout-ms": timeout})
         assert answer.status_code == 504
         assert " 0.0 ms" not in answer.json()["detail"]
 
 
 def test_a_refused_request_counts_for_the_model_that_it_names(serve: Serve, make_chaos: MakeChaos) -> None:
-    """So that an alert sees requests to a model that cannot answer; names of none do not become labels."""
+    """Alerts see requests to a model that cannot answer; names of unknown models do not become labels."""
     make_chaos("good")
     server = serve(make_chaos("bad", config="nonsense = 1\n"))
     row = {"inputs": [[1.0] * 4]}
@@ -153,29 +167,27 @@ def test_timeouts_must_be_numbers(bundled: Server) -> None:
         assert code_of(answer) == "invalid_input", text
 
 
-def test_bodies_are_capped_before_and_after_decompression(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m"), "--max-body-bytes", "10000")
+def test_bodies_are_capped_before_and_after_decompression(limited: Server) -> None:
     small = json.dumps({"inputs": [[1.0] * 4]}).encode()
     large = small + b" " * 20_000
-    assert code_of(server.post("/predict/m", content=large)) == "body_too_large"
+    assert code_of(limited.post("/predict/m", content=large)) == "body_too_large"
 
     def chunks() -> object:
         yield from (large[start : start + 1000] for start in range(0, len(large), 1000))
 
-    assert code_of(server.post("/predict/m", content=chunks())) == "body_too_large"
+    assert code_of(limited.post("/predict/m", content=chunks())) == "body_too_large"
     for encoding, compress in (("gzip", gzip.compress), ("deflate", zlib.compress)):
         headers = {"content-encoding": encoding}
-        assert server.post("/predict/m", content=compress(small), headers=headers).status_code == 200
+        assert limited.post("/predict/m", content=compress(small), headers=headers).status_code == 200
         assert (
-            code_of(server.post("/predict/m", content=compress(large), headers=headers)) == "body_too_large"
+            code_of(limited.post("/predict/m", content=compress(large), headers=headers)) == "body_too_large"
         )
-        cut = server.post("/predict/m", content=compress(small)[:-4], headers=headers)
+        cut = limited.post("/predict/m", content=compress(small)[:-4], headers=headers)
         assert code_of(cut) == "malformed_body"
 
 
-def test_a_connection_is_usable_after_a_refusal(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m"), "--max-body-bytes", "10000")
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+def test_a_connection_is_usable_after_a_refusal(limited: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", limited.port, timeout=60)
     for body, status in ((b"x" * 20_000, 413), (b"nonsense", 400), (b'{"inputs": [[1, 2, 3, 4]]}', 200)):
         connection.request("POST", "/predict/m", body)
         answer = connection.getresponse()
@@ -184,24 +196,24 @@ def test_a_connection_is_usable_after_a_refusal(serve: Serve, make_chaos: MakeCh
     connection.close()
 
 
-def test_a_model_that_raises_fails_that_request_alone(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m"))
-    bad = server.post("/predict/m", json={"inputs": [[chaos.RAISE, 0, 0, 0]]})
+def test_a_model_that_raises_fails_that_request_alone(limited: Server) -> None:
+    bad = limited.post("/predict/m", json={"inputs": [[chaos.RAISE, 0, 0, 0]]})
     assert code_of(bad) == "model_failed"
-    assert "marked" not in bad.text, "an answer says nothing of the inside"
-    good = server.post("/predict/m", json={"inputs": [[1.0, 2.0, 3.0, 4.0]]})
+    assert "marked" not in bad.text, "the response hides the cause"
+    good = limited.post("/predict/m", json={"inputs": [[1.0, 2.0, 3.0, 4.0]]})
     assert good.json()["outputs"]["sum"] == chaos.expected(np.array([[1.0, 2.0, 3.0, 4.0]])).tolist()
 
 
 def test_a_model_that_is_loading_or_has_failed_is_not_ready(
     serve: Serve, make_chaos: MakeChaos, tmp_path: Path
 ) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
     repository = make_chaos("good")
-    make_chaos("slow", run_ms=300)
+    make_chaos("slow", gate=str(gate))
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")
-    # A cache of its own: what another test has measured would be loaded too quickly to be seen loading.
-    server = serve(repository, wait=False, INFERPOOL_CACHE_DIR=str(tmp_path / "cache"))
+    server = serve(repository, wait=False)
     server.wait_for("good/1 is ready")
     loading = server.post("/predict/slow", json={"inputs": [[1, 2, 3, 4]]})
     assert code_of(loading) == "not_ready"
@@ -209,6 +221,7 @@ def test_a_model_that_is_loading_or_has_failed_is_not_ready(
     assert server.get("/health/ready").status_code == 503
     assert server.get("/health/live").status_code == 200
     assert server.get("/health").json()["status"] == "loading"
+    chaos.open_gate(gate)
     server.wait_loaded()
     assert code_of(server.post("/predict/broken", json={"inputs": [[1]]})) == "not_ready"
     assert server.get("/health/ready").status_code == 200
