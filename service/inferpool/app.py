@@ -41,7 +41,7 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
     repository = Repository(path, settings, results, metrics, time.monotonic)
     predictor = Predictor(
         repository,
-        repository.engine,
+        repository.router,
         results,
         metrics,
         time.monotonic,

@@ -265,7 +265,7 @@ def test_the_log_names_the_command_for_each_model_that_is_not_built(serve: Serve
         said = [line for line in server.log if name in line["message"]]
         (line,) = said
         assert line["level"] == "info"
-        told = f"{name} is left out until it is built: run (.+) build --repository {models} {name}"
+        told = f"{name} is skipped until it is built: run (.+) build --repository {models} {name}"
         assert re.fullmatch(told, line["message"])
         assert server.post(f"/predict/{name}", json={"inputs": [[1]]}).json()["code"] == "model_not_found"
 

@@ -1,1 +1,1 @@
-"""The models folder, and what is served of it."""
+"""The models folder: its layout, its settings, and the versions that are served from it."""

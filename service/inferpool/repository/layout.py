@@ -109,7 +109,7 @@ def _model(item: Path, suffixes: Mapping[str, str], skipped: list[Reason]) -> Mo
             skipped.append(f"{item.name!r} is skipped: its name cannot stand in a path; rename it")
         return None
     if is_unbuilt(item):
-        log.info("%s is left out until it is built: run %s", item.name, build_command(item))
+        log.info("%s is skipped until it is built: run %s", item.name, build_command(item))
         return None
     if item.is_file():
         if item.suffix in suffixes:

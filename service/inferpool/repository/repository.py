@@ -61,7 +61,7 @@ class Repository:
 
         `driver` is the GPU driver; None is this machine's. `remeasure` ignores kept measurements.
         """
-        self.engine = PoolRouter()
+        self.router = PoolRouter()
         self._settings = settings
         self._metrics = metrics
         self._loader = Loader(settings, outbox, metrics, clock, driver, remeasure=remeasure)
@@ -76,7 +76,7 @@ class Repository:
         self._models: Mapping[str, ModelView] = MappingProxyType(
             {name: self._first_view(model) for name, model in self._folders.items()}
         )
-        metrics.add_source(self._samples)
+        metrics.add_source(self._readings)
 
     # The catalog.
 
@@ -142,12 +142,12 @@ class Repository:
         """The version that was loaded under `key`, with its pool and its models; raises KeyError."""
         return self._loaded[key]
 
-    def start(self, then: Callable[[], None]) -> None:
-        """Begin to load, in a thread of its own, which calls `then` when every version is ready or failed.
+    def start(self, on_loaded: Callable[[], None]) -> None:
+        """Begin to load in a thread of its own, which calls `on_loaded` when every version is ready or failed.
 
-        If a load takes too long, the thread also calls `then` when all the others have ended.
+        If a load takes too long, the thread also calls `on_loaded` when all the others have ended.
         """
-        threading.Thread(target=self._load_all, args=(then,), name="loader", daemon=True).start()
+        threading.Thread(target=self._load_all, args=(on_loaded,), name="loader", daemon=True).start()
 
     def load_now(self) -> None:
         """Load everything before returning."""
@@ -162,7 +162,7 @@ class Repository:
         self.begin_drain()
         self._stopped.set()
         deadline = self._clock() + timeout_s
-        ended = [pool.drain(max(0.0, deadline - self._clock())) for pool in self.engine.pools()]
+        ended = [pool.drain(max(0.0, deadline - self._clock())) for pool in self.router.pools()]
         return all(ended)
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class Repository:
         for loaded in self._loaded.values():
             loaded.close()
 
-    def _load_all(self, then: Callable[[], None]) -> None:
+    def _load_all(self, on_loaded: Callable[[], None]) -> None:
         late: list[threading.Thread] = []
         for name, model in self._folders.items():
             for version in sorted(self._models[name].versions, reverse=True):
@@ -187,10 +187,10 @@ class Repository:
                             name, version, PATIENCE_S,
                         )  # fmt: skip
         if late:
-            then()
+            on_loaded()
         for work in late:
             work.join()
-        then()
+        on_loaded()
 
     def _load(self, model: ModelFolder, version: int) -> None:
         key = VersionKey(model.name, version)
@@ -206,7 +206,7 @@ class Repository:
         else:
             self._loaded[key] = loaded
             self._metrics.add_version(model.name, str(version))
-            self.engine.add(loaded.pool)
+            self.router.add(loaded.pool)
             labels = self._models[model.name].versions[version].labels
             self._publish(replace(loaded.view, labels=labels))
             batching = loaded.view.batching
@@ -257,8 +257,8 @@ class Repository:
             versions[version] = VersionView(VersionKey(model.name, version), state, reason or "", names)
         return ModelView(model.name, config.description, versions, labels, label_fault)
 
-    def _samples(self) -> Iterable[Sample]:
-        """Gauges for a scrape."""
+    def _readings(self) -> Iterable[Sample]:
+        """The gauges of every model, at this moment."""
         for model in self._models.values():
             for version in model.versions.values():
                 labels = (model.name, str(version.key.version))

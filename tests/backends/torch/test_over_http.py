@@ -114,6 +114,7 @@ def server(
 
     # What cannot be served.
     save_scripted(at("unknown", "pt"), networks.digits())
+    configure(save_scripted(at("mismatched", "pt"), nn.Linear(4, 2)), described(input=("FP32", [-1, 5])))
     save_exported(at("contradicted"), nn.Linear(4, 2), torch.rand(2, 4))
     configure(at("contradicted"), described(input=("FP32", [-1, 5])))
     save_exported(at("misspelt"), nn.Linear(4, 2), torch.rand(2, 4))
@@ -235,6 +236,8 @@ def test_models_say_what_runs_them(server: Server) -> None:
     ("name", "reason"),
     [
         ("unknown", '[[inputs]]\nname = "input"\ndatatype = "FP32"\nshape = [-1, 64]'),
+        # The first line of TorchScript's error says only that an operation failed.
+        ("mismatched", "(RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         (
             "contradicted",
             "contradicted/model.toml: inputs: input has shape [-1, 4] in the model, not [-1, 5]",

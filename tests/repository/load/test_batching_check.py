@@ -1,4 +1,4 @@
-"""The proof of batching: what mixes rows, draws lots or does not follow the rows is caught at load."""
+"""The check of batching finds models that mix rows, draw random numbers or lose rows; the planner."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from inferpool.backends.base import LoadedModel, LoadOptions
 from inferpool.backends.onnx.backend import OnnxBackend
 from inferpool.repository.load.batching_check import BatchingProof, check_batching
+from inferpool.repository.load.batching_remedies import Obstacle, find_remedy
 from inferpool.repository.load.planner import Plan, PlanConstraints, Planner
 from inferpool.tensors import Signature, Tensors, TensorSpec
 from onnx import TensorProto, helper
@@ -112,7 +113,7 @@ def test_a_fixed_first_dimension_is_served_alone(
     assert not model.runs
 
 
-def test_integers_are_tried_from_many_to_few() -> None:
+def test_large_integers_are_tried_before_small_ones() -> None:
     def embed(x: np.ndarray) -> np.ndarray:
         return np.eye(3, dtype=np.float32)[x]  # ids of 3 and more are out of its vocabulary
 
@@ -126,7 +127,7 @@ def test_other_dimensions_are_tried_until_one_fits() -> None:
     assert proof_of(Fake(needs_64, (-1, -1))).batched
 
 
-def test_samples_are_used_where_made_up_rows_would_not_run() -> None:
+def test_samples_are_used_if_made_up_rows_would_not_run() -> None:
     def strict(x: np.ndarray) -> np.ndarray:
         if x.shape[1] != 7 or not set(x.ravel().tolist()) <= {100, 200, 300}:
             raise ValueError("not in the vocabulary")
@@ -196,7 +197,53 @@ def plan_of(model: LoadedModel, **constraints: Any) -> Plan:
     return Planner(lambda threads: model, PlanConstraints(**fields), time.perf_counter).make(model)
 
 
-def test_the_batch_limit_is_where_more_rows_stop_paying() -> None:
+def test_on_a_gpu_instances_are_copies_that_were_measured_with_one_thread_each() -> None:
+    """One copy of a model on a GPU never runs on two threads, so another instance is another copy."""
+    loads: list[int] = []
+    made: list[Fake] = []
+
+    def sleeps(x: np.ndarray) -> np.ndarray:
+        time.sleep(0.002)
+        return x
+
+    def load(threads: int) -> LoadedModel:
+        loads.append(threads)
+        made.append(Fake(sleeps))
+        return made[-1]
+
+    constraints = PlanConstraints(cores=8, budget_s=0.5, max_rows=4, gpu=True)
+    plan = Planner(load, constraints, time.perf_counter).make(Fake(sleeps))
+    assert (plan.instances, plan.threads, loads) == (2, 1, [1])
+
+
+@pytest.mark.parametrize(
+    ("backend", "form", "remedy"),
+    [
+        ("onnx", "", 'torch.onnx.export(…, dynamic_shapes={"x": {0: "batch"}})'),
+        (
+            "torch",
+            "exported program",
+            'torch.export.export(…, dynamic_shapes={"x": {0: torch.export.Dim("batch")}})',
+        ),
+        ("torch", "TorchScript (deprecated by PyTorch)", 'below [[inputs]] of "x", let shape begin with -1'),
+        ("chaos", "", "let the first dimension of x be of any size"),
+    ],
+)
+def test_the_remedy_of_a_fixed_number_of_rows_depends_on_the_file(
+    backend: str, form: str, remedy: str
+) -> None:
+    line = find_remedy(Obstacle.FIXED_ROWS, "x", is_input=True, backend=backend, form=form)
+    assert remedy in line
+    of_output = find_remedy(Obstacle.FIXED_ROWS, "y", is_input=False, backend=backend, form=form)
+    assert "take the number of rows from the input" in of_output
+
+
+@pytest.mark.parametrize("obstacle", list(Obstacle))
+def test_every_obstacle_has_a_remedy(obstacle: Obstacle) -> None:
+    assert find_remedy(obstacle, "x", is_input=True, backend="onnx", form="")
+
+
+def test_the_batch_limit_is_reached_when_more_rows_stop_paying() -> None:
     def per_row(x: np.ndarray) -> np.ndarray:
         time.sleep(0.01 * len(x))
         return x
@@ -211,7 +258,7 @@ def test_the_batch_limit_is_where_more_rows_stop_paying() -> None:
     assert plan_of(Fake(per_run), batching=False).max_rows == 1
 
 
-def test_a_difference_that_shows_in_larger_batches_only_is_caught_while_measuring() -> None:
+def test_a_difference_that_only_larger_batches_show_is_found_while_measuring() -> None:
     def from_32_on(x: np.ndarray) -> np.ndarray:
         time.sleep(0.0005)
         return x if len(x) < 32 else x - x.mean(axis=0)
@@ -222,7 +269,7 @@ def test_a_difference_that_shows_in_larger_batches_only_is_caught_while_measurin
     assert plan.max_rows == 1
 
 
-def test_a_model_that_raises_in_company_is_planned_for_all_the_same() -> None:
+def test_a_model_that_raises_on_several_rows_still_gets_a_plan() -> None:
     def only_one(x: np.ndarray) -> np.ndarray:
         if len(x) > 1:
             raise ValueError("one row at a time")
@@ -241,7 +288,7 @@ def test_a_model_that_raises_in_company_is_planned_for_all_the_same() -> None:
     assert plan_of(Fake(few)).max_rows == 8
 
 
-def test_instances_are_chosen_by_what_they_bring() -> None:
+def test_more_instances_are_chosen_if_they_raise_the_rate() -> None:
     def sleeps(x: np.ndarray) -> np.ndarray:
         time.sleep(0.005)  # as a run without the GIL: two at a time take no longer
         return x

@@ -80,7 +80,7 @@ def card(opened: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def ask(repository: Repository, outbox: Outbox, key: VersionKey, number: int, rows: Any, name: str) -> Any:
     """The answer of a version to one request, through its pool."""
     entry = Entry(number, key, {name: rows}, len(rows), rows.shape[1:], rows.nbytes, time.monotonic())
-    repository.engine.offer(entry)
+    repository.router.offer(entry)
     result = outbox.take(1)[number]
     assert result.error is None
     return result.outputs

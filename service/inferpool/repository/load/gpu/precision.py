@@ -32,7 +32,7 @@ class Reference:
         for inputs, wanted in zip(self.inputs, self.outputs, strict=True):
             try:
                 given = model.run(inputs)
-            except Exception as error:  # whatever the runtime raises is this version's fault
+            except Exception as error:  # whatever the runtime raises, this version cannot be served
                 raise LoadError(f"in {rounding} the model raised {short_reason(error)}") from error
             rows += len(next(iter(inputs.values())))
             for output, want in wanted.items():
