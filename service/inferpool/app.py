@@ -8,6 +8,7 @@ from pathlib import Path
 from inferpool.backends.registry import describe_backends
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
+from inferpool.http.connection.shared import SharedState
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.results import ResultDispatcher
@@ -49,10 +50,14 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
         in_flight_bytes=settings.in_flight_bytes,
         recorder=RequestRecorder(AccessLog(log_lines, every=settings.access_log), spans),
     )
+    shared = SharedState(predictor)
+    results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
-    application = make_application(repository, predictor, read_batcher, metrics)
+    application = make_application(repository, shared, read_batcher, metrics)
     with listen(settings.host, settings.port) as listener:
-        server = Server(application, repository, predictor, results, read_batcher, metrics, settings)
+        server = Server(
+            application, repository, predictor.in_flight, results, read_batcher, metrics, settings
+        )
         server.run(sockets=[listener])
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)

@@ -19,7 +19,7 @@ from inferpool.errors import ConfigError
 from inferpool.http.application import Application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.protocol import PredictProtocol
-from inferpool.http.predict.predictor import Predictor
+from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import hot_path
 from inferpool.observe.gpu_metrics import gpu_readings
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
         self,
         application: Application,
         repository: Repository,
-        predictor: Predictor,
+        in_flight: InFlight,
         results: ResultDispatcher,
         read_batcher: ReadBatcher,
         metrics: Metrics,
@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.exit_status = 0
         self._repository = repository
-        self._predictor = predictor
+        self._in_flight = in_flight
         self._results = results
         self._read_batcher = read_batcher
         self._metrics = metrics
@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
             self.exit_status = 1
             return
         log.info("%s: draining", signal.Signals(sig).name)
-        self._predictor.parting = True
+        self._in_flight.closing = True
         self._repository.begin_drain()
         self._draining = self._loop.create_task(self._drain())
 
@@ -130,13 +130,13 @@ class Server(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 connection.shutdown()
             log.info("the settle time is over: new requests are refused")
-        self._predictor.draining = True
+        self._in_flight.draining = True
         deadline = time.monotonic() + self._settings.drain_timeout_s
         try:
-            await asyncio.wait_for(self._predictor.idle(BODY_GRACE_S), self._settings.drain_timeout_s)
+            await asyncio.wait_for(self._in_flight.wait_idle(BODY_GRACE_S), self._settings.drain_timeout_s)
         except TimeoutError:
-            log.error("%d requests were not answered in time", self._predictor.accepted)
-            self.exit_status = 1 if self._predictor.accepted else 0
+            log.error("%d requests were not answered in time", self._in_flight.accepted)
+            self.exit_status = 1 if self._in_flight.accepted else 0
         # Even without time left, idle instance threads need a moment to end.
         left_s = max(1.0, deadline - time.monotonic())
         if not await asyncio.to_thread(self._repository.drain, left_s):

@@ -21,6 +21,5 @@ if __name__ == "__main__":
     with (
         mock.patch("uvicorn.Config", config),
         mock.patch("inferpool.http.connection.slow_client.STALLED_S", STALLED_S),
-        mock.patch("inferpool.http.connection.protocol.STALLED_S", STALLED_S),
     ):
         sys.exit(main())

@@ -24,12 +24,13 @@ from inferpool.errors import (
 )
 from inferpool.http.asgi import Message, Receive, Scope, Send, find_api, is_last, refuse_method
 from inferpool.http.connection.batched_reads import ReadBatcher
-from inferpool.http.connection.response_head import server_timing
+from inferpool.http.connection.shared import SharedState
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
 from inferpool.http.predict.predictor import Predictor
-from inferpool.http.predict.request_head import request_id_from
+from inferpool.http.predict.request_id import request_id_from
+from inferpool.http.predict.response import server_timing
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
 from inferpool.http.v2.api import PREFIX, V2_API
 from inferpool.http.v2.routes import add_v2
@@ -48,11 +49,13 @@ class Application(FastAPI):
 
     Attributes:
         predictor: answers the predict requests of every API.
+        shared: what all connections share.
         read_batcher: reads from the connections of the server.
         catalog: the models that are served.
     """
 
     predictor: Predictor
+    shared: SharedState
     read_batcher: ReadBatcher
     catalog: Catalog
 
@@ -77,7 +80,7 @@ class Application(FastAPI):
 
 
 def make_application(
-    catalog: Catalog, predictor: Predictor, read_batcher: ReadBatcher, metrics: Metrics
+    catalog: Catalog, shared: SharedState, read_batcher: ReadBatcher, metrics: Metrics
 ) -> Application:
     """The application that serves the models of `catalog`."""
     app = Application(
@@ -88,13 +91,14 @@ def make_application(
         redoc_url=None,
         responses={},
     )
-    app.predictor = predictor
+    app.predictor = shared.predictor
+    app.shared = shared
     app.read_batcher = read_batcher
     app.catalog = catalog
     _add_errors(app)
     _add_docs_page(app)
     add_native(app, catalog, metrics)
-    add_v2(app, catalog, predictor)
+    add_v2(app, catalog, shared.predictor)
     return app
 
 

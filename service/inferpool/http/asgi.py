@@ -42,7 +42,7 @@ def find_api(path: str) -> tuple[InferenceApi, Target] | None:
 def is_last(predictor: Predictor, scope: Scope) -> bool:
     """Return whether a response is the last on its connection: the server stops, and nothing is pipelined."""
     follows: Callable[[], bool] | None = scope.get("state", {}).get(FOLLOWS)
-    return predictor.parting and not (follows is not None and follows())
+    return predictor.in_flight.closing and not (follows is not None and follows())
 
 
 async def refuse_method(
@@ -51,7 +51,7 @@ async def refuse_method(
     """Answer 405 to a request for a path of predictions whose method is not POST."""
     context = PredictContext(api, RequestHead(*target, scope["headers"]), predictor.clock())
     error = MethodNotAllowed(f"{scope['method']} is not for predictions: POST a body", allow="POST")
-    response = predictor.refusal(context, error)
+    response = predictor.refuse(context, error)
     headers = [*response.headers, (b"content-length", b"%d" % response.size)]
     if is_last(predictor, scope):
         headers.append((b"connection", b"close"))

@@ -65,16 +65,17 @@ class Instance:
         self._log_limiter = log_limiter
         self._wake = threading.Lock()
         self._wake.acquire()
-        self._thread = threading.Thread(target=self._run_batches, name=name, daemon=True)
+        # Not `_thread`: mypyc would name a field of C `__thread`, which is a keyword.
+        self._worker = threading.Thread(target=self._run_batches, name=name, daemon=True)
 
     def start(self) -> None:
         """Start the thread; raises RuntimeError if the system has no more threads."""
-        self._thread.start()
+        self._worker.start()
 
     def join(self, timeout_s: float) -> bool:
         """Wait until the thread has ended; False if it has not within `timeout_s`."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        self._worker.join(timeout_s)
+        return not self._worker.is_alive()
 
     def wake(self) -> None:
         """Let `wait` return. Only for an instance that waits or is about to, and once for each wait."""

@@ -11,7 +11,6 @@ import resource
 import select
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +19,9 @@ import numpy as np
 import pytest
 from inferpool.http.connection import batched_reads
 from inferpool.http.connection.connection import Connection
-from inferpool.http.predict.predictor import Predictor
-from inferpool.http.predict.recorder import RequestRecorder
-from inferpool.http.predict.results import ResultDispatcher
-from inferpool.observe.metrics import Metrics
 
 from tests.conftest import MakeChaos, Serve
+from tests.http.connection.fakes import Harness
 from tests.http.connection.test_pipelining import Wire, request, sums
 from tests.server import Server
 
@@ -244,6 +240,13 @@ def test_a_refusal_of_more_than_is_read_at_a_time_arrives(server: Server, header
         assert wire.ended()
 
 
+def test_a_tls_connection_never_joins() -> None:
+    connection = Harness().connect().connection  # the transport has a TLS context
+    batcher = batched_reads.ReadBatcher(0)
+    batcher.join(connection, 1)
+    assert not connection.batched
+
+
 def test_without_descriptors_the_loop_goes_on_reading(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=2))
     with contextlib.ExitStack() as stack:
@@ -266,7 +269,7 @@ def test_where_memory_ends_nobody_waits_for_what_is_lost(monkeypatch: pytest.Mon
     ends: list[str] = []
     aborted = asyncio.Event()
     transport = SimpleNamespace(
-        get_extra_info=lambda name: None if name == "sslcontext" else near,
+        get_extra_info=lambda name: near if name == "socket" else None,
         pause_reading=lambda: ends.append("paused"),
         abort=lambda: aborted.set(),
     )
@@ -275,30 +278,16 @@ def test_where_memory_ends_nobody_waits_for_what_is_lost(monkeypatch: pytest.Mon
 
         async def read() -> None:
             loop = asyncio.get_running_loop()
-            link = Connection(SimpleNamespace(), predictor(), loop, SimpleNamespace())
-            link.made(transport, SimpleNamespace(read_paused=True), ())
+            connection = Connection(SimpleNamespace(), Harness().shared, loop, SimpleNamespace())
+            connection.made(transport, SimpleNamespace(read_paused=True), ())
             own = batched_reads.ReadBatcher(0)
-            own.join(link, 1)
-            assert link.mustered
+            own.join(connection, 1)
+            assert connection.batched
             monkeypatch.setattr(batched_reads, "_socketio", SimpleNamespace(receive=exhausted))
             far.sendall(b"x")
             await aborted.wait()
             own.close()
-            assert not link.mustered
+            assert not connection.batched
 
         runner.run(read())
     assert ends[0] == "paused"
-
-
-def predictor() -> Predictor:
-    """One of nothing."""
-    return Predictor(
-        SimpleNamespace(models=dict),
-        None,
-        ResultDispatcher(),
-        Metrics({}),
-        time.monotonic,
-        max_body_bytes=1,
-        in_flight_bytes=1,
-        recorder=RequestRecorder(),
-    )

@@ -13,16 +13,16 @@ from inferpool.http.connection import batched_writes
 from inferpool.http.connection.batched_writes import WriteBatcher
 
 
-class PendingWrite:
-    """Notes what was left of its answer."""
+class Pending:
+    """Notes the rest of its response that was not sent."""
 
     def __init__(self, fault: Exception | None = None) -> None:
-        self.left: bytes | None = None
+        self.rest: bytes | None = None
         self._fault = fault
 
-    def sent(self, left: bytes) -> None:
-        assert self.left is None, "told once"
-        self.left = left
+    def sent(self, rest: bytes) -> None:
+        assert self.rest is None, "told once"
+        self.rest = rest
         if self._fault is not None:
             raise self._fault
 
@@ -46,21 +46,21 @@ def pairs() -> Iterator[list[Pair]]:
         client.close()
 
 
-def fire(pairs: list[Pair], bodies: list[bytes], shots: list[PendingWrite]) -> None:
+def write_together(pairs: list[Pair], bodies: list[bytes], writes: list[Pending]) -> None:
     own = WriteBatcher()
-    own.load()
-    assert own.loading
-    for (server, _), body, shot in zip(pairs, bodies, shots, strict=True):
-        own.add(server.fileno(), body, shot)
-    own.fire()
-    assert not own.loading
+    own.begin()
+    assert own.collecting
+    for (server, _), body, write in zip(pairs, bodies, writes, strict=True):
+        own.add(server.fileno(), body, write)
+    own.flush()
+    assert not own.collecting
 
 
 def test_each_socket_gets_its_own(pairs: list[Pair]) -> None:
-    bodies, shots = [b"one", b"two, longer", b"three"], [PendingWrite(), PendingWrite(), PendingWrite()]
-    fire(pairs, bodies, shots)
+    bodies, writes = [b"one", b"two, longer", b"three"], [Pending(), Pending(), Pending()]
+    write_together(pairs, bodies, writes)
     assert [client.recv(100) for _, client in pairs] == bodies
-    assert [shot.left for shot in shots] == [b"", b"", b""]
+    assert [write.rest for write in writes] == [b"", b"", b""]
 
 
 def test_what_a_full_socket_does_not_take_is_left(pairs: list[Pair]) -> None:
@@ -69,25 +69,25 @@ def test_what_a_full_socket_does_not_take_is_left(pairs: list[Pair]) -> None:
     with contextlib.suppress(BlockingIOError):
         while True:
             pairs[1][0].send(b"x" * 65536)
-    body, shots = bytes(range(256)) * 8192, [PendingWrite(), PendingWrite(), PendingWrite()]
-    fire(pairs, [body, b"late", b"here"], shots)
-    taken = len(body) - len(shots[0].left or b"")
+    body, writes = bytes(range(256)) * 8192, [Pending(), Pending(), Pending()]
+    write_together(pairs, [body, b"late", b"here"], writes)
+    taken = len(body) - len(writes[0].rest or b"")
     assert 0 < taken < len(body)
-    assert body.endswith(shots[0].left or b"nothing was left")
+    assert body.endswith(writes[0].rest or b"nothing was left")
     came = b""
     while len(came) < taken:
         came += pairs[0][1].recv(65536)
     assert came == body[:taken]
-    assert shots[1].left == b"late"
+    assert writes[1].rest == b"late"
     assert pairs[2][1].recv(100) == b"here"
 
 
 def test_a_client_that_has_gone_costs_the_others_nothing(pairs: list[Pair]) -> None:
     """No signal for a broken pipe either, and the fault of one answer stays its own."""
     pairs[0][1].close()
-    shots = [PendingWrite(), PendingWrite(ValueError("on purpose")), PendingWrite()]
-    fire(pairs, [b"a", b"b", b"c"], shots)
-    assert [shot.left for shot in shots] == [b"a", b"", b""]
+    writes = [Pending(), Pending(ValueError("on purpose")), Pending()]
+    write_together(pairs, [b"a", b"b", b"c"], writes)
+    assert [write.rest for write in writes] == [b"a", b"", b""]
     assert pairs[2][1].recv(100) == b"c"
 
 
@@ -96,23 +96,23 @@ def test_without_memory_each_is_written_by_itself(pairs: list[Pair], monkeypatch
         raise MemoryError
 
     monkeypatch.setattr(batched_writes, "_socketio", SimpleNamespace(send_all=exhausted))
-    shots = [PendingWrite(), PendingWrite(), PendingWrite()]
-    fire(pairs, [b"a", b"b", b"c"], shots)
-    assert [shot.left for shot in shots] == [b"a", b"b", b"c"]
+    writes = [Pending(), Pending(), Pending()]
+    write_together(pairs, [b"a", b"b", b"c"], writes)
+    assert [write.rest for write in writes] == [b"a", b"b", b"c"]
 
 
 def test_a_single_answer_goes_by_its_transport(pairs: list[Pair]) -> None:
-    shot = PendingWrite()
-    fire(pairs[:1], [b"alone"], [shot])
-    assert shot.left == b"alone"
+    write = Pending()
+    write_together(pairs[:1], [b"alone"], [write])
+    assert write.rest == b"alone"
 
 
 def test_without_the_module_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched_writes, "_socketio", None)
     own = WriteBatcher()
-    own.load()
-    assert not own.loading
-    own.fire()
+    own.begin()
+    assert not own.collecting
+    own.flush()
 
 
 @pytest.mark.parametrize("wrong", [([1], []), ((1,), [b""]), ([1], ["text"]), ([-1], [b""]), (["1"], [b""])])

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inferpool.http.connection.body_receiver import LEAST_FILLED
+from inferpool.http.connection.body_receiver import LEAST_RECEIVED_BYTES
 
 from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import MakeChaos, Serve
 from tests.http.connection.test_pipelining import Wire, request, sums
 from tests.server import Server
 
-ROWS = 3 * LEAST_FILLED // 16
+ROWS = 3 * LEAST_RECEIVED_BYTES // 16
 """Rows of four numbers, sixteen bytes."""
 
 
@@ -118,7 +118,7 @@ def test_a_large_body_waits_to_be_asked_for(wire: Wire) -> None:
 def test_a_large_compressed_body_is_read(wire: Wire) -> None:
     values = np.random.default_rng(5).random((ROWS, 4)).astype(np.float32)
     packed = gzip.compress(json.dumps({"inputs": values.tolist()}).encode())
-    assert len(packed) > 2 * LEAST_FILLED
+    assert len(packed) > 2 * LEAST_RECEIVED_BYTES
     wire.send(post("/predict/m", packed, "content-encoding: gzip"))
     status, _, body = wire.answer()
     assert status == 200, body

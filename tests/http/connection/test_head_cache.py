@@ -31,7 +31,7 @@ def head(length: int = len(BODY), *headers: tuple[bytes, bytes]) -> RequestHead:
 
 def test_a_learned_head_is_found_with_any_body_of_its_length() -> None:
     heads = HeadCache()
-    heads.learn(request(), BODY, NATIVE_API, head())
+    heads.remember(request(), BODY, NATIVE_API, head())
     found = heads.find(request(b'{"inputs": [[2]]}'))
     assert found is not None
     assert (found[0].api, found[1]) == (NATIVE_API, b'{"inputs": [[2]]}')
@@ -46,7 +46,7 @@ def test_a_head_is_known_by_another_length_of_its_body_too() -> None:
     learned = RequestHead(
         "m", "2", [(b"content-length", b"17"), (b"x-timeout-ms", b"5"), (b"accept", b"a/b")]
     )
-    heads.learn(request(BODY, "x-timeout-ms: 5", "accept: a/b"), BODY, NATIVE_API, learned)
+    heads.remember(request(BODY, "x-timeout-ms: 5", "accept: a/b"), BODY, NATIVE_API, learned)
     for body in (b"", b"1", BODY, BODY * 1000):
         found = heads.find(request(body, "x-timeout-ms: 5", "accept: a/b"))
         assert found is not None
@@ -82,7 +82,7 @@ def test_a_head_that_may_mean_something_else_next_time_is_not_learned(
     data: bytes, body: bytes, learned: RequestHead
 ) -> None:
     heads = HeadCache()
-    heads.learn(data, body, NATIVE_API, learned)
+    heads.remember(data, body, NATIVE_API, learned)
     assert heads.find(data) is None
 
 
@@ -90,7 +90,7 @@ def test_so_many_heads_are_kept_and_no_more() -> None:
     heads = HeadCache()
     for number in range(3 * MOST_HEADS):
         data = request(BODY, f"x: {number}")
-        heads.learn(data, BODY, NATIVE_API, head())
+        heads.remember(data, BODY, NATIVE_API, head())
         assert heads.find(data) is not None
     kept = sum(heads.find(request(BODY, f"x: {number}")) is not None for number in range(3 * MOST_HEADS))
     assert 1 <= kept <= MOST_HEADS
@@ -99,7 +99,7 @@ def test_so_many_heads_are_kept_and_no_more() -> None:
 @given(st.binary(max_size=200))
 def test_anything_may_be_looked_for(data: bytes) -> None:
     heads = HeadCache()
-    heads.learn(request(), BODY, NATIVE_API, head())
+    heads.remember(request(), BODY, NATIVE_API, head())
     assert heads.find(data) is None
 
 

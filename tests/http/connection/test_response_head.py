@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from inferpool.http.connection.response_head import ResponsePrefix, response_head, server_timing
+from inferpool.http.connection.response_head import ResponsePrefix, response_head
+from inferpool.http.predict.response import server_timing
 
 BYTES = st.binary(max_size=40)
 SECONDS = st.one_of(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
-from inferpool.http.predict.predictor import Predictor
-from inferpool.http.predict.recorder import RequestRecorder
-from inferpool.http.predict.results import ResultDispatcher
+from inferpool.http.predict.resolver import Resolver
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog import READY, Catalog, ModelView, VersionView
@@ -44,16 +42,12 @@ class Publishing:
 
 def test_what_a_thread_finds_late_is_not_served_from_then_on() -> None:
     catalog = Publishing()
-    any_catalog, nobody = cast("Catalog", catalog), cast("Any", None)
-    predictor = Predictor(
-        any_catalog, nobody, ResultDispatcher(), Metrics({}), lambda: 0.0,
-        max_body_bytes=1, in_flight_bytes=1, recorder=RequestRecorder(),
-    )  # fmt: skip
-    slow = threading.Thread(target=predictor._find, args=("m", None), name="slow")
+    resolver = Resolver(cast("Catalog", catalog), Metrics({}))
+    slow = threading.Thread(target=resolver.find, args=("m", None), name="slow")
     slow.start()
     assert catalog.looking.wait(10)
     catalog.published = models(1, 2)
-    assert predictor._find("m", "1").version == "1"
+    assert resolver.find("m", "1").version == "1"
     catalog.go_on.set()
     slow.join()
-    assert predictor._find("m", None).version == "2"
+    assert resolver.find("m", None).version == "2"

@@ -1,9 +1,10 @@
-"""What has come on connections that send one small request after the other, read together.
+"""Reads from many connections in one call, during which other threads run.
 
-The loop reads from one connection after the other, and takes and gives back the interpreter's lock for each.
-Here one call reads from all that have something, while other threads run. That is for what is as simple as a
-small request in one piece: where another request, or a part of one, stands behind the one that is answered,
-and at its end, a connection is left to the loop again.
+The event loop reads from one connection after the other, and takes and gives back the GIL for each. Only
+connections that send one small, complete request at a time are read here. A connection returns to the event
+loop when it pipelines, sends part of a request, or ends.
+
+Never for TLS: the bytes would go past the transport, still encrypted. A TLS connection never joins.
 """
 
 from __future__ import annotations
@@ -19,67 +20,70 @@ try:
     from select import EPOLLIN, epoll
 
     from inferpool.http.connection import _socketio
-except ImportError:  # there was no compiler where the package was built, or the system has no epoll
+except ImportError:  # there was no C compiler at installation, or the system is not Linux
     _socketio = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
-MOST_MUSTERED_BYTES: Final = 8 * 1024
-"""Connections whose requests are larger are left to the loop, and no more is read at a time."""
+MOST_READ_BYTES: Final = 8 * 1024
+"""Bytes that are read from a connection at a time. Connections with larger requests do not join."""
 LEAST_IN_FLIGHT: Final = 4
-"""With fewer requests at a time there is nothing to be gained."""
+"""With fewer requests in flight, reading in batches gains nothing."""
 _LOOP_BYTES: Final = 256 * 1024
-"""So much uvloop reads at a time."""
-_ROOM_BYTES: Final = 64 * MOST_MUSTERED_BYTES
-"""Where it is read to, from as many connections as the module takes in one call. The others are next."""
+"""Bytes that uvloop reads at a time."""
+_BUFFER_BYTES: Final = 64 * MOST_READ_BYTES
+"""Memory for as many connections as the C module reads in one call; the next call reads the others."""
 
 
 class ReadBatcher:
-    """The connections of one loop that it reads for."""
+    """Reads for connections of one event loop."""
 
     def __init__(self, least_in_flight: int = LEAST_IN_FLIGHT) -> None:
-        """Connections join where so many requests are in flight; one alone, with less than half, leaves."""
+        """Let connections join while at least `least_in_flight` requests are in flight.
+
+        A connection that is read alone leaves while there are fewer than half of them.
+        """
         self._least_in_flight = least_in_flight
-        self._links: dict[int, Connection] = {}
-        self._room = bytearray(_ROOM_BYTES)
+        self._connections: dict[int, Connection] = {}
+        self._buffer = bytearray(_BUFFER_BYTES)
         self._poll: epoll | None = None
-        # No type of its own: compiled code insists on those of results, and uvloop's are others.
+        # Not typed, because compiled code checks the types of results, and uvloop returns its own.
         self._loop: Any = None
 
-    def join(self, link: Connection, request_bytes: int) -> None:
-        """Read for `link` from here on, whose last request was of so many bytes, if that is any use."""
+    def join(self, connection: Connection, request_bytes: int) -> None:
+        """Read for `connection` from now on, if that gains anything; its last request had `request_bytes`."""
         if (
-            link.mustered
-            or link.predictor.in_flight < self._least_in_flight
-            or request_bytes > MOST_MUSTERED_BYTES
+            connection.batched
+            or connection.shared.predictor.in_flight.requests < self._least_in_flight
+            or request_bytes > MOST_READ_BYTES
         ):
             return
-        if link.descriptor < 0 or _socketio is None:
+        if connection.descriptor < 0 or _socketio is None:
             return
         try:
             if self._poll is None:
-                self._begin(link.loop)
+                self._begin(connection.loop)
             assert self._poll is not None
-            self._poll.register(link.descriptor, EPOLLIN)
+            self._poll.register(connection.descriptor, EPOLLIN)
         except OSError:
             return  # there are no more descriptors, or the system watches as many as it may
-        link.transport.pause_reading()
-        self._links[link.descriptor] = link
-        link.mustered = True
+        connection.transport.pause_reading()
+        self._connections[connection.descriptor] = connection
+        connection.batched = True
 
-    def leave(self, link: Connection) -> None:
-        """Leave it to the loop again to read for `link`, if it did not."""
-        if not link.mustered or self._poll is None:
+    def leave(self, connection: Connection) -> None:
+        """Let the event loop read for `connection` again; does nothing if the connection has not joined."""
+        if not connection.batched or self._poll is None:
             return
-        link.mustered = False
-        del self._links[link.descriptor]
-        self._poll.unregister(link.descriptor)
-        link.resume_reading()
+        connection.batched = False
+        del self._connections[connection.descriptor]
+        self._poll.unregister(connection.descriptor)
+        connection.resume_reading()
 
     def close(self) -> None:
-        """Read for nobody any more."""
-        for link in list(self._links.values()):
-            self.leave(link)
+        """Let all connections leave, and close the epoll descriptor."""
+        for connection in list(self._connections.values()):
+            self.leave(connection)
         if self._poll is not None and self._loop is not None:
             self._loop.remove_reader(self._poll.fileno())
             self._poll.close()
@@ -98,41 +102,49 @@ class ReadBatcher:
         if self._poll is None:
             return
         try:
-            arrivals = _socketio.receive(self._poll.fileno(), self._room, MOST_MUSTERED_BYTES)
+            arrivals = _socketio.receive(self._poll.fileno(), self._buffer, MOST_READ_BYTES)
         except MemoryError:
-            # What has been read is lost, and nobody knows whose it was.
-            for whose in list(self._links.values()):
-                whose.transport.abort()
+            # Bytes that were read are lost, and nobody knows from which connections.
+            for any_connection in list(self._connections.values()):
+                any_connection.transport.abort()
             return
         now = self._loop.time()
         alone = len(arrivals) == 1
         for descriptor, data in arrivals:
-            link = self._links.get(descriptor)
-            if link is None:
+            connection = self._connections.get(descriptor)
+            if connection is None:
                 continue
             try:
-                if data is None or link.transport.is_closing():
-                    # The end, or what is wrong, the loop finds out for itself.
-                    self.leave(link)
+                if data is None or connection.transport.is_closing():
+                    # The event loop finds out itself whether it is the end of the stream or an error.
+                    self.leave(connection)
                     continue
-                if alone and 2 * link.predictor.in_flight + 2 < self._least_in_flight:
-                    self.leave(link)
-                if not try_cached_head(link, data, now) and link.owner is not None:
-                    link.owner.mustered(_with_rest(descriptor, data))
+                if alone and 2 * connection.shared.predictor.in_flight.requests + 2 < self._least_in_flight:
+                    self.leave(connection)
+                if not try_cached_head(connection, data, now):
+                    self._pass_on(connection, descriptor, data)
             except Exception:
-                # Those behind it must not pay for it.
+                # The other connections must be read all the same.
                 log.exception("a request could not be read")
-                link.transport.abort()
+                connection.transport.abort()
+
+    def _pass_on(self, connection: Connection, descriptor: int, data: bytes) -> None:
+        """Give the parser what is not one complete request with a cached head."""
+        if connection.owner is None:
+            return
+        connection.owner.data_received(_with_rest(descriptor, data))
+        if not connection.between_requests or connection.is_read_paused():
+            self.leave(connection)
 
 
 def _with_rest(descriptor: int, data: bytes) -> bytes:
-    """`data`, and what else there is, as far as the loop would read it.
+    """Return `data` and what else can be read, as much as the event loop would read.
 
-    A connection that is closed while something lies there unread is reset: its client may lose its answer.
+    The kernel resets a connection that is closed with unread bytes, and the client may lose its response.
     """
-    if len(data) < MOST_MUSTERED_BYTES:
+    if len(data) < MOST_READ_BYTES:
         return data
     try:
         return data + os.read(descriptor, _LOOP_BYTES)
-    except OSError:  # there is nothing, or its end, which the loop finds out for itself
+    except OSError:  # nothing to read, or an error that the event loop finds itself
         return data

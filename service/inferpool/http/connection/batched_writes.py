@@ -1,4 +1,8 @@
-"""The answers of one batch, written together, so that other threads run while the kernel takes them."""
+"""Writes the responses of one batch in one system-call loop, during which other threads run.
+
+Never for TLS: the bytes would go past the transport, unencrypted. A TLS connection has no descriptor here,
+see `Connection.descriptor`.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +11,65 @@ from typing import Protocol
 
 try:
     from inferpool.http.connection import _socketio
-except ImportError:  # there was no compiler where the package was built, or no such sockets as it wants
+except ImportError:  # there was no C compiler at installation, or the system is not Linux
     _socketio = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
 
 class PendingWrite(Protocol):
-    """One that has something to be written."""
+    """An object whose bytes are written."""
 
-    def sent(self, left: bytes) -> None:
-        """The socket has taken all but `left`."""
+    def sent(self, rest: bytes) -> None:
+        """Take note that the socket has taken everything but `rest`."""
 
 
 class WriteBatcher:
-    """What is to be written when the last result of a batch has become an answer.
+    """Collects the responses that the results of one batch become, and writes them together.
 
-    Writing takes a fifth of a small request's time. Done one by one it holds the interpreter's lock each
-    time, and the instance that wants to go on with the next batch waits for all of them.
+    Writing takes a fifth of a small request's time. Each write by itself holds the GIL, and the instance that
+    is to go on with the next batch waits for all of them.
+
+    Attributes:
+        collecting: whether `add` may be called.
     """
 
+    __slots__ = ("_bodies", "_pending", "_sockets", "collecting")
+
     def __init__(self) -> None:
-        self.loading = False
+        self.collecting = False
         self._sockets: list[int] = []
         self._bodies: list[bytes] = []
-        self._shots: list[PendingWrite] = []
+        self._pending: list[PendingWrite] = []
 
-    def load(self) -> None:
-        """From here on answers are kept until `fire`."""
-        self.loading = _socketio is not None
+    def begin(self) -> None:
+        """Collect responses until `flush`, if the C module is there."""
+        self.collecting = _socketio is not None
 
-    def add(self, socket: int, body: bytes, shot: PendingWrite) -> None:
-        """Have `body` written to a descriptor on whose transport nothing waits to be written."""
+    def add(self, socket: int, body: bytes, pending: PendingWrite) -> None:
+        """Write `body` at `flush`, then call `pending.sent`.
+
+        `socket` is the descriptor of a connection without TLS, whose transport has nothing else to write.
+        """
         self._sockets.append(socket)
         self._bodies.append(body)
-        self._shots.append(shot)
+        self._pending.append(pending)
 
-    def fire(self) -> None:
-        """Write what has been kept."""
-        self.loading = False
-        sockets, bodies, shots = self._sockets, self._bodies, self._shots
-        if not shots:
+    def flush(self) -> None:
+        """Write what was collected."""
+        self.collecting = False
+        sockets, bodies, pending = self._sockets, self._bodies, self._pending
+        if not pending:
             return
-        self._sockets, self._bodies, self._shots = [], [], []
+        self._sockets, self._bodies, self._pending = [], [], []
         try:
-            taken = [0] if len(shots) == 1 else _socketio.send_all(sockets, bodies)
+            # A single response takes the usual way, by its transport, which costs no more.
+            taken = [0] if len(pending) == 1 else _socketio.send_all(sockets, bodies)
         except MemoryError:
-            taken = [0] * len(shots)  # each by itself, then
-        for shot, body, size in zip(shots, bodies, taken, strict=True):
+            taken = [0] * len(pending)  # each transport writes its own
+        for write, body, size in zip(pending, bodies, taken, strict=True):
             try:
-                shot.sent(body[size:])
+                write.sent(body[size:])
             except Exception:
-                # Those behind it must not pay for it.
-                log.exception("an answer could not be written")
+                # The other responses must be written all the same.
+                log.exception("a response could not be written")

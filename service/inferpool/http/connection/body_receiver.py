@@ -1,7 +1,8 @@
-"""Large bodies, read from their connection straight into where they are to lie.
+"""Receives large bodies from the socket straight into the memory in which their tensors stay.
 
-Else each byte is copied from the system to the loop, from there to the parser, by it to a piece of the body
-and from that to its place; here, once. The parser is left out: nothing but the body comes until it is full.
+Usually each byte is copied from the kernel to the loop, from there to the parser, by the parser to a chunk,
+and from the chunk to its memory. Here each byte is copied once. The parser is not needed: its request's body
+is all that follows until the body is complete.
 """
 
 from __future__ import annotations
@@ -9,85 +10,89 @@ from __future__ import annotations
 import asyncio
 from typing import Final, Protocol
 
-LEAST_FILLED: Final = 128 * 1024
-"""For less than this it does not pay to change the way that bytes come in."""
+LEAST_RECEIVED_BYTES: Final = 128 * 1024
+"""For a shorter rest of a body, changing the way in which bytes are received does not pay."""
 _HEAD_BYTES: Final = 16 * 1024
-"""So much is read at first where another large body is expected: its head, and little behind it."""
+"""Bytes that are read at first, between large bodies: enough for a head, with little of a body behind it."""
 
 
 class BodyReceiverOwner(Protocol):
-    """The connection whose bytes go to bodies."""
+    """The protocol of the connection."""
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of no large body have come."""
+        """Take bytes that are not of a large body."""
 
-    def came(self, size: int) -> None:
-        """`size` bytes more of a large body are in their place."""
+    def body_advanced(self, size: int) -> None:
+        """Take note that `size` more bytes of a large body are in its memory."""
 
-    def full(self) -> None:
-        """All of them are: what follows is no body any more."""
+    def body_completed(self) -> None:
+        """Take note that a large body is complete: what follows is another request."""
 
     def eof_received(self) -> bool | None:
-        """The client sends no more."""
+        """Take note that the client sends nothing more."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
+        """Take note that the connection is lost."""
 
     def pause_writing(self) -> None:
-        """The client does not read."""
+        """Take note that the client does not read."""
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """Take note that the client reads again."""
 
 
 class BodyReceiver(asyncio.BufferedProtocol):
-    """Stands in for `connection` with its transport from its first large body on."""
+    """Takes the place of `owner` at its transport, from the connection's first large body on."""
 
-    def __init__(self, connection: BodyReceiverOwner) -> None:
-        self._connection = connection
+    def __init__(self, owner: BodyReceiverOwner) -> None:
+        self._owner = owner
         self._head = memoryview(bytearray(_HEAD_BYTES))
-        self._room: memoryview | None = None
-        self._left = 0
+        self._memory: memoryview | None = None
+        self._missing_bytes = 0
 
-    def fill(self, room: memoryview) -> None:
-        """What comes next goes to `room`, until that is full."""
-        self._room = room
-        self._left = len(room)
+    def fill(self, memory: memoryview) -> None:
+        """Receive into `memory` until it is full."""
+        self._memory = memory
+        self._missing_bytes = len(memory)
 
-    def throw_away(self) -> None:
-        """The rest of the body is of no use: its place is let go of, and what still comes is only counted."""
-        self._room = None
+    def discard(self) -> None:
+        """Free the memory of the body, and only count the bytes that still follow: they are of no use."""
+        self._memory = None
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next bytes go."""
-        if not self._left:
+        """Return memory for the next bytes."""
+        if not self._missing_bytes:
             return self._head
-        return self._head[: self._left] if self._room is None else self._room[-self._left :]
+        return (
+            self._head[: self._missing_bytes]
+            if self._memory is None
+            else self._memory[-self._missing_bytes :]
+        )
 
     def buffer_updated(self, nbytes: int) -> None:
-        """They are there."""
-        if not self._left:
-            self._connection.data_received(self._head[:nbytes].tobytes())
+        """Pass on `nbytes` bytes, which are in the memory that `get_buffer` returned."""
+        if not self._missing_bytes:
+            self._owner.data_received(self._head[:nbytes].tobytes())
             return
-        self._left -= nbytes
-        self._connection.came(nbytes)
-        if not self._left:
-            self._room = None
-            self._connection.full()
+        self._missing_bytes -= nbytes
+        self._owner.body_advanced(nbytes)
+        if not self._missing_bytes:
+            self._memory = None
+            self._owner.body_completed()
 
     def eof_received(self) -> bool | None:
-        """As without this."""
-        return self._connection.eof_received()
+        """Pass the call on."""
+        return self._owner.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As without this."""
-        self._room = None
-        self._connection.connection_lost(exc)
+        """Free the memory, and pass the call on."""
+        self._memory = None
+        self._owner.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """As without this."""
-        self._connection.pause_writing()
+        """Pass the call on."""
+        self._owner.pause_writing()
 
     def resume_writing(self) -> None:
-        """As without this."""
-        self._connection.resume_writing()
+        """Pass the call on."""
+        self._owner.resume_writing()

@@ -1,113 +1,119 @@
-"""One connection as its exchanges see it: where their answers go, and whose turn it is.
+"""The state of one connection that every request on it needs.
 
-It is what every request touches of a connection; what few do is its owner's, uvicorn's protocol.
+Everything that few requests need is in `PredictProtocol`, the connection's owner.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sized
 from concurrent.futures import Executor
 from typing import Any, Protocol
 
-from inferpool.http.predict.predictor import Predictor
+from inferpool.errors import InternalError
+from inferpool.http.connection.shared import SharedState
+
+log = logging.getLogger(__name__)
 
 
 class ConnectionOwner(Protocol):
-    """The protocol whose connection it is."""
+    """The protocol that the transport calls, as its connection sees it."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take data that is not one complete request with a cached head."""
 
     def next_exchange(self) -> None:
-        """The answer is with the transport, and another request stands behind it: it has its turn."""
+        """Begin the turn of the next pipelined request."""
 
-    def hold(self, exchange: Any) -> None:
-        """Answer nothing more until the client has read what there is, then call `exchange.complete`."""
-
-    def run_aside(
-        self,
-        function: Callable[..., Any],
-        *arguments: Any,
-        then: Callable[[Any], None],
-        threads: Executor | None = None,
-    ) -> None:
-        """Call `function` in another thread (of `threads`), and `then` with what it returned or raised."""
-
-    def mustered(self, data: bytes) -> None:
-        """The muster has read what is no request whose head is known, or one whose turn it is not."""
+    def watch_reading(self) -> None:
+        """Close the connection if its client stops reading its response."""
 
 
 class Connection:
     """A connection.
 
     Attributes:
-        owner: whose it is, as long as it is there.
-        predictor: what answers its requests.
-        loop: the loop that it is on.
-        transport: where its answers are written.
-        descriptor: its socket, where what is written there goes to the client as it is; else -1.
-        mustered: whether the muster reads for it, so that the transport does not.
-        write_paused: whether its client leaves so much unread that no more is to be written.
-        between: whether no part of a request has come behind the last whole one.
-        within_head: whether a part of a head has come.
-        cycle: the last request that has come: an `Exchange`, or uvicorn's own.
-        answered: the request that is being answered.
-        idle_since: when it had nothing more to do, by the loop's clock; None while it has.
-        heard: when something came last.
-        quiet_bytes: so many have come that completed neither a head nor a piece of a body.
+        owner: the protocol of the connection; None once the connection is lost.
+        shared: what all connections share.
+        loop: the event loop of the connection.
+        transport: where responses are written.
+        descriptor: the socket, if bytes may be read and written past the transport; -1 for TLS, whose bytes
+            the transport has to encrypt.
+        batched: whether the `ReadBatcher` reads for this connection, and the transport does not.
+        write_paused: whether the client leaves so much unread that nothing more may be written.
+        between_requests: whether no part of a further request has been received after the last complete one.
+        in_head: whether a head has been received in part.
+        last: the last request that was received, an `Exchange` or uvicorn's `RequestResponseCycle`; may be
+            complete.
+        current: the request whose turn it is, of one of these classes; None if every response is complete.
+        held: the exchange whose response the client has not read yet.
+        idle_since: when the last response was complete, in seconds of the loop's clock; None while there is a
+            request.
+        last_received: when data was received last, in seconds of the loop's clock.
+        unparsed_bytes: bytes received that completed neither a head nor a chunk of a body.
     """
 
     __slots__ = (
-        "_flow", "_pipeline", "_server_state", "answered", "between", "cycle", "descriptor", "heard",
-        "idle_since", "loop", "mustered", "owner", "predictor", "quiet_bytes", "transport", "within_head",
-        "write_paused",
+        "_flow", "_pipeline", "_server_state", "batched", "between_requests", "current", "descriptor", "held",
+        "idle_since", "in_head", "last", "last_received", "loop", "owner", "shared", "transport",
+        "unparsed_bytes", "write_paused",
     )  # fmt: skip
 
     def __init__(
-        self, owner: ConnectionOwner, predictor: Predictor, loop: asyncio.AbstractEventLoop, server_state: Any
+        self, owner: ConnectionOwner, shared: SharedState, loop: asyncio.AbstractEventLoop, server_state: Any
     ) -> None:
+        """`server_state` is uvicorn's `ServerState`."""
         self.owner: ConnectionOwner | None = owner
-        self.predictor = predictor
+        self.shared = shared
         self.loop = loop
         self.descriptor = -1
-        self.mustered = self.write_paused = self.within_head = False
-        self.between = True
-        self.cycle: Any = None
-        self.answered: Any = None
+        self.batched = self.write_paused = self.in_head = False
+        self.between_requests = True
+        self.last: Any = None
+        self.current: Any = None
+        self.held: Any = None
         self.idle_since: float | None = None
-        self.heard = 0.0
-        self.quiet_bytes = 0
+        self.last_received = 0.0
+        self.unparsed_bytes = 0
         self._server_state = server_state
 
     def made(self, transport: asyncio.Transport, flow: Any, pipeline: Sized) -> None:
-        """It is there; `flow` is uvicorn's flow control of it, `pipeline` what awaits its turn."""
+        """Take the transport, uvicorn's flow control of it, and the queue of pipelined requests."""
         self.transport = transport
         self._flow = flow
         self._pipeline = pipeline
-        if transport.get_extra_info("sslcontext") is None:
+        if transport.get_extra_info("sslcontext") is None and transport.get_extra_info("ssl_object") is None:
             self.descriptor = transport.get_extra_info("socket").fileno()
         self.idle_since = self.loop.time()
 
     def lose(self) -> None:
-        """It is gone."""
-        # What refers to itself in a circle stays until the collector comes, and with it its body.
-        self.owner = self.cycle = self.answered = None
+        """Forget the owner and the requests: the connection is lost."""
+        # A cycle of references would stay, with the body of its request, until the garbage collector runs.
+        self.owner = self.last = self.current = self.held = None
 
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """The headers that uvicorn puts on all answers."""
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers that uvicorn puts on all responses: a new list every second."""
         headers: list[tuple[bytes, bytes]] = self._server_state.default_headers
         return headers
 
+    def is_read_paused(self) -> bool:
+        """Return whether nothing more is read until earlier requests are answered."""
+        paused: bool = self._flow.read_paused
+        return paused
+
     def resume_reading(self) -> None:
-        """Have the transport read again, if it is not to wait for the answer to what it has read."""
+        """Let the transport read again, unless earlier requests have to be answered first."""
         if not self._flow.read_paused:
             self.transport.resume_reading()
 
-    def follows(self) -> bool:
-        """Whether another request, or the beginning of one, stands behind the one that is being answered."""
-        return self.within_head or bool(self._pipeline)
+    def has_more_requests(self) -> bool:
+        """Return whether another request, or the beginning of its head, follows the current one."""
+        return self.in_head or bool(self._pipeline)
 
     def completed(self) -> None:
-        """The answer is with the transport: the next request has its turn, or there is nothing to do."""
-        self.answered = None
+        """Begin the next request's turn, or wait for it: the current response is complete."""
+        self.current = None
         if self._pipeline:
             if self.owner is not None:
                 self.owner.next_exchange()
@@ -119,23 +125,48 @@ class Connection:
             self.idle_since = self.loop.time()
 
     def hold(self, exchange: Any) -> None:
-        """Answer nothing more until the client has read what there is, then call `exchange.complete`.
+        """Call `exchange.complete` once the client has read its response; until then begin no other turn."""
+        if self.owner is not None:  # otherwise the connection is lost, and so are its exchanges
+            self.held = exchange
+            self.owner.watch_reading()
 
-        Where the connection is gone nothing happens: its exchanges are lost already.
-        """
-        if self.owner is not None:
-            self.owner.hold(exchange)
+    def resume_writing(self) -> None:
+        """Complete the held exchange: the client reads again."""
+        self.write_paused = False
+        held, self.held = self.held, None
+        if held is not None:
+            held.complete()
 
-    def run_aside(
+    def run_in_thread(
         self,
         function: Callable[..., Any],
         *arguments: Any,
         then: Callable[[Any], None],
         threads: Executor | None = None,
     ) -> None:
-        """Call `function` in another thread (of `threads`), and `then` with what it returned or raised.
+        """Call `function` in a thread, then on the loop `then` with what it returned, or with the error.
 
-        Where the connection is gone nothing happens: its exchanges are lost already.
+        Without `threads` the loop's own are used. The server does not stop before `then` was called.
         """
-        if self.owner is not None:
-            self.owner.run_aside(function, *arguments, then=then, threads=threads)
+        running = self._server_state.tasks
+        future = self.loop.run_in_executor(threads, _outcome, function, arguments)
+        running.add(future)
+
+        def finish(done: Any) -> None:
+            running.discard(done)
+            if not done.cancelled():  # as uvicorn does when it may wait no longer
+                then(done.result())
+
+        future.add_done_callback(finish)
+
+
+def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Return what `function` returns, or the error that it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # noqa: BLE001 - the caller responds with the error
+        return error
+    except BaseException as error:
+        # A library that ends its thread must not leave the request without a response either.
+        log.exception("%s raised %s", getattr(function, "__name__", function), type(error).__name__)
+        return InternalError("the server failed on this request; its log says why")

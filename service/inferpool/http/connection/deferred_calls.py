@@ -1,4 +1,4 @@
-"""What is left for when every connection that has something to read has been read."""
+"""Calls that are made at the end of one iteration of the event loop."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ log = logging.getLogger(__name__)
 
 
 class DeferredCalls:
-    """Calls that are made together at the end of one turn of the loop.
+    """Makes calls after every connection that has something to read has been read.
 
-    One callback of the loop does for all of them, where one each would cost as much as the call.
+    The loop is given one callback for all calls of an iteration. One callback for each would cost as much as
+    the call itself.
     """
+
+    __slots__ = ("_calls",)
 
     def __init__(self) -> None:
         self._calls: list[tuple[Callable[[Any], None], Any]] = []
 
-    def at_end(self, loop: asyncio.AbstractEventLoop, call: Callable[[Any], None], argument: Any) -> None:
-        """Make `call` with `argument` then."""
+    def defer(self, loop: asyncio.AbstractEventLoop, call: Callable[[Any], None], argument: Any) -> None:
+        """Make `call` with `argument` at the end of this iteration of `loop`, which is always the same."""
         if not self._calls:
-            loop.call_soon(self._end)
+            loop.call_soon(self._run)
         self._calls.append((call, argument))
 
-    def _end(self) -> None:
+    def _run(self) -> None:
         calls, self._calls = self._calls, []
         for call, argument in calls:
             try:
                 call(argument)
             except Exception:
-                # The requests behind it must not pay for it.
-                log.exception("%s failed at the end of a turn", getattr(call, "__qualname__", call))
+                # The calls behind this one belong to other requests.
+                log.exception("the deferred call of %s failed", getattr(call, "__qualname__", call))

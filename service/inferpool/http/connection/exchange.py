@@ -1,302 +1,405 @@
-"""One prediction on a connection: its body comes in, its entry runs, its answer goes out.
+"""One prediction on a connection: its body is received, its entry runs, its response is written.
 
-A small state machine that its connection drives: no task, no events and no copies of the body but the one
-into place.
+An exchange has one state, and moves from state to state through `Exchange._move`. The connection and the
+predictor drive it with plain calls, without tasks and events. Each call that comes too late, because the
+client is gone or has been refused, finds another state than it expects and does nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
 from typing import Any, Final
 
 from inferpool.errors import DeadlineExceeded, InferpoolError
-from inferpool.http.connection.body_receiver import LEAST_FILLED
+from inferpool.http.connection.body_receiver import LEAST_RECEIVED_BYTES
 from inferpool.http.connection.connection import Connection
 from inferpool.http.connection.response_head import response_head
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.body_buffer import BodyBuffer
-from inferpool.http.predict.context import PredictContext, Response, compressed
+from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.offload import HEAVY_BYTES
+from inferpool.http.predict.response import Response, compressed
 from inferpool.pool.ports import Result
+from inferpool.tensors import Tensors
 
 _JOINED_BYTES: Final = 64 * 1024
-"""An answer up to this size is written with its head, in one piece."""
+"""A response up to this size is written in one piece with its head."""
+
+# Integers, because mypyc compiles comparisons of enum members to calls. The states of a turn are READING and
+# above.
+WAITING: Final = 0
+"""Earlier requests are answered first; the body is being received."""
+READY: Final = 1
+"""Earlier requests are answered first; the body is complete, or an error is to be the response."""
+READING: Final = 2
+"""It is this request's turn; the body is being received."""
+DECODING: Final = 3
+"""The body is decoded, maybe in a thread, or its tensors wait for the end of the loop's iteration."""
+QUEUED: Final = 4
+"""The entry waits in the queue, or runs."""
+ENCODING: Final = 5
+"""The response is made, maybe compressed in a thread."""
+WRITING: Final = 6
+"""The response is with the transport, or waits there for its client to read."""
+DONE: Final = 7
+"""The response is complete, or the client is gone."""
+
+STATES: Final = ("WAITING", "READY", "READING", "DECODING", "QUEUED", "ENCODING", "WRITING", "DONE")
+
+FOLLOWERS: Final[tuple[tuple[int, ...], ...]] = (
+    (READY, READING, DONE),  # from WAITING
+    (READING, DONE),  # from READY
+    (DECODING, WRITING, DONE),  # from READING
+    (QUEUED, WRITING, DONE),  # from DECODING
+    (ENCODING, DONE),  # from QUEUED
+    (WRITING, DONE),  # from ENCODING
+    (DONE,),  # from WRITING
+    (),  # from DONE
+)
+"""The states that may follow each state."""
+
+_FOLLOWER_BITS: Final = [sum(1 << state for state in followers) for followers in FOLLOWERS]
 
 
 class Exchange:
-    """One prediction.
+    """One request for a prediction, and its response.
 
-    It stands where uvicorn's protocol expects its `RequestResponseCycle`, of which it has what that protocol
-    touches: `response_complete`, `keep_alive`, `disconnected` and `message_event`.
+    `PredictProtocol` gives exchanges to uvicorn's protocol, which expects its own `RequestResponseCycle` and
+    uses two attributes of it: `keep_alive` and `response_complete`. Sharing one pipeline with uvicorn's
+    cycles costs less than a second protocol below, which would have to parse each head again to hand a
+    connection over.
+
+    Attributes:
+        keep_alive: whether the connection stays open after the response.
     """
 
     __slots__ = (
-        "_body_complete", "_call", "_entered", "_fault", "_intake", "_link", "_predictor", "_started",
-        "_waits_for_100", "disconnected", "keep_alive", "message_event", "response_complete",
+        "_body", "_connection", "_context", "_error", "_expects_100", "_predictor", "_state", "_timer",
+        "keep_alive",
     )  # fmt: skip
 
     def __init__(
         self,
-        link: Connection,
-        call: PredictContext,
+        connection: Connection,
+        context: PredictContext,
         keep_alive: bool,
         expects_100: bool,
-        fault: Exception | None = None,
+        error: Exception | None = None,
     ) -> None:
-        self._link = link
-        self._predictor = link.predictor
-        self._call = call
-        self._intake: BodyBuffer | None = None
-        self._started = self._entered = self._body_complete = False
-        self._fault = fault
-        self._waits_for_100 = expects_100
+        """`expects_100` says that the client waits for "100 Continue"; `error` is the response if given."""
+        self._connection = connection
+        self._predictor = connection.shared.predictor
+        self._context = context
+        self._body: BodyBuffer | None = None
+        self._error = error
+        self._expects_100 = expects_100
+        self._timer: asyncio.TimerHandle | None = None
+        self._state = WAITING if error is None else READY
         self.keep_alive = keep_alive
-        self.disconnected = False
-        self.response_complete = False
-        self.message_event = _NEVER_AWAITED
+
+    @property
+    def response_complete(self) -> bool:
+        """Whether the next request may have its turn; the name is uvicorn's."""
+        return self._state == DONE
+
+    @property
+    def state(self) -> int:
+        """The state, `WAITING` to `DONE`."""
+        return self._state
+
+    # From the connection.
 
     def start(self) -> None:
-        """It is this request's turn on its connection."""
-        if self.response_complete:
-            return  # the client went while the turn was coming
-        self._started = self._entered = True
-        self._predictor.enter()
-        try:
-            self._predictor.admit(self._call)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
-            # The body may still come, and is of no interest. The traceback has this very exchange in it: a
-            # circle that would keep the head, which may be of 64 KiB, until the collector comes.
-            self._fault = error.with_traceback(None)
-        if self._fault is not None:
-            self._refuse(self._fault)
-        elif self._body_complete:
-            self._read()
-        elif self._waits_for_100:
-            self._link.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def take(self, chunk: bytes) -> None:
-        """The next chunk of the body; ignored where the request is refused already."""
-        if self.response_complete or self._fault is not None:
+        """Begin the turn of this request: all earlier ones on the connection are answered."""
+        if self._state == DONE:
+            return  # the client disconnected just before
+        ready = self._state == READY
+        if not self._admit(0):
             return
-        try:
-            self._predictor.reserve(self._call, len(chunk))
-            if self._intake is None:
-                self._intake = BodyBuffer(self._call.head, self._predictor.max_body_bytes)
-            self._intake.add(chunk)
-        except InferpoolError as error:
-            self._fault = error.with_traceback(None)
-            if self._started:
-                self._refuse(error)
-
-    def room(self) -> memoryview | None:
-        """Where the rest of the body goes, if it is so much that it had better be read into its place."""
-        length = self._call.head.content_length or 0
-        if not self._started or self._fault is not None or self.response_complete:
-            return None
-        if length - self._call.reserved_bytes < LEAST_FILLED:
-            return None
-        if self._intake is None:
-            self._intake = BodyBuffer(self._call.head, self._predictor.max_body_bytes)
-        return self._intake.rest()
-
-    def came(self, size: int) -> bool:
-        """`size` bytes more are in the room; whether the others are still of use."""
-        if self.response_complete or self._fault is not None or self._intake is None:
-            return False
-        try:
-            self._predictor.reserve(self._call, size)
-        except InferpoolError as error:
-            self._fault = error.with_traceback(None)
-            self._refuse(error)
-            return False
-        self._intake.came(size)
-        return True
-
-    def taken(self) -> None:
-        """The body is complete."""
-        self._body_complete = True
-        if self._started and self._fault is None and not self.response_complete:
-            self._read()
+        if self._error is not None:
+            self._refuse(self._error)
+        elif ready:
+            self._decode(self._finish_body())
+        elif self._expects_100:
+            self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def run(self, body: bytes) -> None:
-        """It is this request's turn, and its body is there."""
-        self._started = self._entered = self._body_complete = True
-        predictor, call = self._predictor, self._call
-        predictor.enter()
-        try:
-            predictor.admit(call)
-            predictor.reserve(call, len(body))
-        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
-            self._refuse(error)
-            return
-        self._read_whole(body)
+        """Begin the turn of a request whose `body` is complete."""
+        if self._admit(len(body)):
+            self._decode(body)
 
-    def fail(self, error: Exception) -> None:
-        """Answer with `error`, and wait for no more of the body."""
-        self._fault = error
+    def receive(self, size: int, chunk: bytes | None) -> bool:
+        """Count `size` bytes of the body: those of `chunk`, or if it is None those written to `memory`.
+
+        Returns whether the rest of the body is of use.
+        """
+        if self._state != READING and self._state != WAITING:
+            return False
+        try:
+            self._predictor.budget.reserve(self._context, size)
+            if chunk is None:
+                self._buffer().advance(size)
+            else:
+                self._buffer().add(chunk)
+        except InferpoolError as error:
+            self._reject(error)
+            return False
+        return True
+
+    def memory(self) -> memoryview | None:
+        """Return memory for the rest of the body, or None if the rest is small or of no use."""
+        if self._state != READING:
+            return None
+        length = self._context.head.content_length or 0
+        if length - self._context.reserved_bytes < LEAST_RECEIVED_BYTES:
+            return None
+        return self._buffer().remaining()
+
+    def end_body(self) -> None:
+        """Take note that the body is complete."""
+        if self._state == READING:
+            self._decode(self._finish_body())
+        elif self._state == WAITING:
+            self._move(READY)
+
+    def fail(self, error: Exception) -> bool:
+        """Respond with `error`, expect no more of the body, and close the connection.
+
+        Returns False, and does nothing, if the rest of the body is of no use anyway.
+        """
+        if self._state != READING and self._state != WAITING:
+            return False
         self.keep_alive = False
-        self._refuse(error)
+        self._reject(error)
+        return True
 
-    def teach(self, data: bytes, body: bytes) -> None:
-        """Remember the head of this request: it was all of `data`, whose body the parser took for `body`."""
-        if self.keep_alive and not self._waits_for_100:
-            self._predictor.heads.learn(data, body, self._call.api, self._call.head)
+    def remember_head(self, data: bytes, body: bytes) -> None:
+        """Cache the head of this request: the parser has read all of `data`, and `body` in one piece."""
+        if self.keep_alive and not self._expects_100:
+            self._connection.shared.heads.remember(data, body, self._context.api, self._context.head)
 
-    def lose(self) -> None:
-        """The client has gone."""
-        if self.response_complete:
+    def sent(self, rest: bytes) -> None:
+        """Take note that the response was sent, except for its `rest`."""
+        if self._state != WRITING:
             return
-        self.response_complete = self.disconnected = True
-        self._predictor.drop(self._call)
-        self._predictor.end(self._call)
-        self._leave()
-
-    def complete(self) -> None:
-        """The answer is with the transport: the next request may have its turn."""
-        if self.response_complete:
-            return
-        self.response_complete = True
-        self._leave()
-        if not self.keep_alive:
-            self._link.transport.close()
-        self._link.completed()
-
-    def _read(self) -> None:
-        intake, self._intake = self._intake, None
-        self._read_whole(b"" if intake is None else intake.whole())
-
-    def _read_whole(self, data: Data) -> None:
-        predictor, call = self._predictor, self._call
-        try:
-            if predictor.is_heavy(call, data):
-                threads = predictor.set_aside(call, len(data), self._expire)
-                self._link.run_aside(predictor.read, call, data, then=self._read_aside, threads=threads)
-                return
-            tensors = predictor.read(call, data)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
-            self._refuse(error)
-            return
-        # Not at once, but when every connection that has something to read has been read: the requests
-        # of one round of the loop are offered together, so that an idle instance takes them together.
-        predictor.turn.at_end(self._link.loop, self._offer, tensors)
-
-    def _expire(self) -> None:
-        self._refuse(DeadlineExceeded("the deadline passed before the body was read"))
-
-    def _read_aside(self, tensors: Any) -> None:
-        if self._predictor.taken_back(self._call):
-            self._offer(tensors)
-
-    def _offer(self, tensors: Any) -> None:
-        if self.disconnected:
-            return
-        if isinstance(tensors, Exception):
-            self._refuse(tensors)
-            return
-        try:
-            self._predictor.offer(self._call, tensors, self._answer)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
-            self._refuse(error)
-
-    def _answer(self, result: Result) -> None:
-        if self.disconnected:
-            return
-        self._predictor.end(self._call)
-        try:
-            answer = self._predictor.answer(self._call, result)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong is answered
-            self._refuse(error)
-            return
-        if not answer.compressible:
-            self._write(answer)
-        elif answer.size > HEAVY_BYTES:
-            self._link.run_aside(compressed, answer, then=self._packed)
-        else:
-            self._write(compressed(answer))
-
-    def _packed(self, answer: Any) -> None:
-        if isinstance(answer, Exception):
-            self._refuse(answer)
-        else:
-            self._write(answer)
-
-    def _refuse(self, error: Exception) -> None:
-        self._predictor.end(self._call)
-        self._write(self._predictor.refusal(self._call, error))
-
-    def _write(self, answer: Response) -> None:
-        link = self._link
-        if self.disconnected or link.transport.is_closing():
-            self.lose()
-            return
-        if self._predictor.parting and not link.follows():
-            self.keep_alive = False
-        opening = self._predictor.preamble.of(answer.status, link.headers())
-        head = response_head(opening, answer.headers, not self.keep_alive, answer.size)
-        if answer.size > _JOINED_BYTES:
-            link.transport.write(head)
-            for part in answer.parts:
-                link.transport.write(part)
-            self._written()
-            return
-        whole = b"".join((head, *answer.parts))
-        volley = self._predictor.volley
-        if volley.loading and link.descriptor >= 0 and not link.transport.get_write_buffer_size():
-            volley.add(link.descriptor, whole, self)
-        else:
-            self.sent(whole)
-
-    def sent(self, left: bytes) -> None:
-        """The answer is on its way, but for what is `left` of it."""
-        if left:
-            self._link.transport.write(left)
+        if rest:
+            self._connection.transport.write(rest)
         self._written()
 
+    def complete(self) -> None:
+        """End the turn: the response is written and need not be waited for."""
+        if self._state != WRITING:
+            return
+        self._end()
+        if not self.keep_alive:
+            self._connection.transport.close()
+        self._connection.completed()
+
+    def lose(self) -> None:
+        """End at once, without a response: the client is gone."""
+        if self._state != DONE:
+            self._predictor.abandon(self._context)
+            self._end()
+
+    # From the predictor, threads and timers.
+
+    def _submit(self, tensors: Tensors) -> None:
+        """Put the entry in the queue."""
+        if self._state != DECODING:
+            return
+        try:
+            deadline = self._predictor.submit(self._context, tensors, self._on_result)
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
+            self._refuse(error)
+            return
+        self._move(QUEUED)
+        if deadline < math.inf:
+            self._set_timer(deadline - self._predictor.clock())
+
+    def _on_decoded(self, outcome: Any) -> None:
+        """Go on with the tensors, or the error, that a thread has made of the body."""
+        self._predictor.offloader.end(self._context)
+        if self._context.abandoned:
+            self._predictor.release(self._context)
+        if self._state != DECODING:
+            return
+        if isinstance(outcome, Exception):
+            self._refuse(outcome)
+        else:
+            self._submit(outcome)
+
+    def _on_result(self, result: Result) -> None:
+        """Respond with the result of the entry."""
+        if self._state != QUEUED:
+            return
+        self._move(ENCODING)
+        try:
+            response = self._predictor.encode(self._context, result)
+            if response.compressible:
+                if response.size > HEAVY_BYTES:
+                    self._connection.run_in_thread(compressed, response, then=self._on_compressed)
+                    return
+                response = compressed(response)
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
+            self._refuse(error)
+            return
+        self._write(response)
+
+    def _on_compressed(self, outcome: Any) -> None:
+        """Write the response, or the error, that a thread has made."""
+        if self._state != ENCODING:
+            return
+        if isinstance(outcome, Exception):
+            self._refuse(outcome)
+        else:
+            self._write(outcome)
+
+    def _on_deadline(self) -> None:
+        """Give up what has not run yet."""
+        if self._state == DECODING:
+            self._refuse(DeadlineExceeded("the deadline passed while the body was decoded"))
+        elif self._state == QUEUED:
+            self._predictor.expire(self._context)
+
+    # The steps.
+
+    def _move(self, to: int) -> None:
+        """Enter the state `to`; the timer of the state before is cancelled."""
+        if not _FOLLOWER_BITS[self._state] & (1 << to):
+            raise RuntimeError(f"an exchange cannot go from {STATES[self._state]} to {STATES[to]}")
+        self._state = to
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _admit(self, size: int) -> bool:
+        """Begin the turn, and reserve `size` bytes of body; returns False if the request is refused."""
+        predictor = self._predictor
+        self._move(READING)
+        predictor.in_flight.enter()
+        try:
+            predictor.admit(self._context)
+            if size:
+                predictor.budget.reserve(self._context, size)
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
+            self._refuse(error)
+            return False
+        return True
+
+    def _buffer(self) -> BodyBuffer:
+        if self._body is None:
+            self._body = BodyBuffer(self._context.head, self._predictor.max_body_bytes)
+        return self._body
+
+    def _finish_body(self) -> Data:
+        body, self._body = self._body, None
+        return b"" if body is None else body.finish()
+
+    def _reject(self, error: Exception) -> None:
+        """Respond with `error` as soon as it is this request's turn, and receive no more of its body."""
+        if self._state == READING:
+            self._refuse(error)
+        else:
+            # Without its traceback, whose frames refer to this exchange: a cycle would keep the head, of up
+            # to 64 KiB, until the garbage collector runs.
+            self._error = error.with_traceback(None)
+            self._body = None
+            self._move(READY)
+
+    def _decode(self, data: Data) -> None:
+        self._move(DECODING)
+        predictor, context = self._predictor, self._context
+        try:
+            if predictor.offloader.is_heavy(context, data):
+                self._decode_in_thread(data)
+                return
+            tensors = predictor.decode(context, data)
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
+            self._refuse(error)
+            return
+        # Not at once, but after all connections have been read: an idle instance then takes the requests of
+        # one iteration of the loop in one batch.
+        self._connection.shared.deferred.defer(self._connection.loop, self._submit, tensors)
+
+    def _decode_in_thread(self, data: Data) -> None:
+        predictor, context = self._predictor, self._context
+        deadline = predictor.deadline(context)
+        left_s = deadline - predictor.clock()
+        if left_s <= 0:
+            raise DeadlineExceeded("the deadline passed before the body was complete")
+        threads = predictor.offloader.begin(context, len(data))
+        if deadline < math.inf:
+            self._set_timer(left_s)
+        self._connection.run_in_thread(
+            predictor.decode, context, data, then=self._on_decoded, threads=threads
+        )
+
+    def _set_timer(self, left_s: float) -> None:
+        self._timer = self._connection.loop.call_later(max(0.0, left_s), self._on_deadline)
+
+    def _refuse(self, error: Exception) -> None:
+        self._write(self._predictor.refuse(self._context, error))
+
+    def _write(self, response: Response) -> None:
+        connection = self._connection
+        transport, shared = connection.transport, connection.shared
+        if transport.is_closing():
+            self.lose()
+            return
+        if self._predictor.in_flight.closing and not connection.has_more_requests():
+            self.keep_alive = False
+        self._move(WRITING)
+        prefix = shared.prefix.of(response.status, connection.default_headers())
+        head = response_head(prefix, response.headers, not self.keep_alive, response.size)
+        if response.size > _JOINED_BYTES:
+            transport.write(head)
+            for part in response.parts:
+                transport.write(part)
+            self._written()
+            return
+        data = b"".join((head, *response.parts))
+        if shared.writes.collecting and connection.descriptor >= 0 and not transport.get_write_buffer_size():
+            shared.writes.add(connection.descriptor, data, self)
+        else:
+            transport.write(data)
+            self._written()
+
     def _written(self) -> None:
-        link = self._link
-        self._predictor.answered(self._call)
-        if link.write_paused:
-            self._predictor.keep(self._call, link.transport.get_write_buffer_size())
-            link.hold(self)
+        connection = self._connection
+        if connection.write_paused:
+            self._predictor.release(self._context)
+            self._predictor.budget.hold(self._context, connection.transport.get_write_buffer_size())
+            connection.hold(self)
         else:
             self.complete()
 
-    def _leave(self) -> None:
-        self._intake = None  # the connection keeps its last exchange
-        if self._entered:
-            self._entered = False
-            self._predictor.leave(self._call)
-        else:
-            self._predictor.answered(self._call)
+    def _end(self) -> None:
+        had_turn = self._state >= READING
+        self._move(DONE)
+        self._body = None  # the connection keeps its last exchange
+        self._predictor.release(self._context)
+        if had_turn:
+            self._predictor.in_flight.leave()
 
 
-def try_cached_head(link: Connection, data: bytes, now: float) -> bool:
-    """Answer the request `data`, which has come at `now`, if it is a whole one whose head is known.
+def try_cached_head(connection: Connection, data: bytes, now: float) -> bool:
+    """Answer the request `data`, received at `now`, if it is complete and its head is cached.
 
-    False where it is not, or where it is not its turn: that is the parser's then.
+    Returns False, and does nothing, if the parser has to read `data`, or if earlier requests are not answered
+    yet.
     """
-    before = link.cycle
-    if not link.between or (before is not None and not before.response_complete):
+    if connection.current is not None or not connection.between_requests:
         return False
-    predictor = link.predictor
-    found = predictor.heads.find(data)
+    found = connection.shared.heads.find(data)
     if found is None:
         return False
-    known, body = found
-    link.heard = now
-    link.idle_since = None
-    link.quiet_bytes = 0
-    call = PredictContext(known.api, known.head, predictor.clock())
-    exchange = Exchange(link, call, keep_alive=True, expects_100=False)
-    link.cycle = link.answered = exchange
+    cached, body = found
+    connection.last_received = now
+    connection.idle_since = None
+    connection.unparsed_bytes = 0
+    context = PredictContext(cached.api, cached.head, connection.shared.predictor.clock())
+    exchange = Exchange(connection, context, keep_alive=True, expects_100=False)
+    connection.last = connection.current = exchange
     exchange.run(body)
     return True
-
-
-class _NeverAwaited:
-    """Stands for the event on which uvicorn's own cycles wait; nobody waits on this one."""
-
-    def set(self) -> None:
-        """There is nobody to wake."""
-
-
-_NEVER_AWAITED: Final = _NeverAwaited()

@@ -1,8 +1,8 @@
-"""Heads of predict requests that have been read before, found again by their bytes.
+"""A cache of parsed request heads, found by their bytes.
 
-A client sends the same head over and over: only the body differs, and with it its length. Such a head needs
-no parser. What is learned was read by the parser, and is only used where the same bytes, but for the digits
-of that length, stand at the front of what came in, with the whole body, and no more, behind them.
+A client sends nearly the same head with every request: only the body differs, and with it Content-Length. A
+cached head needs no parser. Every entry was read by the parser once. An entry is used only if the same bytes,
+apart from the digits of Content-Length, begin the received data, and exactly the announced body follows.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from inferpool.http.predict.api import InferenceApi
 from inferpool.http.predict.request_head import RequestHead
 
 MOST_HEADS: Final = 256
-"""So many are kept, and as many without the digits; then all are forgotten, for most were sent once."""
+"""Heads in each of the two tables. A full table is emptied, because most of its heads were sent once."""
 MOST_HEAD_BYTES: Final = 1024
-"""Longer heads are not kept: with as many as there may be, they would take memory."""
+"""Longer heads are not kept, to bound the memory of the cache."""
 
 _END: Final = b"\r\n\r\n"
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,9})\r\n", re.IGNORECASE)
 
 
-class KnownHead(NamedTuple):
-    """What a head says, and how many bytes of body follow it."""
+class CachedHead(NamedTuple):
+    """A parsed head, and how many bytes of body follow it."""
 
     api: InferenceApi
     head: RequestHead
@@ -33,26 +33,28 @@ class KnownHead(NamedTuple):
 class HeadCache:
     """The heads known to a server; for the event loop alone."""
 
-    def __init__(self) -> None:
-        self._known: dict[bytes, KnownHead] = {}
-        # The same without the digits of their lengths. There is one such field in a head that a parser takes.
-        self._shapes: dict[bytes, KnownHead] = {}
+    __slots__ = ("_by_bytes", "_without_length")
 
-    def find(self, data: bytes) -> tuple[KnownHead, bytes] | None:
-        """The head and the body in `data`, if they are one whole request whose head is known."""
+    def __init__(self) -> None:
+        self._by_bytes: dict[bytes, CachedHead] = {}
+        # Keys lack the digits of Content-Length. The parser accepts no head that has this field twice.
+        self._without_length: dict[bytes, CachedHead] = {}
+
+    def find(self, data: bytes) -> tuple[CachedHead, bytes] | None:
+        """Return the head and body of `data`, or None unless it is one complete request with a known head."""
         end = data.find(_END) + 4
         if end > MOST_HEAD_BYTES:
             return None
         head = data[:end]
         size = len(data) - end
-        known = self._known.get(head) or self._find_shape(head, size)
-        return (known, data[end:]) if known is not None and size == known.body_bytes else None
+        cached = self._by_bytes.get(head) or self._find_other_length(head, size)
+        return (cached, data[end:]) if cached is not None and size == cached.body_bytes else None
 
-    def learn(self, data: bytes, body: bytes, api: InferenceApi, head: RequestHead) -> None:
-        """Keep the head of the request `data`, which the parser took for `head` and, in one piece, `body`.
+    def remember(self, data: bytes, body: bytes, api: InferenceApi, head: RequestHead) -> None:
+        """Keep the head of the request `data`, which the parser has read as `head` and, in one piece, `body`.
 
-        Nothing is kept that says more than what is the same each time: an id, or whose trace it is. Nor where
-        the body is to be put together in aligned memory.
+        Heads with an id or a trace are not kept, because they differ each time. Nor are those of binary
+        bodies, which have to be assembled in aligned memory.
         """
         end = len(data) - len(body)
         if (
@@ -64,25 +66,25 @@ class HeadCache:
             and data.find(_END) + 4 == end
             and data.endswith(body)
         ):
-            known = KnownHead(api, head, len(body))
-            _keep(self._known, data[:end], known)
+            cached = CachedHead(api, head, len(body))
+            _keep(self._by_bytes, data[:end], cached)
             length = _LENGTH.search(data, 0, end)
             if length is not None:
-                _keep(self._shapes, data[: length.start(1)] + data[length.end(1) : end], known)
+                _keep(self._without_length, data[: length.start(1)] + data[length.end(1) : end], cached)
 
-    def _find_shape(self, head: bytes, size: int) -> KnownHead | None:
+    def _find_other_length(self, head: bytes, size: int) -> CachedHead | None:
         length = _LENGTH.search(head)
         if length is None or int(length[1]) != size:
             return None
-        alike = self._shapes.get(head[: length.start(1)] + head[length.end(1) :])
-        if alike is None:
+        similar = self._without_length.get(head[: length.start(1)] + head[length.end(1) :])
+        if similar is None:
             return None
-        known = KnownHead(alike.api, alike.head.with_length(size), size)
-        _keep(self._known, head, known)
-        return known
+        cached = CachedHead(similar.api, similar.head.with_length(size), size)
+        _keep(self._by_bytes, head, cached)
+        return cached
 
 
-def _keep(heads: dict[bytes, KnownHead], key: bytes, known: KnownHead) -> None:
+def _keep(heads: dict[bytes, CachedHead], key: bytes, cached: CachedHead) -> None:
     if len(heads) >= MOST_HEADS:
         heads.clear()
-    heads[key] = known
+    heads[key] = cached

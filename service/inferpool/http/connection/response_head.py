@@ -1,4 +1,4 @@
-"""The lines at the head of an answer: those that all answers of a second share, and its own."""
+"""The head of a response: the lines that all responses of one second share, and the response's own."""
 
 from __future__ import annotations
 
@@ -6,49 +6,38 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from inferpool.http.problems import Headers
 
-_LONGEST_S = 3600.0
-"""What took longer is shown as this."""
-
 
 class ResponsePrefix:
-    """The status line, and the headers that uvicorn puts on all answers, put together once for each status.
+    """Caches the status line and the headers that uvicorn puts on all responses, for each status.
 
-    uvicorn makes the list of these headers anew each second, for the date: a new list ends what was kept.
+    uvicorn makes a new list of these headers every second, because of the date. A new list empties the cache.
     """
+
+    __slots__ = ("_headers", "_prefixes")
 
     def __init__(self) -> None:
         self._headers: Headers = []
-        self._lines: dict[int, bytes] = {}
+        self._prefixes: dict[int, bytes] = {}
 
     def of(self, status: int, headers: Headers) -> bytes:
-        """The first lines of an answer with `status`, which has these `headers`, and others behind them."""
+        """Return the first lines of a response: those of `status` and `headers`; other headers may follow."""
         if headers is not self._headers:
             self._headers = headers
-            self._lines.clear()
-        lines = self._lines.get(status)
-        if lines is None:
-            lines = STATUS_LINE[status] + b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-            self._lines[status] = lines
-        return lines
+            self._prefixes.clear()
+        prefix = self._prefixes.get(status)
+        if prefix is None:
+            prefix = STATUS_LINE[status] + b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+            self._prefixes[status] = prefix
+        return prefix
 
 
-def response_head(opening: bytes, headers: Headers, closes: bool, size: int) -> bytes:
-    """The head of an answer: `opening`, its own headers, and how long its body is, `size` bytes.
+def response_head(prefix: bytes, headers: Headers, closes: bool, size: int) -> bytes:
+    """Return a response head: `prefix`, `headers`, and the length of the body in bytes, `size`.
 
-    `closes` says that it is the last on its connection.
+    `closes` says that the response is the last on its connection.
     """
-    lines = [opening, *(name + b": " + value + b"\r\n" for name, value in headers)]
+    lines = [prefix, *(name + b": " + value + b"\r\n" for name, value in headers)]
     if closes:
         lines.append(b"connection: close\r\n")
     lines.append(b"content-length: %d\r\n\r\n" % size)
     return b"".join(lines)
-
-
-def server_timing(queue_s: float, compute_s: float, total_s: float) -> bytes:
-    """The value of Server-Timing (W3C Server Timing), in milliseconds down to a thousandth."""
-    queue, compute, total = _milliseconds(queue_s), _milliseconds(compute_s), _milliseconds(total_s)
-    return b"queue;dur=%d.%03d, compute;dur=%d.%03d, total;dur=%d.%03d" % (*queue, *compute, *total)
-
-
-def _milliseconds(seconds: float) -> tuple[int, int]:
-    return divmod(round(1e6 * min(max(seconds, 0.0), _LONGEST_S)), 1000)

@@ -1,39 +1,119 @@
-"""How slow a client may be, in sending a request and in reading its answer."""
+"""Closes connections whose clients stand still, send too slowly, or do not read.
+
+This module is not compiled: tests shorten its times.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import math
+from collections.abc import Callable
 from typing import Final
+
+from inferpool.http.connection.connection import Connection
 
 STALLED_S: Final = 60.0
 LEAST_BYTES: Final = 64 * 1024
-"""Who sends or reads fewer bytes than this in `STALLED_S` seconds, and is not done with it, is hung up on."""
+"""A client that sends or reads fewer bytes than this in `STALLED_S` seconds, and is not done, is too slow."""
 
 
 class SlowClientTimer:
-    """The pace of the request that is coming in.
+    """Watches the client of one connection.
 
-    Time goes by windows: a request of which the first brings too little, or the second, is too slow, however
-    fast it came before. Nothing is done for a request but to begin, nor for bytes but to count them.
+    Sending is watched in windows of `STALLED_S` seconds: a request is too slow if any window, the first or a
+    later one, brings too few bytes. So a request costs nothing but the beginning of its window, and bytes
+    cost nothing but counting them.
 
     Attributes:
-        size: bytes that have come, of all requests.
+        received_bytes: bytes that were received, of all requests.
     """
 
-    __slots__ = ("_before", "_since", "size")
+    def __init__(self, connection: Connection, keep_alive_s: float, refuse_slow: Callable[[], None]) -> None:
+        """Close an idle connection after `keep_alive_s` seconds; call `refuse_slow` for a slow request."""
+        self.received_bytes = 0
+        self._connection = connection
+        self._keep_alive_s = keep_alive_s
+        self._refuse_slow: Callable[[], None] | None = refuse_slow
+        self._window_began = 0.0
+        self._window_bytes = 0
+        self._sending: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
 
-    def __init__(self) -> None:
-        self.size = 0
-        self.begin(0.0)
+    def start(self) -> None:
+        """Watch the client: a first request is to follow as soon as one on an idle connection."""
+        self._sending = self._connection.loop.call_later(self._keep_alive_s, self._check_sending)
 
-    def begin(self, now: float) -> None:
-        """A window begins: that of a new request, or of one that has been held up from here."""
-        self._since = now
-        self._before = self.size
+    def stop(self) -> None:
+        """Watch no longer: the connection is lost."""
+        self.client_reads()
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+        self._refuse_slow = None  # a cycle of references would stay until the garbage collector runs
 
-    def left_s(self, now: float) -> float:
-        """Seconds until it is worth another look; none are left where the request is too slow."""
-        left_s = self._since + STALLED_S - now
-        if left_s <= 0 and self.size - self._before >= LEAST_BYTES:
-            self.begin(now)
+    def begin_window(self, now: float) -> None:
+        """Begin a window: a request begins, or the server has kept the client from sending."""
+        self._window_began = now
+        self._window_bytes = self.received_bytes
+
+    def watch_reading(self) -> None:
+        """Abort the connection if its client reads fewer than `LEAST_BYTES` in any `STALLED_S` seconds."""
+        transport = self._connection.transport
+        unread = transport.get_write_buffer_size()
+
+        def check() -> None:
+            if transport.get_write_buffer_size() > unread - LEAST_BYTES:
+                transport.abort()
+            else:
+                self.watch_reading()
+
+        self._reading = self._connection.loop.call_later(STALLED_S, check)
+
+    def client_reads(self) -> None:
+        """Stop watching whether the client reads."""
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _check_sending(self) -> None:
+        """Close the connection if nothing was received for the keep-alive time, or too little of a request.
+
+        The keep-alive time holds between requests and within one. A client that stops in the middle of a
+        request, or sends it in drops, holds a connection and the memory of what it has sent.
+        """
+        connection = self._connection
+        now = connection.loop.time()
+        answering = connection.between_requests and connection.current is not None
+        since = connection.idle_since
+        if since is None and not answering and not connection.is_read_paused():
+            since = connection.last_received
+        left_s = self._keep_alive_s
+        if since is not None:
+            left_s += since - now
+        window_s = self._window_left_s(now)
+        if left_s > 0 and window_s > 0:
+            self._sending = connection.loop.call_later(min(left_s, window_s), self._check_sending)
+        elif left_s > 0:
+            if self._refuse_slow is not None:
+                self._refuse_slow()
+        elif not connection.between_requests:
+            connection.transport.abort()
+        elif not connection.transport.is_closing():
+            connection.transport.close()
+
+    def _window_left_s(self, now: float) -> float:
+        """Return the seconds until the request that is being received may be found too slow; 0 if it is."""
+        connection = self._connection
+        if connection.between_requests:
+            return math.inf
+        receiving = None if connection.in_head else connection.last
+        if connection.is_read_paused() or connection.current not in (None, receiving):
+            # The server keeps the client from sending, or an earlier request is answered whatever this one
+            # does.
+            self.begin_window(now)
             return STALLED_S
-        return left_s
+        left_s = self._window_began + STALLED_S - now
+        if left_s <= 0 and self.received_bytes - self._window_bytes >= LEAST_BYTES:
+            self.begin_window(now)
+            return STALLED_S
+        return max(0.0, left_s)

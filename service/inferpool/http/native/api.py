@@ -11,8 +11,7 @@ import orjson
 from inferpool.errors import InferpoolError, Refused, UnsupportedMediaType
 from inferpool.http.native.bodies import JSON, MEANT_AS_JSON, NPY, NPZ, open_body
 from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
-from inferpool.http.predict.compression import read_weights
-from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.predict.request_head import RequestHead, read_weights
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors
 from inferpool.wire.native_json import encode_response

@@ -1,1 +1,1 @@
-"""One prediction, whatever its API: from a request head and body to an entry, and from a result to a response."""
+"""One prediction, whatever its API: from a request to an entry, and from a result to a response."""

@@ -59,27 +59,6 @@ def decompress(data: Data, encoding: str, max_bytes: int) -> Data:
     return plain
 
 
-def takes_gzip(accept_encoding: str) -> bool:
-    """Whether an Accept-Encoding header (RFC 9110, 12.5.3) allows a gzip response."""
-    if not accept_encoding:
-        return False
-    weights = read_weights(accept_encoding)
-    return weights.get("gzip", weights.get("*", 0.0)) > 0
-
-
-def read_weights(header: str) -> dict[str, float]:
-    """The names in an Accept or Accept-Encoding header, lower-case, with their weights (RFC 9110, 12.4.2)."""
-    weights: dict[str, float] = {}
-    for part in header.lower().split(","):
-        name, *parameters = (text.strip() for text in part.split(";"))
-        weight = next((text[2:] for text in parameters if text.startswith("q=")), "1")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            weights[name] = 0.0
-    return weights
-
-
 def gzipped(parts: Sequence[Data]) -> bytes | None:
     """The concatenated `parts` as gzip; None if they hardly shrink."""
     tried = bytearray()

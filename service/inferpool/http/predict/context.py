@@ -1,69 +1,46 @@
-"""One predict request on its way, and the answer that goes back."""
+"""What the server knows of one predict request between its head and its response."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Final
 
 from inferpool.codecs.text import Rows
-from inferpool.http.predict.api import Data, InferenceApi, Options
-from inferpool.http.predict.compression import gzipped
-from inferpool.http.predict.request_head import RequestHead, new_request_id
+from inferpool.http.predict.api import InferenceApi, Options
+from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.predict.request_id import new_request_id
 from inferpool.http.predict.served_version import ServedVersion
-from inferpool.http.problems import Headers
 from inferpool.pool.ports import Entry
-
-
-class Response:
-    """What goes back; `headers` name the body's type, but not its length.
-
-    Attributes:
-        status: the HTTP status.
-        headers: names are lower-case.
-        parts: the body, one after the other; views of the outputs where these are large.
-        size: bytes of the body.
-        compressible: whether the caller takes gzip and the body is large enough for it.
-    """
-
-    __slots__ = ("compressible", "headers", "parts", "size", "status")
-
-    def __init__(
-        self, status: int, headers: Headers, parts: Sequence[Data], size: int, compressible: bool = False
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self.parts = parts
-        self.size = size
-        self.compressible = compressible
-
 
 _NO_OPTIONS: Final = Options()
 
 
 class PredictContext:
-    """One predict request on its way: what its lane holds on to."""
+    """The state of one predict request.
+
+    Attributes:
+        api: the API that the request uses.
+        head: what its path and headers say.
+        began: the moment at which the head was complete, by the predictor's clock.
+        request_id: the caller's id, or a new one.
+        options: what the body says beside its tensors, once the body is decoded.
+        decode_s: seconds that decoding took.
+        reserved_bytes: bytes that the request holds of the budget of all requests in flight.
+        offloaded_bytes: size of the body while a background thread decodes it, else 0.
+        offloaded_text: whether these bytes count as text that waits to be encoded.
+        abandoned: whether nobody waits for the response any more although a thread still has the body.
+        recorded: whether the end of the request has been recorded.
+        served: the version that answers; None until it is known.
+        texts: the tokens of a text input, by the entries that run them.
+        entry: the entry that a queue has accepted, until its response is written.
+    """
 
     __slots__ = (
-        "api",
-        "aside_bytes",
-        "aside_text",
-        "began",
-        "decode_s",
-        "entry",
-        "given_up",
-        "head",
-        "options",
-        "recorded",
-        "request_id",
-        "reserved_bytes",
-        "served",
-        "texts",
-        "timer",
+        "abandoned", "api", "began", "decode_s", "entry", "head", "offloaded_bytes", "offloaded_text",
+        "options", "recorded", "request_id", "reserved_bytes", "served", "texts",
     )  # fmt: skip
 
     def __init__(self, api: InferenceApi, head: RequestHead, began: float) -> None:
-        """`began` is the moment at which the head was there."""
         self.api = api
         self.head = head
         self.began = began
@@ -71,18 +48,8 @@ class PredictContext:
         self.options = _NO_OPTIONS
         self.decode_s = 0.0
         self.reserved_bytes = 0
-        self.recorded = self.given_up = self.aside_text = False
-        self.aside_bytes = 0
+        self.recorded = self.abandoned = self.offloaded_text = False
+        self.offloaded_bytes = 0
         self.served: ServedVersion | None = None
         self.texts: Sequence[Rows] = ()
         self.entry: Entry | None = None
-        self.timer: asyncio.TimerHandle | None = None
-
-
-def compressed(answer: Response) -> Response:
-    """`answer` as gzip where that makes it smaller; it may run in any thread."""
-    packed = gzipped(answer.parts)
-    if packed is None:
-        return answer
-    headers = [*answer.headers, (b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
-    return Response(answer.status, headers, [packed], len(packed))

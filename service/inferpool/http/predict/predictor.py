@@ -1,65 +1,67 @@
-"""Predict: from a request's head and body to an entry in the inbox, and from its result to an answer.
+"""One prediction, whatever its API: a body is decoded, its entry submitted, and the result encoded.
 
-One implementation for every lane and every dialect. It is plain code, without tasks or waiting: a lane
-calls `admit`, puts the body together, calls `read` and `offer`, and with the result `answer`.
+This is plain code: it waits for nothing, starts no task and no thread, and knows no connection. The caller
+does:
+
+    predictor.admit(context)                       before the body is read
+    tensors = predictor.decode(context, body)      in any thread
+    predictor.submit(context, tensors, then)       `then` is called with the result
+    response = predictor.encode(context, result)   or `refuse(context, error)` for an error
+    predictor.release(context)                     once the response is written
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from collections.abc import Callable
 from typing import Final
 
-from inferpool.errors import (
-    DeadlineExceeded,
-    Draining,
-    InferpoolError,
-    InternalError,
-    InvalidInput,
-    Overloaded,
-)
-from inferpool.http.connection.deferred_calls import DeferredCalls
-from inferpool.http.connection.head_cache import HeadCache
-from inferpool.http.connection.response_head import ResponsePrefix, server_timing
+from inferpool.errors import Draining, InferpoolError, InternalError, InvalidInput
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.body_buffer import too_large
-from inferpool.http.predict.compression import decompress, takes_gzip
-from inferpool.http.predict.context import PredictContext, Response
+from inferpool.http.predict.budget import ByteBudget
+from inferpool.http.predict.compression import decompress
+from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.offload import DecodeOffloader
 from inferpool.http.predict.recorder import CLIENT_GONE, RequestRecorder
+from inferpool.http.predict.resolver import Resolver
+from inferpool.http.predict.response import Response, server_timing
 from inferpool.http.predict.results import ResultDispatcher
-from inferpool.http.predict.served_version import RequestMetrics, RequestStats, ServedVersion
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
 from inferpool.observe.metrics import Metrics
-from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
+from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result
 from inferpool.pool.splitting import split_entry
-from inferpool.repository.catalog import Catalog, ModelView, find_ready
-from inferpool.tensors import Array, Tensors, check_outputs, names_text
+from inferpool.repository.catalog import Catalog
+from inferpool.tensors import Array, Tensors, check_outputs
 
 log = logging.getLogger(__name__)
 
-MOST_FOUND: Final = 256
-"""Ways of naming a version that are remembered: by its number, its labels, or not at all."""
 _MIN_GZIP_BYTES: Final = 1024
-"""Smaller answers fit a packet or two as they are."""
+"""Smaller responses fit into one or two packets uncompressed."""
 
 
 class Predictor:
-    """Turns requests into entries and results into answers.
+    """Turns requests into entries and results into responses.
 
-    All of it runs on the event loop, except `read`, which may run in any thread.
+    `decode` may run in any thread, everything else runs on the event loop.
+
+    Attributes:
+        clock: seconds of the clock that deadlines and times are measured with.
+        max_body_bytes: size of the largest body that is accepted.
+        budget: the bytes that all requests hold.
+        in_flight: how many requests there are.
+        offloader: decides which bodies are decoded in a background thread.
+        resolver: finds versions.
     """
 
     def __init__(
         self,
         catalog: Catalog,
         inbox: Inbox,
-        outlet: ResultDispatcher,
+        results: ResultDispatcher,
         metrics: Metrics,
         clock: Callable[[], float],
         *,
@@ -69,152 +71,57 @@ class Predictor:
     ) -> None:
         self.clock = clock
         self.max_body_bytes = max_body_bytes
-        self._in_flight_bytes = in_flight_bytes
-        self._reserved_bytes = 0
-        self.in_flight = 0
-        self.parting = False
-        self.draining = False
-        self.accepted = 0
-        # Made when somebody waits for it: to set it takes as long as many a step of a request.
-        self._left: asyncio.Event | None = None
-        self._catalog = catalog
+        self.budget = ByteBudget(in_flight_bytes)
+        self.in_flight = InFlight()
+        self.offloader = DecodeOffloader(catalog)
+        self.resolver = Resolver(catalog, metrics)
         self._inbox = inbox
-        self._outlet = outlet
-        self.volley = outlet.volley
-        self._metrics = metrics
+        self._results = results
         self._recorder = recorder
-        self._ids = itertools.count(1)
-        self._served: dict[VersionKey, ServedVersion] = {}
-        self._tallies: dict[VersionKey, RequestStats] = {}
-        # What requests have meant by their paths, as long as the catalog's models are the same.
-        self._found = _Found({})
-        self._heavy = DecodeOffloader(catalog)
-        self.heads = HeadCache()
-        self.turn = DeferredCalls()
-        self.preamble = ResponsePrefix()
-        self._nobody = RequestMetrics(metrics, "", "", RequestStats())
-        self._unserved: dict[str, RequestMetrics] = {}
-        metrics.add_source(lambda: [("in_flight_requests", (), float(self.in_flight))])
+        self._entry_ids = itertools.count(1)
+        in_flight = self.in_flight
+        metrics.add_source(lambda: [("in_flight_requests", (), float(in_flight.requests))])
 
-    def enter(self) -> None:
-        """A request's head is there."""
-        self.in_flight += 1
-
-    def leave(self, call: PredictContext) -> None:
-        """A request has its answer, or its client has gone."""
-        self.in_flight -= 1
-        self.answered(call)
-        if self._left is not None:
-            self._left.set()
-
-    def reserve(self, call: PredictContext, size: int) -> None:
-        """Make room for `size` bytes of body; raises Overloaded where those in flight leave none.
-
-        A body is always let in where no other is in flight: the bound must not make it impossible.
-        """
-        others = self._reserved_bytes - call.reserved_bytes
-        if others and self._reserved_bytes + size > self._in_flight_bytes:
-            raise Overloaded(f"{others} bytes of other requests are in flight already")
-        self._reserved_bytes += size
-        call.reserved_bytes += size
-
-    def keep(self, call: PredictContext, size: int) -> None:
-        """Count `size` bytes of an answer that its client does not read against those in flight."""
-        self._reserved_bytes += size
-        call.reserved_bytes += size
-
-    def answered(self, call: PredictContext) -> None:
-        """The request's body is of no more use, and its answer is on its way, read or not."""
-        if call.aside_bytes:
-            call.given_up = True  # a thread has the body, or will have: it takes memory until then
-        else:
-            self._reserved_bytes -= call.reserved_bytes
-            call.reserved_bytes = 0
-        if call.entry is not None:
-            call.entry = None
-            self.accepted -= 1
-            if self._left is not None:
-                self._left.set()
-
-    async def idle(self, grace_s: float) -> None:
-        """Wait until every accepted request has its answer.
-
-        Those whose bodies are still coming in get `grace_s` seconds to become accepted ones.
-        """
-        ends = self.clock() + grace_s
-        self._left = asyncio.Event()
-        while self.in_flight and (self.accepted or self.clock() < ends):
-            self._left.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), None if self.accepted else ends - self.clock())
-
-    def admit(self, call: PredictContext) -> None:
-        """Refuse, before its body is read, a request that would be refused whatever is in it.
+    def admit(self, context: PredictContext) -> None:
+        """Refuse a request before its body is read if it would be refused whatever the body holds.
 
         Raises ModelNotFound, VersionNotFound, BodyTooLarge, QueueFull, NotReady, Overloaded or Draining.
         """
-        if self.draining:
-            raise Draining("the server is shutting down")
-        head = call.head
-        if (head.content_length or 0) > self.max_body_bytes:
+        if self.in_flight.draining:
+            raise Draining("the server is shutting down; send the request to another server")
+        head = context.head
+        length = head.content_length or 0
+        if length > self.max_body_bytes:
             raise too_large(self.max_body_bytes)
         if head.model is not None:
-            call.served = self._find(head.model, head.version)
-            self._inbox.refuse_early(call.served.view.key)
-        if self._reserved_bytes and self._reserved_bytes + (head.content_length or 0) > self._in_flight_bytes:
-            raise Overloaded(f"{self._reserved_bytes} bytes of other requests are in flight already")
+            served = context.served = self.resolver.find(head.model, head.version)
+            self._inbox.refuse_early(served.view.key)
+        self.budget.check(length)
 
-    def is_heavy(self, call: PredictContext, data: Data) -> bool:
-        """Whether reading a body would keep the event loop from its other work."""
-        return self._heavy.is_heavy(call, data)
-
-    def set_aside(self, call: PredictContext, size: int, expire: Callable[[], None]) -> Executor | None:
-        """Prepare for a heavy body of `size` bytes to be read in another thread, and call `taken_back` then.
-
-        Returns whose thread, None for whichever there is. `expire` is called if the deadline passes first.
-        Raises Overloaded where too much text waits already, and DeadlineExceeded.
-        """
-        self._heavy.check_room(call, size)
-        timeout_s = math.inf if call.served is None else self._timeout_s(call)
-        if timeout_s < math.inf:
-            left_s = call.began + timeout_s - self.clock()
-            if left_s <= 0:
-                raise DeadlineExceeded("the deadline passed before the body was there")
-            call.timer = asyncio.get_running_loop().call_later(left_s, expire)
-        return self._heavy.begin(call, size)
-
-    def taken_back(self, call: PredictContext) -> bool:
-        """A body has been read in another thread; whether its request is still to be answered."""
-        self._heavy.end(call)
-        if call.given_up:
-            self.answered(call)
-        self.end(call)
-        return not call.given_up
-
-    def tally(self, key: VersionKey) -> RequestStats:
-        """How the requests of a version ended; it is read, not written."""
-        return self._tallies.get(key) or RequestStats()
-
-    def read(self, call: PredictContext, data: Data) -> Tensors:
-        """The inputs of a request, validated; settles which version it means.
+    def decode(self, context: PredictContext, data: Data) -> Tensors:
+        """Return the inputs of a request, validated, and find the version that the request means.
 
         Raises every RequestError there is, and NotReady.
         """
-        if call.given_up:
-            raise InferpoolError("nobody waits for the answer")
+        if context.abandoned:
+            raise InferpoolError("the client is gone or has been refused")
         began = self.clock()
-        head = call.head
+        head = context.head
         plain = (
             decompress(data, head.content_encoding, self.max_body_bytes) if head.content_encoding else data
         )
-        body = call.api.open(head, plain, self.max_body_bytes)
-        options = call.options = body.options
+        body = context.api.open(head, plain, self.max_body_bytes)
+        options = context.options = body.options
         if head.model is None or (head.version is None and options.version is not None):
-            call.served = self._find(head.model or self._model_named(options.model), options.version)
+            model = head.model or self.resolver.model_named(options.model)
+            context.served = self.resolver.find(model, options.version)
         elif options.model not in (None, head.model) or options.version not in (None, head.version):
-            raise InvalidInput("the body names another model or version than the path does", field="model")
-        served = call.served
-        assert served is not None  # found by `admit` where the path names it
+            raise InvalidInput(
+                "the body names another model or version than the path; name it in one of the two only",
+                field="model",
+            )
+        served = context.served
+        assert served is not None  # `admit` found it if the path names it
         tensors = body.tensors(served)
         if options.outputs is not None:
             check_outputs(served.signature, options.outputs)
@@ -222,48 +129,135 @@ class Predictor:
         if text is not None:
             if text.input in tensors:
                 rows = len(tensors[text.input])
-                call.texts = text.encode(tensors[text.input], apart=not served.view.batching.enabled)
-                tensors = call.texts[0].tensors
-                tokens = max(part.tensors[text.ids].shape[1] for part in call.texts)
+                context.texts = text.encode(tensors[text.input], apart=not served.view.batching.enabled)
+                tensors = context.texts[0].tensors
+                tokens = max(part.tensors[text.ids].shape[1] for part in context.texts)
             else:
                 text.check(tensors)
                 rows, tokens = tensors[text.ids].shape
-            served.bound_answer(rows, tokens, options.outputs, self._in_flight_bytes)
-        call.decode_s = self.clock() - began
+            served.bound_answer(rows, tokens, options.outputs, self.budget.limit)
+        context.decode_s = self.clock() - began
         return tensors
 
-    def offer(self, call: PredictContext, tensors: Tensors, then: Callable[[Result], None]) -> None:
-        """Put the request in the queue; `then` is called with its result, unless it is dropped before.
+    def submit(self, context: PredictContext, tensors: Tensors, then: Callable[[Result], None]) -> float:
+        """Put the request in the queue and return its deadline, infinity if it has none.
 
-        Raises InvalidInput, QueueFull, DeadlineExceeded, NotReady or Draining. After this, `end` must be
-        called whatever happens.
+        `then` is called once with the result, on the event loop, unless `abandon` is called before.
+
+        Raises InvalidInput, QueueFull, DeadlineExceeded, NotReady or Draining.
         """
-        served = call.served
-        assert served is not None  # `read` found it
-        timeout_s = self._timeout_s(call)
-        now, deadline = self.clock(), call.began + timeout_s
-        entry = self._entry(call, tensors, now, deadline)
-        if len(call.texts) > 1:
-            parts = [Part(self._entry(call, rows.tensors, now, deadline), rows.indices) for rows in call.texts]
-            entry = split_entry(next(self._ids), parts)
-        self._outlet.expect(entry.id, then)
+        served = context.served
+        assert served is not None  # `decode` found it
+        deadline = self.deadline(context)
+        now = self.clock()
+        entry = self._entry(context, tensors, now, deadline)
+        if len(context.texts) > 1:
+            parts = [
+                Part(self._entry(context, rows.tensors, now, deadline), rows.indices) for rows in context.texts
+            ]
+            entry = split_entry(next(self._entry_ids), parts)
+        self._results.subscribe(entry.id, then)
         try:
             self._inbox.offer(entry)
         except BaseException:
-            self._outlet.forget(entry.id)
+            self._results.unsubscribe(entry.id)
             raise
-        call.entry = entry
-        self.accepted += 1
-        if timeout_s < math.inf:
-            call.timer = asyncio.get_running_loop().call_later(
-                max(0.0, entry.deadline - entry.arrived), self._cancel, entry, "deadline"
-            )
+        context.entry = entry
+        self.in_flight.accept()
+        return deadline
 
-    def _entry(self, call: PredictContext, tensors: Tensors, now: float, deadline: float) -> Entry:
-        served, options = call.served, call.options
-        assert served is not None  # `read` found it
+    def encode(self, context: PredictContext, result: Result) -> Response:
+        """Return the response for a result, which has outputs or an error."""
+        served, entry = context.served, context.entry
+        if result.error is not None or result.outputs is None or served is None or entry is None:
+            return self.refuse(context, result.error or InternalError("the model returned nothing"), result)
+        head = context.head
+        began = self.clock()
+        try:
+            encoded = context.api.encode(head, context.options, context.request_id, served, result.outputs)
+        except Exception as error:  # noqa: BLE001 - outputs that cannot be encoded fail this request alone
+            return self.refuse(context, error, result)
+        now = self.clock()
+        total_s = now - context.began
+        served.metrics.succeeded(entry.rows, context.decode_s, now - began, total_s, now, result)
+        headers = [
+            *encoded.headers,
+            (b"x-request-id", context.request_id.encode("latin-1")),
+            (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
+        ]
+        size = sum(map(len, encoded.parts))
+        if self._recorder.follows_all or head.trace is not None:
+            self._recorder.ended(context, 200, "ok", size, now, result)
+        return Response(200, headers, encoded.parts, size, size >= _MIN_GZIP_BYTES and head.accepts_gzip())
+
+    def refuse(self, context: PredictContext, error: Exception, result: Result | None = None) -> Response:
+        """Return the response for an error; `result` is the one that carried the error, if any."""
+        problem = as_problem(error)
+        status = STATUSES[problem.code]
+        body = context.api.problem(problem, status, context.request_id)
+        if problem is not error:
+            log.error("request %s failed", context.request_id, exc_info=error)
+        now = self.clock()
+        total_s = now - context.began
+        self.resolver.metrics_of(context).failed(status, total_s)
+        queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
+        headers = [
+            (b"content-type", context.api.problem_type),
+            (b"x-request-id", context.request_id.encode("latin-1")),
+            (b"server-timing", server_timing(queue_s, compute_s, total_s)),
+            *problem_headers(problem),
+        ]
+        self._recorder.ended(context, status, problem.code, len(body), now, result)
+        return Response(status, headers, [body], len(body))
+
+    def deadline(self, context: PredictContext) -> float:
+        """Return the earliest deadline that is known by now, infinity if there is none.
+
+        Before `decode` the timeout in the body is not known, nor the version if the body has to name the
+        model. Raises InvalidInput for an invalid timeout.
+        """
+        served = context.served
+        if served is None:
+            return math.inf
+        by_head, by_body = context.head.timeout_ms(), context.options.timeout_ms
+        if by_head is not None:
+            timeout_s = (by_head if by_body is None else min(by_head, by_body)) / 1000
+        elif by_body is not None:
+            timeout_s = by_body / 1000
+        elif served.view.timeout_s is not None:
+            timeout_s = served.view.timeout_s
+        else:
+            return math.inf
+        return context.began + timeout_s
+
+    def expire(self, context: PredictContext) -> None:
+        """Drop the entry if it still waits: its deadline has passed. Its result says so."""
+        if context.entry is not None:
+            self._inbox.cancel(context.entry.key, context.entry.id, "deadline")
+
+    def abandon(self, context: PredictContext) -> None:
+        """Drop the entry if it still waits, and expect no result: the client is gone."""
+        if not context.recorded:
+            self._recorder.ended(context, CLIENT_GONE, "disconnected", 0, self.clock(), None)
+        if context.entry is not None:
+            self._results.unsubscribe(context.entry.id)
+            self._inbox.cancel(context.entry.key, context.entry.id, "disconnected")
+
+    def release(self, context: PredictContext) -> None:
+        """Give back what the request holds: its response is written, or its client gone. May be repeated."""
+        if context.offloaded_bytes:
+            context.abandoned = True  # the body takes memory until the thread that has it is done
+        else:
+            self.budget.release(context)
+        if context.entry is not None:
+            context.entry = None
+            self.in_flight.release()
+
+    def _entry(self, context: PredictContext, tensors: Tensors, now: float, deadline: float) -> Entry:
+        served, options = context.served, context.options
+        assert served is not None  # `decode` found it
         rows = served.rows(tensors)
-        entry_id = next(self._ids)
+        entry_id = next(self._entry_ids)
         group, row_load = served.group(entry_id, tensors, rows)
         return Entry(
             entry_id,
@@ -271,148 +265,17 @@ class Predictor:
             tensors,
             rows,
             group,
-            # A row takes memory here even where it has no elements.
+            # A row takes memory in the queue even if it has no elements.
             max(8 * rows, sum(map(_bytes_of, tensors.values()))),
             now,
             deadline,
             options.priority or DEFAULT_PRIORITY,
             options.outputs,
             row_load,
-            call.request_id,
+            context.request_id,
         )
-
-    def drop(self, call: PredictContext) -> None:
-        """The client has gone: do not run its entry if it still waits."""
-        if not call.recorded:
-            self._recorder.ended(call, CLIENT_GONE, "disconnected", 0, self.clock(), None)
-        if call.entry is not None:
-            self._outlet.forget(call.entry.id)
-            self._cancel(call.entry, "disconnected")
-
-    def end(self, call: PredictContext) -> None:
-        """The lane is done with the call."""
-        if call.timer is not None:
-            call.timer.cancel()
-
-    def answer(self, call: PredictContext, result: Result) -> Response:
-        """The answer for a result, good or bad."""
-        served, entry = call.served, call.entry
-        if result.error is not None or result.outputs is None or served is None or entry is None:
-            return self.refusal(call, result.error or InternalError("no result"), result)
-        head = call.head
-        began = self.clock()
-        try:
-            encoded = call.api.encode(head, call.options, call.request_id, served, result.outputs)
-        except Exception as error:  # noqa: BLE001 - what cannot be encoded is this request's fault alone
-            return self.refusal(call, error, result)
-        now = self.clock()
-        total_s = now - call.began
-        served.meters.succeeded(entry.rows, call.decode_s, now - began, total_s, now, result)
-        headers = [
-            *encoded.headers,
-            (b"x-request-id", call.request_id.encode("latin-1")),
-            (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
-        ]
-        size = sum(map(len, encoded.parts))
-        if self._recorder.follows_all or head.trace is not None:
-            self._recorder.ended(call, 200, "ok", size, now, result)
-        return Response(
-            200, headers, encoded.parts, size, size >= _MIN_GZIP_BYTES and takes_gzip(head.accept_encoding)
-        )
-
-    def refusal(self, call: PredictContext, error: Exception, result: Result | None = None) -> Response:
-        """The answer for an error."""
-        problem = as_problem(error)
-        status = STATUSES[problem.code]
-        body = call.api.problem(problem, status, call.request_id)
-        if problem is not error:
-            log.error("request %s failed", call.request_id, exc_info=error)
-        now = self.clock()
-        total_s = now - call.began
-        self._meters(call).failed(status, total_s)
-        queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
-        headers = [
-            (b"content-type", call.api.problem_type),
-            (b"x-request-id", call.request_id.encode("latin-1")),
-            (b"server-timing", server_timing(queue_s, compute_s, total_s)),
-            *problem_headers(problem),
-        ]
-        self._recorder.ended(call, status, problem.code, len(body), now, result)
-        return Response(status, headers, [body], len(body))
-
-    def _meters(self, call: PredictContext) -> RequestMetrics:
-        """Where a refused request counts: its version, or its model without one, or nowhere in particular."""
-        if call.served is not None:
-            return call.served.meters
-        models = self._catalog.models()
-        name = call.head.model or call.options.model
-        if name is None and len(models) == 1:
-            name = next(iter(models))
-        # A client chooses any name, and labels must stay few.
-        if name is None or name not in models:
-            return self._nobody
-        meters = self._unserved.get(name)
-        if meters is None:
-            meters = self._unserved[name] = RequestMetrics(self._metrics, name, "", RequestStats())
-        return meters
-
-    def _cancel(self, entry: Entry, reason: str) -> None:
-        self._inbox.cancel(entry.key, entry.id, reason)
-
-    def _timeout_s(self, call: PredictContext) -> float:
-        """Seconds that the request may take: the shortest of what was said; infinity if nothing was."""
-        by_head, by_body = call.head.timeout_ms(), call.options.timeout_ms
-        if by_head is not None:
-            return (by_head if by_body is None else min(by_head, by_body)) / 1000
-        if by_body is not None:
-            return by_body / 1000
-        assert call.served is not None  # found before the queue
-        default_s = call.served.view.timeout_s
-        return math.inf if default_s is None else default_s
-
-    def _model_named(self, name: str | None) -> str:
-        """The model that a body means: the one it names, or the only one that is served."""
-        if name is not None:
-            return name
-        models = self._catalog.models()
-        if len(models) != 1:
-            raise InvalidInput(
-                f'the body must name a "model": {names_text(models)} are served', field="model"
-            )
-        return next(iter(models))
-
-    def _find(self, model: str, version: str | None) -> ServedVersion:
-        models = self._catalog.models()
-        # Held on to: threads that read bodies come here too, and what one finds must not be put
-        # among what another has found in later models.
-        found = self._found
-        if models is not found.models or len(found.served) >= MOST_FOUND:
-            found = self._found = _Found(models)
-        named = (model, version)
-        served = found.served.get(named)
-        if served is None:
-            served = found.served[named] = self._look_up(model, version)
-        return served
-
-    def _look_up(self, model: str, version: str | None) -> ServedVersion:
-        view = find_ready(self._catalog, model, version)
-        served = self._served.get(view.key)
-        if served is None or served.view is not view:
-            tally = self._tallies.setdefault(view.key, RequestStats())
-            served = self._served[view.key] = ServedVersion(view, self._metrics, tally)
-        return served
-
-
-class _Found:
-    """What requests have meant by their paths while the catalog's models were `models`."""
-
-    __slots__ = ("models", "served")
-
-    def __init__(self, models: Mapping[str, ModelView]) -> None:
-        self.models = models
-        self.served: dict[tuple[str, str | None], ServedVersion] = {}
 
 
 def _bytes_of(tensor: Array) -> int:
-    """What a tensor takes in memory, about: text is not in the array that refers to it."""
+    """Return about how many bytes of memory a tensor takes: an array only refers to its strings."""
     return tensor.nbytes if tensor.dtype.kind != "O" else sum(64 + len(text) for text in tensor.flat)

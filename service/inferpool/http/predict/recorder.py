@@ -1,4 +1,4 @@
-"""What remains of a request when it has ended: its line in the log, its spans, its place as an exemplar."""
+"""Records a request that has ended: a line in the access log, spans, an exemplar in the metrics."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ from inferpool.observe.spans import Moments, Spans
 from inferpool.pool.ports import Result
 
 CLIENT_GONE: Final = 499
-"""The status in the log of a request whose client left; nothing is sent with it."""
+"""The status in the log of a request whose client disconnected; it is never sent."""
 
 
 class RequestRecorder:
-    """Records how requests ended. It runs on the event loop, and leaves all but the notes to threads."""
+    """Records how requests ended. It runs on the event loop; threads format and write the records.
+
+    Attributes:
+        follows_all: whether to record successful requests that belong to no trace.
+    """
 
     def __init__(self, access: AccessLog | None = None, spans: Spans | None = None) -> None:
-        """Without an access log nothing is logged, without spans none are sent."""
+        """Without `access` nothing is logged; without `spans` no spans are sent."""
         self._access = access
         self._spans = spans
         self.follows_all = spans is not None or (access is not None and access.wants(200))
-        """Whether a request that went well and belongs to no trace is of interest."""
 
     def ended(
         self,
-        call: PredictContext,
+        context: PredictContext,
         status: int,
         code: str,
         bytes_out: int,
         ended: float,
         result: Result | None,
     ) -> None:
-        """Record a request that ended at the moment `ended` of the predictor's clock; once for each."""
-        call.recorded = True
-        trace = call.head.trace
+        """Record a request that ended at the moment `ended` of the predictor's clock; call once a request."""
+        context.recorded = True
+        trace = context.head.trace
         if self._spans is not None:
             trace = self._spans.sample(trace)
         sampled = trace is not None and trace.sampled
         logs = self._access is not None and self._access.wants(status)
         if not (sampled or logs):
             return
-        served, entry = call.served, call.entry
+        served, entry = context.served, context.entry
         record = RequestRecord(
             time.time(),
-            call.request_id,
+            context.request_id,
             trace.id if trace is not None else None,
             status,
             code,
@@ -57,15 +60,15 @@ class RequestRecorder:
             (result.batch_rows or None) if result is not None else None,
             result.queue_s if result is not None else None,
             (result.compute_s or None) if result is not None else None,
-            ended - call.began,
-            call.reserved_bytes,
+            ended - context.began,
+            context.reserved_bytes,
             bytes_out,
         )
         if logs and self._access is not None:
             self._access.put(record)
         if sampled and trace is not None:
             if served is not None and status != CLIENT_GONE:
-                served.meters.exemplify(Exemplar(trace.id, record.total_s, record.time), result)
+                served.metrics.exemplify(Exemplar(trace.id, record.total_s, record.time), result)
             if self._spans is not None:
                 offered = entry.arrived if entry is not None else None
-                self._spans.put(record, trace, Moments(call.began, offered, ended))
+                self._spans.put(record, trace, Moments(context.began, offered, ended))

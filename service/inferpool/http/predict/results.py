@@ -1,4 +1,4 @@
-"""The outbox, seen from the event loop: results of a batch arrive in one wake-up."""
+"""Brings the results of batches from the instances' threads to the event loop."""
 
 from __future__ import annotations
 
@@ -7,53 +7,62 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from inferpool.http.connection.batched_writes import WriteBatcher
 from inferpool.pool.ports import Result
 
 log = logging.getLogger(__name__)
 
 
 class ResultDispatcher:
-    """Hands each result to whoever waits for it. `put` may come from any thread, all else from the loop's."""
+    """The pool's outbox: calls the subscriber of each result on the event loop, with one wake-up a batch.
+
+    `put` may be called from any thread, everything else from the event loop's thread only.
+    """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: dict[int, Callable[[Result], None]] = {}
+        self._subscribers: dict[int, Callable[[Result], None]] = {}
         self._arrived: deque[Result] = deque()
         self._woken = False
-        self.volley = WriteBatcher()
+        self._begin: Callable[[], None] | None = None
+        self._flush: Callable[[], None] | None = None
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Deliver on this loop from here on."""
+        """Deliver results on `loop` from now on."""
         self._loop = loop
 
-    def expect(self, entry_id: int, then: Callable[[Result], None]) -> None:
-        """Call `then` with the entry's result; call `forget` if it is no longer of interest."""
-        self._waiting[entry_id] = then
+    def wrap_batches(self, begin: Callable[[], None], flush: Callable[[], None]) -> None:
+        """Call `begin` before the subscribers of results that arrived together, and `flush` after them."""
+        self._begin, self._flush = begin, flush
 
-    def forget(self, entry_id: int) -> None:
-        """Nobody waits for this entry any more; its result is thrown away when it comes."""
-        self._waiting.pop(entry_id, None)
+    def subscribe(self, entry_id: int, then: Callable[[Result], None]) -> None:
+        """Call `then` once, with the result of the entry."""
+        self._subscribers[entry_id] = then
+
+    def unsubscribe(self, entry_id: int) -> None:
+        """Discard the result of the entry when it arrives; does nothing if nobody subscribed."""
+        self._subscribers.pop(entry_id, None)
 
     def put(self, results: Sequence[Result]) -> None:
-        """Take the results of a batch, from an instance's thread."""
+        """Take the results of a batch from an instance's thread."""
         self._arrived.extend(results)
         if not self._woken and self._loop is not None:
-            # Set before the call: a delivery that runs at once clears it again.
+            # Set before the call, because a delivery that runs at once clears it again.
             self._woken = True
             self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._woken = False
-        self.volley.load()
+        if self._begin is not None:
+            self._begin()
         while self._arrived:
             result = self._arrived.popleft()
-            then = self._waiting.pop(result.entry_id, None)
+            then = self._subscribers.pop(result.entry_id, None)
             if then is None:
                 continue
             try:
                 then(result)
             except Exception:
-                # Whoever waits for the next result must not pay for it.
+                # The other results must be delivered all the same.
                 log.exception("the result of entry %d could not be delivered", result.entry_id)
-        self.volley.fire()
+        if self._flush is not None:
+            self._flush()

@@ -103,7 +103,7 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
         now, now_ms = predictor.clock(), 1000 * time.time()
         listed = []
         for view in views:
-            counted = predictor.tally(view.key)
+            counted = predictor.resolver.stats(view.key)
             last_ms = 0 if counted.last is None else round(now_ms - 1000 * (now - counted.last))
             listed.append(stats_out(view, catalog.live(view.key), counted, last_ms))
         return Statistics(model_stats=listed)
@@ -202,7 +202,7 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
         body = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES)
         async for chunk in request.stream():
             body.add(chunk)
-        fields = read_object(body.whole() or b"{}")
+        fields = read_object(body.finish() or b"{}")
         ready = fields.get("ready", False)
         if not isinstance(ready, bool):
             raise InvalidInput(f'"ready" is {value_text(ready)}; send true or false', field="ready")

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from inferpool import __version__
-from inferpool.http.predict.served_version import RequestStats
+from inferpool.http.predict.request_metrics import RequestStats
 from inferpool.repository.catalog import LiveView, ModelView, State, VersionView
 from inferpool.tensors import ANY, JSON, TensorSpec
 

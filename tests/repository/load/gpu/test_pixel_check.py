@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inferpool.http.predict.served_version import RequestStats, ServedVersion
+from inferpool.http.predict.request_metrics import RequestMetrics, RequestStats
+from inferpool.http.predict.served_version import ServedVersion
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Entry, VersionKey
 from inferpool.repository.catalog import READY
@@ -173,7 +174,9 @@ def test_pixels_and_numbers_share_no_batch_whatever_the_shape(
     """Pixels among themselves do, and so do numbers."""
     shown = view(load())
     signature = replace(shown.signature, inputs=(TensorSpec("x", "FP32", shape),))
-    served = ServedVersion(replace(shown, signature=signature), Metrics({}), RequestStats())
+    served = ServedVersion(
+        replace(shown, signature=signature), RequestMetrics(Metrics({}), "m", "1", RequestStats())
+    )
     pixels, others = (shown.image.decode(picture(*range(low, low + 4))) for low in (0, 10))
     rows = {"x": numbers(1, 2, 3, 4)}
     assert served.group(1, pixels, 1) == served.group(2, others, 1)

@@ -1,0 +1,30 @@
+"""What all connections of one event loop share."""
+
+from __future__ import annotations
+
+from inferpool.http.connection.batched_writes import WriteBatcher
+from inferpool.http.connection.deferred_calls import DeferredCalls
+from inferpool.http.connection.head_cache import HeadCache
+from inferpool.http.connection.response_head import ResponsePrefix
+from inferpool.http.predict.predictor import Predictor
+
+
+class SharedState:
+    """The objects that the exchanges of all connections use.
+
+    Attributes:
+        predictor: answers predictions.
+        heads: request heads that have been parsed before.
+        deferred: calls to make at the end of the loop's iteration.
+        prefix: the first lines of responses.
+        writes: collects the responses of one batch.
+    """
+
+    __slots__ = ("deferred", "heads", "predictor", "prefix", "writes")
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.heads = HeadCache()
+        self.deferred = DeferredCalls()
+        self.prefix = ResponsePrefix()
+        self.writes = WriteBatcher()

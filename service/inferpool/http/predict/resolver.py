@@ -1,0 +1,102 @@
+"""Finds the version that a request means, and the metrics that the request is counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from inferpool.errors import InvalidInput
+from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.request_metrics import RequestMetrics, RequestStats
+from inferpool.http.predict.served_version import ServedVersion
+from inferpool.observe.metrics import Metrics
+from inferpool.pool.ports import VersionKey
+from inferpool.repository.catalog import Catalog, ModelView, find_ready
+from inferpool.tensors import names_text
+
+MOST_NAMES: Final = 256
+"""Names of versions that are remembered: a model may be named with a number, a label, or no version."""
+
+
+class Resolver:
+    """Looks versions up in the catalog, and remembers them until the catalog changes."""
+
+    def __init__(self, catalog: Catalog, metrics: Metrics) -> None:
+        """Find what `catalog` serves, and count its requests in `metrics`."""
+        self._catalog = catalog
+        self._metrics = metrics
+        self._resolved = _Resolved({})
+        self._served: dict[VersionKey, ServedVersion] = {}
+        self._stats: dict[VersionKey, RequestStats] = {}
+        self._unknown = RequestMetrics(metrics, "", "", RequestStats())
+        self._by_model: dict[str, RequestMetrics] = {}
+
+    def find(self, model: str, version: str | None) -> ServedVersion:
+        """Return the version that a name means; `version` is a number, a label, or None for the default.
+
+        Raises ModelNotFound, VersionNotFound or NotReady. May be called from any thread.
+        """
+        models = self._catalog.models()
+        # A local reference: another thread may replace `self._resolved` after the catalog changed, and
+        # what this thread finds in the earlier models must not be remembered with the later ones.
+        resolved = self._resolved
+        if models is not resolved.models or len(resolved.versions) >= MOST_NAMES:
+            resolved = self._resolved = _Resolved(models)
+        name = (model, version)
+        served = resolved.versions.get(name)
+        if served is None:
+            served = resolved.versions[name] = self._look_up(model, version)
+        return served
+
+    def model_named(self, name: str | None) -> str:
+        """Return the model that a body means: the one it names, or the only one that is served.
+
+        Raises InvalidInput if the body names none and not exactly one is served.
+        """
+        if name is not None:
+            return name
+        models = self._catalog.models()
+        if len(models) != 1:
+            raise InvalidInput(
+                f'the body must name a "model": {names_text(models)} are served', field="model"
+            )
+        return next(iter(models))
+
+    def stats(self, key: VersionKey) -> RequestStats:
+        """Return how the requests for a version ended, to be read only."""
+        return self._stats.get(key) or RequestStats()
+
+    def metrics_of(self, context: PredictContext) -> RequestMetrics:
+        """Return where a refused request is counted: its version, else its model, else neither."""
+        if context.served is not None:
+            return context.served.metrics
+        models = self._catalog.models()
+        name = context.head.model or context.options.model
+        if name is None and len(models) == 1:
+            name = next(iter(models))
+        # Labels must stay few, and a client can send any name.
+        if name is None or name not in models:
+            return self._unknown
+        metrics = self._by_model.get(name)
+        if metrics is None:
+            metrics = self._by_model[name] = RequestMetrics(self._metrics, name, "", RequestStats())
+        return metrics
+
+    def _look_up(self, model: str, version: str | None) -> ServedVersion:
+        view = find_ready(self._catalog, model, version)
+        served = self._served.get(view.key)
+        if served is None or served.view is not view:
+            stats = self._stats.setdefault(view.key, RequestStats())
+            metrics = RequestMetrics(self._metrics, view.key.model, str(view.key.version), stats)
+            served = self._served[view.key] = ServedVersion(view, metrics)
+        return served
+
+
+class _Resolved:
+    """The versions that names meant while the catalog's models were `models`."""
+
+    __slots__ = ("models", "versions")
+
+    def __init__(self, models: Mapping[str, ModelView]) -> None:
+        self.models = models
+        self.versions: dict[tuple[str, str | None], ServedVersion] = {}

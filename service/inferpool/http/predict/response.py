@@ -1,0 +1,55 @@
+"""The response to one predict request, before it is put into HTTP's form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from inferpool.http.predict.api import Data
+from inferpool.http.predict.compression import gzipped
+from inferpool.http.problems import Headers
+
+_LONGEST_S: Final = 3600.0
+"""Server-Timing shows longer times as this one."""
+
+
+class Response:
+    """A response; `headers` name the body's type, but not its length.
+
+    Attributes:
+        status: the HTTP status.
+        headers: names are lower-case.
+        parts: the body, to be sent one after the other; large outputs are views of their tensors.
+        size: bytes of the body.
+        compressible: whether the client accepts gzip and the body is large enough for it.
+    """
+
+    __slots__ = ("compressible", "headers", "parts", "size", "status")
+
+    def __init__(
+        self, status: int, headers: Headers, parts: Sequence[Data], size: int, compressible: bool = False
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.parts = parts
+        self.size = size
+        self.compressible = compressible
+
+
+def compressed(response: Response) -> Response:
+    """Return `response` as gzip, or unchanged if gzip hardly makes it smaller; may run in any thread."""
+    packed = gzipped(response.parts)
+    if packed is None:
+        return response
+    headers = [*response.headers, (b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
+    return Response(response.status, headers, [packed], len(packed))
+
+
+def server_timing(queue_s: float, compute_s: float, total_s: float) -> bytes:
+    """Return the value of Server-Timing (W3C Server Timing), in milliseconds with three decimals."""
+    queue, compute, total = _milliseconds(queue_s), _milliseconds(compute_s), _milliseconds(total_s)
+    return b"queue;dur=%d.%03d, compute;dur=%d.%03d, total;dur=%d.%03d" % (*queue, *compute, *total)
+
+
+def _milliseconds(seconds: float) -> tuple[int, int]:
+    return divmod(round(1e6 * min(max(seconds, 0.0), _LONGEST_S)), 1000)
