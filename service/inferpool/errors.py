@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
 _REASON_CHARACTERS: Final = 300
 _LAST_LINE: Final = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt): .+", re.MULTILINE)
-"""The line at the end of a traceback that says what was raised, and why."""
+"""The last line of a traceback, which names the exception and its text."""
 
 
 def short_reason(error: BaseException) -> Reason:

@@ -1,4 +1,4 @@
-"""What `/metrics` says is well formed, in both formats, and the same in both."""
+"""`/metrics` is well formed and says the same in both formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = {"inputs": [[0.0] * 10]}
 
 
 def test_both_formats_say_the_same(bundled: Server) -> None:
-    """The strict parsers of Prometheus' own client find every family in both, with equal samples."""
+    """The strict parsers of Prometheus' client find every family in both formats, with equal samples."""
     bundled.post("/predict/diabetes", json=ROWS)
     text, openmetrics = bundled.get("/metrics"), bundled.get("/metrics", headers=OPENMETRICS)
     assert text.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -34,7 +34,7 @@ def test_both_formats_say_the_same(bundled: Server) -> None:
                 (s.name, *sorted(s.labels.items())): s.value
                 for family in families
                 for s in family.samples
-                # What it costs to be scraped, too.
+                # This counter rises with each scrape.
                 if s.name != "inferpool_web_busy_seconds_total"
             }
         )
@@ -42,7 +42,7 @@ def test_both_formats_say_the_same(bundled: Server) -> None:
 
 
 def test_a_sampled_trace_becomes_an_exemplar(bundled: Server) -> None:
-    """The bucket that counted the request shows its trace id; OpenMetrics only."""
+    """The bucket that counted the request has its trace id as an exemplar, in OpenMetrics only."""
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
     assert bundled.post("/predict/digits", json={"inputs": [[[[0.0] * 8] * 8]]}, headers=headers).is_success
@@ -75,7 +75,7 @@ def test_a_sampled_trace_becomes_an_exemplar(bundled: Server) -> None:
     ],
 )
 def test_an_invalid_or_unsampled_trace_becomes_no_exemplar(value: str, bundled: Server) -> None:
-    """Nor is a request refused for a `traceparent` that makes no sense."""
+    """An invalid `traceparent` is ignored, and the request is answered."""
     assert bundled.post("/predict/diabetes", json=ROWS, headers={"traceparent": value}).is_success
     assert "4bf92f3577b34da6a3ce929d0e0e473" not in bundled.get("/metrics", headers=OPENMETRICS).text.replace(
         "4bf92f3577b34da6a3ce929d0e0e4736", ""
@@ -83,7 +83,7 @@ def test_an_invalid_or_unsampled_trace_becomes_no_exemplar(value: str, bundled: 
 
 
 def test_the_counters_of_a_version_start_at_0(bundled: Server) -> None:
-    """Before any request, its series are there at 0: a rate would miss the first of one that is not."""
+    """The series exist before any request, because a rate misses the first request of a new series."""
     families = list(parse_text(bundled.get("/metrics").text))
     values = {
         (sample.name, sample.labels.get("code")): sample.value
@@ -102,7 +102,7 @@ durations = st.floats(0, 100)
 
 @given(model=labels, amounts=st.lists(durations, max_size=30), count=st.integers(0, 10**12))
 def test_rendered_metrics_are_parsed_back(model: str, amounts: list[float], count: int) -> None:
-    """Whatever a model is called and whatever was measured, a parser reads it back."""
+    """A parser reads back every model name and every measurement."""
     metrics = Metrics({"version": model})
     distribution = metrics.distribution("request_duration_seconds", model, "1")
     for amount in amounts:

@@ -1,4 +1,4 @@
-"""The rules are valid, and say what they should of made-up series."""
+"""The rules are valid, and give the expected results for made-up series."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CASES = Path(__file__).with_name("rules_test.yml")
 
 
 def promtool(*arguments: str | Path) -> None:
-    """Run promtool; fails with what it says."""
+    """Run promtool; fails with its output."""
     run = subprocess.run(
         ["promtool", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=FOLDER
     )
@@ -33,7 +33,7 @@ def test_the_rules_pass_their_cases() -> None:
 
 
 def test_every_alert_has_a_case_in_which_it_fires() -> None:
-    """No alert is left out of the cases."""
+    """The cases cover every alert."""
     fired = {
         case["alertname"]
         for test in yaml.safe_load(CASES.read_text())["tests"]

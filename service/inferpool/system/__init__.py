@@ -1,1 +1,1 @@
-"""What the machine has: cores, memory, GPUs, and the commands that install what is missing."""
+"""The machine: its cores, memory and GPUs, and the commands that install missing packages."""

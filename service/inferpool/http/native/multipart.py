@@ -28,7 +28,7 @@ from inferpool.wire.npy import cast_to, decode_npy
 _MAX_FIELDS: Final = 1024
 _NPY_MAGIC: Final = b"\x93NUMPY"
 
-# The library logs faults in bodies; those concern the client, who is told, and not the log.
+# The library logs faults in bodies. They concern the client, who gets an error, and not the log.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
