@@ -136,15 +136,20 @@ build_wheel() {
   (cd -- "$REPO" && tar -cf - --exclude='*.so' --exclude='__pycache__' --exclude='*.egg-info' \
     pyproject.toml setup.py README.md LICENSE service) | tar -xf - -C "$source"
   rm -rf "$SERVE_VENV/wheel"
-  INFERPOOL_COMPILED="$compiled" run_uv build --wheel --no-build-isolation --python "$tools/bin/python" \
-    --out-dir "$SERVE_VENV/wheel" "$source" || { rm -rf "$source"; return 1; }
+  if ! INFERPOOL_COMPILED="$compiled" "$UV" build --wheel --no-build-isolation --python "$tools/bin/python" \
+    --out-dir "$SERVE_VENV/wheel" "$source" >"$SERVE_VENV/build.log" 2>&1; then
+    rm -rf "$source"
+    tail -n 40 "$SERVE_VENV/build.log" >&2
+    say "The server cannot be built; $SERVE_VENV/build.log says why. INFERPOOL_COMPILED=0 builds without compiling."
+    return 1
+  fi
   rm -rf "$source"
   if [[ "$compiled" == 0 ]]; then
     say "The server is built after $((SECONDS - started)) s."
   elif [[ "$("$SERVE_VENV/bin/python" -m zipfile -l "$SERVE_VENV"/wheel/*.whl)" == *__mypyc* ]]; then
     say "The hot path is compiled after $((SECONDS - started)) s."
   else
-    say "Warning: the hot path could not be compiled and runs interpreted. INFERPOOL_COMPILED=1 scripts/serve shows why."
+    say "Warning: the hot path could not be compiled and runs interpreted; $SERVE_VENV/build.log says why."
   fi
 }
 

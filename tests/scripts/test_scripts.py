@@ -53,7 +53,7 @@ esac
 
 # Answers as `uv` does: a wheel is a file with the name of one of its modules.
 UV = """#!/bin/bash
-shift
+[[ "$1" != --quiet ]] || shift
 case "$1 $2" in
   "venv --clear") mkdir -p "$5/bin"; touch "$5/bin/python" ;;
   "pip uninstall") echo "uv uninstall ${*: -1}" >>"$NOTES" ;;
