@@ -63,7 +63,7 @@ def by_hand(image: Image.Image, size: tuple[int, int], resize: int | None) -> Ar
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_each_format_gives_what_pillow_decodes(format: str) -> None:
+def test_each_format_is_decoded_like_pillow_does(format: str) -> None:
     body = file_of(Image.fromarray(noise(13, 17)), format)
     expected = np.asarray(Image.open(io.BytesIO(body)).convert("RGB"))
     np.testing.assert_array_equal(raw_codec(13, 17).decode(body)["x"], expected[np.newaxis])
@@ -76,7 +76,7 @@ def test_each_format_gives_what_pillow_decodes(format: str) -> None:
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(deadline=None)
-def test_resize_and_crop_are_torchvisions(
+def test_resize_and_crop_match_torchvision(
     picture: tuple[int, int], size: tuple[int, int], resize: int | None, seed: int
 ) -> None:
     image = Image.fromarray(noise(*picture, seed=seed))
@@ -84,7 +84,7 @@ def test_resize_and_crop_are_torchvisions(
     np.testing.assert_array_equal(got[0], by_hand(image, size, resize))
 
 
-def test_imagenet_preparation_by_hand() -> None:
+def test_imagenet_preprocessing_matches_numpy() -> None:
     """The preparation that most published classifiers were trained with."""
     image = Image.fromarray(noise(300, 400))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -126,7 +126,7 @@ def test_floats_are_rounded_once(datatype: str) -> None:
     assert row.dtype == np.dtype(datatype.lower().replace("fp", "float"))
 
 
-def test_bfloat16_is_the_nearest_there_is() -> None:
+def test_bfloat16_is_rounded_to_nearest() -> None:
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     row = codec(ANY, 16, 16, datatype="BF16", layout="HW", mode="grey").decode(
         file_of(Image.fromarray(pixels))
@@ -139,7 +139,7 @@ def test_bfloat16_is_the_nearest_there_is() -> None:
 
 
 @pytest.mark.parametrize("datatype", ["UINT8", "UINT16", "INT16", "INT32", "INT64", "UINT32", "UINT64"])
-def test_integers_are_the_pixels_themselves(datatype: str) -> None:
+def test_integers_are_unchanged_pixels(datatype: str) -> None:
     pixels = noise(3, 4, channels=1)
     made = codec(ANY, 3, 4, datatype=datatype, layout="HW", mode="grey")
     row = made.decode(file_of(Image.fromarray(pixels)))["x"]
@@ -149,7 +149,7 @@ def test_integers_are_the_pixels_themselves(datatype: str) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_honoured(format: str, orientation: int) -> None:
+def test_orientation_is_applied(format: str, orientation: int) -> None:
     image = Image.fromarray(noise(5, 7))
     exif = Image.Exif()
     exif[0x010E] = "a description, so that the orientation is not the first entry"
@@ -173,7 +173,7 @@ def test_orientation_is_honoured(format: str, orientation: int) -> None:
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_broken_exif_block_spoils_no_picture(format: str, exif: bytes) -> None:
+def test_damaged_exif_is_ignored(format: str, exif: bytes) -> None:
     image = Image.fromarray(noise(5, 7))
     if format == "JPEG":
         bare = file_of(image, format)
@@ -185,7 +185,7 @@ def test_a_broken_exif_block_spoils_no_picture(format: str, exif: bytes) -> None
     np.testing.assert_array_equal(raw_codec(5, 7).decode(body)["x"], expected)
 
 
-def test_a_profile_and_comments_change_nothing() -> None:
+def test_colour_profile_and_comments_are_ignored() -> None:
     image = Image.fromarray(noise(5, 7))
     plain = raw_codec(5, 7).decode(file_of(image, "JPEG"))["x"]
     noted = file_of(image, "JPEG", icc_profile=b"not a profile" * 9, comment=b"hello", xmp=b"<x/>")
@@ -227,7 +227,7 @@ def over_white(colours: Array, alpha: Array) -> Array:
     ("colour", "depth"),
     [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16), (3, 1), (3, 2), (3, 4), (3, 8)],
 )
-def test_every_kind_of_png(colour: int, depth: int, clear: bool) -> None:
+def test_every_kind_of_png_is_decoded(colour: int, depth: int, clear: bool) -> None:
     channels = 3 if colour == 2 else 1
     samples = np.random.default_rng(depth).integers(0, 2**depth, (6, 9, channels)).astype(np.uint16)
     samples[0, 0] = 0
@@ -251,7 +251,7 @@ def test_every_kind_of_png(colour: int, depth: int, clear: bool) -> None:
 
 
 @pytest.mark.parametrize(("colour", "depth"), [(4, 8), (4, 16), (6, 8), (6, 16)])
-def test_alpha_is_laid_on_white(colour: int, depth: int) -> None:
+def test_transparency_is_laid_on_white(colour: int, depth: int) -> None:
     channels = 2 if colour == 4 else 4
     samples = np.random.default_rng(1).integers(0, 2**depth, (16, 16, channels)).astype(np.uint16)
     eight = samples >> (depth - 8)
@@ -260,7 +260,7 @@ def test_alpha_is_laid_on_white(colour: int, depth: int) -> None:
     np.testing.assert_allclose(got, expected, atol=1)
 
 
-def test_webp_alpha_is_laid_on_white() -> None:
+def test_webp_transparency_is_laid_on_white() -> None:
     pixels = noise(8, 8, channels=4)
     body = file_of(Image.fromarray(pixels), "WEBP", lossless=True, exact=True)
     got = raw_codec(8, 8).decode(body)["x"][0]
@@ -268,7 +268,7 @@ def test_webp_alpha_is_laid_on_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["rgb", "grey"])
-def test_cmyk_jpeg(mode: str) -> None:
+def test_a_cmyk_jpeg_is_decoded(mode: str) -> None:
     image = Image.fromarray(noise(8, 8)).convert("CMYK")
     body = file_of(image, "JPEG", quality=95)
     expected = np.asarray(
@@ -280,7 +280,7 @@ def test_cmyk_jpeg(mode: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_of_an_animation_the_first_frame_counts(format: str) -> None:
+def test_the_first_frame_of_an_animation_is_decoded(format: str) -> None:
     frames = [Image.fromarray(noise(6, 6, seed=seed)) for seed in range(3)]
     body = file_of(frames[0], format, save_all=True, append_images=frames[1:], lossless=True, duration=10)
     got = raw_codec(6, 6).decode(body)["x"][0]
@@ -288,20 +288,20 @@ def test_of_an_animation_the_first_frame_counts(format: str) -> None:
 
 
 @pytest.mark.parametrize(("start", "signature", "name"), OTHER_FORMATS)
-def test_other_formats_are_unsupported(start: int, signature: bytes, name: str) -> None:
+def test_other_formats_are_refused_by_name(start: int, signature: bytes, name: str) -> None:
     with pytest.raises(UnsupportedMediaType, match=f"is {name}; PNG, JPEG and WebP are taken") as refused:
         raw_codec(4, 4).decode(b"\0" * start + signature + b"\0" * 60)
     assert refused.value.members["expected"] == ["image/png", "image/jpeg", "image/webp"]
 
 
 @pytest.mark.parametrize("body", [b"notapng", b"{}", b"RIFF\0\0\0\0WAVE", PNG_SIGNATURE[1:], b"\xff"])
-def test_what_is_no_picture_is_malformed(body: bytes) -> None:
+def test_a_body_that_is_not_a_picture_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedBody, match="not a picture"):
         raw_codec(4, 4).decode(body)
 
 
 @pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM"])
-def test_other_formats_of_pillows_never_reach_it(format: str) -> None:
+def test_pillow_never_gets_other_formats(format: str) -> None:
     with pytest.raises(UnsupportedMediaType):
         raw_codec(4, 4).decode(file_of(Image.fromarray(noise(4, 4)), format))
 
@@ -330,12 +330,12 @@ HUGE = {
 
 
 @pytest.mark.parametrize("kind", HUGE)
-def test_a_bomb_is_refused_by_its_header_alone(kind: str) -> None:
+def test_a_picture_with_too_many_pixels_is_refused_by_its_header(kind: str) -> None:
     with pytest.raises(BodyTooLarge, match="at most 50000000 are taken"):
         raw_codec(4, 4).decode(HUGE[kind])
 
 
-def test_a_second_header_does_not_smuggle_a_bomb_past_the_first() -> None:
+def test_a_larger_second_header_is_refused() -> None:
     body = file_of(Image.fromarray(noise(4, 4)))
     small, huge = body[8:33], HUGE["png"][8:29]
     smuggled = body[:8] + small + huge + struct.pack(">I", zlib.crc32(huge[4:])) + body[33:]
@@ -343,7 +343,7 @@ def test_a_second_header_does_not_smuggle_a_bomb_past_the_first() -> None:
         raw_codec(4, 4).decode(smuggled)
 
 
-def test_a_jpeg_may_not_be_painted_over_and_over() -> None:
+def test_a_jpeg_with_too_many_scans_is_refused() -> None:
     body = file_of(Image.fromarray(noise(8, 8)), "JPEG", progressive=True)
     last_scan = body[body.rindex(b"\xff\xda") : -2]
     made = raw_codec(8, 8)
@@ -352,14 +352,14 @@ def test_a_jpeg_may_not_be_painted_over_and_over() -> None:
         made.decode(body[:-2] + last_scan * 100 + body[-2:])
 
 
-def test_a_picture_of_just_the_limit_is_taken() -> None:
+def test_a_picture_of_exactly_the_limit_is_taken() -> None:
     body = file_of(Image.fromarray(noise(10, 10)))
     assert raw_codec(10, 10, max_pixels=100).decode(body)["x"].shape == (1, 10, 10, 3)
     with pytest.raises(BodyTooLarge):
         raw_codec(9, 9, max_pixels=99).decode(body)
 
 
-def test_a_sliver_may_not_swell_on_its_way() -> None:
+def test_a_picture_that_grows_too_large_during_the_resize_is_refused() -> None:
     """A column one pixel wide, stretched to a square, passes through a picture far larger than either."""
     body = file_of(Image.fromarray(noise(2000, 1)))
     with pytest.raises(BodyTooLarge):
@@ -370,7 +370,7 @@ def test_a_sliver_may_not_swell_on_its_way() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(0, 4), (4, 0)])
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_a_picture_without_pixels_is_malformed(format: str, width: int, height: int) -> None:
+def test_a_picture_of_width_or_height_0_is_malformed(format: str, width: int, height: int) -> None:
     body = {
         "png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height) + b"\x08\x02\0\0\0",
         "jpeg": b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, height, width, 1) + b"\x01\x11\0\xff\xda",
@@ -390,12 +390,12 @@ def test_a_picture_without_pixels_is_malformed(format: str, width: int, height: 
         b"RIFF\xff\0\0\0WEBPICCP" + b"\0" * 20,
     ],
 )
-def test_headers_that_lead_nowhere_are_malformed(body: bytes) -> None:
+def test_damaged_headers_are_malformed(body: bytes) -> None:
     with pytest.raises(MalformedBody):
         raw_codec(4, 4).decode(body)
 
 
-def test_running_out_of_memory_is_the_pictures_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_exhausts_memory_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(_: Image.Image) -> None:
         raise MemoryError
 
@@ -434,7 +434,7 @@ def check_outcome(body: bytes) -> None:
     rest=st.binary(max_size=200),
 )
 @settings(deadline=None, max_examples=300)
-def test_any_bytes_are_a_row_or_a_named_error(prefix: bytes, rest: bytes) -> None:
+def test_any_bytes_are_decoded_or_refused(prefix: bytes, rest: bytes) -> None:
     check_outcome(prefix + rest)
 
 
@@ -446,7 +446,7 @@ def test_any_bytes_are_a_row_or_a_named_error(prefix: bytes, rest: bytes) -> Non
     tail=st.floats(0, 1) | st.just(1.0),
 )
 @settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
-def test_damaged_pictures_are_a_row_or_a_named_error(
+def test_damaged_pictures_are_decoded_or_refused(
     body: bytes, edits: list[tuple[float, int, bytes]], tail: float
 ) -> None:
     for place, removed, added in edits:
@@ -476,7 +476,7 @@ TWO_INPUTS = Signature((TensorSpec("x", "FP32", (ANY, 3, 8, 8)), TensorSpec("mas
         ((ANY, 3, 8, 8), {"scale": 1e38}, "image.scale: .* too large for FP32"),
     ],
 )
-def test_contradictions_are_named_by_their_key(
+def test_contradictions_are_refused_with_the_key(
     shape: tuple[int, ...], config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
@@ -495,7 +495,7 @@ def test_an_input_that_cannot_hold_pixels_is_refused(datatype: str) -> None:
         codec(ANY, 3, 8, 8, datatype=datatype)
 
 
-def test_of_several_inputs_one_must_be_named_and_the_others_spared() -> None:
+def test_one_of_several_inputs_must_be_named_and_the_others_be_optional() -> None:
     with pytest.raises(
         ConfigError, match=r'^image.input: must be given, because the model takes "x", "mask"'
     ):
@@ -526,6 +526,6 @@ def test_an_input_of_unknown_rank_takes_the_configured_size() -> None:
         {"mode": "bgr"},
     ],
 )
-def test_values_that_make_no_sense_are_refused(config: dict[str, Any]) -> None:
+def test_invalid_values_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ImageConfig(**config)

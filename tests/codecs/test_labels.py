@@ -51,7 +51,7 @@ def by_hand(
     activation=st.sampled_from(["none", "softmax", "sigmoid"]),
     top_k=st.integers(1, 12),
 )
-def test_predictions_are_the_definition(logits: Array, activation: str, top_k: int) -> None:
+def test_predictions_match_the_definition(logits: Array, activation: str, top_k: int) -> None:
     names = tuple(f"label {index}" for index in range(logits.shape[1]))
     got = codec(names, "FP64", activation=activation, top_k=top_k).predictions({"y": logits})
     assert len(got) == len(logits)
@@ -69,15 +69,16 @@ def test_predictions_are_the_definition(logits: Array, activation: str, top_k: i
     top_k=st.integers(1, 6),
     threshold=st.none() | st.floats(-1, 1),
 )
-def test_any_scores_at_all_give_ordered_predictions(
+def test_any_scores_give_ordered_predictions(
     logits: Array, activation: str, top_k: int, threshold: float | None
 ) -> None:
     made = codec(tuple("abcdef"), activation=activation, top_k=top_k, threshold=threshold)
     for row in made.predictions({"y": logits}):
         assert len(row) <= top_k
         assert len({prediction["label"] for prediction in row}) == len(row)
-        finite = [prediction["score"] for prediction in row if prediction["score"] is not None]
-        assert all(isinstance(score, float) and math.isfinite(score) for score in finite)
+        scores = [prediction["score"] for prediction in row if prediction["score"] is not None]
+        finite = [score for score in scores if isinstance(score, float) and math.isfinite(score)]
+        assert finite == scores
         assert finite == sorted(finite, reverse=True)
         if activation != "none":
             assert all(0 <= score <= 1 for score in finite)
@@ -85,7 +86,7 @@ def test_any_scores_at_all_give_ordered_predictions(
             assert all(score >= threshold for score in finite)
 
 
-def test_the_shape_of_an_answer() -> None:
+def test_an_answer_has_labels_and_scores() -> None:
     got = codec(top_k=2).predictions({"y": np.array([[0.25, 1.5, 0.5], [3, 2, 1]], np.float32)})
     assert got == [
         [{"label": "bee", "score": 1.5}, {"label": "cat", "score": 0.5}],
@@ -93,7 +94,7 @@ def test_the_shape_of_an_answer() -> None:
     ]
 
 
-def test_of_equal_scores_the_first_is_better_wherever_the_cut_falls() -> None:
+def test_equal_scores_keep_their_order_also_at_the_cut() -> None:
     names = tuple(map(str, range(8)))
     row = np.array([[1, 2, 2, 0, 2, 1, 2, 1]], np.float32)
     for top_k in range(1, 9):
@@ -101,7 +102,7 @@ def test_of_equal_scores_the_first_is_better_wherever_the_cut_falls() -> None:
         assert labels == list("12460573"[:top_k])
 
 
-def test_what_is_not_a_number_comes_last_and_has_no_score() -> None:
+def test_nan_comes_last_and_has_no_score() -> None:
     row = np.array([[np.nan, -np.inf, 0.5]], np.float32)
     assert codec().predictions({"y": row}) == [
         [{"label": "cat", "score": 0.5}, {"label": "bee", "score": None}, {"label": "ant", "score": None}]
@@ -114,7 +115,7 @@ def test_a_row_of_nothing_but_nan_keeps_its_order() -> None:
     assert got == [[{"label": "ant", "score": None}, {"label": "bee", "score": None}]]
 
 
-def test_a_threshold_leaves_out_what_is_below_or_is_no_number() -> None:
+def test_a_threshold_leaves_out_lower_scores_and_nan() -> None:
     row = np.array([[0.5, np.nan, 0.25]], np.float32)
     assert codec(threshold=0.5).predictions({"y": row}) == [[{"label": "ant", "score": 0.5}]]
     assert codec(threshold=0.75).predictions({"y": row}) == [[]]
@@ -150,19 +151,19 @@ def test_bfloat16_is_read_from_its_bits() -> None:
     assert [prediction["score"] for prediction in got] == [3.0, 0.5, -2.0]
 
 
-def test_counts_are_scores_too() -> None:
+def test_integers_are_scores_too() -> None:
     row = np.array([[3, 250, 7]], np.uint8)
     assert codec(datatype="UINT8", top_k=1).predictions({"y": row}) == [[{"label": "bee", "score": 250.0}]]
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 3, 1), (3,)])
-def test_an_output_that_breaks_its_promise_is_the_models_fault(shape: tuple[int, ...]) -> None:
+def test_an_output_of_the_wrong_shape_is_a_failure_of_the_model(shape: tuple[int, ...]) -> None:
     made = LabelsCodec(LabelsConfig(), signature(scores(None)), NAMES)
     with pytest.raises(ModelFailed, match='output "y"'):
         made.predictions({"y": np.zeros(shape, np.float32)})
 
 
-def test_the_output_is_found_where_one_will_do() -> None:
+def test_the_output_is_found_if_only_one_is_possible() -> None:
     outputs = (
         scores((ANY,), "INT64", "class"),
         scores((ANY, 3), "INT64", "counts"),
@@ -184,7 +185,7 @@ def test_the_output_is_found_where_one_will_do() -> None:
         ([scores()], {}, (), "labels.file: labels.txt has no names"),
     ],
 )
-def test_contradictions_are_named_by_their_key(
+def test_contradictions_are_refused_with_the_key(
     outputs: list[TensorSpec], config: dict[str, Any], names: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
@@ -194,7 +195,7 @@ def test_contradictions_are_named_by_their_key(
 @pytest.mark.parametrize(
     "text", ["ant\nbee\ncat", "ant\nbee\ncat\n", "ant\r\nbee\r\ncat\r\n\r\n", "\ufeffant\nbee \n cat\n\n\n"]
 )
-def test_names_are_read_one_a_line(tmp_path: Path, text: str) -> None:
+def test_each_line_is_a_name(tmp_path: Path, text: str) -> None:
     file = tmp_path / "labels.txt"
     file.write_bytes(text.encode())
     assert read_labels(file) == NAMES
@@ -216,13 +217,13 @@ def test_only_a_newline_ends_a_name(tmp_path: Path) -> None:
         (b"ant\n\xff\n", "is not UTF-8 text"),
     ],
 )
-def test_a_bad_file_of_names_says_where(tmp_path: Path, content: bytes, message: str) -> None:
+def test_the_error_for_a_bad_file_of_names_has_the_line(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "words.txt"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=f"^words.txt: .*{message}"):
         read_labels(file)
 
 
-def test_a_missing_file_of_names_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_of_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^labels.txt: cannot be read \(No such file"):
         read_labels(tmp_path / "labels.txt")

@@ -44,7 +44,7 @@ def array(*sentences: str) -> Any:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.lists(st.sampled_from([*WORDS, "unknown", "é"]), max_size=30), min_size=1, max_size=12))
-def test_rows_are_what_the_tokenizer_says(tokenizer_file: Path, sentences: list[list[str]]) -> None:
+def test_rows_match_the_tokenizer(tokenizer_file: Path, sentences: list[list[str]]) -> None:
     made = codec(tokenizer_file, max_tokens=20)
     by_hand = make_tokenizer()
     by_hand.enable_truncation(20)
@@ -68,12 +68,12 @@ def test_tensors_have_the_models_datatypes(tokenizer_file: Path, datatype: str) 
     assert {str(tensor.dtype) for tensor in rows.tensors.values()} == {datatype.lower()}
 
 
-def test_inputs_that_the_model_has_not_are_not_given(tokenizer_file: Path) -> None:
+def test_inputs_that_the_model_lacks_are_left_out(tokenizer_file: Path) -> None:
     (rows,) = codec(tokenizer_file, signature("tokens"), ids="tokens").encode(array("w1"), apart=False)
     assert rows.tensors.keys() == {"tokens"}
 
 
-def test_truncation_is_the_files_unless_it_is_set(tmp_path: Path, tokenizer_file: Path) -> None:
+def test_truncation_is_taken_from_the_file_unless_it_is_set(tmp_path: Path, tokenizer_file: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.enable_truncation(9, direction="left")
     tokenizer.enable_padding(pad_id=1, length=50)
@@ -98,7 +98,7 @@ def test_truncation_is_the_files_unless_it_is_set(tmp_path: Path, tokenizer_file
         (("w" * (MOST_CHARACTERS + 1),), BodyTooLarge, str(MOST_CHARACTERS)),
     ],
 )
-def test_what_cannot_be_encoded_is_refused(
+def test_sentences_that_cannot_be_encoded_are_refused(
     tokenizer_file: Path, sentences: tuple[str, ...], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words) as caught:
@@ -114,7 +114,7 @@ def test_a_sentence_of_no_tokens_is_refused(tmp_path: Path) -> None:
         codec(tmp_path / "bare.json").encode(array("w1", " "), apart=False)
 
 
-def test_bytes_that_are_no_text_are_malformed(tokenizer_file: Path) -> None:
+def test_bytes_that_are_not_utf8_are_malformed(tokenizer_file: Path) -> None:
     with pytest.raises(MalformedBody, match="offset 2"):
         codec(tokenizer_file).decode(b"w1\xff")
 
@@ -132,7 +132,7 @@ def test_bytes_that_are_no_text_are_malformed(tokenizer_file: Path) -> None:
         (signature(), {"max_tokens": 2}, "no room"),
     ],
 )
-def test_contradictions_name_the_key(
+def test_contradictions_are_refused_with_the_key(
     tokenizer_file: Path, sig: Signature, config: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -140,7 +140,7 @@ def test_contradictions_name_the_key(
 
 
 @pytest.mark.parametrize("content", [None, b"{}", b"\xff", b"not json"])
-def test_a_broken_tokenizer_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_a_broken_tokenizer_is_refused_with_its_file(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "tokenizer.json"
     if content is not None:
         file.write_bytes(content)
@@ -148,7 +148,7 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path, content: bytes | None) -> N
         codec(file)
 
 
-def test_made_up_rows_are_words_and_not_padding(tokenizer_file: Path) -> None:
+def test_made_up_rows_have_no_special_tokens(tokenizer_file: Path) -> None:
     rows = codec(tokenizer_file).made_up_rows(16)
     assert rows["input_ids"].shape == (8, 16)
     assert (rows["input_ids"] >= 4).all()
@@ -163,7 +163,7 @@ def test_made_up_rows_are_words_and_not_padding(tokenizer_file: Path) -> None:
         ("input_ids", [[5, 204]], "0 to 203"),
     ],
 )
-def test_tensors_that_no_sentence_becomes_are_named(
+def test_tensors_that_could_not_come_from_sentences_are_refused(
     tokenizer_file: Path, name: str, tensor: list[list[int]], words: str
 ) -> None:
     made = codec(tokenizer_file)
@@ -197,7 +197,7 @@ def test_golden_samples_may_be_sentences(tmp_path: Path) -> None:
         ({"single": "$A"}, {"pad_type_id": 3}, 3),
     ],
 )
-def test_types_are_held_to_those_that_the_tokenizer_gives(
+def test_type_ids_beyond_those_of_the_tokenizer_are_refused(
     tmp_path: Path, template: dict[str, Any], padding: dict[str, Any], highest: int
 ) -> None:
     tokenizer = make_tokenizer()

@@ -1,4 +1,4 @@
-"""Reading one body by each way there is, and what came of it in a form that compares."""
+"""Reads a body by each way, and gives the outcome in a form that compares."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,24 +6,26 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from inferpool.errors import RequestError
-from inferpool.tensors import ANY, Array, Signature, TensorSpec
+from inferpool.tensors import ANY, DTYPES, Array, Signature, TensorSpec
 from inferpool.wire import json_numbers, native_json
 from inferpool.wire.v2_request import parse_infer
 
 WAYS = ("orjson", *(["numbers"] if json_numbers.AVAILABLE else []))
-"""Pure Python, and the module in C."""
+"""The ways of reading JSON: orjson alone, and the module in C if it was built."""
+INTEGERS = [name for name, dtype in DTYPES.items() if dtype.kind in "iu" and name != "BF16"]
+FLOATS = ["FP16", "FP32", "FP64"]
 
 
 @contextmanager
 def reading_by(way: str) -> Iterator[None]:
-    """Make bodies of every size go this way."""
+    """Read all bodies by this way."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_numbers, "AVAILABLE", way == "numbers")
         yield
 
 
 def takes(datatype: str, *shape: int, name: str = "x") -> Signature:
-    """The signature of a model with one input."""
+    """Return the signature of a model with one input."""
     return Signature((TensorSpec(name, datatype, shape),), ())
 
 
@@ -37,7 +39,7 @@ def predict(body: bytes, signature: Signature, way: str) -> dict[str, Array]:
 
 
 def outcome(body: bytes, signature: Signature, way: str, infer: bool = False) -> tuple[object, ...]:
-    """The tensors down to their bits, or the error down to its members."""
+    """Return the bits of the tensors, or the members of the error."""
     try:
         with reading_by(way):
             request = parse_infer(body, None) if infer else native_json.parse_request(body)
@@ -54,6 +56,6 @@ def bits(tensor: Array) -> tuple[object, ...]:
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each way of reading JSON, in force for all bodies while the test runs."""
+    """Run a test once for each way of reading JSON."""
     with reading_by(request.param):
         yield request.param

@@ -18,10 +18,11 @@ from inferpool.wire.native_json import parse_request
 from inferpool.wire.npy import decode_npy, decode_npz, encode_npy, encode_npz
 from inferpool.wire.v2_request import parse_infer
 
+from tests.fuzz.mutations import mutated
 from tests.wire.conftest import WAYS, outcome, reading_by
 
 CASES = int(os.environ.get("WIRE_MUTATIONS", "10000"))
-"""Mutations of each kind of body; a longer search sets more."""
+"""Mutations of each kind of body. Set the variable for a longer search."""
 SIGNATURE = Signature(
     (
         TensorSpec("x", "FP32", (ANY, 3)),
@@ -30,20 +31,6 @@ SIGNATURE = Signature(
     ),
     (),
 )
-PIECES = [
-    *(b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"\0", b"\xff", b"-", b".", b"e9", b"1e999", b"NaN"),
-    *(
-        b"null",
-        b"true",
-        b"[[]]",
-        b'"x":',
-        b"9" * 25,
-        b"\\ud800",
-        b"[" * 40,
-        b"\xff\xff\xff\x7f",
-        b"PK\x01\x02",
-    ),
-]
 PREDICT = orjson.dumps(
     {
         "model": "m",
@@ -80,25 +67,6 @@ def deflated() -> bytes:
     file = io.BytesIO()
     np.savez_compressed(file, x=np.zeros((2, 3), np.float32), t=np.array(["a", "bc"]))
     return file.getvalue()
-
-
-def mutated(body: bytes, chance: random.Random) -> bytes:
-    """`body` with one to three cuts, flips, insertions, repetitions or swaps."""
-    for _ in range(chance.randint(1, 3)):
-        place = chance.randrange(len(body) + 1)
-        end = min(len(body), place + chance.choice((1, 1, 2, 8, 40)))
-        kind = chance.randrange(5)
-        if kind == 0:
-            body = body[:place] + body[end:]
-        elif kind == 1:
-            body = body[:place] + chance.choice(PIECES) + body[place:]
-        elif kind == 2:
-            body = body[:place] + chance.choice(PIECES) + body[end:]
-        elif kind == 3:
-            body = body[:end] + body[place:]
-        elif place < len(body):
-            body = body[:place] + bytes((body[place] ^ (1 << chance.randrange(8)),)) + body[place + 1 :]
-    return body
 
 
 def read_predict(body: bytes) -> None:
@@ -150,7 +118,7 @@ def test_a_mutated_body_is_read_or_refused(read: Callable[[bytes], None], body: 
 
 
 @pytest.mark.parametrize(("infer", "body"), [(False, PREDICT), (True, INFER)])
-def test_both_ways_make_the_same_of_a_mutated_body(infer: bool, body: bytes) -> None:
+def test_both_ways_agree_on_a_mutated_body(infer: bool, body: bytes) -> None:
     chance = random.Random(5)
     for _ in range(CASES):
         case = mutated(body, chance)
@@ -158,7 +126,7 @@ def test_both_ways_make_the_same_of_a_mutated_body(infer: bool, body: bytes) -> 
         assert found.count(found[0]) == len(found), case
 
 
-def test_refused_bodies_leave_nothing_behind() -> None:
+def test_refused_bodies_leave_no_memory_behind() -> None:
     chance = random.Random(6)
     cases = [mutated(PREDICT, chance) for _ in range(500)]
 

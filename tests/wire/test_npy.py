@@ -1,4 +1,4 @@
-"""numpy's files become tensors and back; what is not whole, too large or no tensor is refused."""
+"""numpy's files become tensors and back; damaged, too large and unsuitable files are refused."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def test_every_numeric_array_is_read_and_written(
 @given(
     hnp.arrays(np.object_, hnp.array_shapes(min_dims=0, max_dims=2, min_side=0), elements=st.text(max_size=5))
 )
-def test_text_survives_but_for_nuls_at_its_end(texts: np.ndarray[Any, Any]) -> None:
+def test_text_survives_except_nuls_at_its_end(texts: np.ndarray[Any, Any]) -> None:
     read = decode_npy(encode_npy(texts), LIMIT)
     assert read.dtype == np.object_
     assert read.shape == texts.shape
     assert [text.rstrip("\0") for text in texts.flat] == list(read.flat)
 
 
-def test_bytes_of_utf8_are_text() -> None:
+def test_bytes_are_read_as_utf8() -> None:
     assert decode_npy(saved(np.array(["é".encode(), b"a"])), LIMIT).tolist() == ["é", "a"]
 
 
@@ -80,7 +80,7 @@ def test_bytes_of_utf8_are_text() -> None:
         np.array([0x110000], np.uint32).view("U1"),
     ],
 )
-def test_what_is_not_unicode_is_refused(array: Any) -> None:
+def test_strings_that_are_not_unicode_are_refused(array: Any) -> None:
     with pytest.raises(InvalidInput, match="Unicode"):
         decode_npy(saved(array), LIMIT)
 
@@ -93,7 +93,7 @@ def test_an_array_in_native_order_is_a_view_of_the_body() -> None:
 @pytest.mark.parametrize(
     "descr", ["|O", "<c8", "<M8[s]", "|V8", "<f16", "<U0", "|S0", "<i3", "<f4,<f4", "<U9999999999"]
 )
-def test_what_no_tensor_can_hold_is_refused(descr: str) -> None:
+def test_dtypes_that_no_tensor_has_are_refused(descr: str) -> None:
     header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': (1000000000000,), }}"
     with pytest.raises(InvalidInput, match="dtype"):
         decode_npy(with_header(header), LIMIT)
@@ -129,27 +129,31 @@ def test_structures_and_pickles_are_refused() -> None:
         saved(np.zeros(3)) + b"\0",
     ],
 )
-def test_a_file_that_is_not_whole_is_malformed(body: bytes) -> None:
+def test_a_damaged_or_incomplete_file_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedBody):
         decode_npy(body, LIMIT)
 
 
 @pytest.mark.parametrize("descr", ["<f8", "<U1", "|S1"])
-def test_a_size_above_the_limit_is_refused_before_anything_is_allocated(descr: str) -> None:
+def test_an_array_above_the_limit_is_refused_before_memory_is_allocated(descr: str) -> None:
     header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': (1000000, 1000000), }}"
     with pytest.raises(BodyTooLarge):
         decode_npy(with_header(header), LIMIT)
 
 
-def test_a_bool_is_0_or_1() -> None:
+def test_a_byte_of_a_bool_must_be_0_or_1() -> None:
     body = saved(np.array([True, False]))
     with pytest.raises(InvalidInput, match="bool"):
         decode_npy(body[:-1] + b"\x02", LIMIT)
 
 
 class TestNpz:
-    def test_arrays_go_by_name_stored_or_deflated(self) -> None:
-        arrays = {"a/b:0": np.arange(3), "é": np.float32([[1]]), "..": np.array("t", object)}
+    def test_arrays_are_read_by_name_stored_or_deflated(self) -> None:
+        arrays: dict[str, Any] = {
+            "a/b:0": np.arange(3),
+            "é": np.array([[1]], np.float32),
+            "..": np.array("t", object),
+        }
         file = io.BytesIO()
         np.savez_compressed(file, x=np.zeros(10_000))
         assert decode_npz(file.getvalue(), LIMIT)["x"].shape == (10_000,)
@@ -158,19 +162,19 @@ class TestNpz:
         assert all((read[name] == array).all() for name, array in arrays.items())
         assert np.load(io.BytesIO(encode_npz(arrays)))["é"].tolist() == [[1]]
 
-    def test_a_bomb_is_refused_before_it_is_unpacked(self) -> None:
+    def test_a_file_that_unpacks_above_the_limit_is_refused_before_it_is_unpacked(self) -> None:
         file = io.BytesIO()
         np.savez_compressed(file, x=np.zeros(LIMIT))
         assert len(file.getvalue()) < LIMIT / 8
         with pytest.raises(BodyTooLarge):
             decode_npz(file.getvalue(), LIMIT)
 
-    def test_members_count_together(self) -> None:
+    def test_the_limit_is_for_all_members_together(self) -> None:
         half = np.zeros(LIMIT // 16 + 1024)
         with pytest.raises(BodyTooLarge):
             decode_npz(encode_npz({"a": half, "b": half}), LIMIT)
 
-    def test_a_size_that_lies_is_malformed(self) -> None:
+    def test_a_wrong_size_in_the_archive_is_malformed(self) -> None:
         body = encode_npz({"a": np.zeros(1000)})
         true, short = (size.to_bytes(4, "little") for size in (8128, 200))
         assert body.count(true) >= 2
@@ -178,7 +182,7 @@ class TestNpz:
             decode_npz(body.replace(true, short), LIMIT)
 
     @pytest.mark.parametrize("flaw", ["name", "twice", "lzma", "encrypted", "garbage", "cut"])
-    def test_what_is_no_sound_npz_is_malformed(self, flaw: str) -> None:
+    def test_a_damaged_npz_is_malformed(self, flaw: str) -> None:
         file = io.BytesIO()
         method = zipfile.ZIP_LZMA if flaw == "lzma" else zipfile.ZIP_STORED
         with zipfile.ZipFile(file, "w", method) as archive:
@@ -198,13 +202,13 @@ class TestNpz:
             decode_npz(bytes(body), LIMIT)
 
 
-def test_text_of_very_uneven_length_is_not_blown_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strings_of_very_different_lengths_are_refused_for_npy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(npy, "_MAX_TEXT_BYTES", 1000)
     with pytest.raises(ModelFailed):
         encode_npy(np.array(["a" * 100, *"bcde"], dtype=object))
 
 
-def test_an_output_that_is_no_array_has_no_npy_form() -> None:
+def test_an_output_that_is_not_an_array_is_refused_for_npz() -> None:
     with pytest.raises(UnsupportedMediaType):
         encode_npz({"y": [{"a": 1.0}]})  # type: ignore[dict-item]
 
@@ -219,7 +223,7 @@ class TestCast:
     def test_numbers_become_floats(self, datatype: str, dtype: str) -> None:
         assert self.to(datatype, np.array([1, 2], dtype)).dtype == DTYPES[datatype]
 
-    def test_a_number_that_no_float_of_the_datatype_holds_is_refused(self) -> None:
+    def test_a_number_beyond_the_range_of_the_float_is_refused(self) -> None:
         with pytest.raises(InvalidInput) as caught:
             self.to("FP32", np.array([[np.nan, np.inf], [1, 1e39]]))
         assert caught.value.members["index"] == [1, 1]
@@ -242,11 +246,11 @@ class TestCast:
             ("BF16", np.array([1], np.int32)),
         ],
     )
-    def test_nothing_else_is_cast(self, datatype: str, array: Any) -> None:
+    def test_other_datatypes_are_not_cast(self, datatype: str, array: Any) -> None:
         with pytest.raises(InvalidInput, match=datatype):
             self.to(datatype, array)
 
-    def test_bf16_is_its_bits(self) -> None:
+    def test_bf16_is_taken_as_raw_bits(self) -> None:
         bits = np.array([0x3F80], np.uint16)
         assert self.to("BF16", bits) is bits
 
