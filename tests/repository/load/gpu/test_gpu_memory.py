@@ -1,4 +1,4 @@
-"""What a version takes on a GPU goes back, however its loading ends; what serves is not touched meanwhile.
+"""GPU memory of a version is freed, however its load ends, and versions that serve are not disturbed.
 
 The fake library counts every block and stream; ONNX Runtime runs on the CPU, in that library's memory.
 """
@@ -37,7 +37,7 @@ Start = Callable[..., tuple[Repository, Outbox]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Load what is in the repository `tmp_path/repository`; everything is drained after the test."""
+    """Make repositories of the folder `tmp_path/repository`; they are drained after the test."""
     made: list[Repository] = []
 
     def load(devices: tuple[str, ...] = ("cuda:3",), cards: int = 4, **settings: Any) -> Any:
@@ -54,7 +54,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def card(opened: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:  # noqa: F811
-    """The fake library, in whose memory `digits` is to run; one instance, for it keeps no threads apart."""
+    """The fake CUDA library, in whose memory `digits` runs. It keeps no threads apart: one instance only."""
     folder = tmp_path / "repository" / "digits"
     (folder / "1").mkdir(parents=True)
     shutil.copy(DIGITS, folder / "1" / "model.onnx")
@@ -78,7 +78,7 @@ def card(opened: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def ask(repository: Repository, outbox: Outbox, key: VersionKey, number: int, rows: Any, name: str) -> Any:
-    """The answer of a version to one request, through its pool."""
+    """The outputs of a version for one request, through its pool."""
     entry = Entry(number, key, {name: rows}, len(rows), rows.shape[1:], rows.nbytes, time.monotonic())
     repository.router.offer(entry)
     result = outbox.take(1)[number]
@@ -86,7 +86,7 @@ def ask(repository: Repository, outbox: Outbox, key: VersionKey, number: int, ro
     return result.outputs
 
 
-def test_loaded_asked_and_unloaded_nothing_is_left(start: Start, card: Any) -> None:
+def test_all_memory_is_freed_after_a_version_has_loaded_and_answered(start: Start, card: Any) -> None:
     repository, outbox = start(measure_ms=200)
     repository.load_now()
     key = VersionKey("digits", 1)
@@ -104,10 +104,10 @@ def test_loaded_asked_and_unloaded_nothing_is_left(start: Start, card: Any) -> N
 
 
 @pytest.mark.parametrize("room", [0, 300, 3_000, 6_000, 12_000])
-def test_without_memory_it_serves_less_or_fails_and_nothing_is_left(
+def test_with_little_memory_a_version_serves_small_batches_or_fails_and_frees_all(
     room: int, start: Start, card: Any
 ) -> None:
-    """From none at all to enough for a few rows."""
+    """The memory is enough for nothing, for a part of the load, or for a few rows."""
     card.fakeRoom(ctypes.c_size_t(room))
     repository, _ = start(measure_ms=0)
     repository.load_now()
@@ -124,7 +124,7 @@ def test_without_memory_it_serves_less_or_fails_and_nothing_is_left(
 
 
 class Stuck(FakeModel):
-    """Cannot be closed."""
+    """A model whose `close` raises after it has closed."""
 
     def close(self) -> None:
         super().close()
@@ -132,7 +132,7 @@ class Stuck(FakeModel):
 
 
 def two_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions 1 and 2 of a fake model; 2 is loaded first."""
+    """Write versions 1 and 2 of a fake model; version 2 loads first."""
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "fake_gpu"))
     FakeBackend.reset()
     for version in ("1", "2"):
@@ -143,10 +143,10 @@ def two_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("nth", range(6))
-def test_a_version_that_finds_no_memory_takes_nothing_from_the_one_that_serves(
+def test_a_version_that_finds_no_memory_does_not_disturb_one_that_serves(
     nth: int, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of its copies it is that fails; the other answers before, meanwhile and after."""
+    """The `nth` copy fails to load; the other version answers before, meanwhile and afterwards."""
     two_versions(tmp_path, monkeypatch)
     repository, outbox = start(("cuda:0", "cuda:1"), 2, measure_ms=0)
     rows = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -171,7 +171,7 @@ def test_a_version_that_finds_no_memory_takes_nothing_from_the_one_that_serves(
     answers()
     versions = repository.models()["m"].versions
     assert versions[2].state == READY
-    # Without a copy in FP32, the second, it can do.
+    # The second copy, in FP32, is only for a comparison: the version serves without it.
     assert versions[1].state == (READY if nth == 1 else FAILED)
     if nth != 1:
         assert versions[1].reason == "the fake card has no room for it"
@@ -181,7 +181,7 @@ def test_a_version_that_finds_no_memory_takes_nothing_from_the_one_that_serves(
     assert len(asked) == len(loads) + 1
 
 
-def test_a_copy_that_cannot_be_closed_keeps_no_other_open(
+def test_a_copy_that_fails_to_close_does_not_keep_others_open(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     two_versions(tmp_path, monkeypatch)
@@ -196,10 +196,10 @@ def test_a_copy_that_cannot_be_closed_keeps_no_other_open(
     assert "could not be given back" in caplog.text
 
 
-def test_measuring_that_fails_half_way_closes_what_it_has_loaded(
+def test_measuring_that_fails_half_way_closes_the_copies_it_has_loaded(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three instances were asked for; the second of the two more to be measured beside the first fails."""
+    """Three instances are asked for. Of the two further copies to measure, the second fails to load."""
     two_versions(tmp_path, monkeypatch)
     (tmp_path / "repository" / "m" / "model.toml").write_text(
         "[versions]\nserve = [1]\n[instances]\ncount = 3"

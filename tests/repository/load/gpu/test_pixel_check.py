@@ -1,4 +1,4 @@
-"""Pictures of an FP32 input on GPUs: who normalises them, what is shown of it, and what shares a batch."""
+"""Pictures for an FP32 input on GPUs: where they are normalised, what `/models` shows, and batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Load = Callable[..., Repository]
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    """Load a fake model of pictures, on `devices`; what it took is given back after the test."""
+    """Load a fake model of pictures; its memory is freed after the test."""
     monkeypatch.syspath_prepend(str(FAKE))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{FAKE}")
     FakeBackend.reset()
@@ -72,13 +72,13 @@ def picture(*pixels: int) -> bytes:
 
 
 def numbers(*pixels: int) -> np.ndarray:
-    """The row that a picture is to the model."""
+    """The row of numbers that a picture becomes."""
     scaled = (np.array(pixels, np.float64).reshape(1, 2, 2) / 255 - 0.5) / 0.25
     return scaled.astype(np.float32)
 
 
 def ask(repository: Repository, body: bytes) -> float:
-    """What the version answers for a picture, as its codec leaves it."""
+    """The output of the version for a picture that its codec has decoded."""
     inputs = view(repository).image.decode(body)
     pool = repository.loaded(KEY).pool
     pool.offer(Entry(1, KEY, inputs, 1, "x", inputs["x"].nbytes, time.monotonic()))
@@ -88,8 +88,8 @@ def ask(repository: Repository, body: bytes) -> float:
     return float(result.outputs["sum"][0])
 
 
-def test_on_gpus_pixels_are_left_to_every_instance(load: Load) -> None:
-    """Each has run them on every size; the copies that it was measured with have not been asked to."""
+def test_on_gpus_every_instance_normalises_pixels(load: Load) -> None:
+    """Each instance has tried pixels on every batch size; the copies for measuring have not."""
     repository = load()
     assert view(repository).gpu.pixels == "normalised on cuda:0, cuda:1"
     assert view(repository).image.pixel_spec.datatype == "UINT8"
@@ -107,7 +107,7 @@ def test_on_gpus_pixels_are_left_to_every_instance(load: Load) -> None:
         ("wrong", 'output "sum" differs by [0-9.]+ .* when 31 pictures are normalised on the GPU'),
     ],
 )
-def test_what_cannot_normalise_gets_numbers_and_the_reason_is_shown(
+def test_a_model_that_cannot_normalise_gets_numbers_and_the_reason_is_shown(
     pictures: str, reason: str, load: Load
 ) -> None:
     FakeBackend.pictures = pictures
@@ -117,14 +117,14 @@ def test_what_cannot_normalise_gets_numbers_and_the_reason_is_shown(
     assert ask(repository, picture(0, 50, 100, 255)) == expected(numbers(0, 50, 100, 255))[0]
 
 
-def test_on_the_cpu_nothing_is_left(load: Load) -> None:
+def test_on_the_cpu_the_codec_normalises(load: Load) -> None:
     repository = load(devices=("cpu",))
     assert view(repository).image.pixel_spec is None
     assert {model.options.gpu.normalisation for model in FakeBackend.loaded} == {None}
     assert ask(repository, picture(1, 2, 3, 4)) == expected(numbers(1, 2, 3, 4))[0]
 
 
-def test_without_a_ladder_pixels_are_tried_on_one_row_and_on_the_most(load: Load) -> None:
+def test_without_buckets_pixels_are_tried_on_one_row_and_on_the_largest_batch(load: Load) -> None:
     FakeBackend.leaks = True
     repository = load("[instances]\ncount = 1\n")
     assert repository.live(KEY).buckets == ()
@@ -134,8 +134,8 @@ def test_without_a_ladder_pixels_are_tried_on_one_row_and_on_the_most(load: Load
     assert ask(repository, picture(9, 8, 7, 6)) == expected(numbers(9, 8, 7, 6))[0]
 
 
-def test_memory_that_ends_with_pixels_halves_the_ladder_while_serving(load: Load) -> None:
-    """As with numbers; each picture is answered."""
+def test_pixels_that_find_no_memory_halve_the_largest_bucket_while_serving(load: Load) -> None:
+    """Every picture is answered all the same."""
     FakeBackend.cards = {"cuda:0": FakeCard(), "cuda:1": FakeCard()}
     repository = load('[instances]\ndevices = ["cuda:0"]\ncount = 1\n')
     FakeBackend.cards["cuda:0"].room_rows = 3
@@ -146,7 +146,7 @@ def test_memory_that_ends_with_pixels_halves_the_ladder_while_serving(load: Load
     assert repository.live(KEY).buckets == (1, 2)
 
 
-def test_an_engine_takes_pixels_before_it_takes_over(load: Load) -> None:
+def test_a_tensorrt_engine_is_tried_with_pixels_before_it_takes_over(load: Load) -> None:
     FakeBackend.engines = True
     config = '[gpu]\ntensorrt = true\n[instances]\ndevices = ["cuda:0"]\ncount = 1\n'
     repository = load(config, "right")
@@ -158,7 +158,7 @@ def test_an_engine_takes_pixels_before_it_takes_over(load: Load) -> None:
     assert made.pixels == 59
 
 
-def test_an_engine_that_cannot_normalise_leaves_cuda_serving(load: Load) -> None:
+def test_cuda_goes_on_serving_if_the_tensorrt_engine_cannot_normalise(load: Load) -> None:
     FakeBackend.engines = True
     config = '[gpu]\ntensorrt = true\n[instances]\ndevices = ["cuda:0"]\ncount = 1\n'
     repository = load(config, "blind")
@@ -171,7 +171,7 @@ def test_an_engine_that_cannot_normalise_leaves_cuda_serving(load: Load) -> None
 def test_pixels_and_numbers_share_no_batch_whatever_the_shape(
     shape: tuple[int, ...] | None, load: Load
 ) -> None:
-    """Pixels among themselves do, and so do numbers."""
+    """Pixels share batches with pixels, and numbers with numbers."""
     shown = view(load())
     signature = replace(shown.signature, inputs=(TensorSpec("x", "FP32", shape),))
     served = ServedVersion(
@@ -182,11 +182,11 @@ def test_pixels_and_numbers_share_no_batch_whatever_the_shape(
     assert served.group(1, pixels, 1) == served.group(2, others, 1)
     assert served.group(3, rows, 1) == served.group(4, {"x": rows["x"] * 2}, 1)
     assert served.group(1, pixels, 1)[0] != served.group(3, rows, 1)[0]
-    # Of one shape, too, as pixels of a grey picture without the last dimension would be.
+    # This holds for equal shapes, too: a grey picture without its last dimension has the shape of numbers.
     assert served.group(1, {"x": rows["x"].astype(np.uint8)}, 1)[0] != served.group(3, rows, 1)[0]
 
 
-# Through the real door.
+# Through a real server.
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def fake_server(tmp_path: Path) -> Iterator[Server]:
     folder = tmp_path / "repository" / "m"
     (folder / "1").mkdir(parents=True)
     (folder / "1" / "model.fakegpu").write_text(PICTURES)
-    # So long that the clients of a busy machine ask within it.
+    # Long enough for the clients on a busy machine to ask within the delay.
     batching = "[batching]\nmax_delay_ms = 100\n[instances]\ncount = 1\n"
     (folder / "model.toml").write_text(CONFIG + batching)
     environ = {
@@ -209,7 +209,7 @@ def fake_server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_pictures_and_numbers_at_once_are_each_answered_and_never_mixed(fake_server: Server) -> None:
-    """A batch of both would be answered with nonsense; those of one kind come together."""
+    """The fake model answers a mixed batch with nonsense. Requests of one kind share batches."""
     server = fake_server
     assert server.get("/models/m/1").json()["gpu"]["pixels"] == "normalised on cuda:0"
     rng = np.random.default_rng(0)
@@ -240,8 +240,8 @@ def test_pictures_and_numbers_at_once_are_each_answered_and_never_mixed(fake_ser
     assert server.metric("batches_total", model="m") - before < 240 / 2
 
 
-def test_only_pictures_are_taken_for_pixels(fake_server: Server) -> None:
-    """Whole numbers of 8 bits that a client sends are numbers, or refused, as without a GPU."""
+def test_only_pictures_are_treated_as_pixels(fake_server: Server) -> None:
+    """Integers of 8 bits that a client sends are numbers, or are refused, as without a GPU."""
     server = fake_server
     small = np.array([[[1, 2], [3, 4]]], np.uint8)
     file = io.BytesIO()

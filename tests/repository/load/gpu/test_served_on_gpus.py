@@ -1,4 +1,4 @@
-"""Versions on GPUs, with a fake driver and a fake backend: what is loaded, measured, shown and refused."""
+"""Versions on GPUs, with a fake driver and a fake backend: loading, measuring, `/models`, refusals."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def view(repository: Repository) -> Any:
 
 
 def test_every_gpu_gets_two_instances_with_a_copy_each(load: Load) -> None:
-    """One copies while the other runs; the copy that everything was found out with is gone."""
+    """One instance copies while the other runs. The copy for checks and measurements is closed."""
     repository = load()
     assert view(repository).state == READY, view(repository).reason
     devices = [instance.device for instance in repository.live(KEY).instances]
@@ -76,13 +76,13 @@ def test_every_gpu_gets_two_instances_with_a_copy_each(load: Load) -> None:
     assert all(model.closed for model in FakeBackend.loaded)
 
 
-def test_a_model_says_where_it_runs_itself(load: Load) -> None:
+def test_model_toml_overrides_the_devices_of_the_server(load: Load) -> None:
     repository = load('[instances]\ndevices = ["cuda:1"]\ncount = 3', devices=("cpu",))
     assert [instance.device for instance in repository.live(KEY).instances] == ["cuda:1"] * 3
 
 
-def test_the_ladder_is_shown_and_halved_where_memory_ends(load: Load) -> None:
-    """Found at load: the batches end where memory does, and the version serves."""
+def test_the_largest_bucket_is_halved_at_load_if_memory_is_short(load: Load) -> None:
+    """The version serves with the buckets that fit."""
     FakeBackend.cards = {"cuda:0": FakeCard(room_rows=20), "cuda:1": FakeCard()}
     repository = load()
     assert view(repository).state == READY, view(repository).reason
@@ -90,7 +90,7 @@ def test_the_ladder_is_shown_and_halved_where_memory_ends(load: Load) -> None:
     assert max(len(batch) for batch in FakeBackend.cards["cuda:1"].batches) <= 32
 
 
-def test_a_model_that_tells_padding_from_rows_is_not_padded(load: Load) -> None:
+def test_a_model_whose_answers_depend_on_padding_is_not_padded(load: Load) -> None:
     FakeBackend.leaks = True
     repository = load()
     assert view(repository).state == READY
@@ -98,7 +98,7 @@ def test_a_model_that_tells_padding_from_rows_is_not_padded(load: Load) -> None:
     assert 'output "sum" differs' in view(repository).gpu.padding
 
 
-def test_no_memory_for_a_single_row_is_a_failure_that_says_so(load: Load) -> None:
+def test_a_version_fails_with_a_reason_if_there_is_no_memory_for_a_single_row(load: Load) -> None:
     FakeBackend.cards = {"cuda:0": FakeCard(), "cuda:1": FakeCard(room_rows=0)}
     repository = load()
     assert view(repository).state == FAILED
@@ -106,7 +106,7 @@ def test_no_memory_for_a_single_row_is_a_failure_that_says_so(load: Load) -> Non
     assert all(model.closed for model in FakeBackend.loaded)
 
 
-def test_what_tf32_changes_is_measured_and_shown(load: Load) -> None:
+def test_the_change_that_tf32_makes_is_measured_and_shown(load: Load) -> None:
     plain = view(load()).gpu
     assert (plain.precision, plain.difference) == ("as the model says", None)
     FakeBackend.loaded.clear()
@@ -119,7 +119,7 @@ def test_what_tf32_changes_is_measured_and_shown(load: Load) -> None:
 
 
 def test_graphs_are_captured_by_each_instance_before_it_is_ready(load: Load) -> None:
-    """For all rungs, from the largest, on the thread that runs it; what it was measured with has none."""
+    """Every bucket is captured, the largest first, on the instance's thread. Other copies capture none."""
     FakeBackend.captures = "well"
     repository = load()
     assert view(repository).gpu.graphs.ok
@@ -130,7 +130,7 @@ def test_graphs_are_captured_by_each_instance_before_it_is_ready(load: Load) -> 
     assert [model.captured for model in FakeBackend.loaded if model.closed] == [[]]
 
 
-def test_graphs_that_answer_wrongly_are_given_up_and_told(load: Load) -> None:
+def test_graphs_that_answer_wrongly_are_given_up_with_a_reason(load: Load) -> None:
     FakeBackend.captures = "wrong"
     repository = load()
     assert view(repository).state == READY
@@ -145,8 +145,10 @@ def test_graphs_can_be_turned_off(load: Load) -> None:
     assert not any(model.options.gpu.graphs or model.captured for model in FakeBackend.loaded)
 
 
-def test_what_fp16_changes_is_measured_on_made_up_rows_and_on_samples(load: Load, tmp_path: Path) -> None:
-    """The copy in FP32 is gone before those that serve come; batching is proven as FP16 rounds."""
+def test_the_change_that_fp16_makes_is_measured_on_made_up_rows_and_on_samples(
+    load: Load, tmp_path: Path
+) -> None:
+    """The copy in FP32 is closed before others load. Batching is checked within the rounding of FP16."""
     samples = tmp_path / "repository" / "m" / "samples"
     samples.mkdir(parents=True)
     (samples / "large.json").write_text(
@@ -170,8 +172,8 @@ def test_what_fp16_changes_is_measured_on_made_up_rows_and_on_samples(load: Load
     assert [model.options.gpu.fp16 for model in FakeBackend.loaded if not model.closed] == [True] * 4
 
 
-def test_a_sample_is_held_against_the_model_as_it_serves(load: Load, tmp_path: Path) -> None:
-    """Its own tolerance says how much rounding it takes."""
+def test_a_golden_sample_is_compared_with_the_model_as_it_serves(load: Load, tmp_path: Path) -> None:
+    """The tolerance of the sample decides how much rounding passes."""
     samples = tmp_path / "repository" / "m" / "samples"
     samples.mkdir(parents=True)
     (samples / "strict.json").write_text(
@@ -195,7 +197,7 @@ def test_fp16_that_loses_numbers_fails_the_version_and_says_so(load: Load) -> No
     assert all(model.closed for model in FakeBackend.loaded)
 
 
-def test_without_memory_for_fp32_the_difference_is_not_known_and_said_so(load: Load) -> None:
+def test_without_memory_for_fp32_the_difference_is_reported_as_unknown(load: Load) -> None:
     FakeBackend.fails = lambda options: not options.gpu.fp16
     shown = view(load("[gpu]\nfp16 = true"))
     assert (shown.state, shown.gpu.difference) == (READY, None)
@@ -204,14 +206,16 @@ def test_without_memory_for_fp32_the_difference_is_not_known_and_said_so(load: L
     )
 
 
-def test_on_the_cpu_fp16_means_nothing(load: Load) -> None:
+def test_fp16_has_no_effect_on_the_cpu(load: Load) -> None:
     repository = load("[gpu]\nfp16 = true", devices=("cpu",))
     assert view(repository).state == READY
     assert not any(model.options.gpu.fp16 for model in FakeBackend.loaded)
 
 
-def test_auto_is_the_cpu_where_the_runtime_knows_no_gpu(load: Load, caplog: pytest.LogCaptureFixture) -> None:
-    """And the log says so, for a machine that has one."""
+def test_auto_chooses_the_cpu_if_the_runtime_supports_no_gpu(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so if the machine has a GPU."""
     FakeBackend.lacks = "it was built without"
     repository = load()
     assert {instance.device for instance in repository.live(KEY).instances} == {"cpu"}
@@ -219,10 +223,10 @@ def test_auto_is_the_cpu_where_the_runtime_knows_no_gpu(load: Load, caplog: pyte
     assert "although there is a GPU: it was built without" in caplog.text
 
 
-def test_a_model_unfit_for_a_gpu_runs_on_the_cpu_only_where_none_was_named(
+def test_a_model_unfit_for_gpus_runs_on_the_cpu_unless_a_gpu_is_named(
     load: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With `auto` it is served, which the log and `/models` say; with a GPU by name it has failed."""
+    """With `auto` it is served from the CPU, as the log and `/models` say; with a GPU by name it fails."""
     FakeBackend.unfit = "2 nodes would run on the CPU"
     served = load()
     assert (view(served).state, view(served).gpu) == (READY, None)
@@ -233,7 +237,7 @@ def test_a_model_unfit_for_a_gpu_runs_on_the_cpu_only_where_none_was_named(
     assert (view(refused).state, view(refused).reason) == (FAILED, "2 nodes would run on the CPU")
 
 
-# Through the real door.
+# Through a real server.
 
 
 @pytest.fixture
@@ -259,8 +263,8 @@ def fake_server(tmp_path: Path) -> Iterator[Server]:
     server.kill()
 
 
-def test_a_server_on_gpus_pads_answers_and_tells(fake_server: Server) -> None:
-    """Three rows run as four; the answer has three; `/models` and the metrics say how it runs."""
+def test_a_server_on_gpus_pads_batches_and_reports_it(fake_server: Server) -> None:
+    """Three rows run as four, and the answer has three; `/models` and the metrics report the padding."""
     rows = [[1, 2, 3, 4], [5, 6, 7, 8], [0, 0, 0, 0]]
     answer = fake_server.post("/predict/m", json={"inputs": {"x": rows}})
     assert answer.json()["outputs"]["sum"] == expected(np.array(rows)).tolist()
@@ -287,7 +291,7 @@ def test_a_server_on_gpus_pads_answers_and_tells(fake_server: Server) -> None:
         assert fake_server.metric("gpu_energy_joules_total", device=device) == pytest.approx(5.6)
     half = fake_server.get("/models/half/1").json()["gpu"]
     assert half["precision"].startswith("FP16; its outputs differ from those of FP32 by 0.001 of their scale")
-    # The made-up rows have numbers of the normal distribution, three times whose sum the model gives.
+    # Made-up rows have numbers of the normal distribution; the model answers three times their sum.
     assert 1e-3 < half["difference"].pop("absolute") < 0.1
     assert half["difference"] == {"relative": pytest.approx(1e-3), "changed": 0.0, "rows": 8}
     config = fake_server.get("/v2/models/m/config").json()
@@ -299,10 +303,10 @@ def test_a_server_on_gpus_pads_answers_and_tells(fake_server: Server) -> None:
 
 @without_driver
 @pytest.mark.parametrize(("model", "missing"), [("digits", "is built for CPUs only"), ("fake", NO_DRIVER)])
-def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_failure(
+def test_a_version_fails_if_the_gpu_that_was_asked_for_is_missing(
     model: str, missing: str, serve: Serve, tmp_path: Path
 ) -> None:
-    """Nothing is served from the CPU instead; the reason says what is missing, and neighbours serve."""
+    """The CPU does not step in. The reason says what is missing, and other models serve."""
     repository = tmp_path / "repository"
     on_cpu = repository / "neighbour"
     (on_cpu / "1").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Engines of TensorRT: built in a process of their own while CUDA serves, and switched to between batches."""
+"""TensorRT engines: built in a process of their own while CUDA serves, and taken between two batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BUILDING = "an engine is being built, and CUDA serves meanwhile"
 
 
 class ServedVersion:
-    """A repository with one fake model, an instance on each of `cards`, and what it answers."""
+    """A repository with one fake model and an instance on each of `cards`."""
 
     def __init__(self, folder: Path, wish: str, cards: int) -> None:
         model = folder / "repository" / "m"
@@ -56,7 +56,7 @@ class ServedVersion:
         return self.repository.live(KEY).tensorrt
 
     def build(self) -> str | None:
-        """What has become of it when the work is done."""
+        """Wait for the end of the upgrade and return its status."""
         assert self.repository.loaded(KEY).copies.await_upgrade(60)
         return self.status
 
@@ -86,7 +86,7 @@ Serve = Callable[..., ServedVersion]
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Serve a model whose file says what happens when its engine is built."""
+    """Serve a model; its file decides what happens when its engine is built."""
     monkeypatch.syspath_prepend(str(FAKE))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{FAKE}")
     FakeBackend.reset()
@@ -105,22 +105,22 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
 
 def test_a_built_engine_takes_over_between_two_batches(served: Serve) -> None:
-    """What ran before answers until then, is closed then, and gave the same answers."""
+    """The model on CUDA answers until then, and is closed then. The answers are the same."""
     one = served("right")
     [before] = one.serving()
     one.ask(1)
     assert one.build() == "TensorRT serves"
     first, made = one.serving()
     assert (first, made.engine) == (before, "right")
-    # Every size has run, so that no request waits for that.
+    # Every batch size has run, so that no request waits for a first run.
     assert {len(batch) for batch in made.card.batches} >= {1, 2, 4, 8, 16, 32}
     one.ask(2)
     assert one.serving() == [made]
     one.ask(3)
 
 
-def test_instances_switch_together_or_not_at_all(served: Serve, tmp_path: Path) -> None:
-    """Each card has its own; cards of one kind share the files."""
+def test_instances_on_two_cards_switch_together(served: Serve, tmp_path: Path) -> None:
+    """Each card has a model of its own; cards of one kind share the files."""
     one = served("right", 2)
     assert one.build() == "TensorRT serves"
     made = [model for model in one.serving() if model.engine]
@@ -129,7 +129,7 @@ def test_instances_switch_together_or_not_at_all(served: Serve, tmp_path: Path) 
 
 
 def test_an_engine_is_kept_for_the_next_start(served: Serve, tmp_path: Path) -> None:
-    """Of the same model, on the same card, with the same versions; each other has its own."""
+    """It is used again for the same model; another model has its own."""
     assert served("right").build() == "TensorRT serves"
     [folder] = (tmp_path / "cache" / "tensorrt").iterdir()
     kept = (folder / "engine").stat()
@@ -147,10 +147,10 @@ def test_an_engine_is_kept_for_the_next_start(served: Serve, tmp_path: Path) -> 
         ("wrong", 'CUDA serves: output "sum" differs'),
     ],
 )
-def test_cuda_goes_on_serving_where_there_is_no_engine(
+def test_cuda_goes_on_serving_if_there_is_no_engine(
     wish: str, reason: str, served: Serve, tmp_path: Path
 ) -> None:
-    """`/models` says why; nothing is left of what was tried."""
+    """`/models` says why, and no file of the attempt is left."""
     one = served(wish)
     before = one.serving()
     status = one.build()
@@ -162,7 +162,7 @@ def test_cuda_goes_on_serving_where_there_is_no_engine(
 
 
 def test_while_an_engine_is_built_cuda_serves_and_can_be_unloaded(served: Serve) -> None:
-    """The build, which would never end, ends with its version."""
+    """A build that would never end is ended together with its version."""
     one = served("hangs")
     assert one.status == BUILDING
     for value in range(5):
@@ -180,7 +180,7 @@ def test_a_backend_without_engines_says_so(served: Serve) -> None:
     assert one.build() == "CUDA serves: the backend fakegpu does not use TensorRT"
 
 
-def test_models_tells_of_it_through_the_real_door(tmp_path: Path) -> None:
+def test_models_shows_the_status_through_a_real_server(tmp_path: Path) -> None:
     folder = tmp_path / "repository" / "m"
     (folder / "1").mkdir(parents=True)
     (folder / "1" / "model.fakegpu").write_text("right")
@@ -198,8 +198,8 @@ def test_models_tells_of_it_through_the_real_door(tmp_path: Path) -> None:
         server.kill()
 
 
-def test_a_build_ends_with_whoever_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is killed leaves no process behind: the end of its stdin is the end of the build."""
+def test_a_build_ends_when_its_server_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed server leaves no process behind: the build ends when its stdin does."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{FAKE}")
     file = tmp_path / "model.fakegpu"
     file.write_text("hangs")
@@ -220,7 +220,7 @@ for_cpus = pytest.mark.skipif(
 
 @for_cpus
 def test_a_real_build_says_what_is_missing(tmp_path: Path) -> None:
-    """The process that would build it, with the real backend."""
+    """The build runs in the real process, with the real backend."""
     file = ROOT / "models" / "digits" / "1" / "model.onnx"
     process = start_build(
         "onnx", file, LoadOptions("cuda:0", gpu=GpuOptions(tensorrt=TensorRTPlan(tmp_path)))
@@ -235,7 +235,7 @@ def test_the_runtime_for_cpus_has_no_tensorrt() -> None:
     assert find_backend("onnx").tensorrt_unavailable_reason() == tensorrt_unavailable_reason()
 
 
-def test_tensorrt_is_told_where_engines_are_and_how_large_batches_get() -> None:
+def test_the_options_of_tensorrt_name_the_cache_and_the_largest_shapes() -> None:
     engine = TensorRTPlan(Path("/cache/e"), (("a", (32, 3, 8)), ("b", (32,))))
     told = tensorrt_options(LoadOptions("cuda:3"), engine, 4096, half=True)
     assert told == {
@@ -266,7 +266,7 @@ def test_tensorrt_is_told_where_engines_are_and_how_large_batches_get() -> None:
         (TensorSpec("x", "FP32", (-1, 4), optional=True), [1, 8], '"x" may be left out'),
     ],
 )
-def test_an_engine_has_shapes_that_vary_in_rows_only(
+def test_the_shapes_of_an_engine_vary_in_rows_only(
     spec: TensorSpec, rungs: list[int] | None, shapes: Any
 ) -> None:
     signature = Signature((spec,), (TensorSpec("y", "FP32", (-1,)),))
@@ -278,8 +278,8 @@ def test_an_engine_has_shapes_that_vary_in_rows_only(
         assert engine_shapes(signature, ladder) == shapes
 
 
-def test_no_rows_at_all_are_answered_as_before() -> None:
-    """An engine takes one row at least: what was answered for none is kept."""
+def test_a_request_without_rows_is_answered_as_before_the_switch() -> None:
+    """An engine needs at least one row, so the answer of CUDA for no rows is kept."""
     first, second = FakeModel(FakeCard()), FakeModel(FakeCard())
     switch = HotSwapModel(first)
     nothing = np.zeros((0, 4), np.float32)
@@ -292,7 +292,7 @@ def test_no_rows_at_all_are_answered_as_before() -> None:
     switch.close()
 
 
-def test_what_was_offered_and_never_ran_is_closed_too() -> None:
+def test_a_model_that_was_offered_and_never_ran_is_closed_too() -> None:
     first, second = FakeModel(FakeCard()), FakeModel(FakeCard())
     switch = HotSwapModel(first)
     switch.offer(second, None)
