@@ -37,6 +37,15 @@ HOT_PATH_TESTS = {
 """The tests of the modules that a wheel compiles; the other runs of these tests import the sources."""
 
 
+INTERPRETED = {
+    *("http/connection/body_receiver", "http/connection/protocol", "http/connection/slow_client"),
+    "http/predict/compression",
+    *("pool/buckets", "pool/hot_swap", "pool/log_limits", "pool/padding", "pool/redaction"),
+    *("wire/nested_lists", "wire/npy", "wire/v2_binary", "wire/v2_classification"),
+}
+"""The modules beside the hot path that setup.py leaves to the interpreter, on purpose: see HOT_PATH there."""
+
+
 def plain_environ(**own: str) -> dict[str, str]:
     """Return the variables of this process, without those that choose modules or measure coverage."""
     left_out = ("PYTHONPATH", "COVERAGE_", "COV_", "PYTEST_")
@@ -95,6 +104,18 @@ def test_the_wheel_has_one_package_and_its_licence(wheel: Path) -> None:
     assert "inferpool/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith(".c") or "/tests/" in name]
+
+
+def test_every_module_of_the_hot_path_is_compiled(wheel: Path) -> None:
+    """A new module in one of these folders is added to HOT_PATH in setup.py, or to INTERPRETED here."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name.removeprefix("inferpool/") for name in archive.namelist()]
+    compiled = {name.split(".")[0] for name in names if name.endswith(".so")}
+    folders = ("http/connection/", "http/predict/", "pool/", "wire/")
+    modules = {
+        name.removesuffix(".py") for name in names if name.endswith(".py") and name.startswith(folders)
+    }
+    assert {name for name in modules - compiled if not name.endswith("__init__")} == INTERPRETED
 
 
 def test_the_package_is_imported_from_the_wheel(python: Path, tmp_path: Path) -> None:
