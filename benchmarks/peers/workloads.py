@@ -104,7 +104,7 @@ def make_resnet(folder: Path) -> None:
 
 def make_heavy(folder: Path) -> None:
     make_model(folder / "heavy/1/model.onnx", hidden=2048, layers=10)
-    # The other servers get the same limits. The model is slow: the load generator can send twice its capacity.
+    # The other servers get the same limits. The model is slow: the generator can send twice its capacity.
     config = "[batching]\nmax_rows = 2\n[instances]\ncount = 1\nthreads = 1\n"
     (folder / "heavy/model.toml").write_text(config)
 

@@ -173,8 +173,12 @@ def commands() -> str:
         lines = [f"## inferpool {name}", "", parser.description or "", ""]
         rows = ((code(_spelled(action)), (action.help or "").replace("%%", "%")) for action in options)
         lines.append(table(("argument", "meaning"), rows))
-        if any(flags.intersection(action.option_strings) for action in parser._actions):
-            lines += ["", "It also takes flags for [settings](settings.md)."]
+        accepted = [flag for action in parser._actions for flag in action.option_strings if flag in flags]
+        if len(accepted) == len(flags):
+            lines += ["", "It also takes a flag for each of the [settings](settings.md)."]
+        elif accepted:
+            listed = ", ".join(map(code, accepted))
+            lines += ["", f"It also takes the flags of these [settings](settings.md): {listed}."]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
