@@ -28,63 +28,67 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = Field(
-        "127.0.0.1", description="Address to listen on; 0.0.0.0 listens on all addresses of the machine."
+        default="127.0.0.1",
+        description="Address to listen on; 0.0.0.0 listens on all addresses of the machine.",
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        8000, description="Port to listen on; 0 takes a free port, which the log names."
+        default=8000, description="Port to listen on; 0 takes a free port, which the log names."
     )
     drain_settle_s: Annotated[float, Field(ge=0)] = Field(
-        0.0,
+        default=0.0,
         description="Seconds after SIGTERM in which requests are still accepted, so that load balancers can"
         " notice.",
     )
     drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
-        30.0, description="Seconds that accepted requests may take to finish after the settle time."
+        default=30.0, description="Seconds that accepted requests may take to finish after the settle time."
     )
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
-        64 * 1024 * 1024, description="Largest request body in bytes, before and after decompression."
+        default=64 * 1024 * 1024, description="Largest request body in bytes, before and after decompression."
     )
     in_flight_bytes: Annotated[int, Field(ge=1)] = Field(
-        512 * 1024 * 1024,
+        default=512 * 1024 * 1024,
         description="Bytes of request bodies that all models together may hold; also the limit for the"
         " outputs of one text request.",
     )
     queue_bytes: Annotated[int, Field(ge=1)] = Field(
-        256 * 1024 * 1024, description="Bytes of inputs that may wait for one model."
+        default=256 * 1024 * 1024, description="Bytes of inputs that may wait for one model."
     )
     queue_ms: Annotated[float, Field(gt=0)] = Field(
-        5000.0, description="Milliseconds of work that may wait for one model, by its measured rate."
+        default=5000.0, description="Milliseconds of work that may wait for one model, by its measured rate."
     )
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="CPU cores for models; 0 takes those of the affinity mask and the cgroup quota."
+        default=0,
+        description="CPU cores for models; 0 takes those of the affinity mask and the cgroup quota.",
     )
     devices: tuple[str, ...] = Field(
-        (AUTO,),
+        default=(AUTO,),
         description="Where models run: auto (every visible GPU that their runtime can use, else the CPU),"
         " cpu, or GPUs by name, separated by commas: cuda:0,cuda:1.",
     )
     measure_ms: Annotated[float, Field(ge=0)] = Field(
-        2000.0, description="Most milliseconds to measure one model at load; 0 disables measuring."
+        default=2000.0,
+        description="Longest time in milliseconds to measure one model at load; 0 disables measuring.",
     )
     cache_dir: Path | None = Field(
-        None,
+        default=None,
         description="Folder for measurements and the environments of build scripts; by default in the user's"
         " cache folder.",
     )
     trust: bool = Field(
-        False, description="Load model files that can run code when loaded (.pt, .pt2), from any source."
+        default=False,
+        description="Load model files that can run code when loaded (.pt, .pt2), from any source.",
     )
     required_models: tuple[str, ...] = Field(
-        (), description="Models that must be ready before the server is ready, separated by commas."
+        default=(), description="Models that must be ready before the server is ready, separated by commas."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe level that is logged."
+        default="info", description="Least severe level that is logged."
     )
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="Format of log lines; auto is console on a terminal, else json."
+        default="auto", description="Format of log lines; auto is console on a terminal, else json."
     )
     access_log: bool = Field(
-        False, description="Log every predict request, not only those that end with status 500."
+        default=False, description="Log every predict request, not only those that end with status 500."
     )
 
     @field_validator("devices")

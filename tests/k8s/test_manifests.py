@@ -170,7 +170,7 @@ def test_everything_is_in_one_namespace(overlay: list[Manifest]) -> None:
 
 def test_the_port_is_the_servers(overlay: list[Manifest]) -> None:
     (port,) = server_of(overlay)["ports"]
-    assert port["containerPort"] == Settings.model_validate({}).port
+    assert port["containerPort"] == Settings().port
 
 
 def test_the_grace_period_covers_settling_draining_and_closing(overlay: list[Manifest]) -> None:
