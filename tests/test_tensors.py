@@ -1,4 +1,4 @@
-"""What the vocabulary of tensors says to people stays short, whatever a client or a model is called."""
+"""Names and errors about tensors stay short, whatever a client or a model calls its tensors."""
 
 from __future__ import annotations
 
@@ -57,3 +57,21 @@ def test_an_error_repeats_only_the_start_of_a_long_name() -> None:
 def test_an_output_that_is_not_a_tensor_has_no_dtype() -> None:
     with pytest.raises(KeyError):
         _ = TensorSpec("scores", JSON, None).dtype
+
+
+def test_dimensions_with_the_same_symbol_must_be_equal() -> None:
+    signature = Signature(
+        (
+            TensorSpec("ids", "FP32", (ANY, ANY), symbols=("", "tokens")),
+            TensorSpec("mask", "FP32", (ANY, ANY), symbols=("", "tokens")),
+        ),
+        (),
+    )
+    check_inputs(signature, {"ids": np.ones((2, 3), np.float32), "mask": np.ones((2, 3), np.float32)})
+    with pytest.raises(InvalidInput) as refused:
+        check_inputs(signature, {"ids": np.ones((2, 3), np.float32), "mask": np.ones((2, 4), np.float32)})
+    assert refused.value.detail == (
+        'tensor "ids" has shape [2, 3] and tensor "mask" [2, 4]; dimension 1 of the first and dimension 1 of'
+        ' the second must be equal ("tokens")'
+    )
+    assert refused.value.members == {"tensor": "mask", "expected": 3, "got": 4}
