@@ -8,11 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from inferpool import cli
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from tests.conftest import MakeChaos
 from tests.onnx_models import write_model
@@ -37,7 +38,7 @@ def check(cache_dir: Path) -> Check:
     return run
 
 
-def floats(name: str, *shape: int | str) -> helper.ValueInfoProto:
+def floats(name: str, *shape: int | str) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
@@ -52,7 +53,7 @@ def graph(
     return helper.make_graph(nodes, "g", [floats("x", *taken)], [floats("y", *given)], tensors)
 
 
-def node(kind: str, *inputs: str, **attributes: object) -> NodeProto:
+def node(kind: str, *inputs: str, **attributes: Any) -> NodeProto:
     return helper.make_node(kind, [*inputs], ["y"], **attributes)
 
 

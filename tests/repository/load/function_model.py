@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from inferpool.backends.base import LoadedModel
@@ -27,7 +28,7 @@ class FunctionModel(LoadedModel):
 
     def __init__(
         self,
-        function: Callable[[np.ndarray], object],
+        function: Callable[[np.ndarray], Any],
         shape: tuple[int, ...] = (-1, 4),
         datatype: str = "FP32",
         out: tuple[str, tuple[int, ...] | None] = ("FP32", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,7 +35,7 @@ def proof_of(model: LoadedModel, *samples: Tensors) -> BatchingProof:
         lambda x: np.array([str(row) for row in x.tolist()], dtype=object),
     ],
 )
-def test_row_wise_models_are_batched(function: Callable[[np.ndarray], object]) -> None:
+def test_row_wise_models_are_batched(function: Callable[[np.ndarray], Any]) -> None:
     datatype = "FP32" if function(np.zeros((1, 4), np.float32)).dtype == np.float32 else "INT64"
     proof = proof_of(FunctionModel(function, out=(datatype, None)))
     assert proof.batched, proof.reason
@@ -65,7 +66,7 @@ def test_row_wise_models_are_batched(function: Callable[[np.ndarray], object]) -
     ],
 )
 def test_a_model_that_mixes_or_loses_rows_is_not_batched(
-    function: Callable[[np.ndarray], object], words: str
+    function: Callable[[np.ndarray], Any], words: str
 ) -> None:
     proof = proof_of(FunctionModel(function))
     assert not proof.batched
@@ -126,7 +127,7 @@ def test_samples_are_used_if_made_up_rows_would_not_run() -> None:
     ],
 )
 def test_one_sample_row_is_varied_until_mixing_shows(
-    sample: np.ndarray, function: Callable[[np.ndarray], object]
+    sample: np.ndarray, function: Callable[[np.ndarray], Any]
 ) -> None:
     datatype = "BYTES" if sample.dtype == object else "INT64"
     out = "BYTES" if sample.dtype == object else "FP32"

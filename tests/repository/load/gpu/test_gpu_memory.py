@@ -93,6 +93,7 @@ def test_all_memory_is_freed_after_a_version_has_loaded_and_answered(start: Star
     view = repository.models()["digits"].versions[1]
     assert view.state == READY, view.reason
     assert card.fakeLeft() > 0
+    assert view.signature is not None
     [name] = view.signature.inputs_by_name
     rng = np.random.default_rng(0)
     for number, count in enumerate((1, 7, 40, 3)):
@@ -205,7 +206,12 @@ def test_measuring_that_fails_half_way_closes_the_copies_it_has_loaded(
         "[versions]\nserve = [1]\n[instances]\ncount = 3"
     )
     loads: list[LoadOptions] = []
-    FakeBackend.fails = lambda options: loads.append(options) or len(loads) == 3
+
+    def third(options: LoadOptions) -> bool:
+        loads.append(options)
+        return len(loads) == 3
+
+    FakeBackend.fails = third
     repository, _ = start(("cuda:0",), 1, measure_ms=200)
     repository.load_now()
     view = repository.models()["m"].versions[1]
