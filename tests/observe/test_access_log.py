@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from inferpool.observe.background import MOST_WAITING
 from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client
 from tests.conftest import MakeChaos, Serve
-from tests.server import CHAOS, ROOT, Server
+from tests.server import CHAOS, ROOT, Server, wait_until
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 FIELDS = {
@@ -26,20 +27,45 @@ FIELDS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def logging_server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Server]:
+    """A server with `--access-log` of the models `m`, `slow`, and `delayed`, which waits for 8 rows."""
+    repository = tmp_path_factory.mktemp("repository")
+    for name, run_ms in (("m", 0), ("slow", 20), ("delayed", 0)):
+        (repository / name / "1").mkdir(parents=True)
+        (repository / name / "1" / "model.chaos").write_text(json.dumps({"run_ms": run_ms}))
+    config = "[batching]\nmax_delay_ms = 600000\nmax_rows = 8\n"
+    (repository / "delayed" / "model.toml").write_text(config)
+    environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
+    server = Server(repository, ("--access-log", "--log-level", "debug"), environ)
+    server.wait_loaded()
+    yield server
+    server.kill()
+
+
+def lines_since(server: Server, position: int) -> list[dict[str, Any]]:
+    """The lines of requests from this position of the log on; all requests must have ended."""
+    mark = secrets.token_hex(8)
+    server.post("/predict/nobody", json={}, headers={"x-request-id": mark})
+    wait_until(lambda: any(line.get("request_id") == mark for line in server.log[position:]), "the mark")
+    new = [line for line in server.log[position:] if line.get("logger") == "inferpool.access"]
+    return [line for line in new if line["request_id"] != mark]
+
+
 def lines(server: Server) -> list[dict[str, Any]]:
     """Stop the server and return the lines of its requests."""
     assert server.stop() == 0
     return [line for line in server.log if line.get("logger") == "inferpool.access"]
 
 
-def test_a_request_leaves_one_line(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_request_leaves_one_line(logging_server: Server) -> None:
     """Id, trace, model, version, rows, times, status, code and bytes."""
-    server = serve(make_chaos("slow", run_ms=20), "--access-log")
+    server, begin = logging_server, len(logging_server.log)
     body = json.dumps({"inputs": [[1, 2, 3, 4], [5, 6, 7, 8]]}).encode()
     headers = {"X-Request-Id": "mine", "traceparent": f"00-{TRACE}-b7ad6b7169203331-00"}
     answer = server.post("/predict/slow", content=body, headers=headers)
     assert answer.status_code == 200
-    (line,) = lines(server)
+    (line,) = lines_since(server, begin)
     assert line.keys() == FIELDS
     assert line | {"time": 0, "queue_ms": 0, "compute_ms": 0, "total_ms": 0} == {
         "time": 0, "level": "info", "logger": "inferpool.access", "message": "predict",
@@ -51,9 +77,9 @@ def test_a_request_leaves_one_line(serve: Serve, make_chaos: MakeChaos) -> None:
     assert 0 <= line["queue_ms"] <= line["total_ms"] - line["compute_ms"]
 
 
-def test_failed_requests_leave_lines_too(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_failed_requests_leave_lines_too(logging_server: Server) -> None:
     """The code is that of the response; unknown fields are null."""
-    server = serve(make_chaos("m"), "--access-log")
+    server, begin = logging_server, len(logging_server.log)
     server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
     server.post("/predict/m", json={"inputs": [[1]]})
     server.post("/predict/m", content=b"{")
@@ -66,7 +92,7 @@ def test_failed_requests_leave_lines_too(serve: Serve, make_chaos: MakeChaos) ->
         return reply.status
 
     assert asyncio.run(post_too_much()) == 413
-    found = lines(server)
+    found = lines_since(server, begin)
     assert [(line["status"], line["code"], line["level"], line["model"], line["rows"]) for line in found] == [
         (500, "model_failed", "error", "m", 1),
         (422, "invalid_input", "info", "m", None),
@@ -89,15 +115,14 @@ def test_a_run_that_did_not_finish_has_no_compute_time(serve: Serve, make_chaos:
     assert (line["code"], line["compute_ms"]) == ("model_failed", None)
 
 
-def test_a_client_that_disconnects_leaves_a_line(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_client_that_disconnects_leaves_a_line(logging_server: Server) -> None:
     """Status 499, whether the request was complete or not, and one line only."""
-    config = "[batching]\nmax_delay_ms = 600000\nmax_rows = 8\n"
-    server = serve(make_chaos("slow", config), "--access-log")
+    server, begin = logging_server, len(logging_server.log)
 
     async def leave() -> None:
         waiting, sending = [await Client.connect(server.port) for _ in range(2)]
-        waiting.send("/predict/slow", b'{"inputs": [[1, 2, 3, 4]]}', {"x-request-id": "waiting"})
-        sending.send("/predict/slow", b"{", {"x-request-id": "sending", "content-length": "100"})
+        waiting.send("/predict/delayed", b'{"inputs": [[1, 2, 3, 4]]}', {"x-request-id": "waiting"})
+        sending.send("/predict/delayed", b"{", {"x-request-id": "sending", "content-length": "100"})
         await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 2)
         await asyncio.to_thread(server.wait_for_metric, "queue_rows", 1)
         for client in (waiting, sending):
@@ -105,7 +130,7 @@ def test_a_client_that_disconnects_leaves_a_line(serve: Serve, make_chaos: MakeC
         await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", at_most=0)
 
     asyncio.run(leave())
-    found = {line["request_id"]: line for line in lines(server)}
+    found = {line["request_id"]: line for line in lines_since(server, begin)}
     assert found.keys() == {"waiting", "sending"}
     assert {(line["status"], line["code"]) for line in found.values()} == {(499, "disconnected")}
     assert (found["waiting"]["rows"], found["sending"]["rows"]) == (1, None)
@@ -147,21 +172,21 @@ print([status for status in (200, 404, 499, 500, 503, 504) if access.wants(statu
     assert json.loads(run.stdout) == expected
 
 
-def test_no_line_has_a_payload(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_no_line_has_a_payload(logging_server: Server) -> None:
     """No part of a body gets into the log, whatever the outcome of the request."""
-    server = serve(make_chaos("m"), "--access-log", "--log-level", "debug")
+    server, begin = logging_server, len(logging_server.log)
     secret = 2718.281828
     for inputs in ([[1, 1, 1, secret]], [[secret]], [[RAISE, 1, 1, secret]], f"it is {secret}", {secret: 1}):
         server.post("/predict/m", json={"inputs": inputs})
     server.post("/predict/m", content=f'{{"inputs": {secret}'.encode())
     server.post("/v2/models/m/infer", json={"inputs": [{"name": secret}]})
-    assert len(lines(server)) == 7
+    assert len(lines_since(server, begin)) == 7
     assert "2718" not in json.dumps(server.log)
 
 
-def test_many_requests_leave_as_many_complete_lines(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_many_requests_leave_as_many_complete_lines(logging_server: Server) -> None:
     """2,000 requests of 20 clients leave 2,000 lines with different ids."""
-    server = serve(make_chaos("m"), "--access-log")
+    server, begin = logging_server, len(logging_server.log)
 
     async def send() -> None:
         async def one() -> None:
@@ -173,7 +198,7 @@ def test_many_requests_leave_as_many_complete_lines(serve: Serve, make_chaos: Ma
         await asyncio.gather(*(one() for _ in range(20)))
 
     asyncio.run(send())
-    found = lines(server)
+    found = lines_since(server, begin)
     assert len(found) == len({line["request_id"] for line in found}) == 2000
     assert not [line for line in server.log if line["level"] == "raw"]
 
