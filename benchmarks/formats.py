@@ -143,7 +143,7 @@ def ask(connection: http.client.HTTPConnection, request: Request, count: int) ->
 
 def start(repository: Path) -> tuple[subprocess.Popen[str], int]:
     """Start a server; return the process and its port once the models are loaded."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "INFERPOOL_LOG_FORMAT": "console"}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "service"), "INFERPOOL_LOG_FORMAT": "console"}
     command = [sys.executable, "-m", "inferpool", "serve", str(repository), "--port", "0"]
     server = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None

@@ -171,7 +171,7 @@ def main() -> None:
                 began = time.perf_counter()
                 answered = asyncio.run(closed_loop(server.port, name, bodies, clients, arguments.seconds))
                 rates.append(len(answered) / (time.perf_counter() - began))
-                tokens += sum(lengths[place] for place in answered)
+                tokens += sum(lengths[index] for index in answered)
             padded = server.metric("padded_tokens_total") - before
             row(f"Inferpool, {clients} client{'s' * (clients > 1)}", rates, padded / (tokens + padded))
         print(f"\nbatches of up to {batching['max_rows']} rows of 32 tokens: {batching['reason']}")

@@ -27,7 +27,7 @@ POINTS = Signature((TensorSpec("x", "FP32", (ANY, 3)),), ())
 Case = tuple[str, Callable[[], object], str | None]
 
 
-C, PLAIN = "the module in C", "orjson"
+C, ORJSON = "the module in C", "orjson"
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def read(body: bytes, signature: Signature, way: str) -> Callable[[], object]:
 
 def cases() -> list[Case]:
     image, points, row = predict_body(1, 3, 224, 224), predict_body(50_176, 3), predict_body(1, 64)
-    ways = [*([C] if json_numbers.AVAILABLE else []), PLAIN]
+    ways = [*([C] if json_numbers.AVAILABLE else []), ORJSON]
     listed: list[Case] = [
         (f"image, {len(image):,} bytes of JSON: orjson + numpy, nothing checked", lambda: bare(image), None)
     ]
