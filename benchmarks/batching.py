@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def overload(repository: Path, seconds: float, rounds: int) -> None:
     (repository / "slow/model.toml").write_text(
         "[instances]\ncount = 1\nthreads = 1\n[batching]\nmax_rows = 4\n"
     )
-    cases = (
+    cases: tuple[tuple[str, dict[str, str], float], ...] = (
         ("refused by the queue's bound", {}, math.inf),
         ("refused by their deadline", {"x-timeout-ms": "300"}, 0.3),
     )
@@ -319,7 +320,7 @@ def main() -> None:
         os.environ["INFERPOOL_CACHE_DIR"] = str(repository / ".cache")
         make_model(repository / "slow/1/model.onnx", hidden=384, layers=512)
         make_model(repository / "fast/1/model.onnx", hidden=128, layers=1)
-        parts = {
+        parts: dict[str, Callable[[], None]] = {
             "added": lambda: added(repository, arguments.rounds),
             "idle": lambda: idle(repository, 4 * arguments.seconds),
             "neighbours": lambda: neighbours(repository, arguments.rounds),

@@ -127,7 +127,7 @@ def answers(port: int, sample: Sample, request: Request, timeout_s: float) -> bo
 def check(port: int, requests: list[tuple[Sample, Request]]) -> None:
     """Ask for different samples at the same time, so that they share batches; raises ServerError."""
     with ThreadPoolExecutor(len(requests)) as pool:
-        right = list(pool.map(lambda asked: answers(port, *asked, ANSWER_S), requests))
+        right = list(pool.map(lambda asked: answers(port, asked[0], asked[1], ANSWER_S), requests))
     if not all(right):
         raise ServerError(f"{right.count(False)} of {len(right)} concurrent answers are missing or wrong")
 

@@ -9,6 +9,8 @@ import shutil
 from datetime import date, timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -131,14 +133,16 @@ def test_the_back_test_never_sees_the_future(seed: int, window: int, horizon: in
 
 
 def forecasts(closes: np.ndarray, window: int, horizon: int) -> np.ndarray:
-    """What the back-test forecast, day by day: it leaves the errors alone to be recorded."""
-    made = []
-    script.predict, predict = (lambda *given: made.append(predict(*given)) or made[-1]), script.predict
-    script.tqdm, bar = (lambda steps, **_: steps), script.tqdm
-    try:
+    """Return the forecasts of the back-test, day by day; the back-test itself returns their errors only."""
+    made: list[np.ndarray] = []
+    predict = script.predict
+
+    def recorded(*arguments: Any) -> np.ndarray:
+        made.append(predict(*arguments))
+        return made[-1]
+
+    with mock.patch.multiple(script, predict=recorded, tqdm=lambda steps, **_: steps):
         script.back_test(closes, window, horizon)
-    finally:
-        script.predict, script.tqdm = predict, bar
     return np.concatenate(made)
 
 

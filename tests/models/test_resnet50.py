@@ -65,12 +65,12 @@ def photograph() -> bytes:
 
 def as_torchvision_does(picture: bytes) -> np.ndarray:
     """Resize(256), CenterCrop(224), ToTensor and Normalize, with Pillow and numpy."""
-    image = Image.open(io.BytesIO(picture))
+    image: Image.Image = Image.open(io.BytesIO(picture))
     width, height = (int(256 * side / min(image.size)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - 224) / 2), round((height - 224) / 2)
     pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255
-    row = (pixels - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    row = (pixels - np.array([0.485, 0.456, 0.406], np.float32)) / np.array([0.229, 0.224, 0.225], np.float32)
     return row.transpose(2, 0, 1)[None]
 
 
