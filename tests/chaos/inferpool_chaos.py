@@ -1,4 +1,4 @@
-"""A backend that misbehaves on demand, deterministically; found through its entry point.
+"""A backend that misbehaves on demand and deterministically; its entry point registers it.
 
 A `.chaos` file is JSON: `{"row": [4], "run_ms": 0, "row_ms": 0, "mix": false, "first": -1}`. It takes "x",
 FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`: the sum of each row times
@@ -21,11 +21,11 @@ from inferpool.errors import LoadError
 from inferpool.tensors import Signature, Tensors, TensorSpec
 
 RAISE = -1001.0
-"""The run raises, and quotes what it was given."""
+"""The run raises an error that quotes its input."""
 DIE = -1002.0
 """The run ends its thread."""
 WRONG_ROWS = -1003.0
-"""The run gives one row more than it was given, where it was given several."""
+"""The run returns one row too many, if it has several."""
 WAIT = -1004.0
 """The run waits until somebody opens `run_gate` for writing."""
 
@@ -39,7 +39,7 @@ def open_gate(gate: Path) -> None:
 
 
 def expected(rows: np.ndarray) -> np.ndarray:
-    """What the model answers for these rows, each alone."""
+    """The model's outputs for these rows, each run alone."""
     return rows.reshape(len(rows), -1).astype(np.float64).sum(axis=1) * 3 + 1
 
 

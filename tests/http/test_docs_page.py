@@ -1,4 +1,4 @@
-"""The page of the API: it and all that it shows come from the server itself."""
+"""The page of the API: the page and all its files come from the server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = {"script": "text/javascript", "stylesheet": "text/css", "shortcut icon":
 
 
 class Named(HTMLParser):
-    """What a page loads, by what it is."""
+    """The addresses that a page loads, by their kind."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Named(HTMLParser):
 def test_every_file_of_the_page_comes_from_the_server(bundled: Server) -> None:
     page = bundled.get("/docs")
     assert page.status_code == 200
-    assert "//" not in page.text, "nothing of another host"
+    assert "//" not in page.text, "the page names no other host"
     named = Named(page.text).addresses
     assert named.keys() == KINDS.keys()
     for kind, address in named.items():
@@ -60,10 +60,10 @@ def test_other_files_are_not_found(bundled: Server, path: str) -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium: apt-get install chromium")
 def test_a_browser_without_other_hosts_shows_the_routes(bundled: Server, tmp_path: Path) -> None:
     command = [
-        # Its sandbox cannot be had by root, nor in most containers; the page is our own.
+        # The sandbox does not work for root or in most containers; the page is our own.
         *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
         *(f"--user-data-dir={tmp_path}", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
-        # Its own clock, which waits for what is being loaded, and then for what the page does with it.
+        # The virtual clock waits until the files are loaded and the page has used them.
         *("--virtual-time-budget=10000", "--dump-dom", f"{bundled.url}/docs"),
     ]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

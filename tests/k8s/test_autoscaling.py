@@ -1,4 +1,4 @@
-"""The formulas of autoscaling, as they stand in the manifests, evaluated by Prometheus itself.
+"""The formulas of autoscaling in the manifests, evaluated by Prometheus.
 
 Twice: over made-up series, where the right answer is known exactly, and over real servers under load.
 """
@@ -43,7 +43,7 @@ def scaled_object(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="module")
 def by_pod() -> Formulas:
-    """The adapter's queries by the name of their metric, filled in as the adapter does for pods."""
+    """The adapter's queries by metric name, with the placeholders filled as the adapter does for pods."""
     config = only(render(MANIFESTS / "prometheus-adapter"), "ConfigMap")["data"]["config.yaml"]
     return {
         rule["name"]["as"]: rule["metricsQuery"]
@@ -81,7 +81,7 @@ def test_the_autoscalers_agree(
 
 
 def busy(pod: str, model: str, share: float, instances: int = 1, **labels: str) -> dict[str, str]:
-    """Series of a model whose instances are busy for so great a share of ten minutes."""
+    """Series of a model whose instances are busy for this share of ten minutes."""
     text = _labels(pod=pod, model=model, version="1", **labels)
     step = 6 * share * instances
     return {
@@ -91,12 +91,12 @@ def busy(pod: str, model: str, share: float, instances: int = 1, **labels: str) 
 
 
 def web(pod: str, share: float, **labels: str) -> dict[str, str]:
-    """The series of a web thread that is busy for so great a share of ten minutes."""
+    """The series of a web thread that is busy for this share of ten minutes."""
     return {f"inferpool_web_busy_seconds_total{{{_labels(pod=pod, **labels)}}}": f"0+{6 * share}x60"}
 
 
 def wait(pod: str, model: str, seconds: float, **labels: str) -> dict[str, str]:
-    """The series of a model whose queue is so long."""
+    """The series of a model whose queue holds this many seconds of work."""
     text = _labels(pod=pod, model=model, version="1", **labels)
     return {f"inferpool_queue_wait_seconds{{{text}}}": f"{seconds}x60"}
 
@@ -107,7 +107,7 @@ def _labels(**labels: str) -> str:
 
 
 def gone(series: dict[str, str]) -> dict[str, str]:
-    """The same, of a pod that went away half a minute before the end."""
+    """The series of a pod that left half a minute before the end."""
     return {name: values.replace("x60", "x55") + " stale" for name, values in series.items()}
 
 
@@ -174,7 +174,7 @@ def test_formulas_over_series_with_known_results(
         ("inferpool_wait_seconds", "wait", waits),
     ):
         samples = [{"labels": f'{{pod="{pod}"}}', "value": value} for pod, value in answer.items()]
-        # Rounded, as sums of floats are not exact; -0 and 0 are one value.
+        # Rounded, because sums of floats are inexact; -0 and 0 are the same value.
         expected += [
             _expectation(f"round({by_pod[name]}, 1e-6)", samples),
             _expectation(f"round({total[short]}, 1e-6)", [{"labels": "{}", "value": sum(answer.values())}]),
@@ -195,19 +195,19 @@ def _expectation(query: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def desired(pods: int, average: float, target: float) -> int:
-    """What a HorizontalPodAutoscaler makes of an AverageValue; it lets a tenth of a difference be."""
+    """The pods that a HorizontalPodAutoscaler chooses for an AverageValue, with its tolerance of 10 %."""
     ratio = average / target
     return pods if abs(ratio - 1) <= 0.1 else math.ceil(pods * ratio)
 
 
 def quicker(query: str) -> str:
-    """The same over a window that suits scrapes of every second, where ten seconds are usual."""
+    """The formula with a window for scrapes every second instead of every ten seconds."""
     assert "[1m]" in query
     return query.replace("[1m]", "[6s]")
 
 
 class Load:
-    """Clients that ask servers for models, each `rate` times a second, or without a pause."""
+    """Clients that send requests for models, each `rate` times a second or without a pause."""
 
     def __init__(self, urls: list[str], models: list[str], clients: int, rate: float = math.inf) -> None:
         self._loop = asyncio.new_event_loop()
@@ -243,7 +243,7 @@ PODS = ("inferpool-a", "inferpool-b")
 
 @pytest.fixture
 def urls(serve: Serve, make_chaos: MakeChaos) -> list[str]:
-    """Two servers of two models with one instance each, which take 50 ms a request and batch nothing."""
+    """Two servers of two models with one instance each, 50 ms per request and no batching."""
     config = "[batching]\nenabled = false\n[instances]\ncount = 1\n"
     for name in ("x", "y"):
         repository = make_chaos(name, run_ms=50, config=config)
@@ -259,7 +259,7 @@ def prometheus(urls: list[str], tmp_path: Path) -> Iterator[Prometheus]:
 
 
 def every(low: float, high: float) -> Callable[[dict[Labels, float]], bool]:
-    """Whether both pods are there, each between these."""
+    """Whether both pods have values, each within these limits."""
     pods = {frozenset({("pod", pod)}) for pod in PODS}
     return lambda answer: answer.keys() == pods and all(low <= n <= high for n in answer.values())
 
@@ -284,20 +284,19 @@ def test_the_number_of_pods_follows_the_load_of_real_servers(
             desired(len(PODS), average[wait_by_pod], wait_target),
         )
 
-    # Nothing to do: there is an answer all the same, for each pod, and it is about 0.
+    # Without load each pod still has a value, which is about 0.
     prometheus.wait_for(busy_by_pod, every(0.0, 0.1))
     prometheus.wait_for(wait_by_pod, every(0.0, 0.0))
     assert wished() <= 1
 
-    # Ten requests a second of 50 ms for each model: half of what an instance can do. Two models that are
-    # half busy are no busy pod.
+    # Ten requests a second of 50 ms keep an instance half busy. A pod with two half-busy models is half busy.
     with Load(urls, ["x", "y"], clients=1, rate=10):
         prometheus.wait_for(busy_by_pod, every(0.4, 0.65))
         prometheus.wait_for(busy_total, lambda answer: 0.8 <= answer.get(frozenset(), 0) <= 1.3)
         half = wished()
         assert 1 <= half <= len(PODS)
 
-    # More than can be done, of one model: eight clients wait in turn, seven of them in the queue.
+    # Overload of one model: of eight clients, seven wait in the queue.
     with Load(urls, ["x"], clients=8):
         prometheus.wait_for(busy_by_pod, every(0.9, 1.1))
         prometheus.wait_for(wait_by_pod, every(0.25, 0.45))

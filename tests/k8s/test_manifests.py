@@ -1,4 +1,4 @@
-"""The manifests: what kustomize makes of them fits Kubernetes, the server, and itself."""
+"""The rendered manifests fit Kubernetes, the server and each other."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ WAYS = [
 
 @pytest.fixture(scope="module", params=OVERLAYS)
 def overlay(request: pytest.FixtureRequest) -> list[Manifest]:
-    """An overlay as it stands."""
+    """The rendered manifests of an overlay."""
     return render(MANIFESTS / "overlays" / request.param)
 
 
@@ -69,11 +69,11 @@ def test_the_components_combine_in_every_way(name: str, way: list[str], tmp_path
     assert ("HorizontalPodAutoscaler" in kinds) == ("hpa" in way)
     assert ("ScaledObject" in kinds) == ("keda" in way)
     assert ({"PodMonitor", "PrometheusRule"} <= kinds) != ("no-prometheus-operator" in way)
-    # An autoscaler and the manifest must not both say how many pods there are.
+    # The autoscaler and the manifest must not both set the number of pods.
     assert ("replicas" in only(manifests, "Deployment")["spec"]) != bool({"hpa", "keda"} & {*way})
     variables = environ(server_of(manifests))
     assert ("OTEL_EXPORTER_OTLP_ENDPOINT" in variables) == ("otel" in way)
-    # The server's own variables stay, and whoever may call it stays the same.
+    # The server keeps its own variables and its permitted clients.
     assert environ(server_of(_base())).items() <= variables.items()
     policy, plain = (only(some, "NetworkPolicy")["spec"] for some in (manifests, _base()))
     assert bool(policy["egress"]) == ("otel" in way)
@@ -90,7 +90,7 @@ def _base() -> list[Manifest]:
 
 
 def test_the_network_policy_lets_spans_out(tmp_path: Path) -> None:
-    """To the collector that the variable names, and to the DNS that knows where it is; nowhere else."""
+    """The policy allows the collector in the variable and the DNS, and no other destination."""
     manifests = render_with(tmp_path / "k8s", "cpu", ["otel"])
     dns, collector = only(manifests, "NetworkPolicy")["spec"]["egress"]
     endpoint = urlsplit(environ(server_of(manifests))["OTEL_EXPORTER_OTLP_ENDPOINT"])
@@ -126,7 +126,7 @@ def test_the_schemas_refuse_unknown_fields(file: str, path: tuple[Any, ...]) -> 
 
 
 def _check_pod(spec: Manifest) -> None:
-    """What the Pod Security Standard "restricted" asks for, and a read-only root beside."""
+    """The Pod Security Standard "restricted" and a read-only root."""
     assert spec["securityContext"]["runAsNonRoot"]
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
@@ -174,10 +174,12 @@ def test_the_port_is_the_servers(overlay: list[Manifest]) -> None:
 
 
 def test_the_grace_period_covers_settling_draining_and_closing(overlay: list[Manifest]) -> None:
-    """The kubelet counts the time of preStop into the grace period, and kills at its end."""
+    """The grace period includes the time of preStop; the kubelet kills the pod at its end."""
     container = server_of(overlay)
     settings = read_settings({}, environ(container))
-    assert settings.drain_settle_s > _until_not_ready(container), "who asks for readiness must have seen it"
+    assert settings.drain_settle_s > _until_not_ready(container), (
+        "the probes must see that the pod is not ready"
+    )
     needed = (
         container["lifecycle"]["preStop"]["sleep"]["seconds"]
         + settings.drain_settle_s
@@ -220,7 +222,7 @@ def test_only_the_gpu_overlay_asks_for_a_gpu() -> None:
 
 
 def test_threads_are_sized_by_a_whole_number_of_cores(overlay: list[Manifest]) -> None:
-    """A quota makes the server take so many threads; as much must be requested for them to run."""
+    """The quota sets the number of threads; the request must cover as many cores."""
     resources = server_of(overlay)["resources"]
     assert int(resources["limits"]["cpu"]) >= 1
     assert resources["requests"]["cpu"] == resources["limits"]["cpu"]
@@ -228,7 +230,9 @@ def test_threads_are_sized_by_a_whole_number_of_cores(overlay: list[Manifest]) -
 
 def test_the_rules_are_those_of_compose(overlay: list[Manifest]) -> None:
     rules = yaml.safe_load((ROOT / "docker" / "prometheus" / "rules.yml").read_text())
-    assert only(overlay, "PrometheusRule")["spec"] == rules, "prometheusrule.yaml says how it is made"
+    assert only(overlay, "PrometheusRule")["spec"] == rules, (
+        "regenerate prometheusrule.yaml as its first lines say"
+    )
 
 
 def test_the_job_has_the_name_that_the_rules_ask_for(overlay: list[Manifest]) -> None:
@@ -249,7 +253,7 @@ def test_rules_and_formulas_name_exported_metrics(overlay: list[Manifest]) -> No
 
 
 def adapter_rules() -> list[Manifest]:
-    """The rules of prometheus-adapter, out of the ConfigMap in which it gets them."""
+    """The rules of prometheus-adapter, from its ConfigMap."""
     config = only(render(MANIFESTS / "prometheus-adapter"), "ConfigMap")["data"]["config.yaml"]
     rules: list[Manifest] = yaml.safe_load(config)["rules"]
     return rules
@@ -266,7 +270,7 @@ def test_kserve_finds_runtime_format_and_protocol() -> None:
     assert model["modelFormat"] in formats
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
     (container,) = runtime["spec"]["containers"]
-    # The name by which KServe finds the container that it fills in.
+    # KServe finds the container by this name.
     assert container["name"] == "kserve-container"
     assert container["args"] == ["serve", "/mnt/models"]
     settings = read_settings({}, environ(container))
@@ -275,7 +279,7 @@ def test_kserve_finds_runtime_format_and_protocol() -> None:
 
 
 def test_a_service_of_kserve_answers_under_its_name(serve: Serve, tmp_path: Path) -> None:
-    """What its claim holds is mounted at /mnt/models; its clients ask for the model of the service's name."""
+    """The claim is mounted at /mnt/models; clients name the model like the service."""
     manifests = render(MANIFESTS / "kserve")
     (container,) = only(manifests, "ClusterServingRuntime")["spec"]["containers"]
     name = only(manifests, "InferenceService")["metadata"]["name"]

@@ -1,4 +1,4 @@
-"""Start the server as the command does, but for a load that holds up the next one for a moment only."""
+"""The command, but a slow load delays the next load for a moment only."""
 
 from __future__ import annotations
 

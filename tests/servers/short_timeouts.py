@@ -1,4 +1,4 @@
-"""Start the server as the command does, but for the time that connections and slow clients are given."""
+"""The command with short timeouts for idle connections and slow clients."""
 
 from __future__ import annotations
 

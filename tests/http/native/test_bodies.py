@@ -1,4 +1,4 @@
-"""Forms with files, and what is packed with gzip on its way in and out."""
+"""Forms with files, and compressed requests and responses."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_v2_bodies_are_capped_after_decompression(serve: Serve, make_chaos: Make
 
 
 def minor_faults(server: Server) -> int:
-    """Pages that the kernel has had to give the process so far."""
+    """The number of page faults of the process so far."""
     return int(Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[7])
 
 

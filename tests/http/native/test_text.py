@@ -1,4 +1,4 @@
-"""Sentences over HTTP: every way of sending them answers what the model gives for that sentence alone."""
+"""Sentences over HTTP: in every format, the answer is the model's output for that sentence alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_rows(outputs: dict[str, Any], sentences: list[str], model: Alone) -> N
         length = want["tokens"].shape[1]
         np.testing.assert_allclose(pooled, want["pooled"][0], atol=1e-5)
         np.testing.assert_allclose(np.array(tokens)[:length], want["tokens"][0], atol=1e-5)
-        assert not np.array(tokens)[length:].any(), "nothing but zeros follows a row's own tokens"
+        assert not np.array(tokens)[length:].any(), "a row's own tokens are followed by zeros only"
 
 
 @pytest.mark.parametrize("name", ["masked", "leaky", "apart"])
@@ -101,8 +101,8 @@ def test_requests_at_once_answer_as_each_alone(server: Server, alone: dict[str, 
         for turn in range(6)
     )
     if name == "masked":
-        assert ran < 24 * 6, "rows of several requests shared batches"
-        assert padded > 0, "rows of different lengths, too"
+        assert ran < 24 * 6, "rows of several requests share batches"
+        assert padded > 0, "rows of different lengths share batches"
     else:
         assert padded == 0
 
@@ -167,7 +167,7 @@ def test_a_value_that_is_not_a_sentence_is_refused_by_name(
 
 
 def test_the_limits_of_a_text_are_stated(server: Server) -> None:
-    """By the members that the README names."""
+    """The error has the documented members."""
     answer = server.post("/predict/masked", json={"inputs": ["w" * 1_000_001]})
     assert (answer.status_code, answer.json()["limit"]) == (413, 1_000_000)
     answer = server.post("/predict/masked", json={"inputs": ["w1"] * 10_001})
@@ -283,7 +283,7 @@ TOKENS = [
 def test_the_document_allows_every_accepted_body(
     server: Server, path: str, inputs: Any, is_right: bool
 ) -> None:
-    """Sentences, one at least, or everything that they stand for: the document and the server agree."""
+    """The document and the server agree on sentences, at least one, and on the inputs that they replace."""
     body = {"inputs": inputs}
     document = server.get("/openapi.json").json()
     schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -301,7 +301,7 @@ def test_a_wrong_tokenizer_fails_its_model_alone(server: Server) -> None:
 
 
 def test_deadlines_and_lost_clients_end_whole_requests(server: Server) -> None:
-    """A request that runs in parts is answered once, and leaves nothing behind, however it ends."""
+    """A split request is answered once and leaves nothing behind, whatever its outcome."""
 
     async def scenario() -> None:
         body = json.dumps({"inputs": SENTENCES * 8}).encode()

@@ -1,4 +1,4 @@
-"""Texts, token ids and tokenizers that nothing good can come of cost their neighbours nothing."""
+"""Faulty texts, token ids and tokenizers cost other requests and models nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.text_models import WORDS, write_encoder
 
 TABLE = "[text]\nmax_tokens = 128\n"
 HIGHEST = 3 + len(WORDS)
-"""The last id of the vocabulary."""
+"""The largest id in the vocabulary."""
 IN_FLIGHT_BYTES = 4_000_000
 MIXED = [" ".join(WORDS[:126]), *["w1"] * 999]
-"""Joined, each row is as long as the first: 1000 rows of 128 tokens of 16 numbers take 8 MB."""
+"""A joined response has rows of equal length: 1000 rows of 128 tokens with 16 numbers take 8 MB."""
 
 
 def change_tokenizer(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -29,7 +29,7 @@ def change_tokenizer(model: Path, change: Callable[[dict[str, Any]], None]) -> N
 
 
 def forget_names(file: Path) -> None:
-    """Let the model's file no longer say which of its dimensions are the same."""
+    """Remove from the model's file the names of its dimensions."""
     model = onnx.load(file)
     for value in (*model.graph.input, *model.graph.output):
         for size in value.type.tensor_type.shape.dim:
@@ -88,7 +88,7 @@ def test_a_tokenizer_that_panics_fails_its_model_alone(server: Server) -> None:
 
 @pytest.mark.parametrize("longer", [0, 3000])
 def test_a_tokenizer_that_panics_on_a_text_fails_that_request_alone(server: Server, longer: int) -> None:
-    """In the event loop where the body is small, in another thread where it is not."""
+    """Small bodies are read in the event loop, large ones in another thread."""
     for _ in range(3):
         answer = server.post("/predict/backtracks", json={"inputs": ["x" * 40, "w1 " * longer]})
         assert answer.status_code == 422, answer.text

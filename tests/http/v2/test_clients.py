@@ -1,4 +1,4 @@
-"""Clients of the Open Inference Protocol as their authors publish them, against the real server."""
+"""Published clients of the Open Inference Protocol against a real server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for datatype in ELEMENTS:
         write_identity(folder, datatype, [datatype])
     write_identity(folder, "scalar", ["FP32"], ())
-    # ONNX Runtime has no way to take strings and give BF16 in one run.
+    # ONNX Runtime cannot take strings and return BF16 in one run.
     write_identity(folder, "all", [datatype for datatype in ELEMENTS if datatype != "BF16"])
     return folder
 
@@ -57,7 +57,7 @@ def client(bundled: Server) -> Iterator[Any]:
 
 
 def values(datatype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Any bits that are a value of the datatype, the odd ones among them."""
+    """Random values of the datatype, unusual ones included."""
     chance = np.random.default_rng(4)
     count = int(np.prod(shape))
     dtype = np.dtype(triton_to_np_dtype(datatype))
@@ -77,7 +77,7 @@ def values(datatype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def run(file: Path, tensor: np.ndarray) -> np.ndarray:
-    """What ONNX Runtime itself answers, as the protocol's clients show it."""
+    """The outputs of ONNX Runtime, in the form that the protocol's clients return."""
     if tensor.dtype == ml_dtypes.bfloat16:
         return tensor  # its Python API has no arrays of BF16, and the model is an identity
     session = onnxruntime.InferenceSession(file)
@@ -123,7 +123,7 @@ def test_many_datatypes_travel_in_one_request_and_some_as_json(identities: Serve
         if datatype.startswith("FP"):
             tensor = np.arange(8, dtype=tensor.dtype).reshape(2, 4) / 8
         tensors[f"y{index}"] = tensor
-        # Triton's client knows no JSON for FP16.
+        # Triton's client cannot send FP16 as JSON.
         in_json = index % 2 == 0 and datatype != "FP16"
         inputs.append(as_input(f"x{index}", datatype, tensor, binary_data=not in_json))
         outputs.append(triton.InferRequestedOutput(f"y{index}", binary_data=binary))
@@ -300,7 +300,7 @@ def test_kserves_client_infers_and_asks_for_health(bundled: Server, binary: bool
 
 
 def test_perf_analyzer_drives_the_server(bundled: Server, tmp_path: Path) -> None:
-    # Not the command beside it, whose exit status says nothing of the binary's.
+    # The binary itself, because the exit status of the wrapper command is not the binary's.
     spec = importlib.util.find_spec("perf_analyzer")
     binary = Path(spec.origin or "").parent / "bin" / "perf_analyzer" if spec is not None else None
     if binary is None or not binary.exists():

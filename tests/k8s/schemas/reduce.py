@@ -26,11 +26,11 @@ LEFT_OUT: dict[str, list[tuple[str, ...]]] = {
         *(("spec", "predictor", part) for part in ("workerSpec", *FRAMEWORKS)),
     ],
 }
-"""Parts of a kind that are not needed, by their path."""
+"""The paths in a kind that validation does not need."""
 
 
 def strict(schema: Any) -> Any:
-    """A schema without descriptions, which takes no unknown properties."""
+    """The schema without descriptions, closed to unknown properties."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -44,7 +44,7 @@ def strict(schema: Any) -> Any:
         made.pop("type", None)
     pattern = made.get("pattern")
     if isinstance(pattern, str):
-        # Go takes flags anywhere, Python at the front.
+        # Go accepts flags anywhere, Python at the start only.
         made["pattern"] = pattern.replace("^(?i)", "(?i)^")
     if "properties" in made and not schema.get("x-kubernetes-preserve-unknown-fields"):
         made.setdefault("additionalProperties", False)
@@ -52,14 +52,14 @@ def strict(schema: Any) -> Any:
 
 
 def reduced(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a kind, without its status and what is left out of it."""
+    """The schema of a kind without its status and the paths in `LEFT_OUT`."""
     for *parents, part in (("status",), *LEFT_OUT.get(kind, ())):
         inner = schema
         for parent in parents:
             inner = inner["properties"][parent]
         inner["properties"].pop(part, None)
     made: dict[str, Any] = strict(schema)
-    # The API server's own, which a definition leaves open.
+    # The API server defines the metadata; a CustomResourceDefinition leaves it open.
     made["properties"]["metadata"] = {"type": "object"}
     return made
 
