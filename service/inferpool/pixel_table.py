@@ -1,7 +1,7 @@
-"""Pictures on their way into a model: pixels of 8 bits, and the number that each value of a pixel becomes.
+"""The normalisation of pictures by a table: 8-bit pixels in, the model's numbers out.
 
-There are but 256 values, so that normalising a pixel is looking it up in a table, which was computed once.
-The codec does so on the CPU, a model on a GPU does it there, by the same table: both get the same bits.
+A pixel has 256 possible values, so normalising it is a look-up in a table that was computed once. The codec
+does this on the CPU, or the model does it on the GPU. Both use the same table and get the same bits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from inferpool.tensors import ANY, Array, Tensors, TensorSpec
 class Normalisation:
     """How the pixels of one input are normalised.
 
-    Pixels are rows of UINT8, `[rows, height, width, channels]`; what the input takes is another datatype.
+    Pixels are UINT8 of shape `[rows, height, width, channels]`. The input itself has another datatype.
 
     Attributes:
-        input: its name.
+        input: the name of the input.
         layout: the order of a row's dimensions in the model: `CHW`, `HWC` or `HW`.
-        height: of every picture, in pixels, and `width` likewise.
-        values: what each of the 256 values becomes, in the input's dtype: [channels, 256].
+        height: the height of every picture, in pixels.
+        width: the width of every picture, in pixels.
+        values: the number for each of the 256 pixel values, in the input's dtype: [channels, 256].
     """
 
     input: str
@@ -35,33 +36,33 @@ class Normalisation:
 
     @property
     def channels(self) -> int:
-        """One for grey, three for colours."""
+        """The number of channels: 1 for grey, 3 for colours."""
         return len(self.values)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """The shape of a row as the model takes it."""
+        """The shape of a row that the model takes."""
         sizes = {"C": self.channels, "H": self.height, "W": self.width}
         return tuple(sizes[axis] for axis in self.layout)
 
     @property
     def spec(self) -> TensorSpec:
-        """What the input looks like before."""
+        """The spec of the pixels, before normalisation."""
         return TensorSpec(self.input, "UINT8", (ANY, self.height, self.width, self.channels))
 
     def is_among(self, inputs: Tensors) -> bool:
-        """Whether `inputs` have pixels, and not numbers that have been normalised."""
+        """Whether `inputs` contain pixels instead of normalised numbers."""
         tensor = inputs.get(self.input)
         return tensor is not None and tensor.dtype == np.uint8
 
     def normalise(self, pixels: Array) -> Array:
-        """The rows that the model takes of `pixels`, C-contiguous."""
+        """Normalise `pixels` to the rows that the model takes, C-contiguous."""
         shape = (len(pixels), *self.row_shape)
         if self.channels == 1:
             row: Array = self.values[0].take(pixels)
             return row.reshape(shape)
         rows = np.empty(shape, self.values.dtype)
-        # No place can be beyond a table of all values, but numpy would look, through a copy of what it gives.
+        # `clip` changes nothing, because every index is in the table. The default mode would check and copy.
         if self.layout == "CHW":
             for channel, values in enumerate(self.values):
                 values.take(pixels[..., channel], out=rows[:, channel], mode="clip")
@@ -74,7 +75,7 @@ class Normalisation:
 def run_shapes(
     parts: Sequence[Tensors], rows: int | None, normalisation: Normalisation | None
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a run's inputs as the model takes them: of the rows that come, or of so many."""
+    """The shapes of a run's inputs that the model takes, with `rows` rows, or as many as the tensors have."""
     shapes = {
         name: tensor.shape if rows is None else (rows, *tensor.shape[1:]) for name, tensor in parts[0].items()
     }

@@ -140,7 +140,7 @@ def test_without_memory_for_large_batches_smaller_ones_run(serve: Serve, tmp_pat
     assert server.post("/predict/m", json={"inputs": {"x": rows}}).json()["outputs"]["y"] == [2.0**20] * 64
 
 
-def test_what_tf32_changes_is_shown(serve: Serve, tmp_path: Path) -> None:
+def test_the_differences_of_tf32_are_shown(serve: Serve, tmp_path: Path) -> None:
     copy_digits(tmp_path / "repository" / "m", "[gpu]\ntf32 = true")
     server = serve(tmp_path / "repository", "--devices", "cuda:0")
     version = server.get("/models/m/1").json()
@@ -148,7 +148,7 @@ def test_what_tf32_changes_is_shown(serve: Serve, tmp_path: Path) -> None:
     assert version["gpu"]["precision"].startswith("TF32; its outputs differ from those of FP32 by ")
 
 
-def test_fp16_runs_there_and_what_it_changes_is_shown(serve: Serve, tmp_path: Path) -> None:
+def test_fp16_runs_on_a_gpu_and_its_differences_are_shown(serve: Serve, tmp_path: Path) -> None:
     """The converted graph has kernels for all of its nodes, and is replayed as FP32 is."""
     repository = tmp_path / "repository"
     copy_digits(repository / "half", "[gpu]\nfp16 = true")
@@ -188,7 +188,7 @@ def test_fp16_that_loses_numbers_has_failed(serve: Serve, tmp_path: Path) -> Non
     assert 'in FP16 output "y" is no finite number' in version["reason"]
 
 
-def test_closed_a_model_gives_its_memory_back() -> None:
+def test_close_frees_the_memory_of_a_model() -> None:
     """By the driver's count, but for what CUDA itself keeps in a process that has used it."""
     backend = find_backend("onnx")
     options = LoadOptions(device="cuda:0")
@@ -222,7 +222,7 @@ IMAGES = '[[inputs]]\nname = "input"\ndatatype = "FP32"\nshape = [-1, 1, 8, 8]\n
 
 @pytest.mark.parametrize("config", ["", "[gpu]\nfp16 = true\n", "[gpu]\ngraphs = false\n"])
 @pytest.mark.parametrize("kind", ["script", "program"])
-def test_pytorch_runs_there_too(kind: str, config: str, serve: Serve, tmp_path: Path) -> None:
+def test_pytorch_runs_on_a_gpu(kind: str, config: str, serve: Serve, tmp_path: Path) -> None:
     """TorchScript and exported programs answer as on the CPU, replayed or not, and in FP16 nearly so."""
     torch = pytorch()
     networks = importlib.import_module("tests.backends.torch.networks")
@@ -252,7 +252,7 @@ def test_pytorch_runs_there_too(kind: str, config: str, serve: Serve, tmp_path: 
         np.testing.assert_allclose(numbers, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
 
 
-def test_what_cannot_be_recorded_is_told_and_served(serve: Serve, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_recorded_is_served_with_a_reason(serve: Serve, tmp_path: Path) -> None:
     """How many rows come out only the data say, and the host has to know it in the middle of the run."""
     pytorch()
     networks = importlib.import_module("tests.backends.torch.networks")
@@ -268,7 +268,7 @@ def test_what_cannot_be_recorded_is_told_and_served(serve: Serve, tmp_path: Path
     assert [*answer.json()["outputs"].values()] == [[[1, 2]]]
 
 
-def test_a_model_of_pytorch_gives_its_memory_back_with_its_graphs(tmp_path: Path) -> None:
+def test_close_frees_the_memory_of_a_pytorch_model_and_its_graphs(tmp_path: Path) -> None:
     """By the driver's count, after every batch size was recorded."""
     torch = pytorch()
     networks = importlib.import_module("tests.backends.torch.networks")

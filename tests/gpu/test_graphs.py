@@ -36,7 +36,7 @@ def answer(server: Any, model: str, rows: Any) -> Any:
     return np.array(numbers)
 
 
-def test_replayed_runs_answer_as_plain_ones(serve: Serve, tmp_path: Path) -> None:
+def test_replayed_runs_give_the_outputs_of_plain_runs(serve: Serve, tmp_path: Path) -> None:
     """For rows that come and go, on every size of a batch, over and over."""
     repository = tmp_path / "repository"
     copy_digits(repository / "replayed")
@@ -85,7 +85,7 @@ def test_a_model_that_cannot_be_captured_is_served_and_says_why(serve: Serve, tm
     assert answer(server, "places", np.eye(2)).tolist() == [[0, 1], [0, 1]]
 
 
-def test_captures_beside_other_runs_break_neither() -> None:
+def test_captures_and_other_runs_do_not_disturb_each_other() -> None:
     """One thread loads models and captures, in CUDA's global mode, while another allocates and runs."""
     backend, file = find_backend("onnx"), DIGITS / "1" / "model.onnx"
     serving = backend.load(file, LoadOptions("cuda:0"))

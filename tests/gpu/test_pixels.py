@@ -44,9 +44,9 @@ def ask_at_once(server: Any, bodies: list[tuple[bytes, Any]], output: str) -> No
     def ask(body: bytes, rows: Any) -> None:
         seen = server.post("/predict/m", content=body, headers={"content-type": "image/png"})
         given = server.post("/predict/m", json={"inputs": {name: rows.tolist()}})
-        pair = [answer.json()["outputs"][output] for answer in (seen, given)]
+        pair = tuple(answer.json()["outputs"][output] for answer in (seen, given))
         # In a batch of another size a runtime may add up in another order.
-        if not np.allclose(*pair, rtol=1e-4, atol=1e-5):
+        if not np.allclose(pair[0], pair[1], rtol=1e-4, atol=1e-5):
             wrong.append(pair)
 
     threads = [threading.Thread(target=ask, args=pair) for pair in bodies]
@@ -85,7 +85,7 @@ def test_onnx_models_get_the_bits_that_the_codec_would_give(
     ask_at_once(server, bodies, "y")
 
 
-def test_inputs_of_fp16_and_fp64_are_normalised_there_too(serve: Serve, tmp_path: Path) -> None:
+def test_fp16_and_fp64_inputs_are_normalised_on_a_gpu(serve: Serve, tmp_path: Path) -> None:
     for name, element in (("half", TensorProto.FLOAT16), ("double", TensorProto.DOUBLE)):
         ends = [value("x", ["n", 3, 24, 20], element)], [value("y", ["n", 3, 24, 20], element)]
         graph = helper.make_graph([node("Identity", ["x"], ["y"])], "g", *ends)
@@ -102,9 +102,7 @@ def test_inputs_of_fp16_and_fp64_are_normalised_there_too(serve: Serve, tmp_path
 
 
 @pytest.mark.parametrize("config", ["", "[gpu]\ngraphs = false\n"])
-def test_models_of_pytorch_answer_pictures_as_they_do_numbers(
-    config: str, serve: Serve, tmp_path: Path
-) -> None:
+def test_pytorch_models_give_the_same_outputs_for_pictures(config: str, serve: Serve, tmp_path: Path) -> None:
     torch = pytorch()
     networks = importlib.import_module("tests.backends.torch.networks")
     network = networks.digits()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Whoever opens one of NVIDIA's libraries gets a fake of its own; the names that were asked for."""
+def opened(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace NVIDIA's libraries by a fresh fake; gives the names of the libraries that were opened."""
     asked: list[str] = []
     fresh = shutil.copy(library, tmp_path / "libfake.so")
     real = ctypes.CDLL
@@ -49,7 +49,7 @@ def opened(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     return asked
 
 
-def test_the_driver_tells_of_every_card_in_its_own_order(opened: list[str]) -> None:
+def test_the_driver_lists_every_gpu_in_its_own_order(opened: list[str]) -> None:
     driver = _CudaDriver()
     assert opened == []
     assert (driver.unavailable_reason(), driver.cuda()) == (None, (13, 2))
@@ -70,7 +70,7 @@ def test_the_driver_tells_of_every_card_in_its_own_order(opened: list[str]) -> N
                 " combination (CUDA error 803)"),
     ],
 )  # fmt: skip
-def test_a_driver_that_cannot_be_used_says_why(
+def test_an_unusable_driver_gives_the_reason(
     status: str, fault: str, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_CUINIT", status)
@@ -80,7 +80,7 @@ def test_a_driver_that_cannot_be_used_says_why(
     assert driver.gpus() == []
 
 
-def test_memory_is_copied_both_ways_when_it_has_been_waited_for_and_given_back(opened: list[str]) -> None:
+def test_copies_are_complete_after_wait_and_close_frees_all_memory(opened: list[str]) -> None:
     memory = CudaMemory(3, 13)
     assert opened == ["libcudart.so.13"]
     host, back = memory.host(1000), memory.host(1000)
@@ -96,7 +96,7 @@ def test_memory_is_copied_both_ways_when_it_has_been_waited_for_and_given_back(o
     assert memory._library.fakeLeft() == 0
 
 
-def test_memory_that_is_not_there_is_out_of_memory(opened: list[str]) -> None:
+def test_a_failed_allocation_raises_out_of_memory(opened: list[str]) -> None:
     memory = CudaMemory(3, 13)
     for take in (memory.host, memory.device):
         with pytest.raises(OutOfMemory, match="CUDA: out of memory"):
@@ -106,7 +106,7 @@ def test_memory_that_is_not_there_is_out_of_memory(opened: list[str]) -> None:
         memory._check(1)
 
 
-def test_a_session_runs_from_and_to_that_memory(opened: list[str]) -> None:
+def test_a_session_reads_and_writes_the_memory(opened: list[str]) -> None:
     """ONNX Runtime on the CPU, for which the fake card's memory is as good as any: copies are in order."""
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in ("a", "b", "product")

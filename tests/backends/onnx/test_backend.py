@@ -68,14 +68,14 @@ def tensors_of(datatype: str, **sides: int) -> st.SearchStrategy[Array]:
     return bits.map(lambda array: array.view(dtype))
 
 
-def test_every_datatype_of_the_protocol_is_one_of_the_runtimes() -> None:
+def test_the_runtime_has_every_datatype_of_the_protocol() -> None:
     assert set(DATATYPES.values()) == set(DTYPES) == set(graphs.ELEMENTS)
 
 
 @pytest.mark.parametrize("datatype", DTYPES)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_every_bit_of_every_datatype_comes_back(
+def test_every_datatype_survives_a_round_trip(
     identities: dict[str, LoadedModel], datatype: str, data: st.DataObject
 ) -> None:
     tensor = data.draw(tensors_of(datatype))
@@ -126,7 +126,7 @@ def test_the_layout_in_memory_changes_nothing(
     assert same(taken, before)
 
 
-def test_arithmetic_is_the_runtimes_own_bit_for_bit(tmp_path: Path) -> None:
+def test_outputs_equal_those_of_the_runtime_bit_for_bit(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     weights = constant("w", "FP32", rng.standard_normal((5, 3)).astype(np.float32))
     built = model(
@@ -152,7 +152,7 @@ def test_arithmetic_is_the_runtimes_own_bit_for_bit(tmp_path: Path) -> None:
 # Outputs.
 
 
-def test_outputs_come_as_they_are_asked_for(tmp_path: Path) -> None:
+def test_only_the_requested_outputs_are_returned_in_order(tmp_path: Path) -> None:
     given = [value(name, "FP32", ["n"]) for name in ("a", "b", "c")]
     built = model([node("Identity", ["x"], [out.name]) for out in given], [value("x", "FP32", ["n"])], given)
     loaded = load(built, tmp_path)
@@ -180,9 +180,7 @@ def test_an_input_may_be_an_output_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("datatype", ["FP32", "BF16", "INT64", "BOOL"])
-def test_constant_outputs_stay_constant_whatever_is_done_with_an_answer(
-    tmp_path: Path, datatype: str
-) -> None:
+def test_changing_a_returned_constant_changes_no_later_output(tmp_path: Path, datatype: str) -> None:
     first = np.array([1, 0], DTYPES[datatype])
     built = model([], [], [value("y", datatype, [2])], [constant("y", datatype, first)])
     loaded = load(built, tmp_path)
@@ -211,7 +209,7 @@ def test_constant_outputs_stay_constant_whatever_is_done_with_an_answer(
     ],
 )
 @pytest.mark.parametrize("datatype", ["FP32", "BF16", "BYTES"])
-def test_the_signature_says_which_sizes_are_open(
+def test_the_signature_has_dimensions_of_any_size(
     tmp_path: Path, datatype: str, shape: graphs.Shape, expected: tuple[int, ...] | None
 ) -> None:
     signature = load(identity(datatype, shape), tmp_path).signature
@@ -219,7 +217,7 @@ def test_the_signature_says_which_sizes_are_open(
     assert signature.outputs == (TensorSpec("y", datatype, expected),)
 
 
-def test_a_scalar_is_told_from_a_tensor_of_unknown_rank(tmp_path: Path) -> None:
+def test_a_scalar_and_a_tensor_of_unknown_rank_differ(tmp_path: Path) -> None:
     """The runtime gives an empty shape for both."""
     kind = tensor_type("FP32", [])
     built = model(
@@ -266,7 +264,7 @@ def test_a_name_may_hold_anything(tmp_path: Path, datatype: str, name: str) -> N
 
 
 @pytest.mark.parametrize("name", [b"'in", b"'nn"])
-def test_a_name_that_is_no_text_is_refused(tmp_path: Path, name: bytes) -> None:
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, name: bytes) -> None:
     """Protobuf's writers do not allow it; a damaged file may have it, in a name or in a dimension's."""
     file = graphs.save(identity("FP32", ["'nn"], "'in"), tmp_path)
     file.write_bytes(file.read_bytes().replace(name, b"\xff" + name[1:]))
@@ -310,7 +308,7 @@ def test_an_optional_input_may_be_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("datatype", ["FP32", "BF16", "BYTES"])
-def test_an_initialiser_that_is_an_input_is_a_default(tmp_path: Path, datatype: str) -> None:
+def test_an_overridable_initialiser_is_an_optional_input(tmp_path: Path, datatype: str) -> None:
     texts = datatype == "BYTES"
     own, other = ("abc", "xyz") if texts else ((1, 2, 3), (4, 5, 6))
     first, second = (np.array(list(row), DTYPES[datatype]) for row in (own, other))
@@ -333,7 +331,7 @@ def test_an_initialiser_that_is_an_input_is_a_default(tmp_path: Path, datatype: 
     assert same(loaded.run({"x": second})["v"], first)
 
 
-def test_initialisers_among_the_inputs_of_old_models_are_no_inputs(tmp_path: Path) -> None:
+def test_initialisers_listed_as_inputs_by_old_models_are_not_inputs(tmp_path: Path) -> None:
     """Before IR version 4 every initialiser was listed as an input, and none could be set."""
     weights = constant("w", "FP32", np.ones(2, np.float32))
     built = model(
@@ -347,7 +345,7 @@ def test_initialisers_among_the_inputs_of_old_models_are_no_inputs(tmp_path: Pat
     assert [spec.name for spec in load(built, tmp_path).signature.inputs] == ["x"]
 
 
-def test_a_default_of_a_type_without_a_name_cannot_be_set_and_stays(tmp_path: Path) -> None:
+def test_a_default_of_an_unservable_type_keeps_its_value(tmp_path: Path) -> None:
     element = TensorProto.FLOAT8E4M3FN
     built = model(
         [node("Cast", ["w"], ["v"], to=TensorProto.FLOAT), node("Add", ["x", "v"], ["y"])],
@@ -391,7 +389,7 @@ def test_bf16_beside_other_datatypes(tmp_path: Path) -> None:
     assert list(loaded.run({"bits": bits, "x": x}, ("narrow", "wide"))) == ["narrow", "wide"]
 
 
-def test_bf16_goes_in_beside_strings(tmp_path: Path) -> None:
+def test_bf16_inputs_work_beside_strings(tmp_path: Path) -> None:
     built = model(
         [node("Cast", ["bits"], ["wide"], to=TensorProto.FLOAT), node("Identity", ["words"], ["same"])],
         [value("bits", "BF16", ["n"]), value("words", "BYTES", ["n"])],
@@ -402,7 +400,7 @@ def test_bf16_goes_in_beside_strings(tmp_path: Path) -> None:
     assert outputs["same"].tolist() == ["naïve"]
 
 
-def test_bf16_cannot_come_out_beside_what_cannot_be_bound(tmp_path: Path) -> None:
+def test_bf16_outputs_are_refused_beside_unbindable_tensors(tmp_path: Path) -> None:
     bits = value("bits", "BF16", ["n", 2])
     out = value("same", "BF16", ["n", 2])
     words = model(
@@ -458,7 +456,7 @@ def test_several_threads_run_one_model(tmp_path: Path, datatype: str) -> None:
         ({"classlabels_int64s": [3, -1]}, [{3: 0.25, -1: 0.75}, {3: 1.0, -1: 0.0}]),
     ],
 )
-def test_maps_come_out_as_mappings(
+def test_maps_are_returned_as_mappings(
     tmp_path: Path, classes: dict[str, Any], expected: list[dict[str | int, float]]
 ) -> None:
     loaded = load(graphs.zip_map(**classes), tmp_path)
@@ -469,7 +467,7 @@ def test_maps_come_out_as_mappings(
 
 
 @pytest.mark.parametrize("datatype", ["FP32", "INT64", "BYTES", "FP16", "BOOL"])
-def test_sequences_come_out_as_lists_of_arrays(tmp_path: Path, datatype: str) -> None:
+def test_sequences_are_returned_as_lists_of_arrays(tmp_path: Path, datatype: str) -> None:
     kind = helper.make_sequence_type_proto(tensor_type(datatype))
     built = model(
         [node("SequenceConstruct", ["x", "x"], ["pair"])],
@@ -485,7 +483,7 @@ def test_sequences_come_out_as_lists_of_arrays(tmp_path: Path, datatype: str) ->
     assert len(pair) == 2
 
 
-def test_an_optional_output_is_there_or_none(tmp_path: Path) -> None:
+def test_an_optional_output_may_be_none(tmp_path: Path) -> None:
     kind = helper.make_optional_type_proto(tensor_type("FP32", ["n"]))
     built = model([node("Identity", ["x"], ["y"])], [value_of("x", kind)], [value_of("y", kind)])
     loaded = load(built, tmp_path)
@@ -564,7 +562,7 @@ def test_a_sparse_tensor_is_refused_by_name(tmp_path: Path) -> None:
         load(built, tmp_path)
 
 
-def test_every_type_of_the_format_has_a_datatype_or_is_known_to_have_none() -> None:
+def test_every_onnx_element_type_is_known() -> None:
     """onnx.proto numbers them; the installed version may not have the newest yet."""
     elements = {number: name.lower() for name, number in TensorProto.DataType.items() if number}
     unnamed = elements.keys() - set(graphs.ELEMENTS.values())
@@ -616,7 +614,7 @@ def custom(domain: str, **opsets: int) -> bytes:
     ],
     ids=["empty", "garbage", "half", "lfs", "ir", "opset", "operator", "unknown", "output"],
 )
-def test_a_file_that_does_not_load_has_a_reason_of_one_line(
+def test_a_load_error_has_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, reason: str
 ) -> None:
     file = tmp_path / "model.onnx"
@@ -628,7 +626,7 @@ def test_a_file_that_does_not_load_has_a_reason_of_one_line(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_that_is_none_has_a_reason(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_load_errors(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"^missing\.onnx does not exist$"):
         OnnxBackend().load(tmp_path / "missing.onnx", LoadOptions())
     (tmp_path / "folder.onnx").mkdir()
@@ -653,7 +651,7 @@ def test_a_failing_run_raises_and_writes_nothing(tmp_path: Path, capfd: pytest.C
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, len(GOOD) - 1), byte=st.integers(0, 255))
-def test_a_damaged_file_loads_or_has_a_reason(tmp_path: Path, place: int, byte: int) -> None:
+def test_a_damaged_file_loads_or_is_a_load_error(tmp_path: Path, place: int, byte: int) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(GOOD[:place] + bytes([byte]) + GOOD[place + 1 :])
     detail = "it loads"

@@ -193,7 +193,7 @@ def runtime(repository: Path, name: str) -> onnxruntime.InferenceSession:
     )
 
 
-def test_only_what_cannot_be_served_has_failed(server: Server) -> None:
+def test_only_unservable_models_have_failed(server: Server) -> None:
     failed = {
         model["name"]: model["versions"][0]["reason"]
         for model in server.get("/models").json()["models"]
@@ -246,7 +246,7 @@ def test_a_scalar_is_a_number(server: Server, inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[], []], [[1]], [[1, 2, 3], [4, 5, 6]]])
-def test_sizes_that_the_model_leaves_open_are_the_callers(server: Server, rows: list[list[int]]) -> None:
+def test_dimensions_of_any_size_follow_the_request(server: Server, rows: list[list[int]]) -> None:
     headers = {"content-type": "application/x-npy"}
     array = np.array(rows, np.int64).reshape(len(rows), -1 if any(rows) else 0)
     answer = server.post("/predict/matrix", content=npy(array), headers=headers)
@@ -255,7 +255,7 @@ def test_sizes_that_the_model_leaves_open_are_the_callers(server: Server, rows: 
         assert predict(server, "matrix", {"x": rows})["y"] == rows
 
 
-def test_no_rows_are_answered_with_no_rows(server: Server) -> None:
+def test_zero_rows_give_zero_rows(server: Server) -> None:
     array = np.empty((0, 2), np.float32)
     answer = server.post(
         "/predict/same-FP32", content=npy(array), headers={"content-type": "application/x-npy"}
@@ -333,7 +333,7 @@ def test_a_model_may_have_dozens_of_inputs(server: Server) -> None:
     assert '"x17" is missing' in detail
 
 
-def test_a_constant_output_is_answered_whole(server: Server) -> None:
+def test_a_constant_output_keeps_its_shape(server: Server) -> None:
     assert predict(server, "constant", {"x": [[3.0, 4.0]]}) == {"y": [[3.0, 4.0]], "w": [1.0, 2.0]}
     assert 'output "w"' in version_of(server, "constant")["batching"]["reason"]
 
@@ -359,7 +359,7 @@ def test_maps_are_answered_as_objects(server: Server, repository: Path, name: st
     assert [len(row) for row in outputs["output_probability"]] == [3] * len(flowers)
 
 
-def test_what_is_no_tensor_says_so_and_is_not_batched(server: Server) -> None:
+def test_a_model_with_a_json_output_is_not_batched(server: Server) -> None:
     version = version_of(server, "iris")
     assert version["outputs"][1] == {
         "name": "output_probability",
@@ -371,7 +371,7 @@ def test_what_is_no_tensor_says_so_and_is_not_batched(server: Server) -> None:
     assert '"output_probability" is no tensor' in version["batching"]["reason"]
 
 
-def test_an_output_that_is_no_tensor_is_no_array_file(server: Server) -> None:
+def test_a_json_output_cannot_be_an_array_file(server: Server) -> None:
     body = {"inputs": [[1.0] * 4], "outputs": ["output_probability"]}
     answer = server.post("/predict/iris", json=body, headers={"accept": "application/x-npy"})
     assert "application/json" in refused(answer, "unsupported_media_type", 415)

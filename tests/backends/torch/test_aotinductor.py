@@ -122,7 +122,7 @@ def test_it_is_batched_from_many_clients_and_answers_as_alone(
     file = tmp_path / "compiled/1/model.pt2"
     file.parent.mkdir(parents=True)
     shutil.copy(package, file)
-    lines = {entry.name: (entry.datatype, list(entry.shape)) for entry in INPUTS}
+    lines = {entry.name: (str(entry.datatype), list(entry.shape or ())) for entry in INPUTS}
     configure(file, described(**lines))
     server = serve(tmp_path, "--trust")
     version = server.get("/models/compiled/1").json()
@@ -140,7 +140,7 @@ def test_it_is_batched_from_many_clients_and_answers_as_alone(
     assert server.metric("batch_rows_count", model="compiled") < 12 * 4, "some requests shared a run"
 
 
-def test_arguments_by_place_have_the_names_of_the_description_or_the_sample(package: Path) -> None:
+def test_positional_arguments_are_named_by_the_description_or_a_sample(package: Path) -> None:
     named = load(package, TensorHint("row", "FP32", (-1, 256)), *INPUTS[1:])
     assert [spec.name for spec in named.signature.inputs] == ["row", "scale", "mask"]
     sample = {name: array.tolist() for name, array in rows(2).items()}
@@ -194,7 +194,7 @@ def test_code_that_refuses_a_single_row_is_refused(tmp_path: Path) -> None:
         load(file, INPUTS[0])
 
 
-def test_a_package_that_needs_pytorch_in_a_run_goes_by_pytorchs_runner(
+def test_a_package_that_needs_pytorch_uses_pytorchs_runner(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = Network(exponential=True)

@@ -84,7 +84,7 @@ def eager(network: nn.Module, *inputs: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["scripted", "exported"])
-def test_several_inputs_by_place_and_by_keyword_and_a_dict_of_outputs(tmp_path: Path, kind: str) -> None:
+def test_positional_and_keyword_inputs_and_a_dict_of_outputs(tmp_path: Path, kind: str) -> None:
     network = networks.Mixed().eval()
     if kind == "exported":
         model = load(save_exported(tmp_path / "m.pt2", network, torch.rand(2, 4), scale=torch.rand(2)))
@@ -131,7 +131,7 @@ class Nested(nn.Module):
         (Named(), ["first", "second"]),
     ],
 )
-def test_outputs_are_named_by_where_they_stand(tmp_path: Path, module: nn.Module, names: list[str]) -> None:
+def test_outputs_are_named_by_their_path(tmp_path: Path, module: nn.Module, names: list[str]) -> None:
     file = save_scripted(tmp_path / "m.pt", module)
     model = load(file, x(-1, 4))
     assert [spec.name for spec in model.signature.outputs] == names
@@ -235,7 +235,7 @@ def test_inputs_are_known_from_a_golden_sample(tmp_path: Path) -> None:
     assert bare.signature.inputs[0].shape == (-1, 3)
 
 
-def test_what_is_not_known_is_said_with_the_lines_to_add(tmp_path: Path) -> None:
+def test_an_incomplete_signature_is_refused_with_the_lines_to_add(tmp_path: Path) -> None:
     file = save_scripted(tmp_path / "m.pt", networks.Mixed())
     with pytest.raises(LoadError) as caught:
         load(file, x(-1, 4))
@@ -315,7 +315,7 @@ def test_a_program_runs_without_python_and_gives_the_same(tmp_path: Path, case: 
         (lambda x: torch.nonzero(x > 0), "operator.ge"),
     ],
 )
-def test_what_has_no_equal_runs_as_python(
+def test_an_untranslatable_program_runs_as_python(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, function: Callable[[Any], Any], why: str
 ) -> None:
     model = exported(tmp_path, function, torch.randn(4, 3))
@@ -510,7 +510,8 @@ def test_the_slow_first_runs_are_over_when_a_model_is_loaded(tmp_path: Path, kin
         model = load(save_exported(tmp_path / "m.pt2", Deep(), torch.rand(2, 4)))
     else:
         model = load(save_traced(tmp_path / "m.pt", Deep(), torch.rand(2, 4)), x(-1, 4))
-    firsts, later = [], []
+    firsts: list[float] = []
+    later: list[float] = []
     for rows in (1, 2, 3, 5, 7, 8):
         for times in (firsts, later, later, later):
             began = time.perf_counter()

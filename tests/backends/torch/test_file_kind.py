@@ -7,6 +7,7 @@ import importlib.metadata
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,11 @@ class Evil:
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.file,)
 
 
-def test_a_file_is_refused_before_anything_of_it_runs_and_the_refusal_says_what_to_write(
+def test_an_untrusted_file_is_refused_before_its_code_runs(
     tmp_path: Path,
 ) -> None:
     sign = tmp_path / "it ran"
@@ -76,7 +77,7 @@ def test_a_listed_digest_trusts_that_file_only(tmp_path: Path) -> None:
         ({"m/data/aotinductor/a/x": b"", "m/data/aotinductor/b/x": b""}, 'none is called "model"'),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_line(
+def test_an_unservable_file_is_a_load_error_of_one_line(
     tmp_path: Path, content: bytes | dict[str, bytes] | None, reason: str
 ) -> None:
     file = tmp_path / "model.pt"
@@ -95,7 +96,7 @@ def test_what_cannot_be_served_is_said_in_one_line(
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.pt2"])
-def test_a_file_is_told_by_what_is_in_it_not_by_its_name(tmp_path: Path, name: str) -> None:
+def test_the_content_decides_the_kind_of_a_file(tmp_path: Path, name: str) -> None:
     file = save_exported(tmp_path / "program.pt2", nn.Linear(3, 2), torch.rand(2, 3)).rename(tmp_path / name)
     assert PyTorchBackend().load(file, LoadOptions(trusted=True)).form == "exported program"
     script = save_scripted(tmp_path / "script.pt", nn.Linear(3, 2)).rename(file)
@@ -104,7 +105,7 @@ def test_a_file_is_told_by_what_is_in_it_not_by_its_name(tmp_path: Path, name: s
         assert "TorchScript" in PyTorchBackend().load(script, LoadOptions(trusted=True, samples=samples)).form
 
 
-def test_the_runtimes_version_is_told_without_importing_it() -> None:
+def test_the_version_of_pytorch_is_read_without_an_import() -> None:
     assert find_backend("torch").describe() == f"torch {importlib.metadata.version('torch')}"
     assert describe_backends()["torch"].startswith("torch ")
 

@@ -200,7 +200,9 @@ def test_the_same_network_answers_the_same_in_every_format(server: Server) -> No
         ("centred", "differs"),
     ],
 )
-def test_what_mixes_rows_or_draws_lots_is_not_batched(server: Server, name: str, why: str) -> None:
+def test_a_model_that_mixes_rows_or_draws_random_numbers_is_not_batched(
+    server: Server, name: str, why: str
+) -> None:
     version = view(server, name)
     assert version["state"] == "ready", version["reason"]
     assert version["batching"]["enabled"] is False
@@ -224,7 +226,7 @@ def test_no_batch_is_larger_than_a_program_was_exported_for(server: Server) -> N
     assert len(reply.json()["outputs"]["output_0"]) == 50
 
 
-def test_models_say_what_runs_them(server: Server) -> None:
+def test_the_kind_of_model_is_shown(server: Server) -> None:
     version = torch.__version__
     assert (
         view(server, "digits_scripted")["backend"] == f"torch {version} TorchScript (deprecated by PyTorch)"
@@ -245,7 +247,7 @@ def test_models_say_what_runs_them(server: Server) -> None:
         ("misspelt", 'misspelt/model.toml: inputs.0.datatyp: unknown key; did you mean "datatype"?'),
     ],
 )
-def test_what_cannot_be_served_says_what_to_write(server: Server, name: str, reason: str) -> None:
+def test_a_refusal_says_what_to_write(server: Server, name: str, reason: str) -> None:
     version = view(server, name)
     assert version["state"] == "failed"
     assert reason in version["reason"]
@@ -267,7 +269,7 @@ def test_a_file_is_served_when_it_is_trusted_by_its_digest(serve: Serve, tmp_pat
     assert view(serve(tmp_path), "unlisted")["state"] == "ready", "what the refusal said to write"
 
 
-def test_the_line_of_a_refusal_trusts_every_version(serve: Serve, tmp_path: Path) -> None:
+def test_the_line_in_a_refusal_trusts_every_version(serve: Serve, tmp_path: Path) -> None:
     """Pasting the line of either refusal is enough: model.toml may have the key only once."""
     files = [
         save_exported(tmp_path / "m" / version / "model.pt2", nn.Linear(4, 2), torch.rand(2, 4))
@@ -312,7 +314,7 @@ def test_a_server_without_pytorch_serves_the_rest(serve: Serve, tmp_path: Path) 
     assert 'torch="not installed"' in server.get("/metrics").text
 
 
-def test_pytorch_is_not_imported_where_no_model_needs_it(serve: Serve, tmp_path: Path) -> None:
+def test_pytorch_is_not_imported_unless_a_model_needs_it(serve: Serve, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "models/diabetes", tmp_path / "diabetes")
     server = serve(tmp_path)
     assert server.post("/predict/diabetes", json={"inputs": [[0.0] * 10]}).status_code == 200

@@ -92,7 +92,7 @@ def rows(count: int, start: float = 0) -> Array:
     return np.arange(3 * count, dtype=np.float32).reshape(count, 3) + np.float32(start)
 
 
-def test_it_runs_as_an_unbound_session_does(make: Make) -> None:
+def test_a_bound_model_gives_the_outputs_of_an_unbound_session(make: Make) -> None:
     """Outputs of known and of unknown shape, of any rank, are the caller's own."""
     model = make(AFFINE)
     first = model.run({"a": rows(4), "b": rows(4, 5)})
@@ -106,13 +106,13 @@ def test_it_runs_as_an_unbound_session_does(make: Make) -> None:
     }
 
 
-def test_an_output_whose_shape_follows_from_data_is_read_where_it_lies(make: Make) -> None:
+def test_an_output_with_a_data_dependent_shape_is_returned(make: Make) -> None:
     model = make(POSITIVE)
     for array in (np.eye(3, dtype=np.float32), np.zeros((2, 2), np.float32), np.ones((2, 5), np.float32)):
         assert model.run({"a": array})["indexes"].tolist() == np.array(np.nonzero(array)).tolist()
 
 
-def test_rows_run_among_more_and_come_back_alone(make: Make) -> None:
+def test_padded_rows_are_cut_off_the_outputs(make: Make) -> None:
     model = make(graph([node("Mul", ["a", "a"], ["y"])], [tensor("a", ["n", 3])], [tensor("y", ["n", 3])]))
     parts = [{"a": rows(2)}, {"a": rows(1, 50)}, {"a": rows(2, 70)}]
     answer = model.run_padded(parts, 8)["y"]
@@ -122,7 +122,7 @@ def test_rows_run_among_more_and_come_back_alone(make: Make) -> None:
 
 @settings(max_examples=25)
 @given(counts=st.lists(st.integers(1, 8), min_size=1, max_size=20))
-def test_what_is_padded_is_zero_whatever_ran_before(counts: list[int]) -> None:
+def test_padding_is_zero_whatever_ran_before(counts: list[int]) -> None:
     """A model that adds all rows of a run to each finds nothing of the batches before in its memory."""
     nothing = helper.make_tensor("nothing", TensorProto.FLOAT, [1], [0.0])
     first = helper.make_tensor("first", TensorProto.INT64, [1], [0])
@@ -140,8 +140,8 @@ def test_what_is_padded_is_zero_whatever_ran_before(counts: list[int]) -> None:
     model = helper.make_model(made, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     bound = BoundModel(session, read_signature(Path("unread"), session), "cpu", HostMemory(), {})
-    for place, count in enumerate(counts):
-        rows_given = rows(count, 100 * place)
+    for index, count in enumerate(counts):
+        rows_given = rows(count, 100 * index)
         answer = bound.run_padded([{"a": rows_given}], 8)["y"]
         assert answer.tolist() == [rows_given.sum(axis=0).tolist()] * count
 
@@ -150,6 +150,7 @@ def test_nothing_is_allocated_for_a_shape_that_ran_before(make: Make) -> None:
     """Nor for a smaller one; and each run copies its rows and the padding, no more."""
     model = make(graph([node("Mul", ["a", "a"], ["y"])], [tensor("a", ["n", 3])], [tensor("y", ["n", 3])]))
     memory = model._memory
+    assert isinstance(memory, CountedMemory)
     model.run_padded([{"a": rows(8)}], 8)
     allocated, uploaded = memory.allocated, memory.uploaded
     for count in (8, 5, 1, 8, 3):
@@ -161,14 +162,14 @@ def test_nothing_is_allocated_for_a_shape_that_ran_before(make: Make) -> None:
     assert model._bindings == bindings
 
 
-def test_memory_that_grows_does_not_leave_bindings_to_the_old(make: Make) -> None:
+def test_bindings_stay_valid_when_memory_grows(make: Make) -> None:
     model = make(AFFINE)
     for count in (1, 4, 2, 64, 4, 1):
         answer = model.run({"a": rows(count), "b": rows(count, 1)})
         assert answer["total"].tolist() == (rows(count) + rows(count, 1)).tolist()
 
 
-def test_no_rows_and_bf16_run_too(make: Make) -> None:
+def test_zero_rows_and_bf16_are_supported(make: Make) -> None:
     model = make(AFFINE)
     assert model.run({"a": rows(0), "b": rows(0)})["total"].shape == (0, 3)
     kind = TensorProto.BFLOAT16
@@ -178,7 +179,7 @@ def test_no_rows_and_bf16_run_too(make: Make) -> None:
     assert half.run_padded([{"a": bits}], 4)["y"].tolist() == bits.tolist()
 
 
-def test_what_has_no_place_on_a_device_is_not_bound(tmp_path: Path) -> None:
+def test_strings_and_non_tensors_are_not_bindable(tmp_path: Path) -> None:
     kind = TensorProto.STRING
     model = graph([node("Identity", ["a"], ["y"])], [tensor("a", ["n"], kind)], [tensor("y", ["n"], kind)])
     file = tmp_path / "model.onnx"
@@ -194,7 +195,7 @@ def test_what_has_no_place_on_a_device_is_not_bound(tmp_path: Path) -> None:
     ("missing", "what"),
     [("libcublasLt.so.13", "cuBLAS"), ("libcudnn.so.9", "cuDNN 9"), ("libcudart.so.13", "runtime")],
 )
-def test_the_first_library_that_is_missing_is_named(missing: str, what: str) -> None:
+def test_the_error_names_the_first_missing_library(missing: str, what: str) -> None:
     asked: list[str] = []
 
     def load(name: str) -> None:
@@ -249,7 +250,7 @@ def test_nodes_on_the_cpu_are_read_from_a_session() -> None:
         ({"NonMaxSuppression": 1}, "any", ""),
     ],
 )
-def test_what_stays_on_the_cpu_has_to_be_asked_for(left: dict[str, int], allowed: Any, refused: str) -> None:
+def test_cpu_nodes_are_refused_unless_allowed(left: dict[str, int], allowed: Any, refused: str) -> None:
     options = LoadOptions("cuda:0", gpu=GpuOptions(cpu_nodes=allowed))
     if refused:
         with pytest.raises(LoadError, match=refused):
@@ -258,7 +259,7 @@ def test_what_stays_on_the_cpu_has_to_be_asked_for(left: dict[str, int], allowed
         check_nodes(left, options)
 
 
-def test_the_provider_is_told_what_was_asked_for() -> None:
+def test_provider_options_follow_the_load_options() -> None:
     plain = provider_options(LoadOptions("cuda:3"), 4096)
     assert plain == {
         "device_id": "3",
@@ -285,11 +286,11 @@ def test_the_provider_is_told_what_was_asked_for() -> None:
         ("CUDA failure 700: an illegal memory access was encountered", False),
     ],
 )
-def test_a_full_card_is_told_from_other_faults(text: str, is_one: bool) -> None:
+def test_out_of_memory_is_distinguished_from_other_errors(text: str, is_one: bool) -> None:
     assert is_out_of_memory(RuntimeError(text)) is is_one
 
 
-def test_memory_that_ends_in_a_run_is_out_of_memory(make: Make) -> None:
+def test_out_of_memory_in_a_run_raises_out_of_memory(make: Make) -> None:
     model = make(AFFINE)
 
     class Full:
@@ -305,7 +306,7 @@ def test_memory_that_ends_in_a_run_is_out_of_memory(make: Make) -> None:
 
 
 @pytest.mark.skipif(not cuda_unavailable_reason(), reason="ONNX Runtime for GPUs is installed")
-def test_the_runtime_for_cpus_says_that_it_is_one() -> None:
+def test_a_runtime_for_cpus_is_the_reason_why_no_gpu_is_used() -> None:
     commands = f"{uninstall_command('onnxruntime')}, then {install_command('gpu')}"
     reason = OnnxBackend().gpu_unavailable_reason(Path("model.onnx"))
     assert str(reason).endswith(f"is built for CPUs only: run {commands}")

@@ -132,7 +132,7 @@ def capture_all(model: BoundModel, ladder: BatchBuckets | None, samples: list[An
     capture(model, ladder, samples or [{"a": rows(5)}], lambda: 0.0)
 
 
-def test_each_rung_has_a_graph_of_its_own_that_reads_what_is_there(opened: list[str]) -> None:  # noqa: F811
+def test_each_batch_size_has_its_own_graph(opened: list[str]) -> None:  # noqa: F811
     model, session = bound(CudaMemory(3, 13))
     assert (model.graphs, model.can_capture) == ((False, "none were asked for"), True)
     capture_all(model, BatchBuckets([1, 2, 4, 8]))
@@ -155,7 +155,7 @@ def test_each_rung_has_a_graph_of_its_own_that_reads_what_is_there(opened: list[
     model.close()
 
 
-def test_rows_of_tokens_are_captured_for_the_smallest_of_their_shapes() -> None:
+def test_token_rows_are_captured_for_their_smallest_shapes() -> None:
     """Few rows of many tokens and many of few, each in its own memory; `/models` says that it is a part."""
     session = session_of(
         [node("Constant", [], ["axis"], value_ints=[1]), node("ReduceSum", ["a", "axis"], ["y"])],
@@ -186,7 +186,7 @@ def test_rows_of_tokens_are_captured_for_the_smallest_of_their_shapes() -> None:
         assert kinds.count("replayed") == min(MOST_GRAPHS, len(sizes))
 
 
-def test_of_a_long_ladder_the_lowest_rungs_are_captured() -> None:
+def test_only_the_smallest_batch_sizes_are_captured() -> None:
     model, session = bound(HostMemory())
     capture_all(model, BatchBuckets(range(1, MOST_GRAPHS + 5)))
     assert len(session.graphs) == MOST_GRAPHS
@@ -196,7 +196,7 @@ def test_of_a_long_ladder_the_lowest_rungs_are_captured() -> None:
     assert [kind for kind, _ in session.runs] == ["replayed", "plain"]
 
 
-def test_a_run_waits_once_and_the_runtime_not_at_all(opened: list[str]) -> None:  # noqa: F811
+def test_a_streamed_run_waits_once(opened: list[str]) -> None:  # noqa: F811
     """Copies there, the run and copies back are queued; what is read has been waited for."""
     memory = CountedMemory(3, 13)
     model, session = bound(memory)
@@ -211,7 +211,7 @@ def test_a_run_waits_once_and_the_runtime_not_at_all(opened: list[str]) -> None:
     model.close()
 
 
-def test_a_run_in_no_stream_is_awaited(opened: list[str]) -> None:  # noqa: F811
+def test_a_run_without_a_stream_is_synchronous(opened: list[str]) -> None:  # noqa: F811
     memory = CudaMemory(3, 13)
     model = BoundModel(square(), read_signature(Path("unread"), square()), "cpu", memory, {})
     check(model, 3, 4)
@@ -219,7 +219,7 @@ def test_a_run_in_no_stream_is_awaited(opened: list[str]) -> None:  # noqa: F811
     model.close()
 
 
-def test_after_a_failed_run_nothing_is_left_in_the_stream(opened: list[str]) -> None:  # noqa: F811
+def test_a_failed_run_leaves_no_work_in_the_stream(opened: list[str]) -> None:  # noqa: F811
     """What was on its way to the device is not overtaken by the rows of the run that follows."""
     memory = CountedMemory(3, 13)
     model, session = bound(memory)
@@ -246,7 +246,7 @@ def test_after_a_failed_run_nothing_is_left_in_the_stream(opened: list[str]) -> 
         ("stale", 'output "y" differs'),
     ],
 )
-def test_a_capture_that_fails_or_answers_wrongly_is_given_up_with_its_session(
+def test_a_failed_or_wrong_capture_drops_the_session(
     fault: str,
     reason: str,
     opened: list[str],  # noqa: F811
@@ -275,7 +275,7 @@ def test_a_capture_that_fails_or_answers_wrongly_is_given_up_with_its_session(
     assert memory._library.fakeLeft() == 0
 
 
-def test_the_thread_that_takes_over_captures_its_own(opened: list[str]) -> None:  # noqa: F811
+def test_a_replacement_thread_captures_its_own_graphs(opened: list[str]) -> None:  # noqa: F811
     """Graphs of a thread that is gone are not named on another, to be captured there while it serves."""
     model, session = bound(CudaMemory(3, 13))
     ladder = BatchBuckets([1, 4])
@@ -308,7 +308,7 @@ def test_the_thread_that_takes_over_captures_its_own(opened: list[str]) -> None:
     model.close()
 
 
-def test_no_capture_elsewhere_forbids_a_thread_to_allocate(opened: list[str]) -> None:  # noqa: F811
+def test_a_thread_may_allocate_during_a_capture_elsewhere(opened: list[str]) -> None:  # noqa: F811
     """Every thread that uses the memory leaves the mode in which threads begin (0) for its own (1)."""
     model, _ = bound(CudaMemory(3, 13))
     modes: list[int] = []
@@ -335,7 +335,7 @@ def test_a_model_of_one_shape_has_one_graph() -> None:
     assert session.runs == [("replayed", 1)]
 
 
-def test_no_rows_at_all_meet_no_graph() -> None:
+def test_zero_rows_run_without_a_graph() -> None:
     model, _ = bound(HostMemory())
     assert model.run({"a": rows(0)})["y"].shape == (0, 3)
 
@@ -357,7 +357,7 @@ def test_no_rows_at_all_meet_no_graph() -> None:
         ),
     ],
 )
-def test_what_cannot_be_captured_says_why(
+def test_an_obstacle_to_capture_is_the_reason(
     nodes: list[Any], outputs: list[Any], cpu_nodes: dict[str, int], reason: str
 ) -> None:
     session = session_of(nodes, [value("a", ["n", 3])], outputs)
@@ -365,7 +365,7 @@ def test_what_cannot_be_captured_says_why(
     assert (model.graphs, model.can_capture) == ((False, reason), False)
 
 
-def test_rows_of_many_shapes_are_captured_for_one() -> None:
+def test_rows_of_any_shape_are_captured_for_one_shape() -> None:
     """And `/models` says so; rows of other shapes run as they are."""
     session = session_of(
         [node("Constant", [], ["axis"], value_ints=[1]), node("ReduceSum", ["a", "axis"], ["y"])],
@@ -425,11 +425,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Opened:
         ),
     ],
 )
-def test_the_runtime_may_refuse_and_says_why(error: str, reason: str, refuse: Opened) -> None:
+def test_a_refusal_of_the_runtime_becomes_a_reason(error: str, reason: str, refuse: Opened) -> None:
     raised = refuse(error)
     assert isinstance(raised, GraphsRefused)
     assert reason in raised.detail
 
 
-def test_another_fault_is_no_matter_of_graphs(refuse: Opened) -> None:
+def test_other_load_errors_are_not_refusals_of_graphs(refuse: Opened) -> None:
     assert not isinstance(refuse("Protobuf parsing failed"), GraphsRefused)

@@ -57,14 +57,15 @@ def faithful(file: Path, folder: Path, rows: dict[str, Array]) -> list[Array]:
     """What the converted graph says, to the letter: ONNX Runtime on the CPU runs much of it in FP32."""
     with in_half(file, folder / "kept") as half:
         onnx.checker.check_model(half, full_check=True)
-        return ReferenceEvaluator(onnx.load(half)).run(None, rows)
+        outputs: Any = ReferenceEvaluator(onnx.load(half)).run(None, rows)
+        return list(outputs)
 
 
 def images(count: int) -> Array:
     return np.random.default_rng(count).random((count, 1, 8, 8)).astype(np.float32)
 
 
-def test_weights_and_operations_are_fp16_and_the_ends_stay_as_they_are(tmp_path: Path) -> None:
+def test_weights_and_operations_become_fp16_and_inputs_and_outputs_do_not(tmp_path: Path) -> None:
     """Answers are those of FP32 but for rounding, and they are rounded."""
     exact, half = load(DIGITS, fp16=False), load(DIGITS, tmp_path)
     assert half.signature == exact.signature
@@ -79,7 +80,7 @@ def test_weights_and_operations_are_fp16_and_the_ends_stay_as_they_are(tmp_path:
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.*")) < 0.6 * DIGITS.stat().st_size
 
 
-def test_a_transformer_with_lengths_of_its_own_is_converted(tmp_path: Path) -> None:
+def test_a_transformer_with_variable_lengths_is_converted(tmp_path: Path) -> None:
     exact, half = load(NEXT_WORD, fp16=False), load(NEXT_WORD, tmp_path)
     assert half.signature == exact.signature
     for tokens in (1, 9, 24):
@@ -89,7 +90,7 @@ def test_a_transformer_with_lengths_of_its_own_is_converted(tmp_path: Path) -> N
             np.testing.assert_allclose(half.run(rows)[name], want, atol=0.01 * np.abs(want).max())
 
 
-def test_it_is_converted_once(tmp_path: Path) -> None:
+def test_a_converted_model_is_cached(tmp_path: Path) -> None:
     """The second load reads what the first has kept."""
     load(DIGITS, tmp_path)
     [file] = tmp_path.glob("fp16-*/model.onnx")
@@ -101,14 +102,14 @@ def test_it_is_converted_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_where_nothing_can_be_kept_it_is_converted_all_the_same(there: bool, tmp_path: Path) -> None:
+def test_a_read_only_cache_does_not_prevent_the_conversion(there: bool, tmp_path: Path) -> None:
     """A folder that cannot be made, for a file stands in its place, and none at all."""
     (tmp_path / "file").touch()
     half = load(DIGITS, tmp_path / "file" / "beside" if there else None)
     assert half.run({half.signature.inputs[0].name: images(2)})
 
 
-def test_external_data_is_converted_with_its_model(tmp_path: Path) -> None:
+def test_external_data_is_converted(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     model = onnx.load(DIGITS)
@@ -144,7 +145,7 @@ def test_arithmetic_with_shapes_stays_exact(tmp_path: Path) -> None:
     assert answer.tolist() == [[3.0], [3.0]]
 
 
-def test_what_has_no_fp16_stays_fp32_from_one_to_the_next(tmp_path: Path) -> None:
+def test_operations_without_fp16_stay_fp32_without_casts_between_them(tmp_path: Path) -> None:
     """The largest of the running sums of 3001 ones: both operators take FP32, and so does the way between."""
     file = write(
         tmp_path,
@@ -162,7 +163,7 @@ def test_what_has_no_fp16_stays_fp32_from_one_to_the_next(tmp_path: Path) -> Non
     assert load(file).run(rows)["most"].tolist() == [[3001.0], [3001.0]]
 
 
-def test_what_is_too_large_for_fp16_comes_out_as_no_number(tmp_path: Path) -> None:
+def test_numbers_beyond_fp16_become_infinite(tmp_path: Path) -> None:
     """So that what is measured at load finds it; nothing in the conversion hides it."""
     file = write(
         tmp_path,
@@ -176,7 +177,7 @@ def test_what_is_too_large_for_fp16_comes_out_as_no_number(tmp_path: Path) -> No
         assert faithful(file, tmp_path, rows)[0].tolist() == [np.inf]
 
 
-def test_a_broken_file_says_so(tmp_path: Path) -> None:
+def test_a_broken_file_is_a_load_error(tmp_path: Path) -> None:
     broken = tmp_path / "model.onnx"
     broken.write_bytes(b"no model")
     with pytest.raises(LoadError, match=r"model\.onnx cannot be converted to FP16: .+"):
@@ -186,7 +187,7 @@ def test_a_broken_file_says_so(tmp_path: Path) -> None:
         load(tmp_path / "missing.onnx")
 
 
-def test_without_onnx_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_onnx_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
@@ -195,7 +196,7 @@ def test_without_onnx_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         load(DIGITS)
 
 
-def test_graphs_within_the_graph_take_what_is_around_them(tmp_path: Path) -> None:
+def test_subgraphs_use_values_of_the_outer_graph(tmp_path: Path) -> None:
     """Both branches of an `If` read a value of the outer graph, one of them a weight, too."""
     double = helper.make_graph([node("Mul", ["big", "two"], ["a"])], "then", [], [value("a", ["n", 3])])
     same = helper.make_graph([node("Identity", ["big"], ["b"])], "else", [], [value("b", ["n", 3])])

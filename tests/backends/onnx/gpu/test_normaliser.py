@@ -22,6 +22,7 @@ from inferpool.backends.onnx.gpu.normaliser import Normaliser
 from inferpool.backends.onnx.signature import read_signature
 from inferpool.backends.torch.gpu.device_model import TorchDeviceModel
 from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, StartedModel, to_tensor
+from inferpool.backends.torch.signature import TreePath
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.image_config import ImageConfig
 from inferpool.errors import OutOfMemory, Verdict
@@ -85,7 +86,7 @@ def both(made: ImageCodec, seeds: Sequence[int]) -> tuple[Array, Array]:
 
 @layouts
 @datatypes
-def test_the_graph_gives_the_bits_of_the_codec(layout: str, datatype: str) -> None:
+def test_the_lookup_graph_gives_the_bits_of_the_codec(layout: str, datatype: str) -> None:
     """Every value of a pixel among them."""
     made = codec(layout, datatype)
     session = ort.InferenceSession(lookup_graph(table(layout, datatype)), providers=["CPUExecutionProvider"])
@@ -99,7 +100,7 @@ def test_the_graph_gives_the_bits_of_the_codec(layout: str, datatype: str) -> No
 
 
 @layouts
-def test_the_graph_is_what_the_onnx_package_writes(layout: str) -> None:
+def test_the_lookup_graph_equals_one_written_by_the_onnx_package(layout: str) -> None:
     """Message for message; and its checker finds nothing wrong."""
     normalisation = table(layout)
     shape, first, colours = [5, 7, normalisation.channels], layout == "CHW", "grey" not in layout
@@ -135,7 +136,7 @@ def bound(memory: Memory, layout: str, datatype: str = "FP32") -> tuple[BoundMod
     """A model that gives its input, and for each row the sum of all, with a normaliser in front of it."""
     normalisation = table(layout, datatype)
     element = {"FP32": TensorProto.FLOAT, "FP16": TensorProto.FLOAT16, "FP64": TensorProto.DOUBLE}[datatype]
-    shape = ["n", *normalisation.row_shape]
+    shape: list[str | int | None] = ["n", *normalisation.row_shape]
     zero = numpy_helper.from_array(np.array([0], np.int64), "zero")
     nothing = numpy_helper.from_array(np.array([0], normalisation.values.dtype), "nothing")
     graph = helper.make_graph(
@@ -176,7 +177,7 @@ def check(model: Any, made: ImageCodec, count: int, rung: int, seed: int) -> Non
 
 @layouts
 @pytest.mark.parametrize("datatype", ["FP32", "FP16", "FP64"])
-def test_a_model_answers_pixels_as_it_does_numbers(layout: str, datatype: str) -> None:
+def test_pixels_give_the_outputs_of_normalised_numbers(layout: str, datatype: str) -> None:
     """With any number of rows among more, after whatever ran before."""
     model, _ = bound(HostMemory(), layout, datatype)
     made = codec(layout, datatype)
@@ -186,7 +187,7 @@ def test_a_model_answers_pixels_as_it_does_numbers(layout: str, datatype: str) -
     assert model.run({"x": pixels}, ["y"])["y"].tobytes() == rows.tobytes()
 
 
-def test_in_one_stream_it_is_waited_for_once_and_given_back(opened: list[str]) -> None:  # noqa: F811
+def test_pixels_and_model_share_one_stream_and_one_wait(opened: list[str]) -> None:  # noqa: F811
     memory = CudaMemory(3, 13)
     model, session = bound(memory, "CHW")
     check(model, codec("CHW"), 5, 8, 0)
@@ -198,7 +199,7 @@ def test_in_one_stream_it_is_waited_for_once_and_given_back(opened: list[str]) -
     assert memory._library.fakeLeft() == 0
 
 
-def test_graphs_replay_over_what_was_normalised(opened: list[str]) -> None:  # noqa: F811
+def test_graphs_replay_on_normalised_pixels(opened: list[str]) -> None:  # noqa: F811
     """They were captured with numbers, over the memory that pixels are put into too."""
     model, session = bound(CudaMemory(3, 13), "CHW")
     made = codec("CHW")
@@ -211,7 +212,7 @@ def test_graphs_replay_over_what_was_normalised(opened: list[str]) -> None:  # n
     model.close()
 
 
-def test_pixels_of_a_shape_that_ran_before_take_no_memory(opened: list[str]) -> None:  # noqa: F811
+def test_a_repeated_shape_of_pixels_allocates_nothing(opened: list[str]) -> None:  # noqa: F811
     memory = CudaMemory(3, 13)
     model, _ = bound(memory, "CHW")
     made = codec("CHW")
@@ -223,7 +224,7 @@ def test_pixels_of_a_shape_that_ran_before_take_no_memory(opened: list[str]) -> 
     model.close()
 
 
-def test_a_card_without_room_for_pixels_says_so_and_goes_on(opened: list[str]) -> None:  # noqa: F811
+def test_out_of_memory_for_pixels_leaves_the_model_usable(opened: list[str]) -> None:  # noqa: F811
     """Its ladder is halved for that, as for numbers."""
     memory = CudaMemory(3, 13)
     model, _ = bound(memory, "CHW")
@@ -242,18 +243,18 @@ def test_a_card_without_room_for_pixels_says_so_and_goes_on(opened: list[str]) -
 # Whether they are left to it at all.
 
 
-def test_it_is_tried_on_every_size() -> None:
+def test_pixels_are_checked_on_every_batch_size() -> None:
     model, session = bound(HostMemory(), "CHW")
     assert check_pixels(model, table("CHW"), (1, 2, 8), padded=True) is None
     assert check_pixels(model, table("CHW"), (1,), padded=False) is None
     assert len(session.runs) == 8
 
 
-def test_what_answers_otherwise_or_not_at_all_is_told() -> None:
+def test_a_failed_pixel_check_gives_the_reason() -> None:
     model, _ = bound(HostMemory(), "CHW")
     normalisation = table("CHW")
     other = Normalisation("x", "CHW", 5, 7, normalisation.values + np.float32(0.5))
-    assert 'output "y" differs by ' in check_pixels(model, other, (2,), padded=True)
+    assert 'output "y" differs by ' in str(check_pixels(model, other, (2,), padded=True))
 
     class Full:
         normalisation = table("CHW")
@@ -281,7 +282,7 @@ def echo(layout: str, datatype: str, recorder: Any = None) -> tuple[TorchDeviceM
         return {(): feeds["x"].clone()}
 
     spec = TensorSpec("x", datatype, LAYOUTS[layout][0])
-    outputs = {(): TensorSpec("y", datatype, spec.shape)}
+    outputs: dict[TreePath, TensorSpec] = {(): TensorSpec("y", datatype, spec.shape)}
     runnable = Runnable(forward, (spec,), "a form", copies=False)
     started = StartedModel(runnable, outputs)
     return TorchDeviceModel(started, "cpu", recorder, table(layout, datatype)), seen
@@ -289,7 +290,7 @@ def echo(layout: str, datatype: str, recorder: Any = None) -> tuple[TorchDeviceM
 
 @layouts
 @datatypes
-def test_a_model_of_pytorch_answers_pixels_as_it_does_numbers(layout: str, datatype: str) -> None:
+def test_a_pytorch_model_gives_the_same_outputs_for_pixels(layout: str, datatype: str) -> None:
     """And what is padded is zero, after a batch that filled the memory."""
     made = codec(layout, datatype)
     model, seen = echo(layout, datatype)
@@ -305,7 +306,7 @@ def test_a_model_of_pytorch_answers_pixels_as_it_does_numbers(layout: str, datat
     assert check_pixels(model, table(layout, datatype), (1, 4), padded=True) is None
 
 
-def test_recordings_of_pytorch_replay_over_what_was_normalised() -> None:
+def test_pytorch_recordings_replay_on_normalised_pixels() -> None:
     recorder = FakeRecorder()
     made = codec("CHW")
     model, _ = echo("CHW", "FP32", recorder)

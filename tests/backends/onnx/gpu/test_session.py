@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from inferpool.backends.base import DeviceModel, GpuOptions, LoadOptions, TensorRTPlan
+from inferpool.backends.cuda.memory import CudaMemory
 from inferpool.backends.onnx.gpu import loading
 from inferpool.backends.onnx.gpu import session as gpu_session
 from inferpool.backends.registry import find_backend
@@ -127,7 +128,7 @@ def load(
     monkeypatch.setattr(ort, "cuda_version", "13.0", raising=False)
     monkeypatch.setattr(gpu_session, "cuda_unavailable_reason", lambda: None)
     monkeypatch.setattr(ort, "InferenceSession", Session)
-    make_memory = gpu_session.CudaMemory
+    make_memory = CudaMemory
 
     def memory(index: int, cuda: int) -> Any:
         made = make_memory(index, cuda)
@@ -177,7 +178,7 @@ def check(repository: Repository) -> None:
         assert ask(repository, rows).tolist() == (rows * rows).tolist()
 
 
-def test_a_version_is_captured_on_the_thread_that_serves_it(load: Load) -> None:
+def test_each_instance_captures_on_its_own_thread(load: Load) -> None:
     repository = load(*SQUARE)
     view: Any = repository.models()["m"].versions[1]
     assert view.state == READY, view.reason
@@ -199,7 +200,7 @@ def test_a_version_is_captured_on_the_thread_that_serves_it(load: Load) -> None:
         ("", "stale", 'output "y" differs'),
     ],
 )
-def test_without_graphs_it_is_served_all_the_same(refuses: str, breaks: str, reason: str, load: Load) -> None:
+def test_a_version_without_graphs_is_served(refuses: str, breaks: str, reason: str, load: Load) -> None:
     """By a session that was opened without, in the same stream."""
     Session.refuses, Session.breaks = refuses, breaks
     repository = load(*SQUARE)
@@ -213,7 +214,7 @@ def test_without_graphs_it_is_served_all_the_same(refuses: str, breaks: str, rea
     assert {kind for kind, _ in serving.runs} == {"plain"}
 
 
-def test_what_cannot_be_captured_is_not_tried(load: Load) -> None:
+def test_a_hopeless_capture_is_not_tried(load: Load) -> None:
     places = [value("y", [2, "k"], TensorProto.INT64)]
     repository = load([node("NonZero", ["a"], ["y"])], [value("a", ["n", "m"])], places)
     view: Any = repository.models()["m"].versions[1]
@@ -222,7 +223,7 @@ def test_what_cannot_be_captured_is_not_tried(load: Load) -> None:
     assert not any(session.graphed for session in Session.made)
 
 
-def test_graphs_that_were_turned_off_are_not_tried(load: Load) -> None:
+def test_graphs_can_be_turned_off_in_the_configuration(load: Load) -> None:
     repository = load(*SQUARE, config="[gpu]\ngraphs = false")
     view: Any = repository.models()["m"].versions[1]
     assert view.gpu.graphs.reason == "none were asked for"
@@ -282,7 +283,7 @@ def test_pixels_are_normalised_in_the_stream_of_graphs_that_are_replayed(load: L
     assert not any(lookup.synchronous)
 
 
-def test_pixels_of_a_model_that_runs_in_fp16_are_normalised_as_it_says(load: Load) -> None:
+def test_pixels_of_an_fp16_model_are_normalised_in_the_inputs_datatype(load: Load) -> None:
     """Its input stays FP32, and so do the numbers that pixels become."""
     repository = load(*PICTURES, config=f"{NORMALISED}[gpu]\nfp16 = true\n")
     view: Any = repository.models()["m"].versions[1]
@@ -303,7 +304,7 @@ def test_pixels_are_normalised_for_a_model_without_graphs(broken: str, load: Loa
     check_pictures(repository)
 
 
-def test_a_card_that_cannot_normalise_is_given_numbers(load: Load) -> None:
+def test_a_gpu_that_cannot_normalise_gets_numbers(load: Load) -> None:
     Session.blind = "CUDA failure 2: out of memory"
     repository = load(*PICTURES, config=NORMALISED)
     view: Any = repository.models()["m"].versions[1]
@@ -316,7 +317,7 @@ def test_a_card_that_cannot_normalise_is_given_numbers(load: Load) -> None:
     assert ask(repository, rows).tolist() == (rows * rows).tolist()
 
 
-def test_a_failed_load_gives_the_card_back(load: Load) -> None:
+def test_a_failed_load_frees_its_gpu_memory(load: Load) -> None:
     """Here it is no tensor of numbers that the model takes."""
     kind = TensorProto.STRING
     repository = load([node("Identity", ["a"], ["y"])], [value("a", ["n"], kind)], [value("y", ["n"], kind)])
@@ -324,7 +325,7 @@ def test_a_failed_load_gives_the_card_back(load: Load) -> None:
     assert Memories.by_stream
 
 
-def test_an_engine_runs_in_the_same_stream_with_cuda_for_the_rest(
+def test_a_tensorrt_plan_runs_in_the_same_stream_with_cuda_as_fallback(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is none where TensorRT takes no node."""

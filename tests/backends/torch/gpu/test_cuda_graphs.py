@@ -86,7 +86,7 @@ def images(count: int, seed: int) -> Array:
     return np.random.default_rng(seed).random((count, 1, 8, 8)).astype(np.float32)
 
 
-def test_every_rung_is_replayed_and_answers_as_the_network_does() -> None:
+def test_every_batch_size_is_replayed_with_the_networks_outputs() -> None:
     """Whatever ran before; a row among others, a full rung, and rows of several requests."""
     recorder = FakeRecorder()
     model = on_fake(recorder)
@@ -104,6 +104,7 @@ def test_every_rung_is_replayed_and_answers_as_the_network_does() -> None:
         with torch.inference_mode():
             want = network(torch.from_numpy(whole)).numpy()
         rung = BatchBuckets((1, 4, 8)).bucket_for(len(whole))
+        assert rung is not None
         kept.append((model.run_padded(parts, rung)["scores"], want))
     for got, want in kept:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -111,7 +112,7 @@ def test_every_rung_is_replayed_and_answers_as_the_network_does() -> None:
     assert sum(after) - sum(before) == len(kept)
 
 
-def test_other_shapes_run_as_they_are() -> None:
+def test_other_shapes_run_without_a_recording() -> None:
     recorder = FakeRecorder()
     model = on_fake(recorder)
     capture(model, BatchBuckets((4,)), [], time.monotonic)
@@ -123,7 +124,7 @@ def test_other_shapes_run_as_they_are() -> None:
     assert recorder.made[0].replays == replays
 
 
-def test_what_is_recorded_keeps_its_memory_however_many_shapes_come() -> None:
+def test_a_recording_keeps_its_memory_while_other_shapes_run() -> None:
     """Buffers make room for others, except the buffers of a recording, which has their addresses."""
 
     def forward(feeds: InputTensors) -> OutputTree:
@@ -149,7 +150,7 @@ def test_what_is_recorded_keeps_its_memory_however_many_shapes_come() -> None:
         ("stale", 'output "scores" differs by'),
     ],
 )
-def test_what_cannot_be_recorded_or_answers_wrongly_is_given_up_and_told(fault: str, reason: str) -> None:
+def test_a_failed_or_wrong_recording_is_dropped_with_a_reason(fault: str, reason: str) -> None:
     recorder = FakeRecorder(fault)
     model = on_fake(recorder)
     capture(model, BatchBuckets((1, 8)), [], time.monotonic)
@@ -161,7 +162,7 @@ def test_what_cannot_be_recorded_or_answers_wrongly_is_given_up_and_told(fault: 
     np.testing.assert_allclose(model.run_padded([{"x": rows}], 8)["scores"], want, rtol=1e-5, atol=1e-5)
 
 
-def test_closed_it_drops_what_it_recorded() -> None:
+def test_close_drops_the_recordings() -> None:
     recorder = FakeRecorder()
     model = on_fake(recorder)
     capture(model, BatchBuckets((1, 8)), [], time.monotonic)
@@ -171,7 +172,7 @@ def test_closed_it_drops_what_it_recorded() -> None:
     assert not model._recordings
 
 
-def test_each_thread_that_runs_it_gets_ready_for_captures_of_others() -> None:
+def test_begin_prepares_the_thread_for_recordings_elsewhere() -> None:
     recorder = FakeRecorder()
     model = on_fake(recorder)
     model.begin()

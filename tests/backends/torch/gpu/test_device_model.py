@@ -40,7 +40,7 @@ def images(count: int, seed: int) -> Array:
     return np.random.default_rng(seed).random((count, 1, 8, 8)).astype(np.float32)
 
 
-def test_rows_run_among_more_and_come_back_alone(model: TorchDeviceModel) -> None:
+def test_padded_rows_are_cut_off_the_outputs(model: TorchDeviceModel) -> None:
     """As the network gives them, whatever ran in the same memory before and after."""
     network = digits()
     kept = []
@@ -55,7 +55,7 @@ def test_rows_run_among_more_and_come_back_alone(model: TorchDeviceModel) -> Non
         np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_as_it_is_it_gives_the_same(model: TorchDeviceModel) -> None:
+def test_a_run_without_padding_gives_the_same_outputs(model: TorchDeviceModel) -> None:
     rows = images(4, 9)
     alone = model.run({"x": rows}, ["scores"])
     np.testing.assert_allclose(
@@ -63,7 +63,7 @@ def test_as_it_is_it_gives_the_same(model: TorchDeviceModel) -> None:
     )
 
 
-def test_what_is_padded_is_zero() -> None:
+def test_padding_is_zero() -> None:
     """Also of BF16, which numpy has as bits, and after a batch that filled the memory."""
     seen: list[torch.Tensor] = []
 
@@ -80,7 +80,7 @@ def test_what_is_padded_is_zero() -> None:
     assert seen[-1].tolist() == [1, 0, 0, 0]
 
 
-def test_a_full_card_is_told_from_other_faults() -> None:
+def test_out_of_memory_is_distinguished_from_other_errors() -> None:
     def full(feeds: InputTensors) -> OutputTree:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -93,7 +93,7 @@ def test_a_full_card_is_told_from_other_faults() -> None:
         bound(broken, (X,), {(): SCORES}).run_padded([{"x": images(1, 0)}], 2)
 
 
-def test_closed_it_lets_go_of_the_module_and_its_memory() -> None:
+def test_close_releases_the_module_and_its_memory() -> None:
     released: list[bool] = []
     runnable = Runnable(
         lambda feeds: {(): feeds["x"]}, (X,), "", copies=False, release=lambda: released.append(True)

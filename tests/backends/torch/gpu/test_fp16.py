@@ -42,7 +42,7 @@ def as_program(folder: Path) -> tuple[Path, TensorHint]:
 
 
 @pytest.mark.parametrize("save", [as_script, as_trace, as_program])
-def test_it_runs_in_fp16_and_takes_and_gives_what_it_did(
+def test_an_fp16_model_keeps_its_input_and_output_datatypes(
     save: Callable[[Path], tuple[Path, TensorHint]], tmp_path: Path
 ) -> None:
     """The answers are rounded, and no further from FP32 than that explains."""
@@ -74,7 +74,7 @@ class Masking(nn.Module):
         return {"weights": weights @ self.dense.weight + bias, "best": y.argmax(1)}
 
 
-def test_what_asks_for_fp32_by_name_gets_fp16(tmp_path: Path) -> None:
+def test_fp32_literals_become_fp16(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Masking().eval()
     x, kept = torch.rand(2, 4), torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1]])
@@ -108,7 +108,7 @@ class Scale(nn.Module):
         return y, y.half()
 
 
-def test_a_script_that_does_not_go_along_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_a_script_that_does_not_run_in_fp16_is_refused(tmp_path: Path) -> None:
     file = save_scripted(tmp_path / "m.pt", Stubborn())
     assert load(file, X, fp16=False).run({"x": np.ones((1, 4), np.float32)})["output_0"].tolist() == [[4, 4]]
     with pytest.raises(LoadError, match=r"the model does not run in FP16 \(.+\): an FP32 tensor in it is no"):
@@ -116,7 +116,7 @@ def test_a_script_that_does_not_go_along_is_refused_with_the_reason(tmp_path: Pa
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pt2"])
-def test_what_was_fp16_before_stays_it(suffix: str, tmp_path: Path) -> None:
+def test_fp16_outputs_stay_fp16(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"m{suffix}"
     save: Any = save_scripted if suffix == ".pt" else save_exported
     save(file, Scale(), *(() if suffix == ".pt" else (torch.rand(2, 4),)))
