@@ -115,9 +115,9 @@ class SplitRequest:
                     error = _size_error(joined_bytes(parts), max_bytes)
                     if error is None:
                         outputs = join_rows(parts)
-            except Unjoinable as fault:
-                error = ModelFailed(f"the outputs of the request's rows do not fit together: {fault}")
-                error.__cause__ = fault.with_traceback(None)
+            except Unjoinable as misfit:
+                error = ModelFailed(f"the outputs of the request's rows do not fit together: {misfit}")
+                error.__cause__ = misfit.with_traceback(None)
             except Exception as fault:  # noqa: BLE001 - memory may run out, and the entry must still end
                 error = ModelFailed("the outputs of the request's rows could not be joined")
                 # The frames of the traceback hold the outputs.
