@@ -9,7 +9,8 @@ from urllib.parse import unquote
 import orjson
 
 from inferpool.errors import InferpoolError, Refused, UnsupportedMediaType
-from inferpool.http.native.bodies import JSON, MEANT_AS_JSON, NPY, NPZ, open_body
+from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, NPY, NPZ, PROBLEM_JSON
+from inferpool.http.native.bodies import open_body
 from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
 from inferpool.http.predict.request_head import RequestHead, read_weights
 from inferpool.http.predict.served_version import ServedVersion
@@ -23,7 +24,7 @@ PREDICT: Final = "/predict"
 class NativeApi(InferenceApi):
     """The formats and paths of Inferpool's own predict routes."""
 
-    problem_type = b"application/problem+json"
+    problem_type = PROBLEM_JSON.encode()
 
     def target(self, path: str) -> Target | None:
         """Match `/predict`, `/predict/{model}` and `/predict/{model}/{version}`."""
@@ -52,7 +53,7 @@ class NativeApi(InferenceApi):
         if wanted == NPY:
             raise UnsupportedMediaType(
                 f"the response has {len(outputs)} outputs, {NPY} holds one; name one output, or accept {NPZ}",
-                expected=[JSON, NPZ],
+                expected=[JSON_TYPE, NPZ],
             )
         view = served.view
         classes = view.classes
@@ -67,7 +68,7 @@ class NativeApi(InferenceApi):
             predictions,
             served.bf16,
         )
-        return Encoded([(b"content-type", JSON.encode())], [body])
+        return Encoded([(b"content-type", JSON_TYPE.encode())], [body])
 
     def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
         """The `application/problem+json` body (RFC 9457) of an error."""
@@ -88,10 +89,10 @@ class NativeApi(InferenceApi):
 def _wanted(accept: str) -> str:
     """The response format that an Accept header prefers; JSON if it names none of the formats."""
     if "application/x-np" not in accept.lower():
-        return JSON
+        return JSON_TYPE
     weights = read_weights(accept)
     arrays = max((NPY, NPZ), key=lambda kind: weights.get(kind, 0.0))
-    return arrays if weights.get(arrays, 0.0) > weights.get(JSON, 0.0) else JSON
+    return arrays if weights.get(arrays, 0.0) > weights.get(JSON_TYPE, 0.0) else JSON_TYPE
 
 
 NATIVE_API: Final = NativeApi()

@@ -7,6 +7,7 @@ from typing import Final
 
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InvalidInput, UnsupportedMediaType
+from inferpool.http.media_types import FORM, JSON_TYPE, MEANT_AS_JSON, NPY, NPZ
 from inferpool.http.native.multipart import find_input, read_form
 from inferpool.http.predict.api import Body, Options
 from inferpool.http.predict.request_head import RequestHead
@@ -16,17 +17,8 @@ from inferpool.tensors import Tensors, check_inputs, name_text, names_text, valu
 from inferpool.wire.native_json import PredictRequest, parse_request
 from inferpool.wire.npy import cast_to, decode_npy, decode_npz
 
-JSON: Final = "application/json"
-NPY: Final = "application/x-npy"
-NPZ: Final = "application/x-npz"
-FORM: Final = "multipart/form-data"
-
 _CHARSET: Final = re.compile(r"""(?:^|[\s;])charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
 _UTF8: Final = frozenset(("utf-8", "utf8", "us-ascii", "ascii"))
-
-MEANT_AS_JSON: Final = frozenset(("", JSON, "application/x-www-form-urlencoded", "application/octet-stream"))
-"""Media types that are read as JSON, including those that curl and browsers send by default."""
-
 _SYNONYMS: Final = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg"}
 """Media types that are not registered, and that clients send all the same."""
 
@@ -45,7 +37,7 @@ def media_types(view: VersionView) -> list[str]:
     """The media types of the bodies that a version takes."""
     pictures = view.image.media_types if view.image is not None else ()
     texts = view.text.media_types if view.text is not None else ()
-    return [JSON, NPY, NPZ, FORM, *pictures, *texts]
+    return [JSON_TYPE, NPY, NPZ, FORM, *pictures, *texts]
 
 
 class _JsonBody(Body):

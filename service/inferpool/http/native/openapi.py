@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import quote
 
-from inferpool.http.native.bodies import FORM, JSON, NPY, NPZ
+from inferpool.http.media_types import FORM, JSON_TYPE, NPY, NPZ
 from inferpool.http.openapi_parts import (
     ANSWER_HEADERS,
     BINARY,
@@ -39,7 +39,7 @@ def predict_paths(views: list[VersionView]) -> Document:
     }
     any_form = {FORM: {"schema": {"type": "object", "description": _FORM}}}
     anything = {"description": "Nested lists by input name, or those of the single input; rows come first."}
-    any_model: Document = {JSON: {"schema": _request(anything, None)}, **files, **any_form}
+    any_model: Document = {JSON_TYPE: {"schema": _request(anything, None)}, **files, **any_form}
     paths = {
         "/predict": _path("predict", "Predict, with the model named in the body", [], _named(views)),
         "/predict/{model}": _path(
@@ -69,7 +69,7 @@ def _path(name: str, summary: str, parameters: list[Document], content: Document
                     "description": "The model's outputs, in the format that Accept asks for.",
                     "headers": ANSWER_HEADERS,
                     "content": {
-                        JSON: {"schema": _ANSWER},
+                        JSON_TYPE: {"schema": _ANSWER},
                         NPY: {"schema": BINARY},
                         NPZ: {"schema": BINARY},
                     },
@@ -97,9 +97,11 @@ def _named(views: list[VersionView]) -> Document:
             examples[view.key.model] = {"value": {"model": view.key.model, **example}}
     schema = {"oneOf": requests} if requests else _request({}, None)
     other_formats = (
-        {kind: body for kind, body in _content(views[0]).items() if kind != JSON} if len(views) == 1 else {}
+        {kind: body for kind, body in _content(views[0]).items() if kind != JSON_TYPE}
+        if len(views) == 1
+        else {}
     )
-    return {JSON: {"schema": schema, **({"examples": examples} if examples else {})}, **other_formats}
+    return {JSON_TYPE: {"schema": schema, **({"examples": examples} if examples else {})}, **other_formats}
 
 
 def _content(view: VersionView) -> Document:
@@ -109,7 +111,7 @@ def _content(view: VersionView) -> Document:
     inputs = _inputs(view)
     if inputs is not None:
         example = _example(view)
-        content[JSON] = {
+        content[JSON_TYPE] = {
             "schema": _request(inputs, view),
             **({"examples": {view.key.model: {"value": example}}} if example is not None else {}),
         }

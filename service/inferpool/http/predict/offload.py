@@ -7,6 +7,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final
 
 from inferpool.errors import Overloaded
+from inferpool.http.media_types import FORM, NPZ
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.context import PredictContext
 from inferpool.repository.catalog import Catalog
@@ -25,7 +26,7 @@ TEXT_THREADS: Final = 2
 """Threads that encode long texts."""
 JSON_THREADS: Final = min(8, max(2, os.cpu_count() or 1))
 """Threads that read long JSON; separate from the loop's own, which write `/metrics`."""
-_UNPACKED: Final = ("application/x-npz", "multipart/form-data")
+_UNPACKED: Final = (NPZ, FORM)
 """Media types that are decompressed or taken apart, whatever their size."""
 _DECODED: Final = ("image/", "multipart/")
 """How media types begin that are decoded, not viewed."""

@@ -153,7 +153,8 @@ class Predictor:
         entry = self._entry(context, tensors, now, deadline)
         if len(context.texts) > 1:
             parts = [
-                Part(self._entry(context, rows.tensors, now, deadline), rows.indices) for rows in context.texts
+                Part(self._entry(context, rows.tensors, now, deadline), rows.indices)
+                for rows in context.texts
             ]
             entry = split_entry(next(self._entry_ids), parts)
         self._results.subscribe(entry.id, then)

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import orjson
 
 from inferpool.errors import InferpoolError, UnsupportedMediaType
+from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, OCTET_STREAM
 from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
@@ -17,18 +18,15 @@ from inferpool.wire.v2_request import InferRequest, parse_infer
 from inferpool.wire.v2_response import encode_infer
 
 PREFIX: Final = "/v2"
-BINARY_TYPE: Final = "application/octet-stream"
 
 _INFER: Final = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-_ACCEPTED_TYPES: Final = frozenset(("", "application/json", BINARY_TYPE, "application/x-www-form-urlencoded"))
-"""The media types that clients of the protocol send, and the default of curl."""
-_JSON_HEADERS: Final = [(b"content-type", b"application/json")]
+_JSON_HEADERS: Final = [(b"content-type", JSON_TYPE.encode())]
 
 
 class V2Api(InferenceApi):
     """The formats and paths of the infer routes of `/v2`."""
 
-    problem_type = b"application/json"
+    problem_type = JSON_TYPE.encode()
 
     def target(self, path: str) -> Target | None:
         """Match `/v2/models/{model}/infer` and `/v2/models/{model}/versions/{version}/infer`."""
@@ -46,10 +44,10 @@ class V2Api(InferenceApi):
         """Open JSON, JSON with binary tensors, or one raw tensor, depending on the header length."""
         json_length = head.json_length()
         # A client that sends the header length speaks this protocol, whatever its media type.
-        if json_length is None and head.content_type not in _ACCEPTED_TYPES:
+        if json_length is None and head.content_type not in MEANT_AS_JSON:
             raise UnsupportedMediaType(
-                f"the body is {name_text(head.content_type)}, /v2 takes application/json and {BINARY_TYPE}",
-                expected=["application/json", BINARY_TYPE],
+                f"the body is {name_text(head.content_type)}, /v2 takes {JSON_TYPE} and {OCTET_STREAM}",
+                expected=[JSON_TYPE, OCTET_STREAM],
             )
         return _InferBody(parse_infer(data, json_length))
 
@@ -71,7 +69,7 @@ class V2Api(InferenceApi):
             return Encoded(_JSON_HEADERS, parts)
         return Encoded(
             [
-                (b"content-type", BINARY_TYPE.encode()),
+                (b"content-type", OCTET_STREAM.encode()),
                 (b"inference-header-content-length", b"%d" % json_length),
             ],
             parts,

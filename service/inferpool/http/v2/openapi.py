@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import quote
 
+from inferpool.http.media_types import JSON_TYPE, OCTET_STREAM
 from inferpool.http.openapi_parts import (
     ANSWER_HEADERS,
     BINARY,
@@ -20,12 +21,10 @@ from inferpool.http.openapi_parts import (
     nested_example,
     path_parameter,
 )
-from inferpool.http.v2.api import BINARY_TYPE
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import ANY, DTYPES, TensorSpec
 
 _LENGTH: Final = "Inference-Header-Content-Length"
-_JSON: Final = "application/json"
 
 
 def infer_paths(views: list[VersionView]) -> Document:
@@ -57,7 +56,7 @@ def _path(name: str, summary: str, parameters: list[Document], view: VersionView
                 "200": {
                     "description": "The model's outputs; binary if the request asks for binary.",
                     "headers": {**ANSWER_HEADERS, _LENGTH: _LENGTH_HEADER},
-                    "content": {_JSON: {"schema": _ANSWER}, BINARY_TYPE: {"schema": BINARY}},
+                    "content": {JSON_TYPE: {"schema": _ANSWER}, OCTET_STREAM: {"schema": BINARY}},
                 },
                 **error_references("Error"),
             },
@@ -66,9 +65,9 @@ def _path(name: str, summary: str, parameters: list[Document], view: VersionView
 
 
 def _content(view: VersionView | None) -> Document:
-    binary = {BINARY_TYPE: {"schema": BINARY}}
+    binary = {OCTET_STREAM: {"schema": BINARY}}
     if view is None:
-        return {_JSON: {"schema": _request(_list(_input(None, None)), _list(_output(None)))}, **binary}
+        return {JSON_TYPE: {"schema": _request(_list(_input(None, None)), _list(_output(None)))}, **binary}
     assert view.signature is not None  # only ready versions are shown
     specs = in_json(view)
     if specs is None:
@@ -92,7 +91,7 @@ def _content(view: VersionView | None) -> Document:
             for spec, shape in shapes
         ]
         json["examples"] = {view.key.model: {"value": {"inputs": given}}}
-    return {_JSON: json, **binary}
+    return {JSON_TYPE: json, **binary}
 
 
 def _inputs(view: VersionView, specs: list[TensorSpec]) -> Document:

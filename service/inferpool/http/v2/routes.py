@@ -8,6 +8,7 @@ from typing import Any, Final
 from fastapi import FastAPI, Request, Response
 
 from inferpool.errors import InvalidInput, NotReady
+from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_head import RequestHead
@@ -193,9 +194,7 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
             413: {"model": Error, "description": "`body_too_large`"},
             422: {"model": Error, "description": "`invalid_input`"},
         },
-        openapi_extra={
-            "requestBody": {"content": {"application/json": {"schema": IndexQuery.model_json_schema()}}}
-        },
+        openapi_extra={"requestBody": {"content": {JSON_TYPE: {"schema": IndexQuery.model_json_schema()}}}},
     )
     async def read_v2_index(request: Request) -> list[IndexEntry]:
         # FastAPI cannot read this body: clients of the protocol send none, or one without a Content-Type.
