@@ -166,7 +166,7 @@ def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return function(*arguments)
     except Exception as error:  # noqa: BLE001 - the caller responds with the error
         return error
-    except BaseException as error:
+    except BaseException as fatal:  # another name than above: mypyc gives a name one type
         # A library that ends its thread must not leave the request without a response either.
-        log.exception("%s raised %s", getattr(function, "__name__", function), type(error).__name__)
+        log.exception("%s raised %s", getattr(function, "__name__", function), type(fatal).__name__)
         return InternalError("the server failed on this request; its log says why")
