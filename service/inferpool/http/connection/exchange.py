@@ -277,7 +277,7 @@ class Exchange:
         """Begin the turn, and reserve `size` bytes of body; returns False if the request is refused."""
         predictor = self._predictor
         self._move(READING)
-        predictor.in_flight.enter()
+        predictor.in_flight.requests += 1
         try:
             predictor.admit(self._context)
             if size:

@@ -26,7 +26,7 @@ class ResponsePrefix:
             self._prefixes.clear()
         prefix = self._prefixes.get(status)
         if prefix is None:
-            prefix = STATUS_LINE[status] + b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+            prefix = STATUS_LINE[status] + b"".join([b"%b: %b\r\n" % header for header in headers])
             self._prefixes[status] = prefix
         return prefix
 
@@ -36,8 +36,6 @@ def response_head(prefix: bytes, headers: Headers, closes: bool, size: int) -> b
 
     `closes` says that the response is the last on its connection.
     """
-    lines = [prefix, *(name + b": " + value + b"\r\n" for name, value in headers)]
-    if closes:
-        lines.append(b"connection: close\r\n")
-    lines.append(b"content-length: %d\r\n\r\n" % size)
-    return b"".join(lines)
+    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+    last = b"connection: close\r\n" if closes else b""
+    return b"%b%b%bcontent-length: %d\r\n\r\n" % (prefix, lines, last, size)

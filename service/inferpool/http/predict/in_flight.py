@@ -10,8 +10,10 @@ class InFlight:
     """Counts requests, so that the server can stop without losing one. For the event loop alone.
 
     Attributes:
-        requests: requests whose turn on their connection has begun and is not over.
-        accepted: those of them that a queue has accepted and whose response is not written yet.
+        requests: requests whose turn on their connection has begun and is not over. An exchange adds 1 when
+            its turn begins, and calls `leave` at its end.
+        accepted: requests that a queue has accepted and whose response is not written yet. The predictor adds
+            1, and calls `release` at the end.
         closing: whether the server is to stop: the last response on each connection closes the connection.
         draining: whether new requests are refused.
     """
@@ -24,19 +26,11 @@ class InFlight:
         # Made only for `wait_idle`, because setting an event takes as long as many a step of a request.
         self._changed: asyncio.Event | None = None
 
-    def enter(self) -> None:
-        """Count a request whose turn on its connection begins."""
-        self.requests += 1
-
     def leave(self) -> None:
         """Count the end of a request: its client has the response, or is gone."""
         self.requests -= 1
         if self._changed is not None:
             self._changed.set()
-
-    def accept(self) -> None:
-        """Count a request that a queue has accepted."""
-        self.accepted += 1
 
     def release(self) -> None:
         """Count the response to an accepted request, or the loss of its client."""

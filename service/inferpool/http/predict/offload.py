@@ -48,11 +48,12 @@ class DecodeOffloader:
         head = context.head
         if head.content_encoding or head.content_type in _UNPACKED:
             return True
-        if len(data) > HEAVY_TEXT_BYTES and self._may_be_text(context):
+        size = len(data)
+        if size > HEAVY_TEXT_BYTES and self._may_be_text(context):
             return True
-        if _is_heavy_json(context, len(data)) or _holds_strings(context, len(data)):
+        if size > HEAVY_JSON_BYTES and (_is_heavy_json(context, size) or _holds_strings(context, size)):
             return True
-        if len(data) > HEAVY_BYTES:
+        if size > HEAVY_BYTES:
             return head.content_type.startswith(_DECODED)
         if head.content_type.startswith("image/") and context.served is not None:
             # Decoding an image takes time by its pixels, and a small file may have many of them.

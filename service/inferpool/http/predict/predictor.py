@@ -164,7 +164,7 @@ class Predictor:
             self._results.unsubscribe(entry.id)
             raise
         context.entry = entry
-        self.in_flight.accept()
+        self.in_flight.accepted += 1
         return deadline
 
     def encode(self, context: PredictContext, result: Result) -> Response:
@@ -220,8 +220,9 @@ class Predictor:
         served = context.served
         if served is None:
             return math.inf
-        by_head, by_body = context.head.timeout_ms(), context.options.timeout_ms
-        if by_head is not None:
+        by_body = context.options.timeout_ms
+        if context.head.timeout_text is not None:
+            by_head = context.head.timeout_ms()
             timeout_s = (by_head if by_body is None else min(by_head, by_body)) / 1000
         elif by_body is not None:
             timeout_s = by_body / 1000

@@ -81,10 +81,9 @@ class RequestHead:
         head.timeout_text = self.timeout_text
         return head
 
-    def timeout_ms(self) -> float | None:
-        """Return the milliseconds in X-Timeout-Ms, None if not given; raises InvalidInput unless above 0."""
-        if self.timeout_text is None:
-            return None
+    def timeout_ms(self) -> float:
+        """Return the milliseconds in X-Timeout-Ms, which was given; raises InvalidInput unless above 0."""
+        assert self.timeout_text is not None  # the caller has looked
         try:
             # Python would accept 1_000 as a number.
             timeout = float(self.timeout_text.replace(b"_", b"?"))

@@ -47,9 +47,8 @@ def compressed(response: Response) -> Response:
 
 def server_timing(queue_s: float, compute_s: float, total_s: float) -> bytes:
     """Return the value of Server-Timing (W3C Server Timing), in milliseconds with three decimals."""
-    queue, compute, total = _milliseconds(queue_s), _milliseconds(compute_s), _milliseconds(total_s)
-    return b"queue;dur=%d.%03d, compute;dur=%d.%03d, total;dur=%d.%03d" % (*queue, *compute, *total)
-
-
-def _milliseconds(seconds: float) -> tuple[int, int]:
-    return divmod(round(1e6 * min(max(seconds, 0.0), _LONGEST_S)), 1000)
+    return b"queue;dur=%.3f, compute;dur=%.3f, total;dur=%.3f" % (
+        1000 * min(max(queue_s, 0.0), _LONGEST_S),
+        1000 * min(max(compute_s, 0.0), _LONGEST_S),
+        1000 * min(max(total_s, 0.0), _LONGEST_S),
+    )
