@@ -92,13 +92,15 @@ class Graph:
 
 
 def embedded(graph: Graph, words: Array, positions: Array) -> str:
-    """Return each token's vector with its place's: [rows, tokens, size], from tables [vocabulary, size] and
-    [most tokens, size]."""
+    """Return each token's vector plus that of its position: [rows, tokens, size].
+
+    The tables are [vocabulary, size] and [most tokens, size].
+    """
     tokens = graph.op("Shape", IDS, start=1, end=2)
-    places = graph.op(
+    used_positions = graph.op(
         "Slice", graph.constant("positions", positions), graph.integers(0), tokens, graph.integers(0)
     )
-    return graph.op("Add", graph.op("Gather", graph.constant("words", words), IDS), places)
+    return graph.op("Add", graph.op("Gather", graph.constant("words", words), IDS), used_positions)
 
 
 def padding_bias(graph: Graph) -> str:

@@ -89,9 +89,9 @@ def run(results: Results, given: argparse.Namespace) -> None:
 
 def pairs(given: argparse.Namespace, number: int) -> Iterator[tuple[str, str]]:
     """Return the workloads and servers of a round; each round begins with another server."""
-    turn = number % len(given.peers)
+    first = number % len(given.peers)
     for workload in given.workloads:
-        for peer in [*given.peers[turn:], *given.peers[:turn]]:
+        for peer in [*given.peers[first:], *given.peers[:first]]:
             if WORKLOADS[workload].kind in PEERS[peer].requests if peer in PEERS else workload == "resnet50":
                 yield workload, peer
 

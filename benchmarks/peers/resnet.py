@@ -67,13 +67,13 @@ def write_resnet50(file: Path, seed: int = 0) -> None:
     dense, bias = graph.weight((channels, CLASSES), channels, 1.0), graph.weight((CLASSES,), 1, 0.01)
     graph.add("Gemm", x, dense, bias)
     graph.nodes[-1].output[0] = "logits"
-    whole = helper.make_graph(
+    proto = helper.make_graph(
         graph.nodes,
         "resnet50",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 3, SIDE, SIDE])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", CLASSES])],
         graph.weights,
     )
-    model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, file)

@@ -117,9 +117,9 @@ def check_instructions(data: bytes) -> None:
             raise ArchiveError(f"it has the instruction {opcode.name}, which no batch of CIFAR-10 has")
         if opcode.name in ("BINPUT", "LONG_BINPUT"):
             puts += 1
-            # The unpickler makes room for every place up to this one.
+            # The unpickler allocates memory for every index up to this one.
             if not isinstance(argument, int) or argument > puts:
-                raise ArchiveError(f"it remembers something in place {argument} before the places below it")
+                raise ArchiveError(f"it memoises index {argument} before the indices below it")
 
 
 def unpickle(data: bytes) -> dict[str, Any]:
@@ -188,29 +188,29 @@ def _from_folder(folder: Path) -> dict[str, bytes]:
 class _Unpacked:
     """A tar as tarfile reads it, from its start to its end, and no more of it than there may be.
 
-    tarfile itself reads headers only, each in one piece of the size that the archive states, and keeps them:
+    tarfile itself reads headers only, each at once in the size that the archive states, and keeps them:
     so their bytes are counted apart.
     """
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
-        self._place = 0
+        self._offset = 0
         self._header_bytes = 0
 
     def tell(self) -> int:
         """Bytes from the start."""
-        return self._place
+        return self._offset
 
-    def seek(self, place: int) -> None:
-        """Skip to `place`; raises ArchiveError where that lies behind, or too far ahead."""
-        if place < self._place:
+    def seek(self, offset: int) -> None:
+        """Skip to `offset`; raise ArchiveError if the offset lies behind, or too far ahead."""
+        if offset < self._offset:
             raise ArchiveError("its parts lie over one another")
-        self._check(place)
-        while self._place < place:
-            skipped = len(self._source.read(min(place - self._place, 64 * 1024)))
+        self._check(offset)
+        while self._offset < offset:
+            skipped = len(self._source.read(min(offset - self._offset, 64 * 1024)))
             if not skipped:
                 raise EOFError("it ends too early")
-            self._place += skipped
+            self._offset += skipped
 
     def read(self, size: int) -> bytes:
         """`size` bytes of a header, fewer at the end; raises ArchiveError where headers have too many."""
@@ -219,22 +219,22 @@ class _Unpacked:
             raise ArchiveError(f"its headers have more than {MOST_HEADER_BYTES} bytes")
         return self._take(size)
 
-    def content(self, place: int, size: int) -> bytes:
-        """The `size` bytes from `place` on; raises EOFError where there are fewer."""
-        self.seek(place)
+    def content(self, offset: int, size: int) -> bytes:
+        """Return the `size` bytes from `offset` on; raise EOFError if there are fewer."""
+        self.seek(offset)
         data = self._take(size)
         if len(data) < size:
             raise EOFError("it ends too early")
         return data
 
     def _take(self, size: int) -> bytes:
-        self._check(self._place + size)
+        self._check(self._offset + size)
         data = self._source.read(size)
-        self._place += len(data)
+        self._offset += len(data)
         return data
 
-    def _check(self, place: int) -> None:
-        if place > MOST_UNPACKED:
+    def _check(self, offset: int) -> None:
+        if offset > MOST_UNPACKED:
             raise ArchiveError(f"it unpacks to more than {MOST_UNPACKED} bytes")
 
 

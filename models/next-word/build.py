@@ -121,7 +121,7 @@ def make_tokenizer(texts: Sequence[str]) -> Tokenizer:
         word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
     common = [word for word, count in words.most_common() if count >= LEAST_COUNT and word not in MARKS]
-    vocabulary = {word: place for place, word in enumerate([*SPECIAL, *MARKS, *common])}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *MARKS, *common])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN]))
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
@@ -150,11 +150,11 @@ def train(rows: Sequence[Sequence[int]], vocabulary: int, epochs: int, seed: int
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     with tqdm(total=steps, desc="training", unit="batch") as bar:
         for _ in range(epochs):
-            order = sorted(range(len(rows)), key=lambda place: len(rows[place]) + 20 * chance.random())
+            order = sorted(range(len(rows)), key=lambda index: len(rows[index]) + 20 * chance.random())
             cut = [order[first : first + BATCH_ROWS] for first in range(0, len(order), BATCH_ROWS)]
             chance.shuffle(cut)
             for picked in cut:
-                ids = torch.from_numpy(padded([rows[place] for place in picked])[0])
+                ids = torch.from_numpy(padded([rows[index] for index in picked])[0])
                 read, wanted = ids[:, :-1], ids[:, 1:] - FIRST_WORD
                 other = torch.multinomial(common, read.numel(), replacement=True).view(read.shape)
                 noisy = torch.where((torch.rand(read.shape) < NOISE) & (read >= len(SPECIAL)), other, read)

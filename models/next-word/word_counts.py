@@ -21,10 +21,10 @@ class Counts:
         self._words = vocabulary - first_word
         self._after: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         for row in rows:
-            for place, word in enumerate(row):
+            for index, word in enumerate(row):
                 if word >= first_word:
                     for length in (0, 1, 2):
-                        self._after[tuple(row[max(0, place - length) : place])][word - first_word] += 1
+                        self._after[tuple(row[max(0, index - length) : index])][word - first_word] += 1
         preceding = Counter(
             word for before in self._after if len(before) == 1 for word in self._after[before]
         )

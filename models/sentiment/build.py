@@ -165,7 +165,7 @@ def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 def batches(rows: Sequence[Sequence[int]], chance: random.Random) -> list[list[int]]:
     """Put the places of rows of like length together, `BATCH_ROWS` at a time, in an order left to chance."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]) + 20 * chance.random())
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]) + 20 * chance.random())
     cut = [order[first : first + BATCH_ROWS] for first in range(0, len(order), BATCH_ROWS)]
     chance.shuffle(cut)
     return cut
@@ -184,9 +184,9 @@ def train(
     with tqdm(total=steps, desc="training", unit="batch") as bar:
         for _ in range(epochs):
             for picked in batches(rows, chance):
-                ids, mask = map(torch.from_numpy, padded([rows[place] for place in picked]))
+                ids, mask = map(torch.from_numpy, padded([rows[index] for index in picked]))
                 loss = nn.functional.cross_entropy(
-                    network(ids, mask), torch.tensor([labels[place] for place in picked])
+                    network(ids, mask), torch.tensor([labels[index] for index in picked])
                 )
                 optimizer.zero_grad()
                 loss.backward()

@@ -1,4 +1,4 @@
-"""The comparison with other servers measures what it says: real servers, real loads, real accounts."""
+"""The comparison with other servers: real servers, real loads, and counts that add up."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def peers(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a round of Inferpool and of plain FastAPI, short loads."""
+    """A folder with the results of one short round with Inferpool and plain FastAPI."""
     out = tmp_path_factory.mktemp("peers")
     words = [
         "--workloads",
@@ -55,10 +55,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_wrk
-def test_two_servers_are_measured_beside_each_other(measured: Path):
-    """Every level has answers, no errors, CPU time and memory, and the same is in table and plot."""
-    told = json.loads((measured / "results" / "peers.json").read_text())
-    loads = [record for record in told["records"] if record["workload"] == "row-json"]
+def test_two_servers_are_measured_in_one_round(measured: Path) -> None:
+    """Every level has answers, no errors, CPU time and memory; the table and the plot show both servers."""
+    report = json.loads((measured / "results" / "peers.json").read_text())
+    loads = [record for record in report["records"] if record["workload"] == "row-json"]
     assert [(record["peer"], record["level"]) for record in loads] == [
         (peer, level) for peer in ("inferpool", "fastapi") for level in (1, 16, 64, 256)
     ]
@@ -75,10 +75,10 @@ def test_two_servers_are_measured_beside_each_other(measured: Path):
 
 
 @needs_wrk
-def test_an_overload_offers_twice_what_was_found(measured: Path):
-    """Both get twice their own capacity; FastAPI refuses nothing, Inferpool what it has no time for."""
-    told = json.loads((measured / "results" / "peers.json").read_text())
-    own, fastapi = (record for record in told["records"] if record["workload"] == "overload")
+def test_an_overload_is_twice_the_capacity(measured: Path) -> None:
+    """Each server gets twice its own capacity; FastAPI refuses nothing, Inferpool refuses late requests."""
+    report = json.loads((measured / "results" / "peers.json").read_text())
+    own, fastapi = (record for record in report["records"] if record["workload"] == "overload")
     for record in (own, fastapi):
         assert record["offered_per_s"] == pytest.approx(2 * record["capacity_per_s"])
         assert record["lost"] == 0
@@ -88,8 +88,8 @@ def test_an_overload_offers_twice_what_was_found(measured: Path):
 
 
 @needs_wrk
-def test_a_finished_measurement_is_not_repeated(measured: Path):
-    """The same call measures nothing again; a round more does, and keeps what there is."""
+def test_a_finished_measurement_is_not_repeated(measured: Path) -> None:
+    """The same command measures nothing again; another round adds to the results."""
     file = measured / "results" / "peers.json"
     before = json.loads(file.read_text())["records"]
     words = ["--workloads", "row-json", "--peers", "inferpool", "--seconds", "1", "--no-plots"]
@@ -100,8 +100,8 @@ def test_a_finished_measurement_is_not_repeated(measured: Path):
 
 
 @needs_wrk
-def test_the_check_says_what_was_not_measured(measured: Path):
-    """Without Mosec beside it nothing holds that is measured by Mosec, and the exit status says so."""
+def test_the_check_names_targets_that_were_not_measured(measured: Path) -> None:
+    """Without results of Mosec the targets relative to Mosec do not hold, and the exit status is 1."""
     run = peers(measured, "--check")
     assert run.returncode == 1
     assert "| small JSON, 64: ≥ 1.5 × Mosec's requests/s | not measured | |" in run.stdout
@@ -109,8 +109,8 @@ def test_the_check_says_what_was_not_measured(measured: Path):
 
 
 @pytest.mark.parametrize(("own", "holds"), [(1500.0, True), (1499.0, False)])
-def test_a_target_holds_from_its_bound_on(tmp_path: Path, own: float, holds: bool):
-    """Medians are compared, and a value at the bound is enough."""
+def test_a_target_holds_from_its_bound_on(tmp_path: Path, own: float, holds: bool) -> None:
+    """The check compares medians, and a value at the bound holds."""
     results = Results(tmp_path / "peers.json")
     for peer, rates in (("inferpool", (9000.0, own, 1.0)), ("mosec", (1000.0, 1000.0, 4000.0))):
         results.set_peer(peer, version="1")
@@ -120,8 +120,8 @@ def test_a_target_holds_from_its_bound_on(tmp_path: Path, own: float, holds: boo
     assert (first.measured, first.holds) == (own / 1000, holds)
 
 
-def test_another_version_drops_what_was_measured_of_the_last(tmp_path: Path):
-    """Records of code that is no longer there are not mixed with new ones."""
+def test_a_new_version_drops_the_records_of_the_old_one(tmp_path: Path) -> None:
+    """Records of an earlier version are dropped, not mixed with new ones."""
     results = Results(tmp_path / "peers.json")
     for peer in ("inferpool", "mosec"):
         results.set_peer(peer, version="1")
@@ -131,8 +131,8 @@ def test_another_version_drops_what_was_measured_of_the_last(tmp_path: Path):
 
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=lambda peer: peer.name)
-def test_every_peer_has_a_request_or_a_reason(peer):
-    """No workload is left out silently."""
+def test_every_peer_has_a_request_or_a_reason(peer) -> None:
+    """Every workload that a peer cannot run has a reason in the table."""
     for workload in WORKLOADS.values():
         assert (workload.kind in peer.requests) != (workload.kind in peer.cannot), workload.name
 
@@ -144,7 +144,7 @@ if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         ends = time.process_time() + 0.5
-        while time.process_time() < ends: pass
+        while time.process_time() < ends: pass  # uses CPU time, to be counted
         open("busy-" + str(os.getpid()), "w").close()
         time.sleep(600)
     os._exit(0)
@@ -152,8 +152,8 @@ time.sleep(600)
 """
 
 
-def test_a_process_that_hides_is_accounted_and_ended(tmp_path: Path):
-    """Whatever a server starts is part of it: its CPU time, its memory, and its end."""
+def test_a_hidden_process_is_counted_and_ended(tmp_path: Path) -> None:
+    """The CPU time, the memory and the end of a server include the processes that it started."""
     python = Path(sys.executable)
     server = Server([str(python), "-c", TWO], environ(python), tmp_path)
     server.wait(lambda: any(tmp_path.glob("busy-*")))
@@ -164,8 +164,8 @@ def test_a_process_that_hides_is_accounted_and_ended(tmp_path: Path):
     assert not is_alive(hidden)
 
 
-def test_a_server_that_ends_says_its_last_words(tmp_path: Path):
-    """What it wrote is the reason that the table gives."""
+def test_a_server_that_ended_is_reported_with_its_log(tmp_path: Path) -> None:
+    """The log of a server that ended is the reason in the table."""
     server = Server(["sh", "-c", "echo no such model; exit 3"], dict(os.environ), tmp_path)
     with pytest.raises(ServerError, match="ended with status 3; log: no such model"):
         server.wait(lambda: False)
@@ -181,10 +181,10 @@ def is_alive(pid: int) -> bool:
 
 
 class Slow(BaseHTTPRequestHandler):
-    """Answers one request at a time, in 20 ms; refuses every second one at once."""
+    """Answers one request at a time, in 20 ms, and refuses every second request at once."""
 
     protocol_version = "HTTP/1.1"
-    turn = threading.Lock()
+    one_at_a_time = threading.Lock()
     count = 0
 
     def do_POST(self) -> None:
@@ -192,7 +192,7 @@ class Slow(BaseHTTPRequestHandler):
         type(self).count += 1
         status = 503 if type(self).count % 2 else 200
         if status == 200:
-            with self.turn:
+            with self.one_at_a_time:
                 time.sleep(0.02)  # what this server's work takes
         self.send_response(status)
         self.send_header("Content-Length", "0")
@@ -204,7 +204,7 @@ class Slow(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def slow() -> Iterator[int]:
-    """The port of such a server."""
+    """The port of a slow server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -214,8 +214,8 @@ def slow() -> Iterator[int]:
     server.server_close()
 
 
-def test_an_open_loop_does_not_wait_for_answers(slow: int):
-    """At 60 a second half are refused at once, and the other half fit: nothing is lost or late."""
+def test_an_open_loop_does_not_wait_for_answers(slow: int) -> None:
+    """At 60 requests a second the server refuses half and answers half in time; nothing is lost or late."""
     record = open_loop(slow, Request("/", b"x", {}), 60, 3, 1.0)
     assert record["refused"] == 90
     assert record["lost"] == record["late_per_s"] == 0
@@ -224,15 +224,15 @@ def test_an_open_loop_does_not_wait_for_answers(slow: int):
 
 
 @needs_wrk
-def test_refusals_are_not_requests_answered(slow: int):
-    """wrk's count is split; the rate is that of good answers."""
+def test_refusals_are_not_counted_as_answers(slow: int) -> None:
+    """Refusals are counted apart from wrk's requests; the rate is that of good answers."""
     record = closed_loop(slow, Request("/", b"x", {}), 2, 1)
     assert record["refused"] == pytest.approx(record["requests"], abs=2)
     assert record["requests_per_s"] < 51
 
 
-def test_a_load_without_a_server_is_lost():
-    """An open loop counts what it cannot send; wrk says what is wrong."""
+def test_requests_without_a_server_are_lost() -> None:
+    """An open loop counts the requests that it cannot send; with wrk the error names the fault."""
 
     async def gone() -> int:
         server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)

@@ -71,7 +71,7 @@ def test_no_port_is_open_to_other_machines_unless_it_is_asked_for() -> None:
 
 @pytest.mark.parametrize("files", [FILES[:1], FILES])
 def test_memory_is_limited(files: tuple[str, ...]) -> None:
-    """MEMORY takes the place of the limit that each file has."""
+    """MEMORY replaces the limit of each file."""
     assert merged(*files, MEMORY="1500m")["services"]["inferpool"]["mem_limit"] == "1500m"
 
 

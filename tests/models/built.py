@@ -17,7 +17,7 @@ from tests.server import Server
 
 
 def build(repository: Path, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-    """`inferpool build` in a process of its own."""
+    """Run `inferpool build` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "inferpool", "build", "--repository", str(repository), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environ},

@@ -1,4 +1,4 @@
-"""CIFAR-10's own format, written for small made-up pictures: what Python 2 pickled, byte by byte."""
+"""Writes small pictures in the format of CIFAR-10: the bytes that Python 2 pickled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = "cifar-10-batches-py"
 
 
 class Python2Pickle:
-    """Protocol 2 as Python 2's cPickle writes it: texts are bytes, and most things are remembered."""
+    """Writes pickle protocol 2 like Python 2's cPickle: texts are bytes, and most objects are memoised."""
 
     def __init__(self) -> None:
         self._puts = 0
@@ -61,14 +61,14 @@ class Python2Pickle:
 
 
 def pickled(table: dict[str, object]) -> bytes:
-    """A dictionary, as the archive has one in each file."""
+    """Return the pickle of a dictionary; each file of the archive is one."""
     writer = Python2Pickle()
     began = b"\x80\x02}" + writer.remembered() + b"("
     return began + b"".join(writer.text(key) + writer.any(value) for key, value in table.items()) + b"u."
 
 
 def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise on ten colours, one a label: images (n×3×32×32 bytes) and labels."""
+    """Return images (n×3×32×32 bytes) and labels: noise on ten colours, one for each label."""
     draw = np.random.default_rng(seed)
     labels = np.arange(count) % 10
     cube = np.mgrid[40:240:60, 60:220:100, 60:220:100].reshape(3, -1).T
@@ -78,24 +78,24 @@ def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch(name: str, images: np.ndarray, labels: np.ndarray) -> bytes:
-    """One batch's file."""
+    """Return the file of one batch."""
     return pickled(
         {
             "batch_label": name,
             "labels": labels.tolist(),
             "data": images.reshape(len(images), -1),
-            "filenames": [f"{NAMES[label]}_s_{place:06}.png" for place, label in enumerate(labels)],
+            "filenames": [f"{NAMES[label]}_s_{index:06}.png" for index, label in enumerate(labels)],
         }
     )
 
 
 def meta() -> bytes:
-    """The file of names."""
+    """Return the file with the names of the labels."""
     return pickled({"num_cases_per_batch": 10000, "label_names": list(NAMES), "num_vis": 3072})
 
 
 def files(rows: int, seed: int = 0) -> dict[str, bytes]:
-    """All the files of an archive whose batches have `rows` pictures."""
+    """Return all files of an archive with `rows` pictures in each batch."""
     made = {
         f"data_batch_{number}": batch(f"training batch {number} of 5", *pictures(rows, seed + number))
         for number in range(1, 6)
@@ -105,7 +105,7 @@ def files(rows: int, seed: int = 0) -> dict[str, bytes]:
 
 
 def write_tar(path: Path, contents: dict[str, bytes]) -> Path:
-    """An archive like `cifar-10-python.tar.gz`."""
+    """Write an archive like `cifar-10-python.tar.gz`; return its path."""
     with tarfile.open(path, "w:gz") as archive:
         folder = tarfile.TarInfo(FOLDER)
         folder.type = tarfile.DIRTYPE

@@ -1,4 +1,4 @@
-"""The models that come with Inferpool are what their cards say."""
+"""The models of the project do what their cards say."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def model_toml(name: str) -> dict[str, Any]:
         ("forecast", ("closes", [20]), ("forecast", [5])),
     ],
 )
-def test_signature_is_the_cards_and_rows_are_free(
+def test_the_signature_is_the_one_in_the_card_and_the_batch_is_dynamic(
     name: str, takes: tuple[str, list[int]], gives: tuple[str, list[int]]
 ) -> None:
     loaded = session(name)
@@ -82,7 +82,7 @@ def test_golden_samples_hold_within_their_tolerance(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_answer_alone_what_they_answer_together(name: str) -> None:
+def test_a_row_alone_gives_the_same_answer_as_in_a_batch(name: str) -> None:
     (file,) = (MODELS / name / "samples").glob("*.json")
     ((key, rows),) = json.loads(file.read_text())["inputs"].items()
     tensor = np.array(rows, np.float32)
@@ -93,7 +93,7 @@ def test_rows_answer_alone_what_they_answer_together(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_and_the_description_are_there(name: str) -> None:
+def test_a_model_has_a_card_and_a_description(name: str) -> None:
     assert model_toml(name)["description"]
     assert (MODELS / name / "README.md").read_text().startswith(f"# {name}\n")
 
@@ -104,7 +104,7 @@ def test_all_models_together_are_under_four_megabytes(models: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_build_script_explains_itself(name: str) -> None:
+def test_the_build_script_prints_its_help(name: str) -> None:
     done = subprocess.run(
         [sys.executable, MODELS / name / "build.py", "--help"], capture_output=True, text=True, check=True
     )
@@ -133,14 +133,14 @@ def test_held_out_digits_are_read_from_png(digits_codec: ImageCodec, digits_labe
         build.to_picture(image).save(file, "PNG")
         rows.append(digits_codec.decode(file.getvalue())["image"])
     tensor = np.concatenate(rows)
-    # The grey of a picture is v * 255 / 16 to the nearest whole: at most half a step of 255 away.
+    # The grey of a picture is v * 255 / 16, rounded: it differs by at most half a step of 255.
     np.testing.assert_allclose(tensor, build.to_rows(images), rtol=0, atol=0.5 / 255 + 1e-6)
     predictions = digits_labels.predictions(run("digits", {"image": tensor}))
     right = [best["label"] == str(label) for (best, *_), label in zip(predictions, labels, strict=True)]
     assert np.mean(right) >= build.STATED_ACCURACY >= 0.98
 
 
-def test_the_split_is_the_same_every_time_and_keeps_its_parts_apart() -> None:
+def test_the_split_is_repeatable_and_its_halves_share_no_row() -> None:
     build = build_script("digits")
     training, held_out, _, labels = build.split()
     again, _ = build.held_out()
@@ -160,7 +160,7 @@ def test_the_sample_picture_is_plainly_a_seven(digits_codec: ImageCodec, digits_
     assert float(second["score"] or 0) < 0.05
 
 
-def test_diabetes_is_scikit_learns_own_regression() -> None:
+def test_diabetes_equals_the_regression_of_scikit_learn() -> None:
     build = build_script("diabetes")
     training_features, features, training_targets, targets = build.split()
     expected = build.fit(training_features, training_targets).predict(features)
@@ -170,7 +170,7 @@ def test_diabetes_is_scikit_learns_own_regression() -> None:
     assert 1 - unexplained >= build.STATED_R2
 
 
-def test_diabetes_is_built_by_its_script(
+def test_the_script_builds_the_committed_diabetes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build = build_script("diabetes")
@@ -180,7 +180,7 @@ def test_diabetes_is_built_by_its_script(
     rebuilt = onnxruntime.InferenceSession(tmp_path / "1" / "model.onnx", providers=["CPUExecutionProvider"])
     features = build.split()[1].astype(np.float32)
     (got,) = rebuilt.run(["progression"], {"features": features})
-    # Not byte for byte: the file names the converter's version.
+    # The files are not equal byte for byte, because a file names the version of its converter.
     np.testing.assert_allclose(got, run("diabetes", {"features": features})["progression"], atol=1e-3)
     assert (tmp_path / "samples" / "held_out.json").exists()
 

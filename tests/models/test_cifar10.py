@@ -1,4 +1,4 @@
-"""The CIFAR-10 folder: its archive is read without running it, and becomes a model that is served."""
+"""CIFAR-10: the script reads its archive without executing it, and builds a model that is served."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TINY = made.batch("testing batch 1 of 1", *made.pictures(3, 0))
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository of the one folder, as it is committed."""
+    """A repository with the folder cifar10 alone, as it is committed."""
     target = tmp_path / "models" / "cifar10"
     target.mkdir(parents=True)
     for file in MODEL.iterdir():
@@ -57,7 +57,7 @@ def repository(tmp_path: Path) -> Path:
     return target.parent
 
 
-def test_the_archive_becomes_a_model_that_names_pictures(
+def test_a_model_built_from_the_archive_classifies_pictures(
     repository: Path, tmp_path: Path, serve: Serve
 ) -> None:
     data = made.write_tar(tmp_path / "cifar-10-python.tar.gz", made.files(ROWS))
@@ -84,7 +84,7 @@ def test_the_archive_becomes_a_model_that_names_pictures(
 
 
 def test_a_model_that_learned_nothing_is_not_written(repository: Path, tmp_path: Path) -> None:
-    """Labels that have nothing to do with the pictures cannot be learned."""
+    """A model cannot learn labels that do not depend on the pictures."""
     draw = np.random.default_rng(0)
     files = {
         name: made.batch(name, made.pictures(ROWS, seed)[0], draw.integers(0, 10, ROWS))
@@ -97,8 +97,8 @@ def test_a_model_that_learned_nothing_is_not_written(repository: Path, tmp_path:
     assert not (repository / "cifar10/1").exists()
 
 
-def test_the_made_up_archive_is_what_python_2_wrote() -> None:
-    """The real `batches.meta` has 158 bytes; numpy's own door reads the rest."""
+def test_the_archive_of_the_tests_has_the_format_of_python_2() -> None:
+    """The real `batches.meta` has 158 bytes; Python's pickle reads the other files."""
     assert len(made.meta()) == 158
     images, labels = made.pictures(3, 0)
     table = pickle.loads(TINY, encoding="bytes")
@@ -106,7 +106,7 @@ def test_the_made_up_archive_is_what_python_2_wrote() -> None:
     assert table[b"labels"] == labels.tolist()
 
 
-def test_the_archive_and_its_folder_are_read_alike(tmp_path: Path) -> None:
+def test_the_archive_and_its_folder_give_the_same_pictures(tmp_path: Path) -> None:
     files = made.files(ROWS)
     data = made.write_tar(tmp_path / "a.tar.gz", files)
     folder = tmp_path / made.FOLDER
@@ -124,7 +124,7 @@ def test_the_archive_and_its_folder_are_read_alike(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Unpickled by the book, makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -134,12 +134,12 @@ class Evil:
 
 
 def evil_by_name(module: str, name: str) -> bytes:
-    """`module.name("touch …")`, in instructions that CIFAR-10's own files have."""
+    """Return a pickle that calls `module.name("touch …")`, by instructions that CIFAR-10's own files have."""
     return b"\x80\x02}U\x04dataq\x01c" + f"{module}\n{name}\n".encode() + b"U\x05touch\x85Rs."
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_an_evil_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: int) -> None:
     witness = tmp_path / "witness"
     evil = pickle.dumps({b"data": Evil(witness)}, protocol)
     with pytest.raises(archive.ArchiveError):
@@ -167,7 +167,7 @@ def test_a_name_that_is_not_needed_is_refused(module: str, name: str) -> None:
         (b"", "no pickle"),
         (b"\x80\x02]q\x01.", "no dictionary"),
         (b"\x80\x02}K\x01K\x01s.", "no dictionary"),
-        (b"\x80\x02}r\xff\xff\xff\xff.", "place 4294967295"),
+        (b"\x80\x02}r\xff\xff\xff\xff.", "index 4294967295"),
         (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\x00\x00.", "BYTEARRAY8|no pickle"),
         (b"\x80\x02\x82\x01.", "EXT1"),
     ],
@@ -179,7 +179,7 @@ def test_a_pickle_of_anything_else_is_refused(data: bytes, words: str) -> None:
 
 @contextlib.contextmanager
 def memory_below(most_bytes: int) -> Iterator[None]:
-    """Fails where Python had more than this at once."""
+    """Fail if Python allocates more than this at once."""
     tracemalloc.start()
     try:
         yield
@@ -189,14 +189,14 @@ def memory_below(most_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("instruction", [b"]", b"}", b"(", b"K\x00\x85", b"U\x01a"])
-def test_a_pickle_that_makes_more_objects_than_a_batch_has_is_refused(instruction: bytes) -> None:
+def test_a_pickle_with_too_many_objects_is_refused(instruction: bytes) -> None:
     data = b"\x80\x02" + instruction * 1_000_000 + b"."
     with memory_below(8 << 20), pytest.raises(archive.ArchiveError, match="more than 100000 instructions"):
         archive.unpickle(data)
 
 
 def test_a_batch_of_the_real_size_is_read() -> None:
-    """10,000 pictures, as each of the archive's files has."""
+    """Each file of the real archive has 10,000 pictures."""
     images, labels = np.zeros((10_000, 3, 32, 32), np.uint8), np.arange(10_000) % 10
     table = archive.unpickle(made.batch("training batch 1 of 5", images, labels))
     assert table["labels"] == labels.tolist()
@@ -204,12 +204,12 @@ def test_a_batch_of_the_real_size_is_read() -> None:
 
 
 @given(st.data())
-def test_whatever_bytes_are_changed_nothing_but_a_refusal_comes_of_it(data: st.DataObject) -> None:
+def test_a_pickle_with_changed_bytes_is_read_or_refused(data: st.DataObject) -> None:
     changed = bytearray(TINY)
     head, tail = TINY.index(b"T\x00\x24") + 5, TINY.rindex(b"tb") - 2
-    places = st.one_of(st.integers(0, head), st.integers(tail, len(TINY) - 1))
-    for place in data.draw(st.lists(places, min_size=1, max_size=4)):
-        changed[place] = data.draw(st.integers(0, 255))
+    indices = st.one_of(st.integers(0, head), st.integers(tail, len(TINY) - 1))
+    for index in data.draw(st.lists(indices, min_size=1, max_size=4)):
+        changed[index] = data.draw(st.integers(0, 255))
     with contextlib.suppress(archive.ArchiveError):
         assert isinstance(archive.unpickle(bytes(changed)), dict)
 
@@ -231,14 +231,16 @@ def damaged(name: str, data: bytes) -> dict[str, bytes]:
         (damaged("data_batch_2", evil_by_name("posix", "system")), "data_batch_2: it asks for 'posix"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_an_archive_is_said(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+def test_the_message_names_the_fault_of_an_archive(
+    tmp_path: Path, files: dict[str, bytes], words: str
+) -> None:
     data = made.write_tar(tmp_path / "a.tar.gz", files)
     with pytest.raises(archive.ArchiveError, match=words):
         archive.read_archive(data, made.NAMES)
 
 
 def test_an_archive_unpacks_nothing(tmp_path: Path) -> None:
-    """Links, paths that lead out of the folder and files of any size stay where they are."""
+    """Nothing is written, whether the archive has links, paths out of its folder or large files."""
     secret = tmp_path / "secret"
     secret.write_bytes(made.meta())
     data = tmp_path / "a.tar.gz"
@@ -264,14 +266,14 @@ def test_an_archive_unpacks_nothing(tmp_path: Path) -> None:
 
 
 def header(kind: bytes, size: int, name: str = "name") -> bytes:
-    """One header of a tar, which states `size` bytes to come."""
+    """Return a header of a tar archive that announces `size` bytes."""
     member = tarfile.TarInfo(name)
     member.type, member.size = kind, size
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-def test_a_header_is_not_read_because_it_says_that_it_is_large(tmp_path: Path, kind: bytes) -> None:
+def test_a_header_that_announces_too_much_is_refused_unread(tmp_path: Path, kind: bytes) -> None:
     data = tmp_path / "a.tar.gz"
     size = 64 << 20
     data.write_bytes(gzip.compress(header(kind, size) + bytes(size), 1))
@@ -279,14 +281,14 @@ def test_a_header_is_not_read_because_it_says_that_it_is_large(tmp_path: Path, k
         archive.read_archive(data, made.NAMES)
 
 
-def test_many_headers_are_too_many(tmp_path: Path) -> None:
+def test_too_many_headers_are_refused(tmp_path: Path) -> None:
     data = tmp_path / "a.tar"
     data.write_bytes(b"".join(header(tarfile.REGTYPE, 0, f"file{number}") for number in range(20_000)))
     with memory_below(8 << 20), pytest.raises(archive.ArchiveError, match="headers have more than 65536"):
         archive.read_archive(data, made.NAMES)
 
 
-def test_what_unpacks_to_more_than_the_real_archive_is_refused(tmp_path: Path) -> None:
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "a.tar.gz"
     part = gzip.compress(header(tarfile.REGTYPE, archive.MOST_BYTES) + bytes(archive.MOST_BYTES), 1)
     data.write_bytes(part * 5)
@@ -295,22 +297,22 @@ def test_what_unpacks_to_more_than_the_real_archive_is_refused(tmp_path: Path) -
 
 
 def damaged_archives() -> dict[str, bytes]:
-    """Files that are no archive, each in another way."""
-    whole = header(tarfile.REGTYPE, 1024, f"{made.FOLDER}/test_batch")
+    """Return files that are no archives, each for another reason."""
+    archive_bytes = header(tarfile.REGTYPE, 1024, f"{made.FOLDER}/test_batch")
     packed = bytearray(gzip.compress(np.random.default_rng(0).bytes(4096)))
     packed[10] = 0xFF
     records = b"23 GNU.sparse.map=a,b\n\n"
-    sparse = header(tarfile.XHDTYPE, len(records)) + records.ljust(512, b"\0") + whole
+    sparse = header(tarfile.XHDTYPE, len(records)) + records.ljust(512, b"\0") + archive_bytes
     return {
         "empty": b"",
         "text": b"no archive" * 100,
         "damaged deflate": bytes(packed),
-        "xz": lzma.compress(whole),
-        "damaged xz": lzma.compress(whole)[:20],
-        "bzip2": bz2.compress(whole),
+        "xz": lzma.compress(archive_bytes),
+        "damaged xz": lzma.compress(archive_bytes)[:20],
+        "bzip2": bz2.compress(archive_bytes),
         "sparse map": sparse,
-        "negative size": whole[:124] + b"\xff" * 12 + whole[136:],
-        "short": whole + b"abc",
+        "negative size": archive_bytes[:124] + b"\xff" * 12 + archive_bytes[136:],
+        "short": archive_bytes + b"abc",
         "control characters": header(tarfile.REGTYPE, archive.MOST_BYTES + 1, "\x1b[2J\n"),
     }
 
@@ -326,22 +328,24 @@ def test_a_damaged_archive_is_refused_in_one_sentence(repository: Path, tmp_path
 
 
 @given(st.binary(max_size=700), st.integers(0, 1500), st.booleans())
-def test_whatever_bytes_an_archive_has_a_refusal_comes_of_it(
-    tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int, packed: bool
+def test_an_archive_of_random_bytes_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, index: int, packed: bool
 ) -> None:
-    whole = bytearray(header(tarfile.XHDTYPE, 30) + b"30 mtime=1".ljust(512, b"\0") + header(b"0", 512))
-    whole[place : place + len(noise)] = noise
+    archive_bytes = bytearray(
+        header(tarfile.XHDTYPE, 30) + b"30 mtime=1".ljust(512, b"\0") + header(b"0", 512)
+    )
+    archive_bytes[index : index + len(noise)] = noise
     data = tmp_path_factory.mktemp("archive") / "a.tar"
-    data.write_bytes(gzip.compress(whole) if packed else whole)
+    data.write_bytes(gzip.compress(archive_bytes) if packed else archive_bytes)
     with pytest.raises(archive.ArchiveError):
         archive.read_archive(data, made.NAMES)
 
 
-def test_the_labels_are_cifar_10s() -> None:
+def test_the_labels_are_those_of_cifar_10() -> None:
     assert tuple((MODEL / "labels.txt").read_text().split()) == made.NAMES
 
 
-def test_without_data_the_script_says_what_it_wants(repository: Path) -> None:
+def test_without_data_the_script_asks_for_it(repository: Path) -> None:
     run: subprocess.CompletedProcess[str] = build(repository, "cifar10")
     assert run.returncode == 2
     assert "--data" in run.stderr

@@ -37,7 +37,7 @@ script = load_module()
 
 
 def write_csv(path: Path, closes: np.ndarray, head: str = "Date,Open,Close") -> Path:
-    days = (date(2020, 1, 1) + timedelta(days=place) for place in range(len(closes)))
+    days = (date(2020, 1, 1) + timedelta(days=index) for index in range(len(closes)))
     lines = (f"{day},1,{close:.2f}" for day, close in zip(days, closes, strict=True))
     path.write_text("\n".join((head, *lines)) + "\n")
     return path
@@ -45,7 +45,7 @@ def write_csv(path: Path, closes: np.ndarray, head: str = "Date,Open,Close") -> 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository of the one folder, with nothing built."""
+    """A repository with the folder forecast alone, not built."""
     target = tmp_path / "models" / "forecast"
     target.mkdir(parents=True)
     for name in ("build.py", "model.toml"):
@@ -53,7 +53,7 @@ def repository(tmp_path: Path) -> Path:
     return target.parent
 
 
-def test_what_is_committed_is_what_the_script_builds(repository: Path) -> None:
+def test_the_script_builds_the_committed_model(repository: Path) -> None:
     run = build(repository, "forecast")
     assert run.returncode == 0, run.stderr
     for name in ("1/evaluation.json", "samples/last.json"):
@@ -69,7 +69,7 @@ def test_what_is_committed_is_what_the_script_builds(repository: Path) -> None:
                 assert mine[key] == theirs[key]
 
 
-def test_the_cards_table_is_the_back_test() -> None:
+def test_the_table_in_the_card_is_that_of_the_back_test() -> None:
     facts = json.loads((MODEL / "1/evaluation.json").read_text())
     shown = re.findall(
         r"^  \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", (MODEL / "README.md").read_text(), re.MULTILINE
@@ -82,7 +82,7 @@ def test_the_cards_table_is_the_back_test() -> None:
 
 
 def test_twenty_closes_give_the_next_five(bundled: Server) -> None:
-    """The graph is the regression: the same numbers in plain arithmetic, whatever the prices' size."""
+    """The graph computes the regression, as plain arithmetic does, for prices of any size."""
     closes = script.synthesise(0)
     windows, futures = script.to_windows(closes, 20, 5)
     expected = script.predict(script.fit(windows, futures), windows[-3:])
@@ -92,8 +92,8 @@ def test_twenty_closes_give_the_next_five(bundled: Server) -> None:
         np.testing.assert_allclose(answer["outputs"]["forecast"], size * expected, rtol=1e-5)
 
 
-def test_a_series_of_ones_own_with_other_lengths(repository: Path, tmp_path: Path, serve: Serve) -> None:
-    """A price that only ever doubles is foreseen exactly, one step and several ahead."""
+def test_another_series_and_other_lengths_are_learned(repository: Path, tmp_path: Path, serve: Serve) -> None:
+    """The model forecasts a price that always doubles exactly, one step and several steps ahead."""
     closes = 100 * 1.01 ** np.arange(120)
     file = write_csv(tmp_path / "mine.csv", closes)
     run = build(repository, "forecast", "--csv", file, "--window", 3, "--horizon", 2)
@@ -103,8 +103,8 @@ def test_a_series_of_ones_own_with_other_lengths(repository: Path, tmp_path: Pat
     np.testing.assert_allclose(answer["outputs"]["forecast"], [[103.0301, 104.0604]], rtol=1e-3)
 
 
-def test_where_the_last_value_is_better_it_is_said(repository: Path, tmp_path: Path) -> None:
-    """On a random walk a regression finds only noise; learned from few prices, it is refused."""
+def test_the_output_says_if_the_last_value_is_the_better_forecast(repository: Path, tmp_path: Path) -> None:
+    """On a random walk a regression learns only noise; a model that learned from few prices is refused."""
     walk = 100 * np.exp(np.cumsum(np.random.default_rng(1).normal(0, 0.01, 1500)))
     run = build(repository, "forecast", "--csv", write_csv(tmp_path / "walk.csv", walk))
     assert run.returncode == 0, run.stderr
@@ -121,7 +121,7 @@ def test_where_the_last_value_is_better_it_is_said(repository: Path, tmp_path: P
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.integers(1, 4), st.integers(0, 30))
 def test_the_back_test_never_sees_the_future(seed: int, window: int, horizon: int, day: int) -> None:
-    """Whatever comes after a day, what was forecast on it and before stays what it was."""
+    """Changed prices after a day do not change the forecasts of that day and earlier days."""
     draw = np.random.default_rng(seed)
     closes = 100 * np.exp(np.cumsum(draw.normal(0, 0.01, 150)))
     first = len(closes) - window - horizon + 1 - int(0.2 * (len(closes) - window - horizon + 1))

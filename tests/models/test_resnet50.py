@@ -1,4 +1,4 @@
-"""ResNet-50: torchvision's network, exactly, from a file that is not run, and served with a photograph."""
+"""ResNet-50: the exact network of torchvision, from weights that are read without executing them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.models.built import build, documented_request
 
 MODEL = ROOT / "models/resnet50"
 LAYERS = "537b1c87e6f187e4adb6923a34c01b5c077e82f8c4a64396d34dd2dbffe28f0d"
-"""SHA-256 over `name shape datatype`, a line each, of the state dict of torchvision 0.28.0's resnet50."""
+"""SHA-256 of the state dict of torchvision 0.28.0's resnet50, a line `name shape datatype` per tensor."""
 LOGITS = (
     (1.0385, -0.4350, 0.4150, -1.2579, 0.7119, -0.7772, -0.7465, 0.7865),
     (1.0660, -0.5259, 0.2188, -1.2064, 0.7929, -0.7833, -0.9259, 0.9400),
 )
-"""Every 125th logit that torchvision 0.28.0's resnet50 gave, with random weights of seed 0, for `waves`."""
+"""Every 125th logit of torchvision 0.28.0's resnet50 for `waves`, with random weights of seed 0."""
 
 
 def load_module() -> ModuleType:
@@ -49,12 +49,12 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def waves() -> np.ndarray:
-    """Two rows that need no generator of random numbers."""
+    """Return two rows without a generator of random numbers."""
     return np.cos(np.arange(2 * 3 * 224 * 224) ** 1.01).reshape(2, 3, 224, 224).astype(np.float32)
 
 
 def photograph() -> bytes:
-    """A JPEG that is neither square nor small: a gradient with a disc on it."""
+    """Return a large JPEG that is not square: a gradient with a disc."""
     down, across = np.mgrid[0:300, 0:400]
     disc = (down - 150) ** 2 + (across - 200) ** 2 < 80**2
     pixels = np.stack([down % 256, across % 256, 255 * disc], axis=-1).astype(np.uint8)
@@ -64,7 +64,7 @@ def photograph() -> bytes:
 
 
 def as_torchvision_does(picture: bytes) -> np.ndarray:
-    """Resize(256), CenterCrop(224), ToTensor and Normalize, with Pillow and numpy."""
+    """Do Resize(256), CenterCrop(224), ToTensor and Normalize with Pillow and numpy."""
     image: Image.Image = Image.open(io.BytesIO(picture))
     width, height = (int(256 * side / min(image.size)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -74,8 +74,8 @@ def as_torchvision_does(picture: bytes) -> np.ndarray:
     return row.transpose(2, 0, 1)[None]
 
 
-def test_the_network_is_torchvisions(weights: dict[str, torch.Tensor]) -> None:
-    """Layer by layer by name, shape and datatype, and in what it computes."""
+def test_the_network_is_that_of_torchvision(weights: dict[str, torch.Tensor]) -> None:
+    """The layers have the same names, shapes and datatypes, and the network computes the same logits."""
     network = script.ResNet50().eval()
     state = network.state_dict()
     lines = (f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in state.items())
@@ -87,7 +87,7 @@ def test_the_network_is_torchvisions(weights: dict[str, torch.Tensor]) -> None:
     np.testing.assert_allclose(logits[:, ::125], LOGITS, atol=2e-4)
 
 
-def test_a_weights_file_becomes_a_model_that_names_a_photograph(
+def test_a_model_built_from_weights_classifies_a_photograph(
     tmp_path: Path, weights: dict[str, torch.Tensor], serve: Serve
 ) -> None:
     repository = tmp_path / "models"
@@ -117,13 +117,13 @@ def test_a_weights_file_becomes_a_model_that_names_a_photograph(
     # A pixel may be off by one of 255: Pillow rounds between the two directions of a resize.
     np.testing.assert_allclose(answer["outputs"]["logits"], expected, atol=0.02)
     labels = read_labels(MODEL / "labels.txt")
-    best = [labels[place] for place in expected[0].argsort()[::-1][:5]]
+    best = [labels[index] for index in expected[0].argsort()[::-1][:5]]
     assert [prediction["label"] for prediction in answer["predictions"][0]] == best
     assert server.get("/models/resnet50/1").json()["batching"]["enabled"]
 
 
-def test_random_weights_need_no_file_and_no_more(tmp_path: Path) -> None:
-    """`--help` names both ways; one of them must be chosen."""
+def test_random_weights_need_no_file(tmp_path: Path) -> None:
+    """`--help` names both options; one of them is required."""
     run = build(MODEL.parent, "resnet50", "--help")
     assert "--weights FILE" in run.stdout
     assert "--random-weights" in run.stdout
@@ -136,7 +136,7 @@ def test_random_weights_need_no_file_and_no_more(tmp_path: Path) -> None:
 
 
 def test_older_files_without_counters_are_read(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """torchvision's first file of these weights is from before batch normalisation counted."""
+    """torchvision's first file of these weights has no counters of batch normalisation."""
     old = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
     assert len(old) < len(weights)
     torch.save(old, tmp_path / "old.pth")
@@ -171,15 +171,15 @@ def test_weights_of_something_else_are_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", pickle.dumps([1, 2])])
-def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_weights_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "none.pth").write_bytes(content)
     with pytest.raises(SystemExit, match=r"none.pth: (cannot be read as|is a list, not) a state dict"):
         script.read_weights(tmp_path / "none.pth")
 
 
-def test_there_are_a_thousand_labels_and_each_is_there_once() -> None:
+def test_there_are_a_thousand_different_labels() -> None:
     labels = read_labels(MODEL / "labels.txt")
     assert len(labels) == 1000
     shown = {0: "tench", 134: "crane bird", 517: "crane", 638: "maillot", 639: "maillot tank suit",
              281: "tabby", 999: "toilet tissue"}  # fmt: skip
-    assert {place: labels[place] for place in shown} == shown
+    assert {index: labels[index] for index in shown} == shown

@@ -1,4 +1,4 @@
-"""The models of text: each built by its own script, served, and held against its reference."""
+"""The models of text: each is built by its script, served, and compared with a reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXTS = (
     "",
     "If the object is not found, an exception is raised, and " * 12,
 )
-"""Of 1 to some 150 words, so that in one request all but the longest are padded."""
+"""Texts of 1 to about 150 words, so that all texts of a request but the longest are padded."""
 
 # The first test of each model builds it, which a busy machine does slowly.
 pytestmark = pytest.mark.timeout(300)
@@ -50,7 +50,7 @@ def script(name: str) -> ModuleType:
 def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, MODELS / name / "build.py", *arguments],
-        # So little work is done sooner by one thread than by several that wait for each other.
+        # One thread does so little work sooner than several threads that wait for each other.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -65,7 +65,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def build(repository: Path) -> Build:
-    """Build a model into a repository of its own: `build("news")`; gives its folder."""
+    """Build a model into a repository of its own: `build("news")` returns its folder."""
 
     def into(name: str, *arguments: str | Path) -> Path:
         folder = repository / name
@@ -79,7 +79,7 @@ def build(repository: Path) -> Build:
 
 @pytest.fixture(scope="module")
 def start(cache_dir: Path) -> Iterator[Callable[..., Server]]:
-    """Serve one model's folder until the module's tests are over."""
+    """Serve the folder of one model until the tests of the module end."""
     servers: list[Server] = []
 
     def started(folder: Path, *flags: str) -> Server:
@@ -110,15 +110,15 @@ PLAIN = ("the", "film", "a", "story", "its", "actors", "and", "scene", "of", "pl
 
 def write_reviews(folder: Path, chance: random.Random, count: int, words: Sequence[str]) -> None:
     folder.mkdir(parents=True)
-    for place in range(count):
+    for index in range(count):
         review = chance.choices(PLAIN, k=chance.randint(4, 120))
         for _ in range(1 + len(review) // 12):
             review.insert(chance.randrange(len(review)), chance.choice(words))
-        (folder / f"{place}_0.txt").write_text(" ".join(review) + ".<br /><br />")
+        (folder / f"{index}_0.txt").write_text(" ".join(review) + ".<br /><br />")
 
 
 def write_archive(folder: Path, test: tuple[Sequence[str], ...] = (BAD, GOOD)) -> Path:
-    """Write made-up reviews in the layout of aclImdb; `test` are the telling words of its test half."""
+    """Write reviews in the layout of aclImdb; `test` are the words that tell the labels of the test half."""
     chance = random.Random(5)
     for half, count, telling in (("train", 60, (BAD, GOOD)), ("test", 25, test)):
         for name, words in zip(("neg", "pos"), telling, strict=True):
@@ -150,7 +150,7 @@ def best(server: Server, name: str, texts: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["minilm", "news", "sentiment", "next-word"])
-def test_a_text_answers_alone_what_it_answers_among_longer_ones(
+def test_a_text_alone_gives_the_same_answer_as_among_longer_texts(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     server: Server = request.getfixturevalue("bundled" if name == "next-word" else name)
@@ -160,14 +160,14 @@ def test_a_text_answers_alone_what_it_answers_among_longer_ones(
     assert np.abs(together[0] - together[1]).max() > 0.01
 
 
-def test_sentence_vectors_are_those_of_the_packages_own_code(minilm: Server, repository: Path) -> None:
+def test_sentence_vectors_equal_those_of_the_package(minilm: Server, repository: Path) -> None:
     sample = json.loads((repository / "minilm" / "samples" / "sentences.json").read_text())
     got = outputs(minilm, "minilm", sample["inputs"]["text"])
     np.testing.assert_allclose(got, sample["outputs"]["embedding"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
 
 
-def test_sentences_that_mean_the_same_are_near_each_other(minilm: Server) -> None:
+def test_sentences_of_the_same_meaning_have_near_vectors(minilm: Server) -> None:
     cat, kitten, bond = outputs(
         minilm,
         "minilm",
@@ -176,7 +176,7 @@ def test_sentences_that_mean_the_same_are_near_each_other(minilm: Server) -> Non
     assert cat @ kitten > 0.5 > 0.2 > cat @ bond
 
 
-def test_minilm_is_not_written_where_it_differs_from_the_reference(
+def test_minilm_is_not_written_if_it_differs_from_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = script("minilm")
@@ -189,7 +189,7 @@ def test_minilm_is_not_written_where_it_differs_from_the_reference(
     assert not list(tmp_path.iterdir())
 
 
-def test_four_of_five_headlines_are_sorted_right(news: Server) -> None:
+def test_four_of_five_headlines_get_the_right_topic(news: Server) -> None:
     module = script("news")
     texts, topics = module.headlines()
     counts = [topics.count(topic) for topic in module.TOPICS]
@@ -209,13 +209,13 @@ def test_scores_of_news_are_cosines_times_twenty(news: Server, minilm: Server) -
         assert logit == pytest.approx(20 * cosine, abs=1e-3)
 
 
-def test_sentiment_tells_reviews_that_it_has_not_seen(sentiment: Server, reviews: Path) -> None:
+def test_sentiment_classifies_unseen_reviews(sentiment: Server, reviews: Path) -> None:
     for name, label in (("neg", "negative"), ("pos", "positive")):
         texts = [file.read_text() for file in sorted((reviews / "test" / name).glob("*.txt"))]
         assert np.mean([given == label for given in best(sentiment, "sentiment", texts)]) >= 0.8
 
 
-def test_sentiment_is_not_written_where_it_is_wrong(tmp_path: Path) -> None:
+def test_sentiment_is_not_written_if_it_is_wrong(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "aclImdb", test=(GOOD, BAD))
     done = run_script("sentiment", "--data", archive, "--epochs", "2", "--out", tmp_path / "out")
     assert done.returncode == 1
@@ -223,7 +223,7 @@ def test_sentiment_is_not_written_where_it_is_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_sentiment_says_what_is_missing_in_the_folder(tmp_path: Path) -> None:
+def test_sentiment_names_what_the_folder_lacks(tmp_path: Path) -> None:
     done = run_script("sentiment", "--data", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 1
     assert f"no reviews: expected {tmp_path / 'train' / 'neg'}/*.txt" in done.stderr
@@ -250,7 +250,7 @@ def next_word() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def few_epochs(next_word: ModuleType, repository: Path) -> Path:
-    """The next-word model after six epochs: it need only have learned more than how common words are."""
+    """The next-word model after six epochs: enough to know more than the frequencies of words."""
     folder = repository / "next-word"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(next_word, "STATED_SHARE", 3.0)
@@ -301,11 +301,11 @@ def test_counts_of_words_are_probabilities(next_word: ModuleType) -> None:
     for before in ((), (5,), (2, 5), (8, 8)):
         assert counts.after(*before).sum() == pytest.approx(1)
     assert counts.after(2, 5).argmax() == 6 - 5
-    # Of 3 seen, 2 kinds leave 0.75 each to the shorter counts.
+    # Two kinds among three words leave 0.75 each to the shorter counts.
     assert counts.after(5)[1] == pytest.approx((2 - 0.75) / 3 + 0.5 * counts.after()[1])
 
 
-def test_the_committed_next_word_goes_on_as_help_does(bundled: Server) -> None:
+def test_the_committed_next_word_continues_the_texts_of_help(bundled: Server) -> None:
     assert "called" in best_five(bundled, "This method is")
     assert "of" in best_five(bundled, "The value")
 
@@ -317,7 +317,7 @@ def best_five(server: Server, text: str) -> list[str]:
     return [word["label"] for word in row]
 
 
-def test_next_word_is_small_enough_to_be_a_part_of_the_repository(models: Path) -> None:
+def test_next_word_is_small_enough_for_the_repository(models: Path) -> None:
     files = [file for file in (models / "next-word").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 3_000_000
 
