@@ -1,54 +1,23 @@
-"""Pictures become the tensors that Pillow and numpy, used by hand, would make of them."""
+"""Pictures become the same tensors that Pillow and numpy give step by step."""
 
 from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from inferpool.codecs.image import ImageCodec
-from inferpool.codecs.image_config import ImageConfig
-from inferpool.codecs.image_files import OTHER_FORMATS, PNG_SIGNATURE
-from inferpool.errors import BodyTooLarge, ConfigError, MalformedBody, UnsupportedMediaType
-from inferpool.tensors import ANY, Array, Signature, TensorSpec
+from inferpool.tensors import ANY, Array
 from PIL import Image, ImageOps
-from pydantic import ValidationError
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-
-
-def signature(*shape: int, datatype: str = "FP32") -> Signature:
-    return Signature((TensorSpec("x", datatype, shape),), (TensorSpec("y", "FP32", (ANY, 10)),))
-
-
-def codec(*shape: int, datatype: str = "FP32", **config: Any) -> ImageCodec:
-    return ImageCodec(ImageConfig(**config), signature(*shape, datatype=datatype))
-
-
-def raw_codec(height: int, width: int, **config: Any) -> ImageCodec:
-    """A codec that changes no colour: what it gives are the pixels, height × width × 3."""
-    return codec(ANY, height, width, 3, datatype="UINT8", layout="HWC", **config)
-
-
-def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> Array:
-    shape = (height, width, channels) if channels > 1 else (height, width)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+from tests.codecs.pictures import FORMATS, codec, file_of, noise, raw_codec
 
 
 def by_hand(image: Image.Image, size: tuple[int, int], resize: int | None) -> Array:
-    """torchvision's Resize and CenterCrop, step by step as its documentation has them."""
+    """Return what torchvision's Resize and CenterCrop give, step by step as in its documentation."""
     height, width = size
     if resize is None:
         return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
@@ -85,7 +54,7 @@ def test_resize_and_crop_match_torchvision(
 
 
 def test_imagenet_preprocessing_matches_numpy() -> None:
-    """The preparation that most published classifiers were trained with."""
+    """Most published classifiers were trained with this preprocessing."""
     image = Image.fromarray(noise(300, 400))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     got = codec(ANY, 3, 224, 224, resize=256, mean=mean, std=std).decode(file_of(image))["x"]
@@ -188,8 +157,8 @@ def test_damaged_exif_is_ignored(format: str, exif: bytes) -> None:
 def test_colour_profile_and_comments_are_ignored() -> None:
     image = Image.fromarray(noise(5, 7))
     plain = raw_codec(5, 7).decode(file_of(image, "JPEG"))["x"]
-    noted = file_of(image, "JPEG", icc_profile=b"not a profile" * 9, comment=b"hello", xmp=b"<x/>")
-    np.testing.assert_array_equal(raw_codec(5, 7).decode(noted)["x"], plain)
+    described = file_of(image, "JPEG", icc_profile=b"not a profile" * 9, comment=b"hello", xmp=b"<x/>")
+    np.testing.assert_array_equal(raw_codec(5, 7).decode(described)["x"], plain)
 
 
 def test_fill_bytes_between_jpeg_segments_are_skipped() -> None:
@@ -200,7 +169,7 @@ def test_fill_bytes_between_jpeg_segments_are_skipped() -> None:
 
 
 def png_file(samples: Array, depth: int, colour: int, *, palette: bytes = b"", clear: bytes = b"") -> bytes:
-    """A PNG of any kind, written by the specification: `samples` are rows × columns × channels."""
+    """Return a PNG of any kind, written by the specification; `samples` are rows × columns × channels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -218,11 +187,11 @@ def png_file(samples: Array, depth: int, colour: int, *, palette: bytes = b"", c
 
 
 def over_white(colours: Array, alpha: Array) -> Array:
-    """Colours of 0 to 255 laid on white, exactly."""
+    """Return colours of 0 to 255 on white, without rounding."""
     return 255 + (colours - 255.0) * alpha[..., np.newaxis] / 255
 
 
-@pytest.mark.parametrize("clear", [False, True], ids=["opaque", "one-colour-clear"])
+@pytest.mark.parametrize("clear", [False, True], ids=["opaque", "one-colour-transparent"])
 @pytest.mark.parametrize(
     ("colour", "depth"),
     [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16), (3, 1), (3, 2), (3, 4), (3, 8)],
@@ -231,7 +200,7 @@ def test_every_kind_of_png_is_decoded(colour: int, depth: int, clear: bool) -> N
     channels = 3 if colour == 2 else 1
     samples = np.random.default_rng(depth).integers(0, 2**depth, (6, 9, channels)).astype(np.uint16)
     samples[0, 0] = 0
-    # The same high byte as the clear colour; in grey, all 16 bits are compared.
+    # This has the same high byte as the transparent colour; in grey, all 16 bits are compared.
     samples[0, 1] = 1
     palette = np.random.default_rng(colour).integers(0, 256, (2**depth, 3), dtype=np.uint8)
     clear_bytes = (b"\0" if colour == 3 else b"\0\0" * channels) if clear else b""
@@ -285,247 +254,3 @@ def test_the_first_frame_of_an_animation_is_decoded(format: str) -> None:
     body = file_of(frames[0], format, save_all=True, append_images=frames[1:], lossless=True, duration=10)
     got = raw_codec(6, 6).decode(body)["x"][0]
     np.testing.assert_array_equal(got, np.asarray(frames[0]))
-
-
-@pytest.mark.parametrize(("start", "signature", "name"), OTHER_FORMATS)
-def test_other_formats_are_refused_by_name(start: int, signature: bytes, name: str) -> None:
-    with pytest.raises(UnsupportedMediaType, match=f"is {name}; PNG, JPEG and WebP are taken") as refused:
-        raw_codec(4, 4).decode(b"\0" * start + signature + b"\0" * 60)
-    assert refused.value.members["expected"] == ["image/png", "image/jpeg", "image/webp"]
-
-
-@pytest.mark.parametrize("body", [b"notapng", b"{}", b"RIFF\0\0\0\0WAVE", PNG_SIGNATURE[1:], b"\xff"])
-def test_a_body_that_is_not_a_picture_is_malformed(body: bytes) -> None:
-    with pytest.raises(MalformedBody, match="not a picture"):
-        raw_codec(4, 4).decode(body)
-
-
-@pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM"])
-def test_pillow_never_gets_other_formats(format: str) -> None:
-    with pytest.raises(UnsupportedMediaType):
-        raw_codec(4, 4).decode(file_of(Image.fromarray(noise(4, 4)), format))
-
-
-def test_an_empty_body_is_malformed() -> None:
-    with pytest.raises(MalformedBody, match="empty"):
-        raw_codec(4, 4).decode(b"")
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_truncation_is_refused(format: str) -> None:
-    body = file_of(Image.fromarray(noise(9, 9)), format)
-    # The picture is whole without what closes a file: a PNG's checksums and IEND, a JPEG's EOI.
-    for length in range(1, len(body) - 32, 3):
-        with pytest.raises((MalformedBody, UnsupportedMediaType)):
-            raw_codec(9, 9).decode(body[:length])
-
-
-HUGE = {
-    "png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 50_000, 50_000) + b"\x08\x02\0\0\0\0\0\0\0",
-    "jpeg": b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, 65_000, 65_000, 1) + b"\x01\x11\0\xff\xda",
-    "webp-extended": b"RIFF\xff\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xfe\x3f\0" * 2,
-    "webp-lossless": b"RIFF\xff\0\0\0WEBPVP8L\xff\0\0\0\x2f" + struct.pack("<I", 0x0FFFFFFF),
-    "webp-lossy": b"RIFF\xff\0\0\0WEBPVP8 \xff\0\0\0\0\0\0\x9d\x01\x2a\xff\x3f\xff\x3f",
-}
-
-
-@pytest.mark.parametrize("kind", HUGE)
-def test_a_picture_with_too_many_pixels_is_refused_by_its_header(kind: str) -> None:
-    with pytest.raises(BodyTooLarge, match="at most 50000000 are taken"):
-        raw_codec(4, 4).decode(HUGE[kind])
-
-
-def test_a_larger_second_header_is_refused() -> None:
-    body = file_of(Image.fromarray(noise(4, 4)))
-    small, huge = body[8:33], HUGE["png"][8:29]
-    smuggled = body[:8] + small + huge + struct.pack(">I", zlib.crc32(huge[4:])) + body[33:]
-    with pytest.raises(BodyTooLarge):
-        raw_codec(4, 4).decode(smuggled)
-
-
-def test_a_jpeg_with_too_many_scans_is_refused() -> None:
-    body = file_of(Image.fromarray(noise(8, 8)), "JPEG", progressive=True)
-    last_scan = body[body.rindex(b"\xff\xda") : -2]
-    made = raw_codec(8, 8)
-    assert made.decode(body)["x"].shape == (1, 8, 8, 3)
-    with pytest.raises(BodyTooLarge, match="scans; at most 100"):
-        made.decode(body[:-2] + last_scan * 100 + body[-2:])
-
-
-def test_a_picture_of_exactly_the_limit_is_taken() -> None:
-    body = file_of(Image.fromarray(noise(10, 10)))
-    assert raw_codec(10, 10, max_pixels=100).decode(body)["x"].shape == (1, 10, 10, 3)
-    with pytest.raises(BodyTooLarge):
-        raw_codec(9, 9, max_pixels=99).decode(body)
-
-
-def test_a_picture_that_grows_too_large_during_the_resize_is_refused() -> None:
-    """A column one pixel wide, stretched to a square, passes through a picture far larger than either."""
-    body = file_of(Image.fromarray(noise(2000, 1)))
-    with pytest.raises(BodyTooLarge):
-        raw_codec(8, 8, max_pixels=15_000).decode(body)
-    with pytest.raises(BodyTooLarge):
-        raw_codec(8, 8, resize=8, max_pixels=100_000).decode(body)
-
-
-@pytest.mark.parametrize(("width", "height"), [(0, 4), (4, 0)])
-@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_a_picture_of_width_or_height_0_is_malformed(format: str, width: int, height: int) -> None:
-    body = {
-        "png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height) + b"\x08\x02\0\0\0",
-        "jpeg": b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, height, width, 1) + b"\x01\x11\0\xff\xda",
-        "webp": b"RIFF\xff\0\0\0WEBPVP8 \xff\0\0\0\0\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height),
-    }[format]
-    with pytest.raises(MalformedBody, match="size is"):
-        raw_codec(4, 4).decode(body)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"\x89PNG\r\n\x1a\n\0\0\0\rIDAT" + b"\0" * 20,
-        b"\xff\xd8\xff\xe0\0\x04\0\0\x12\x34",
-        b"\xff\xd8\xff\xda\0\x04\0\0",
-        b"\xff\xd8\xff\xd0\x01\x02",
-        b"RIFF\xff\0\0\0WEBPICCP" + b"\0" * 20,
-    ],
-)
-def test_damaged_headers_are_malformed(body: bytes) -> None:
-    with pytest.raises(MalformedBody):
-        raw_codec(4, 4).decode(body)
-
-
-def test_a_picture_that_exhausts_memory_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(_: Image.Image) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", exhausted)
-    with pytest.raises(BodyTooLarge, match="memory"):
-        raw_codec(4, 4).decode(file_of(Image.fromarray(noise(4, 4))))
-
-
-BODIES = [
-    *(file_of(Image.fromarray(noise(11, 7)), format) for format in FORMATS),
-    file_of(Image.fromarray(noise(11, 7)), "JPEG", progressive=True, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0"),
-    file_of(Image.fromarray(noise(11, 7)).convert("P"), "PNG", transparency=3),
-    file_of(Image.fromarray(noise(11, 7, channels=4)), "WEBP", lossless=True, exif=b"MM\0*\0\0\0\x08\0\x01"),
-    file_of(Image.fromarray(noise(11, 7)).convert("CMYK"), "JPEG"),
-    file_of(Image.fromarray(noise(5, 5)), "PNG", save_all=True, append_images=[Image.new("RGB", (5, 5))]),
-]
-
-
-def check_outcome(body: bytes) -> None:
-    """One row of the right kind, or one of the three errors; no warning either way."""
-    made = codec(ANY, 3, 8, 8, resize=9, max_pixels=10_000)
-    with warnings.catch_warnings(record=True) as leaked:
-        warnings.simplefilter("always")
-        try:
-            row = made.decode(body)["x"]
-        except (MalformedBody, BodyTooLarge, UnsupportedMediaType):
-            row = None
-    assert [str(warning.message) for warning in leaked] == []
-    if row is not None:
-        assert row.shape == (1, 3, 8, 8)
-        assert np.isfinite(row).all()
-
-
-@given(
-    prefix=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", *HUGE.values()]),
-    rest=st.binary(max_size=200),
-)
-@settings(deadline=None, max_examples=300)
-def test_any_bytes_are_decoded_or_refused(prefix: bytes, rest: bytes) -> None:
-    check_outcome(prefix + rest)
-
-
-@given(
-    body=st.sampled_from(BODIES),
-    edits=st.lists(
-        st.tuples(st.floats(0, 1), st.integers(0, 3), st.binary(max_size=6)), min_size=1, max_size=6
-    ),
-    tail=st.floats(0, 1) | st.just(1.0),
-)
-@settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
-def test_damaged_pictures_are_decoded_or_refused(
-    body: bytes, edits: list[tuple[float, int, bytes]], tail: float
-) -> None:
-    for place, removed, added in edits:
-        at = int(place * place * len(body))
-        body = body[:at] + added + body[at + removed :]
-    check_outcome(body[: int(tail * len(body))])
-
-
-TWO_INPUTS = Signature((TensorSpec("x", "FP32", (ANY, 3, 8, 8)), TensorSpec("mask", "FP32", (ANY, 8, 8))), ())
-
-
-@pytest.mark.parametrize(
-    ("shape", "config", "message"),
-    [
-        ((ANY, 3, 8, 8), {"input": "y"}, 'image.input: no input is called "y"'),
-        ((ANY, 1, 8, 8), {}, "image.mode: "),
-        ((ANY, 3, 8, 8), {"layout": "HWC"}, "image.mode: "),
-        ((ANY, 3, 8, 8), {"layout": "HW", "mode": "grey"}, 'image.layout: "HW" after the rows makes 3'),
-        ((ANY, 8, 8), {"layout": "HW"}, 'image.layout: "HW" has no room for colours'),
-        ((3, 8, 8), {}, 'image.layout: "CHW" after the rows makes 4 dimensions'),
-        ((4, 3, 8, 8), {}, "image.input: a picture makes one row"),
-        ((ANY, 3, 8, 8), {"size": (8, 9)}, r"image.size: \[8, 9\] does not fit"),
-        ((ANY, 3, ANY, 8), {}, "image.size: must be given"),
-        ((ANY, 3, ANY, ANY), {"size": (80, 90), "max_pixels": 7199}, "image.size: 80×90 is more than"),
-        ((ANY, 3, 8, 8), {"mean": (0.5,)}, r"image.mean: 1 numbers for 3 channel\(s\)"),
-        ((ANY, 3, 8, 8), {"std": (1.0, 0.0, 1.0)}, "image.std: must not be 0"),
-        ((ANY, 3, 8, 8), {"scale": 1e38}, "image.scale: .* too large for FP32"),
-    ],
-)
-def test_contradictions_are_refused_with_the_key(
-    shape: tuple[int, ...], config: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        codec(*shape, **config)
-
-
-@pytest.mark.parametrize("key", ["scale", "mean", "std"])
-def test_integers_are_not_scaled(key: str) -> None:
-    with pytest.raises(ConfigError, match=f'^image.{key}: "x" is UINT8'):
-        codec(ANY, 3, 8, 8, datatype="UINT8", **{key: 1.0})
-
-
-@pytest.mark.parametrize("datatype", ["BOOL", "BYTES", "INT8"])
-def test_an_input_that_cannot_hold_pixels_is_refused(datatype: str) -> None:
-    with pytest.raises(ConfigError, match=f'^image.input: "x" is {datatype}'):
-        codec(ANY, 3, 8, 8, datatype=datatype)
-
-
-def test_one_of_several_inputs_must_be_named_and_the_others_be_optional() -> None:
-    with pytest.raises(
-        ConfigError, match=r'^image.input: must be given, because the model takes "x", "mask"'
-    ):
-        ImageCodec(ImageConfig(), TWO_INPUTS)
-    with pytest.raises(ConfigError, match=r'^image.input: the model also needs "mask"'):
-        ImageCodec(ImageConfig(input="x"), TWO_INPUTS)
-
-
-def test_an_optional_input_is_left_out() -> None:
-    spared = Signature((TWO_INPUTS.inputs[0], TensorSpec("mask", "FP32", (ANY, 8, 8), optional=True)), ())
-    assert ImageCodec(ImageConfig(), spared).decode(file_of(Image.new("RGB", (8, 8)))).keys() == {"x"}
-
-
-def test_an_input_of_unknown_rank_takes_the_configured_size() -> None:
-    unknown = Signature((TensorSpec("x", "FP32", None),), ())
-    made = ImageCodec(ImageConfig(size=(4, 6)), unknown)
-    assert made.decode(file_of(Image.new("RGB", (9, 9))))["x"].shape == (1, 3, 4, 6)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"sise": (1, 1)},
-        {"size": (0, 4)},
-        {"resize": 0},
-        {"scale": float("nan")},
-        {"max_pixels": 0},
-        {"mode": "bgr"},
-    ],
-)
-def test_invalid_values_are_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        ImageConfig(**config)

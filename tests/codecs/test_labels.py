@@ -1,4 +1,4 @@
-"""Scores become named predictions, best first, whatever the scores are."""
+"""Scores become labels with scores, best first, for all kinds of scores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def codec(names: tuple[str, ...] = NAMES, datatype: str = "FP32", **config: Any)
 def by_hand(
     row: list[float], activation: str, top_k: int, threshold: float | None
 ) -> list[tuple[int, float]]:
-    """The definition, in Python's own numbers: finite scores only."""
+    """Return the predictions by definition, in Python's own numbers, for finite scores."""
     if activation == "softmax":
         top = max(row)
         total = math.fsum(math.exp(x - top) for x in row)

@@ -1,4 +1,4 @@
-"""Sentences become the tensors that the tokenizer, used by hand, would make of them."""
+"""Sentences become the same tensors that the tokenizer gives by itself."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def test_rows_match_the_tokenizer(tokenizer_file: Path, sentences: list[list[str
     texts = array(*map(" ".join, sentences))
     seen: list[int] = []
     for rows in made.encode(texts, apart=False):
-        for row, place in enumerate(rows.indices):
-            encoding = by_hand.encode(texts[place])
+        for row, index in enumerate(rows.indices):
+            encoding = by_hand.encode(texts[index])
             assert rows.tensors["input_ids"][row].tolist() == encoding.ids
             assert rows.tensors["attention_mask"][row].tolist() == encoding.attention_mask
             assert rows.tensors["token_type_ids"][row].tolist() == encoding.type_ids
         seen += rows.indices
     assert sorted(seen) == list(range(len(sentences)))
     apart = made.encode(texts, apart=True)
-    assert [rows.indices for rows in apart] == [[place] for place in range(len(sentences))]
+    assert [rows.indices for rows in apart] == [[index] for index in range(len(sentences))]
 
 
 @pytest.mark.parametrize("datatype", ["INT32", "INT64"])

@@ -8,10 +8,8 @@ import json
 import os
 import random
 import resource
-import select
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,88 +23,12 @@ from tests.http.connection.fakes import Harness
 from tests.http.connection.test_pipelining import Wire, request, sums
 from tests.server import Server
 
-Pair = tuple[socket.socket, socket.socket]
-
 
 @pytest.fixture(autouse=True)
 def module() -> None:
     assert batched_reads._socketio is not None or "CI" not in os.environ, "CI has a compiler"
     if batched_reads._socketio is None:
         pytest.skip("the project was installed without a C compiler, or the system has no epoll")
-
-
-class Watched:
-    """Connected pairs of sockets, the first of each watched."""
-
-    def __init__(self, count: int) -> None:
-        self.pairs: list[Pair] = [socket.socketpair() for _ in range(count)]
-        self.poll = select.epoll()
-        for near, _ in self.pairs:
-            near.setblocking(False)
-            self.poll.register(near.fileno(), select.EPOLLIN)
-
-    def receive(self, room: int = 1000, most: int = 100) -> dict[int, bytes | None]:
-        """What one call reads, by the number of the pair."""
-        found = batched_reads._socketio.receive(self.poll.fileno(), bytearray(room), most)
-        numbers = {near.fileno(): number for number, (near, _) in enumerate(self.pairs)}
-        assert len(found) == len(dict(found)), "one piece each"
-        return {numbers[descriptor]: data for descriptor, data in found}
-
-
-@pytest.fixture
-def watched() -> Iterator[Watched]:
-    made = Watched(4)
-    yield made
-    made.poll.close()
-    for pair in made.pairs:
-        for end in pair:
-            end.close()
-
-
-def test_what_has_come_is_read_and_nothing_is_waited_for(watched: Watched) -> None:
-    assert watched.receive() == {}
-    watched.pairs[1][1].sendall(b"one")
-    watched.pairs[3][1].sendall(b"\0three")
-    assert watched.receive() == {1: b"one", 3: b"\0three"}
-    assert watched.receive() == {}
-
-
-def test_an_end_is_told_after_what_came_before_it(watched: Watched) -> None:
-    watched.pairs[0][1].sendall(b"last")
-    watched.pairs[0][1].close()
-    assert watched.receive() == {0: b"last"}
-    assert watched.receive() == {0: None}
-    assert watched.receive() == {0: None}, "until somebody does something about it"
-
-
-def test_no_more_is_read_than_there_is_room_for_and_the_others_are_next(watched: Watched) -> None:
-    for number, (_, far) in enumerate(watched.pairs):
-        far.sendall(bytes([number]) * 150)
-    read = dict.fromkeys(range(4), b"")
-    for calls in range(1, 5):
-        found = watched.receive(room=200, most=100)
-        assert 1 <= len(found) <= 2
-        for number, data in found.items():
-            assert data is not None
-            assert len(data) <= 100
-            read[number] += data
-        if calls == 2:
-            assert all(read.values()), "nobody is passed over"
-    assert read == {number: bytes([number]) * 150 for number in range(4)}
-
-
-@pytest.mark.parametrize("wrong", [(1,), (1, b"", 1), ("1", bytearray(1), 1), (1, bytearray(1), None)])
-def test_nonsense_is_refused(wrong: tuple[object, ...]) -> None:
-    with pytest.raises(TypeError):
-        batched_reads._socketio.receive(*wrong)
-
-
-def test_what_cannot_be_read_from_is_said() -> None:
-    for most in (0, -1, 2):
-        with pytest.raises(ValueError, match="from 1 to the length"):
-            batched_reads._socketio.receive(1, bytearray(1), most)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        batched_reads._socketio.receive(2**31 - 1, bytearray(1), 1)
 
 
 always_batched = pytest.mark.parametrize(

@@ -113,9 +113,3 @@ def test_without_the_module_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
     own.begin()
     assert not own.collecting
     own.flush()
-
-
-@pytest.mark.parametrize("wrong", [([1], []), ((1,), [b""]), ([1], ["text"]), ([-1], [b""]), (["1"], [b""])])
-def test_nonsense_is_refused(wrong: tuple[object, object], pairs: list[Pair]) -> None:
-    with pytest.raises((TypeError, ValueError)):
-        batched_writes._socketio.send_all(*wrong)
