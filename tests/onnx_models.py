@@ -1,14 +1,20 @@
-"""Small ONNX models that tests make for themselves."""
+"""Small ONNX models that tests build, in a form that every supported ONNX Runtime reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Final, TypeAlias
 
+import numpy as np
 import onnx
+from inferpool.tensors import Array
 from onnx import TensorProto, helper
 
-ELEMENTS = {
+OPSETS: Final = {"": 21, "ai.onnx.ml": 3}
+IR_VERSION: Final = 10
+
+ELEMENTS: Final = {
     "BOOL": TensorProto.BOOL,
     "UINT8": TensorProto.UINT8,
     "UINT16": TensorProto.UINT16,
@@ -24,8 +30,103 @@ ELEMENTS = {
     "FP64": TensorProto.DOUBLE,
     "BYTES": TensorProto.STRING,
 }
-"""Every datatype to ONNX's own."""
-Shape = Sequence[int | str | None]
+"""Datatype of the protocol to element type in onnx.proto."""
+
+Shape: TypeAlias = Sequence[int | str | None] | None
+
+
+def value(name: str, datatype: str, shape: Shape) -> onnx.ValueInfoProto:
+    """An input or output of a graph. The shape None leaves the rank open."""
+    return helper.make_tensor_value_info(name, ELEMENTS[datatype], shape)
+
+
+def value_of(name: str, kind: onnx.TypeProto) -> onnx.ValueInfoProto:
+    """An input or output of a graph whose type is no plain tensor."""
+    return helper.make_value_info(name, kind)
+
+
+def tensor_type(datatype: str, shape: Shape = None) -> onnx.TypeProto:
+    return helper.make_tensor_type_proto(ELEMENTS[datatype], shape)
+
+
+def constant(name: str, datatype: str, array: Array) -> onnx.TensorProto:
+    """An initialiser. For BF16, `array` has the bits."""
+    if datatype == "BYTES":
+        # onnx.helper would cut NULs off their ends.
+        texts = [text.encode() for text in array.flat]
+        return TensorProto(name=name, data_type=TensorProto.STRING, dims=array.shape, string_data=texts)
+    return helper.make_tensor(name, ELEMENTS[datatype], array.shape, array.tobytes(), raw=True)
+
+
+def external(name: str, size: int, location: str) -> onnx.TensorProto:
+    """An FP32 initialiser of `size` elements in another file."""
+    tensor = TensorProto(
+        name=name, data_type=TensorProto.FLOAT, dims=[size], data_location=TensorProto.EXTERNAL
+    )
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    initialisers: Sequence[onnx.TensorProto] = (),
+    **fields: Any,
+) -> onnx.ModelProto:
+    """A model of one graph. `fields` are set on the model; `opsets` are by domain."""
+    opsets = {**OPSETS, **fields.pop("opsets", {})}
+    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    graph = helper.make_graph(list(nodes), "graph", list(inputs), list(outputs), list(initialisers))
+    built: onnx.ModelProto = helper.make_model(
+        graph, opset_imports=imports, **{"ir_version": IR_VERSION, **fields}
+    )
+    return built
+
+
+def identity(datatype: str, shape: Shape, input_name: str = "x", output_name: str = "y") -> onnx.ModelProto:
+    """A model that returns its input."""
+    return model(
+        [helper.make_node("Identity", [input_name], [output_name])],
+        [value(input_name, datatype, shape)],
+        [value(output_name, datatype, shape)],
+    )
+
+
+def add_external(location: str, size: int = 4) -> onnx.ModelProto:
+    """A model that adds an initialiser from another file to its rows."""
+    return model(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        [value("x", "FP32", ["n", size])],
+        [value("y", "FP32", ["n", size])],
+        [external("w", size, location)],
+    )
+
+
+def zip_map(**classes: Any) -> onnx.ModelProto:
+    """A model whose output is a map from class to score for each row of two scores."""
+    key = TensorProto.STRING if "classlabels_strings" in classes else TensorProto.INT64
+    kind = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(key, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    return model(
+        [helper.make_node("ZipMap", ["x"], ["scores"], domain="ai.onnx.ml", **classes)],
+        [value("x", "FP32", ["n", 2])],
+        [value_of("scores", kind)],
+    )
+
+
+def save(built: onnx.ModelProto, folder: Path, name: str = "model.onnx") -> Path:
+    """Write a model into `folder`, which is created if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    file.write_bytes(built.SerializeToString())
+    return file
+
+
+def put(built: onnx.ModelProto, repository: Path, name: str) -> Path:
+    """Write a model into a repository as version 1 of `name`."""
+    return save(built, repository / name / "1")
 
 
 def write_model(repository: Path, name: str, graph: onnx.GraphProto) -> Path:
@@ -41,7 +142,7 @@ def write_model(repository: Path, name: str, graph: onnx.GraphProto) -> Path:
 def write_identity(
     repository: Path, name: str, datatypes: Sequence[str], shape: Shape = ("rows", "columns")
 ) -> Path:
-    """A model that gives `x0`, `x1`, … back as `y0`, `y1`, …, one of each of `datatypes`."""
+    """A model that returns `x0`, `x1`, … as `y0`, `y1`, …, one tensor for each of `datatypes`."""
     return write_model(
         repository,
         name,
@@ -58,3 +159,10 @@ def write_identity(
             ],
         ),
     )
+
+
+def bf16(*numbers: float) -> Array:
+    """The BF16 bits of numbers that BF16 represents exactly: the upper half of their FP32 bits."""
+    wide = np.array(numbers, dtype=np.float32).view(np.uint32)
+    assert not (wide & 0xFFFF).any(), "not a BF16 number"
+    return (wide >> 16).astype(np.uint16)

@@ -25,8 +25,8 @@ from inferpool.errors import LoadError
 from inferpool.tensors import ANY, DTYPES, JSON, Array, TensorSpec
 from onnx import TensorProto, helper
 
-from tests.backends.onnx import graphs
-from tests.backends.onnx.graphs import bf16, constant, identity, model, tensor_type, value, value_of
+from tests import onnx_models
+from tests.onnx_models import bf16, constant, identity, model, tensor_type, value, value_of
 
 ROOT: Final = Path(__file__).parents[3]
 TEXT: Final = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -34,7 +34,7 @@ node = helper.make_node
 
 
 def load(built: Any, folder: Path) -> LoadedModel:
-    return OnnxBackend().load(graphs.save(built, folder), LoadOptions())
+    return OnnxBackend().load(onnx_models.save(built, folder), LoadOptions())
 
 
 def alone(file: Path) -> onnxruntime.InferenceSession:
@@ -69,7 +69,7 @@ def tensors_of(datatype: str, **sides: int) -> st.SearchStrategy[Array]:
 
 
 def test_the_runtime_has_every_datatype_of_the_protocol() -> None:
-    assert set(DATATYPES.values()) == set(DTYPES) == set(graphs.ELEMENTS)
+    assert set(DATATYPES.values()) == set(DTYPES) == set(onnx_models.ELEMENTS)
 
 
 @pytest.mark.parametrize("datatype", DTYPES)
@@ -210,7 +210,7 @@ def test_changing_a_returned_constant_changes_no_later_output(tmp_path: Path, da
 )
 @pytest.mark.parametrize("datatype", ["FP32", "BF16", "BYTES"])
 def test_the_signature_has_dimensions_of_any_size(
-    tmp_path: Path, datatype: str, shape: graphs.Shape, expected: tuple[int, ...] | None
+    tmp_path: Path, datatype: str, shape: onnx_models.Shape, expected: tuple[int, ...] | None
 ) -> None:
     signature = load(identity(datatype, shape), tmp_path).signature
     assert signature.inputs == (TensorSpec("x", datatype, expected),)
@@ -266,7 +266,7 @@ def test_a_name_may_hold_anything(tmp_path: Path, datatype: str, name: str) -> N
 @pytest.mark.parametrize("name", [b"'in", b"'nn"])
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, name: bytes) -> None:
     """Protobuf's writers do not allow it; a damaged file may have it, in a name or in a dimension's."""
-    file = graphs.save(identity("FP32", ["'nn"], "'in"), tmp_path)
+    file = onnx_models.save(identity("FP32", ["'nn"], "'in"), tmp_path)
     file.write_bytes(file.read_bytes().replace(name, b"\xff" + name[1:]))
     with pytest.raises(LoadError, match=r"^a name in model\.onnx is not UTF-8$"):
         OnnxBackend().load(file, LoadOptions())
@@ -410,7 +410,7 @@ def test_bf16_outputs_are_refused_beside_unbindable_tensors(tmp_path: Path) -> N
     )
     with pytest.raises(LoadError, match=r'^BF16 in output "same" .* input "words" \(strings\)$'):
         load(words, tmp_path)
-    maps = graphs.zip_map(classlabels_int64s=[0, 1])
+    maps = onnx_models.zip_map(classlabels_int64s=[0, 1])
     maps.graph.node.append(node("Identity", ["bits"], ["same"]))
     maps.graph.input.append(bits)
     maps.graph.output.append(out)
@@ -459,7 +459,7 @@ def test_several_threads_run_one_model(tmp_path: Path, datatype: str) -> None:
 def test_maps_are_returned_as_mappings(
     tmp_path: Path, classes: dict[str, Any], expected: list[dict[str | int, float]]
 ) -> None:
-    loaded = load(graphs.zip_map(**classes), tmp_path)
+    loaded = load(onnx_models.zip_map(**classes), tmp_path)
     assert loaded.signature.outputs == (TensorSpec("scores", JSON, None),)
     x = np.array([[0.25, 0.75], [1, 0]], np.float32)
     assert loaded.run({"x": x})["scores"] == expected
@@ -565,7 +565,7 @@ def test_a_sparse_tensor_is_refused_by_name(tmp_path: Path) -> None:
 def test_every_onnx_element_type_is_known() -> None:
     """onnx.proto numbers them; the installed version may not have the newest yet."""
     elements = {number: name.lower() for name, number in TensorProto.DataType.items() if number}
-    unnamed = elements.keys() - set(graphs.ELEMENTS.values())
+    unnamed = elements.keys() - set(onnx_models.ELEMENTS.values())
     assert {number: elements[number] for number in unnamed}.items() <= UNNAMED_ELEMENTS.items()
 
 
@@ -682,7 +682,7 @@ def version(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("location", ["weights.bin", "data/weights.bin", "data/../weights.bin"])
 def test_external_data_lies_in_the_folder_of_the_model(version: Path, location: str) -> None:
-    loaded = load(graphs.add_external(location), version)
+    loaded = load(onnx_models.add_external(location), version)
     assert loaded.run({"x": np.zeros((1, 4), np.float32)})["y"].tolist() == [WEIGHTS.tolist()]
 
 
@@ -692,14 +692,14 @@ def test_external_data_lies_in_the_folder_of_the_model(version: Path, location: 
 )
 def test_external_data_outside_that_folder_is_refused(version: Path, tmp_path: Path, location: str) -> None:
     with pytest.raises(LoadError, match=r"(escapes model directory|Absolute path not allowed)") as refused:
-        load(graphs.add_external(location.format(tmp_path)), version)
+        load(onnx_models.add_external(location.format(tmp_path)), version)
     assert "initializer: w" in refused.value.detail
     assert str(tmp_path) not in refused.value.detail
 
 
 def test_a_model_may_be_linked_together_with_its_data(version: Path) -> None:
     """As a ConfigMap of Kubernetes is mounted: links to a folder of the day, within the version's."""
-    graphs.save(graphs.add_external("values.bin"), version / "..today")
+    onnx_models.save(onnx_models.add_external("values.bin"), version / "..today")
     (version / "..today" / "values.bin").write_bytes(WEIGHTS.tobytes())
     (version / "..data").symlink_to("..today")
     for name in ("model.onnx", "values.bin"):
@@ -710,13 +710,13 @@ def test_a_model_may_be_linked_together_with_its_data(version: Path) -> None:
 
 def test_external_data_that_is_missing_or_too_short_is_named(version: Path) -> None:
     with pytest.raises(LoadError, match=r'does not exist: "nowhere\.bin"$'):
-        load(graphs.add_external("nowhere.bin"), version)
+        load(onnx_models.add_external("nowhere.bin"), version)
     with pytest.raises(LoadError, match=r"External initializer: w .* out of bounds"):
-        load(graphs.add_external("weights.bin", WEIGHTS.size + 1), version)
+        load(onnx_models.add_external("weights.bin", WEIGHTS.size + 1), version)
 
 
 def test_a_model_is_found_from_a_relative_path(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs.save(graphs.add_external("weights.bin"), version)
+    onnx_models.save(onnx_models.add_external("weights.bin"), version)
     monkeypatch.chdir(version)
     loaded = OnnxBackend().load(Path("model.onnx"), LoadOptions())
     assert loaded.run({"x": np.zeros((1, 4), np.float32)})["y"].tolist() == [WEIGHTS.tolist()]
@@ -750,7 +750,7 @@ def test_the_runtime_starts_its_threads_and_nothing_else(tmp_path: Path, threads
     """No telemetry: no file, no socket, and no thread but those of a run."""
     home = tmp_path / "home"
     home.mkdir()
-    file = graphs.save(identity("FP32", ["n"]), tmp_path)
+    file = onnx_models.save(identity("FP32", ["n"]), tmp_path)
     environ = {
         **{name: text for name, text in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"},
         **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TMPDIR"), str(home)),

@@ -18,8 +18,8 @@ from skl2onnx import to_onnx
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 
-from tests.backends.onnx import graphs
-from tests.backends.onnx.graphs import bf16, constant, identity, model, put, tensor_type, value, value_of
+from tests import onnx_models
+from tests.onnx_models import bf16, constant, identity, model, put, tensor_type, value, value_of
 from tests.server import Server
 
 node = helper.make_node
@@ -79,12 +79,12 @@ def classifier(names: bool) -> Any:
     """Iris flowers by logistic regression, the scores a map from class to number."""
     classes = IRIS.target_names[IRIS.target] if names else IRIS.target
     fitted = LogisticRegression(max_iter=1000).fit(IRIS.data, classes)
-    return to_onnx(fitted, IRIS.data[:1].astype(np.float32), target_opset=graphs.OPSETS)
+    return to_onnx(fitted, IRIS.data[:1].astype(np.float32), target_opset=onnx_models.OPSETS)
 
 
 def optional_input() -> Any:
     """Gives back `x`, or else a default."""
-    rows = ["rows", 2]
+    rows: onnx_models.Shape = ["rows", 2]
     there = helper.make_graph(
         [node("OptionalGetElement", ["x"], ["a"])], "there", [], [value("a", "FP32", rows)]
     )
@@ -160,8 +160,8 @@ def build(repository: Path) -> None:
         ),
         "iris": classifier(names=True),
         "iris-numbers": classifier(names=False),
-        "external": graphs.add_external("data/weights.bin"),
-        "outside": graphs.add_external("../weights.bin"),
+        "external": onnx_models.add_external("data/weights.bin"),
+        "outside": onnx_models.add_external("../weights.bin"),
     }
     for name, built in models.items():
         put(built, repository, name)

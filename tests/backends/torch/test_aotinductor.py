@@ -123,7 +123,7 @@ def test_it_is_batched_from_many_clients_and_answers_as_alone(
     file.parent.mkdir(parents=True)
     shutil.copy(package, file)
     lines = {entry.name: (str(entry.datatype), list(entry.shape or ())) for entry in INPUTS}
-    configure(file, described(**lines))
+    configure(file, described("inputs", **lines))
     server = serve(tmp_path, "--trust")
     version = server.get("/models/compiled/1").json()
     assert version["batching"]["enabled"], version

@@ -30,8 +30,8 @@ from inferpool.system.install_hints import install_command, uninstall_command
 from inferpool.tensors import Array
 from onnx import TensorProto, helper
 
-from tests.backends.onnx.graphs import bf16
 from tests.fake_gpu.host_memory import HostMemory
+from tests.onnx_models import bf16
 
 node = helper.make_node
 Make = Callable[..., BoundModel]
