@@ -81,6 +81,7 @@ class FakeModel(DeviceModel):
         self.captured: list[tuple[int, int]] = []
         self.card = card
         self.options = options or LoadOptions()
+        self.rounding = self.options.gpu.rounding
         self.leaks = leaks
         self.closed = False
         self.largest = FakeBackend.largest

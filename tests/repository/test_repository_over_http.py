@@ -15,8 +15,8 @@ from tests.conftest import ROOT, MakeChaos, Serve
 def test_one_good_one_corrupt_and_one_misconfigured_model(serve: Serve, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "models/diabetes", tmp_path / "r/good")
     shutil.copytree(ROOT / "models/diabetes", tmp_path / "r/corrupt")
-    whole = (tmp_path / "r/corrupt/1/model.onnx").read_bytes()
-    (tmp_path / "r/corrupt/1/model.onnx").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "r/corrupt/1/model.onnx").read_bytes()
+    (tmp_path / "r/corrupt/1/model.onnx").write_bytes(content[: len(content) // 2])
     shutil.copytree(ROOT / "models/diabetes", tmp_path / "r/misconfigured")
     (tmp_path / "r/misconfigured/model.toml").write_text("[batching]\nmax_row = 8\n")
     server = serve(tmp_path / "r")

@@ -76,6 +76,11 @@ class GpuOptions:
     tensorrt: TensorRTPlan | None = None
     normalisation: Normalisation | None = None
 
+    @property
+    def rounding(self) -> str:
+        """The value of `LoadedModel.rounding` for a model that is loaded with these options."""
+        return "FP16" if self.fp16 or self.tf32 else ""  # TF32 has as many digits as FP16
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
@@ -115,7 +120,7 @@ class LoadedModel(ABC):
         max_rows: the largest batch that the model declares; None if it declares none.
         cpu_nodes: for a model on a GPU, the number of nodes of each kind that run on the CPU.
         rounding: the datatype that intermediate sums are rounded to, if it is coarser than the outputs'
-            own; else empty. The loader sets it from the options.
+            own; else empty. On a GPU it is that of the options.
     """
 
     signature: Signature

@@ -23,7 +23,7 @@ _Size = Annotated[int, Field(ge=-1)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 _MOST_BYTES = 1024 * 1024
 RESERVED_LABELS = frozenset({"load", "unload", "labels"})
-"""Words that other routes have in the place of a version."""
+"""Words that other routes have instead of a version."""
 
 
 class VersionsConfig(BaseModel):
@@ -159,7 +159,7 @@ class TensorConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """A whole `model.toml`."""
+    """The keys of a `model.toml`."""
 
     model_config = _Table
     description: str = Field(default="", description="A sentence that `/models` shows.")

@@ -143,7 +143,7 @@ class Repository:
         return self._loaded[key]
 
     def start(self, on_loaded: Callable[[], None]) -> None:
-        """Begin to load in a thread of its own, which calls `on_loaded` when every version is ready or failed.
+        """Begin to load in a thread, which calls `on_loaded` when every version is ready or failed.
 
         If a load takes too long, the thread also calls `on_loaded` when all the others have ended.
         """

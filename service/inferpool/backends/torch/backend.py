@@ -53,7 +53,10 @@ class PyTorchBackend(Backend):
         gpu.prepare_gpu(options)
         started = _import(_LOADERS[kind]).load(file, options)
         on_gpu: LoadedModel = gpu.TorchDeviceModel(
-            started, options.device, normalisation=options.gpu.normalisation
+            started,
+            options.device,
+            normalisation=options.gpu.normalisation,
+            rounding=options.gpu.rounding,
         )
         return on_gpu
 

@@ -114,8 +114,8 @@ def test_with_little_memory_a_version_serves_small_batches_or_fails_and_frees_al
     repository.load_now()
     view = repository.models()["digits"].versions[1]
     if view.state == READY:
-        rungs = repository.live(VersionKey("digits", 1)).buckets
-        assert 1 <= rungs[-1] < 32
+        buckets = repository.live(VersionKey("digits", 1)).buckets
+        assert 1 <= buckets[-1] < 32
         assert repository.drain(10)
         repository.loaded(VersionKey("digits", 1)).close()
     else:

@@ -42,10 +42,10 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     FakeBackend.reset()
     made: list[Repository] = []
 
-    def start(config: str = "", wish: str = "", **settings: Any) -> Repository:
+    def start(config: str = "", behaviour: str = "", **settings: Any) -> Repository:
         folder = tmp_path / "repository" / "m"
         (folder / "1").mkdir(parents=True)
-        (folder / "1" / "model.fakegpu").write_text(PICTURES + wish)
+        (folder / "1" / "model.fakegpu").write_text(PICTURES + behaviour)
         (folder / "model.toml").write_text(CONFIG + config)
         chosen = Settings(cache_dir=tmp_path / "cache", measure_ms=0, **settings)
         made.append(Repository(folder.parent, chosen, Outbox(), Metrics({}), time.monotonic, FakeDriver()))

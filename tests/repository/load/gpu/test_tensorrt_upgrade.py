@@ -38,10 +38,10 @@ BUILDING = "an engine is being built, and CUDA serves meanwhile"
 class ServedVersion:
     """A repository with one fake model and an instance on each of `cards`."""
 
-    def __init__(self, folder: Path, wish: str, cards: int) -> None:
+    def __init__(self, folder: Path, behaviour: str, cards: int) -> None:
         model = folder / "repository" / "m"
         (model / "1").mkdir(parents=True, exist_ok=True)
-        (model / "1" / "model.fakegpu").write_text(wish)
+        (model / "1" / "model.fakegpu").write_text(behaviour)
         (model / "model.toml").write_text("[gpu]\ntensorrt = true\n[instances]\ncount = 1")
         self.outbox = Outbox()
         settings = Settings(cache_dir=folder / "cache", measure_ms=0)
@@ -93,8 +93,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     FakeBackend.engines = True
     made: list[ServedVersion] = []
 
-    def start(wish: str, cards: int = 1) -> ServedVersion:
-        made.append(ServedVersion(tmp_path, wish, cards))
+    def start(behaviour: str, cards: int = 1) -> ServedVersion:
+        made.append(ServedVersion(tmp_path, behaviour, cards))
         return made[-1]
 
     yield start
@@ -140,7 +140,7 @@ def test_an_engine_is_kept_for_the_next_start(served: Serve, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("wish", "reason"),
+    ("behaviour", "reason"),
     [
         ("fails", "CUDA serves: TensorRT knows no operator like that"),
         ("crashes", "CUDA serves: the build process ended with status -9"),
@@ -148,10 +148,10 @@ def test_an_engine_is_kept_for_the_next_start(served: Serve, tmp_path: Path) -> 
     ],
 )
 def test_cuda_goes_on_serving_if_there_is_no_engine(
-    wish: str, reason: str, served: Serve, tmp_path: Path
+    behaviour: str, reason: str, served: Serve, tmp_path: Path
 ) -> None:
     """`/models` says why, and no file of the attempt is left."""
-    one = served(wish)
+    one = served(behaviour)
     before = one.serving()
     status = one.build()
     assert status is not None
@@ -256,7 +256,7 @@ def test_the_options_of_tensorrt_name_the_cache_and_the_largest_shapes() -> None
 
 
 @pytest.mark.parametrize(
-    ("spec", "rungs", "shapes"),
+    ("spec", "sizes", "shapes"),
     [
         (TensorSpec("x", "FP32", (-1, 4)), [1, 8], (("x", (8, 4)),)),
         (TensorSpec("x", "FP32", (1, 4)), None, ()),
@@ -267,15 +267,15 @@ def test_the_options_of_tensorrt_name_the_cache_and_the_largest_shapes() -> None
     ],
 )
 def test_the_shapes_of_an_engine_vary_in_rows_only(
-    spec: TensorSpec, rungs: list[int] | None, shapes: Any
+    spec: TensorSpec, sizes: list[int] | None, shapes: Any
 ) -> None:
     signature = Signature((spec,), (TensorSpec("y", "FP32", (-1,)),))
-    ladder = BatchBuckets(rungs) if rungs else None
+    buckets = BatchBuckets(sizes) if sizes else None
     if isinstance(shapes, str):
         with pytest.raises(LoadError, match=shapes):
-            engine_shapes(signature, ladder)
+            engine_shapes(signature, buckets)
     else:
-        assert engine_shapes(signature, ladder) == shapes
+        assert engine_shapes(signature, buckets) == shapes
 
 
 def test_a_request_without_rows_is_answered_as_before_the_switch() -> None:

@@ -81,6 +81,7 @@ class BoundModel(DeviceModel):
         open_without_graphs: Callable[[], Any] | None = None,
         normaliser: Normaliser | None = None,
         takes_pixels: Verdict | None = None,
+        rounding: str = "",
     ) -> None:
         """`signature` is `bindable`; `cpu_nodes` are the nodes that the session runs on the CPU.
 
@@ -95,9 +96,11 @@ class BoundModel(DeviceModel):
             open_without_graphs: opens a session without graphs, for a session that can capture graphs.
             normaliser: writes pixels into the input that they belong to.
             takes_pixels: why there is no `normaliser`, if pixels were asked for.
+            rounding: see `LoadedModel.rounding`.
         """
         self.signature = signature
         self.cpu_nodes = cpu_nodes
+        self.rounding = rounding
         reason = graphs_refused or _capture_obstacle(signature, cpu_nodes)
         self.graphs = Verdict(False, reason or "none were asked for")
         self.can_capture = reason is None

@@ -93,4 +93,5 @@ def _load_on_gpu(open_file: _OpenFile, options: LoadOptions) -> BoundModel:
         open_without_graphs=open_without_graphs if options.gpu.graphs and refused is None else None,
         normaliser=normaliser,
         takes_pixels=takes_pixels,
+        rounding=options.gpu.rounding,
     )

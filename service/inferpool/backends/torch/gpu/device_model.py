@@ -77,17 +77,20 @@ class TorchDeviceModel(DeviceModel):
         device: str,
         recorder: Recorder | None = None,
         normalisation: Normalisation | None = None,
+        rounding: str = "",
     ) -> None:
         """Args:
         started: the model and its outputs.
         device: `cuda:N`, or `cpu` (in tests), where everything happens without a stream.
         recorder: records runs; None means CUDA's recorder on a GPU, and no recorder on the CPU.
         normalisation: of the input that may also arrive as pixels.
+        rounding: see `LoadedModel.rounding`.
         """
         runnable, outputs = started
         self.signature = Signature(runnable.inputs, tuple(outputs.values()))
         self.form = runnable.form
         self.max_rows = runnable.max_rows
+        self.rounding = rounding
         self._runnable: Runnable | None = runnable
         self._paths = {spec.name: path for path, spec in outputs.items()}
         self._device = torch.device(device)

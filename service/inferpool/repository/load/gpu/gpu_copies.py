@@ -57,13 +57,6 @@ class GpuCopies(ModelCopies):
         """The state of the upgrade to TensorRT, as a sentence; None if none was asked for."""
         return None if self._upgrade is None else self._upgrade.status
 
-    def load(self, options: LoadOptions) -> LoadedModel:
-        """Load one more copy of the model; raises LoadError."""
-        model = super().load(options)
-        if options.gpu.fp16 or options.gpu.tf32:
-            model.rounding = "FP16"  # TF32 has as many digits
-        return model
-
     def prepare(
         self,
         devices: Sequence[str],
