@@ -219,8 +219,8 @@ def together(
 def served(name: str, file: Path, place: str, session: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a server answers: 16 rows a request, one row, and one request at a time."""
     environ = {"INFERPOOL_CACHE_DIR": f"{place}/cache", "INFERPOOL_MEASURE_MS": "10000"}
-    wishes = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
-    (file.parents[1] / "model.toml").write_text(f"[gpu]\n{wishes[session]}\n")
+    tables = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
+    (file.parents[1] / "model.toml").write_text(f"[gpu]\n{tables[session]}\n")
     server = Server(file.parents[1], ["--devices", options.device, "--queue-ms", "60000"], environ)
     try:
         server.wait_for(r"\d+ models$", 300)

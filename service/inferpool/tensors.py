@@ -220,7 +220,7 @@ def check_tensor(spec: TensorSpec, tensor: Array) -> None:
 
 
 def check_inputs(signature: Signature, tensors: Mapping[str, Array]) -> None:
-    """Raise InvalidInput unless `tensors` are exactly the inputs of `signature`, optional ones aside."""
+    """Raise InvalidInput unless `tensors` are the inputs of `signature`; optional inputs may be missing."""
     by_name = signature.inputs_by_name
     for name, tensor in tensors.items():
         spec = by_name.get(name)

@@ -1,4 +1,4 @@
-"""A GPU that is none: a driver that shows cards, and models that run on them as on a real one's ladder.
+"""A fake GPU: a driver that shows cards, and models that run there in buckets, like those on a real GPU.
 
 What a real card does (copies, kernels, memory) is not pretended: this holds what is decided about it.
 """

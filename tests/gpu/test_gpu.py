@@ -112,7 +112,7 @@ def test_nodes_without_a_kernel_for_the_gpu_have_to_be_allowed(serve: Serve, tmp
 
 
 def test_without_memory_for_large_batches_smaller_ones_run(serve: Serve, tmp_path: Path) -> None:
-    """A row takes 4 MiB on the way; with 256 MiB for each copy the ladder ends where they do."""
+    """A row takes 4 MiB on the way; with 256 MiB for each copy the largest bucket is limited by memory."""
     ones = helper.make_tensor("ones", TensorProto.FLOAT, [1, 1024], [1.0] * 1024)
     graph = helper.make_graph(
         [

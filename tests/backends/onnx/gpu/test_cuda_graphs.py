@@ -123,13 +123,13 @@ def rows(count: int, start: float = 0) -> Array:
     return np.arange(3 * count, dtype=np.float32).reshape(count, 3) + np.float32(start)
 
 
-def check(model: BoundModel, count: int, rung: int) -> None:
+def check(model: BoundModel, count: int, bucket: int) -> None:
     given = rows(count, 7 * count)
-    assert model.run_padded([{"a": given}], rung)["y"].tolist() == (given * given).tolist()
+    assert model.run_padded([{"a": given}], bucket)["y"].tolist() == (given * given).tolist()
 
 
-def capture_all(model: BoundModel, ladder: BatchBuckets | None, samples: list[Any] | None = None) -> None:
-    capture(model, ladder, samples or [{"a": rows(5)}], lambda: 0.0)
+def capture_all(model: BoundModel, buckets: BatchBuckets | None, samples: list[Any] | None = None) -> None:
+    capture(model, buckets, samples or [{"a": rows(5)}], lambda: 0.0)
 
 
 def test_each_batch_size_has_its_own_graph(opened: list[str]) -> None:  # noqa: F811
@@ -141,15 +141,15 @@ def test_each_batch_size_has_its_own_graph(opened: list[str]) -> None:  # noqa: 
     assert numbers == [1, 2, 3, 4]
     assert all(session.alone)
     session.runs.clear()
-    for rung, count in ((8, 7), (1, 1), (4, 3), (2, 2), (8, 8)):
-        check(model, count, rung)
+    for bucket, count in ((8, 7), (1, 1), (4, 3), (2, 2), (8, 8)):
+        check(model, count, bucket)
     assert session.runs == [("replayed", number) for number in (1, 4, 2, 3, 1)]
     # A shape for which none was captured runs as it is; graphs outlive it that memory grows for others.
-    for rung in (3, 64, 8, 4):
-        check(model, 2, rung)
+    for bucket in (3, 64, 8, 4):
+        check(model, 2, bucket)
     assert [kind for kind, _ in session.runs[-4:]] == ["plain", "plain", "replayed", "replayed"]
-    for rung in range(399, 8, -1):
-        check(model, 1, rung)
+    for bucket in range(399, 8, -1):
+        check(model, 1, bucket)
     check(model, 2, 2)
     assert session.runs[-1] == ("replayed", 3)
     model.close()
@@ -163,23 +163,26 @@ def test_token_rows_are_captured_for_their_smallest_shapes() -> None:
         [value("y", ["n", 1])],
     )
 
-    def run(model: BoundModel, rung: int, length: int) -> None:
-        given = np.random.default_rng(length).integers(0, 9, (rung, length)).astype(np.float32)
-        answer = model.run_padded([{"a": given}], rung)["y"]
+    def run(model: BoundModel, bucket: int, length: int) -> None:
+        given = np.random.default_rng(length).integers(0, 9, (bucket, length)).astype(np.float32)
+        answer = model.run_padded([{"a": given}], bucket)["y"]
         assert answer.tolist() == given.sum(axis=1, keepdims=True).tolist()
 
-    for rungs, lengths, part in (([1, 2, 4, 8], [8, 16], ""), (range(1, 9), range(8, 80, 8), "of 72 shapes")):
+    for buckets, lengths, part in (
+        ([1, 2, 4, 8], [8, 16], ""),
+        (range(1, 9), range(8, 80, 8), "of 72 shapes"),
+    ):
         model, wrapped = bound(HostMemory(), session)
         texts = [
             {"a": np.arange(8 * length, dtype=np.float32).reshape(8, length) / length} for length in lengths
         ]
-        capture(model, BatchBuckets(list(rungs)), [], lambda: 0.0, texts)
+        capture(model, BatchBuckets(list(buckets)), [], lambda: 0.0, texts)
         assert model.graphs.ok == (not part)
         assert part in model.graphs.reason
         wrapped.runs.clear()
-        sizes = sorted((rung * length, rung, length) for rung in rungs for length in lengths)
-        for _, rung, length in sizes:
-            run(model, rung, length)
+        sizes = sorted((bucket * length, bucket, length) for bucket in buckets for length in lengths)
+        for _, bucket, length in sizes:
+            run(model, bucket, length)
         kinds = [kind for kind, _ in wrapped.runs]
         small = [size for size, _, _ in sizes if size < sizes[min(MOST_GRAPHS, len(sizes)) - 1][0]]
         assert kinds[: len(small)] == ["replayed"] * len(small)
@@ -267,8 +270,8 @@ def test_a_failed_or_wrong_capture_drops_the_session(
     assert not model.graphs.ok
     assert reason in model.graphs.reason
     session.runs.clear()
-    for rung in (1, 4, 2):
-        check(model, 1, rung)
+    for bucket in (1, 4, 2):
+        check(model, 1, bucket)
     assert not session.runs
     assert [kind for kind, _ in plain.runs] == ["plain"] * 3
     model.close()
@@ -278,21 +281,21 @@ def test_a_failed_or_wrong_capture_drops_the_session(
 def test_a_replacement_thread_captures_its_own_graphs(opened: list[str]) -> None:  # noqa: F811
     """Graphs of a thread that is gone are not named on another, to be captured there while it serves."""
     model, session = bound(CudaMemory(3, 13))
-    ladder = BatchBuckets([1, 4])
+    buckets = BatchBuckets([1, 4])
     faults: list[BaseException] = []
 
     def live() -> None:
         try:
             model.begin()
-            capture_all(model, ladder)
-            for rung in (1, 4):
-                check(model, 1, rung)
+            capture_all(model, buckets)
+            for bucket in (1, 4):
+                check(model, 1, bucket)
         except Exception as error:  # noqa: BLE001 - it is raised again by the test
             faults.append(error)
 
     # Both are there at once, so that they are two also to whoever reuses the names of threads.
     first, second = threading.Thread(target=live), threading.Thread(target=live)
-    capture_all(model, ladder)
+    capture_all(model, buckets)
     before = len(session.graphs)
     for thread in (first, second):
         session.runs.clear()

@@ -163,12 +163,12 @@ def bound(memory: Memory, layout: str, datatype: str = "FP32") -> tuple[BoundMod
     return bound_model, wrapped
 
 
-def check(model: Any, made: ImageCodec, count: int, rung: int, seed: int) -> None:
+def check(model: Any, made: ImageCodec, count: int, bucket: int, seed: int) -> None:
     """Pictures, in as many parts as there are, and then the same as numbers."""
     pixels, rows = both(made, range(seed, seed + count))
     for tensor in (pixels, rows):
         parts = [{"x": tensor[row : row + 1]} for row in range(count)]
-        answer = model.run_padded(parts, rung)
+        answer = model.run_padded(parts, bucket)
         assert answer["y"].tobytes() == rows.tobytes()
         # Padding that is no zero would be in it: a pixel of 0 is not 0 to the model.
         total = rows.sum(axis=0, dtype=np.float64)
@@ -181,8 +181,8 @@ def test_pixels_give_the_outputs_of_normalised_numbers(layout: str, datatype: st
     """With any number of rows among more, after whatever ran before."""
     model, _ = bound(HostMemory(), layout, datatype)
     made = codec(layout, datatype)
-    for seed, (count, rung) in enumerate(((3, 4), (1, 1), (8, 8), (2, 4), (1, 8), (4, 4))):
-        check(model, made, count, rung, 10 * seed)
+    for seed, (count, bucket) in enumerate(((3, 4), (1, 1), (8, 8), (2, 4), (1, 8), (4, 4))):
+        check(model, made, count, bucket, 10 * seed)
     pixels, rows = both(made, range(3))
     assert model.run({"x": pixels}, ["y"])["y"].tobytes() == rows.tobytes()
 
@@ -206,8 +206,8 @@ def test_graphs_replay_on_normalised_pixels(opened: list[str]) -> None:  # noqa:
     capture(model, BatchBuckets([1, 2, 4]), [{"x": both(made, range(4))[1]}], lambda: 0.0)
     assert model.graphs.ok
     session.runs.clear()
-    for seed, (count, rung) in enumerate(((3, 4), (1, 1), (2, 2), (4, 4), (1, 4))):
-        check(model, made, count, rung, 10 * seed)
+    for seed, (count, bucket) in enumerate(((3, 4), (1, 1), (2, 2), (4, 4), (1, 4))):
+        check(model, made, count, bucket, 10 * seed)
     assert {kind for kind, _ in session.runs} == {"replayed"}
     model.close()
 
@@ -218,14 +218,14 @@ def test_a_repeated_shape_of_pixels_allocates_nothing(opened: list[str]) -> None
     made = codec("CHW")
     check(model, made, 8, 8, 0)
     before = memory._library.fakeLeft()
-    for count, rung in ((8, 8), (3, 4), (1, 1), (5, 8)):
-        check(model, made, count, rung, count)
+    for count, bucket in ((8, 8), (3, 4), (1, 1), (5, 8)):
+        check(model, made, count, bucket, count)
     assert memory._library.fakeLeft() == before
     model.close()
 
 
 def test_out_of_memory_for_pixels_leaves_the_model_usable(opened: list[str]) -> None:  # noqa: F811
-    """Its ladder is halved for that, as for numbers."""
+    """Its buckets are halved for that, as for numbers."""
     memory = CudaMemory(3, 13)
     model, _ = bound(memory, "CHW")
     made = codec("CHW")
@@ -295,12 +295,12 @@ def test_a_pytorch_model_gives_the_same_outputs_for_pixels(layout: str, datatype
     made = codec(layout, datatype)
     model, seen = echo(layout, datatype)
     assert model.takes_pixels.ok
-    for seed, (count, rung) in enumerate(((4, 4), (3, 4), (1, 1), (8, 8), (2, 4))):
+    for seed, (count, bucket) in enumerate(((4, 4), (3, 4), (1, 1), (8, 8), (2, 4))):
         pixels, rows = both(made, range(10 * seed, 10 * seed + count))
         for tensor in (pixels, rows):
             parts: list[Tensors] = [{"x": tensor[row : row + 1]} for row in range(count)]
-            assert model.run_padded(parts, rung)["y"].tobytes() == rows.tobytes()
-            padded = np.concatenate([rows, np.zeros((rung - count, *rows.shape[1:]), rows.dtype)])
+            assert model.run_padded(parts, bucket)["y"].tobytes() == rows.tobytes()
+            padded = np.concatenate([rows, np.zeros((bucket - count, *rows.shape[1:]), rows.dtype)])
             assert torch.equal(seen[-1], to_tensor(padded, datatype, copy=True))
         assert model.run({"x": pixels})["y"].tobytes() == rows.tobytes()
     assert check_pixels(model, table(layout, datatype), (1, 4), padded=True) is None
@@ -313,7 +313,7 @@ def test_pytorch_recordings_replay_on_normalised_pixels() -> None:
     capture(model, BatchBuckets([1, 4]), [{"x": both(made, range(4))[1]}], lambda: 0.0)
     assert model.graphs.ok
     before = sum(recording.replays for recording in recorder.made)
-    for seed, (count, rung) in enumerate(((3, 4), (1, 1), (4, 4))):
+    for seed, (count, bucket) in enumerate(((3, 4), (1, 1), (4, 4))):
         pixels, rows = both(made, range(10 * seed, 10 * seed + count))
-        assert model.run_padded([{"x": pixels}], rung)["y"].tobytes() == rows.tobytes()
+        assert model.run_padded([{"x": pixels}], bucket)["y"].tobytes() == rows.tobytes()
     assert sum(recording.replays for recording in recorder.made) - before == 3

@@ -232,7 +232,7 @@ def test_graphs_can_be_turned_off_in_the_configuration(load: Load) -> None:
 
 
 def test_a_model_of_one_shape_is_captured_too(load: Load) -> None:
-    """It has no ladder: its rows cannot be added to."""
+    """It has no buckets, because no rows can be added to its batches."""
     repository = load([node("Mul", ["a", "a"], ["y"])], [value("a", [1, 3])], [value("y", [1, 3])])
     view: Any = repository.models()["m"].versions[1]
     assert view.gpu.graphs.ok

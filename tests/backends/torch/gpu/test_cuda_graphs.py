@@ -87,7 +87,7 @@ def images(count: int, seed: int) -> Array:
 
 
 def test_every_batch_size_is_replayed_with_the_networks_outputs() -> None:
-    """Whatever ran before; a row among others, a full rung, and rows of several requests."""
+    """Whatever ran before; a row among others, a full bucket, and rows of several requests."""
     recorder = FakeRecorder()
     model = on_fake(recorder)
     assert model.can_capture
@@ -103,9 +103,9 @@ def test_every_batch_size_is_replayed_with_the_networks_outputs() -> None:
         whole = np.concatenate([part["x"] for part in parts])
         with torch.inference_mode():
             want = network(torch.from_numpy(whole)).numpy()
-        rung = BatchBuckets((1, 4, 8)).bucket_for(len(whole))
-        assert rung is not None
-        kept.append((model.run_padded(parts, rung)["scores"], want))
+        bucket = BatchBuckets((1, 4, 8)).bucket_for(len(whole))
+        assert bucket is not None
+        kept.append((model.run_padded(parts, bucket)["scores"], want))
     for got, want in kept:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     after = [recording.replays for recording in recorder.made]
