@@ -1,4 +1,4 @@
-"""Checks of `_json_numbers`: whatever it reads is, bit for bit, what orjson reads."""
+"""Checks of `_json_numbers`: every value that it reads is the same, bit for bit, as orjson reads it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parsed(body: bytes) -> tuple[Any] | None:
 
 
 def compare(expected: Any, actual: Any, memory: bytearray, lists: list[FoundList], body: bytes) -> None:
-    """Compare what orjson reads in a body and in its remainder, where marks stand for lists."""
+    """Compare the values of a body with those of its remainder, in which marks stand for lists."""
     if isinstance(actual, list) and len(actual) == 1 and isinstance(actual[0], str):
         text = actual[0].encode(errors="surrogatepass")
         if text.startswith(MARK) and expected != actual:

@@ -1,4 +1,4 @@
-"""Checks of `_socketio`: every byte arrives once and in order, whatever the descriptors and arguments are."""
+"""Checks of `_socketio`: every byte arrives once and in order, for all descriptors and arguments."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def check_receive(module: ModuleType, chance: random.Random) -> None:
 
 
 def check_send(module: ModuleType, chance: random.Random) -> None:
-    """Send to open, full, closed and impossible descriptors; each socket has exactly what it took."""
+    """Send to open, full, closed and impossible descriptors; each peer gets the bytes that its socket took."""
     with contextlib.ExitStack() as stack:
         pairs = stack.enter_context(socket_pairs(chance.choice((0, 1, 3, 40))))
         file = stack.enter_context(Path(os.devnull).open("wb"))  # a descriptor that is no socket

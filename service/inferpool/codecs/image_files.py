@@ -151,7 +151,7 @@ def _open_jpeg(body: bytes) -> Container:
     while True:
         filler, marker = struct.unpack_from(">BB", body, at)
         if filler != 0xFF:
-            raise MalformedBody(f"the JPEG picture has no marker at byte {at}, where a marker is needed")
+            raise MalformedBody(f"the JPEG picture has no marker at byte {at}, but needs one there")
         if marker == 0xFF:
             at += 1
             continue

@@ -235,7 +235,7 @@ def _named(signature: Signature, inputs: Any) -> Iterable[tuple[str, Any]]:
 def _text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
-        raise _wrong_field(name, value, "a string")
+        raise wrong_field(name, value, "a string")
     return value
 
 
@@ -244,7 +244,7 @@ def _version(value: Any) -> str | None:
         return value
     number = whole_number(value)
     if number is None:
-        raise _wrong_field("version", value, "a whole number or a string")
+        raise wrong_field("version", value, "a whole number or a string")
     return str(number)
 
 
@@ -252,10 +252,10 @@ def _outputs(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
     if not isinstance(value, list):
-        raise _wrong_field("outputs", value, "a list of names")
+        raise wrong_field("outputs", value, "a list of names")
     for name in value:
         if not isinstance(name, str):
-            raise _wrong_field("outputs", name, "a list of names", "holds")
+            raise wrong_field("outputs", name, "a list of names", "holds")
     return tuple(dict.fromkeys(value)) or None
 
 
@@ -263,17 +263,17 @@ def _parameters(value: Any) -> tuple[float | None, int | None]:
     if value is None:
         return None, None
     if not isinstance(value, dict):
-        raise _wrong_field("parameters", value, "an object")
+        raise wrong_field("parameters", value, "an object")
     unknown = [key for key in value if key not in _PARAMETERS]
     if unknown:
         raise _unknown_field('"parameters"', "parameters.", unknown[0], _PARAMETERS)
     timeout, priority = value.get("timeout_ms"), value.get("priority")
     if timeout is not None and not (type(timeout) in (int, float) and timeout > 0):
-        raise _wrong_field("parameters.timeout_ms", timeout, "a number above 0")
+        raise wrong_field("parameters.timeout_ms", timeout, "a number above 0")
     if priority is not None:
         number = whole_number(priority)
         if number is None or number < 0:
-            raise _wrong_field("parameters.priority", priority, "a whole number from 0")
+            raise wrong_field("parameters.priority", priority, "a whole number from 0")
         priority = number
     return None if timeout is None else float(timeout), priority
 
@@ -285,14 +285,16 @@ def whole_number(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _unknown_field(where: str, prefix: str, name: str, known: tuple[str, ...]) -> InvalidInput:
+def _unknown_field(container: str, prefix: str, name: str, known: tuple[str, ...]) -> InvalidInput:
     text = value_text(name)
     return InvalidInput(
-        f"{where} has an unknown field, {text}; it takes {names_text(known)}", field=f"{prefix}{text[1:-1]}"
+        f"{container} has an unknown field, {text}; it takes {names_text(known)}",
+        field=f"{prefix}{text[1:-1]}",
     )
 
 
-def _wrong_field(name: str, value: Any, expected: str, verb: str = "is") -> InvalidInput:
+def wrong_field(name: str, value: Any, expected: str, verb: str = "is") -> InvalidInput:
+    """Return the error for the field `name`, whose `value` is not what is `expected`."""
     got = value_text(value)
     return InvalidInput(f'"{name}" {verb} {got}; it takes {expected}', field=name, value=got)
 

@@ -27,7 +27,7 @@ from inferpool.tensors import (
     value_text,
 )
 from inferpool.wire.json_numbers import FallBack, read_extracted
-from inferpool.wire.native_json import extract_numbers, read_object, whole_number
+from inferpool.wire.native_json import extract_numbers, read_object, whole_number, wrong_field
 from inferpool.wire.nested_lists import MAX_RANK, in_shape, read_nested
 from inferpool.wire.v2_binary import from_raw, read_binary
 
@@ -165,26 +165,21 @@ def parse_infer(body: bytes | memoryview, header_length: int | None) -> InferReq
     return InferRequest(read_object(memoryview(body)[:header_length]), body, header_length, False)
 
 
-def _optional(fields: Mapping[str, Any], name: str, kind: type, expected: str, where: str = "") -> Any:
+def _optional(fields: Mapping[str, Any], name: str, kind: type, expected: str, prefix: str = "") -> Any:
     value = fields.get(name)
     if value is not None and type(value) is not kind:
-        raise _wrong_field(f"{where}{name}", value, expected)
+        raise wrong_field(f"{prefix}{name}", value, expected)
     return value
 
 
-def _count(parameters: Mapping[str, Any], name: str, where: str = "parameters.") -> int | None:
+def _count(parameters: Mapping[str, Any], name: str, prefix: str = "parameters.") -> int | None:
     value = parameters.get(name)
     if value is None:
         return None
     count = whole_number(value)
     if count is None or count < 0:
-        raise _wrong_field(f"{where}{name}", value, "a whole number from 0")
+        raise wrong_field(f"{prefix}{name}", value, "a whole number from 0")
     return count
-
-
-def _wrong_field(name: str, value: Any, expected: str) -> InvalidInput:
-    got = value_text(value)
-    return InvalidInput(f'"{name}" is {got}; it takes {expected}', field=name, value=got)
 
 
 def _check_count(name: str, members: list[Any]) -> None:
@@ -196,15 +191,15 @@ def _check_count(name: str, members: list[Any]) -> None:
 
 def _member(fields: Mapping[str, Any], list_name: str, index: int) -> tuple[str, Mapping[str, Any]]:
     """Return the name and the parameters of a member of `inputs` or `outputs`."""
-    where = f"{list_name}[{index}]"
+    path = f"{list_name}[{index}]"
     if not isinstance(fields, dict):
-        raise _wrong_field(where, fields, "an object")
+        raise wrong_field(path, fields, "an object")
     if not isinstance(fields.get("name"), str):
-        raise _wrong_field(f"{where}.name", fields.get("name"), "a string")
-    parameters = _optional(fields, "parameters", dict, "an object", f"{where}.") or {}
+        raise wrong_field(f"{path}.name", fields.get("name"), "a string")
+    parameters = _optional(fields, "parameters", dict, "an object", f"{path}.") or {}
     if "shared_memory_region" in parameters:
         raise InvalidInput(
-            f'"{where}" is in shared memory, which this server does not read: send its data',
+            f'"{path}" is in shared memory, which this server does not read: send its data',
             tensor=fields["name"],
         )
     return fields["name"], parameters
@@ -214,18 +209,18 @@ def _requested(value: Any) -> tuple[RequestedOutput, ...] | None:
     if value is None:
         return None
     if not isinstance(value, list):
-        raise _wrong_field("outputs", value, "a list of objects")
+        raise wrong_field("outputs", value, "a list of objects")
     _check_count("outputs", value)
     found: dict[str, RequestedOutput] = {}
     for index, fields in enumerate(value):
         name, parameters = _member(fields, "outputs", index)
-        where = f"outputs[{index}].parameters."
+        prefix = f"outputs[{index}].parameters."
         if name in found:
             raise InvalidInput(f'output "{name}" is asked for twice', tensor=name_text(name)[1:-1])
         found[name] = RequestedOutput(
             name,
-            _optional(parameters, "binary_data", bool, "true or false", where),
-            _count(parameters, "classification", where) or 0,
+            _optional(parameters, "binary_data", bool, "true or false", prefix),
+            _count(parameters, "classification", prefix) or 0,
             {key: parameters[key] for key in parameters if key not in ("binary_data", "classification")},
         )
     return tuple(found.values()) or None
@@ -235,7 +230,7 @@ def _inputs(fields: Mapping[str, Any], body: bytes | memoryview, start: int | No
     """Return the members of `inputs`, with the bounds of their binary data in the body."""
     listed = fields.get("inputs")
     if not isinstance(listed, list):
-        raise _wrong_field("inputs", listed, "a list of objects")
+        raise wrong_field("inputs", listed, "a list of objects")
     _check_count("inputs", listed)
     found: dict[str, _Input] = {}
     end = start or 0
