@@ -1,9 +1,9 @@
 """Builds the C modules and, for a wheel, compiles the hot path with mypyc.
 
-An editable installation builds the C modules only and runs the Python sources. Without a C compiler a wheel has
-no compiled code: the server answers the same, more slowly, and says so in its log.
+An editable installation builds the C modules only and runs the Python sources. Without a C compiler a wheel
+has no compiled code: the server answers the same, more slowly, and says so in its log.
 
-INFERPOOL_COMPILED is read at build time only: 0 builds a wheel without mypyc, 1 makes a failed compilation an error.
+Only the build reads INFERPOOL_COMPILED: 0 leaves out mypyc, 1 makes a failed compilation an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ HOT_PATH = [
         "response_head", "shared")),
     *(f"{SOURCE}/http/predict/{name}.py" for name in (
         "api", "body_buffer", "budget", "context", "in_flight", "offload", "predictor", "recorder",
-        "request_head", "request_id", "request_metrics", "resolver", "response", "results", "served_version")),
+        "request_head", "request_id", "request_metrics", "resolver", "response", "results",
+        "served_version")),
     *(f"{SOURCE}/http/{name}.py" for name in ("native/api", "native/bodies", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
         "admission", "batch", "entry_queue", "instance", "instance_set", "latency_model", "ordered_queue",
@@ -38,8 +39,8 @@ HOT_PATH = [
 ]  # fmt: skip
 """The modules that every prediction passes through, with two exceptions.
 
-Base classes of interpreted classes stay interpreted, because mypyc forbids such inheritance. Loops over millions
-of elements in `wire` stay interpreted, because compiled loops would not let other threads run.
+Base classes of interpreted classes stay interpreted, because mypyc forbids such inheritance. Loops over
+millions of elements in `wire` stay interpreted, because compiled loops would not let other threads run.
 """
 
 C_MODULES = ("http/connection/_socketio", "wire/_json_numbers")
@@ -49,7 +50,7 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 
 
 class ParallelBuild(build_ext):
-    """Compiles the C files of all extensions in parallel, and builds the compiled hot path completely or not at all."""
+    """Compiles C files in parallel, and builds the compiled hot path completely or not at all."""
 
     def finalize_options(self) -> None:
         """Build as many extensions at once as there are CPUs."""
@@ -94,8 +95,8 @@ def compiled_hot_path() -> list[Extension]:
     os.environ["MYPYPATH"] = str(ROOT / "service")
     # Objects of an earlier build may be those of modules that no longer exist.
     shutil.rmtree(ROOT / "build", ignore_errors=True)
-    # One C file per module, so that they compile in parallel. Only Python calls the extensions' functions from
-    # outside: hidden functions can be called directly and inlined.
+    # Each module has its own C file, so that the files compile in parallel. Only these modules call one
+    # another's functions: the functions are hidden, so that calls are direct and can be inlined.
     extensions = mypycify(
         ["--config-file=", "--ignore-missing-imports", *HOT_PATH],
         opt_level="2", debug_level="0", multi_file=True, group_name="inferpool",
@@ -108,8 +109,8 @@ def compiled_hot_path() -> list[Extension]:
 setup(
     cmdclass={"build_ext": ParallelBuild},
     ext_modules=[
-        *(Extension(f"inferpool.{name.replace('/', '.')}", [f"{SOURCE}/{name}.c"],
-                    extra_compile_args=["-O3", "-std=c11", "-g0"], optional=COMPILED != "1") for name in C_MODULES),
+        *(Extension(f"inferpool.{name.replace('/', '.')}", [f"{SOURCE}/{name}.c"], optional=COMPILED != "1",
+                    extra_compile_args=["-O3", "-std=c11", "-g0"]) for name in C_MODULES),
         *compiled_hot_path(),
     ],
 )  # fmt: skip

@@ -228,7 +228,7 @@ class Life(RuleBasedStateMachine):
         self.writes_when_lost: dict[FakeConnection, int] = {}
         self.errors: list[logging.LogRecord] = []
         self.handler = logging.Handler(logging.ERROR)
-        self.handler.emit = self.errors.append  # type: ignore[method-assign]
+        self.handler.emit = self.errors.append  # type: ignore[method-assign, assignment]
         logging.getLogger("inferpool").addHandler(self.handler)
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(batched_writes, "_socketio", SimpleNamespace(send_all=self.send_all))
@@ -395,7 +395,7 @@ class Life(RuleBasedStateMachine):
                     assert context.reserved_bytes == 0
 
     def teardown(self) -> None:
-        """Once all clients are gone, and all threads done, nothing is held any more, and no call went wrong."""
+        """Once all clients are gone and all threads done, nothing is held, and no call went wrong."""
         self.disconnect()
         while self.harness.loop.jobs or self.harness.loop.ready:
             self.harness.loop.settle()

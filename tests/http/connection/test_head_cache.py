@@ -110,7 +110,8 @@ def received(connection: socket.socket) -> bytes:
 
 
 def read_answers(connection: socket.socket, count: int) -> list[tuple[int, dict[str, str], object]]:
-    answers, data = [], b""
+    answers: list[tuple[int, dict[str, str], object]] = []
+    data = b""
     while len(answers) < count:
         while b"\r\n\r\n" not in data:
             data += received(connection)

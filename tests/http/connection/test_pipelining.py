@@ -80,8 +80,8 @@ def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
             text += request(number, path=path)
         elif path.startswith("/v2"):
             data = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [number, 0, 0, 0]}
-            body = json.dumps({"inputs": [data]})
-            text += f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+            sent = json.dumps({"inputs": [data]})
+            text += f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(sent)}\r\n\r\n{sent}"
         else:
             text += f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n"
     wire.send(text)
