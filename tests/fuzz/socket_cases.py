@@ -76,7 +76,7 @@ def check_receive(module: ModuleType, chance: random.Random) -> None:
 
 
 def check_send(module: ModuleType, chance: random.Random) -> None:
-    """Send to open, full, closed and impossible descriptors; each peer gets the bytes that its socket took."""
+    """Send to open, full, closed and impossible descriptors; each peer gets what the socket took."""
     with contextlib.ExitStack() as stack:
         pairs = stack.enter_context(socket_pairs(chance.choice((0, 1, 3, 40))))
         file = stack.enter_context(Path(os.devnull).open("wb"))  # a descriptor that is no socket
