@@ -43,7 +43,9 @@ CLIENTS = 24
 
 @pytest.fixture
 def server(serve: Serve, make_chaos: MakeChaos) -> Server:
-    return serve(make_chaos("m", run_ms=2), "--max-body-bytes", "400000")
+    """A server whose queue has room for all that the clients send, however slow the machine is."""
+    config = "[queue]\nmax_rows = 1000000\n"
+    return serve(make_chaos("m", config, run_ms=2), "--max-body-bytes", "400000")
 
 
 def mixed(wire: Wire, rng: random.Random) -> None:
