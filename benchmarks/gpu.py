@@ -59,16 +59,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "models": {}}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as workspace:
         for name in options.models.split(","):
-            file = Path(place) / name / "1" / "model.onnx"
+            file = Path(workspace) / name / "1" / "model.onnx"
             MODELS[name](file)
             report["models"][name] = figures = {}
             for session in sessions(options):
                 print(f"{name}, {session}: in one process", flush=True)
                 own = own_rates(name, file, options.device, session, options.seconds)
                 print(f"{name}, {session}: served", flush=True)
-                figures[session] = {"own": own} | served(name, file, place, session, options)
+                figures[session] = {"own": own} | served(name, file, workspace, session, options)
             file.unlink()
     text = table(report)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -216,9 +216,11 @@ def together(
     return sum(counts) / (time.perf_counter() - began[0])
 
 
-def served(name: str, file: Path, place: str, session: str, options: argparse.Namespace) -> dict[str, Any]:
+def served(
+    name: str, file: Path, workspace: str, session: str, options: argparse.Namespace
+) -> dict[str, Any]:
     """What a server answers: 16 rows a request, one row, and one request at a time."""
-    environ = {"INFERPOOL_CACHE_DIR": f"{place}/cache", "INFERPOOL_MEASURE_MS": "10000"}
+    environ = {"INFERPOOL_CACHE_DIR": f"{workspace}/cache", "INFERPOOL_MEASURE_MS": "10000"}
     tables = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
     (file.parents[1] / "model.toml").write_text(f"[gpu]\n{tables[session]}\n")
     server = Server(file.parents[1], ["--devices", options.device, "--queue-ms", "60000"], environ)

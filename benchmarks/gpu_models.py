@@ -76,9 +76,9 @@ def resnet50(file: Path, single: bool = False) -> None:
     x = conv(x, (3, 64), 7, 2)
     x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     taken = 64
-    for place, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
         for block in range(blocks):
-            stride = 2 if place and not block else 1
+            stride = 2 if stage and not block else 1
             y = conv(x, (taken, width), 1)
             y = conv(y, (width, width), 3, stride)
             y = conv(y, (width, 4 * width), 1, relu=False)

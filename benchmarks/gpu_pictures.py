@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "side": options.side}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "pictures"
+    with tempfile.TemporaryDirectory() as workspace:
+        folder = Path(workspace) / "pictures"
         file = folder / "1" / "model.onnx"
         taking_floats(file)
         if options.device != "cpu":

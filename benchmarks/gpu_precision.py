@@ -45,10 +45,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "layers": options.layers, "models": {}}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as workspace:
         for name in options.models.split(","):
             report["models"][name] = found = {}
-            for way, model, make in ways(name, Path(place), options):
+            for way, model, make in ways(name, Path(workspace), options):
                 print(f"{name}: {way}", flush=True)
                 rates = measured(model, make, way, options.seconds)
                 if not found:
@@ -67,11 +67,11 @@ def main() -> None:
 Make = Callable[[int], Tensors]
 
 
-def ways(name: str, place: Path, options: argparse.Namespace) -> Iterator[tuple[str, LoadedModel, Make]]:
+def ways(name: str, workspace: Path, options: argparse.Namespace) -> Iterator[tuple[str, LoadedModel, Make]]:
     """Each way to run a model, loaded so, and what makes rows for it; the first is FP32."""
     gpu = options.device != "cpu"
     if name == "torch":
-        file = exported(place / "encoder.pt2", options.layers)
+        file = exported(workspace / "encoder.pt2", options.layers)
         for fp16 in (False, True):
             for graphs in (False, True) if gpu else (False,):
                 model = find_backend("torch").load(
@@ -84,14 +84,14 @@ def ways(name: str, place: Path, options: argparse.Namespace) -> Iterator[tuple[
                 [spec] = model.signature.inputs
                 yield way, model, lambda count, key=spec.name: {key: vectors(count)}
         return
-    file = place / name / "1" / "model.onnx"
+    file = workspace / name / "1" / "model.onnx"
     MODELS[name](file, True)
     for way in ("FP32", "TF32", "FP16") if gpu else ("FP32", "FP16"):
         model = find_backend("onnx").load(
             file,
             LoadOptions(
                 device=options.device,
-                gpu=GpuOptions(tf32=way == "TF32", fp16=way == "FP16", cache_dir=place / f"{name}-kept"),
+                gpu=GpuOptions(tf32=way == "TF32", fp16=way == "FP16", cache_dir=workspace / f"{name}-kept"),
             ),
         )
         yield way, model, lambda count: {"x": rows(name, count, True)}

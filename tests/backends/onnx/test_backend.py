@@ -650,10 +650,10 @@ def test_a_failing_run_raises_and_writes_nothing(tmp_path: Path, capfd: pytest.C
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.integers(0, len(GOOD) - 1), byte=st.integers(0, 255))
-def test_a_damaged_file_loads_or_is_a_load_error(tmp_path: Path, place: int, byte: int) -> None:
+@given(position=st.integers(0, len(GOOD) - 1), byte=st.integers(0, 255))
+def test_a_damaged_file_loads_or_is_a_load_error(tmp_path: Path, position: int, byte: int) -> None:
     file = tmp_path / "model.onnx"
-    file.write_bytes(GOOD[:place] + bytes([byte]) + GOOD[place + 1 :])
+    file.write_bytes(GOOD[:position] + bytes([byte]) + GOOD[position + 1 :])
     detail = "it loads"
     try:
         OnnxBackend().load(file, LoadOptions()).close()
@@ -672,9 +672,9 @@ WEIGHTS: Final = np.array([1, 2, 3, 4], np.float32)
 def version(tmp_path: Path) -> Path:
     """A version's folder; weights lie in it, below it and around it."""
     folder = tmp_path / "repository" / "name" / "1"
-    for place in (folder, folder / "data", folder.parent, tmp_path):
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "weights.bin").write_bytes(WEIGHTS.tobytes())
+    for target in (folder, folder / "data", folder.parent, tmp_path):
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "weights.bin").write_bytes(WEIGHTS.tobytes())
     (folder / "link.bin").symlink_to("../weights.bin")
     (folder / "linked").symlink_to("..")
     return folder

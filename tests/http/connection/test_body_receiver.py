@@ -1,4 +1,4 @@
-"""Bodies so large that they are read straight into their place; and what stands before and behind them."""
+"""Large bodies are read straight into their buffer, whatever is before and behind them."""
 
 from __future__ import annotations
 

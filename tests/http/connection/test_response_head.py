@@ -21,6 +21,6 @@ def test_a_head_reads_as_it_should() -> None:
 
 
 def test_the_date_of_a_new_second_is_not_that_of_the_last() -> None:
-    preamble = ResponsePrefix()
-    first = preamble.of(200, [(b"date", b"now")])
-    assert preamble.of(200, [(b"date", b"then")]) == first.replace(b"now", b"then")
+    prefix = ResponsePrefix()
+    first = prefix.of(200, [(b"date", b"now")])
+    assert prefix.of(200, [(b"date", b"then")]) == first.replace(b"now", b"then")

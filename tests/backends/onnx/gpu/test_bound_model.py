@@ -212,8 +212,8 @@ def test_the_error_names_the_first_missing_library(missing: str, what: str) -> N
 def test_libraries_are_found_in_the_wheels_of_nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They lie in a folder of each wheel, in which the system does not look."""
     names = ["libcudart.so.99", "libcublasLt.so.99", "libcublas.so.99", "libcurand.so.10", "libcudnn.so.9"]
-    for place, name in enumerate(names):
-        folder = tmp_path / "nvidia" / ("cudnn" if "dnn" in name else f"part{place}") / "lib"
+    for index, name in enumerate(names):
+        folder = tmp_path / "nvidia" / ("cudnn" if "dnn" in name else f"part{index}") / "lib"
         folder.mkdir(parents=True)
         (folder / name).write_text("no library")
     opened: list[str] = []

@@ -151,15 +151,15 @@ def test_operations_without_fp16_stay_fp32_without_casts_between_them(tmp_path: 
         tmp_path,
         [
             node("CumSum", ["x", "axis"], ["sums"]),
-            node("TopK", ["sums", "one"], ["most", "place"]),
+            node("TopK", ["sums", "one"], ["most", "index"]),
         ],
-        ([value("x", ["n", "m"])], [value("most", ["n", 1]), value("place", ["n", 1], TensorProto.INT64)]),
+        ([value("x", ["n", "m"])], [value("most", ["n", 1]), value("index", ["n", 1], TensorProto.INT64)]),
         [constant("axis", np.array(1)), constant("one", np.array([1]))],
     )
     rows = {"x": np.ones((2, 3001), np.float32)}
-    most, place = faithful(file, tmp_path, rows)
+    most, index = faithful(file, tmp_path, rows)
     assert most.tolist() == [[3001.0], [3001.0]]
-    assert place.tolist() == [[3000], [3000]]
+    assert index.tolist() == [[3000], [3000]]
     assert load(file).run(rows)["most"].tolist() == [[3001.0], [3001.0]]
 
 
