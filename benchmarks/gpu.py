@@ -1,14 +1,17 @@
-"""What a GPU does for requests, beside what the same session does for a loop in one process.
+"""Compares a server on a GPU with the same session in a loop in one process.
+
+*Experimental: not yet run on a GPU.*
 
     python benchmarks/gpu.py [--device cuda:0] [--seconds S] [--models resnet50,encoder,small]
                              [--sessions plain,graphs,TensorRT] [--out FOLDER]
 
-For each model, in one run: the rate of its session with the rows on the card already; the rate from and to
-the host's memory, by one instance and by two; then a real server's, for requests of 16 rows and of one, by
-`/v2` with binary tensors from processes of their own. That three times: as ONNX Runtime runs it with CUDA,
-with its runs replayed from CUDA graphs, which is the server's default, and by TensorRT where that is
-installed. All rates are rows a second. Results go to FOLDER as JSON and Markdown, with the date, the device
-and the versions; the table is printed last.
+For each model, one run measures three things. First, the rate of the session with the rows already on the
+card. Second, the rate from and to the host's memory, with one instance and with two. Third, the rate of a
+real server for `/v2` requests with binary tensors, of 16 rows and of one row, from client processes.
+
+Each is measured with plain CUDA runs, with runs that are replayed from CUDA graphs (the server's default),
+and with TensorRT if it is installed. All rates are rows a second. FOLDER gets the results as JSON and
+Markdown with the date, the device and the versions. The table is printed last.
 """
 
 from __future__ import annotations
@@ -42,33 +45,37 @@ from tests.fake_gpu.host_memory import HostMemory
 from tests.server import Server
 
 SHARE: Final = 0.9
-"""Of the session's own best rate that requests of 16 rows are to reach."""
+"""The share of the session's best rate that requests of 16 rows have to reach."""
 SMALL_MS: Final = 0.6
-"""What the small network is to answer in, at the median, one request at a time."""
+"""The median time in which the small network has to answer single requests."""
 SIZES: Final = (1, 4, 16, 32, 64, 128, 256)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--sessions", default="plain,graphs,TensorRT", help="those that there are here")
+    parser.add_argument(
+        "--sessions",
+        default="plain,graphs,TensorRT",
+        help="the ways to run a model; unavailable ones are left out",
+    )
     half = max(1, (os.cpu_count() or 2) // 2)
-    parser.add_argument("--processes", type=int, default=half, help="of clients")
+    parser.add_argument("--processes", type=int, default=half, help="number of client processes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "models": {}}
-    with tempfile.TemporaryDirectory() as workspace:
+    with tempfile.TemporaryDirectory() as temporary:
         for name in options.models.split(","):
-            file = Path(workspace) / name / "1" / "model.onnx"
+            file = Path(temporary) / name / "1" / "model.onnx"
             MODELS[name](file)
             report["models"][name] = figures = {}
             for session in sessions(options):
                 print(f"{name}, {session}: in one process", flush=True)
                 own = own_rates(name, file, options.device, session, options.seconds)
                 print(f"{name}, {session}: served", flush=True)
-                figures[session] = {"own": own} | served(name, file, workspace, session, options)
+                figures[session] = {"own": own} | served(name, file, temporary, session, options)
             file.unlink()
     text = table(report)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -111,19 +118,19 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def sessions(options: argparse.Namespace) -> list[str]:
-    """The ways to run a model that were asked for, and are there."""
-    lacks = {"plain": "", "graphs": "it is no GPU", "TensorRT": "it is no GPU"}
+    """The requested ways to run a model that are available here."""
+    reasons: dict[str, str | None] = {"plain": None, "graphs": "no GPU", "TensorRT": "no GPU"}
     if options.device != "cpu":
-        lacks = {"plain": "", "graphs": "", "TensorRT": tensorrt_unavailable_reason()}
+        reasons = {"plain": None, "graphs": None, "TensorRT": tensorrt_unavailable_reason()}
     wanted = options.sessions.split(",")
     for session in wanted:
-        if lacks[session]:
-            print(f"without {session}: {lacks[session]}", flush=True)
-    return [session for session in wanted if not lacks[session]]
+        if reasons[session]:
+            print(f"without {session}: {reasons[session]}", flush=True)
+    return [session for session in wanted if not reasons[session]]
 
 
 def own_rates(name: str, file: Path, device: str, session: str, seconds: float) -> dict[str, Any]:
-    """The session's rates in this process, by batch size, until a doubling brings nothing any more."""
+    """The session's rates in this process by batch size, up to the size at which the rate stops growing."""
     models = [bound(name, file, device, session) for _ in range(2)]
     by_size: dict[str, Any] = {}
     best: list[float] = []
@@ -131,7 +138,7 @@ def own_rates(name: str, file: Path, device: str, session: str, seconds: float) 
         try:
             batch = {"x": rows(name, size)}
             by_size[str(size)] = found = rates_of(models, batch, size, session == "graphs", seconds / 4)
-        except Exception as error:  # noqa: BLE001 - the card has no memory for it, in whatever words
+        except Exception as error:  # noqa: BLE001 - any error here means too little memory
             by_size[str(size)] = {"fault": str(error)[:200]}
             break
         best.append(max(found.values()))
@@ -146,18 +153,18 @@ def own_rates(name: str, file: Path, device: str, session: str, seconds: float) 
 def rates_of(
     models: list[BoundModel], batch: dict[str, Any], size: int, graphs: bool, seconds: float
 ) -> dict[str, float]:
-    """Rows a second on the card alone, and from and to the host's memory by one and by two instances."""
+    """Rows a second on the card alone, and from and to the host's memory with one and two instances."""
     key = (size, *((name, tensor.shape) for name, tensor in batch.items()))
 
     def prepare(model: BoundModel) -> None:
-        # Graphs are the thread's that captures them.
+        # Graphs belong to the thread that captures them.
         model.begin()
         model.run_padded([batch], size)
         if graphs:
             model.capture([batch], size)
 
     def on_card(model: BoundModel) -> None:
-        # Its inputs and outputs are on the device by now; this is the card's own limit.
+        # The inputs and outputs are on the device already, so this is the limit of the card.
         known = model._bindings[key]
         model._session.run_with_iobinding(known.binding, known.options)
         model._memory.wait()
@@ -170,7 +177,7 @@ def rates_of(
 
 
 def bound(name: str, file: Path, device: str, session: str) -> BoundModel:
-    """The model as an instance has it; on the CPU too, so that this script can be tried without a GPU."""
+    """The model as an instance has it; also on the CPU, so that the script can be tried without a GPU."""
     options = LoadOptions(device=device, gpu=GpuOptions(graphs=session == "graphs"))
     if session == "TensorRT":
         folder = file.parents[2] / "engines" / name
@@ -180,7 +187,8 @@ def bound(name: str, file: Path, device: str, session: str) -> BoundModel:
     model = OnnxBackend().load(file, options)
     if isinstance(model, BoundModel):
         return model
-    return BoundModel(model._session, model.signature, device, HostMemory(), {})
+    session_of: Any = model
+    return BoundModel(session_of._session, model.signature, device, HostMemory(), {})
 
 
 def together(
@@ -189,7 +197,7 @@ def together(
     run: Callable[[BoundModel], object],
     seconds: float,
 ) -> float:
-    """Runs a second of threads, one for each of `models`, which repeat `run` when all are prepared."""
+    """Runs a second, with a thread for each of `models` that repeats `run` once all are prepared."""
     counts = [0] * len(models)
     faults: list[Exception] = []
     began: list[float] = []
@@ -202,7 +210,7 @@ def together(
             while not counts[number] or time.perf_counter() < began[0] + seconds:
                 run(models[number])
                 counts[number] += 1
-        except Exception as error:  # noqa: BLE001 - raised again below, on the thread that waits
+        except Exception as error:  # noqa: BLE001 - raised again below, on the calling thread
             faults.append(error)
             barrier.abort()
 
@@ -216,13 +224,11 @@ def together(
     return sum(counts) / (time.perf_counter() - began[0])
 
 
-def served(
-    name: str, file: Path, workspace: str, session: str, options: argparse.Namespace
-) -> dict[str, Any]:
-    """What a server answers: 16 rows a request, one row, and one request at a time."""
-    environ = {"INFERPOOL_CACHE_DIR": f"{workspace}/cache", "INFERPOOL_MEASURE_MS": "10000"}
-    tables = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
-    (file.parents[1] / "model.toml").write_text(f"[gpu]\n{tables[session]}\n")
+def served(name: str, file: Path, folder: str, session: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a server: 16 rows a request, one row a request, and one request at a time."""
+    environ = {"INFERPOOL_CACHE_DIR": f"{folder}/cache", "INFERPOOL_MEASURE_MS": "10000"}
+    settings = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
+    (file.parents[1] / "model.toml").write_text(f"[gpu]\n{settings[session]}\n")
     server = Server(file.parents[1], ["--devices", options.device, "--queue-ms", "60000"], environ)
     try:
         server.wait_for(r"\d+ models$", 300)
@@ -244,13 +250,13 @@ def served(
 def measured(
     server: Server, name: str, count: int, options: argparse.Namespace, processes: int, connections: int
 ) -> dict[str, float]:
-    """Rates, durations, and who was busy meanwhile."""
+    """Rates, durations, and how busy the web process and the instances were."""
     counters = ("web_busy_seconds_total", "instance_busy_seconds_total", "gpu_energy_joules_total")
     before, began = {key: server.metric(key) for key in counters}, time.perf_counter()
     answered = load(server.port, request(name, rows(name, count)), processes, connections, options.seconds)
     elapsed = time.perf_counter() - began
     spent = {key: server.metric(key) - before[key] for key in counters}
-    # Over all of the load, of which the figures are the later four fifths: clients start and end besides.
+    # The busy time covers the whole load; the other figures cover its last four fifths.
     busy_s = options.seconds * 1.25
     instances = server.metric("instances", state="ready")
     return {
@@ -267,14 +273,14 @@ def measured(
 
 
 def limit(figures: dict[str, float]) -> str:
-    """Who had no time left."""
+    """The part of the system that limited the rate."""
     if figures["web_share"] > SHARE:
         return "web process"
-    return "instances" if figures["instances_share"] > SHARE else "clients, or the way there"
+    return "instances" if figures["instances_share"] > SHARE else "clients or network"
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The report as Markdown."""
     of = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
     lines = [

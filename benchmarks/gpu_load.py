@@ -1,7 +1,7 @@
 """Load for `benchmarks/gpu.py`: `/v2` requests with binary tensors from processes of their own.
 
-Each connection is a thread that sends one prepared request after the other; both ways of a socket are
-without the interpreter lock, so that a few processes keep a server busy.
+Each connection is a thread that sends one prepared request after the other. Sockets are read and written
+without the interpreter lock, so a few processes keep a server busy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DATATYPES: Final = {"uint8": "UINT8", "int64": "INT64", "float16": "FP16"}
 
 
 class Answered(NamedTuple):
-    """What clients saw: requests answered a second, and quantiles of their durations in milliseconds."""
+    """The clients' figures: requests answered a second, and quantiles of their durations in milliseconds."""
 
     requests_s: float
     median_ms: float
@@ -30,7 +30,7 @@ class Answered(NamedTuple):
 
 
 def request(model: str, rows: np.ndarray[Any, Any]) -> bytes:
-    """A whole HTTP request with `rows` as binary tensor `x`, which asks for a binary answer."""
+    """An HTTP request with `rows` as the binary tensor `x`, which asks for a binary answer."""
     tensor = {
         "name": "x",
         "shape": list(rows.shape),
@@ -47,7 +47,7 @@ def request(model: str, rows: np.ndarray[Any, Any]) -> bytes:
 
 
 def load(port: int, sent: bytes, processes: int, connections: int, seconds: float) -> Answered:
-    """Send `sent` over `processes` × `connections` connections for `seconds`, after a while to warm up."""
+    """Send `sent` over `processes` × `connections` connections for `seconds`, after a warm-up."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(processes)
     results: Any = context.Queue()
@@ -100,7 +100,7 @@ def _work(port: int, sent: bytes, connections: int, seconds: float, ready: Any, 
 
 
 def _receive(opened: socket.socket) -> None:
-    """Read an answer to its end; raises RuntimeError for one that is no 200."""
+    """Read one answer to its end; raises RuntimeError unless its status is 200."""
     got = bytearray()
     while (end := got.find(b"\r\n\r\n")) < 0:
         more = opened.recv(1 << 16)

@@ -1,6 +1,6 @@
-"""The models of the benchmarks of GPUs: networks of known sizes with random weights, as ONNX in FP16 or FP32.
+"""The models of the GPU benchmarks: networks of known sizes with random weights, as ONNX in FP16 or FP32.
 
-What a network computes does not change how long it takes; so nothing has to be downloaded for it.
+The weights do not change the time that a network takes, so nothing has to be downloaded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ WIDTH: Final = 768
 
 
 class Graph:
-    """Nodes and weights of a network, as they are added; values go by their names.
+    """Collects the nodes and weights of a network. Values are referred to by their names.
 
-    Weights, and what comes out, are FP16, or FP32 where they are to be `single`.
+    Weights and outputs are FP16, or FP32 with `single`.
     """
 
     def __init__(self, single: bool = False) -> None:
@@ -32,26 +32,26 @@ class Graph:
         self._count = 0
 
     def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """A node with one output, which is returned."""
+        """Add a node with one output; returns the output's name."""
         self._count += 1
         name = f"v{self._count}"
         self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
         return name
 
     def constant(self, values: Any, dtype: Any = None) -> str:
-        """A weight with these values."""
+        """Add a weight with these values; returns its name."""
         self._count += 1
         dtype = dtype or helper.tensor_dtype_to_np_dtype(self.element)
         self.weights.append(numpy_helper.from_array(np.asarray(values, dtype), f"w{self._count}"))
         return f"w{self._count}"
 
     def random(self, *shape: int, inputs: int) -> str:
-        """A weight by He's scale (1502.01852), with which rows neither grow nor fade."""
+        """Add a random weight of He's scale (1502.01852), which keeps the scale of rows; returns its name."""
         values = self._rng.standard_normal(shape, np.float32) * np.sqrt(2 / inputs)
         return self.constant(values)
 
     def save(self, file: Path, given: onnx.ValueInfoProto, last: str, outputs: int) -> None:
-        """Write the model; its output is `last`, rows of `outputs` numbers."""
+        """Write the model. Its output is the value `last`, with `outputs` numbers a row."""
         self.nodes.append(helper.make_node("Identity", [last], ["y"]))
         result = helper.make_tensor_value_info("y", self.element, ["n", outputs])
         graph = helper.make_graph(self.nodes, file.stem, [given], [result], self.weights)
@@ -61,7 +61,7 @@ class Graph:
 
 
 def resnet50(file: Path, single: bool = False) -> None:
-    """ResNet-50 (1512.03385), its normalisations folded, on pictures of 224 × 224 pixels in UINT8."""
+    """ResNet-50 (1512.03385), with folded normalisations, on pictures of 224 × 224 pixels in UINT8."""
     graph = Graph(single)
 
     def conv(x: str, channels: tuple[int, int], kernel: int, stride: int = 1, relu: bool = True) -> str:
@@ -118,7 +118,7 @@ def encoder(file: Path, single: bool = False) -> None:
         mixed = graph.add("Reshape", graph.add("Transpose", mixed, perm=[0, 2, 1, 3]), flat)
         x = normal(graph.add("Add", x, dense(mixed, WIDTH, WIDTH)))
         inner = dense(x, WIDTH, 4 * WIDTH)
-        # GELU as exporters write it, for the runtime to recognise.
+        # GELU in the form that exporters write and the runtime recognises.
         gate = graph.add("Add", graph.add("Erf", graph.add("Div", inner, root)), one)
         inner = graph.add("Mul", graph.add("Mul", inner, gate), half)
         x = normal(graph.add("Add", x, dense(inner, 4 * WIDTH, WIDTH)))
@@ -127,7 +127,7 @@ def encoder(file: Path, single: bool = False) -> None:
 
 
 def small(file: Path, single: bool = False) -> None:
-    """Three products on 64 numbers: what remains of a request is the server."""
+    """Three products on 64 numbers: almost all time of a request is spent in the server."""
     graph = Graph(single)
     x, taken = "x", 64
     for given in (128, 128, 10):
@@ -137,7 +137,7 @@ def small(file: Path, single: bool = False) -> None:
 
 
 def rows(name: str, count: int, single: bool = False) -> np.ndarray[Any, Any]:
-    """Inputs of a model of this file."""
+    """Inputs for a model of this file."""
     rng = np.random.default_rng(1)
     if name == "resnet50":
         return rng.integers(0, 256, (count, 3, 224, 224)).astype(np.uint8)

@@ -1,12 +1,15 @@
-"""What it brings that a GPU normalises pictures for a model that takes FP32.
+"""Measures the normalisation of pictures on the GPU, for a model that takes FP32.
+
+*Experimental: not yet run on a GPU.*
 
     python benchmarks/gpu_pictures.py [--device cuda:0] [--seconds S] [--side PIXELS] [--out FOLDER]
 
-ResNet-50 in FP16 behind an input of FP32, 3 × 224 × 224, and a picture of PIXELS × PIXELS as JPEG. First by
-one instance in this process, in rows a second by batch size: numbers from the host's memory, and pixels that
-the card normalises. Then by a real server, asked by processes of their own: pictures a second, and what the
-web process spends on one, where the card normalises and where the CPU does. On the CPU (`--device cpu`)
-there is only the latter. Results go to FOLDER as JSON and Markdown.
+The model is ResNet-50 in FP16 behind an FP32 input of 3 × 224 × 224; the picture is a JPEG of PIXELS ×
+PIXELS. The first part runs one instance in this process, in rows a second by batch size: with normalised
+numbers from the host's memory, and with pixels that the card normalises. The second part runs a real server
+with client processes: pictures a second, and the web process's time for a picture, if the card normalises
+and if the CPU does. On the CPU (`--device cpu`) only the second part runs. FOLDER gets the results as JSON
+and Markdown.
 """
 
 from __future__ import annotations
@@ -44,21 +47,21 @@ from tests.server import ROOT, Server
 SIZES: Final = (1, 16, 64)
 CONFIG: Final = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "resize": 224}
 WAYS: Final = {"on the card": "inferpool", "on the CPU": "benchmarks.gpu_pictures"}
-"""Who normalises, and the module of the server in which they do."""
+"""The device that normalises, and the module that starts such a server."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--side", type=int, default=256, help="of the picture, in pixels")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
+    parser.add_argument("--side", type=int, default=256, help="height and width of the picture, in pixels")
     half = max(1, (os.cpu_count() or 2) // 2)
-    parser.add_argument("--processes", type=int, default=half, help="of clients")
+    parser.add_argument("--processes", type=int, default=half, help="number of client processes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "side": options.side}
-    with tempfile.TemporaryDirectory() as workspace:
-        folder = Path(workspace) / "pictures"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "pictures"
         file = folder / "1" / "model.onnx"
         taking_floats(file)
         if options.device != "cpu":
@@ -74,7 +77,7 @@ def main() -> None:
 
 
 def taking_floats(file: Path) -> None:
-    """ResNet-50 as `gpu_models.py` has it, but for the datatype of its input."""
+    """Write the ResNet-50 of `gpu_models.py` with an FP32 input."""
     resnet50(file)
     model = onnx.load(file)
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
@@ -84,7 +87,7 @@ def taking_floats(file: Path) -> None:
 
 
 def in_process(file: Path, options: argparse.Namespace) -> dict[str, dict[int, float]]:
-    """Rows a second by batch size, of numbers and of pixels, replayed from CUDA graphs."""
+    """Rows a second by batch size, for numbers and for pixels, replayed from CUDA graphs."""
     plain = find_backend("onnx").load(file, LoadOptions(device="cpu"))
     settings: Any = CONFIG
     normalise = ImageCodec(ImageConfig(**settings), plain.signature).normalisation
@@ -113,7 +116,7 @@ def pictures(normalise: Normalisation, count: int) -> dict[str, Any]:
 
 
 def rate(model: DeviceModel, batch: Any, size: int, seconds: float) -> float:
-    """Runs a second."""
+    """Measure runs a second."""
     for _ in range(3):
         model.run_padded([{"x": batch}], size)
     count, began = 0, time.perf_counter()
@@ -124,7 +127,7 @@ def rate(model: DeviceModel, batch: Any, size: int, seconds: float) -> float:
 
 
 def served(folder: Path, module: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a server does with pictures that come as fast as it answers."""
+    """The figures of a server whose clients send the next picture at each answer."""
     print(f"served by {module}", flush=True)
     environ = {
         "INFERPOOL_CACHE_DIR": str(folder.parent / "cache"),
@@ -139,7 +142,7 @@ def served(folder: Path, module: str, options: argparse.Namespace) -> dict[str, 
             raise RuntimeError(version["reason"])
         before = server.metric("web_busy_seconds_total")
         answered = load(server.port, request(options.side), options.processes, 16, options.seconds)
-        # Over all of the load, of which the figures are the later four fifths.
+        # The busy time covers the whole load; the other figures cover its last four fifths.
         busy_s = server.metric("web_busy_seconds_total") - before
         return {
             "gpu": version["gpu"],
@@ -152,7 +155,7 @@ def served(folder: Path, module: str, options: argparse.Namespace) -> dict[str, 
 
 
 def request(side: int) -> bytes:
-    """A whole HTTP request with a picture that is neither noise nor plain."""
+    """An HTTP request with a picture of smooth gradients, which is neither noise nor one colour."""
     slopes = np.linspace(0, 255, side)
     channels = (slopes[:, None] + 0 * slopes, slopes + 0 * slopes[:, None], (slopes[:, None] + slopes) / 2)
     file = io.BytesIO()
@@ -165,7 +168,7 @@ def request(side: int) -> bytes:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The report as Markdown."""
     of = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
     lines = [
@@ -190,12 +193,13 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def serve_numbers() -> int:
-    """The server as it is, but that no GPU is found to normalise."""
+def serve_numbers() -> None:
+    """Serve with a check of pixels that always fails, so that the CPU normalises."""
     with patch(
-        "inferpool.repository.load.model_copies.try_pixels", lambda *_, **__: "to see what that costs"
+        "inferpool.repository.load.gpu.gpu_copies.check_pixels",
+        lambda *_, **__: "switched off for this benchmark",
     ):
-        return serve()
+        serve()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What coarser rounding, and replayed runs, bring a model that was trained in FP32.
+"""Measures coarser rounding and replayed runs for a model that was trained in FP32.
+
+*Experimental: not yet run on a GPU.*
 
     python benchmarks/gpu_precision.py [--device cuda:0] [--seconds S] [--layers N] [--out FOLDER]
 
-In this process, by one instance from and to the host's memory, in rows a second by batch size: the networks
-of `gpu_models.py` in FP32, as TF32 and in FP16, by ONNX Runtime; and an encoder of N layers as an exported
-program of PyTorch, in FP32 and FP16, with every operation launched by itself and as a CUDA graph. Beside each
-stands how far its outputs are from those of FP32. On the CPU (`--device cpu`, to try the script) there are
-neither TF32 nor graphs. Results go to FOLDER as JSON and Markdown.
+One instance runs in this process from and to the host's memory; the figures are rows a second by batch
+size. ONNX Runtime runs the networks of `gpu_models.py` in FP32, TF32 and FP16. PyTorch runs an encoder of N
+layers, exported as a program, in FP32 and FP16, with and without a CUDA graph. The report also has the
+difference of the outputs from those in FP32. On the CPU (`--device cpu`, to try the script) there are
+neither TF32 nor graphs. FOLDER gets the results as JSON and Markdown.
 """
 
 from __future__ import annotations
@@ -39,16 +41,17 @@ SIZES: Final = (1, 16, 64)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--layers", type=int, default=12, help="of the encoder of PyTorch")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement")
+    parser.add_argument("--layers", type=int, default=12, help="number of layers of the PyTorch encoder")
     parser.add_argument("--models", default=",".join([*MODELS, "torch"]))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "layers": options.layers, "models": {}}
-    with tempfile.TemporaryDirectory() as workspace:
+    with tempfile.TemporaryDirectory() as temporary:
         for name in options.models.split(","):
-            report["models"][name] = found = {}
-            for way, model, make in ways(name, Path(workspace), options):
+            found: dict[str, Any] = {}
+            report["models"][name] = found
+            for way, model, make in ways(name, Path(temporary), options):
                 print(f"{name}: {way}", flush=True)
                 rates = measured(model, make, way, options.seconds)
                 if not found:
@@ -67,11 +70,11 @@ def main() -> None:
 Make = Callable[[int], Tensors]
 
 
-def ways(name: str, workspace: Path, options: argparse.Namespace) -> Iterator[tuple[str, LoadedModel, Make]]:
-    """Each way to run a model, loaded so, and what makes rows for it; the first is FP32."""
+def ways(name: str, folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, LoadedModel, Make]]:
+    """Each way to run a model: its name, the loaded model, and a function that makes rows. FP32 is first."""
     gpu = options.device != "cpu"
     if name == "torch":
-        file = exported(workspace / "encoder.pt2", options.layers)
+        file = exported(folder / "encoder.pt2", options.layers)
         for fp16 in (False, True):
             for graphs in (False, True) if gpu else (False,):
                 model = find_backend("torch").load(
@@ -84,21 +87,21 @@ def ways(name: str, workspace: Path, options: argparse.Namespace) -> Iterator[tu
                 [spec] = model.signature.inputs
                 yield way, model, lambda count, key=spec.name: {key: vectors(count)}
         return
-    file = workspace / name / "1" / "model.onnx"
+    file = folder / name / "1" / "model.onnx"
     MODELS[name](file, True)
     for way in ("FP32", "TF32", "FP16") if gpu else ("FP32", "FP16"):
         model = find_backend("onnx").load(
             file,
             LoadOptions(
                 device=options.device,
-                gpu=GpuOptions(tf32=way == "TF32", fp16=way == "FP16", cache_dir=workspace / f"{name}-kept"),
+                gpu=GpuOptions(tf32=way == "TF32", fp16=way == "FP16", cache_dir=folder / f"{name}-cache"),
             ),
         )
         yield way, model, lambda count: {"x": rows(name, count, True)}
 
 
 def exported(file: Path, layers: int) -> Path:
-    """An encoder of BERT-base's width with random weights, as a program; it takes vectors of tokens."""
+    """Export an encoder of BERT-base's width with random weights, which takes vectors of tokens."""
     import torch
 
     layer = torch.nn.TransformerEncoderLayer(WIDTH, 12, 4 * WIDTH, activation="gelu", batch_first=True)
@@ -115,7 +118,7 @@ def vectors(count: int) -> Any:
 
 
 def measured(model: LoadedModel, make: Make, way: str, seconds: float) -> dict[int, float]:
-    """Rates by batch size."""
+    """Rows a second by batch size."""
     found = {}
     for size in SIZES:
         batch = make(size)
@@ -135,7 +138,7 @@ def measured(model: LoadedModel, make: Make, way: str, seconds: float) -> dict[i
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The report as Markdown."""
     of = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
     lines = [
