@@ -42,7 +42,7 @@ def array(*sentences: str) -> Any:
     return np.array(sentences, dtype=object)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(st.lists(st.lists(st.sampled_from([*WORDS, "unknown", "é"]), max_size=30), min_size=1, max_size=12))
 def test_rows_match_the_tokenizer(tokenizer_file: Path, sentences: list[list[str]]) -> None:
     made = codec(tokenizer_file, max_tokens=20)

@@ -73,7 +73,11 @@ def test_the_runtime_has_every_datatype_of_the_protocol() -> None:
 
 
 @pytest.mark.parametrize("datatype", DTYPES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_every_datatype_survives_a_round_trip(
     identities: dict[str, LoadedModel], datatype: str, data: st.DataObject
@@ -649,7 +653,11 @@ def test_a_failing_run_raises_and_writes_nothing(tmp_path: Path, capfd: pytest.C
     assert loaded.run({"x": np.array([1])})["y"].tolist() == [0.0]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(position=st.integers(0, len(GOOD) - 1), byte=st.integers(0, 255))
 def test_a_damaged_file_loads_or_is_a_load_error(tmp_path: Path, position: int, byte: int) -> None:
     file = tmp_path / "model.onnx"

@@ -383,7 +383,7 @@ class AddsInPlace(nn.Module):
         return x * 2
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     array=arrays.arrays(
         st.sampled_from([np.float32, np.int64, np.bool_, np.float16, np.uint8]),
