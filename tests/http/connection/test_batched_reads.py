@@ -1,4 +1,4 @@
-"""What many connections have sent is read in one call: each gets its own answers, whatever else it does."""
+"""Many connections are read in one call: each gets its own responses, whatever else its client does."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def server(serve: Serve, make_chaos: MakeChaos) -> Server:
 
 
 def mixed(wire: Wire, rng: random.Random) -> None:
-    """One of the things that clients do, on a connection that also does what is simple."""
+    """Send one of many kinds of requests, and check the response."""
     kind = rng.randrange(12)
     marks = [rng.randrange(10 ** rng.randrange(1, 6)) for _ in range(rng.choice((1, 1, 1, 2)))]
     text = request(*marks)
-    if kind == 0:  # in pieces
+    if kind == 0:  # in two sends
         cut = rng.randrange(1, len(text))
         wire.send(text[:cut])
         wire.send(text[cut:])
@@ -65,7 +65,7 @@ def mixed(wire: Wire, rng: random.Random) -> None:
         wire.send("GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
         assert wire.answer()[0] == 200
         return
-    elif kind == 3:  # so large that it is read straight into its place
+    elif kind == 3:  # so large that it is received straight into its memory
         body = np.zeros((3000, 4), np.float32)
         body[:, 0] = marks[0]
         described = {"name": "x", "datatype": "FP32", "shape": [3000, 4]}
@@ -99,7 +99,7 @@ def mixed(wire: Wire, rng: random.Random) -> None:
 @pytest.mark.parametrize(
     "server_module", ["inferpool", "tests.servers.always_batched_reads"], indirect=True, scope="module"
 )
-def test_clients_that_do_all_kinds_of_things_get_their_own_answers(server: Server) -> None:
+def test_clients_that_mix_requests_of_all_kinds_get_their_own_responses(server: Server) -> None:
     faults: list[BaseException] = []
 
     def client(seed: int) -> None:
@@ -110,7 +110,7 @@ def test_clients_that_do_all_kinds_of_things_get_their_own_answers(server: Serve
                     for _ in range(40):
                         mixed(wire, rng)
                     if rng.random() < 0.5:
-                        wire.send(request(1))  # and away without its answer
+                        wire.send(request(1))  # and close without reading the response
         except BaseException as error:
             faults.append(error)
             raise
@@ -129,7 +129,9 @@ def test_clients_that_do_all_kinds_of_things_get_their_own_answers(server: Serve
 @pytest.mark.parametrize(
     "server_module", ["tests.servers.always_batched_reads"], indirect=True, scope="module"
 )
-def test_who_leaves_while_a_batch_runs_is_dropped_from_the_queue(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_client_that_disconnects_while_a_batch_runs_is_dropped_from_the_queue(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
     config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n"
     server = serve(make_chaos("m", run_ms=500, config=config))
 
@@ -155,8 +157,8 @@ def test_who_leaves_while_a_batch_runs_is_dropped_from_the_queue(serve: Serve, m
     "server_module", ["tests.servers.always_batched_reads"], indirect=True, scope="module"
 )
 @pytest.mark.parametrize("headers", ["connection: close\r\n", "upgrade: x\r\nconnection: upgrade\r\n"])
-def test_a_refusal_of_more_than_is_read_at_a_time_arrives(server: Server, headers: str) -> None:
-    """What lies unread when a connection is closed makes its end a reset, which takes the answer along."""
+def test_the_refusal_of_a_large_request_arrives(server: Server, headers: str) -> None:
+    """The kernel resets a connection that is closed with unread bytes, and the client loses its response."""
     with Wire(server) as wire:
         for _ in range(2):
             wire.send(request(1))
@@ -188,7 +190,7 @@ def test_without_descriptors_the_loop_goes_on_reading(serve: Serve, make_chaos: 
             assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
 
 
-def test_where_memory_ends_nobody_waits_for_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_are_aborted_if_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: object) -> list[tuple[int, bytes | None]]:
         raise MemoryError
 

@@ -1,4 +1,4 @@
-"""What a batch's answers are written by: every byte goes once, in order, whatever the sockets do."""
+"""Responses of one batch are written together: every byte once and in order, whatever the sockets do."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def write_together(pairs: list[Pair], bodies: list[bytes], writes: list[Pending]
     assert not own.collecting
 
 
-def test_each_socket_gets_its_own(pairs: list[Pair]) -> None:
+def test_each_socket_gets_its_own_response(pairs: list[Pair]) -> None:
     bodies, writes = [b"one", b"two, longer", b"three"], [Pending(), Pending(), Pending()]
     write_together(pairs, bodies, writes)
     assert [client.recv(100) for _, client in pairs] == bodies
     assert [write.rest for write in writes] == [b"", b"", b""]
 
 
-def test_what_a_full_socket_does_not_take_is_left(pairs: list[Pair]) -> None:
-    """Part of it, or all of it where nothing fits any more."""
+def test_a_full_socket_leaves_the_rest_to_its_transport(pairs: list[Pair]) -> None:
+    """The rest may be the whole response."""
     pairs[0][0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -83,8 +83,8 @@ def test_what_a_full_socket_does_not_take_is_left(pairs: list[Pair]) -> None:
     assert pairs[2][1].recv(100) == b"here"
 
 
-def test_a_client_that_has_gone_costs_the_others_nothing(pairs: list[Pair]) -> None:
-    """No signal for a broken pipe either, and the fault of one answer stays its own."""
+def test_a_closed_socket_does_not_disturb_the_others(pairs: list[Pair]) -> None:
+    """A broken pipe raises no signal, and an error of one response stays its own."""
     pairs[0][1].close()
     writes = [Pending(), Pending(ValueError("on purpose")), Pending()]
     write_together(pairs, [b"a", b"b", b"c"], writes)
@@ -92,7 +92,9 @@ def test_a_client_that_has_gone_costs_the_others_nothing(pairs: list[Pair]) -> N
     assert pairs[2][1].recv(100) == b"c"
 
 
-def test_without_memory_each_is_written_by_itself(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_each_transport_writes_its_own_response(
+    pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def exhausted(sockets: list[int], bodies: list[bytes]) -> list[int]:
         raise MemoryError
 
@@ -102,13 +104,13 @@ def test_without_memory_each_is_written_by_itself(pairs: list[Pair], monkeypatch
     assert [write.rest for write in writes] == [b"a", b"b", b"c"]
 
 
-def test_a_single_answer_goes_by_its_transport(pairs: list[Pair]) -> None:
+def test_a_single_response_is_written_by_its_transport(pairs: list[Pair]) -> None:
     write = Pending()
     write_together(pairs[:1], [b"alone"], [write])
     assert write.rest == b"alone"
 
 
-def test_without_the_module_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_c_module_nothing_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched_writes, "_socketio", None)
     own = WriteBatcher()
     own.begin()

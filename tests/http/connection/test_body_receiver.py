@@ -1,11 +1,11 @@
-"""Large bodies are read straight into their buffer, whatever is before and behind them."""
+"""Large bodies, which are received straight into their memory, and the requests around them."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tests.conftest import MakeChaos, Serve
 from tests.http.connection.test_pipelining import Wire, request, sums
 from tests.server import Server
 
+Form = Callable[[np.ndarray], bytes]
 ROWS = 3 * LEAST_RECEIVED_BYTES // 16
 """Rows of four numbers, sixteen bytes."""
 
@@ -67,21 +68,21 @@ def check(answer: tuple[int, dict[str, str], bytes], values: np.ndarray) -> None
 
 
 @pytest.mark.parametrize("form", [binary, native])
-def test_large_and_small_bodies_take_turns_on_a_connection(wire: Wire, form) -> None:
-    for turn in range(2):
-        wire.send(form(rows(turn)))
-        check(wire.answer(), rows(turn))
-        wire.send(request(turn))
+def test_large_and_small_bodies_alternate_on_a_connection(wire: Wire, form: Form) -> None:
+    for seed in range(2):
+        wire.send(form(rows(seed)))
+        check(wire.answer(), rows(seed))
+        wire.send(request(seed))
         status, _, body = wire.answer()
         assert status == 200
-        assert json.loads(body)["outputs"]["sum"] == sums(turn)
+        assert json.loads(body)["outputs"]["sum"] == sums(seed)
         wire.send("GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
         assert wire.answer()[0] == 200
 
 
 @pytest.mark.parametrize("form", [binary, native])
 @pytest.mark.parametrize("size", [1, 777, 70_000])
-def test_a_body_may_come_in_pieces_of_any_size(wire: Wire, form, size: int) -> None:
+def test_a_body_may_arrive_in_sends_of_any_size(wire: Wire, form: Form, size: int) -> None:
     data = form(rows(1))
     # Byte by byte for a while only, at the front, over the end of the head, and at the end.
     edge = 600 * size if size < 1000 else len(data)
@@ -125,7 +126,7 @@ def test_a_large_compressed_body_is_read(wire: Wire) -> None:
     assert np.shape(json.loads(body)["outputs"]["sum"])[0] == ROWS
 
 
-def test_what_is_wrong_with_a_large_body_is_said_and_the_connection_goes_on(wire: Wire) -> None:
+def test_a_large_invalid_body_is_refused_and_the_connection_stays_usable(wire: Wire) -> None:
     for body, status in ((b"{" * 500_000, 400), (b'{"inputs":[[' + b"1," * 400_000 + b"1]]}", 422)):
         wire.send(post("/predict/m", body))
         assert wire.answer()[0] == status
@@ -133,8 +134,8 @@ def test_what_is_wrong_with_a_large_body_is_said_and_the_connection_goes_on(wire
         assert wire.answer()[0] == 200
 
 
-def test_a_body_that_is_refused_on_its_way_is_thrown_away(serve: Serve, make_chaos: MakeChaos) -> None:
-    """The room of the others is taken meanwhile; the connection goes on behind the body."""
+def test_a_body_that_is_refused_while_it_arrives_is_discarded(serve: Serve, make_chaos: MakeChaos) -> None:
+    """Other requests hold the memory meanwhile; the connection stays usable after the body."""
     size = 12 * 2**20
     server = serve(make_chaos("m"), "--max-body-bytes", str(2 * size), "--in-flight-bytes", str(size))
     data = post("/predict/m", b" " * size)
@@ -153,7 +154,7 @@ def test_a_body_that_is_refused_on_its_way_is_thrown_away(serve: Serve, make_cha
         assert server.metric("inferpool_in_flight_requests") == 0
 
 
-def test_bodies_that_were_answered_are_let_go_of(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_bodies_of_answered_requests_are_freed(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m"), "--max-body-bytes", str(32 * 2**20))
     data = post("/predict/m", b"[" * (24 * 2**20))
     with ExitStack() as stack:
@@ -163,17 +164,17 @@ def test_bodies_that_were_answered_are_let_go_of(serve: Serve, make_chaos: MakeC
             wire.send(data)
             assert wire.answer()[0] == 400
             taken.append(resident(server))
-        # What the first ones took is used again, while their connections idle.
+        # The memory of the first ones is used again, while their connections are idle.
         assert taken[-1] - taken[2] < len(data) // 2
 
 
 def resident(server: Server) -> int:
-    """Bytes of memory that the server's process has."""
+    """Bytes of memory that the server's process holds."""
     pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_client_that_leaves_in_the_middle_of_a_body_costs_nothing(server: Server) -> None:
+def test_a_client_that_disconnects_in_the_middle_of_a_body_leaves_nothing(server: Server) -> None:
     data = binary(rows(6))
     for size in (300, len(data) // 2, len(data) - 1):
         with Wire(server) as wire:
@@ -184,7 +185,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_body_costs_nothing(server: Serv
         assert server.metric("inferpool_in_flight_requests") == 0
 
 
-def test_a_connection_that_ends_with_its_answer_ends(wire: Wire) -> None:
+def test_a_connection_with_connection_close_ends_after_its_response(wire: Wire) -> None:
     wire.send(binary(rows(7), "connection: close") + request(1).encode())
     check(wire.answer(), rows(7))
     assert wire.ended()

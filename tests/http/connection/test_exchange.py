@@ -411,9 +411,7 @@ class Life(RuleBasedStateMachine):
 
 
 def test_whatever_happens_each_request_has_one_response_at_most() -> None:
-    run_state_machine_as_test(
-        Life, settings=settings(max_examples=40, stateful_step_count=40, deadline=None)
-    )
+    run_state_machine_as_test(Life, settings=settings(max_examples=40, stateful_step_count=40, deadline=None))
 
 
 def test_the_waiting_states_come_before_those_of_a_turn() -> None:

@@ -1,4 +1,4 @@
-"""A head that has been read before is found by its bytes; what is not just the same goes by the parser."""
+"""A head that was parsed before is found by its bytes; every other head goes to the parser."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def head(length: int = len(BODY), *headers: tuple[bytes, bytes]) -> RequestHead:
     return RequestHead("m", None, [(b"content-length", b"%d" % length), *headers])
 
 
-def test_a_learned_head_is_found_with_any_body_of_its_length() -> None:
+def test_a_cached_head_is_found_with_any_body_of_its_length() -> None:
     heads = HeadCache()
     heads.remember(request(), BODY, NATIVE_API, head())
     found = heads.find(request(b'{"inputs": [[2]]}'))
@@ -41,7 +41,7 @@ def test_a_learned_head_is_found_with_any_body_of_its_length() -> None:
     assert heads.find(b"\r\n" + request()) is None
 
 
-def test_a_head_is_known_by_another_length_of_its_body_too() -> None:
+def test_a_cached_head_is_found_with_bodies_of_other_lengths() -> None:
     heads = HeadCache()
     learned = RequestHead(
         "m", "2", [(b"content-length", b"17"), (b"x-timeout-ms", b"5"), (b"accept", b"a/b")]
@@ -78,7 +78,7 @@ def test_a_head_is_known_by_another_length_of_its_body_too() -> None:
     ],
     ids=["length", "no length", "id", "trace", "binary", "more", "bare line feeds", "elsewhere", "long"],
 )
-def test_a_head_that_may_mean_something_else_next_time_is_not_learned(
+def test_a_head_that_may_mean_something_else_next_time_is_not_cached(
     data: bytes, body: bytes, learned: RequestHead
 ) -> None:
     heads = HeadCache()
@@ -86,7 +86,7 @@ def test_a_head_that_may_mean_something_else_next_time_is_not_learned(
     assert heads.find(data) is None
 
 
-def test_so_many_heads_are_kept_and_no_more() -> None:
+def test_the_number_of_cached_heads_is_bounded() -> None:
     heads = HeadCache()
     for number in range(3 * MOST_HEADS):
         data = request(BODY, f"x: {number}")
@@ -97,7 +97,7 @@ def test_so_many_heads_are_kept_and_no_more() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_anything_may_be_looked_for(data: bytes) -> None:
+def test_any_bytes_may_be_looked_up(data: bytes) -> None:
     heads = HeadCache()
     heads.remember(request(), BODY, NATIVE_API, head())
     assert heads.find(data) is None
@@ -105,7 +105,7 @@ def test_anything_may_be_looked_for(data: bytes) -> None:
 
 def received(connection: socket.socket) -> bytes:
     data = connection.recv(65536)
-    assert data, "hung up before the answer"
+    assert data, "the connection was closed before the response"
     return data
 
 
@@ -153,7 +153,7 @@ def test_the_same_head_again_and_again_answers_as_the_first_time(server: Server)
         assert [answer["outputs"] for _, _, answer in read_answers(connection, 3)] == [first] * 3  # type: ignore[index]
 
 
-def test_a_request_without_a_known_head_follows_on_the_same_connection(server: Server) -> None:
+def test_a_request_without_a_cached_head_follows_on_the_same_connection(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         for _ in range(2):
             connection.sendall(request())
@@ -167,7 +167,7 @@ def test_a_request_without_a_known_head_follows_on_the_same_connection(server: S
         assert connection.recv(1) == b""
 
 
-def test_a_known_head_is_admitted_like_any_other(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_request_with_a_cached_head_is_admitted_like_any_other(serve: Serve, make_chaos: MakeChaos) -> None:
     config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n[queue]\nmax_rows = 1\n"
     server = serve(make_chaos("m", row=[1], run_ms=300, config=config))
     with contextlib.ExitStack() as stack:
@@ -224,7 +224,7 @@ def test_what_a_head_asks_of_its_connection_is_done_each_time(server: Server, li
                 assert connection.recv(1) == b""
 
 
-def test_old_clients_are_hung_up_on_each_time(server: Server) -> None:
+def test_connections_of_http_1_0_are_closed_each_time(server: Server) -> None:
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(request().replace(b"HTTP/1.1", b"HTTP/1.0", 1))

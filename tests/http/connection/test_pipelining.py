@@ -1,4 +1,4 @@
-"""What clients do with their connections: pipelining, chunks, expectations, leaving."""
+"""What clients do with their connections: pipelining, chunks, expectations, disconnecting."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
             assert json.loads(body)["outputs"][0]["data"] == sums(number)
 
 
-def test_a_body_may_come_in_chunks_of_any_size(wire: Wire) -> None:
+def test_a_body_may_arrive_in_chunks_of_any_size(wire: Wire) -> None:
     body = json.dumps({"inputs": [[1, 0, 0, 0], [2, 0, 0, 0]]}).encode()
     for size in (1, 7, len(body)):
         wire.send("POST /predict/m HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -107,13 +107,13 @@ def test_a_body_may_come_in_chunks_of_any_size(wire: Wire) -> None:
         assert json.loads(answer)["outputs"]["sum"] == sums(1, 2)
 
 
-def test_a_request_may_come_byte_by_byte(wire: Wire) -> None:
+def test_a_request_may_arrive_byte_by_byte(wire: Wire) -> None:
     for byte in request(5).encode():
         wire.send(bytes([byte]))
     assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(5)
 
 
-def test_a_client_that_asks_first_is_told_to_go_on_or_why_not(wire: Wire) -> None:
+def test_a_client_that_expects_100_continue_gets_it_or_an_error(wire: Wire) -> None:
     head, _, body = request(5, headers="expect: 100-continue\r\n").partition("\r\n\r\n")
     wire.send(head + "\r\n\r\n")
     assert wire.status()[0] == 100
@@ -160,7 +160,7 @@ def test_a_pipelined_request_that_is_too_large_is_refused_in_its_turn(wire: Wire
     assert [wire.answer()[0] for _ in range(4)] == [200, 413, 413, 200]
 
 
-def test_what_is_not_http_is_refused_and_costs_the_others_nothing(server: Server) -> None:
+def test_invalid_http_is_refused_and_does_not_disturb_others(server: Server) -> None:
     for text in ("nonsense\r\n\r\n", "POST /predict/m HTTP/1.1\r\ncontent-length: -1\r\n\r\n", "\0" * 100):
         with Wire(server) as wire:
             wire.send(text)
@@ -170,7 +170,7 @@ def test_what_is_not_http_is_refused_and_costs_the_others_nothing(server: Server
         assert wire.answer()[0] == 200
 
 
-def test_a_client_that_leaves_in_the_middle_costs_nothing(server: Server) -> None:
+def test_a_client_that_disconnects_in_the_middle_leaves_nothing(server: Server) -> None:
     whole = request(1)
     for length in range(10, len(whole) + 1, 7):
         with Wire(server) as wire:
@@ -181,7 +181,7 @@ def test_a_client_that_leaves_in_the_middle_costs_nothing(server: Server) -> Non
         server.wait_for_metric("in_flight_requests", at_most=0)
 
 
-def test_a_client_that_does_not_read_holds_up_only_itself(server: Server) -> None:
+def test_a_client_that_does_not_read_delays_only_itself(server: Server) -> None:
     wide = request(*range(2000))
     with Wire(server) as deaf, Wire(server) as other:
 
@@ -207,7 +207,7 @@ def test_bodies_in_flight_are_bounded_for_all_together(serve: Serve, make_chaos:
         first.send(idle)
         server.wait_for_metric("in_flight_requests", 1)
         second.send(request(*range(40)))
-        assert second.answer()[0] == 200, "what is only announced takes no room"
+        assert second.answer()[0] == 200, "an announced body holds no bytes yet"
         first.send(chunk)
         for head in (
             "content-length: 600\r\n\r\n" + chunk,

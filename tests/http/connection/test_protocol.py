@@ -15,7 +15,7 @@ from tests.http.connection.test_pipelining import Wire, request, sums
 GETS = ("/models", "/metrics", "/health/live", "/openapi.json", "/predict/m")
 
 
-def test_a_head_without_end_is_cut_off(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_head_without_end_is_refused(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=1))
     with Wire(server) as wire:
         wire.send(request(1, headers=f"x: {'y' * 30_000}\r\n"))
@@ -30,7 +30,7 @@ def test_a_head_without_end_is_cut_off(serve: Serve, make_chaos: MakeChaos) -> N
         assert wire.status()[0] == 431
 
 
-def test_an_upgrade_is_ignored_and_what_follows_is_never_taken_for_a_request(
+def test_an_upgrade_is_ignored_and_the_bytes_after_it_are_never_taken_for_a_request(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     server = serve(make_chaos("m", run_ms=1))
@@ -75,7 +75,7 @@ def test_a_target_may_be_an_absolute_uri_as_proxies_are_sent(
         assert wire.status()[0] == 400
 
 
-def test_what_is_pipelined_is_answered_to_its_end_while_the_server_settles(
+def test_pipelined_requests_are_all_answered_while_the_server_settles(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     """Only the last answer says that the connection closes: after it a client expects no more."""
@@ -105,7 +105,7 @@ def test_what_is_pipelined_is_answered_to_its_end_while_the_server_settles(
     assert server.process.wait(30) == 0
 
 
-def test_a_client_that_leaves_in_the_middle_of_a_pipeline_leaves_no_error(
+def test_a_client_that_disconnects_in_the_middle_of_a_pipeline_causes_no_error(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     server = serve(make_chaos("m", run_ms=1))

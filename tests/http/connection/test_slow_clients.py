@@ -1,4 +1,4 @@
-"""How long a connection is kept on which nothing comes, or next to nothing: between and within requests."""
+"""How long a connection is kept whose client sends nothing, or next to nothing."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def server(serve: Serve, make_chaos: MakeChaos) -> Server:
     return serve(make_chaos("m", row=[1], run_ms=1500))
 
 
-def hung_up(server: Server, *sent: bytes) -> bytes:
-    """What comes back before the server hangs up; the test times out if it never does."""
+def received_until_closed(server: Server, *sent: bytes) -> bytes:
+    """Return what the server sends before it closes; the test times out if it never does."""
     received = b""
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        for piece in sent:
-            connection.sendall(piece)
+        for data in sent:
+            connection.sendall(data)
         try:
             while data := connection.recv(65536):
                 received += data
@@ -39,26 +39,26 @@ def hung_up(server: Server, *sent: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /pre", HEAD, HEAD + b'{"inp', b"GET /models HTTP/1.1\r\nhost:"])
-def test_who_stands_still_is_hung_up_on(server: Server, sent: bytes) -> None:
-    assert hung_up(server, sent) == b""
+def test_a_client_that_stops_is_disconnected(server: Server, sent: bytes) -> None:
+    assert received_until_closed(server, sent) == b""
     assert server.metric("in_flight_requests") == 0
 
 
 def test_a_connection_is_kept_as_long_as_its_request_runs_and_then_for_a_while(server: Server) -> None:
-    answer = hung_up(server, HEAD + b'{"inputs": [[1]]}')
+    answer = received_until_closed(server, HEAD + b'{"inputs": [[1]]}')
     assert answer.startswith(b"HTTP/1.1 200")
 
 
-def test_what_follows_a_refusal_does_not_keep_the_connection(server: Server) -> None:
+def test_a_body_after_a_refusal_does_not_keep_the_connection(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(HEAD.replace(b"/m ", b"/nobody "))
         assert connection.recv(65536).startswith(b"HTTP/1.1 404")
         connection.sendall(b'{"inputs": [[1]]}' + b"\r\n")
-        assert connection.recv(65536) == b"", "hung up, like any connection on which nothing comes"
+        assert connection.recv(65536) == b"", "closed like any idle connection"
 
 
 def answer_to_drops(server: Server, sent: bytes, drops: Iterable[bytes]) -> bytes:
-    """All that comes back where `drops` follow what is sent, one every tenth of a second."""
+    """Send `sent`, then one of `drops` every tenth of a second; return all that the server sends."""
     received = b""
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(sent)
@@ -81,11 +81,11 @@ def answer_to_drops(server: Server, sent: bytes, drops: Iterable[bytes]) -> byte
     [
         HEAD.replace(b"17", b"1000") + b'{"inputs": [[1]]',
         b"POST /predict/m HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3e8\r\n",
-        # The next ones on a connection are held to the same, each in its turn.
+        # The same holds for later requests on a connection.
         (HEAD + b'{"inputs": [[1]]}') * 2 + HEAD.replace(b"17", b"1000"),
     ],
 )
-def test_a_body_that_comes_in_drops_is_refused(server: Server, sent: bytes) -> None:
+def test_a_body_sent_in_drops_is_refused(server: Server, sent: bytes) -> None:
     _, *answers, last = answer_to_drops(server, sent, itertools.repeat(b" ")).split(b"HTTP/1.1 ")
     assert [answer[:3] for answer in answers] == [b"200"] * (sent.count(b"POST") - 1)
     head, _, body = last.partition(b"\r\n\r\n")
@@ -104,7 +104,7 @@ def test_a_body_that_comes_in_drops_is_refused(server: Server, sent: bytes) -> N
         (b"POST /v2/repository/index HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{", b" "),
     ],
 )
-def test_a_head_that_comes_in_drops_is_refused_and_so_is_the_body_of_any_route(
+def test_a_head_sent_in_drops_is_refused_and_so_is_the_body_of_any_route(
     server: Server, sent: bytes, drop: bytes
 ) -> None:
     assert answer_to_drops(server, sent, itertools.repeat(drop)).startswith(b"HTTP/1.1 408 ")
@@ -114,31 +114,31 @@ def test_a_head_that_comes_in_drops_is_refused_and_so_is_the_body_of_any_route(
     "sent",
     [
         b"",
-        # Refused at once, and nothing more is said of what follows.
+        # Refused at once; the rest of the body gets no further response.
         HEAD.replace(b"/m ", b"/nobody ").replace(b"17", b"1000"),
     ],
 )
-def test_drops_that_nobody_waits_for_do_not_keep_a_connection(server: Server, sent: bytes) -> None:
+def test_drops_between_requests_do_not_keep_a_connection(server: Server, sent: bytes) -> None:
     assert answer_to_drops(server, sent, itertools.repeat(b"\r\n")).count(b"HTTP/1.1") == bool(sent)
 
 
-def test_a_long_body_may_take_as_long_as_it_keeps_coming(server: Server) -> None:
-    """For longer than a request of which little comes."""
-    piece, count = b" " * 65536, 20
+def test_a_long_body_may_take_as_long_as_it_keeps_arriving(server: Server) -> None:
+    """It may take longer than a request that arrives in drops."""
+    chunk, count = b" " * 65536, 20
     body = b'{"inputs": [[1]]}'
-    head = HEAD.replace(b"17", b"%d" % (len(body) + len(piece) * count))
-    answer = answer_to_drops(server, head, itertools.chain(itertools.repeat(piece, count), [body]))
+    head = HEAD.replace(b"17", b"%d" % (len(body) + len(chunk) * count))
+    answer = answer_to_drops(server, head, itertools.chain(itertools.repeat(chunk, count), [body]))
     assert answer.startswith(b"HTTP/1.1 200")
 
 
-def test_who_stands_in_drops_behind_a_request_that_runs_does_not_cost_it_its_answer(server: Server) -> None:
+def test_drops_behind_a_running_request_do_not_cost_it_its_response(server: Server) -> None:
     sent = HEAD + b'{"inputs": [[1]]}' + b"POST /predict/m HTTP/1.1\r\nx-drops: "
     answers = answer_to_drops(server, sent, itertools.repeat(b"x")).split(b"HTTP/1.1 ")
     assert [answer[:3] for answer in answers] == [b"", b"200", b"408"]
 
 
 def sockets(server: Server) -> int:
-    """How many the server has open."""
+    """Return how many sockets the server has open."""
     count = 0
     for file in Path(f"/proc/{server.process.pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -147,7 +147,9 @@ def sockets(server: Server) -> int:
 
 
 @pytest.mark.parametrize("path", ["/docs/files/swagger-ui-bundle.js", "/openapi.json"])
-def test_who_does_not_read_what_the_application_answers_is_hung_up_on(server: Server, path: str) -> None:
+def test_a_client_that_does_not_read_a_response_of_the_application_is_disconnected(
+    server: Server, path: str
+) -> None:
     count = sockets(server)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

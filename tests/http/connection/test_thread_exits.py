@@ -1,4 +1,4 @@
-"""A library that ends the thread it is called in ends neither the loading of other models nor an answer."""
+"""A library that ends its thread ends one version or one request, and nothing else."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Encoding:
     def __len__(self):
         return 2
 """
-"""Stands for a library that ends whatever thread it runs in; it needs no more than this."""
+"""Replaces a library with one that ends the thread that calls it."""
 
 
-def test_what_ends_a_thread_ends_one_version_or_one_request(serve: Serve, tmp_path: Path) -> None:
+def test_a_library_that_ends_its_thread_ends_one_version_or_one_request(serve: Serve, tmp_path: Path) -> None:
     library, folder = tmp_path / "library", tmp_path / "models"
     library.mkdir()
     (library / "tokenizers.py").write_text(LEAVING)
