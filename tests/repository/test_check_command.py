@@ -61,7 +61,7 @@ UNBATCHED = {
     "fixed": (
         graph([node("Identity", "x")], (1, 4), (1, 4)),
         'the first dimension of input "x" is fixed at 1',
-        'in the export: torch.onnx.export(…, dynamic_shapes={"x": {0: "batch"}})',
+        'torch.onnx.export(…, dynamic_shapes=({0: torch.export.Dim("rows")},))',
     ),
     "mixing": (
         graph([helper.make_node("ReduceMax", ["x"], ["top"], axes=[0]), node("Sub", "x", "top")]),

@@ -14,7 +14,7 @@ _SCIKIT_LEARN: Final = (
 _KERAS: Final = 'a Keras model. Convert it in Keras: model.export("model.onnx", format="onnx")'
 _WEIGHTS: Final = (
     "weights of PyTorch without the model. Load them in Python, call model.eval(), and export the model:"
-    ' torch.onnx.export(model, (x,), "model.onnx", dynamic_shapes=({0: "batch"},))'
+    ' torch.onnx.export(model, (x,), "model.onnx", dynamic_shapes=({0: torch.export.Dim("rows")},))'
 )
 _REMEDIES: Final = {
     ".pkl": _SCIKIT_LEARN,

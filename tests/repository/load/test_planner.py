@@ -42,14 +42,14 @@ def test_on_a_gpu_instances_are_copies_that_were_measured_with_one_thread_each()
 @pytest.mark.parametrize(
     ("backend", "form", "remedy"),
     [
-        ("onnx", "", 'torch.onnx.export(…, dynamic_shapes={"x": {0: "batch"}})'),
+        ("onnx", "", '"x" open: torch.onnx.export(…, dynamic_shapes=({0: torch.export.Dim("rows")},))'),
         (
             "torch",
             "exported program",
-            'torch.export.export(…, dynamic_shapes={"x": {0: torch.export.Dim("batch")}})',
+            '"x" open: torch.export.export(…, dynamic_shapes=({0: torch.export.Dim("rows")},))',
         ),
         ("torch", "TorchScript (deprecated by PyTorch)", 'below [[inputs]] of "x", let shape begin with -1'),
-        ("chaos", "", "let the first dimension of x be of any size"),
+        ("chaos", "", 'leave the first dimension of "x" open'),
     ],
 )
 def test_the_remedy_of_a_fixed_number_of_rows_depends_on_the_file(

@@ -48,9 +48,13 @@ _REMEDIES: Final = {
     ),
 }
 _DYNAMIC_ROWS: Final = {
-    "onnx": 'in the export: torch.onnx.export(…, dynamic_shapes={"<name>": {0: "batch"}})',
+    "onnx": (
+        "in the export, leave the first dimension of <tensor> open: torch.onnx.export(…, dynamic_shapes=({0:"
+        ' torch.export.Dim("rows")},)), FloatTensorType([None, …]) in skl2onnx, or the like elsewhere'
+    ),
     "torch": (
-        'in the export: torch.export.export(…, dynamic_shapes={"<name>": {0: torch.export.Dim("batch")}})'
+        "in the export, leave the first dimension of <tensor> open: torch.export.export(…, dynamic_shapes="
+        '({0: torch.export.Dim("rows")},)), with one {0: …} for each argument'
     ),
 }
 
@@ -66,5 +70,5 @@ def find_remedy(obstacle: Obstacle, tensor: str, *, is_input: bool, backend: str
         return _REMEDIES[Obstacle.RAISED]
     if form.startswith("TorchScript"):
         return f"in model.toml, below [[inputs]] of {name_text(tensor)}, let shape begin with -1"
-    line = _DYNAMIC_ROWS.get(backend, "in the export, let the first dimension of <name> be of any size")
-    return line.replace("<name>", tensor)
+    line = _DYNAMIC_ROWS.get(backend, "in the export, leave the first dimension of <tensor> open")
+    return line.replace("<tensor>", name_text(tensor))
