@@ -19,16 +19,16 @@ from inferpool.system.gpus import Gpu
 from inferpool.tensors import Signature, Tensors, TensorSpec
 
 PICTURES = "pictures "
-"""How the file of a model that takes them begins."""
+"""The file of a model that takes pictures starts with this."""
 
 
 def expected(rows: np.ndarray) -> np.ndarray:
-    """What the model answers for these rows, each alone."""
+    """The outputs of the model for these rows."""
     return rows.astype(np.float64).sum(axis=tuple(range(1, rows.ndim))) * 3 + 1
 
 
 class FakeDriver:
-    """A driver that shows `cards` cards."""
+    """A driver with `cards` GPUs."""
 
     def __init__(self, cards: int = 2, reason: str | None = None, cuda: tuple[int, int] = (13, 0)) -> None:
         self._gpus = [Gpu(number, "NVIDIA Fake", f"uuid-{number}", 2**34) for number in range(cards)]
@@ -46,7 +46,7 @@ class FakeDriver:
 
 
 class FakeCard:
-    """What a card is given to run; it has room for batches of `room_rows` rows."""
+    """Records the batches that a GPU runs. The GPU has memory for batches of `room_rows` rows."""
 
     def __init__(self, room_rows: int = 1000) -> None:
         self.room_rows = room_rows
@@ -55,11 +55,12 @@ class FakeCard:
 
 
 class FakeModel(DeviceModel):
-    """Three times the sum of a row, and one. A row of zeros among others is told to them with `leaks`.
+    """Computes three times the sum of a row, plus one.
 
-    With `captures` it can capture graphs, which answer as they should unless that is "wrong". With `pictures`
-    a row is one of 2 × 2 grey pixels. It can normalise those unless that is "none", rightly unless it is
-    "wrong"; pixels and numbers that meet in one batch are answered with nonsense.
+    With `leaks`, a last row of zeros changes the outputs of the other rows. With `captures`, the model can
+    capture graphs; "wrong" makes replayed runs wrong. With `pictures`, a row is a picture of 2 × 2 grey
+    pixels: "none" means that the model cannot normalise pixels, "wrong" that it normalises them wrongly.
+    A batch that mixes pixels and numbers gives nonsense.
     """
 
     signature = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("sum", "FP64", (-1,)),))
@@ -141,10 +142,10 @@ class FakeModel(DeviceModel):
 
 
 class FakeBackend(Backend):
-    """Loads `.fakegpu` files, which are empty or say how an engine is built, on any device.
+    """Loads `.fakegpu` files on any device. A file is empty, or says how the build of its plan ends.
 
-    Those that begin with `PICTURES` take such. It is found through its entry point. Tests set what it gives,
-    and read what it gave.
+    The model of a file that starts with `PICTURES` takes pictures. The server finds this backend through
+    its entry point. Tests set the class attributes, and read `loaded`.
     """
 
     name = "fakegpu"
@@ -190,7 +191,7 @@ class FakeBackend(Backend):
         return None if self.engines else super().tensorrt_unavailable_reason()
 
     def _engine(self, wish: str, folder: Path) -> str:
-        """What the engine does; the file says how it is built where it is not there."""
+        """The behaviour of the plan in `folder`. If there is none, the model file says how its build ends."""
         engine = folder / "engine"
         if not engine.exists():
             if wish == "fails":

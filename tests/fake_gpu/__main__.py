@@ -1,4 +1,4 @@
-"""A server that finds two cards, and NVML to tell of them; the cards are fake, all else is as it is."""
+"""Starts a real server with a fake driver of two GPUs and a fake NVML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVML as the module `pynvml` has it, for two cards and a MIG device; what one does not tell, it raises."""
+"""A fake of the module `pynvml` for two GPUs and a MIG device. A missing reading raises NVMLError."""
 
 from __future__ import annotations
 

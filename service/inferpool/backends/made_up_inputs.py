@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from inferpool.tensors import ANY, Array, Tensors, TensorSpec
+from inferpool.tensors import ANY, Array, Tensors, TensorSpec, fp32_to_bf16
 
 SEED: Final = 20_260_101
 
@@ -81,7 +81,7 @@ def _tensor(spec: TensorSpec, shape: tuple[int, ...], largest: int, rng: np.rand
     if spec.datatype == "BYTES":
         return np.array(_WORDS, dtype=object)[rng.integers(0, len(_WORDS), shape)]
     if spec.datatype == "BF16":
-        return (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return fp32_to_bf16(rng.standard_normal(shape).astype(np.float32))
     if spec.dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape), spec.dtype)
     return np.asarray(rng.integers(0, 2 if spec.dtype.kind == "b" else largest + 1, shape), spec.dtype)
