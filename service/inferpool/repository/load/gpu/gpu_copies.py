@@ -1,4 +1,7 @@
-"""The copies of a model on GPUs: one for each instance, tried on everything that it will run."""
+"""The copies of a model on GPUs: one for each instance, tried on everything that it will run.
+
+*Experimental: not yet run on a GPU.*
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Measures what coarser rounding changes: compares a model's outputs with those of the same model in FP32."""
+"""Measures what coarser rounding changes: compares a model's outputs with those of the same model in FP32.
+
+*Experimental: not yet run on a GPU.*
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Builds TensorRT engines in the background while CUDA serves, and switches to them if they answer alike."""
+"""Builds TensorRT engines in the background while CUDA serves, and switches to them if they answer alike.
+
+*Experimental: not yet run on a GPU.*
+"""
 
 from __future__ import annotations
 
