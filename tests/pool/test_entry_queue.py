@@ -227,6 +227,27 @@ def test_an_empty_queue_takes_an_entry_of_any_size() -> None:
     assert taken(queue) == [1]
 
 
+def test_rounding_errors_of_loads_do_not_refuse_a_request_when_nothing_else_waits() -> None:
+    queue = queue_of(queue_rows=40)
+    for number, (rows, row_load) in enumerate(((1, 0.1), (1, 0.2), (1, 0.3), (100, 0.1), (60, 0.13)), 1):
+        queue.offer(entry(number, rows, row_load=row_load), 0.0)
+    while taken(queue):
+        pass
+    assert queue.load == 0
+    queue.offer(entry(6, 1000), 0.0)
+
+
+def test_rounding_errors_of_large_loads_are_gone_while_a_small_entry_waits() -> None:
+    queue = queue_of(queue_rows=40)
+    for number, (rows, row_load) in enumerate(((100, 0.1), (60, 0.13), (70, 0.17)), 1):
+        queue.offer(entry(number, rows, row_load=row_load), 0.0)
+    queue.offer(entry(4), 0.0)
+    for number in (1, 2, 3):
+        queue.remove(number)
+    assert queue.load == 1
+    queue.offer(entry(5, 1000), 0.0)
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_at_the_door() -> None:
     queue = queue_of(*(entry(number, 8) for number in range(10)))
     wait = 10 * batch_s(8)

@@ -117,8 +117,8 @@ class WaitingEntries:
     """
 
     __slots__ = (
-        "_arrivals", "_dead_slots", "_deadlines", "_groups", "_in_order", "_serial", "_slots", "large_load",
-        "nbytes", "rows", "small_load",
+        "_arrivals", "_dead_slots", "_deadlines", "_groups", "_in_order", "_large_count", "_serial", "_slots",
+        "large_load", "nbytes", "rows", "small_load",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -133,6 +133,7 @@ class WaitingEntries:
         self._deadlines: list[tuple[float, int, QueueSlot]] = []
         self._serial = 0
         self._dead_slots = 0
+        self._large_count = 0  # slots whose load is in `large_load`
 
     def __len__(self) -> int:
         """How many entries wait; an entry that runs in slices counts while rows of it wait."""
@@ -146,6 +147,7 @@ class WaitingEntries:
         self.rows += max(1, slot.rows)
         self.nbytes += entry.nbytes
         if low_band:
+            self._large_count += 1
             self.large_load += slot.load or 1
         else:
             self.small_load += slot.load or 1
@@ -167,10 +169,15 @@ class WaitingEntries:
         del self._slots[entry.id]
         self.rows -= max(1, slot.rows)
         self.nbytes -= entry.nbytes
+        # Loads are fractions, and sums of these keep rounding errors: 0 has to be set. If nothing waits, an
+        # entry of any size is admitted.
         if slot.low_band:
-            self.large_load -= slot.load or 1
-        else:
+            self._large_count -= 1
+            self.large_load = self.large_load - (slot.load or 1) if self._large_count else 0.0
+        elif len(self._slots) > self._large_count:
             self.small_load -= slot.load or 1
+        else:
+            self.small_load = 0.0
         if not slot.is_large:
             group = self._groups[entry.group]
             group.load -= entry.load
