@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from inferpool.codecs.text import Rows
 from inferpool.errors import MalformedBody, TooSlow
 from inferpool.http.connection import batched_writes
 from inferpool.http.connection.exchange import (
@@ -119,6 +120,23 @@ def test_a_refused_request_is_freed_at_once(harness: Harness) -> None:
         assert refuse()() is None
     finally:
         gc.enable()
+
+
+def test_what_the_body_has_become_is_freed_with_the_response(harness: Harness) -> None:
+    """The connection keeps its last request for as long as it is idle."""
+    client = harness.connect()
+    exchange = client.begin()
+    (context,) = client.contexts
+    send(exchange, b'{"inputs": [[1, 2]], "outputs": ["x"]}')
+    assert context.options.outputs == ("x",)
+    context.texts = [Rows([0], {})]
+    harness.loop.settle()
+    harness.inbox.run(*harness.inbox.waiting)
+    harness.loop.settle()
+    assert client.transport.responses() == [(200, "r0")]
+    assert client.connection.last is exchange
+    assert context.options.outputs is None
+    assert not context.texts
 
 
 def test_a_body_is_counted_the_same_way_in_chunks_and_in_its_memory(harness: Harness) -> None:

@@ -94,14 +94,15 @@ class PredictProtocol(HttpToolsProtocol):
             connection.idle_since = None
         begins = connection.between_requests and connection.current is None
         self._slow_client.received_bytes += len(data)
-        self._chunks.clear()
         self._parsed_something = False
         super().data_received(data)
+        body = self._chunks[0] if len(self._chunks) == 1 else None
+        self._chunks.clear()  # an idle connection must not keep them: nothing counts them any more
         cycle = connection.last
         if isinstance(cycle, Exchange):
             if connection.between_requests:
-                if begins and len(self._chunks) == 1:
-                    cycle.remember_head(data, self._chunks[0])
+                if begins and body is not None:
+                    cycle.remember_head(data, body)
             elif not connection.in_head and (memory := cycle.memory()) is not None:
                 connection.unparsed_bytes = 0
                 self._receive_body(memory)

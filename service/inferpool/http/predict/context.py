@@ -53,3 +53,8 @@ class PredictContext:
         self.served: ServedVersion | None = None
         self.texts: Sequence[Rows] = ()
         self.entry: Entry | None = None
+
+    def free(self) -> None:
+        """Drop what the body has become. An idle connection keeps its last request, outside the budget."""
+        self.options = _NO_OPTIONS
+        self.texts = ()

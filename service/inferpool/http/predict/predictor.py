@@ -251,6 +251,7 @@ class Predictor:
             context.abandoned = True  # the body takes memory until the thread that has it is done
         else:
             self.budget.release(context)
+            context.free()
         if context.entry is not None:
             context.entry = None
             self.in_flight.release()
