@@ -94,6 +94,15 @@ def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
             assert json.loads(body)["outputs"][0]["data"] == sums(number)
 
 
+def test_requests_before_one_that_asks_to_upgrade_leave_the_connection_open(wire: Wire) -> None:
+    plain = "GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+    wire.send(2 * plain + "GET /models HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
+    answers = [wire.answer() for _ in range(3)]
+    assert [status for status, _, _ in answers] == [200, 200, 200]
+    assert [headers.get("connection") for _, headers, _ in answers] == [None, None, "close"]
+    assert wire.ended()
+
+
 def test_a_body_may_arrive_in_chunks_of_any_size(wire: Wire) -> None:
     body = json.dumps({"inputs": [[1, 0, 0, 0], [2, 0, 0, 0]]}).encode()
     for size in (1, 7, len(body)):

@@ -193,6 +193,8 @@ class PredictProtocol(HttpToolsProtocol):
             self.url, self.headers, self.expect_100_continue = url, headers, expect
             self.scope["headers"] = headers
             super().on_headers_complete()
+            if self._upgraded:
+                self.cycle.keep_alive = False
             return
         exchange = self._exchange(*found)
         self.cycle = exchange
@@ -257,8 +259,6 @@ class PredictProtocol(HttpToolsProtocol):
             self.loop.call_soon(cycle.start)
         else:
             cycle.scope["state"][FOLLOWS] = self.connection.has_more_requests
-            if self._upgraded:
-                cycle.keep_alive = False
             super()._start_asgi_task(cycle, app)
 
     def _unsupported_upgrade_warning(self) -> None:
