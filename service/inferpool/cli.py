@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="load every model, print its inputs, outputs and batching, and stop",
-        description="Load everything in REPOSITORY and print each version's signature and batching. If"
+        description="Load everything in REPOSITORY and print each version's inputs, outputs and batching. If"
         " batching is off, print what to change. Exits with 1 if a version cannot be served, and says why.",
         epilog=_EPILOG,
         allow_abbrev=False,
@@ -141,7 +141,7 @@ def _unbuilt(path: Path) -> list[Path]:
 
 
 def _print_check(catalog: Catalog, unbuilt: Sequence[Path]) -> int:
-    """Print each version's signature and batching; returns 1 if a version has failed."""
+    """Print each version's inputs, outputs and batching; returns 1 if a version has failed."""
     models = catalog.models().values()
     views = [view for model in models for _, view in sorted(model.versions.items())]
     for view in views:

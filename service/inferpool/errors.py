@@ -130,7 +130,7 @@ class VersionNotFound(NotFound):
 
 
 class MethodNotAllowed(RequestError):
-    """The route does not take this method; `members["allow"]` lists the methods that it takes."""
+    """The route does not take this method; `allow` lists the methods that it takes."""
 
     code = "method_not_allowed"
 

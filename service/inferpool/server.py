@@ -179,4 +179,5 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from error
+        remedy = "--host and --port choose another address"
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {remedy}") from error

@@ -172,7 +172,7 @@ def _from_file(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{file}: not valid TOML: {error}") from error
 
 
 def _parsed(name: str, value: Any) -> Any:

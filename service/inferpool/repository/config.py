@@ -209,7 +209,7 @@ def read_config(file: Path) -> ModelConfig:
     except RecursionError as error:
         raise ConfigError(f"{name}: nested too deeply") from error
     except ValueError as error:  # not TOML, not UTF-8, or a number with more digits than Python reads
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"{name}: not valid TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}") from error
     try:

@@ -130,7 +130,8 @@ def _model(item: Path, suffixes: Mapping[str, str], skipped: list[Reason]) -> Mo
     name = stray.relative_to(item.parent)
     if stray.suffix.lower() in suffixes:
         target = f"{item.name}/1/model{stray.suffix.lower()}"
-        return ModelFolder(item.name, item, {}, {1: f"{name} is in no version: expected {target}"})
+        reason = f"{name} is not in the folder of a version (a whole number from 1): move it to {target}"
+        return ModelFolder(item.name, item, {}, {1: reason})
     skipped.append(f"{name} is skipped: {_file_remedy(stray, suffixes)}")
     return None
 

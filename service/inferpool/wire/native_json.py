@@ -151,14 +151,14 @@ def encode_response(
     return encoded
 
 
-def read_object(body: bytes | memoryview) -> dict[str, Any]:
-    """Read a JSON object; raises MalformedBody, with the position of the fault if it is known."""
+def read_object(body: bytes | memoryview, example: str = '{"inputs": …}') -> dict[str, Any]:
+    """Read a JSON object; raises MalformedBody, with `example` or the position of the fault."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise _malformed(bytes(body), error) from None
     if not isinstance(value, dict):
-        raise MalformedBody(f"the body is {value_text(value)}, not a JSON object")
+        raise MalformedBody(f"the body is {value_text(value)}, not a JSON object such as {example}")
     return value
 
 

@@ -201,7 +201,7 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
         body = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES)
         async for chunk in request.stream():
             body.add(chunk)
-        fields = read_object(body.finish() or b"{}")
+        fields = read_object(body.finish() or b"{}", '{"ready": true}')
         ready = fields.get("ready", False)
         if not isinstance(ready, bool):
             raise InvalidInput(f'"ready" is {value_text(ready)}; send true or false', field="ready")
