@@ -39,6 +39,8 @@ IN_ONE_PROCESS = ("docker", "benchmarks")
 """The folders whose tests share images or ports; elsewhere the tests of one file stay together."""
 
 
+# Before pytest-xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Divide the tests among the processes of pytest-xdist, if there are several."""
     if not config.pluginmanager.hasplugin("xdist"):

@@ -244,7 +244,8 @@ PODS = ("inferpool-a", "inferpool-b")
 @pytest.fixture
 def urls(serve: Serve, make_chaos: MakeChaos) -> list[str]:
     """Two servers of two models with one instance each, 50 ms per request and no batching."""
-    config = "[batching]\nenabled = false\n[instances]\ncount = 1\n"
+    # The queue has a fixed limit: on a busy machine the measured one would refuse some of the clients.
+    config = "[batching]\nenabled = false\n[instances]\ncount = 1\n[queue]\nmax_rows = 64\n"
     for name in ("x", "y"):
         repository = make_chaos(name, run_ms=50, config=config)
     return [serve(repository).url for _ in PODS]
