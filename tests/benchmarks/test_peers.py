@@ -76,7 +76,7 @@ def test_two_servers_are_measured_in_one_round(measured: Path) -> None:
 
 @needs_wrk
 def test_an_overload_is_twice_the_capacity(measured: Path) -> None:
-    """Each server gets twice its own capacity, and FastAPI refuses nothing; what Inferpool refuses depends on time."""
+    """Each server gets twice its own capacity; FastAPI refuses nothing."""
     report = json.loads((measured / "results" / "peers.json").read_text())
     own, fastapi = (record for record in report["records"] if record["workload"] == "overload")
     for record in (own, fastapi):
