@@ -65,11 +65,19 @@ UNBATCHED = {
     ),
     "mixing": (
         graph([helper.make_node("ReduceMax", ["x"], ["top"], axes=[0]), node("Sub", "x", "top")]),
-        'output "y" differs by',
+        "rows depend on one another: ReduceMax takes one value over the rows",
         "in the export, call model.eval() first",
     ),
     "constant": (
-        graph([node("Mul", "x", "zero")], constants={"zero": np.zeros(1, np.float32)}),
+        # Sequences have no rule, so that the graph cannot be read to its end.
+        graph(
+            [
+                helper.make_node("Mul", ["x", "zero"], ["none"]),
+                helper.make_node("SequenceConstruct", ["none"], ["list"]),
+                node("ConcatFromSequence", "list", axis=0),
+            ],
+            constants={"zero": np.zeros(1, np.float32)},
+        ),
         "every row that was tried gets the same answer",
         "add a golden sample beside model.toml: samples/one.json",
     ),

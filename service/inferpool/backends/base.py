@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
 
+from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.errors import Reason, Verdict
 from inferpool.pixel_table import Normalisation
 from inferpool.tensors import Signature, Tensors
@@ -203,6 +204,10 @@ class Backend(ABC):
 
         For a device `cuda:N` the result is a DeviceModel, if the backend supports GPUs.
         """
+
+    def read_rows(self, file: Path) -> RowVerdict:
+        """Find out by reading the graph of `file` whether any operation mixes the rows of a batch."""
+        return RowVerdict(Independence.UNKNOWN, f"the backend {self.name} does not read graphs")
 
     def gpu_unavailable_reason(self, file: Path) -> Reason | None:
         """Why this backend cannot run `file` on any GPU; None if it can.

@@ -13,7 +13,8 @@ from inferpool.backends.base import Backend, LoadedModel, LoadOptions
 from inferpool.backends.onnx.load_errors import check_file, readable_error
 from inferpool.backends.onnx.model import BrainFloatModel, OnnxModel, open_cpu_session, runtime_version
 from inferpool.backends.onnx.signature import read_signature
-from inferpool.errors import LoadError, Reason
+from inferpool.backends.row_verdict import Independence, RowVerdict
+from inferpool.errors import LoadError, Reason, short_reason
 from inferpool.system.gpus import CPU, gpu_support
 
 
@@ -34,6 +35,16 @@ class OnnxBackend(Backend):
         with gpu_support():
             from inferpool.backends.onnx.gpu import loading
         return loading.load(file.absolute(), options, partial(load_on_cpu, options=options))
+
+    def read_rows(self, file: Path) -> RowVerdict:
+        """Analyse the graph of `file`, without its weights."""
+        # The package takes a while to import, and is not needed if a plan was kept.
+        from inferpool.backends.onnx.row_analysis.analysis import analyse_file
+
+        try:
+            return analyse_file(file)
+        except Exception as error:  # noqa: BLE001 - a file that onnx cannot read is checked by runs alone
+            return RowVerdict(Independence.UNKNOWN, f"the graph cannot be read: {short_reason(error)}")
 
     def gpu_unavailable_reason(self, file: Path) -> Reason | None:
         """Why not, if the installed runtime is built for CPUs only."""

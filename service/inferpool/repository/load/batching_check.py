@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from inferpool.backends.base import LoadedModel
+from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.errors import Reason, short_reason
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.comparison import compare_outputs
@@ -48,6 +49,9 @@ class Fault(NamedTuple):
     is_input: bool = False
 
 
+UNREAD: Final = RowVerdict(Independence.UNKNOWN, "its graph was not read")
+
+
 @dataclass(frozen=True, slots=True)
 class BatchingProof:
     """The result of the check, and the rows that it was made with.
@@ -76,9 +80,16 @@ def refuted(fault: Fault, rows: Tensors | None = None) -> BatchingProof:
 
 
 def check_batching(
-    model: LoadedModel, samples: Sequence[Tensors], budget_s: float, clock: Callable[[], float]
+    model: LoadedModel,
+    samples: Sequence[Tensors],
+    budget_s: float,
+    clock: Callable[[], float],
+    graph: RowVerdict = UNREAD,
 ) -> BatchingProof:
     """Find out whether rows of `model` may share a run; `samples` are inputs that it is known to take.
+
+    `graph` is what reading the model's graph has shown. If an operation mixes rows, no run can prove the
+    opposite, because runs show the rows that were tried and no others. If none does, the runs confirm it.
 
     Takes at most about `budget_s` seconds, or six runs of one row if these take longer.
     """
@@ -89,21 +100,30 @@ def check_batching(
     if unrunnable is not None:
         reason = f"no made-up rows could be run ({unrunnable}); add a golden sample to prove it with"
         return refuted(Fault(Obstacle.NOTHING_RUNS, reason))
+    if graph.independence is Independence.MIXES:
+        return refuted(
+            Fault(Obstacle.ROWS_MIXED, f"rows depend on one another: {graph.reason}"),
+            rows_between(rows, 0, 1),
+        )
     count = next((size for size in _GROUPINGS if seconds * _runs(size) <= budget_s), min(_GROUPINGS))
     rows = rows_between(rows, 0, count)
     try:
         alone = _run_alone(model, rows, count)
         if isinstance(alone, Fault):
             return refuted(alone, rows)
-        result = _compare_groupings(model, rows, alone, count)
+        result = _compare_groupings(model, rows, alone, count, graph)
     except Exception as error:  # noqa: BLE001 - a model may raise anything in company; it is served alone
         reason = f"the model raised {short_reason(error)!r} when rows ran together"
         return refuted(Fault(Obstacle.RAISED, reason), rows)
     if isinstance(result, Fault):
         return refuted(result, rows)
     sizes = ", ".join(map(str, sorted({len(grouping) for grouping in _GROUPINGS[count]})))
+    read = (
+        graph.reason if graph.independence is Independence.INDEPENDENT else f"by runs alone ({graph.reason})"
+    )
     return BatchingProof(
-        f"rows answer the same alone and together (tried {sizes}; largest relative difference {result:.1g})",
+        f"rows answer the same alone and together: {read}"
+        f" (tried {sizes}; largest relative difference {result:.1g})",
         rows=rows,
         alone=alone,
     )
@@ -123,7 +143,9 @@ def _run_alone(model: LoadedModel, rows: Tensors, count: int) -> Tensors | Fault
     return alone
 
 
-def _compare_groupings(model: LoadedModel, rows: Tensors, alone: Tensors, count: int) -> float | Fault:
+def _compare_groupings(
+    model: LoadedModel, rows: Tensors, alone: Tensors, count: int, graph: RowVerdict
+) -> float | Fault:
     """The largest relative difference between rows together and rows `alone`, or what is wrong."""
     worst = 0.0
     for grouping in _GROUPINGS[count]:
@@ -132,7 +154,8 @@ def _compare_groupings(model: LoadedModel, rows: Tensors, alone: Tensors, count:
         if fault is not None:
             return Fault(Obstacle.ROWS_MIXED, f"{fault} when {len(grouping)} rows run together")
         worst = max(worst, difference)
-    if not any(_tells_apart(tensor) for tensor in alone.values()):
+    read = graph.independence is Independence.INDEPENDENT
+    if not read and not any(_tells_apart(tensor) for tensor in alone.values()):
         return Fault(
             Obstacle.ROWS_ALIKE,
             "every row that was tried gets the same answer, which proves nothing; add a golden sample",

@@ -25,6 +25,7 @@ from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.repository.catalog import READY, BatchingView, VersionView
 from inferpool.repository.config import ModelConfig, check_tensors
+from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.codec_factory import make_codecs, make_padding, make_texts
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
@@ -279,7 +280,8 @@ class Loader:
         def load(threads: int) -> LoadedModel:
             return source.backend.load(source.file, replace(options, threads=threads))
 
-        plan = Planner(load, constraints, self._clock).make(model, content.rows)
+        graph = source.backend.read_rows(source.file) if constraints.batching else UNREAD
+        plan = Planner(load, constraints, self._clock).make(model, content.rows, graph)
         self._cache.keep(source.file, content.samples, constraints, runtime, plan)
         return plan
 

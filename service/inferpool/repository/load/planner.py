@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from inferpool.backends.base import LoadedModel
+from inferpool.backends.row_verdict import RowVerdict
 from inferpool.errors import Reason, short_reason
 from inferpool.pool.buckets import choose_buckets, sizes_between
 from inferpool.pool.latency_model import Measurement
-from inferpool.repository.load.batching_check import BatchingProof, Fault, check_batching, refuted
+from inferpool.repository.load.batching_check import UNREAD, BatchingProof, Fault, check_batching, refuted
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.comparison import compare_outputs
 from inferpool.repository.load.runnable_rows import repeat_rows, repeated_indexes
@@ -121,15 +122,17 @@ class Planner:
         self._clock = clock
         self._ends = 0.0
 
-    def make(self, model: LoadedModel, samples: Sequence[Tensors] = ()) -> Plan:
+    def make(self, model: LoadedModel, samples: Sequence[Tensors] = (), graph: RowVerdict = UNREAD) -> Plan:
         """Make the plan with `model`, which was loaded for one thread a run.
 
-        `samples` are inputs that the model is known to take; the check of batching prefers them.
+        `samples` are inputs that the model is known to take; the check of batching prefers them. `graph`
+        is what reading the model's graph has shown of its rows.
         """
         constraints = self._constraints
         proof = refuted(Fault(Obstacle.TURNED_OFF, "turned off in model.toml"))
         if constraints.batching:
-            proof = check_batching(model, samples, max(constraints.budget_s, PROOF_S) / 2, self._clock)
+            budget_s = max(constraints.budget_s, PROOF_S) / 2
+            proof = check_batching(model, samples, budget_s, self._clock, graph)
         began = self._clock()
         self._ends = began + GROWING * constraints.budget_s
         rows = proof.rows or (samples[0] if samples else {})

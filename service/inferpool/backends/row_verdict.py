@@ -1,0 +1,26 @@
+"""What a backend finds out by reading a model's graph: whether the rows of a batch are independent."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+from inferpool.errors import Reason
+
+
+class Independence(Enum):
+    """The three verdicts."""
+
+    INDEPENDENT = "independent"
+    """No operation mixes rows."""
+    MIXES = "mixes"
+    """An operation lets rows depend on one another."""
+    UNKNOWN = "unknown"
+    """The graph cannot be read to its end."""
+
+
+class RowVerdict(NamedTuple):
+    """Whether the rows of a batch are independent of one another, and why or why not."""
+
+    independence: Independence
+    reason: Reason
