@@ -35,26 +35,14 @@ LONGEST_FIRST = (
 )
 """The files and folders of tests that take minutes; among several processes they start first."""
 
-IN_ONE_PROCESS = ("docker", "benchmarks")
-"""The folders whose tests share images or ports; elsewhere the tests of one file stay together."""
 
-
-# Before pytest-xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Divide the tests among the processes of pytest-xdist, if there are several."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-
-    def path(item: pytest.Item) -> str:
-        return str(item.path.relative_to(ROOT / "tests"))
+    """Start with the tests that take longest if several processes share the tests."""
 
     def rank(item: pytest.Item) -> int:
-        return next((rank for rank, start in enumerate(LONGEST_FIRST) if path(item).startswith(start)), 99)
+        path = str(item.path.relative_to(ROOT / "tests"))
+        return next((rank for rank, start in enumerate(LONGEST_FIRST) if path.startswith(start)), 99)
 
-    for item in items:
-        folder = path(item).split("/")[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder in IN_ONE_PROCESS else path(item)))
     if config.getoption("numprocesses", None) or "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=rank)
 
