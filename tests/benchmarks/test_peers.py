@@ -82,7 +82,7 @@ def test_an_overload_is_twice_the_capacity(measured: Path) -> None:
     for record in (own, fastapi):
         assert record["offered_per_s"] == pytest.approx(2 * record["capacity_per_s"])
         assert record["lost"] == 0
-    assert own["refused"] + own["goodput_per_s"] > 0
+    assert own["goodput_per_s"] > 0
     assert fastapi["refused"] == 0
 
 

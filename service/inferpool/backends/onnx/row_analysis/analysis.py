@@ -271,7 +271,7 @@ def _inferred_sizes(model: ModelProto) -> dict[str, tuple[int | None, ...]]:
         each.type.tensor_type.ClearField("shape")
     try:
         copy = onnx.shape_inference.infer_shapes(copy, data_prop=True)
-    except Exception:  # noqa: BLE001 - without inference ranks are not known, and verdicts are
+    except Exception:  # noqa: BLE001 - without inferred ranks most verdicts are "unknown"
         return {}
     found: dict[str, tuple[int | None, ...]] = {}
 

@@ -104,14 +104,7 @@ def loop(step: Step) -> list[Value]:
         if outputs[0].kind is not Kind.SHARED:
             reason = outputs[0].reason or f"{step.label}: when it ends depends on the rows"
             return [mixed(reason) if outputs[0].is_decided else outputs[0]] * total
-        after = [
-            joined(
-                value,
-                _forgetful(outputs[1 + index], f"{step.outputs[index]}|{index}"),
-                f"{step.outputs[index]}|{index}",
-            )
-            for index, value in enumerate(state)
-        ]
+        after = _after(step, state, outputs[1:])
         if after == state:
             break
         state = after
@@ -164,14 +157,7 @@ def scan(step: Step) -> list[Value]:
     outputs: list[Value] = []
     for _ in range(_MOST_ROUNDS):
         outputs = step.analyse(body, dict(zip(names, [*state, *sliced], strict=True)))
-        after = [
-            joined(
-                value,
-                _forgetful(outputs[index], f"{step.outputs[index]}|{index}"),
-                f"{step.outputs[index]}|{index}",
-            )
-            for index, value in enumerate(state)
-        ]
+        after = _after(step, state, outputs)
         if after == state:
             break
         state = after

@@ -18,7 +18,7 @@ MIXING: Final = {
     "com.microsoft.Tokenizer": "makes every row as wide as the longest",
     "EyeLike": "numbers the rows",
 }
-"""What each operation does with rows, as the end of a sentence that its name begins."""
+"""The effect of each operation on rows. The name of the operation and this text make a sentence."""
 
 RANDOM: Final = (
     "RandomNormal",

@@ -92,10 +92,10 @@ def along_axis(step: Step) -> list[Value]:
     value = step.inputs[0]
     assert value is not None
     assert value.shape is not None
-    if step.operation in ("LpNormalization", "Hardmax"):
+    if step.operation == "LpNormalization":
         axes: list[int] | None = [step.integer("axis", -1)]
     else:
-        axes = step.numbers("axis_", 1)
+        axes = step.numbers("axes", 1)
     if not axes:
         return [unknown(f"{step.label}: the axis is not known before the model runs")]
     if normal_axis(axes[0], len(value.shape)) == value.axis:

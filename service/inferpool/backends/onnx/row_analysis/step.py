@@ -78,7 +78,7 @@ class Step:
 
 
 Rule: TypeAlias = Callable[[Step], list[Value]]
-"""What an operation makes of its inputs: the value of each of its outputs."""
+"""Returns the values of an operation's outputs for the values of its inputs."""
 
 
 def normal_axis(axis: int, rank: int) -> int:

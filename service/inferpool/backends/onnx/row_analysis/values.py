@@ -1,4 +1,4 @@
-"""What the analysis knows of a value in the graph: where its rows lie, or why that cannot be said."""
+"""The knowledge about one value of a graph: its row axis, or the reason why the axis is unknown."""
 
 from __future__ import annotations
 
