@@ -44,7 +44,7 @@ REMEDIES: Final = {
     "overloaded": "Try again after `Retry-After`, or raise `in_flight_bytes`.",
     "deadline_exceeded": "Give a longer timeout, or send less.",
 }
-"""What a client does about each error."""
+"""The action that a client takes for each error."""
 
 
 def row(*cells: str) -> str:
