@@ -15,49 +15,26 @@ import onnx.shape_inference
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 
-from inferpool.backends.onnx.row_analysis import (
-    arrange,
-    control_flow,
-    elementwise,
-    fixed_axes,
-    index,
-    matrix,
-    mixing,
-    reduce,
-)
-from inferpool.backends.onnx.row_analysis.dims import ONE, Dim
-from inferpool.backends.onnx.row_analysis.step import Rule, Step
-from inferpool.backends.onnx.row_analysis.values import (
+from inferpool.backends.onnx.row_analysis import control_flow
+from inferpool.backends.row_analysis import rules
+from inferpool.backends.row_analysis.dims import ONE, Dim
+from inferpool.backends.row_analysis.mixing import RANDOM
+from inferpool.backends.row_analysis.step import Rule, Step
+from inferpool.backends.row_analysis.values import (
     Kind,
     Value,
     constant,
-    mixed,
     rowed,
     shared,
     unknown,
 )
 from inferpool.backends.row_verdict import Independence, RowVerdict
 
-RULES: Final[dict[str, Rule]] = {
-    **elementwise.RULES,
-    **arrange.RULES,
-    **reduce.RULES,
-    **matrix.RULES,
-    **fixed_axes.RULES,
-    **index.RULES,
-    **mixing.RULES,
-    **control_flow.RULES,
-}
+RULES: Final[Mapping[str, Rule]] = {**rules.RULES, **control_flow.RULES}
 """The rule of each operation, by its name: with its domain unless that is ONNX's own."""
 
 _MOST_FOLDED: Final = 4096
 """Elements up to which constants are kept and computed with; shapes are short, and weights are not needed."""
-_WITH_SIZES: Final = frozenset((
-    "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul",
-    "Pad", "Range", "ReduceProd", "Reshape", "Resize", "Shape", "Size", "Slice", "Squeeze", "Sub",
-    "Tile", "Unsqueeze", "Upsample", "Where",
-))  # fmt: skip
-"""Operations whose rules know integers that depend on the number of rows."""
 
 
 def analyse_file(file: Path) -> RowVerdict:
@@ -95,18 +72,8 @@ def analyse(model: ModelProto) -> RowVerdict:
         inputs[each.name] = rowed((ONE, *shape[1:]), 0)
     walk = _Walk(model)
     outputs = walk.graph(model.graph, inputs, {})
-    for each, value in zip(model.graph.output, outputs, strict=True):
-        if value.kind in (Kind.MIXED, Kind.COUNTED):
-            return RowVerdict(Independence.MIXES, value.reason or f'output "{each.name}" counts the rows')
-    for each, value in zip(model.graph.output, outputs, strict=True):
-        if value.kind is Kind.UNKNOWN:
-            return RowVerdict(Independence.UNKNOWN, value.reason)
-        if value.kind is Kind.SHARED:
-            return RowVerdict(Independence.MIXES, f'output "{each.name}" is the same for all rows')
-        if value.axis or value.outer != ONE or value.inner != ONE:
-            # Runs show this, and name the shape.
-            return RowVerdict(Independence.UNKNOWN, f'output "{each.name}" has not one entry for each row')
-    return RowVerdict(Independence.INDEPENDENT, "no operation of the graph mixes rows")
+    names = [each.name for each in model.graph.output]
+    return rules.verdict_of(list(zip(names, outputs, strict=True)))
 
 
 def operations_without_rule(model: ModelProto) -> set[str]:
@@ -165,17 +132,12 @@ class _Walk:
         if any(value is None and name for value, name in zip(inputs, node.input, strict=True)):
             return [unknown(f"{label}: an input comes from nowhere")] * count
         given = [value for value in inputs if value is not None]
-        for kind in (Kind.MIXED, Kind.UNKNOWN):
-            for value in given:
-                if value.kind is kind:
-                    return [value] * count
+        stopped = rules.undecided(given)
+        if stopped is not None:
+            return [stopped] * count
         rule = RULES.get(operation)
         subgraphs = any(attribute.type == AttributeProto.GRAPH for attribute in node.attribute)
-        if (
-            not subgraphs
-            and operation not in mixing.RANDOM
-            and all(each.constant is not None for each in given)
-        ):
+        if not subgraphs and operation not in RANDOM and all(each.constant is not None for each in given):
             folded = self._folded(node, given) if all(name for name in node.input) else None
             if folded is not None:
                 return folded
@@ -187,12 +149,6 @@ class _Walk:
             ):
                 return [shared() for _ in node.output]
             return [unknown(f"{label}: no rule for this operation")] * count
-        if (
-            operation not in _WITH_SIZES
-            and not subgraphs
-            and any(each.kind is Kind.COUNTED for each in given)
-        ):
-            return [mixed(f"{label} computes with the number of rows")] * count
         step = Step(
             operation,
             label,
@@ -203,12 +159,7 @@ class _Walk:
             [self._sizes.get(name) for name in node.output],
             partial(self._subgraph, values),
         )
-        try:
-            results = rule(step)
-        except (ValueError, IndexError, KeyError, TypeError, AssertionError) as error:
-            # A graph that is not as its operations are defined: a runtime may refuse it, or not.
-            return [unknown(f"{label}: {type(error).__name__} {error}")] * count
-        return results
+        return rules.apply(rule, step)
 
     def _subgraph(
         self, outer: Mapping[str, Value], graph: GraphProto, inputs: Mapping[str, Value]
@@ -263,7 +214,7 @@ def _of_constant(node: NodeProto) -> Value:
     return constant(np.asarray(value))
 
 
-def _inferred_sizes(model: ModelProto) -> dict[str, tuple[int | None, ...]]:
+def _inferred_sizes(model: ModelProto) -> dict[str, tuple[Dim | None, ...]]:
     """Return the sizes of values as far as shape inference knows them; what files declare is not believed."""
     copy = _without_weights(model)
     _forget(copy.graph)
@@ -273,13 +224,13 @@ def _inferred_sizes(model: ModelProto) -> dict[str, tuple[int | None, ...]]:
         copy = onnx.shape_inference.infer_shapes(copy, data_prop=True)
     except Exception:  # noqa: BLE001 - without inferred ranks most verdicts are "unknown"
         return {}
-    found: dict[str, tuple[int | None, ...]] = {}
+    found: dict[str, tuple[Dim | None, ...]] = {}
 
     def visit(graph: GraphProto) -> None:
         for each in (*graph.value_info, *graph.output):
             if each.type.HasField("tensor_type") and each.type.tensor_type.HasField("shape"):
                 found[each.name] = tuple(
-                    size.dim_value if size.HasField("dim_value") else None
+                    Dim(size.dim_value) if size.HasField("dim_value") else None
                     for size in each.type.tensor_type.shape.dim
                 )
         for node in graph.node:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from inferpool.backends.onnx.row_analysis.dims import Dim
-from inferpool.backends.onnx.row_analysis.step import Rule, Step, normal_axis
-from inferpool.backends.onnx.row_analysis.values import (
+from inferpool.backends.row_analysis.dims import Dim
+from inferpool.backends.row_analysis.step import Rule, Step, normal_axis
+from inferpool.backends.row_analysis.values import (
     Kind,
     Value,
+    joined,
     like,
     mixed,
     rowed,
@@ -19,30 +20,6 @@ from inferpool.backends.onnx.row_analysis.values import (
 
 _MOST_ROUNDS: Final = 8
 """Rounds after which values that a loop carries must have settled."""
-
-
-def joined(first: Value, second: Value, name: str) -> Value:
-    """Return what is true of a value that is either of two; unknown sizes are called after `name`."""
-    if first == second and first.constant is None:
-        return first
-    for value in (first, second):
-        if not value.is_decided:
-            return value
-    if first.kind is not second.kind:
-        return unknown(f"{name} has rows in one case only")
-    if first.shape is None or second.shape is None or len(first.shape) != len(second.shape):
-        return Value(first.kind) if first.kind is Kind.SHARED else unknown(f"{name} changes its rank")
-    shape = tuple(
-        left if left == right else Dim(1, (f"{name}.{axis}",))
-        for axis, (left, right) in enumerate(zip(first.shape, second.shape, strict=True))
-    )
-    if first.kind is Kind.ROWED:
-        if first.axis != second.axis or not first.lies_as(second):
-            return unknown(f"{name} has its rows on different axes")
-        return like(first, shape)
-    if first.kind is Kind.COUNTED:
-        return first if first.elements == second.elements else mixed(f"{name} depends on the number of rows")
-    return shared(shape)
 
 
 def choice(step: Step) -> list[Value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from inferpool.backends.onnx.row_analysis.dims import (
+from inferpool.backends.row_analysis.dims import (
     ONE,
     Dim,
     broadcast,
@@ -12,8 +12,8 @@ from inferpool.backends.onnx.row_analysis.dims import (
     plus,
     product,
 )
-from inferpool.backends.onnx.row_analysis.step import Rule, Step, normal_axis
-from inferpool.backends.onnx.row_analysis.values import (
+from inferpool.backends.row_analysis.step import Rule, Step, normal_axis
+from inferpool.backends.row_analysis.values import (
     Kind,
     Shape,
     Value,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from inferpool.backends.onnx.row_analysis.dims import ONE, Dim
-from inferpool.backends.onnx.row_analysis.elementwise import combine
-from inferpool.backends.onnx.row_analysis.step import Rule, Step
-from inferpool.backends.onnx.row_analysis.values import Kind, Value, like, mixed, shared, unknown
+from inferpool.backends.row_analysis.dims import ONE, Dim
+from inferpool.backends.row_analysis.elementwise import combine
+from inferpool.backends.row_analysis.step import Rule, Step
+from inferpool.backends.row_analysis.values import Kind, Value, like, mixed, shared, unknown
 
 
 def product_of(step: Step, left: Value, right: Value) -> Value:

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from inferpool.backends.onnx.row_analysis.dims import Dim
-from inferpool.backends.onnx.row_analysis.values import Shape, Value
+from inferpool.backends.row_analysis.dims import Dim
+from inferpool.backends.row_analysis.values import Shape, Value
 
 Analyse: TypeAlias = Callable[[Any, Mapping[str, Value]], list[Value]]
 """Analyse a subgraph (a GraphProto) whose inputs have the given values; returns the values of its outputs."""
@@ -26,7 +26,7 @@ class Step:
         attributes: by name; subgraphs are GraphProtos.
         outputs: the names of its outputs; empty strings for those that are left out.
         opset: the version of the node's operation set.
-        ranks: what shape inference says of its outputs: sizes, with None for those that it does not know.
+        sizes: the sizes of its outputs as far as they are known beforehand, None for those that are not.
         analyse: how to analyse a subgraph.
     """
 
@@ -36,7 +36,7 @@ class Step:
     attributes: Mapping[str, Any]
     outputs: Sequence[str]
     opset: int
-    ranks: Sequence[tuple[int | None, ...] | None]
+    sizes: Sequence[Sequence[Dim | None] | None]
     analyse: Analyse
 
     def input(self, index: int) -> Value | None:
@@ -49,13 +49,13 @@ class Step:
 
     def fresh(self, axis: int, output: int = 0) -> Dim:
         """Return the size of an output's axis: as inferred, else a symbol of its own."""
-        inferred = self.ranks[output] if output < len(self.ranks) else None
+        inferred = self.sizes[output] if output < len(self.sizes) else None
         size = inferred[axis] if inferred is not None and axis < len(inferred) else None
-        return Dim(size) if size is not None else Dim(1, (f"{self.outputs[output]}.{axis}",))
+        return size if size is not None else Dim(1, (f"{self.outputs[output]}.{axis}",))
 
     def inferred(self, output: int = 0) -> Shape | None:
         """Return the whole shape of an output, None if its rank is not known."""
-        sizes = self.ranks[output] if output < len(self.ranks) else None
+        sizes = self.sizes[output] if output < len(self.sizes) else None
         return None if sizes is None else tuple(self.fresh(axis, output) for axis in range(len(sizes)))
 
     def integer(self, name: str, default: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from inferpool.backends.onnx.row_analysis.dims import A_ROW, ONE, ROWS, Dim
+from inferpool.backends.row_analysis.dims import A_ROW, ONE, ROWS, Dim
 
 Shape: TypeAlias = tuple[Dim, ...]
 
@@ -130,3 +130,27 @@ def unknown(reason: str) -> Value:
 def without_content(value: Value) -> Value:
     """Return the value without what is known of its content."""
     return replace(value, constant=None, elements=None)
+
+
+def joined(first: Value, second: Value, name: str) -> Value:
+    """Return what is true of a value that is either of two; unknown sizes are called after `name`."""
+    if first == second and first.constant is None:
+        return first
+    for value in (first, second):
+        if not value.is_decided:
+            return value
+    if first.kind is not second.kind:
+        return unknown(f"{name} has rows in one case only")
+    if first.shape is None or second.shape is None or len(first.shape) != len(second.shape):
+        return Value(first.kind) if first.kind is Kind.SHARED else unknown(f"{name} changes its rank")
+    shape = tuple(
+        left if left == right else Dim(1, (f"{name}.{axis}",))
+        for axis, (left, right) in enumerate(zip(first.shape, second.shape, strict=True))
+    )
+    if first.kind is Kind.ROWED:
+        if first.axis != second.axis or not first.lies_as(second):
+            return unknown(f"{name} has its rows on different axes")
+        return like(first, shape)
+    if first.kind is Kind.COUNTED:
+        return first if first.elements == second.elements else mixed(f"{name} depends on the number of rows")
+    return shared(shape)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from inferpool.backends.onnx.row_analysis.step import Rule, Step
-from inferpool.backends.onnx.row_analysis.values import Kind, Value, mixed, shared, unknown
+from inferpool.backends.row_analysis.step import Rule, Step
+from inferpool.backends.row_analysis.values import Kind, Value, mixed, shared, unknown
 
 MIXING: Final = {
     "DynamicQuantizeLinear": "takes one scale for all rows",

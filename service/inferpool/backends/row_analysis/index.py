@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from inferpool.backends.onnx.row_analysis.dims import ONE, Dim
-from inferpool.backends.onnx.row_analysis.elementwise import combine
-from inferpool.backends.onnx.row_analysis.step import Rule, Step, normal_axis
-from inferpool.backends.onnx.row_analysis.values import (
+from inferpool.backends.row_analysis.dims import ONE, Dim
+from inferpool.backends.row_analysis.elementwise import combine
+from inferpool.backends.row_analysis.step import Rule, Step, normal_axis
+from inferpool.backends.row_analysis.values import (
     Kind,
     Value,
     integers,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from inferpool.backends.onnx.row_analysis.step import Rule, Step
-from inferpool.backends.onnx.row_analysis.values import Kind, Value, mixed, rowed, shared, unknown
+from inferpool.backends.row_analysis.step import Rule, Step
+from inferpool.backends.row_analysis.values import Kind, Value, mixed, rowed, shared, unknown
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from inferpool.backends.onnx.row_analysis.dims import ONE, Dim, broadcast, minus, opaque, plus
-from inferpool.backends.onnx.row_analysis.step import Rule, Step
-from inferpool.backends.onnx.row_analysis.values import (
+from inferpool.backends.row_analysis.dims import ONE, Dim, broadcast, minus, opaque, plus
+from inferpool.backends.row_analysis.step import Rule, Step
+from inferpool.backends.row_analysis.values import (
     Kind,
     Value,
     integers,
