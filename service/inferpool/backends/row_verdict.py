@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import NamedTuple
 
 from inferpool.errors import Reason
@@ -17,6 +17,15 @@ class Independence(Enum):
     """An operation lets rows depend on one another."""
     UNKNOWN = "unknown"
     """The graph cannot be read to its end."""
+
+
+class Evidence(StrEnum):
+    """What shows that rows may share a run."""
+
+    GRAPH = "graph"
+    """Reading the graph; a short run has confirmed it."""
+    RUNS = "runs"
+    """Runs of rows alone and together. Such a model is audited while it serves."""
 
 
 class RowVerdict(NamedTuple):

@@ -9,6 +9,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Final, Literal, Protocol, TypeAlias, get_args
 
+from inferpool.backends.row_verdict import Evidence
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.labels import LabelsCodec
 from inferpool.codecs.text import TextCodec
@@ -39,6 +40,7 @@ class BatchingView:
         max_rows: the most rows of a batch.
         max_delay_ms: how long a batch waits for more rows.
         remedy: what to change so that they do; None if they do.
+        evidence: what shows that rows may share a run; None if `enabled` is not set.
     """
 
     enabled: bool = False
@@ -46,6 +48,7 @@ class BatchingView:
     max_rows: int = 1
     max_delay_ms: float = 0.0
     remedy: Reason | None = None
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True, slots=True)

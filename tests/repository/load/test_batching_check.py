@@ -12,6 +12,7 @@ import onnx
 import pytest
 from inferpool.backends.base import LoadedModel, LoadOptions
 from inferpool.backends.onnx.backend import OnnxBackend
+from inferpool.backends.row_verdict import Evidence, Independence, RowVerdict
 from inferpool.repository.load.batching_check import BatchingProof, check_batching
 from inferpool.tensors import Tensors
 from onnx import TensorProto, helper
@@ -71,6 +72,16 @@ def test_a_model_that_mixes_or_loses_rows_is_not_batched(
     proof = proof_of(FunctionModel(function))
     assert not proof.batched
     assert any(word in proof.reason for word in words.split("|")), proof.reason
+
+
+def test_the_evidence_is_the_graph_or_the_runs() -> None:
+    read = RowVerdict(Independence.INDEPENDENT, "no operation mixes rows")
+    unread = RowVerdict(Independence.UNKNOWN, "no rule for Odd")
+    for verdict, evidence in ((read, Evidence.GRAPH), (unread, Evidence.RUNS)):
+        proof = check_batching(FunctionModel(lambda x: x * 2), (), 1.0, time.perf_counter, verdict)
+        assert proof.evidence is evidence
+        assert verdict.reason in proof.reason
+    assert proof_of(FunctionModel(lambda x: x[::-1])).evidence is None
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,14 @@ class Tensor(BaseModel):
 
 
 class Batching(BaseModel):
-    """Whether rows of several requests run together, and the reason."""
+    """Whether rows of several requests run together, and the reason.
+
+    `evidence` tells whether reading the graph or running the model has shown that they may.
+    """
 
     enabled: bool
     reason: str
+    evidence: Literal["graph", "runs"] | None
     max_rows: int
     max_delay_ms: float
 
@@ -181,6 +185,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
         batching=Batching(
             enabled=batching.enabled and not live.wrong_rows,
             reason=f"turned off while serving: {live.wrong_rows}" if live.wrong_rows else batching.reason,
+            evidence=None if live.wrong_rows or batching.evidence is None else batching.evidence.value,
             max_rows=1 if live.wrong_rows else min([batching.max_rows, *live.buckets[-1:]]),
             max_delay_ms=batching.max_delay_ms,
         ),

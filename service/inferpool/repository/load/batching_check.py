@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from inferpool.backends.base import LoadedModel
-from inferpool.backends.row_verdict import Independence, RowVerdict
+from inferpool.backends.row_verdict import Evidence, Independence, RowVerdict
 from inferpool.errors import Reason, short_reason
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.comparison import compare_outputs
@@ -59,12 +59,14 @@ class BatchingProof:
     Attributes:
         reason: a sentence for `/models`, whatever the result.
         fault: why rows may not share a run; None if they may.
+        evidence: what shows that they may; None if they may not.
         rows: different rows that the model runs, along the first dimension; empty if none were found.
         alone: the outputs of each row alone, joined along the first dimension; empty unless `batched`.
     """
 
     reason: Reason
     fault: Fault | None = None
+    evidence: Evidence | None = None
     rows: Tensors = field(default_factory=dict)
     alone: Tensors = field(default_factory=dict)
 
@@ -76,7 +78,7 @@ class BatchingProof:
 
 def refuted(fault: Fault, rows: Tensors | None = None) -> BatchingProof:
     """The result for a model whose rows may not share a run; it runs `rows` one by one."""
-    return BatchingProof(fault.reason, fault, rows or {})
+    return BatchingProof(fault.reason, fault, rows=rows or {})
 
 
 def check_batching(
@@ -118,12 +120,12 @@ def check_batching(
     if isinstance(result, Fault):
         return refuted(result, rows)
     sizes = ", ".join(map(str, sorted({len(grouping) for grouping in _GROUPINGS[count]})))
-    read = (
-        graph.reason if graph.independence is Independence.INDEPENDENT else f"by runs alone ({graph.reason})"
-    )
+    evidence = Evidence.GRAPH if graph.independence is Independence.INDEPENDENT else Evidence.RUNS
+    read = graph.reason if evidence is Evidence.GRAPH else f"by runs alone ({graph.reason})"
     return BatchingProof(
         f"rows answer the same alone and together: {read}"
         f" (tried {sizes}; largest relative difference {result:.1g})",
+        evidence=evidence,
         rows=rows,
         alone=alone,
     )

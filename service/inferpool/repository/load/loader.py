@@ -348,4 +348,6 @@ def _batching_view(
         remedy = find_remedy(
             fault.obstacle, fault.tensor, is_input=fault.is_input, backend=backend.name, form=model.form
         )
-    return BatchingView(plan.batched, reason, plan.max_rows, config.batching.max_delay_ms, remedy)
+    return BatchingView(
+        plan.batched, reason, plan.max_rows, config.batching.max_delay_ms, remedy, plan.evidence
+    )

@@ -14,12 +14,16 @@ from functools import cache
 from pathlib import Path
 
 from inferpool import __version__
+from inferpool.backends.row_verdict import Evidence
 from inferpool.pool.latency_model import Measurement
 from inferpool.repository.load.batching_check import Fault
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.planner import Plan, PlanConstraints
 
 log = logging.getLogger(__name__)
+
+_FORMAT = "2"
+"""Raised whenever plans are made by other rules, so that no plan made by the old ones is found."""
 
 
 class PlanCache:
@@ -43,7 +47,14 @@ class PlanCache:
             fault = table.pop("fault")
             if fault is not None:
                 fault = Fault(Obstacle(fault[0]), *fault[1:])
-            return Plan(**table | {"table": measured, "buckets": tuple(table["buckets"]), "fault": fault})
+            evidence = table.pop("evidence")
+            known = {
+                "table": measured,
+                "buckets": tuple(table["buckets"]),
+                "fault": fault,
+                "evidence": None if evidence is None else Evidence(evidence),
+            }
+            return Plan(**table | known)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -86,6 +97,7 @@ class PlanCache:
     def _file(self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str) -> Path:
         facts = [
             __version__,
+            _FORMAT,
             runtime,
             _machine(),
             repr(constraints),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from inferpool.backends.base import LoadedModel
-from inferpool.backends.row_verdict import RowVerdict
+from inferpool.backends.row_verdict import Evidence, RowVerdict
 from inferpool.errors import Reason, short_reason
 from inferpool.pool.buckets import choose_buckets, sizes_between
 from inferpool.pool.latency_model import Measurement
@@ -75,6 +75,7 @@ class Plan:
         table: seconds by batch size.
         buckets: the sizes that batches are rounded up to on a GPU; empty if any size runs as it is.
         fault: why rows share no run, by which the remedy is found; None if they do.
+        evidence: what shows that rows may share a run; None if they do not.
     """
 
     batched: bool
@@ -85,6 +86,7 @@ class Plan:
     table: tuple[Measurement, ...] = ()
     buckets: tuple[int, ...] = ()
     fault: Fault | None = None
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +162,32 @@ class Planner:
             instances, threads, gain = self._share_cores(model, batch, table)
         shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in sorted(table))
         sizes = self._buckets(table, max_rows) if proof.batched else ()
-        return Plan(proof.batched, proof.reason, max_rows, instances, threads, shared, sizes, proof.fault)
+        return Plan(
+            proof.batched,
+            proof.reason,
+            max_rows,
+            instances,
+            threads,
+            table=shared,
+            buckets=sizes,
+            fault=proof.fault,
+            evidence=proof.evidence,
+        )
 
     def _unmeasured_plan(self, proof: BatchingProof) -> Plan:
         most = (self._constraints.max_rows or UNMEASURED_ROWS) if proof.batched else 1
         buckets = self._buckets((), most)
         instances, threads = self._unmeasured_instances()
-        return Plan(proof.batched, proof.reason, most, instances, threads, buckets=buckets, fault=proof.fault)
+        return Plan(
+            proof.batched,
+            proof.reason,
+            most,
+            instances,
+            threads,
+            buckets=buckets,
+            fault=proof.fault,
+            evidence=proof.evidence,
+        )
 
     def _unmeasured_instances(self) -> tuple[int, int]:
         """Instances, and threads of a run, if nothing was measured."""
