@@ -39,7 +39,8 @@ from inferpool.pool.ports import Entry, Result, VersionKey
 from inferpool.repository.config import read_config
 from inferpool.repository.load.loader import Loaded, Loader
 from inferpool.settings import Settings
-from inferpool.system.cpu import keep_freed_memory, usable_cores
+from inferpool.system.cpu import usable_cores
+from inferpool.system.memory import keep_freed_memory
 
 from tests.backends.torch.networks import ROOT, configure, described, digits, save_exported, save_scripted
 

@@ -9,6 +9,7 @@ from inferpool.backends.registry import describe_backends
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
+from inferpool.http.predict.memory_monitor import MemoryMonitor, System, in_flight_bytes, this_system
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.results import ResultDispatcher
@@ -20,7 +21,7 @@ from inferpool.repository.catalog import Catalog
 from inferpool.repository.repository import Repository
 from inferpool.server import Server, listen
 from inferpool.settings import Settings
-from inferpool.system.cpu import keep_freed_memory
+from inferpool.system.memory import keep_freed_memory
 
 SPANS_TIMEOUT_S = 2.0
 """How long the server may take at its end to send the remaining spans."""
@@ -36,6 +37,9 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
             `OTEL_*` ask for spans that cannot be sent.
     """
     keep_freed_memory()
+    system = this_system(settings.memory_bytes)
+    derive = not settings.in_flight_bytes
+    settings = with_memory(settings, system)
     spans = make_spans()
     results = ResultDispatcher()
     metrics = Metrics(build_info(describe_backends()))
@@ -50,13 +54,14 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
         in_flight_bytes=settings.in_flight_bytes,
         recorder=RequestRecorder(AccessLog(log_lines, every=settings.access_log), spans),
     )
+    memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive)
     shared = SharedState(predictor)
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     application = make_application(repository, shared, read_batcher, metrics)
     with listen(settings.host, settings.port) as listener:
         server = Server(
-            application, repository, predictor.in_flight, results, read_batcher, metrics, settings
+            application, repository, predictor.in_flight, results, read_batcher, metrics, memory, settings
         )
         server.run(sockets=[listener])
     if spans is not None:
@@ -69,8 +74,17 @@ def load_all(path: Path, settings: Settings, *, remeasure: bool = False) -> Cata
 
     `remeasure` measures every model again, whatever the cache holds.
     """
+    settings = with_memory(settings, this_system(settings.memory_bytes))
     repository = Repository(
         path, settings, ResultDispatcher(), Metrics({}), time.monotonic, remeasure=remeasure
     )
     repository.load_now()
     return repository
+
+
+def with_memory(settings: Settings, system: System) -> Settings:
+    """The settings, with the bytes that follow from the memory there is in place of zeros."""
+    in_flight = settings.in_flight_bytes or in_flight_bytes(system.limit.limit, system.held())
+    return settings.model_copy(
+        update={"in_flight_bytes": in_flight, "queue_bytes": settings.queue_bytes or max(1, in_flight // 2)}
+    )

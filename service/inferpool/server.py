@@ -20,6 +20,7 @@ from inferpool.http.application import Application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.protocol import PredictProtocol
 from inferpool.http.predict.in_flight import InFlight
+from inferpool.http.predict.memory_monitor import MemoryMonitor
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import hot_path
 from inferpool.observe.gpu_metrics import gpu_readings
@@ -62,6 +63,7 @@ class Server(uvicorn.Server):
         results: ResultDispatcher,
         read_batcher: ReadBatcher,
         metrics: Metrics,
+        memory: MemoryMonitor,
         settings: Settings,
     ) -> None:
         config = uvicorn.Config(
@@ -86,6 +88,7 @@ class Server(uvicorn.Server):
         self._results = results
         self._read_batcher = read_batcher
         self._metrics = metrics
+        self._memory = memory
         self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -106,8 +109,10 @@ class Server(uvicorn.Server):
                 "large JSON bodies delay other requests: this installation lacks the C module that reads"
                 " them; install a C compiler and reinstall Inferpool"
             )
+        self._memory.start()
         self._repository.start(self._loaded)
         await super().serve(sockets)
+        self._memory.close()
         self._read_batcher.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -149,6 +154,9 @@ class Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         self._watch_gpus()
+        # A later load may use a GPU that no model uses yet.
+        on_cpu = self._settings.devices == (CPU,) or not cuda_driver().gpus()
+        self._memory.settle(bound_data=on_cpu)
         health = self._repository.health()
         for name, problem in health.problems.items():
             log.warning("%s: %s", name, problem)

@@ -45,13 +45,19 @@ class Settings(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
         default=64 * 1024 * 1024, description="Largest request body in bytes, before and after decompression."
     )
-    in_flight_bytes: Annotated[int, Field(ge=1)] = Field(
-        default=512 * 1024 * 1024,
-        description="Bytes of request bodies that all models together may hold; also the limit for the"
-        " outputs of one text request.",
+    memory_bytes: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Bytes of memory that the server may take; 0 takes the limit of the cgroup, or without"
+        " one the memory of the machine.",
     )
-    queue_bytes: Annotated[int, Field(ge=1)] = Field(
-        default=256 * 1024 * 1024, description="Bytes of inputs that may wait for one model."
+    in_flight_bytes: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Bytes that the requests of all models together may hold; 0 takes half of the memory that"
+        " loaded models leave, up to 4 GiB.",
+    )
+    queue_bytes: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Bytes of inputs that may wait for one model; 0 takes half of `in_flight_bytes`.",
     )
     queue_ms: Annotated[float, Field(gt=0)] = Field(
         default=5000.0, description="Milliseconds of work that may wait for one model, by its measured rate."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from inferpool.system.cpu import keep_freed_memory
+from inferpool.system.memory import keep_freed_memory
 
 _ENVIRONMENT: Final = {
     # By default a thread that waits for the other threads of a run spins, and takes the core that they need.

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-from inferpool.errors import Overloaded
+from inferpool.errors import BodyTooLarge, InferpoolError, Overloaded
 from inferpool.http.predict.context import PredictContext
 
 
 class ByteBudget:
     """Counts bytes of bodies, and of responses that clients do not read, against one limit.
 
-    Each request's share is in its `PredictContext.reserved_bytes`. For the event loop alone.
+    Each request's share is in its `PredictContext.reserved_bytes`. For the event loop alone; the
+    `MemoryMonitor` sets the bounds from its thread.
 
     Attributes:
         limit: bytes that all requests may hold together.
-        used: bytes that they hold now.
+        most: bytes that a request may hold while it is alone; at least `limit`.
+        used: bytes that all requests hold now.
     """
 
-    __slots__ = ("limit", "used")
+    __slots__ = ("limit", "most", "used")
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit = self.most = limit
         self.used = 0
 
     def check(self, size: int) -> None:
-        """Raise Overloaded if a body of `size` bytes would find no room now; reserve nothing."""
-        if self.used and self.used + size > self.limit:
-            raise self._overloaded(size, self.used)
+        """Raise an error if a body of `size` bytes would find no room now; reserve nothing.
+
+        Raises BodyTooLarge or Overloaded.
+        """
+        if self.used + size > self.limit and (self.used or size > self.most):
+            raise self._refusal(size, self.used, size)
 
     def reserve(self, context: PredictContext, size: int) -> None:
-        """Reserve `size` more bytes of body; raises Overloaded if the other requests leave no room.
+        """Reserve `size` more bytes for a request.
 
-        A request that is alone gets its bytes whatever their number: the limit must not make it impossible.
+        A request that is alone gets more than `limit`, which may be a small setting, but never more than
+        `most`: that much memory there is.
+
+        Raises Overloaded if the other requests leave no room, BodyTooLarge if there is never room for it.
         """
-        others = self.used - context.reserved_bytes
-        if others and self.used + size > self.limit:
-            raise self._overloaded(size, others)
-        self.used += size
+        used = self.used + size
+        if used > self.limit:
+            others, own = self.used - context.reserved_bytes, context.reserved_bytes + size
+            if others or own > self.most:
+                raise self._refusal(size, others, own)
+        self.used = used
         context.reserved_bytes += size
 
     def hold(self, context: PredictContext, size: int) -> None:
@@ -48,7 +58,14 @@ class ByteBudget:
         self.used -= context.reserved_bytes
         context.reserved_bytes = 0
 
-    def _overloaded(self, size: int, others: int) -> Overloaded:
+    def _refusal(self, size: int, others: int, own: int) -> InferpoolError:
+        """The error for `size` more bytes of a request that would then hold `own` beside `others`."""
+        if own > self.most:
+            return BodyTooLarge(
+                f"the request takes {own} bytes of memory, and this server has {self.most} for one request;"
+                " send fewer rows at a time",
+                limit=self.most,
+            )
         return Overloaded(
             f"no room for {size} bytes: other requests hold {others} of {self.limit} bytes; try again later"
         )

@@ -1,0 +1,212 @@
+"""Keeps the server below its memory limit: derives the bytes that requests may hold, and trims the heap.
+
+The kernel ends a process that exceeds its cgroup's limit. So the bytes that all requests may hold together
+follow from that limit, less what the process holds without requests. Three things keep the sum below it:
+
+- `ByteBudget` refuses requests beyond these bytes.
+- Freed memory goes back to the kernel after a burst, because glibc keeps it otherwise.
+- A limit on the data of the process (RLIMIT_DATA) makes allocations fail that no budget has counted. They
+  fail one request with `MemoryError`, and the server goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from inferpool.http.predict.budget import ByteBudget
+from inferpool.observe.metrics import Metrics, Sample
+from inferpool.system.memory import (
+    MemoryLimit,
+    MemoryUse,
+    limit_data,
+    memory_limit,
+    memory_use,
+    release_freed_memory,
+)
+
+log = logging.getLogger(__name__)
+
+MIB: Final = 2**20
+LEAST_MARGIN_BYTES: Final = 32 * MIB
+"""Memory that requests never get, for what nobody counts: stacks, the interpreter, the kernel's buffers."""
+COPIES: Final = 2
+"""Bytes of memory for each byte that a request reserves: a batch is a copy of its requests' tensors, and the
+outputs of a run exist before they are counted."""
+LEAST_IN_FLIGHT_BYTES: Final = 1 * MIB
+"""Bytes that requests may hold even if the models leave no memory; small requests are still answered."""
+MOST_IN_FLIGHT_BYTES: Final = 4096 * MIB
+"""Bytes that requests may hold at most unless a setting says more; they are seconds of work for any model."""
+LOOK_S: Final = 1.0
+"""Pause between two looks at the memory."""
+LEAST_TRIM_S: Final = 5.0
+"""Pause after a trim; it doubles with each trim that gives back little, up to `MOST_TRIM_S`."""
+MOST_TRIM_S: Final = 600.0
+_SPARE_THREADS: Final = 8
+"""Threads whose stacks the data limit leaves room for until the next look."""
+_STACK_BYTES: Final = 8 * MIB
+"""Address space of a thread's stack if there is no limit on stacks."""
+
+
+def in_flight_bytes(limit: int, held: int) -> int:
+    """Bytes that requests may hold together in a process that holds `held` of `limit` bytes without them."""
+    room = limit - held - max(LEAST_MARGIN_BYTES, limit // 10)
+    return max(LEAST_IN_FLIGHT_BYTES, min(MOST_IN_FLIGHT_BYTES, room // COPIES))
+
+
+class System(NamedTuple):
+    """The calls that the monitor makes; tests give others."""
+
+    limit: MemoryLimit
+    held: Callable[[], int]
+    use: Callable[[], MemoryUse] = memory_use
+    trim: Callable[[], bool] = release_freed_memory
+    limit_data: Callable[[int | None], bool] = limit_data
+    clock: Callable[[], float] = time.monotonic
+
+
+def this_system(memory_bytes: int) -> System:
+    """The calls for this process, whose limit is `memory_bytes`; 0 takes the cgroup's or the machine's."""
+    limit = MemoryLimit(memory_bytes) if memory_bytes else memory_limit()
+    return System(limit, limit.held)
+
+
+class MemoryMonitor:
+    """A thread that looks at the memory of the process once a second.
+
+    It gives freed memory back once a burst is over. It then measures what the process holds without requests,
+    and sets the budget accordingly.
+    """
+
+    def __init__(self, system: System, budget: ByteBudget, metrics: Metrics, *, derive: bool) -> None:
+        """`derive` sets the limit of `budget`; otherwise only the memory of a request alone is bounded."""
+        self._system = system
+        self._budget = budget
+        self._derive = derive
+        self._bounds_data = False
+        self._data_bytes = 0
+        self._threads = 0
+        self._base = system.use().held
+        self._quiet = 0
+        self._trimmed_at = system.clock()
+        self._pause_s = LEAST_TRIM_S
+        self._trims = metrics.value("memory_trims_total")
+        self._trim_s = metrics.value("memory_trim_seconds_total")
+        self._trimmed = metrics.value("memory_trimmed_bytes_total")
+        self._working = threading.Lock()
+        self._closed = threading.Event()
+        self._worker = threading.Thread(target=self._run, name="memory", daemon=True)
+        metrics.add_source(self._readings)
+        self._set_budget()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._worker.start()
+
+    def close(self) -> None:
+        """End the thread, and allow all allocations again."""
+        self._closed.set()
+        if self._worker.is_alive():
+            self._worker.join()
+        if self._bounds_data:
+            self._system.limit_data(None)
+
+    def settle(self, *, bound_data: bool) -> None:
+        """Take note that models have been loaded: trim, derive the budget anew, and bound the data.
+
+        `bound_data` is False if a model runs on a GPU: CUDA maps more writable memory than it uses.
+        """
+        with self._working:
+            self._trim()
+            use = self._system.use()
+            self._bounds_data = bound_data and use.data > 0
+            if self._bounds_data:
+                others = max(0, self._system.held() - use.held)
+                # Memory that is mapped and was never touched: mostly stacks. Trimmed memory stays mapped, so
+                # this is not measured again after a burst.
+                untouched = use.data - use.held
+                self._data_bytes = self._system.limit.limit - others + untouched
+                self._threads = threading.active_count()
+            self._set_data_limit()
+        limit, budget = self._system.limit.limit, self._budget
+        log.info(
+            "memory: %d MiB of %d MiB are held without requests; requests may hold %d MiB",
+            self._base // MIB, limit // MIB, budget.limit // MIB,
+        )  # fmt: skip
+        if budget.limit <= LEAST_IN_FLIGHT_BYTES and self._derive:
+            log.warning(
+                "memory: the models leave no room for requests of more than %d MiB; give the server more than"
+                " %d MiB, or serve fewer models",
+                budget.limit // MIB, limit // MIB,
+            )  # fmt: skip
+
+    def look(self) -> None:
+        """Trim if a burst is over or memory is short, and has been freed."""
+        with self._working:
+            system, used = self._system, self._budget.used
+            limit = system.limit.limit
+            held = system.use().held
+            excess = held - self._base - used
+            self._quiet = self._quiet + 1 if used <= limit // 32 else 0
+            self._set_data_limit()
+            short = held > limit - limit // 4
+            waited_s = system.clock() - self._trimmed_at
+            if excess < max(LEAST_MARGIN_BYTES // 2, limit // 64 if self._quiet else limit // 16):
+                return
+            if (self._quiet >= 2 or short) and waited_s >= self._pause_s:
+                freed = self._trim()
+                self._pause_s = LEAST_TRIM_S if freed >= excess // 4 else min(MOST_TRIM_S, 2 * self._pause_s)
+
+    def _run(self) -> None:
+        while not self._closed.wait(LOOK_S):
+            try:
+                self.look()
+            except Exception:
+                log.exception("looking at the memory failed")
+
+    def _trim(self) -> int:
+        """Give freed memory back and derive the budget anew; returns the bytes given back."""
+        system = self._system
+        before, began = system.use().held, system.clock()
+        system.trim()
+        self._trimmed_at = system.clock()
+        self._base = system.use().held - self._budget.used
+        freed = max(0, before - system.use().held)
+        self._trims.add()
+        self._trim_s.add(self._trimmed_at - began)
+        self._trimmed.add(freed)
+        self._set_budget()
+        return freed
+
+    def _set_budget(self) -> None:
+        budget, limit = self._budget, self._system.limit.limit
+        room = in_flight_bytes(limit, self._system.held() - budget.used)
+        if self._derive:
+            budget.limit = budget.most = room
+        else:
+            budget.most = max(budget.limit, room)
+
+    def _set_data_limit(self) -> None:
+        if self._bounds_data:
+            # Each thread that has started since maps a stack, which it hardly touches.
+            more = max(0, threading.active_count() - self._threads) + _SPARE_THREADS
+            self._system.limit_data(self._data_bytes + more * stack_bytes())
+
+    def _readings(self) -> list[Sample]:
+        budget = self._budget
+        return [
+            ("memory_limit_bytes", (), float(self._system.limit.limit)),
+            ("memory_held_bytes", (), float(self._system.held())),
+            ("in_flight_bytes", (), float(budget.used)),
+            ("in_flight_limit_bytes", (), float(budget.limit)),
+        ]
+
+
+def stack_bytes() -> int:
+    """Address space that the C library maps for the stack of a thread."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return _STACK_BYTES if soft == resource.RLIM_INFINITY else soft

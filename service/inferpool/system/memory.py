@@ -1,0 +1,156 @@
+"""The memory that this process may take, and the memory that it has.
+
+The limit is that of the cgroup, or the memory of the machine. The kernel ends a process that exceeds its
+cgroup's limit, without a word and with every request in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from inferpool.system.cgroups import ROOT, own_cgroups
+
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_LARGEST_KEPT_BYTES: Final = 32 * 2**20
+"""The largest M_MMAP_THRESHOLD that glibc allows."""
+_KEPT_BYTES: Final = 128 * 2**20
+_UNLIMITED: Final = 2**60
+"""Version 1 writes about 2**63 if there is no limit."""
+_KIB: Final = 1024
+
+
+class MemoryUse(NamedTuple):
+    """What this process takes.
+
+    Attributes:
+        held: bytes of memory that the kernel cannot take back: not those of files.
+        data: bytes of its private writable address space, touched or not; RLIMIT_DATA bounds them.
+    """
+
+    held: int
+    data: int
+
+
+class MemoryLimit(NamedTuple):
+    """How much memory there is for this process and all others in its cgroup.
+
+    Attributes:
+        limit: bytes in total.
+        cgroup: the folder of the cgroup whose limit this is; None if it is the memory of the machine.
+        version: of the cgroup's hierarchy, 1 or 2.
+    """
+
+    limit: int
+    cgroup: Path | None = None
+    version: int = 2
+
+    def held(self, root: Path = ROOT) -> int:
+        """Bytes of the limit that are taken and that the kernel cannot take back.
+
+        Those are this process's, or those of all processes in the cgroup, whichever are more.
+        """
+        own = memory_use(root).held
+        if self.cgroup is None:
+            return own
+        names = ("memory.current", "file", "shmem")
+        if self.version == 1:
+            names = ("memory.usage_in_bytes", "total_cache", "total_shmem")
+        used, cached, shared = names
+        try:
+            stat = dict(line.split() for line in (self.cgroup / "memory.stat").read_text().splitlines())
+            taken = int((self.cgroup / used).read_text()) - int(stat[cached]) + int(stat.get(shared, 0))
+        except (OSError, ValueError, KeyError):
+            return own
+        return max(own, taken)
+
+
+def memory_limit(root: Path = ROOT) -> MemoryLimit:
+    """The tightest memory limit from this process's cgroup up to the root, or the memory of the machine.
+
+    `root` contains `proc` and `sys`. Sources: the kernel's documents cgroup-v2.rst (memory.max, memory.high)
+    and cgroup-v1/memory.rst (memory.limit_in_bytes).
+    """
+    machine = _kib_of(root / "proc/meminfo", "MemTotal") or _UNLIMITED
+    tightest = MemoryLimit(machine)
+    for version, folder in own_cgroups("memory", root):
+        for name in ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",):
+            try:
+                limit = int((folder / name).read_text())
+            except (OSError, ValueError):  # there is no such file, or it says "max"
+                continue
+            if limit < tightest.limit:
+                tightest = MemoryLimit(limit, folder, version)
+    return tightest
+
+
+def memory_use(root: Path = ROOT) -> MemoryUse:
+    """What this process takes now; zeros if the kernel does not say."""
+    status = root / "proc/self/status"
+    anonymous = _kib_of(status, "RssAnon")
+    held = anonymous + _kib_of(status, "RssShmem") if anonymous else _kib_of(status, "VmRSS")
+    return MemoryUse(held, _kib_of(status, "VmData"))
+
+
+def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
+    """Make glibc keep up to `most_bytes` of freed memory for the next request, or less if there is little.
+
+    By default glibc maps every block of 128 KiB or more from the kernel and returns it when it is freed. Each
+    body or batch of that size then costs page faults, which for a request of 600 KB take longer than
+    everything else. Source: mallopt(3).
+
+    What is kept is no other block's. So at most a 32nd of the memory limit is kept at the end of each heap,
+    and blocks of a 64th are returned.
+
+    Returns False, and changes nothing, if a `MALLOC_*` variable is set or the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    limit = memory_limit().limit
+    block = min(_LARGEST_KEPT_BYTES, limit // 64)
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, block) and mallopt(_M_TRIM_THRESHOLD, min(most_bytes, limit // 32))
+    )
+
+
+def release_freed_memory() -> bool:
+    """Give freed memory back to the kernel; False if there was none or the C library is not glibc.
+
+    The interpreter's lock is released meanwhile. Source: malloc_trim(3).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))
+
+
+def limit_data(most_bytes: int | None) -> bool:
+    """Make allocations fail that would give this process more than `most_bytes` of data; None allows all.
+
+    The bound is on private writable memory (RLIMIT_DATA), not on the address space (RLIMIT_AS). CUDA, PyTorch
+    and glibc reserve addresses by the gigabyte that they never write to. Only the soft limit is set, so it
+    may be raised again. Returns False if the system refuses. Source: setrlimit(2).
+    """
+    try:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = resource.RLIM_INFINITY if most_bytes is None else most_bytes
+        if hard != resource.RLIM_INFINITY:
+            wanted = hard if wanted == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _kib_of(file: Path, field: str) -> int:
+    """The bytes of a line `field: N kB` of a file in `proc`; 0 if there is none."""
+    try:
+        for line in file.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * _KIB
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0
