@@ -22,16 +22,16 @@ ROOT = Path(__file__).resolve().parent
 SOURCE = "service/inferpool"
 HOT_PATH = [
     *(f"{SOURCE}/http/connection/{name}.py" for name in (
-        "batched_reads", "batched_writes", "connection", "deferred_calls", "exchange", "head_cache",
-        "response_head", "shared")),
+        "batched_reads", "batched_writes", "connection", "deferred_calls", "exchange", "exchange_state",
+        "fast_path", "head_cache", "response_head", "shared")),
     *(f"{SOURCE}/http/predict/{name}.py" for name in (
         "api", "body_buffer", "budget", "context", "in_flight", "offload", "predictor", "recorder",
         "request_head", "request_id", "request_metrics", "resolver", "response", "results",
         "served_version")),
     *(f"{SOURCE}/http/{name}.py" for name in ("native/api", "native/bodies", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
-        "admission", "batch", "entry_queue", "instance", "instance_set", "latency_model", "ordered_queue",
-        "pool", "ports", "retries", "router", "splitting", "stats")),
+        "admission", "batch", "completion", "entry_queue", "instance", "instance_set", "latency_model",
+        "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
         "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",

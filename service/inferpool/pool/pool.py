@@ -18,6 +18,7 @@ from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.batch import Batch, Outcome, Run
 from inferpool.pool.buckets import BatchBuckets
+from inferpool.pool.completion import Completion
 from inferpool.pool.entry_queue import Drop, Queue
 from inferpool.pool.instance import Instance
 from inferpool.pool.instance_set import InstanceSet
@@ -75,9 +76,8 @@ class Pool:
         self._lock = threading.Lock()
         self._queue = Queue(limits, latency.seconds, latency.safety_factor)
         self._instances = InstanceSet(key, self, clock, self.log_limiter)
-        # By the id of the request's own entry; a request is in here until it has its result.
-        self._splits: dict[int, SplitRequest] = {}
         self._retries = Retries()
+        self._completion = Completion(self._queue, self._retries, self._stats, clock)
         self._last_run = clock()
         self._closed = False
 
@@ -96,7 +96,7 @@ class Pool:
             else:  # such an entry is never late
                 self._queue.offer(entry, entry.arrived, [0.0] * len(self._instances))
             if entry.parts or self.limits.is_large(entry):
-                self._splits[entry.id] = SplitRequest(entry)
+                self._completion.expect_slices(entry)
             self._instances.wake_for(self._queue.load, self.limits.batch_rows)
             for _ in entry.parts[1:]:
                 self._instances.wake_for(self._queue.load, self.limits.batch_rows)
@@ -112,9 +112,7 @@ class Pool:
     def cancel(self, entry_id: int, reason: str) -> None:
         """Drop an entry that still waits, for `disconnected` or `deadline`. A run that has begun goes on."""
         with self._lock:
-            split = self._splits.get(entry_id)
-            entry = self._remove(entry_id) if split is None else self._remove_split(split)
-            results = self._dropped([Drop(entry, reason)]) if entry is not None else []
+            results = self._completion.cancel(entry_id, reason)
         self._put(results)
 
     def waiting(self) -> Waiting:
@@ -160,7 +158,7 @@ class Pool:
         deadline = self._clock() + timeout_s
         ended = [instance.join(max(0.0, deadline - self._clock())) for instance in instances]
         with self._lock:
-            results = self._give_up("draining")
+            results = self._completion.give_up("draining")
         self._put(results)
         return all(ended)
 
@@ -194,10 +192,11 @@ class Pool:
         """Answer the entries of a batch that has run, and keep its measurements."""
         results: list[Result] = []
         complete: list[SplitRequest] = []
+        completion = self._completion
         with self._lock:
             instance.busy_until = 0.0
             for outcome in run.outcomes:
-                split = self._end(outcome, batch, run.compute_s, results)
+                split = completion.end(outcome, batch, run.compute_s, results)
                 if split is not None:
                     complete.append(split)
             # The web side's thread can wake up while this one does the rest. A client that has its answer
@@ -226,9 +225,9 @@ class Pool:
             self._queue.admission.bound_by_time(len(self._instances))
             if batch is not None:
                 for outcome in self._retries.add(batch, self._clock()):
-                    self._end(outcome, batch, 0.0, results)
+                    self._completion.end(outcome, batch, 0.0, results)
             if not len(self._instances):
-                results += self._give_up("draining" if self._closed else "lost")
+                results += self._completion.give_up("draining" if self._closed else "lost")
             for _ in range(min(self._instances.idle_count, len(self._retries))):
                 self._instances.wake_one()
         self._put(results)
@@ -247,7 +246,7 @@ class Pool:
         batch = self._next_retry(now, results)
         if batch is None:
             taken = self._queue.take(now)
-            results += self._dropped(taken.drops)
+            results += self._completion.drop(taken.drops)
             if not taken.slices:
                 return None
             batch = Batch(taken.slices, self.batched, taken.reason, now, self._padding)
@@ -259,84 +258,23 @@ class Pool:
     def _next_retry(self, now: float, results: list[Result]) -> Batch | None:
         while (batch := self._retries.take()) is not None:
             row_slice = batch.slices[0]
-            if row_slice.is_split and self._split_of(row_slice.entry) is None:
+            if row_slice.is_split and self._completion.split_of(row_slice.entry) is None:
                 self._retries.forget(batch)  # the request ended with another of its slices
             elif row_slice.entry.deadline <= now:
                 self._retries.forget(batch)
-                self._end(Outcome(row_slice, None, DROPPED["deadline"]()), batch, 0.0, results)
+                self._completion.end(Outcome(row_slice, None, DROPPED["deadline"]()), batch, 0.0, results)
             else:
                 return batch
         return None
 
-    # Under the lock: how entries end.
-
-    def _split_of(self, entry: Entry) -> SplitRequest | None:
-        """Return the split request that runs `entry`; None if the request has its result."""
-        return self._splits.get(entry.part_of or entry.id)
-
-    def _end(
-        self, outcome: Outcome, batch: Batch, compute_s: float, results: list[Result]
-    ) -> SplitRequest | None:
-        """Take the outcome of a slice; adds the result, if the entry has one now.
-
-        Returns the split request whose last outcome this is, and whose outputs are to be joined.
-        """
-        row_slice = outcome.row_slice
-        entry = row_slice.entry
-        queue_s = batch.taken - entry.arrived
-        if not row_slice.is_split:
-            results.append(Result(entry.id, outcome.outputs, outcome.error, queue_s, compute_s, batch.rows))
-            return None
-        split = self._split_of(entry)
-        if split is None or not split.add(outcome, queue_s, compute_s, batch.rows):
-            return None
-        del self._splits[split.entry.id]
-        if split.error is None:
-            return split
-        self._remove_split(split)
-        results.append(split.result())
-        return None
-
-    def _remove(self, entry_id: int) -> Entry | None:
-        """Take out an entry that waits, for its first or second run; None if it does not wait."""
-        waiting, retry = self._queue.remove(entry_id), self._retries.remove(entry_id)
-        return waiting or retry
-
-    def _remove_split(self, split: SplitRequest) -> Entry | None:
-        """Take out everything of a split request that waits; returns its entry, or None if nothing waits."""
-        removed = [self._remove(entry.id) for entry in split.queued_entries]
-        return split.entry if any(entry is not None for entry in removed) else None
-
-    def _dropped(self, drops: list[Drop]) -> list[Result]:
-        """Return the results of dropped entries; a split request is dropped with the first of its parts."""
-        results: list[Result] = []
-        now = self._clock()
-        for entry, reason in drops:
-            compute_s = 0.0
-            split = self._split_of(entry)
-            if split is not None:
-                del self._splits[split.entry.id]
-                self._remove_split(split)
-                entry, compute_s = split.entry, split.compute_s
-            elif entry.part_of:
-                continue
-            self._stats.count_drop(reason)
-            results.append(Result(entry.id, None, DROPPED[reason](), now - entry.arrived, compute_s))
-        return results
+    # Under the lock: what was measured.
 
     def _stop_batching(self, reason: Reason) -> list[Result]:
         """Run every entry alone from here on; entries that only run in slices are answered with an error."""
         self.batched = False
         self.wrong_rows = reason
         self.limits.batch_rows = 1
-        return self._dropped([Drop(entry, "unbatched") for entry in self._queue.remove_large()])
-
-    def _give_up(self, reason: str) -> list[Result]:
-        """Answer everything that waits, because no instance is left to run it."""
-        results: list[Result] = []
-        for retry in self._retries.clear():
-            self._end(Outcome(retry.slices[0], None, DROPPED[reason]()), retry, 0.0, results)
-        return results + self._dropped([Drop(entry, reason) for entry in self._queue.remove_all()])
+        return self._completion.drop([Drop(entry, "unbatched") for entry in self._queue.remove_large()])
 
     def _keep(self, instance: Instance, batch: Batch, run: Run) -> None:
         """Count a batch that has run, and bound what may wait by how long it took."""

@@ -20,7 +20,8 @@ from hypothesis.stateful import (
 from inferpool.codecs.text import Rows
 from inferpool.errors import MalformedBody, TooSlow
 from inferpool.http.connection import batched_writes
-from inferpool.http.connection.exchange import (
+from inferpool.http.connection.exchange import Exchange
+from inferpool.http.connection.exchange_state import (
     DECODING,
     DONE,
     ENCODING,
@@ -31,7 +32,6 @@ from inferpool.http.connection.exchange import (
     STATES,
     WAITING,
     WRITING,
-    Exchange,
 )
 from inferpool.http.predict.offload import HEAVY_JSON_BYTES
 from inferpool.observe.build_info import hot_path

@@ -14,7 +14,7 @@ import os
 from typing import Any, Final
 
 from inferpool.http.connection.connection import Connection
-from inferpool.http.connection.exchange import try_cached_head
+from inferpool.http.connection.fast_path import try_cached_head
 
 try:
     from select import EPOLLIN, epoll

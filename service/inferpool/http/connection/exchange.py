@@ -14,6 +14,18 @@ from typing import Any, Final
 from inferpool.errors import DeadlineExceeded, InferpoolError
 from inferpool.http.connection.body_receiver import LEAST_RECEIVED_BYTES
 from inferpool.http.connection.connection import Connection
+from inferpool.http.connection.exchange_state import (
+    DECODING,
+    DONE,
+    ENCODING,
+    FOLLOWER_BITS,
+    QUEUED,
+    READING,
+    READY,
+    STATES,
+    WAITING,
+    WRITING,
+)
 from inferpool.http.connection.response_head import response_head
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.body_buffer import BodyBuffer
@@ -25,41 +37,6 @@ from inferpool.tensors import Tensors
 
 _JOINED_BYTES: Final = 64 * 1024
 """A response up to this size is written in one piece with its head."""
-
-# Integers, because mypyc compiles comparisons of enum members to calls. The states of a turn are READING and
-# above.
-WAITING: Final = 0
-"""Earlier requests are answered first; the body is being received."""
-READY: Final = 1
-"""Earlier requests are answered first; the body is complete, or an error is to be the response."""
-READING: Final = 2
-"""It is this request's turn; the body is being received."""
-DECODING: Final = 3
-"""The body is decoded, maybe in a thread, or its tensors wait for the end of the loop's iteration."""
-QUEUED: Final = 4
-"""The entry waits in the queue, or runs."""
-ENCODING: Final = 5
-"""The response is made, maybe compressed in a thread."""
-WRITING: Final = 6
-"""The response is with the transport, or waits there for its client to read."""
-DONE: Final = 7
-"""The response is complete, or the client is gone."""
-
-STATES: Final = ("WAITING", "READY", "READING", "DECODING", "QUEUED", "ENCODING", "WRITING", "DONE")
-
-FOLLOWERS: Final[tuple[tuple[int, ...], ...]] = (
-    (READY, READING, DONE),  # from WAITING
-    (READING, DONE),  # from READY
-    (DECODING, WRITING, DONE),  # from READING
-    (QUEUED, WRITING, DONE),  # from DECODING
-    (ENCODING, DONE),  # from QUEUED
-    (WRITING, DONE),  # from ENCODING
-    (DONE,),  # from WRITING
-    (),  # from DONE
-)
-"""The states that may follow each state."""
-
-_FOLLOWER_BITS: Final = [sum(1 << state for state in followers) for followers in FOLLOWERS]
 
 
 class Exchange:
@@ -266,7 +243,7 @@ class Exchange:
 
     def _move(self, to: int) -> None:
         """Enter the state `to`; the timer of the state before is cancelled."""
-        if not _FOLLOWER_BITS[self._state] & (1 << to):
+        if not FOLLOWER_BITS[self._state] & (1 << to):
             raise RuntimeError(f"an exchange cannot go from {STATES[self._state]} to {STATES[to]}")
         self._state = to
         if self._timer is not None:
@@ -381,25 +358,3 @@ class Exchange:
         self._predictor.release(self._context)
         if had_turn:
             self._predictor.in_flight.leave()
-
-
-def try_cached_head(connection: Connection, data: bytes, now: float) -> bool:
-    """Answer the request `data`, received at `now`, if it is complete and its head is cached.
-
-    Returns False, and does nothing, if the parser has to read `data`, or if earlier requests are not answered
-    yet.
-    """
-    if connection.current is not None or not connection.between_requests:
-        return False
-    found = connection.shared.heads.find(data)
-    if found is None:
-        return False
-    cached, body = found
-    connection.last_received = now
-    connection.idle_since = None
-    connection.unparsed_bytes = 0
-    context = PredictContext(cached.api, cached.head, connection.shared.predictor.clock())
-    exchange = Exchange(connection, context, keep_alive=True, expects_100=False)
-    connection.last = connection.current = exchange
-    exchange.run(body)
-    return True

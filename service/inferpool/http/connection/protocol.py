@@ -20,7 +20,8 @@ from inferpool.http.asgi import FOLLOWS, find_api
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.body_receiver import BodyReceiver
 from inferpool.http.connection.connection import Connection
-from inferpool.http.connection.exchange import Exchange, try_cached_head
+from inferpool.http.connection.exchange import Exchange
+from inferpool.http.connection.fast_path import try_cached_head
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.connection.slow_client import SlowClientTimer
 from inferpool.http.predict.api import InferenceApi, Target
