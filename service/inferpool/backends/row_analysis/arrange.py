@@ -62,8 +62,7 @@ def reshape_to(step: Step, value: Value, target: Shape) -> Value:
 
 def reshape(step: Step) -> list[Value]:
     """Reshape, with 0 (as it was) and -1 (what is left)."""
-    value, wanted = step.inputs[0], step.input(1)
-    assert value is not None
+    value, wanted = step.required(0), step.input(1)
     if "shape" in step.attributes:
         elements: Shape | None = tuple(Dim(int(each)) for each in step.attributes["shape"])
     else:
@@ -132,8 +131,7 @@ def flatten(step: Step) -> list[Value]:
 
 def squeeze(step: Step) -> list[Value]:
     """Squeeze: axes of size 1 go."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     axes = step.numbers("axes", 1)
     if value.elements is not None and len(value.elements) == 1:
         return [Value(value.kind, (), elements=value.elements)]
@@ -153,8 +151,7 @@ def squeeze(step: Step) -> list[Value]:
 
 def unsqueeze(step: Step) -> list[Value]:
     """Unsqueeze: axes of size 1 come in."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     axes = step.numbers("axes", 1)
     if value.elements is not None and value.rank == 0:
         return [Value(value.kind, (ONE,), elements=value.elements)]
@@ -201,8 +198,7 @@ def concat(step: Step) -> list[Value]:
 
 def split(step: Step) -> list[Value]:
     """Split: along any axis but that of the rows."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     count = len(step.outputs)
     if value.kind is not Kind.ROWED:
         if value.kind is Kind.COUNTED:
@@ -222,9 +218,7 @@ def split(step: Step) -> list[Value]:
 
 def expand(step: Step) -> list[Value]:
     """Expand: values that all rows share may be given rows, each with the same content."""
-    value, wanted = step.inputs[0], step.inputs[1]
-    assert value is not None
-    assert wanted is not None
+    value, wanted = step.required(0), step.required(1)
     if value.kind is Kind.COUNTED:
         return [mixed(f"{step.label} makes data of the number of rows")]
     if value.kind is Kind.SHARED and wanted.kind is Kind.SHARED:
@@ -261,8 +255,7 @@ def expand(step: Step) -> list[Value]:
 
 def constant_of_shape(step: Step) -> list[Value]:
     """ConstantOfShape: each row gets the same."""
-    wanted = step.inputs[0]
-    assert wanted is not None
+    wanted = step.required(0)
     if wanted.kind is Kind.SHARED:
         return [shared(step.inferred() or (wanted.elements or None))]
     if wanted.elements is None:
@@ -276,9 +269,7 @@ def constant_of_shape(step: Step) -> list[Value]:
 
 def tile(step: Step) -> list[Value]:
     """Tile: the rows may be repeated, block by block."""
-    value, repeats = step.inputs[0], step.inputs[1]
-    assert value is not None
-    assert repeats is not None
+    value, repeats = step.required(0), step.required(1)
     if value.kind is Kind.SHARED and repeats.kind is Kind.SHARED:
         return [shared(step.inferred())]
     times = repeats.elements

@@ -59,8 +59,7 @@ def elementwise(step: Step) -> list[Value]:
 
 def first_input(step: Step) -> list[Value]:
     """The first input's elements are computed one by one; what the other inputs say holds for all of them."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]):
         return [unknown(f"{step.label}: a parameter depends on the rows")] * len(step.outputs)
     return [combine(step, [value])] * len(step.outputs)
@@ -68,15 +67,13 @@ def first_input(step: Step) -> list[Value]:
 
 def identity(step: Step) -> list[Value]:
     """The value as it is."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     return [value]
 
 
 def cast(step: Step) -> list[Value]:
     """Cast: sizes stay sizes."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.elements is not None:
         return [Value(value.kind, value.shape, elements=value.elements)]
     return elementwise(step)

@@ -23,9 +23,7 @@ _BEYOND: Final = 2**31 - 1
 
 def gather(step: Step) -> list[Value]:
     """Gather: from a table by the rows' indices, or from each row by shared indices."""
-    data, indices = step.inputs[0], step.inputs[1]
-    assert data is not None
-    assert indices is not None
+    data, indices = step.required(0), step.required(1)
     if data.elements is not None and indices.constant is not None and indices.constant.ndim <= 1:
         positions = [int(each) for each in indices.constant.reshape(-1)]
         if all(-len(data.elements) <= each < len(data.elements) for each in positions):
@@ -50,9 +48,7 @@ def gather(step: Step) -> list[Value]:
 
 def gather_elements(step: Step) -> list[Value]:
     """GatherElements: along any axis but that of the rows."""
-    data, indices = step.inputs[0], step.inputs[1]
-    assert data is not None
-    assert indices is not None
+    data, indices = step.required(0), step.required(1)
     if data.kind is Kind.SHARED and indices.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if data.kind is not Kind.ROWED or indices.kind is not Kind.ROWED or data.shape is None:
@@ -67,9 +63,7 @@ def gather_elements(step: Step) -> list[Value]:
 
 def gather_nd(step: Step) -> list[Value]:
     """GatherND: from a table by the rows' indices, or with `batch_dims` from each row by its own."""
-    data, indices = step.inputs[0], step.inputs[1]
-    assert data is not None
-    assert indices is not None
+    data, indices = step.required(0), step.required(1)
     if data.kind is Kind.SHARED and indices.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if data.shape is None or indices.shape is None or Kind.COUNTED in (data.kind, indices.kind):
@@ -108,8 +102,7 @@ def scatter_elements(step: Step) -> list[Value]:
 
 def slices(step: Step) -> list[Value]:
     """Slice: of any axes but that of the rows."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     starts, ends = step.numbers("starts", 1), step.numbers("ends", 2)
     axes, steps = step.numbers("axes", 3), step.numbers("steps", 4)
     if value.elements is not None and None not in (starts, ends, steps):
@@ -149,9 +142,7 @@ def slices(step: Step) -> list[Value]:
 
 def one_hot(step: Step) -> list[Value]:
     """OneHot: a new axis."""
-    indices, depth = step.inputs[0], step.inputs[1]
-    assert indices is not None
-    assert depth is not None
+    indices, depth = step.required(0), step.required(1)
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]):
         return [mixed(f"{step.label}: its depth depends on the rows")]
     if indices.kind is Kind.SHARED:
@@ -166,8 +157,7 @@ def one_hot(step: Step) -> list[Value]:
 
 def pad(step: Step) -> list[Value]:
     """Pad: of any axes but that of the rows."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]):
         return [mixed(f"{step.label} pads by what depends on the rows")]
     if value.kind is Kind.SHARED:
@@ -189,8 +179,7 @@ def pad(step: Step) -> list[Value]:
 
 def resize(step: Step) -> list[Value]:
     """Resize and Upsample: by factors or to sizes that leave the row axis as it is."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.kind is Kind.SHARED and all(other.kind is Kind.SHARED for other in step.given()):
         return [shared(step.inferred())]
     if value.kind is not Kind.ROWED or value.shape is None:
@@ -218,8 +207,7 @@ def resize(step: Step) -> list[Value]:
 
 def shape_of(step: Step) -> list[Value]:
     """Shape: the sizes, of which that of the row axis depends on the number of rows."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.kind is Kind.SHARED and value.shape is None:
         return [shared(step.inferred())]
     if value.shape is None:
@@ -232,8 +220,7 @@ def shape_of(step: Step) -> list[Value]:
 
 def size_of(step: Step) -> list[Value]:
     """Size: the product of all sizes."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.shape is None:
         return [unknown(f"{step.label}: the rank is not known")]
     total = ONE
@@ -251,9 +238,7 @@ def numbering(step: Step) -> list[Value]:
 
 def compress(step: Step) -> list[Value]:
     """Compress: along any axis but that of the rows, by a shared condition."""
-    value, condition = step.inputs[0], step.inputs[1]
-    assert value is not None
-    assert condition is not None
+    value, condition = step.required(0), step.required(1)
     if value.kind is Kind.SHARED and condition.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if "axis" not in step.attributes or condition.kind is not Kind.SHARED or value.shape is None:
@@ -266,8 +251,7 @@ def compress(step: Step) -> list[Value]:
 
 def over_matrices(step: Step) -> list[Value]:
     """Trilu, Det and Inverse: of the matrices on the last two axes."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]):
         return [mixed(f"{step.label}: a parameter depends on the rows")]
     if value.kind is Kind.SHARED:
@@ -279,9 +263,7 @@ def over_matrices(step: Step) -> list[Value]:
 
 def reverse_sequence(step: Step) -> list[Value]:
     """ReverseSequence: each row by a length of its own."""
-    value, lengths = step.inputs[0], step.inputs[1]
-    assert value is not None
-    assert lengths is not None
+    value, lengths = step.required(0), step.required(1)
     if value.kind is Kind.SHARED and lengths.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if value.kind is not Kind.ROWED or lengths.kind is not Kind.ROWED or not value.lies_as(lengths):
@@ -293,9 +275,7 @@ def reverse_sequence(step: Step) -> list[Value]:
 
 def quantise(step: Step) -> list[Value]:
     """QuantizeLinear and DequantizeLinear: one scale for all, or one for each index of another axis."""
-    value, scale = step.inputs[0], step.inputs[1]
-    assert value is not None
-    assert scale is not None
+    value, scale = step.required(0), step.required(1)
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]):
         return [unknown(f"{step.label}: its scale depends on the rows")]
     if value.kind is Kind.SHARED:
@@ -312,9 +292,7 @@ def quantise(step: Step) -> list[Value]:
 
 def feature_extractor(step: Step) -> list[Value]:
     """ArrayFeatureExtractor: from the last axis by shared indices, or from a shared list by the rows' own."""
-    value, indices = step.inputs[0], step.inputs[1]
-    assert value is not None
-    assert indices is not None
+    value, indices = step.required(0), step.required(1)
     if value.kind is Kind.SHARED and indices.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if value.shape is None or indices.shape is None or Kind.COUNTED in (value.kind, indices.kind):
@@ -344,8 +322,7 @@ def feature_vectorizer(step: Step) -> list[Value]:
 
 def encode_categories(step: Step) -> list[Value]:
     """OneHotEncoder: a new last axis."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.kind is not Kind.ROWED or value.shape is None:
         return [shared(step.inferred()) if value.kind is Kind.SHARED else mixed(f"{step.label}: sizes")]
     return [like(value, (*value.shape, step.fresh(len(value.shape))))]
@@ -353,8 +330,7 @@ def encode_categories(step: Step) -> list[Value]:
 
 def word_counts(step: Step) -> list[Value]:
     """TfIdfVectorizer: of a table, each row by itself."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if value.kind is not Kind.ROWED or value.shape is None or len(value.shape) != 2 or value.axis:
@@ -364,8 +340,7 @@ def word_counts(step: Step) -> list[Value]:
 
 def normalise_strings(step: Step) -> list[Value]:
     """StringNormalizer: without stop words each string becomes one."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.kind is Kind.ROWED and step.attributes.get("stopwords"):
         return [mixed(f"{step.label} leaves strings out")]
     return [combine(step, [value])]
@@ -373,8 +348,7 @@ def normalise_strings(step: Step) -> list[Value]:
 
 def maps(step: Step) -> list[Value]:
     """ZipMap: a list with a mapping for each row."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.kind is not Kind.ROWED or value.axis or value.shape is None:
         return [unknown(f"{step.label}: its input has no rows")]
     return [rowed((ONE,), 0, value.outer, value.inner)]

@@ -68,9 +68,7 @@ def product_of(step: Step, left: Value, right: Value) -> Value:
 
 def matmul(step: Step) -> list[Value]:
     """MatMul, and MatMulInteger, whose zero points must be those of all rows."""
-    left, right = step.inputs[0], step.inputs[1]
-    assert left is not None
-    assert right is not None
+    left, right = step.required(0), step.required(1)
     if any(other.kind is not Kind.SHARED for other in step.given()[2:]):
         return [unknown(f"{step.label}: a zero point depends on the rows")]
     return [product_of(step, left, right)]
@@ -105,8 +103,7 @@ def gemm(step: Step) -> list[Value]:
 
 def weights_by_nbits(step: Step) -> list[Value]:
     """com.microsoft.MatMulNBits: the weights are packed, and shared."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]) or value.shape is None:
         return [unknown(f"{step.label}: the weights depend on the rows")]
     if value.kind is Kind.SHARED:

@@ -12,8 +12,7 @@ from inferpool.backends.row_analysis.values import Kind, Value, integers, like, 
 
 def _alone(step: Step) -> Value | None:
     """Return the result if the value has no rows, else None."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if value.kind is Kind.COUNTED:
         return mixed(f"{step.label} computes with the number of rows")
     if value.kind is Kind.SHARED:
@@ -23,8 +22,7 @@ def _alone(step: Step) -> Value | None:
 
 def reduction(step: Step) -> list[Value]:
     """Reduce…, ArgMax, ArgMin: over any axes but that of the rows."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if step.operation == "ReduceProd" and value.elements is not None:
         return [integers((product(value.elements),), (ONE,) if step.integer("keepdims", 1) else ())]
     done = _alone(step)
@@ -56,8 +54,7 @@ def softmax(step: Step) -> list[Value]:
     done = _alone(step)
     if done is not None:
         return [done]
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     assert value.shape is not None
     rank = len(value.shape)
     late = step.opset >= 13
@@ -72,8 +69,7 @@ def sorted_along(step: Step) -> list[Value]:
     done = _alone(step)
     if done is not None:
         return [done] * len(step.outputs)
-    value, count = step.inputs[0], step.input(1)
-    assert value is not None
+    value, count = step.required(0), step.input(1)
     assert value.shape is not None
     if count is not None and count.kind is not Kind.SHARED:
         return [mixed(f"{step.label}: how many depends on the rows")] * len(step.outputs)
@@ -89,8 +85,7 @@ def along_axis(step: Step) -> list[Value]:
     done = _alone(step)
     if done is not None:
         return [done]
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     assert value.shape is not None
     if step.operation == "LpNormalization":
         axes: list[int] | None = [step.integer("axis", -1)]
@@ -108,8 +103,7 @@ def layer_normalization(step: Step) -> list[Value]:
     done = _alone(step)
     if done is not None:
         return [done] * len(step.outputs)
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     assert value.shape is not None
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]):
         return [unknown(f"{step.label}: its weights depend on the rows")] * len(step.outputs)
@@ -122,8 +116,7 @@ def layer_normalization(step: Step) -> list[Value]:
 
 def batch_normalization(step: Step) -> list[Value]:
     """BatchNormalization: by statistics that were learned; those of the batch itself mix its rows."""
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     if step.integer("training_mode", 0) or (step.opset < 7 and not step.integer("is_test", 0)):
         return [mixed(f"{step.label} normalises by statistics of the batch")] * len(step.outputs)
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]):
@@ -138,8 +131,7 @@ def mean_variance_normalization(step: Step) -> list[Value]:
     done = _alone(step)
     if done is not None:
         return [done]
-    value = step.inputs[0]
-    assert value is not None
+    value = step.required(0)
     assert value.shape is not None
     axes = [int(axis) for axis in step.attributes.get("axes", (0, 2, 3))]
     if value.axis in {normal_axis(axis, len(value.shape)) for axis in axes}:

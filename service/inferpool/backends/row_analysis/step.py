@@ -43,6 +43,12 @@ class Step:
         """Return the value of an input, None if it is left out."""
         return self.inputs[index] if index < len(self.inputs) else None
 
+    def required(self, index: int) -> Value:
+        """Return the value of an input that the operation cannot do without: a valid model has it."""
+        value = self.inputs[index]
+        assert value is not None
+        return value
+
     def given(self) -> list[Value]:
         """Return the values of the inputs that are not left out."""
         return [value for value in self.inputs if value is not None]
