@@ -36,6 +36,7 @@ REMEDIES: Final = {
     "body_too_large": "Stay below `limit` bytes or characters, or `max_pixels` pixels.",
     "unsupported_media_type": "Send a format that `expected` lists.",
     "invalid_input": "Compare `expected` with `got`; `tensor` or `field` says where.",
+    "model_rejected": "Change the input; `detail` has the operation and the runtime's reason.",
     "queue_full": "Try again after `Retry-After`.",
     "internal_error": "Look into the log for the `request_id`, and report the defect.",
     "model_failed": "Look into the log for the `request_id`.",

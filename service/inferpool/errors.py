@@ -9,6 +9,7 @@ The tree, by the party at fault:
     │   ├── TooSlow               it arrives too slowly
     │   ├── UnsupportedMediaType  a format that this model or route does not take
     │   ├── InvalidInput          a tensor or a field that the model does not take
+    │   ├── ModelRejected         the model refuses the values or sizes of this input
     │   ├── NotFound              no such route
     │   │   ├── ModelNotFound
     │   │   └── VersionNotFound
@@ -109,6 +110,12 @@ class InvalidInput(RequestError):
     """A tensor or field is unknown, missing, or has the wrong datatype, shape or value."""
 
     code = "invalid_input"
+
+
+class ModelRejected(RequestError):
+    """The model cannot run this input: an index out of range, or a size that its operations cannot take."""
+
+    code = "model_rejected"
 
 
 class NotFound(RequestError):

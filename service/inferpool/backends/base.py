@@ -11,12 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.errors import Reason, Verdict
 from inferpool.pixel_table import Normalisation
 from inferpool.tensors import Signature, Tensors
+
+
+class Rejection(NamedTuple):
+    """Why a runtime cannot run an input.
+
+    Attributes:
+        operation: the operation that refuses it, by the runtime's name; empty if that is unknown.
+        reason: the runtime's reason, which may quote the input.
+    """
+
+    operation: str
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +149,10 @@ class LoadedModel(ABC):
         The inputs already match the signature; optional inputs may be absent. The caller does not
         change `inputs` afterwards and owns the returned tensors.
         """
+
+    def rejection(self, error: Exception) -> Rejection | None:
+        """Why the input is to blame for `error`, which `run` raised for it; None if it is not known to be."""
+        return None
 
     def begin(self) -> None:  # noqa: B027 - most models have nothing to do
         """Prepare the calling thread, which runs the model from now on, before its first batch.

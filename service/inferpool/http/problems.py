@@ -19,6 +19,7 @@ STATUSES: Final[Mapping[str, int]] = {
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "invalid_input": 422,
+    "model_rejected": 422,
     "queue_full": 429,
     "internal_error": 500,
     "model_failed": 500,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Final
 
-from inferpool.backends.base import DeviceModel, LoadedModel
+from inferpool.backends.base import DeviceModel, LoadedModel, Rejection
 from inferpool.errors import OutOfMemory
 from inferpool.pool.batch import concatenate
 from inferpool.pool.latency_model import Measurement
@@ -156,6 +156,10 @@ class BucketedModel(LoadedModel):
         return concatenate(
             [self._run_rows(_rows_between(parts, *ends), outputs) for ends in pairwise(bounds)]
         )
+
+    def rejection(self, error: Exception) -> Rejection | None:
+        """Why the input is to blame for `error`; None if it is not known to be."""
+        return self._model.rejection(error)
 
     def begin(self) -> None:
         """Get the model ready on the calling thread."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inferpool.backends.base import DeviceModel
+from inferpool.backends.base import DeviceModel, Rejection
 from inferpool.errors import Verdict
 from inferpool.tensors import Tensors
 
@@ -43,6 +43,10 @@ class HotSwapModel(DeviceModel):
         """
         self._empty_outputs = empty_outputs
         self._offered = model
+
+    def rejection(self, error: Exception) -> Rejection | None:
+        """Why the input is to blame for `error`; None if it is not known to be."""
+        return self._model.rejection(error)
 
     def begin(self) -> None:
         """Get the model ready on the calling thread."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from inferpool.backends.base import LoadedModel
-from inferpool.errors import ModelFailed, Reason
+from inferpool.errors import InferpoolError, ModelFailed, ModelRejected, Reason
 from inferpool.pool.batch import (
     Batch,
     Outcome,
@@ -23,7 +23,7 @@ from inferpool.pool.batch import (
 )
 from inferpool.pool.buckets import BucketedModel
 from inferpool.pool.log_limits import LogLimiter
-from inferpool.pool.redaction import redact_error
+from inferpool.pool.redaction import redact_error, refusal_text
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +121,7 @@ class Instance:
         """
         if len(batch.slices) == 1:
             guilty = batch.slices[0]
-            self._log_failure(guilty, error)
-            return [Outcome(guilty, None, ModelFailed("the model failed on this request"))], None
+            return [Outcome(guilty, None, self._failure(guilty, error))], None
         middle = len(batch.slices) // 2
         outcomes: list[Outcome] = []
         wrong_rows: Reason | None = None
@@ -131,6 +130,14 @@ class Instance:
             outcomes += run.outcomes
             wrong_rows = wrong_rows or run.wrong_rows
         return outcomes, wrong_rows
+
+    def _failure(self, guilty: RowSlice, error: Exception) -> InferpoolError:
+        """Return the error for a slice that made the model raise `error`, all alone."""
+        rejection = self.model.rejection(error)
+        if rejection is not None:
+            return ModelRejected(refusal_text(rejection, guilty.entry.inputs))
+        self._log_failure(guilty, error)
+        return ModelFailed("the model failed on this request")
 
     def _log_failure(self, guilty: RowSlice, error: Exception) -> None:
         # A client can make the model fail as often as it likes, and this thread has batches to run.

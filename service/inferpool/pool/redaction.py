@@ -1,6 +1,7 @@
-"""Takes the inputs of a request out of error messages, before they are logged.
+"""Takes the inputs of a request out of error messages, before they are logged or sent.
 
-A model's error message may quote the model's inputs, and a log is no place for those.
+A model's error message may quote the model's inputs, and a log is no place for those. It may also name files
+of this machine, which are nobody else's business.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from inferpool.backends.base import Rejection
 from inferpool.tensors import Array, Tensors
 
 MAX_CHARACTERS: Final = 400
@@ -17,6 +19,7 @@ MAX_CHARACTERS: Final = 400
 _MAX_ELEMENTS: Final = 100_000
 """With more input elements, all numbers in a message are omitted, because a search would take long."""
 _NUMBER: Final = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?(?!\w)")
+_PATH: Final = re.compile(r"(?:[A-Za-z]:)?(?:[\w.~@+-]*[/\\])+[\w.@+-]+(?::\d+)?")
 _OMITTED: Final = "…"
 
 
@@ -33,6 +36,21 @@ def redact_error(error: Exception, inputs: Tensors) -> Exception:
     kind = type(error)
     stand_in: type[Exception] = type(kind.__qualname__, (Exception,), {"__module__": kind.__module__})
     return stand_in(message).with_traceback(error.__traceback__)
+
+
+def refusal_text(rejection: Rejection, inputs: Tensors) -> str:
+    """Return one line for the client that says why a model refuses `inputs`, without any of them.
+
+    Numbers that are among the inputs are omitted, and so are paths. If an input is text, only the operation
+    that refuses it is named.
+    """
+    parts = ["the model refuses this input", rejection.operation]
+    try:
+        reason = " ".join(_PATH.sub(_OMITTED, _without_inputs(rejection.reason, inputs)).split())
+        parts.append("" if reason == _OMITTED else reason)
+    except Exception:  # noqa: BLE001 - the error is answered, with or without the reason
+        parts.append("")
+    return ": ".join(filter(None, parts))
 
 
 def _without_inputs(message: str, inputs: Tensors) -> str:

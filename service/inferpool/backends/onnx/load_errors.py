@@ -63,15 +63,20 @@ def readable_error(file: Path, error: str) -> Reason:
     """The runtime's `error` about `file`, an absolute path, without its source and this machine's folders."""
     if "Protobuf parsing failed" in error:
         return f"{file.name} is not an ONNX model, or is incomplete"
-    text = error.replace(f"Load model from {file} failed:", "")
-    for noise in _NOISE:
-        text = noise.sub("", text)
+    text = without_noise(error.replace(f"Load model from {file} failed:", ""))
     for folder in {str(file.parent), str(file.parent.resolve())} - {file.anchor}:
         text = text.replace(f"{folder}{os.sep}", "").replace(folder, "the model's folder")
     text = " ".join(text.split())
     if len(text) > _KEPT_CHARACTERS:
         text = text[:_KEPT_CHARACTERS] + "…"
     return f"ONNX Runtime cannot load {file.name}: {'; '.join([text, *_unservable(file)])}"
+
+
+def without_noise(error: str) -> str:
+    """A message of the runtime without its code for the error and the places in its source."""
+    for noise in _NOISE:
+        error = noise.sub("", error)
+    return error.strip()
 
 
 def _unservable(file: Path) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from inferpool.backends.base import LoadedModel, LoadOptions
+from inferpool.backends.base import LoadedModel, LoadOptions, Rejection
+from inferpool.backends.onnx.run_errors import find_rejection
 from inferpool.errors import LoadError
 from inferpool.system.install_hints import install_command
 from inferpool.tensors import JSON, Array, Signature, Tensors, names_text
@@ -44,6 +45,10 @@ class OnnxModel(LoadedModel):
         """Run the session; raises what ONNX Runtime raises."""
         names = self._all_outputs if outputs is None else list(outputs)
         return dict(zip(names, self._session.run(names, inputs), strict=True))
+
+    def rejection(self, error: Exception) -> Rejection | None:
+        """The operation that has refused its inputs, and the runtime's reason; None for another fault."""
+        return find_rejection(error)
 
     def close(self) -> None:
         """Drop the session, which frees its memory."""

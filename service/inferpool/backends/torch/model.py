@@ -21,7 +21,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from inferpool.backends.base import LoadedModel, LoadOptions
+from inferpool.backends.base import LoadedModel, LoadOptions, Rejection
+from inferpool.backends.torch.run_errors import find_rejection
 from inferpool.backends.torch.signature import (
     TensorMeta,
     TreePath,
@@ -129,6 +130,10 @@ class TorchModel(LoadedModel):
                     raise RuntimeError(f"the model returned no output {name_text(name)}")
                 arrays[name] = to_array(leaf)
         return arrays
+
+    def rejection(self, error: Exception) -> Rejection | None:
+        """The operation that has refused its inputs, and PyTorch's reason; None for another fault."""
+        return find_rejection(error)
 
     def close(self) -> None:
         """Drop the module, which frees its memory."""

@@ -22,12 +22,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from inferpool.backends.base import REPLAYED, DeviceModel
+from inferpool.backends.base import REPLAYED, DeviceModel, Rejection
 from inferpool.backends.cuda.memory import DEVICE_LOCK, Memory
 from inferpool.backends.cuda.staging import Buffer, stage
 from inferpool.backends.onnx.gpu.normaliser import Normaliser
 from inferpool.backends.onnx.gpu.session import is_out_of_memory, run_options
 from inferpool.backends.onnx.model import BFLOAT16
+from inferpool.backends.onnx.run_errors import find_rejection
 from inferpool.errors import OutOfMemory, Reason, Verdict
 from inferpool.pixel_table import run_shapes
 from inferpool.tensors import ANY, JSON, Array, Signature, Tensors, TensorSpec
@@ -166,6 +167,10 @@ class BoundModel(DeviceModel):
         if self._open_without_graphs is not None:
             self._session = None  # frees its memory before the next session needs memory
             self._session = self._open_without_graphs()
+
+    def rejection(self, error: Exception) -> Rejection | None:
+        """The operation that has refused its inputs, and the runtime's reason; None for another fault."""
+        return find_rejection(error)
 
     def close(self) -> None:
         """Drop the session, which frees its own memory, and close `memory`."""

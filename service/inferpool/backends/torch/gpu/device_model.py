@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from inferpool.backends.base import REPLAYED, DeviceModel, LoadOptions
+from inferpool.backends.base import REPLAYED, DeviceModel, LoadOptions, Rejection
 from inferpool.backends.cuda.memory import DEVICE_LOCK
 from inferpool.backends.cuda.staging import stage
 from inferpool.backends.torch.gpu.cuda_graphs import (
@@ -25,6 +25,7 @@ from inferpool.backends.torch.gpu.cuda_graphs import (
 )
 from inferpool.backends.torch.gpu.normaliser import TorchNormaliser
 from inferpool.backends.torch.model import Runnable, StartedModel, to_array
+from inferpool.backends.torch.run_errors import find_rejection
 from inferpool.errors import LoadError, OutOfMemory, Reason, Verdict
 from inferpool.pixel_table import Normalisation, run_shapes
 from inferpool.system.gpus import check_cuda, cuda_driver
@@ -151,6 +152,10 @@ class TorchDeviceModel(DeviceModel):
             recording.drop()
         self._recordings.clear()
         self._trim()
+
+    def rejection(self, error: Exception) -> Rejection | None:
+        """The operation that has refused its inputs, and PyTorch's reason; None for another fault."""
+        return find_rejection(error)
 
     def close(self) -> None:
         """Drop the module and return its memory to the driver."""
