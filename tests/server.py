@@ -122,6 +122,11 @@ class Server:
         wait_until(within, f"{name}{labels or ''} from {at_least:g} to {at_most:g}", timeout_s)
         return value
 
+    def resident_bytes(self) -> int:
+        """Return the memory that the server's process holds, in bytes."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
     def stop(self, timeout_s: float = 30) -> int:
         """Send SIGTERM and wait until the process ends; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)

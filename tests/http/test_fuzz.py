@@ -8,9 +8,7 @@ import io
 import json
 import os
 import random
-import re
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -150,13 +148,6 @@ def explained(kind: str, reply: Reply, body: bytes) -> int:
     return reply.status
 
 
-def resident_bytes(server: Server) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found is not None
-    return 1024 * int(found[1])
-
-
 async def ask(port: int, cases: int, seed: int) -> Counter[tuple[str, int]]:
     """Send `cases` mutated bodies; returns how often each kind got each status."""
     counts: Counter[tuple[str, int]] = Counter()
@@ -181,9 +172,9 @@ def test_mutated_bodies_are_answered_and_leave_nothing_behind(bundled: Server) -
         answer = bundled.post(path, content=body, headers=headers)
         assert answer.status_code == 200, f"{name}: {answer.text}"
     counts = asyncio.run(ask(bundled.port, CASES // 2, SEED))
-    before = resident_bytes(bundled)
+    before = bundled.resident_bytes()
     counts += asyncio.run(ask(bundled.port, CASES // 2, SEED + 1))
-    growth = resident_bytes(bundled) - before
+    growth = bundled.resident_bytes() - before
     assert counts.total() >= CASES - 2 * CLIENTS
     for name in KINDS:
         good = counts[name, 200]

@@ -7,7 +7,6 @@ import json
 import os
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -19,12 +18,6 @@ REQUESTS = int(os.environ.get("SOAK_REQUESTS", "10000"))
 """Requests in all; `scripts/test --full` sends 100,000."""
 CLIENTS = 48
 MIB = 1024 * 1024
-
-
-def resident_bytes(process: int) -> int:
-    """Memory that a process holds."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * 4096
 
 
 @pytest.mark.timeout(900)
@@ -43,7 +36,7 @@ def test_nothing_is_lost_crossed_or_leaked(serve: Serve, make_chaos: MakeChaos) 
         while sent < REQUESTS:
             sent += 1
             if sent % (REQUESTS // 20) == 0:
-                memory.append(resident_bytes(server.process.pid))
+                memory.append(server.resident_bytes())
             count = rng.choice((1, 1, 1, 2, 3, 8, 40))
             width = rng.randint(1, 6)
             rows = [[rng.randint(0, 1000) for _ in range(width)] for _ in range(count)]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,13 +140,13 @@ def test_a_body_that_is_refused_while_it_arrives_is_discarded(serve: Serve, make
     with Wire(server) as first, Wire(server) as second:
         first.send(data[: size * 2 // 3])
         second.send(data[: size // 2])
-        before = resident(server)
+        before = server.resident_bytes()
         status, _, body = second.answer()
         assert (status, json.loads(body)["code"]) == (503, "overloaded")
         second.send(data[size // 2 :])
         second.send("GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
         assert second.answer()[0] == 200
-        assert resident(server) - before < size // 4
+        assert server.resident_bytes() - before < size // 4
         first.send(data[size * 2 // 3 :])
         assert first.answer()[0] == 400
         assert server.metric("inferpool_in_flight_requests") == 0
@@ -163,15 +161,9 @@ def test_bodies_of_answered_requests_are_freed(serve: Serve, make_chaos: MakeCha
             wire = stack.enter_context(Wire(server))
             wire.send(data)
             assert wire.answer()[0] == 400
-            taken.append(resident(server))
+            taken.append(server.resident_bytes())
         # The memory of the first ones is used again, while their connections are idle.
         assert taken[-1] - taken[2] < len(data) // 2
-
-
-def resident(server: Server) -> int:
-    """Bytes of memory that the server's process holds."""
-    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_client_that_disconnects_in_the_middle_of_a_body_leaves_nothing(server: Server) -> None:

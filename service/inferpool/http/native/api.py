@@ -9,10 +9,11 @@ from urllib.parse import unquote
 import orjson
 
 from inferpool.errors import InferpoolError, Refused, UnsupportedMediaType
+from inferpool.http.accept_headers import read_weights
 from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, NPY, NPZ, PROBLEM_JSON
 from inferpool.http.native.bodies import open_body
 from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
-from inferpool.http.predict.request_head import RequestHead, read_weights
+from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors
 from inferpool.wire.native_json import encode_response

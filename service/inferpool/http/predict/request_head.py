@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from inferpool.errors import InvalidInput, MalformedBody
+from inferpool.http.accept_headers import read_weights
 from inferpool.http.predict.request_id import given_request_id
 from inferpool.observe.traceparent import Trace, read_traceparent
 
@@ -111,19 +112,3 @@ class RequestHead:
             return False
         weights = read_weights(self.accept_encoding)
         return weights.get("gzip", weights.get("*", 0.0)) > 0
-
-
-def read_weights(header: str) -> dict[str, float]:
-    """Return the names in an Accept or Accept-Encoding header with their weights (RFC 9110, 12.4.2).
-
-    Names are lower-case; a name without a weight has the weight 1, one with an invalid weight 0.
-    """
-    weights: dict[str, float] = {}
-    for choice in header.lower().split(","):
-        name, *parameters = (text.strip() for text in choice.split(";"))
-        weight = next((text[2:] for text in parameters if text.startswith("q=")), "1")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            weights[name] = 0.0
-    return weights

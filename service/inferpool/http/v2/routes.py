@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 
 from inferpool.errors import InvalidInput, NotReady
 from inferpool.http.media_types import JSON_TYPE
@@ -13,6 +15,7 @@ from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.problems import admin_disabled
+from inferpool.http.v2.descriptions import config_out, index_out, metadata_out, stats_out
 from inferpool.http.v2.schemas import (
     Error,
     IndexEntry,
@@ -25,10 +28,6 @@ from inferpool.http.v2.schemas import (
     Ready,
     Server,
     Statistics,
-    config_out,
-    index_out,
-    metadata_out,
-    stats_out,
 )
 from inferpool.repository.catalog import Catalog, ModelView, VersionView, find_model, find_ready
 from inferpool.tensors import value_text
@@ -109,6 +108,10 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
             listed.append(stats_out(view, catalog.live(view.key), counted, last_ms))
         return Statistics(model_stats=listed)
 
+    def model_stats(model: str, version: str | None) -> Statistics:
+        found = find_model(catalog, model)
+        return stats(_versions(found) if version is None else [found.version(version)])
+
     @app.get("/v2/models", tags=["v2"], summary="The names of the models in the repository")
     async def read_v2_models() -> ModelNames:
         return ModelNames(models=list(catalog.models()))
@@ -117,71 +120,63 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
     async def read_v2_stats() -> Statistics:
         return stats([view for model in catalog.models().values() for view in _versions(model)])
 
-    @app.get("/v2/models/{model}", tags=["v2"], summary="Inputs and outputs of a model", responses=_UNABLE)
-    async def read_v2_model(model: str) -> ModelMetadata:
-        return metadata(model, None)
-
-    @app.get(
-        "/v2/models/{model}/versions/{version}",
-        tags=["v2"],
-        summary="Inputs and outputs of a version, by number or label",
-        responses=_UNABLE,
-    )
-    async def read_v2_version(model: str, version: str) -> ModelMetadata:
-        return metadata(model, version)
-
-    @app.get(
-        "/v2/models/{model}/ready", tags=["v2"], summary="Whether the model can answer", responses=_UNABLE
-    )
-    async def read_v2_model_ready(model: str) -> ModelReady:
-        return is_ready(model, None)
-
-    @app.get(
-        "/v2/models/{model}/versions/{version}/ready",
-        tags=["v2"],
-        summary="Whether the model can answer",
-        responses=_UNABLE,
-    )
-    async def read_v2_version_ready(model: str, version: str) -> ModelReady:
-        return is_ready(model, version)
-
-    @app.get(
-        "/v2/models/{model}/config",
-        tags=["v2"],
-        summary="The configuration in Triton's terms",
+    _add_pair(
+        app, "read_v2_{}", "", metadata, ModelMetadata,
+        "Inputs and outputs of a model", "Inputs and outputs of a version, by number or label",
+    )  # fmt: skip
+    _add_pair(
+        app, "read_v2_{}_ready", "/ready", is_ready, ModelReady,
+        "Whether the model can answer", "Whether the model can answer",
+    )  # fmt: skip
+    _add_pair(
+        app, "read_v2_{}_config", "/config", config, ModelConfig,
+        "The configuration in Triton's terms", "The configuration in Triton's terms",
         response_model_exclude_none=True,
-        responses=_UNABLE,
-    )
-    async def read_v2_model_config(model: str) -> ModelConfig:
-        return config(model, None)
-
-    @app.get(
-        "/v2/models/{model}/versions/{version}/config",
-        tags=["v2"],
-        summary="The configuration in Triton's terms",
-        response_model_exclude_none=True,
-        responses=_UNABLE,
-    )
-    async def read_v2_version_config(model: str, version: str) -> ModelConfig:
-        return config(model, version)
-
-    @app.get(
-        "/v2/models/{model}/stats",
-        tags=["v2"],
-        summary="Statistics of a model's versions",
+    )  # fmt: skip
+    _add_pair(
+        app, "read_v2_{}_stats", "/stats", model_stats, Statistics,
+        "Statistics of a model's versions", "Statistics of a version",
         responses=_MISSING,
-    )
-    async def read_v2_model_stats(model: str) -> Statistics:
-        return stats(_versions(find_model(catalog, model)))
+    )  # fmt: skip
 
-    @app.get(
-        "/v2/models/{model}/versions/{version}/stats",
-        tags=["v2"],
-        summary="Statistics of a version",
-        responses=_MISSING,
-    )
-    async def read_v2_version_stats(model: str, version: str) -> Statistics:
-        return stats([find_model(catalog, model).version(version)])
+
+def _add_pair(
+    app: FastAPI,
+    name: str,
+    suffix: str,
+    answer: Callable[[str, str | None], BaseModel],
+    body: type[BaseModel],
+    of_model: str,
+    of_version: str,
+    *,
+    responses: Responses = _UNABLE,
+    response_model_exclude_none: bool = False,
+) -> None:
+    """Give `app` two routes with the same `answer`: one names a model, the other a version of it.
+
+    `name` and `suffix` are those of the functions and the paths, `of_model` and `of_version` the summaries.
+    """
+
+    async def read_model(model: str) -> BaseModel:
+        return answer(model, None)
+
+    async def read_version(model: str, version: str) -> BaseModel:
+        return answer(model, version)
+
+    for kind, path, summary, endpoint in (
+        ("model", "/v2/models/{model}", of_model, read_model),
+        ("version", "/v2/models/{model}/versions/{version}", of_version, read_version),
+    ):
+        app.add_api_route(
+            path + suffix,
+            endpoint,
+            name=name.format(kind),
+            tags=["v2"],
+            summary=summary,
+            response_model=body,
+            responses=responses,
+            response_model_exclude_none=response_model_exclude_none,
+        )
 
 
 def _add_repository(app: FastAPI, catalog: Catalog) -> None:
