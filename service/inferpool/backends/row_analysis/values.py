@@ -42,6 +42,7 @@ class Value:
             (block * rows + row) * inner + element.
         constant: its content, if it is known.
         elements: its integers as sizes, for values of at most one dimension that shapes are made of.
+        numbering: of a COUNTED list that numbers the rows: the number of a row is its position times this.
         reason: why the value is MIXED or UNKNOWN.
     """
 
@@ -52,6 +53,7 @@ class Value:
     inner: Dim = ONE
     constant: np.ndarray[Any, Any] | None = None
     elements: tuple[Dim, ...] | None = None
+    numbering: Dim | None = None
     reason: str = ""
 
     @property

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from inferpool.backends.base import Backend, LoadedModel, LoadOptions
+from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.backends.torch.file_kind import Kind, kind_of
 from inferpool.backends.torch.process_env import prepare
+from inferpool.backends.torch.row_analysis.exported import analyse_program
 from inferpool.backends.torch.trust import check_trust
-from inferpool.errors import LoadError, Reason
+from inferpool.errors import LoadError, Reason, short_reason
 from inferpool.system.gpus import CPU, gpu_support
 from inferpool.system.install_hints import install_command
 
@@ -59,6 +61,16 @@ class PyTorchBackend(Backend):
             rounding=options.gpu.rounding,
         )
         return on_gpu
+
+    def read_rows(self, file: Path) -> RowVerdict:
+        """Analyse the graph of an exported program, which is data: nothing of the file is run."""
+        try:
+            kind = kind_of(file)
+            if kind is Kind.PROGRAM:
+                return analyse_program(file)
+        except Exception as error:  # noqa: BLE001 - a file that cannot be read is checked by runs alone
+            return RowVerdict(Independence.UNKNOWN, f"the graph cannot be read: {short_reason(error)}")
+        return RowVerdict(Independence.UNKNOWN, f"{kind.value}: it has no graph that can be read")
 
     def gpu_unavailable_reason(self, file: Path) -> Reason | None:
         """Why not, for compiled files and if the installed PyTorch is built for CPUs only."""
