@@ -46,6 +46,9 @@ FLOATS: Final = frozenset(("FP16", "BF16", "FP32", "FP64"))
 ANY: Final = -1
 """A dimension of any size."""
 
+MOST_ROWS: Final = 1_000_000
+"""Rows that a request may have. Rows without elements have no bytes, so no other limit holds for them."""
+
 JSON: Final = "JSON"
 """The datatype of an output that is not a tensor: a list, a mapping, arrays within them, or None.
 

@@ -14,8 +14,9 @@ from typing import ClassVar, Final
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.codecs.image_config import ImageConfig, find_input, input_size, pixel_values
-from inferpool.codecs.image_files import MEDIA_TYPES, Container, open_container
+from inferpool.codecs.image_files import MEDIA_TYPES, PILLOW_BYTES, Container, open_container
 from inferpool.errors import BodyTooLarge, MalformedBody, RequestError
 from inferpool.pixel_table import Normalisation
 from inferpool.tensors import FLOATS, Array, Signature, Tensors, TensorSpec
@@ -31,6 +32,10 @@ TRANSPOSITIONS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 """The transposition that sets a picture upright, by EXIF orientation; orientation 1 needs none."""
+
+
+FIRST_TURNED: Final = 5
+"""From this EXIF orientation on, width and height are exchanged."""
 
 
 class ImageCodec:
@@ -77,27 +82,45 @@ class ImageCodec:
             return 0
         return container.width * container.height
 
-    def decode(self, body: bytes) -> Tensors:
+    def decode(self, body: bytes, allowance: Allowance = UNLIMITED) -> Tensors:
         """Decode a PNG, JPEG or WebP file to `{input: tensor}`: one row, C-contiguous; see `pixel_spec`.
 
         Raises UnsupportedMediaType if the bytes are a picture of another format, MalformedBody if they are
-        damaged or not a picture, and BodyTooLarge if the picture has more than `max_pixels`, or would take
-        unreasonably much work for another reason.
+        damaged or not a picture, BodyTooLarge if the picture has more than `max_pixels`, or would take
+        unreasonably much work for another reason, and what `Allowance.take` raises.
         """
         if not body:
             raise MalformedBody("the body is empty; a picture was expected")
         container = open_container(body)
         self._check_size(container.width, container.height)
+        size = self._decoding_bytes(container)
+        allowance.take(size, f"decoding a picture of {container.width}×{container.height} pixels")
         return {self._name: self._to_row(self._fit(self._to_pixels(container)))}
+
+    def _decoding_bytes(self, container: Container) -> int:
+        """Return how many bytes of memory the pictures between the file and the row take at most."""
+        turned = container.orientation >= FIRST_TURNED
+        width, height = container.width, container.height
+        resized_width, resized_height = self._resized(*((height, width) if turned else (width, height)))
+        between = resized_width * max(resized_height, width if turned else height)
+        row = self._height * self._width
+        row_bytes = row * self._table.channels * (1 + self._table.values.itemsize)
+        return (
+            len(container.pixels)
+            + container.pixel_bytes * width * height
+            + PILLOW_BYTES * (between + resized_width * resized_height + row)
+            + row_bytes
+        )
 
     def _to_pixels(self, container: Container) -> Image.Image:
         """Decode to an upright picture in the mode of the model."""
         try:
-            image = _open_pixels(container)
-            self._check_size(*image.size)
-            image.load()
-            upright = TRANSPOSITIONS.get(container.orientation)
-            return _to_mode(image if upright is None else image.transpose(upright), self._pillow_mode)
+            file = _open_pixels(container)
+            self._check_size(*file.size)
+            # The file keeps what the decoder needed, as long as somebody refers to it.
+            image = _upright(file, container.orientation)
+            del file
+            return _to_mode(image, self._pillow_mode)
         except BodyTooLarge:
             raise
         except (MemoryError, Image.DecompressionBombError):
@@ -151,16 +174,27 @@ def _open_pixels(container: Container) -> ImageFile.ImageFile:
     return WebPImagePlugin.WebPImageFile(file)
 
 
+def _upright(file: ImageFile.ImageFile, orientation: int) -> Image.Image:
+    file.load()
+    transposition = TRANSPOSITIONS.get(orientation)
+    return file if transposition is None else file.transpose(transposition)
+
+
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = _convert(image, "RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in ("L", "1"):
         # CMYK and palettes cannot be converted to grey directly.
-        image = image.convert("RGB")
-    return image.convert(mode)
+        image = _convert(image, "RGB")
+    return _convert(image, mode)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Return `image` in `mode`, itself if it has that mode: Pillow would copy it."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

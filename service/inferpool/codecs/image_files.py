@@ -47,15 +47,24 @@ PNG_PIXEL_CHUNKS: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"
 PNG_RGB: Final = 2
 
 SOF: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 SOS: Final = 0xDA
 APP1: Final = 0xE1
 JPEG_METADATA: Final = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 """APP1 to APP15 and comments, except APP14, which says how the colours are stored. APP0 is JFIF's."""
+MAX_PARTS: Final = 65_536
+"""The most chunks or segments before the pixels; libpng writes 8,192 for a PNG picture of 64 MiB."""
 MAX_SCANS: Final = 100
 """A progressive JPEG needs about ten. Even a short scan makes the decoder pass over the whole picture."""
 JPEG_BARE_MARKERS: Final = frozenset({0x01, *range(0xD0, 0xD8)})
 """The markers that are not followed by a length."""
 
+PILLOW_BYTES: Final = 4
+"""Bytes of a pixel in a picture of Pillow with more than one channel."""
+PNG_PIXEL_BYTES: Final = 17
+"""For PNG pictures with palettes, transparency, grey or 16 bits, which are converted step by step."""
+WEBP_PIXEL_BYTES: Final = 22
+"""The decoder keeps two pictures beside its own buffers, and Pillow copies one of them twice."""
 ORIENTATION: Final = 0x0112
 INTEGER_FORMATS: Final = {3: "H", 4: "I"}
 
@@ -71,6 +80,8 @@ class Container:
         orientation: the orientation of EXIF, from 1 (upright) to 8.
         pixels: the file without its metadata. For WebP it is the complete file, because Pillow does not read
             the metadata of WebP.
+        pixel_bytes: the most bytes of memory that a pixel takes until the picture is upright and in the mode
+            of the model; a test measures them for every kind of picture.
     """
 
     media_type: Literal["image/png", "image/jpeg", "image/webp"]
@@ -78,6 +89,7 @@ class Container:
     height: int
     orientation: int
     pixels: bytes
+    pixel_bytes: int
 
 
 def open_container(body: bytes) -> Container:
@@ -85,7 +97,7 @@ def open_container(body: bytes) -> Container:
 
     Raises UnsupportedMediaType for a known format other than PNG, JPEG and WebP. Raises MalformedBody for
     other bytes, for headers that are damaged or cut short, and for a width or height of 0. Raises
-    BodyTooLarge for a JPEG with more than `MAX_SCANS` scans.
+    BodyTooLarge for a JPEG with more than `MAX_SCANS` scans, and for more than `MAX_PARTS` parts.
     """
     try:
         if body.startswith(PNG_SIGNATURE):
@@ -117,10 +129,12 @@ def _open_png(body: bytes) -> Container:
     if first != b"IHDR":
         raise MalformedBody("the PNG picture does not start with its header chunk")
     view, kept, exif = memoryview(body), [memoryview(PNG_SIGNATURE)], b""
-    at = len(PNG_SIGNATURE)
+    at, parts, transparent = len(PNG_SIGNATURE), 0, False
     # A chunk that is cut short is kept: the decoder notices that pixels are missing.
     while at + 8 <= len(body):
+        parts = _count_part("PNG", parts)
         length, kind = struct.unpack_from(">I4s", body, at)
+        transparent = transparent or kind == b"tRNS"
         if kind == b"eXIf":
             exif = body[at + 8 : at + 8 + length]
         elif kind == b"tRNS" and (depth, colour) == (16, PNG_RGB):
@@ -130,7 +144,23 @@ def _open_png(body: bytes) -> Container:
         if kind == b"IEND":
             break
         at += 12 + length
-    return Container("image/png", width, height, read_orientation(exif), b"".join(kept))
+    orientation = read_orientation(exif)
+    plain = (depth, colour) == (8, PNG_RGB) and not transparent
+    pixel_bytes = _copied(PILLOW_BYTES, orientation) if plain else PNG_PIXEL_BYTES
+    return Container("image/png", width, height, orientation, b"".join(kept), pixel_bytes)
+
+
+def _count_part(kind: str, parts: int) -> int:
+    if parts >= MAX_PARTS:
+        raise BodyTooLarge(
+            f"the {kind} picture has more than {MAX_PARTS} parts, the most that are taken; save it again"
+        )
+    return parts + 1
+
+
+def _copied(pixel_bytes: int, orientation: int) -> int:
+    """Return the bytes of a pixel of a decoded picture, and of its copy if it is turned or mirrored."""
+    return pixel_bytes if orientation == 1 else 2 * pixel_bytes
 
 
 def _transparent_colour_in_8_bits(colour: bytes) -> bytes:
@@ -147,8 +177,9 @@ def _transparent_colour_in_8_bits(colour: bytes) -> bytes:
 def _open_jpeg(body: bytes) -> Container:
     view, kept, exif = memoryview(body), [memoryview(body[:2])], b""
     size: tuple[int, int] | None = None
-    at = 2
+    at, parts, progressive, channels = 2, 0, False, 0
     while True:
+        parts = _count_part("JPEG", parts)
         filler, marker = struct.unpack_from(">BB", body, at)
         if filler != 0xFF:
             raise MalformedBody(f"the JPEG picture has no marker at byte {at}, but needs one there")
@@ -163,8 +194,8 @@ def _open_jpeg(body: bytes) -> Container:
         (length,) = struct.unpack_from(">H", body, at + 2)
         end = at + 2 + length
         if marker in SOF:
-            height, width = struct.unpack_from(">HH", body, at + 5)
-            size = width, height
+            height, width, channels = struct.unpack_from(">HHB", body, at + 5)
+            size, progressive = (width, height), marker in PROGRESSIVE
         if marker == APP1 and body.startswith(EXIF_PREFIX, at + 4):
             exif = exif or body[at + 4 : end]
         if marker not in JPEG_METADATA:
@@ -176,7 +207,13 @@ def _open_jpeg(body: bytes) -> Container:
     if scans > MAX_SCANS:
         raise BodyTooLarge(f"the JPEG picture has {scans} scans; at most {MAX_SCANS} are taken")
     kept.append(view[at:])
-    return Container("image/jpeg", *size, read_orientation(exif), b"".join(kept))
+    orientation = read_orientation(exif)
+    # If there are several scans, the decoder keeps two bytes for each channel until the last of them.
+    decoder = 2 * channels if progressive or scans > 1 else 0
+    decoded = 1 if channels == 1 else PILLOW_BYTES
+    converted = decoded if channels == 3 else decoded + PILLOW_BYTES
+    pixel_bytes = 1 + max(decoded + decoder, converted, _copied(decoded, orientation))
+    return Container("image/jpeg", *size, orientation, b"".join(kept), pixel_bytes)
 
 
 def _open_webp(body: bytes) -> Container:
@@ -193,12 +230,13 @@ def _open_webp(body: bytes) -> Container:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", body, 26))
     else:
         raise MalformedBody("the WebP picture does not start with VP8, VP8L or VP8X")
-    return Container("image/webp", width, height, read_orientation(exif), body)
+    return Container("image/webp", width, height, read_orientation(exif), body, WEBP_PIXEL_BYTES)
 
 
 def _find_webp_exif(body: bytes) -> bytes:
-    at = 12
+    at, parts = 12, 0
     while at + 8 <= len(body):
+        parts = _count_part("WebP", parts)
         kind, length = struct.unpack_from("<4sI", body, at)
         if kind == b"EXIF":
             return body[at + 8 : at + 8 + length]

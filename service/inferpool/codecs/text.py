@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 
+from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.codecs.text_config import TextConfig, find_inputs
 from inferpool.codecs.text_tokenizer import (
     PROBE,
@@ -29,6 +30,8 @@ from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec, name_t
 
 MOST_CHARACTERS: Final = 1_000_000
 """The most characters of a request; one core encodes them in about half a second."""
+UTF8_BYTES: Final = 4
+"""The most bytes of a character in UTF-8, and in memory."""
 MOST_SENTENCES: Final = 10_000
 """The most sentences of a request, because each may become an entry of its own."""
 MEASURED_TOKENS: Final = 32
@@ -96,8 +99,20 @@ class TextCodec:
             signature, inputs=(sentences, *signature.inputs), substitute_input=self.input
         )
 
-    def decode(self, body: bytes) -> Array:
-        """Return the sentence that is all of `body`; raises MalformedBody if it is not UTF-8."""
+    def decode(self, body: bytes, allowance: Allowance = UNLIMITED) -> Array:
+        """Return the sentence that is all of `body`.
+
+        Raises MalformedBody if it is not UTF-8, BodyTooLarge if it has too many characters, and what
+        `Allowance.take` raises.
+        """
+        if len(body) > UTF8_BYTES * MOST_CHARACTERS:
+            raise BodyTooLarge(
+                f"tensor {name_text(self.input)} has {len(body)} bytes; a request may have {MOST_CHARACTERS}"
+                " characters",
+                tensor=self.input,
+                limit=MOST_CHARACTERS,
+            )
+        allowance.take(UTF8_BYTES * len(body), "reading the text")
         try:
             return np.array([body.decode()], dtype=object)
         except UnicodeDecodeError as error:

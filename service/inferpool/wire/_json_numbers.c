@@ -4,17 +4,21 @@
    writes its numbers, without objects, into one block of memory as binary64 or int64. It also writes the
    remainder: the body with a list of one string, the mark, in place of each list of numbers, however deep. No key
    of an object can look like this. `scan` judges only numbers and the lists around them; a parser that reads the
-   remainder judges all else. json_numbers.py is the only caller, and works without this module.
+   remainder judges all else. json_numbers.py and json_bounds.py are the only callers, and work without this module.
 
-   GIL. `scan` releases the GIL for bodies above RELEASE_BYTES and then touches no Python object: the body and the
-   mark are bytes, which cannot change, and the memory for the numbers is not yet known to anybody else. `singles`
-   keeps the GIL, because another thread could resize its bytearray; the caller passes few numbers. `prepare` is
+   `count` counts the values that a parser would make objects of, so that a body can be refused before they are made.
+   `most_numbers` bounds the numbers that `scan` may find, so that their memory can be reserved before.
+
+   GIL. `scan`, `count` and `most_numbers` release the GIL for bodies above RELEASE_BYTES and then touch no Python
+   object: bodies and marks are bytes, which cannot change, or a buffer that is held, and the memory for the numbers
+   is not yet known to anybody else. A buffer that its owner changes meanwhile gives wrong counts, nothing worse.
+   `singles` keeps the GIL, because another thread could resize its bytearray; the caller passes few numbers. `prepare` is
    called once, at import; the powers are static, shared by all threads, and only read afterwards.
 
    Limits. `scan` takes no body (it returns None, and the caller parses the body) with an irregular list, with a
    list deeper than MOST_RANK, with more than MOST_LISTS lists, with an integer beyond int64, or with a number of
-   more than MOST_DIGITS significant digits or a power of ten beyond MOST_POWER. Its memory is bounded by the
-   body's length: one copy, and 8 bytes for every two bytes of the body. Nothing recurses.
+   more than MOST_DIGITS significant digits or a power of ten beyond MOST_POWER, nor with a remainder beyond
+   MOST_REMAINDER. Its memory is that remainder, and 8 bytes for each of `most_numbers`. Nothing recurses.
 
    Decimals become binary64 by the algorithm of D. Lemire, "Number Parsing at a Gigabyte per Second" (Software:
    Practice and Experience 51(8), 2021). N. Mushtak and D. Lemire, "Fast Number Parsing Without Fallback" (2023),
@@ -38,6 +42,7 @@
 enum {
     MOST_RANK = 32,            /* numpy 1 has no more dimensions */
     MOST_LISTS = 256,          /* no model has so many inputs, and each List takes a hundred times its bytes */
+    MOST_REMAINDER = 1 << 20,  /* bytes; replacing the marks in more would take longer than reading with orjson */
     MOST_MARK = 24,            /* bytes of a mark without its text: brackets, quotes and a number */
     MOST_POWER = 128,          /* powers of ten from -MOST_POWER to MOST_POWER */
     MOST_DIGITS = 19,          /* every integer of so many digits fits in 64 bits */
@@ -63,8 +68,9 @@ typedef struct {
 typedef struct {
     const char *at, *end;
     char *copy;
+    size_t room; /* bytes that may still be copied; marks are not counted */
     Number *numbers;
-    size_t numbers_taken;
+    size_t numbers_taken, most_numbers;
     List *lists;
     size_t lists_taken, lists_capacity;
     const char *mark;
@@ -177,6 +183,7 @@ static inline const char *read_number(Scan *scan, List *list, const char *at) {
         if (at == start || at - start > 4) return NULL;
         q += minus ? -(int)exponent : (int)exponent;
     }
+    if (list->first + list->count == scan->most_numbers) return NULL;
     Number *number = scan->numbers + list->first + list->count;
     if (!real && w > INT64_MAX) return NULL;
     if (real && !list->real) {
@@ -284,6 +291,12 @@ static bool opens_numbers(const char *at, const char *end, const char **inner) {
     return at < end && (is_digit(*at) || *at == '-');
 }
 
+static inline bool take_room(Scan *scan, size_t size) {
+    if (scan->room < size) return false;
+    scan->room -= size;
+    return true;
+}
+
 static bool scan_body(Scan *scan) {
     const char *at = scan->at, *end = scan->end, *inner;
     char *copy = scan->copy;
@@ -293,6 +306,7 @@ static bool scan_body(Scan *scan) {
             const char *start = at++;
             while (at < end && *at != '"') at += *at == '\\' ? 2 : 1;
             at = at < end ? at + 1 : end;
+            if (!take_room(scan, (size_t)(at - start))) return false;
             memcpy(copy, start, (size_t)(at - start));
             copy += at - start;
         } else if (c == '[') {
@@ -301,11 +315,13 @@ static bool scan_body(Scan *scan) {
                 if (at == NULL) return false;
                 copy = write_mark(scan, copy, scan->lists_taken - 1);
             } else {
+                if (!take_room(scan, (size_t)(inner - at))) return false;
                 memcpy(copy, at, (size_t)(inner - at));
                 copy += inner - at;
                 at = inner;
             }
         } else {
+            if (!take_room(scan, 1)) return false;
             *copy++ = c;
             at++;
         }
@@ -342,16 +358,16 @@ static PyObject *lists_as_list(const Scan *scan) {
 }
 
 PyDoc_STRVAR(scan_doc,
-             "scan(body, mark)\n--\n\n"
-             "Take the lists of numbers out of `body`.\n\n"
+             "scan(body, mark, most=len(body) // 2 + 1)\n--\n\n"
+             "Take the lists of numbers, of at most `most` numbers in all, out of `body`.\n\n"
              "Returns the body with `[\"MARKn\"]` in place of the nth list, the memory with all numbers, and a tuple for\n"
              "each list: whether it holds binary64 or else int64, the offset in bytes of its first number, the count of\n"
-             "its numbers, and its shape. Returns None if a list is irregular, or a number is beyond the limits.");
+             "its numbers, and its shape. Returns None if a list is irregular, or something is beyond the limits.");
 
-static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t given) {
     (void)module;
-    if (count != 2 || !PyBytes_Check(arguments[0]) || !PyBytes_Check(arguments[1])) {
-        PyErr_SetString(PyExc_TypeError, "scan takes two bytes objects");
+    if (given < 2 || given > 3 || !PyBytes_Check(arguments[0]) || !PyBytes_Check(arguments[1])) {
+        PyErr_SetString(PyExc_TypeError, "scan takes two bytes objects, and a number");
         return NULL;
     }
     if (!prepared) {
@@ -363,12 +379,19 @@ static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     Scan state = {.at = body,
                   .end = body + length,
                   .mark = PyBytes_AS_STRING(arguments[1]),
-                  .mark_length = (size_t)PyBytes_GET_SIZE(arguments[1])};
+                  .mark_length = (size_t)PyBytes_GET_SIZE(arguments[1]),
+                  .room = length < MOST_REMAINDER ? length : MOST_REMAINDER,
+                  /* Each number takes at least two characters, with the comma or bracket after it. */
+                  .most_numbers = length / 2 + 1};
+    if (given == 3) {
+        size_t most = PyLong_AsSize_t(arguments[2]);
+        if (PyErr_Occurred()) return NULL;
+        if (most < state.most_numbers) state.most_numbers = most;
+    }
     /* A list may be shorter than its mark. */
-    char *remainder = malloc(length + MOST_LISTS * (state.mark_length + MOST_MARK));
+    char *remainder = malloc(state.room + MOST_LISTS * (state.mark_length + MOST_MARK));
     bool complete = false;
-    /* Each number takes at least two characters, with the comma or bracket after it. */
-    PyObject *memory = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)((length / 2 + 1) * sizeof(Number)));
+    PyObject *memory = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(state.most_numbers * sizeof(Number)));
     if (remainder != NULL && memory != NULL) {
         state.copy = remainder;
         state.numbers = (Number *)(void *)PyByteArray_AS_STRING(memory);
@@ -392,6 +415,109 @@ static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     free(remainder);
     free(state.lists);
     return result;
+}
+
+/* The values in a text, as a parser makes objects of them. */
+typedef struct {
+    size_t lists, objects, strings, numbers, literals, text_bytes, depth;
+} Counts;
+
+/* Counts the string that opens at `at`, and returns what follows it. Its characters take as many bytes each as the
+   widest of them: 1 below U+0100, 2 below U+10000, else 4. Escapes count as 2, and as 4 in a pair of surrogates. */
+static const char *count_string(Counts *counts, const char *at, const char *end) {
+    size_t characters = 0, width = 1;
+    at++;
+    while (at < end && *at != '"') {
+        unsigned char c = (unsigned char)*at;
+        if (c == '\\') {
+            if (end - at > 3 && at[1] == 'u') {
+                size_t wide = (at[2] == 'd' || at[2] == 'D') && at[3] > '7' ? 4 : 2;
+                if (wide > width) width = wide;
+            }
+            at++; /* the escaped character may be a quote */
+            characters++;
+        } else if (c >= 0xC0) {
+            size_t wide = c >= 0xF0 ? 4 : c >= 0xC4 ? 2 : 1;
+            if (wide > width) width = wide;
+            characters++;
+        } else if (c < 0x80)
+            characters++;
+        at++;
+    }
+    counts->strings++;
+    counts->text_bytes += characters * width;
+    return at < end ? at + 1 : end;
+}
+
+static void count_values(Counts *counts, const char *at, const char *end) {
+    size_t depth = 0;
+    while (at < end) {
+        char c = *at;
+        if (c == '"') {
+            at = count_string(counts, at, end);
+            continue;
+        }
+        at++;
+        if (c == '[' || c == '{') {
+            *(c == '[' ? &counts->lists : &counts->objects) += 1;
+            if (++depth > counts->depth) counts->depth = depth;
+        } else if (c == ']' || c == '}')
+            depth -= depth > 0;
+        else if (is_digit(c) || c == '-') {
+            counts->numbers++;
+            while (at < end && (is_digit(*at) || *at == '.' || *at == 'e' || *at == 'E' || *at == '+' || *at == '-'))
+                at++;
+        } else if (c == 't' || c == 'f' || c == 'n') {
+            counts->literals++;
+            while (at < end && *at >= 'a' && *at <= 'z') at++;
+        }
+    }
+}
+
+PyDoc_STRVAR(count_doc,
+             "count(text)\n--\n\n"
+             "Count the values in the JSON of a bytes-like object; whether it is JSON is not checked.\n\n"
+             "Returns how many lists, objects, strings (with the keys of objects), numbers and literals there are, the\n"
+             "bytes of memory that the characters of all strings take in Python, and how deep containers are nested.");
+
+static PyObject *count(PyObject *module, PyObject *given) {
+    (void)module;
+    Py_buffer text;
+    if (PyObject_GetBuffer(given, &text, PyBUF_SIMPLE) < 0) return NULL;
+    Counts counts = {0};
+    const char *first = text.buf;
+    PyThreadState *released = text.len > RELEASE_BYTES ? PyEval_SaveThread() : NULL;
+    if (text.len) count_values(&counts, first, first + text.len);
+    if (released != NULL) PyEval_RestoreThread(released);
+    PyBuffer_Release(&text);
+    return Py_BuildValue("(nnnnnnn)", (Py_ssize_t)counts.lists, (Py_ssize_t)counts.objects, (Py_ssize_t)counts.strings,
+                         (Py_ssize_t)counts.numbers, (Py_ssize_t)counts.literals, (Py_ssize_t)counts.text_bytes,
+                         (Py_ssize_t)counts.depth);
+}
+
+PyDoc_STRVAR(most_numbers_doc,
+             "most_numbers(body)\n--\n\n"
+             "Return a number that the numbers in the lists of a JSON body do not exceed.");
+
+static PyObject *most_numbers(PyObject *module, PyObject *given) {
+    (void)module;
+    if (!PyBytes_Check(given)) {
+        PyErr_SetString(PyExc_TypeError, "most_numbers takes a bytes object");
+        return NULL;
+    }
+    const char *body = PyBytes_AS_STRING(given);
+    size_t length = (size_t)PyBytes_GET_SIZE(given), most = 0;
+    PyThreadState *released = length > RELEASE_BYTES ? PyEval_SaveThread() : NULL;
+    /* A comma or a bracket follows each number. Compilers make this loop count many bytes at a time if the inner
+       counter cannot overflow its byte. */
+    for (size_t start = 0; start < length;) {
+        size_t stop = length - start < 255 ? length : start + 255;
+        uint8_t few = 0;
+        for (; start < stop; start++) few = (uint8_t)(few + (body[start] == ',' || body[start] == ']'));
+        most += few;
+    }
+    if (released != NULL) PyEval_RestoreThread(released);
+    return PyLong_FromSize_t(most);
 }
 
 PyDoc_STRVAR(singles_doc,
@@ -456,6 +582,8 @@ static PyObject *prepare(PyObject *module, PyObject *given) {
 static PyMethodDef methods[] = {
     {"scan", (PyCFunction)(void (*)(void))scan, METH_FASTCALL, scan_doc},
     {"singles", (PyCFunction)(void (*)(void))singles, METH_FASTCALL, singles_doc},
+    {"count", count, METH_O, count_doc},
+    {"most_numbers", most_numbers, METH_O, most_numbers_doc},
     {"prepare", prepare, METH_O, prepare_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -14,8 +14,10 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
+from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.tensors import FLOATS, Array, TensorSpec
-from inferpool.wire.nested_lists import narrow_floats, narrow_integers, read_nested
+from inferpool.wire.json_bounds import COUNTED_BYTES, check_json
+from inferpool.wire.nested_lists import EXACT_FLOAT, narrow_floats, narrow_integers, read_nested
 
 try:
     from inferpool.wire import _json_numbers
@@ -32,12 +34,14 @@ _ONLY_INPUTS: Final = frozenset(
     text % _MARK_BYTES for text in (b'{"inputs":["%s0"]}', b'{"inputs": ["%s0"]}')
 )
 """The remainder of the most frequent bodies, which need no parser."""
-_MOST_REMAINDER_BYTES: Final = 2**20
-"""With a larger remainder, replacing the marks would hold the GIL for longer than reading with orjson."""
 _NOT_NUMBERS: Final = frozenset(("BF16", "BOOL", "BYTES"))
 _FP32: Final = np.dtype(np.float32)
 _MANY_NUMBERS: Final = 64 * 1024
 """From this many numbers on, numpy narrows them, because it releases the GIL."""
+_BLOCK_NUMBERS: Final = 256 * 1024
+"""Numbers that are narrowed at a time, so that what lies between takes little memory."""
+_NUMBER_BYTES: Final = 12
+"""Bytes of a number as it is read, and as the model takes it."""
 
 
 class FallBack(Exception):
@@ -61,18 +65,21 @@ class Numbers:
 
     def tensor(self, spec: TensorSpec) -> Array:
         """Return the tensor in the datatype of `spec`; raises FallBack if a number does not fit in it."""
-        tensor: Array | None = None
         if spec.datatype == "FP32" and self._count < _MANY_NUMBERS:
             narrow = _json_numbers.singles(self._memory, self._start, self._count, self._floats)
             if narrow is None:
                 raise FallBack
             return np.ndarray(self._shape, _FP32, narrow)
-        if spec.datatype in FLOATS:
-            tensor = narrow_floats(self._flat().astype(np.float64, copy=False), spec.dtype)
-        elif not self._floats:
-            tensor = narrow_integers(self._flat(), spec.dtype)
-        if tensor is None:
-            raise FallBack
+        flat = self._flat()
+        if flat.dtype == spec.dtype:
+            return flat.reshape(self._shape)
+        tensor: Array = np.empty(self._count, spec.dtype)
+        for start in range(0, self._count, _BLOCK_NUMBERS):
+            block = flat[start : start + _BLOCK_NUMBERS]
+            narrowed = _narrow_block(block, spec)
+            if narrowed is None:
+                raise FallBack
+            tensor[start : start + len(block)] = narrowed
         return tensor.reshape(self._shape)
 
     def plain(self) -> Any:
@@ -86,19 +93,38 @@ class Numbers:
         return np.frombuffer(self._memory, dtype, self._count, self._start)
 
 
-def extract_numbers(body: bytes) -> dict[str, Any] | None:
+def _narrow_block(block: Array, spec: TensorSpec) -> Array | None:
+    """Return float64 or int64 numbers in the datatype of `spec`; None if one of them does not fit in it."""
+    if spec.datatype in FLOATS:
+        return narrow_floats(block.astype(np.float64, copy=False), spec.dtype)
+    if block.dtype == np.float64:
+        # Beyond 2^53 not every integer has a float64 of its own.
+        if not (np.abs(block) < EXACT_FLOAT).all() or (np.trunc(block) != block).any():
+            return None
+        block = block.astype(np.int64)
+    return narrow_integers(block, spec.dtype)
+
+
+def extract_numbers(body: bytes, allowance: Allowance = UNLIMITED) -> dict[str, Any] | None:
     """Read the top-level fields of `body`, with `Numbers` for the lists of numbers in `inputs`.
 
     In `inputs` these are the value itself, the members of an object, and `data` of objects in a list. All
     other fields hold plain values. Returns None if `body` is not a JSON object, or is not taken for another
-    reason. Raises MemoryError.
+    reason. Raises MemoryError, and for a large body what `check_json` raises.
     """
-    found = _json_numbers.scan(body, _MARK_BYTES)
+    if len(body) <= COUNTED_BYTES:
+        found = _json_numbers.scan(body, _MARK_BYTES)
+    else:
+        most = _json_numbers.most_numbers(body)
+        allowance.take(_NUMBER_BYTES * most, "reading the numbers of the body")
+        found = _json_numbers.scan(body, _MARK_BYTES, most)
+        if found is None:
+            allowance.give_back(_NUMBER_BYTES * most)
     if found is None:
         return None
     remainder, memory, lists = found
-    if len(remainder) > _MOST_REMAINDER_BYTES:
-        return None
+    if len(remainder) > COUNTED_BYTES:
+        check_json(remainder, allowance)
     numbers = [Numbers(memory, *described) for described in lists]
     if remainder in _ONLY_INPUTS:
         return {"inputs": numbers[0]}

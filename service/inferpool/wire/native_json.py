@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from inferpool.errors import InvalidInput, MalformedBody, ModelFailed
+from inferpool.allowance import UNLIMITED, Allowance
+from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed
 from inferpool.tensors import (
     Array,
     Signature,
@@ -28,6 +29,7 @@ from inferpool.tensors import (
     value_text,
 )
 from inferpool.wire import json_numbers
+from inferpool.wire.json_bounds import COUNTED_BYTES, check_json
 from inferpool.wire.json_numbers import FallBack, read_extracted
 from inferpool.wire.nested_lists import read_nested
 
@@ -50,6 +52,7 @@ class PredictRequest:
     """
 
     __slots__ = (
+        "_allowance",
         "_body",
         "_extracted",
         "_inputs",
@@ -61,11 +64,14 @@ class PredictRequest:
         "version",
     )
 
-    def __init__(self, fields: Mapping[str, Any], body: bytes, extracted: bool) -> None:
+    def __init__(
+        self, fields: Mapping[str, Any], body: bytes, extracted: bool, allowance: Allowance = UNLIMITED
+    ) -> None:
         """Check and keep the top-level `fields` of `body`, which are `extracted` by `json_numbers` or plain.
 
         Raises InvalidInput with the first field that is wrong.
         """
+        self._allowance = allowance
         self._body = body
         self._extracted = extracted
         self.model: str | None = None
@@ -97,30 +103,34 @@ class PredictRequest:
         """
         if self._extracted:
             self._extracted = False
+            fault: InvalidInput | None = None
             try:
                 return _read_inputs(signature, self._inputs, read_extracted)
-            except (InvalidInput, FallBack):
+            except InvalidInput as error:
+                fault = error
+            except FallBack:
                 pass
             finally:
                 self._inputs = None
-            self._inputs = read_object(self._body)["inputs"]
+            self._inputs = read_again(self._body, self._allowance, fault)["inputs"]
         return _read_inputs(signature, self._inputs, read_nested)
 
 
-def parse_request(body: bytes) -> PredictRequest:
+def parse_request(body: bytes, allowance: Allowance = UNLIMITED) -> PredictRequest:
     """Read a native body.
 
-    Raises MalformedBody if it is not a JSON object, and InvalidInput if a field is unknown or wrong.
+    Raises MalformedBody if it is not a JSON object, InvalidInput if a field is unknown or wrong, and what
+    `check_json` raises.
     """
-    fields = extract_numbers(body)
+    fields = extract_numbers(body, allowance)
     if fields is not None:
-        return PredictRequest(fields, body, True)
-    return PredictRequest(read_object(body), body, False)
+        return PredictRequest(fields, body, True, allowance)
+    return PredictRequest(read_object(body, allowance=allowance), body, False)
 
 
-def extract_numbers(body: bytes) -> dict[str, Any] | None:
+def extract_numbers(body: bytes, allowance: Allowance) -> dict[str, Any] | None:
     """Call `json_numbers.extract_numbers`; returns None if the module in C was not built."""
-    return json_numbers.extract_numbers(body) if json_numbers.AVAILABLE else None
+    return json_numbers.extract_numbers(body, allowance) if json_numbers.AVAILABLE else None
 
 
 def encode_response(
@@ -151,8 +161,15 @@ def encode_response(
     return encoded
 
 
-def read_object(body: bytes | memoryview, example: str = '{"inputs": …}') -> dict[str, Any]:
-    """Read a JSON object; raises MalformedBody, with `example` or the position of the fault."""
+def read_object(
+    body: bytes | memoryview, example: str = '{"inputs": …}', allowance: Allowance = UNLIMITED
+) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises MalformedBody, with `example` or the position of the fault, and what `check_json` raises.
+    """
+    if len(body) > COUNTED_BYTES:
+        check_json(body, allowance)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -160,6 +177,19 @@ def read_object(body: bytes | memoryview, example: str = '{"inputs": …}') -> d
     if not isinstance(value, dict):
         raise MalformedBody(f"the body is {value_text(value)}, not a JSON object such as {example}")
     return value
+
+
+def read_again(body: bytes | memoryview, allowance: Allowance, fault: InvalidInput | None) -> dict[str, Any]:
+    """Read a JSON object whose numbers were extracted, to find its first fault or to convert it exactly.
+
+    Raises `fault`, which extracting found, if the body is too large to be read so.
+    """
+    try:
+        return read_object(body, allowance=allowance)
+    except BodyTooLarge:
+        if fault is None:
+            raise
+    raise fault
 
 
 def write(value: object) -> bytes:

@@ -9,6 +9,7 @@ at the end of a string are lost. BF16 is sent as `uint16`, its raw bits.
 from __future__ import annotations
 
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -17,8 +18,16 @@ from typing import Any, Final
 
 import numpy as np
 
+from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed, UnsupportedMediaType
-from inferpool.tensors import Array, TensorSpec, check_tensor, element_count, shape_text, value_text
+from inferpool.tensors import (
+    Array,
+    TensorSpec,
+    check_tensor,
+    element_count,
+    shape_text,
+    value_text,
+)
 from inferpool.wire.nested_lists import MAX_RANK, index_of, narrow_integers, out_of_range
 
 _MAGIC: Final = b"\x93NUMPY"
@@ -33,6 +42,10 @@ _LAST_CHARACTER: Final = 0x10FFFF
 _SURROGATES: Final = 0xD800
 _SURROGATE_MASK: Final = 0xFFFFF800
 """The 2048 codes from 0xD800 on are halves of UTF-16 pairs, not characters."""
+_SWAPPED: Final = ">" if sys.byteorder == "little" else "<"
+_DIRECTORY_ENTRY: Final = b"PK\x01\x02"
+_SEARCHED_BYTES: Final = 2**20
+"""Bytes that are searched at a time, because a search holds the GIL."""
 _ENCRYPTED: Final = 0x1
 _ZIP_ERRORS: Final = (
     zipfile.BadZipFile,
@@ -56,11 +69,12 @@ _ENTRIES: Final = re.compile(_ENTRY)
 _DESCR: Final = re.compile(r"([<>|=]?)(?:(b1|[iu][1248]|f[248])|([US])([1-9]\d{0,8}))")
 
 
-def decode_npy(body: bytes | memoryview, max_bytes: int) -> Array:
+def decode_npy(body: bytes | memoryview, allowance: Allowance) -> Array:
     """Return the array in an `.npy` file, C-contiguous in native byte order; a view of `body` if possible.
 
     Raises MalformedBody if the file is damaged or incomplete, BodyTooLarge if the array takes more than
-    `max_bytes` bytes, and InvalidInput if no tensor can have its dtype.
+    `allowance.most_bytes` bytes, InvalidInput if no tensor can have its dtype, and what `Allowance.take`
+    raises.
     """
     view = memoryview(body)
     header, start = _split(view)
@@ -68,10 +82,9 @@ def decode_npy(body: bytes | memoryview, max_bytes: int) -> Array:
     dtype = _dtype(descr)
     expected = _size(dtype, shape)
     needed = expected + (element_count(shape) * _TEXT_OBJECT_BYTES if dtype.kind in "US" else 0)
-    if needed > max_bytes:
-        raise BodyTooLarge(
-            f"the array takes {needed} bytes, the limit is {max_bytes}", limit=max_bytes, got=needed
-        )
+    limit = allowance.most_bytes
+    if needed > limit:
+        raise BodyTooLarge(f"the array takes {needed} bytes, the limit is {limit}", limit=limit, got=needed)
     got = len(view) - start
     if got != expected:
         raise MalformedBody(
@@ -82,29 +95,37 @@ def decode_npy(body: bytes | memoryview, max_bytes: int) -> Array:
     flat: Array = np.frombuffer(view, dtype=dtype, offset=start) if expected else np.empty(0, dtype)
     array = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
     if dtype.kind in "US":
+        # The characters are copied twice, and again into their strings.
+        allowance.take(needed + 3 * expected, "reading the strings of the array")
         return _from_numpy_text(array)
     if dtype.kind == "b" and array.size and int(flat.view(np.uint8).max()) > 1:
         raise InvalidInput("a byte of a bool array is neither 0 nor 1", expected="BOOL")
+    if fortran or dtype.byteorder == _SWAPPED:
+        allowance.take(2 * expected, "putting the elements of the array in order")
     return np.ascontiguousarray(array.astype(dtype.newbyteorder("="), copy=False)).reshape(shape)
 
 
-def decode_npz(body: bytes | memoryview, max_bytes: int) -> dict[str, Array]:
-    """Return the arrays in an `.npz` file by name; together they may unpack to `max_bytes` bytes.
+def decode_npz(body: bytes | memoryview, allowance: Allowance) -> dict[str, Array]:
+    """Return the arrays in an `.npz` file by name; together they may unpack to `allowance.most_bytes` bytes.
 
     Members may be stored or deflated. Names may contain slashes, like names of inputs do, because nothing
     is unpacked to a disk. Raises the errors of `decode_npy`.
     """
     arrays: dict[str, Array] = {}
+    _check_directory(body)
     try:
         with zipfile.ZipFile(BytesIO(body)) as archive:
             members = archive.infolist()
-            _check_members(members, max_bytes)
+            _check_members(members, allowance.most_bytes)
+            # The module joins what it has unpacked so far with every piece.
+            largest = max((member.file_size for member in members), default=0)
+            allowance.take(sum(member.file_size for member in members) + largest, "unpacking the npz file")
             for member in members:
                 with archive.open(member) as file:
                     content = file.read(member.file_size)
                 if len(content) != member.file_size:
                     raise MalformedBody(f"npz member {value_text(member.filename)} is truncated")
-                arrays[member.filename.removesuffix(".npy")] = decode_npy(content, max_bytes)
+                arrays[member.filename.removesuffix(".npy")] = decode_npy(content, allowance)
     except _ZIP_ERRORS as error:
         raise MalformedBody(f"the body is not a valid npz file: {value_text(str(error))}") from None
     return arrays
@@ -140,20 +161,22 @@ def encode_npz(arrays: Mapping[str, Array]) -> bytes:
     return file.getvalue()
 
 
-def cast_to(spec: TensorSpec, array: Array) -> Array:
+def cast_to(spec: TensorSpec, array: Array, allowance: Allowance = UNLIMITED) -> Array:
     """Return `array` in the datatype of `spec`, after a check of its shape.
 
     Integers are cast to other integer datatypes if every value is in range. All numbers are rounded to
     floats if every finite value stays finite. Nothing else is cast: no float to an integer, no boolean, no
     string. Raises InvalidInput with the tensor, and with the position and the value at fault if there is
-    one.
+    one, and what `Allowance.take` raises.
     """
     kinds = spec.dtype.kind, array.dtype.kind
-    if array.dtype != spec.dtype and spec.datatype != "BF16":
-        if kinds in _TO_FLOAT:
-            array = _to_floats(spec, array)
-        elif kinds in _TO_INTEGER:
-            array = _to_integers(spec, array)
+    if array.dtype != spec.dtype and spec.datatype != "BF16" and (kinds in _TO_FLOAT or kinds in _TO_INTEGER):
+        # The shape is checked first, by a view of one element: a wrong shape costs no memory.
+        check_tensor(spec, np.broadcast_to(np.empty((), spec.dtype), array.shape))
+        # The cast array, and for each element a flag of whether it is finite.
+        size = array.size * (spec.dtype.itemsize + 1)
+        allowance.take(size, f'casting tensor "{spec.name}" from {array.dtype.name} to {spec.datatype}')
+        array = _to_floats(spec, array) if kinds in _TO_FLOAT else _to_integers(spec, array)
     check_tensor(spec, array)
     return array
 
@@ -165,6 +188,8 @@ _TO_INTEGER: Final = frozenset((("i", "i"), ("i", "u"), ("u", "i"), ("u", "u")))
 def _to_floats(spec: TensorSpec, array: Array) -> Array:
     with np.errstate(over="ignore", under="ignore"):
         cast: Array = array.astype(spec.dtype)
+    if array.dtype.kind in "iu" and spec.datatype != "FP16":
+        return cast  # no integer is out of the range
     finite = np.isfinite(cast)
     if not finite.all():
         lost = np.flatnonzero(np.isfinite(array) & ~finite)
@@ -267,6 +292,19 @@ def _to_numpy_text(array: Array) -> Array:
     if 4 * longest * len(texts) > _MAX_TEXT_BYTES:
         raise ModelFailed("the strings of an output are too long for an npy file")
     return np.array(texts, dtype=f"U{max(longest, 1)}").reshape(array.shape)
+
+
+def _check_directory(body: bytes | memoryview) -> None:
+    """Raise MalformedBody if the directory has too many entries, because `zipfile` reads all of them at once."""
+    entries = 0
+    for start in range(0, len(body), _SEARCHED_BYTES):
+        piece = bytes(body[start : start + _SEARCHED_BYTES + len(_DIRECTORY_ENTRY) - 1])
+        entries += piece.count(_DIRECTORY_ENTRY)
+        if entries > _MAX_MEMBERS:
+            raise MalformedBody(
+                f"the npz file has more than {_MAX_MEMBERS} members, the limit; send fewer arrays",
+                expected=_MAX_MEMBERS,
+            )
 
 
 def _check_members(members: list[zipfile.ZipInfo], max_bytes: int) -> None:

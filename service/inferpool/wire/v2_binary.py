@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from inferpool.errors import InvalidInput, MalformedBody, ModelFailed
+from inferpool.allowance import UNLIMITED, Allowance
+from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed
 from inferpool.tensors import (
     ANY,
     Array,
@@ -23,19 +24,27 @@ from inferpool.tensors import (
     element_count,
     shape_text,
 )
+from inferpool.wire.json_bounds import COUNTED_BYTES, MOST_OBJECT_BYTES, STRING_BYTES
 
 _LENGTH: Final = struct.Struct("<I")
 
 
 def read_binary(
-    spec: TensorSpec, shape: tuple[int, ...], body: bytes | memoryview, start: int, size: int
+    spec: TensorSpec,
+    shape: tuple[int, ...],
+    body: bytes | memoryview,
+    start: int,
+    size: int,
+    allowance: Allowance = UNLIMITED,
 ) -> Array:
     """Return the tensor in `size` bytes of the body from `start` on; a view of them if they are aligned.
 
-    Raises MalformedBody if `shape` takes another number of bytes, and InvalidInput if an element is
-    impossible.
+    Raises MalformedBody if `shape` takes another number of bytes, InvalidInput if an element is impossible,
+    BodyTooLarge if there are too many strings, and what `Allowance.take` raises.
     """
     if spec.datatype == "BYTES":
+        if size > COUNTED_BYTES:
+            _reserve_texts(spec, min(element_count(shape), size // _LENGTH.size), size, allowance)
         return _texts(spec, shape, bytes(body[start : start + size]))
     expected = spec.dtype.itemsize * element_count(shape)
     if size != expected:
@@ -107,12 +116,26 @@ def to_binary(tensor: Array) -> bytes | memoryview:
     return little.reshape(-1).view(np.uint8).data
 
 
+def _reserve_texts(spec: TensorSpec, count: int, size: int, allowance: Allowance) -> None:
+    """Reserve the memory of `count` strings, of `size` bytes together."""
+    objects = count * STRING_BYTES
+    if objects > MOST_OBJECT_BYTES:
+        raise BodyTooLarge(
+            f'tensor "{spec.name}" has {count} strings, which take {objects} bytes of memory; the limit is'
+            f" {MOST_OBJECT_BYTES}; send fewer rows at a time",
+            limit=MOST_OBJECT_BYTES,
+            got=objects,
+        )
+    # A character may take four bytes in memory and one here. The content is copied before it is taken apart.
+    allowance.take(objects + 5 * size, f'reading the strings of tensor "{spec.name}"')
+
+
 def _texts(spec: TensorSpec, shape: tuple[int, ...], content: bytes) -> Array:
     """Return the strings in `content`, each of which follows its length."""
     expected = element_count(shape)
     texts: list[str] = []
     start = 0
-    while start < len(content):
+    while start < len(content) and len(texts) <= expected:
         end = start + 4
         if end <= len(content):
             end += _LENGTH.unpack_from(content, start)[0]
@@ -134,12 +157,17 @@ def _texts(spec: TensorSpec, shape: tuple[int, ...], content: bytes) -> Array:
         start = end
     if len(texts) != expected:
         raise MalformedBody(
-            f'tensor "{spec.name}" has {len(texts)} strings; shape {shape_text(shape)} takes {expected}',
+            f'tensor "{spec.name}" has {_at_least(len(texts), expected)} strings; shape {shape_text(shape)}'
+            f" takes {expected}",
             tensor=spec.name,
             expected=expected,
             got=len(texts),
         )
     return np.array(texts, dtype=np.object_).reshape(shape)
+
+
+def _at_least(count: int, expected: int) -> str:
+    return str(count) if count <= expected else f"more than {expected}"
 
 
 def _not_raw(spec: TensorSpec) -> InvalidInput:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.errors import InvalidInput, MalformedBody
 from inferpool.tensors import (
     DTYPES,
@@ -27,7 +28,7 @@ from inferpool.tensors import (
     value_text,
 )
 from inferpool.wire.json_numbers import FallBack, read_extracted
-from inferpool.wire.native_json import extract_numbers, read_object, whole_number, wrong_field
+from inferpool.wire.native_json import extract_numbers, read_again, read_object, whole_number, wrong_field
 from inferpool.wire.nested_lists import MAX_RANK, in_shape, read_nested
 from inferpool.wire.v2_binary import from_raw, read_binary
 
@@ -79,6 +80,7 @@ class InferRequest:
     """
 
     __slots__ = (
+        "_allowance",
         "_body",
         "_extracted",
         "_inputs",
@@ -91,7 +93,12 @@ class InferRequest:
     )
 
     def __init__(
-        self, fields: Mapping[str, Any], body: bytes | memoryview, start: int | None, extracted: bool
+        self,
+        fields: Mapping[str, Any],
+        body: bytes | memoryview,
+        start: int | None,
+        extracted: bool,
+        allowance: Allowance,
     ) -> None:
         """Check and keep `fields`, the JSON part, which are `extracted` by `json_numbers` or plain.
 
@@ -107,14 +114,16 @@ class InferRequest:
             _optional(self.parameters, "binary_data_output", bool, "true or false", "parameters.")
         )
         self.outputs = _requested(fields.get("outputs"))
+        self._allowance = allowance
         self._body = body
         self._extracted = extracted
         self._inputs: list[_Input] | None = _inputs(fields, body, start)
 
     @classmethod
-    def raw(cls, body: bytes | memoryview) -> InferRequest:
+    def raw(cls, body: bytes | memoryview, allowance: Allowance) -> InferRequest:
         """Return the request whose `body` holds only the elements of the only input."""
-        request = cls({"inputs": [], "parameters": {"binary_data_output": True}}, body, len(body), False)
+        fields = {"inputs": [], "parameters": {"binary_data_output": True}}
+        request = cls(fields, body, len(body), False, allowance)
         request._inputs = None
         return request
 
@@ -128,41 +137,50 @@ class InferRequest:
             return from_raw(signature, self._body)
         if self._extracted:
             self._extracted = False
+            fault: InvalidInput | None = None
             try:
-                return _tensors(signature, self._inputs, self._body, read_extracted)
-            except (InvalidInput, FallBack):
+                return _tensors(signature, self._inputs, self._body, read_extracted, self._allowance)
+            except InvalidInput as error:
+                fault = error
+            except FallBack:
                 pass
             finally:
                 self._inputs = []
-            self._inputs = _inputs(read_object(self._body), self._body, None)
-        return _tensors(signature, self._inputs, self._body, read_nested)
+            self._inputs = _inputs(read_again(self._body, self._allowance, fault), self._body, None)
+        return _tensors(signature, self._inputs, self._body, read_nested, self._allowance)
 
 
-def parse_infer(body: bytes | memoryview, header_length: int | None) -> InferRequest:
+def parse_infer(
+    body: bytes | memoryview, header_length: int | None, allowance: Allowance = UNLIMITED
+) -> InferRequest:
     """Read a body whose first `header_length` bytes are JSON: all of it if None, none of it (raw) if 0.
 
     Tensors in binary form are views of `body` if they are aligned in memory.
 
-    Raises MalformedBody if the lengths or the JSON are wrong, and InvalidInput if a field is wrong.
+    Raises MalformedBody if the lengths or the JSON are wrong, InvalidInput if a field is wrong, and what
+    `check_json` raises.
     """
     if header_length is None:
         body = bytes(body)
-        fields = extract_numbers(body)
+        fields = extract_numbers(body, allowance)
+        fault: InvalidInput | None = None
         if fields is not None:
             try:
-                return InferRequest(fields, body, None, True)
-            except InvalidInput:  # the fields hold no plain values for the message, so they are read again
+                return InferRequest(fields, body, None, True, allowance)
+            except InvalidInput as error:  # its message lacks plain values, so the fields are read again
+                fault = error
                 fields = None
-        return InferRequest(read_object(body), body, None, False)
+        return InferRequest(read_again(body, allowance, fault), body, None, False, allowance)
     if header_length == 0:
-        return InferRequest.raw(body)
+        return InferRequest.raw(body, allowance)
     if not 0 < header_length <= len(body):
         raise MalformedBody(
             f"the JSON header is announced with {header_length} bytes, the body has {len(body)}",
             expected=header_length,
             got=len(body),
         )
-    return InferRequest(read_object(memoryview(body)[:header_length]), body, header_length, False)
+    fields = read_object(memoryview(body)[:header_length], allowance=allowance)
+    return InferRequest(fields, body, header_length, False, allowance)
 
 
 def _optional(fields: Mapping[str, Any], name: str, kind: type, expected: str, prefix: str = "") -> Any:
@@ -306,6 +324,7 @@ def _tensors(
     inputs: list[_Input],
     body: bytes | memoryview,
     read: Callable[[TensorSpec, Any], Array],
+    allowance: Allowance,
 ) -> Tensors:
     tensors: Tensors = {}
     for entry in inputs:
@@ -320,7 +339,7 @@ def _tensors(
                 got=entry.datatype,
             )
         if entry.binary:
-            tensors[entry.name] = read_binary(spec, entry.shape, body, entry.start, entry.size)
+            tensors[entry.name] = read_binary(spec, entry.shape, body, entry.start, entry.size, allowance)
         else:
             tensors[entry.name] = in_shape(spec, read(spec, entry.data), entry.shape)
     sentences = signature.substitute_input

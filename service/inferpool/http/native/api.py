@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import orjson
 
+from inferpool.allowance import Allowance
 from inferpool.errors import InferpoolError, Refused, UnsupportedMediaType
 from inferpool.http.accept_headers import read_weights
 from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, NPY, NPZ, PROBLEM_JSON
@@ -38,9 +39,9 @@ class NativeApi(InferenceApi):
         """The whole body if its media type is JSON, else 0."""
         return size if head.content_type in MEANT_AS_JSON else 0
 
-    def open(self, head: RequestHead, data: Data, max_bytes: int) -> Body:
+    def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
         """Open the body by its media type: JSON is parsed here, other formats once the model is known."""
-        return open_body(head, bytes(data), max_bytes)
+        return open_body(head, bytes(data), allowance)
 
     def encode(
         self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from inferpool.allowance import Allowance
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InvalidInput, UnsupportedMediaType
 from inferpool.http.media_types import FORM, JSON_TYPE, MEANT_AS_JSON, NPY, NPZ
@@ -23,14 +24,15 @@ _SYNONYMS: Final = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg"}
 """Media types that are not registered, and that clients send all the same."""
 
 
-def open_body(head: RequestHead, data: bytes, max_bytes: int) -> Body:
+def open_body(head: RequestHead, data: bytes, allowance: Allowance) -> Body:
     """Open a body and parse as much of it as possible without the model.
 
-    Raises MalformedBody, or InvalidInput for a wrong field other than the tensors.
+    Raises MalformedBody, InvalidInput for a wrong field other than the tensors, and what `Allowance.take`
+    raises.
     """
     if head.content_type in MEANT_AS_JSON:
-        return _JsonBody(parse_request(data))
-    return _FileBody(head, data, max_bytes)
+        return _JsonBody(parse_request(data, allowance))
+    return _FileBody(head, data, allowance)
 
 
 def media_types(view: VersionView) -> list[str]:
@@ -59,10 +61,10 @@ class _JsonBody(Body):
 class _FileBody(Body):
     """Arrays, a picture or a text. Such a body has only tensors, so it is read once the version is known."""
 
-    def __init__(self, head: RequestHead, data: bytes, max_bytes: int) -> None:
+    def __init__(self, head: RequestHead, data: bytes, allowance: Allowance) -> None:
         self._head = head
         self._data = data
-        self._max_bytes = max_bytes
+        self._allowance = allowance
         self.options = Options()
 
     def tensors(self, served: ServedVersion) -> Tensors:
@@ -79,20 +81,23 @@ class _FileBody(Body):
                 raise InvalidInput(
                     f"{NPY} holds one array, the model takes {takes}; send {NPZ} with one array per input"
                 )
-            return {spec.name: cast_to(spec, decode_npy(self._data, self._max_bytes))}
+            return {spec.name: cast_to(spec, decode_npy(self._data, self._allowance), self._allowance)}
         if kind == NPZ:
-            arrays = decode_npz(self._data, self._max_bytes)
-            return {name: cast_to(find_input(served.signature, name), arrays[name]) for name in arrays}
+            arrays = decode_npz(self._data, self._allowance)
+            return {
+                name: cast_to(find_input(served.signature, name), arrays.pop(name), self._allowance)
+                for name in list(arrays)
+            }
         kind = _SYNONYMS.get(kind, kind)
         image, text = served.view.image, served.view.text
         if kind == FORM:
             return read_form(
-                self._data, self._head.content_type_parameters, served.signature, image, text, self._max_bytes
+                self._data, self._head.content_type_parameters, served.signature, image, text, self._allowance
             )
         if text is not None and kind in text.media_types:
             return self._read_text(text)
         if image is not None and kind in image.media_types:
-            return image.decode(self._data)
+            return image.decode(self._data, self._allowance)
         expected = media_types(served.view)
         raise UnsupportedMediaType(
             f"the body is {name_text(kind)}, the model takes {', '.join(expected)}", expected=expected
@@ -104,4 +109,4 @@ class _FileBody(Body):
             raise UnsupportedMediaType(
                 f"the text has the charset {value_text(found[1])}; send UTF-8", expected=["utf-8"]
             )
-        return {text.input: text.decode(self._data)}
+        return {text.input: text.decode(self._data, self._allowance)}

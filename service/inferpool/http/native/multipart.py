@@ -11,6 +11,7 @@ from typing import Final
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from inferpool.allowance import Allowance
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InvalidInput, MalformedBody, RequestError
@@ -34,10 +35,10 @@ logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 @dataclass(slots=True)
 class _Field:
-    """One field of the form, with the slices of its content."""
+    """One field of the form. Its content comes in slices, of one byte each if a client means it badly."""
 
     name: str = ""
-    content: list[bytes] = field(default_factory=list)
+    content: bytearray = field(default_factory=bytearray)
 
 
 def read_form(
@@ -46,27 +47,30 @@ def read_form(
     signature: Signature,
     image: ImageCodec | None,
     text: TextCodec | None,
-    max_bytes: int,
+    allowance: Allowance,
 ) -> Tensors:
     """Read the tensors in a form; `parameters` are those of its Content-Type.
 
     An npy file has the name of its input. A picture is for the model's image input, and may have any name
     that no other input has. A sentence is for the text input. Raises MalformedBody if the form is incomplete,
-    InvalidInput if a field is none of these, and the errors of npy files and pictures.
+    InvalidInput if a field is none of these, the errors of npy files and pictures, and what `Allowance.take`
+    raises.
     """
     tensors: Tensors = {}
+    allowance.take(2 * len(body), "taking the form apart")
     for part in _fields(body, parameters):
-        content = part.content[0] if len(part.content) == 1 else b"".join(part.content)
+        content = bytes(part.content)
+        part.content.clear()
         if text is not None and part.name == text.input and not content.startswith(_NPY_MAGIC):
-            found = {text.input: text.decode(content)}
+            found = {text.input: text.decode(content, allowance)}
         elif image is None or content.startswith(_NPY_MAGIC):
             spec = find_input(signature, part.name)
             with _naming(part.name):
-                array = decode_npy(content, max_bytes)
-            found = {spec.name: cast_to(spec, array)}
+                array = decode_npy(content, allowance)
+                found = {spec.name: cast_to(spec, array, allowance)}
         else:
             with _naming(part.name):
-                found = image.decode(content)
+                found = image.decode(content, allowance)
             if part.name in signature.inputs_by_name and part.name not in found:
                 raise InvalidInput(
                     f"field {name_text(part.name)} is a picture, which the model takes for"
@@ -132,7 +136,7 @@ class _Reader:
         self._header = self._value = b""
 
     def content(self, data: bytes, start: int, end: int) -> None:
-        self.parts[-1].content.append(data[start:end])
+        self.parts[-1].content += memoryview(data)[start:end]
 
     def end(self) -> None:
         self.complete = True

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+from inferpool.allowance import Allowance
 from inferpool.errors import InferpoolError
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
@@ -74,7 +75,8 @@ class Body(ABC):
     def tensors(self, served: ServedVersion) -> Tensors:
         """Read the inputs and check them against the version's signature; call this once.
 
-        Raises UnsupportedMediaType, MalformedBody, InvalidInput or BodyTooLarge.
+        Raises UnsupportedMediaType, MalformedBody, InvalidInput, BodyTooLarge, or Overloaded if other
+        requests hold the memory that the tensors would take.
         """
 
 
@@ -103,10 +105,11 @@ class InferenceApi(ABC):
         """How many bytes of a body of `size` bytes are JSON."""
 
     @abstractmethod
-    def open(self, head: RequestHead, data: Data, max_bytes: int) -> Body:
-        """Open the decompressed body in `data`.
+    def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
+        """Open the decompressed body in `data`; what it becomes is reserved in `allowance`.
 
-        Raises MalformedBody, UnsupportedMediaType, or InvalidInput for a field other than the tensors.
+        Raises MalformedBody, UnsupportedMediaType, InvalidInput for a field other than the tensors, and what
+        `Allowance.take` raises.
         """
 
     @abstractmethod

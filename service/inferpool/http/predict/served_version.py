@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import Final
 
 from inferpool.errors import InvalidInput
 from inferpool.http.predict.request_metrics import RequestMetrics
 from inferpool.repository.catalog import VersionView
-from inferpool.tensors import ANY, JSON, Signature, Tensors, TensorSpec, names_text
-
-MOST_ROWS: Final = 1_000_000
-"""Rows that a request may have. Rows without elements have no bytes, so no other limit holds for them."""
+from inferpool.tensors import ANY, JSON, MOST_ROWS, Signature, Tensors, TensorSpec, names_text
 
 
 class ServedVersion:

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import orjson
 
+from inferpool.allowance import Allowance
 from inferpool.errors import InferpoolError, UnsupportedMediaType
 from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, OCTET_STREAM
 from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
@@ -40,7 +41,7 @@ class V2Api(InferenceApi):
         """The bytes before the binary tensors, from the header; without it the whole body."""
         return size if head.header_length is None else min(size, head.header_length)
 
-    def open(self, head: RequestHead, data: Data, max_bytes: int) -> Body:
+    def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
         """Open JSON, JSON with binary tensors, or one raw tensor, depending on the header length."""
         json_length = head.json_length()
         # A client that sends the header length speaks this protocol, whatever its media type.
@@ -49,7 +50,7 @@ class V2Api(InferenceApi):
                 f"the body is {name_text(head.content_type)}, /v2 takes {JSON_TYPE} and {OCTET_STREAM}",
                 expected=[JSON_TYPE, OCTET_STREAM],
             )
-        return _InferBody(parse_infer(data, json_length))
+        return _InferBody(parse_infer(data, json_length, allowance))
 
     def encode(
         self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors
