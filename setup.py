@@ -33,8 +33,9 @@ HOT_PATH = [
         "admission", "batch", "completion", "entry_queue", "instance", "instance_set", "latency_model",
         "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
-        "json_numbers", "native_json", "v2_request", "v2_response")),
+        "json_bounds", "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",
+    f"{SOURCE}/allowance.py",
     f"{SOURCE}/tensors.py",
 ]  # fmt: skip
 """The modules that every prediction passes through, with two exceptions.

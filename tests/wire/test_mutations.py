@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import orjson
 import pytest
+from inferpool.allowance import Allowance
 from inferpool.errors import RequestError
 from inferpool.tensors import ANY, Signature, TensorSpec
 from inferpool.wire.native_json import parse_request
@@ -82,13 +83,13 @@ def read_binary(body: bytes) -> None:
 
 
 def read_npy(body: bytes) -> None:
-    decode_npy(body, 1 << 20)
+    decode_npy(body, Allowance(1 << 20))
 
 
 def read_npz(body: bytes) -> None:
     # zipfile itself warns of members that come twice or overlap.
     with warnings.catch_warnings(action="ignore"):
-        decode_npz(body, 1 << 20)
+        decode_npz(body, Allowance(1 << 20))
 
 
 @pytest.mark.parametrize(

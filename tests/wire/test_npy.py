@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from inferpool.allowance import Allowance
 from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody, ModelFailed, UnsupportedMediaType
 from inferpool.tensors import ANY, DTYPES, TensorSpec
 from inferpool.wire import npy
 from inferpool.wire.npy import cast_to, decode_npy, decode_npz, encode_npy, encode_npz
 
-LIMIT = 1 << 20
+LIMIT = Allowance(1 << 20)
 
 
 def saved(array: Any, version: tuple[int, int] | None = None) -> bytes:
@@ -164,13 +165,13 @@ class TestNpz:
 
     def test_a_file_that_unpacks_above_the_limit_is_refused_before_it_is_unpacked(self) -> None:
         file = io.BytesIO()
-        np.savez_compressed(file, x=np.zeros(LIMIT))
-        assert len(file.getvalue()) < LIMIT / 8
+        np.savez_compressed(file, x=np.zeros(LIMIT.most_bytes))
+        assert len(file.getvalue()) < LIMIT.most_bytes / 8
         with pytest.raises(BodyTooLarge):
             decode_npz(file.getvalue(), LIMIT)
 
     def test_the_limit_is_for_all_members_together(self) -> None:
-        half = np.zeros(LIMIT // 16 + 1024)
+        half = np.zeros(LIMIT.most_bytes // 16 + 1024)
         with pytest.raises(BodyTooLarge):
             decode_npz(encode_npz({"a": half, "b": half}), LIMIT)
 

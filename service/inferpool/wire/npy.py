@@ -295,7 +295,7 @@ def _to_numpy_text(array: Array) -> Array:
 
 
 def _check_directory(body: bytes | memoryview) -> None:
-    """Raise MalformedBody if the directory has too many entries, because `zipfile` reads all of them at once."""
+    """Raise MalformedBody if the directory has too many entries, because `zipfile` reads them all at once."""
     entries = 0
     for start in range(0, len(body), _SEARCHED_BYTES):
         piece = bytes(body[start : start + _SEARCHED_BYTES + len(_DIRECTORY_ENTRY) - 1])

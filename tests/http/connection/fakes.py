@@ -23,7 +23,7 @@ from inferpool.repository.catalog import READY, ModelView, VersionView
 from inferpool.tensors import Signature, TensorSpec
 
 MAX_BODY_BYTES = 200_000
-IN_FLIGHT_BYTES = 500_000
+IN_FLIGHT_BYTES = 2_000_000
 INPUT = TensorSpec("x", "FP32", (-1, 2))
 
 

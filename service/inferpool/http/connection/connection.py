@@ -92,6 +92,11 @@ class Connection:
         # A cycle of references would stay, with the body of its request, until the garbage collector runs.
         self.owner = self.last = self.current = self.held = None
 
+    def client(self) -> str:
+        """Return the address of the client, without its port; "" if the socket has none."""
+        peer = self.transport.get_extra_info("peername")
+        return str(peer[0]) if isinstance(peer, tuple) and peer else ""
+
     def default_headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers that uvicorn puts on all responses: a new list every second."""
         headers: list[tuple[bytes, bytes]] = self._server_state.default_headers

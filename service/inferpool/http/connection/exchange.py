@@ -196,7 +196,7 @@ class Exchange:
 
     def _on_decoded(self, outcome: Any) -> None:
         """Go on with the tensors, or the error, that a thread has made of the body."""
-        self._predictor.offloader.end(self._context)
+        self._predictor.decoded(self._context)
         if self._context.abandoned:
             self._predictor.release(self._context)
         if self._state != DECODING:
@@ -305,7 +305,7 @@ class Exchange:
         left_s = deadline - predictor.clock()
         if left_s <= 0:
             raise DeadlineExceeded("the deadline passed before the body was complete")
-        threads = predictor.offloader.begin(context, len(data))
+        threads = predictor.offloader.begin(context, len(data), self._connection.client())
         if deadline < math.inf:
             self._set_timer(left_s)
         self._connection.run_in_thread(

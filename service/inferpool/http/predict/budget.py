@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Final
+
+from inferpool.allowance import Allowance
 from inferpool.errors import BodyTooLarge, InferpoolError, Overloaded
 from inferpool.http.predict.context import PredictContext
+from inferpool.tensors import Signature
+
+_LOOK_S: Final = 0.05
+"""Pause between two looks of a thread that waits for memory: responses free theirs without notice."""
 
 
 class ByteBudget:
-    """Counts bytes of bodies, and of responses that clients do not read, against one limit.
+    """Counts bytes of bodies, of what they become, and of responses that clients do not read.
 
-    Each request's share is in its `PredictContext.reserved_bytes`. For the event loop alone; the
-    `MemoryMonitor` sets the bounds from its thread.
+    Each request's share is in its `PredictContext`: `reserved_bytes` of bodies and responses, and
+    `decoded_bytes` of what threads make of bodies. The former are for the event loop alone, the latter for
+    any thread. The `MemoryMonitor` sets the bounds from its own thread.
 
     Attributes:
         limit: bytes that all requests may hold together.
         most: bytes that a request may hold while it is alone; at least `limit`.
-        used: bytes that all requests hold now.
+        used: bytes of bodies and responses that all requests hold now.
+        decoded: bytes that all requests hold now of what their bodies became.
     """
 
-    __slots__ = ("limit", "most", "used")
+    __slots__ = ("_changed", "_decoding", "decoded", "limit", "most", "used")
 
     def __init__(self, limit: int) -> None:
         self.limit = self.most = limit
-        self.used = 0
+        self.used = self.decoded = 0
+        # Bytes of `decoded` that threads may give back soon: they decode, and wait for no memory.
+        self._decoding = 0
+        self._changed = threading.Condition()
+
+    @property
+    def held(self) -> int:
+        """Bytes that all requests hold now."""
+        return self.used + self.decoded
 
     def check(self, size: int) -> None:
         """Raise an error if a body of `size` bytes would find no room now; reserve nothing.
 
         Raises BodyTooLarge or Overloaded.
         """
-        if self.used + size > self.limit and (self.used or size > self.most):
-            raise self._refusal(size, self.used, size)
+        used = self.used + self.decoded
+        if used + size > self.limit and (used or size > self.most):
+            raise self._refusal(size, used, size)
 
     def reserve(self, context: PredictContext, size: int) -> None:
-        """Reserve `size` more bytes for a request.
+        """Reserve `size` more bytes of body for a request.
 
         A request that is alone gets more than `limit`, which may be a small setting, but never more than
         `most`: that much memory there is.
@@ -41,8 +60,8 @@ class ByteBudget:
         Raises Overloaded if the other requests leave no room, BodyTooLarge if there is never room for it.
         """
         used = self.used + size
-        if used > self.limit:
-            others, own = self.used - context.reserved_bytes, context.reserved_bytes + size
+        if used + self.decoded > self.limit:
+            others, own = self.held - context.reserved_bytes, context.reserved_bytes + size
             if others or own > self.most:
                 raise self._refusal(size, others, own)
         self.used = used
@@ -54,9 +73,62 @@ class ByteBudget:
         context.reserved_bytes += size
 
     def release(self, context: PredictContext) -> None:
-        """Give back all bytes of a request."""
+        """Give back all bytes of a request, whose body no thread decodes any more."""
         self.used -= context.reserved_bytes
         context.reserved_bytes = 0
+        if context.decoded_bytes:
+            with self._changed:
+                self.decoded -= context.decoded_bytes
+                context.decoded_bytes = 0
+                self._changed.notify_all()
+
+    def take_decoded(self, context: PredictContext, size: int, what: str) -> None:
+        """Reserve `size` more bytes for `what` a thread makes of a body, in that thread.
+
+        Waits while there would be room without the bodies that other threads decode now: they are done soon.
+        Raises the errors of `reserve`.
+        """
+        with self._changed:
+            held = context.decoded_bytes
+            own = context.reserved_bytes + held + size
+            if own > self.most:
+                raise BodyTooLarge(
+                    f"{what} takes {own} bytes of memory with the body, and this server has {self.most} for"
+                    " one request; send fewer rows, or a smaller picture, at a time",
+                    limit=self.most,
+                )
+            self._decoding -= held
+            self._changed.notify_all()
+            try:
+                while self.used + self.decoded + size > self.limit and self.used + self.decoded > own - size:
+                    if self.used + self.decoded - self._decoding + size > self.limit:
+                        raise self._refusal(size, self.used + self.decoded - own + size, own)
+                    self._changed.wait(_LOOK_S)
+            finally:
+                self._decoding += held
+            self._decoding += size
+            self.decoded += size
+            context.decoded_bytes = held + size
+
+    def give_back_decoded(self, context: PredictContext, size: int) -> None:
+        """Release `size` of the bytes that `take_decoded` reserved, while the thread still decodes."""
+        with self._changed:
+            self._decoding -= size
+            self.decoded -= size
+            context.decoded_bytes -= size
+            self._changed.notify_all()
+
+    def settle_decoded(self, context: PredictContext, size: int) -> None:
+        """Count the `size` bytes of its tensors for a request whose body has been decoded.
+
+        Tensors for which nothing was taken are views of the body.
+        """
+        with self._changed:
+            size = min(size, context.decoded_bytes)
+            self._decoding -= context.decoded_bytes
+            self.decoded += size - context.decoded_bytes
+            context.decoded_bytes = size
+            self._changed.notify_all()
 
     def _refusal(self, size: int, others: int, own: int) -> InferpoolError:
         """The error for `size` more bytes of a request that would then hold `own` beside `others`."""
@@ -69,3 +141,25 @@ class ByteBudget:
         return Overloaded(
             f"no room for {size} bytes: other requests hold {others} of {self.limit} bytes; try again later"
         )
+
+
+class BodyAllowance(Allowance):
+    """Grants memory of the budget to the thread that decodes one body."""
+
+    __slots__ = ("_budget", "_context")
+
+    def __init__(
+        self, budget: ByteBudget, context: PredictContext, most_bytes: int, signature: Signature | None
+    ) -> None:
+        """Take the memory from `budget`, for the request `context`."""
+        super().__init__(most_bytes, signature)
+        self._budget = budget
+        self._context = context
+
+    def take(self, size: int, what: str) -> None:
+        """Reserve `size` bytes; see `ByteBudget.take_decoded`."""
+        self._budget.take_decoded(self._context, size, what)
+
+    def give_back(self, size: int) -> None:
+        """Release `size` bytes."""
+        self._budget.give_back_decoded(self._context, size)

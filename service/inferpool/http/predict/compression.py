@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Final
 
+from inferpool.allowance import Allowance
 from inferpool.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
 from inferpool.http.predict.api import Data
 
@@ -14,6 +15,8 @@ _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
 _FREE_EXPANSION_BYTES: Final = 1024 * 1024
 _MOST_EXPANSION: Final = 100
 """A body may decompress to 1 MiB or to this many times its size; more is an attack."""
+_JOINED: Final = 2
+"""Bytes of memory for each byte that is decompressed."""
 _GZIP: Final = 16 + zlib.MAX_WBITS
 _FASTEST: Final = 1
 _TRIED_BYTES: Final = 16 * 1024
@@ -23,11 +26,11 @@ _WORTHWHILE_SHARE: Final = 0.8
 them takes 20 times as long as sending them."""
 
 
-def decompress(data: Data, encoding: str, max_bytes: int) -> Data:
+def decompress(data: Data, encoding: str, allowance: Allowance) -> Data:
     """Decompress a body whose Content-Encoding is gzip, deflate or none.
 
-    Raises BodyTooLarge as soon as the output exceeds `max_bytes`, UnsupportedMediaType for other encodings,
-    and MalformedBody for data that is damaged or cut off.
+    Raises BodyTooLarge as soon as the output exceeds `allowance.most_bytes`, UnsupportedMediaType for other
+    encodings, MalformedBody for data that is damaged or cut off, and what `Allowance.take` raises.
     """
     if encoding in ("", "identity"):
         return data
@@ -36,7 +39,10 @@ def decompress(data: Data, encoding: str, max_bytes: int) -> Data:
             f'Content-Encoding "{encoding[:40]}" is not supported; use gzip or deflate',
             expected=["gzip", "deflate"],
         )
-    max_bytes = min(max_bytes, max(_FREE_EXPANSION_BYTES, _MOST_EXPANSION * len(data)))
+    max_bytes = min(allowance.most_bytes, max(_FREE_EXPANSION_BYTES, _MOST_EXPANSION * len(data)))
+    # The output comes in blocks, which are joined at the end.
+    reserved = _JOINED * max_bytes
+    allowance.take(reserved, "decompressing the body")
     stream = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         plain = stream.decompress(data, max_bytes + 1)
@@ -56,6 +62,7 @@ def decompress(data: Data, encoding: str, max_bytes: int) -> Data:
         )
     if not stream.eof or stream.unused_data:
         raise MalformedBody(f"the {encoding} data is {'cut off' if not stream.eof else 'followed by more'}")
+    allowance.give_back(reserved - len(plain))
     return plain
 
 

@@ -25,7 +25,9 @@ class PredictContext:
         request_id: the caller's id, or a new one.
         options: what the body says beside its tensors, once the body is decoded.
         decode_s: seconds that decoding took.
-        reserved_bytes: bytes that the request holds of the budget of all requests in flight.
+        reserved_bytes: bytes of its body and response that it holds of the budget of all requests in flight.
+        decoded_bytes: bytes that it holds of this budget for what a thread has made of its body.
+        input_bytes: bytes of its tensors, if a thread has counted them; else 0.
         offloaded_bytes: size of the body while a background thread decodes it, else 0.
         offloaded_text: whether these bytes count as text that waits to be encoded.
         abandoned: whether nobody waits for the response any more although a thread still has the body.
@@ -36,8 +38,9 @@ class PredictContext:
     """
 
     __slots__ = (
-        "abandoned", "api", "began", "decode_s", "entry", "head", "offloaded_bytes", "offloaded_text",
-        "options", "recorded", "request_id", "reserved_bytes", "served", "texts",
+        "abandoned", "api", "began", "decode_s", "decoded_bytes", "entry", "head", "input_bytes",
+        "offloaded_bytes", "offloaded_text", "options", "recorded", "request_id", "reserved_bytes",
+        "served", "texts",
     )  # fmt: skip
 
     def __init__(self, api: InferenceApi, head: RequestHead, began: float) -> None:
@@ -47,7 +50,7 @@ class PredictContext:
         self.request_id = head.given_id or new_request_id()
         self.options = _NO_OPTIONS
         self.decode_s = 0.0
-        self.reserved_bytes = 0
+        self.reserved_bytes = self.decoded_bytes = self.input_bytes = 0
         self.recorded = self.abandoned = self.offloaded_text = False
         self.offloaded_bytes = 0
         self.served: ServedVersion | None = None

@@ -147,7 +147,7 @@ class MemoryMonitor:
     def look(self) -> None:
         """Trim if a burst is over or memory is short, and has been freed."""
         with self._working:
-            system, used = self._system, self._budget.used
+            system, used = self._system, self._budget.held
             limit = system.limit.limit
             held = system.use().held
             excess = held - self._base - used
@@ -174,7 +174,7 @@ class MemoryMonitor:
         before, began = system.use().held, system.clock()
         system.trim()
         self._trimmed_at = system.clock()
-        self._base = system.use().held - self._budget.used
+        self._base = system.use().held - self._budget.held
         freed = max(0, before - system.use().held)
         self._trims.add()
         self._trim_s.add(self._trimmed_at - began)
@@ -184,7 +184,7 @@ class MemoryMonitor:
 
     def _set_budget(self) -> None:
         budget, limit = self._budget, self._system.limit.limit
-        room = in_flight_bytes(limit, self._system.held() - budget.used)
+        room = in_flight_bytes(limit, self._system.held() - budget.held)
         if self._derive:
             budget.limit = budget.most = room
         else:
@@ -201,7 +201,7 @@ class MemoryMonitor:
         return [
             ("memory_limit_bytes", (), float(self._system.limit.limit)),
             ("memory_held_bytes", (), float(self._system.held())),
-            ("in_flight_bytes", (), float(budget.used)),
+            ("in_flight_bytes", (), float(budget.held)),
             ("in_flight_limit_bytes", (), float(budget.limit)),
         ]
 

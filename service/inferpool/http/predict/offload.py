@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Final
 
 from inferpool.errors import Overloaded
 from inferpool.http.media_types import FORM, NPZ
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.fair_threads import FairThreads
 from inferpool.repository.catalog import Catalog
+from inferpool.system.cpu import usable_cores
 
 HEAVY_BYTES: Final = 32 * 1024
 """Larger bodies are decoded, and larger bodies and responses are (de)compressed, in a background thread."""
@@ -23,9 +24,14 @@ HEAVY_TEXT_BYTES: Final = 2 * 1024
 MOST_TEXT_BYTES: Final = 8 * 2**20
 """Bytes of text that may wait to be encoded; one megabyte takes most of a second."""
 TEXT_THREADS: Final = 2
-"""Threads that encode long texts."""
-JSON_THREADS: Final = min(8, max(2, os.cpu_count() or 1))
-"""Threads that read long JSON; separate from the loop's own, which write `/metrics`."""
+"""Threads that encode the long texts of one client."""
+JSON_THREADS: Final = min(8, max(2, usable_cores()))
+"""Threads that read the long JSON of one client."""
+FILE_THREADS: Final = min(4, max(1, usable_cores()))
+"""Threads that decode the pictures, archives, forms and compressed bodies of one client.
+
+They are few, because each of them may take a hundred megabytes at a time.
+"""
 _UNPACKED: Final = (NPZ, FORM)
 """Media types that are decompressed or taken apart, whatever their size."""
 _DECODED: Final = ("image/", "multipart/")
@@ -38,10 +44,12 @@ class DecodeOffloader:
     def __init__(self, catalog: Catalog) -> None:
         """Start no thread before the first body needs one; `catalog` tells which models take text."""
         self._catalog = catalog
-        # Separate threads, so that nothing else waits while a long text is encoded.
+        # Separate threads, so that nothing else waits while a long text is encoded, or a picture decoded. The
+        # event loop's own threads write `/metrics`.
         self._text_bytes = 0
-        self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
-        self._json_threads = ThreadPoolExecutor(JSON_THREADS, thread_name_prefix="json")
+        self._text_threads = FairThreads(TEXT_THREADS, "text")
+        self._json_threads = FairThreads(JSON_THREADS, "json")
+        self._file_threads = FairThreads(FILE_THREADS, "file")
 
     def is_heavy(self, context: PredictContext, data: Data) -> bool:
         """Return whether decoding a body would keep the event loop from its other work for too long."""
@@ -61,10 +69,11 @@ class DecodeOffloader:
             return image is not None and image.pixels(bytes(data)) > HEAVY_PIXELS
         return False
 
-    def begin(self, context: PredictContext, size: int) -> Executor | None:
+    def begin(self, context: PredictContext, size: int, client: str) -> Executor:
         """Count a heavy body of `size` bytes, and return the threads to decode it in; call `end` afterwards.
 
-        None means the event loop's own threads. Raises Overloaded if too much text waits already.
+        `client` is the address of the client, who shares the threads with others. Raises Overloaded if too
+        much text waits already.
         """
         may_be_text = self._may_be_text(context)
         if may_be_text and self._text_bytes and self._text_bytes + size > MOST_TEXT_BYTES:
@@ -76,8 +85,9 @@ class DecodeOffloader:
         if may_be_text:
             context.offloaded_text = True
             self._text_bytes += context.offloaded_bytes
-            return self._text_threads
-        return self._json_threads if _is_heavy_json(context, size) or _holds_strings(context, size) else None
+            return self._text_threads.of(client)
+        is_json = _is_heavy_json(context, size) or _holds_strings(context, size)
+        return (self._json_threads if is_json else self._file_threads).of(client)
 
     def end(self, context: PredictContext) -> None:
         """Count that the thread is done with the body."""

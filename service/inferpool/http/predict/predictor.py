@@ -18,10 +18,11 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+from inferpool.allowance import Allowance
 from inferpool.errors import Draining, InferpoolError, InternalError, InvalidInput
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.body_buffer import too_large
-from inferpool.http.predict.budget import ByteBudget
+from inferpool.http.predict.budget import BodyAllowance, ByteBudget
 from inferpool.http.predict.compression import decompress
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.in_flight import InFlight
@@ -72,6 +73,7 @@ class Predictor:
         self.clock = clock
         self.max_body_bytes = max_body_bytes
         self.budget = ByteBudget(in_flight_bytes)
+        self._small_body = Allowance(max_body_bytes)
         self.in_flight = InFlight()
         self.offloader = DecodeOffloader(catalog)
         self.resolver = Resolver(catalog, metrics)
@@ -107,10 +109,9 @@ class Predictor:
             raise InferpoolError("the client is gone or has been refused")
         began = self.clock()
         head = context.head
-        plain = (
-            decompress(data, head.content_encoding, self.max_body_bytes) if head.content_encoding else data
-        )
-        body = context.api.open(head, plain, self.max_body_bytes)
+        allowance = self._small_body if not context.offloaded_bytes else self._allowance(context)
+        plain = decompress(data, head.content_encoding, allowance) if head.content_encoding else data
+        body = context.api.open(head, plain, allowance)
         options = context.options = body.options
         if head.model is None or (head.version is None and options.version is not None):
             model = head.model or self.resolver.model_named(options.model)
@@ -136,8 +137,17 @@ class Predictor:
                 text.check(tensors)
                 rows, tokens = tensors[text.ids].shape
             served.bound_answer(rows, tokens, options.outputs, self.budget.limit)
+        if context.offloaded_bytes:
+            # Counted here, because a tensor may have a million strings, too many for the event loop.
+            parts = [rows.tensors for rows in context.texts] or [tensors]
+            context.input_bytes = sum(_bytes_of(tensor) for part in parts for tensor in part.values())
         context.decode_s = self.clock() - began
         return tensors
+
+    def decoded(self, context: PredictContext) -> None:
+        """Take note that a thread has decoded the body, or failed to: only the tensors take memory now."""
+        self.offloader.end(context)
+        self.budget.settle_decoded(context, context.input_bytes)
 
     def submit(self, context: PredictContext, tensors: Tensors, then: Callable[[Result], None]) -> float:
         """Put the request in the queue and return its deadline, infinity if it has none.
@@ -256,11 +266,20 @@ class Predictor:
             context.entry = None
             self.in_flight.release()
 
+    def _allowance(self, context: PredictContext) -> Allowance:
+        """Return what the thread that decodes the body may allocate."""
+        served = context.served
+        return BodyAllowance(
+            self.budget, context, self.max_body_bytes, None if served is None else served.signature
+        )
+
     def _entry(self, context: PredictContext, tensors: Tensors, now: float, deadline: float) -> Entry:
         served, options = context.served, context.options
         assert served is not None  # `decode` found it
         rows = served.rows(tensors)
         entry_id = next(self._entry_ids)
+        size = context.input_bytes if not context.texts else 0
+        size = size or sum(map(_bytes_of, tensors.values()))
         group, row_load = served.group(entry_id, tensors, rows)
         return Entry(
             entry_id,
@@ -269,7 +288,7 @@ class Predictor:
             rows,
             group,
             # A row takes memory in the queue even if it has no elements.
-            max(8 * rows, sum(map(_bytes_of, tensors.values()))),
+            max(8 * rows, size),
             now,
             deadline,
             options.priority or DEFAULT_PRIORITY,
