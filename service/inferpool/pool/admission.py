@@ -28,6 +28,8 @@ class Limits:
             it stays as it is.
         least_rows: rows that may wait however long they take, in addition to a batch for each instance.
         delay_s: seconds that a batch which is not full may wait, from the arrival of its first entry.
+        batch_bytes: bytes of inputs that a batch of several entries may have. Rows of one size are bounded by
+            `batch_rows` alone; a large row may take much memory though it costs little time.
     """
 
     batch_rows: int
@@ -36,6 +38,7 @@ class Limits:
     queue_s: float = math.inf
     least_rows: int = 1
     delay_s: float = 0.0
+    batch_bytes: float = math.inf
 
     @property
     def slice_rows(self) -> int:
@@ -45,6 +48,10 @@ class Limits:
     def is_large(self, entry: Entry) -> bool:
         """Whether an entry is larger than a batch, so that it runs in slices."""
         return entry.rows > 1 and entry.load > self.batch_rows
+
+    def is_costly(self, entry: Entry) -> bool:
+        """Whether an entry costs more than a full batch, so that all that cost less go first."""
+        return entry.load > self.batch_rows
 
 
 class Admission:
@@ -117,14 +124,14 @@ class Admission:
         """Return when `entry` will have run, if the full batches before it take their measured time."""
         if now > entry.deadline:
             return now
-        large = self._limits.is_large(entry)
+        costly = self._limits.is_costly(entry)
         waiting = self._waiting
-        ahead = waiting.small_load + large * waiting.large_load
+        ahead = waiting.small_load + costly * waiting.large_load
         finish = self._finish_behind(ahead, entry, now, free_at)
         if finish <= entry.deadline:
             return finish
         # Some of these entries run after the new one. Only now, because counting looks at the whole queue.
-        order = (entry.priority, large, entry.deadline, math.inf)
+        order = (entry.priority, costly, entry.deadline, math.inf)
         ahead = sum(slot.load for slot in waiting.slots() if slot.order < order)
         return self._finish_behind(ahead, entry, now, free_at)
 

@@ -166,12 +166,15 @@ def wanted_outputs(slices: Sequence[RowSlice]) -> tuple[str, ...] | None:
 def scatter(outputs: Tensors, slices: Sequence[RowSlice], padding: Padding | None = None) -> list[Tensors]:
     """Return each slice's rows of the outputs that its entry asked for, as views, in the order of `slices`.
 
-    Values that padding has added are cut off. Raises WrongRows unless every output has the batch's rows along
-    its first dimension.
+    Values that padding has added are cut off. An output that is a list has an item for each row. Raises
+    WrongRows unless every output has the batch's rows along its first dimension.
     """
     rows = sum(each.rows for each in slices)
     for name, tensor in outputs.items():
-        if not tensor.ndim or tensor.shape[0] != rows:
+        if isinstance(tensor, list):
+            if len(tensor) != rows:
+                raise WrongRows(f'output "{name}" has {len(tensor)} items for {rows} rows')
+        elif not tensor.ndim or tensor.shape[0] != rows:
             raise WrongRows(f'output "{name}" has shape {shape_text(tensor.shape)} for {rows} rows')
     if len(slices) == 1:
         return [select(outputs, slices[0].entry.outputs)]
@@ -196,6 +199,9 @@ def select(outputs: Tensors, names: tuple[str, ...] | None) -> Tensors:
 def concatenate(outputs: Sequence[Tensors]) -> Tensors:
     """Return the outputs of consecutive rows as one; raises ValueError if their row shapes differ."""
     joined: dict[str, Any] = {}
-    for name in outputs[0]:
-        joined[name] = np.concatenate([each[name] for each in outputs])
+    for name, first in outputs[0].items():
+        if isinstance(first, list):
+            joined[name] = [item for each in outputs for item in each[name]]
+        else:
+            joined[name] = np.concatenate([each[name] for each in outputs])
     return joined

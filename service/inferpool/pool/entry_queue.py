@@ -3,11 +3,12 @@
 Pure policy. The queue reads no clock (moments come in as `now`) and has no thread and no lock: the pool holds
 its own lock around every call.
 
-The order. Within a priority, entries that fit in a batch come before slices of larger ones, then the earliest
-deadline, then the first to arrive. The first entry in this order leads the batch. The batch is filled, in
-order, with entries of the leader's group. If an entry of the group does not fit, no later one overtakes it.
-Against starvation, every fourth batch is led by the entry that has waited longest, whatever its priority or
-deadline. An entry with n older ones before it therefore waits for 4 (n + 1) batches at most.
+The order. Within a priority, entries that fit in a batch come before slices of larger ones and before rows
+that cost more than a full batch, then the earliest deadline, then the first to arrive. The first entry in
+this order leads the batch. The batch is filled, in order, with entries of the leader's group. If an entry of
+the group does not fit, no later one overtakes it. Against starvation, every fourth batch is led by the entry
+that has waited longest, whatever its priority or deadline. An entry with n older ones before it therefore
+waits for 4 (n + 1) batches at most.
 
 An entry with more rows than a batch runs in slices of half a batch. Each slice runs by itself, and then the
 remaining rows queue up again behind everything that has arrived meanwhile. A request of 10,000 rows therefore
@@ -115,17 +116,17 @@ class Queue:
         that keeps everything from running could never be corrected.
         """
         waiting = self._waiting
-        large = self.limits.is_large(entry)
+        costly = self.limits.is_costly(entry)
         if entry.deadline < math.inf:
             if probe and not len(waiting) and min(free_at, default=now) <= now < entry.deadline:
                 self._probe_id = entry.parts[0].entry.id if entry.parts else entry.id
             else:
                 self.admission.refuse_if_late(entry, now, free_at)
-        self.admission.refuse_if_full(entry.load, entry.nbytes, large, len(free_at))
+        self.admission.refuse_if_full(entry.load, entry.nbytes, costly, len(free_at))
         if not entry.parts:
-            waiting.add(entry, 0, large, large)
+            waiting.add(entry, 0, costly and entry.rows > 1, costly)
         for part in entry.parts:
-            waiting.add(part.entry, 0, self.limits.is_large(part.entry), large)
+            waiting.add(part.entry, 0, self.limits.is_large(part.entry), costly)
 
     def remove(self, entry_id: int) -> Entry | None:
         """Take an entry that still waits out of the queue; None if no row of it waits any more."""
@@ -184,12 +185,13 @@ class Queue:
     def _take_group(self, leader: QueueSlot, now: float, taken: Take) -> None:
         waiting = self._waiting
         group = waiting.group_of(leader)
-        load, deadline = leader.load, leader.entry.deadline
+        load, nbytes, deadline = leader.load, leader.entry.nbytes, leader.entry.deadline
         self._take_entry(leader, taken)
         taken.reason = "drained"
         while (follower := group.slots.first()) is not None:
             grown = load + follower.load
-            if grown > self.limits.batch_rows:
+            nbytes += follower.entry.nbytes
+            if grown > self.limits.batch_rows or nbytes > self.limits.batch_bytes:
                 taken.reason = "full"
                 return
             soonest = min(deadline, follower.entry.deadline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Final, NamedTuple
@@ -25,7 +26,9 @@ class Measurement(NamedTuple):
 
 
 class LatencyModel:
-    """Latency by batch size, in buckets of 1, 2, 4, … rows, each an exponentially weighted mean.
+    """Latency by batch size, in buckets of …, ½, 1, 2, 4, … rows, each an exponentially weighted mean.
+
+    A row that is smaller than those that were measured at load counts as less than one.
 
     A bucket holds the mean of both the rows and the seconds of its batches, so that a size between two
     buckets is interpolated along the measurements. One thread may write at a time; any thread may read.
@@ -33,13 +36,13 @@ class LatencyModel:
 
     def __init__(self, table: Iterable[Measurement] = ()) -> None:
         """`table` has earlier measurements, in any order."""
-        self._buckets: dict[int, Measurement] = {_bucket(line.rows): line for line in table}
+        self._buckets: dict[float, Measurement] = {_bucket(line.rows): line for line in table}
         self._spread = FIRST_SPREAD
         self._curve: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         self._update_curve()
 
     def observe(self, rows: float, seconds: float) -> None:
-        """Take in one batch of `rows` rows (at least 1) that ran for `seconds`."""
+        """Take in one batch of `rows` rows (more than 0) that ran for `seconds`."""
         bucket = _bucket(rows)
         known = self._buckets.get(bucket)
         if known is None:
@@ -107,6 +110,9 @@ class LatencyModel:
         self._curve = (tuple(line.rows for line in lines), tuple(reversed(times)))
 
 
-def _bucket(rows: float) -> int:
-    """Return the next power of two at or above `rows`."""
-    return 1 << max(0, (round(rows) - 1).bit_length())
+def _bucket(rows: float) -> float:
+    """Return the next power of two at or above `rows`, which is rounded if it is more than 1."""
+    if rows > 0.5:
+        return float(1 << max(0, (round(rows) - 1).bit_length()))
+    mantissa, exponent = math.frexp(rows)
+    return math.ldexp(1.0, exponent - (mantissa == 0.5))

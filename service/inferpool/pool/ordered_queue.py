@@ -28,7 +28,8 @@ class QueueSlot:
         rows: how many rows wait.
         load: cost of these rows, in rows like those that were measured at load.
         is_large: whether the entry runs in slices.
-        low_band: whether the slot stands behind all small requests: it is large, or part of a large request.
+        low_band: whether the slot stands behind all small requests: it is large, or part of a large request,
+            or a row that costs more than a full batch.
         is_live: False once the entry has been taken or dropped.
         order: sorts slots into the order in which they are to run.
     """
@@ -113,7 +114,7 @@ class WaitingEntries:
         rows: rows that wait; an entry without rows counts as one.
         nbytes: bytes of inputs that wait.
         small_load: cost of the small requests that wait, in rows like those that were measured at load.
-        large_load: likewise, of the requests with more rows than a batch may have.
+        large_load: likewise, of the requests that cost more than a full batch.
     """
 
     __slots__ = (

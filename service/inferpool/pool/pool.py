@@ -280,7 +280,7 @@ class Pool:
         """Count a batch that has run, and bound what may wait by how long it took."""
         self._last_run = self._clock()
         if run.clean:
-            self.latency.observe(max(1, batch.load), run.compute_s)
+            self.latency.observe(batch.load or 1.0, run.compute_s)
         self._queue.admission.bound_by_time(len(self._instances))
         self._stats.count_batch(instance.device, batch, run.compute_s)
         if self._buckets is not None and self.batched:

@@ -141,7 +141,9 @@ def _in_order(slices: list[tuple[int, Tensors]]) -> Tensors:
     if len(slices) == 1:
         return slices[0][1]
     outputs = [each for _, each in sorted(slices, key=itemgetter(0))]
-    for name in outputs[0]:
+    for name, first in outputs[0].items():
+        if isinstance(first, list):
+            continue
         shapes = {each[name].shape[1:] for each in outputs}
         if len(shapes) > 1:
             texts = " and ".join(map(shape_text, sorted(shapes)))

@@ -17,6 +17,7 @@ from inferpool.errors import ModelNotFound, NotReady, Reason, Verdict, VersionNo
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.padding import Padding
 from inferpool.pool.ports import VersionKey
+from inferpool.pool.row_cost import RowCost
 from inferpool.pool.stats import BatchCount, InstanceState
 from inferpool.tensors import Signature, names_text
 
@@ -102,6 +103,7 @@ class VersionView:
         image: turns pictures into tensors; None if the model takes none.
         text: turns sentences into tensors; None if the model takes none.
         padding: how rows of different lengths share batches; None if all rows have one length.
+        row_cost: what a row costs by its elements; None if all rows cost the same, or are texts.
         classes: turns outputs into predictions; None if the model has no labels.
         gpu: how the version runs on GPUs; None on the CPU.
         load_s: the seconds that loading took.
@@ -119,6 +121,7 @@ class VersionView:
     image: ImageCodec | None = None
     text: TextCodec | None = None
     padding: Padding | None = None
+    row_cost: RowCost | None = None
     classes: LabelsCodec | None = None
     gpu: GpuView | None = None
     load_s: float = 0.0

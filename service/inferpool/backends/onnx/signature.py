@@ -32,6 +32,9 @@ DATATYPES: Final = {
 }
 """Type names of ONNX Runtime to datatypes of the protocol."""
 
+_NAMELESS: Final = frozenset(("?", "*", "-1", "none", "null", "nan", "dynamic", "unk", "unknown", "any"))
+"""Names, in lower case, that exporters give to any open dimension: equal names are not equal sizes."""
+
 _OPTIONAL_TENSOR: Final = re.compile(r"optional\((tensor\(\w+\))\)")
 _NESTED: Final = re.compile(r"(?:optional\(|seq\(|map\(\w+,)+(tensor\(\w+\))\)+")
 
@@ -98,7 +101,9 @@ def _shape(node: Any, unranked: frozenset[str]) -> tuple[int, ...] | None:
 
 def _symbols(node: Any) -> tuple[str, ...]:
     # The sizes of an overridable initialiser have another integer type, so test for str.
-    symbols = tuple(size if isinstance(size, str) else "" for size in node.shape)
+    symbols = tuple(
+        size if isinstance(size, str) and size.strip().lower() not in _NAMELESS else "" for size in node.shape
+    )
     return symbols if any(symbols) else ()
 
 

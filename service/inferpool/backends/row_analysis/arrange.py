@@ -121,6 +121,8 @@ def reshape(step: Step) -> list[Value]:
 def flatten(step: Step) -> list[Value]:
     """Flatten into two axes."""
     (value,) = step.given()
+    if value.filler is not None:
+        return [value if step.integer("axis", 1) == 1 else mixed(value.reason)]
     if value.shape is None:
         return [unknown(f"{step.label}: the rank is not known")]
     if value.kind is not Kind.ROWED:

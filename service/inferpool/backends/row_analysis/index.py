@@ -329,8 +329,14 @@ def encode_categories(step: Step) -> list[Value]:
 
 
 def word_counts(step: Step) -> list[Value]:
-    """TfIdfVectorizer: of a table, each row by itself."""
+    """TfIdfVectorizer: of a table, each row by itself.
+
+    Strings that fill up a row stand behind its words, so they are in no n-gram of words alone.
+    """
     value = step.required(0)
+    if value.filler is not None:
+        words = step.attributes.get("pool_strings")
+        return [value if not words or value.filler in words else rowed((ONE, step.fresh(1)), 0)]
     if value.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if value.kind is not Kind.ROWED or value.shape is None or len(value.shape) != 2 or value.axis:

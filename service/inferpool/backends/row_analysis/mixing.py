@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
+from inferpool.backends.row_analysis.dims import ONE
 from inferpool.backends.row_analysis.step import Rule, Step
 from inferpool.backends.row_analysis.values import Kind, Value, mixed, shared, unknown
 
@@ -38,9 +40,25 @@ def mixing(step: Step) -> list[Value]:
     return [mixed(f"{step.label} {MIXING[step.operation]}")] * len(step.outputs)
 
 
+def tokenise(step: Step) -> list[Value]:
+    """Tokenizer: a table as wide as the longest row, with the other rows filled up."""
+    (result,) = mixing(step)
+    text = step.required(0)
+    filler = step.attributes.get("pad_value")
+    if result.kind is Kind.MIXED and text.kind is Kind.ROWED and filler is not None:
+        one_text = text.shape is not None and not text.axis and all(dim == ONE for dim in text.shape[1:])
+        if one_text and text.outer == ONE and text.inner == ONE:
+            return [replace(result, filler=filler)]
+    return [result]
+
+
 def random(step: Step) -> list[Value]:
     """The operation draws random numbers."""
     return [unknown(f"{step.label} draws random numbers")] * len(step.outputs)
 
 
-RULES: Final[dict[str, Rule]] = {**dict.fromkeys(MIXING, mixing), **dict.fromkeys(RANDOM, random)}
+RULES: Final[dict[str, Rule]] = {
+    **dict.fromkeys(MIXING, mixing),
+    "com.microsoft.Tokenizer": tokenise,
+    **dict.fromkeys(RANDOM, random),
+}

@@ -44,6 +44,8 @@ class Value:
         elements: its integers as sizes, for values of at most one dimension that shapes are made of.
         numbering: of a COUNTED list that numbers the rows: the number of a row is its position times this.
         reason: why the value is MIXED or UNKNOWN.
+        filler: the string that fills up the rows, if a MIXED value is a table of strings that is as wide as
+            the longest row, and this is all that rows share.
     """
 
     kind: Kind
@@ -55,6 +57,7 @@ class Value:
     elements: tuple[Dim, ...] | None = None
     numbering: Dim | None = None
     reason: str = ""
+    filler: bytes | None = None
 
     @property
     def rank(self) -> int | None:

@@ -49,6 +49,14 @@ class Latency(BaseModel):
     runs: int
 
 
+class Cost(BaseModel):
+    """What a row of so many elements costs: alone, and in rows of the size that `latency` counts."""
+
+    elements: int
+    compute_ms: float
+    rows: float
+
+
 class Rounding(BaseModel):
     """The largest differences of the outputs from those in FP32, over this many rows."""
 
@@ -72,7 +80,11 @@ class Gpu(BaseModel):
 
 
 class Version(BaseModel):
-    """A version of a model; `gpu` is null on the CPU."""
+    """A version of a model; `gpu` is null on the CPU.
+
+    `row_cost` has the measured sizes of a row, smallest first; null if all rows cost the same. Between them,
+    and above the largest, the cost follows a power of the elements.
+    """
 
     version: int
     state: Literal["loading", "ready", "failed"]
@@ -82,6 +94,7 @@ class Version(BaseModel):
     inputs: list[Tensor]
     outputs: list[Tensor]
     batching: Batching
+    row_cost: list[Cost] | None
     instances: list[InstanceOut]
     gpu: Gpu | None
     threads: int
@@ -189,6 +202,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
             max_rows=1 if live.wrong_rows else min([batching.max_rows, *live.buckets[-1:]]),
             max_delay_ms=batching.max_delay_ms,
         ),
+        row_cost=_row_cost(view),
         instances=[
             InstanceOut.model_validate({"device": item.device, "state": item.state})
             for item in live.instances
@@ -203,6 +217,19 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
             for line in live.latency
         ],
     )
+
+
+def _row_cost(view: VersionView) -> list[Cost] | None:
+    if view.row_cost is None:
+        return None
+    return [
+        Cost(
+            elements=point.elements,
+            compute_ms=round(1000 * point.seconds, 4),
+            rows=round(view.row_cost.load(point.elements), 3),
+        )
+        for point in view.row_cost.points
+    ]
 
 
 def _gpu(view: GpuView | None, live: LiveView) -> Gpu | None:

@@ -35,8 +35,9 @@ class ServedVersion:
         self.bf16 = tuple(spec.name for spec in view.signature.outputs if spec.datatype == "BF16")
         self.class_names = {} if view.classes is None else {view.classes.output: view.classes.names}
         self._padding = view.padding
-        # If every row of every request has the same shape, there is only one group.
-        self._one_group = all(
+        self._row_cost = view.row_cost
+        # If every row of every request has the same shape, there is only one group, and one cost.
+        self._one_group = view.row_cost is None and all(
             spec.optional or (spec.shape is not None and ANY not in spec.shape[1:]) for spec in specs
         )
         self._token_axes = _token_axes(view)
@@ -111,13 +112,20 @@ class ServedVersion:
                     f" {names_text(sorted(self.optional & tensors.keys()))} may have at most"
                     f" {self.view.batching.max_rows}; send them in several requests"
                 )
-            return entry_id, 1
+            return entry_id, self._load_of(tensors, max(1, rows))
         pixels = "pixels" if self._pixels is not None and self._are_pixels(tensors) else None
         if self._one_group:
             return pixels, 1
         if self._padding is not None:
             return self._padding.sharing(tensors)
-        return (pixels, *((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items()))), 1
+        shapes = (pixels, *((name, tensor.shape[1:]) for name, tensor in sorted(tensors.items())))
+        return shapes, self._load_of(tensors, rows)
+
+    def _load_of(self, tensors: Tensors, rows: int) -> float:
+        """Return the cost of a row, of a request that has at least one."""
+        if self._row_cost is None:
+            return 1.0
+        return self._row_cost.load(sum(tensor.size for tensor in tensors.values()) // rows)
 
 
 def _sent(signature: Signature, pixels: TensorSpec) -> Signature:

@@ -102,23 +102,24 @@ def check_batching(
     if unrunnable is not None:
         reason = f"no made-up rows could be run ({unrunnable}); add a golden sample to prove it with"
         return refuted(Fault(Obstacle.NOTHING_RUNS, reason))
+    declared = _fixed_output(model.signature)
     if graph.independence is Independence.MIXES:
-        return refuted(
-            Fault(Obstacle.ROWS_MIXED, f"rows depend on one another: {graph.reason}"),
-            rows_between(rows, 0, 1),
-        )
+        fault = Fault(Obstacle.ROWS_MIXED, f"rows depend on one another: {graph.reason}")
+        if declared is not None:
+            fault = declared._replace(reason=f"{declared.reason} ({graph.reason})")
+        return refuted(fault, rows_between(rows, 0, 1))
     count = next((size for size in _GROUPINGS if seconds * _runs(size) <= budget_s), min(_GROUPINGS))
     rows = rows_between(rows, 0, count)
     try:
         alone = _run_alone(model, rows, count)
         if isinstance(alone, Fault):
-            return refuted(alone, rows)
+            return refuted(declared or alone, rows)
         result = _compare_groupings(model, rows, alone, count, graph)
     except Exception as error:  # noqa: BLE001 - a model may raise anything in company; it is served alone
         reason = f"the model raised {short_reason(error)!r} when rows ran together"
-        return refuted(Fault(Obstacle.RAISED, reason), rows)
+        return refuted(declared or Fault(Obstacle.RAISED, reason), rows)
     if isinstance(result, Fault):
-        return refuted(result, rows)
+        return refuted(declared or result, rows)
     sizes = ", ".join(map(str, sorted({len(grouping) for grouping in _GROUPINGS[count]})))
     evidence = Evidence.GRAPH if graph.independence is Independence.INDEPENDENT else Evidence.RUNS
     read = graph.reason if evidence is Evidence.GRAPH else f"by runs alone ({graph.reason})"
@@ -180,24 +181,35 @@ def _runs(count: int) -> int:
 
 
 def _obstacle(signature: Signature) -> Fault | None:
-    """Why the signature alone forbids batching; None if it does not."""
+    """Why the signature alone forbids batching; None if it does not.
+
+    A declared shape of an output forbids nothing, because files declare wrong ones and runtimes do not care.
+    """
     if all(spec.optional for spec in signature.inputs):
         return Fault(Obstacle.NO_REQUIRED_INPUT, "the model has no input that every request must have")
-    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
-        is_input = kind == "input"
-        for spec in specs:
-            what = f'{kind} "{spec.name}"'
-            if spec.datatype == JSON:
-                return Fault(Obstacle.NO_TENSOR, f"{what} is no tensor: it has no rows", spec.name, is_input)
-            if spec.optional or (spec.shape is None and not is_input):
-                continue
-            if spec.shape is None:
-                return Fault(Obstacle.UNKNOWN_RANK, f"the rank of {what} is not known", spec.name, is_input)
-            if not spec.shape:
-                return Fault(Obstacle.SCALAR, f"{what} is a scalar: it has no rows", spec.name, is_input)
-            if spec.shape[0] != ANY:
-                reason = f"the first dimension of {what} is fixed at {spec.shape[0]}"
-                return Fault(Obstacle.FIXED_ROWS, reason, spec.name, is_input)
+    for spec in signature.inputs:
+        what = f'input "{spec.name}"'
+        if spec.optional:
+            continue
+        if spec.shape is None:
+            return Fault(Obstacle.UNKNOWN_RANK, f"the rank of {what} is not known", spec.name, True)
+        if not spec.shape:
+            return Fault(Obstacle.SCALAR, f"{what} is a scalar: it has no rows", spec.name, True)
+        if spec.shape[0] != ANY:
+            reason = f"the first dimension of {what} is fixed at {spec.shape[0]}"
+            return Fault(Obstacle.FIXED_ROWS, reason, spec.name, True)
+    for spec in signature.outputs:
+        if spec.datatype == JSON:
+            return Fault(Obstacle.NO_TENSOR, f'output "{spec.name}" is no tensor: it has no rows', spec.name)
+    return None
+
+
+def _fixed_output(signature: Signature) -> Fault | None:
+    """The fault of an output whose declared first dimension is fixed, if runs show that it is; else None."""
+    for spec in signature.outputs:
+        if spec.shape and spec.shape[0] != ANY:
+            reason = f'the first dimension of output "{spec.name}" is fixed at {spec.shape[0]}'
+            return Fault(Obstacle.FIXED_ROWS, reason, spec.name)
     return None
 
 

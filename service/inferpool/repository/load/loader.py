@@ -19,7 +19,7 @@ from inferpool.codecs.text import TextCodec
 from inferpool.errors import UnfitForGpu
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
-from inferpool.pool.latency_model import LatencyModel
+from inferpool.pool.latency_model import LatencyModel, Measurement
 from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Outbox, VersionKey
@@ -28,10 +28,12 @@ from inferpool.repository.config import ModelConfig, check_tensors
 from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.codec_factory import make_codecs, make_padding, make_texts
+from inferpool.repository.load.declared_shapes import corrected, without_names
+from inferpool.repository.load.free_sizes import MOST_BYTES
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
 from inferpool.repository.load.model_copies import ModelCopies
 from inferpool.repository.load.plan_cache import PlanCache
-from inferpool.repository.load.planner import Plan, PlanConstraints, Planner
+from inferpool.repository.load.planner import TRUST, Plan, PlanConstraints, Planner
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
@@ -122,7 +124,9 @@ class Loader:
                 devices, options = (CPU,), _for_cpu(options)
             check_tensors(config, folder, model.signature)
             image, text, classes = make_codecs(config, folder, model.signature)
-            samples = read_samples(folder, model.signature, text) if folder is not None else []
+            # A sample shows what the model takes, whatever its file says of dimensions with one name.
+            taken = without_names(model.signature)
+            samples = read_samples(folder, taken, text) if folder is not None else []
             rows = [inputs for sample in samples for inputs in sample.inputs]
             if text is not None:
                 # First, because these rows have the length that everything is measured by.
@@ -154,13 +158,14 @@ class Loader:
             state=READY,
             reason=unfit or "",
             backend=" ".join(filter(None, (backend.describe(), model.form))),
-            signature=model.signature if text is None else text.signature,
+            signature=corrected(model.signature if text is None else text.signature, plan.shapes),
             batching=_batching_view(plan, padding, config, backend, model),
             threads=plan.threads,
             timeout_s=config.timeout_ms / 1000 if config.timeout_ms else None,
             image=image,
             text=text,
             padding=padding,
+            row_cost=plan.row_cost,
             classes=classes,
             gpu=copies.gpu,
             load_s=self._clock() - began,
@@ -267,6 +272,7 @@ class Loader:
             instances=config.instances.count,
             threads=config.instances.threads,
             gpu=options.device != CPU,
+            weighed=text is None,
         )
         described: tuple[object, ...] = (*config.inputs, *config.outputs)
         if text is not None:
@@ -303,7 +309,11 @@ class Loader:
         padding: Padding | None,
         copies: ModelCopies,
     ) -> Pool:
-        row_load = 1 if padding is None else math.ceil(padding.longest / padding.unit)
+        row_load, cost = 1, plan.row_cost
+        if padding is not None:
+            row_load = math.ceil(padding.longest / padding.unit)
+        elif cost is not None:
+            row_load = math.ceil(max(1.0, cost.points[-1].load))
         limits = Limits(
             batch_rows=plan.max_rows,
             queue_rows=config.queue.max_rows or LEAST_QUEUE_ROWS * row_load,
@@ -311,11 +321,13 @@ class Loader:
             queue_s=math.inf if config.queue.max_rows else self._settings.queue_ms / 1000,
             least_rows=LEAST_QUEUE_ROWS * row_load,
             delay_s=config.batching.max_delay_ms / 1000,
+            # Rows of one size are bounded by their number.
+            batch_bytes=math.inf if cost is None else max(MOST_BYTES, plan.max_rows * plan.row_bytes),
         )
         return Pool(
             key,
             limits,
-            LatencyModel(plan.table),
+            LatencyModel((*_smaller_rows(plan), *plan.table)),
             self._outbox,
             self._metrics,
             self._clock,
@@ -336,6 +348,16 @@ def _gpu_copies(source: _Source, clock: Callable[[], float]) -> GpuCopies:
 def _for_cpu(options: LoadOptions) -> LoadOptions:
     """The same options for the CPU."""
     return replace(options.with_gpu(fp16=False), device=CPU)
+
+
+def _smaller_rows(plan: Plan) -> list[Measurement]:
+    """The times of rows that cost less than those that batches were measured with."""
+    if plan.row_cost is None or not plan.table:
+        return []
+    own = plan.table[0].seconds
+    return [
+        Measurement(point.load, point.load * own, TRUST) for point in plan.row_cost.points if point.load < 1
+    ]
 
 
 def _batching_view(

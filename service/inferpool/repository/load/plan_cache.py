@@ -12,17 +12,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from inferpool import __version__
 from inferpool.backends.row_verdict import Evidence
 from inferpool.pool.latency_model import Measurement
+from inferpool.pool.row_cost import CostPoint, RowCost
 from inferpool.repository.load.batching_check import Fault
 from inferpool.repository.load.batching_remedies import Obstacle
+from inferpool.repository.load.declared_shapes import ShapeCorrections
 from inferpool.repository.load.planner import Plan, PlanConstraints
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "2"
+_FORMAT = "3"
 """Raised whenever plans are made by other rules, so that no plan made by the old ones is found."""
 
 
@@ -53,6 +56,8 @@ class PlanCache:
                 "buckets": tuple(table["buckets"]),
                 "fault": fault,
                 "evidence": None if evidence is None else Evidence(evidence),
+                "row_cost": _row_cost(table["row_cost"]),
+                "shapes": _shapes(*table["shapes"]),
             }
             return Plan(**table | known)
         except FileNotFoundError:
@@ -106,6 +111,17 @@ class PlanCache:
         ]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         return cache_folder(self._folder) / f"{file.parent.parent.name}-{digest[:24]}.json"
+
+
+def _row_cost(kept: dict[str, Any] | None) -> RowCost | None:
+    if kept is None:
+        return None
+    return RowCost(tuple(CostPoint(*point) for point in kept["points"]), kept["least"])
+
+
+def _shapes(names: list[str], outputs: list[tuple[str, list[int] | None]]) -> ShapeCorrections:
+    shapes = ((name, None if shape is None else tuple(shape)) for name, shape in outputs)
+    return ShapeCorrections(tuple(names), tuple(shapes))
 
 
 def cache_folder(chosen: Path | None) -> Path:

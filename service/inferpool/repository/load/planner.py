@@ -10,17 +10,28 @@ import logging
 import statistics
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from inferpool.backends.base import LoadedModel
-from inferpool.backends.row_verdict import Evidence, RowVerdict
+from inferpool.backends.row_verdict import Evidence, Independence, RowVerdict
 from inferpool.errors import Reason, short_reason
 from inferpool.pool.buckets import choose_buckets, sizes_between
 from inferpool.pool.latency_model import Measurement
+from inferpool.pool.row_cost import RowCost
 from inferpool.repository.load.batching_check import UNREAD, BatchingProof, Fault, check_batching, refuted
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.comparison import compare_outputs
+from inferpool.repository.load.declared_shapes import (
+    NO_CORRECTIONS,
+    ShapeCorrections,
+    free_names,
+    output_corrections,
+    without_names,
+)
+from inferpool.repository.load.free_sizes import bytes_of, free_axes, made_up_request
+from inferpool.repository.load.list_outputs import ListsAsTables, has_lists
+from inferpool.repository.load.row_cost_fit import RowCostFit
 from inferpool.repository.load.runnable_rows import repeat_rows, repeated_indexes
 from inferpool.tensors import Tensors
 
@@ -46,6 +57,9 @@ PROOF_S: Final = 1.0
 
 GROWING: Final = 0.6
 """The share of the budget in which batch sizes are tried; the rest tries instances and threads."""
+
+WEIGHING: Final = 0.15
+"""The share of the budget in which rows of other sizes are timed, if the model takes any."""
 
 BETTER: Final = 1.05
 """More instances are taken if they bring at least this many times the rate."""
@@ -76,6 +90,9 @@ class Plan:
         buckets: the sizes that batches are rounded up to on a GPU; empty if any size runs as it is.
         fault: why rows share no run, by which the remedy is found; None if they do.
         evidence: what shows that rows may share a run; None if they do not.
+        row_cost: what a row costs by its elements; None if all rows cost the same, or no other size runs.
+        row_bytes: bytes of the inputs of a row that was measured; 0 if none was.
+        shapes: what the model's file says of shapes, though runs show it to be otherwise.
     """
 
     batched: bool
@@ -87,6 +104,9 @@ class Plan:
     buckets: tuple[int, ...] = ()
     fault: Fault | None = None
     evidence: Evidence | None = None
+    row_cost: RowCost | None = None
+    row_bytes: int = 0
+    shapes: ShapeCorrections = NO_CORRECTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +121,7 @@ class PlanConstraints:
         instances: the number of instances.
         threads: threads of a run.
         gpu: whether the model runs on a GPU, where instances share no copy and cores are not scarce.
+        weighed: False if rows of several sizes are weighed elsewhere, as texts are by their tokens.
     """
 
     cores: int
@@ -110,6 +131,7 @@ class PlanConstraints:
     instances: int | None = None
     threads: int | None = None
     gpu: bool = False
+    weighed: bool = True
 
 
 class Planner:
@@ -131,38 +153,52 @@ class Planner:
         is what reading the model's graph has shown of its rows.
         """
         constraints = self._constraints
+        checked = model
+        if graph.independence is Independence.INDEPENDENT and has_lists(model.signature):
+            checked = ListsAsTables(model)
         proof = refuted(Fault(Obstacle.TURNED_OFF, "turned off in model.toml"))
         if constraints.batching:
             budget_s = max(constraints.budget_s, PROOF_S) / 2
-            proof = check_batching(model, samples, budget_s, self._clock, graph)
-        began = self._clock()
-        self._ends = began + GROWING * constraints.budget_s
+            proof = check_batching(checked, samples, budget_s, self._clock, graph)
         rows = proof.rows or (samples[0] if samples else {})
         if proof.rows and not proof.batched:
             rows = repeat_rows(rows, 1)
+        plan, table = self._choose(model, checked, proof, rows)
+        one = repeat_rows(rows, 1) if proof.rows else rows
+        return self._weigh(plan, model, one or made_up_request(model), table, sampled=bool(samples))
+
+    def _choose(
+        self, model: LoadedModel, checked: LoadedModel, proof: BatchingProof, rows: Tensors
+    ) -> tuple[Plan, list[Measurement]]:
+        """Decide batches, instances and threads; also returns the times of batches in one instance."""
+        constraints = self._constraints
+        budget_s = constraints.budget_s * (1 - WEIGHING)
+        began = self._clock()
+        self._ends = began + GROWING * budget_s
         if not rows or not constraints.budget_s:
-            return self._unmeasured_plan(proof)
-        table, fault = self._grow_batch(model, proof, rows)
+            return self._unmeasured_plan(proof), []
+        table, fault = self._grow_batch(checked, model, proof, rows)
         if fault is not None:
             proof = refuted(fault, rows)
             rows, table = repeat_rows(rows, 1), table[:1]
         if not table:
             instances, threads = self._unmeasured_instances()
             fault = proof.fault or Fault(Obstacle.NOTHING_RUNS, proof.reason)
-            return Plan(False, proof.reason, 1, instances, threads, fault=fault)
+            return Plan(False, proof.reason, 1, instances, threads, fault=fault), []
         max_rows = (constraints.max_rows or int(table[-1].rows)) if proof.batched else 1
         batch = repeat_rows(rows, max_rows) if proof.batched else rows
+        grown = list(table)
         if constraints.gpu:
             if proof.batched:
                 table += self._measure_between(model, rows, table)
             instances, gain = self._overlap(model, batch)
             threads = 1
         else:
-            self._ends = began + constraints.budget_s
+            self._ends = began + budget_s
             instances, threads, gain = self._share_cores(model, batch, table)
         shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in sorted(table))
         sizes = self._buckets(table, max_rows) if proof.batched else ()
-        return Plan(
+        plan = Plan(
             proof.batched,
             proof.reason,
             max_rows,
@@ -173,6 +209,33 @@ class Planner:
             fault=proof.fault,
             evidence=proof.evidence,
         )
+        return plan, grown
+
+    def _weigh(
+        self, plan: Plan, model: LoadedModel, request: Tensors, table: Sequence[Measurement], *, sampled: bool
+    ) -> Plan:
+        """Add to `plan` what runs of other sizes show, beginning with `request`, which the model takes.
+
+        `table` has the times of batches. With `sampled`, `request` is a golden sample, and requests may well
+        be smaller.
+        """
+        constraints = self._constraints
+        names = free_names(model, request, batched=plan.batched) if constraints.weighed else ()
+        if not request:
+            return replace(plan, shapes=ShapeCorrections(names))
+        cost, fit = None, RowCostFit(model, self._clock, constraints.budget_s * WEIGHING)
+        axes = free_axes(without_names(model.signature, names), request, int(plan.batched))
+        if axes and constraints.weighed:
+            least = 1.0
+            if constraints.max_rows is None and not constraints.gpu:
+                least = plan.max_rows / MOST_ROWS
+            cost = fit.fit(request, axes, table, least, smaller=sampled)
+        runs = [model.run(request), *fit.outputs]
+        if plan.batched:
+            runs.append(model.run(repeat_rows(request, 2)))
+        shapes = output_corrections(model.signature, runs, batched=plan.batched)
+        row_bytes = bytes_of(request)
+        return replace(plan, row_cost=cost, row_bytes=row_bytes, shapes=ShapeCorrections(names, shapes))
 
     def _unmeasured_plan(self, proof: BatchingProof) -> Plan:
         most = (self._constraints.max_rows or UNMEASURED_ROWS) if proof.batched else 1
@@ -206,9 +269,11 @@ class Planner:
         return tuple(sorted({*(1 << power for power in range(most.bit_length())), most}))
 
     def _grow_batch(
-        self, model: LoadedModel, proof: BatchingProof, rows: Tensors
+        self, checked: LoadedModel, model: LoadedModel, proof: BatchingProof, rows: Tensors
     ) -> tuple[list[Measurement], Fault | None]:
         """Time batches of 1, 2, 4, … rows until more rows no longer pay, and check the answers of each.
+
+        `checked` is `model` with all outputs as tensors.
 
         Returns the measurements, and how a batch's outputs differ from those of its rows alone.
         """
@@ -219,13 +284,13 @@ class Planner:
         while not table or (proof.batched and size <= most and not self._late()):
             batch = repeat_rows(rows, size) if proof.batched else rows
             try:
-                outputs = model.run(batch)
+                outputs = checked.run(batch)
             except Exception as error:  # noqa: BLE001 - too many rows for the model, or for the machine
                 log.info("batches end at %d rows: %s", size // 2, short_reason(error))
                 break
             if proof.batched:
                 chosen = repeated_indexes(rows, size)
-                fault, _ = compare_outputs(model.signature, outputs, proof.alone, chosen, model.rounding)
+                fault, _ = compare_outputs(checked.signature, outputs, proof.alone, chosen, model.rounding)
                 if fault is not None:
                     return table, Fault(Obstacle.ROWS_MIXED, f"{fault} when {size} rows run together")
             quickest, typical = self._time(model, batch)

@@ -291,6 +291,30 @@ def test_a_condition_on_the_rows_mixes_them() -> None:
     assert verdict.independence is Independence.MIXES
 
 
+def tokens_of(inputs: list[Any], words: list[str], filler: str = "#") -> onnx.ModelProto:
+    """A count of words, as skl2onnx writes TF-IDF: strings to tables of words, each row filled up."""
+    text = {"x": (Type.STRING, inputs)}
+    tokenizer = node(
+        "Tokenizer", ["x"], ["t"], domain="com.microsoft",
+        mark=0, mincharnum=1, pad_value=filler, tokenexp="[a-z]+",
+    )  # fmt: skip
+    count = node(
+        "TfIdfVectorizer", ["f"], ["y"], mode="TF", max_gram_length=2, min_gram_length=1, max_skip_count=0,
+        ngram_counts=[0, 2], ngram_indexes=[0, 1, 2], pool_strings=words,
+    )  # fmt: skip
+    return model_of([tokenizer, node("Flatten", ["t"], ["f"]), count], text, ["y"])
+
+
+def test_words_are_counted_for_each_row_unless_the_filler_counts() -> None:
+    for shape in (["n", 1], ["n"]):
+        verdict = analyse(tokens_of(shape, ["good", "bad", "good", "bad"]))
+        assert verdict.independence is Independence.INDEPENDENT
+    counted = analyse(tokens_of(["n", 1], ["good", "#", "good", "#"]))
+    assert counted.reason == "Tokenizer makes every row as wide as the longest"
+    several = analyse(tokens_of(["n", 2], ["good", "bad", "good", "bad"]))
+    assert several.independence is Independence.MIXES
+
+
 def test_an_operation_without_a_rule_is_named() -> None:
     model = model_of([node("Sideways", ["x"], ["y"], name="third", domain="com.microsoft")], ROW, ["y"])
     assert analyse(model).independence is Independence.UNKNOWN

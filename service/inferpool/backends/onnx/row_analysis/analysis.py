@@ -35,6 +35,8 @@ RULES: Final[Mapping[str, Rule]] = {**rules.RULES, **control_flow.RULES}
 
 _MOST_FOLDED: Final = 4096
 """Elements up to which constants are kept and computed with; shapes are short, and weights are not needed."""
+_OF_FILLED_ROWS: Final = frozenset(("Flatten", "TfIdfVectorizer"))
+"""Operations whose rules know rows that are filled up to the longest."""
 
 
 def analyse_file(file: Path) -> RowVerdict:
@@ -132,7 +134,8 @@ class _Walk:
         if any(value is None and name for value, name in zip(inputs, node.input, strict=True)):
             return [unknown(f"{label}: an input comes from nowhere")] * count
         given = [value for value in inputs if value is not None]
-        stopped = rules.undecided(given)
+        filled = len(given) == 1 and given[0].filler is not None and operation in _OF_FILLED_ROWS
+        stopped = None if filled else rules.undecided(given)
         if stopped is not None:
             return [stopped] * count
         rule = RULES.get(operation)
