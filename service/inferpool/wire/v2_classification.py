@@ -31,12 +31,18 @@ def classify(name: str, tensor: Array, datatype: str, wanted: int, labels: Seque
         )
     count = min(wanted, rows.shape[1])
     floats = numbers.dtype.kind == "f"
-    classes: Array = np.empty((len(rows), count), dtype=np.object_)
-    for row_number, row in enumerate(rows):
-        best = np.argsort(-row if floats else ~row, kind="stable")[:count]
-        for rank, index in enumerate(best.tolist()):
-            # Triton prints floats with six digits after the point.
-            value = f"{row[index]:f}" if floats else str(row[index])
-            label = f":{labels[index]}" if index < len(labels) else ""
-            classes[row_number, rank] = f"{value}:{index}{label}"
-    return classes if numbers.ndim > 1 else classes.reshape(-1)
+    best = np.argsort(-rows if floats else ~rows, axis=1, kind="stable")[:, :count].reshape(-1)
+    values = rows[np.repeat(np.arange(len(rows)), count), best].tolist()
+    # Triton prints floats with six digits after the point.
+    texts = (
+        [f"{value:f}:{index}" for value, index in zip(values, best.tolist(), strict=True)]
+        if floats
+        else [f"{value}:{index}" for value, index in zip(values, best.tolist(), strict=True)]
+    )
+    if labels:
+        endings = [f":{label}" for label in labels[: rows.shape[1]]]
+        endings += [""] * (rows.shape[1] - len(endings))
+        texts = [text + endings[index] for text, index in zip(texts, best.tolist(), strict=True)]
+    classes: Array = np.empty(len(texts), dtype=np.object_)
+    classes[:] = texts
+    return classes.reshape(len(rows), count) if numbers.ndim > 1 else classes

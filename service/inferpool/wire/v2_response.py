@@ -8,13 +8,14 @@ each element of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 
 from inferpool.tensors import DTYPES, JSON, Array, Signature, TensorSpec, bf16_to_fp32
+from inferpool.wire.json_pieces import Piece, write_infer
 from inferpool.wire.native_json import has_non_finite, write
 from inferpool.wire.v2_binary import to_binary
 from inferpool.wire.v2_classification import classify
@@ -32,13 +33,14 @@ def encode_infer(
     binary_default: bool,
     signature: Signature,
     labels: Mapping[str, Sequence[str]] = _NO_LABELS,
+    join: Callable[[Iterable[Piece]], list[bytes]] | None = None,
 ) -> tuple[list[bytes | memoryview], int | None]:
     """Return the parts of the answer, and the length of its JSON header if parts in binary form follow it.
 
     `requested` are outputs that the model has, None for all of `outputs`. `labels` name the classes of a
     classification, by output. An empty `request_id` is left out. Large arrays are not copied: the parts are
-    views of them. Raises InvalidInput if a classification is asked of an output without numbers, and
-    ModelFailed if an output cannot be written.
+    views of them. With `join` the JSON is written in pieces, which it joins. Raises InvalidInput if a
+    classification is asked of an output without numbers, and ModelFailed if an output cannot be written.
     """
     if requested is None:
         requested = [RequestedOutput(name) for name in outputs]
@@ -68,8 +70,8 @@ def encode_infer(
     answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": entries}
     if request_id:
         answer["id"] = request_id
-    header = write(answer)
-    return [header, *filter(len, parts)], len(header) if binary_any else None
+    header = [write(answer)] if join is None else join(write_infer(answer))
+    return [*header, *filter(len, parts)], sum(map(len, header)) if binary_any else None
 
 
 def _output(value: Any, spec: TensorSpec | None) -> tuple[Array, str]:

@@ -52,7 +52,7 @@ def test_a_request_beside_others_is_refused_beyond_the_limit() -> None:
 def test_responses_that_are_not_read_count_and_all_is_given_back_at_once() -> None:
     budget, first = ByteBudget(100), context()
     budget.reserve(first, 60)
-    budget.hold(first, 500)
+    budget.hold(first, 500, "a")
     with pytest.raises(Overloaded):
         budget.reserve(context(), 1)
     budget.release(first)

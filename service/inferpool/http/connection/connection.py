@@ -38,6 +38,7 @@ class Connection:
         shared: what all connections share.
         loop: the event loop of the connection.
         transport: where responses are written.
+        client: the address of the client, without its port.
         descriptor: the socket, if bytes may be read and written past the transport; -1 for TLS, whose bytes
             the transport has to encrypt.
         batched: whether the `ReadBatcher` reads for this connection, and the transport does not.
@@ -55,9 +56,9 @@ class Connection:
     """
 
     __slots__ = (
-        "_flow", "_pipeline", "_server_state", "batched", "between_requests", "current", "descriptor", "held",
-        "idle_since", "in_head", "last", "last_received", "loop", "owner", "shared", "transport",
-        "unparsed_bytes", "write_paused",
+        "_flow", "_pipeline", "_server_state", "batched", "between_requests", "client", "current",
+        "descriptor", "held", "idle_since", "in_head", "last", "last_received", "loop", "owner", "shared",
+        "transport", "unparsed_bytes", "write_paused",
     )  # fmt: skip
 
     def __init__(
@@ -68,6 +69,7 @@ class Connection:
         self.shared = shared
         self.loop = loop
         self.descriptor = -1
+        self.client = ""
         self.batched = self.write_paused = self.in_head = False
         self.between_requests = True
         self.last: Any = None
@@ -83,6 +85,8 @@ class Connection:
         self.transport = transport
         self._flow = flow
         self._pipeline = pipeline
+        peer = transport.get_extra_info("peername")
+        self.client = str(peer[0]) if isinstance(peer, tuple) else ""
         if transport.get_extra_info("sslcontext") is None and transport.get_extra_info("ssl_object") is None:
             self.descriptor = transport.get_extra_info("socket").fileno()
         self.idle_since = self.loop.time()
@@ -91,11 +95,6 @@ class Connection:
         """Forget the owner and the requests: the connection is lost."""
         # A cycle of references would stay, with the body of its request, until the garbage collector runs.
         self.owner = self.last = self.current = self.held = None
-
-    def client(self) -> str:
-        """Return the address of the client, without its port; "" if the socket has none."""
-        peer = self.transport.get_extra_info("peername")
-        return str(peer[0]) if isinstance(peer, tuple) and peer else ""
 
     def default_headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers that uvicorn puts on all responses: a new list every second."""

@@ -186,7 +186,9 @@ class Exchange:
         if self._state != DECODING:
             return
         try:
-            deadline = self._predictor.submit(self._context, tensors, self._on_result)
+            deadline = self._predictor.submit(
+                self._context, tensors, self._on_result, self._connection.client
+            )
         except Exception as error:  # noqa: BLE001 - every error becomes a response
             self._refuse(error)
             return
@@ -211,13 +213,38 @@ class Exchange:
         if self._state != QUEUED:
             return
         self._move(ENCODING)
+        context = self._context
         try:
-            response = self._predictor.encode(self._context, result)
+            if context.answer_bytes or context.open_answer:
+                threads = self._predictor.weigh_answer(context, result, self._connection.client)
+                if threads is not None:
+                    self._connection.run_in_thread(
+                        self._predictor.encode_large, context, result, then=self._on_encoded, threads=threads
+                    )
+                    return
+            response = self._predictor.encode(context, result)
             if response.compressible:
                 if response.size > HEAVY_BYTES:
                     self._connection.run_in_thread(compressed, response, then=self._on_compressed)
                     return
                 response = compressed(response)
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
+            self._refuse(error)
+            return
+        self._write(response)
+
+    def _on_encoded(self, outcome: Any) -> None:
+        """Write the large answer, or the error, that a thread has made."""
+        predictor, context = self._predictor, self._context
+        predictor.offloader.end(context)
+        if context.abandoned:
+            predictor.release(context)
+        if self._state != ENCODING:
+            return
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            response = predictor.respond(context, outcome)
         except Exception as error:  # noqa: BLE001 - every error becomes a response
             self._refuse(error)
             return
@@ -305,7 +332,7 @@ class Exchange:
         left_s = deadline - predictor.clock()
         if left_s <= 0:
             raise DeadlineExceeded("the deadline passed before the body was complete")
-        threads = predictor.offloader.begin(context, len(data), self._connection.client())
+        threads = predictor.offloader.begin(context, len(data), self._connection.client)
         if deadline < math.inf:
             self._set_timer(left_s)
         self._connection.run_in_thread(
@@ -345,8 +372,9 @@ class Exchange:
     def _written(self) -> None:
         connection = self._connection
         if connection.write_paused:
+            unread = connection.transport.get_write_buffer_size()
             self._predictor.release(self._context)
-            self._predictor.budget.hold(self._context, connection.transport.get_write_buffer_size())
+            self._predictor.budget.hold(self._context, unread, connection.client)
             connection.hold(self)
         else:
             self.complete()

@@ -13,10 +13,11 @@ from inferpool.errors import InferpoolError, Refused, UnsupportedMediaType
 from inferpool.http.accept_headers import read_weights
 from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, NPY, NPZ, PROBLEM_JSON
 from inferpool.http.native.bodies import open_body
-from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
+from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Join, Options, Target
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors
+from inferpool.wire.json_pieces import write_answer
 from inferpool.wire.native_json import encode_response
 from inferpool.wire.npy import encode_npy, encode_npz
 
@@ -43,8 +44,18 @@ class NativeApi(InferenceApi):
         """Open the body by its media type: JSON is parsed here, other formats once the model is known."""
         return open_body(head, bytes(data), allowance)
 
+    def answers_json(self, head: RequestHead, options: Options) -> bool:
+        """Whether Accept prefers JSON."""
+        return _wanted(head.accept) == JSON_TYPE
+
     def encode(
-        self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors
+        self,
+        head: RequestHead,
+        options: Options,
+        request_id: str,
+        served: ServedVersion,
+        outputs: Tensors,
+        join: Join | None = None,
     ) -> Encoded:
         """Encode the outputs in the media type that the client accepts."""
         wanted = _wanted(head.accept)
@@ -59,9 +70,18 @@ class NativeApi(InferenceApi):
             )
         view = served.view
         classes = view.classes
-        predictions = None
-        if classes is not None and classes.output in outputs:
-            predictions = classes.predictions(outputs)
+        labelled = classes is not None and classes.output in outputs
+        if join is not None:
+            pieces = write_answer(
+                view.key.model,
+                served.version,
+                options.id or request_id,
+                outputs,
+                classes.write_predictions(outputs) if classes is not None and labelled else None,
+                served.bf16,
+            )
+            return Encoded([(b"content-type", JSON_TYPE.encode())], join(pieces))
+        predictions = classes.predictions(outputs) if classes is not None and labelled else None
         body = encode_response(
             view.key.model,
             served.version,

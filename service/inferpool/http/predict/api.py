@@ -7,7 +7,7 @@ all APIs: admission, the queue, deadlines, ids, timing, metrics and logs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from inferpool.allowance import Allowance
@@ -20,6 +20,9 @@ from inferpool.wire.v2_request import RequestedOutput
 
 Data: TypeAlias = bytes | memoryview
 """The bytes of a complete body."""
+
+Join: TypeAlias = Callable[[Iterable[Data]], list[bytes]]
+"""Joins the pieces of a large answer to parts, while other threads run."""
 
 
 class Target(NamedTuple):
@@ -113,10 +116,23 @@ class InferenceApi(ABC):
         """
 
     @abstractmethod
+    def answers_json(self, head: RequestHead, options: Options) -> bool:
+        """Whether any output is answered as JSON, and not all in binary form."""
+
+    @abstractmethod
     def encode(
-        self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors
+        self,
+        head: RequestHead,
+        options: Options,
+        request_id: str,
+        served: ServedVersion,
+        outputs: Tensors,
+        join: Join | None = None,
     ) -> Encoded:
-        """Encode `outputs` as a response; raises UnsupportedMediaType, InvalidInput or ModelFailed."""
+        """Encode `outputs` as a response; with `join` in pieces, which it joins.
+
+        Raises UnsupportedMediaType, InvalidInput or ModelFailed.
+        """
 
     @abstractmethod
     def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from inferpool.allowance import Allowance
@@ -10,12 +11,16 @@ from inferpool.errors import BodyTooLarge, InferpoolError, Overloaded
 from inferpool.http.predict.context import PredictContext
 from inferpool.tensors import Signature
 
+_ANSWERS_SHARE: Final = 0.75
+"""The share of all bytes that large answers may hold, so that bodies always find room."""
+_CLIENT_SHARE: Final = 0.5
+"""The share of all bytes that the large answers to one client may hold, while it has several."""
 _LOOK_S: Final = 0.05
 """Pause between two looks of a thread that waits for memory: responses free theirs without notice."""
 
 
 class ByteBudget:
-    """Counts bytes of bodies, of what they become, and of responses that clients do not read.
+    """Counts bytes of bodies, of what they become, of large answers, and of responses that are not read.
 
     Each request's share is in its `PredictContext`: `reserved_bytes` of bodies and responses, and
     `decoded_bytes` of what threads make of bodies. The former are for the event loop alone, the latter for
@@ -26,13 +31,19 @@ class ByteBudget:
         most: bytes that a request may hold while it is alone; at least `limit`.
         used: bytes of bodies and responses that all requests hold now.
         decoded: bytes that all requests hold now of what their bodies became.
+        answers: those of the used bytes that are for large answers and unread responses.
+        make_room: called on the event loop before a request is refused; disconnects clients that do not read.
     """
 
-    __slots__ = ("_changed", "_decoding", "decoded", "limit", "most", "used")
+    __slots__ = (
+        "_by_client", "_changed", "_decoding", "answers", "decoded", "limit", "make_room", "most", "used",
+    )  # fmt: skip
 
     def __init__(self, limit: int) -> None:
         self.limit = self.most = limit
-        self.used = self.decoded = 0
+        self.used = self.decoded = self.answers = 0
+        self.make_room: Callable[[], None] | None = None
+        self._by_client: dict[str, int] = {}
         # Bytes of `decoded` that threads may give back soon: they decode, and wait for no memory.
         self._decoding = 0
         self._changed = threading.Condition()
@@ -42,6 +53,11 @@ class ByteBudget:
         """Bytes that all requests hold now."""
         return self.used + self.decoded
 
+    @property
+    def answers_limit(self) -> int:
+        """Bytes that large answers and unread responses may hold together."""
+        return int(_ANSWERS_SHARE * self.limit)
+
     def check(self, size: int) -> None:
         """Raise an error if a body of `size` bytes would find no room now; reserve nothing.
 
@@ -49,7 +65,10 @@ class ByteBudget:
         """
         used = self.used + self.decoded
         if used + size > self.limit and (used or size > self.most):
-            raise self._refusal(size, used, size)
+            self._make_room()
+            used = self.used + self.decoded
+            if used + size > self.limit and (used or size > self.most):
+                raise self._refusal(size, used, size)
 
     def reserve(self, context: PredictContext, size: int) -> None:
         """Reserve `size` more bytes of body for a request.
@@ -59,23 +78,52 @@ class ByteBudget:
 
         Raises Overloaded if the other requests leave no room, BodyTooLarge if there is never room for it.
         """
-        used = self.used + size
-        if used + self.decoded > self.limit:
-            others, own = self.held - context.reserved_bytes, context.reserved_bytes + size
-            if others or own > self.most:
-                raise self._refusal(size, others, own)
-        self.used = used
-        context.reserved_bytes += size
-
-    def hold(self, context: PredictContext, size: int) -> None:
-        """Count `size` bytes of a response that its client has not read; responses are never refused."""
+        if self.used + self.decoded + size > self.limit:
+            refusal = self._refusal_of(context, size)
+            if refusal is not None:
+                self._make_room()
+                refusal = self._refusal_of(context, size)
+                if refusal is not None:
+                    raise refusal
         self.used += size
         context.reserved_bytes += size
+
+    def reserve_answer(self, context: PredictContext, size: int, client: str) -> None:
+        """Reserve `size` more bytes for the large answer to a request of `client`, its address.
+
+        Raises Overloaded if the other requests, or other answers, leave no room.
+        """
+        refusal = self._answer_refusal(context, size, client)
+        if refusal is not None:
+            self._make_room()
+            refusal = self._answer_refusal(context, size, client)
+            if refusal is not None:
+                raise refusal
+        self.hold(context, size, client)
+
+    def hold(self, context: PredictContext, size: int, client: str) -> None:
+        """Count `size` bytes of a response that `client` has not read; such responses are never refused."""
+        self.used += size
+        context.reserved_bytes += size
+        self.answers += size
+        context.answer_bytes += size
+        context.client = client
+        self._by_client[client] = self._by_client.get(client, 0) + size
+
+    def shrink_answer(self, context: PredictContext, size: int) -> None:
+        """Give back what the answer to a request holds beyond `size` bytes."""
+        surplus = context.answer_bytes - size
+        if surplus > 0:
+            self.used -= surplus
+            context.reserved_bytes -= surplus
+            self._give_back(context, surplus)
 
     def release(self, context: PredictContext) -> None:
         """Give back all bytes of a request, whose body no thread decodes any more."""
         self.used -= context.reserved_bytes
         context.reserved_bytes = 0
+        if context.answer_bytes:
+            self._give_back(context, context.answer_bytes)
         if context.decoded_bytes:
             with self._changed:
                 self.decoded -= context.decoded_bytes
@@ -129,6 +177,46 @@ class ByteBudget:
             self.decoded += size - context.decoded_bytes
             context.decoded_bytes = size
             self._changed.notify_all()
+
+    def _give_back(self, context: PredictContext, size: int) -> None:
+        self.answers -= size
+        context.answer_bytes -= size
+        left = self._by_client[context.client] - size
+        if left:
+            self._by_client[context.client] = left
+        else:
+            del self._by_client[context.client]
+
+    def _make_room(self) -> None:
+        if self.make_room is not None:
+            self.make_room()
+
+    def _refusal_of(self, context: PredictContext, size: int) -> InferpoolError | None:
+        others = self.held - context.reserved_bytes - context.decoded_bytes
+        own = context.reserved_bytes + context.decoded_bytes + size
+        if own > self.most or (others and self.held + size > self.limit):
+            return self._refusal(size, others, own)
+        return None
+
+    def _answer_refusal(self, context: PredictContext, size: int, client: str) -> InferpoolError | None:
+        if self.held + size > self.limit:
+            refusal = self._refusal_of(context, size)
+            if refusal is not None:
+                return refusal
+        others = self.answers - context.answer_bytes
+        if others and self.answers + size > self.answers_limit:
+            return Overloaded(
+                f"no room for an answer of about {size} bytes: other answers hold {others} of"
+                f" {self.answers_limit} bytes; try again later"
+            )
+        of_client = self._by_client.get(client, 0)
+        client_limit = int(_CLIENT_SHARE * self.limit)
+        if of_client > context.answer_bytes and of_client + size > client_limit:
+            return Overloaded(
+                f"no room for an answer of about {size} bytes: other answers to this client hold"
+                f" {of_client - context.answer_bytes} of {client_limit} bytes; read them first"
+            )
+        return None
 
     def _refusal(self, size: int, others: int, own: int) -> InferpoolError:
         """The error for `size` more bytes of a request that would then hold `own` beside `others`."""

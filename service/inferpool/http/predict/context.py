@@ -28,6 +28,9 @@ class PredictContext:
         reserved_bytes: bytes of its body and response that it holds of the budget of all requests in flight.
         decoded_bytes: bytes that it holds of this budget for what a thread has made of its body.
         input_bytes: bytes of its tensors, if a thread has counted them; else 0.
+        answer_bytes: those of the reserved bytes that are for a large answer.
+        open_answer: whether only the outputs tell how large the answer is.
+        client: the client for which the large answer is counted.
         offloaded_bytes: size of the body while a background thread decodes it, else 0.
         offloaded_text: whether these bytes count as text that waits to be encoded.
         abandoned: whether nobody waits for the response any more although a thread still has the body.
@@ -38,9 +41,9 @@ class PredictContext:
     """
 
     __slots__ = (
-        "abandoned", "api", "began", "decode_s", "decoded_bytes", "entry", "head", "input_bytes",
-        "offloaded_bytes", "offloaded_text", "options", "recorded", "request_id", "reserved_bytes",
-        "served", "texts",
+        "abandoned", "answer_bytes", "api", "began", "client", "decode_s", "decoded_bytes", "entry",
+        "head", "input_bytes", "offloaded_bytes", "offloaded_text", "open_answer", "options", "recorded",
+        "request_id", "reserved_bytes", "served", "texts",
     )  # fmt: skip
 
     def __init__(self, api: InferenceApi, head: RequestHead, began: float) -> None:
@@ -50,8 +53,9 @@ class PredictContext:
         self.request_id = head.given_id or new_request_id()
         self.options = _NO_OPTIONS
         self.decode_s = 0.0
-        self.reserved_bytes = self.decoded_bytes = self.input_bytes = 0
-        self.recorded = self.abandoned = self.offloaded_text = False
+        self.reserved_bytes = self.decoded_bytes = self.input_bytes = self.answer_bytes = 0
+        self.client = ""
+        self.recorded = self.abandoned = self.offloaded_text = self.open_answer = False
         self.offloaded_bytes = 0
         self.served: ServedVersion | None = None
         self.texts: Sequence[Rows] = ()

@@ -1,4 +1,4 @@
-"""Decides which bodies a background thread decodes, and bounds how many of them wait."""
+"""Decides which bodies a background thread decodes and which answers it encodes, and bounds how many wait."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ FILE_THREADS: Final = min(4, max(1, usable_cores()))
 
 They are few, because each of them may take a hundred megabytes at a time.
 """
+COUNTED_ANSWER_BYTES: Final = 16 * 1024
+"""Answers of more bytes, by the rows of their requests, are estimated."""
+HEAVY_ANSWER_BYTES: Final = 256 * 1024
+"""Answers of more bytes, as tensors and as JSON, are counted and are encoded in a background thread."""
+HEAVY_BINARY_BYTES: Final = 4 * 2**20
+"""Answers in binary form of more bytes are encoded in a background thread: each byte is copied once."""
+HUGE_ANSWER_BYTES: Final = 16 * 2**20
+"""Answers of more bytes to one client are encoded one at a time, so its others need not wait for them."""
+ANSWER_THREADS: Final = 2
+"""Threads that encode the large answers to one client, those that are not huge."""
 _UNPACKED: Final = (NPZ, FORM)
 """Media types that are decompressed or taken apart, whatever their size."""
 _DECODED: Final = ("image/", "multipart/")
@@ -50,6 +60,8 @@ class DecodeOffloader:
         self._text_threads = FairThreads(TEXT_THREADS, "text")
         self._json_threads = FairThreads(JSON_THREADS, "json")
         self._file_threads = FairThreads(FILE_THREADS, "file")
+        self._answer_threads = FairThreads(ANSWER_THREADS, "answer")
+        self._huge_answers = FairThreads(1, "huge-answer")
 
     def is_heavy(self, context: PredictContext, data: Data) -> bool:
         """Return whether decoding a body would keep the event loop from its other work for too long."""
@@ -89,8 +101,14 @@ class DecodeOffloader:
         is_json = _is_heavy_json(context, size) or _holds_strings(context, size)
         return (self._json_threads if is_json else self._file_threads).of(client)
 
+    def begin_answer(self, context: PredictContext, client: str) -> Executor:
+        """Return the threads to encode a large answer to `client` in; call `end` afterwards."""
+        context.offloaded_bytes = max(1, context.answer_bytes)
+        is_huge = context.answer_bytes > HUGE_ANSWER_BYTES
+        return (self._huge_answers if is_huge else self._answer_threads).of(client)
+
     def end(self, context: PredictContext) -> None:
-        """Count that the thread is done with the body."""
+        """Count that the thread is done with the body, or with the answer."""
         if context.offloaded_text:
             self._text_bytes -= context.offloaded_bytes
         context.offloaded_bytes, context.offloaded_text = 0, False

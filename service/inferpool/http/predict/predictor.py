@@ -7,6 +7,8 @@ does:
     tensors = predictor.decode(context, body)      in any thread
     predictor.submit(context, tensors, then)       `then` is called with the result
     response = predictor.encode(context, result)   or `refuse(context, error)` for an error
+                                                   or, if `weigh_answer` names threads for it,
+    encoded = predictor.encode_large(context, …)   in one of them, and `respond` on the event loop
     predictor.release(context)                     once the response is written
 """
 
@@ -16,27 +18,35 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Final
 
 from inferpool.allowance import Allowance
 from inferpool.errors import Draining, InferpoolError, InternalError, InvalidInput
-from inferpool.http.predict.api import Data
+from inferpool.http.predict.api import Data, Encoded
 from inferpool.http.predict.body_buffer import too_large
 from inferpool.http.predict.budget import BodyAllowance, ByteBudget
 from inferpool.http.predict.compression import decompress
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.in_flight import InFlight
-from inferpool.http.predict.offload import DecodeOffloader
+from inferpool.http.predict.offload import (
+    COUNTED_ANSWER_BYTES,
+    HEAVY_ANSWER_BYTES,
+    HEAVY_BINARY_BYTES,
+    DecodeOffloader,
+)
 from inferpool.http.predict.recorder import CLIENT_GONE, RequestRecorder
 from inferpool.http.predict.resolver import Resolver
-from inferpool.http.predict.response import Response, server_timing
+from inferpool.http.predict.response import Response, compressed, server_timing
 from inferpool.http.predict.results import ResultDispatcher
+from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result
 from inferpool.pool.splitting import split_entry
 from inferpool.repository.catalog import Catalog
 from inferpool.tensors import Array, Tensors, check_outputs
+from inferpool.wire.json_pieces import join_pieces
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +57,7 @@ _MIN_GZIP_BYTES: Final = 1024
 class Predictor:
     """Turns requests into entries and results into responses.
 
-    `decode` may run in any thread, everything else runs on the event loop.
+    `decode` and `encode_large` may run in any thread, everything else runs on the event loop.
 
     Attributes:
         clock: seconds of the clock that deadlines and times are measured with.
@@ -129,14 +139,10 @@ class Predictor:
         text = served.view.text
         if text is not None:
             if text.input in tensors:
-                rows = len(tensors[text.input])
                 context.texts = text.encode(tensors[text.input], apart=not served.view.batching.enabled)
                 tensors = context.texts[0].tensors
-                tokens = max(part.tensors[text.ids].shape[1] for part in context.texts)
             else:
                 text.check(tensors)
-                rows, tokens = tensors[text.ids].shape
-            served.bound_answer(rows, tokens, options.outputs, self.budget.limit)
         if context.offloaded_bytes:
             # Counted here, because a tensor may have a million strings, too many for the event loop.
             parts = [rows.tensors for rows in context.texts] or [tensors]
@@ -149,12 +155,15 @@ class Predictor:
         self.offloader.end(context)
         self.budget.settle_decoded(context, context.input_bytes)
 
-    def submit(self, context: PredictContext, tensors: Tensors, then: Callable[[Result], None]) -> float:
+    def submit(
+        self, context: PredictContext, tensors: Tensors, then: Callable[[Result], None], client: str = ""
+    ) -> float:
         """Put the request in the queue and return its deadline, infinity if it has none.
 
-        `then` is called once with the result, on the event loop, unless `abandon` is called before.
+        `then` is called once with the result, on the event loop, unless `abandon` is called before. A large
+        answer is counted for `client`, its address.
 
-        Raises InvalidInput, QueueFull, DeadlineExceeded, NotReady or Draining.
+        Raises InvalidInput, QueueFull, DeadlineExceeded, NotReady, Overloaded or Draining.
         """
         served = context.served
         assert served is not None  # `decode` found it
@@ -167,6 +176,8 @@ class Predictor:
                 for rows in context.texts
             ]
             entry = split_entry(next(self._entry_ids), parts)
+        if served.open_answer or entry.rows * served.row_answer_bytes > COUNTED_ANSWER_BYTES:
+            self._reserve_answer(context, served, tensors, entry.rows, client)
         self._results.subscribe(entry.id, then)
         try:
             self._inbox.offer(entry)
@@ -182,15 +193,80 @@ class Predictor:
         served, entry = context.served, context.entry
         if result.error is not None or result.outputs is None or served is None or entry is None:
             return self.refuse(context, result.error or InternalError("the model returned nothing"), result)
-        head = context.head
         began = self.clock()
         try:
-            encoded = context.api.encode(head, context.options, context.request_id, served, result.outputs)
+            encoded = context.api.encode(
+                context.head, context.options, context.request_id, served, result.outputs
+            )
         except Exception as error:  # noqa: BLE001 - outputs that cannot be encoded fail this request alone
             return self.refuse(context, error, result)
+        return self._respond(context, served, entry, result, encoded, self.clock() - began)
+
+    def weigh_answer(self, context: PredictContext, result: Result, client: str) -> Executor | None:
+        """Return the threads in which a large answer is to be encoded, None if it is not large.
+
+        Counts the bytes of an answer whose size was not known before. Raises Overloaded if there is no room.
+        """
+        served, outputs = context.served, result.outputs
+        if served is None or outputs is None:
+            return None
+        as_json = context.api.answers_json(context.head, context.options)
+        if context.open_answer:
+            size = served.measured_bytes(outputs, as_json)
+            if size > HEAVY_ANSWER_BYTES and size > context.answer_bytes:
+                self._bound_answer(size, "")
+                self.budget.reserve_answer(context, size - context.answer_bytes, client)
+        if context.answer_bytes <= (HEAVY_ANSWER_BYTES if as_json else HEAVY_BINARY_BYTES):
+            return None
+        return self.offloader.begin_answer(context, client)
+
+    def encode_large(self, context: PredictContext, result: Result) -> LargeAnswer:
+        """Encode a large answer, compressed if the client accepts that; in a background thread."""
+        served, outputs = context.served, result.outputs
+        assert served is not None  # `weigh_answer` found both
+        assert outputs is not None
+        began = self.clock()
+        encoded: Encoded | None = None
+        failure: Exception | None = None
+        try:
+            encoded = context.api.encode(
+                context.head,
+                context.options,
+                context.request_id,
+                served,
+                outputs,
+                lambda pieces: join_pieces(pieces, lambda: not context.abandoned),
+            )
+            if context.head.accepts_gzip():
+                packed = compressed(Response(200, encoded.headers, encoded.parts, 0))
+                encoded = Encoded(packed.headers, packed.parts)
+        except Exception as error:  # noqa: BLE001 - outputs that cannot be encoded fail this request alone
+            failure = error
+        return LargeAnswer(result, encoded, failure, self.clock() - began)
+
+    def respond(self, context: PredictContext, answer: LargeAnswer) -> Response:
+        """Return the response for an answer that a thread has encoded."""
+        served, entry, encoded = context.served, context.entry, answer.encoded
+        if encoded is None or served is None or entry is None:
+            return self.refuse(context, answer.error or InternalError("no answer was made"), answer.result)
+        response = self._respond(context, served, entry, answer.result, encoded, answer.encode_s)
+        response.compressible = False
+        self.budget.shrink_answer(context, response.size)
+        return response
+
+    def _respond(
+        self,
+        context: PredictContext,
+        served: ServedVersion,
+        entry: Entry,
+        result: Result,
+        encoded: Encoded,
+        encode_s: float,
+    ) -> Response:
+        head = context.head
         now = self.clock()
         total_s = now - context.began
-        served.metrics.succeeded(entry.rows, context.decode_s, now - began, total_s, now, result)
+        served.metrics.succeeded(entry.rows, context.decode_s, encode_s, total_s, now, result)
         headers = [
             *encoded.headers,
             (b"x-request-id", context.request_id.encode("latin-1")),
@@ -273,6 +349,39 @@ class Predictor:
             self.budget, context, self.max_body_bytes, None if served is None else served.signature
         )
 
+    def _reserve_answer(
+        self, context: PredictContext, served: ServedVersion, tensors: Tensors, rows: int, client: str
+    ) -> None:
+        """Reserve the bytes of a large answer; raises InvalidInput if it is too large, or Overloaded."""
+        options, text = context.options, served.view.text
+        context.open_answer = served.open_answer
+        tokens = 1
+        if text is not None:
+            parts = [part.tensors for part in context.texts] or [tensors]
+            tokens = max(part[text.ids].shape[1] for part in parts)
+            if not served.view.batching.enabled:
+                rows = sum(len(part[text.ids]) for part in parts)
+        elif not served.view.batching.enabled:
+            rows = max((len(tensor) for tensor in tensors.values() if tensor.ndim), default=1)
+        as_json = context.api.answers_json(context.head, options)
+        size = served.answer_bytes(rows, tokens, tensors, options.outputs, options.forms, as_json)
+        if size <= HEAVY_ANSWER_BYTES:
+            return
+        longest = f", the longest of {tokens} tokens" if text is not None else ""
+        self._bound_answer(size, f": {rows} rows{longest}")
+        self.budget.reserve_answer(context, size, client)
+
+    def _bound_answer(self, size: int, rows_text: str) -> None:
+        """Raise InvalidInput if an answer of `size` bytes would leave no memory for other requests."""
+        most = self.budget.answers_limit
+        if size > most:
+            raise InvalidInput(
+                f"the response would take about {size} bytes{rows_text}; the limit is {most} bytes; send"
+                " fewer rows at a time, or ask for fewer outputs",
+                expected=most,
+                got=size,
+            )
+
     def _entry(self, context: PredictContext, tensors: Tensors, now: float, deadline: float) -> Entry:
         served, options = context.served, context.options
         assert served is not None  # `decode` found it
@@ -296,6 +405,20 @@ class Predictor:
             row_load,
             context.request_id,
         )
+
+
+class LargeAnswer:
+    """What a thread has made of a result: `encoded` outputs or an `error`, in `encode_s` seconds."""
+
+    __slots__ = ("encode_s", "encoded", "error", "result")
+
+    def __init__(
+        self, result: Result, encoded: Encoded | None, error: Exception | None, encode_s: float
+    ) -> None:
+        self.result = result
+        self.encoded = encoded
+        self.error = error
+        self.encode_s = encode_s
 
 
 def _bytes_of(tensor: Array) -> int:

@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Final
 
 from inferpool.errors import InvalidInput
 from inferpool.http.predict.request_metrics import RequestMetrics
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import ANY, JSON, MOST_ROWS, Signature, Tensors, TensorSpec, names_text
+from inferpool.wire.v2_request import RequestedOutput
+
+_JSON_BYTES: Final[Mapping[str, int]] = {
+    "BOOL": 6, "UINT8": 4, "INT8": 5, "UINT16": 6, "INT16": 7, "UINT32": 11, "INT32": 12, "UINT64": 21,
+    "INT64": 21, "FP16": 14, "BF16": 14, "FP32": 14, "FP64": 22, "BYTES": 32, JSON: 64,
+}  # fmt: skip
+"""Bytes of JSON that an element takes at most, with its comma; for strings and objects a guess."""
+_CLASS_BYTES: Final = 120
+"""Bytes that a class takes in an answer of /v2: a string of about 30 characters, as an object and as JSON."""
+
+
+class OutputSize:
+    """How large an output is.
+
+    Attributes:
+        name: the output's name.
+        element_bytes: bytes of an element in memory.
+        json_bytes: bytes of an element as JSON.
+        row_elements: the product of the known dimensions of a row.
+        axes: the input and the axis of it that each unknown dimension is equal to; an input named "" stands
+            for the tokens of the longest row.
+    """
+
+    __slots__ = ("axes", "element_bytes", "json_bytes", "name", "row_elements")
+
+    def __init__(self, spec: TensorSpec, token_axes: Sequence[int], inputs: Sequence[TensorSpec]) -> None:
+        """Size the output `spec`, whose `token_axes` count tokens, of a model with `inputs`."""
+        self.name = spec.name
+        self.element_bytes = 64 if spec.datatype in ("BYTES", JSON) else spec.dtype.itemsize
+        self.json_bytes = _JSON_BYTES[spec.datatype]
+        self.row_elements = 1
+        axes: list[tuple[str, int]] = []
+        for axis, size in enumerate(spec.shape or ()):
+            if not axis:
+                continue
+            if axis in token_axes:
+                axes.append(("", 0))
+            elif size != ANY:
+                self.row_elements *= size
+            elif axis < len(spec.symbols) and spec.symbols[axis]:
+                axes.extend(_same_dimension(spec.symbols[axis], inputs))
+        self.axes = tuple(axes)
+
+
+def _same_dimension(symbol: str, inputs: Sequence[TensorSpec]) -> Sequence[tuple[str, int]]:
+    """Return the first input and axis whose dimension is called `symbol`; empty if there is none."""
+    for spec in inputs:
+        if symbol in spec.symbols:
+            return ((spec.name, spec.symbols.index(symbol)),)
+    return ()
 
 
 class ServedVersion:
@@ -22,6 +72,8 @@ class ServedVersion:
         optional: names of the inputs that a request may leave out.
         bf16: names of the outputs whose datatype is BF16.
         class_names: for the output that has labels, its name and the labels.
+        open_answer: whether the rows of a request do not tell how large its answer is.
+        row_answer_bytes: bytes that the answer to one row takes, as tensors and as JSON.
     """
 
     def __init__(self, view: VersionView, metrics: RequestMetrics) -> None:
@@ -41,6 +93,17 @@ class ServedVersion:
             spec.optional or (spec.shape is not None and ANY not in spec.shape[1:]) for spec in specs
         )
         self._token_axes = _token_axes(view)
+        self._sizes = [
+            OutputSize(spec, self._token_axes.get(spec.name, ()), specs) for spec in view.signature.outputs
+        ]
+        self._label_bytes = 0 if view.classes is None else view.classes.row_bytes()
+        self.row_answer_bytes = self._label_bytes + sum(
+            size.row_elements * (size.element_bytes + size.json_bytes) for size in self._sizes
+        )
+        self.open_answer = not view.batching.enabled or any(
+            spec.shape is None or spec.datatype in ("BYTES", JSON) or ANY in spec.shape[1:]
+            for spec in view.signature.outputs
+        )
         self._pixels = None if view.image is None else view.image.pixel_spec
         self._pixel_signature = (
             self.signature if self._pixels is None else _sent(self.signature, self._pixels)
@@ -56,26 +119,52 @@ class ServedVersion:
         tensor = tensors.get(self._pixels.name)
         return tensor is not None and tensor.dtype == self._pixels.dtype
 
-    def bound_answer(self, rows: int, tokens: int, wanted: tuple[str, ...] | None, most_bytes: int) -> None:
-        """Raise InvalidInput if the outputs would take more than `most_bytes` bytes.
+    def answer_bytes(
+        self,
+        rows: int,
+        tokens: int,
+        tensors: Tensors,
+        wanted: tuple[str, ...] | None,
+        forms: Sequence[RequestedOutput] | None,
+        as_json: bool,
+    ) -> int:
+        """Return about how many bytes the outputs take, with their JSON unless all of them are binary.
 
         `rows` counts rows, `tokens` the tokens of the longest one, and `wanted` names the outputs asked for
-        (None for all). A dimension of unknown size counts as 1 unless it is known to count tokens.
+        (None for all), `forms` their forms. A dimension that follows from no input counts as 1.
         """
-        size = 0
-        for spec in self.signature.outputs:
-            if spec.shape is None or spec.datatype == JSON or spec.name not in (wanted or (spec.name,)):
+        total = 0
+        for size in self._sizes:
+            if wanted is not None and size.name not in wanted:
                 continue
-            axes = self._token_axes.get(spec.name, ())
-            sizes = [tokens if axis in axes else max(1, of) for axis, of in enumerate(spec.shape)][1:]
-            size += rows * math.prod(sizes) * spec.dtype.itemsize
-        if size > most_bytes:
-            raise InvalidInput(
-                f"the response would take {size} bytes: {rows} rows, the longest of {tokens} tokens; the"
-                f" limit is {most_bytes} bytes; send fewer rows at a time, or ask for fewer outputs",
-                expected=most_bytes,
-                got=size,
-            )
+            elements = size.row_elements
+            for name, axis in size.axes:
+                elements *= tokens if not name else tensors[name].shape[axis] if name in tensors else 1
+            element_bytes = size.element_bytes + (size.json_bytes if as_json else 0)
+            total += rows * elements * element_bytes
+            if self._label_bytes and size.name in self.class_names:
+                total += rows * self._label_bytes
+            if forms is not None:
+                total += sum(
+                    rows * min(form.classification, elements) * _CLASS_BYTES
+                    for form in forms
+                    if form.name == size.name
+                )
+        return total
+
+    def measured_bytes(self, outputs: Tensors, as_json: bool) -> int:
+        """Return about how many bytes `outputs` take, like `answer_bytes`, from their real shapes."""
+        total = 0
+        for size in self._sizes:
+            value = outputs.get(size.name)
+            if value is None:
+                continue
+            # An output of the datatype JSON may be a list.
+            elements = value.size if hasattr(value, "size") else len(value) if isinstance(value, list) else 1
+            total += elements * (size.element_bytes + (size.json_bytes if as_json else 0))
+            if self._label_bytes and size.name in self.class_names:
+                total += len(value) * self._label_bytes
+        return total
 
     def rows(self, tensors: Tensors) -> int:
         """Return the rows of a request, 1 if the version is not batched.

@@ -11,7 +11,7 @@ import orjson
 from inferpool.allowance import Allowance
 from inferpool.errors import InferpoolError, UnsupportedMediaType
 from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, OCTET_STREAM
-from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Options, Target
+from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Join, Options, Target
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors, name_text
@@ -52,8 +52,22 @@ class V2Api(InferenceApi):
             )
         return _InferBody(parse_infer(data, json_length, allowance))
 
+    def answers_json(self, head: RequestHead, options: Options) -> bool:
+        """Whether the request wants any output as JSON."""
+        if options.forms is None:
+            return not options.binary
+        return not all(
+            options.binary if form.binary_data is None else form.binary_data for form in options.forms
+        )
+
     def encode(
-        self, head: RequestHead, options: Options, request_id: str, served: ServedVersion, outputs: Tensors
+        self,
+        head: RequestHead,
+        options: Options,
+        request_id: str,
+        served: ServedVersion,
+        outputs: Tensors,
+        join: Join | None = None,
     ) -> Encoded:
         """Encode JSON, followed by the outputs that the request wants in binary form."""
         parts, json_length = encode_infer(
@@ -65,6 +79,7 @@ class V2Api(InferenceApi):
             options.binary,
             served.signature,
             served.class_names,
+            join,
         )
         if json_length is None:
             return Encoded(_JSON_HEADERS, parts)
