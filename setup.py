@@ -30,8 +30,8 @@ HOT_PATH = [
         "served_version")),
     *(f"{SOURCE}/http/{name}.py" for name in ("accept_headers", "native/api", "native/bodies", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
-        "admission", "batch", "completion", "entry_queue", "instance", "instance_set", "latency_model",
-        "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats")),
+        "admission", "audit", "batch", "completion", "entry_queue", "instance", "instance_set",
+        "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
         "json_bounds", "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",

@@ -306,17 +306,50 @@ def test_a_model_that_fails_again_and_again_is_not_logged_each_time(
     assert "\nValueError: a marked row" in lines[0]["exception"]
 
 
-def test_wrong_rows_turn_batching_off_for_the_version(
-    serve: Serve, make_chaos: MakeChaos, gate: Path
+def kept_plans(cache_dir: Path) -> set[Path]:
+    """The plans in a server's cache."""
+    return set(cache_dir.glob("*.json"))
+
+
+def test_wrong_rows_turn_batching_off_and_every_answer_is_right(
+    serve: Serve, make_chaos: MakeChaos, gate: Path, tmp_path: Path
 ) -> None:
-    server = serve(make_chaos("m", run_gate=str(gate), config=ONE))
-    replies = while_held(server, gate, *[body(chaos.WRONG_ROWS)] * 8)
-    assert {(reply.status, code(reply)) for reply in replies} == {(500, "model_failed")}
+    cache_dir = tmp_path / "cache"
+    server = serve(make_chaos("m", run_gate=str(gate), config=ONE), INFERPOOL_CACHE_DIR=str(cache_dir))
+    assert len(kept_plans(cache_dir)) == 1
+    marks = [chaos.WRONG_ROWS, *map(float, range(7))]
+    replies = while_held(server, gate, *map(body, marks))
+    assert [outputs(reply) for reply in replies] == [sums(mark) for mark in marks]
     batching = server.get("/models/m/1").json()["batching"]
-    assert batching["enabled"] is False
-    assert "turned off while serving" in batching["reason"]
+    assert (batching["enabled"], batching["evidence"], batching["max_rows"]) == (False, None, 1)
+    assert batching["reason"] == 'turned off while serving: output "sum" has shape [9] for 8 rows'
+    assert server.metric("batching_stopped_total", model="m", reason="rows") == 1
+    assert not kept_plans(cache_dir)
     replies = gather(*(post(server, body(number, 1)) for number in range(20)))
     assert [outputs(reply) for reply in replies] == [sums(number, 1) for number in range(20)]
+
+
+def test_a_model_that_mixes_rarely_is_found_out_while_it_serves(
+    serve: Serve, make_chaos: MakeChaos, gate: Path, tmp_path: Path
+) -> None:
+    """No made-up row makes this model mix, so that runs at load prove it; a batch of real rows refutes it."""
+    cache_dir = tmp_path / "cache"
+    server = serve(make_chaos("m", run_gate=str(gate), config=ONE), INFERPOOL_CACHE_DIR=str(cache_dir))
+    batching = server.get("/models/m/1").json()["batching"]
+    assert (batching["enabled"], batching["evidence"]) == (True, "runs")
+    assert server.metric("batching_stopped_total", model="m") == 0
+    marks = [chaos.MIX, *map(float, range(7))]
+    replies = while_held(server, gate, *map(body, marks))
+    assert [outputs(reply)[0] - sums(mark)[0] for mark, reply in zip(marks, replies, strict=True)] == [7] * 8
+    server.wait_for_metric("batching_stopped_total", at_least=1, model="m", reason="answer")
+    batching = server.get("/models/m/1").json()["batching"]
+    assert batching["enabled"] is False
+    assert batching["reason"].startswith('turned off while serving: output "sum" differs by ')
+    assert batching["reason"].endswith(" in a batch of 8 rows")
+    assert not kept_plans(cache_dir)
+    assert any("batching is off from here on" in line["message"] for line in server.log)
+    replies = gather(*(post(server, body(mark)) for mark in marks * 4))
+    assert [outputs(reply) for reply in replies] == [sums(mark) for mark in marks * 4]
 
 
 def test_a_large_request_is_split_and_joined(serve: Serve, make_chaos: MakeChaos) -> None:

@@ -16,6 +16,7 @@ from inferpool.backends.base import LoadedModel
 from inferpool.errors import DeadlineExceeded, Draining, InvalidInput, ModelFailed, NotReady, QueueFull
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
+from inferpool.pool.audit import FIRST_AUDITS, Audit
 from inferpool.pool.buckets import BatchBuckets, BucketedModel
 from inferpool.pool.instance_set import MAX_RESTARTS
 from inferpool.pool.latency_model import LatencyModel, Measurement
@@ -27,6 +28,7 @@ from inferpool.tensors import Signature, Tensors, TensorSpec
 
 from tests.chaos import inferpool_chaos as chaos
 from tests.fake_gpu import FakeCard, FakeModel
+from tests.server import wait_until
 
 KEY = VersionKey("m", 1)
 
@@ -74,11 +76,16 @@ class HeldModel(LoadedModel):
         self.release = threading.Semaphore(0)
         self.running = threading.Semaphore(0)
         self.batches: list[int] = []
+        self.deadly = False
+        self.deaths = 0
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         self.batches.append(len(inputs["x"]))
         self.running.release()
         assert self.release.acquire(timeout=60)
+        if self.deadly:
+            self.deaths += 1
+            raise SystemExit
         return self.model.run(inputs)
 
     def close(self) -> None:
@@ -94,6 +101,8 @@ class Bench:
         max_joined_bytes: float = math.inf,
         buckets: BatchBuckets | None = None,
         padding: Padding | None = None,
+        audit: Audit | None = None,
+        forget_plan: Callable[[], None] | None = None,
         **limits: Any,
     ) -> None:
         self.outbox = Outbox()
@@ -113,9 +122,19 @@ class Bench:
             padding=padding,
             max_joined_bytes=max_joined_bytes,
             buckets=buckets,
+            audit=audit,
+            forget_plan=forget_plan,
         )
         for _ in range(instances):
             self.pool.start_instance(self.model, "cpu")
+
+    def stops(self, reason: str) -> float:
+        """How often batching was turned off for this reason."""
+        return self.metrics.value("batching_stopped_total", *map(str, KEY), reason).value
+
+    def audits(self) -> float:
+        """How many audits have run."""
+        return self.metrics.value("audits_total", *map(str, KEY)).value
 
     def entry(self, *marks: float, **rest: Any) -> Entry:
         """An entry with a row for each mark, which is the row's first element."""
@@ -150,9 +169,9 @@ class Bench:
         assert self.model.running.acquire(timeout=60)
         return entry
 
-    def go(self) -> None:
-        """Let every run pass from here on."""
-        self.model.release.release(10_000)
+    def go(self, runs: int = 10_000) -> None:
+        """Let so many runs pass; by default every run from here on."""
+        self.model.release.release(runs)
 
 
 @pytest.fixture
@@ -247,20 +266,114 @@ def test_only_the_guilty_of_a_batch_fail(bench: Callable[..., Bench]) -> None:
             check(entry, results[entry.id])
 
 
-def test_wrong_rows_fail_their_batch_and_turn_batching_off(bench: Callable[..., Bench]) -> None:
+def test_after_wrong_rows_every_request_runs_alone_and_whole(bench: Callable[..., Bench]) -> None:
+    """Those of the batch, those that wait, those that have run in part, and all that follow are right."""
     made = bench()
     made.busy()
     large = made.offer(*range(20))
-    bad = [made.offer(chaos.WRONG_ROWS), made.offer(1)]
+    bad = [made.offer(chaos.WRONG_ROWS), made.offer(1), made.offer(2, 3)]
     made.go()
-    results = made.outbox.take(4)
-    assert all(isinstance(results[entry.id].error, ModelFailed) for entry in (*bad, large))
+    results = made.outbox.take(5)
+    for entry in (*bad, large):
+        check(entry, results[entry.id])
     assert not made.pool.batched
-    assert made.pool.wrong_rows == 'output "sum" has shape [3] for 2 rows'
+    assert made.pool.batching_stopped == 'output "sum" has shape [5] for 4 rows'
+    assert made.stops("rows") == 1
     after = [made.offer(2), made.offer(3, 4)]
     results = made.outbox.take(2)
     for entry in after:
         check(entry, results[entry.id])
+    assert made.pool.drain(60)
+    assert made.outbox.results.empty()
+
+
+def test_wrong_rows_in_a_slice_run_the_whole_request_at_once(bench: Callable[..., Bench]) -> None:
+    """The answer is the one of a single run, which has a row too many here, as the model gives it alone."""
+    made = bench()
+    marks = [*map(float, range(12)), chaos.WRONG_ROWS, *map(float, range(7))]
+    large = made.offer(*marks)
+    made.go()
+    result = made.outbox.take(1)[large.id]
+    assert result.outputs is not None
+    sums = chaos.expected(large.inputs["x"]).tolist()
+    assert result.outputs["sum"].tolist() == [*sums, 0.0]
+    assert made.model.batches[-1] == 20
+    assert made.pool.drain(60)
+    assert made.outbox.results.empty()
+
+
+def test_the_rows_of_a_part_with_wrong_rows_run_one_by_one(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    made.busy()
+    split = made.offer_parts([1, chaos.WRONG_ROWS, 2], [3], group="parts")
+    made.go()
+    result = made.outbox.take(2)[split.id]
+    assert result.outputs is not None
+    rows = np.concatenate([part.entry.inputs["x"] for part in split.parts])
+    assert result.outputs["sum"].tolist() == chaos.expected(rows).tolist()
+
+
+def watched(bench: Callable[..., Bench], **limits: Any) -> Bench:
+    """A pool whose batches are audited."""
+
+    def compare(outputs: Tensors, reference: Tensors, rows: Sequence[int]) -> str | None:
+        same = np.array_equal(outputs["sum"], reference["sum"][list(rows)])
+        return None if same else 'output "sum" differs'
+
+    return bench(audit=Audit(compare), **limits)
+
+
+def test_a_row_that_differs_in_company_turns_batching_off(bench: Callable[..., Bench]) -> None:
+    forgotten: list[bool] = []
+    made = watched(bench, forget_plan=lambda: forgotten.append(True))
+    made.busy()
+    for marks in ([chaos.MIX], [1], [2, 3]):
+        made.offer(*marks)
+    made.go()
+    made.outbox.take(4)
+    wait_until(lambda: made.pool.batching_stopped is not None, "batching is off")
+    assert made.pool.batching_stopped == 'output "sum" differs in a batch of 4 rows'
+    assert (made.stops("answer"), made.stops("rows"), made.audits()) == (1, 0, 1)
+    assert forgotten == [True]
+    for entry in [made.offer(chaos.MIX), made.offer(1)]:
+        check(entry, made.outbox.take(1)[entry.id])
+
+
+def test_rows_that_are_the_same_alone_keep_batching_on(bench: Callable[..., Bench]) -> None:
+    """Only the first batches are audited at once; the others as far as the time that they take allows."""
+    made = watched(bench)
+    for turn in range(20):
+        made.busy()
+        for number in range(4):
+            made.offer(turn + number)
+        made.go(2)
+        made.outbox.take(5)
+        if turn < FIRST_AUDITS:
+            made.go(1)
+        expected = min(turn + 1, FIRST_AUDITS)
+        wait_until(lambda: made.audits() == expected, "the audit has run")  # noqa: B023
+        while made.model.running.acquire(blocking=False):
+            pass
+    assert made.pool.batched
+    assert made.pool.batching_stopped is None
+
+
+def test_an_audit_that_fails_or_ends_its_thread_costs_no_request(bench: Callable[..., Bench]) -> None:
+    made = watched(bench)
+    made.busy()
+    entries = [made.offer(1), made.offer(2)]
+    made.go(2)
+    results = made.outbox.take(3)
+    made.model.deadly = True
+    made.go(1)
+    wait_until(lambda: made.model.deaths == 1, "the audit has ended its thread")
+    made.model.deadly = False
+    made.go()
+    for entry in entries:
+        check(entry, results[entry.id])
+    after = made.offer(3)
+    check(after, made.outbox.take(1)[after.id])
+    assert made.pool.batched
 
 
 def test_a_large_request_is_joined_in_order_whichever_instance_runs_its_slices(

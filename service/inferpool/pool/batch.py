@@ -102,21 +102,28 @@ class Run:
     """How a batch ended.
 
     Attributes:
-        outcomes: one per slice.
+        outcomes: one per slice; several for a slice whose rows ran one by one.
         compute_s: seconds that the batch ran.
         clean: whether the batch ran undivided and without an error.
         wrong_rows: the output that did not have the batch's rows; None if all outputs had them.
+        undivided: the entries that have no outcome, because they have to run with all their rows at once.
     """
 
-    __slots__ = ("clean", "compute_s", "outcomes", "wrong_rows")
+    __slots__ = ("clean", "compute_s", "outcomes", "undivided", "wrong_rows")
 
     def __init__(
-        self, outcomes: list[Outcome], compute_s: float, clean: bool, wrong_rows: Reason | None = None
+        self,
+        outcomes: list[Outcome],
+        compute_s: float,
+        clean: bool,
+        wrong_rows: Reason | None = None,
+        undivided: Sequence[Entry] = (),
     ) -> None:
         self.outcomes = outcomes
         self.compute_s = compute_s
         self.clean = clean
         self.wrong_rows = wrong_rows
+        self.undivided = undivided
 
 
 def gather(slices: Sequence[RowSlice], padding: Padding | None = None) -> Tensors:

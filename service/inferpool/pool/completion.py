@@ -58,6 +58,16 @@ class Completion:
         results.append(split.result())
         return None
 
+    def run_undivided(self, entry: Entry) -> None:
+        """Let `entry` run with all its rows at once, whatever of it has run in slices.
+
+        Does nothing if it has its result, or is about to run so.
+        """
+        split = self._splits.pop(entry.id, None)
+        if split is not None:
+            self._remove_split(split)
+            self._retries.add_undivided(entry, self._clock())
+
     def cancel(self, entry_id: int, reason: str) -> list[Result]:
         """Drop an entry if it, or a part of it, still waits; returns its result in that case."""
         split = self._splits.get(entry_id)

@@ -133,9 +133,9 @@ class Queue:
         slot = self._waiting.find(entry_id)
         return self._waiting.remove(slot) if slot is not None else None
 
-    def remove_large(self) -> list[Entry]:
-        """Take every entry that runs in slices out of the queue."""
-        return [self._waiting.remove(slot) for slot in list(self._waiting.slots()) if slot.is_large]
+    def sliced(self) -> list[Entry]:
+        """Return every request that waits to run in slices; parts of requests are none."""
+        return [slot.entry for slot in self._waiting.slots() if slot.is_large and not slot.entry.part_of]
 
     def remove_all(self) -> list[Entry]:
         """Empty the queue."""

@@ -23,7 +23,9 @@ from inferpool.pool.batch import (
 )
 from inferpool.pool.buckets import BucketedModel
 from inferpool.pool.log_limits import LogLimiter
+from inferpool.pool.ports import Entry
 from inferpool.pool.redaction import redact_error, refusal_text
+from inferpool.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +94,12 @@ class Instance:
             outcomes = self._infer(batch)
         except WrongRows as wrong:
             log.error("%s: %s; batching is off from here on", self.name, wrong)
-            failure = ModelFailed("the model gave the wrong number of rows for a batch")
-            outcomes = [Outcome(each, None, failure) for each in batch.slices]
-            return Run(outcomes, self._clock() - started, False, str(wrong))
+            outcomes, undivided = self._run_separately(batch)
+            return Run(outcomes, self._clock() - started, False, str(wrong), undivided)
         except Exception as error:  # noqa: BLE001 - models raise anything, and only the guilty may fail
-            outcomes, wrong_rows = self._isolate(batch, error)
-            return Run(outcomes, self._clock() - started, False, wrong_rows)
+            run = self._isolate(batch, error)
+            run.compute_s = self._clock() - started
+            return run
         return Run(outcomes, self._clock() - started, True)
 
     def _infer(self, batch: Batch) -> list[Outcome]:
@@ -114,22 +116,46 @@ class Instance:
             scattered = scatter(outputs, slices, padding)
         return [Outcome(each, own, None) for each, own in zip(slices, scattered, strict=True)]
 
-    def _isolate(self, batch: Batch, error: Exception) -> tuple[list[Outcome], Reason | None]:
-        """Run the halves of a batch that raised `error`, and those of each half that raises, down to one.
+    def run_alone(self, row_slice: RowSlice) -> Tensors:
+        """Return the outputs of a slice without neighbours; raises whatever the model raises."""
+        (outcome,) = self._infer(Batch([row_slice], False, "alone", 0.0))
+        return outcome.outputs or {}
 
-        Also returns the first output that did not have the rows of its half.
+    def _run_separately(self, batch: Batch) -> tuple[list[Outcome], list[Entry]]:
+        """Run each request of a batch alone: the rows of its outputs cannot be told apart by their number.
+
+        The rows of a request's part run one by one, because only single rows can be joined with those of
+        other parts. Also returns the entries of which the batch has only some rows.
         """
+        outcomes: list[Outcome] = []
+        undivided: list[Entry] = []
+        for each in batch.slices:
+            if each.entry.part_of:
+                pieces = [RowSlice(each.entry, row, row + 1) for row in range(each.start, each.stop)]
+            elif each.has_all_rows:
+                pieces = [each]
+            else:
+                undivided.append(each.entry)
+                continue
+            for piece in pieces:
+                outcomes += self.run(Batch([piece], False, batch.reason, batch.taken)).outcomes
+        return outcomes, undivided
+
+    def _isolate(self, batch: Batch, error: Exception) -> Run:
+        """Run the halves of a batch that raised `error`, and those of each half that raises, down to one."""
         if len(batch.slices) == 1:
             guilty = batch.slices[0]
-            return [Outcome(guilty, None, self._failure(guilty, error))], None
+            return Run([Outcome(guilty, None, self._failure(guilty, error))], 0.0, False)
         middle = len(batch.slices) // 2
         outcomes: list[Outcome] = []
+        undivided: list[Entry] = []
         wrong_rows: Reason | None = None
         for half in (batch.slices[:middle], batch.slices[middle:]):
             run = self.run(Batch(half, batch.batched, batch.reason, batch.taken, batch.padding))
             outcomes += run.outcomes
+            undivided += run.undivided
             wrong_rows = wrong_rows or run.wrong_rows
-        return outcomes, wrong_rows
+        return Run(outcomes, 0.0, False, wrong_rows, undivided)
 
     def _failure(self, guilty: RowSlice, error: Exception) -> InferpoolError:
         """Return the error for a slice that made the model raise `error`, all alone."""

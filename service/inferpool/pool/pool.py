@@ -16,10 +16,11 @@ from inferpool.backends.base import LoadedModel
 from inferpool.errors import Draining, NotReady, Reason
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
+from inferpool.pool.audit import Audit, AuditSample
 from inferpool.pool.batch import Batch, Outcome, Run
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.pool.completion import Completion
-from inferpool.pool.entry_queue import Drop, Queue
+from inferpool.pool.entry_queue import Queue
 from inferpool.pool.instance import Instance
 from inferpool.pool.instance_set import InstanceSet
 from inferpool.pool.latency_model import LatencyModel
@@ -54,22 +55,27 @@ class Pool:
         padding: Padding | None = None,
         max_joined_bytes: float = math.inf,
         buckets: BatchBuckets | None = None,
+        audit: Audit | None = None,
+        forget_plan: Callable[[], None] | None = None,
     ) -> None:
         """`batched` says whether rows of different entries may share a run, which has been proven.
 
         `padding` is how rows of different lengths are treated; None if all lengths are equal. The outputs of
         an entry's parts are joined up to `max_joined_bytes`. `buckets` has the batch sizes that models on
-        GPUs run.
+        GPUs run. `audit` compares rows with what they get alone; None if the graph has proven them equal.
+        `forget_plan` is called if batching is turned off while the version serves.
         """
         self.key = key
         self.limits = limits
         self.latency = latency
         self.batched = batched
-        self.wrong_rows: Reason | None = None
+        self.batching_stopped: Reason | None = None
         self.log_limiter = LogLimiter(clock)
         self._padding = padding
         self._max_joined_bytes = max_joined_bytes
         self._buckets = buckets
+        self._audit = audit
+        self._forget_plan = forget_plan
         self._outbox = outbox
         self._clock = clock
         self._stats = BatchStats(metrics, key, padding, buckets)
@@ -168,19 +174,28 @@ class Pool:
         """Block until `instance` has a batch to run; None when the pool is closed and empty."""
         while True:
             results: list[Result] = []
+            sample: AuditSample | None = None
             with self._lock:
                 now = self._clock()
-                batch = self._next(instance, now, results)
-                ends = batch is None and self._closed and not len(self._queue)
+                if self._audit is not None and self._audit.overdue(now):
+                    sample = self._take_sample(instance, now)
+                batch = None if sample is not None else self._next(instance, now, results)
+                ends = batch is None and sample is None and self._closed and not len(self._queue)
                 wakeup = None
                 if ends:
                     self._instances.remove(instance)
-                elif batch is None:
-                    self._instances.begin_waiting(instance)
-                    wakeup = self._queue.next_wakeup(now)
+                elif batch is None and sample is None:
+                    if self._audit is not None:
+                        sample = self._take_sample(instance, now)
+                    if sample is None:
+                        self._instances.begin_waiting(instance)
+                        wakeup = self._queue.next_wakeup(now)
             self._put(results)
             if batch is not None or ends:
                 return batch
+            if sample is not None:
+                self._run_audit(instance, sample)
+                continue
             if not instance.wait(None if wakeup is None else wakeup - now):
                 with self._lock:
                     woken = not self._instances.stop_waiting(instance)
@@ -203,18 +218,20 @@ class Pool:
             # cannot observe stale counters, because readers of the counters take this lock.
             self._put(results)
             self._retries.forget(batch)
-            results = []
-            if run.wrong_rows is not None and self.batched:
-                results = self._stop_batching(run.wrong_rows)
+            if run.wrong_rows is not None:
+                self._stop_batching(run.wrong_rows, "rows")
+                for entry in run.undivided:
+                    self._completion.run_undivided(entry)
             try:
                 self._keep(instance, batch, run)
             except Exception:
                 # Raising would end the instance, and run a batch again that has been answered.
                 log.exception("the measurements of a batch of %s/%s could not be kept", *self.key)
-        self._put(results)
         # Without the lock, and after the neighbours' results: large outputs take a while to join.
         for split in complete:
             self._put_joined(split)
+        if run.wrong_rows is not None and self._forget_plan is not None:
+            self._forget_plan()
 
     def died(self, instance: Instance, batch: Batch | None) -> None:
         """Replace an instance whose thread has died. The entries of its batch run once more, each alone."""
@@ -269,12 +286,28 @@ class Pool:
 
     # Under the lock: what was measured.
 
-    def _stop_batching(self, reason: Reason) -> list[Result]:
-        """Run every entry alone from here on; entries that only run in slices are answered with an error."""
+    def _stop_batching(self, reason: Reason, kind: str) -> None:
+        """Run every entry alone from here on, with all its rows at once; `kind` is one of `STOPPED`."""
+        if not self.batched:
+            return
         self.batched = False
-        self.wrong_rows = reason
+        self.batching_stopped = reason
         self.limits.batch_rows = 1
-        return self._completion.drop([Drop(entry, "unbatched") for entry in self._queue.remove_large()])
+        self._audit = None
+        self._stats.count_stop(kind)
+        for entry in self._queue.sliced():
+            self._completion.run_undivided(entry)
+        for _ in range(min(self._instances.idle_count, len(self._retries))):
+            self._instances.wake_one()
+
+    def _take_sample(self, instance: Instance, now: float) -> AuditSample | None:
+        """Return the entry that `instance` runs again now; None if no audit is due."""
+        sample = None if self._audit is None else self._audit.take()
+        if sample is not None:
+            self._instances.arrived(instance)
+            row_slice = sample.row_slice
+            instance.busy_until = now + self.latency.seconds(row_slice.rows * row_slice.entry.row_load)
+        return sample
 
     def _keep(self, instance: Instance, batch: Batch, run: Run) -> None:
         """Count a batch that has run, and bound what may wait by how long it took."""
@@ -283,9 +316,31 @@ class Pool:
             self.latency.observe(batch.load or 1.0, run.compute_s)
         self._queue.admission.bound_by_time(len(self._instances))
         self._stats.count_batch(instance.device, batch, run.compute_s)
+        if self._audit is not None:
+            self._audit.consider(batch, run, self.latency.seconds(1.0), self._last_run)
         if self._buckets is not None and self.batched:
             # The GPU may have had no memory for larger batches.
             self.limits.batch_rows = min(self.limits.batch_rows, self._buckets.largest)
+
+    # Without the lock: audits.
+
+    def _run_audit(self, instance: Instance, sample: AuditSample) -> None:
+        """Run an entry again, alone, and stop batching if it got another answer in its batch."""
+        audit = self._audit
+        if audit is None:
+            return  # another instance has found a difference
+        began = self._clock()
+        difference = audit.check(sample, instance.run_alone)
+        with self._lock:
+            instance.busy_until = 0.0
+            audit.ran(self._clock() - began)
+            self._stats.count_audit()
+            if difference is not None:
+                self._stop_batching(difference, "answer")
+        if difference is not None:
+            log.error("%s: %s; batching is off from here on", instance.name, difference)
+            if self._forget_plan is not None:
+                self._forget_plan()
 
     # The outbox.
 

@@ -1,11 +1,15 @@
-"""Slices whose instance died: each runs once more, alone."""
+"""Batches of one entry that run once more.
+
+Either the instance of the first run has died, or the entry has run in slices and has to run with all its rows
+at once.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 
 from inferpool.errors import ModelFailed
-from inferpool.pool.batch import Batch, Outcome
+from inferpool.pool.batch import Batch, Outcome, RowSlice
 from inferpool.pool.ports import Entry
 from inferpool.pool.stats import DROPPED
 
@@ -39,6 +43,10 @@ class Retries:
                 self._tried.add(run)
                 self._waiting.append(Batch([row_slice], batch.batched, "retry", now, batch.padding))
         return ended
+
+    def add_undivided(self, entry: Entry, now: float) -> None:
+        """Let all rows of `entry` run at once."""
+        self._waiting.append(Batch([RowSlice(entry, 0, entry.rows)], False, "retry", now))
 
     def take(self) -> Batch | None:
         """Return the batch that has waited longest; None if none waits."""

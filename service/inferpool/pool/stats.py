@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from inferpool.errors import DeadlineExceeded, Draining, InferpoolError, ModelFailed, NotReady
+from inferpool.errors import DeadlineExceeded, Draining, InferpoolError, NotReady
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.batch import Batch
 from inferpool.pool.buckets import BatchBuckets
@@ -18,12 +18,14 @@ DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
     "disconnected": lambda: InferpoolError("the client is gone"),
     "draining": lambda: Draining("the server is shutting down"),
     "lost": lambda: NotReady("every instance of this version is lost"),
-    "unbatched": lambda: ModelFailed("the request has more rows than the model can run"),
 }
 """Makes the error of a dropped entry; the keys are the reasons of `dropped_entries_total`."""
 
 _BATCH_REASONS: Final = ("drained", "full", "deadline", "piece", "retry")
 """Why a batch is no larger, as `batches_total` says it."""
+
+STOPPED: Final = ("answer", "rows")
+"""Why batching is turned off while serving: another answer than alone, or another number of rows."""
 
 
 class BatchCount(NamedTuple):
@@ -66,6 +68,10 @@ class BatchStats:
             reason: metrics.value("dropped_entries_total", *self._labels, reason) for reason in DROPPED
         }
         self._batches: dict[int, BatchCount] = {}
+        self._audits = metrics.value("audits_total", *self._labels)
+        self._stops = {
+            reason: metrics.value("batching_stopped_total", *self._labels, reason) for reason in STOPPED
+        }
         # Series start at 0 here and in `add_device`: a rate misses the batch with which a series begins.
         for name in ("tokens_total", "padded_tokens_total") if padding is not None else ():
             metrics.value(name, *self._labels)
@@ -81,6 +87,14 @@ class BatchStats:
     def count_drop(self, reason: str) -> None:
         """Count an entry that was dropped."""
         self._drops[reason].add()
+
+    def count_audit(self) -> None:
+        """Count an entry that ran again, alone."""
+        self._audits.add()
+
+    def count_stop(self, reason: str) -> None:
+        """Count that batching was turned off, for a reason of `STOPPED`."""
+        self._stops[reason].add()
 
     def count_batch(self, device: str, batch: Batch, compute_s: float) -> None:
         """Count a batch that ran on `device` for `compute_s` seconds."""

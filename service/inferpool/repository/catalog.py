@@ -176,7 +176,7 @@ class LiveView:
         waiting_rows: rows in the queue.
         oldest_age_s: seconds that the oldest entry has waited.
         wait_s: seconds of work that wait, by the measured rate.
-        wrong_rows: the rows that an output had instead of its batch's, if that turned batching off.
+        batching_stopped: why batching was turned off while serving; None if it was not.
         batches: how many batches of each size have run.
         buckets: the sizes that batches are rounded up to on GPUs; empty on the CPU.
         tensorrt: the state of the upgrade to TensorRT; None if none was asked for.
@@ -188,7 +188,7 @@ class LiveView:
     waiting_rows: int = 0
     oldest_age_s: float = 0.0
     wait_s: float = 0.0
-    wrong_rows: Reason | None = None
+    batching_stopped: Reason | None = None
     batches: Sequence[BatchCount] = ()
     buckets: Sequence[int] = ()
     tensorrt: str | None = None

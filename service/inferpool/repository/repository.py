@@ -98,7 +98,7 @@ class Repository:
             rows,
             age_s,
             wait_s,
-            pool.wrong_rows,
+            pool.batching_stopped,
             pool.batches(),
             pool.bucket_sizes(),
             loaded.copies.tensorrt,

@@ -196,10 +196,12 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
         else [],
         outputs=[_tensor(spec) for spec in view.signature.outputs] if view.signature else [],
         batching=Batching(
-            enabled=batching.enabled and not live.wrong_rows,
-            reason=f"turned off while serving: {live.wrong_rows}" if live.wrong_rows else batching.reason,
-            evidence=None if live.wrong_rows or batching.evidence is None else batching.evidence.value,
-            max_rows=1 if live.wrong_rows else min([batching.max_rows, *live.buckets[-1:]]),
+            enabled=batching.enabled and not live.batching_stopped,
+            reason=f"turned off while serving: {live.batching_stopped}"
+            if live.batching_stopped
+            else batching.reason,
+            evidence=None if live.batching_stopped or batching.evidence is None else batching.evidence.value,
+            max_rows=1 if live.batching_stopped else min([batching.max_rows, *live.buckets[-1:]]),
             max_delay_ms=batching.max_delay_ms,
         ),
         row_cost=_row_cost(view),

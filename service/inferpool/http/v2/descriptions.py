@@ -45,7 +45,7 @@ def metadata_out(model: ModelView, view: VersionView) -> ModelMetadata:
 def config_out(model: ModelView, view: VersionView, live: LiveView) -> ModelConfig:
     """Return the configuration of a ready version."""
     assert view.signature is not None  # the version is ready
-    batched = view.batching.enabled and not live.wrong_rows
+    batched = view.batching.enabled and not live.batching_stopped
     skipped = 1 if batched else 0
     return ModelConfig(
         name=model.name,

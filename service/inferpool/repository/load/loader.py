@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from inferpool.backends.base import Backend, DeviceModel, GpuOptions, LoadedModel, LoadOptions, TensorHint
 from inferpool.backends.registry import backends_by_suffix, find_backend
+from inferpool.backends.row_verdict import Evidence
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
-from inferpool.errors import UnfitForGpu
+from inferpool.errors import Reason, UnfitForGpu
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
+from inferpool.pool.audit import Audit, Compare
 from inferpool.pool.latency_model import LatencyModel, Measurement
 from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
@@ -28,6 +31,7 @@ from inferpool.repository.config import ModelConfig, check_tensors
 from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.codec_factory import make_codecs, make_padding, make_texts
+from inferpool.repository.load.comparison import compare_outputs
 from inferpool.repository.load.declared_shapes import corrected, without_names
 from inferpool.repository.load.free_sizes import MOST_BYTES
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
@@ -133,7 +137,7 @@ class Loader:
                 rows.insert(0, text.made_up_rows(text.unit))
             files = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
             content = _Content(text, image, rows, files)
-            plan = self._plan(source, model, options, content)
+            plan, plan_file = self._plan(source, model, options, content)
             padding = make_padding(text, model, batched=plan.batched) if text is not None else None
             if options.device == CPU:
                 if plan.threads != 1:
@@ -146,7 +150,7 @@ class Loader:
                 image = image.without_normalisation()
             for loaded in dict(copies.models).values():
                 check_samples(samples, loaded)
-            pool = self._pool(key, config, plan, padding, copies)
+            pool = self._pool(key, config, plan, padding, copies, plan_file)
             for device, loaded in copies.models:
                 pool.start_instance(loaded, device)
             copies.finish()
@@ -261,8 +265,10 @@ class Loader:
             sha256=frozenset(digest.lower() for digest in config.sha256 or ()),
         )
 
-    def _plan(self, source: _Source, model: LoadedModel, options: LoadOptions, content: _Content) -> Plan:
-        """The plan that was kept for this model on this machine, or a new one."""
+    def _plan(
+        self, source: _Source, model: LoadedModel, options: LoadOptions, content: _Content
+    ) -> tuple[Plan, Path | None]:
+        """The plan that was kept for this model on this machine, or a new one, and where it is kept."""
         config, text = source.config, content.text
         constraints = PlanConstraints(
             cores=self._cores,
@@ -279,17 +285,18 @@ class Loader:
             described = (*described, text.fills, config.text, text.vocabulary_size)
         # A plan depends on what model.toml says of the tensors.
         runtime = " ".join((source.backend.describe(), *map(repr, described), *self._measured_on(options)))
-        known = self._cache.find(source.file, content.samples, constraints, runtime)
+        plan_file = self._cache.locate(source.file, content.samples, constraints, runtime)
+        known = self._cache.find(plan_file)
         if known is not None:
-            return known
+            return known, plan_file
 
         def load(threads: int) -> LoadedModel:
             return source.backend.load(source.file, replace(options, threads=threads))
 
         graph = source.backend.read_rows(source.file) if constraints.batching else UNREAD
         plan = Planner(load, constraints, self._clock).make(model, content.rows, graph)
-        self._cache.keep(source.file, content.samples, constraints, runtime, plan)
-        return plan
+        self._cache.keep(plan_file, plan)
+        return plan, plan_file
 
     def _measured_on(self, options: LoadOptions) -> list[str]:
         """The facts about a GPU that measurements and engines depend on; none on the CPU."""
@@ -308,6 +315,7 @@ class Loader:
         plan: Plan,
         padding: Padding | None,
         copies: ModelCopies,
+        plan_file: Path | None,
     ) -> Pool:
         row_load, cost = 1, plan.row_cost
         if padding is not None:
@@ -335,7 +343,19 @@ class Loader:
             padding=padding,
             max_joined_bytes=self._settings.in_flight_bytes,
             buckets=copies.buckets,
+            audit=Audit(_comparison(copies.models[0][1])) if plan.evidence is Evidence.RUNS else None,
+            forget_plan=partial(self._cache.drop, plan_file),
         )
+
+
+def _comparison(model: LoadedModel) -> Compare:
+    """How audits compare two answers of `model`: as the check at load does."""
+    signature, rounding = model.signature, model.rounding
+
+    def compare(outputs: Tensors, reference: Tensors, rows: Sequence[int]) -> Reason | None:
+        return compare_outputs(signature, outputs, reference, rows, rounding).fault
+
+    return compare
 
 
 def _gpu_copies(source: _Source, clock: Callable[[], float]) -> GpuCopies:

@@ -37,14 +37,24 @@ class PlanCache:
         self._folder = folder
         self._remeasure = remeasure
 
-    def find(
+    def locate(
         self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str
-    ) -> Plan | None:
-        """The plan that was kept, or None. A plan depends on the contents of `samples`, too."""
-        if self._remeasure:
+    ) -> Path | None:
+        """Where the plan for `file` is kept, whether there is one or not; None if no plan can be kept.
+
+        A plan depends on the contents of `samples`, too.
+        """
+        try:
+            return self._file(file, samples, constraints, runtime)
+        except (OSError, RuntimeError) as error:
+            log.info("measurements are not kept: %s", error)
+            return None
+
+    def find(self, target: Path | None) -> Plan | None:
+        """The plan that was kept in `target`, or None."""
+        if self._remeasure or target is None:
             return None
         try:
-            target = self._file(file, samples, constraints, runtime)
             table = json.loads(target.read_text(encoding="utf-8"))
             measured = tuple(Measurement(*line) for line in table.pop("table"))
             fault = table.pop("fault")
@@ -63,21 +73,29 @@ class PlanCache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            log.warning("the kept measurement of %s cannot be read, so it is made again: %s", file, error)
+            log.warning("the kept measurement in %s cannot be read, so it is made again: %s", target, error)
             return None
 
-    def keep(
-        self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str, plan: Plan
-    ) -> None:
-        """Keep `plan`. If that fails (a read-only file system), the next start measures again."""
+    def keep(self, target: Path | None, plan: Plan) -> None:
+        """Keep `plan` in `target`. If that fails (a read-only file system), the next start measures again."""
+        if target is None:
+            return
         try:
-            target = self._file(file, samples, constraints, runtime)
             target.parent.mkdir(parents=True, exist_ok=True)
             unfinished = target.with_suffix(f".{os.getpid()}.part")
             unfinished.write_text(json.dumps(asdict(plan)), encoding="utf-8")
             unfinished.replace(target)
         except (OSError, RuntimeError, ValueError) as error:
             log.info("measurements are not kept: %s", error)
+
+    def drop(self, target: Path | None) -> None:
+        """Forget the plan in `target`, which has turned out to be wrong: the next start makes it again."""
+        if target is None:
+            return
+        try:
+            target.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("the kept measurement in %s is wrong, and cannot be removed: %s", target, error)
 
     def beside(self, file: Path) -> Path | None:
         """The folder for what a backend derives from `file`; None if the user has no cache folder."""

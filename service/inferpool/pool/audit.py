@@ -1,0 +1,144 @@
+"""Audits of a version whose batching is proven by runs alone: rows of a batch run again, alone.
+
+Runs at load show only the rows that were tried. So now and then an entry of a batch runs once more without
+its neighbours, when an instance has nothing else to do. If its answer differs by more than rounding explains,
+rows of this version depend on one another, and the pool stops batching them.
+
+Plain policy: the pool says what has run and asks for what to run, with moments of its own clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from inferpool.errors import OutOfMemory, Reason
+from inferpool.pool.batch import Batch, RowSlice, Run
+from inferpool.tensors import Tensors, shape_text
+
+Compare: TypeAlias = Callable[[Tensors, Tensors, Sequence[int]], Reason | None]
+"""Compares outputs with `rows` of a reference; returns a difference that rounding does not explain."""
+
+SHARE: Final = 0.005
+"""Audits may take this share of the time that batches take."""
+FIRST_AUDITS: Final = 4
+"""So many audits take place as soon as there is a batch, because a version is least known at first."""
+OVERDUE_S: Final = 30.0
+"""A sample that has waited so long for an idle instance runs before the next batch."""
+MOST_BYTES: Final = 16 * 1024 * 1024
+"""Inputs of an entry, and outputs of its batch, that are kept for an audit. Larger ones are not audited."""
+
+
+class AuditSample:
+    """An entry's slice that ran in a batch, and what the batch answered.
+
+    Attributes:
+        row_slice: the slice.
+        outputs: the outputs that its entry got.
+        neighbours: the outputs of the other slices, which give the scale of each output.
+        batch_rows: how many rows the batch had.
+        kept: moment at which the batch had run.
+    """
+
+    __slots__ = ("batch_rows", "kept", "neighbours", "outputs", "row_slice")
+
+    def __init__(
+        self, row_slice: RowSlice, outputs: Tensors, neighbours: list[Tensors], batch_rows: int, kept: float
+    ) -> None:
+        self.row_slice = row_slice
+        self.outputs = outputs
+        self.neighbours = neighbours
+        self.batch_rows = batch_rows
+        self.kept = kept
+
+
+class Audit:
+    """Chooses the entries of one version that run again, and compares. The caller holds the pool's lock.
+
+    Only `check` runs the model, and is called without the lock.
+    """
+
+    def __init__(self, compare: Compare) -> None:
+        self._compare = compare
+        self._credit_s = 0.0
+        self._sampled = 0
+        self._sample: AuditSample | None = None
+
+    def consider(self, batch: Batch, run: Run, alone_s: float, now: float) -> None:
+        """Take note of a batch that has run; keeps an entry of it if an audit is due.
+
+        `alone_s` is how long a run of one row is expected to take.
+        """
+        # Credit is bounded, so that a long time without batches is not followed by many audits.
+        self._credit_s = min(self._credit_s + SHARE * run.compute_s, FIRST_AUDITS * alone_s)
+        slices = batch.slices
+        if self._sample is not None or len(slices) < 2 or not (run.clean and batch.batched):
+            return
+        if self._sampled >= FIRST_AUDITS and self._credit_s < alone_s:
+            return
+        chosen = run.outcomes[self._sampled % len(slices)]
+        self._sampled += 1
+        if chosen.outputs is None or _bytes_of(chosen.row_slice.entry.inputs) > MOST_BYTES:
+            return
+        others = [each.outputs for each in run.outcomes if each is not chosen and each.outputs is not None]
+        if sum(map(_bytes_of, [chosen.outputs, *others])) > MOST_BYTES:
+            others = []
+        self._sample = AuditSample(chosen.row_slice, chosen.outputs, others, batch.rows, now)
+
+    def overdue(self, now: float) -> bool:
+        """Whether an entry has waited too long for an idle instance."""
+        return self._sample is not None and now - self._sample.kept >= OVERDUE_S
+
+    def take(self) -> AuditSample | None:
+        """Return the entry that an idle instance is to run again; None if there is none."""
+        sample, self._sample = self._sample, None
+        return sample
+
+    def ran(self, seconds: float) -> None:
+        """Take note of how long an audit took."""
+        self._credit_s -= seconds
+
+    def check(self, sample: AuditSample, run_alone: Callable[[RowSlice], Tensors]) -> Reason | None:
+        """Run an entry again, alone; returns how its answer differed in the batch, None if it did not.
+
+        An entry that fails alone although it has an answer differs, too. If the entry gets another answer at
+        each run alone, the reason says so.
+        """
+        try:
+            alone = run_alone(sample.row_slice)
+            fault = self._difference(sample.outputs, alone, sample.neighbours)
+            if fault is None:
+                return None
+            if self._difference(run_alone(sample.row_slice), alone, sample.neighbours) is not None:
+                return "the model answers one row differently each time, so nothing is known of its batches"
+        except OutOfMemory:
+            return None  # this says nothing of the answer
+        except Exception as error:  # noqa: BLE001 - a model may raise anything, and the instance goes on
+            return f"a row that had an answer in a batch fails alone ({type(error).__name__})"
+        return f"{fault} in a batch of {sample.batch_rows} rows"
+
+    def _difference(self, together: Tensors, alone: Tensors, neighbours: Sequence[Tensors]) -> Reason | None:
+        """How two answers to the same rows differ; None if rounding explains it."""
+        rows = 0
+        for name, tensor in alone.items():
+            got = together[name]
+            if got.shape != tensor.shape:
+                return f'output "{name}" is {shape_text(got.shape)}, not {shape_text(tensor.shape)},'
+            rows = len(tensor)
+        # The scale of a number is that of the same number in other rows, as in the check at load.
+        usual = [each for each in neighbours if _joinable(each, alone)]
+        reference = {
+            name: np.concatenate([tensor, *(each[name] for each in usual)]) for name, tensor in alone.items()
+        }
+        return self._compare(together, reference, range(rows))
+
+
+def _joinable(outputs: Tensors, others: Tensors) -> bool:
+    """Whether `outputs` has rows of the same shapes for every output in `others`."""
+    return all(name in outputs and outputs[name].shape[1:] == others[name].shape[1:] for name in others)
+
+
+def _bytes_of(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
