@@ -34,6 +34,8 @@ TRANSPOSITIONS: Final = {
 """The transposition that sets a picture upright, by EXIF orientation; orientation 1 needs none."""
 
 
+STRIP_PIXELS: Final = 128 * 1024
+"""Pixels that are put on white at a time; that takes about a millisecond."""
 FIRST_TURNED: Final = 5
 """From this EXIF orientation on, width and height are exchanged."""
 
@@ -184,12 +186,24 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     if image.has_transparency_data:
-        image = _convert(image, "RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = _on_white(image)
     if image.mode not in ("L", "1"):
         # CMYK and palettes cannot be converted to grey directly.
         image = _convert(image, "RGB")
     return _convert(image, mode)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return `image`, which has transparency, in RGB on a white background."""
+    on_white = Image.new("RGB", image.size)
+    width, height = image.size
+    # Strip by strip, because Pillow holds the GIL meanwhile, and the strips of the steps take little memory.
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = _convert(image.crop((0, top, width, min(height, top + rows))), "RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        on_white.paste(strip.convert("RGB"), (0, top))
+    return on_white
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

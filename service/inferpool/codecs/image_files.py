@@ -45,6 +45,7 @@ EXIF_PREFIX: Final = b"Exif\0\0"
 
 PNG_PIXEL_CHUNKS: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 PNG_RGB: Final = 2
+PNG_DEEP: Final = 16
 
 SOF: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
@@ -61,9 +62,9 @@ JPEG_BARE_MARKERS: Final = frozenset({0x01, *range(0xD0, 0xD8)})
 
 PILLOW_BYTES: Final = 4
 """Bytes of a pixel in a picture of Pillow with more than one channel."""
-PNG_PIXEL_BYTES: Final = 17
-"""For PNG pictures with palettes, transparency, grey or 16 bits, which are converted step by step."""
-WEBP_PIXEL_BYTES: Final = 22
+DEEP_PNG_PIXEL_BYTES: Final = 14
+"""For PNG pictures of 16 bits a channel, which are converted step by step."""
+WEBP_PIXEL_BYTES: Final = 17
 """The decoder keeps two pictures beside its own buffers, and Pillow copies one of them twice."""
 ORIENTATION: Final = 0x0112
 INTEGER_FORMATS: Final = {3: "H", 4: "I"}
@@ -146,7 +147,8 @@ def _open_png(body: bytes) -> Container:
         at += 12 + length
     orientation = read_orientation(exif)
     plain = (depth, colour) == (8, PNG_RGB) and not transparent
-    pixel_bytes = _copied(PILLOW_BYTES, orientation) if plain else PNG_PIXEL_BYTES
+    converted = DEEP_PNG_PIXEL_BYTES if depth == PNG_DEEP else 2 * PILLOW_BYTES
+    pixel_bytes = 1 + (_copied(PILLOW_BYTES, orientation) if plain else converted)
     return Container("image/png", width, height, orientation, b"".join(kept), pixel_bytes)
 
 

@@ -33,6 +33,7 @@ _MOST_DEPTH: Final = 40
 """The deepest tensor has 32 dimensions, within the lists and objects of a request."""
 _ENVELOPE_VALUES: Final = 64 * 1024
 """Lists, objects or strings beside the tensors: names, shapes and parameters of 4096 inputs and outputs."""
+_NO_LIMIT: Final = 2**63 - 1
 
 
 def check_json(text: bytes | memoryview, allowance: Allowance) -> None:
@@ -58,7 +59,7 @@ def check_json(text: bytes | memoryview, allowance: Allowance) -> None:
         ):
             if got > most:
                 raise InvalidInput(
-                    f"the body has {got} JSON {name}; the inputs of this model take at most {most:g}",
+                    f"the body has {got} JSON {name}; the inputs of this model take at most {most}",
                     expected=most,
                     got=got,
                 )
@@ -81,13 +82,13 @@ def check_json(text: bytes | memoryview, allowance: Allowance) -> None:
     allowance.take(size + len(text), "reading the JSON of the body")
 
 
-def _limits(signature: Signature) -> tuple[float, float]:
+def _limits(signature: Signature) -> tuple[int, int]:
     """Return how many lists, and how many strings, a request for a version may have."""
-    lists = strings = float(_ENVELOPE_VALUES)
+    lists = strings = _ENVELOPE_VALUES
     for spec in signature.inputs:
         shape = _largest_shape(spec)
         if shape is None:
-            return float("inf"), float("inf") if _has_strings(signature) else strings
+            return _NO_LIMIT, _NO_LIMIT if _has_strings(signature) else _ENVELOPE_VALUES
         lists += sum(element_count(shape[:axis]) for axis in range(len(shape)))
         if spec.datatype == "BYTES":
             strings += element_count(shape)

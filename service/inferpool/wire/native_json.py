@@ -34,6 +34,8 @@ from inferpool.wire.json_numbers import FallBack, read_extracted
 from inferpool.wire.nested_lists import read_nested
 
 _FIELDS: Final = ("model", "version", "id", "inputs", "outputs", "parameters")
+MOST_ID_CHARACTERS: Final = 1024
+"""The longest id of a request."""
 _KNOWN_FIELDS: Final = frozenset(_FIELDS)
 _PARAMETERS: Final = ("timeout_ms", "priority")
 _ORJSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
@@ -88,7 +90,7 @@ class PredictRequest:
             raise _unknown_field("the body", "", unknown, _FIELDS)
         self.model = _text(fields, "model")
         self.version = _version(fields.get("version"))
-        self.id = _text(fields, "id")
+        self.id = check_id(_text(fields, "id"))
         self.outputs = _outputs(fields.get("outputs"))
         self.timeout_ms, self.priority = _parameters(fields.get("parameters"))
         if "inputs" not in fields:
@@ -266,6 +268,18 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
         raise wrong_field(name, value, "a string")
+    return value
+
+
+def check_id(value: str | None) -> str | None:
+    """Return the id of a request, which its answer repeats; raises InvalidInput if it is too long for that."""
+    if value is not None and len(value) > MOST_ID_CHARACTERS:
+        raise InvalidInput(
+            f'"id" has {len(value)} characters; it takes at most {MOST_ID_CHARACTERS}',
+            field="id",
+            expected=MOST_ID_CHARACTERS,
+            got=len(value),
+        )
     return value
 
 

@@ -28,7 +28,7 @@ from inferpool.tensors import (
     value_text,
 )
 from inferpool.wire.json_numbers import FallBack, read_extracted
-from inferpool.wire.native_json import extract_numbers, read_again, read_object, whole_number, wrong_field
+from inferpool.wire.native_json import check_id, extract_numbers, read_again, read_object, whole_number, wrong_field
 from inferpool.wire.nested_lists import MAX_RANK, in_shape, read_nested
 from inferpool.wire.v2_binary import from_raw, read_binary
 
@@ -105,7 +105,7 @@ class InferRequest:
         Binary data starts at the byte `start`, None if there is none. Raises InvalidInput or MalformedBody
         with the field at fault.
         """
-        self.id = _optional(fields, "id", str, "a string")
+        self.id = check_id(_optional(fields, "id", str, "a string"))
         self.parameters: Mapping[str, Any] = _optional(fields, "parameters", dict, "an object") or {}
         timeout_us = _count(self.parameters, "timeout")
         self.timeout_ms = timeout_us / 1000 if timeout_us else None
@@ -218,7 +218,7 @@ def _member(fields: Mapping[str, Any], list_name: str, index: int) -> tuple[str,
     if "shared_memory_region" in parameters:
         raise InvalidInput(
             f'"{path}" is in shared memory, which this server does not read: send its data',
-            tensor=fields["name"],
+            tensor=name_text(fields["name"])[1:-1],
         )
     return fields["name"], parameters
 
@@ -234,7 +234,7 @@ def _requested(value: Any) -> tuple[RequestedOutput, ...] | None:
         name, parameters = _member(fields, "outputs", index)
         prefix = f"outputs[{index}].parameters."
         if name in found:
-            raise InvalidInput(f'output "{name}" is asked for twice', tensor=name_text(name)[1:-1])
+            raise InvalidInput(f"output {name_text(name)} is asked for twice", tensor=name_text(name)[1:-1])
         found[name] = RequestedOutput(
             name,
             _optional(parameters, "binary_data", bool, "true or false", prefix),

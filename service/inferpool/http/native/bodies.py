@@ -14,7 +14,7 @@ from inferpool.http.predict.api import Body, Options
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.repository.catalog import VersionView
-from inferpool.tensors import Tensors, check_inputs, name_text, names_text, value_text
+from inferpool.tensors import Array, Tensors, TensorSpec, check_inputs, name_text, names_text, value_text
 from inferpool.wire.native_json import PredictRequest, parse_request
 from inferpool.wire.npy import cast_to, decode_npy, decode_npz
 
@@ -81,11 +81,11 @@ class _FileBody(Body):
                 raise InvalidInput(
                     f"{NPY} holds one array, the model takes {takes}; send {NPZ} with one array per input"
                 )
-            return {spec.name: cast_to(spec, decode_npy(self._data, self._allowance), self._allowance)}
+            return {spec.name: self._cast(served, spec, decode_npy(self._data, self._allowance))}
         if kind == NPZ:
             arrays = decode_npz(self._data, self._allowance)
             return {
-                name: cast_to(find_input(served.signature, name), arrays.pop(name), self._allowance)
+                name: self._cast(served, find_input(served.signature, name), arrays.pop(name))
                 for name in list(arrays)
             }
         kind = _SYNONYMS.get(kind, kind)
@@ -102,6 +102,10 @@ class _FileBody(Body):
         raise UnsupportedMediaType(
             f"the body is {name_text(kind)}, the model takes {', '.join(expected)}", expected=expected
         )
+
+    def _cast(self, served: ServedVersion, spec: TensorSpec, array: Array) -> Array:
+        served.check_rows(array)
+        return cast_to(spec, array, self._allowance)
 
     def _read_text(self, text: TextCodec) -> Tensors:
         found = _CHARSET.search(self._head.content_type_parameters)

@@ -27,10 +27,10 @@ TEXT_THREADS: Final = 2
 """Threads that encode the long texts of one client."""
 JSON_THREADS: Final = min(8, max(2, usable_cores()))
 """Threads that read the long JSON of one client."""
-FILE_THREADS: Final = min(4, max(1, usable_cores()))
+FILE_THREADS: Final = min(32, usable_cores())
 """Threads that decode the pictures, archives, forms and compressed bodies of one client.
 
-They are few, because each of them may take a hundred megabytes at a time.
+Each of them takes a core; the memory of what they decode is bounded by the budget.
 """
 COUNTED_ANSWER_BYTES: Final = 16 * 1024
 """Answers of more bytes, by the rows of their requests, are estimated."""

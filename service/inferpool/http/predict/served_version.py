@@ -8,7 +8,7 @@ from typing import Final
 from inferpool.errors import InvalidInput
 from inferpool.http.predict.request_metrics import RequestMetrics
 from inferpool.repository.catalog import VersionView
-from inferpool.tensors import ANY, JSON, MOST_ROWS, Signature, Tensors, TensorSpec, names_text
+from inferpool.tensors import ANY, JSON, MOST_ROWS, Array, Signature, Tensors, TensorSpec, names_text
 from inferpool.wire.v2_request import RequestedOutput
 
 _JSON_BYTES: Final[Mapping[str, int]] = {
@@ -176,9 +176,7 @@ class ServedVersion:
         counts = [len(tensor) for name, tensor in tensors.items() if name not in self.optional]
         rows = counts[0]
         if rows > MOST_ROWS:
-            raise InvalidInput(
-                f"the request has {rows} rows; at most {MOST_ROWS} are allowed; send them in several requests"
-            )
+            raise _too_many_rows(rows)
         if counts.count(rows) < len(counts):
             found = ", ".join(
                 f'"{name}" has {len(tensor)}' for name, tensor in tensors.items() if name not in self.optional
@@ -187,6 +185,11 @@ class ServedVersion:
                 f"inputs differ in their rows: {found}; every input needs the same first dimension"
             )
         return rows
+
+    def check_rows(self, tensor: Array) -> None:
+        """Raise InvalidInput if an input has too many rows, before it is converted at a cost."""
+        if tensor.ndim and len(tensor) > MOST_ROWS and self.view.batching.enabled:
+            raise _too_many_rows(len(tensor))
 
     def group(self, entry_id: int, tensors: Tensors, rows: int) -> tuple[Hashable, float]:
         """Return what entries that share a batch must have in common, and the cost of one row.
@@ -215,6 +218,12 @@ class ServedVersion:
         if self._row_cost is None:
             return 1.0
         return self._row_cost.load(sum(tensor.size for tensor in tensors.values()) // rows)
+
+
+def _too_many_rows(rows: int) -> InvalidInput:
+    return InvalidInput(
+        f"the request has {rows} rows; at most {MOST_ROWS} are allowed; send them in several requests"
+    )
 
 
 def _sent(signature: Signature, pixels: TensorSpec) -> Signature:
