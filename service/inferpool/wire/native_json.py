@@ -272,7 +272,7 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
 
 
 def check_id(value: str | None) -> str | None:
-    """Return the id of a request, which its answer repeats; raises InvalidInput if it is too long for that."""
+    """Return the id of a request, which its answer repeats; raises InvalidInput if it is too long."""
     if value is not None and len(value) > MOST_ID_CHARACTERS:
         raise InvalidInput(
             f'"id" has {len(value)} characters; it takes at most {MOST_ID_CHARACTERS}',
