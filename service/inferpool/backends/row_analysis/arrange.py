@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from inferpool.backends.row_analysis.dims import (
@@ -157,23 +158,48 @@ def unsqueeze(step: Step) -> list[Value]:
     axes = step.numbers("axes", 1)
     if value.elements is not None and value.rank == 0:
         return [Value(value.kind, (ONE,), elements=value.elements)]
-    if value.kind is Kind.COUNTED:
+    if value.kind is Kind.COUNTED and (value.numbering is None or not axes or value.shape is None):
         return [mixed(f"{step.label} makes data of the number of rows")]
-    if value.kind is Kind.SHARED:
-        return [shared(step.inferred())]
     if axes is None or value.shape is None:
+        if value.kind is Kind.SHARED:
+            return [shared(step.inferred())]
         return [unknown(f"{step.label}: the axes are not known before the model runs")]
     rank = len(value.shape) + len(axes)
     new = {normal_axis(axis, rank) for axis in axes}
     old = [axis for axis in range(rank) if axis not in new]
     dims = iter(value.shape)
     shape = tuple(ONE if axis in new else next(dims) for axis in range(rank))
+    if value.kind is Kind.COUNTED:
+        return [replace(value, shape=shape)]
+    if value.kind is Kind.SHARED:
+        return [shared(step.settled(shape))]
     return [like(value, shape, old[value.axis])]
+
+
+def _positions(step: Step, values: list[Value]) -> Value:
+    """Return the numbers of rows joined with positions within each row, as GatherND takes them."""
+    first, rest = values[0], values[1:]
+    assert first.shape is not None
+    rank, rows = len(first.shape), first.numbered_axis()
+    last = normal_axis(step.integer("axis", 0), rank) == rank - 1 != rows and first.shape[-1] == ONE
+    follow = all(
+        value.kind is Kind.ROWED
+        and (value.axis, value.outer, value.inner, value.rank) == (rows, ONE, ONE, rank)
+        and value.shape is not None
+        and value.shape[-1].is_known
+        for value in rest
+    )
+    if not last or not follow:
+        return mixed(f"{step.label} makes data of the number of rows")
+    depth = 1 + sum(value.shape[-1].coefficient for value in rest if value.shape is not None)
+    return Value(Kind.COUNTED, (*first.shape[:-1], Dim(depth)), picks_own=True, reason=first.reason)
 
 
 def concat(step: Step) -> list[Value]:
     """Concat: along any axis but that of the rows."""
     values = step.given()
+    if values[0].numbering == ONE:
+        return [_positions(step, values)]
     if all(value.kind is not Kind.ROWED for value in values):
         if all(value.elements is not None for value in values):
             elements = tuple(dim for value in values for dim in value.elements or ())
@@ -221,12 +247,17 @@ def split(step: Step) -> list[Value]:
 def expand(step: Step) -> list[Value]:
     """Expand: values that all rows share may be given rows, each with the same content."""
     value, wanted = step.required(0), step.required(1)
-    if value.kind is Kind.COUNTED:
+    if value.kind is Kind.COUNTED and value.numbering is None:
         return [mixed(f"{step.label} makes data of the number of rows")]
     if value.kind is Kind.SHARED and wanted.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if wanted.elements is None or value.shape is None:
         return [unknown(f"{step.label}: the new shape is not known before the model runs")]
+    if value.kind is Kind.COUNTED:
+        own = rowed(value.shape, value.numbered_axis())
+        (wider,) = expand(replace(step, inputs=(own, wanted)))
+        plain = wider.kind is Kind.ROWED and (wider.outer, wider.inner) == (ONE, ONE)
+        return [replace(value, shape=wider.shape) if plain else mixed(wider.reason or value.reason)]
     rank = max(len(value.shape), len(wanted.elements))
     mine = (*[ONE] * (rank - len(value.shape)), *value.shape)
     theirs = (*[ONE] * (rank - len(wanted.elements)), *wanted.elements)

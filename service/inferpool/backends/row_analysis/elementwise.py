@@ -8,6 +8,7 @@ from inferpool.backends.row_analysis.dims import ONE, Dim, broadcast, minus, opa
 from inferpool.backends.row_analysis.step import Rule, Step
 from inferpool.backends.row_analysis.values import (
     Kind,
+    Shape,
     Value,
     integers,
     like,
@@ -16,14 +17,19 @@ from inferpool.backends.row_analysis.values import (
     unknown,
 )
 
+_INTEGERS: Final = (5, 6, 7)
+"""The datatypes INT16, INT32 and INT64, as ONNX numbers them."""
+
 
 def combine(step: Step, values: list[Value]) -> Value:
     """Return what elements in the same position of `values`, broadcast, are combined to."""
     with_rows = [value for value in values if value.kind is Kind.ROWED]
     if any(value.kind is Kind.COUNTED for value in values):
-        return mixed(f"{step.label} computes with the number of rows")
+        # Without rows, such values may still be asked for their shape.
+        says = f"{step.label} computes with the number of rows"
+        return mixed(says) if with_rows else Value(Kind.COUNTED, _broadcast(values), reason=says)
     if not with_rows:
-        return shared(step.inferred())
+        return shared(step.settled(_broadcast(values)))
     if any(value.shape is None for value in values):
         return unknown(f"{step.label}: the rank of an input is not known")
     first = with_rows[0]
@@ -51,6 +57,20 @@ def combine(step: Step, values: list[Value]) -> Value:
     return like(first, tuple(shape), rank + right)
 
 
+def _broadcast(values: list[Value]) -> Shape | None:
+    """Return the shape that values are broadcast to, None if it is not known."""
+    if any(value.shape is None for value in values):
+        return None
+    rank = max(len(value.shape or ()) for value in values)
+    shape: list[Dim] = []
+    for axis in range(-rank, 0):
+        sizes = {value.shape[axis] for value in values if value.shape and len(value.shape) >= -axis} - {ONE}
+        if len(sizes) > 1:
+            return None
+        shape.append(sizes.pop() if sizes else ONE)
+    return tuple(shape)
+
+
 def elementwise(step: Step) -> list[Value]:
     """Every input is an operand; every output has an element for each position."""
     result = combine(step, step.given())
@@ -74,6 +94,8 @@ def identity(step: Step) -> list[Value]:
 def cast(step: Step) -> list[Value]:
     """Cast: sizes stay sizes."""
     value = step.required(0)
+    if value.numbering is not None and step.integer("to", 0) in _INTEGERS:
+        return [value]
     if value.elements is not None:
         return [Value(value.kind, value.shape, elements=value.elements)]
     return elementwise(step)

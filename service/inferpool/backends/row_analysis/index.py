@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from inferpool.backends.row_analysis.dims import ONE, Dim
+from inferpool.backends.row_analysis.dims import A_ROW, ONE, Dim
 from inferpool.backends.row_analysis.elementwise import combine
 from inferpool.backends.row_analysis.step import Rule, Step, normal_axis
 from inferpool.backends.row_analysis.values import (
@@ -21,6 +21,11 @@ from inferpool.backends.row_analysis.values import (
 _BEYOND: Final = 2**31 - 1
 
 
+def _rows_first(data: Value) -> bool:
+    """Whether the first axis of a value has the rows, one by one."""
+    return data.kind is Kind.ROWED and (data.axis, data.outer, data.inner) == (0, ONE, ONE)
+
+
 def gather(step: Step) -> list[Value]:
     """Gather: from a table by the rows' indices, or from each row by shared indices."""
     data, indices = step.required(0), step.required(1)
@@ -29,14 +34,20 @@ def gather(step: Step) -> list[Value]:
         if all(-len(data.elements) <= each < len(data.elements) for each in positions):
             picked = tuple(data.elements[each] for each in positions)
             return [integers(picked, (Dim(len(picked)),) if indices.constant.ndim else ())]
+    if indices.numbering == ONE and _rows_first(data) and step.integer("axis", 0) == 0:
+        assert data.shape is not None
+        assert indices.shape is not None
+        return [rowed((*indices.shape, *data.shape[1:]), indices.numbered_axis())]
     if Kind.COUNTED in (data.kind, indices.kind):
         return [mixed(f"{step.label} computes with the number of rows")]
-    if data.kind is Kind.SHARED and indices.kind is Kind.SHARED:
-        return [shared(step.inferred())]
     if data.shape is None or indices.shape is None:
+        if data.kind is Kind.SHARED and indices.kind is Kind.SHARED:
+            return [shared(step.inferred())]
         return [unknown(f"{step.label}: the rank of an input is not known")]
     axis = normal_axis(step.integer("axis", 0), len(data.shape))
     shape = (*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
+    if data.kind is Kind.SHARED and indices.kind is Kind.SHARED:
+        return [shared(step.settled(shape))]
     if indices.kind is Kind.ROWED:
         if data.kind is Kind.ROWED:
             return [mixed(f"{step.label} picks from all rows by the indices of each")]
@@ -50,7 +61,7 @@ def gather_elements(step: Step) -> list[Value]:
     """GatherElements: along any axis but that of the rows."""
     data, indices = step.required(0), step.required(1)
     if data.kind is Kind.SHARED and indices.kind is Kind.SHARED:
-        return [shared(step.inferred())]
+        return [shared(step.settled(indices.shape))]
     if data.kind is not Kind.ROWED or indices.kind is not Kind.ROWED or data.shape is None:
         return [unknown(f"{step.label}: only one of its inputs has rows")]
     axis = normal_axis(step.integer("axis", 0), len(data.shape))
@@ -66,12 +77,18 @@ def gather_nd(step: Step) -> list[Value]:
     data, indices = step.required(0), step.required(1)
     if data.kind is Kind.SHARED and indices.kind is Kind.SHARED:
         return [shared(step.inferred())]
-    if data.shape is None or indices.shape is None or Kind.COUNTED in (data.kind, indices.kind):
+    if Kind.COUNTED in (data.kind, indices.kind) and not (indices.picks_own and _rows_first(data)):
+        return [mixed(f"{step.label} picks by the number of rows")]
+    if data.shape is None or indices.shape is None:
         return [unknown(f"{step.label}: its indices are not known to follow the rows")]
     batch, depth = step.integer("batch_dims", 0), indices.shape[-1]
     if not depth.is_known:
         return [unknown(f"{step.label}: the rank of its output is not known")]
     shape = (*indices.shape[:-1], *data.shape[batch + depth.coefficient :])
+    if indices.picks_own:
+        if batch:
+            return [mixed(f"{step.label} picks by the number of rows")]
+        return [rowed(shape, indices.numbered_axis())]
     if data.kind is Kind.SHARED:
         if batch or indices.axis == len(indices.shape) - 1:
             return [unknown(f"{step.label}: its indices do not follow the rows")]
@@ -114,9 +131,9 @@ def slices(step: Step) -> list[Value]:
         return [mixed(f"{step.label} cuts at a place that depends on the rows")]
     if value.kind is Kind.COUNTED:
         return [unknown(f"{step.label} cuts sizes")]
-    if value.kind is Kind.SHARED:
-        return [shared(step.inferred())]
     if value.shape is None or axes is None:
+        if value.kind is Kind.SHARED:
+            return [shared(step.inferred())]
         return [unknown(f"{step.label}: the axes are not known before the model runs")]
     if not axes:
         count = len(starts) if starts is not None else len(value.shape)
@@ -125,7 +142,7 @@ def slices(step: Step) -> list[Value]:
     cut = [normal_axis(axis, rank) for axis in axes]
     shape = list(value.shape)
     for index, axis in enumerate(cut):
-        if axis == value.axis:
+        if value.kind is Kind.ROWED and axis == value.axis:
             whole = (
                 starts is not None
                 and ends is not None
@@ -137,6 +154,8 @@ def slices(step: Step) -> list[Value]:
                 return [mixed(f"{step.label} picks rows by their position")]
         else:
             shape[axis] = step.fresh(axis)
+    if value.kind is Kind.SHARED:
+        return [shared(step.settled(shape))]
     return [like(value, tuple(shape))]
 
 
@@ -230,9 +249,12 @@ def size_of(step: Step) -> list[Value]:
 
 
 def numbering(step: Step) -> list[Value]:
-    """Range: shared, unless it numbers the rows."""
+    """Range: shared, unless it numbers the rows; then only indexing can go on with it."""
     if all(value.kind is Kind.SHARED for value in step.given()):
         return [shared(step.inferred())]
+    if [value.elements for value in step.given()] == [(Dim(0),), (A_ROW,), (ONE,)]:
+        says = f"{step.label} numbers the rows"
+        return [Value(Kind.COUNTED, (A_ROW,), numbering=ONE, reason=says)]
     return [mixed(f"{step.label} numbers the rows, or as many as a row says")]
 
 

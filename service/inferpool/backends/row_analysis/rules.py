@@ -23,8 +23,8 @@ RULES: Final[Mapping[str, Rule]] = {
 """The rule of each operation, by its name in ONNX: with its domain unless that is ONNX's own."""
 
 WITH_SIZES: Final = frozenset((
-    "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "If",
-    "Loop", "Mul", "Pad", "Range", "ReduceProd", "Reshape", "Resize", "Scan", "Shape", "Size", "Slice",
+    "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "GatherND", "Identity",
+    "If", "Loop", "Mul", "Pad", "Range", "ReduceProd", "Reshape", "Resize", "Scan", "Shape", "Size", "Slice",
     "Squeeze", "Sub", "Tile", "Unsqueeze", "Upsample", "Where",
 ))  # fmt: skip
 """Operations whose rules know integers that depend on the number of rows."""
@@ -44,7 +44,8 @@ def undecided(values: Iterable[Value]) -> Value | None:
 def apply(rule: Rule, step: Step) -> list[Value]:
     """Return the values of the outputs of a node whose inputs are all decided."""
     count = len(step.outputs)
-    if step.operation not in WITH_SIZES and any(each.kind is Kind.COUNTED for each in step.given()):
+    knows = step.operation in WITH_SIZES or rule is elementwise.elementwise
+    if not knows and any(each.kind is Kind.COUNTED for each in step.given()):
         return [mixed(f"{step.label} computes with the number of rows")] * count
     try:
         return rule(step)

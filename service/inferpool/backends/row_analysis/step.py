@@ -64,6 +64,15 @@ class Step:
         sizes = self.sizes[output] if output < len(self.sizes) else None
         return None if sizes is None else tuple(self.fresh(axis, output) for axis in range(len(sizes)))
 
+    def settled(self, computed: Sequence[Dim] | None, output: int = 0) -> Shape | None:
+        """Return the shape of an output: sizes as inferred, and as a rule has computed them otherwise."""
+        sizes = self.sizes[output] if output < len(self.sizes) else None
+        if computed is None or sizes is None or len(sizes) != len(computed):
+            return self.inferred(output) if computed is None or sizes is not None else tuple(computed)
+        return tuple(
+            mine if mine is not None else theirs for mine, theirs in zip(sizes, computed, strict=True)
+        )
+
     def integer(self, name: str, default: int) -> int:
         """Return an attribute that is an integer."""
         return int(self.attributes.get(name, default))

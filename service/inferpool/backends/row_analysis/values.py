@@ -42,7 +42,8 @@ class Value:
             (block * rows + row) * inner + element.
         constant: its content, if it is known.
         elements: its integers as sizes, for values of at most one dimension that shapes are made of.
-        numbering: of a COUNTED list that numbers the rows: the number of a row is its position times this.
+        numbering: of a COUNTED value that numbers the rows: each element is its row's position times this.
+        picks_own: whether a COUNTED value is a list of positions that each start with the number of the row.
         reason: why the value is MIXED or UNKNOWN.
         filler: the string that fills up the rows, if a MIXED value is a table of strings that is as wide as
             the longest row, and this is all that rows share.
@@ -56,6 +57,7 @@ class Value:
     constant: np.ndarray[Any, Any] | None = None
     elements: tuple[Dim, ...] | None = None
     numbering: Dim | None = None
+    picks_own: bool = False
     reason: str = ""
     filler: bytes | None = None
 
@@ -72,6 +74,13 @@ class Value:
     def lies_as(self, other: Value) -> bool:
         """Whether two ROWED values have the same arrangement of rows on their axes."""
         return self.outer == other.outer and self.inner == other.inner
+
+    def numbered_axis(self) -> int:
+        """The axis with the rows, of a value that numbers them; raises ValueError if there is none."""
+        with_rows = [axis for axis, dim in enumerate(self.shape or ()) if dim == A_ROW]
+        if len(with_rows) != 1:
+            raise ValueError("the rows are not on one axis")
+        return with_rows[0]
 
     def from_right(self) -> int:
         """The row axis counted from the right: -1 is the last."""
@@ -157,5 +166,6 @@ def joined(first: Value, second: Value, name: str) -> Value:
             return unknown(f"{name} has its rows on different axes")
         return like(first, shape)
     if first.kind is Kind.COUNTED:
-        return first if first.elements == second.elements else mixed(f"{name} depends on the number of rows")
+        same = first.elements is not None and first.elements == second.elements
+        return first if same else mixed(f"{name} depends on the number of rows")
     return shared(shape)

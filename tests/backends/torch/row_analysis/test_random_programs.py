@@ -34,8 +34,6 @@ def test_no_mixing_program_is_called_independent(made: tuple[Network, torch.Tens
     truth = rows_are_independent(program.module(), x)
     seen[truth, verdict.independence.value] += 1
     event(f"{verdict.independence.value}, in truth {'independent' if truth else 'mixed'}")
-    if os.environ.get("SHOW") and truth and verdict.independence is not Independence.INDEPENDENT:
-        print(verdict, [n for n, _ in network.chosen])
     if verdict.independence is Independence.INDEPENDENT:
         assert truth, f"{verdict.reason}\n{[name for name, _ in network.chosen]}\n{program}"
 
@@ -43,6 +41,5 @@ def test_no_mixing_program_is_called_independent(made: tuple[Network, torch.Tens
 def test_most_independent_programs_are_called_so() -> None:
     """The analysis is of use: it runs after the test above, and counts what that has seen."""
     right, all_of_them = seen[True, "independent"], sum(count for (truth, _), count in seen.items() if truth)
-    print(seen)
     assert all_of_them > 0
     assert right / all_of_them > 0.6, seen
