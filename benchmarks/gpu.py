@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -65,24 +66,38 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=half, help="number of client processes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    report: dict[str, Any] = {"machine": machine(options.device), "models": {}}
+    report: dict[str, Any] = {"machine": machine(options.device), "models": {}, "faults": []}
+    names = options.models.split(",")
+    stem = f"gpu-{'-'.join(names)}-{report['machine']['date'][:10]}-{options.device.replace(':', '')}"
     with tempfile.TemporaryDirectory() as temporary:
-        for name in options.models.split(","):
-            file = Path(temporary) / name / "1" / "model.onnx"
-            MODELS[name](file)
-            report["models"][name] = figures = {}
-            for session in sessions(options):
-                print(f"{name}, {session}: in one process", flush=True)
-                own = own_rates(name, file, options.device, session, options.seconds)
-                print(f"{name}, {session}: served", flush=True)
-                figures[session] = {"own": own} | served(name, file, temporary, session, options)
-            file.unlink()
-    text = table(report)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"gpu-{report['machine']['date'][:10]}-{options.device.replace(':', '')}"
-    (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / f"{stem}.md").write_text(text)
-    print(text)
+        for session in sessions(options):
+            for name in names:
+                file = Path(temporary) / name / "1" / "model.onnx"
+                if not file.exists():
+                    MODELS[name](file)
+                try:
+                    print(f"{name}, {session}: in one process", flush=True)
+                    own = own_rates(name, file, options.device, session, options.seconds)
+                    print(json.dumps(own), flush=True)
+                    print(f"{name}, {session}: served", flush=True)
+                    figures = {"own": own} | served(name, file, temporary, session, options)
+                    print(json.dumps(figures), flush=True)
+                except Exception:  # noqa: BLE001 - one model that fails must not cost the others their figures
+                    report["faults"].append(f"{name}, {session}: {traceback.format_exc()}")
+                    print(report["faults"][-1], flush=True)
+                    continue
+                report["models"].setdefault(name, {})[session] = figures
+                save(report, table(report), options.out, stem)
+    print(table(report))
+    if report["faults"]:
+        sys.exit(1)
+
+
+def save(report: dict[str, Any], text: str, out: Path, stem: str) -> None:
+    """Write the report so far as JSON and its table as Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / f"{stem}.md").write_text(text)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -104,7 +119,10 @@ def machine(device: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy of the tree without its history
+        commit = os.environ.get("COMMIT", "an unknown commit")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
@@ -226,7 +244,7 @@ def together(
 
 def served(name: str, file: Path, folder: str, session: str, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a server: 16 rows a request, one row a request, and one request at a time."""
-    environ = {"INFERPOOL_CACHE_DIR": f"{folder}/cache", "INFERPOOL_MEASURE_MS": "10000"}
+    environ = {"INFERPOOL_CACHE_DIR": f"{folder}/cache", "INFERPOOL_MEASURE_MS": str(round(2000 * options.seconds))}
     settings = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
     (file.parents[1] / "model.toml").write_text(f"[gpu]\n{settings[session]}\n")
     server = Server(file.parents[1], ["--devices", options.device, "--queue-ms", "60000"], environ)

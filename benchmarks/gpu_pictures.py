@@ -39,7 +39,7 @@ from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.image_config import ImageConfig
 from inferpool.pixel_table import Normalisation
 
-from benchmarks.gpu import machine
+from benchmarks.gpu import machine, save
 from benchmarks.gpu_load import load
 from benchmarks.gpu_models import resnet50
 from tests.server import ROOT, Server
@@ -67,13 +67,12 @@ def main() -> None:
         if options.device != "cpu":
             report["one instance"] = in_process(file, options)
         ways = WAYS if options.device != "cpu" else {"on the CPU": WAYS["on the CPU"]}
-        report["served"] = {way: served(folder, module, options) for way, module in ways.items()}
-    text = table(report)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"gpu-pictures-{report['machine']['date'][:10]}-{options.device.replace(':', '')}"
-    (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / f"{stem}.md").write_text(text)
-    print(text)
+        stem = f"gpu-pictures-{report['machine']['date'][:10]}-{options.device.replace(':', '')}"
+        report["served"] = {}
+        for way, module in ways.items():
+            report["served"][way] = served(folder, module, options)
+            save(report, table(report), options.out, stem)
+    print(table(report))
 
 
 def taking_floats(file: Path) -> None:
@@ -131,7 +130,7 @@ def served(folder: Path, module: str, options: argparse.Namespace) -> dict[str, 
     print(f"served by {module}", flush=True)
     environ = {
         "INFERPOOL_CACHE_DIR": str(folder.parent / "cache"),
-        "INFERPOOL_MEASURE_MS": "10000",
+        "INFERPOOL_MEASURE_MS": str(round(2000 * options.seconds)),
         "PYTHONPATH": str(ROOT),
     }
     server = Server(folder, ["--devices", options.device, "--queue-ms", "60000"], environ, module)

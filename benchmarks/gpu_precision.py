@@ -32,7 +32,7 @@ from inferpool.backends.registry import find_backend
 from inferpool.repository.load.gpu.precision import Reference
 from inferpool.tensors import Tensors
 
-from benchmarks.gpu import machine
+from benchmarks.gpu import machine, save
 from benchmarks.gpu_models import MODELS, TOKENS, WIDTH, rows
 
 SIZES: Final = (1, 16, 64)
@@ -47,8 +47,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "layers": options.layers, "models": {}}
+    names = options.models.split(",")
+    date = report["machine"]["date"][:10]
+    stem = f"gpu-precision-{'-'.join(names)}-{date}-{options.device.replace(':', '')}"
     with tempfile.TemporaryDirectory() as temporary:
-        for name in options.models.split(","):
+        for name in names:
             found: dict[str, Any] = {}
             report["models"][name] = found
             for way, model, make in ways(name, Path(temporary), options):
@@ -58,13 +61,10 @@ def main() -> None:
                     exact = Reference([make(16)], [model.run(make(16))])
                 gap = exact.difference(model, way)
                 found[way] = {"by_size": rates, "absolute": gap.absolute, "relative": gap.relative}
+                print(json.dumps(found[way]), flush=True)
+                save(report, table(report), options.out, stem)
                 model.close()
-    text = table(report)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"gpu-precision-{report['machine']['date'][:10]}-{options.device.replace(':', '')}"
-    (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / f"{stem}.md").write_text(text)
-    print(text)
+    print(table(report))
 
 
 Make = Callable[[int], Tensors]
