@@ -43,6 +43,12 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 FLOATS: Final = frozenset(("FP16", "BF16", "FP32", "FP64"))
 """The datatypes of floating-point numbers."""
 
+BF16_INFINITY: Final = 0x7F80
+"""The bits of infinity in BF16, without the sign."""
+
+BF16_MAX: Final = 3.3895313892515355e38
+"""The largest number of BF16."""
+
 ANY: Final = -1
 """A dimension of any size."""
 
@@ -188,6 +194,21 @@ def fp32_to_bf16(values: Array) -> Array:
     bits = values.view(np.uint32)
     rounding = (bits >> 16 & 1) + np.uint32(0x7FFF)
     return (bits + rounding >> 16).astype(np.uint16)
+
+
+def fp64_to_bf16(values: Array) -> Array:
+    """Return the raw bits of BF16 that are nearest to float64 numbers, ties to even.
+
+    A number beyond the range becomes an infinity, as in the conversions of numpy.
+    """
+    narrow = values.astype(np.float32)
+    # A number close to the middle between two numbers of BF16 may have been rounded to the middle itself.
+    middle = (narrow.view(np.uint32) & 0xFFFF) == 0x8000
+    moved = middle & (narrow != values)
+    if moved.any():
+        away = np.where(values[moved] > narrow[moved], np.float32(np.inf), np.float32(-np.inf))
+        narrow[moved] = np.nextafter(narrow[moved], away)
+    return fp32_to_bf16(narrow)
 
 
 def _cut(name: str) -> str:

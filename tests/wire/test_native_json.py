@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from typing import Any
@@ -195,8 +196,13 @@ class TestNumbers:
     def test_minus_zero_keeps_its_sign(self) -> None:
         assert math.copysign(1, tensor_of("[-0.0]", "FP32", 1)[0]) == -1
 
-    @pytest.mark.parametrize("datatype", [*INTEGERS, *FLOATS])
-    @pytest.mark.parametrize("value", ["true", "null", '"1"', "{}"])
+    @pytest.mark.parametrize(
+        ("datatype", "value"),
+        [
+            *itertools.product([*INTEGERS, *FLOATS, "BF16"], ["true", '"1"', "{}"]),
+            *itertools.product(INTEGERS, ["null"]),
+        ],
+    )
     def test_other_values_than_numbers_are_refused_with_their_index(self, datatype: str, value: str) -> None:
         for text in (f"[[0, 1], [2, {value}]]", f"[[1.5, 1], [2, {value}]]"):
             assert refusal(text, datatype, 2).members["index"] == [1, 1]
@@ -206,8 +212,51 @@ class TestNumbers:
         assert tensor_of("[true, false]", "BOOL", 1).tolist() == [True, False]
         assert refusal(f"[true, {value}]", "BOOL").members["index"] == [1]
 
-    def test_bf16_is_refused_with_a_hint_at_the_binary_form(self) -> None:
-        assert "binary form" in refusal("[1]", "BF16").detail
+    @pytest.mark.parametrize("datatype", FLOATS)
+    def test_null_is_nan_where_numbers_are_floating_point(self, datatype: str) -> None:
+        for text in ("[[null, 1], [-2.5, null]]", "[[0.5, null], [1, 2]]", "[[null, null]]"):
+            tensor = tensor_of(text, datatype, 2)
+            sent = np.array(orjson.loads(text), np.float64)
+            assert np.array_equal(tensor, sent, equal_nan=True)
+            assert tensor.dtype == DTYPES[datatype]
+
+    def test_a_number_out_of_range_is_found_beside_null(self) -> None:
+        assert refusal("[null, 70000]", "FP16").members["index"] == [1]
+        assert refusal("[null, 3.5e38]", "FP32").members["index"] == [1]
+
+    def test_a_null_in_place_of_a_tensor_is_no_nan(self) -> None:
+        assert 'tensor "x" is null' in refusal("null", "FP32").detail
+        assert np.isnan(parse_request(b'{"inputs": null}').tensors(takes("FP32"))["x"])
+
+    def test_bf16_is_rounded_to_the_nearest_number(self) -> None:
+        """From the number that was sent, not from a float32 close to it."""
+        above = float(np.nextafter(1.00390625, 2))
+        cases = {
+            "[1.5, -2.0, 0.1, null]": [0x3FC0, 0xC000, 0x3DCD, 0x7FC0],
+            f"[1.00390625, {above!r}, {-above!r}]": [0x3F80, 0x3F81, 0xBF81],
+            "[3, -300, 9007199254740993]": [0x4040, 0xC396, 0x5A00],
+            "[3.3895313892515355e38, -0.0, 1e-45]": [0x7F7F, 0x8000, 0x0000],
+        }
+        for text, expected in cases.items():
+            tensor = tensor_of(text, "BF16", 1)
+            assert (tensor.dtype, tensor.tolist()) == (np.uint16, expected), text
+        found = refusal("[1, 3.4e38]", "BF16")
+        assert found.members["index"] == [1]
+        assert "out of the range of BF16 (-3.3895313892515355e+38 to 3.3895313892515355e+38)" in found.detail
+        assert len(tensor_of(f"[{'0.5,' * 100_000}1]", "BF16", 1)) == 100_001
+
+    def test_empty_lists_have_the_dimensions_that_they_do_not_show(self) -> None:
+        for text, shape, expected in (
+            ("[]", (ANY, 64), (0, 64)),
+            ("[]", (ANY, ANY), (0, 0)),
+            ("[[], []]", (ANY, ANY, 3), (2, 0, 3)),
+            ("[[]]", (ANY, ANY), (1, 0)),
+            ("[]", (ANY,), (0,)),
+        ):
+            body = b'{"inputs": %s}' % text.encode()
+            assert parse_request(body).tensors(takes("FP32", *shape))["x"].shape == expected
+        with pytest.raises(InvalidInput):
+            parse_request(b'{"inputs": [[]]}').tensors(takes("FP32", ANY, 4))
 
 
 @pytest.mark.usefixtures("way")

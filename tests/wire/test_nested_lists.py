@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as plain_json
+import math
 from itertools import chain
 from typing import Any
 
@@ -15,16 +16,18 @@ from inferpool.tensors import DTYPES
 from tests.wire.conftest import FLOATS, INTEGERS, WAYS, any_shape, bits, outcome
 
 
-def slow_reference(value: Any, datatype: str) -> tuple[tuple[int, ...], list[Any]] | None:
+def slow_reference(value: Any, datatype: str, top: bool = True) -> tuple[tuple[int, ...], list[Any]] | None:
     """Return shape and elements, read one at a time; None if the tensor is refused."""
     if isinstance(value, list):
-        read = [slow_reference(part, datatype) for part in value]
+        read = [slow_reference(part, datatype, False) for part in value]
         if not read:
             return (0,), []
         if any(part is None or part[0] != read[0][0] for part in read):  # type: ignore[index]
             return None
         inner = read[0][0]  # type: ignore[index]
         return (len(value), *inner), list(chain.from_iterable(part[1] for part in read if part))
+    if value is None and top:
+        return None
     element = slow_element(value, datatype)
     return None if element is None else ((), [element])
 
@@ -34,6 +37,8 @@ def slow_element(value: Any, datatype: str) -> Any:
         return value if isinstance(value, bool) else None
     if datatype == "BYTES":
         return value if isinstance(value, str) else None
+    if value is None and datatype in FLOATS:
+        return DTYPES[datatype].type(math.nan)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if datatype in FLOATS:
@@ -87,14 +92,18 @@ NUMBERS = st.one_of(
 ELEMENTS: st.SearchStrategy[Any] = st.one_of(
     NUMBERS, st.booleans(), st.none(), st.text(max_size=3), st.just({})
 )
+GAPPED: st.SearchStrategy[Any] = st.one_of(NUMBERS, st.none())
 
 
 @given(
-    value=st.one_of(lists_of(NUMBERS), lists_of(st.integers(0, 9)), lists_of(ELEMENTS)),
+    value=st.one_of(lists_of(NUMBERS), lists_of(st.integers(0, 9)), lists_of(ELEMENTS), lists_of(GAPPED)),
     datatype=st.sampled_from([*INTEGERS, *FLOATS, "BOOL", "BYTES"]),
 )
 @example(value=[[1, 2, 3], [4]], datatype="FP32")
 @example(value=[[1, 2], [[3], 4]], datatype="FP32")
+@example(value=[[None, 2.5], [3, None]], datatype="FP16")
+@example(value=[[None, 2], [3, 4]], datatype="FP32")
+@example(value=None, datatype="FP32")
 @example(value=[[1, [2, 3]], [4, []]], datatype="INT64")
 @settings(max_examples=300, deadline=None)
 def test_both_ways_agree_with_a_slow_reference(value: Any, datatype: str) -> None:

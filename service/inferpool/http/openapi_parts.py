@@ -10,7 +10,7 @@ import numpy as np
 
 from inferpool.http.problems import STATUSES
 from inferpool.repository.catalog import VersionView
-from inferpool.tensors import ANY, DTYPES, TensorSpec
+from inferpool.tensors import ANY, BF16_MAX, DTYPES, TensorSpec
 
 Document = dict[str, Any]
 
@@ -28,11 +28,13 @@ def element_schema(datatype: str) -> Document:
     if datatype == "BYTES":
         return {"type": "string"}
     dtype = DTYPES[datatype]
+    if datatype == "BF16":
+        return {"type": ["number", "null"], "minimum": -BF16_MAX, "maximum": BF16_MAX}
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         return {"type": "integer", "minimum": int(limits.min), "maximum": int(limits.max)}
     largest = float(np.finfo(dtype).max)
-    return {"type": "number", "minimum": -largest, "maximum": largest}
+    return {"type": ["number", "null"], "minimum": -largest, "maximum": largest}
 
 
 def nested_schema(spec: TensorSpec) -> Document:
@@ -68,14 +70,6 @@ def input_sets(view: VersionView, specs: Sequence[TensorSpec]) -> list[list[Tens
     return [own, *([spec] for spec in specs if spec.name == substitute)]
 
 
-def in_json(view: VersionView) -> list[TensorSpec] | None:
-    """The inputs that JSON can represent; None if it cannot represent a required one."""
-    assert view.signature is not None  # only ready versions are shown
-    if any(spec.datatype == "BF16" and not spec.optional for spec in view.signature.inputs):
-        return None
-    return [spec for spec in view.signature.inputs if spec.datatype != "BF16"]
-
-
 def example_inputs(view: VersionView) -> list[tuple[TensorSpec, list[int]]] | None:
     """The required inputs, each with a valid shape; None if an example would be too large."""
     assert view.signature is not None  # only ready versions are shown
@@ -85,7 +79,7 @@ def example_inputs(view: VersionView) -> list[tuple[TensorSpec, list[int]]] | No
         for spec in view.signature.inputs
         if (not spec.optional if substitute is None else spec.name == substitute)
     ]
-    fits = in_json(view) is not None and sum(prod(shape) for _, shape in shapes) <= _MAX_EXAMPLE_ELEMENTS
+    fits = sum(prod(shape) for _, shape in shapes) <= _MAX_EXAMPLE_ELEMENTS
     return shapes if fits else None
 
 

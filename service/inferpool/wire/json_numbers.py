@@ -34,7 +34,7 @@ _ONLY_INPUTS: Final = frozenset(
     text % _MARK_BYTES for text in (b'{"inputs":["%s0"]}', b'{"inputs": ["%s0"]}')
 )
 """The remainder of the most frequent bodies, which need no parser."""
-_NOT_NUMBERS: Final = frozenset(("BF16", "BOOL", "BYTES"))
+_NOT_NUMBERS: Final = frozenset(("BOOL", "BYTES"))
 _FP32: Final = np.dtype(np.float32)
 _MANY_NUMBERS: Final = 64 * 1024
 """From this many numbers on, numpy narrows them, because it releases the GIL."""
@@ -96,7 +96,7 @@ class Numbers:
 def _narrow_block(block: Array, spec: TensorSpec) -> Array | None:
     """Return float64 or int64 numbers in the datatype of `spec`; None if one of them does not fit in it."""
     if spec.datatype in FLOATS:
-        return narrow_floats(block.astype(np.float64, copy=False), spec.dtype)
+        return narrow_floats(block.astype(np.float64, copy=False), spec.datatype)
     if block.dtype == np.float64:
         # Beyond 2^53 not every integer has a float64 of its own.
         if not (np.abs(block) < EXACT_FLOAT).all() or (np.trunc(block) != block).any():

@@ -31,7 +31,7 @@ from inferpool.tensors import (
 from inferpool.wire import json_numbers
 from inferpool.wire.json_bounds import COUNTED_BYTES, check_json
 from inferpool.wire.json_numbers import FallBack, read_extracted
-from inferpool.wire.nested_lists import read_nested
+from inferpool.wire.nested_lists import completed, read_nested
 
 _FIELDS: Final = ("model", "version", "id", "inputs", "outputs", "parameters")
 MOST_ID_CHARACTERS: Final = 1024
@@ -225,7 +225,8 @@ def _read_inputs(signature: Signature, inputs: Any, read: Callable[[TensorSpec, 
             raise unknown_input(signature, name)
         if name == signature.substitute_input:
             _check_sentences(name, value)
-        tensors[name] = read(spec, value)
+        tensor = read(spec, value)
+        tensors[name] = tensor if tensor.size else completed(spec, tensor)
     check_inputs(signature, tensors)
     return tensors
 

@@ -4,6 +4,7 @@ This is the reference: every faster way must give the same tensors and the same 
 
 - A tensor is regular: all lists of one depth have the same length.
 - Numbers become numeric datatypes only, and `true` and `false` become `BOOL` only.
+- `null` stands for NaN in the datatypes of floating-point numbers, because answers write it so.
 - An integer keeps its exact value. A float is rounded to the datatype's precision and must be in its range.
 - A float with an integer value (`3.0`) is taken as an integer up to 2^53. Beyond 2^53 not every integer has a
   float of its own: the parser may have changed the value that was sent, so the number is refused.
@@ -18,7 +19,19 @@ from typing import Any, Final
 import numpy as np
 
 from inferpool.errors import InvalidInput
-from inferpool.tensors import FLOATS, Array, TensorSpec, element_count, shape_text, value_text
+from inferpool.tensors import (
+    ANY,
+    BF16_INFINITY,
+    BF16_MAX,
+    DTYPES,
+    FLOATS,
+    Array,
+    TensorSpec,
+    element_count,
+    fp64_to_bf16,
+    shape_text,
+    value_text,
+)
 
 MAX_RANK: Final = 32
 """The deepest nesting of a tensor: numpy 1 has no more dimensions."""
@@ -28,11 +41,13 @@ EXACT_FLOAT: Final = 2**53
 _FEW_NUMBERS: Final = 1024
 """Up to this many numbers, one dot product is cheaper than looking at each result of the cast."""
 _SAFE_SQUARES: Final = {
-    np.dtype(np.float16): 65504.0**2 / 2,
-    np.dtype(np.float32): 3.4e38**2 / 2,
+    "FP16": 65504.0**2 / 2,
+    "BF16": 3.38e38**2 / 2,
+    "FP32": 3.4e38**2 / 2,
 }
-"""If the squares of the numbers sum to less than this, each number is in the range of the dtype."""
+"""If the squares of the numbers sum to less than this, each number is in the range of the datatype."""
 _NUMBERS: Final = frozenset((int, float))
+_FLOATING: Final = frozenset((int, float, type(None)))
 _BOOLEANS: Final = frozenset((bool,))
 _STRINGS: Final = frozenset((str,))
 _KIND_NAMES: Final = {
@@ -53,6 +68,18 @@ def read_nested(spec: TensorSpec, value: object) -> Array:
     """
     flat, shape, kinds = flatten(spec, value)
     return read_flat(spec, flat, shape, kinds)
+
+
+def completed(spec: TensorSpec, tensor: Array) -> Array:
+    """Return an empty `tensor` with the dimensions of `spec` that no list shows: `[]` is `[0, 64]`, too.
+
+    A dimension of any size within an empty list has the size 0.
+    """
+    expected = spec.shape
+    if expected is None or tensor.ndim >= len(expected):
+        return tensor
+    hidden = tuple(0 if size == ANY else size for size in expected[tensor.ndim :])
+    return tensor.reshape(tensor.shape + hidden)
 
 
 def in_shape(spec: TensorSpec, tensor: Array, shape: tuple[int, ...]) -> Array:
@@ -100,19 +127,14 @@ def flatten(spec: TensorSpec, value: object) -> tuple[list[Any], tuple[int, ...]
 def read_flat(spec: TensorSpec, flat: list[Any], shape: tuple[int, ...], kinds: set[type]) -> Array:
     """Return the tensor of `shape` with the elements `flat`, whose types are `kinds`."""
     datatype = spec.datatype
-    if datatype == "BF16":
-        raise InvalidInput(
-            f'tensor "{spec.name}" is BF16, which JSON cannot carry: send it in the binary form of /v2',
-            tensor=spec.name,
-            expected="BF16",
-        )
     if datatype in FLOATS:
-        if not kinds <= _NUMBERS:
+        # A scalar null is no number that a client has left open, but a tensor that it has left out.
+        if not kinds <= _FLOATING or (not shape and flat[0] is None and spec.shape != ()):
             raise _wrong_kind(spec, "a number", flat, shape, _NUMBERS)
         wide = np.array(flat, dtype=np.float64)
-        tensor = narrow_floats(wide, spec.dtype)
+        tensor = narrow_floats(wide, datatype)
         if tensor is None:
-            position = int(np.flatnonzero(~np.isfinite(_narrowed(wide, spec.dtype)))[0])
+            position = int(np.flatnonzero(_overflows(_narrowed(wide, datatype), datatype))[0])
             raise out_of_range(spec, index_of(position, shape), flat[position])
         return tensor.reshape(shape)
     if datatype == "BOOL":
@@ -126,15 +148,15 @@ def read_flat(spec: TensorSpec, flat: list[Any], shape: tuple[int, ...], kinds: 
     return _read_integers(spec, flat, shape, kinds)
 
 
-def narrow_floats(wide: Array, dtype: np.dtype[Any]) -> Array | None:
-    """Return finite float64 numbers rounded to `dtype`; None if one is out of its range."""
-    if dtype == wide.dtype:
+def narrow_floats(wide: Array, datatype: str) -> Array | None:
+    """Return float64 numbers rounded to `datatype`, NaN included; None if one is out of its range."""
+    if datatype == "FP64":
         return wide
     # numpy's other products warn of an overflow; vdot does not.
-    if wide.size <= _FEW_NUMBERS and np.vdot(wide, wide) < _SAFE_SQUARES[dtype]:
-        return wide.astype(dtype)
-    tensor = _narrowed(wide, dtype)
-    return tensor if np.isfinite(tensor).all() else None
+    if wide.size <= _FEW_NUMBERS and np.vdot(wide, wide) < _SAFE_SQUARES[datatype]:
+        return fp64_to_bf16(wide) if datatype == "BF16" else wide.astype(DTYPES[datatype])
+    tensor = _narrowed(wide, datatype)
+    return None if _overflows(tensor, datatype).any() else tensor
 
 
 def narrow_integers(wide: Array, dtype: np.dtype[Any]) -> Array | None:
@@ -162,11 +184,14 @@ def out_of_range(spec: TensorSpec, index: list[int], value: object) -> InvalidIn
     `value` is an `object`: in compiled code, a parameter of type `float` would turn an integer into a float,
     and the message would not show it as it was sent.
     """
-    limits = np.finfo(spec.dtype) if spec.datatype in FLOATS else np.iinfo(spec.dtype)
+    least: object = -BF16_MAX
+    most: object = BF16_MAX
+    if spec.datatype != "BF16":
+        limits = np.finfo(spec.dtype) if spec.datatype in FLOATS else np.iinfo(spec.dtype)
+        least, most = limits.min, limits.max
     got = value_text(value)
     return InvalidInput(
-        f"{_element(spec, index)} is {got}, out of the range of {spec.datatype}"
-        f" ({limits.min} to {limits.max})",
+        f"{_element(spec, index)} is {got}, out of the range of {spec.datatype} ({least} to {most})",
         tensor=spec.name,
         index=index,
         value=got,
@@ -174,9 +199,15 @@ def out_of_range(spec: TensorSpec, index: list[int], value: object) -> InvalidIn
     )
 
 
-def _narrowed(wide: Array, dtype: np.dtype[Any]) -> Array:
+def _narrowed(wide: Array, datatype: str) -> Array:
     with np.errstate(over="ignore", under="ignore"):
-        return wide.astype(dtype)
+        return fp64_to_bf16(wide) if datatype == "BF16" else wide.astype(DTYPES[datatype])
+
+
+def _overflows(tensor: Array, datatype: str) -> Array:
+    """Return which numbers have become infinite; JSON has no infinity."""
+    infinite: Array = (tensor & 0x7FFF) == BF16_INFINITY if datatype == "BF16" else np.isinf(tensor)
+    return infinite
 
 
 def _read_integers(spec: TensorSpec, flat: list[Any], shape: tuple[int, ...], kinds: set[type]) -> Array:

@@ -222,11 +222,41 @@ def test_zero_keeps_its_sign(server: Server, datatype: str) -> None:
     assert np.signbit(outputs["y"]).tolist() == [[True, False]]
 
 
-def test_bf16_is_written_as_numbers_and_refused_as_such(server: Server) -> None:
+def test_bf16_travels_as_numbers(server: Server) -> None:
+    """Also through /v2, in JSON and in binary form: what an answer has, a request may have."""
     outputs = predict(server, "to-bf16", {"x": [[1.5, -2.0], [0.1, 2.0**100]]})
     assert np.array(outputs["y"], np.float32).tolist() == [[1.5, -2.0], [0.10009765625, 2.0**100]]
-    answer = server.post("/predict/bf16", json={"inputs": {"x": [[1.5, -2.0]]}})
-    assert "BF16" in refused(answer, "invalid_input", 422)
+    rows = outputs["y"]
+    assert predict(server, "bf16", {"x": rows})["y"] == rows
+    gap = server.post("/predict/bf16", json={"inputs": {"x": [[1.5, None]]}}).json()
+    assert (gap["outputs"]["y"], gap["non_finite"]) == ([[1.5, None]], ["y"])
+    tensor = {
+        "name": "x",
+        "datatype": "BF16",
+        "shape": [2, 2],
+        "data": [*rows[0], *rows[1]],
+    }
+    found = server.post("/v2/models/bf16/infer", json={"inputs": [tensor]}).json()["outputs"][0]
+    assert {**tensor, "name": "y"} == found
+    binary = {"name": "y", "parameters": {"binary_data": True}}
+    raw = server.post("/v2/models/bf16/infer", json={"inputs": [tensor], "outputs": [binary]})
+    head = int(raw.headers["inference-header-content-length"])
+    bits = bf16(1.5, -2.0, 0.10009765625, 2.0**100)
+    assert np.frombuffer(raw.content[head:], np.uint16).tolist() == bits.tolist()
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64"])
+def test_null_travels_both_ways(server: Server, datatype: str) -> None:
+    """The model gets NaN, so that an answer with gaps can be sent as a request."""
+    rows = [[None, 1.5], [-2.0, None]]
+    answer = server.post(f"/predict/same-{datatype}", json={"inputs": {"x": rows}}).json()
+    assert (answer["outputs"]["y"], answer["non_finite"]) == (rows, ["y"])
+    tensor = {"name": "x", "datatype": datatype, "shape": [2, 2], "data": [None, 1.5, -2.0, None]}
+    (found,) = server.post(f"/v2/models/same-{datatype}/infer", json={"inputs": [tensor]}).json()["outputs"]
+    assert (found["data"], found["parameters"]) == (tensor["data"], {"non_finite": True})
+    nested = {**tensor, "data": rows}
+    assert server.post(f"/v2/models/same-{datatype}/infer", json={"inputs": [nested]}).status_code == 200
+    refused(server.post("/predict/same-INT64", json={"inputs": {"x": rows}}), "invalid_input", 422)
 
 
 def test_bf16_travels_as_bits_in_arrays(server: Server) -> None:

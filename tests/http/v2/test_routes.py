@@ -302,10 +302,7 @@ def test_the_document_has_an_example_that_runs_for_every_model(serve: Serve, tmp
             assert answer.status_code == 200, answer.text
             ran.append(path)
     assert {"/predict", "/predict/many", "/predict/a%20b%2Bc", "/v2/models/scalar/infer"} <= set(ran)
-    assert "application/json" not in paths["/predict/brain"]["post"]["requestBody"]["content"]
-    assert list(paths["/v2/models/brain/infer"]["post"]["requestBody"]["content"]) == [
-        "application/octet-stream"
-    ]
+    assert {"/predict/brain", "/v2/models/brain/infer"} <= set(ran)
 
 
 def test_other_requests_are_answered_while_millions_of_strings_are_read(serve: Serve, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from inferpool.http.openapi_parts import (
     Document,
     error_references,
     example_inputs,
-    in_json,
     input_schema,
     input_sets,
     nested_example,
@@ -85,10 +84,7 @@ def _named(views: list[VersionView]) -> Document:
     requests = []
     examples = {}
     for view in views:
-        inputs = _inputs(view)
-        if inputs is None:
-            continue
-        request = _request(inputs, view)
+        request = _request(_inputs(view), view)
         request["properties"]["model"] = {"const": view.key.model}
         request["required"] = ["inputs"] if len(views) == 1 else ["model", "inputs"]
         requests.append(request)
@@ -107,14 +103,13 @@ def _named(views: list[VersionView]) -> Document:
 def _content(view: VersionView) -> Document:
     """The request bodies of a version by media type."""
     assert view.signature is not None  # only ready versions are shown
-    content: Document = {}
-    inputs = _inputs(view)
-    if inputs is not None:
-        example = _example(view)
-        content[JSON_TYPE] = {
-            "schema": _request(inputs, view),
+    example = _example(view)
+    content: Document = {
+        JSON_TYPE: {
+            "schema": _request(_inputs(view), view),
             **({"examples": {view.key.model: {"value": example}}} if example is not None else {}),
         }
+    }
     if view.signature.single_input is not None:
         content[NPY] = {"schema": BINARY}
     content[NPZ] = {"schema": BINARY}
@@ -127,16 +122,13 @@ def _content(view: VersionView) -> Document:
     return content
 
 
-def _inputs(view: VersionView) -> Document | None:
-    """The schema of `inputs` in a version's JSON body; None if JSON cannot represent the inputs."""
+def _inputs(view: VersionView) -> Document:
+    """The schema of `inputs` in a version's JSON body."""
     assert view.signature is not None  # only ready versions are shown
-    specs = in_json(view)
-    if specs is None:
-        return None
     single = view.signature.single_input
     forms = [
         _by_name(together, {spec.name: input_schema(view, spec) for spec in together})
-        for together in input_sets(view, specs)
+        for together in input_sets(view, view.signature.inputs)
     ]
     return _any([*forms, input_schema(view, single)] if single is not None else forms)
 

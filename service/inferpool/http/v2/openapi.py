@@ -14,7 +14,6 @@ from inferpool.http.openapi_parts import (
     element_schema,
     error_references,
     example_inputs,
-    in_json,
     input_schema,
     input_sets,
     minimum_size,
@@ -69,10 +68,7 @@ def _content(view: VersionView | None) -> Document:
     if view is None:
         return {JSON_TYPE: {"schema": _request(_list(_input(None, None)), _list(_output(None)))}, **binary}
     assert view.signature is not None  # only ready versions are shown
-    specs = in_json(view)
-    if specs is None:
-        return binary
-    sets = [_inputs(view, together) for together in input_sets(view, specs)]
+    sets = [_inputs(view, together) for together in input_sets(view, view.signature.inputs)]
     inputs = {"anyOf": sets} if len(sets) > 1 else sets[0]
     outputs = {
         **_list(_output(list(view.signature.outputs_by_name))),
