@@ -93,6 +93,19 @@ def test_the_models_of_a_volume_answer(run: Run) -> None:
         assert answer.json()["predictions"][0][0]["label"] == "7"
 
 
+def test_the_image_has_the_locale_of_text_models(run: Run, tmp_path: Path) -> None:
+    """A model that changes the case of letters, as TF-IDF pipelines do, loads and answers."""
+    value = helper.make_tensor_value_info
+    lower = helper.make_node("StringNormalizer", ["x"], ["y"], case_change_action="LOWER")
+    texts = [value(name, TensorProto.STRING, ["rows"]) for name in "xy"]
+    write_model(tmp_path, "lower", helper.make_graph([lower], "lower", texts[:1], texts[1:]))
+    tmp_path.chmod(0o755)
+    container = run(tmp_path)
+    container.wait_loaded()
+    answer = container.post("/predict/lower", json={"inputs": ["ÄRGER", "Good"]})
+    assert answer.json()["outputs"]["y"] == ["ärger", "good"]
+
+
 def test_the_server_runs_without_root_and_without_capabilities(run: Run) -> None:
     """tini and the server run as user 10001, without capabilities, on a read-only file system."""
     container = run(ROOT / "models")

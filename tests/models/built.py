@@ -34,3 +34,10 @@ def documented_request(model: str, server: Server, folder: Path) -> Any:
     command = shlex.split(line.replace("localhost:8000", f"127.0.0.1:{server.port}"))
     run = subprocess.run([*command, "-sS"], cwd=folder, capture_output=True, check=True)
     return json.loads(run.stdout)
+
+
+def assert_batched(server: Server, model: str) -> None:
+    """Reading the graph has proven that rows are independent, so that requests share runs."""
+    batching = server.get(f"/models/{model}/1").json()["batching"]
+    assert batching["enabled"], batching["reason"]
+    assert batching["evidence"] == "graph", batching["reason"]

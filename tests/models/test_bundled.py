@@ -20,6 +20,9 @@ from inferpool.codecs.image_config import ImageConfig
 from inferpool.codecs.labels import LabelsCodec, LabelsConfig, read_labels
 from inferpool.tensors import ANY, Array, Signature, TensorSpec
 
+from tests.models.built import assert_batched
+from tests.server import Server
+
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ("diabetes", "digits", "forecast")
 DIGITS = Signature((TensorSpec("image", "FP32", (ANY, 1, 8, 8)),), (TensorSpec("logits", "FP32", (ANY, 10)),))
@@ -90,6 +93,17 @@ def test_a_row_alone_gives_the_same_answer_as_in_a_batch(name: str) -> None:
     for index in range(len(tensor)):
         ((_, alone),) = run(name, {key: tensor[index : index + 1]}).items()
         np.testing.assert_allclose(alone[0], together[index], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "next-word"])
+def test_rows_of_several_requests_share_a_run(bundled: Server, name: str) -> None:
+    assert_batched(bundled, name)
+
+
+def test_every_bundled_model_has_a_test_of_its_batching() -> None:
+    """The models that are built here, or in the files of tests named after them."""
+    elsewhere = {"cifar10", "minilm", "news", "resnet50", "sentiment"}
+    assert {file.parent.name for file in MODELS.glob("*/build.py")} == {*NAMES, "next-word"} | elsewhere
 
 
 @pytest.mark.parametrize("name", NAMES)

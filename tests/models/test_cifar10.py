@@ -27,7 +27,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, Serve
 from tests.models import cifar_archive as made
-from tests.models.built import build, documented_request
+from tests.models.built import assert_batched, build, documented_request
 
 MODEL = ROOT / "models/cifar10"
 ROWS = 40
@@ -65,6 +65,7 @@ def test_a_model_built_from_the_archive_classifies_pictures(
     assert run.returncode == 0, run.stderr
     assert "held-out accuracy" in run.stdout
     server = serve(repository)
+    assert_batched(server, "cifar10")
     images, labels = made.pictures(ROWS, 0)
     session = onnxruntime.InferenceSession(repository / "cifar10/1/model.onnx")
     right = 0

@@ -19,7 +19,7 @@ from inferpool.codecs.labels import read_labels
 from PIL import Image
 
 from tests.conftest import ROOT, Serve
-from tests.models.built import build, documented_request
+from tests.models.built import assert_batched, build, documented_request
 
 MODEL = ROOT / "models/resnet50"
 LAYERS = "537b1c87e6f187e4adb6923a34c01b5c077e82f8c4a64396d34dd2dbffe28f0d"
@@ -119,7 +119,7 @@ def test_a_model_built_from_weights_classifies_a_photograph(
     labels = read_labels(MODEL / "labels.txt")
     best = [labels[index] for index in expected[0].argsort()[::-1][:5]]
     assert [prediction["label"] for prediction in answer["predictions"][0]] == best
-    assert server.get("/models/resnet50/1").json()["batching"]["enabled"]
+    assert_batched(server, "resnet50")
 
 
 def test_random_weights_need_no_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.docs.pages import PAGES, blocks
-from tests.models.built import documented_request
+from tests.models.built import assert_batched, documented_request
 from tests.server import Server
 
 MODELS = ROOT / "models"
@@ -154,6 +154,7 @@ def test_a_text_alone_gives_the_same_answer_as_among_longer_texts(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     server: Server = request.getfixturevalue("bundled" if name == "next-word" else name)
+    assert_batched(server, name)
     together = outputs(server, name, list(TEXTS))
     for text, row in zip(TEXTS, together, strict=True):
         np.testing.assert_allclose(outputs(server, name, [text])[0], row, rtol=1e-4, atol=1e-5)

@@ -615,8 +615,19 @@ def custom(domain: str, **opsets: int) -> bytes:
             model([], [], [value("z", "FP32", [1])]).SerializeToString(),
             r"ONNX Runtime cannot load model\.onnx: .*Graph output \(z\) does not exist.*",
         ),
+        (
+            model(
+                [node("StringNormalizer", ["x"], ["y"], case_change_action="LOWER", locale="xx_YY.UTF-8")],
+                [value("x", "BYTES", ["n"])],
+                [value("y", "BYTES", ["n"])],
+            ).SerializeToString(),
+            r"model\.onnx needs the locale xx_YY\.UTF-8 \(StringNormalizer\), which this machine does not"
+            r" have; install it \(Debian, Ubuntu: apt-get install locales && localedef -i xx_YY -f UTF-8"
+            r" xx_YY\.UTF-8; Fedora: dnf install glibc-langpack-xx\), or make it in a folder \(localedef -i"
+            r" xx_YY -f UTF-8 FOLDER/xx_YY\.UTF-8\) and set LOCPATH=FOLDER for the server",
+        ),
     ],
-    ids=["empty", "garbage", "half", "lfs", "ir", "opset", "operator", "unknown", "output"],
+    ids=["empty", "garbage", "half", "lfs", "ir", "opset", "operator", "unknown", "output", "locale"],
 )
 def test_a_load_error_has_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, reason: str

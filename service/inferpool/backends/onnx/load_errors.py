@@ -40,6 +40,7 @@ _NOISE: Final = (
     # The resolved path on this machine. The text before already has the path itself.
     re.compile(r" resolved path: .*"),
 )
+_NO_LOCALE: Final = re.compile(r"Failed to construct locale with name:\s*([\w.@-]+)")
 _KEPT_CHARACTERS: Final = 500
 _LFS_POINTER: Final = b"version https://git-lfs"
 
@@ -63,6 +64,8 @@ def readable_error(file: Path, error: str) -> Reason:
     """The runtime's `error` about `file`, an absolute path, without its source and this machine's folders."""
     if "Protobuf parsing failed" in error:
         return f"{file.name} is not an ONNX model, or is incomplete"
+    if (lacking := _NO_LOCALE.search(error)) is not None:
+        return _without_locale(file, lacking[1])
     text = without_noise(error.replace(f"Load model from {file} failed:", ""))
     for folder in {str(file.parent), str(file.parent.resolve())} - {file.anchor}:
         text = text.replace(f"{folder}{os.sep}", "").replace(folder, "the model's folder")
@@ -70,6 +73,18 @@ def readable_error(file: Path, error: str) -> Reason:
     if len(text) > _KEPT_CHARACTERS:
         text = text[:_KEPT_CHARACTERS] + "…"
     return f"ONNX Runtime cannot load {file.name}: {'; '.join([text, *_unservable(file)])}"
+
+
+def _without_locale(file: Path, name: str) -> Reason:
+    """What to install for an operation that changes the case of letters, as those of TF-IDF do."""
+    language, _, charset = name.partition(".")
+    made = f"localedef -i {language} -f {charset or 'UTF-8'}"
+    return (
+        f"{file.name} needs the locale {name} (StringNormalizer), which this machine does not have; install"
+        f" it (Debian, Ubuntu: apt-get install locales && {made} {name}; Fedora: dnf install"
+        f" glibc-langpack-{language.partition('_')[0]}), or make it in a folder ({made} FOLDER/{name})"
+        " and set LOCPATH=FOLDER for the server"
+    )
 
 
 def without_noise(error: str) -> str:
