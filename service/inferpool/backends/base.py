@@ -243,3 +243,12 @@ class Backend(ABC):
     @abstractmethod
     def describe(self) -> str:
         """The runtime and its version, for logs and `build_info`: `onnxruntime 1.31.1`."""
+
+
+_NO_MEMORY: Final = ("std::bad_alloc", "Failed to allocate memory", "can't allocate memory")
+"""What the errors of ONNX Runtime and PyTorch say when the system gives them no memory."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a run failed because the host lacks memory, whatever class of error its runtime raises."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from inferpool.errors import Forbidden, InferpoolError, InternalError, MethodNotAllowed, Refused
+from inferpool.errors import Forbidden, InferpoolError, InternalError, MethodNotAllowed, Overloaded, Refused
 
 STATUSES: Final[Mapping[str, int]] = {
     "malformed_body": 400,
@@ -34,9 +34,14 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def as_problem(error: Exception) -> InferpoolError:
-    """`error` itself if it has a status; else an InternalError, which hides the cause."""
+    """`error` itself if it has a status, Overloaded for a lack of memory, else an InternalError.
+
+    The latter hides the cause.
+    """
     if isinstance(error, InferpoolError) and error.code in STATUSES:
         return error
+    if isinstance(error, MemoryError):
+        return Overloaded("memory ran out while this request was read or answered; try again later")
     return InternalError("the server failed on this request; its log has the cause, under the request id")
 
 

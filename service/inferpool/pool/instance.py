@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from inferpool.backends.base import LoadedModel
-from inferpool.errors import InferpoolError, ModelFailed, ModelRejected, Reason
+from inferpool.backends.base import LoadedModel, ran_out_of_memory
+from inferpool.errors import InferpoolError, ModelFailed, ModelRejected, Overloaded, Reason
 from inferpool.pool.batch import (
     Batch,
     Outcome,
@@ -159,6 +159,11 @@ class Instance:
 
     def _failure(self, guilty: RowSlice, error: Exception) -> InferpoolError:
         """Return the error for a slice that made the model raise `error`, all alone."""
+        if ran_out_of_memory(error):
+            self._log_failure(guilty, error)
+            return Overloaded(
+                "memory ran out while the model ran this request; send fewer rows, or try again later"
+            )
         rejection = self.model.rejection(error)
         if rejection is not None:
             return ModelRejected(refusal_text(rejection, guilty.entry.inputs))

@@ -119,7 +119,7 @@ class Exchange:
                 self._buffer().advance(size)
             else:
                 self._buffer().add(chunk)
-        except InferpoolError as error:
+        except (InferpoolError, MemoryError) as error:
             self._reject(error)
             return False
         return True
@@ -131,7 +131,11 @@ class Exchange:
         length = self._context.head.content_length or 0
         if length - self._context.reserved_bytes < LEAST_RECEIVED_BYTES:
             return None
-        return self._buffer().remaining()
+        try:
+            return self._buffer().remaining()
+        except MemoryError as error:
+            self._reject(error)
+            return None
 
     def end_body(self) -> None:
         """Take note that the body is complete."""
@@ -293,7 +297,9 @@ class Exchange:
 
     def _buffer(self) -> BodyBuffer:
         if self._body is None:
-            self._body = BodyBuffer(self._context.head, self._predictor.max_body_bytes)
+            predictor = self._predictor
+            heap_bytes = predictor.budget.heap_bytes // max(1, predictor.in_flight.requests)
+            self._body = BodyBuffer(self._context.head, predictor.max_body_bytes, heap_bytes)
         return self._body
 
     def _finish_body(self) -> Data:

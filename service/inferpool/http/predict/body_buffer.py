@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Final
 
 import numpy as np
@@ -23,11 +24,17 @@ class BodyBuffer:
     an entry is alone in its batch, because then its tensors are the batch.
     """
 
-    __slots__ = ("_chunks", "_growing", "_json_length", "_length", "_max_bytes", "_memory", "_size")
+    __slots__ = (
+        "_chunks", "_growing", "_heap_bytes", "_json_length", "_length", "_max_bytes", "_memory", "_size",
+    )  # fmt: skip
 
-    def __init__(self, head: RequestHead, max_bytes: int) -> None:
-        """Prepare for the body of `head`, of at most `max_bytes`."""
+    def __init__(self, head: RequestHead, max_bytes: int, heap_bytes: int) -> None:
+        """Prepare for the body of `head`, of at most `max_bytes`.
+
+        The memory of a body of more than `heap_bytes` is not taken from the heap.
+        """
         self._max_bytes = max_bytes
+        self._heap_bytes = heap_bytes
         self._size = 0
         self._chunks: list[bytes] = []
         self._growing: bytearray | None = bytearray() if head.content_length is None else None
@@ -37,7 +44,7 @@ class BodyBuffer:
         # A compressed body holds no tensors that could be aligned.
         self._json_length = json_length if 0 < json_length <= length and not head.content_encoding else 0
         if self._json_length and length <= max_bytes:
-            self._memory = _aligned(length, json_length)
+            self._memory = _aligned(length, json_length, heap_bytes)
 
     def add(self, chunk: bytes) -> None:
         """Take the next chunk; raises BodyTooLarge as soon as there are more bytes than allowed."""
@@ -57,7 +64,7 @@ class BodyBuffer:
         The caller writes them there in order, counts them with `advance`, and never calls `add` again.
         """
         if self._memory is None:
-            self._memory = _aligned(self._length, self._json_length)
+            self._memory = _aligned(self._length, self._json_length, self._heap_bytes)
             self._memory[: self._size] = b"".join(self._chunks)
             self._chunks.clear()
         return self._memory[self._size :]
@@ -84,8 +91,16 @@ def too_large(max_bytes: int) -> BodyTooLarge:
     )
 
 
-def _aligned(length: int, start: int) -> memoryview:
-    """Return `length` bytes of memory in which byte `start` has an aligned address."""
-    memory = np.empty(length + _ALIGNMENT, np.uint8)
+def _aligned(length: int, start: int, heap_bytes: int) -> memoryview:
+    """Return `length` bytes of memory in which byte `start` has an aligned address.
+
+    A client that announces a body and sends little of it takes addresses, not memory. On the heap these
+    addresses would count as data of the process, whose limit would fail the requests of others. Shared pages
+    are no data, but the kernel has to clear each of them.
+    """
+    if length > heap_bytes:
+        memory = np.frombuffer(mmap.mmap(-1, length + _ALIGNMENT), np.uint8)
+    else:
+        memory = np.empty(length + _ALIGNMENT, np.uint8)
     offset = -(memory.ctypes.data + start) % _ALIGNMENT
     return memory[offset : offset + length].data

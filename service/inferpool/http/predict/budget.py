@@ -33,14 +33,16 @@ class ByteBudget:
         decoded: bytes that all requests hold now of what their bodies became.
         answers: those of the used bytes that are for large answers and unread responses.
         make_room: called on the event loop before a request is refused; disconnects clients that do not read.
+        heap_bytes: bytes of the heap that bodies may take before they are received.
     """
 
     __slots__ = (
-        "_by_client", "_changed", "_decoding", "answers", "decoded", "limit", "make_room", "most", "used",
+        "_by_client", "_changed", "_decoding", "answers", "decoded", "heap_bytes", "limit", "make_room", "most",
+        "used",
     )  # fmt: skip
 
     def __init__(self, limit: int) -> None:
-        self.limit = self.most = limit
+        self.limit = self.most = self.heap_bytes = limit
         self.used = self.decoded = self.answers = 0
         self.make_room: Callable[[], None] | None = None
         self._by_client: dict[str, int] = {}

@@ -12,6 +12,7 @@ follow from that limit, less what the process holds without requests. Three thin
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import threading
 import time
@@ -41,10 +42,19 @@ LEAST_IN_FLIGHT_BYTES: Final = 1 * MIB
 """Bytes that requests may hold even if the models leave no memory; small requests are still answered."""
 MOST_IN_FLIGHT_BYTES: Final = 4096 * MIB
 """Bytes that requests may hold at most unless a setting says more; they are seconds of work for any model."""
+HEAP_SHARE: Final = 32
+"""Bodies that are announced and not received take a part of the heap: this share of the limit, divided by the
+requests in flight. With 1,000 requests that is a quarter of the limit in total."""
 LOOK_S: Final = 1.0
 """Pause between two looks at the memory."""
-LEAST_TRIM_S: Final = 5.0
-"""Pause after a trim; it doubles with each trim that gives back little, up to `MOST_TRIM_S`."""
+LEAST_TRIM_S: Final = 20.0
+"""Pause after a trim; it doubles with each trim that gives back little, up to `MOST_TRIM_S`.
+
+A trim takes 0.12 ms for each MiB that it gives back, and the event loop may have to wait that long for the
+heap: 60 ms after a burst of 500 MiB.
+"""
+SHORT_TRIM_S: Final = 5.0
+"""Pause after a trim while more than three quarters of the memory are taken."""
 MOST_TRIM_S: Final = 600.0
 _SPARE_THREADS: Final = 8
 """Threads whose stacks the data limit leaves room for until the next look."""
@@ -92,7 +102,7 @@ class MemoryMonitor:
         self._threads = 0
         self._base = system.use().held
         self._quiet = 0
-        self._trimmed_at = system.clock()
+        self._trimmed_at = -math.inf
         self._pause_s = LEAST_TRIM_S
         self._trims = metrics.value("memory_trims_total")
         self._trim_s = metrics.value("memory_trim_seconds_total")
@@ -150,14 +160,18 @@ class MemoryMonitor:
             system, used = self._system, self._budget.held
             limit = system.limit.limit
             held = system.use().held
+            if held - used < self._base:
+                # The last trim met requests that held more than they had reserved.
+                self._base = held - used
+                self._set_budget()
             excess = held - self._base - used
             self._quiet = self._quiet + 1 if used <= limit // 32 else 0
             self._set_data_limit()
             short = held > limit - limit // 4
-            waited_s = system.clock() - self._trimmed_at
+            pause_s = min(self._pause_s, SHORT_TRIM_S) if short else self._pause_s
             if excess < max(LEAST_MARGIN_BYTES // 2, limit // 64 if self._quiet else limit // 16):
                 return
-            if (self._quiet >= 2 or short) and waited_s >= self._pause_s:
+            if (self._quiet >= 2 or short) and system.clock() >= self._trimmed_at + pause_s:
                 freed = self._trim()
                 self._pause_s = LEAST_TRIM_S if freed >= excess // 4 else min(MOST_TRIM_S, 2 * self._pause_s)
 
@@ -189,6 +203,7 @@ class MemoryMonitor:
             budget.limit = budget.most = room
         else:
             budget.most = max(budget.limit, room)
+        budget.heap_bytes = limit // HEAP_SHARE
 
     def _set_data_limit(self) -> None:
         if self._bounds_data:

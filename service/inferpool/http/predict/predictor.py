@@ -282,7 +282,9 @@ class Predictor:
         problem = as_problem(error)
         status = STATUSES[problem.code]
         body = context.api.problem(problem, status, context.request_id)
-        if problem is not error:
+        if isinstance(error, MemoryError):
+            log.warning("memory ran out on request %s: %s", context.request_id, error)
+        elif problem is not error:
             log.error("request %s failed", context.request_id, exc_info=error)
         now = self.clock()
         total_s = now - context.began

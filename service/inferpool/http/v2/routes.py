@@ -193,7 +193,7 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
     )
     async def read_v2_index(request: Request) -> list[IndexEntry]:
         # FastAPI cannot read this body: clients of the protocol send none, or one without a Content-Type.
-        body = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES)
+        body = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES, _MAX_QUERY_BYTES)
         async for chunk in request.stream():
             body.add(chunk)
         fields = read_object(body.finish() or b"{}", '{"ready": true}')

@@ -1,0 +1,93 @@
+"""A server whose memory the kernel limits, in a cgroup that the test makes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.server import CHAOS, ROOT, Server
+
+V1 = Path("/sys/fs/cgroup/memory")
+V2 = Path("/sys/fs/cgroup")
+
+
+def missing() -> str:
+    """What this machine lacks to limit the memory of a process, or an empty text."""
+    try:
+        folder = _make_cgroup(2**28)
+    except OSError as error:
+        return f"a cgroup with a memory limit ({error.strerror}: {error.filename})"
+    folder.rmdir()
+    return ""
+
+
+class LimitedServer(Server):
+    """A server that the kernel kills if it takes more than `memory_bytes`, its cached files excluded."""
+
+    def __init__(
+        self,
+        repository: Path,
+        memory_bytes: int,
+        flags: Sequence[str] = (),
+        environ: Mapping[str, str] = {},
+    ) -> None:
+        self.cgroup = _make_cgroup(memory_bytes)
+        own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}"}
+        enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+        serve = [sys.executable, "-m", "inferpool", "serve", str(repository), "--port", "0", *flags]
+        self._start(["sh", "-c", enter, str(self.cgroup), *serve], {**own, **environ})
+
+    def kills(self) -> int:
+        """How many processes the kernel has killed for want of memory."""
+        name = "memory.oom_control" if _is_v1(self.cgroup) else "memory.events"
+        words = dict(line.split() for line in (self.cgroup / name).read_text().splitlines())
+        return int(words["oom_kill"])
+
+    def peak_bytes(self) -> int:
+        """The most memory that the cgroup has had, cached files included."""
+        name = "memory.max_usage_in_bytes" if _is_v1(self.cgroup) else "memory.peak"
+        return int((self.cgroup / name).read_text())
+
+    def held_bytes(self) -> int:
+        """The anonymous memory of the server."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+    def kill(self) -> None:
+        """End the server and remove its cgroup."""
+        super().kill()
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                self.cgroup.rmdir()
+                return
+            time.sleep(0.05)  # the kernel has not yet noticed the end of the process
+
+
+def _is_v1(folder: Path) -> bool:
+    return (folder / "memory.limit_in_bytes").exists()
+
+
+def _make_cgroup(memory_bytes: int) -> Path:
+    """A new cgroup with this limit; raises OSError if this user or system cannot have one."""
+    parent = V1 if (V1 / "memory.limit_in_bytes").exists() else V2
+    folder = parent / f"inferpool-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        for name in ("memory.limit_in_bytes", "memory.max"):
+            if (folder / name).exists():
+                (folder / name).write_text(str(memory_bytes))
+                break
+        else:
+            raise FileNotFoundError(2, "the memory controller is not delegated", str(folder))
+        for name in ("memory.memsw.limit_in_bytes", "memory.swap.max"):
+            with contextlib.suppress(OSError):
+                (folder / name).write_text(str(memory_bytes) if "memsw" in name else "0")
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
