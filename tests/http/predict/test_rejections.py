@@ -161,7 +161,7 @@ def test_a_refused_input_is_the_clients_fault(
 def test_a_machine_without_memory_is_no_fault_of_the_client(server: Server) -> None:
     inputs = {"x": [[1.0]], "shape": [2**20, 2**24]}
     answer = server.post("/predict/huge-onnx", json={"inputs": inputs})
-    assert (answer.status_code, answer.json()["code"]) == (500, "model_failed"), answer.text
+    assert (answer.status_code, answer.json()["code"]) == (503, "overloaded"), answer.text
 
 
 @pytest.mark.parametrize("name", ["ids-onnx", "ids-script"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sized
 from concurrent.futures import Executor
 from typing import Any, Protocol
 
-from inferpool.errors import InternalError
+from inferpool.errors import InferpoolError, InternalError
 from inferpool.http.connection.shared import SharedState
 
 log = logging.getLogger(__name__)
@@ -169,8 +169,19 @@ def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     try:
         return function(*arguments)
     except Exception as error:  # noqa: BLE001 - the caller responds with the error
-        return error
+        return _without_frames(error)
     except BaseException as fatal:  # another name than above: mypyc gives a name one type
         # A library that ends its thread must not leave the request without a response either.
         log.exception("%s raised %s", getattr(function, "__name__", function), type(fatal).__name__)
         return InternalError("the server failed on this request; its log says why")
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Return `error`; if nobody logs its traceback, without it.
+
+    The frames hold the body. A frame that also holds the error would keep it until the garbage collector runs.
+    """
+    if isinstance(error, (InferpoolError, MemoryError)):
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
+    return error
