@@ -37,8 +37,8 @@ class ByteBudget:
     """
 
     __slots__ = (
-        "_by_client", "_changed", "_decoding", "answers", "decoded", "heap_bytes", "limit", "make_room", "most",
-        "used",
+        "_by_client", "_changed", "_decoding", "answers", "decoded", "heap_bytes", "limit", "make_room",
+        "most", "used",
     )  # fmt: skip
 
     def __init__(self, limit: int) -> None:
