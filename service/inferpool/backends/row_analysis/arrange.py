@@ -158,7 +158,7 @@ def unsqueeze(step: Step) -> list[Value]:
     axes = step.numbers("axes", 1)
     if value.elements is not None and value.rank == 0:
         return [Value(value.kind, (ONE,), elements=value.elements)]
-    if value.kind is Kind.COUNTED and (value.numbering is None or not axes or value.shape is None):
+    if value.kind is Kind.COUNTED and (value.elements is not None or not axes or value.shape is None):
         return [mixed(f"{step.label} makes data of the number of rows")]
     if axes is None or value.shape is None:
         if value.kind is Kind.SHARED:
@@ -214,7 +214,13 @@ def concat(step: Step) -> list[Value]:
     assert first.shape is not None
     axis = normal_axis(step.integer("axis", 0), len(first.shape))
     if any(value.axis == axis for value in values):
-        return [mixed(f"{step.label} joins values along the rows")]
+        if any(value.axis != axis or value.inner != first.inner for value in values):
+            return [mixed(f"{step.label} joins values along the rows")]
+        # Blocks of rows behind one another.
+        outer = Dim(0)
+        for value in values:
+            outer = plus(outer, value.outer)
+        return [rowed(first.shape, axis, outer, first.inner)]
     if any(value.axis != first.axis or not value.lies_as(first) for value in values):
         return [mixed(f"{step.label} joins values whose rows lie on different axes")]
     length = Dim(0)

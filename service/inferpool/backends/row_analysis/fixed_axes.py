@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from inferpool.backends.row_analysis.dims import Dim
 from inferpool.backends.row_analysis.step import Rule, Step
 from inferpool.backends.row_analysis.values import Kind, Value, mixed, rowed, shared, unknown
 
@@ -27,6 +28,16 @@ class Axes:
     shared_too: frozenset[int] = field(default_factory=frozenset)
     least_rank: int = 1
     ranks: Mapping[int, int] = field(default_factory=dict)
+
+
+def _width(step: Step) -> int | None:
+    """Return how many numbers an ensemble of trees or a linear regression has for each row, if it says."""
+    if step.operation.endswith("Regressor"):
+        return step.integer("n_targets", step.integer("targets", 1))
+    if step.operation == "ai.onnx.ml.TreeEnsembleClassifier":
+        names = ("classlabels_int64s", "classlabels_strings")
+        return next((len(step.attributes[name]) for name in names if step.attributes.get(name)), None)
+    return None
 
 
 def by_axes(step: Step, axes: Axes) -> list[Value]:
@@ -59,6 +70,9 @@ def by_axes(step: Step, axes: Axes) -> list[Value]:
         shape = step.inferred(index)
         if shape is None and index in axes.ranks:
             shape = tuple(step.fresh(number, index) for number in range(axes.ranks[index]))
+            width = _width(step)
+            if width is not None and axes.ranks[index] == 2:
+                shape = (shape[0], Dim(width))
         if axis is None or shape is None or axis >= len(shape):
             results.append(unknown(f"{step.label}: the rank of its output {index + 1} is not known"))
         else:

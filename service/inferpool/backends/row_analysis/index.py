@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from inferpool.backends.row_analysis.dims import A_ROW, ONE, Dim
+from inferpool.backends.row_analysis.dims import A_ROW, ONE, Dim, product
 from inferpool.backends.row_analysis.elementwise import combine
 from inferpool.backends.row_analysis.step import Rule, Step, normal_axis
 from inferpool.backends.row_analysis.values import (
@@ -38,6 +38,8 @@ def gather(step: Step) -> list[Value]:
         assert data.shape is not None
         assert indices.shape is not None
         return [rowed((*indices.shape, *data.shape[1:]), indices.numbered_axis())]
+    if indices.kind is Kind.COUNTED and indices.elements is None and data.kind is not Kind.COUNTED:
+        return [unknown(f"{step.label} picks by numbers of rows")]
     if Kind.COUNTED in (data.kind, indices.kind):
         return [mixed(f"{step.label} computes with the number of rows")]
     if data.shape is None or indices.shape is None:
@@ -78,7 +80,7 @@ def gather_nd(step: Step) -> list[Value]:
     if data.kind is Kind.SHARED and indices.kind is Kind.SHARED:
         return [shared(step.inferred())]
     if Kind.COUNTED in (data.kind, indices.kind) and not (indices.picks_own and _rows_first(data)):
-        return [mixed(f"{step.label} picks by the number of rows")]
+        return [unknown(f"{step.label} picks by numbers of rows")]
     if data.shape is None or indices.shape is None:
         return [unknown(f"{step.label}: its indices are not known to follow the rows")]
     batch, depth = step.integer("batch_dims", 0), indices.shape[-1]
@@ -87,7 +89,7 @@ def gather_nd(step: Step) -> list[Value]:
     shape = (*indices.shape[:-1], *data.shape[batch + depth.coefficient :])
     if indices.picks_own:
         if batch:
-            return [mixed(f"{step.label} picks by the number of rows")]
+            return [unknown(f"{step.label} picks by numbers of rows")]
         return [rowed(shape, indices.numbered_axis())]
     if data.kind is Kind.SHARED:
         if batch or indices.axis == len(indices.shape) - 1:
@@ -322,14 +324,14 @@ def feature_extractor(step: Step) -> list[Value]:
     if indices.kind is Kind.SHARED:
         if len(value.shape) < 2 or value.axis == len(value.shape) - 1:
             return [mixed(f"{step.label} picks rows by their position")]
-        return [like(value, (*value.shape[:-1], step.fresh(len(value.shape) - 1)))]
+        return [like(value, (*value.shape[:-1], product(indices.shape)))]
     if value.kind is Kind.ROWED:
         return [mixed(f"{step.label} picks from all rows by the indices of each")]
-    alone = [size for axis, size in enumerate(indices.shape) if axis != indices.axis]
+    # The indices are taken one after the other, whatever their shape is.
     before = (ONE,) if len(value.shape) == 1 else value.shape[:-1]
-    if any(size != ONE for size in alone):
-        return [unknown(f"{step.label}: more than one index a row")]
-    return [rowed((*before, ONE), len(before), indices.outer, indices.inner)]
+    outer = product(indices.shape[: indices.axis]).times(indices.outer)
+    inner = product(indices.shape[indices.axis + 1 :]).times(indices.inner)
+    return [rowed((*before, ONE), len(before), outer, inner)]
 
 
 def feature_vectorizer(step: Step) -> list[Value]:
