@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
-import numpy as np
-
 from inferpool.errors import OutOfMemory, Reason
 from inferpool.pool.batch import Batch, RowSlice, Run
-from inferpool.tensors import Tensors, shape_text
+from inferpool.tensors import Tensors
 
-Compare: TypeAlias = Callable[[Tensors, Tensors, Sequence[int]], Reason | None]
-"""Compares outputs with `rows` of a reference; returns a difference that rounding does not explain."""
+Compare: TypeAlias = Callable[[Tensors, Tensors, Sequence[Tensors]], Reason | None]
+"""Compares an answer with the one of a run alone; returns a difference that rounding does not explain.
+
+The answers to other rows, which come last, give the scale of each number.
+"""
 
 SHARE: Final = 0.005
 """Audits may take this share of the time that batches take."""
@@ -108,10 +109,10 @@ class Audit:
         """
         try:
             alone = run_alone(sample.row_slice)
-            fault = self._difference(sample.outputs, alone, sample.neighbours)
+            fault = self._compare(sample.outputs, alone, sample.neighbours)
             if fault is None:
                 return None
-            if self._difference(run_alone(sample.row_slice), alone, sample.neighbours) is not None:
+            if self._compare(run_alone(sample.row_slice), alone, sample.neighbours) is not None:
                 return "the model answers one row differently each time, so nothing is known of its batches"
         except OutOfMemory:
             return None  # this says nothing of the answer
@@ -119,26 +120,6 @@ class Audit:
             return f"a row that had an answer in a batch fails alone ({type(error).__name__})"
         return f"{fault} in a batch of {sample.batch_rows} rows"
 
-    def _difference(self, together: Tensors, alone: Tensors, neighbours: Sequence[Tensors]) -> Reason | None:
-        """How two answers to the same rows differ; None if rounding explains it."""
-        rows = 0
-        for name, tensor in alone.items():
-            got = together[name]
-            if got.shape != tensor.shape:
-                return f'output "{name}" is {shape_text(got.shape)}, not {shape_text(tensor.shape)},'
-            rows = len(tensor)
-        # The scale of a number is that of the same number in other rows, as in the check at load.
-        usual = [each for each in neighbours if _joinable(each, alone)]
-        reference = {
-            name: np.concatenate([tensor, *(each[name] for each in usual)]) for name, tensor in alone.items()
-        }
-        return self._compare(together, reference, range(rows))
-
-
-def _joinable(outputs: Tensors, others: Tensors) -> bool:
-    """Whether `outputs` has rows of the same shapes for every output in `others`."""
-    return all(name in outputs and outputs[name].shape[1:] == others[name].shape[1:] for name in others)
-
 
 def _bytes_of(tensors: Tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(64 * len(each) if isinstance(each, list) else each.nbytes for each in tensors.values())

@@ -389,7 +389,7 @@ def test_maps_are_answered_as_objects(server: Server, repository: Path, name: st
     assert [len(row) for row in outputs["output_probability"]] == [3] * len(flowers)
 
 
-def test_a_model_with_a_json_output_is_not_batched(server: Server) -> None:
+def test_a_model_with_a_map_for_each_row_is_batched(server: Server) -> None:
     version = version_of(server, "iris")
     assert version["outputs"][1] == {
         "name": "output_probability",
@@ -397,8 +397,7 @@ def test_a_model_with_a_json_output_is_not_batched(server: Server) -> None:
         "shape": None,
         "optional": False,
     }
-    assert not version["batching"]["enabled"]
-    assert '"output_probability" is no tensor' in version["batching"]["reason"]
+    assert version["batching"]["enabled"]
 
 
 def test_a_json_output_cannot_be_an_array_file(server: Server) -> None:

@@ -52,6 +52,30 @@ def compare_outputs(
     return Comparison(None, worst)
 
 
+def compare_answers(
+    signature: Signature, answer: Tensors, alone: Tensors, others: Sequence[Tensors], rounding: str = ""
+) -> Reason | None:
+    """How `answer` differs from the answer to the same rows `alone`; None if rounding explains it.
+
+    The outputs of `others`, which are answers to other rows, give the scale of each number, as far as they
+    have the same shape. `rounding` is as in `compare_outputs`.
+    """
+    rows = 0
+    for name, tensor in alone.items():
+        rows = len(tensor)
+        if answer[name].shape != tensor.shape:
+            return f'output "{name}" is {shape_text(answer[name].shape)}, not {shape_text(tensor.shape)},'
+    usable = [
+        other
+        for other in others
+        if all(name in other and other[name].shape[1:] == tensor.shape[1:] for name, tensor in alone.items())
+    ]
+    reference = {
+        name: np.concatenate([tensor, *(other[name] for other in usable)]) for name, tensor in alone.items()
+    }
+    return compare_outputs(signature, answer, reference, range(rows), rounding).fault
+
+
 def relative_difference(got: Array, want: Array, reference: Array) -> float:
     """The largest difference of `got` from `want`, relative to the scale of `reference`.
 

@@ -33,7 +33,10 @@ class ListsAsTables(LoadedModel):
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         """Run the model; raises what it raises, and ValueError for a list that is no table of numbers."""
-        found = self._model.run(inputs, outputs)
+        return self.as_tables(self._model.run(inputs, outputs))
+
+    def as_tables(self, found: Tensors) -> Tensors:
+        """Return outputs of the model with tables for lists; raises ValueError for a list that is none."""
         return {name: _table(name, value) if name in self._lists else value for name, value in found.items()}
 
     def close(self) -> None:

@@ -31,10 +31,11 @@ from inferpool.repository.config import ModelConfig, check_tensors
 from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.codec_factory import make_codecs, make_padding, make_texts
-from inferpool.repository.load.comparison import compare_outputs
+from inferpool.repository.load.comparison import compare_answers
 from inferpool.repository.load.declared_shapes import corrected, without_names
 from inferpool.repository.load.free_sizes import MOST_BYTES
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
+from inferpool.repository.load.list_outputs import ListsAsTables
 from inferpool.repository.load.model_copies import ModelCopies
 from inferpool.repository.load.plan_cache import PlanCache
 from inferpool.repository.load.planner import TRUST, Plan, PlanConstraints, Planner
@@ -350,10 +351,11 @@ class Loader:
 
 def _comparison(model: LoadedModel) -> Compare:
     """How audits compare two answers of `model`: as the check at load does."""
-    signature, rounding = model.signature, model.rounding
+    tables = ListsAsTables(model)
 
-    def compare(outputs: Tensors, reference: Tensors, rows: Sequence[int]) -> Reason | None:
-        return compare_outputs(signature, outputs, reference, rows, rounding).fault
+    def compare(answer: Tensors, alone: Tensors, others: Sequence[Tensors]) -> Reason | None:
+        answer, alone, *others = map(tables.as_tables, (answer, alone, *others))
+        return compare_answers(tables.signature, answer, alone, others, tables.rounding)
 
     return compare
 
