@@ -248,6 +248,48 @@ def test_rounding_errors_of_large_loads_are_gone_while_a_small_entry_waits() -> 
     queue.offer(entry(5, 1000), 0.0)
 
 
+def test_a_row_that_costs_more_than_a_batch_runs_alone_behind_those_that_cost_less() -> None:
+    costly = [entry(number, group="large", row_load=20.0) for number in (1, 2)]
+    small = [entry(number, group="small") for number in (3, 4)]
+    queue = queue_of(*costly, *small)
+    assert [taken(queue), taken(queue), taken(queue)] == [[3, 4], [1], [2]]
+
+
+def test_a_costly_row_is_not_overtaken_for_ever() -> None:
+    queue = queue_of(entry(1, group="large", row_load=20.0), *(entry(n, rows=LIMIT) for n in range(2, 9)))
+    assert [taken(queue) for _ in range(OLDEST_LEADS_EVERY)][-1] == [1]
+
+
+def test_a_costly_row_fills_the_queue_for_its_own_kind_only() -> None:
+    queue = queue_of(entry(1, group="large", row_load=90.0), queue_rows=100)
+    with pytest.raises(QueueFull):
+        queue.offer(entry(2, group="large", row_load=20.0), 0.0)
+    queue.offer(entry(3), 0.0)
+
+
+def test_the_deadline_of_a_small_row_counts_the_costly_row_that_runs_but_none_that_waits() -> None:
+    costly = [entry(number, group="large", row_load=200.0, deadline=1.5) for number in (1, 2, 3)]
+    queue = queue_of(*costly)
+    running_until = 0.210
+    with pytest.raises(DeadlineExceeded):
+        queue.offer(entry(4, deadline=0.1), 0.0, [running_until])
+    queue.offer(entry(5, deadline=0.3), 0.0, [running_until])
+    with pytest.raises(DeadlineExceeded):
+        queue.offer(entry(6, group="large", row_load=200.0, deadline=1.6), 0.0, [running_until])
+
+
+def test_rows_that_cost_less_than_one_fill_a_batch_by_their_cost() -> None:
+    queue = queue_of(*(entry(number, row_load=0.25) for number in range(1, 41)))
+    assert len(taken(queue)) == 4 * LIMIT
+
+
+def test_bytes_bound_a_batch_of_large_rows_that_cost_little() -> None:
+    queue = queue_of(*(entry(number, nbytes=1000) for number in range(1, 5)), batch_bytes=2500)
+    assert [taken(queue), taken(queue)] == [[1, 2], [3, 4]]
+    # A single entry runs however large it is.
+    assert taken(queue_of(entry(1, nbytes=1000), batch_bytes=10)) == [1]
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_at_the_door() -> None:
     queue = queue_of(*(entry(number, 8) for number in range(10)))
     wait = 10 * batch_s(8)

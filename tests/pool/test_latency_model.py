@@ -33,6 +33,16 @@ def test_expectations_lie_between_measurements_and_grow_beyond_the_largest() -> 
     assert (model.runs(8), model.runs(100)) == (8, 8)
 
 
+def test_batches_of_less_than_one_row_have_expectations_of_their_own() -> None:
+    model = LatencyModel([Measurement(0.1, 0.001, 8), Measurement(1, 0.010, 8), Measurement(2, 0.020, 8)])
+    assert model.seconds(0.1) == 0.001
+    assert model.seconds(0.55) == pytest.approx(0.0055)
+    for _ in range(100):
+        model.observe(0.1, 0.002)
+    assert model.seconds(0.1) == pytest.approx(0.002, rel=0.01)
+    assert model.seconds(1) == 0.010
+
+
 def test_one_run_that_was_held_up_counts_as_an_outlier() -> None:
     model = LatencyModel([Measurement(4, 0.010, 100)])
     model.observe(4, 10.0)

@@ -1,0 +1,132 @@
+"""Pictures of several sizes through the real server: each is admitted, batched and delayed by its cost."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.clients import Client, with_clients
+from tests.conftest import Serve
+from tests.onnx_models import write_model
+from tests.server import Server
+
+LARGE, SMALL = 768, 32
+
+
+class Answered(NamedTuple):
+    """An answer: how long it took, and when it came."""
+
+    status: int
+    seconds: float
+    moment: float
+    body: bytes
+
+
+@pytest.fixture
+def server(tmp_path: Path, serve: Serve) -> Server:
+    """A server with one instance of a network that denoises pictures of any size."""
+    rng = np.random.default_rng(7)
+    weights = {"a": (32, 3, 3, 3), "b": (3, 32, 3, 3)}
+    picture = ["batch", 3, "height", "width"]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "a"], ["f"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["f"], ["g"]),
+            helper.make_node("Conv", ["g", "b"], ["y"], pads=[1, 1, 1, 1]),
+        ],
+        "denoise",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, picture)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, picture)],
+        [
+            numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+            for name, shape in weights.items()
+        ],
+    )
+    write_model(tmp_path, "denoise", graph)
+    (tmp_path / "denoise" / "model.toml").write_text("[instances]\ncount = 1\nthreads = 1\n")
+    return serve(tmp_path, INFERPOOL_MEASURE_MS="2000")
+
+
+def npy(side: int) -> bytes:
+    """A picture as npy."""
+    file = io.BytesIO()
+    np.save(file, np.full((1, 3, side, side), 0.5, np.float32))
+    return file.getvalue()
+
+
+async def send(client: Client, body: bytes, timeout_ms: float | None = None) -> Answered:
+    began = time.monotonic()
+    headers = {"content-type": "application/x-npy", "accept": "application/x-npy"}
+    if timeout_ms is not None:
+        headers["x-timeout-ms"] = str(timeout_ms)
+    reply = await client.post("/predict/denoise", body, headers)
+    now = time.monotonic()
+    return Answered(reply.status, now - began, now, reply.body)
+
+
+def test_a_large_picture_is_judged_by_its_own_cost(server: Server) -> None:
+    version = server.get("/models/denoise/1").json()
+    costs = version["row_cost"]
+    assert [cost["elements"] for cost in costs] == sorted({cost["elements"] for cost in costs})
+    assert costs[0]["elements"] == 3 * 16 * 16
+    assert costs[-1]["elements"] >= 3 * 128 * 128
+    assert costs[-1]["rows"] > version["batching"]["max_rows"]
+
+    alone: list[float] = []
+    refused: list[Answered] = []
+    answered: list[Answered] = []
+    body = npy(LARGE)
+
+    async def one(client: Client, number: int) -> None:
+        alone.append((await send(client, body)).seconds)
+
+    async def hurried(client: Client, number: int) -> None:
+        reply = await send(client, body, 3000 * min(alone))
+        (refused if reply.status == 504 else answered).append(reply)
+
+    asyncio.run(with_clients(server.port, 1, one))
+    asyncio.run(with_clients(server.port, 1, one))
+    asyncio.run(with_clients(server.port, 12, hurried))
+    assert refused, "twelve pictures do not run in the time of three"
+    assert all(reply.status == 200 for reply in answered)
+    at_once = [reply for reply in refused if "would be missed" in json.loads(reply.body)["detail"]]
+    assert len(at_once) > len(refused) / 2
+    # Each large picture ran alone: a batch of several would cost more than a batch may.
+    rows, batches = server.metric("batch_rows_sum"), server.metric("batch_rows_count")
+    assert rows == batches == 2 + len(answered)
+
+
+def test_small_pictures_wait_for_no_large_one_but_the_one_that_runs(server: Server) -> None:
+    large: list[Answered] = []
+    small: list[Answered] = []
+    hurried: list[Answered] = []
+    body = npy(LARGE)
+
+    async def scenario() -> None:
+        async def many(client: Client, number: int) -> None:
+            large.append(await send(client, body))
+
+        work = asyncio.create_task(with_clients(server.port, 8, many))
+        await asyncio.to_thread(server.wait_for_metric, "queue_rows", at_least=6, model="denoise")
+
+        async def few(client: Client, number: int) -> None:
+            hurried.append(await send(client, npy(SMALL), 20))
+            small.append(await send(client, npy(SMALL)))
+
+        await with_clients(server.port, 1, few)
+        await work
+
+    asyncio.run(scenario())
+    assert [reply.status for reply in (*large, *small)] == [200] * 9
+    later = [reply for reply in large if reply.moment > small[0].moment]
+    assert len(later) >= 3, "the small picture waited for most of the large ones"
+    # How long the large picture still runs is known, so that a refusal comes before the deadline.
+    assert hurried[0].status == 200 or b"would be missed" in hurried[0].body
