@@ -31,8 +31,7 @@ runtime() {
 
 # --- .venv-test ---------------------------------------------------------------------------------------------
 
-# need EXTRA...: install the project into .venv-test, editable, with these extras. By pip, because pip finds local
-# builds of PyTorch (find-links in pip.conf), and other installers would download gigabytes of CUDA libraries.
+# need EXTRA...: install the project into .venv-test, editable, with these extras.
 need() {
   local missing=() extra extras other key
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv "$VENV" with-pip
@@ -57,12 +56,25 @@ need() {
     # The project is installed already: nothing is built again.
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "inferpool[$extras]"
   else
-    (cd -- "$REPO" && "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]")
+    install_editable "$extras"
   fi
   mkdir -p "$VENV/installed"
   printf '%s\n' "$key" >"$VENV/installed/project"
   for extra in "${missing[@]}"; do touch "$VENV/installed/$extra"; done
 }
+
+# install_editable EXTRAS: by uv, which takes a third of pip's time; by pip if uv cannot, for example because a package
+# is on an index that only pip asks. Local builds of PyTorch (find-links in pip.conf) spare gigabytes of CUDA libraries.
+install_editable() (
+  cd -- "$REPO" || exit
+  if find_uv "$VENV"; then
+    UV_FIND_LINKS="$(pip_setting find-links)" UV_CONSTRAINT="$(pip_setting constraint)"
+    export UV_FIND_LINKS UV_CONSTRAINT
+    if run_uv pip install --python "$VENV/bin/python" --compile-bytecode --editable ".[$1]"; then return; fi
+  fi
+  say "uv cannot install the packages; pip tries it now ..."
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+)
 
 # The folder is part of the key: commands in bin/ hold their path, and do not survive a move.
 editable_key() {
@@ -204,26 +216,32 @@ has_compiler() {
     'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]]
 }
 
-# find_uv: find uv on the PATH or in .venv; if there is none, install it into .venv by pip. uv is to use the package
-# index that pip would use.
+# find_uv [FOLDER]: find uv on the PATH or in the environment, .venv by default; if there is none, install it there by
+# pip. uv is to use the package index that pip would use.
 find_uv() {
-  local python
+  local python venv="${1:-$SERVE_VENV}"
   python="$(find_python)"
   export UV_SYSTEM_CERTS=1
   if [[ -z "${UV_DEFAULT_INDEX:-}" ]]; then
-    UV_DEFAULT_INDEX="${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}"
+    UV_DEFAULT_INDEX="$(pip_setting index-url)"
     if [[ -n "$UV_DEFAULT_INDEX" ]]; then export UV_DEFAULT_INDEX; fi
   fi
-  if [[ -x "$SERVE_VENV/bin/uv" ]]; then UV="$SERVE_VENV/bin/uv"; else UV="$(command -v uv || true)"; fi
+  if [[ -x "$venv/bin/uv" ]]; then UV="$venv/bin/uv"; else UV="$(command -v uv || true)"; fi
   if [[ -n "$UV" ]]; then return; fi
-  say "Installing uv, the installer, into $SERVE_VENV ..."
-  if ! "$python" -m pip --python "$SERVE_VENV/bin/python" install --quiet --disable-pip-version-check uv 2>/dev/null; then
+  say "Installing uv, the installer, into $venv ..."
+  if ! "$python" -m pip --python "$venv/bin/python" install --quiet --disable-pip-version-check uv 2>/dev/null; then
     # No pip, or one from before its option --python.
     "$python" -c 'import ensurepip' 2>/dev/null || install_ensurepip "$python"
-    "$SERVE_VENV/bin/python" -m ensurepip >/dev/null
-    "$SERVE_VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv
+    "$venv/bin/python" -m ensurepip >/dev/null
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
   fi
-  UV="$SERVE_VENV/bin/uv"
+  UV="$venv/bin/uv"
+}
+
+# pip_setting NAME: print a setting of pip, from its variables or its files. Several values are separated by commas.
+pip_setting() {
+  "$(find_python)" -m pip config list 2>/dev/null |
+    sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" | sed -e 's/\\n/,/g; s/^,//; s/ /,/g; q' || true
 }
 
 run_uv() { "$UV" --quiet "$@"; }

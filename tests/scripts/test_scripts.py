@@ -37,7 +37,8 @@ case "$1 $2" in
       --python)
         echo "pip $5 ${*: -1}" >>"$NOTES"
         [[ -z "${NO_PIP:-}" ]] && install -m 755 "$STAND_IN_UV" "$(dirname "$4")/uv" ;;
-      config) echo "${PIP_INDEX:-}" ;;
+      config) [[ -z "${PIP_INDEX:-}" ]] || echo "global.index-url='$PIP_INDEX'"
+        [[ -z "${PIP_LINKS:-}" ]] || echo "global.find-links='$PIP_LINKS'" ;;
       show) [[ "$5" == "${INSTALLED:-}" ]] ;;
       *)
         echo "pip $3 ${*: -1}" >>"$NOTES"
@@ -62,6 +63,9 @@ case "$1 $2" in
     while [[ $# -gt 0 ]]; do if [[ "$1" == --extra ]]; then extras+="[$2]"; fi; last="$1"; shift; done
     case "$last" in
       -) cat >/dev/null; echo "uv install tools" >>"$NOTES" ;;
+      .\\[*)
+        echo "uv install $last${UV_FIND_LINKS:+ links $UV_FIND_LINKS}" >>"$NOTES"
+        [[ -z "${UV_BREAKS:-}" ]] ;;
       *.whl)
         echo "uv install wheel" >>"$NOTES"
         bin="$VENV_FOLDER/bin"
@@ -250,7 +254,7 @@ def test_tests_have_an_environment_of_their_own(checkout: Checkout) -> None:
     checkout.noted()
     run = checkout.run("test", "-k", "npy")
     assert run.stdout.splitlines() == [str(checkout.repo), "-k", "npy"]
-    assert checkout.noted() == ["make .venv-test", f"pip install .[{RUNTIME},test]"]
+    assert checkout.noted() == ["make .venv-test", "pip install uv", f"uv install .[{RUNTIME},test]"]
     checkout.run("test", "-k", "npy")
     checkout.run("serve")
     assert checkout.noted() == []
@@ -303,7 +307,7 @@ def test_a_changed_project_is_installed_again(checkout: Checkout) -> None:
     (checkout.repo / "pyproject.toml").write_text("[project]\nversion = '2'\n")
     checkout.run("serve")
     checkout.run("test", "-k", "npy")
-    notes = [*FIRST_START[2:], f"pip install .[{RUNTIME},test]"]
+    notes = [*FIRST_START[2:], f"uv install .[{RUNTIME},test]"]
     assert sorted(checkout.noted()) == sorted(note for note in notes if note != "uv install tools")
 
 
@@ -328,10 +332,23 @@ def test_a_failed_installation_is_tried_again(checkout: Checkout, fault: str) ->
 
 
 def test_a_failed_installation_of_the_tests_is_tried_again(checkout: Checkout) -> None:
-    assert checkout.run("test", "-k", "npy", PIP_BREAKS="yes").returncode != 0
+    assert checkout.run("test", "-k", "npy", UV_BREAKS="yes", PIP_BREAKS="yes").returncode != 0
     checkout.noted()
     assert checkout.run("test", "-k", "npy").returncode == 0
-    assert checkout.noted() == [f"pip install .[{RUNTIME},test]"]
+    assert checkout.noted() == [f"uv install .[{RUNTIME},test]"]
+
+
+def test_pip_installs_the_tests_if_uv_cannot(checkout: Checkout) -> None:
+    """A package may be on an index that only pip asks."""
+    assert checkout.run("test", "-k", "npy", UV_BREAKS="yes").returncode == 0
+    attempts = [f"uv install .[{RUNTIME},test]", f"pip install .[{RUNTIME},test]"]
+    assert checkout.noted() == ["make .venv-test", "pip install uv", *attempts]
+
+
+def test_uv_finds_the_local_builds_that_pip_would_find(checkout: Checkout) -> None:
+    """Otherwise it would download PyTorch with gigabytes of CUDA libraries."""
+    checkout.run("test", "-k", "npy", PIP_LINKS="/some/wheels")
+    assert f"uv install .[{RUNTIME},test] links /some/wheels" in checkout.noted()
 
 
 def test_with_a_driver_the_gpu_extra_is_installed(checkout: Checkout) -> None:
@@ -345,7 +362,10 @@ def test_the_two_runtimes_are_never_both_installed(checkout: Checkout) -> None:
     """The other build is removed first, with the files that it overwrote."""
     checkout.stand_in("nvidia-smi", "#!/bin/sh\nexit 0\n")
     checkout.run("test", "-k", "npy", INSTALLED="onnxruntime")
-    assert checkout.noted() == ["make .venv-test", "pip uninstall onnxruntime-gpu", "pip install .[gpu,test]"]
+    assert checkout.noted() == [
+        *("make .venv-test", "pip uninstall onnxruntime-gpu"),
+        *("pip install uv", "uv install .[gpu,test]"),
+    ]
 
 
 @pytest.mark.skipif(HAS_DRIVER, reason="this machine has a driver, which cannot be hidden")
