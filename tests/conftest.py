@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.server import Server
+from tests.server import COVERAGE_VARIABLES, Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,15 +36,37 @@ LONGEST_FIRST = (
 """The files and folders of tests that take minutes; among several processes they start first."""
 
 
+COVERED = ("http", "pool", "wire", "fuzz")
+"""The folders whose tests run under coverage. Elsewhere it would only slow the servers down."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start with the tests that take longest if several processes share the tests."""
+    """Start with the tests that take longest if several processes share the tests; measure only some."""
 
     def rank(item: pytest.Item) -> int:
-        path = str(item.path.relative_to(ROOT / "tests"))
+        path = _path(item)
         return next((rank for rank, start in enumerate(LONGEST_FIRST) if path.startswith(start)), 99)
 
     if config.getoption("numprocesses", None) or "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=rank)
+    if config.pluginmanager.hasplugin("pytest_cov"):
+        for item in items:
+            if not _path(item).startswith(COVERED):
+                item.add_marker("no_cover")
+
+
+def _path(node: pytest.Item | pytest.Collector) -> str:
+    return str(node.path.relative_to(ROOT / "tests"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coverage_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the servers of a module run without coverage if the module is not in COVERED."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not _path(request.node).startswith(COVERED):
+            for name in COVERAGE_VARIABLES:
+                patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ START_S = 60
 """How long a server may take to start, and a condition to come true, on a busy machine."""
 POLL_S = 0.02
 """Pause between two looks at a condition."""
+COVERAGE_VARIABLES = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+"""A Python process that starts with one of these variables measures its coverage."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
@@ -136,7 +138,7 @@ class Server:
 
     def kill(self) -> None:
         """End the server, whatever it is doing; while coverage is measured, let it write its data first."""
-        if "COVERAGE_PROCESS_START" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ:
+        if any(name in os.environ for name in COVERAGE_VARIABLES):
             self._end_with_coverage()
         self.process.kill()
         self.process.wait()

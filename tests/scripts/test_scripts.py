@@ -47,6 +47,7 @@ case "$1 $2" in
     esac ;;
   "-m zipfile") cat "$4" ;;
   "-m benchmarks."*) printf '%s\\n' "$PWD" "${@:2}" ;;
+  "-m coverage") printf '%s\\n' "${*:3}"; [[ "$*" != *"/${UNCOVERED:-none}/"* ]] || exit 2 ;;
   "-m pytest") printf '%s\\n' "$PWD" "${@:3}" ;;
   *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
@@ -265,6 +266,18 @@ def test_tests_have_an_environment_of_their_own(checkout: Checkout) -> None:
 def test_all_tests_run_on_several_processes(checkout: Checkout) -> None:
     run = checkout.run("test", "--full")
     assert run.stdout.splitlines()[1:3] == ["--numprocesses", str(len(os.sched_getaffinity(0)) + 1)]
+
+
+@pytest.mark.parametrize("part", ["pool", "wire", "predict"])
+def test_the_coverage_of_each_part_of_the_hot_path_is_reported_and_must_hold(
+    checkout: Checkout, part: str
+) -> None:
+    assert checkout.run("test").returncode == 0
+    run = checkout.run("test", UNCOVERED=part)
+    assert run.returncode == 2
+    assert [line for line in run.stdout.splitlines() if line.startswith("report")] == [
+        f"report --include=service/inferpool/{each}/*" for each in ("pool", "wire", "http/predict")
+    ]
 
 
 def test_tests_say_at_their_start_which_programs_are_missing(checkout: Checkout) -> None:
