@@ -35,7 +35,7 @@ def server(tmp_path: Path, serve: Serve) -> Server:
     """A server with one instance of a network that denoises pictures of any size."""
     rng = np.random.default_rng(7)
     weights = {"a": (32, 3, 3, 3), "b": (3, 32, 3, 3)}
-    picture = ["batch", 3, "height", "width"]
+    picture: list[str | int | None] = ["batch", 3, "height", "width"]
     graph = helper.make_graph(
         [
             helper.make_node("Conv", ["x", "a"], ["f"], pads=[1, 1, 1, 1]),
