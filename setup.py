@@ -25,7 +25,7 @@ HOT_PATH = [
         "batched_reads", "batched_writes", "connection", "deferred_calls", "exchange", "exchange_state",
         "fast_path", "head_cache", "response_head", "shared")),
     *(f"{SOURCE}/http/predict/{name}.py" for name in (
-        "api", "body_buffer", "budget", "context", "in_flight", "offload", "predictor", "recorder",
+        "api", "body_buffer", "budget", "context", "in_flight", "no_rows", "offload", "predictor", "recorder",
         "request_head", "request_id", "request_metrics", "resolver", "response", "results",
         "served_version")),
     *(f"{SOURCE}/http/{name}.py" for name in ("accept_headers", "native/api", "native/bodies", "v2/api")),

@@ -12,6 +12,8 @@ from pathlib import Path
 from inferpool.backends.base import Backend, LoadedModel, LoadOptions
 from inferpool.backends.onnx.load_errors import check_file, readable_error
 from inferpool.backends.onnx.model import BrainFloatModel, OnnxModel, open_cpu_session, runtime_version
+from inferpool.backends.onnx.model_file import graph_operations
+from inferpool.backends.onnx.run_errors import fragile_operation
 from inferpool.backends.onnx.signature import read_signature
 from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.errors import LoadError, Reason, short_reason
@@ -83,6 +85,7 @@ def load_on_cpu(file: Path, options: LoadOptions) -> LoadedModel:
     except Exception as error:  # the runtime raises a type of its own for every fault there is
         raise LoadError(readable_error(file, str(error))) from error
     signature = read_signature(file, session)
+    fragile = fragile_operation(graph_operations(file))
     if any(spec.datatype == "BF16" for spec in (*signature.inputs, *signature.outputs)):
-        return BrainFloatModel(session, signature)
-    return OnnxModel(session, signature)
+        return BrainFloatModel(session, signature, fragile)
+    return OnnxModel(session, signature, fragile)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from inferpool.backends.base import LoadedModel, LoadOptions, Rejection
-from inferpool.backends.onnx.run_errors import find_rejection
+from inferpool.backends.onnx.run_errors import find_rejection, refuse_empty
 from inferpool.errors import LoadError
 from inferpool.system.install_hints import install_command
 from inferpool.tensors import JSON, Array, Signature, Tensors, names_text
@@ -36,13 +36,17 @@ class OnnxModel(LoadedModel):
     The runtime computes the whole graph whichever outputs a run requests, and discards the others.
     """
 
-    def __init__(self, session: Any, signature: Signature) -> None:
+    def __init__(self, session: Any, signature: Signature, fragile: str = "") -> None:
+        """`fragile` is an operation of the model that ends the process on empty tensors, or ""."""
         self.signature = signature
+        self._fragile = fragile
         self._session = session
         self._all_outputs = list(signature.outputs_by_name)
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Run the session; raises what ONNX Runtime raises."""
+        """Run the session; raises what ONNX Runtime raises, and EmptyInput."""
+        if self._fragile:
+            refuse_empty(self._fragile, inputs)
         names = self._all_outputs if outputs is None else list(outputs)
         return dict(zip(names, self._session.run(names, inputs), strict=True))
 
@@ -62,9 +66,9 @@ class BrainFloatModel(OnnxModel):
     runtime's value.
     """
 
-    def __init__(self, session: Any, signature: Signature) -> None:
+    def __init__(self, session: Any, signature: Signature, fragile: str = "") -> None:
         """Raises LoadError if an output is BF16 and another input or output cannot be bound to memory."""
-        super().__init__(session, signature)
+        super().__init__(session, signature, fragile)
         self._bf16_inputs = frozenset(spec.name for spec in signature.inputs if spec.datatype == "BF16")
         self._bf16_outputs = frozenset(spec.name for spec in signature.outputs if spec.datatype == "BF16")
         unbound = [
@@ -78,7 +82,9 @@ class BrainFloatModel(OnnxModel):
             )
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Run the session; raises what ONNX Runtime raises."""
+        """Run the session; raises what ONNX Runtime raises, and EmptyInput."""
+        if self._fragile:
+            refuse_empty(self._fragile, inputs)
         names = self._all_outputs if outputs is None else list(outputs)
         feeds = {
             name: _from_bits(tensor) if name in self._bf16_inputs else tensor

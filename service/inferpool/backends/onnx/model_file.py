@@ -1,8 +1,8 @@
-"""Reads the inputs and outputs of a graph from an ONNX file, where a session of ONNX Runtime is not enough.
+"""Reads the inputs, outputs and operations of a graph from an ONNX file, where a session is not enough.
 
-A session reports the shape `[]` for a scalar and for a tensor of unknown rank alike, and does not name the
-input whose type it refuses. The file has both. An ONNX file is a protobuf `ModelProto` (onnx.proto of the
-ONNX project). Only the messages on the way to inputs and outputs are parsed.
+A session of ONNX Runtime reports the shape `[]` for a scalar and for a tensor of unknown rank alike, does not
+name the input whose type it refuses, and does not list its operations. The file has all of them. An ONNX file
+is a protobuf `ModelProto` (onnx.proto of the ONNX project). Only the messages on the way are parsed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ _FOUR_BYTES: Final = 5
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH: Final = 7
+_MODEL_FUNCTION: Final = 25
+_FUNCTION_NODE: Final = 7
+_GRAPH_NODE: Final = 1
+_NODE_OPERATION: Final = 4
+_NODE_ATTRIBUTE: Final = 5
+_ATTRIBUTE_GRAPHS: Final = (6, 11)
 _GRAPH_INPUT: Final = 11
 _GRAPH_OUTPUT: Final = 12
 _VALUE_NAME: Final = 1
@@ -55,15 +61,45 @@ def graph_values(file: Path) -> list[GraphValue]:
     Nodes and weights are skipped. Raises OSError if the file cannot be read, and ValueError or IndexError if
     it is not valid protobuf.
     """
-    with file.open("rb") as opened:
-        # The file is unmapped with its last view, when this function ends.
-        model = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
     return [
         _value(value, number == _GRAPH_INPUT)
-        for graph in _messages(model, _MODEL_GRAPH)
+        for graph in _messages(_mapped(file), _MODEL_GRAPH)
         for number, value in _fields(graph)
         if number in (_GRAPH_INPUT, _GRAPH_OUTPUT) and isinstance(value, memoryview)
     ]
+
+
+def graph_operations(file: Path) -> set[str]:
+    """The types of the operations in `file`, also in the graphs of loops and branches and in functions.
+
+    Raises OSError if the file cannot be read, and ValueError or IndexError if it is not valid protobuf.
+    """
+    model = _mapped(file)
+    found: set[str] = set()
+    for graph in _messages(model, _MODEL_GRAPH):
+        _add_operations(graph, _GRAPH_NODE, found)
+    for function in _messages(model, _MODEL_FUNCTION):
+        _add_operations(function, _FUNCTION_NODE, found)
+    return found
+
+
+def _mapped(file: Path) -> memoryview:
+    with file.open("rb") as opened:
+        # The file is unmapped with its last view.
+        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _add_operations(graph: memoryview, node_field: int, found: set[str]) -> None:
+    for node in _messages(graph, node_field):
+        for number, field in _fields(node):
+            if isinstance(field, int):
+                continue
+            if number == _NODE_OPERATION:
+                found.add(str(field, "utf-8"))
+            elif number == _NODE_ATTRIBUTE:
+                for inner, body in _fields(field):
+                    if inner in _ATTRIBUTE_GRAPHS and isinstance(body, memoryview):
+                        _add_operations(body, _GRAPH_NODE, found)
 
 
 def _value(value: memoryview, is_input: bool) -> GraphValue:

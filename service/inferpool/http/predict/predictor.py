@@ -180,13 +180,24 @@ class Predictor:
             self._reserve_answer(context, served, tensors, entry.rows, client)
         self._results.subscribe(entry.id, then)
         try:
-            self._inbox.offer(entry)
+            if entry.rows:
+                self._inbox.offer(entry)
+            else:
+                self._answer_no_rows(served, entry)
         except BaseException:
             self._results.unsubscribe(entry.id)
             raise
         context.entry = entry
         self.in_flight.accepted += 1
         return deadline
+
+    def _answer_no_rows(self, served: ServedVersion, entry: Entry) -> None:
+        """Answer an entry without rows, for which no model has to run."""
+        outputs = served.empty_answer(entry.inputs, entry.outputs)
+        if outputs is None:
+            self._inbox.offer(entry)
+        else:
+            self._results.put([Result(entry.id, outputs, None, 0.0)])
 
     def encode(self, context: PredictContext, result: Result) -> Response:
         """Return the response for a result, which has outputs or an error."""

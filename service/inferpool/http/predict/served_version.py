@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Final
 
 from inferpool.errors import InvalidInput
+from inferpool.http.predict.no_rows import EmptyAnswers, has_rows
 from inferpool.http.predict.request_metrics import RequestMetrics
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import ANY, JSON, MOST_ROWS, Array, Signature, Tensors, TensorSpec, names_text
@@ -93,6 +94,10 @@ class ServedVersion:
             spec.optional or (spec.shape is not None and ANY not in spec.shape[1:]) for spec in specs
         )
         self._token_axes = _token_axes(view)
+        self._empty: EmptyAnswers | None = None
+        if has_rows(view.signature, view.batching.enabled):
+            ids = "" if view.text is None else view.text.ids
+            self._empty = EmptyAnswers(view.signature, self._token_axes, ids)
         self._sizes = [
             OutputSize(spec, self._token_axes.get(spec.name, ()), specs) for spec in view.signature.outputs
         ]
@@ -167,12 +172,12 @@ class ServedVersion:
         return total
 
     def rows(self, tensors: Tensors) -> int:
-        """Return the rows of a request, 1 if the version is not batched.
+        """Return the rows of a request. If the version is not batched, that is 1, or 0 without rows.
 
         Raises InvalidInput if the inputs differ in their rows, or have too many.
         """
         if not self.view.batching.enabled:
-            return 1
+            return 0 if self._empty is not None and self._without_rows(tensors) else 1
         counts = [len(tensor) for name, tensor in tensors.items() if name not in self.optional]
         rows = counts[0]
         if rows > MOST_ROWS:
@@ -185,6 +190,13 @@ class ServedVersion:
                 f"inputs differ in their rows: {found}; every input needs the same first dimension"
             )
         return rows
+
+    def _without_rows(self, tensors: Tensors) -> bool:
+        return not any(len(tensor) for name, tensor in tensors.items() if name not in self.optional)
+
+    def empty_answer(self, tensors: Tensors, wanted: tuple[str, ...] | None) -> Tensors | None:
+        """Return the outputs for inputs without rows; None if the model has to run to tell."""
+        return None if self._empty is None else self._empty.outputs(tensors, wanted)
 
     def check_rows(self, tensor: Array) -> None:
         """Raise InvalidInput if an input has too many rows, before it is converted at a cost."""
