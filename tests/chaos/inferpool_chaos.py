@@ -28,6 +28,8 @@ WRONG_ROWS = -1003.0
 """The run returns one row too many, if it has several."""
 WAIT = -1004.0
 """The run waits until somebody opens `run_gate` for writing."""
+HUNGRY = -1005.0
+"""The run takes as many MiB of memory as the row's second element says."""
 MIX = -1005.0
 """The run adds the number of its other rows to every answer."""
 
@@ -83,6 +85,8 @@ class ChaosModel(LoadedModel):
             Path(self._gate).read_bytes()
         if RAISE in marks:
             raise ValueError(f"a marked row among {rows.ravel().tolist()}, which cannot be")
+        if HUNGRY in marks:
+            np.ones(int(rows.reshape(len(rows), -1)[0, 1]) * 2**20, np.uint8)
         if DIE in marks:
             raise SystemExit("a marked row")
         answer = expected(rows)

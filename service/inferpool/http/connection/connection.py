@@ -179,8 +179,7 @@ def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 def _without_frames(error: Exception) -> Exception:
     """Return `error`; if nobody logs its traceback, without it.
 
-    The frames hold the body. A frame that also holds the error would keep the body until the garbage collector
-    runs.
+    The frames hold the body. A frame that also holds the error would keep it until garbage is collected.
     """
     if isinstance(error, (InferpoolError, MemoryError)):
         error.__cause__ = error.__context__ = None

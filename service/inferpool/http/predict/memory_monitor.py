@@ -11,6 +11,7 @@ follow from that limit, less what the process holds without requests. Three thin
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import resource
@@ -160,12 +161,12 @@ class MemoryMonitor:
             system, used = self._system, self._budget.held
             limit = system.limit.limit
             held = system.use().held
-            if held - used < self._base:
+            if self._is_quiet(used) and held < self._base:
                 # The last trim met requests that held more than they had reserved.
-                self._base = held - used
+                self._base = held
                 self._set_budget()
             excess = held - self._base - used
-            self._quiet = self._quiet + 1 if used <= limit // 32 else 0
+            self._quiet = self._quiet + 1 if self._is_quiet(used) else 0
             self._set_data_limit()
             short = held > limit - limit // 4
             pause_s = min(self._pause_s, SHORT_TRIM_S) if short else self._pause_s
@@ -186,19 +187,27 @@ class MemoryMonitor:
         """Give freed memory back and derive the budget anew; returns the bytes given back."""
         system = self._system
         before, began = system.use().held, system.clock()
+        gc.collect()  # errors and their frames may refer to one another, and keep a body
         system.trim()
         self._trimmed_at = system.clock()
-        self._base = system.use().held - self._budget.held
-        freed = max(0, before - system.use().held)
+        after, used = system.use().held, self._budget.held
+        freed = max(0, before - after)
         self._trims.add()
         self._trim_s.add(self._trimmed_at - began)
         self._trimmed.add(freed)
-        self._set_budget()
+        if self._is_quiet(used):
+            # Only then does the process hold what it has: requests reserve memory before they touch it.
+            self._base = after
+            self._set_budget()
         return freed
+
+    def _is_quiet(self, used: int) -> bool:
+        """Whether requests that hold `used` bytes hold next to nothing."""
+        return used <= self._system.limit.limit // 64
 
     def _set_budget(self) -> None:
         budget, limit = self._budget, self._system.limit.limit
-        room = in_flight_bytes(limit, self._system.held() - budget.held)
+        room = in_flight_bytes(limit, self._system.held())
         if self._derive:
             budget.limit = budget.most = room
         else:
