@@ -90,6 +90,19 @@ def server_module(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def serve(cache_dir: Path, server_module: str) -> Iterator[Serve]:
     """Start servers: `serve(repository, *flags)`; they are stopped after the test."""
+    yield from _serving(cache_dir, server_module)
+
+
+@pytest.fixture(scope="module")
+def module_serve(cache_dir: Path, server_module: str) -> Iterator[Serve]:
+    """Start servers as `serve` does; they are stopped after the last test of the module.
+
+    A start costs a second of CPU time. Tests that leave a server as they found it share one.
+    """
+    yield from _serving(cache_dir, server_module)
+
+
+def _serving(cache_dir: Path, server_module: str) -> Iterator[Serve]:
     servers: list[Server] = []
 
     def start(repository: Path, *flags: str, wait: bool = True, **environ: str) -> Server:
@@ -131,12 +144,21 @@ def bundled(models: Path, cache_dir: Path, server_module: str) -> Iterator[Serve
 @pytest.fixture
 def make_chaos(tmp_path: Path) -> MakeChaos:
     """Write a model of the misbehaving backend: `make_chaos("name", run_ms=5, config="…")`."""
+    return _chaos_in(tmp_path / "repository")
 
+
+@pytest.fixture(scope="module")
+def module_make_chaos(tmp_path_factory: pytest.TempPathFactory) -> MakeChaos:
+    """Write models as `make_chaos` does, for a server of `module_serve`."""
+    return _chaos_in(tmp_path_factory.mktemp("repository"))
+
+
+def _chaos_in(repository: Path) -> MakeChaos:
     def make(name: str, config: str = "", **settings: Any) -> Path:
-        folder = tmp_path / "repository" / name / "1"
+        folder = repository / name / "1"
         folder.mkdir(parents=True)
         (folder / "model.chaos").write_text(json.dumps(settings))
         (folder.parent / "model.toml").write_text(config)
-        return folder.parent.parent
+        return repository
 
     return make

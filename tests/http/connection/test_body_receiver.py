@@ -21,9 +21,9 @@ ROWS = 3 * LEAST_RECEIVED_BYTES // 16
 """Rows of four numbers, sixteen bytes."""
 
 
-@pytest.fixture
-def server(serve: Serve, make_chaos: MakeChaos) -> Server:
-    return serve(make_chaos("m"), "--max-body-bytes", str(8 * 2**20), "--log-level", "info")
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    return module_serve(module_make_chaos("m"), "--max-body-bytes", str(8 * 2**20), "--log-level", "info")
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_body_that_is_refused_while_it_arrives_is_discarded(serve: Serve, make
         assert server.resident_bytes() - before < size // 4
         first.send(data[size * 2 // 3 :])
         assert first.answer()[0] == 400
-        assert server.metric("inferpool_in_flight_requests") == 0
+        server.wait_for_metric("in_flight_requests", at_most=0)
 
 
 def test_bodies_of_answered_requests_are_freed(serve: Serve, make_chaos: MakeChaos) -> None:
@@ -174,7 +174,7 @@ def test_a_client_that_disconnects_in_the_middle_of_a_body_leaves_nothing(server
     with Wire(server) as wire:
         wire.send(data)
         check(wire.answer(), rows(6))
-        assert server.metric("inferpool_in_flight_requests") == 0
+        server.wait_for_metric("in_flight_requests", at_most=0)
 
 
 def test_a_connection_with_connection_close_ends_after_its_response(wire: Wire) -> None:

@@ -125,9 +125,9 @@ def read_answers(connection: socket.socket, count: int) -> list[tuple[int, dict[
     return answers
 
 
-@pytest.fixture
-def server(serve: Serve, make_chaos: MakeChaos) -> Server:
-    return serve(make_chaos("m", row=[1]))
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    return module_serve(module_make_chaos("m", row=[1]))
 
 
 def test_the_same_head_again_and_again_answers_as_the_first_time(server: Server) -> None:

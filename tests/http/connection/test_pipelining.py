@@ -61,9 +61,9 @@ def sums(*marks: float) -> list[float]:
     return chaos.expected(rows).tolist()
 
 
-@pytest.fixture
-def server(serve: Serve, make_chaos: MakeChaos) -> Server:
-    return serve(make_chaos("m", run_ms=1), "--max-body-bytes", "100000")
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    return module_serve(module_make_chaos("m", run_ms=1), "--max-body-bytes", "100000")
 
 
 @pytest.fixture
@@ -242,4 +242,4 @@ def test_a_long_pipeline_of_refusals_is_answered_in_full(server: Server) -> None
         sender.start()
         assert [wire.answer()[0] for _ in range(count + 2)] == [200, *[404] * count, 200]
         sender.join()
-    assert server.metric("in_flight_requests") == 0
+    server.wait_for_metric("in_flight_requests", at_most=0)

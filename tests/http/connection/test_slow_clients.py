@@ -19,9 +19,9 @@ pytestmark = pytest.mark.parametrize("server_module", ["tests.servers.short_time
 HEAD = b"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 17\r\n\r\n"
 
 
-@pytest.fixture
-def server(serve: Serve, make_chaos: MakeChaos) -> Server:
-    return serve(make_chaos("m", row=[1], run_ms=1500))
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    return module_serve(module_make_chaos("m", row=[1], run_ms=1500))
 
 
 def received_until_closed(server: Server, *sent: bytes) -> bytes:
@@ -41,7 +41,7 @@ def received_until_closed(server: Server, *sent: bytes) -> bytes:
 @pytest.mark.parametrize("sent", [b"", b"POST /pre", HEAD, HEAD + b'{"inp', b"GET /models HTTP/1.1\r\nhost:"])
 def test_a_client_that_stops_is_disconnected(server: Server, sent: bytes) -> None:
     assert received_until_closed(server, sent) == b""
-    assert server.metric("in_flight_requests") == 0
+    server.wait_for_metric("in_flight_requests", at_most=0)
 
 
 def test_a_connection_is_kept_as_long_as_its_request_runs_and_then_for_a_while(server: Server) -> None:
@@ -86,14 +86,15 @@ def answer_to_drops(server: Server, sent: bytes, drops: Iterable[bytes]) -> byte
     ],
 )
 def test_a_body_sent_in_drops_is_refused(server: Server, sent: bytes) -> None:
+    refused = server.metric("requests_total", model="m", code="408")
     _, *answers, last = answer_to_drops(server, sent, itertools.repeat(b" ")).split(b"HTTP/1.1 ")
     assert [answer[:3] for answer in answers] == [b"200"] * (sent.count(b"POST") - 1)
     head, _, body = last.partition(b"\r\n\r\n")
     assert head.startswith(b"408 ")
     assert b"\r\nconnection: close" in head
     assert json.loads(body)["code"] == "too_slow"
-    assert server.metric("requests_total", model="m", code="408") == 1
-    assert server.metric("in_flight_requests") == 0
+    assert server.metric("requests_total", model="m", code="408") == refused + 1
+    server.wait_for_metric("in_flight_requests", at_most=0)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +149,9 @@ def sockets(server: Server) -> int:
 
 @pytest.mark.parametrize("path", ["/docs/files/swagger-ui-bundle.js", "/openapi.json"])
 def test_a_client_that_does_not_read_a_response_of_the_application_is_disconnected(
-    server: Server, path: str
+    serve: Serve, make_chaos: MakeChaos, path: str
 ) -> None:
+    server = serve(make_chaos("m"))
     count = sockets(server)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
