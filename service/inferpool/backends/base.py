@@ -221,8 +221,12 @@ class Backend(ABC):
         For a device `cuda:N` the result is a DeviceModel, if the backend supports GPUs.
         """
 
-    def read_rows(self, file: Path) -> RowVerdict:
-        """Find out by reading the graph of `file` whether any operation mixes the rows of a batch."""
+    def read_rows(self, file: Path, options: LoadOptions) -> RowVerdict:
+        """Find out by reading the graph of `file` whether any operation mixes the rows of a batch.
+
+        Nothing of the file is run, and it is loaded only if `options` trust it. A file that cannot be read has
+        the verdict UNKNOWN.
+        """
         return RowVerdict(Independence.UNKNOWN, f"the backend {self.name} does not read graphs")
 
     def gpu_unavailable_reason(self, file: Path) -> Reason | None:

@@ -38,7 +38,7 @@ class OnnxBackend(Backend):
             from inferpool.backends.onnx.gpu import loading
         return loading.load(file.absolute(), options, partial(load_on_cpu, options=options))
 
-    def read_rows(self, file: Path) -> RowVerdict:
+    def read_rows(self, file: Path, options: LoadOptions) -> RowVerdict:
         """Analyse the graph of `file`, without its weights."""
         # The package takes a while to import, and is not needed if a plan was kept.
         from inferpool.backends.onnx.row_analysis.analysis import analyse_file

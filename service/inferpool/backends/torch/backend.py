@@ -27,6 +27,7 @@ _LOADERS: Final = {
     Kind.COMPILED: "inferpool.backends.torch.aotinductor",
 }
 
+_SCRIPT_ANALYSIS: Final = "inferpool.backends.torch.row_analysis.script"
 _DEVICE_MODEL: Final = "inferpool.backends.torch.gpu.device_model"
 _COMPILED_ON_CPU: Final = "AOTInductor packages run on the CPU only"
 
@@ -62,12 +63,16 @@ class PyTorchBackend(Backend):
         )
         return on_gpu
 
-    def read_rows(self, file: Path) -> RowVerdict:
-        """Analyse the graph of an exported program, which is data: nothing of the file is run."""
+    def read_rows(self, file: Path, options: LoadOptions) -> RowVerdict:
+        """Analyse the graph of an exported program, which is data, or of a trusted TorchScript file."""
         try:
             kind = kind_of(file)
             if kind is Kind.PROGRAM:
                 return analyse_program(file)
+            if kind is Kind.SCRIPT:
+                check_trust(file, options)
+                verdict: RowVerdict = _import(_SCRIPT_ANALYSIS).analyse_script(file, options)
+                return verdict
         except Exception as error:  # noqa: BLE001 - a file that cannot be read is checked by runs alone
             return RowVerdict(Independence.UNKNOWN, f"the graph cannot be read: {short_reason(error)}")
         return RowVerdict(Independence.UNKNOWN, f"{kind.value}: it has no graph that can be read")

@@ -294,7 +294,7 @@ class Loader:
         def load(threads: int) -> LoadedModel:
             return source.backend.load(source.file, replace(options, threads=threads))
 
-        graph = source.backend.read_rows(source.file) if constraints.batching else UNREAD
+        graph = source.backend.read_rows(source.file, options) if constraints.batching else UNREAD
         plan = Planner(load, constraints, self._clock).make(model, content.rows, graph)
         self._cache.keep(plan_file, plan)
         return plan, plan_file
