@@ -41,8 +41,8 @@ HOT_PATH_TESTS = {
 }
 """The tests of the modules that a wheel compiles; the other runs of these tests import the sources.
 
-Left out are tests of what a wheel does not change: the sockets in C, and the watch over slow clients, which stays
-interpreted.
+Left out are tests of what a wheel does not change: the sockets in C, and the watch over slow clients, which
+stays interpreted.
 """
 
 
