@@ -50,6 +50,7 @@ def main() -> int:
         try:
             for _ in range(100):
                 taken += json_cases.check_json(numbers, chance)
+                json_cases.check_count(numbers, chance)
                 json_cases.check_odd_arguments(numbers, chance)
                 socket_cases.check_odd_arguments(sockets, chance)
             socket_cases.check_receive(sockets, chance)

@@ -37,6 +37,44 @@ def check_json(module: ModuleType, chance: random.Random) -> bool:
     return True
 
 
+def check_count(module: ModuleType, chance: random.Random) -> None:
+    """Count the values of one random body: as many as orjson makes, or more if a key comes twice."""
+    body = json_body(chance)
+    if chance.random() < 0.5:
+        body = mutated(body, chance)
+    counts = module.count(chance.choice((body, memoryview(body), bytearray(body))))
+    assert module.most_numbers(body) <= len(body)
+    value = parsed(body)
+    if value is None:
+        return
+    made = {list: 0, dict: 0, str: 0, int: 0, None: 0}
+    text_bytes, depth = tally(value[0], made, 0)
+    expected = (made[list], made[dict], made[str], made[int], made[None], text_bytes, depth)
+    assert all(count >= least for count, least in zip(counts, expected, strict=True)), body
+    written = module.count(orjson.dumps(value[0]))
+    assert written[:5] == expected[:5], body
+    assert written[6] == depth, body
+    found = module.scan(body, MARK, module.most_numbers(body))
+    assert (found is None) == (module.scan(body, MARK) is None), body
+
+
+def tally(value: Any, made: dict[Any, int], depth: int) -> tuple[int, int]:
+    """Add the values of a JSON document to `made`; returns the bytes of its characters, and its depth."""
+    kind = type(value)
+    made[None if value is None or kind is bool else int if kind is float else kind] += 1
+    if kind is str:
+        width = 1 if max(value, default="") < "\u0100" else 2 if max(value) < "\U00010000" else 4
+        return len(value) * width, depth
+    inner: list[Any] = []
+    if kind is dict:
+        inner = [*value, *value.values()]
+    elif kind is list:
+        inner = value
+    found = [tally(each, made, depth + (kind in (dict, list))) for each in inner]
+    deepest = max((deep for _, deep in found), default=depth + (kind in (dict, list)))
+    return sum(size for size, _ in found), deepest
+
+
 def parsed(body: bytes) -> tuple[Any] | None:
     """Return what orjson reads, in a tuple because it may be None; None if `body` is not JSON."""
     try:
@@ -87,12 +125,18 @@ def check_odd_arguments(module: ModuleType, chance: random.Random) -> None:
         None, True, -1, 0, 1, 7, 8, 2**31, 2**63 - 1, 2**63, -(2**63), 1.5, "x", b"", b"[1]", b'{"a":[1]}',
         bytearray(), bytearray(8), bytearray(20), [], (), bytes(16 * 257),
     ]  # fmt: skip
-    name = chance.choice(("scan", "scan", "singles", "singles", "singles"))
+    name = chance.choice(("scan", "scan", "scan", "singles", "singles", "singles", "count", "most_numbers"))
     count = chance.choice((0, 1, 2, 2, 3, 4, 4, 4, 5))
     arguments = [chance.choice(odd) for _ in range(count)]
     if name == "singles" and count == 4:
         arguments[0] = bytearray(chance.randrange(40))
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
+    if name == "scan" and count == 3:
+        arguments = [
+            chance.choice((b"[1,2,3]", b'{"a":[1]}')),
+            MARK,
+            chance.choice((0, 1, 2, 2**40, -1, 2**70)),
+        ]
+    with contextlib.suppress(TypeError, ValueError, OverflowError, BufferError):
         getattr(module, name)(*arguments)
     for wrong in (b"", bytes(8), "x"):
         try:

@@ -38,6 +38,7 @@ def test_random_bodies_are_read_as_orjson_reads_them(numbers: ModuleType) -> Non
     taken = 0
     for _ in range(2000):
         taken += json_cases.check_json(numbers, chance)
+        json_cases.check_count(numbers, chance)
         json_cases.check_odd_arguments(numbers, chance)
     assert taken > 500, "most random bodies are refused, so the comparison means little"
 
