@@ -32,6 +32,8 @@ REMEDIES: Final = {
     "model_not_found": "See `GET /models` for the names.",
     "version_not_found": "See `GET /models/MODEL` for the versions and labels.",
     "method_not_allowed": "Use a method that `Allow` lists.",
+    "malformed_request": "Send a request that follows HTTP/1.1; the connection is closed.",
+    "head_too_large": "Send fewer or shorter headers: 64 KiB is the most.",
     "too_slow": "Send the body faster: 64 KiB a minute is the least.",
     "body_too_large": "Stay below `limit` bytes or characters, or `max_pixels` pixels.",
     "unsupported_media_type": "Send a format that `expected` lists.",

@@ -7,6 +7,8 @@ The tree, by the party at fault:
     │   ├── MalformedBody         not JSON, wrong header length, truncated tensor
     │   ├── BodyTooLarge          larger than the server accepts
     │   ├── TooSlow               it arrives too slowly
+    │   ├── MalformedRequest      not HTTP/1.1
+    │   ├── HeadTooLarge          a request line and headers larger than the server accepts
     │   ├── UnsupportedMediaType  a format that this model or route does not take
     │   ├── InvalidInput          a tensor or a field that the model does not take
     │   ├── ModelRejected         the model refuses the values or sizes of this input
@@ -98,6 +100,18 @@ class TooSlow(RequestError):
     """The request arrives too slowly, and holds a connection and memory meanwhile."""
 
     code = "too_slow"
+
+
+class MalformedRequest(RequestError):
+    """The data is not an HTTP/1.1 request, so the rest of the connection cannot be understood."""
+
+    code = "malformed_request"
+
+
+class HeadTooLarge(RequestError):
+    """The request line and headers are larger than the server accepts."""
+
+    code = "head_too_large"
 
 
 class UnsupportedMediaType(RequestError):

@@ -22,17 +22,15 @@ from inferpool.errors import (
     MethodNotAllowed,
     NotFound,
 )
-from inferpool.http.asgi import Message, Receive, Scope, Send, find_api, is_last, refuse_method
+from inferpool.http.asgi import Message, Receive, Scope, Send, api_of, find_api, is_last, refuse_method
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
-from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_id import request_id_from
 from inferpool.http.predict.response import server_timing
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
-from inferpool.http.v2.api import PREFIX, V2_API
 from inferpool.http.v2.routes import add_v2
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.catalog import Catalog
@@ -125,8 +123,7 @@ def _add_errors(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         problem = as_problem(_translated(request, error))
-        path = request.scope["path"]
-        api = V2_API if path == PREFIX or path.startswith(f"{PREFIX}/") else NATIVE_API
+        api = api_of(request.scope["path"])
         status = STATUSES[problem.code]
         body = api.problem(problem, status, request.scope["state"]["request_id"])
         headers = {name.decode(): value.decode() for name, value in problem_headers(problem)}

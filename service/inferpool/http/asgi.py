@@ -15,7 +15,7 @@ from inferpool.http.predict.api import InferenceApi, Target
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_head import RequestHead
-from inferpool.http.v2.api import V2_API
+from inferpool.http.v2.api import PREFIX, V2_API
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -37,6 +37,11 @@ def find_api(path: str) -> tuple[InferenceApi, Target] | None:
         if target is not None:
             return api, target
     return None
+
+
+def api_of(path: str) -> InferenceApi:
+    """Return the API whose form errors of `path` have."""
+    return V2_API if path == PREFIX or path.startswith((f"{PREFIX}/", f"{PREFIX}?")) else NATIVE_API
 
 
 def is_last(predictor: Predictor, scope: Scope) -> bool:

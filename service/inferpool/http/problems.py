@@ -10,6 +10,7 @@ from inferpool.errors import Forbidden, InferpoolError, InternalError, MethodNot
 
 STATUSES: Final[Mapping[str, int]] = {
     "malformed_body": 400,
+    "malformed_request": 400,
     "forbidden": 403,
     "not_found": 404,
     "model_not_found": 404,
@@ -18,6 +19,7 @@ STATUSES: Final[Mapping[str, int]] = {
     "too_slow": 408,
     "body_too_large": 413,
     "unsupported_media_type": 415,
+    "head_too_large": 431,
     "invalid_input": 422,
     "model_rejected": 422,
     "queue_full": 429,

@@ -290,5 +290,11 @@ class FakeConnection:
             self.connection.current = exchange
             self._harness.loop.call_soon(exchange.start)
 
+    def stop_reading(self) -> None:
+        self.connection.reading_ended = True
+
+    def linger(self) -> None:
+        self.transport.close()
+
     def watch_reading(self) -> None:
         self.watched += 1

@@ -6,20 +6,25 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from inferpool.http.connection.protocol import MOST_HEAD_BYTES
 
 from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import MakeChaos, Serve
 from tests.server import Server
+
+LIVE = "GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class Wire:
     """A bare connection."""
 
     def __init__(self, server: Server) -> None:
+        self.server = server
         self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=20)
         self.stream = self.socket.makefile("rb")
 
@@ -101,6 +106,147 @@ def test_requests_before_one_that_asks_to_upgrade_leave_the_connection_open(wire
     assert [status for status, _, _ in answers] == [200, 200, 200]
     assert [headers.get("connection") for _, headers, _ in answers] == [None, None, "close"]
     assert wire.ended()
+
+
+def test_an_upgrade_in_the_last_of_five_requests_costs_none_of_the_others_its_answer(wire: Wire) -> None:
+    upgrade = "connection: upgrade\r\nupgrade: websocket\r\n"
+    wire.send("".join(request(mark) for mark in range(4)) + request(4, headers=upgrade))
+    for mark in range(4):
+        status, headers, body = wire.answer()
+        assert (status, headers.get("connection")) == (200, None)
+        assert json.loads(body)["outputs"]["sum"] == sums(mark)
+    status, headers, body = wire.answer()
+    assert (status, headers["connection"], json.loads(body)["code"]) == (400, "close", "malformed_body")
+    assert wire.ended()
+
+
+FAULTS = {
+    "method": ("nonsense\r\n\r\n", 400, "malformed_request"),
+    "version": ("GET / HTTP/9.9\r\n\r\n", 400, "malformed_request"),
+    "header": (
+        "POST /predict/m HTTP/1.1\r\nx-request-id: mine\r\nno colon\r\n\r\n",
+        400,
+        "malformed_request",
+    ),
+    "space": ("POST /predict/m HTTP/1.1\r\nX-Request-Id: mine\r\na : b\r\n\r\n", 400, "malformed_request"),
+    "length": ("POST /predict/m HTTP/1.1\r\ncontent-length: -1\r\n\r\n", 400, "malformed_request"),
+    "smuggled": (
+        "POST /predict/m HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        400,
+        "malformed_request",
+    ),
+    "large": (f"GET /models HTTP/1.1\r\nx: {'y' * 70_000}\r\n\r\n", 431, "head_too_large"),
+    "many": ("GET /models HTTP/1.1\r\n" + "a: b\r\n" * 12_000 + "\r\n", 431, "head_too_large"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("before", ["predict", "application", "both"])
+def test_what_is_no_request_is_answered_after_the_answers_that_are_owed_before_it(
+    wire: Wire, fault: str, before: str
+) -> None:
+    sent, status, code = FAULTS[fault]
+    owed = {"predict": [request(1)] * 2, "application": [LIVE] * 2, "both": [request(1), LIVE, request(1)]}
+    wire.send("".join(owed[before]) + sent + request(2))
+    for _ in owed[before]:
+        assert wire.answer()[0] == 200
+    got, headers, body = wire.answer()
+    problem = json.loads(body)
+    assert (got, problem["code"], problem["status"]) == (status, code, status)
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["x-request-id"] == problem["request_id"]
+    assert headers["connection"] == "close"
+    assert (problem["request_id"] == "mine") is (fault in ("header", "space"))
+    assert wire.ended(), "what follows is not read"
+
+
+def test_a_malformed_request_to_v2_gets_an_error_of_v2(wire: Wire) -> None:
+    wire.send("POST /v2/models/m/infer HTTP/1.1\r\nno colon\r\n\r\n")
+    status, headers, body = wire.answer()
+    assert (status, headers["content-type"]) == (400, "application/json")
+    assert json.loads(body).keys() == {"error", "code"}
+
+
+def test_a_chunk_that_is_none_is_an_error_of_its_request_alone(wire: Wire) -> None:
+    head = "POST {} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\n"
+    for path, id in (("/predict/m", "malformed_request"), ("/v2/repository/index", "malformed_request")):
+        with Wire(wire.server) as other:
+            other.send(request(1) + LIVE + request(2) + head.format(path) + '{"inpXX\r\n')
+            assert [other.answer()[0] for _ in range(3)] == [200] * 3
+            status, _, body = other.answer()
+            assert (status, json.loads(body)["code"]) == (400, id)
+            assert other.ended()
+
+
+@pytest.mark.parametrize("piece", [1000, 8192, 30_000, 10**6])
+def test_the_limit_of_a_head_is_the_same_however_it_is_cut_into_pieces(wire: Wire, piece: int) -> None:
+    line = "GET /health/live HTTP/1.1\r\n"
+    for extra, status in ((0, 200), (1, 431)):
+        left = MOST_HEAD_BYTES - len(line) - len("\r\n") + extra
+        headers = "x: " + "y" * (left - 5) + "\r\n"
+        sent = line + headers + "\r\n"
+        assert len(sent) == MOST_HEAD_BYTES + extra
+        with Wire(wire.server) as other:
+            for start in range(0, len(sent), piece):
+                other.send(sent[start : start + piece])
+                time.sleep(0.002)
+            assert other.answer()[0] == status
+
+
+def test_a_client_that_ends_its_side_gets_its_answers(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=200))
+    whole = request(1) + LIVE + request(2)
+    for sent, count in ((request(1), 1), (whole, 3), (whole + request(3)[:-5], 3), (whole + "POST /pre", 3)):
+        with Wire(server) as wire:
+            wire.send(sent)
+            wire.socket.shutdown(socket.SHUT_WR)
+            statuses = []
+            while len(statuses) < count:
+                status, headers = wire.status()
+                if status != 100:
+                    wire.stream.read(int(headers["content-length"]))
+                    statuses.append(status)
+            assert statuses == [200] * count
+            assert headers["connection"] == "close"
+            assert wire.ended()
+    server.wait_for_metric("in_flight_requests", at_most=0)
+
+
+def test_a_client_that_is_gone_is_noticed_though_it_might_only_have_ended_its_side(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m", run_ms=3000, config="[batching]\nenabled = false"))
+    with Wire(server) as first, Wire(server) as second:
+        first.send(request(1))
+        server.wait_for_metric("in_flight_requests", at_least=1)
+        second.send(request(2))
+        server.wait_for_metric("in_flight_requests", at_least=2)
+    server.wait_for_metric("in_flight_requests", at_most=0, timeout_s=2)
+
+
+@pytest.mark.parametrize("path", ["/predict/nobody", "/predict/m"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_no_more_of_a_refused_body_is_read_than_is_needed(server: Server, path: str, chunked: bool) -> None:
+    size = 64 * 2**20
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\n"
+    head += "transfer-encoding: chunked\r\n\r\n4000000\r\n" if chunked else f"content-length: {size}\r\n\r\n"
+    sent = 0
+    with Wire(server) as wire:
+        wire.send(head)
+        wire.socket.settimeout(10)
+        with contextlib.suppress(OSError):
+            while sent < size:
+                sent += wire.socket.send(b" " * 65536)
+    assert sent < size // 2
+
+
+def test_a_client_that_sends_all_before_it_reads_gets_its_refusal(server: Server) -> None:
+    with Wire(server) as wire:
+        wire.send("POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 2000000\r\n\r\n")
+        wire.send("x" * 2_000_000)
+        status, headers, body = wire.answer()
+        assert (status, headers["connection"], json.loads(body)["code"]) == (413, "close", "body_too_large")
+        assert wire.ended()
 
 
 def test_a_body_may_arrive_in_chunks_of_any_size(wire: Wire) -> None:

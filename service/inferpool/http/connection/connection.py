@@ -26,6 +26,12 @@ class ConnectionOwner(Protocol):
     def next_exchange(self) -> None:
         """Begin the turn of the next pipelined request."""
 
+    def stop_reading(self) -> None:
+        """Read nothing more from the connection, which ends with the current response."""
+
+    def linger(self) -> None:
+        """Close the connection once the client had time to read its response."""
+
     def watch_reading(self) -> None:
         """Close the connection if its client stops reading its response."""
 
@@ -51,14 +57,15 @@ class Connection:
         held: the exchange whose response the client has not read yet.
         idle_since: when the last response was complete, in seconds of the loop's clock; None while there is a
             request.
+        reading_ended: whether nothing more is read: what the client still sends is of no use.
         last_received: when data was received last, in seconds of the loop's clock.
         unparsed_bytes: bytes received that completed neither a head nor a chunk of a body.
     """
 
     __slots__ = (
         "_flow", "_pipeline", "_server_state", "batched", "between_requests", "client", "current",
-        "descriptor", "held", "idle_since", "in_head", "last", "last_received", "loop", "owner", "shared",
-        "transport", "unparsed_bytes", "write_paused",
+        "descriptor", "held", "idle_since", "in_head", "last", "last_received", "loop", "owner",
+        "reading_ended", "shared", "transport", "unparsed_bytes", "write_paused",
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +77,7 @@ class Connection:
         self.loop = loop
         self.descriptor = -1
         self.client = ""
-        self.batched = self.write_paused = self.in_head = False
+        self.batched = self.write_paused = self.in_head = self.reading_ended = False
         self.between_requests = True
         self.last: Any = None
         self.current: Any = None
@@ -123,10 +130,17 @@ class Connection:
                 self.owner.next_exchange()
             return
         self._server_state.total_requests += 1
-        if not self.transport.is_closing():
+        if not self.transport.is_closing() and not self.reading_ended:
             if self._flow.read_paused:
                 self._flow.resume_reading()
             self.idle_since = self.loop.time()
+
+    def close(self) -> None:
+        """Close the connection: its last response is written."""
+        if self.reading_ended and self.owner is not None:
+            self.owner.linger()
+        else:
+            self.transport.close()
 
     def hold(self, exchange: Any) -> None:
         """Call `exchange.complete` once the client has read its response; until then begin no other turn."""

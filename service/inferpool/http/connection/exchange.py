@@ -35,6 +35,8 @@ from inferpool.http.predict.response import Response, compressed
 from inferpool.pool.ports import Result
 from inferpool.tensors import Tensors
 
+MOST_DISCARDED_BYTES: Final = 256 * 1024
+"""Bytes of the body of a refused request that are read, so that the connection can stay open."""
 _JOINED_BYTES: Final = 64 * 1024
 """A response up to this size is written in one piece with its head."""
 
@@ -174,7 +176,7 @@ class Exchange:
             return
         self._end()
         if not self.keep_alive:
-            self._connection.transport.close()
+            self._connection.close()
         self._connection.completed()
 
     def lose(self) -> None:
@@ -349,7 +351,19 @@ class Exchange:
         self._timer = self._connection.loop.call_later(max(0.0, left_s), self._on_deadline)
 
     def _refuse(self, error: Exception) -> None:
+        if self._state == READING:
+            self._spare_body()
         self._write(self._predictor.refuse(self._context, error))
+
+    def _spare_body(self) -> None:
+        """Read no more of the body if much of it is still to come, and close the connection instead."""
+        connection = self._connection
+        if connection.between_requests or connection.last is not self or connection.owner is None:
+            return  # the body is complete
+        missing = (self._context.head.content_length or 0) - self._context.reserved_bytes
+        if missing > MOST_DISCARDED_BYTES and connection.descriptor >= 0:
+            self.keep_alive = False
+            connection.owner.stop_reading()
 
     def _write(self, response: Response) -> None:
         connection = self._connection

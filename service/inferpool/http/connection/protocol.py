@@ -8,20 +8,24 @@ share connections, pipelining, keep-alive and shutdown, which stay uvicorn's.
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 from typing import Any, Final, cast
 
 import uvicorn
-from httptools import HttpRequestParser, parse_url
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from inferpool.errors import MalformedBody, TooSlow
-from inferpool.http.asgi import FOLLOWS, find_api
+from inferpool.errors import HeadTooLarge, InferpoolError, MalformedBody, MalformedRequest, TooSlow
+from inferpool.http.asgi import FOLLOWS, api_of, find_api
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.body_receiver import BodyReceiver
 from inferpool.http.connection.connection import Connection
-from inferpool.http.connection.exchange import Exchange
+from inferpool.http.connection.exchange import MOST_DISCARDED_BYTES, Exchange
+from inferpool.http.connection.exchange_state import WRITING
 from inferpool.http.connection.fast_path import try_cached_head
+from inferpool.http.connection.lingering_close import LingeringClose
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.connection.slow_client import SlowClientTimer
 from inferpool.http.predict.api import InferenceApi, Target
@@ -35,10 +39,17 @@ _UPGRADE: Final = (
     "the request asks to upgrade to another protocol, so its body cannot be found; send it without Upgrade"
 )
 
-_TOO_LARGE_HEAD: Final = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-)
-_TOO_SLOW: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_TOO_LARGE: Final = f"the request line and headers have more than {MOST_HEAD_BYTES} bytes; send fewer headers"
+_MALFORMED: Final = "the data is not an HTTP/1.1 request; the connection is closed after this response"
+_LINE_BYTES: Final = 4
+"""Bytes of a header beside its name and value: a colon, a space and the end of the line."""
+_FIRST_LOOK_S: Final = 0.005
+_RAREST_LOOK_S: Final = 1.0
+_TCP_CLOSE: Final = 7
+"""The state of a socket that was reset, in the kernel's `tcp_states.h`."""
+_REQUEST_ID: Final = re.compile(rb"\r\nx-request-id:[ \t]*([!-~]{1,128})[ \t]*\r\n", re.IGNORECASE)
+_MOST_LOOKED_AT: Final = 32
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class PredictProtocol(HttpToolsProtocol):
@@ -62,7 +73,9 @@ class PredictProtocol(HttpToolsProtocol):
         self._body_receiver: BodyReceiver | None = None
         self._chunks: list[bytes] = []
         self._parsed_something = False
-        self._upgraded = False
+        self._upgraded = self._eof = False
+        self._piece_bytes = self._head_bytes = self._discarded_bytes = 0
+        self._fault: InferpoolError | None = None
 
     @property
     def cycle(self) -> Any:
@@ -83,9 +96,9 @@ class PredictProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Answer a request whose head is cached; feed everything else to the parser, which calls back."""
-        if self._upgraded:
-            return  # the parser stopped at the head: what follows may be the body or a request
         connection = self.connection
+        if self._upgraded or connection.reading_ended:
+            return  # the parser stopped at the head: what follows may be the body or a request
         now = self.loop.time()
         if try_cached_head(connection, data, now):
             self._read_batcher.join(connection, len(data))
@@ -96,7 +109,18 @@ class PredictProtocol(HttpToolsProtocol):
         begins = connection.between_requests and connection.current is None
         self._slow_client.received_bytes += len(data)
         self._parsed_something = False
-        super().data_received(data)
+        self._piece_bytes = len(data)
+        if connection.in_head:
+            self._head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade:
+            pass  # RFC 9110 (7.8) allows to ignore it; the connection ends with the response
+        except HttpParserError:
+            self._refuse_malformed(data)
+        if connection.reading_ended:
+            self._chunks.clear()
+            return
         body = self._chunks[0] if len(self._chunks) == 1 else None
         self._chunks.clear()  # an idle connection must not keep them: nothing counts them any more
         cycle = connection.last
@@ -111,8 +135,31 @@ class PredictProtocol(HttpToolsProtocol):
         # Bytes that complete neither a head nor a chunk of a body are those of a head, or of trailers.
         connection.unparsed_bytes = 0 if self._parsed_something else connection.unparsed_bytes + len(data)
         if connection.unparsed_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(_TOO_LARGE_HEAD)
-            self.transport.close()
+            self._refuse_rest(HeadTooLarge(_TOO_LARGE))
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Keep the connection while responses are owed: a client may end its side before it has read them."""
+        connection = self.connection
+        if connection.descriptor < 0 or connection.current is None or self.transport.is_closing():
+            return None
+        if not connection.between_requests and not connection.in_head:
+            # The body of the last request stays incomplete.
+            if not self.pipeline or self.pipeline[0][0] is not connection.last:
+                return None
+            incomplete = self.pipeline.popleft()[0]
+            if isinstance(incomplete, Exchange):
+                incomplete.lose()
+        connection.reading_ended = self._eof = True
+        last: Any = self.pipeline[0][0] if self.pipeline else connection.current
+        last.keep_alive = False
+        current: Any = connection.current
+        if isinstance(current, Exchange) and current.state < WRITING:
+            if self.parser.get_http_version() != "1.0":
+                # A client that is gone answers this with a reset, and its request need not run. Others ignore
+                # it (RFC 9110, 15.2).
+                self.transport.write(_CONTINUE)
+            self._look_for_reset(_FIRST_LOOK_S)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the request that is being answered, and those behind it."""
@@ -174,6 +221,7 @@ class PredictProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin a request; what only the application needs is made when the head is complete."""
+        self._head_bytes = self._piece_bytes
         self.connection.between_requests = False
         self.connection.in_head = True
         self.connection.idle_since = None
@@ -184,8 +232,12 @@ class PredictProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Make an exchange of a prediction, and give every other request to the application."""
+        if self._head_bytes > MOST_HEAD_BYTES and self._parsed_head_bytes() > MOST_HEAD_BYTES:
+            self._fault = HeadTooLarge(_TOO_LARGE)
+            raise self._fault  # the parser stops
         self._parsed_something = True
         self.connection.in_head = False
+        self._discarded_bytes = 0
         self._upgraded = self.parser.should_upgrade()
         found = self._find_api()
         if found is None:
@@ -197,14 +249,7 @@ class PredictProtocol(HttpToolsProtocol):
             if self._upgraded:
                 self.cycle.keep_alive = False
             return
-        exchange = self._exchange(*found)
-        self.cycle = exchange
-        if self.connection.current is None:
-            self.connection.current = exchange
-            exchange.start()
-        else:
-            self.flow.pause_reading()
-            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+        self._begin(self._exchange(*found))
 
     def on_body(self, body: bytes) -> None:
         """Pass on a chunk of the body."""
@@ -212,7 +257,8 @@ class PredictProtocol(HttpToolsProtocol):
         self._chunks.append(body)
         cycle: Any = self.cycle
         if isinstance(cycle, Exchange):
-            cycle.receive(len(body), body)
+            if not cycle.receive(len(body), body) and not self.connection.reading_ended:
+                self._discard(cycle, len(body))
         else:
             super().on_body(body)
 
@@ -224,6 +270,19 @@ class PredictProtocol(HttpToolsProtocol):
             cycle.end_body()
         else:
             super().on_message_complete()
+
+    def _refuse_malformed(self, data: bytes) -> None:
+        """Refuse what the parser does not take of `data`, after the responses that are owed before."""
+        fault, self._fault = self._fault, None
+        connection = self.connection
+        if fault is None and connection.in_head and self.headers is not None:
+            # The parser keeps a header until the next one begins, and that one may be at fault.
+            found = _REQUEST_ID.search(
+                _malformed_head(data, b"%b %b HTTP/" % (self.parser.get_method(), self.url))
+            )
+            if found is not None:
+                self.headers.append((b"x-request-id", found[1]))
+        self._refuse_rest(fault or MalformedRequest(_MALFORMED))
 
     # From the connection, its timer, and uvicorn's cycles.
 
@@ -241,15 +300,29 @@ class PredictProtocol(HttpToolsProtocol):
 
     def _refuse_slow(self) -> None:
         """Respond to a request that is received too slowly, if nothing was responded yet, and close."""
-        cycle: Any = self.cycle
-        if self.connection.in_head or not isinstance(cycle, Exchange):
-            if self.connection.in_head or not cycle.response_started:
-                self.transport.write(_TOO_SLOW)
-                self.transport.close()
-                return
-        elif cycle.fail(TooSlow("the body was received too slowly; send it faster, or in smaller requests")):
+        part = "head" if self.connection.in_head else "body"
+        error = TooSlow(f"the {part} was received too slowly; send it faster, or in smaller requests")
+        if not self._refuse_rest(error):
+            self.transport.abort()
+
+    def stop_reading(self) -> None:
+        """Read nothing more: the connection ends with the current response."""
+        self.connection.reading_ended = True
+        self._read_batcher.leave(self.connection)
+        self.flow.pause_reading()
+
+    def linger(self) -> None:
+        """Close the connection once its client has read the response.
+
+        If it were closed with unread data, the kernel would reset it, and the client might lose the response.
+        """
+        descriptor = self.connection.descriptor
+        if descriptor < 0 or self._eof:
+            self.transport.close()
             return
-        self.transport.abort()
+        self.stop_reading()
+        self.transport.write_eof()
+        LingeringClose(self.transport, descriptor, self.loop).start()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Begin the turn of a request; uvicorn calls this for its own cycles and for pipelined exchanges."""
@@ -262,8 +335,86 @@ class PredictProtocol(HttpToolsProtocol):
             cycle.scope["state"][FOLLOWS] = self.connection.has_more_requests
             super()._start_asgi_task(cycle, app)
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """Ignore the upgrade, as RFC 9110 (7.8) allows; the connection ends with the response."""
+    def _begin(self, exchange: Exchange) -> None:
+        """Begin the turn of an exchange, or let it wait for earlier requests."""
+        self.cycle = exchange
+        if self.connection.current is None:
+            self.connection.current = exchange
+            exchange.start()
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+
+    def _refuse_rest(self, error: InferpoolError) -> bool:
+        """Respond with `error` to what is received now, after the responses that are owed before, and close.
+
+        Reads nothing more. Returns False if what is received now has its response already.
+        """
+        connection = self.connection
+        connection.reading_ended = True
+        cycle: Any = connection.last
+        if connection.in_head or connection.between_requests:
+            exchange = self._refusal(error)
+            connection.in_head, connection.between_requests = False, True
+            self._begin(exchange)
+            return True
+        if isinstance(cycle, Exchange):
+            if cycle.fail(error):
+                return True
+        elif not cycle.response_started:
+            exchange = self._refusal(error)
+            cycle.disconnected = True  # its response would be another one
+            cycle.message_event.set()
+            if connection.current is cycle:
+                connection.current = None
+            else:
+                self.pipeline.popleft()
+            connection.between_requests = True
+            self._begin(exchange)
+            return True
+        cycle.keep_alive = False
+        if connection.current is None:
+            self.linger()
+        return False
+
+    def _refusal(self, error: InferpoolError) -> Exchange:
+        """Return an exchange whose response is `error`, in the form of the API that the head names."""
+        connection = self.connection
+        headers = [] if connection.between_requests else self.headers or []
+        url = b"" if connection.between_requests else self.url or b""
+        head = RequestHead(None, None, [pair for pair in headers if pair[0] == b"x-request-id"])
+        context = PredictContext(api_of(url.decode("latin-1")), head, self._clock())
+        return Exchange(connection, context, keep_alive=False, expects_100=False, error=error)
+
+    def _discard(self, exchange: Exchange, size: int) -> None:
+        """Count `size` bytes of no use of a body of unknown length; close the connection if they are many."""
+        self._discarded_bytes += size
+        if self._discarded_bytes > MOST_DISCARDED_BYTES and self.connection.descriptor >= 0:
+            exchange.keep_alive = False
+            self.stop_reading()
+            if exchange.response_complete:
+                self.linger()
+
+    def _parsed_head_bytes(self) -> int:
+        """Return the bytes of the request line and the headers, however they were received."""
+        fields = sum(len(name) + len(value) + _LINE_BYTES for name, value in self.headers)
+        return len(self.parser.get_method()) + len(self.url) + len(b"  HTTP/1.1\r\n\r\n") + fields
+
+    def _look_for_reset(self, after_s: float) -> None:
+        """Look `after_s` seconds later, and ever more rarely, whether the client has reset the connection.
+
+        The event loop would notice only when it writes, because it does not read any more.
+        """
+        self.loop.call_later(after_s, self._check_reset, after_s)
+
+    def _check_reset(self, looked_s: float) -> None:
+        if self.connection.owner is None or self.transport.is_closing():
+            return
+        state = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        if state[0] == _TCP_CLOSE:
+            self.transport.abort()
+        else:
+            self._look_for_reset(min(_RAREST_LOOK_S, 4 * looked_s))
 
     def _find_api(self) -> tuple[InferenceApi, Target] | None:
         """Return the API of the request whose head is complete, or None if it is for the application."""
@@ -283,3 +434,26 @@ class PredictProtocol(HttpToolsProtocol):
             return Exchange(self.connection, context, keep_alive=False, expects_100=False, error=error)
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         return Exchange(self.connection, context, keep_alive, self.expect_100_continue)
+
+
+def _malformed_head(data: bytes, line: bytes) -> bytes:
+    """Return the first head in `data` that begins with `line` and that the parser does not take.
+
+    Empty if it is not found soon.
+    """
+    end = 0
+    for _ in range(_MOST_LOOKED_AT):
+        start = data.find(line, end)
+        if start < 0:
+            return b""
+        end = data.find(b"\r\n\r\n", start) + 4
+        head = data[start:end] if end > 3 else data[start:]
+        try:
+            HttpRequestParser(object()).feed_data(head)
+        except HttpParserUpgrade:
+            pass
+        except HttpParserError:
+            return head
+        if end <= 3:
+            return b""
+    return b""
