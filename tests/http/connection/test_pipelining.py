@@ -200,7 +200,7 @@ def test_a_client_that_ends_its_side_gets_its_answers(serve: Serve, make_chaos: 
         with Wire(server) as wire:
             wire.send(sent)
             wire.socket.shutdown(socket.SHUT_WR)
-            statuses = []
+            statuses: list[int] = []
             while len(statuses) < count:
                 status, headers = wire.status()
                 if status != 100:

@@ -101,6 +101,8 @@ class Connection:
     def lose(self) -> None:
         """Forget the owner and the requests: the connection is lost."""
         # A cycle of references would stay, with the body of its request, until the garbage collector runs.
+        if self.held is not None:
+            self.shared.unread.remove(self)
         self.owner = self.last = self.current = self.held = None
 
     def default_headers(self) -> list[tuple[bytes, bytes]]:
@@ -146,6 +148,7 @@ class Connection:
         """Call `exchange.complete` once the client has read its response; until then begin no other turn."""
         if self.owner is not None:  # otherwise the connection is lost, and so are its exchanges
             self.held = exchange
+            self.shared.unread.add(self)
             self.owner.watch_reading()
 
     def resume_writing(self) -> None:
@@ -153,6 +156,7 @@ class Connection:
         self.write_paused = False
         held, self.held = self.held, None
         if held is not None:
+            self.shared.unread.remove(self)
             held.complete()
 
     def run_in_thread(

@@ -179,6 +179,10 @@ class Exchange:
             self._connection.close()
         self._connection.completed()
 
+    def count_unread(self, size: int) -> None:
+        """Take note that `size` bytes of the response are not read yet."""
+        self._predictor.budget.shrink_answer(self._context, size)
+
     def lose(self) -> None:
         """End at once, without a response: the client is gone."""
         if self._state != DONE:

@@ -6,6 +6,7 @@ from inferpool.http.connection.batched_writes import WriteBatcher
 from inferpool.http.connection.deferred_calls import DeferredCalls
 from inferpool.http.connection.head_cache import HeadCache
 from inferpool.http.connection.response_head import ResponsePrefix
+from inferpool.http.connection.unread_responses import UnreadResponses
 from inferpool.http.predict.predictor import Predictor
 
 
@@ -17,14 +18,16 @@ class SharedState:
         heads: request heads that have been parsed before.
         deferred: calls to make at the end of the loop's iteration.
         prefix: the first lines of responses.
+        unread: the connections whose clients leave responses unread.
         writes: collects the responses of one batch.
     """
 
-    __slots__ = ("deferred", "heads", "predictor", "prefix", "writes")
+    __slots__ = ("deferred", "heads", "predictor", "prefix", "unread", "writes")
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self.heads = HeadCache()
         self.deferred = DeferredCalls()
         self.prefix = ResponsePrefix()
+        self.unread = UnreadResponses(predictor.budget)
         self.writes = WriteBatcher()
