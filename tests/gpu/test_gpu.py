@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +278,7 @@ def test_close_frees_the_memory_of_a_pytorch_model_and_its_graphs(tmp_path: Path
         """Bytes in use while a model is there that has run so many rows, and after."""
         model = find_backend("torch").load(file, options)
         assert isinstance(model, DeviceModel)
-        capture(model, BatchBuckets((rows // 2, rows)), [], time.monotonic)
+        capture(model, BatchBuckets((rows // 2, rows)), [])
         assert model.graphs.ok, model.graphs
         during = used_bytes()
         model.close()

@@ -18,6 +18,7 @@ class Obstacle(StrEnum):
     SCALAR = "scalar"
     FIXED_ROWS = "fixed rows"
     NOTHING_RUNS = "nothing runs"
+    ANSWERS_CHANGE = "answers change"
     ROWS_LOST = "rows lost"
     ROWS_MIXED = "rows mixed"
     ROWS_ALIKE = "rows alike"
@@ -36,6 +37,10 @@ _REMEDIES: Final = {
     ),
     Obstacle.SCALAR: "in the export, give <tensor> a first dimension for the rows",
     Obstacle.NOTHING_RUNS: _SAMPLE,
+    Obstacle.ANSWERS_CHANGE: (
+        "in the export, call model.eval() first, take random numbers as an input or from a fixed seed,"
+        " and keep nothing between two calls"
+    ),
     Obstacle.ROWS_LOST: "in the model, return one row of <tensor> for each row of the input, in order",
     Obstacle.ROWS_MIXED: (
         "in the export, call model.eval() first, and quantise or normalise each row by itself; if rows are"

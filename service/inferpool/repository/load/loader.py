@@ -182,7 +182,7 @@ class Loader:
     ) -> tuple[ModelCopies, LoadedModel, str | None]:
         """The first copy, and why it is on the CPU although there is a GPU; None if it is not."""
         if options.device != CPU:
-            copies: ModelCopies = _gpu_copies(source, self._clock)
+            copies: ModelCopies = _gpu_copies(source)
             try:
                 return copies, copies.load(options), None
             except UnfitForGpu as error:
@@ -360,11 +360,11 @@ def _comparison(model: LoadedModel) -> Compare:
     return compare
 
 
-def _gpu_copies(source: _Source, clock: Callable[[], float]) -> GpuCopies:
+def _gpu_copies(source: _Source) -> GpuCopies:
     """The copies of a model on GPUs; raises LoadError if this installation has no code for GPUs."""
     with gpu_support():
         from inferpool.repository.load.gpu.gpu_copies import GpuCopies
-    return GpuCopies(source.backend, source.file, clock)
+    return GpuCopies(source.backend, source.file)
 
 
 def _for_cpu(options: LoadOptions) -> LoadOptions:

@@ -18,14 +18,14 @@ from inferpool import __version__
 from inferpool.backends.row_verdict import Evidence
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.row_cost import CostPoint, RowCost
-from inferpool.repository.load.batching_check import Fault
+from inferpool.repository.load.batching_proof import Fault
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.declared_shapes import ShapeCorrections
 from inferpool.repository.load.planner import Plan, PlanConstraints
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "3"
+_FORMAT = "4"
 """Raised whenever plans are made by other rules, so that no plan made by the old ones is found."""
 
 

@@ -19,9 +19,9 @@ from inferpool.errors import Reason, short_reason
 from inferpool.pool.buckets import choose_buckets, sizes_between
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.row_cost import RowCost
-from inferpool.repository.load.batching_check import UNREAD, BatchingProof, Fault, check_batching, refuted
+from inferpool.repository.load.batching_check import UNREAD, check_batching
+from inferpool.repository.load.batching_proof import BatchingProof, Fault, refuted
 from inferpool.repository.load.batching_remedies import Obstacle
-from inferpool.repository.load.comparison import compare_outputs
 from inferpool.repository.load.declared_shapes import (
     NO_CORRECTIONS,
     ShapeCorrections,
@@ -32,7 +32,7 @@ from inferpool.repository.load.declared_shapes import (
 from inferpool.repository.load.free_sizes import bytes_of, free_axes, made_up_request
 from inferpool.repository.load.list_outputs import ListsAsTables, has_lists
 from inferpool.repository.load.row_cost_fit import RowCostFit
-from inferpool.repository.load.runnable_rows import repeat_rows, repeated_indexes
+from inferpool.repository.load.runnable_rows import count_rows, repeat_rows, rows_between
 from inferpool.tensors import Tensors
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ FLAT: Final = 1.02
 TRUST: Final = 8
 """A measurement at load weighs as much as this many runs while serving."""
 
-PROOF_S: Final = 1.0
-"""The check of batching has at least half of this many seconds, even if nothing is to be measured."""
+MOST_BATCH_BYTES: Final = 256 << 20
+"""Batches whose inputs take more memory are not measured, unless `model.toml` sets the number of rows."""
 
 GROWING: Final = 0.6
 """The share of the budget in which batch sizes are tried; the rest tries instances and threads."""
@@ -158,44 +158,47 @@ class Planner:
             checked = ListsAsTables(model)
         proof = refuted(Fault(Obstacle.TURNED_OFF, "turned off in model.toml"))
         if constraints.batching:
-            budget_s = max(constraints.budget_s, PROOF_S) / 2
-            proof = check_batching(checked, samples, budget_s, self._clock, graph)
-        rows = proof.rows or (samples[0] if samples else {})
-        if proof.rows and not proof.batched:
-            rows = repeat_rows(rows, 1)
-        plan, table = self._choose(model, checked, proof, rows)
-        one = repeat_rows(rows, 1) if proof.rows else rows
+            proof = check_batching(checked, samples, graph)
+        unproven = samples[0] if samples else {}
+        try:
+            plan, table = self._choose(model, proof, proof.timed_rows or unproven)
+        except _Disproven as error:
+            proof = refuted(Fault(Obstacle.ROWS_MIXED, str(error)), proof.timed_rows)
+            plan, table = self._choose(model, proof, proof.timed_rows)
+        one = rows_between(proof.timed_rows, 0, 1) or unproven
         return self._weigh(plan, model, one or made_up_request(model), table, sampled=bool(samples))
 
     def _choose(
-        self, model: LoadedModel, checked: LoadedModel, proof: BatchingProof, rows: Tensors
+        self, model: LoadedModel, proof: BatchingProof, rows: Tensors
     ) -> tuple[Plan, list[Measurement]]:
-        """Decide batches, instances and threads; also returns the times of batches in one instance."""
+        """Decide batches, instances and threads; also returns the times of batches in one instance.
+
+        Raises _Disproven if runs of the plan give other answers than the rows alone.
+        """
         constraints = self._constraints
         budget_s = constraints.budget_s * (1 - WEIGHING)
         began = self._clock()
         self._ends = began + GROWING * budget_s
         if not rows or not constraints.budget_s:
-            return self._unmeasured_plan(proof), []
-        table, fault = self._grow_batch(checked, model, proof, rows)
-        if fault is not None:
-            proof = refuted(fault, rows)
-            rows, table = repeat_rows(rows, 1), table[:1]
+            return self._unmeasured_plan(model, proof), []
+        table = self._grow_batch(model, proof, rows)
         if not table:
             instances, threads = self._unmeasured_instances()
             fault = proof.fault or Fault(Obstacle.NOTHING_RUNS, proof.reason)
             return Plan(False, proof.reason, 1, instances, threads, fault=fault), []
-        max_rows = (constraints.max_rows or int(table[-1].rows)) if proof.batched else 1
+        max_rows = 1
+        if proof.batched:
+            max_rows = self._provable_rows([model], proof, constraints.max_rows or int(table[-1].rows))
         batch = repeat_rows(rows, max_rows) if proof.batched else rows
         grown = list(table)
         if constraints.gpu:
             if proof.batched:
                 table += self._measure_between(model, rows, table)
-            instances, gain = self._overlap(model, batch)
+            instances, gain = self._overlap(model, batch, proof)
             threads = 1
         else:
             self._ends = began + budget_s
-            instances, threads, gain = self._share_cores(model, batch, table)
+            instances, threads, gain = self._share_cores(model, batch, table, proof)
         shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in sorted(table))
         sizes = self._buckets(table, max_rows) if proof.batched else ()
         plan = Plan(
@@ -237,10 +240,19 @@ class Planner:
         row_bytes = bytes_of(request)
         return replace(plan, row_cost=cost, row_bytes=row_bytes, shapes=ShapeCorrections(names, shapes))
 
-    def _unmeasured_plan(self, proof: BatchingProof) -> Plan:
-        most = (self._constraints.max_rows or UNMEASURED_ROWS) if proof.batched else 1
-        buckets = self._buckets((), most)
+    def _unmeasured_plan(self, model: LoadedModel, proof: BatchingProof) -> Plan:
         instances, threads = self._unmeasured_instances()
+        most = 1
+        if proof.batched:
+            served = model if threads == 1 else self._load(threads)
+            copies = 1 if self._constraints.gpu else instances
+            try:
+                wanted = self._constraints.max_rows or _affordable_rows(proof.timed_rows, UNMEASURED_ROWS)
+                most = self._provable_rows([served] * copies, proof, wanted)
+            finally:
+                if served is not model:
+                    served.close()
+        buckets = self._buckets((), most)
         return Plan(
             proof.batched,
             proof.reason,
@@ -268,31 +280,28 @@ class Planner:
             return choose_buckets(table, most)
         return tuple(sorted({*(1 << power for power in range(most.bit_length())), most}))
 
-    def _grow_batch(
-        self, checked: LoadedModel, model: LoadedModel, proof: BatchingProof, rows: Tensors
-    ) -> tuple[list[Measurement], Fault | None]:
+    def _grow_batch(self, model: LoadedModel, proof: BatchingProof, rows: Tensors) -> list[Measurement]:
         """Time batches of 1, 2, 4, … rows until more rows no longer pay, and check the answers of each.
 
-        `checked` is `model` with all outputs as tensors.
-
-        Returns the measurements, and how a batch's outputs differ from those of its rows alone.
+        Raises _Disproven if a batch's outputs differ from those of its rows alone.
         """
         table: list[Measurement] = []
         rates: list[float] = []
         size = 1
-        most = self._constraints.max_rows or MOST_ROWS
+        most = self._constraints.max_rows or _affordable_rows(rows, MOST_ROWS)
         while not table or (proof.batched and size <= most and not self._late()):
             batch = repeat_rows(rows, size) if proof.batched else rows
             try:
-                outputs = checked.run(batch)
+                if proof.batched:
+                    wrong = proof.disagreement([model], size)
+                else:
+                    wrong = None
+                    model.run(batch)
             except Exception as error:  # noqa: BLE001 - too many rows for the model, or for the machine
                 log.info("batches end at %d rows: %s", size // 2, short_reason(error))
                 break
-            if proof.batched:
-                chosen = repeated_indexes(rows, size)
-                fault, _ = compare_outputs(checked.signature, outputs, proof.alone, chosen, model.rounding)
-                if fault is not None:
-                    return table, Fault(Obstacle.ROWS_MIXED, f"{fault} when {size} rows run together")
+            if wrong is not None:
+                raise _Disproven(f"{wrong} when {size} rows run together")
             quickest, typical = self._time(model, batch)
             table.append(Measurement(size, typical, TRUST))
             rates.append(size / (quickest + BATCH_S))
@@ -305,9 +314,27 @@ class Planner:
                 break
             size *= 2
         if self._constraints.max_rows is not None or not rates:
-            return table, None  # with a limit from model.toml, every size up to it is of use
+            return table  # with a limit from model.toml, every size up to it is of use
         enough = next(index for index, rate in enumerate(rates) if rate >= NEARLY * max(rates))
-        return table[: enough + 1], None
+        return table[: enough + 1]
+
+    def _provable_rows(self, models: Sequence[LoadedModel], proof: BatchingProof, rows: int) -> int:
+        """The most rows, at most `rows`, that `models` run together, each on a thread, as they are proven.
+
+        Raises _Disproven if the answers differ.
+        """
+        while True:
+            try:
+                wrong = proof.disagreement(models, rows)
+            except Exception as error:  # too many rows for the model, or for the machine
+                log.info("batches end below %d rows: %s", rows, short_reason(error))
+                if rows == 1:
+                    raise
+                rows = rows // 2
+                continue
+            if wrong is not None:
+                raise _Disproven(f"{wrong} when {rows} rows run together")
+            return rows
 
     def _time(self, model: LoadedModel, batch: Tensors) -> tuple[float, float]:
         """The quickest and the median of a few runs, in seconds."""
@@ -334,7 +361,7 @@ class Planner:
             found.append(Measurement(size, self._time(model, batch)[1], TRUST))
         return found
 
-    def _overlap(self, model: LoadedModel, batch: Tensors) -> tuple[int, float]:
+    def _overlap(self, model: LoadedModel, batch: Tensors, proof: BatchingProof) -> tuple[int, float]:
         """Instances on a GPU, where one copies while another runs, and their rate as a multiple of one's."""
         asked = self._constraints.instances
         if asked == 1 or self._late():
@@ -345,8 +372,11 @@ class Planner:
             for _ in range((asked or OVERLAPPING) - 1):
                 others.append(self._load(1))  # noqa: PERF401 - if one fails, those before it must be closed
             rate = self._rate([model, *others], batch)
+            wrong = proof.disagreement([model, *others], count_rows(batch)) if proof.batched else None
+            if wrong is not None:
+                raise _Disproven(f"{wrong} when {1 + len(others)} instances run at the same time")
         except Exception as error:  # there may be no memory for one more copy
-            if asked:
+            if asked or isinstance(error, _Disproven):
                 raise
             log.info("one instance a GPU: %s", short_reason(error))
             return 1, 1.0
@@ -357,14 +387,22 @@ class Planner:
         return instances, min(rate / base, instances) if instances > 1 else 1.0
 
     def _share_cores(
-        self, model: LoadedModel, batch: Tensors, table: Sequence[Measurement]
+        self, model: LoadedModel, batch: Tensors, table: Sequence[Measurement], proof: BatchingProof
     ) -> tuple[int, int, float]:
-        """Instances, threads of a run, and their rate as a multiple of one instance with one thread."""
+        """Instances, threads of a run, and their rate as a multiple of one instance with one thread.
+
+        An option that gives other answers than those that are proven is not taken. Raises _Disproven if
+        `model.toml` asks for it.
+        """
         options = self._options(table[0].seconds, table[-1].seconds)
-        if options == [(1, 1)] or self._late():
+        late = self._late()
+        if options == [(1, 1)] or (late and not proof.batched):
             return *options[0], 1.0
-        base = self._rate([model], batch)
+        if late:
+            options = options[:1]
+        base = 1.0 if late else self._rate([model], batch)
         rates: dict[tuple[int, int], float] = {}
+        wrongs: list[Reason] = []
         # Options with one thread come first, because for others the model must be loaded again.
         for instances, threads in sorted(options, key=lambda option: option[::-1]):
             if rates and self._late():
@@ -372,10 +410,22 @@ class Planner:
             candidate = model if threads == 1 else self._load(threads)
             alone = (instances, threads) == (1, 1)
             try:
-                rates[instances, threads] = base if alone else self._rate([candidate] * instances, batch)
+                wrong = None
+                if proof.batched and not alone:
+                    wrong = proof.disagreement([candidate] * instances, count_rows(batch))
+                if wrong is not None:
+                    wrongs.append(f"{wrong} when {instances} × {threads} threads run at the same time")
+                    continue
+                # Without time to measure, an option only has to give the proven answers.
+                known = late or alone
+                rates[instances, threads] = base if known else self._rate([candidate] * instances, batch)
             finally:
                 if candidate is not model:
                     candidate.close()
+        if not rates:
+            if self._constraints.instances or self._constraints.threads:
+                raise _Disproven(wrongs[0])
+            return 1, 1, 1.0
         enough = max(rates.values()) / (BETTER if table[0].seconds >= CLEAR_S else MUCH_BETTER)
         best = next(option for option in options if rates.get(option, 0.0) >= enough)
         # A gain beyond the number of threads is noise in one of the two rates.
@@ -421,3 +471,13 @@ class Planner:
 
     def _late(self) -> bool:
         return self._clock() >= self._ends
+
+
+class _Disproven(Exception):
+    """Runs of the plan give other answers than the rows alone; the text says which."""
+
+
+def _affordable_rows(rows: Tensors, most: int) -> int:
+    """The rows of the largest batch that made-up inputs may take memory for."""
+    row_bytes = bytes_of(rows) / max(1, count_rows(rows))
+    return max(1, min(most, int(MOST_BATCH_BYTES / max(1.0, row_bytes))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -15,41 +15,60 @@ from inferpool.tensors import Array, Signature, Tensors
 ROWS: Final = 8
 """How many different rows are found."""
 
+MOST_SAMPLE_ROWS: Final = 64
+"""How many rows of golden samples are used."""
+
+_TRIED: Final = 3
+"""How many rows run before all are believed to run."""
+
 
 class RunnableRows(NamedTuple):
     """Rows that a model runs.
 
     Attributes:
         rows: different rows, along the first dimension; empty if none were found.
-        seconds: how long the run of one row takes.
         fault: why the last attempt failed; None if rows were found.
     """
 
     rows: Tensors
-    seconds: float
     fault: Reason | None
 
 
-def find_runnable_rows(
-    model: LoadedModel, samples: Sequence[Tensors], clock: Callable[[], float]
-) -> RunnableRows:
+def find_runnable_rows(model: LoadedModel, samples: Sequence[Tensors]) -> RunnableRows:
     """Find rows that `model` runs: `samples`, inputs that it is known to take, or else made-up rows.
 
     Raises OutOfMemory if a GPU has no memory for one row.
     """
-    fault: Reason = "its inputs are not known"
+    fault: Reason = "they would take too much memory"
     for rows in _candidates(model.signature, samples):
         try:
-            model.run(rows_between(rows, 0, 1))  # the first run may be slower than any other
-            began = clock()
-            for row in range(1, 3):
+            for row in range(min(_TRIED, count_rows(rows))):
                 model.run(rows_between(rows, row, row + 1))
-            return RunnableRows(rows, (clock() - began) / 2, None)
+            return RunnableRows(rows, None)
         except OutOfMemory:
             raise  # other rows need as much memory
         except Exception as error:  # noqa: BLE001 - made-up rows may be nonsense to the model
             fault = short_reason(error)
-    return RunnableRows({}, 0.0, fault)
+    return RunnableRows({}, fault)
+
+
+def rows_by_shape(samples: Sequence[Tensors]) -> list[Tensors]:
+    """The rows of all samples, joined if they have the same shapes, in the order of the first of each."""
+    groups: dict[object, list[Tensors]] = {}
+    for sample in samples:
+        counts = {len(tensor) if tensor.ndim else 0 for tensor in sample.values()}
+        if len(counts) == 1 and 0 not in counts:
+            shapes = tuple(sorted((name, tensor.shape[1:]) for name, tensor in sample.items()))
+            groups.setdefault(shapes, []).append(sample)
+    return [
+        {name: np.concatenate([each[name] for each in group]) for name in group[0]}
+        for group in groups.values()
+    ]
+
+
+def count_rows(rows: Tensors) -> int:
+    """The number of rows."""
+    return len(next(iter(rows.values())))
 
 
 def rows_between(rows: Tensors, start: int, stop: int) -> Tensors:
@@ -65,7 +84,7 @@ def repeat_rows(rows: Tensors, count: int) -> Tensors:
 
 def repeated_indexes(rows: Tensors, count: int) -> list[int]:
     """The indexes into `rows` that `repeat_rows` takes."""
-    available = len(next(iter(rows.values())))
+    available = count_rows(rows)
     return [row % available for row in range(count)]
 
 
@@ -75,19 +94,20 @@ def reversed_rows(rows: Tensors) -> Tensors:
 
 
 def _candidates(signature: Signature, samples: Sequence[Tensors]) -> Iterator[Tensors]:
-    usable = [sample for sample in samples if all(tensor.ndim and len(tensor) for tensor in sample.values())]
-    if usable:
+    known = rows_by_shape(samples)
+    if known:
         rng = np.random.default_rng(SEED)
-        shapes = {name: tensor.shape[1:] for name, tensor in usable[0].items()}
-        alike = [sample for sample in usable if {n: t.shape[1:] for n, t in sample.items()} == shapes]
-        yield {name: _varied(np.concatenate([sample[name] for sample in alike]), rng) for name in shapes}
+        yield {name: _varied(tensor, rng) for name, tensor in known[0].items()}
+        # A model may take no values but those of the samples.
+        yield from (repeat_rows(rows, max(ROWS, min(count_rows(rows), MOST_SAMPLE_ROWS))) for rows in known)
     yield from made_up_rows(signature.inputs, ROWS)
 
 
 def _varied(tensor: Array, rng: np.random.Generator) -> Array:
-    """Make `ROWS` rows from a sample's rows, all different if possible."""
-    rows: Array = tensor[np.arange(ROWS) % len(tensor)].copy()
-    for row in range(len(tensor), ROWS):
+    """Make at least `ROWS` rows from a sample's rows, all different if possible."""
+    count = max(ROWS, min(len(tensor), MOST_SAMPLE_ROWS))
+    rows: Array = tensor[np.arange(count) % len(tensor)].copy()
+    for row in range(len(tensor), count):
         if rows.dtype.kind == "f":
             rows[row] = rows[row] * rng.uniform(0.5, 1.5, rows[row].shape).astype(rows.dtype)
         elif rows.dtype.kind == "O":

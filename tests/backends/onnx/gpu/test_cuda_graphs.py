@@ -129,7 +129,7 @@ def check(model: BoundModel, count: int, bucket: int) -> None:
 
 
 def capture_all(model: BoundModel, buckets: BatchBuckets | None, samples: list[Any] | None = None) -> None:
-    capture(model, buckets, samples or [{"a": rows(5)}], lambda: 0.0)
+    capture(model, buckets, samples or [{"a": rows(5)}])
 
 
 def test_each_batch_size_has_its_own_graph(opened: list[str]) -> None:  # noqa: F811
@@ -176,7 +176,7 @@ def test_token_rows_are_captured_for_their_smallest_shapes() -> None:
         texts = [
             {"a": np.arange(8 * length, dtype=np.float32).reshape(8, length) / length} for length in lengths
         ]
-        capture(model, BatchBuckets(list(buckets)), [], lambda: 0.0, texts)
+        capture(model, BatchBuckets(list(buckets)), [], texts)
         assert model.graphs.ok == (not part)
         assert part in model.graphs.reason
         wrapped.runs.clear()

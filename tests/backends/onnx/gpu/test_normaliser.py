@@ -203,7 +203,7 @@ def test_graphs_replay_on_normalised_pixels(opened: list[str]) -> None:  # noqa:
     """They were captured with numbers, over the memory that pixels are put into too."""
     model, session = bound(CudaMemory(3, 13), "CHW")
     made = codec("CHW")
-    capture(model, BatchBuckets([1, 2, 4]), [{"x": both(made, range(4))[1]}], lambda: 0.0)
+    capture(model, BatchBuckets([1, 2, 4]), [{"x": both(made, range(4))[1]}])
     assert model.graphs.ok
     session.runs.clear()
     for seed, (count, bucket) in enumerate(((3, 4), (1, 1), (2, 2), (4, 4), (1, 4))):
@@ -310,7 +310,7 @@ def test_pytorch_recordings_replay_on_normalised_pixels() -> None:
     recorder = FakeRecorder()
     made = codec("CHW")
     model, _ = echo("CHW", "FP32", recorder)
-    capture(model, BatchBuckets([1, 4]), [{"x": both(made, range(4))[1]}], lambda: 0.0)
+    capture(model, BatchBuckets([1, 4]), [{"x": both(made, range(4))[1]}])
     assert model.graphs.ok
     before = sum(recording.replays for recording in recorder.made)
     for seed, (count, bucket) in enumerate(((3, 4), (1, 1), (4, 4))):

@@ -6,7 +6,6 @@ Like CUDA's it reads and writes the same memory each time; what CUDA itself does
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +91,7 @@ def test_every_batch_size_is_replayed_with_the_networks_outputs() -> None:
     model = on_fake(recorder)
     assert model.can_capture
     assert model.graphs == (False, "none were asked for")
-    capture(model, BatchBuckets((1, 4, 8)), [], time.monotonic)
+    capture(model, BatchBuckets((1, 4, 8)), [])
     assert model.graphs.ok
     assert len(recorder.made) == 3
     before = [recording.replays for recording in recorder.made]
@@ -115,7 +114,7 @@ def test_every_batch_size_is_replayed_with_the_networks_outputs() -> None:
 def test_other_shapes_run_without_a_recording() -> None:
     recorder = FakeRecorder()
     model = on_fake(recorder)
-    capture(model, BatchBuckets((4,)), [], time.monotonic)
+    capture(model, BatchBuckets((4,)), [])
     replays = recorder.made[0].replays
     rows = images(4, 0)
     np.testing.assert_allclose(
@@ -131,7 +130,7 @@ def test_a_recording_keeps_its_memory_while_other_shapes_run() -> None:
         return {(): feeds["x"].sum((1, 2, 3))[:, None].repeat(1, 10)}
 
     model = on_fake(FakeRecorder(), forward)
-    capture(model, BatchBuckets((4,)), [], time.monotonic)
+    capture(model, BatchBuckets((4,)), [])
     [(buffers, _)] = model._recordings.values()
     alive = weakref.ref(buffers["x"].device)
     for count in range(1, _KEPT_SHAPES + 2):
@@ -153,7 +152,7 @@ def test_a_recording_keeps_its_memory_while_other_shapes_run() -> None:
 def test_a_failed_or_wrong_recording_is_dropped_with_a_reason(fault: str, reason: str) -> None:
     recorder = FakeRecorder(fault)
     model = on_fake(recorder)
-    capture(model, BatchBuckets((1, 8)), [], time.monotonic)
+    capture(model, BatchBuckets((1, 8)), [])
     assert model.graphs.reason.startswith(reason)
     assert all(recording.dropped for recording in recorder.made)
     rows = images(3, 1)
@@ -165,7 +164,7 @@ def test_a_failed_or_wrong_recording_is_dropped_with_a_reason(fault: str, reason
 def test_close_drops_the_recordings() -> None:
     recorder = FakeRecorder()
     model = on_fake(recorder)
-    capture(model, BatchBuckets((1, 8)), [], time.monotonic)
+    capture(model, BatchBuckets((1, 8)), [])
     model.close()
     assert [recording.dropped for recording in recorder.made] == [True, True]
     assert not model._buffers

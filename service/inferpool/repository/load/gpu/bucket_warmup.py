@@ -7,7 +7,7 @@ The runs also make the runtime choose its algorithms and grow its memory, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from inferpool.backends.base import DeviceModel
 from inferpool.errors import OutOfMemory, Reason, short_reason
@@ -17,15 +17,13 @@ from inferpool.repository.load.runnable_rows import find_runnable_rows, repeat_r
 from inferpool.tensors import Tensors
 
 
-def warm_up(
-    model: DeviceModel, buckets: BatchBuckets, samples: Sequence[Tensors], clock: Callable[[], float]
-) -> Reason | None:
+def warm_up(model: DeviceModel, buckets: BatchBuckets, samples: Sequence[Tensors]) -> Reason | None:
     """Run every bucket full and with its last row padded; returns why batches must not be padded.
 
     `samples` are inputs that the model is known to take. If the GPU has no memory for a bucket, half of it
     becomes the largest. Raises OutOfMemory if there is no memory for a single row.
     """
-    rows, _, unrunnable = find_runnable_rows(model, samples, clock)
+    rows, unrunnable = find_runnable_rows(model, samples)
     if unrunnable is not None:
         return f"no made-up rows could be run ({unrunnable})"
     # The largest bucket runs first: the others fit in the memory that the runtime takes for it.

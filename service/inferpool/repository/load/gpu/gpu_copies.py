@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,10 +49,9 @@ class GpuInputs:
 class GpuCopies(ModelCopies):
     """The copies of one version on GPUs."""
 
-    def __init__(self, backend: Backend, file: Path, clock: Callable[[], float]) -> None:
+    def __init__(self, backend: Backend, file: Path) -> None:
         super().__init__(backend, file)
         self._upgrade: TensorRTUpgrade | None = None
-        self._clock = clock
         self._captured: list[threading.Event] = []
 
     @property
@@ -134,7 +133,7 @@ class GpuCopies(ModelCopies):
             if buckets is None or not isinstance(model, DeviceModel):
                 continue
             try:
-                fault = fault or warm_up(model, buckets, samples, self._clock)
+                fault = fault or warm_up(model, buckets, samples)
             except OutOfMemory as error:
                 raise LoadError(f"{device} has no memory for a single row: {error.detail}") from error
         return copies, fault
@@ -156,7 +155,6 @@ class GpuCopies(ModelCopies):
                         model,
                         self.buckets,
                         inputs.samples,
-                        self._clock,
                         inputs.texts,
                         then=self._captured[-1].set,
                     )
@@ -184,7 +182,7 @@ class GpuCopies(ModelCopies):
         samples: Sequence[Tensors],
         find_folder: FindFolder,
     ) -> None:
-        rows = find_runnable_rows(switches[0][1], samples, self._clock).rows
+        rows = find_runnable_rows(switches[0][1], samples).rows
         if self.buckets is None:
             rows = samples[0] if samples else repeat_rows(rows, 1) if rows else {}
         self._upgrade = TensorRTUpgrade(
@@ -202,7 +200,7 @@ class GpuCopies(ModelCopies):
         except LoadError as error:
             return None, error.detail
         try:
-            found = run_reference(model, samples, self._clock)
+            found = run_reference(model, samples)
         except OutOfMemory as error:
             return None, error.detail
         finally:

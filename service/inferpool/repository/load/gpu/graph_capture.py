@@ -34,7 +34,6 @@ class CapturingModel(DeviceModel):
         model: DeviceModel,
         buckets: BatchBuckets | None,
         samples: Sequence[Tensors],
-        clock: Callable[[], float],
         texts: Sequence[Tensors] = (),
         then: Callable[[], None] = lambda: None,
     ) -> None:
@@ -48,7 +47,6 @@ class CapturingModel(DeviceModel):
         self._model = model
         self._buckets = buckets
         self._samples = samples
-        self._clock = clock
         self._texts = texts
         self._then = then
 
@@ -66,7 +64,7 @@ class CapturingModel(DeviceModel):
         """Prepare the calling thread, and capture on it."""
         self._model.begin()
         try:
-            capture(self._model, self._buckets, self._samples, self._clock, self._texts)
+            capture(self._model, self._buckets, self._samples, self._texts)
         finally:
             self._then()
 
@@ -89,7 +87,6 @@ def capture(
     model: DeviceModel,
     buckets: BatchBuckets | None,
     samples: Sequence[Tensors],
-    clock: Callable[[], float],
     texts: Sequence[Tensors] = (),
 ) -> None:
     """Capture all runs that can be captured; `model.graphs` then says whether they are replayed.
@@ -101,9 +98,9 @@ def capture(
     shapes: list[tuple[int, Tensors]] = []
     try:
         if buckets is None:
-            fault = _capture_one(model, samples, clock)
+            fault = _capture_one(model, samples)
         else:
-            shapes, fault = _shapes(model, buckets, samples, clock, texts)
+            shapes, fault = _shapes(model, buckets, samples, texts)
             # The largest shape first: the others fit in the memory that the runtime takes for it.
             for bucket, rows in reversed(shapes[:MOST_GRAPHS]):
                 fault = fault or _capture_and_compare(
@@ -122,11 +119,11 @@ def capture(
         model.graphs = Verdict(False, "for rows of the shape that was tried at load only")
 
 
-def _capture_one(model: DeviceModel, samples: Sequence[Tensors], clock: Callable[[], float]) -> Reason | None:
+def _capture_one(model: DeviceModel, samples: Sequence[Tensors]) -> Reason | None:
     """Capture the run of a sample, or of a made-up row; returns what is wrong."""
     if samples:
         return _capture_and_compare(model, None, samples[0], samples[0])
-    rows, _, unrunnable = find_runnable_rows(model, samples, clock)
+    rows, unrunnable = find_runnable_rows(model, samples)
     if unrunnable is not None:
         return f"no made-up rows could be run ({unrunnable})"
     return _capture_and_compare(model, None, repeat_rows(rows, 1), repeat_rows(reversed_rows(rows), 1))
@@ -136,14 +133,13 @@ def _shapes(
     model: DeviceModel,
     buckets: BatchBuckets,
     samples: Sequence[Tensors],
-    clock: Callable[[], float],
     texts: Sequence[Tensors],
 ) -> tuple[list[tuple[int, Tensors]], Reason | None]:
     """Every shape of a batch as a bucket and rows for it, the smallest first; or what is wrong."""
     if texts:
         kinds = list(texts)
     else:
-        rows, _, unrunnable = find_runnable_rows(model, samples, clock)
+        rows, unrunnable = find_runnable_rows(model, samples)
         if unrunnable is not None:
             return [], f"no made-up rows could be run ({unrunnable})"
         kinds = [rows]

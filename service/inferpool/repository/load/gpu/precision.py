@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from inferpool.backends.base import LoadedModel
 from inferpool.errors import LoadError, OutOfMemory, short_reason
 from inferpool.repository.catalog import RoundingDifference
-from inferpool.repository.load.comparison import relative_difference
+from inferpool.repository.load.comparison import output_scale, relative_difference
 from inferpool.repository.load.runnable_rows import find_runnable_rows
 from inferpool.tensors import ROUNDING, Array, Tensors, TensorSpec, bf16_to_fp32
 
@@ -54,9 +54,9 @@ class Reference:
         return RoundingDifference(absolute, relative, changed, rows)
 
 
-def run_reference(exact: LoadedModel, samples: Sequence[Tensors], clock: Callable[[], float]) -> Reference:
+def run_reference(exact: LoadedModel, samples: Sequence[Tensors]) -> Reference:
     """Run `exact`, which rounds as FP32, on the rows of the checks and on `samples`."""
-    rows = find_runnable_rows(exact, samples, clock).rows
+    rows = find_runnable_rows(exact, samples).rows
     inputs, outputs = [], []
     for candidate in ([rows] if rows else []) + [sample for sample in samples if _has_rows(sample)]:
         try:
@@ -97,4 +97,4 @@ def _gap(got: Array, want: Array, what: str) -> tuple[float, float]:
     got = np.where(np.isfinite(want), got, want)
     finite = np.isfinite(want)
     absolute = np.abs(got[finite] - want[finite]).max(initial=0.0)
-    return float(absolute), relative_difference(got, want, want)
+    return float(absolute), relative_difference(got, want, output_scale(want))
