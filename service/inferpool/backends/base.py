@@ -224,8 +224,8 @@ class Backend(ABC):
     def read_rows(self, file: Path, options: LoadOptions) -> RowVerdict:
         """Find out by reading the graph of `file` whether any operation mixes the rows of a batch.
 
-        Nothing of the file is run, and it is loaded only if `options` trust it. A file that cannot be read has
-        the verdict UNKNOWN.
+        Nothing of the file is run, and it is loaded only if `options` trust it. The verdict on a file that
+        cannot be read is UNKNOWN.
         """
         return RowVerdict(Independence.UNKNOWN, f"the backend {self.name} does not read graphs")
 

@@ -190,7 +190,7 @@ def _positions(step: Step, values: list[Value]) -> Value:
         for value in rest
     )
     if not last or not follow:
-        return mixed(f"{step.label} makes data of the number of rows")
+        return unknown(f"{step.label} joins numbers of rows")
     depth = 1 + sum(value.shape[-1].coefficient for value in rest if value.shape is not None)
     return Value(Kind.COUNTED, (*first.shape[:-1], Dim(depth)), picks_own=True, reason=first.reason)
 
@@ -205,6 +205,8 @@ def concat(step: Step) -> list[Value]:
             elements = tuple(dim for value in values for dim in value.elements or ())
             kind = Kind.COUNTED if any(dim.row_factors for dim in elements) else Kind.SHARED
             return [Value(kind, (Dim(len(elements)),), elements=elements)]
+        if any(value.kind is Kind.COUNTED and value.elements is None for value in values):
+            return [unknown(f"{step.label} joins numbers of rows")]
         if any(value.kind is Kind.COUNTED for value in values):
             return [mixed(f"{step.label} makes data of the number of rows")]
         return [shared(step.inferred())]

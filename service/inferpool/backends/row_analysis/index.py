@@ -119,6 +119,23 @@ def scatter_elements(step: Step) -> list[Value]:
     return [first]
 
 
+def scatter_nd(step: Step) -> list[Value]:
+    """ScatterND: to shared positions on the axes before that of the rows."""
+    data, indices, updates = step.required(0), step.required(1), step.required(2)
+    if all(value.kind is Kind.SHARED for value in (data, indices, updates)):
+        return [shared(step.settled(data.shape))]
+    if indices.kind is not Kind.SHARED or indices.shape is None or not indices.shape[-1].is_known:
+        return [unknown(f"{step.label}: its indices depend on the rows")]
+    if data.kind is not Kind.ROWED or updates.kind is not Kind.ROWED or not data.lies_as(updates):
+        return [unknown(f"{step.label}: only some of its inputs have rows")]
+    depth = indices.shape[-1].coefficient
+    if data.axis < depth:
+        return [mixed(f"{step.label} writes to rows by their position")]
+    if updates.axis != len(indices.shape) - 1 + data.axis - depth:
+        return [unknown(f"{step.label}: rows are written to other places than theirs")]
+    return [data]
+
+
 def slices(step: Step) -> list[Value]:
     """Slice: of any axes but that of the rows."""
     value = step.required(0)
@@ -129,6 +146,8 @@ def slices(step: Step) -> list[Value]:
         assert ends is not None
         picked = value.elements[starts[0] : ends[0] : steps[0] if steps else 1]
         return [integers(picked, (Dim(len(picked)),))]
+    if value.kind is Kind.ROWED and value.outer != ONE:
+        return [unknown(f"{step.label} cuts blocks of rows")]
     if any(other.kind is not Kind.SHARED for other in step.given()[1:]):
         return [mixed(f"{step.label} cuts at a place that depends on the rows")]
     if value.kind is Kind.COUNTED:
@@ -390,6 +409,7 @@ RULES: Final[dict[str, Rule]] = {
     "GatherND": gather_nd,
     "ScatterElements": scatter_elements,
     "Scatter": scatter_elements,
+    "ScatterND": scatter_nd,
     "Slice": slices,
     "OneHot": one_hot,
     "Pad": pad,

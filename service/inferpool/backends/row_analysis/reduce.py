@@ -98,6 +98,25 @@ def along_axis(step: Step) -> list[Value]:
     return [value]
 
 
+def fourier(step: Step) -> list[Value]:
+    """DFT: along one axis; the last axis has the parts of complex numbers."""
+    done = _alone(step)
+    if done is not None:
+        return [done]
+    value = step.required(0)
+    assert value.shape is not None
+    axes = step.numbers("axis", 2) if step.opset >= 20 else [step.integer("axis", 1)]
+    length = step.input(1)
+    if axes is None or (length is not None and length.kind is not Kind.SHARED):
+        return [unknown(f"{step.label}: the axis or the length is not known before the model runs")]
+    rank = len(value.shape)
+    axis = normal_axis(axes[0] if axes else -2, rank)
+    if value.axis in (axis, rank - 1):
+        return [mixed(f"{step.label} transforms along the rows")]
+    shape = tuple(step.fresh(at) if at in (axis, rank - 1) else dim for at, dim in enumerate(value.shape))
+    return [like(value, shape)]
+
+
 def layer_normalization(step: Step) -> list[Value]:
     """LayerNormalization and its kin: over all axes from one on."""
     done = _alone(step)
@@ -155,6 +174,7 @@ RULES: Final[dict[str, Rule]] = {
         layer_normalization,
     ),
     "TopK": sorted_along,
+    "DFT": fourier,
     "BatchNormalization": batch_normalization,
     "MeanVarianceNormalization": mean_variance_normalization,
 }  # fmt: skip

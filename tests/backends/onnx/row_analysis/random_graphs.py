@@ -341,6 +341,76 @@ def _recurrent(draft: Draft, x: str) -> list[str]:
     return outputs[draft.draw(st.integers(0, 1)) :][:1]
 
 
+def _numbered(draft: Draft, x: str) -> list[str]:
+    """The numbers of the rows, or of another axis, used to pick."""
+    axis = draft.axis(x)
+    (shape,) = draft.node("Shape", x)
+    (size,) = draft.node("Gather", shape, draft.constant(np.array(axis, np.int64)))
+    zero, one = draft.constant(np.array(0, np.int64)), draft.constant(np.array(1, np.int64))
+    (numbers,) = draft.node("Range", zero, size, one)
+    kind = draft.draw(st.integers(0, 4))
+    if kind == 0:
+        return draft.node("Gather", x, numbers, axis=draft.axis(x))
+    if kind == 1:
+        (halved,) = draft.node("Div", numbers, draft.constant(np.array(2, np.int64)))
+        return draft.node("Gather", x, halved, axis=draft.axis(x))
+    if kind == 2:
+        (floats,) = draft.node("Cast", numbers, to=TensorProto.FLOAT)
+        return draft.node("Unsqueeze", floats, draft.integers(1))
+    (flat,) = draft.node("Flatten", x, axis=1)
+    (best,) = draft.node("ArgMax", flat, axis=1, keepdims=1)
+    (column,) = draft.node("Unsqueeze", numbers, draft.integers(1))
+    if kind == 3:
+        (sizes,) = draft.node("Shape", best)
+        (column,) = draft.node("Expand", column, sizes)
+    positions = [column, best] if draft.draw(st.integers(0, 3)) else [best, column]
+    (where,) = draft.node("Concat", *positions, axis=1)
+    return draft.node("GatherND", flat, where)
+
+
+def _blocks(draft: Draft, x: str) -> list[str]:
+    """Rows joined with rows, and the blocks taken apart again."""
+    (joined,) = draft.node("Concat", x, draft.pick(draft.values[x].ndim, draft.values[x].ndim) or x, axis=0)
+    kind = draft.draw(st.integers(0, 2))
+    if kind == 0:
+        return draft.node("Reshape", joined, draft.integers(2, -1))
+    if kind == 1:
+        (apart,) = draft.node("Reshape", joined, draft.integers(2, -1, *draft.values[x].shape[1:]))
+        return draft.node("ReduceSum", apart, draft.integers(0), keepdims=0)
+    return draft.node("Reshape", joined, draft.integers(-1, 2 * draft.values[x].shape[-1]))
+
+
+def _features(draft: Draft, x: str) -> list[str]:
+    """Features picked by indices of each row, or by shared ones."""
+    if draft.draw(st.booleans()):
+        size = draft.values[x].shape[-1]
+        indices = [draft.draw(st.integers(0, size - 1)) for _ in range(2)]
+        return draft.node("ArrayFeatureExtractor", x, draft.integers(*indices), domain="ai.onnx.ml")
+    (best,) = draft.node("ArgMax", x, axis=draft.axis(x), keepdims=draft.draw(st.integers(0, 1)))
+    table = draft.weights(4) if draft.draw(st.booleans()) else draft.weights(1, 4)
+    return draft.node("ArrayFeatureExtractor", table, best, domain="ai.onnx.ml")
+
+
+def _write(draft: Draft, x: str) -> list[str]:
+    """The first of one axis written over by something that is computed of it."""
+    axis = draft.axis(x)
+    rank = draft.values[x].ndim
+    order = [axis, *(at for at in range(rank) if at != axis)]
+    (turned,) = draft.node("Transpose", x, perm=order)
+    (first,) = draft.node("Gather", turned, draft.integers(0), axis=0)
+    (changed,) = draft.node("Tanh", first)
+    (written,) = draft.node("ScatterND", turned, draft.constant(np.array([[0]], np.int64)), changed)
+    return draft.node("Transpose", written, perm=[order.index(at) for at in range(rank)])
+
+
+def _transform(draft: Draft, x: str) -> list[str]:
+    """The Fourier transform along an axis."""
+    (wide,) = draft.node("Unsqueeze", x, draft.integers(-1))
+    axis = draft.constant(np.array(draft.axis(x), np.int64))
+    (result,) = draft.node("DFT", wide, "", axis)
+    return draft.node("ReduceSum", result, draft.integers(-1), keepdims=0)
+
+
 GROWING: tuple[Grow, ...] = (
     _unary,
     _binary,
@@ -373,6 +443,11 @@ GROWING: tuple[Grow, ...] = (
     _condition,
     _loop,
     _recurrent,
+    _numbered,
+    _blocks,
+    _features,
+    _write,
+    _transform,
 )
 SHAPES = ((3, 4), (2, 3), (4,), (3, 2, 2), (1, 3), (3, 3))
 """The shapes of a row: some have as many elements on an axis as there are rows."""
@@ -399,7 +474,8 @@ def session_of(draft: Draft, outputs: list[str]) -> tuple[onnx.ModelProto, ort.I
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         draft.constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.ml", 3)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1
