@@ -1,0 +1,1 @@
+"""Requests that cost a server more than they cost their sender, thrown at it beside good requests."""
