@@ -149,6 +149,22 @@ def test_neighbours_give_the_scale() -> None:
     assert seen == [run.outcomes[1].outputs, run.outcomes[2].outputs]
 
 
+def test_much_larger_neighbours_give_no_scale() -> None:
+    """A difference that is small beside their answers may be large for the answer that is compared."""
+    counts: list[int] = []
+
+    def keep(answer: Tensors, alone: Tensors, others: Sequence[Tensors]) -> str | None:
+        counts.append(len(others))
+        return None
+
+    audit = Audit(keep)
+    consider(audit, ran(8))
+    sample = audit.take()
+    assert sample is not None
+    assert audit.check(sample, doubled) is None
+    assert counts == [3], "1 beside 2, 3 and 4, but not beside 5 to 8"
+
+
 def test_lists_are_kept_as_they_are() -> None:
     run = ran()
     for outcome in run.outcomes:

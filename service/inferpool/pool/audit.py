@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
+import numpy as np
+
 from inferpool.errors import OutOfMemory, Reason
-from inferpool.pool.batch import Batch, RowSlice, Run
+from inferpool.pool.batch import Batch, Outcome, RowSlice, Run
 from inferpool.tensors import Tensors
 
 Compare: TypeAlias = Callable[[Tensors, Tensors, Sequence[Tensors]], Reason | None]
@@ -29,7 +31,12 @@ FIRST_AUDITS: Final = 4
 OVERDUE_S: Final = 30.0
 """A sample that has waited so long for an idle instance runs before the next batch."""
 MOST_BYTES: Final = 16 * 1024 * 1024
-"""Inputs of an entry, and outputs of its batch, that are kept for an audit. Larger ones are not audited."""
+"""Inputs of an entry, and tensors of its neighbours, that are kept for an audit. Larger ones are not."""
+MOST_NEIGHBOURS: Final = 8
+"""So many neighbours of an entry give the scale of its outputs."""
+ALIKE: Final = 4.0
+"""A neighbour gives the scale only if the largest numbers of the inputs differ by at most this factor: a
+larger neighbour has larger terms, beside which a wrong answer to small numbers looks like rounding."""
 
 
 class AuditSample:
@@ -38,7 +45,7 @@ class AuditSample:
     Attributes:
         row_slice: the slice.
         outputs: the outputs that its entry got.
-        neighbours: the outputs of the other slices, which give the scale of each output.
+        neighbours: the outcomes of other slices, which give the scale of each output.
         batch_rows: how many rows the batch had.
         kept: moment at which the batch had run.
     """
@@ -46,7 +53,7 @@ class AuditSample:
     __slots__ = ("batch_rows", "kept", "neighbours", "outputs", "row_slice")
 
     def __init__(
-        self, row_slice: RowSlice, outputs: Tensors, neighbours: list[Tensors], batch_rows: int, kept: float
+        self, row_slice: RowSlice, outputs: Tensors, neighbours: list[Outcome], batch_rows: int, kept: float
     ) -> None:
         self.row_slice = row_slice
         self.outputs = outputs
@@ -83,9 +90,15 @@ class Audit:
         self._sampled += 1
         if chosen.outputs is None or _bytes_of(chosen.row_slice.entry.inputs) > MOST_BYTES:
             return
-        others = [each.outputs for each in run.outcomes if each is not chosen and each.outputs is not None]
-        if sum(map(_bytes_of, [chosen.outputs, *others])) > MOST_BYTES:
-            others = []
+        kept_bytes = _bytes_of(chosen.outputs)
+        others: list[Outcome] = []
+        for each in run.outcomes:
+            if each is chosen or each.outputs is None:
+                continue
+            kept_bytes += _bytes_of(each.outputs) + _bytes_of(each.row_slice.entry.inputs)
+            if kept_bytes > MOST_BYTES or len(others) == MOST_NEIGHBOURS:
+                break
+            others.append(each)
         self._sample = AuditSample(chosen.row_slice, chosen.outputs, others, batch.rows, now)
 
     def overdue(self, now: float) -> bool:
@@ -109,16 +122,38 @@ class Audit:
         """
         try:
             alone = run_alone(sample.row_slice)
-            fault = self._compare(sample.outputs, alone, sample.neighbours)
+            alike = _alike_outputs(sample)
+            fault = self._compare(sample.outputs, alone, alike)
             if fault is None:
                 return None
-            if self._compare(run_alone(sample.row_slice), alone, sample.neighbours) is not None:
+            if self._compare(run_alone(sample.row_slice), alone, alike) is not None:
                 return "the model answers one row differently each time, so nothing is known of its batches"
         except OutOfMemory:
             return None  # this says nothing of the answer
         except Exception as error:  # noqa: BLE001 - a model may raise anything, and the instance goes on
             return f"a row that had an answer in a batch fails alone ({type(error).__name__})"
         return f"{fault} in a batch of {sample.batch_rows} rows"
+
+
+def _alike_outputs(sample: AuditSample) -> list[Tensors]:
+    """The outputs of neighbours whose inputs are about as large as those of the entry."""
+    own = _magnitude(sample.row_slice)
+    found: list[Tensors] = []
+    for each in sample.neighbours:
+        other = _magnitude(each.row_slice)
+        if each.outputs is not None and own <= ALIKE * other and other <= ALIKE * own:
+            found.append(each.outputs)
+    return found
+
+
+def _magnitude(row_slice: RowSlice) -> float:
+    """The largest finite number among the inputs of a slice; 0 if it has none."""
+    largest = 0.0
+    for tensor in row_slice.entry.inputs.values():
+        if tensor.dtype.kind in "fiu":
+            sizes = np.abs(tensor[row_slice.start : row_slice.stop].astype(np.float64))
+            largest = max(largest, float(np.max(sizes, initial=0.0, where=np.isfinite(sizes))))
+    return largest
 
 
 def _bytes_of(tensors: Tensors) -> int:
