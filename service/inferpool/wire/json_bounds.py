@@ -25,6 +25,8 @@ MOST_OBJECT_BYTES: Final = 128 * 2**20
 STRING_BYTES: Final = 104
 """Bytes of a string without its characters, of the parser's node, and of references to both."""
 
+_PARSER_BYTES: Final = 13
+"""Bytes that the parser allocates for each byte of text, before it knows how many values there are."""
 _LIST_BYTES: Final = 112
 _OBJECT_BYTES: Final = 272
 _NUMBER_BYTES: Final = 72
@@ -79,7 +81,7 @@ def check_json(text: bytes | memoryview, allowance: Allowance) -> None:
             limit=MOST_OBJECT_BYTES,
             got=size,
         )
-    allowance.take(size + len(text), "reading the JSON of the body")
+    allowance.take(size + _PARSER_BYTES * len(text), "reading the JSON of the body")
 
 
 def _limits(signature: Signature) -> tuple[int, int]:
@@ -110,4 +112,5 @@ def _count_without_c(text: bytes | memoryview) -> tuple[int, ...]:
     """Count like the module in C, but too much rather than too little, and no depth."""
     body: Any = bytes(text)
     lists, objects, strings = body.count(b"["), body.count(b"{"), body.count(b'"') // 2
-    return lists, objects, strings, body.count(b",") + lists, 0, len(body), 0
+    text_bytes = len(body) if body.isascii() else 4 * len(body)
+    return lists, objects, strings, body.count(b",") + lists, 0, text_bytes, 0

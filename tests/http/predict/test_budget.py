@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
 import pytest
 from inferpool.errors import BodyTooLarge, Overloaded
 from inferpool.http.native.api import NATIVE_API
@@ -58,3 +60,65 @@ def test_responses_that_are_not_read_count_and_all_is_given_back_at_once() -> No
     budget.release(first)
     budget.release(first)
     assert (budget.used, first.reserved_bytes) == (0, 0)
+
+
+def test_what_a_body_becomes_counts_until_the_response() -> None:
+    budget, first, second = ByteBudget(100), context(), context()
+    budget.reserve(first, 10)
+    budget.take_decoded(first, 60, "a picture")
+    assert (budget.held, first.decoded_bytes) == (70, 60)
+    with pytest.raises(Overloaded):
+        budget.reserve(second, 31)
+    budget.settle_decoded(first, 20)
+    assert budget.held == 30
+    budget.reserve(second, 70)
+    budget.settle_decoded(second, 50)
+    assert budget.held == 100, "tensors for which nothing was taken are views of the body"
+    for each in (first, second, first):
+        budget.release(each)
+    assert (budget.held, budget.decoded, first.decoded_bytes) == (0, 0, 0)
+
+
+def test_what_can_never_be_held_is_refused_for_its_size() -> None:
+    budget, alone = ByteBudget(100), context()
+    budget.reserve(alone, 50)
+    with pytest.raises(BodyTooLarge, match="a picture takes 101 bytes of memory with the body"):
+        budget.take_decoded(alone, 51, "a picture")
+    budget.take_decoded(alone, 50, "a picture")
+    budget.settle_decoded(alone, 50)
+    with pytest.raises(Overloaded, match="other requests hold 100 of 100 bytes"):
+        budget.take_decoded(context(), 1, "a picture")
+
+
+def test_a_thread_waits_for_the_memory_that_another_one_decodes_with() -> None:
+    budget, first, second = ByteBudget(100), context(), context()
+    budget.take_decoded(first, 80, "a picture")
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(budget.take_decoded, second, 80, "a picture")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        budget.settle_decoded(first, 20)
+        waiting.result(20)
+    assert (budget.held, second.decoded_bytes) == (100, 80)
+
+
+def test_threads_that_wait_for_one_another_do_not_wait_for_ever() -> None:
+    budget, first, second = ByteBudget(100), context(), context()
+    budget.take_decoded(first, 50, "a body")
+    budget.take_decoded(second, 40, "a body")
+    with ThreadPoolExecutor(2) as threads:
+        jobs = {threads.submit(budget.take_decoded, each, 30, "a picture"): each for each in (first, second)}
+        refused = next(as_completed(jobs, 20))
+        assert isinstance(refused.exception(), Overloaded)
+        budget.settle_decoded(jobs.pop(refused), 0)  # what the event loop does with every body
+        (served,) = jobs
+        served.result(20)
+    assert budget.held == jobs[served].decoded_bytes
+
+
+def test_memory_of_other_requests_that_does_not_come_back_soon_is_not_waited_for() -> None:
+    budget, first = ByteBudget(100), context()
+    budget.take_decoded(first, 80, "a picture")
+    budget.settle_decoded(first, 80)  # decoded, and waits in a queue
+    with pytest.raises(Overloaded, match="no room for 21 bytes: other requests hold 80 of 100 bytes"):
+        budget.take_decoded(context(), 21, "a picture")

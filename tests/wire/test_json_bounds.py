@@ -1,0 +1,121 @@
+"""The Python objects that JSON becomes are bounded before they are made."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import orjson
+import pytest
+from inferpool.allowance import Allowance
+from inferpool.errors import BodyTooLarge, InvalidInput
+from inferpool.tensors import ANY, MOST_ROWS, Signature, TensorSpec
+from inferpool.wire import json_bounds
+from inferpool.wire.json_bounds import COUNTED_BYTES, check_json
+from inferpool.wire.native_json import parse_request
+
+NUMBERS = Signature((TensorSpec("x", "FP32", (ANY, 4)),), ())
+TEXTS = Signature((TensorSpec("x", "BYTES", (ANY, 2)),), ())
+OPEN = Signature((TensorSpec("x", "FP32", (ANY, ANY)),), ())
+
+
+class Counting(Allowance):
+    """Grants everything, and remembers how much."""
+
+    def __init__(self, signature: Signature | None = None) -> None:
+        super().__init__(2**63, signature)
+        self.taken = 0
+
+    def take(self, size: int, what: str) -> None:
+        assert what
+        self.taken += size
+
+    def give_back(self, size: int) -> None:
+        self.taken -= size
+
+
+@pytest.fixture(params=["the module in C", "Python"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "Python":
+        monkeypatch.setattr(json_bounds, "_json_numbers", None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [[]] * 50_000, [{}] * 50_000, ["a" * 40] * 50_000, ["é" * 40] * 20_000, ["日本" * 20] * 20_000,
+        ["a" * 40 + "😀"] * 20_000, [1.5] * 50_000, [2**62] * 50_000, [None, True] * 50_000,
+        [{"name": n, "shape": [n]} for n in range(20_000)], {str(n): n for n in range(50_000)},
+        [[[[[0.25]]]]] * 10_000,
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("_way")
+def test_no_more_memory_is_taken_than_was_reserved(value: object) -> None:
+    text = orjson.dumps(value)
+    counting = Counting()
+    check_json(text, counting)
+    tracemalloc.start()
+    read = orjson.loads(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert read == value
+    assert peak <= counting.taken
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize(
+    ("signature", "piece", "fault"),
+    [
+        (NUMBERS, b'"a"', "JSON strings; the inputs of this model take at most 65536"),
+        (NUMBERS, b"{}", "JSON objects; the inputs of this model take at most 65536"),
+        (OPEN, b'"a"', "JSON strings; the inputs of this model take at most 65536"),
+        (TEXTS, b"{}", "JSON objects; the inputs of this model take at most 65536"),
+    ],
+)
+def test_values_that_the_inputs_cannot_take_are_refused(
+    signature: Signature, piece: bytes, fault: str
+) -> None:
+    text = b"[" + b",".join([piece] * 70_000) + b"]"
+    with pytest.raises(InvalidInput, match=fault):
+        check_json(text, Counting(signature))
+    check_json(text, Counting())
+
+
+def test_lists_are_bounded_by_rows_and_shape() -> None:
+    text = b"[" + b",".join([b"[]"] * (MOST_ROWS + 70_000)) + b"]"
+    with pytest.raises(InvalidInput, match="JSON lists; the inputs of this model take at most 1065537"):
+        check_json(text, Counting(NUMBERS))
+    check_json(text, Counting(OPEN))
+
+
+def test_strings_and_lists_that_the_inputs_take_are_read() -> None:
+    rows = [["a", "b"]] * 100_000
+    tensors = parse_request(orjson.dumps({"inputs": rows}), Counting(TEXTS)).tensors(TEXTS)
+    assert tensors["x"].shape == (100_000, 2)
+
+
+def test_too_many_values_for_one_call_of_the_parser_are_refused() -> None:
+    text = b"[" + b",".join([b'""'] * 1_300_000) + b"]"
+    with pytest.raises(BodyTooLarge, match="1300000 strings, 1 lists and 0 objects, which take"):
+        check_json(text, Counting())
+
+
+def test_depth_is_bounded() -> None:
+    deep = b'{"inputs":' + b"[" * 41 + b"]" * 41 + b"}"
+    with pytest.raises(InvalidInput, match="nested 42 deep"):
+        check_json(deep, Counting())
+    check_json(b'{"inputs":' + b"[" * 39 + b"]" * 39 + b"}", Counting())
+
+
+def test_a_large_list_of_numbers_is_reserved_once_and_read() -> None:
+    body = orjson.dumps({"inputs": [[0.5, 1, 2, 3]] * 20_000})
+    assert len(body) > COUNTED_BYTES
+    counting = Counting(NUMBERS)
+    tensors = parse_request(body, counting).tensors(NUMBERS)
+    assert tensors["x"].shape == (20_000, 4)
+    assert 12 * 80_000 <= counting.taken <= 16 * 80_000
+
+
+def test_the_first_fault_is_told_even_if_the_body_is_too_large_to_be_read_again() -> None:
+    body = orjson.dumps({"inputs": [[0, 1, 2]] * 700_000})
+    with pytest.raises(InvalidInput, match=r"has shape \[700000, 3\], the model takes \[-1, 4\]"):
+        parse_request(body, Counting(NUMBERS)).tensors(NUMBERS)
