@@ -42,7 +42,10 @@ class InstanceOut(BaseModel):
 
 
 class Latency(BaseModel):
-    """The measured latency of batches with about this many rows."""
+    """The measured latency of batches with about this many rows.
+
+    A row that is smaller than those that were measured at load counts as less than one.
+    """
 
     rows: float
     compute_ms: float
