@@ -18,6 +18,9 @@ number of channels and their axis, in tensors with at least two more such dimens
 _SIZES: Final[tuple[_Sizes, ...]] = (
     *((size, other, None, 0) for size, other in ((16, 24), (224, 256), (64, 96), (1, 2), (3, 4), (32, 48))),
     (128, 160, None, 0),
+    # Networks for sound take hundreds of samples at least, or a second.
+    (1600, 2400, None, 0),
+    (16_000, 24_000, None, 0),
     *(
         (size, other, count, axis)
         for size, other in ((32, 48), (224, 256))

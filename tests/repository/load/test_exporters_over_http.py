@@ -78,6 +78,22 @@ def declared() -> Exported:
     return Exported(proto, "x", list(normal(4, 4)))
 
 
+def waveform() -> Exported:
+    """A network for sound of any length from 25 ms on."""
+    proto = model(
+        [
+            node("Unsqueeze", ["x", "one"], ["c"]),
+            node("Conv", ["c", "k"], ["f"], strides=[160]),
+            node("GlobalMaxPool", ["f"], ["p"]),
+            node("Flatten", ["p"], ["y"]),
+        ],
+        info("x", Type.FLOAT, ["n", "samples"]),
+        [info("y", Type.FLOAT, ["n", 16])],
+        {"one": np.array([1]), "k": normal(16, 1, 400)},
+    )
+    return Exported(proto, "x", [normal(16_000), normal(2, 16_000)[1], normal(8000)])
+
+
 def forest(labels: list[Any]) -> Exported:
     """A forest of scikit-learn, exported with its mapping of probabilities."""
     ensemble, skl2onnx = pytest.importorskip("sklearn.ensemble"), pytest.importorskip("skl2onnx")
@@ -107,6 +123,7 @@ MODELS: dict[str, Callable[[], Exported]] = {
     "any-size": partial(any_size, "?"),
     "one-name": partial(any_size, "size"),
     "declared": declared,
+    "waveform": waveform,
     "forest": partial(forest, [3, 5, 7]),
     "words": partial(forest, ["cat", "dog", "hen"]),
     "tf-idf": tf_idf,

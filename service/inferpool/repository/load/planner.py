@@ -33,7 +33,7 @@ from inferpool.repository.load.free_sizes import bytes_of, free_axes, made_up_re
 from inferpool.repository.load.list_outputs import ListsAsTables, has_lists
 from inferpool.repository.load.row_cost_fit import RowCostFit
 from inferpool.repository.load.runnable_rows import count_rows, repeat_rows, rows_between
-from inferpool.tensors import Tensors
+from inferpool.tensors import ANY, Tensors
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,9 @@ class Planner:
         Raises _Disproven if runs of the plan give other answers than the rows alone.
         """
         constraints = self._constraints
-        budget_s = constraints.budget_s * (1 - WEIGHING)
+        budget_s = constraints.budget_s
+        if constraints.weighed and any(ANY in (spec.shape or ())[1:] for spec in model.signature.inputs):
+            budget_s *= 1 - WEIGHING
         began = self._clock()
         self._ends = began + GROWING * budget_s
         if not rows or not constraints.budget_s:
