@@ -107,7 +107,6 @@ def test_a_large_picture_is_judged_by_its_own_cost(server: Server) -> None:
 def test_small_pictures_wait_for_no_large_one_but_the_one_that_runs(server: Server) -> None:
     large: list[Answered] = []
     small: list[Answered] = []
-    hurried: list[Answered] = []
     body = npy(LARGE)
 
     async def scenario() -> None:
@@ -118,7 +117,6 @@ def test_small_pictures_wait_for_no_large_one_but_the_one_that_runs(server: Serv
         await asyncio.to_thread(server.wait_for_metric, "queue_rows", at_least=6, model="denoise")
 
         async def few(client: Client, number: int) -> None:
-            hurried.append(await send(client, npy(SMALL), 20))
             small.append(await send(client, npy(SMALL)))
 
         await with_clients(server.port, 1, few)
@@ -128,5 +126,3 @@ def test_small_pictures_wait_for_no_large_one_but_the_one_that_runs(server: Serv
     assert [reply.status for reply in (*large, *small)] == [200] * 9
     later = [reply for reply in large if reply.moment > small[0].moment]
     assert len(later) >= 3, "the small picture waited for most of the large ones"
-    # How long the large picture still runs is known, so that a refusal comes before the deadline.
-    assert hurried[0].status == 200 or b"would be missed" in hurried[0].body
