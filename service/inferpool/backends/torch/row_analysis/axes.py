@@ -266,7 +266,7 @@ RULES: Final[dict[str, CallRule]] = {
     **dict.fromkeys(("mode", "kthvalue"), last_by_default),
     **dict.fromkeys(
         ("softmax", "_softmax", "log_softmax", "_log_softmax", "special_softmax", "special_log_softmax",
-         "_safe_softmax", "softmin"),
+         "_safe_softmax"),
         softmax,
     ),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"), running),

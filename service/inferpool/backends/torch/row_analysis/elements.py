@@ -104,10 +104,10 @@ ELEMENTWISE: Final = (
     "maximum", "minimum", "mish", "mul", "multiply", "nan_to_num", "ne", "neg", "negative", "not_equal",
     "polygamma", "positive", "pow", "rad2deg", "reciprocal", "relu", "relu6", "remainder",
     "resolve_conj", "resolve_neg", "round", "rsqrt", "rsub", "selu", "sgn", "sigmoid", "sign", "signbit",
-    "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "softsign", "special_erf", "special_erfcx",
+    "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "special_erf", "special_erfcx",
     "special_expit", "special_expm1", "special_i0", "special_log1p", "special_logit", "special_xlogy",
-    "sqrt", "square", "sub", "subtract", "tan", "tanh", "tanhshrink", "threshold", "true_divide",
-    "trunc", "xlogy", "zero", "real", "imag", "logsigmoid",
+    "sqrt", "square", "sub", "subtract", "tan", "tanh", "threshold", "true_divide",
+    "trunc", "xlogy", "zero", "real", "imag",
     # These make a tensor like the first one, with content of its own.
     "zeros_like", "ones_like", "full_like",
 )  # fmt: skip
@@ -123,8 +123,7 @@ RULES: Final[dict[str, CallRule]] = {
     **dict.fromkeys(RANDOM, random),
     **dict.fromkeys(
         ("alias", "clone", "contiguous", "detach", "detach_copy", "lift", "lift_fresh", "lift_fresh_copy",
-         "to", "_to_copy", "type_as", "_conj", "float", "double", "half", "long", "int",
-         "bool", "cpu"),
+         "to", "_to_copy", "type_as", "_conj"),
         identity,
     ),
     **dict.fromkeys(

@@ -234,7 +234,6 @@ MIXING: Final = {
     "masked_scatter": "takes elements one after another, whatever row they are for",
     "take": "picks from the elements of all rows",
     "put": "writes to the elements of all rows",
-    "unique": "compares the elements of all rows",
     "_unique": "compares the elements of all rows",
     "_unique2": "compares the elements of all rows",
     "unique_dim": "compares the elements of all rows",

@@ -273,7 +273,7 @@ def _matrix_of_vectors(call: Call) -> list[Value]:
 
 _SPATIAL: Final = {
     3: ("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "max_pool1d_with_indices",
-        "upsample_nearest1d", "upsample_linear1d", "_upsample_nearest_exact1d", "lp_pool1d"),
+        "upsample_nearest1d", "upsample_linear1d", "_upsample_nearest_exact1d"),
     4: ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d",
         "max_pool2d_with_indices", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
         "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "im2col",
@@ -284,7 +284,7 @@ _SPATIAL: Final = {
 
 RULES: Final[dict[str, CallRule]] = {
     **dict.fromkeys(
-        ("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner_product", "addmm", "addmv", "baddbmm"), product
+        ("matmul", "mm", "bmm", "mv", "dot", "vdot", "addmm", "addmv", "baddbmm"), product
     ),
     **dict.fromkeys(("outer", "ger"), _matrix_of_vectors),
     "linear": linear,

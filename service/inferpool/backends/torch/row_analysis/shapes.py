@@ -94,7 +94,7 @@ def transpose(call: Call) -> list[Value]:
     rank = len(value.shape)
     order = list(range(rank))
     names = ("axis0", "axis1") if "axis0" in call.arguments else ("dim0", "dim1")
-    if call.operation in ("t", "numpy_T", "T"):
+    if call.operation in ("t", "numpy_T"):
         order.reverse()
     else:
         mutual = call.operation in ("mT", "mH", "adjoint")
@@ -250,7 +250,7 @@ RULES: Final[dict[str, CallRule]] = {
     **dict.fromkeys(("unsqueeze", "unsqueeze_copy"), unsqueeze),
     **dict.fromkeys(("permute", "permute_copy"), permute),
     **dict.fromkeys(
-        ("transpose", "transpose_copy", "t", "t_copy", "numpy_T", "T", "mT", "swapaxes", "swapdims"),
+        ("transpose", "transpose_copy", "t", "t_copy", "numpy_T", "mT", "swapaxes", "swapdims"),
         transpose,
     ),
     "movedim": move,
