@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -27,12 +27,15 @@ from inferpool.backends.torch.signature import (
     TensorMeta,
     TreePath,
     complete_outputs,
+    flatten,
     name_outputs,
     pairs_to_try,
     path_text,
+    varying_structures,
 )
-from inferpool.errors import LoadError, short_reason
-from inferpool.tensors import ROUNDING, Array, Signature, Tensors, TensorSpec, name_text
+from inferpool.errors import LoadError, UnfitForGpu, short_reason
+from inferpool.system.gpus import CPU
+from inferpool.tensors import JSON, ROUNDING, Array, Signature, Tensors, TensorSpec, name_text
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,8 @@ class Runnable:
         release: frees what the garbage collector does not.
         device: the device of the weights and the inputs.
         operations: the operations of a run, by their names in PyTorch's schemas; empty if unknown.
+        forward_whole: makes another `forward`, which returns the structures at some paths as they are, if the
+            numbers of tensors in them depend on the input; None if no structure depends on it.
     """
 
     forward: Forward
@@ -84,6 +89,7 @@ class Runnable:
     release: Callable[[], None] = lambda: None
     device: str = "cpu"
     operations: tuple[str, ...] = ()
+    forward_whole: Callable[[Collection[TreePath]], Forward] | None = None
 
 
 class StartedModel(NamedTuple):
@@ -96,6 +102,10 @@ class StartedModel(NamedTuple):
 
     runnable: Runnable
     outputs: Mapping[TreePath, TensorSpec]
+
+
+class OtherOutputs(Exception):
+    """A run returned more or fewer outputs than the runs at load."""
 
 
 class TorchModel(LoadedModel):
@@ -114,7 +124,7 @@ class TorchModel(LoadedModel):
         self._threads = threads
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Run the model; raises what PyTorch raises, and RuntimeError if an output is missing."""
+        """Run the model; raises what PyTorch raises, and OtherOutputs if there are more or fewer of them."""
         specs = self.signature.inputs_by_name
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
@@ -123,12 +133,16 @@ class TorchModel(LoadedModel):
                 for name, array in inputs.items()
             }
             leaves = self._forward(feeds)
-            arrays = {}
+            if len(leaves) > len(self._paths):
+                raise OtherOutputs(
+                    f"the model returned {len(leaves)} outputs, and {len(self._paths)} at load"
+                )
+            arrays: Tensors = {}
             for name in self._paths if outputs is None else outputs:
                 leaf = leaves.get(self._paths[name])
                 if leaf is None:
-                    raise RuntimeError(f"the model returned no output {name_text(name)}")
-                arrays[name] = to_array(leaf)
+                    raise OtherOutputs(f"the model returned no output {name_text(name)}")
+                arrays[name] = to_array(leaf) if isinstance(leaf, torch.Tensor) else to_json(leaf)
         return arrays
 
     def rejection(self, error: Exception) -> Rejection | None:
@@ -160,16 +174,44 @@ def start(
         except Exception as error:  # noqa: BLE001 - made-up rows may be nonsense to the model
             first_error = first_error or short_reason(error)
             continue
-        runs = runs or [{path: _meta(path, leaf) for path, leaf in leaves.items()} for leaves in results]
+        if not runs:
+            runnable, results = _answer_whole(runnable, results)
+            runs = [{path: _meta(path, leaf) for path, leaf in leaves.items()} for leaves in results]
         break
     if not runs:
         raise LoadError(
             f"the model runs neither its golden samples nor made-up rows of its inputs ({first_error});"
             " add a golden sample, or correct the inputs in model.toml"
         )
+    whole = [path for path, (datatype, _) in runs[0].items() if datatype == JSON]
+    if whole and runnable.device != CPU:
+        shown = " and ".join(path_text(path) or "the returned value" for path in whole)
+        raise UnfitForGpu(f"the number of tensors in {shown} depends on the input, which needs the CPU")
     names = name_outputs(list(runs[0]), options.outputs)
     specs = complete_outputs(names, runs, options.outputs)
+    # Structures that are answered whole have no shape.
+    specs = tuple(replace(spec, shape=None) if spec.datatype == JSON else spec for spec in specs)
     return StartedModel(runnable, dict(zip(names, specs, strict=True)))
+
+
+def _answer_whole(runnable: Runnable, runs: Sequence[OutputTree]) -> tuple[Runnable, list[OutputTree]]:
+    """The model with the structures whole that two `runs` filled differently, and what the runs return then.
+
+    Raises LoadError if such structures cannot be answered.
+    """
+    whole = varying_structures(*runs)
+    if not whole:
+        return runnable, list(runs)
+    shown = " and ".join(sorted(path_text(path) or "the returned value" for path in whole))
+    reason = f"the number of tensors in {shown} depends on the input"
+    if runnable.forward_whole is None:
+        raise LoadError(f"{reason}; return tensors with a dimension for them instead")
+    others = [
+        {path: leaf for path, leaf in run.items() if not any(path[: len(top)] == top for top in whole)}
+        for run in runs
+    ]
+    changed: list[OutputTree] = [{**run, **{top: [] for top in whole}} for run in others]
+    return replace(runnable, forward=runnable.forward_whole(whole)), changed
 
 
 def agree(reference: Runnable, candidate: Runnable, options: LoadOptions) -> bool:
@@ -272,7 +314,22 @@ class _Writable:
         }
 
 
+def to_json(value: Any) -> Any:
+    """A returned structure for JSON: arrays for tensors, lists for tuples. BF16 becomes FP32."""
+    if isinstance(value, torch.Tensor):
+        return (value.float() if value.dtype is torch.bfloat16 else value).numpy(force=True)
+    if isinstance(value, Mapping):
+        return {key: to_json(child) for key, child in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {key: to_json(child) for key, child in zip(value._fields, value, strict=True)}
+    if isinstance(value, (tuple, list)):
+        return [to_json(child) for child in value]
+    return value
+
+
 def _meta(path: TreePath, leaf: Any) -> TensorMeta:
+    if isinstance(leaf, (list, tuple, Mapping)):
+        return JSON, ()
     if not isinstance(leaf, torch.Tensor):
         raise LoadError(f"output {path_text(path)} is {type(leaf).__name__}; only tensors can be answered")
     return datatype_of(leaf.dtype, f"output {path_text(path)}"), tuple(leaf.shape)
@@ -285,6 +342,8 @@ def _same(leaves: OutputTree, others: OutputTree, fp16: bool) -> bool:
 
 
 def _close(one: Any, other: Any, fp16: bool) -> bool:
+    if isinstance(one, (list, tuple, Mapping)):
+        return _same(dict(flatten(one)), dict(flatten(other)), fp16)
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype:

@@ -16,7 +16,7 @@ _REFUSALS: Final = (RuntimeError, IndexError, ValueError, AssertionError, torch.
 """The types that operations, guards of exported programs and checks of compiled code raise."""
 _FAULTS: Final = re.compile(
     r"allocat|out of memory|INTERNAL ASSERT|please report|CUDA|cuDNN|CUBLAS|cuda error|not implemented"
-    r"|NotImplementedError|could not create a primitive|returned no output|returned other outputs",
+    r"|NotImplementedError|could not create a primitive",
     re.IGNORECASE,
 )
 """Words of errors that no other input would avoid for sure."""

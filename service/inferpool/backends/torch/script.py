@@ -6,11 +6,11 @@ The file names the inputs, but has neither their datatypes nor their shapes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -26,7 +26,7 @@ from inferpool.backends.torch.model import (
     quiet,
     start,
 )
-from inferpool.backends.torch.signature import complete_inputs, flatten
+from inferpool.backends.torch.signature import TreePath, complete_inputs, flatten
 from inferpool.errors import LoadError
 from inferpool.system.gpus import gpu_support
 from inferpool.tensors import name_text
@@ -34,6 +34,9 @@ from inferpool.tensors import name_text
 log = logging.getLogger(__name__)
 
 FORM = "TorchScript (deprecated by PyTorch)"
+
+_FILLS: Final = frozenset(f"aten::{name}" for name in ("append", "extend", "insert", "pop", "add_", "clear"))
+"""The operations that change the length of a list."""
 
 
 def load(file: Path, options: LoadOptions) -> StartedModel:
@@ -72,19 +75,23 @@ def _runnable(module: Any, options: LoadOptions) -> Runnable:
             )
     inputs = complete_inputs(tensors, optional, options.inputs, options.samples)
     check_datatypes(inputs)
+    lists = _open_lists(module)
     return Runnable(
-        _forward(module),
+        _forward(module, lists),
         inputs,
         FORM,
         copies=_writes(module),
         device=options.device,
         operations=tuple(_operations(module.inlined_graph)),
+        forward_whole=lambda whole: _forward(module, lists | set(whole)),
     )
 
 
-def _forward(module: Any) -> Forward:
+def _forward(module: Any, whole: Collection[TreePath] = ()) -> Forward:
+    """Runs `module`; the structures at the paths `whole` are returned as they are."""
+
     def forward(feeds: InputTensors) -> OutputTree:
-        return dict(flatten(module(**feeds)))
+        return dict(flatten(module(**feeds), whole=whole))
 
     return forward
 
@@ -97,8 +104,51 @@ def _frozen(module: Any, plain: Runnable, with_casts: Callable[[Forward], Forwar
     """The module with its weights as constants, or None if it cannot be frozen."""
     with suppress(RuntimeError):
         frozen = torch.jit.freeze(module)
-        return replace(plain, forward=with_casts(_forward(frozen)), copies=_writes(frozen))
+        lists = _open_lists(module)
+        return replace(
+            plain,
+            forward=with_casts(_forward(frozen, lists)),
+            copies=_writes(frozen),
+            forward_whole=lambda whole: _forward(frozen, lists | set(whole)),
+        )
     return None
+
+
+def _open_lists(module: Any) -> frozenset[TreePath]:
+    """The paths of the returned lists whose length is not the same for every input, by the module's code.
+
+    Only a list that is written out, or is filled outside of loops and branches, always has the same length.
+    """
+    graph = module.inlined_graph
+    aliases = graph.alias_db()
+    fills_in_blocks = any(kind in _FILLS for kind in _operations_in_blocks(graph))
+
+    def find(value: Any, path: TreePath) -> Iterator[TreePath]:
+        node = value.node()
+        if value.type().kind() == "ListType":
+            if node.kind() != "prim::ListConstruct" or (fills_in_blocks and aliases.has_writers(value)):
+                yield path
+                return
+        elif node.kind() == "prim::DictConstruct":
+            keys, values = list(node.inputs())[::2], list(node.inputs())[1::2]
+            for key, child in zip(keys, values, strict=True):
+                if key.node().kind() == "prim::Constant":
+                    yield from find(child, (*path, key.toIValue()))
+            return
+        elif node.kind() != "prim::TupleConstruct":
+            return
+        for index, child in enumerate(node.inputs()):
+            yield from find(child, (*path, index))
+
+    returned = list(graph.outputs())
+    return frozenset(path for value in returned for path in find(value, ()))
+
+
+def _operations_in_blocks(graph: Any) -> Iterator[str]:
+    """The operations in loops and branches."""
+    for node in graph.nodes():
+        for block in node.blocks():
+            yield from _operations(block)
 
 
 def _writes(module: Any) -> bool:

@@ -109,19 +109,43 @@ def pairs_to_try(specs: Sequence[TensorSpec], samples: Sequence[Any]) -> Iterato
     yield from made_up_pairs(specs)
 
 
-def flatten(value: Any, path: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
-    """All values in nested tuples, lists and dicts, each with its path. None is left out."""
-    if isinstance(value, Mapping):
+def flatten(
+    value: Any, path: TreePath = (), whole: Collection[TreePath] = ()
+) -> Iterator[tuple[TreePath, Any]]:
+    """All values in nested tuples, lists and dicts, each with its path. None is left out.
+
+    A tuple, list or dict whose path is in `whole` is a value itself.
+    """
+    if path in whole:
+        yield path, value
+    elif isinstance(value, Mapping):
         for key, child in value.items():
-            yield from flatten(child, (*path, key))
+            yield from flatten(child, (*path, key), whole)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         for key, child in zip(value._fields, value, strict=True):
-            yield from flatten(child, (*path, key))
+            yield from flatten(child, (*path, key), whole)
     elif isinstance(value, (tuple, list)):
         for index, child in enumerate(value):
-            yield from flatten(child, (*path, index))
+            yield from flatten(child, (*path, index), whole)
     elif value is not None:
         yield path, value
+
+
+def varying_structures(one: Collection[TreePath], other: Collection[TreePath]) -> set[TreePath]:
+    """The paths of the tuples, lists and dicts that two returned structures fill differently.
+
+    `one` and `other` are the paths of all values in the two. Of nested structures, the outermost is given.
+    """
+    found: set[TreePath] = set()
+    if set(one) == set(other):
+        return found
+    inner = [{path[0] for path in paths if path} for paths in (one, other)]
+    if inner[0] != inner[1] or () in one or () in other:
+        return {()}
+    for key in inner[0]:
+        below = [[path[1:] for path in paths if path[0] == key] for paths in (one, other)]
+        found.update((key, *path) for path in varying_structures(*below))
+    return found
 
 
 def name_outputs(paths: Sequence[TreePath], described: Sequence[TensorHint]) -> dict[TreePath, str]:
