@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from inferpool.backends.onnx.row_analysis.analysis import RULES, analyse, operations_without_rule
+from inferpool.backends.onnx.row_analysis.analysis import (
+    RULES,
+    analyse,
+    analyse_file,
+    operations_without_rule,
+)
+from inferpool.backends.onnx.row_analysis.graph_file import read_graph
 from inferpool.backends.row_verdict import Independence
 from onnx import TensorProto as Type
 from onnx import helper, numpy_helper
@@ -233,6 +240,54 @@ INDEPENDENT = [
         ROW,
         {"yes": True},
     ),
+    (
+        "the row's own number",
+        [
+            node("Shape", ["mask"], ["shape"]),
+            node("Gather", ["shape", "zero"], ["rows"]),
+            node("Range", ["zero", "rows", "one"], ["numbers"]),
+            node("Unsqueeze", ["numbers", "second"], ["column"]),
+            node("Expand", ["column", "shape"], ["own"]),
+            node("Unsqueeze", ["own", "last"], ["first"]),
+            node("Unsqueeze", ["ids", "last"], ["then"]),
+            node("Concat", ["first", "then"], ["positions"], axis=-1),
+            node("GatherND", ["mask", "positions"], ["y"]),
+        ],
+        {"mask": (Type.INT64, ["n", 3]), "ids": (Type.INT64, ["n", 3])},
+        {"zero": 0, "one": 1, "second": [1], "last": [-1]},
+    ),
+    (
+        "blocks of rows added up",
+        [
+            node("Concat", ["x", "x"], ["both"], axis=0),
+            node("Reshape", ["both", "apart"], ["blocks"]),
+            node("ReduceSum", ["blocks", "zero"], ["y"], keepdims=0),
+        ],
+        ROW,
+        {"apart": [2, -1, 4], "zero": [0]},
+    ),
+    (
+        "several indices of each row",
+        [
+            node("TopK", ["x", "two"], ["v", "i"], axis=1),
+            node("ArrayFeatureExtractor", ["names", "i"], ["f"], domain="ai.onnx.ml"),
+            node("Reshape", ["f", "shape"], ["y"]),
+        ],
+        ROW,
+        {"two": [2], "names": np.arange(4), "shape": [-1, 2]},
+    ),
+    (
+        "written to shared positions",
+        [
+            node("Transpose", ["x"], ["t"]),
+            node("Gather", ["t", "zero"], ["g"]),
+            node("Tanh", ["g"], ["u"]),
+            node("ScatterND", ["t", "at", "u"], ["s"]),
+            node("Transpose", ["s"], ["y"]),
+        ],
+        ROW,
+        {"zero": [0], "at": [[1]]},
+    ),
     ("trees", [node("TreeEnsembleRegressor", ["x"], ["y"], domain="ai.onnx.ml", n_targets=1)], ROW, {}),
     (
         "classes by name",
@@ -339,6 +394,24 @@ def test_declared_shapes_are_not_believed() -> None:
     model.graph.output[0].type.tensor_type.elem_type = Type.FLOAT
     model.graph.output[0].type.tensor_type.shape.dim.add().dim_value = 1
     assert analyse(model).independence is Independence.INDEPENDENT
+
+
+def test_the_numbers_of_large_weights_are_not_read(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Reshape", ["m", "flat"], ["y"])]
+    model = model_of(nodes, ROW, ["y"], {"w": np.ones((4, 50_000), np.float32), "flat": [-1, 50_000]})
+    file = tmp_path / "model.onnx"
+    onnx.save(model, file)
+    read = read_graph(file)
+    weights, shape = read.graph.initializer
+    assert (list(weights.dims), weights.raw_data) == ([4, 50_000], b"")
+    assert numpy_helper.to_array(shape).tolist() == [-1, 50_000]
+    assert analyse_file(file).independence is Independence.INDEPENDENT
+    whole = file.read_bytes()
+    weights.raw_data = model.graph.initializer[0].raw_data
+    assert read == model
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="no complete model"):
+        read_graph(file)
 
 
 def test_every_rule_belongs_to_an_operation_that_exists() -> None:

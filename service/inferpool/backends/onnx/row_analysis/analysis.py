@@ -16,6 +16,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from inferpool.backends.onnx.row_analysis import control_flow
+from inferpool.backends.onnx.row_analysis.graph_file import read_graph
 from inferpool.backends.row_analysis import rules
 from inferpool.backends.row_analysis.dims import ONE, Dim
 from inferpool.backends.row_analysis.mixing import RANDOM
@@ -40,11 +41,11 @@ _OF_FILLED_ROWS: Final = frozenset(("Flatten", "TfIdfVectorizer"))
 
 
 def analyse_file(file: Path) -> RowVerdict:
-    """Analyse the model in `file`; weights beside the file are not read.
+    """Analyse the model in `file`; no large weights are read, in the file or beside it.
 
-    Raises whatever `onnx.load` raises for a file that is no model.
+    Raises ValueError, OSError or DecodeError for a file that is no model.
     """
-    return analyse(onnx.load(str(file), load_external_data=False))
+    return analyse(read_graph(file))
 
 
 def analyse(model: ModelProto) -> RowVerdict:
