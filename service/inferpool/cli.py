@@ -184,7 +184,7 @@ def _print_runs(view: VersionView, live: LiveView) -> None:
         if line.rows >= 1:  # rows of smaller sizes count as less than one
             print(f"           {line.rows:5.0f} rows in {1000 * line.seconds:9.3f} ms")
     if view.row_cost is not None:
-        for point in view.row_cost.points:
+        for point in filter(lambda point: point.seconds, view.row_cost.points):
             cost = f"{1000 * point.seconds:9.3f} ms, as {view.row_cost.load(point.elements):.3g} rows"
             print(f"           {point.elements} elements a row in {cost}")
 

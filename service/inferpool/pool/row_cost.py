@@ -23,7 +23,7 @@ class CostPoint(NamedTuple):
 
     Attributes:
         elements: elements of a row, in all its inputs.
-        seconds: how long such a row runs alone.
+        seconds: how long such a row runs alone; 0 if nothing was measured.
         load: its cost, in rows of the size that batches were measured with.
     """
 

@@ -53,10 +53,13 @@ class Latency(BaseModel):
 
 
 class Cost(BaseModel):
-    """What a row of so many elements costs: alone, and in rows of the size that `latency` counts."""
+    """What a row of so many elements costs: alone, and in rows of the size that `latency` counts.
+
+    `compute_ms` is null if nothing was measured: the cost then grows like the elements.
+    """
 
     elements: int
-    compute_ms: float
+    compute_ms: float | None
     rows: float
 
 
@@ -230,7 +233,7 @@ def _row_cost(view: VersionView) -> list[Cost] | None:
     return [
         Cost(
             elements=point.elements,
-            compute_ms=round(1000 * point.seconds, 4),
+            compute_ms=round(1000 * point.seconds, 4) if point.seconds else None,
             rows=round(view.row_cost.load(point.elements), 3),
         )
         for point in view.row_cost.points
