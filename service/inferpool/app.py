@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
         ConfigError: `path` has nothing to serve, the address cannot be bound, or the variables
             `OTEL_*` ask for spans that cannot be sent.
     """
+    # The first step, so that an address in use is reported before anything about the models.
+    with listen(settings.host, settings.port) as listener:
+        return _serve_on(listener, path, settings, log_lines)
+
+
+def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines: LineHandler) -> int:
     keep_freed_memory()
     system = this_system(settings.memory_bytes)
     derive = not settings.in_flight_bytes
@@ -59,11 +66,10 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     application = make_application(repository, shared, read_batcher, metrics)
-    with listen(settings.host, settings.port) as listener:
-        server = Server(
-            application, repository, predictor.in_flight, results, read_batcher, metrics, memory, settings
-        )
-        server.run(sockets=[listener])
+    server = Server(
+        application, repository, predictor.in_flight, results, read_batcher, metrics, memory, settings
+    )
+    server.run(sockets=[listener])
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)
     return server.exit_status

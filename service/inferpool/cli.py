@@ -182,7 +182,8 @@ def _print_runs(view: VersionView, live: LiveView) -> None:
     print(f"  runs     {instances} of {threads} by {view.backend}")
     for line in live.latency:
         if line.rows >= 1:  # rows of smaller sizes count as less than one
-            print(f"           {line.rows:5.0f} rows in {1000 * line.seconds:9.3f} ms")
+            rows = "row " if round(line.rows) == 1 else "rows"
+            print(f"           {line.rows:5.0f} {rows} in {1000 * line.seconds:9.3f} ms")
     if view.row_cost is not None:
         for point in filter(lambda point: point.seconds, view.row_cost.points):
             cost = f"{1000 * point.seconds:9.3f} ms, as {view.row_cost.load(point.elements):.3g} rows"

@@ -22,7 +22,7 @@ from tests.server import Server
 
 COMMAND = ".venv/bin/inferpool"
 MADE_ID = re.compile(r"[0-9a-f]{16}")
-MEASURED = re.compile(r" +\d+ rows in +[\d.]+ ms")
+MEASURED = re.compile(r" +\d+ rows? +in +[\d.]+ ms")
 NUMBERS = re.compile(r"\d[\d.e+-]*(, \d[\d.e+-]*)*")
 WITH_COMMANDS = [
     page

@@ -251,12 +251,12 @@ def next_word() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def few_epochs(next_word: ModuleType, repository: Path) -> Path:
-    """The next-word model after six epochs: enough to know more than the frequencies of words."""
+    """The next-word model after four epochs: enough to know more than the frequencies of words."""
     folder = repository / "next-word"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(next_word, "STATED_SHARE", 3.0)
         patch.setattr(next_word, "STATED_TOP_5", 0.2)
-        patch.setattr(sys, "argv", ["build.py", "--epochs", "6", "--out", str(folder)])
+        patch.setattr(sys, "argv", ["build.py", "--epochs", "4", "--out", str(folder)])
         assert next_word.main() == 0
     config = (MODELS / "next-word" / "model.toml").read_text()
     (folder / "model.toml").write_text(config.replace("serve = [1]", "serve = [1, 2]"))

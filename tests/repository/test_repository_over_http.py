@@ -39,6 +39,16 @@ def test_one_good_one_corrupt_and_one_misconfigured_model(serve: Serve, tmp_path
     assert reason in check.stdout
 
 
+def test_names_of_labels_that_are_not_used_are_reported_with_the_line_to_add(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    repository = make_chaos("m")
+    (repository / "m" / "labels.txt").write_text("no\nyes\n")
+    server = serve(repository)
+    server.wait_for(r"^m: labels\.txt is not used: add the line \[labels\] to m/model\.toml$")
+    assert server.get("/models/m/1").json()["state"] == "ready"
+
+
 def test_versions_and_labels_choose_who_answers(serve: Serve, make_chaos: MakeChaos) -> None:
     repository = make_chaos("m", "[versions]\nlabels = { stable = 1, canary = 3 }\n")
     for version in ("2", "3"):

@@ -35,6 +35,10 @@ _SORTED_COLUMNS: Final = 128
 """Rows of up to so many scores are sorted completely. In longer ones, finding the best first is faster."""
 
 
+LABELS_FILE: Final = "labels.txt"
+"""The usual file of the names, in the model's folder."""
+
+
 class LabelsConfig(BaseModel):
     """The table `[labels]` of a model.toml; the descriptions of its keys are also those of the reference."""
 
@@ -42,12 +46,12 @@ class LabelsConfig(BaseModel):
 
     output: str | None = Field(
         default=None,
-        description="The output with one score a label. Of several outputs, the default is the first that has"
-        " two dimensions and floating-point numbers.",
+        description="The output with one score a label. If the model has several, the default is the first"
+        " with two dimensions and floating-point numbers.",
         json_schema_extra={"unset": "the only one"},
     )
     file: Annotated[str, Field(min_length=1)] = Field(
-        default="labels.txt", description="The names, one a line, in the order of the scores."
+        default=LABELS_FILE, description="The names, one a line, in the order of the scores."
     )
     activation: Literal["none", "softmax", "sigmoid"] = Field(
         default="none", description='Turns the output into scores: `"none"`, `"softmax"` or `"sigmoid"`.'

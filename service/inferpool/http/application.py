@@ -140,6 +140,11 @@ def _translated(request: Request, error: Exception) -> Exception:
         return InvalidInput("; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors()))
     if isinstance(error, HTTPException):
         if error.status_code == 404:
+            if path == "/":
+                return NotFound(
+                    "the server has no page at /; /docs lists the routes, /models the models, and /health"
+                    " says whether they can answer"
+                )
             return NotFound(f"no route matches {path}; /docs lists the routes")
         if error.status_code == 405:
             allow = (error.headers or {}).get("Allow", "GET")

@@ -592,8 +592,14 @@ def custom(domain: str, **opsets: int) -> bytes:
     ("content", "reason"),
     [
         (b"", r"model\.onnx is empty"),
-        (b"nothing like a model", r"model\.onnx is not an ONNX model, or is incomplete"),
-        (GOOD[: len(GOOD) // 2], r"model\.onnx is not an ONNX model, or is incomplete"),
+        (
+            b"nothing like a model",
+            r"model\.onnx is not an ONNX model, or is incomplete; export it again, or copy the whole file",
+        ),
+        (
+            GOOD[: len(GOOD) // 2],
+            r"model\.onnx is not an ONNX model, or is incomplete; export it again, or copy the whole file",
+        ),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
             r"model\.onnx is a Git LFS pointer, not the model: run git lfs pull",

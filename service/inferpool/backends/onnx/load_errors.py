@@ -63,7 +63,7 @@ def check_file(file: Path) -> None:
 def readable_error(file: Path, error: str) -> Reason:
     """The runtime's `error` about `file`, an absolute path, without its source and this machine's folders."""
     if "Protobuf parsing failed" in error:
-        return f"{file.name} is not an ONNX model, or is incomplete"
+        return f"{file.name} is not an ONNX model, or is incomplete; export it again, or copy the whole file"
     if (lacking := _NO_LOCALE.search(error)) is not None:
         return _without_locale(file, lacking[1])
     text = without_noise(error.replace(f"Load model from {file} failed:", ""))

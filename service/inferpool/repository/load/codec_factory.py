@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from inferpool.backends.base import LoadedModel
 from inferpool.codecs.image import ImageCodec
-from inferpool.codecs.labels import LabelsCodec, read_labels
+from inferpool.codecs.labels import LABELS_FILE, LabelsCodec, read_labels
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import ConfigError, LoadError, short_reason
 from inferpool.pool.padding import Padding
 from inferpool.repository.config import ModelConfig
 from inferpool.repository.load.padding_check import check_padding
 from inferpool.tensors import Signature, Tensors
+
+log = logging.getLogger(__name__)
 
 
 def make_codecs(
@@ -31,6 +34,13 @@ def make_codecs(
         if config.labels is not None and folder is not None:
             names = read_labels(_inside(folder, "labels.file", config.labels.file))
             classes = LabelsCodec(config.labels, signature, names)
+        elif folder is not None and (folder / LABELS_FILE).is_file():
+            log.warning(
+                "%s: %s is not used: add the line [labels] to %s/model.toml",
+                folder.name,
+                LABELS_FILE,
+                folder.name,
+            )
     except ConfigError as error:
         name = folder.name if folder is not None else ""
         raise ConfigError(f"{name}/model.toml: {error.detail}") from error

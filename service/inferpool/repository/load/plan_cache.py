@@ -108,7 +108,7 @@ class PlanCache:
             return None
 
     def engine_folder(self, file: Path, facts: Sequence[str]) -> Path:
-        """Where a TensorRT engine for the model `file` is kept; an engine is valid for `facts` alone.
+        """Where a TensorRT plan for the model `file` is kept; it is valid for `facts` alone.
 
         Raises RuntimeError if the user has no home, OSError if the model cannot be read.
         """

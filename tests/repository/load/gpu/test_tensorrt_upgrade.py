@@ -21,7 +21,7 @@ from inferpool.observe.metrics import Metrics
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.pool.hot_swap import HotSwapModel
 from inferpool.pool.ports import Entry, VersionKey
-from inferpool.repository.load.gpu.tensorrt_upgrade import engine_shapes
+from inferpool.repository.load.gpu.tensorrt_upgrade import tensorrt_shapes
 from inferpool.repository.repository import Repository
 from inferpool.settings import Settings
 from inferpool.tensors import Signature, TensorSpec
@@ -32,7 +32,7 @@ from tests.server import ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"
 KEY = VersionKey("m", 1)
-BUILDING = "an engine is being built, and CUDA serves meanwhile"
+BUILDING = "a TensorRT plan is being built, and CUDA serves meanwhile"
 
 
 class ServedVersion:
@@ -273,9 +273,9 @@ def test_the_shapes_of_an_engine_vary_in_rows_only(
     buckets = BatchBuckets(sizes) if sizes else None
     if isinstance(shapes, str):
         with pytest.raises(LoadError, match=shapes):
-            engine_shapes(signature, buckets)
+            tensorrt_shapes(signature, buckets)
     else:
-        assert engine_shapes(signature, buckets) == shapes
+        assert tensorrt_shapes(signature, buckets) == shapes
 
 
 def test_a_request_without_rows_is_answered_as_before_the_switch() -> None:

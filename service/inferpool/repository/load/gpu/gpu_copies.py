@@ -69,7 +69,7 @@ class GpuCopies(ModelCopies):
     ) -> None:
         """Load a copy for each instance on each of `devices`, and run every bucket; raises LoadError.
 
-        `find_folder` says where a TensorRT engine is kept; None asks for none.
+        `find_folder` says where a TensorRT plan is kept; None asks for none.
         """
         # Before anything else is on the card: in FP32 a model takes twice the memory of FP16.
         exact, unmeasured = self._run_exact(replace(options, device=devices[0]), inputs.samples)

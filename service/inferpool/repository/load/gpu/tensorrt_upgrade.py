@@ -1,4 +1,4 @@
-"""Builds TensorRT engines in the background while CUDA serves, and switches to them if they answer alike.
+"""Builds TensorRT plans in the background while CUDA serves, and switches to them if they answer alike.
 
 *Experimental: not yet run on a GPU.*
 """
@@ -29,7 +29,7 @@ from inferpool.tensors import ANY, Signature, Tensors
 log = logging.getLogger(__name__)
 
 FindFolder: TypeAlias = Callable[[str, str], Path]
-"""Where the engine for a device is kept; the second argument is the version of TensorRT and the shapes."""
+"""The folder of the TensorRT plan for a device; the second argument: version of TensorRT, and shapes."""
 
 
 class TensorRTUpgrade:
@@ -49,11 +49,11 @@ class TensorRTUpgrade:
         rows: Tensors,
         switches: Sequence[tuple[str, HotSwapModel]],
     ) -> None:
-        """Run `rows`, which may be empty, on the models in `switches`: engines must give the same answers.
+        """Run `rows`, which may be empty, on the models in `switches`: TensorRT must give the same answers.
 
         `switches` are the models with their devices. None of them serves yet.
         """
-        self.status = "an engine is being built, and CUDA serves meanwhile"
+        self.status = "a TensorRT plan is being built, and CUDA serves meanwhile"
         self._backend = backend
         self._file = file
         self._options = options.with_gpu(graphs=False)
@@ -102,7 +102,7 @@ class TensorRTUpgrade:
             raise LoadError(reason)
         if not self._rows:
             raise LoadError("no made-up rows could be run to compare answers with; add a golden sample")
-        shapes = engine_shapes(self._switches[0][1].signature, self._buckets)
+        shapes = tensorrt_shapes(self._switches[0][1].signature, self._buckets)
         made: list[DeviceModel] = []
         try:
             for device, _ in self._switches:
@@ -125,7 +125,7 @@ class TensorRTUpgrade:
         log.info("%s: TensorRT takes over", self._file)
 
     def _build(self, device: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> LoadOptions:
-        """Build the engine for `device` unless it is kept; returns the options to load it with."""
+        """Build the TensorRT plan for `device` unless it is kept; returns the options to load it with."""
         folder = self._find_folder(device, f"{self._backend.tensorrt_version()} {shapes}")
         options = replace(self._options, device=device).with_gpu(tensorrt=TensorRTPlan(folder, shapes))
         if folder.is_dir():
@@ -136,15 +136,15 @@ class TensorRTUpgrade:
             building = Path(tempfile.mkdtemp(".part", f"{folder.name}-", folder.parent))
         except OSError as error:
             raise LoadError(
-                f"the engine cannot be kept in {folder.parent}: {error.strerror}; set --cache-dir to a folder"
-                " that can be written to"
+                f"the TensorRT plan cannot be kept in {folder.parent}: {error.strerror}; set --cache-dir to a"
+                " folder that can be written to"
             ) from error
         try:
             with self._lock:
                 if self._closed:
                     raise LoadError("the version is being unloaded")
-                engine = options.with_gpu(tensorrt=TensorRTPlan(building, shapes), normalisation=None)
-                self._process = start_build(self._backend.name, self._file, engine)
+                tensorrt = options.with_gpu(tensorrt=TensorRTPlan(building, shapes), normalisation=None)
+                self._process = start_build(self._backend.name, self._file, tensorrt)
             await_build(self._process)
             building.rename(folder)
         except OSError:
@@ -180,16 +180,16 @@ class TensorRTUpgrade:
         return None if fault is None else f"{fault} between TensorRT and CUDA"
 
 
-def engine_shapes(
+def tensorrt_shapes(
     signature: Signature, buckets: BatchBuckets | None
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """The largest shape of each input that varies in rows; raises LoadError if one varies otherwise."""
     shapes = []
     for spec in signature.inputs:
         if spec.optional:
-            raise LoadError(f'an engine needs every input, but input "{spec.name}" may be left out')
+            raise LoadError(f'TensorRT needs every input, but input "{spec.name}" may be left out')
         if spec.shape is None or ANY in spec.shape[1:] or (buckets is None and ANY in spec.shape):
-            raise LoadError(f'an engine needs fixed shapes, but that of input "{spec.name}" varies')
+            raise LoadError(f'TensorRT needs fixed shapes, but that of input "{spec.name}" varies')
         if buckets is not None and spec.shape[0] == ANY:
             shapes.append((spec.name, (buckets.largest, *spec.shape[1:])))
     return tuple(shapes)
