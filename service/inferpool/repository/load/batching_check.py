@@ -149,8 +149,8 @@ def _try_to_break(
     group = _run_alone(model, joined)
     if isinstance(group, Fault):
         return group
-    usual = [place for place, kept in enumerate(group.kept) if order[kept] < ordinary]
-    unusual = [place for place, kept in enumerate(group.kept) if order[kept] >= ordinary]
+    usual = [position for position, kept in enumerate(group.kept) if order[kept] < ordinary]
+    unusual = [position for position, kept in enumerate(group.kept) if order[kept] >= ordinary]
     if len(usual) < _FEWEST:
         return Fault(Obstacle.NOTHING_RUNS, "the model runs too few rows to prove it; add golden samples")
     # Before anything is concluded from company: what a model remembers shows after other rows have run.
@@ -171,9 +171,9 @@ def _try_to_break(
         other = _run_alone(model, resized)
         if isinstance(other, Fault):
             return other
-        places = tuple(range(len(other.kept)))
-        if len(places) >= _FEWEST:
-            difference = _compare_groupings(model, other, (*_in_batches(places), places[1::-1]))
+        positions = tuple(range(len(other.kept)))
+        if len(positions) >= _FEWEST:
+            difference = _compare_groupings(model, other, (*_in_batches(positions), positions[1::-1]))
             if isinstance(difference, Fault):
                 return difference
             worst = max(worst, difference)
@@ -209,7 +209,7 @@ class _Group(NamedTuple):
         rows: the rows that the model ran.
         alone: their outputs, joined along the first dimension.
         magnitudes: the sizes of their inputs.
-        kept: the place of each row among those that were to run.
+        kept: the position of each row among those that were to run.
     """
 
     rows: Tensors
@@ -268,9 +268,9 @@ def _compare_groupings(
 
 def _interleaved(ordinary: int, others: int) -> list[int]:
     """All rows, with those in ranges of their own spread among the ordinary ones."""
-    places = [(place + 0.5) / ordinary for place in range(ordinary)]
-    places += [(place + 0.5) / others for place in range(others)]
-    return sorted(range(ordinary + others), key=lambda row: places[row])
+    positions = [(position + 0.5) / ordinary for position in range(ordinary)]
+    positions += [(position + 0.5) / others for position in range(others)]
+    return sorted(range(ordinary + others), key=lambda row: positions[row])
 
 
 def _groupings(usual: Sequence[int], unusual: Sequence[int]) -> tuple[tuple[int, ...], ...]:
