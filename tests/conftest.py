@@ -36,7 +36,7 @@ LONGEST_FIRST = (
 """The files and folders of tests that take minutes; among several processes they start first."""
 
 
-COVERED = ("http", "pool", "wire", "fuzz")
+COVERED = ("fuzz", "http", "observe", "pool", "wire")
 """The folders whose tests run under coverage. Elsewhere it would only slow the servers down."""
 
 

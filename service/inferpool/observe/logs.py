@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, TextIO
+from typing import Any, Final, NamedTuple, TextIO
 
 import orjson
 
@@ -31,71 +31,68 @@ _STANDARD_FIELDS: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
 }
 
 
+class LogLine(NamedTuple):
+    """The values of one line of the log.
+
+    Attributes:
+        time: Unix time in seconds.
+        level: the name of the level, in capitals.
+        logger: who writes the line.
+        message: the text.
+        fields: what else is known, by name.
+        exception: the traceback, or None.
+    """
+
+    time: float
+    level: str
+    logger: str
+    message: str
+    fields: Mapping[str, Any]
+    exception: str | None = None
+
+
 class LineFormatter(logging.Formatter):
     """Formats a log record, or the values of one, as a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a log record, with the fields that the call passed as `extra`."""
+        """Return the line of a log record, with the fields that the call passed as `extra`."""
         fields = {key: value for key, value in record.__dict__.items() if key not in _STANDARD_FIELDS}
         exception = self.formatException(record.exc_info) if record.exc_info else None
-        return self.line(
-            record.created, record.levelname, record.name, record.getMessage(), fields, exception
+        return self.text(
+            LogLine(record.created, record.levelname, record.name, record.getMessage(), fields, exception)
         )
 
-    def line(
-        self,
-        time: float,
-        level: str,
-        logger: str,
-        message: str,
-        fields: Mapping[str, Any],
-        exception: str | None = None,
-    ) -> str:
-        """The line for these values; `time` is Unix time in seconds."""
+    def text(self, line: LogLine) -> str:
+        """Return the text of `line`."""
         raise NotImplementedError
 
 
 class JsonFormatter(LineFormatter):
     """One JSON object per line."""
 
-    def line(
-        self,
-        time: float,
-        level: str,
-        logger: str,
-        message: str,
-        fields: Mapping[str, Any],
-        exception: str | None = None,
-    ) -> str:
-        """The object: time, level, logger, message and `fields`, and `exception` if there is one."""
-        line = {"time": _iso(time), "level": level.lower(), "logger": logger, "message": message, **fields}
+    def text(self, line: LogLine) -> str:
+        """Return an object of all values; `exception` is left out if there is none."""
+        time, level, logger, message, fields, exception = line
+        values = {"time": _iso(time), "level": level.lower(), "logger": logger, "message": message, **fields}
         if exception is not None:
-            line["exception"] = exception
+            values["exception"] = exception
         try:
-            return orjson.dumps(line, default=str).decode()
+            return orjson.dumps(values, default=str).decode()
         except orjson.JSONEncodeError:
             # orjson refuses text that is not valid Unicode, which file names can contain; `json` escapes it.
-            return json.dumps(line, default=str)
+            return json.dumps(values, default=str)
 
 
 class ConsoleFormatter(LineFormatter):
     """`12:34:56.789 INFO     message key=value`."""
 
-    def line(
-        self,
-        time: float,
-        level: str,
-        logger: str,
-        message: str,
-        fields: Mapping[str, Any],
-        exception: str | None = None,
-    ) -> str:
-        """The line, followed by the traceback if there is one."""
-        extra = "".join(f" {key}={value}" for key, value in fields.items() if value is not None)
+    def text(self, line: LogLine) -> str:
+        """Return the line, followed by the traceback if there is one."""
+        extra = "".join(f" {key}={value}" for key, value in line.fields.items() if value is not None)
         # Clients choose a part of some messages. They must not be able to start a line of their own.
-        message = message.replace("\n", "\\n").replace("\r", "\\r")
-        line = f"{_iso(time)[11:23]} {level:<8} {message}{extra}"
-        return line if exception is None else f"{line}\n{exception}"
+        message = line.message.replace("\n", "\\n").replace("\r", "\\r")
+        text = f"{_iso(line.time)[11:23]} {line.level:<8} {message}{extra}"
+        return text if line.exception is None else f"{text}\n{line.exception}"
 
 
 class LineHandler(logging.Handler):
@@ -120,7 +117,7 @@ class LineHandler(logging.Handler):
             line = self.format(record)
         except Exception as fault:  # noqa: BLE001 - an error in logging must not end the code that logs
             message = f"the log record {record.msg!r} could not be formatted: {fault!r}"
-            line = self._formatter.line(record.created, "ERROR", record.name, message, {})
+            line = self._formatter.text(LogLine(record.created, "ERROR", record.name, message, {}))
         self._worker.put(line)
         self._worker.flush_soon()
 
@@ -143,11 +140,11 @@ class LineHandler(logging.Handler):
 
     def _access_line(self, record: RequestRecord) -> str:
         level = logging.getLevelName(_level(record.status))
-        return self._formatter.line(record.time, level, ACCESS, "predict", request_fields(record))
+        return self._formatter.text(LogLine(record.time, level, ACCESS, "predict", request_fields(record)))
 
     def _report(self, message: str) -> None:
         # The logger is not used: `close` holds the lock of this handler while it waits for this thread.
-        self._write([self._formatter.line(time.time(), "WARNING", __name__, message, {})])
+        self._write([self._formatter.text(LogLine(time.time(), "WARNING", __name__, message, {}))])
 
 
 class AccessLog:
