@@ -173,6 +173,29 @@ class TestBody:
             signature = any_shape(datatype, 1)
             assert outcome(body, signature, "numbers") == outcome(body, signature, "orjson")
 
+    @pytest.mark.parametrize("datatype", ["INT8", "INT64", "UINT64"])
+    @pytest.mark.parametrize(
+        "texts",
+        [
+            ["1.0", "-0.0", "127.0"], ["1", "2.0"], ["1.5", "1"], ["9007199254740991.0", "1"],
+            ["9007199254740992.0", "1"], ["9007199254740993", "1.0"], ["-9007199254740993", "1.0"],
+            ["1e3", "1"], ["1e-3", "1"], ["1e30", "1"],
+        ],
+    )  # fmt: skip
+    def test_whole_numbers_with_a_fraction_are_integers_by_either_way(
+        self, datatype: str, texts: list[str]
+    ) -> None:
+        body = f'{{"inputs":[{",".join(texts)}]}}'.encode()
+        signature = any_shape(datatype, 1)
+        assert outcome(body, signature, "numbers") == outcome(body, signature, "orjson")
+
+    def test_whole_numbers_with_a_fraction_need_no_parser(self) -> None:
+        fields = json_numbers.extract_numbers(b'{"inputs":[1.0,2.0,3]}')
+        assert fields is not None
+        found = json_numbers.read_extracted(TensorSpec("x", "INT64", (-1,)), fields["inputs"])
+        assert found.tolist() == [1, 2, 3]
+        assert found.dtype == np.int64
+
 
 def test_other_threads_run_while_a_large_body_is_read() -> None:
     body = b'{"inputs":[' + b"0.123456789," * 4_000_000 + b"1]}"
