@@ -48,7 +48,7 @@ def check_count(module: ModuleType, chance: random.Random) -> None:
     if value is None:
         return
     made = {list: 0, dict: 0, str: 0, int: 0, None: 0}
-    text_bytes, depth = tally(value[0], made, 0)
+    text_bytes, depth = totals(value[0], made, 0)
     expected = (made[list], made[dict], made[str], made[int], made[None], text_bytes, depth)
     assert all(count >= least for count, least in zip(counts, expected, strict=True)), body
     written = module.count(orjson.dumps(value[0]))
@@ -58,7 +58,7 @@ def check_count(module: ModuleType, chance: random.Random) -> None:
     assert (found is None) == (module.scan(body, MARK) is None), body
 
 
-def tally(value: Any, made: dict[Any, int], depth: int) -> tuple[int, int]:
+def totals(value: Any, made: dict[Any, int], depth: int) -> tuple[int, int]:
     """Add the values of a JSON document to `made`; returns the bytes of its characters, and its depth."""
     kind = type(value)
     made[None if value is None or kind is bool else int if kind is float else kind] += 1
@@ -70,7 +70,7 @@ def tally(value: Any, made: dict[Any, int], depth: int) -> tuple[int, int]:
         inner = [*value, *value.values()]
     elif kind is list:
         inner = value
-    found = [tally(each, made, depth + (kind in (dict, list))) for each in inner]
+    found = [totals(each, made, depth + (kind in (dict, list))) for each in inner]
     deepest = max((deep for _, deep in found), default=depth + (kind in (dict, list)))
     return sum(size for size, _ in found), deepest
 

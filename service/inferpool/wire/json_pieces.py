@@ -16,7 +16,7 @@ from inferpool.errors import InferpoolError
 from inferpool.tensors import Array, bf16_to_fp32
 from inferpool.wire.native_json import has_non_finite, write
 
-Piece: TypeAlias = bytes | memoryview
+Chunk: TypeAlias = bytes | memoryview
 
 PIECE_ELEMENTS: Final = 4096
 """Numbers that are written at a time; they take about a third of a millisecond."""
@@ -33,7 +33,7 @@ def write_answer(
     outputs: Mapping[str, Any],
     predictions: Iterable[bytes] | None,
     bf16: Collection[str] = (),
-) -> Iterator[Piece]:
+) -> Iterator[Chunk]:
     """Yield the native answer in pieces; together they are what `encode_response` returns.
 
     `predictions` are pieces of JSON, or None to leave them out. Raises ModelFailed if JSON cannot hold an
@@ -58,7 +58,7 @@ def write_answer(
     yield b"}"
 
 
-def write_infer(answer: Mapping[str, Any]) -> Iterator[Piece]:
+def write_infer(answer: Mapping[str, Any]) -> Iterator[Chunk]:
     """Yield an answer of the protocol v2 in pieces; together they are what `write(answer)` returns.
 
     The `data` of its outputs are arrays.
@@ -80,7 +80,7 @@ def write_infer(answer: Mapping[str, Any]) -> Iterator[Piece]:
     yield b',"id":' + write(answer["id"]) + b"}" if "id" in answer else b"}"
 
 
-def write_value(value: Any) -> Iterator[Piece]:
+def write_value(value: Any) -> Iterator[Chunk]:
     """Yield an output in pieces; raises ModelFailed if JSON cannot hold it."""
     if isinstance(value, np.ndarray):
         yield from write_array(value)
@@ -93,7 +93,7 @@ def write_value(value: Any) -> Iterator[Piece]:
         yield write(value)
 
 
-def write_array(array: Array) -> Iterator[Piece]:
+def write_array(array: Array) -> Iterator[Chunk]:
     """Yield an array as nested lists, in pieces."""
     most = _PIECE_STRINGS if array.dtype == np.object_ else PIECE_ELEMENTS
     if array.size <= most or not array.ndim:
@@ -112,13 +112,13 @@ def write_array(array: Array) -> Iterator[Piece]:
     yield b"]"
 
 
-def join_pieces(pieces: Iterable[Piece], is_wanted: Callable[[], bool]) -> list[bytes]:
+def join_pieces(pieces: Iterable[Chunk], is_wanted: Callable[[], bool]) -> list[bytes]:
     """Return `pieces` in parts of about a megabyte; lets other threads run after each piece.
 
     Raises InferpoolError as soon as `is_wanted` returns False: nobody waits for the answer any more.
     """
     parts: list[bytes] = []
-    joined: list[Piece] = []
+    joined: list[Chunk] = []
     size = 0
     for piece in pieces:
         joined.append(piece)

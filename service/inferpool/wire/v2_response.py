@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from inferpool.tensors import DTYPES, JSON, Array, Signature, TensorSpec, bf16_to_fp32
-from inferpool.wire.json_pieces import Piece, write_infer
+from inferpool.wire.json_pieces import Chunk, write_infer
 from inferpool.wire.native_json import has_non_finite, write
 from inferpool.wire.v2_binary import to_binary
 from inferpool.wire.v2_classification import classify
@@ -33,7 +33,7 @@ def encode_infer(
     binary_default: bool,
     signature: Signature,
     labels: Mapping[str, Sequence[str]] = _NO_LABELS,
-    join: Callable[[Iterable[Piece]], list[bytes]] | None = None,
+    join: Callable[[Iterable[Chunk]], list[bytes]] | None = None,
 ) -> tuple[list[bytes | memoryview], int | None]:
     """Return the parts of the answer, and the length of its JSON header if parts in binary form follow it.
 

@@ -271,11 +271,11 @@ class _Walk:
             ]
         if operation in _INLINED and len(graphs) == 1:
             given = []
-            behind = False
+            past_graph = False
             for each in node["inputs"]:
                 if "as_graph" in each["arg"]:
-                    behind = True
-                elif behind:
+                    past_graph = True
+                elif past_graph:
                     given += self._operands(each["arg"], values)
             return self._inlined(graphs[0], given)
         return [unknown(f"{label}: no rule for this operation")] * len(outputs)
