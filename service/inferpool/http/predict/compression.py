@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Final
 
 from inferpool.allowance import Allowance
@@ -15,8 +16,7 @@ _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
 _FREE_EXPANSION_BYTES: Final = 1024 * 1024
 _MOST_EXPANSION: Final = 100
 """A body may decompress to 1 MiB or to this many times its size; more is an attack."""
-_JOINED: Final = 2
-"""Bytes of memory for each byte that is decompressed."""
+_PIECE_BYTES: Final = 256 * 1024
 _GZIP: Final = 16 + zlib.MAX_WBITS
 _FASTEST: Final = 1
 _TRIED_BYTES: Final = 16 * 1024
@@ -40,30 +40,55 @@ def decompress(data: Data, encoding: str, allowance: Allowance) -> Data:
             expected=["gzip", "deflate"],
         )
     max_bytes = min(allowance.most_bytes, max(_FREE_EXPANSION_BYTES, _MOST_EXPANSION * len(data)))
-    # The output comes in blocks, which are joined at the end.
-    reserved = _JOINED * max_bytes
+    # The output grows in place, by an eighth more than it needs.
+    reserved = max_bytes + max_bytes // 8 + 2 * _PIECE_BYTES
     allowance.take(reserved, "decompressing the body")
-    stream = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
-        plain = stream.decompress(data, max_bytes + 1)
+        plain = _inflate(data, _GZIP_OR_ZLIB, encoding, max_bytes)
     except zlib.error:
         if encoding != "deflate":
             raise MalformedBody(f"the body is not {encoding} data") from None
         # "deflate" means zlib's format (RFC 9110, 8.4.1.2), but some clients send the bare stream.
-        stream = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            plain = stream.decompress(data, max_bytes + 1)
+            plain = _inflate(data, -zlib.MAX_WBITS, encoding, max_bytes)
         except zlib.error:
             raise MalformedBody("the body is not deflate data") from None
-    if len(plain) > max_bytes:
-        raise BodyTooLarge(
-            f"the decompressed body is larger than {max_bytes} bytes, the most that is accepted",
-            limit=max_bytes,
-        )
-    if not stream.eof or stream.unused_data:
-        raise MalformedBody(f"the {encoding} data is {'cut off' if not stream.eof else 'followed by more'}")
     allowance.give_back(reserved - len(plain))
     return plain
+
+
+def _inflate(data: Data, wbits: int, encoding: str, max_bytes: int) -> bytes:
+    """Decompress `data` in pieces: the GIL is held for each of them, and not for a copy of all of them."""
+    stream = zlib.decompressobj(wbits)
+    plain = BytesIO()
+    size = 0
+    view = memoryview(data)
+    for start in range(0, len(data), _PIECE_BYTES):
+        rest: Data = view[start : start + _PIECE_BYTES]
+        while rest and not stream.eof:
+            piece = stream.decompress(rest, _PIECE_BYTES)
+            size += len(piece)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            plain.write(piece)
+            rest = stream.unconsumed_tail
+        if stream.eof and (stream.unused_data or start + _PIECE_BYTES < len(data)):
+            raise MalformedBody(f"the {encoding} data is followed by more")
+    # The rest of the output, if it did not fit into the last piece.
+    while not stream.eof and (piece := stream.decompress(b"", _PIECE_BYTES)):
+        size += len(piece)
+        plain.write(piece)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+    if not stream.eof:
+        raise MalformedBody(f"the {encoding} data is cut off")
+    return plain.getvalue()
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"the decompressed body is larger than {max_bytes} bytes, the most that is accepted", limit=max_bytes
+    )
 
 
 def gzipped(parts: Sequence[Data]) -> bytes | None:
