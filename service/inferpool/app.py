@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from inferpool.server import Server, listen
 from inferpool.settings import Settings
 from inferpool.system.memory import keep_freed_memory
 
+GIL_SWITCH_S = 0.001
+"""How long a thread that runs Python may keep the event loop waiting; Python's own default is 5 ms."""
 SPANS_TIMEOUT_S = 2.0
 """How long the server may take at its end to send the remaining spans."""
 
@@ -44,6 +47,7 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
 
 def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines: LineHandler) -> int:
     keep_freed_memory()
+    sys.setswitchinterval(GIL_SWITCH_S)
     system = this_system(settings.memory_bytes)
     derive = not settings.in_flight_bytes
     settings = with_memory(settings, system)
