@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +37,19 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = STAR
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(POLL_S)
+
+
+def free_port() -> int:
+    """Return a port that no program uses, for programs that must be told one.
+
+    The kernel gives ports of a range of its own to connections and to servers that ask for port 0. A port of
+    that range could be taken a moment later, so this one is below the range.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, lowest)
+        with contextlib.suppress(OSError), socket.create_server(("0.0.0.0", port)):
+            return port
 
 
 class Server:

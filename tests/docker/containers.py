@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.docker.images import podman
-from tests.server import Server
+from tests.server import Server, free_port
 
 CONFINED = (
     "--network=host",
@@ -37,7 +35,7 @@ class Container(Server):
         mount = [f"--volume={repository}:/models:ro"] if repository else []
         named = [
             f"--name={self.name}",
-            f"--env=INFERPOOL_PORT={_free_port()}",
+            f"--env=INFERPOOL_PORT={free_port()}",
             "--env=INFERPOOL_LOG_FORMAT=json",
         ]
         command = ["podman", "--runtime", "runc", "run", "--rm", *CONFINED, *named, *mount, *options, image]
@@ -80,11 +78,3 @@ def run_once(image: str, *command: str, options: Sequence[str] = ()) -> str:
 def _status(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def _free_port() -> int:
-    """Return a port that is free now; the image's HEALTHCHECK must know the port before the start."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        port: Any = listener.getsockname()[1]
-        return int(port)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.k8s.proxy import free_port
+from tests.server import free_port
 
 PROMETHEUS = shutil.which("prometheus") and shutil.which("promtool")
 

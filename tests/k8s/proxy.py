@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.server import free_port
+
 HAPROXY = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 # No retries and no redispatch: a request that a server refuses or drops must be visible.
@@ -34,12 +36,6 @@ listen connections
   bind 127.0.0.1:{connections}
 {servers}
 """
-
-
-def free_port() -> int:
-    """A port that is free at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Proxy:

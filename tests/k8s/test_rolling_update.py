@@ -15,8 +15,8 @@ import pytest
 from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import MakeChaos, Serve
 from tests.k8s.manifests import MANIFESTS, environ, kustomize, render, server_of
-from tests.k8s.proxy import HAPROXY, Proxy, free_port
-from tests.server import Server
+from tests.k8s.proxy import HAPROXY, Proxy
+from tests.server import Server, free_port
 
 pytestmark = [
     pytest.mark.skipif(HAPROXY is None, reason="needs haproxy"),
