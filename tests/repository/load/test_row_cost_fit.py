@@ -114,4 +114,4 @@ def test_memory_bounds_the_sizes_that_are_tried() -> None:
         return x.reshape(len(x), -1)[:, :1]
 
     planned(lambda x: 1e-6, function=function)
-    assert largest <= 64 * 1024 * 1024
+    assert largest <= 16 * 1024 * 1024

@@ -18,8 +18,9 @@ from inferpool.tensors import ANY, Signature, Tensors
 Axis: TypeAlias = tuple[str, int]
 """An input and one of its dimensions."""
 
-MOST_BYTES: Final = 64 * 1024 * 1024
-"""Bytes up to which the inputs, and the outputs, of a made-up request may grow."""
+MOST_BYTES: Final = 16 * 1024 * 1024
+"""Bytes up to which the inputs, and the outputs, of a made-up request may grow. Runtimes keep the memory of
+their largest run, which is some multiple of these bytes."""
 
 
 def free_axes(signature: Signature, request: Tensors, first: int) -> list[tuple[Axis, ...]]:

@@ -33,7 +33,6 @@ from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.codec_factory import make_codecs, make_padding, make_texts
 from inferpool.repository.load.comparison import compare_answers
 from inferpool.repository.load.declared_shapes import corrected, without_names
-from inferpool.repository.load.free_sizes import MOST_BYTES
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
 from inferpool.repository.load.list_outputs import ListsAsTables
 from inferpool.repository.load.model_copies import ModelCopies
@@ -48,6 +47,9 @@ if TYPE_CHECKING:
     from inferpool.repository.load.gpu.gpu_copies import GpuCopies
 
 log = logging.getLogger(__name__)
+
+BATCH_BYTES = 64 * 1024 * 1024
+"""Bytes of inputs that a batch of rows of any size may have, in any case."""
 
 LEAST_QUEUE_ROWS = 64
 """Rows that may wait however slow the model is, because a burst of single requests is no overload."""
@@ -331,7 +333,7 @@ class Loader:
             least_rows=LEAST_QUEUE_ROWS * row_load,
             delay_s=config.batching.max_delay_ms / 1000,
             # Rows of one size are bounded by their number.
-            batch_bytes=math.inf if cost is None else max(MOST_BYTES, plan.max_rows * plan.row_bytes),
+            batch_bytes=math.inf if cost is None else max(BATCH_BYTES, plan.max_rows * plan.row_bytes),
         )
         return Pool(
             key,
