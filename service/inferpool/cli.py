@@ -16,6 +16,7 @@ from inferpool.release.build import find_script, find_scripts, run_script
 from inferpool.repository.catalog import Catalog, LiveView, VersionView
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, Settings, add_flags, read_settings
+from inferpool.system.files import printable
 from inferpool.tensors import Signature, shape_text
 
 _EPILOG = f"""\
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config or os.environ.get(ENV_PREFIX + "CONFIG")
         settings = read_settings(flags, os.environ, Path(config) if config else None)
     except InferpoolError as error:
-        print(f"inferpool: {error.detail}", file=sys.stderr)
+        print(f"inferpool: {printable(error.detail)}", file=sys.stderr)
         return 2
     try:
         if command == "build":
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InferpoolError as error:
         # The log lines that led to the error come first.
         logging.shutdown()
-        print(f"inferpool: {error.detail}", file=sys.stderr)
+        print(f"inferpool: {printable(error.detail)}", file=sys.stderr)
         return 1
 
 
@@ -146,17 +147,17 @@ def _print_check(catalog: Catalog, unbuilt: Sequence[Path]) -> int:
     views = [view for model in models for _, view in sorted(model.versions.items())]
     for view in views:
         names = f" ({', '.join(view.labels)})" if view.labels else ""
-        print(f"{view.key.model}/{view.key.version}{names}: {view.state}")
+        _say(f"{view.key.model}/{view.key.version}{names}: {view.state}")
         if view.signature is None:
-            print(f"  {view.reason}")
+            _say(f"  {view.reason}")
         else:
             _print_signature(view.signature)
             _print_batching(view)
             _print_runs(view, catalog.live(view.key))
     for folder in unbuilt:
-        print(f"{folder.name}: not built yet; {build_command(folder)}")
+        _say(f"{folder.name}: not built yet; {build_command(folder)}")
     failed = sum(view.signature is None for view in views)
-    print(f"{failed} of {len(views)} versions have failed")
+    _say(f"{failed} of {len(views)} versions have failed")
     return 1 if failed else 0
 
 
@@ -166,28 +167,33 @@ def _print_signature(signature: Signature) -> None:
             note = " optional" if spec.optional else ""
             if spec.name == signature.substitute_input and kind == "input":
                 note = " in place of every other input"
-            print(f"  {kind:<8} {spec.name}: {spec.datatype} {shape_text(spec.shape)}{note}")
+            _say(f"  {kind:<8} {spec.name}: {spec.datatype} {shape_text(spec.shape)}{note}")
 
 
 def _print_batching(view: VersionView) -> None:
     batching = view.batching
     extent = f"up to {batching.max_rows} rows" if batching.enabled else "off"
-    print(f"  batching {extent}: {batching.reason}")
+    _say(f"  batching {extent}: {batching.reason}")
     if batching.remedy is not None:
-        print(f"  change   {batching.remedy}")
+        _say(f"  change   {batching.remedy}")
 
 
 def _print_runs(view: VersionView, live: LiveView) -> None:
     instances, threads = _counted(len(live.instances), "instance"), _counted(view.threads, "thread")
-    print(f"  runs     {instances} of {threads} by {view.backend}")
+    _say(f"  runs     {instances} of {threads} by {view.backend}")
     for line in live.latency:
         if line.rows >= 1:  # rows of smaller sizes count as less than one
             rows = "row " if round(line.rows) == 1 else "rows"
-            print(f"           {line.rows:5.0f} {rows} in {1000 * line.seconds:9.3f} ms")
+            _say(f"           {line.rows:5.0f} {rows} in {1000 * line.seconds:9.3f} ms")
     if view.row_cost is not None:
         for point in filter(lambda point: point.seconds, view.row_cost.points):
             cost = f"{1000 * point.seconds:9.3f} ms, as {view.row_cost.load(point.elements):.3g} rows"
-            print(f"           {point.elements} elements a row in {cost}")
+            _say(f"           {point.elements} elements a row in {cost}")
+
+
+def _say(line: str) -> None:
+    """Print a line. Names in it come from files, and must not be able to control a terminal."""
+    print(printable(line))
 
 
 def _counted(count: int, noun: str) -> str:

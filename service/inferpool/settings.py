@@ -20,6 +20,7 @@ from inferpool.errors import ConfigError
 from inferpool.system.gpus import AUTO, check_devices
 
 ENV_PREFIX = "INFERPOOL_"
+_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -34,35 +35,35 @@ class Settings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, description="Port to listen on; 0 takes a free port, which the log names."
     )
-    drain_settle_s: Annotated[float, Field(ge=0)] = Field(
+    drain_settle_s: _Number = Field(
         default=0.0,
         description="Seconds after SIGTERM in which requests are still accepted, so that load balancers can"
         " notice.",
     )
-    drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
+    drain_timeout_s: _Number = Field(
         default=30.0, description="Seconds that accepted requests may take to finish after the settle time."
     )
-    max_body_bytes: Annotated[int, Field(ge=1)] = Field(
+    max_body_bytes: Annotated[int, Field(ge=1, le=2**40)] = Field(
         default=64 * 1024 * 1024, description="Largest request body in bytes, before and after decompression."
     )
-    memory_bytes: Annotated[int, Field(ge=0)] = Field(
+    memory_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
         default=0,
         description="Bytes of memory that the server may take; 0 takes the limit of the cgroup, or without"
         " one the memory of the machine.",
     )
-    in_flight_bytes: Annotated[int, Field(ge=0)] = Field(
+    in_flight_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
         default=0,
         description="Bytes that the requests of all models together may hold; 0 takes half of the memory that"
         " loaded models leave, up to 4 GiB.",
     )
-    queue_bytes: Annotated[int, Field(ge=0)] = Field(
+    queue_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
         default=0,
         description="Bytes of inputs that may wait for one model; 0 takes half of `in_flight_bytes`.",
     )
-    queue_ms: Annotated[float, Field(gt=0)] = Field(
+    queue_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=5000.0, description="Milliseconds of work that may wait for one model, by its measured rate."
     )
-    threads: Annotated[int, Field(ge=0)] = Field(
+    threads: Annotated[int, Field(ge=0, le=4096)] = Field(
         default=0,
         description="CPU cores for models; 0 takes those of the affinity mask and the cgroup quota.",
     )
@@ -71,7 +72,7 @@ class Settings(BaseModel):
         description="Where models run: auto (every visible GPU that their runtime can use, else the CPU),"
         " cpu, or GPUs by name, separated by commas: cuda:0,cuda:1.",
     )
-    measure_ms: Annotated[float, Field(ge=0)] = Field(
+    measure_ms: _Number = Field(
         default=2000.0,
         description="Longest time in milliseconds to measure one model at load; 0 disables measuring.",
     )

@@ -19,7 +19,7 @@ from inferpool.tensors import (
     shape_text,
 )
 
-Side: TypeAlias = Annotated[int, Field(ge=1)]
+Side: TypeAlias = Annotated[int, Field(ge=1, le=16_384)]
 Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 
 CHANNELS: Final = {"rgb": 3, "grey": 1}
@@ -60,7 +60,7 @@ class ImageConfig(BaseModel):
     std: Number | tuple[Number, ...] | None = Field(
         default=None, description="Divisor after `mean`: one number, or a list with one number a channel."
     )
-    max_pixels: Annotated[int, Field(ge=1)] = Field(
+    max_pixels: Annotated[int, Field(ge=1, le=2**32)] = Field(
         default=50_000_000, description="A larger picture is refused before it is decoded."
     )
 

@@ -11,6 +11,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from inferpool.errors import ConfigError, ModelFailed
+from inferpool.system.files import read_file
 from inferpool.tensors import (
     ANY,
     FLOATS,
@@ -31,6 +32,8 @@ _PIECE_LABELS: Final = 1024
 """Labels that are written at a time: about 50 KB of JSON, which take less than half a millisecond."""
 _SCORE_BYTES: Final = 44
 """Bytes of JSON of a label beside its name: the score has up to 22."""
+_MOST_FILE_BYTES: Final = 64 * 2**20
+"""Bytes of a file of names: a million names of 64 bytes."""
 _SORTED_COLUMNS: Final = 128
 """Rows of up to so many scores are sorted completely. In longer ones, finding the best first is faster."""
 
@@ -185,7 +188,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     Raises ConfigError if the file cannot be read, has no names, or has an empty line or the same name twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+        lines = read_file(path, _MOST_FILE_BYTES).decode("utf-8-sig").rstrip().split("\n")
     except OSError as error:
         raise ConfigError(f"{path.name}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -10,10 +10,13 @@ from typing import Any, Final
 
 from inferpool.codecs.text_config import TextConfig
 from inferpool.errors import ConfigError, LoadError
+from inferpool.system.files import read_file
 from inferpool.system.install_hints import install_command
 
 DEFAULT_MAX_TOKENS: Final = 512
 """Used if neither the table nor the tokenizer's file has a limit. Most encoders were trained with it."""
+_MOST_FILE_BYTES: Final = 256 * 2**20
+"""Bytes of a tokenizer's file; those of the largest vocabularies have 35 MB."""
 PROBE: Final = "One sentence, with 2 numbers: 34."
 """A sentence that every tokenizer can encode."""
 _PAD_TOKENS: Final = ("[PAD]", "<pad>", "<PAD>", "<|pad|>", "<|endoftext|>", "</s>")
@@ -35,7 +38,7 @@ def read_tokenizer(config: TextConfig, file: Path) -> Any:
             f"text needs tokenizers, which is not installed: {install_command('text')}"
         ) from error
     try:
-        content = file.read_text(encoding="utf-8")
+        content = read_file(file, _MOST_FILE_BYTES).decode("utf-8")
     except OSError as error:
         raise ConfigError(f"text.tokenizer: {config.tokenizer} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

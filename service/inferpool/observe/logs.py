@@ -16,6 +16,7 @@ import orjson
 
 from inferpool.observe.background import BackgroundWorker
 from inferpool.observe.request_record import RequestRecord
+from inferpool.system.files import printable
 
 ACCESS: Final = "inferpool.access"
 """The logger name of the access log."""
@@ -90,8 +91,8 @@ class ConsoleFormatter(LineFormatter):
         """Return the line, followed by the traceback if there is one."""
         extra = "".join(f" {key}={value}" for key, value in line.fields.items() if value is not None)
         # Clients choose a part of some messages. They must not be able to start a line of their own.
-        message = line.message.replace("\n", "\\n").replace("\r", "\\r")
-        text = f"{_iso(line.time)[11:23]} {line.level:<8} {message}{extra}"
+        # Nor to control the terminal that shows it.
+        text = printable(f"{_iso(line.time)[11:23]} {line.level:<8} {line.message}{extra}")
         return text if line.exception is None else f"{text}\n{line.exception}"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,14 +15,25 @@ from inferpool.codecs.image_config import ImageConfig
 from inferpool.codecs.labels import LabelsConfig
 from inferpool.codecs.text_config import TextConfig
 from inferpool.errors import ConfigError
+from inferpool.system.files import printable, read_file
 from inferpool.system.gpus import check_devices
 from inferpool.tensors import DTYPES, Signature, names_text, shape_text
 
 _Table = ConfigDict(extra="forbid", frozen=True)
-_Positive = Annotated[int, Field(ge=1)]
-_Size = Annotated[int, Field(ge=-1)]
+_Version = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Rows = Annotated[int, Field(ge=1, le=1_000_000)]
+_Threads = Annotated[int, Field(ge=1, le=1024)]
+_Bytes = Annotated[int, Field(ge=1, le=2**50)]
+_Size = Annotated[int, Field(ge=-1, le=2**40)]
+_Name = Annotated[str, Field(min_length=1, max_length=1000)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
-_MOST_BYTES = 1024 * 1024
+_MOST_BYTES: Final = 256 * 1024
+_MOST_FAULTS: Final = 5
+"""Faults of a file that are reported together."""
+_MOST_CHARACTERS: Final = 100
+"""Characters of a key, or of the text of one fault, that are reported."""
+_LONG_KEY: Final = re.compile(r"""(?>(?>[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){33}""")
+"""Keys with dots take memory by the square of their parts. No key of a `model.toml` has more than three."""
 RESERVED_LABELS = frozenset({"load", "unload", "labels"})
 """Words that other routes have instead of a version."""
 
@@ -30,16 +42,21 @@ class VersionsConfig(BaseModel):
     """`[versions]`: which versions are loaded, and their labels."""
 
     model_config = _Table
-    serve: Literal["all", "latest"] | tuple[_Positive, ...] = Field(
+    serve: Literal["all", "latest"] | Annotated[tuple[_Version, ...], Field(max_length=10_000)] = Field(
         default="all", description='Versions to load: `"all"`, `"latest"`, or a list of numbers.'
     )
-    labels: dict[str, _Positive] = Field(
-        default_factory=dict, description="Names for versions: `{stable = 1, canary = 2}`."
+    labels: dict[str, _Version] = Field(
+        default_factory=dict, max_length=1000, description="Names for versions: `{stable = 1, canary = 2}`."
     )
 
     @model_validator(mode="after")
     def _labels_are_names(self) -> VersionsConfig:
         for label in self.labels:
+            if not label.isprintable() or len(label) > _MOST_CHARACTERS:
+                raise ValueError(
+                    f"{label[:_MOST_CHARACTERS]!r} cannot be a label: expected at most {_MOST_CHARACTERS}"
+                    " characters, and none that cannot be seen"
+                )
             if not label or label.isdigit() or "/" in label or label in RESERVED_LABELS:
                 raise ValueError(
                     f'"{label}" cannot be a label, because it has another meaning in a path; choose a word'
@@ -53,10 +70,10 @@ class BatchingConfig(BaseModel):
 
     model_config = _Table
     enabled: bool = Field(default=True, description="`false` runs every request alone.")
-    max_rows: _Positive | None = Field(
+    max_rows: _Rows | None = Field(
         default=None, description="Rows of a batch at most.", json_schema_extra={"unset": "measured"}
     )
-    max_delay_ms: Annotated[float, Field(ge=0)] = Field(
+    max_delay_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] = Field(
         default=0.0, description="How long the first request of a batch may wait for others."
     )
 
@@ -65,18 +82,19 @@ class InstancesConfig(BaseModel):
     """`[instances]`: how many on each device, with how many threads each; measured if not set."""
 
     model_config = _Table
-    count: _Positive | None = Field(
+    count: _Threads | None = Field(
         default=None,
         description="Threads that run batches at the same time, on each device.",
         json_schema_extra={"unset": "measured"},
     )
-    threads: _Positive | None = Field(
+    threads: _Threads | None = Field(
         default=None,
         description="Threads that the runtime uses for one batch.",
         json_schema_extra={"unset": "measured"},
     )
     devices: tuple[str, ...] | None = Field(
         default=None,
+        max_length=64,
         description='Where this model runs: `["auto"]`, `["cpu"]` or `["cuda:0", "cuda:1"]`.',
         json_schema_extra={"unset": "setting `devices`"},
     )
@@ -107,7 +125,7 @@ class GpuConfig(BaseModel):
         description="Run FP32 operations in FP16. Inputs and outputs keep their datatypes; `/models` shows"
         " the difference that this makes.",
     )
-    memory_bytes: _Positive | None = Field(
+    memory_bytes: _Bytes | None = Field(
         default=None, description="GPU memory that ONNX Runtime may take for each copy of the model."
     )
     graphs: bool = Field(default=True, description="Replay runs from CUDA graphs if the model allows it.")
@@ -121,12 +139,12 @@ class QueueConfig(BaseModel):
     """`[queue]`: how much may wait; by default from the measured rate."""
 
     model_config = _Table
-    max_rows: _Positive | None = Field(
+    max_rows: _Rows | None = Field(
         default=None,
         description="Rows that may wait; by default as many as can run within the setting `queue_ms`.",
         json_schema_extra={"unset": "measured"},
     )
-    max_bytes: _Positive | None = Field(
+    max_bytes: _Bytes | None = Field(
         default=None,
         description="Bytes of input that may wait.",
         json_schema_extra={"unset": "setting `queue_bytes`"},
@@ -137,7 +155,7 @@ class TensorConfig(BaseModel):
     """`[[inputs]]`, `[[outputs]]`: what the file does not say about a tensor; -1 in `shape` is any size."""
 
     model_config = _Table
-    name: Annotated[str, Field(min_length=1)] = Field(
+    name: _Name = Field(
         description="The tensor's name. Inputs are listed by the name that the file gives them; outputs are"
         " listed in the model's order and get these names."
     )
@@ -146,6 +164,7 @@ class TensorConfig(BaseModel):
     )
     shape: tuple[_Size, ...] | None = Field(
         default=None,
+        max_length=64,
         description="Sizes, -1 for any: `[-1, 3, 224, 224]`.",
         json_schema_extra={"unset": "from the model"},
     )
@@ -162,7 +181,7 @@ class ModelConfig(BaseModel):
     """The keys of a `model.toml`."""
 
     model_config = _Table
-    description: str = Field(default="", description="A sentence that `/models` shows.")
+    description: str = Field(default="", max_length=10_000, description="A sentence that `/models` shows.")
     backend: str | None = Field(
         default=None,
         description='The runtime: `"onnx"`, `"torch"`, or one that an installed package adds.',
@@ -170,9 +189,10 @@ class ModelConfig(BaseModel):
     )
     sha256: tuple[_Digest, ...] | None = Field(
         default=None,
+        max_length=10_000,
         description="Digests of `.pt` and `.pt2` files of this model that are trusted to run code.",
     )
-    timeout_ms: Annotated[float, Field(gt=0)] | None = Field(
+    timeout_ms: Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)] | None = Field(
         default=None, description="Timeout of a request that gives none."
     )
     versions: VersionsConfig = VersionsConfig()
@@ -183,8 +203,8 @@ class ModelConfig(BaseModel):
     image: ImageConfig | None = None
     text: TextConfig | None = None
     labels: LabelsConfig | None = None
-    inputs: tuple[TensorConfig, ...] = ()
-    outputs: tuple[TensorConfig, ...] = ()
+    inputs: Annotated[tuple[TensorConfig, ...], Field(max_length=4096)] = ()
+    outputs: Annotated[tuple[TensorConfig, ...], Field(max_length=4096)] = ()
 
     @field_validator("inputs", "outputs")
     @classmethod
@@ -201,22 +221,28 @@ def read_config(file: Path) -> ModelConfig:
     """
     name = f"{file.parent.name}/{file.name}"
     try:
-        if file.exists() and not (file.is_file() and file.stat().st_size <= _MOST_BYTES):
-            raise ConfigError(f"{name}: expected a file of at most {_MOST_BYTES} bytes")
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = read_file(file, _MOST_BYTES).decode("utf-8")
+        if _LONG_KEY.search(text):
+            raise ConfigError(f"{name}: a key has more than 33 parts; expected at most 3")
+        table = tomllib.loads(text)
     except FileNotFoundError:
         return ModelConfig()
     except RecursionError as error:
         raise ConfigError(f"{name}: nested too deeply") from error
     except ValueError as error:  # not TOML, not UTF-8, or a number with more digits than Python reads
-        raise ConfigError(f"{name}: not valid TOML: {error}") from error
+        raise ConfigError(f"{name}: not valid TOML: {printable(str(error))}") from error
     except OSError as error:
-        raise ConfigError(f"{name}: {error.strerror}") from error
+        raise ConfigError(
+            f"{name}: {error.strerror}; expected a text file of at most {_MOST_BYTES} bytes"
+        ) from error
     try:
         return ModelConfig.model_validate(table)
     except ValidationError as error:
-        faults = "; ".join(_sentence(fault, ModelConfig) for fault in error.errors())
-        raise ConfigError(f"{name}: {faults}") from None
+        found = error.errors(include_url=False, include_context=False)
+        faults = [_sentence(fault, ModelConfig) for fault in found[:_MOST_FAULTS]]
+        if len(found) > _MOST_FAULTS:
+            faults.append(f"{len(found) - _MOST_FAULTS} more faults")
+        raise ConfigError(f"{name}: {'; '.join(faults)}") from None
 
 
 def check_tensors(config: ModelConfig, folder: Path | None, signature: Signature) -> None:
@@ -245,11 +271,11 @@ def check_tensors(config: ModelConfig, folder: Path | None, signature: Signature
 
 def _sentence(fault: Any, root: type[BaseModel]) -> str:
     """One validation error as a sentence: `batching.max_row: unknown key, did you mean "max_rows"?`"""
-    key = ".".join(str(part) for part in fault["loc"])
+    key = printable(".".join(str(part) for part in fault["loc"]))[:_MOST_CHARACTERS]
     if fault["type"] != "extra_forbidden":
-        return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
+        return f"{key}: {printable(fault['msg'].removeprefix('Value error, '))}"
     known = _keys_at(root, fault["loc"][:-1])
-    near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1)
+    near = difflib.get_close_matches(str(fault["loc"][-1])[:_MOST_CHARACTERS], known, 1)
     hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(known)}"
     return f"{key}: unknown key; {hint}"
 

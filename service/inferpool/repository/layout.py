@@ -12,6 +12,7 @@ from typing import Final
 
 from inferpool.errors import ConfigError, LoadError, Reason
 from inferpool.repository.foreign_files import find_conversion
+from inferpool.system.files import printable
 from inferpool.system.install_hints import own_command
 
 log = logging.getLogger(__name__)
@@ -226,10 +227,17 @@ def _skipped_version(item: Path, versions: Mapping[int, Path], suffixes: Mapping
 
 def _model_file(version_folder: Path, suffixes: Mapping[str, str]) -> Path:
     """The model file of a version; raises LoadError, which says what to do, unless there is exactly one."""
-    everything = sorted(item for item in version_folder.iterdir() if item.is_file())
+    name = f"{version_folder.parent.name}/{version_folder.name}"
+    items = sorted(version_folder.iterdir())
+    for item in items:
+        if item.exists() and not item.is_file() and not item.is_dir():
+            # A runtime that reads it as weights would wait for a writer, or read without end.
+            raise LoadError(
+                f"{name} has {printable(item.name)}, which is not a file but a pipe or a device: remove it"
+            )
+    everything = [item for item in items if item.is_file()]
     files = [item for item in everything if item.suffix in suffixes]
     named = [item for item in files if item.stem == "model"]
-    name = f"{version_folder.parent.name}/{version_folder.name}"
     if len(named) == 1:
         return named[0]
     if named:

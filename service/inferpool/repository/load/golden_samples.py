@@ -21,11 +21,14 @@ from inferpool.codecs.text import TextCodec
 from inferpool.errors import InferpoolError, LoadError, Reason
 from inferpool.pool.splitting import Unjoinable, join_rows
 from inferpool.repository.config import ModelConfig
+from inferpool.system.files import read_file
 from inferpool.tensors import Array, Signature, Tensors, names_text
 from inferpool.wire.native_json import parse_request, write
 
 _KEYS = {"inputs", "outputs", "tolerance"}
 DEFAULT_TOLERANCE = 1e-4
+MOST_SAMPLE_BYTES = 64 * 2**20
+"""Bytes of a sample's file; a sample is to be a few rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +53,16 @@ def read_samples(folder: Path, signature: Signature, text: TextCodec | None = No
 
     `text` encodes sentences, which a sample may have in place of tensors.
     """
-    return [_read(file, signature, text) for file in sorted(folder.glob("samples/*.json")) if file.is_file()]
+    return [
+        _read(file, signature, text) for file in sorted(folder.glob("samples/*.json")) if not file.is_dir()
+    ]
 
 
 def raw_inputs(folder: Path, config: ModelConfig) -> Iterator[Any]:
     """The inputs of each golden sample, as its JSON has them; `read_samples` reports other files."""
     for file in sorted(folder.glob("samples/*.json")):
         with suppress(OSError, orjson.JSONDecodeError):
-            table = orjson.loads(file.read_bytes())
+            table = orjson.loads(read_file(file, MOST_SAMPLE_BYTES))
             if not isinstance(table, dict) or "inputs" not in table:
                 continue
             inputs = table["inputs"]
@@ -92,8 +97,10 @@ def _run(sample: GoldenSample, model: LoadedModel) -> Tensors:
 
 def _read(file: Path, signature: Signature, text: TextCodec | None) -> GoldenSample:
     try:
-        table = orjson.loads(file.read_bytes())
-    except (OSError, orjson.JSONDecodeError) as error:
+        table = orjson.loads(read_file(file, MOST_SAMPLE_BYTES))
+    except OSError as error:
+        raise LoadError(f"sample {file.name}: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
         raise LoadError(f"sample {file.name}: {error}") from error
     if not isinstance(table, dict) or not {"inputs", "outputs"} <= table.keys() <= _KEYS:
         raise LoadError(f"sample {file.name}: expected an object of inputs, outputs and maybe tolerance")

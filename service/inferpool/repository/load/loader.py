@@ -18,7 +18,7 @@ from inferpool.backends.registry import backends_by_suffix, find_backend
 from inferpool.backends.row_verdict import Evidence
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
-from inferpool.errors import Reason, UnfitForGpu
+from inferpool.errors import LoadError, Reason, UnfitForGpu
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.audit import Audit, Compare
@@ -41,6 +41,7 @@ from inferpool.repository.load.planner import TRUST, Plan, PlanConstraints, Plan
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
+from inferpool.system.memory import memory_limit
 from inferpool.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class Loader:
         Raises LoadError, whose detail is the reason that `/models` shows.
         """
         began = self._clock()
+        self._check_size(file)
         backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
         source = _Source(file, folder, config, backend)
         devices = self._devices(source)
@@ -178,6 +180,15 @@ class Loader:
             load_s=self._clock() - began,
         )
         return LoadedVersion(view, pool, copies)
+
+    def _check_size(self, file: Path) -> None:
+        """Raise LoadError for a file that cannot fit into memory, before all of it is read."""
+        limit = self._settings.memory_bytes or memory_limit().limit
+        size = file.stat().st_size
+        if size > limit:
+            raise LoadError(
+                f"{file.name} has {size} bytes; expected at most {limit}, the memory of the server"
+            )
 
     def _first_copy(
         self, source: _Source, options: LoadOptions

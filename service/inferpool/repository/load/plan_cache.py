@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from inferpool import __version__
 from inferpool.backends.row_verdict import Evidence
@@ -22,8 +22,12 @@ from inferpool.repository.load.batching_proof import Fault
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.declared_shapes import ShapeCorrections
 from inferpool.repository.load.planner import Plan, PlanConstraints
+from inferpool.system.files import read_file
 
 log = logging.getLogger(__name__)
+
+_MOST_BYTES: Final = 16 * 2**20
+"""Bytes of a kept plan; the shapes of a model with many outputs take most of them."""
 
 _FORMAT = "4"
 """Raised whenever plans are made by other rules, so that no plan made by the old ones is found."""
@@ -55,7 +59,10 @@ class PlanCache:
         if self._remeasure or target is None:
             return None
         try:
-            table = json.loads(target.read_text(encoding="utf-8"))
+            digest, _, text = read_file(target, _MOST_BYTES).partition(b"\n")
+            if digest.decode("ascii") != hashlib.sha256(text).hexdigest():
+                raise ValueError("it is damaged")
+            table = json.loads(text)
             measured = tuple(Measurement(*line) for line in table.pop("table"))
             fault = table.pop("fault")
             if fault is not None:
@@ -72,7 +79,7 @@ class PlanCache:
             return Plan(**table | known)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
             log.warning("the kept measurement in %s cannot be read, so it is made again: %s", target, error)
             return None
 
@@ -83,7 +90,8 @@ class PlanCache:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             unfinished = target.with_suffix(f".{os.getpid()}.part")
-            unfinished.write_text(json.dumps(asdict(plan)), encoding="utf-8")
+            text = json.dumps(asdict(plan)).encode()
+            unfinished.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
             unfinished.replace(target)
         except (OSError, RuntimeError, ValueError) as error:
             log.info("measurements are not kept: %s", error)
