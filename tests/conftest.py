@@ -30,8 +30,8 @@ Serve = Callable[..., Server]
 MakeChaos = Callable[..., Path]
 
 LONGEST_FIRST = (
-    *("docker", "test_wheel.py", "models", "http/test_fuzz.py", "pool/test_soak.py"),
-    *("k8s", "benchmarks", "docs", "release"),
+    *("test_wheel.py", "docker", "models", "backends/torch", "http/test_fuzz.py", "pool/test_soak.py"),
+    *("k8s", "benchmarks", "docs", "release", "test_without_gpu.py", "repository", "observe"),
 )
 """The files and folders of tests that take minutes; among several processes they start first."""
 
