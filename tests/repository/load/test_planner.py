@@ -129,3 +129,36 @@ def test_more_instances_are_chosen_if_they_raise_the_rate() -> None:
     assert (plan_of(FunctionModel(lambda x: x), cores=2).instances) == 1
     asked = plan_of(FunctionModel(sleeps), cores=2, instances=3, threads=1)
     assert (asked.instances, asked.threads) == (3, 1)
+
+
+def test_threads_and_instances_that_give_other_answers_are_not_taken() -> None:
+    """The plan gives the answers that were proven, with the threads and instances that it chooses."""
+
+    def sleeps(x: np.ndarray) -> np.ndarray:
+        time.sleep(0.004)
+        return x
+
+    def hurried(x: np.ndarray) -> np.ndarray:
+        time.sleep(0.001)
+        return x + len(x)
+
+    def plan_with(**constraints: Any) -> Plan:
+        chosen = PlanConstraints(cores=2, budget_s=0.5, max_rows=4, **constraints)
+        return Planner(lambda threads: FunctionModel(hurried), chosen, time.perf_counter).make(
+            FunctionModel(sleeps)
+        )
+
+    assert plan_with().threads == 1
+    asked = plan_with(threads=2)
+    assert not asked.batched
+    assert "threads run at the same time" in asked.reason
+
+
+def test_the_batch_limit_of_model_toml_is_checked_too() -> None:
+    def from_9_on(x: np.ndarray) -> np.ndarray:
+        return x if len(x) < 9 else x[::-1]
+
+    assert not plan_of(FunctionModel(from_9_on), max_rows=12).batched
+    assert plan_of(FunctionModel(from_9_on), max_rows=7).max_rows == 7
+    unmeasured = plan_of(FunctionModel(from_9_on), budget_s=0.0)
+    assert not unmeasured.batched
