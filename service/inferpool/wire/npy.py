@@ -88,7 +88,8 @@ def decode_npy(body: bytes | memoryview, allowance: Allowance) -> Array:
     got = len(view) - start
     if got != expected:
         raise MalformedBody(
-            f"the npy header says {dtype.name} {shape_text(shape)}, {expected} bytes; {got} follow it",
+            f"{got} bytes follow the npy header; its {dtype.name} {shape_text(shape)} takes {expected} bytes;"
+            " send the whole file, and nothing after it",
             expected=expected,
             got=got,
         )
@@ -213,11 +214,13 @@ def _to_integers(spec: TensorSpec, array: Array) -> Array:
 def _split(view: memoryview) -> tuple[bytes, int]:
     """Return the bytes of the header, and the offset of the elements."""
     if bytes(view[:6]) != _MAGIC:
-        raise MalformedBody("the body is not an npy file: it does not start with \\x93NUMPY", position=0)
+        raise MalformedBody(
+            "the body is not an npy file, which begins with \\x93NUMPY; write it with numpy.save", position=0
+        )
     version = tuple(view[6:8])
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise MalformedBody(
-            f"npy format {'.'.join(map(str, version))} is unknown; 1.0, 2.0 and 3.0 are taken"
+            f"the npy file has format {'.'.join(map(str, version))}; send 1.0, 2.0 or 3.0, as numpy.save does"
         )
     start = 10 if version == (1, 0) else 12
     length = int.from_bytes(view[8:start], "little")
@@ -228,7 +231,9 @@ def _split(view: memoryview) -> tuple[bytes, int]:
             got=length,
         )
     if start + length > len(view):
-        raise MalformedBody("the npy header is truncated", expected=start + length, got=len(view))
+        raise MalformedBody(
+            "the body ends within the npy header; send the whole file", expected=start + length, got=len(view)
+        )
     return bytes(view[start : start + length]), start + length
 
 
@@ -241,7 +246,10 @@ def _read_header(header: bytes) -> tuple[str, bool, tuple[int, ...]]:
             "the npy file holds structured elements; a tensor takes numbers, booleans or strings"
         )
     if descr[:1] not in ("'", '"') or fortran not in ("True", "False") or shape[:1] != "(":
-        raise MalformedBody("the npy header is not {'descr': …, 'fortran_order': …, 'shape': …}")
+        raise MalformedBody(
+            "the npy header is not {'descr': …, 'fortran_order': …, 'shape': …};"
+            " write the file with numpy.save"
+        )
     sizes = [size.strip() for size in shape[1:-1].removesuffix(",").split(",")] if shape[1:-1].strip() else []
     if not all(size.isdecimal() and len(size) < 20 for size in sizes) or len(sizes) > MAX_RANK:
         raise MalformedBody(f"the npy header has shape {value_text(shape)}, which is not a shape")
