@@ -73,7 +73,7 @@ class BatchingConfig(BaseModel):
     max_rows: _Rows | None = Field(
         default=None, description="Rows of a batch at most.", json_schema_extra={"unset": "measured"}
     )
-    max_delay_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] = Field(
+    max_delay_ms: Annotated[float, Field(ge=0, le=3_600_000, allow_inf_nan=False)] = Field(
         default=0.0, description="How long the first request of a batch may wait for others."
     )
 
