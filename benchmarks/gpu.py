@@ -244,7 +244,10 @@ def together(
 
 def served(name: str, file: Path, folder: str, session: str, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a server: 16 rows a request, one row a request, and one request at a time."""
-    environ = {"INFERPOOL_CACHE_DIR": f"{folder}/cache", "INFERPOOL_MEASURE_MS": str(round(2000 * options.seconds))}
+    environ = {
+        "INFERPOOL_CACHE_DIR": f"{folder}/cache",
+        "INFERPOOL_MEASURE_MS": str(round(2000 * options.seconds)),
+    }
     settings = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
     (file.parents[1] / "model.toml").write_text(f"[gpu]\n{settings[session]}\n")
     server = Server(file.parents[1], ["--devices", options.device, "--queue-ms", "60000"], environ)

@@ -197,7 +197,12 @@ def run(step: Step, python: str, out: Path, deadline: float) -> tuple[str, float
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [python, *step.command], stdout=output, stderr=output, cwd=ROOT, env=environ, start_new_session=True
+            [python, *step.command],
+            stdout=output,
+            stderr=output,
+            cwd=ROOT,
+            env=environ,
+            start_new_session=True,
         )
         try:
             status = process.wait(limit_s)

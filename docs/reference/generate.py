@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from inferpool import cli, errors
+from inferpool.backends.onnx.row_analysis.analysis import RULES as ONNX_RULES
+from inferpool.backends.torch.row_analysis.rules import RULES as ATEN_RULES
 from inferpool.http.problems import STATUSES
 from inferpool.observe.metrics import FAMILIES
 from inferpool.repository.config import ModelConfig
@@ -198,6 +200,20 @@ def scripts() -> str:
     return table(("script", "job"), rows())
 
 
+def onnx_rules() -> str:
+    """The operations of ONNX that have a rule."""
+    return _names(ONNX_RULES)
+
+
+def aten_rules() -> str:
+    """The operations of ATen that have a rule."""
+    return _names(ATEN_RULES)
+
+
+def _names(rules: Mapping[str, object]) -> str:
+    return ", ".join(map(code, sorted(rules, key=str.lower)))
+
+
 def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, by its name."""
     for action in parser._actions:
@@ -221,6 +237,8 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
     "alerts": alerts,
     "commands": commands,
     "scripts": scripts,
+    "onnx-rules": onnx_rules,
+    "aten-rules": aten_rules,
 }
 
 
