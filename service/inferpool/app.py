@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 import sys
 import time
@@ -76,6 +78,10 @@ def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines
     server.run(sockets=[listener])
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)
+    if repository.is_loading:
+        # The usual exit destroys what the thread that loads still uses, and a native library then aborts.
+        logging.shutdown()
+        os._exit(server.exit_status)
     return server.exit_status
 
 

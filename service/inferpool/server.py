@@ -97,6 +97,9 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the models while serving: until a model is loaded, its requests are answered 503."""
         self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn does this as well, but only after the line that says that the server listens.
+            signal.signal(number, self.handle_exit)
         self._results.attach(self._loop)
         self._metrics.add_source(web_busy(threading.get_ident()))
         for listener in sockets or ():

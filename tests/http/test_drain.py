@@ -6,15 +6,19 @@ import asyncio
 import json
 import os
 import socket
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client, with_clients
 from tests.conftest import MakeChaos, Serve
+from tests.onnx_models import value, write_model
 from tests.server import Server, wait_until
 
 ROW = {"inputs": [[1, 2, 3, 4]]}
@@ -162,3 +166,26 @@ def test_a_client_that_never_finishes_its_body_does_not_hold_up_the_end(
         server.wait_for_metric("in_flight_requests", 1)
         server.process.terminate()
         assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.3, 0.6])
+def test_sigterm_while_a_model_loads_ends_with_the_usual_status(
+    serve: Serve, tmp_path: Path, delay_s: float
+) -> None:
+    """The runtime is at work in a thread that nobody can stop."""
+    names = ["x", *(f"step{number}" for number in range(1, 20)), "y"]
+    eye = numpy_helper.from_array(np.eye(512, dtype=np.float32), "eye")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [a, "eye"], [b]) for a, b in pairwise(names)],
+        "slow",
+        [value("x", "FP32", ["rows", 512])],
+        [value("y", "FP32", ["rows", 512])],
+        [eye],
+    )
+    write_model(tmp_path, "slow", graph)
+    server = serve(
+        tmp_path, wait=False, INFERPOOL_MEASURE_MS="20000", INFERPOOL_CACHE_DIR=str(tmp_path / "cache")
+    )
+    time.sleep(delay_s)
+    assert server.stop() == 0, server.log
+    assert not [line for line in server.log if "terminate" in line["message"]]

@@ -153,6 +153,11 @@ class Repository:
         """Load everything before returning."""
         self._load_all(lambda: None)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread loads a version at this moment."""
+        return bool(self._load_began)
+
     def begin_drain(self) -> None:
         """Report that the server is not ready; requests that were accepted still run."""
         self._draining = True
