@@ -133,6 +133,7 @@ class MemoryMonitor:
         """
         with self._working:
             self._trim()
+            self._trimmed_at = -math.inf  # the first burst need not wait
             use = self._system.use()
             self._bounds_data = bound_data and use.data > 0
             if self._bounds_data:
