@@ -14,9 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from inferpool.allowance import Allowance
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.image_config import ImageConfig
+from inferpool.http.native.api import NATIVE_API
+from inferpool.http.predict.budget import BodyAllowance, ByteBudget
+from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.request_head import RequestHead
 from inferpool.tensors import ANY, Signature, TensorSpec
 from PIL import Image
 
@@ -24,13 +27,11 @@ SIDE = 1400
 PROC = Path("/proc/self")
 
 
-class Counting(Allowance):
-    """Grants everything, and remembers how much."""
-
-    taken = 0
-
-    def take(self, size: int, what: str) -> None:
-        self.taken += size
+def counting_allowance(signature: Signature | None = None) -> tuple[BodyAllowance, ByteBudget]:
+    """Return an allowance that grants everything, and the budget that counts it in `decoded`."""
+    budget = ByteBudget(2**62)
+    context = PredictContext(NATIVE_API, RequestHead("m", None, []), 0.0)
+    return BodyAllowance(budget, context, 2**62, signature), budget
 
 
 def file_of(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -97,10 +98,10 @@ def main() -> None:
             gc.collect()
             before = resident("VmRSS")
             (PROC / "clear_refs").write_text("5")
-            counting = Counting(2**63)
-            codec.decode(body, counting)
+            allowance, budget = counting_allowance()
+            codec.decode(body, allowance)
             json.dump(
-                {"name": f"{name}, {way}", "peak": resident("VmHWM") - before, "taken": counting.taken},
+                {"name": f"{name}, {way}", "peak": resident("VmHWM") - before, "taken": budget.decoded},
                 sys.stdout,
             )
             print(flush=True)
