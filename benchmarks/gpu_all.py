@@ -17,6 +17,7 @@ This script itself needs Python's standard library only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -211,10 +212,8 @@ def run(step: Step, python: str, out: Path, deadline: float) -> tuple[str, float
             result = "out of time"
         finally:
             # Servers and clients that the step started are in the same process group.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     lines = log.read_text(errors="replace").splitlines()
     print("\n".join(line[:400] for line in lines[-SHOWN_LINES:]))

@@ -184,7 +184,7 @@ def test_fp16_that_loses_numbers_has_failed(serve: Serve, tmp_path: Path) -> Non
     server = serve(tmp_path / "repository", "--devices", "cuda:0")
     version = server.get("/models/m/1").json()
     assert version["state"] == "failed"
-    assert 'in FP16 output "y" is no finite number' in version["reason"]
+    assert 'in FP16 output "y" is not finite in 32 of 32 numbers' in version["reason"]
 
 
 def test_close_frees_the_memory_of_a_model() -> None:

@@ -27,7 +27,7 @@ from inferpool.errors import OutOfMemory, Reason, short_reason
 from inferpool.repository.load.adversarial_rows import make_adversarial_rows, resized_rows
 from inferpool.repository.load.batching_proof import BatchingProof, Fault, refuted
 from inferpool.repository.load.batching_remedies import Obstacle
-from inferpool.repository.load.comparison import compare_outputs, input_magnitudes
+from inferpool.repository.load.comparison import READ_SLACK, compare_outputs, input_magnitudes
 from inferpool.repository.load.free_sizes import made_up_request
 from inferpool.repository.load.runnable_rows import (
     MOST_SAMPLE_ROWS,
@@ -132,7 +132,7 @@ def _confirm(model: LoadedModel, rows: Tensors, graph: RowVerdict) -> BatchingPr
         return group
     count = len(group.kept)
     groupings = tuple(grouping for grouping in _CONFIRMING if max(grouping) < count)
-    difference = _compare_groupings(model, group, groupings)
+    difference = _compare_groupings(model, group, groupings, READ_SLACK)
     if isinstance(difference, Fault):
         return difference
     return _proof(group, range(count), Evidence.GRAPH, graph.reason, groupings, difference)
@@ -251,14 +251,23 @@ def _run_alone(model: LoadedModel, rows: Tensors) -> _Group | Fault:
 
 
 def _compare_groupings(
-    model: LoadedModel, group: _Group, groupings: Sequence[Sequence[int]]
+    model: LoadedModel, group: _Group, groupings: Sequence[Sequence[int]], slack: float = 1.0
 ) -> float | Fault:
-    """The largest relative difference between rows together and alone, or what is wrong."""
+    """The largest relative difference between rows together and alone, or what is wrong.
+
+    `slack` multiplies what counts as rounding.
+    """
     worst = 0.0
     for grouping in groupings:
         outputs = model.run({name: tensor[list(grouping)] for name, tensor in group.rows.items()})
         fault, difference = compare_outputs(
-            model.signature, outputs, group.alone, grouping, model.rounding, group.magnitudes
+            model.signature,
+            outputs,
+            group.alone,
+            grouping,
+            model.rounding,
+            group.magnitudes,
+            slack,
         )
         if fault is not None:
             return Fault(Obstacle.ROWS_MIXED, f"{fault} when {len(grouping)} rows run together")

@@ -11,7 +11,7 @@ from inferpool.backends.base import LoadedModel
 from inferpool.backends.row_verdict import Evidence
 from inferpool.errors import Reason
 from inferpool.repository.load.batching_remedies import Obstacle
-from inferpool.repository.load.comparison import compare_outputs
+from inferpool.repository.load.comparison import READ_SLACK, compare_outputs
 from inferpool.repository.load.list_outputs import ListsAsTables, has_lists
 from inferpool.repository.load.runnable_rows import count_rows, rows_between
 from inferpool.tensors import Array, Tensors
@@ -82,8 +82,9 @@ class BatchingProof:
             if has_lists(model.signature):
                 model = ListsAsTables(model)
             outputs = model.run({name: tensor[chosen] for name, tensor in self.rows.items()})
+            slack = READ_SLACK if self.evidence is Evidence.GRAPH else 1.0
             return compare_outputs(
-                model.signature, outputs, self.alone, chosen, model.rounding, self.magnitudes
+                model.signature, outputs, self.alone, chosen, model.rounding, self.magnitudes, slack
             ).fault
 
         if len(models) == 1:

@@ -19,6 +19,13 @@ _LEAST_SHARE: Final = 0.01
 _MOST_AT_ONCE: Final = 1 << 20
 """Numbers that are compared at a time, so that a comparison takes little memory."""
 
+READ_SLACK: Final = 5.0
+"""The slack for a model whose graph mixes no rows: what differs is rounding, in kernels chosen by batch size.
+
+Fifty convolutions in FP16 were seen to differ by 0.03 of the scale on an H200, where 0.02 is the usual
+tolerance. A batch that was put together wrongly differs by about the scale itself.
+"""
+
 
 class Comparison(NamedTuple):
     """The result of a comparison.
@@ -39,12 +46,14 @@ def compare_outputs(
     rows: Sequence[int],
     rounding: str = "",
     magnitudes: Array | None = None,
+    slack: float = 1.0,
 ) -> Comparison:
     """Compare `outputs` of a run of `rows` with the outputs of each row `alone`.
 
     `rows` are indexes into the first dimension of `alone`. `rounding` is the datatype that the model rounds
     its sums to, if that is coarser than the outputs' own datatypes. `magnitudes` are those of the inputs of
-    each row of `alone` (`input_magnitudes`); None if all rows are of about the same size.
+    each row of `alone` (`input_magnitudes`); None if all rows are of about the same size. `slack` multiplies
+    the tolerance.
     """
     worst = 0.0
     for name, got in outputs.items():
@@ -61,7 +70,7 @@ def compare_outputs(
             continue
         if datatype == "BF16":
             got, want, reference = (bf16_to_fp32(bits) for bits in (got, want, reference))
-        tolerance = max(tolerance, ROUNDING.get(rounding, 0.0))
+        tolerance = slack * max(tolerance, ROUNDING.get(rounding, 0.0))
         difference = relative_difference(got, want, output_scale(reference, magnitudes)[list(rows)])
         if not difference <= tolerance:
             fault = f'output "{name}" differs by {difference:.1g} (rounding explains {tolerance:.0e})'

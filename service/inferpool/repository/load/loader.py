@@ -37,7 +37,7 @@ from inferpool.repository.load.golden_samples import check_samples, raw_inputs, 
 from inferpool.repository.load.list_outputs import ListsAsTables
 from inferpool.repository.load.model_copies import ModelCopies
 from inferpool.repository.load.plan_cache import PlanCache
-from inferpool.repository.load.planner import TRUST, Plan, PlanConstraints, Planner
+from inferpool.repository.load.planner import TRUST, Plan, PlanConstraints, Planner, PrepareRun, prepare_run
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
@@ -271,6 +271,8 @@ class Loader:
                 fp16=fp16,
                 cache_dir=self._cache.beside(source.file) if fp16 else None,
                 memory_bytes=config.gpu.memory_bytes,
+                # For the measurements, which are made as the instances will run.
+                graphs=config.gpu.graphs and device != CPU,
             ),
             inputs=tuple(TensorHint(**tensor.model_dump()) for tensor in config.inputs),
             outputs=tuple(TensorHint(**tensor.model_dump()) for tensor in config.outputs),
@@ -308,7 +310,8 @@ class Loader:
             return source.backend.load(source.file, replace(options, threads=threads))
 
         graph = source.backend.read_rows(source.file, options) if constraints.batching else UNREAD
-        plan = Planner(load, constraints, self._clock).make(model, content.rows, graph)
+        prepare = prepare_run if options.device == CPU else _prepare_gpu_run()
+        plan = Planner(load, constraints, self._clock, prepare).make(model, content.rows, graph)
         self._cache.keep(plan_file, plan)
         return plan, plan_file
 
@@ -319,7 +322,16 @@ class Loader:
         gpu = self._driver.gpus()[gpu_index(options.device)]
         return [
             gpu.name,
-            *map(str, (gpu.memory_bytes, options.gpu.tf32, options.gpu.fp16, options.gpu.memory_bytes)),
+            *map(
+                str,
+                (
+                    gpu.memory_bytes,
+                    options.gpu.tf32,
+                    options.gpu.fp16,
+                    options.gpu.memory_bytes,
+                    options.gpu.graphs,
+                ),
+            ),
         ]
 
     def _pool(
@@ -380,9 +392,16 @@ def _gpu_copies(source: _Source) -> GpuCopies:
     return GpuCopies(source.backend, source.file)
 
 
+def _prepare_gpu_run() -> PrepareRun:
+    """How the runs that are measured on a GPU are prepared."""
+    from inferpool.repository.load.gpu.replayed_runs import prepare_replayed_run
+
+    return prepare_replayed_run
+
+
 def _for_cpu(options: LoadOptions) -> LoadOptions:
     """The same options for the CPU."""
-    return replace(options.with_gpu(fp16=False), device=CPU)
+    return replace(options.with_gpu(fp16=False, graphs=False), device=CPU)
 
 
 def _smaller_rows(plan: Plan) -> list[Measurement]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import statistics
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Final
+from functools import partial
+from threading import Barrier, BrokenBarrierError
+from typing import Final, TypeAlias
 
 from inferpool.backends.base import LoadedModel
 from inferpool.backends.row_verdict import Evidence, Independence, RowVerdict
@@ -134,14 +136,32 @@ class PlanConstraints:
     weighed: bool = True
 
 
+PrepareRun: TypeAlias = Callable[[LoadedModel, Tensors], Callable[[], object]]
+"""Prepares runs of a model with these inputs, and returns the function that makes one."""
+
+
+def prepare_run(model: LoadedModel, inputs: Tensors) -> Callable[[], object]:
+    """Prepare nothing: a run on a CPU is the same every time."""
+    return partial(model.run, inputs)
+
+
 class Planner:
     """Checks and measures one version."""
 
     def __init__(
-        self, load: Callable[[int], LoadedModel], constraints: PlanConstraints, clock: Callable[[], float]
+        self,
+        load: Callable[[int], LoadedModel],
+        constraints: PlanConstraints,
+        clock: Callable[[], float],
+        prepare: PrepareRun = prepare_run,
     ) -> None:
-        """`load(threads)` loads one more copy of the model, for that many threads a run."""
+        """`load(threads)` loads one more copy of the model, for that many threads a run.
+
+        `prepare` prepares the runs that are timed if rows share runs, on the thread that makes the runs.
+        """
         self._load = load
+        self._prepare = prepare
+        self._prepare_run = prepare
         self._constraints = constraints
         self._clock = clock
         self._ends = 0.0
@@ -181,6 +201,7 @@ class Planner:
             budget_s *= 1 - WEIGHING
         began = self._clock()
         self._ends = began + GROWING * budget_s
+        self._prepare_run = self._prepare if proof.batched else prepare_run
         if not rows or not constraints.budget_s:
             return self._unmeasured_plan(model, proof), []
         table = self._grow_batch(model, proof, rows)
@@ -341,10 +362,11 @@ class Planner:
     def _time(self, model: LoadedModel, batch: Tensors) -> tuple[float, float]:
         """The quickest and the median of a few runs, in seconds."""
         times: list[float] = []
+        run = self._prepare_run(model, batch)
         stop = min(self._ends, self._clock() + self._constraints.budget_s / 20)
         while len(times) < 3 or (len(times) < 30 and self._clock() < stop):
             began = self._clock()
-            model.run(batch)
+            run()
             times.append(self._clock() - began)
             if times[-1] > self._constraints.budget_s / 10:
                 break  # a slow model is timed by one run: more would not change the decision
@@ -455,21 +477,33 @@ class Planner:
         """Batches a second if one thread for each of `models` runs `batch` over and over."""
         for model in dict.fromkeys(models):
             model.run(batch)
-        stop = self._clock() + self._constraints.budget_s / 10
+        began = stop = 0.0
         runs = [0] * len(models)
 
-        def work(number: int) -> None:
-            while runs[number] < 2 or self._clock() < stop:
-                models[number].run(batch)
-                runs[number] += 1
+        def begin() -> None:
+            nonlocal began, stop
+            began = self._clock()
+            stop = began + self._constraints.budget_s / 10
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(models))]
-        began = self._clock()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(runs) / (self._clock() - began)
+        prepared = Barrier(len(models), begin)
+
+        def work(number: int) -> None:
+            try:
+                run = self._prepare_run(models[number], batch)
+                prepared.wait()
+                while runs[number] < 2 or self._clock() < stop:
+                    run()
+                    runs[number] += 1
+            except BaseException:
+                prepared.abort()  # nobody waits for this thread
+                raise
+
+        with ThreadPoolExecutor(len(models)) as threads:
+            faults = [each.exception() for each in [threads.submit(work, n) for n in range(len(models))]]
+        ended = self._clock()
+        for fault in sorted(filter(None, faults), key=lambda fault: isinstance(fault, BrokenBarrierError)):
+            raise fault
+        return sum(runs) / (ended - began)
 
     def _late(self) -> bool:
         return self._clock() >= self._ends

@@ -112,6 +112,14 @@ def test_an_output_with_a_data_dependent_shape_is_returned(make: Make) -> None:
         assert model.run({"a": array})["indexes"].tolist() == np.array(np.nonzero(array)).tolist()
 
 
+def test_outputs_of_other_sizes_follow_for_the_same_inputs_shapes(make: Make) -> None:
+    """The binding of a shape keeps the outputs of its last run, which must not limit the next run."""
+    model = make(POSITIVE)
+    for array in (np.array([[1, 0], [0, 0]]), np.eye(2), np.zeros((2, 2)), np.ones((2, 2))):
+        found = model.run({"a": array.astype(np.float32)})["indexes"]
+        assert found.tolist() == np.array(np.nonzero(array)).tolist()
+
+
 def test_padded_rows_are_cut_off_the_outputs(make: Make) -> None:
     model = make(graph([node("Mul", ["a", "a"], ["y"])], [tensor("a", ["n", 3])], [tensor("y", ["n", 3])]))
     parts = [{"a": rows(2)}, {"a": rows(1, 50)}, {"a": rows(2, 70)}]

@@ -400,7 +400,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Opened:
             assert chosen["user_compute_stream"] == "4096"
             raise RuntimeError(error)
 
-        monkeypatch.setattr(gpu_session, "ort", SimpleNamespace(InferenceSession=session))
+        runtime = SimpleNamespace(InferenceSession=session, set_default_logger_severity=lambda _: None)
+        monkeypatch.setattr(gpu_session, "ort", runtime)
         options = LoadOptions("cuda:0", gpu=GpuOptions(graphs=True))
         with pytest.raises(LoadError) as raised:
             open_session(tmp_path / "model.onnx", options, ort.SessionOptions(), 4096)

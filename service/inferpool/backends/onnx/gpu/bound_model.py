@@ -57,6 +57,7 @@ class _Binding:
         inputs: name to host array and device address.
         outputs: the same for the outputs whose shapes are known before the run.
         options: the run options (`ort.RunOptions`).
+        unknown: the names of the outputs whose shapes are not known before the run.
     """
 
     binding: Any
@@ -64,6 +65,7 @@ class _Binding:
     inputs: Mapping[str, tuple[Array, int]]
     outputs: Mapping[str, tuple[Array, int]]
     options: Any
+    unknown: Sequence[str]
 
 
 class BoundModel(DeviceModel):
@@ -193,6 +195,9 @@ class BoundModel(DeviceModel):
         bound = self._bindings.get(key) or self._bind(key, shapes, rows)
         try:
             used = self._fill(bound, parts)
+            for name in bound.unknown:
+                # A binding keeps the outputs of its last run, and the next run would be cut to their shapes.
+                bound.binding.bind_output(name, *self._device)
             self._session.run_with_iobinding(bound.binding, bound.options)
         except Exception as error:
             with contextlib.suppress(RuntimeError):
@@ -264,13 +269,14 @@ class BoundModel(DeviceModel):
             staged[name] = buffer.view(spec.dtype, shape), buffer.address
         others = [name for name in self._names if name not in outputs]
         for name in others:
-            binding.bind_output(name, *self._device)
+            binding.bind_output(name, *self._device)  # here, too, because this sets the order of the outputs
         self._bindings[key] = bound = _Binding(
             binding,
             (*outputs, *others),
             {name: staged[name] for name in shapes},
             {name: staged[name] for name in outputs},
             self._options,
+            others,
         )
         return bound
 

@@ -53,6 +53,9 @@ _LIBRARIES: Final = (
 _OPTIONAL: Final = ("libnvrtc.so.{cuda}", "libcufft.so.12")
 """The libraries that the CUDA part loads if a model needs them."""
 
+_FATAL: Final = 4
+"""The severity of fatal errors in ONNX Runtime's log (`ORT_LOGGING_LEVEL_FATAL`)."""
+
 _FP16: Final = 10
 """FLOAT16 in onnx.proto (`TensorProto.DataType`)."""
 
@@ -123,6 +126,8 @@ def open_session(
         GraphsRefused: the runtime refuses to capture graphs; without graphs the session may open.
         OutOfMemory: the GPU has too little memory for the model.
     """
+    # cuDNN's front end reports every plan that it passes over as an error. What matters is raised.
+    ort.set_default_logger_severity(_FATAL)
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if options.gpu.cpu_nodes == "none":
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
