@@ -260,7 +260,7 @@ def served(name: str, file: Path, folder: str, session: str, options: argparse.N
             raise RuntimeError(version["reason"])
         return {
             "version": {key: version[key] for key in ("batching", "instances", "gpu", "latency", "load_ms")},
-            "16 rows": measured(server, name, 16, options, options.processes, 4),
+            "16 rows": measured(server, name, 16, options, options.processes, 8),
             "1 row": measured(server, name, 1, options, options.processes, 16),
             "alone": measured(server, name, 1, options, 1, 1),
         }

@@ -29,12 +29,6 @@ _TO_HOST: Final = 2
 _OUT_OF_MEMORY: Final = 2
 _THREAD_LOCAL: Final = 1
 
-DEVICE_LOCK: Final = threading.Lock()
-"""Held while a graph is captured or a session is opened.
-
-Opening a session waits for the whole device, which breaks a capture on any thread.
-"""
-
 
 def load_library(name: str) -> ctypes.CDLL:
     """Load a library by its name, or from one of NVIDIA's wheels; raises OSError."""

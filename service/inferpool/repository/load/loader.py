@@ -224,11 +224,12 @@ class Loader:
         from inferpool.repository.load.gpu.gpu_copies import GpuCopies, GpuInputs
 
         assert isinstance(copies, GpuCopies)
-        graphs = source.config.gpu.graphs and isinstance(model, DeviceModel) and model.can_capture
+        # Asked for even if the measured copy cannot capture, because the reason is the answer then.
+        graphs = source.config.gpu.graphs and isinstance(model, DeviceModel)
         copies.drop(model)
         rounded = None if padding is None else replace(padding, rounded=True)
         normalise = None if content.image is None else content.image.normalisation
-        texts = make_texts(content.text, rounded) if graphs else []
+        texts = make_texts(content.text, rounded) if graphs and model.can_capture else []
 
         def find_folder(device: str, version: str) -> Path:
             measured = self._measured_on(replace(options, device=device))

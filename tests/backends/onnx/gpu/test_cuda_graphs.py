@@ -17,7 +17,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from inferpool.backends.base import GpuOptions, LoadOptions
-from inferpool.backends.cuda.memory import DEVICE_LOCK, CudaMemory, Memory
+from inferpool.backends.cuda.capture_gate import DEVICE_GATE
+from inferpool.backends.cuda.memory import CudaMemory, Memory
 from inferpool.backends.onnx.gpu import session as gpu_session
 from inferpool.backends.onnx.gpu.bound_model import BoundModel
 from inferpool.backends.onnx.gpu.session import GraphsRefused, open_session
@@ -90,7 +91,7 @@ class GraphSession:
                 self.session.run_with_iobinding(self.graphs[key])
         else:
             self.runs.append(("captured", graph))
-            self.alone.append(DEVICE_LOCK.locked())
+            self.alone.append(DEVICE_GATE.capturing)
             if self.fault == "refuses":
                 if isinstance(self.memory, CudaMemory):
                     self.memory._library.fakeCapture()
@@ -394,7 +395,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Opened:
 
     def opening(error: str) -> LoadError:
         def session(*_: Any, **options: Any) -> None:
-            assert DEVICE_LOCK.locked()
+            assert not DEVICE_GATE.capturing
             [(_, chosen)] = options["providers"]
             assert chosen["enable_cuda_graph"] == "1"
             assert chosen["user_compute_stream"] == "4096"

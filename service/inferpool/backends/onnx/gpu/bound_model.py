@@ -13,9 +13,9 @@ by a number that each run names (`gpu_graph_id`).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
@@ -23,7 +23,8 @@ from typing import Any, Final
 import numpy as np
 
 from inferpool.backends.base import REPLAYED, DeviceModel, Rejection
-from inferpool.backends.cuda.memory import DEVICE_LOCK, Memory
+from inferpool.backends.cuda.capture_gate import DEVICE_GATE
+from inferpool.backends.cuda.memory import Memory
 from inferpool.backends.cuda.staging import Buffer, stage
 from inferpool.backends.onnx.gpu.normaliser import Normaliser
 from inferpool.backends.onnx.gpu.session import is_out_of_memory, run_options
@@ -129,7 +130,8 @@ class BoundModel(DeviceModel):
         if any(not tensor.size for tensor in inputs.values()):  # nothing to copy
             names = self._names if outputs is None else list(outputs)
             options = run_options(False)
-            return dict(zip(names, self._session.run(names, inputs, options), strict=True))
+            with DEVICE_GATE.work():
+                return dict(zip(names, self._session.run(names, inputs, options), strict=True))
         return self._run([inputs], self._shapes([inputs], None), None, outputs)
 
     def run_padded(
@@ -156,7 +158,7 @@ class BoundModel(DeviceModel):
         if unknown:
             raise ValueError(_unknown_shape(unknown[0]))
         bound.options = run_options(self._streamed, next(self._ids))
-        with DEVICE_LOCK:
+        with DEVICE_GATE.capture():
             outputs = self._run(parts, shapes, rows, None)
         self.graphs = REPLAYED
         return outputs
@@ -198,9 +200,10 @@ class BoundModel(DeviceModel):
             for name in bound.unknown:
                 # A binding keeps the outputs of its last run, and the next run would be cut to their shapes.
                 bound.binding.bind_output(name, *self._device)
-            self._session.run_with_iobinding(bound.binding, bound.options)
+            with DEVICE_GATE.work() if bound.options is self._options else nullcontext():
+                self._session.run_with_iobinding(bound.binding, bound.options)
         except Exception as error:
-            with contextlib.suppress(RuntimeError):
+            with suppress(RuntimeError):
                 # Copies that are still queued must not touch the rows of the next run.
                 self._memory.wait()
             if is_out_of_memory(error):

@@ -20,7 +20,8 @@ from typing import Any, Final
 import onnxruntime as ort
 
 from inferpool.backends.base import LoadOptions
-from inferpool.backends.cuda.memory import DEVICE_LOCK, CudaMemory, load_library
+from inferpool.backends.cuda.capture_gate import DEVICE_GATE
+from inferpool.backends.cuda.memory import CudaMemory, load_library
 from inferpool.backends.onnx.gpu.tensorrt import TENSORRT, check_tensorrt, tensorrt_options
 from inferpool.backends.onnx.load_errors import readable_error
 from inferpool.backends.onnx.model_file import graph_values
@@ -156,13 +157,20 @@ def open_session(
 
 
 def _session(file: Path, options: LoadOptions, settings: Any, stream: int, content: bytes) -> Any:
-    providers = [(CUDA, provider_options(options, stream))]
+    half = options.gpu.fp16 or (not content and _takes_fp16(file))
+    providers = [(CUDA, provider_options(options, stream, half=half))]
     if options.gpu.tensorrt is not None:
         # Nodes that TensorRT does not take run on the next provider.
-        half = options.gpu.fp16 or any(value.element == _FP16 for value in graph_values(file))
         providers.insert(0, (TENSORRT, tensorrt_options(options, options.gpu.tensorrt, stream, half)))
-    with DEVICE_LOCK:
+    with DEVICE_GATE.work():  # opening a session waits for the whole device
         return ort.InferenceSession(content or str(file), settings, providers=providers, enable_fallback=0)
+
+
+def _takes_fp16(file: Path) -> bool:
+    """Whether the graph has an input or output in FP16; False for a file that the runtime will refuse."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return any(value.element == _FP16 for value in graph_values(file))
+    return False
 
 
 def _refusal(error: str) -> Reason:
@@ -173,14 +181,19 @@ def _refusal(error: str) -> Reason:
     return f"ONNX Runtime refused: {error}"
 
 
-def provider_options(options: LoadOptions, stream: int) -> dict[str, str]:
-    """The options of the CUDA part (onnxruntime.ai, "CUDA Execution Provider")."""
+def provider_options(options: LoadOptions, stream: int, *, half: bool = False) -> dict[str, str]:
+    """The options of the CUDA part (onnxruntime.ai, "CUDA Execution Provider").
+
+    `half` says that the model computes in FP16.
+    """
     chosen = {
         "device_id": str(gpu_index(options.device)),
         # By default the arena doubles, which may take the memory that another model needs.
         "arena_extend_strategy": "kSameAsRequested",
-        # Trying all algorithms takes seconds for every new shape and finds no quicker ones.
+        # Trying all algorithms found no quicker ones on an H200, and "DEFAULT" takes 3 to 9 times as long.
         "cudnn_conv_algo_search": "HEURISTIC",
+        # The tensor cores take channels last: 1.21 to 1.27 times the rows of ResNet-50 in FP16 on an H200.
+        "prefer_nhwc": str(int(half)),
         "use_tf32": str(int(options.gpu.tf32)),
         # Copies are queued in the same stream, so that no thread waits between a copy and the run.
         "user_compute_stream": str(stream),

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from inferpool.backends.cuda.memory import DEVICE_LOCK
+from inferpool.backends.cuda.capture_gate import DEVICE_GATE
 from inferpool.backends.torch.model import WARM_RUNS, OutputTree
 from inferpool.errors import Reason
 
@@ -81,7 +81,7 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], OutputTree]) -> Recording:
         """Record in a mode that does not affect other threads."""
-        with DEVICE_LOCK:
+        with DEVICE_GATE.capture():
             for _ in range(WARM_RUNS):
                 run()
             graph = torch.cuda.CUDAGraph()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from inferpool.backends.base import REPLAYED, DeviceModel, LoadOptions, Rejection
-from inferpool.backends.cuda.memory import DEVICE_LOCK
+from inferpool.backends.cuda.capture_gate import DEVICE_GATE
 from inferpool.backends.cuda.staging import stage
 from inferpool.backends.torch.gpu.cuda_graphs import (
     CudaRecorder,
@@ -106,7 +106,7 @@ class TorchDeviceModel(DeviceModel):
         self._recordings: dict[tuple[object, ...], tuple[dict[str, _InputBuffer], Recording]] = {}
         if self._device.type == "cuda":
             # Another stream copied the weights to the device.
-            with DEVICE_LOCK:
+            with DEVICE_GATE.work():
                 torch.cuda.synchronize(self._device)
             self._stream = torch.cuda.Stream(self._device)
             recorder = recorder or CudaRecorder(self._stream)
@@ -181,7 +181,9 @@ class TorchDeviceModel(DeviceModel):
                 if recorded is None:
                     buffers = {name: self._buffer(name, shape) for name, shape in shapes.items()}
                     used = self._fill(buffers, parts)
-                    leaves = self._runnable.forward({name: buffer.device for name, buffer in buffers.items()})
+                    feeds = {name: buffer.device for name, buffer in buffers.items()}
+                    with DEVICE_GATE.work():
+                        leaves = self._runnable.forward(feeds)
                 else:
                     used = self._fill(recorded[0], parts)
                     leaves = recorded[1].replay()
@@ -243,7 +245,7 @@ class TorchDeviceModel(DeviceModel):
     def _trim(self) -> None:
         """Return unused memory to the driver. This waits for the device, which would break a capture."""
         if self._stream is not None:
-            with DEVICE_LOCK:
+            with DEVICE_GATE.work():
                 torch.cuda.empty_cache()
 
     def _on_stream(self) -> AbstractContextManager[Any]:
