@@ -1,4 +1,4 @@
-"""Keeps the capture of a CUDA graph apart from work on other threads that would break it, or that it would break.
+"""Keeps the capture of a CUDA graph apart from work on other threads: either would break the other.
 
 ONNX Runtime captures in CUDA's global mode. During such a capture no thread of the process may load a kernel
 or wait for the whole device. cuDNN builds the plan of a convolution with threads of its own, whenever a
