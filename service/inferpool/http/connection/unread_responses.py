@@ -5,13 +5,11 @@ As long as there is room for other requests, `SlowClientTimer` decides alone, an
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final, Protocol
 
 from inferpool.http.predict.budget import ByteBudget
-
-if TYPE_CHECKING:
-    from inferpool.http.connection.connection import Connection
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +21,15 @@ _LOOK_S: Final = 0.05
 """Looks at all connections are at least so far apart: many requests may be refused at once."""
 
 
+class Reader(Protocol):
+    """A connection, as far as its unread response matters; the attributes are those of `Connection`."""
+
+    held: Any
+    transport: Any
+    loop: asyncio.AbstractEventLoop
+    client: str
+
+
 class UnreadResponses:
     """The connections whose clients leave responses unread."""
 
@@ -30,14 +37,14 @@ class UnreadResponses:
         """Make room in `budget` whenever it is short."""
         budget.make_room = self.make_room
         # The bytes that were unread at a moment, by connection.
-        self._seen: dict[Connection, tuple[int, float]] = {}
+        self._seen: dict[Reader, tuple[int, float]] = {}
         self._looked = -1.0
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: Reader) -> None:
         """Take note that the response of the connection's held exchange is not read yet."""
         self._seen[connection] = (connection.transport.get_write_buffer_size(), connection.loop.time())
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: Reader) -> None:
         """Take note that the response is read, or the client gone."""
         self._seen.pop(connection, None)
 

@@ -229,7 +229,11 @@ class Loader:
         copies.drop(model)
         rounded = None if padding is None else replace(padding, rounded=True)
         normalise = None if content.image is None else content.image.normalisation
-        texts = make_texts(content.text, rounded) if graphs and model.can_capture else []
+        texts = (
+            make_texts(content.text, rounded)
+            if isinstance(model, DeviceModel) and graphs and model.can_capture
+            else []
+        )
 
         def find_folder(device: str, version: str) -> Path:
             measured = self._measured_on(replace(options, device=device))

@@ -273,6 +273,7 @@ def test_provider_options_follow_the_load_options() -> None:
         "device_id": "3",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
+        "prefer_nhwc": "0",
         "use_tf32": "0",
         "user_compute_stream": "4096",
         "enable_cuda_graph": "0",
