@@ -1,7 +1,5 @@
 """Compares a server on a GPU with the same session in a loop in one process.
 
-*Experimental: not yet run on a GPU.*
-
     python benchmarks/gpu.py [--device cuda:0] [--seconds S] [--models resnet50,encoder,small]
                              [--sessions plain,graphs,TensorRT] [--out FOLDER]
 

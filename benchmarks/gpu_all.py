@@ -1,7 +1,5 @@
 """Tests and measures everything on a machine with a GPU and no network, the most important first.
 
-*Experimental: not yet run on a GPU.*
-
     python3 benchmarks/gpu_all.py [--wheels FOLDER] [--device cuda:0] [--minutes M] [--steps A,B,…]
                                   [--out RESULTS] [--python ENVIRONMENT]
 

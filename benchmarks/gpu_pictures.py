@@ -1,7 +1,5 @@
 """Measures the normalisation of pictures on the GPU, for a model that takes FP32.
 
-*Experimental: not yet run on a GPU.*
-
     python benchmarks/gpu_pictures.py [--device cuda:0] [--seconds S] [--side PIXELS] [--out FOLDER]
 
 The model is ResNet-50 in FP16 behind an FP32 input of 3 × 224 × 224; the picture is a JPEG of PIXELS ×

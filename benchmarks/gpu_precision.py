@@ -1,7 +1,5 @@
 """Measures coarser rounding and replayed runs for a model that was trained in FP32.
 
-*Experimental: not yet run on a GPU.*
-
     python benchmarks/gpu_precision.py [--device cuda:0] [--seconds S] [--layers N] [--out FOLDER]
 
 One instance runs in this process from and to the host's memory; the figures are rows a second by batch

@@ -1,7 +1,6 @@
 """Batch sizes that repeat: on a GPU, a batch is padded to the next of a few sizes that were measured at load.
 
-Experimental: this has never run on a real GPU. Nothing here is needed on the CPU, and nothing here imports a
-GPU library.
+Nothing here is needed on the CPU, and nothing here imports a GPU library.
 
 A runtime prepares itself for every shape that it meets (it picks algorithms and grows memory). A few sizes,
 used again and again, therefore run at full speed. The padding is rows of zeros.

@@ -1,7 +1,7 @@
 """A model on a GPU that can be exchanged for a better one between two batches.
 
-Experimental: this has never run on a real GPU. Nothing here is needed on the CPU, and nothing here imports a
-GPU library.
+Experimental: it exchanges CUDA for TensorRT, which has not yet run on a GPU. Nothing here is needed on the
+CPU, and nothing here imports a GPU library.
 """
 
 from __future__ import annotations

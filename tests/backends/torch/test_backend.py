@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 from inferpool.backends.base import LoadedModel, LoadOptions, TensorHint
 from inferpool.backends.torch.backend import PyTorchBackend
 from inferpool.backends.torch.model import to_array, to_tensor
+from inferpool.backends.torch.program import views_to_reshapes
 from inferpool.errors import LoadError
 from inferpool.tensors import DTYPES
 from torch import nn
@@ -518,3 +519,19 @@ def test_the_slow_first_runs_are_over_when_a_model_is_loaded(tmp_path: Path, kin
             model.run({"x": np.ones((rows, 4), np.float32)})
             times.append(time.perf_counter() - began)
     assert max(firsts) < 20 * np.median(later), "cold it takes fifty times as long"
+
+
+def test_a_program_for_another_device_runs_whatever_its_strides_are() -> None:
+    """Attention on CUDA gives strides that no view of the exporter's device fits; here a caller does."""
+
+    class Flat(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x).view(x.shape[0], -1)
+
+    rows = torch.rand(5, 4, 3).transpose(1, 2)
+    dim = torch.export.Dim("rows")
+    program = torch.export.export(Flat().eval(), (torch.rand(2, 3, 4),), dynamic_shapes=({0: dim},))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        program.module()(rows)
+    views_to_reshapes(program)
+    assert torch.equal(program.module()(rows), rows.reshape(5, -1))

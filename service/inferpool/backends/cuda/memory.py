@@ -1,7 +1,5 @@
 """GPU memory, and the copies to and from it, through CUDA's runtime library. Knows no model.
 
-*Experimental: not yet run on a GPU.*
-
 ONNX Runtime's Python interface has neither page-locked memory nor copies that do not block. Both are needed
 for copies that overlap with the run of another instance. ONNX Runtime loads the same library. Functions and
 numbers are those of cuda_runtime_api.h and driver_types.h.

@@ -1,7 +1,4 @@
-"""Host buffers in which the rows of several requests are concatenated before the copy to a device.
-
-*Experimental: not yet run on a GPU.*
-"""
+"""Host buffers in which the rows of several requests are concatenated before the copy to a device."""
 
 from __future__ import annotations
 

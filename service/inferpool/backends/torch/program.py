@@ -129,6 +129,7 @@ def load(file: Path, options: LoadOptions) -> StartedModel:
         exported = torch.export.load(file)
         if options.device != CPU:
             exported = move_to_device_pass(exported, options.device)
+            views_to_reshapes(exported)
         if options.gpu.fp16:
             with gpu_support():
                 from inferpool.backends.torch.gpu.fp16 import halve
@@ -136,6 +137,18 @@ def load(file: Path, options: LoadOptions) -> StartedModel:
         program = _Program(exported)
         options = replace(options, samples=(*program.example(), *options.samples))
         return start(_runnable(file, program, options), options, program.outputs)
+
+
+def views_to_reshapes(exported: Any) -> None:
+    """Replace the views of a program by reshapes, which give the same numbers whatever the strides are.
+
+    An exporter writes `view` where the strides on its own device allow it. Kernels of another device may lay
+    their outputs out differently: attention on CUDA does, and a view of its outputs then raises.
+    """
+    for node in exported.graph.nodes:
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+    exported.graph_module.recompile()
 
 
 def _runnable(file: Path, program: _Program, options: LoadOptions) -> Runnable:

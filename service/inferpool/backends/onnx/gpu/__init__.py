@@ -1,1 +1,1 @@
-"""ONNX models on a GPU. Experimental: the CPU server works without this folder."""
+"""ONNX models on a GPU. The CPU server works without this folder."""

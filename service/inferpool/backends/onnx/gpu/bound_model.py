@@ -1,7 +1,5 @@
 """A session of ONNX Runtime whose inputs and outputs stay in the same memory for every run.
 
-*Experimental: not yet run on a GPU.*
-
 Rows are copied from the requests straight into page-locked memory, and from there to the GPU in one copy for
 each input. Outputs travel back the same way. A shape that has run before allocates nothing. If the session
 runs in the stream of the copies, all of this is queued at once and waited for once.

@@ -1,7 +1,5 @@
 """ONNX models in FP16. A process of its own converts the graph once, and the result is cached.
 
-*Experimental: not yet run on a GPU.*
-
 Weights and operations become FP16. Inputs and outputs keep their datatypes, behind casts. Operations without
 an FP16 kernel stay FP32, and so does arithmetic with shapes, because sizes above 2048 are not exact in FP16.
 

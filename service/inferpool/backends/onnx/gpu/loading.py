@@ -1,7 +1,4 @@
-"""Loads an ONNX file on a GPU, in FP16 if that is asked for.
-
-*Experimental: not yet run on a GPU.*
-"""
+"""Loads an ONNX file on a GPU, in FP16 if that is asked for."""
 
 from __future__ import annotations
 

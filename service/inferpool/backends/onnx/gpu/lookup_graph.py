@@ -1,7 +1,5 @@
 """Writes the ONNX graph that looks pixels up in a table, as the bytes of an ONNX file.
 
-*Experimental: not yet run on a GPU.*
-
 The graph has a handful of nodes. Serving does not need the package `onnx`, so the few protobuf messages are
 written here. The numbers of fields and types are those of onnx.proto.
 """

@@ -1,7 +1,5 @@
 """Normalises pixels on a GPU, into the memory that an input of a model is bound to.
 
-*Experimental: not yet run on a GPU.*
-
 A session of its own looks every pixel up in a table. The session runs in the stream of the model's session.
 The next run there, captured or plain, therefore finds the input as if it had been copied.
 """

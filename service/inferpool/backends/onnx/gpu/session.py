@@ -1,7 +1,5 @@
 """Sessions of ONNX Runtime on an NVIDIA GPU. Every node runs there, or the session is refused.
 
-*Experimental: not yet run on a GPU.*
-
 By default, ONNX Runtime silently serves from the CPU when a library is missing, the driver is too old or a
 node has no kernel; it reports that on stderr only. This module switches that fallback off and checks the
 libraries beforehand. Afterwards it reads from the session on which device each node runs.

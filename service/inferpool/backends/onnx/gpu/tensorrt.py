@@ -1,6 +1,6 @@
 """Sessions of ONNX Runtime that run a TensorRT plan, which is built once and kept in files.
 
-*Experimental: not yet run on a GPU.*
+*Experimental: TensorRT has not yet run on a GPU.*
 
 Opening such a session builds the plan if its folder is empty. That takes minutes.
 """

@@ -1,6 +1,6 @@
 """Builds a TensorRT plan in a process of its own: `python -m inferpool.backends.onnx.gpu.tensorrt_build`.
 
-*Experimental: not yet run on a GPU.*
+*Experimental: TensorRT has not yet run on a GPU.*
 
 A build takes minutes and the whole card, and its libraries must not crash a server. The process reads the
 task from stdin. If the build fails, the process writes one line with the reason to stdout.

@@ -1,1 +1,1 @@
-"""PyTorch models on a GPU. Experimental: the CPU server works without this folder."""
+"""PyTorch models on a GPU. The CPU server works without this folder."""

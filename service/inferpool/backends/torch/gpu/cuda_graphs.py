@@ -1,7 +1,5 @@
 """CUDA graphs of PyTorch: a run is recorded once for each shape and replayed as a whole afterwards.
 
-*Experimental: not yet run on a GPU.*
-
 A recorded run reads its inputs from, and writes its outputs to, the same addresses each time. Only one run in
 a process may be recorded at a time. A thread that waits for the whole device breaks the recording.
 """

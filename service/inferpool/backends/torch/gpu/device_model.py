@@ -1,7 +1,4 @@
-"""A PyTorch model on a GPU, with its own stream and page-locked memory, so that instances overlap.
-
-*Experimental: not yet run on a GPU.*
-"""
+"""A PyTorch model on a GPU, with its own stream and page-locked memory, so that instances overlap."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """PyTorch models in FP16: the weights become FP16, and casts are put around inputs and outputs.
 
-*Experimental: not yet run on a GPU.*
-
 `torch.autocast` is not used. It caches the casts of trained parameters only, and casts the constants of a
 frozen module anew in every run, which reads all of the FP32 memory and writes half of it again. A converted
 model takes half the memory. Everything else in FP32 has to be converted too: a TorchScript file in which

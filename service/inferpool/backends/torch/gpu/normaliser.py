@@ -1,7 +1,4 @@
-"""Normalises pixels on a device, into the tensor that a PyTorch model reads.
-
-*Experimental: not yet run on a GPU.*
-"""
+"""Normalises pixels on a device, into the tensor that a PyTorch model reads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Runs every bucket of a model on a GPU before it serves, and checks whether batches may be padded.
 
-*Experimental: not yet run on a GPU.*
-
 The runs also make the runtime choose its algorithms and grow its memory, so that no request waits for that.
 """
 

@@ -1,7 +1,4 @@
-"""The copies of a model on GPUs: one for each instance, tried on everything that it will run.
-
-*Experimental: not yet run on a GPU.*
-"""
+"""The copies of a model on GPUs: one for each instance, tried on everything that it will run."""
 
 from __future__ import annotations
 

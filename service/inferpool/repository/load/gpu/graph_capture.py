@@ -1,7 +1,5 @@
 """Captures CUDA graphs of a model on a GPU: one for each bucket, on the thread that will run the model.
 
-*Experimental: not yet run on a GPU.*
-
 A runtime that keeps graphs apart by thread captures here, before the instance's first batch. Each graph is
 compared with the same run without a graph, for the rows that were captured and for others. If one differs,
 the model uses no graphs.

@@ -1,7 +1,5 @@
 """Whether a model on a GPU may normalise pixels itself: tried at load on every batch size.
 
-*Experimental: not yet run on a GPU.*
-
 The runs also make the runtime grow its memory and load its kernels, so that no picture waits for that.
 """
 

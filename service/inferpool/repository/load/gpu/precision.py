@@ -1,7 +1,4 @@
-"""Measures what coarser rounding changes: compares a model's outputs with those of the same model in FP32.
-
-*Experimental: not yet run on a GPU.*
-"""
+"""Measures what coarser rounding changes: compares a model's outputs with those of the same model in FP32."""
 
 from __future__ import annotations
 

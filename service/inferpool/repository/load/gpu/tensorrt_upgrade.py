@@ -1,6 +1,6 @@
 """Builds TensorRT plans in the background while CUDA serves, and switches to them if they answer alike.
 
-*Experimental: not yet run on a GPU.*
+*Experimental: TensorRT has not yet run on a GPU.*
 """
 
 from __future__ import annotations
