@@ -129,7 +129,12 @@ def test_differences() -> None:
         "the model answers one row differently each time, so nothing is known of its batches"
     )
     assert found([ValueError("secret")]) == "a row that had an answer in a batch fails alone (ValueError)"
-    assert found([OutOfMemory("none left")]) is None
+    for error in (
+        OutOfMemory("none left"),
+        MemoryError(),
+        RuntimeError("Failed to allocate memory"),
+    ):
+        assert found([error]) is None
 
 
 def test_neighbours_give_the_scale() -> None:

@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from inferpool.backends.base import ran_out_of_memory
 from inferpool.errors import OutOfMemory, Reason
 from inferpool.pool.batch import Batch, Outcome, RowSlice, Run
 from inferpool.tensors import Tensors
@@ -128,9 +129,9 @@ class Audit:
                 return None
             if self._compare(run_alone(sample.row_slice), alone, alike) is not None:
                 return "the model answers one row differently each time, so nothing is known of its batches"
-        except OutOfMemory:
-            return None  # this says nothing of the answer
         except Exception as error:  # noqa: BLE001 - a model may raise anything, and the instance goes on
+            if isinstance(error, OutOfMemory) or ran_out_of_memory(error):
+                return None  # this says nothing of the answer
             return f"a row that had an answer in a batch fails alone ({type(error).__name__})"
         return f"{fault} in a batch of {sample.batch_rows} rows"
 

@@ -50,6 +50,7 @@ class FakeFuture:
         self._function, self._arguments = function, arguments
         self._then: list[Callable[[FakeFuture], None]] = []
         self._outcome: Any = None
+        self._error: Exception | None = None
 
     def add_done_callback(self, then: Callable[[FakeFuture], None]) -> None:
         self._then.append(then)
@@ -57,11 +58,22 @@ class FakeFuture:
     def cancelled(self) -> bool:
         return False
 
+    def exception(self) -> Exception | None:
+        return self._error
+
     def result(self) -> Any:
         return self._outcome
 
     def run(self) -> None:
         self._outcome = self._function(*self._arguments)
+        self._end()
+
+    def fail(self, error: Exception) -> None:
+        """End without a call: there is no thread for it."""
+        self._error = error
+        self._end()
+
+    def _end(self) -> None:
         for then in self._then:
             then(self)
 

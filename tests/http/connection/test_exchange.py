@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import mmap
 import weakref
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from inferpool.codecs.text import Rows
-from inferpool.errors import MalformedBody, TooSlow
+from inferpool.errors import MalformedBody, Overloaded, TooSlow
 from inferpool.http.connection import batched_writes
 from inferpool.http.connection.exchange import Exchange
 from inferpool.http.connection.exchange_state import (
@@ -180,6 +182,31 @@ def test_a_deadline_ends_the_wait_for_a_thread_and_frees_the_body_after_it(harne
     assert exchange.state == DONE
     assert harness.predictor.budget.used == len(HEAVY_BODY), "the thread still has the body"
     harness.loop.run_job()
+    assert_idle(harness)
+
+
+def test_a_body_without_a_thread_is_refused_and_freed(harness: Harness) -> None:
+    client = harness.connect()
+    exchange = client.begin((b"content-length", b"%d" % len(HEAVY_BODY)))
+    send(exchange, HEAVY_BODY)
+    harness.loop.jobs.pop().fail(Overloaded("there is no thread"))
+    assert client.transport.responses() == [(503, "r0")]
+    assert_idle(harness)
+
+
+def test_a_body_that_the_system_maps_no_memory_for_is_refused(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    harness.predictor.budget.heap_bytes = 0
+    client = harness.connect()
+    exchange = client.begin((b"content-length", b"%d" % len(HEAVY_BODY)))
+    assert exchange.receive(10, HEAVY_BODY[:10])
+    assert exchange.memory() is None
+    assert client.transport.responses() == [(503, "r0")]
     assert_idle(harness)
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from inferpool.errors import Overloaded
 from inferpool.http.predict.fair_threads import FairThreads
 
 WAIT_S = 20
@@ -83,3 +84,35 @@ def test_errors_and_cancelled_jobs_leave_no_thread_behind(gate: threading.Event)
     gate.set()
     assert first.result(WAIT_S)
     assert threads.of("a").submit(lambda: 2).result(WAIT_S) == 2
+
+
+def refuse_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_jobs_fail_while_the_system_has_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failures leave nothing behind: once there are threads again, all of them can be used."""
+    threads = FairThreads(1, "test")
+    ran: list[int] = []
+    with monkeypatch.context() as refused:
+        refuse_threads(refused)
+        for number in range(3):
+            with pytest.raises(Overloaded, match="try again later"):
+                threads.of("a").submit(ran.append, number).result(WAIT_S)
+    assert threads.of("a").submit(lambda: "again").result(WAIT_S) == "again"
+    assert not ran
+
+
+def test_jobs_wait_for_the_threads_there_are(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = FairThreads(2, "test")
+    first, begun = started(gate, threads, "a")
+    assert begun.wait(WAIT_S)
+    with monkeypatch.context() as refused:
+        refuse_threads(refused)
+        others = [threads.of(client).submit(lambda: "later") for client in ("a", "b", "c")]
+    gate.set()
+    assert first.result(WAIT_S)
+    assert [job.result(WAIT_S) for job in others] == ["later"] * 3

@@ -177,7 +177,8 @@ class Connection:
         def finish(done: Any) -> None:
             running.discard(done)
             if not done.cancelled():  # as uvicorn does when it may wait no longer
-                then(done.result())
+                error = done.exception()  # there was no thread for the call
+                then(done.result() if error is None else error)
 
         future.add_done_callback(finish)
 

@@ -99,7 +99,11 @@ def _aligned(length: int, start: int, heap_bytes: int) -> memoryview:
     are no data, but the kernel has to clear each of them.
     """
     if length > heap_bytes:
-        memory = np.frombuffer(mmap.mmap(-1, length + _ALIGNMENT), np.uint8)
+        try:
+            pages = mmap.mmap(-1, length + _ALIGNMENT)
+        except OSError as error:
+            raise MemoryError(f"the system maps no {length} bytes for a body") from error
+        memory = np.frombuffer(pages, np.uint8)
     else:
         memory = np.empty(length + _ALIGNMENT, np.uint8)
     offset = -(memory.ctypes.data + start) % _ALIGNMENT

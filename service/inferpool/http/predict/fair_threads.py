@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
+from inferpool.errors import Overloaded
+
 
 class FairThreads:
     """Runs the jobs of each client in order, and those of several clients in turn.
@@ -19,7 +21,9 @@ class FairThreads:
     def __init__(self, threads: int, name: str) -> None:
         """Start no thread before there is a job; `name` is the beginning of the threads' names."""
         self._most = threads
-        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix=name)
+        self._name = name
+        self._pool = self._make_pool()
+        self._has_threads = False
         self._lock = threading.Lock()
         self._waiting: dict[str, deque[_Job]] = {}
         self._running: dict[str, int] = {}
@@ -30,7 +34,10 @@ class FairThreads:
         return _ClientThreads(self, client)
 
     def submit(self, client: str, job: _Job) -> None:
-        """Run `job` once it is the turn of its client; may be called from any thread."""
+        """Run `job` once it is the turn of its client; may be called from any thread.
+
+        If the system has no thread for it, and there was none before, the job fails with Overloaded.
+        """
         with self._lock:
             self._waiting.setdefault(client, deque()).append(job)
             self._start_jobs()
@@ -47,18 +54,35 @@ class FairThreads:
                 self._waiting[client] = jobs  # behind all others: it is their turn
             self._running[client] = self._running.get(client, 0) + 1
             self._busy += 1
-            self._pool.submit(self._run, client, job)
+            try:
+                self._pool.submit(self._run, client, job)
+                self._has_threads = True
+            except RuntimeError:
+                # The system has no more threads. The pool has queued the job all the same, so one of its
+                # threads takes it later, if there is any.
+                if not self._has_threads:
+                    self._pool = self._make_pool()
+                    self._forget(client)
+                    job.future.set_exception(
+                        Overloaded("the system has no thread for this request; try again later")
+                    )
 
     def _run(self, client: str, job: _Job) -> None:
         try:
             job.run()
         finally:
             with self._lock:
-                self._busy -= 1
-                self._running[client] -= 1
-                if not self._running[client]:
-                    del self._running[client]
+                self._forget(client)
                 self._start_jobs()
+
+    def _forget(self, client: str) -> None:
+        self._busy -= 1
+        self._running[client] -= 1
+        if not self._running[client]:
+            del self._running[client]
+
+    def _make_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._most + 1, thread_name_prefix=self._name)
 
 
 class _Job:
