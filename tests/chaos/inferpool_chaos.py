@@ -2,7 +2,7 @@
 
 A `.chaos` file is JSON: `{"row": [4], "run_ms": 0, "row_ms": 0, "mix": false, "first": -1}`. It takes "x",
 FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`: the sum of each row times
-3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. A row whose first element is one of
+3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. With `"reads": false` its graph is not read. A row whose first element is one of
 the constants below makes its run misbehave; no made-up row has one. With a `"gate"`, the path of a named
 pipe, loading ends when the pipe is opened for writing; with a `"run_gate"` so does a run marked `WAIT`.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from inferpool.backends.base import Backend, LoadedModel, LoadOptions
+from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.errors import LoadError
 from inferpool.tensors import Signature, Tensors, TensorSpec
 
@@ -59,6 +60,13 @@ class ChaosBackend(Backend):
             return ChaosModel(settings)
         except ValueError as error:
             raise LoadError(f"{file.name} is not JSON: {error}") from error
+
+    def read_rows(self, file: Path, options: LoadOptions) -> RowVerdict:
+        """What `run` shows: no row matters to another, unless the file or a mark says so."""
+        settings = json.loads(file.read_text())
+        if settings.get("reads", "mix" not in settings):
+            return RowVerdict(Independence.INDEPENDENT, "each row is summed by itself")
+        return super().read_rows(file, options)
 
     def describe(self) -> str:
         return "chaos 1.0"

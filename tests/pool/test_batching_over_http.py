@@ -334,7 +334,8 @@ def test_a_model_that_mixes_rarely_is_found_out_while_it_serves(
 ) -> None:
     """No made-up row makes this model mix, so that runs at load prove it; a batch of real rows refutes it."""
     cache_dir = tmp_path / "cache"
-    server = serve(make_chaos("m", run_gate=str(gate), config=ONE), INFERPOOL_CACHE_DIR=str(cache_dir))
+    repository = make_chaos("m", run_gate=str(gate), reads=False, config=ONE)
+    server = serve(repository, INFERPOOL_CACHE_DIR=str(cache_dir))
     batching = server.get("/models/m/1").json()["batching"]
     assert (batching["enabled"], batching["evidence"]) == (True, "runs")
     assert server.metric("batching_stopped_total", model="m") == 0

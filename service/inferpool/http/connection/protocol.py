@@ -245,7 +245,11 @@ class PredictProtocol(HttpToolsProtocol):
             super().on_message_begin()
             self.url, self.headers, self.expect_100_continue = url, headers, expect
             self.scope["headers"] = headers
-            super().on_headers_complete()
+            try:
+                super().on_headers_complete()
+            except Exception:
+                self.connection.in_head = True  # the target has no path: there is no request
+                raise
             if self._upgraded:
                 self.cycle.keep_alive = False
             return

@@ -10,6 +10,7 @@ import logging
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Barrier, BrokenBarrierError
@@ -258,7 +259,8 @@ class Planner:
             cost = fit.fit(request, axes, table, least, smaller=sampled)
         runs = [model.run(request), *fit.outputs]
         if plan.batched:
-            runs.append(model.run(repeat_rows(request, 2)))
+            with suppress(Exception):  # the model may refuse what it takes alone
+                runs.append(model.run(repeat_rows(request, 2)))
         shapes = output_corrections(model.signature, runs, batched=plan.batched)
         row_bytes = bytes_of(request)
         return replace(plan, row_cost=cost, row_bytes=row_bytes, shapes=ShapeCorrections(names, shapes))
