@@ -2,9 +2,10 @@
 
 A `.chaos` file is JSON: `{"row": [4], "run_ms": 0, "row_ms": 0, "mix": false, "first": -1}`. It takes "x",
 FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`: the sum of each row times
-3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. With `"reads": false` its graph is not read. A row whose first element is one of
-the constants below makes its run misbehave; no made-up row has one. With a `"gate"`, the path of a named
-pipe, loading ends when the pipe is opened for writing; with a `"run_gate"` so does a run marked `WAIT`.
+3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. With `"reads": false`, or `mix`, nothing
+is known of its rows but what runs show. A row whose first element is one of the constants below makes its
+run misbehave; no made-up row has one. With a `"gate"`, the path of a named pipe, loading ends when the pipe
+is opened for writing; with a `"run_gate"` so does a run marked `WAIT`.
 """
 
 from __future__ import annotations
