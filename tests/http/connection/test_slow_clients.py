@@ -160,3 +160,24 @@ def test_a_client_that_does_not_read_a_response_of_the_application_is_disconnect
         assert connection.recv(9) == b"HTTP/1.1 "
         assert sockets(server) > count
         wait_until(lambda: sockets(server) <= count, "the connection is closed")
+
+
+def test_a_client_that_leaves_the_end_of_a_last_response_unread_is_disconnected(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    """How much the kernel takes is not known, so the connections differ in how much they leave unread.
+
+    Some of them then leave a small rest to the server.
+    """
+    server = serve(make_chaos("m"))
+    size = len(server.get("/openapi.json").content)
+    count = sockets(server)
+    with contextlib.ExitStack() as stack:
+        for unread in range(1_000_000, 2_800_000, 50_000):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            connection.connect(("127.0.0.1", server.port))
+            requests = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * (unread // size)
+            connection.sendall(requests + b"no request\r\n\r\n")
+        wait_until(lambda: sockets(server) > count, "the connections are open")
+        wait_until(lambda: sockets(server) <= count, "the connections are closed")

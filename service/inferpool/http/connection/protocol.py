@@ -327,6 +327,7 @@ class PredictProtocol(HttpToolsProtocol):
         self.stop_reading()
         self.transport.write_eof()
         LingeringClose(self.transport, descriptor, self.loop).start()
+        self._slow_client.watch_closing()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Begin the turn of a request; uvicorn calls this for its own cycles and for pipelined exchanges."""

@@ -75,6 +75,14 @@ class SlowClientTimer:
             self._reading.cancel()
             self._reading = None
 
+    def watch_closing(self) -> None:
+        """Abort the connection, which is closing, if its client never reads the rest of the responses.
+
+        The transport waits for that without end, and says nothing of a rest that is small.
+        """
+        if self._reading is None and self._connection.transport.get_write_buffer_size():
+            self.watch_reading()
+
     def _check_sending(self) -> None:
         """Close the connection if nothing was received for the keep-alive time, or too little of a request.
 
@@ -96,21 +104,13 @@ class SlowClientTimer:
         elif left_s > 0:
             if self._refuse_slow is not None:
                 self._refuse_slow()
-            self._watch_closing()
+            self.watch_closing()
         elif not connection.between_requests:
             connection.transport.abort()
         else:
             if not connection.transport.is_closing():
                 connection.transport.close()
-            self._watch_closing()
-
-    def _watch_closing(self) -> None:
-        """Abort the connection, which is closing, if its client never reads the rest of the responses.
-
-        The transport waits for that without end, and says nothing of a rest that is small.
-        """
-        if self._reading is None and self._connection.transport.get_write_buffer_size():
-            self.watch_reading()
+            self.watch_closing()
 
     def _window_left_s(self, now: float) -> float:
         """Return the seconds until the request that is being received may be found too slow; 0 if it is."""
