@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import random
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pytest
 from inferpool.errors import BodyTooLarge, Overloaded
 from inferpool.http.native.api import NATIVE_API
-from inferpool.http.predict.budget import ByteBudget
+from inferpool.http.predict.budget import BodyAllowance, ByteBudget
+from inferpool.http.predict.compression import decompress
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.request_head import RequestHead
 
@@ -122,3 +125,17 @@ def test_memory_of_other_requests_that_does_not_come_back_soon_is_not_waited_for
     budget.settle_decoded(first, 80)  # decoded, and waits in a queue
     with pytest.raises(Overloaded, match="no room for 21 bytes: other requests hold 80 of 100 bytes"):
         budget.take_decoded(context(), 21, "a picture")
+
+
+def test_a_compressed_body_takes_what_it_becomes_and_not_what_it_might_become() -> None:
+    """Its size after decompression is bounded by a hundred times its size, more than a small server has."""
+    numbers = random.Random(0)
+    for plain in (b"[1]", b",".join(b"%.6f" % numbers.random() for _ in range(100_000))):
+        budget, sender = ByteBudget(2**20 + len(plain)), context()
+        assert decompress(gzip.compress(plain), "gzip", BodyAllowance(budget, sender, 2**26, None)) == plain
+        assert budget.decoded == sender.decoded_bytes == len(plain)
+    budget, sender = ByteBudget(2**20), context()
+    with pytest.raises(BodyTooLarge, match="decompressing the body takes"):
+        decompress(gzip.compress(bytes(2**20)), "gzip", BodyAllowance(budget, sender, 2**26, None))
+    budget.settle_decoded(sender, 0)
+    assert budget.held == 0

@@ -17,6 +17,8 @@ _FREE_EXPANSION_BYTES: Final = 1024 * 1024
 _MOST_EXPANSION: Final = 100
 """A body may decompress to 1 MiB or to this many times its size; more is an attack."""
 _PIECE_BYTES: Final = 256 * 1024
+_STEP_BYTES: Final = 512 * 1024
+"""Memory for the output is reserved by so much at a time."""
 _GZIP: Final = 16 + zlib.MAX_WBITS
 _FASTEST: Final = 1
 _TRIED_BYTES: Final = 16 * 1024
@@ -40,28 +42,31 @@ def decompress(data: Data, encoding: str, allowance: Allowance) -> Data:
             expected=["gzip", "deflate"],
         )
     max_bytes = min(allowance.most_bytes, max(_FREE_EXPANSION_BYTES, _MOST_EXPANSION * len(data)))
-    # The output grows in place, by an eighth more than it needs.
-    reserved = max_bytes + max_bytes // 8 + 2 * _PIECE_BYTES
-    allowance.take(reserved, "decompressing the body")
     try:
-        plain = _inflate(data, _GZIP_OR_ZLIB, encoding, max_bytes)
+        plain, reserved = _inflate(data, _GZIP_OR_ZLIB, encoding, max_bytes, allowance)
     except zlib.error:
         if encoding != "deflate":
             raise MalformedBody(f"the body is not {encoding} data") from None
         # "deflate" means zlib's format (RFC 9110, 8.4.1.2), but some clients send the bare stream.
         try:
-            plain = _inflate(data, -zlib.MAX_WBITS, encoding, max_bytes)
+            plain, reserved = _inflate(data, -zlib.MAX_WBITS, encoding, max_bytes, allowance)
         except zlib.error:
             raise MalformedBody("the body is not deflate data") from None
     allowance.give_back(reserved - len(plain))
     return plain
 
 
-def _inflate(data: Data, wbits: int, encoding: str, max_bytes: int) -> bytes:
-    """Decompress `data` in pieces: the GIL is held for each of them, and not for a copy of all of them."""
+def _inflate(
+    data: Data, wbits: int, encoding: str, max_bytes: int, allowance: Allowance
+) -> tuple[bytes, int]:
+    """Decompress `data` in pieces: the GIL is held for each of them, and not for a copy of all of them.
+
+    Also returns how many bytes are reserved: as many as the output has turned out to need, because what a
+    body may become at most is a hundred times its size.
+    """
     stream = zlib.decompressobj(wbits)
     plain = BytesIO()
-    size = 0
+    size = reserved = 0
     view = memoryview(data)
     for start in range(0, len(data), _PIECE_BYTES):
         rest: Data = view[start : start + _PIECE_BYTES]
@@ -70,6 +75,7 @@ def _inflate(data: Data, wbits: int, encoding: str, max_bytes: int) -> bytes:
             size += len(piece)
             if size > max_bytes:
                 raise _too_large(max_bytes)
+            reserved += _reserve(size, reserved, allowance)
             plain.write(piece)
             rest = stream.unconsumed_tail
         if stream.eof and (stream.unused_data or start + _PIECE_BYTES < len(data)):
@@ -77,12 +83,24 @@ def _inflate(data: Data, wbits: int, encoding: str, max_bytes: int) -> bytes:
     # The rest of the output, if it did not fit into the last piece.
     while not stream.eof and (piece := stream.decompress(b"", _PIECE_BYTES)):
         size += len(piece)
-        plain.write(piece)
         if size > max_bytes:
             raise _too_large(max_bytes)
+        reserved += _reserve(size, reserved, allowance)
+        plain.write(piece)
     if not stream.eof:
         raise MalformedBody(f"the {encoding} data is cut off")
-    return plain.getvalue()
+    return plain.getvalue(), reserved
+
+
+def _reserve(size: int, reserved: int, allowance: Allowance) -> int:
+    """Reserve what an output of `size` bytes needs beyond `reserved` bytes; returns how many that are."""
+    # The output grows in place, by an eighth more than it needs; a piece is held beside it.
+    needed = size + size // 8 + _PIECE_BYTES
+    if needed <= reserved:
+        return 0
+    more = max(needed - reserved, _STEP_BYTES)
+    allowance.take(more, "decompressing the body")
+    return more
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
