@@ -130,10 +130,12 @@ class TestAnswers:
             (np.array([1, np.nan, 2, 3], np.float64), "FP64", ["3.000000:3", "2.000000:2:c"]),
             (np.array([[0x3F80, 0xBF80]], np.uint16), "BF16", [["1.000000:0:a", "-1.000000:1:b"]]),
             (np.array([[7]], np.float32), "FP32", [["7.000000:0:a"]]),
+            (np.empty((0, 3), np.float32), "FP32", np.empty((0, 2), object)),
+            (np.empty((2, 0), np.float32), "FP32", np.empty((2, 0), object)),
         ],
     )
     def test_a_classification_gives_the_best_of_each_row(
-        self, output: Array, datatype: str, classes: list[Any]
+        self, output: Array, datatype: str, classes: list[Any] | Array
     ) -> None:
         wanted = [RequestedOutput("y", False, 2)]
         signature = given_outputs(y=datatype)

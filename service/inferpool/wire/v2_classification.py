@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -23,7 +24,9 @@ def classify(name: str, tensor: Array, datatype: str, wanted: int, labels: Seque
     if datatype in ("BOOL", "BYTES"):
         raise InvalidInput(f'output "{name}" is {datatype}; a classification takes numbers', tensor=name)
     numbers = bf16_to_fp32(tensor) if datatype == "BF16" else tensor
-    rows = numbers.reshape(len(numbers), -1) if numbers.ndim > 1 and numbers.size else numbers.reshape(1, -1)
+    # Not -1 for the classes, which numpy cannot tell if there are no rows.
+    shape = (len(numbers), math.prod(numbers.shape[1:])) if numbers.ndim > 1 else (1, numbers.size)
+    rows = numbers.reshape(shape)
     if numbers.size > _MAX_CLASSIFIED:
         raise InvalidInput(
             f'output "{name}" has {numbers.size} elements; a classification takes {_MAX_CLASSIFIED}',
