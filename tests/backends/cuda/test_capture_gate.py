@@ -87,3 +87,29 @@ def test_many_threads_never_run_beside_a_capture() -> None:
             each.result(WAIT_S)
     assert len(seen) == 300
     assert all(seen)
+
+
+def test_runs_go_on_while_a_session_is_opened_and_a_capture_waits_for_it() -> None:
+    gate = CaptureGate()
+    opened, ran, order = threading.Event(), threading.Event(), list[str]()
+
+    def open_session() -> None:
+        with gate.open():
+            opened.set()
+            assert ran.wait(WAIT_S)
+            order.append("opened")
+
+    def capture() -> None:
+        with gate.capture():
+            order.append("captured")
+
+    with ThreadPoolExecutor(2) as threads:
+        opening = threads.submit(open_session)
+        assert opened.wait(WAIT_S)
+        capturing = threads.submit(capture)
+        with gate.work():
+            order.append("run")
+        ran.set()
+        opening.result(WAIT_S)
+        capturing.result(WAIT_S)
+    assert order == ["run", "opened", "captured"]

@@ -18,6 +18,7 @@ class CaptureGate:
     """Lets one thread capture, or any number of threads do other work on GPUs."""
 
     def __init__(self) -> None:
+        self._opens = threading.Lock()
         self._changed = threading.Condition()
         self._working = 0
         self._waiting = 0
@@ -31,6 +32,20 @@ class CaptureGate:
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Wait until no other work is in progress, and hold it up until the context ends."""
+        with self._opens, self._capture():
+            yield
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Keep captures away while a session is opened, which waits for the whole device.
+
+        That takes seconds, so other work goes on meanwhile, whether a capture waits or not.
+        """
+        with self._opens:
+            yield
+
+    @contextmanager
+    def _capture(self) -> Iterator[None]:
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: not self._working and self._capturer is None)

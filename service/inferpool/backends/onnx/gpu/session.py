@@ -160,7 +160,7 @@ def _session(file: Path, options: LoadOptions, settings: Any, stream: int, conte
     if options.gpu.tensorrt is not None:
         # Nodes that TensorRT does not take run on the next provider.
         providers.insert(0, (TENSORRT, tensorrt_options(options, options.gpu.tensorrt, stream, half)))
-    with DEVICE_GATE.work():  # opening a session waits for the whole device
+    with DEVICE_GATE.open():
         return ort.InferenceSession(content or str(file), settings, providers=providers, enable_fallback=0)
 
 
