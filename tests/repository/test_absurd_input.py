@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from inferpool.errors import ConfigError
 from inferpool.repository.config import read_config
+from inferpool.repository.load.plan import Plan
 from inferpool.repository.load.plan_cache import PlanCache
-from inferpool.repository.load.planner import Plan
 from inferpool.settings import read_settings
 from inferpool.system.files import printable, read_file
 

@@ -8,8 +8,8 @@ from inferpool.backends.row_verdict import Evidence
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.row_cost import CostPoint, RowCost
 from inferpool.repository.load.declared_shapes import ShapeCorrections
+from inferpool.repository.load.plan import Plan
 from inferpool.repository.load.plan_cache import PlanCache
-from inferpool.repository.load.planner import Plan
 
 PLAN = Plan(
     True,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from inferpool.backends.base import LoadedModel
 from inferpool.repository.load.batching_remedies import Obstacle, find_remedy
-from inferpool.repository.load.planner import Plan, PlanConstraints, Planner
+from inferpool.repository.load.plan import Plan, PlanConstraints
+from inferpool.repository.load.planner import Planner
 
 from tests.repository.load.function_model import Clock, FunctionModel
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from inferpool.pool.latency_model import LatencyModel
-from inferpool.repository.load.planner import Plan, PlanConstraints, Planner
+from inferpool.repository.load.plan import Plan, PlanConstraints
+from inferpool.repository.load.planner import Planner
 from inferpool.tensors import Tensors
 
 from tests.repository.load.function_model import Clock, FunctionModel

@@ -36,8 +36,9 @@ from inferpool.repository.load.declared_shapes import corrected, without_names
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
 from inferpool.repository.load.list_outputs import ListsAsTables
 from inferpool.repository.load.model_copies import ModelCopies
+from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.repository.load.plan_cache import PlanCache
-from inferpool.repository.load.planner import TRUST, Plan, PlanConstraints, Planner, PrepareRun, prepare_run
+from inferpool.repository.load.planner import TRUST, Planner, PrepareRun, prepare_run
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support

@@ -21,7 +21,7 @@ from inferpool.pool.row_cost import CostPoint, RowCost
 from inferpool.repository.load.batching_proof import Fault
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.declared_shapes import ShapeCorrections
-from inferpool.repository.load.planner import Plan, PlanConstraints
+from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.system.files import read_file
 
 log = logging.getLogger(__name__)

@@ -11,22 +11,20 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from threading import Barrier, BrokenBarrierError
 from typing import Final, TypeAlias
 
 from inferpool.backends.base import LoadedModel
-from inferpool.backends.row_verdict import Evidence, Independence, RowVerdict
+from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.errors import Reason, short_reason
 from inferpool.pool.buckets import choose_buckets, sizes_between
 from inferpool.pool.latency_model import Measurement
-from inferpool.pool.row_cost import RowCost
 from inferpool.repository.load.batching_check import UNREAD, check_batching
 from inferpool.repository.load.batching_proof import BatchingProof, Fault, refuted
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.declared_shapes import (
-    NO_CORRECTIONS,
     ShapeCorrections,
     free_names,
     output_corrections,
@@ -34,6 +32,7 @@ from inferpool.repository.load.declared_shapes import (
 )
 from inferpool.repository.load.free_sizes import bytes_of, free_axes, made_up_request
 from inferpool.repository.load.list_outputs import ListsAsTables, has_lists
+from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.repository.load.row_cost_fit import RowCostFit
 from inferpool.repository.load.runnable_rows import count_rows, repeat_rows, rows_between
 from inferpool.tensors import ANY, Tensors
@@ -78,63 +77,6 @@ OVERLAPPING: Final = 2
 
 CLEAR_S: Final = 1e-3
 """A run shorter than this gains nothing from a second thread, because the web side needs the core."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The decisions and the measurements.
-
-    Attributes:
-        batched: whether rows of different requests share a run; `reason` says why, or why not.
-        max_rows: the most rows of a batch; 1 if not batched.
-        instances: threads that run batches at the same time, on each device.
-        threads: threads that the runtime uses within a run.
-        table: seconds by batch size.
-        buckets: the sizes that batches are rounded up to on a GPU; empty if any size runs as it is.
-        fault: why rows share no run, by which the remedy is found; None if they do.
-        evidence: what shows that rows may share a run; None if they do not.
-        row_cost: what a row costs by its elements; None if all rows cost the same, or no other size runs.
-        row_bytes: bytes of the inputs of a row that was measured; 0 if none was.
-        shapes: what the model's file says of shapes, though runs show it to be otherwise.
-    """
-
-    batched: bool
-    reason: Reason
-    max_rows: int
-    instances: int
-    threads: int
-    table: tuple[Measurement, ...] = ()
-    buckets: tuple[int, ...] = ()
-    fault: Fault | None = None
-    evidence: Evidence | None = None
-    row_cost: RowCost | None = None
-    row_bytes: int = 0
-    shapes: ShapeCorrections = NO_CORRECTIONS
-
-
-@dataclass(frozen=True, slots=True)
-class PlanConstraints:
-    """The owner's settings that a plan must respect; the planner decides whatever is None.
-
-    Attributes:
-        cores: cores that the model may use in all, at least 1.
-        budget_s: seconds that measuring may take; 0 measures nothing.
-        batching: False turns batching off.
-        max_rows: the most rows of a batch.
-        instances: the number of instances.
-        threads: threads of a run.
-        gpu: whether the model runs on a GPU, where instances share no copy and cores are not scarce.
-        weighed: False if rows of several sizes are weighed elsewhere, as texts are by their tokens.
-    """
-
-    cores: int
-    budget_s: float
-    batching: bool = True
-    max_rows: int | None = None
-    instances: int | None = None
-    threads: int | None = None
-    gpu: bool = False
-    weighed: bool = True
 
 
 PrepareRun: TypeAlias = Callable[[LoadedModel, Tensors], Callable[[], object]]

@@ -125,7 +125,8 @@ def open_session(
         GraphsRefused: the runtime refuses to capture graphs; without graphs the session may open.
         OutOfMemory: the GPU has too little memory for the model.
     """
-    # cuDNN's front end reports every plan that it passes over as an error. What matters is raised.
+    # cuDNN's front end reports every plan that it passes over as an error.
+    # Errors that matter are raised as well.
     ort.set_default_logger_severity(_FATAL)
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if options.gpu.cpu_nodes == "none":

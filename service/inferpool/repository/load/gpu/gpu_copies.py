@@ -21,7 +21,7 @@ from inferpool.repository.load.gpu.pixel_check import check_pixels
 from inferpool.repository.load.gpu.precision import Reference, run_reference
 from inferpool.repository.load.gpu.tensorrt_upgrade import FindFolder, TensorRTUpgrade
 from inferpool.repository.load.model_copies import ModelCopies
-from inferpool.repository.load.planner import Plan
+from inferpool.repository.load.plan import Plan
 from inferpool.repository.load.runnable_rows import find_runnable_rows, repeat_rows
 from inferpool.tensors import Tensors
 
