@@ -90,6 +90,9 @@ class Outbox:
     def __init__(self) -> None:
         self.results: queue.SimpleQueue[Sequence[Result]] = queue.SimpleQueue()
 
+    def ended(self, entry_ids: Sequence[int]) -> None:
+        """The inputs are arrays of this process."""
+
     def put(self, results: Sequence[Result]) -> None:
         self.results.put(results)
 

@@ -40,6 +40,9 @@ class Outbox:
         self.results: queue.Queue[Result] = queue.Queue()
         self.puts = 0
 
+    def ended(self, entry_ids: Sequence[int]) -> None:
+        """The inputs are arrays of this process."""
+
     def put(self, results: Sequence[Result]) -> None:
         assert results
         self.puts += 1

@@ -29,6 +29,9 @@ class Outbox:
     def __init__(self) -> None:
         self.results: Results[Result] = Results()
 
+    def ended(self, entry_ids: Sequence[int]) -> None:
+        """The inputs are arrays of this process."""
+
     def put(self, results: Sequence[Result]) -> None:
         for result in results:
             self.results.put(result)

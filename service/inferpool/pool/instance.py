@@ -185,9 +185,18 @@ class Instance:
         try:
             self.model.begin()
             while (batch := self._source.next_batch(self)) is not None:
+                _mark_running(batch)
                 self._source.finish(self, batch, self.run(batch))
                 # The thread waits between batches, and must not keep the last one in memory meanwhile.
                 batch = None
         except BaseException:
             log.exception("%s on %s died", self.name, self.device)
             self._source.died(self, batch)
+
+
+def _mark_running(batch: Batch) -> None:
+    """Tell the web processes which entries run, in case that this process does not survive the run."""
+    for row_slice in batch.slices:
+        mark = row_slice.entry.mark
+        if mark is not None:
+            mark[row_slice.entry.mark_at] = 1

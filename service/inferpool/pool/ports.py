@@ -43,11 +43,14 @@ class Entry:
         parts: the entries that run in place of this one, if its rows have different lengths; `inputs` is then
             empty. `inferpool.pool.splitting.split_entry` makes such an entry.
         part_of: id of the entry that this one is a part of; 0 if it is none.
+        mark: shared memory that tells the web process which entries ran when the engine ended; None if the
+            pool runs in the web process. An instance writes 1 at `mark_at` before it runs the entry.
+        mark_at: index of the entry's byte in `mark`.
     """
 
     __slots__ = (
-        "arrived", "deadline", "group", "id", "inputs", "key", "nbytes", "outputs", "part_of", "parts",
-        "priority", "request_id", "row_load", "rows",
+        "arrived", "deadline", "group", "id", "inputs", "key", "mark", "mark_at", "nbytes", "outputs",
+        "part_of", "parts", "priority", "request_id", "row_load", "rows",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +83,8 @@ class Entry:
         self.request_id = request_id
         self.parts = parts
         self.part_of = 0
+        self.mark: memoryview | None = None
+        self.mark_at = 0
 
     @property
     def load(self) -> float:
@@ -104,9 +109,11 @@ class Result:
         queue_s: seconds from the offer until an instance took the entry's first rows.
         compute_s: seconds that the entry's batches ran.
         batch_rows: rows of the entry's last batch, with those of other entries; 0 if the entry never ran.
+        runs_on: whether a run still reads the entry's inputs, although the entry has its result. The outbox's
+            `ended` follows when that run is over.
     """
 
-    __slots__ = ("batch_rows", "compute_s", "entry_id", "error", "outputs", "queue_s")
+    __slots__ = ("batch_rows", "compute_s", "entry_id", "error", "outputs", "queue_s", "runs_on")
 
     def __init__(
         self,
@@ -116,6 +123,7 @@ class Result:
         queue_s: float,
         compute_s: float = 0.0,
         batch_rows: int = 0,
+        runs_on: bool = False,
     ) -> None:
         self.entry_id = entry_id
         self.outputs = outputs
@@ -123,6 +131,7 @@ class Result:
         self.queue_s = queue_s
         self.compute_s = compute_s
         self.batch_rows = batch_rows
+        self.runs_on = runs_on
 
 
 class Inbox(Protocol):
@@ -143,3 +152,6 @@ class Outbox(Protocol):
 
     def put(self, results: Sequence[Result]) -> None:
         """Hand over the results of a batch, or of entries that were dropped together."""
+
+    def ended(self, entry_ids: Sequence[int]) -> None:
+        """Take note that no run reads the inputs of these entries any more; their results said `runs_on`."""

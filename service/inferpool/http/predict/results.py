@@ -50,6 +50,14 @@ class ResultDispatcher:
             self._woken = True
             self._loop.call_soon_threadsafe(self._deliver)
 
+    def ended(self, entry_ids: Sequence[int]) -> None:
+        """Do nothing: inputs that are arrays of this process live as long as a run reads them."""
+
+    def deliver(self, results: Sequence[Result]) -> None:
+        """Call the subscribers of results that arrived together, at once. On the event loop only."""
+        self._arrived.extend(results)
+        self._deliver()
+
     def _deliver(self) -> None:
         self._woken = False
         if self._begin is not None:
