@@ -33,6 +33,11 @@ static struct { void *to; const void *from; size_t bytes; } copies[64];
 int cudaSetDevice(int number) { return device = number, 0; }
 const char *cudaGetErrorString(int error) { return error == 2 ? "out of memory" : "unspecified"; }
 int cudaGetLastError(void) { return 0; }
+int fakeFaults, fakeSticky; /* the errors that the next calls report, and the one that every call reports */
+int cudaMemGetInfo(size_t *free, size_t *total) {
+    *free = *total = 1 << 30;
+    return fakeFaults ? fakeFaults--, 1 : fakeSticky;
+}
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) {
     return *stream = malloc(1), streams++, flags == 1 ? 0 : 1;
 }

@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 from inferpool.backends.cuda.memory import Memory
+from inferpool.errors import Reason
 from inferpool.tensors import Array
 
 
@@ -14,6 +15,7 @@ class HostMemory(Memory):
 
     def __init__(self) -> None:
         self._kept: list[Array] = []
+        self.fault: Reason | None = None
 
     def enter(self) -> None:
         """Do nothing: every thread may use the memory."""
@@ -44,6 +46,10 @@ class HostMemory(Memory):
 
     def wait(self) -> None:
         """Do nothing: every copy has been made."""
+
+    def lost(self) -> Reason | None:
+        """Return what a test has set."""
+        return self.fault
 
     def close(self) -> None:
         """Free the memory."""

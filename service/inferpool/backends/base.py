@@ -197,6 +197,14 @@ class DeviceModel(LoadedModel):
         """Drop all graphs and run without graphs from now on, because of `reason`."""
         raise NotImplementedError
 
+    def lost(self) -> Reason | None:
+        """Why this process cannot use the device any more; None if it can. Asked after a run has raised.
+
+        After some errors of CUDA (an address that is not mapped, a failed assertion in a kernel) every later
+        call of the process fails, on every copy of every model on that device.
+        """
+        return None
+
     @abstractmethod
     def run_padded(
         self, parts: Sequence[Tensors], rows: int, outputs: Sequence[str] | None = None

@@ -106,6 +106,15 @@ def test_a_failed_allocation_raises_out_of_memory(opened: list[str]) -> None:
         memory._check(1)
 
 
+def test_only_an_error_that_stays_means_that_the_device_is_lost(opened: list[str]) -> None:
+    memory = CudaMemory(3, 13)
+    assert memory.lost() is None
+    ctypes.c_int.in_dll(memory._library, "fakeFaults").value = 1
+    assert memory.lost() is None
+    ctypes.c_int.in_dll(memory._library, "fakeSticky").value = 700
+    assert memory.lost() == "CUDA: unspecified (error 700)"
+
+
 def test_a_session_reads_and_writes_the_memory(opened: list[str]) -> None:
     """ONNX Runtime on the CPU, for which the fake card's memory is as good as any: copies are in order."""
     ends = [

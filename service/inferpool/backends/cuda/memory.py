@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from inferpool.errors import LoadError, OutOfMemory
+from inferpool.errors import LoadError, OutOfMemory, Reason
 from inferpool.tensors import Array
 
 _PORTABLE: Final = 1
@@ -81,6 +81,10 @@ class Memory(ABC):
     @abstractmethod
     def wait(self) -> None:
         """Block until all queued work is done."""
+
+    @abstractmethod
+    def lost(self) -> Reason | None:
+        """Why this process cannot use the device any more; None if it can."""
 
     @abstractmethod
     def close(self) -> None:
@@ -162,6 +166,17 @@ class CudaMemory(Memory):
         """Block, without the interpreter lock, until the stream is empty."""
         self._check(self._library.cudaStreamSynchronize(self._stream))
 
+    def lost(self) -> Reason | None:
+        """Ask twice: the first answer may be the error of an earlier call, which a good context forgets."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        for _ in range(2):
+            # Unlike a synchronisation, this call leaves the captures of other threads intact.
+            status = self._library.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+            if not status:
+                return None
+            self._library.cudaGetLastError()
+        return f"CUDA: {self._error_text(status)}"
+
     def close(self) -> None:
         """Free all memory and the stream."""
         self._use()
@@ -188,9 +203,12 @@ class CudaMemory(Memory):
     def _check(self, status: int) -> None:
         if not status:
             return
-        text = self._library.cudaGetErrorString(status).decode(errors="replace")
+        text = self._error_text(status)
         # CUDA keeps the last error for the next caller, which would be ONNX Runtime. Clear the error.
         self._library.cudaGetLastError()
         if status == _OUT_OF_MEMORY:
             raise OutOfMemory(f"CUDA: {text}")
-        raise RuntimeError(f"CUDA: {text} (error {status})")
+        raise RuntimeError(f"CUDA: {text}")
+
+    def _error_text(self, status: int) -> str:
+        return f"{self._library.cudaGetErrorString(status).decode(errors='replace')} (error {status})"

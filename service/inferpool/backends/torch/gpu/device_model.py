@@ -23,7 +23,7 @@ from inferpool.backends.torch.gpu.cuda_graphs import (
 from inferpool.backends.torch.gpu.normaliser import TorchNormaliser
 from inferpool.backends.torch.model import Runnable, StartedModel, to_array
 from inferpool.backends.torch.run_errors import find_rejection
-from inferpool.errors import LoadError, OutOfMemory, Reason, Verdict
+from inferpool.errors import LoadError, OutOfMemory, Reason, Verdict, short_reason
 from inferpool.pixel_table import Normalisation, run_shapes
 from inferpool.system.gpus import check_cuda, cuda_driver
 from inferpool.tensors import Array, Signature, Tensors, TensorSpec, name_text
@@ -194,6 +194,18 @@ class TorchDeviceModel(DeviceModel):
             self._trim()
             raise OutOfMemory(str(error)) from error
         return arrays
+
+    def lost(self) -> Reason | None:
+        """Ask twice: the first answer may be the error of an earlier call, which a good context forgets."""
+        fault: Reason | None = None
+        if self._stream is not None:
+            for _ in range(2):
+                try:
+                    torch.cuda.mem_get_info(self._device)
+                    return None
+                except RuntimeError as error:
+                    fault = short_reason(error)
+        return fault
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> _InputBuffer:
         key = (name, *shape)
