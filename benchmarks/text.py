@@ -62,7 +62,7 @@ class Plain:
             for item in self.session.get_inputs()
         )
         config = TextConfig(**tomllib.loads((folder / "model.toml").read_text()).get("text", {}))
-        self.codec = TextCodec(config, Signature(specs, ()), folder / config.tokenizer)
+        self.codec = TextCodec(config, Signature(specs, ()), (folder / config.tokenizer).read_bytes())
 
     def one(self, sentence: str) -> tuple[dict[str, np.ndarray], int]:
         tensors = self.codec.encode(np.array([sentence], object), apart=False)[0].tensors

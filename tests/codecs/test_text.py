@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from inferpool import cli
 from inferpool.codecs.text import MOST_CHARACTERS, MOST_SENTENCES, TextCodec
 from inferpool.codecs.text_config import TextConfig
+from inferpool.codecs.text_tokenizer import read_tokenizer_file
 from inferpool.errors import BodyTooLarge, ConfigError, InvalidInput, MalformedBody
 from inferpool.tensors import Signature, TensorSpec
 from tokenizers.processors import TemplateProcessing
@@ -35,7 +36,8 @@ def signature(*names: str, datatype: str = "INT64", shape: tuple[int, ...] = (-1
 
 
 def codec(file: Path, sig: Signature | None = None, **config: Any) -> TextCodec:
-    return TextCodec(TextConfig(**config), sig or signature(), file)
+    table = TextConfig(**config)
+    return TextCodec(table, sig or signature(), read_tokenizer_file(table, file))
 
 
 def array(*sentences: str) -> Any:

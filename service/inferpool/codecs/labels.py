@@ -187,19 +187,33 @@ def read_labels(path: Path) -> tuple[str, ...]:
 
     Raises ConfigError if the file cannot be read, has no names, or has an empty line or the same name twice.
     """
+    return parse_labels(read_labels_file(path), path.name)
+
+
+def read_labels_file(path: Path) -> bytes:
+    """The content of a file of names; raises ConfigError if the file cannot be read."""
     try:
-        lines = read_file(path, _MOST_FILE_BYTES).decode("utf-8-sig").rstrip().split("\n")
+        return read_file(path, _MOST_FILE_BYTES)
     except OSError as error:
         raise ConfigError(f"{path.name}: cannot be read ({error.strerror})") from error
+
+
+def parse_labels(content: bytes, file: str) -> tuple[str, ...]:
+    """The names in `content`, one a line in UTF-8; blank lines may follow the last.
+
+    Raises ConfigError, which names `file`, if there are none, a line is empty, or a name is there twice.
+    """
+    try:
+        lines = content.decode("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.name}: is not UTF-8 text (byte {error.start})") from error
+        raise ConfigError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         name = line.strip()
         if not name:
-            raise ConfigError(f"{path.name}: line {number} is empty; each line is one label")
+            raise ConfigError(f"{file}: line {number} is empty; each line is one label")
         if name in seen:
-            raise ConfigError(f'{path.name}: "{name}" is on line {seen[name]} and again on line {number}')
+            raise ConfigError(f'{file}: "{name}" is on line {seen[name]} and again on line {number}')
         seen[name] = number
     return tuple(seen)
 

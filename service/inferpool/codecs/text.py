@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
@@ -20,8 +19,8 @@ from inferpool.codecs.text_tokenizer import (
     PROBE,
     catch_panics,
     highest_type,
+    make_tokenizer,
     name_file,
-    read_tokenizer,
     set_truncation,
     take_padding,
 )
@@ -64,13 +63,13 @@ class TextCodec:
 
     media_types: ClassVar[tuple[str, ...]] = ("text/plain",)
 
-    def __init__(self, config: TextConfig, signature: Signature, file: Path) -> None:
-        """Read the tokenizer in `file` and prepare everything that does not depend on the sentences.
+    def __init__(self, config: TextConfig, signature: Signature, tokenizer: bytes) -> None:
+        """Prepare everything that does not depend on the sentences; `tokenizer` is the content of its file.
 
         Raises ConfigError, with the key at the front, if `config`, `signature` and tokenizer contradict
         each other or the tokenizer cannot encode, and LoadError if `tokenizers` is not installed.
         """
-        self._tokenizer = read_tokenizer(config, file)
+        self._tokenizer = make_tokenizer(config, tokenizer)
         self.input: Final = config.input
         self._ids, self._mask, self._types = find_inputs(config, signature)
         with name_file(config):

@@ -23,11 +23,18 @@ _PAD_TOKENS: Final = ("[PAD]", "<pad>", "<PAD>", "<|pad|>", "<|endoftext|>", "</
 """Names of the padding token in various tokenizers, or of a token that is used for padding."""
 
 
-def read_tokenizer(config: TextConfig, file: Path) -> Any:
-    """Return the `tokenizers.Tokenizer` in `file`.
+def read_tokenizer_file(config: TextConfig, file: Path) -> bytes:
+    """The content of a tokenizer's file; raises ConfigError if the file cannot be read."""
+    try:
+        return read_file(file, _MOST_FILE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"text.tokenizer: {config.tokenizer} cannot be read ({error.strerror})") from error
 
-    Raises ConfigError if the file cannot be read or is not a tokenizer, and LoadError if `tokenizers` is not
-    installed.
+
+def make_tokenizer(config: TextConfig, content: bytes) -> Any:
+    """Return the `tokenizers.Tokenizer` that `content`, a tokenizer's file, describes.
+
+    Raises ConfigError if it is not a tokenizer, and LoadError if `tokenizers` is not installed.
     """
     # Threads of the library would take cores from the model, and do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -38,13 +45,11 @@ def read_tokenizer(config: TextConfig, file: Path) -> Any:
             f"text needs tokenizers, which is not installed: {install_command('text')}"
         ) from error
     try:
-        content = read_file(file, _MOST_FILE_BYTES).decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"text.tokenizer: {config.tokenizer} cannot be read ({error.strerror})") from error
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"text.tokenizer: {config.tokenizer} is not UTF-8 text") from error
     with name_file(config):
-        return Tokenizer.from_str(content)
+        return Tokenizer.from_str(text)
 
 
 @contextmanager

@@ -222,6 +222,9 @@ class Catalog(Protocol):
     def health(self) -> Health:
         """Whether the server can answer."""
 
+    async def refresh(self) -> None:
+        """Bring what `live` and `health` tell up to date; called first, and never takes a second."""
+
 
 def find_model(catalog: Catalog, name: str) -> ModelView:
     """The model of this name; raises ModelNotFound, which lists the models there are."""

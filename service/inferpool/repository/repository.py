@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from inferpool.backends.registry import backends_by_suffix
 from inferpool.errors import InferpoolError, Reason
-from inferpool.observe.metrics import Metrics, Sample
+from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.pool.router import PoolRouter
 from inferpool.repository.catalog import (
     FAILED,
     LOADING,
     READY,
-    STATES,
     Health,
     LiveView,
     ModelView,
     State,
     VersionView,
 )
+from inferpool.repository.catalog_readings import catalog_readings
+from inferpool.repository.codec_factory import CodecSource
 from inferpool.repository.config import ModelConfig, read_config
+from inferpool.repository.health import judge
 from inferpool.repository.layout import CONFIG_FILE, ModelFolder, scan
 from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.settings import Settings
@@ -56,10 +58,20 @@ class Repository:
         driver: Driver | None = None,
         *,
         remeasure: bool = False,
+        only: Collection[VersionKey] | None = None,
+        skip: Collection[VersionKey] = (),
+        on_loading: Callable[[VersionKey], None] | None = None,
+        on_change: Callable[[], None] | None = None,
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
-        `driver` is the GPU driver; None is this machine's. `remeasure` ignores kept measurements.
+        Args:
+            driver: the GPU driver; None is this machine's.
+            remeasure: whether to ignore kept measurements.
+            only: the versions to serve; None for all. Other versions are not shown.
+            skip: versions that are neither served nor shown.
+            on_loading: called when a version begins to load, in a thread.
+            on_change: called after every change of what `models` returns, in a thread.
         """
         self.router = PoolRouter()
         self._settings = settings
@@ -71,12 +83,21 @@ class Repository:
         self._publishing = threading.Lock()
         self._draining = False
         self._stopped = threading.Event()
+        self._only = None if only is None else frozenset(only)
+        self._skip = frozenset(skip)
+        self._on_loading = on_loading
+        self._on_change = on_change
+        self._codec_sources: dict[VersionKey, CodecSource] = {}
         self._folders = {model.name: model for model in scan(path, backends_by_suffix())}
         self._configs: dict[str, ModelConfig] = {}
         self._models: Mapping[str, ModelView] = MappingProxyType(
-            {name: self._first_view(model) for name, model in self._folders.items()}
+            {
+                name: view
+                for name, model in self._folders.items()
+                if (view := self._first_view(model)).versions
+            }
         )
-        metrics.add_source(self._readings)
+        metrics.add_source(partial(catalog_readings, self))
 
     # The catalog.
 
@@ -106,37 +127,14 @@ class Repository:
 
     def health(self) -> Health:
         """Whether every required model can answer, and the problems there are."""
-        problems: dict[str, str] = {}
-        loading, answering = set(), set()
-        for model in self._models.values():
-            if model.label_fault is not None:
-                problems[model.name] = model.label_fault
-            for version in model.versions.values():
-                name = f"{model.name}/{version.key.version}"
-                if version.state == READY:
-                    instances = self.live(version.key).instances
-                    lost = sum(instance.state != "ready" for instance in instances)
-                    if lost:
-                        problems[name] = f"{lost} of {len(instances)} instances are lost"
-                    if lost < len(instances):
-                        answering.add(model.name)
-                elif version.state == LOADING:
-                    loading.add(model.name)
-                    problems[name] = f"loading for {self.live(version.key).loading_s:.0f} s"
-                else:
-                    problems[name] = version.reason or version.state
-        required = set(self._settings.required_models) or {
-            model.name
-            for model in self._models.values()
-            if any(version.state in (READY, LOADING) for version in model.versions.values())
-        }
-        problems.update(dict.fromkeys(required - set(self._models), "required, but not in the repository"))
-        ready = bool(answering) and required <= answering - loading and not self._draining
-        if self._draining:
-            return Health(False, "draining", problems)
-        if ready:
-            return Health(True, "degraded" if problems else "ok", problems)
-        return Health(False, "loading" if loading else "unavailable", problems)
+        return judge(self._models, self.live, self._settings.required_models, draining=self._draining)
+
+    async def refresh(self) -> None:
+        """Do nothing: `live` and `health` are always up to date."""
+
+    def codec_sources(self) -> Mapping[VersionKey, CodecSource]:
+        """What the codecs of the versions that are loaded were made from; empty without `on_change`."""
+        return dict(self._codec_sources)
 
     def loaded(self, key: VersionKey) -> LoadedVersion:
         """The version that was loaded under `key`, with its pool and its models; raises KeyError."""
@@ -177,7 +175,8 @@ class Repository:
 
     def _load_all(self, on_loaded: Callable[[], None]) -> None:
         late: list[threading.Thread] = []
-        for name, model in self._folders.items():
+        for name in self._models:
+            model = self._folders[name]
             for version in sorted(self._models[name].versions, reverse=True):
                 if self._stopped.is_set():
                     return
@@ -200,6 +199,8 @@ class Repository:
     def _load(self, model: ModelFolder, version: int) -> None:
         key = VersionKey(model.name, version)
         self._load_began[key] = self._clock()
+        if self._on_loading is not None:
+            self._on_loading(key)
         try:
             loaded = self._loader.load(key, model.files[version], model.folder, self._configs[model.name])
         except InferpoolError as error:
@@ -210,6 +211,9 @@ class Repository:
             self._fail(key, f"loading failed with {type(error).__name__}: {error}")
         else:
             self._loaded[key] = loaded
+            if self._on_change is not None and loaded.codec_source is not None:
+                self._codec_sources[key] = loaded.codec_source
+            loaded.codec_source = None  # a tokenizer may have many megabytes
             self._metrics.add_version(model.name, str(version))
             self.router.add(loaded.pool)
             labels = self._models[model.name].versions[version].labels
@@ -236,6 +240,8 @@ class Repository:
             model = self._models[view.key.model]
             versions = {**model.versions, view.key.version: view}
             self._models = MappingProxyType({**self._models, model.name: replace(model, versions=versions)})
+        if self._on_change is not None:
+            self._on_change()
 
     def _first_view(self, model: ModelFolder) -> ModelView:
         """A model before any of its versions is loaded."""
@@ -253,7 +259,7 @@ class Repository:
         if label_fault is not None:
             log.warning("%s", label_fault)
         versions = {}
-        for version in served or [1]:
+        for version in filter(partial(self._takes, model.name), served or [1]):
             reason = fault or model.faults.get(version)
             if not served:
                 reason = reason or _none_served(model, config)
@@ -262,25 +268,10 @@ class Repository:
             versions[version] = VersionView(VersionKey(model.name, version), state, reason or "", names)
         return ModelView(model.name, config.description, versions, labels, label_fault)
 
-    def _readings(self) -> Iterable[Sample]:
-        """The gauges of every model, at this moment."""
-        for model in self._models.values():
-            for version in model.versions.values():
-                labels = (model.name, str(version.key.version))
-                for state in STATES:
-                    yield "model_state", (*labels, state), float(version.state == state)
-                if version.state != READY:
-                    continue
-                live = self.live(version.key)
-                yield "model_load_seconds", labels, version.load_s
-                if version.gpu is not None:
-                    yield "cpu_nodes", labels, float(sum(version.gpu.cpu_nodes.values()))
-                yield "queue_rows", labels, float(live.waiting_rows)
-                yield "queue_oldest_age_seconds", labels, live.oldest_age_s
-                yield "queue_wait_seconds", labels, live.wait_s
-                counts = Counter((instance.device, instance.state) for instance in live.instances)
-                for device_and_state, count in counts.items():
-                    yield "instances", (*labels, *device_and_state), float(count)
+    def _takes(self, model: str, version: int) -> bool:
+        """Whether this repository serves a version."""
+        key = VersionKey(model, version)
+        return key not in self._skip and (self._only is None or key in self._only)
 
 
 def _label_fault(model: str, config: ModelConfig, served: list[int]) -> Reason | None:

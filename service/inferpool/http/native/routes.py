@@ -32,7 +32,7 @@ def add_native(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
     _add_admin(app)
     _add_models(app, catalog)
     _add_health(app, catalog)
-    _add_metrics(app, metrics)
+    _add_metrics(app, catalog, metrics)
 
 
 def _add_admin(app: FastAPI) -> None:
@@ -61,6 +61,7 @@ def _add_models(app: FastAPI, catalog: Catalog) -> None:
 
     @app.get("/models", tags=["models"], summary="Every model in the repository")
     async def read_models() -> Models:
+        await catalog.refresh()
         return Models.model_validate(
             {"models": [model_out(model, catalog).model_dump() for model in catalog.models().values()]}
         )
@@ -69,6 +70,7 @@ def _add_models(app: FastAPI, catalog: Catalog) -> None:
         "/models/{model}", tags=["models"], summary="A model and its measured latency", responses=not_found
     )
     async def read_model(model: str) -> ModelDetail:
+        await catalog.refresh()
         return model_out(find_model(catalog, model), catalog)
 
     @app.get(
@@ -78,6 +80,7 @@ def _add_models(app: FastAPI, catalog: Catalog) -> None:
         responses=not_found,
     )
     async def read_version(model: str, version: str) -> VersionDetail:
+        await catalog.refresh()
         return version_out(find_model(catalog, model).version(version), catalog)
 
 
@@ -89,6 +92,7 @@ def _add_health(app: FastAPI, catalog: Catalog) -> None:
         responses={503: {"model": HealthOut}},
     )
     async def read_health(response: Response) -> HealthOut:
+        await catalog.refresh()
         health = catalog.health()
         response.status_code = 200 if health.ready else 503
         return health_out(health)
@@ -104,15 +108,17 @@ def _add_health(app: FastAPI, catalog: Catalog) -> None:
         responses={503: {"model": ReadyOut}},
     )
     async def read_ready(response: Response) -> ReadyOut:
+        await catalog.refresh()
         ready = catalog.health().ready
         response.status_code = 200 if ready else 503
         return ReadyOut(ready=ready)
 
 
-def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+def _add_metrics(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
     @app.get("/metrics", tags=["health"], summary="All metrics, for Prometheus", response_class=Response)
     async def read_metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics if Accept asks for it."""
+        await catalog.refresh()
         # In a thread: with many versions rendering takes a while, and predictions must go on.
         body, content_type = await asyncio.to_thread(metrics.render, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})

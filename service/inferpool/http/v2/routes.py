@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -72,6 +72,7 @@ def _add_server(app: FastAPI, catalog: Catalog) -> None:
         responses={503: {"model": Ready}},
     )
     async def read_v2_ready(response: Response) -> Ready:
+        await catalog.refresh()
         health = catalog.health()
         if health.ready:
             return Ready(ready=True)
@@ -84,7 +85,8 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
         view = find_ready(catalog, model, version)
         return find_model(catalog, model), view
 
-    def is_ready(model: str, version: str | None) -> ModelReady:
+    async def is_ready(model: str, version: str | None) -> ModelReady:
+        await catalog.refresh()
         view = find_ready(catalog, model, version)
         if not any(instance.state == "ready" for instance in catalog.live(view.key).instances):
             raise NotReady(
@@ -92,14 +94,16 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
             )
         return ModelReady(name=model)
 
-    def metadata(model: str, version: str | None) -> ModelMetadata:
+    async def metadata(model: str, version: str | None) -> ModelMetadata:
         return metadata_out(*find(model, version))
 
-    def config(model: str, version: str | None) -> ModelConfig:
+    async def config(model: str, version: str | None) -> ModelConfig:
+        await catalog.refresh()
         found, view = find(model, version)
         return config_out(found, view, catalog.live(view.key))
 
-    def stats(views: list[VersionView]) -> Statistics:
+    async def stats(views: list[VersionView]) -> Statistics:
+        await catalog.refresh()
         now, now_ms = predictor.clock(), 1000 * time.time()
         listed = []
         for view in views:
@@ -108,9 +112,9 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
             listed.append(stats_out(view, catalog.live(view.key), counted, last_ms))
         return Statistics(model_stats=listed)
 
-    def model_stats(model: str, version: str | None) -> Statistics:
+    async def model_stats(model: str, version: str | None) -> Statistics:
         found = find_model(catalog, model)
-        return stats(_versions(found) if version is None else [found.version(version)])
+        return await stats(_versions(found) if version is None else [found.version(version)])
 
     @app.get("/v2/models", tags=["v2"], summary="The names of the models in the repository")
     async def read_v2_models() -> ModelNames:
@@ -118,7 +122,7 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
 
     @app.get("/v2/models/stats", tags=["v2"], summary="Statistics of every version")
     async def read_v2_stats() -> Statistics:
-        return stats([view for model in catalog.models().values() for view in _versions(model)])
+        return await stats([view for model in catalog.models().values() for view in _versions(model)])
 
     _add_pair(
         app, "read_v2_{}", "", metadata, ModelMetadata,
@@ -144,7 +148,7 @@ def _add_pair(
     app: FastAPI,
     name: str,
     suffix: str,
-    answer: Callable[[str, str | None], BaseModel],
+    answer: Callable[[str, str | None], Awaitable[BaseModel]],
     body: type[BaseModel],
     of_model: str,
     of_version: str,
@@ -158,10 +162,10 @@ def _add_pair(
     """
 
     async def read_model(model: str) -> BaseModel:
-        return answer(model, None)
+        return await answer(model, None)
 
     async def read_version(model: str, version: str) -> BaseModel:
-        return answer(model, version)
+        return await answer(model, version)
 
     for kind, path, summary, endpoint in (
         ("model", "/v2/models/{model}", of_model, read_model),

@@ -27,10 +27,10 @@ from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.repository.catalog import READY, BatchingView, VersionView
+from inferpool.repository.codec_factory import CodecSource, make_codecs, read_codec_source
 from inferpool.repository.config import ModelConfig, check_tensors
 from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.batching_remedies import find_remedy
-from inferpool.repository.load.codec_factory import make_codecs, make_padding, make_texts
 from inferpool.repository.load.comparison import compare_answers
 from inferpool.repository.load.declared_shapes import corrected, without_names
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
@@ -39,6 +39,7 @@ from inferpool.repository.load.model_copies import ModelCopies
 from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.repository.load.plan_cache import PlanCache
 from inferpool.repository.load.planner import TRUST, Planner, PrepareRun, prepare_run
+from inferpool.repository.load.text_padding import make_padding, make_texts
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
@@ -59,11 +60,15 @@ LEAST_QUEUE_ROWS = 64
 
 @dataclass(slots=True)
 class LoadedVersion:
-    """A version that is ready: its view for the web side, its pool and its copies in memory."""
+    """A version that is ready: its view for the web side, its pool and its copies in memory.
+
+    `codec_source` has what the codecs of `view` were made from, until nobody needs it any more.
+    """
 
     view: VersionView
     pool: Pool
     copies: ModelCopies
+    codec_source: CodecSource | None
 
     def close(self) -> None:
         """Free the models' memory. The instances have ended."""
@@ -133,7 +138,8 @@ class Loader:
             if unfit is not None:
                 devices, options = (CPU,), _for_cpu(options)
             check_tensors(config, folder, model.signature)
-            image, text, classes = make_codecs(config, folder, model.signature)
+            codec_source = read_codec_source(config, folder, model.signature)
+            image, text, classes = make_codecs(codec_source, key.model)
             # A sample shows what the model takes, whatever its file says of dimensions with one name.
             taken = without_names(model.signature)
             samples = read_samples(folder, taken, text) if folder is not None else []
@@ -154,6 +160,7 @@ class Loader:
                 padding = self._prepare_gpus(copies, model, source, devices, options, plan, content, padding)
             if image is not None and copies.takes_pixels:
                 image = image.without_normalisation()
+                codec_source = replace(codec_source, takes_pixels=True)
             for loaded in dict(copies.models).values():
                 check_samples(samples, loaded)
             pool = self._pool(key, config, plan, padding, copies, plan_file)
@@ -180,7 +187,7 @@ class Loader:
             gpu=copies.gpu,
             load_s=self._clock() - began,
         )
-        return LoadedVersion(view, pool, copies)
+        return LoadedVersion(view, pool, copies, codec_source)
 
     def _check_size(self, file: Path) -> None:
         """Raise LoadError for a file that cannot fit into memory, before all of it is read."""

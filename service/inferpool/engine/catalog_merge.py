@@ -1,0 +1,197 @@
+"""Merges the catalogs of several engines into the one that web processes have. Plain JSON values only.
+
+An engine shows the versions that it has taken. Each version is shown by the engine that has it; a version
+that no engine shows at the moment keeps its last view, because its engine is being restarted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, NamedTuple, TypeAlias
+
+JsonObject: TypeAlias = dict[str, Any]
+
+_RANKS: Final = {"ready": 0, "loading": 1, "failed": 2}
+"""If two engines show a version, the one counts that can answer, or is about to."""
+
+
+class EngineFacts(NamedTuple):
+    """What the supervisor knows about an engine.
+
+    Attributes:
+        pid: the id of its process; 0 while there is none.
+        restarts: how many engines this one has replaced.
+        up: whether its process lives and its control connection is open.
+    """
+
+    pid: int
+    restarts: int
+    up: bool
+
+
+def merge(
+    earlier: Mapping[str, Any],
+    reports: Mapping[str, Mapping[str, Any]],
+    engines: Mapping[str, EngineFacts],
+    failed: Mapping[tuple[str, int], str],
+) -> JsonObject:
+    """The catalog of the whole server.
+
+    Args:
+        earlier: what this function returned last; empty at first.
+        reports: the catalog of each engine, by the engine's name.
+        engines: the facts about each engine.
+        failed: the versions that the supervisor has failed, with the reason.
+
+    Each version gets the keys `engine`, the name of the engine that has it or had it last (None if the
+    version has failed for good), and `reloading`: whether it was ready before its engine was restarted and is
+    not ready again yet. Requests for such a version wait, so its state stays `ready`.
+    """
+    models: dict[str, JsonObject] = {}
+    for source in (earlier.get("models", {}), *(report["models"] for report in reports.values())):
+        for name, model in source.items():
+            merged = models.setdefault(name, {**model, "versions": {}})
+            # The newest report counts, although all engines read the same files.
+            merged.update({key: value for key, value in model.items() if key != "versions"})
+    for name, model in models.items():
+        before = earlier.get("models", {}).get(name, {}).get("versions", {})
+        shown = {
+            engine: report["models"][name]["versions"]
+            for engine, report in reports.items()
+            if name in report["models"]
+        }
+        numbers = {*before, *(number for versions in shown.values() for number in versions)}
+        model["versions"] = {
+            number: _version(
+                before.get(number),
+                {engine: versions[number] for engine, versions in shown.items() if number in versions},
+                engines,
+                failed.get((name, int(number))),
+            )
+            for number in sorted(numbers, key=int)
+        }
+    return {"models": models, "engines": {name: facts._asdict() for name, facts in engines.items()}}
+
+
+def _version(
+    before: Mapping[str, Any] | None,
+    shown: Mapping[str, Mapping[str, Any]],
+    engines: Mapping[str, EngineFacts],
+    failure: str | None,
+) -> JsonObject:
+    """One version: as it was before, and as each engine shows it."""
+    engine = min(shown, key=lambda name: _RANKS[shown[name]["state"]], default=None)
+    if engine is None:
+        assert before is not None  # a version is known from one of the two
+        view = {**before, "reloading": before["state"] == "ready"}
+    else:
+        view = {**shown[engine], "engine": engine, "reloading": False}
+        if view["state"] == "loading" and before is not None and before["state"] == "ready":
+            view = {**before, "labels": view["labels"], "engine": engine, "reloading": True}
+    facts = engines.get(view["engine"] or "")
+    if view["state"] == "ready" and (facts is None or not facts.up):
+        view["reloading"] = True
+    if failure is not None:
+        view |= {"state": "failed", "reason": failure, "engine": None, "reloading": False}
+    return view
+
+
+class CatalogStore:
+    """What the supervisor keeps of the catalogs of engines, and what each web process has of it."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, Mapping[str, Any]] = {}
+        self._engines: dict[str, EngineFacts] = {}
+        self._failed: dict[tuple[str, int], str] = {}
+        self._files: dict[str, bytes] = {}
+        self._plans: dict[str, str] = {}
+        self._sent: dict[str, JsonObject] = {}
+        self._catalog: JsonObject = {"models": {}, "engines": {}}
+
+    @property
+    def catalog(self) -> JsonObject:
+        """The catalog of the whole server, as `merge` describes it. It is not to be changed."""
+        return self._catalog
+
+    @property
+    def plans(self) -> Mapping[str, str]:
+        """The plans that engines have measured, by the names of their files, as JSON text."""
+        return self._plans
+
+    def versions(self, *states: str) -> list[tuple[str, int]]:
+        """The versions in one of `states` (all versions without any), as model names and numbers."""
+        return [
+            (name, int(number))
+            for name, model in self._catalog["models"].items()
+            for number, view in model["versions"].items()
+            if not states or view["state"] in states
+        ]
+
+    def take(self, engine: str, catalog: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Take the catalog of an engine in place of its last one, with the files that are new."""
+        self._reports[engine] = catalog
+        self._files.update(files)
+        self._plans.update(catalog.get("plans", {}))
+        self._merge()
+
+    def set_engine(self, engine: str, facts: EngineFacts) -> None:
+        """Take facts about an engine. If it is not up, its versions keep their last views."""
+        self._engines[engine] = facts
+        if not facts.up:
+            self._reports.pop(engine, None)
+        self._merge()
+
+    def remove_engine(self, engine: str) -> None:
+        """Forget an engine that is not replaced."""
+        self._engines.pop(engine, None)
+        self._reports.pop(engine, None)
+        self._merge()
+
+    def fail(self, model: str, version: int, reason: str) -> None:
+        """Show a version as failed, whatever an engine says of it."""
+        self._failed[model, version] = reason
+        self._merge()
+
+    def news_for(self, web: str) -> tuple[JsonObject, dict[str, bytes]] | None:
+        """The catalog, and the files that web process `web` lacks; None if it has the catalog already."""
+        earlier = self._sent.get(web)
+        if earlier == self._catalog:
+            return None
+        self._sent[web] = self._catalog
+        wanted = file_digests(self._catalog, {} if earlier is None else earlier)
+        return self._catalog, {digest: self._files[digest] for digest in wanted}
+
+    def forget_web(self, web: str) -> None:
+        """Forget what a web process has, because it has ended."""
+        self._sent.pop(web, None)
+
+    def _merge(self) -> None:
+        self._catalog = merge(self._catalog, self._reports, self._engines, self._failed)
+        # A report may count later, so its files are kept as well.
+        used = {digest for each in (self._catalog, *self._reports.values()) for digest in file_digests(each)}
+        self._files = {digest: content for digest, content in self._files.items() if digest in used}
+
+
+def file_digests(catalog: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> list[str]:
+    """The digests of the files of the codecs in `catalog`, without those codecs that `earlier` has."""
+    known = set(_codecs(earlier or {}))
+    digests: dict[str, None] = {}
+    for key, codecs in _codecs(catalog).items():
+        if key not in known:
+            digests.update(dict.fromkeys(filter(None, (codecs["tokenizer"], codecs["names"]))))
+    return list(digests)
+
+
+def codecs_key(codecs: Mapping[str, Any]) -> str:
+    """A text that is equal for equal sources of codecs."""
+    return json.dumps(codecs, sort_keys=True)
+
+
+def _codecs(catalog: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {codecs_key(view["codecs"]): view["codecs"] for view in _views(catalog) if view["codecs"]}
+
+
+def _views(catalog: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    for model in catalog.get("models", {}).values():
+        yield from model["versions"].values()

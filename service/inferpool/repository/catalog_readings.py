@@ -1,0 +1,30 @@
+"""The gauges of every model, read from the catalog at each scrape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from inferpool.observe.metrics import Sample
+from inferpool.repository.catalog import READY, STATES, Catalog
+
+
+def catalog_readings(catalog: Catalog) -> Iterable[Sample]:
+    """The gauges of every model, at this moment."""
+    for model in catalog.models().values():
+        for version in model.versions.values():
+            labels = (model.name, str(version.key.version))
+            for state in STATES:
+                yield "model_state", (*labels, state), float(version.state == state)
+            if version.state != READY:
+                continue
+            live = catalog.live(version.key)
+            yield "model_load_seconds", labels, version.load_s
+            if version.gpu is not None:
+                yield "cpu_nodes", labels, float(sum(version.gpu.cpu_nodes.values()))
+            yield "queue_rows", labels, float(live.waiting_rows)
+            yield "queue_oldest_age_seconds", labels, live.oldest_age_s
+            yield "queue_wait_seconds", labels, live.wait_s
+            counts = Counter((instance.device, instance.state) for instance in live.instances)
+            for device_and_state, count in counts.items():
+                yield "instances", (*labels, *device_and_state), float(count)

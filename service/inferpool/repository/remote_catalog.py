@@ -1,0 +1,214 @@
+"""The catalog of a web process, whose models run in engines.
+
+The supervisor sends what is served: models, versions and their states. The engines tell the facts that
+change, when they are asked. No runtime is imported for any of this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from inferpool.engine.catalog_merge import codecs_key
+from inferpool.errors import LoadError, Reason
+from inferpool.pool.ports import VersionKey
+from inferpool.pool.stats import InstanceState
+from inferpool.repository.catalog import FAILED, READY, Health, LiveView, ModelView, VersionView
+from inferpool.repository.catalog_json import (
+    NO_CODECS,
+    JsonObject,
+    live_from_json,
+    model_from_json,
+    source_from_json,
+    version_from_json,
+)
+from inferpool.repository.codec_factory import Codecs, make_codecs
+from inferpool.repository.health import judge
+
+log = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S: Final = 0.5
+"""How long an engine may take to tell the facts that change."""
+
+SILENT_S: Final = 5.0
+"""For how long an engine may leave questions without an answer until its versions are not ready."""
+
+RESTARTING: Final = "its engine is being restarted"
+NOT_ANSWERING: Final = "not_answering"
+"""The state of an instance whose engine does not answer, or is being restarted."""
+
+Ask: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+"""Asks an engine; raises an OSError or TimeoutError if there is no answer."""
+
+
+class _Sent(NamedTuple):
+    """A version as it was sent, and the view that was made of it."""
+
+    sent: JsonObject
+    view: VersionView
+
+
+class RemoteCatalog:
+    """What is served, as the supervisor and the engines tell it.
+
+    `update` is called in one thread at a time, which may be any; `engine_up`, `engine_down` and `refresh` are
+    called in the thread of the event loop. All other methods may be called in any thread.
+    """
+
+    def __init__(self, clock: Callable[[], float], required_models: Collection[str] = ()) -> None:
+        self._clock = clock
+        self._required_models = required_models
+        self._draining = False
+        self._models: Mapping[str, ModelView] = MappingProxyType({})
+        self._versions: dict[VersionKey, _Sent] = {}
+        self._codecs: dict[str, Codecs] = {}
+        self._asks: dict[str, Ask] = {}
+        self._silent_since: dict[str, float] = {}
+        self._live: dict[VersionKey, LiveView] = {}
+        self._refreshing: asyncio.Task[None] | None = None
+
+    def models(self) -> Mapping[str, ModelView]:
+        """Every model by name, as it is at this moment; the mapping does not change."""
+        return self._models
+
+    def live(self, key: VersionKey) -> LiveView:
+        """The facts about a version that change, as the last `refresh` found them; empty if none did."""
+        live = self._live.get(key, LiveView())
+        if live.instances and self._engine_fault(key)[0] is not None:
+            silent = [InstanceState(instance.device, NOT_ANSWERING) for instance in live.instances]
+            return replace(live, instances=silent)
+        return live
+
+    def health(self) -> Health:
+        """Whether every required model can answer, as the last `refresh` found it."""
+        return judge(
+            self._models,
+            self.live,
+            self._required_models,
+            draining=self._draining,
+            faults=self._engine_fault,
+        )
+
+    def engine_of(self, key: VersionKey) -> str | None:
+        """The name of the engine that has a version, or had it last; None if no engine has it."""
+        known = self._versions.get(key)
+        engine: str | None = None if known is None else known.sent["engine"]
+        return engine
+
+    async def refresh(self) -> None:
+        """Ask all engines for the facts that change; waits for `ASK_TIMEOUT_S` at most."""
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._ask_all())
+        await asyncio.shield(self._refreshing)
+
+    def begin_drain(self) -> None:
+        """Report that the server is not ready; requests that were accepted still run."""
+        self._draining = True
+
+    def engine_up(self, engine: str, ask: Ask) -> None:
+        """Note that an engine can be asked from now on."""
+        self._asks[engine] = ask
+        self._silent_since.pop(engine, None)
+
+    def engine_down(self, engine: str) -> None:
+        """Note that an engine has ended."""
+        self._asks.pop(engine, None)
+
+    def update(self, catalog: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Take a catalog in place of the last one; `files` has the contents that new codecs are made from.
+
+        Making codecs may take a second, so the event loop should call this in a thread.
+        """
+        models: dict[str, ModelView] = {}
+        versions: dict[VersionKey, _Sent] = {}
+        codecs: dict[str, Codecs] = {}
+        for name, model in catalog["models"].items():
+            for sent in model["versions"].values():
+                key = VersionKey(*sent["key"])
+                known = self._versions.get(key)
+                view = None if known is None or not _same_view(known.sent, sent) else known.view
+                if sent["codecs"]:
+                    source = codecs_key(sent["codecs"])
+                    if source in self._codecs:
+                        codecs[source] = self._codecs[source]
+                    elif view is None and source not in codecs:
+                        try:
+                            codecs[source] = make_codecs(source_from_json(sent["codecs"], files), key.model)
+                        except (LoadError, KeyError, ValueError) as error:
+                            log.error("the codecs of %s/%d cannot be made: %s", *key, error)
+                            view = _failed(sent, f"its codecs cannot be made in a web process: {error}")
+                    if view is None:
+                        view = version_from_json(sent, codecs[source])
+                versions[key] = _Sent(sent, view or version_from_json(sent, NO_CODECS))
+            views = {key.version: item.view for key, item in versions.items() if key.model == name}
+            before = self._models.get(name)
+            made = model_from_json(name, model, views)
+            models[name] = before if before is not None and _same_model(before, made) else made
+        self._versions, self._codecs = versions, codecs
+        # The mapping comes last: it is what requests look at, and it stays the same if nothing changed.
+        if models.keys() != self._models.keys() or any(
+            models[name] is not self._models[name] for name in models
+        ):
+            self._models = MappingProxyType(models)
+
+    def _engine_fault(self, key: VersionKey) -> tuple[Reason | None, bool]:
+        """What is wrong with the engine of a version, and whether the version can answer all the same."""
+        known = self._versions.get(key)
+        if known is None or known.view.state != READY:
+            return None, True
+        engine = known.sent["engine"]
+        if known.sent["reloading"] or engine not in self._asks:
+            return RESTARTING, False
+        since = self._silent_since.get(engine)
+        if since is None:
+            return None, True
+        silent_s = self._clock() - since
+        return f"its engine has not answered for {silent_s:.0f} s", silent_s < SILENT_S
+
+    async def _ask_all(self) -> None:
+        try:
+            await asyncio.gather(*(self._ask(engine, ask) for engine, ask in list(self._asks.items())))
+        finally:
+            self._refreshing = None
+
+    async def _ask(self, engine: str, ask: Ask) -> None:
+        asked = self._clock()
+        try:
+            answer = await asyncio.wait_for(ask({"live": True}), ASK_TIMEOUT_S)
+            found = {
+                VersionKey(model, number): live_from_json(live) for model, number, live in answer["live"]
+            }
+        except (OSError, TimeoutError):
+            if self._asks.get(engine) is ask:
+                self._silent_since.setdefault(engine, asked)
+        except (LookupError, TypeError, ValueError):
+            log.exception("engine %s gave an answer that cannot be read", engine)
+        else:
+            self._silent_since.pop(engine, None)
+            self._live.update(
+                (key, live) for key, live in found.items() if self.engine_of(key) in (engine, None)
+            )
+
+
+def _same_view(one: JsonObject, other: JsonObject) -> bool:
+    """Whether two versions that were sent have the same view, on whatever engines they are."""
+    others = ("engine", "reloading")
+    return {k: v for k, v in one.items() if k not in others} == {
+        k: v for k, v in other.items() if k not in others
+    }
+
+
+def _same_model(one: ModelView, other: ModelView) -> bool:
+    return (
+        (one.description, one.labels, one.label_fault) == (other.description, other.labels, other.label_fault)
+        and one.versions.keys() == other.versions.keys()
+        and all(one.versions[number] is other.versions[number] for number in one.versions)
+    )
+
+
+def _failed(sent: JsonObject, reason: Reason) -> VersionView:
+    return replace(version_from_json(sent), state=FAILED, reason=reason)

@@ -1,0 +1,141 @@
+"""The catalogs of several engines become one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from inferpool.engine.catalog_merge import CatalogStore, EngineFacts, file_digests
+
+UP = EngineFacts(7, 0, True)
+DOWN = EngineFacts(0, 1, False)
+
+
+def codecs(tokenizer: str = "", names: str = "", **table: Any) -> dict[str, Any]:
+    return {"text": table, "tokenizer": tokenizer, "names": names}
+
+
+def view(state: str = "ready", **own: Any) -> dict[str, Any]:
+    return {"state": state, "reason": "", "labels": [], "codecs": None, **own}
+
+
+def report(**models: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """A catalog of an engine: `report(m={1: view()})`."""
+    return {
+        "models": {
+            name: {
+                "description": name,
+                "labels": {},
+                "label_fault": None,
+                "versions": {str(number): {**sent, "key": [name, number]} for number, sent in views.items()},
+            }
+            for name, views in models.items()
+        }
+    }
+
+
+@pytest.fixture
+def store() -> CatalogStore:
+    """A store with an engine that has two models, of which `m` has two versions."""
+    made = CatalogStore()
+    made.set_engine("cpu", UP)
+    made.take("cpu", report(m={1: view(), 2: view("loading")}, n={1: view("failed", reason="bad")}), {})
+    return made
+
+
+def shown(store: CatalogStore, model: str, version: int) -> tuple[str, str | None, bool]:
+    found = store.catalog["models"][model]["versions"][str(version)]
+    return found["state"], found["engine"], found["reloading"]
+
+
+def test_what_one_engine_shows_is_shown(store: CatalogStore) -> None:
+    assert shown(store, "m", 1) == ("ready", "cpu", False)
+    assert shown(store, "m", 2) == ("loading", "cpu", False)
+    assert shown(store, "n", 1) == ("failed", "cpu", False)
+    assert store.catalog["engines"] == {"cpu": {"pid": 7, "restarts": 0, "up": True}}
+    assert store.versions() == [("m", 1), ("m", 2), ("n", 1)]
+    assert store.versions("loading", "failed") == [("m", 2), ("n", 1)]
+
+
+def test_versions_of_one_model_come_from_several_engines(store: CatalogStore) -> None:
+    store.set_engine("cuda:0", UP)
+    store.take("cuda:0", report(m={3: view()}, o={1: view()}), {})
+    assert list(store.catalog["models"]) == ["m", "n", "o"]
+    assert list(store.catalog["models"]["m"]["versions"]) == ["1", "2", "3"]
+    assert shown(store, "m", 1) == ("ready", "cpu", False)
+    assert shown(store, "m", 3) == ("ready", "cuda:0", False)
+
+
+def test_while_an_engine_is_restarted_its_versions_stay_ready(store: CatalogStore) -> None:
+    store.set_engine("cpu", DOWN)
+    assert shown(store, "m", 1) == ("ready", "cpu", True)
+    assert shown(store, "m", 2) == ("loading", "cpu", False)
+    store.set_engine("cpu", EngineFacts(8, 1, True))
+    assert shown(store, "m", 1) == ("ready", "cpu", True)
+    store.take("cpu", report(m={1: view("loading"), 2: view("loading")}), {})
+    assert shown(store, "m", 1) == ("ready", "cpu", True)
+    assert shown(store, "n", 1) == ("failed", "cpu", False)
+    store.take("cpu", report(m={1: view(load_s=2.0), 2: view()}), {})
+    assert shown(store, "m", 1) == ("ready", "cpu", False)
+    assert shown(store, "m", 2) == ("ready", "cpu", False)
+
+
+def test_a_version_that_does_not_load_again_has_failed(store: CatalogStore) -> None:
+    store.set_engine("cpu", DOWN)
+    store.set_engine("cpu", UP)
+    store.take("cpu", report(m={1: view("failed", reason="gone")}), {})
+    assert shown(store, "m", 1) == ("failed", "cpu", False)
+
+
+def test_a_version_moves_to_an_engine_of_its_own(store: CatalogStore) -> None:
+    store.set_engine("cpu", DOWN)
+    store.set_engine("cpu", UP)
+    store.take("cpu", report(m={2: view()}), {})  # it was told to skip version 1
+    store.set_engine("m/1", UP)
+    assert shown(store, "m", 1)[::2] == ("ready", True)
+    store.take("m/1", report(m={1: view("loading")}), {})
+    assert shown(store, "m", 1) == ("ready", "m/1", True)
+    store.take("m/1", report(m={1: view()}), {})
+    assert shown(store, "m", 1) == ("ready", "m/1", False)
+
+
+def test_of_two_engines_with_a_version_the_one_that_can_answer_counts(store: CatalogStore) -> None:
+    store.set_engine("m/2", UP)
+    store.take("m/2", report(m={2: view()}), {})
+    assert shown(store, "m", 2) == ("ready", "m/2", False)
+    store.remove_engine("m/2")
+    assert shown(store, "m", 2) == ("ready", "cpu", True)
+
+
+def test_a_version_that_the_supervisor_fails_has_failed_whatever_engines_say(store: CatalogStore) -> None:
+    store.fail("m", 1, "it has crashed its engine 4 times in 10 minutes")
+    found = store.catalog["models"]["m"]["versions"]["1"]
+    assert (found["state"], found["reason"]) == ("failed", "it has crashed its engine 4 times in 10 minutes")
+    store.take("cpu", report(m={1: view(), 2: view()}), {})
+    assert shown(store, "m", 1) == ("failed", None, False)
+
+
+def test_a_web_process_is_sent_what_it_lacks(store: CatalogStore) -> None:
+    one, two = view(codecs=codecs("t1", "n1")), view(codecs=codecs("t1", "n2"))
+    store.take("cpu", report(m={1: one, 2: view("loading")}), {"t1": b"tokens", "n1": b"names"})
+    news = store.news_for("web")
+    assert news == (store.catalog, {"t1": b"tokens", "n1": b"names"})
+    assert store.news_for("web") is None
+    store.take("cpu", report(m={1: one, 2: two}), {"n2": b"others"})
+    assert store.news_for("web") == (store.catalog, {"t1": b"tokens", "n2": b"others"})
+    store.forget_web("web")
+    assert store.news_for("web") == (store.catalog, {"t1": b"tokens", "n1": b"names", "n2": b"others"})
+
+
+def test_files_outlive_the_engine_that_read_them(store: CatalogStore) -> None:
+    store.take("cpu", report(m={1: view(codecs=codecs("t1"))}), {"t1": b"tokens"})
+    store.set_engine("cpu", DOWN)
+    store.take("cpu", report(m={1: view("loading")}), {})
+    assert store.news_for("new web") == (store.catalog, {"t1": b"tokens"})
+
+
+def test_files_are_kept_while_a_version_is_failed_and_dropped_with_their_codecs(store: CatalogStore) -> None:
+    store.take("cpu", report(m={1: view(codecs=codecs("t1"))}), {"t1": b"tokens"})
+    store.take("cpu", report(m={1: view(codecs=codecs("t2"))}), {"t2": b"others"})
+    assert file_digests(store.catalog) == ["t2"]
+    assert store.news_for("web") == (store.catalog, {"t2": b"others"})
