@@ -48,6 +48,7 @@ REMEDIES: Final = {
     "draining": "Send the request to another server.",
     "overloaded": "Try again after `Retry-After`, or raise `in_flight_bytes`.",
     "deadline_exceeded": "Give a longer timeout, or send less.",
+    "run_timeout": "Send less, or raise the setting `run_timeout_s` if the model needs that long.",
 }
 """The action that a client takes for each error."""
 

@@ -23,6 +23,7 @@ The tree, by the party at fault:
     │   ├── Draining
     │   └── Overloaded
     ├── DeadlineExceeded          the response would come too late
+    ├── RunTimeout                the model ran longer than it may
     ├── ModelFailed               the model raised an error for this request alone
     ├── OutOfMemory               a GPU lacks memory for a batch; a smaller batch may fit
     ├── InternalError             a defect of the server
@@ -198,9 +199,15 @@ class Overloaded(Refused):
 
 
 class DeadlineExceeded(InferpoolError):
-    """The deadline passed before the model ran, or is certain to pass."""
+    """The deadline passed before the model had answered, or is certain to pass."""
 
     code = "deadline_exceeded"
+
+
+class RunTimeout(InferpoolError):
+    """The model ran longer on this request alone than a run may take."""
+
+    code = "run_timeout"
 
 
 class ModelFailed(InferpoolError):

@@ -63,6 +63,11 @@ class Settings(BaseModel):
     queue_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=5000.0, description="Milliseconds of work that may wait for one model, by its measured rate."
     )
+    run_timeout_s: _Number = Field(
+        default=300.0,
+        description="Seconds that a model may run for one batch; a run that takes longer is stopped, and"
+        " answered with status 504. 0 sets no limit.",
+    )
     threads: Annotated[int, Field(ge=0, le=4096)] = Field(
         default=0,
         description="CPU cores for models; 0 takes those of the affinity mask and the cgroup quota.",

@@ -38,16 +38,19 @@ class Outbox:
 
     def __init__(self) -> None:
         self.results: queue.Queue[Result] = queue.Queue()
+        self.unread: queue.Queue[int] = queue.Queue()
         self.puts = 0
-
-    def ended(self, entry_ids: Sequence[int]) -> None:
-        """The inputs are arrays of this process."""
 
     def put(self, results: Sequence[Result]) -> None:
         assert results
         self.puts += 1
         for result in results:
             self.results.put(result)
+
+    def ended(self, entry_ids: Sequence[int]) -> None:
+        assert entry_ids
+        for entry_id in entry_ids:
+            self.unread.put(entry_id)
 
     def take(self, count: int) -> dict[int, Result]:
         """The next `count` results by entry; no entry has two."""

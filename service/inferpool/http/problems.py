@@ -29,6 +29,7 @@ STATUSES: Final[Mapping[str, int]] = {
     "draining": 503,
     "overloaded": 503,
     "deadline_exceeded": 504,
+    "run_timeout": 504,
 }
 """Error code to HTTP status; the README's table is checked against it."""
 

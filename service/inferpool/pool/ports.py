@@ -144,7 +144,10 @@ class Inbox(Protocol):
         """Raise the error with which `key` would refuse any entry now, whatever its inputs."""
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
-        """Drop the entry if it still waits; `reason` is `disconnected` or `deadline`."""
+        """Answer the entry at once, whether it waits or runs; `reason` is `disconnected` or `deadline`.
+
+        Does nothing if the entry has its result. A run for which nobody waits any more is stopped.
+        """
 
 
 class Outbox(Protocol):
