@@ -22,11 +22,12 @@ _DATATYPES: Final = {"uint8": "UINT8", "int64": "INT64", "float16": "FP16"}
 
 
 class Answered(NamedTuple):
-    """The clients' figures: requests answered a second, and quantiles of their durations in milliseconds."""
+    """The clients' figures: requests answered a second, and their durations in milliseconds."""
 
     requests_s: float
     median_ms: float
     p99_ms: float
+    longest_ms: float
 
 
 def request(model: str, rows: np.ndarray[Any, Any]) -> bytes:
@@ -68,7 +69,7 @@ def load(port: int, sent: bytes, processes: int, connections: int, seconds: floa
     if len(durations) < 2:
         raise RuntimeError(f"{len(durations)} answers in {seconds} s")
     cuts = statistics.quantiles(durations, n=100)
-    return Answered(len(durations) / seconds, 1000 * cuts[49], 1000 * cuts[98])
+    return Answered(len(durations) / seconds, 1000 * cuts[49], 1000 * cuts[98], 1000 * max(durations))
 
 
 def _work(port: int, sent: bytes, connections: int, seconds: float, ready: Any, results: Any) -> None:
