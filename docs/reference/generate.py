@@ -44,6 +44,7 @@ REMEDIES: Final = {
     "queue_full": "Try again after `Retry-After`.",
     "internal_error": "Look into the log for the `request_id`, and report the defect.",
     "model_failed": "Look into the log for the `request_id`.",
+    "model_crashed": "Do not send this input again: the log names the request. Report the model.",
     "not_ready": "See `GET /models/MODEL` for the state and its reason; try again after `Retry-After`.",
     "draining": "Send the request to another server.",
     "overloaded": "Try again after `Retry-After`, or raise `in_flight_bytes`.",

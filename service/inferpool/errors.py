@@ -25,6 +25,7 @@ The tree, by the party at fault:
     ├── DeadlineExceeded          the response would come too late
     ├── RunTimeout                the model ran longer than it may
     ├── ModelFailed               the model raised an error for this request alone
+    ├── ModelCrashed              the model's process ended on this request, twice
     ├── OutOfMemory               a GPU lacks memory for a batch; a smaller batch may fit
     ├── InternalError             a defect of the server
     └── LoadError                 a version cannot be served; the text is the reason
@@ -214,6 +215,12 @@ class ModelFailed(InferpoolError):
     """The model raised an error for this request alone; the log has the cause, the response has not."""
 
     code = "model_failed"
+
+
+class ModelCrashed(InferpoolError):
+    """The process that runs the model ended while it ran this request, and again when it ran it alone."""
+
+    code = "model_crashed"
 
 
 class OutOfMemory(InferpoolError):

@@ -25,6 +25,7 @@ STATUSES: Final[Mapping[str, int]] = {
     "queue_full": 429,
     "internal_error": 500,
     "model_failed": 500,
+    "model_crashed": 500,
     "not_ready": 503,
     "draining": 503,
     "overloaded": 503,
