@@ -90,6 +90,10 @@ class Settings(BaseModel):
         default=False,
         description="Load model files that can run code when loaded (.pt, .pt2), from any source.",
     )
+    load_timeout_s: Annotated[float, Field(gt=0, le=604_800)] = Field(
+        default=600.0,
+        description="Seconds that a version may take to load; a version that takes longer has failed.",
+    )
     required_models: tuple[str, ...] = Field(
         default=(), description="Models that must be ready before the server is ready, separated by commas."
     )

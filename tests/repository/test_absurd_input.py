@@ -158,7 +158,7 @@ def test_a_damaged_plan_is_made_again(tmp_path: Path, damage: int, caplog: pytes
     else:
         target.unlink()
         KINDS[damage - len(DAMAGES) - 1](target)
-    assert cache.find(target) is None
+    assert PlanCache(tmp_path).find(target) is None
     assert "cannot be read, so it is made again" in caplog.text
 
 

@@ -10,5 +10,5 @@ from inferpool.cli import main
 PATIENCE_S = 0.2
 
 if __name__ == "__main__":
-    with mock.patch("inferpool.repository.repository.PATIENCE_S", PATIENCE_S):
+    with mock.patch("inferpool.repository.health.PATIENCE_S", PATIENCE_S):
         sys.exit(main())

@@ -105,7 +105,7 @@ class CatalogStore:
         self._engines: dict[str, EngineFacts] = {}
         self._failed: dict[tuple[str, int], str] = {}
         self._files: dict[str, bytes] = {}
-        self._plans: dict[str, str] = {}
+        self._plans: dict[str, Mapping[str, str]] = {}
         self._sent: dict[str, JsonObject] = {}
         self._catalog: JsonObject = {"models": {}, "engines": {}}
 
@@ -116,8 +116,8 @@ class CatalogStore:
 
     @property
     def plans(self) -> Mapping[str, str]:
-        """The plans that engines have measured, by the names of their files, as JSON text."""
-        return self._plans
+        """The plans that engines have measured, as JSON by the names of their files, for their successors."""
+        return {name: plan for plans in self._plans.values() for name, plan in plans.items()}
 
     def versions(self, *states: str) -> list[tuple[str, int]]:
         """The versions in one of `states` (all versions without any), as model names and numbers."""
@@ -132,7 +132,7 @@ class CatalogStore:
         """Take the catalog of an engine in place of its last one, with the files that are new."""
         self._reports[engine] = catalog
         self._files.update(files)
-        self._plans.update(catalog.get("plans", {}))
+        self._plans[engine] = catalog.get("plans", {})
         self._merge()
 
     def set_engine(self, engine: str, facts: EngineFacts) -> None:

@@ -26,6 +26,7 @@ class CatalogPublisher:
         sources = self._repository.codec_sources()
         catalog = {
             "models": {name: model_json(model, sources) for name, model in self._repository.models().items()},
+            "plans": dict(self._repository.plans()),
         }
         files = {
             digest: content for source in sources.values() for digest, content in source_files(source).items()

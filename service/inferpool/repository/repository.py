@@ -1,8 +1,8 @@
 """The models folder at work: loads its versions one after the other and publishes those that are ready.
 
 One version loads at a time, so that measurements do not disturb one another. A load that does not end delays
-the next one for `PATIENCE_S` only. Each change is published as a new mapping, so that readers see a
-consistent state without a lock.
+the next one for `health.PATIENCE_S` only, and fails after the setting `load_timeout_s`. Each change is
+published as a new mapping, so that readers see a consistent state without a lock.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Final
 
 from inferpool.backends.registry import backends_by_suffix
 from inferpool.errors import InferpoolError, Reason
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.pool.router import PoolRouter
+from inferpool.repository import health
 from inferpool.repository.catalog import (
     FAILED,
     LOADING,
-    READY,
     Health,
     LiveView,
     ModelView,
@@ -33,7 +34,6 @@ from inferpool.repository.catalog import (
 from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.codec_factory import CodecSource
 from inferpool.repository.config import ModelConfig, read_config
-from inferpool.repository.health import judge
 from inferpool.repository.layout import CONFIG_FILE, ModelFolder, scan
 from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.settings import Settings
@@ -41,8 +41,29 @@ from inferpool.system.gpus import Driver
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 120.0
-"""How many seconds a load delays the next one. Most loads take seconds; some never end."""
+
+LATE_DRAIN_S: Final = 1.0
+"""How long the instances of a version that has loaded too late may take to end."""
+
+
+class _Load:
+    """A load under way, which has one result: whoever claims it first decides.
+
+    Attributes:
+        key: the version.
+        model: where it is on disk.
+        ended: set when the version is ready or has failed.
+    """
+
+    def __init__(self, key: VersionKey, model: ModelFolder) -> None:
+        self.key = key
+        self.model = model
+        self.ended = threading.Event()
+        self._claim = threading.Lock()
+
+    def claim(self) -> bool:
+        """Whether the caller decides what becomes of the version: true once."""
+        return self._claim.acquire(blocking=False)
 
 
 class Repository:
@@ -62,6 +83,7 @@ class Repository:
         skip: Collection[VersionKey] = (),
         on_loading: Callable[[VersionKey], None] | None = None,
         on_change: Callable[[], None] | None = None,
+        plans: Mapping[str, str] | None = None,
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
@@ -70,13 +92,24 @@ class Repository:
             remeasure: whether to ignore kept measurements.
             only: the versions to serve; None for all. Other versions are not shown.
             skip: versions that are neither served nor shown.
-            on_loading: called when a version begins to load, in a thread.
-            on_change: called after every change of what `models` returns, in a thread.
+            on_loading: called when a version begins to load, in a thread. With it, the caller sees to it that
+                no load takes longer than the setting `load_timeout_s`.
+            on_change: called after every change of what `models` or `plans` returns, in a thread.
+            plans: the plans of an earlier engine with the same versions.
         """
         self.router = PoolRouter()
         self._settings = settings
         self._metrics = metrics
-        self._loader = Loader(settings, outbox, metrics, clock, driver, remeasure=remeasure)
+        self._loader = Loader(
+            settings,
+            outbox,
+            metrics,
+            clock,
+            driver,
+            remeasure=remeasure,
+            plans=plans,
+            on_drop=on_change or (lambda: None),
+        )
         self._clock = clock
         self._loaded: dict[VersionKey, LoadedVersion] = {}
         self._load_began: dict[VersionKey, float] = {}
@@ -127,10 +160,14 @@ class Repository:
 
     def health(self) -> Health:
         """Whether every required model can answer, and the problems there are."""
-        return judge(self._models, self.live, self._settings.required_models, draining=self._draining)
+        return health.judge(self._models, self.live, self._settings.required_models, draining=self._draining)
 
     async def refresh(self) -> None:
         """Do nothing: `live` and `health` are always up to date."""
+
+    def plans(self) -> Mapping[str, str]:
+        """The measured plans of the versions, by which another process can load them without measuring."""
+        return self._loader.plans()
 
     def codec_sources(self) -> Mapping[VersionKey, CodecSource]:
         """What the codecs of the versions that are loaded were made from; empty without `on_change`."""
@@ -174,62 +211,88 @@ class Repository:
             loaded.close()
 
     def _load_all(self, on_loaded: Callable[[], None]) -> None:
-        late: list[threading.Thread] = []
+        loads: list[_Load] = []
         for name in self._models:
             model = self._folders[name]
             for version in sorted(self._models[name].versions, reverse=True):
                 if self._stopped.is_set():
                     return
                 if self._models[name].versions[version].state == LOADING:
-                    work = threading.Thread(target=self._load, args=(model, version), daemon=True)
-                    work.start()
-                    work.join(PATIENCE_S)
-                    if work.is_alive():
-                        late.append(work)
+                    loads.append(_Load(VersionKey(name, version), model))
+                    if not self._run(loads[-1]):
                         log.warning(
                             "%s/%d has been loading for %.0f s; the next models load beside it",
-                            name, version, PATIENCE_S,
+                            name, version, health.PATIENCE_S,
                         )  # fmt: skip
+        late = [load for load in loads if not load.ended.is_set()]
         if late:
             on_loaded()
-        for work in late:
-            work.join()
+        for load in late:
+            load.ended.wait()
         on_loaded()
 
-    def _load(self, model: ModelFolder, version: int) -> None:
-        key = VersionKey(model.name, version)
+    def _run(self, load: _Load) -> bool:
+        """Load a version in a thread; False if that has not ended after `health.PATIENCE_S`."""
+        timer = threading.Timer(self._settings.load_timeout_s, self._give_up, (load,))
+        timer.daemon = True
+        if self._on_loading is None:
+            timer.start()
+        threading.Thread(target=self._load, args=(load, timer.cancel), daemon=True).start()
+        return load.ended.wait(health.PATIENCE_S)
+
+    def _give_up(self, load: _Load) -> None:
+        """Fail a version that is still loading. Nothing can end its thread, whose result is thrown away."""
+        if load.claim():
+            limit_s = self._settings.load_timeout_s
+            self._fail(load.key, f"loading takes longer than {limit_s:g} s; --load-timeout-s allows more")
+            load.ended.set()
+
+    def _load(self, load: _Load, then: Callable[[], None]) -> None:
+        key, model = load.key, load.model
         self._load_began[key] = self._clock()
-        if self._on_loading is not None:
-            self._on_loading(key)
         try:
-            loaded = self._loader.load(key, model.files[version], model.folder, self._configs[model.name])
+            if self._on_loading is not None:
+                self._on_loading(key)
+            loaded = self._loader.load(key, model.files[key.version], model.folder, self._configs[model.name])
         except InferpoolError as error:
-            self._fail(key, error.detail)
+            if load.claim():
+                self._fail(key, error.detail)
         except BaseException as error:
             # A model's code or a native library may raise SystemExit: that fails this version only.
-            log.exception("loading %s/%d", model.name, version)
-            self._fail(key, f"loading failed with {type(error).__name__}: {error}")
+            log.exception("loading %s/%d", *key)
+            if load.claim():
+                self._fail(key, f"loading failed with {type(error).__name__}: {error}")
         else:
-            self._loaded[key] = loaded
-            if self._on_change is not None and loaded.codec_source is not None:
-                self._codec_sources[key] = loaded.codec_source
-            loaded.codec_source = None  # a tokenizer may have many megabytes
-            self._metrics.add_version(model.name, str(version))
-            self.router.add(loaded.pool)
-            labels = self._models[model.name].versions[version].labels
-            self._publish(replace(loaded.view, labels=labels))
-            batching = loaded.view.batching
-            log.info(
-                "%s/%d is ready after %.2f s (%s)",
-                model.name,
-                version,
-                loaded.view.load_s,
-                f"batches of up to {batching.max_rows} rows"
-                if batching.enabled
-                else f"unbatched: {batching.reason}",
-            )
+            if load.claim():
+                self._serve(key, loaded)
+            else:
+                log.warning("%s/%d is loaded, too late", *key)
+                loaded.pool.drain(LATE_DRAIN_S)
+                loaded.close()
         finally:
             del self._load_began[key]
+            then()
+            load.ended.set()
+
+    def _serve(self, key: VersionKey, loaded: LoadedVersion) -> None:
+        """Let requests reach a version that is loaded."""
+        self._loaded[key] = loaded
+        if self._on_change is not None and loaded.codec_source is not None:
+            self._codec_sources[key] = loaded.codec_source
+        loaded.codec_source = None  # a tokenizer may have many megabytes
+        self._metrics.add_version(key.model, str(key.version))
+        self.router.add(loaded.pool)
+        labels = self._models[key.model].versions[key.version].labels
+        self._publish(replace(loaded.view, labels=labels))
+        batching = loaded.view.batching
+        log.info(
+            "%s/%d is ready after %.2f s (%s)",
+            *key,
+            loaded.view.load_s,
+            f"batches of up to {batching.max_rows} rows"
+            if batching.enabled
+            else f"unbatched: {batching.reason}",
+        )
 
     def _fail(self, key: VersionKey, reason: str) -> None:
         log.error("%s/%d has failed: %s", key.model, key.version, reason)

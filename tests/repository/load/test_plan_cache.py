@@ -30,3 +30,25 @@ def test_a_plan_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     assert cache.find(target) is None
     cache.keep(target, PLAN)
     assert cache.find(target) == PLAN
+
+
+def test_plans_that_no_folder_keeps_serve_the_next_process(tmp_path: Path) -> None:
+    folder = tmp_path / "a file"
+    folder.touch()
+    target = folder / "plan.json"
+    cache = PlanCache(folder)
+    cache.keep(target, PLAN)
+    assert PlanCache(folder).find(target) is None
+    assert PlanCache(folder, plans=cache.plans()).find(target) == PLAN
+    assert PlanCache(folder, plans=cache.plans(), remeasure=True).find(target) is None
+
+
+def test_a_plan_that_was_found_is_passed_on_until_it_is_dropped(tmp_path: Path) -> None:
+    PlanCache(tmp_path).keep(tmp_path / "plan.json", PLAN)
+    drops: list[None] = []
+    cache = PlanCache(tmp_path, on_drop=lambda: drops.append(None))
+    assert cache.find(tmp_path / "plan.json") == PLAN
+    assert PlanCache(plans=cache.plans()).find(Path("plan.json")) == PLAN
+    cache.drop(tmp_path / "plan.json")
+    assert drops == [None]
+    assert not cache.plans()

@@ -35,10 +35,10 @@ class Batching(BaseModel):
 
 
 class InstanceOut(BaseModel):
-    """One loaded copy with its own thread."""
+    """One loaded copy with its own thread. With `not_answering`, its engine does not answer or restarts."""
 
     device: str
-    state: Literal["ready", "lost"]
+    state: Literal["ready", "lost", "not_answering"]
 
 
 class Latency(BaseModel):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,15 +112,21 @@ class Loader:
         driver: Driver | None = None,
         *,
         remeasure: bool = False,
+        plans: Mapping[str, str] | None = None,
+        on_drop: Callable[[], None] = lambda: None,
     ) -> None:
-        """`driver` is the GPU driver; None is this machine's. `remeasure` ignores kept plans."""
+        """`driver` is the GPU driver; None is this machine's. The others are those of `PlanCache`."""
         self._settings = settings
         self._outbox = outbox
         self._metrics = metrics
         self._clock = clock
         self._driver = driver or cuda_driver()
-        self._cache = PlanCache(settings.cache_dir, remeasure=remeasure)
+        self._cache = PlanCache(settings.cache_dir, remeasure=remeasure, plans=plans, on_drop=on_drop)
         self._cores = settings.threads or usable_cores()
+
+    def plans(self) -> Mapping[str, str]:
+        """The plans by which this process has loaded versions, as `PlanCache.plans` returns them."""
+        return self._cache.plans()
 
     def load(self, key: VersionKey, file: Path, folder: Path | None, config: ModelConfig) -> LoadedVersion:
         """Load `file` as version `key`; `folder` has its samples and labels.

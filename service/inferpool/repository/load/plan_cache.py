@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 _MOST_BYTES: Final = 16 * 2**20
 """Bytes of a kept plan; the shapes of a model with many outputs take most of them."""
 
+_NOWHERE: Final = Path(os.devnull)
+"""The folder of a user without a home: no file can be made in it, and plans are kept in memory only."""
+
 _FORMAT = "4"
 """Raised whenever plans are made by other rules, so that no plan made by the old ones is found."""
 
@@ -36,10 +39,27 @@ _FORMAT = "4"
 class PlanCache:
     """Plans by the model's content, the runtime, the machine and the constraints."""
 
-    def __init__(self, folder: Path | None = None, *, remeasure: bool = False) -> None:
-        """Keep plans in `folder`, or in the user's cache folder; `remeasure` ignores those that are kept."""
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        remeasure: bool = False,
+        plans: Mapping[str, str] | None = None,
+        on_drop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Keep plans in `folder`, or in the user's cache folder, and in memory.
+
+        `remeasure` ignores the plans that are kept. `plans` are those that another process has measured, as
+        `plans` returned them. `on_drop` is called when a plan has turned out to be wrong.
+        """
         self._folder = folder
         self._remeasure = remeasure
+        self._plans = dict(plans or {})
+        self._on_drop = on_drop
+
+    def plans(self) -> Mapping[str, str]:
+        """The plans of this process as JSON, by the names of their files. They outlive no process."""
+        return dict(self._plans)
 
     def locate(
         self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str
@@ -50,7 +70,7 @@ class PlanCache:
         """
         try:
             return self._file(file, samples, constraints, runtime)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             log.info("measurements are not kept: %s", error)
             return None
 
@@ -59,9 +79,7 @@ class PlanCache:
         if self._remeasure or target is None:
             return None
         try:
-            digest, _, text = read_file(target, _MOST_BYTES).partition(b"\n")
-            if digest.decode("ascii") != hashlib.sha256(text).hexdigest():
-                raise ValueError("it is damaged")
+            text = self._plans.get(target.name) or _read(target)
             table = json.loads(text)
             measured = tuple(Measurement(*line) for line in table.pop("table"))
             fault = table.pop("fault")
@@ -76,21 +94,24 @@ class PlanCache:
                 "row_cost": _row_cost(table["row_cost"]),
                 "shapes": _shapes(*table["shapes"]),
             }
-            return Plan(**table | known)
-        except FileNotFoundError:
+            plan = Plan(**table | known)
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
             log.warning("the kept measurement in %s cannot be read, so it is made again: %s", target, error)
             return None
+        self._plans[target.name] = text
+        return plan
 
     def keep(self, target: Path | None, plan: Plan) -> None:
         """Keep `plan` in `target`. If that fails (a read-only file system), the next start measures again."""
         if target is None:
             return
+        self._plans[target.name] = json.dumps(asdict(plan))
+        text = self._plans[target.name].encode()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             unfinished = target.with_suffix(f".{os.getpid()}.part")
-            text = json.dumps(asdict(plan)).encode()
             unfinished.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
             unfinished.replace(target)
         except (OSError, RuntimeError, ValueError) as error:
@@ -100,6 +121,8 @@ class PlanCache:
         """Forget the plan in `target`, which has turned out to be wrong: the next start makes it again."""
         if target is None:
             return
+        self._plans.pop(target.name, None)
+        self._on_drop()
         try:
             target.unlink(missing_ok=True)
         except OSError as error:
@@ -136,7 +159,19 @@ class PlanCache:
             _digest(samples),
         ]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-        return cache_folder(self._folder) / f"{file.parent.parent.name}-{digest[:24]}.json"
+        try:
+            folder = cache_folder(self._folder)
+        except RuntimeError:
+            folder = _NOWHERE
+        return folder / f"{file.parent.parent.name}-{digest[:24]}.json"
+
+
+def _read(target: Path) -> str:
+    """The JSON of the plan in `target`; raises OSError, and ValueError if it is damaged."""
+    digest, _, text = read_file(target, _MOST_BYTES).partition(b"\n")
+    if digest.decode("ascii") != hashlib.sha256(text).hexdigest():
+        raise ValueError("it is damaged")
+    return text.decode()
 
 
 def _row_cost(kept: dict[str, Any] | None) -> RowCost | None:
