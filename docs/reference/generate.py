@@ -17,7 +17,7 @@ from inferpool import cli, errors
 from inferpool.backends.onnx.row_analysis.analysis import RULES as ONNX_RULES
 from inferpool.backends.torch.row_analysis.rules import RULES as ATEN_RULES
 from inferpool.http.problems import STATUSES
-from inferpool.observe.metrics import FAMILIES
+from inferpool.observe.families import FAMILIES
 from inferpool.repository.config import ModelConfig
 from inferpool.settings import Settings, add_flags
 from pydantic import BaseModel

@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
             # uvicorn does this as well, but only after the line that says that the server listens.
             signal.signal(number, self.handle_exit)
         self._results.attach(self._loop)
-        self._metrics.add_source(web_busy(threading.get_ident()))
+        self._metrics.add_source(web_busy(self._metrics, threading.get_ident()))
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -177,10 +177,14 @@ class Server(uvicorn.Server):
             self._gpus_watched = True
 
 
-def web_busy(thread: int) -> Callable[[], list[Sample]]:
-    """A source of `web_busy_seconds_total`: the CPU time of `thread`, read at each scrape."""
+def web_busy(metrics: Metrics, thread: int, process: str = "web-0") -> Callable[[], list[Sample]]:
+    """A source of `web_busy_seconds_total`: the CPU time of `thread`, the event loop of the web `process`.
+
+    The source goes on from what a predecessor of this process has published in `metrics`.
+    """
     clock = time.pthread_getcpuclockid(thread)
-    return lambda: [("web_busy_seconds_total", (), time.clock_gettime(clock))]
+    before = metrics.left_behind("web_busy_seconds_total", process)
+    return lambda: [("web_busy_seconds_total", (process,), before + time.clock_gettime(clock))]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -14,7 +14,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from inferpool.observe.metrics import FAMILIES
+from inferpool.observe.families import FAMILIES
 from inferpool.server import BODY_GRACE_S, CLOSE_TIMEOUT_S
 from inferpool.settings import Settings, read_settings
 

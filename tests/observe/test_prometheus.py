@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from inferpool.observe.metrics import FAMILIES
+from inferpool.observe.families import FAMILIES
 
 from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client

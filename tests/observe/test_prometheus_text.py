@@ -7,7 +7,8 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inferpool.observe.metrics import FAMILIES, Metrics
+from inferpool.observe.families import FAMILIES
+from inferpool.observe.metrics import Metrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 

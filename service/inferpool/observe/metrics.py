@@ -5,20 +5,25 @@ label look-ups. Each value has one writer at a time: the event loop writes the v
 writes those of batches under its lock. A writer looks a value up once per version and keeps it. A scrape
 renders the values as text or OpenMetrics; the metrics of the process come from `prometheus_client`.
 
-`FAMILIES` is the table of all exported metrics; a test compares the documented table with it.
+A server of several processes has its values in shared memory too (`observe.regions`). A value then writes
+each change there, and a scrape of any web process renders the sums of all processes. What a source reads at a
+scrape, the processes write there once a second.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
+import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
+from inferpool.observe.families import CPU_SECONDS, FAMILIES, HIDDEN, USUAL_STATUSES, Family
+from inferpool.observe.process_metrics import process_registry
 from inferpool.observe.prometheus_text import (
     Exemplar,
     HistogramStems,
@@ -27,166 +32,124 @@ from inferpool.observe.prometheus_text import (
     histogram_stems,
     stem,
 )
+from inferpool.observe.regions import RegionReader, Regions
 
-SECONDS_BUCKETS: Final = (
-    0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025, 0.04, 0.06,
-    0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0,
-)  # fmt: skip
-"""Upper bounds for durations in seconds: steps of about 1.6, from 0.5 ms to 30 s."""
+log = logging.getLogger(__name__)
 
-ROWS_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Upper bounds for the rows of a batch."""
+PUBLISH_S: Final = 1.0
+"""How often a process writes its gauges for the others, in seconds."""
 
-USUAL_STATUSES: Final = ("200", "422", "429", "500", "503", "504")
-"""Statuses whose counters exist from the start: a rate misses the first request of a new series."""
+STALE_S: Final = 5.0
+"""Age at which the gauges of a process that no longer writes them are left out, in seconds."""
+
+ABSENT: Final = math.nan
+"""The number of a gauge in shared memory that its source no longer has."""
 
 
 class Value:
-    """A number with one writer at a time, which any thread may read."""
+    """A number with one writer at a time, which any thread may read.
 
-    __slots__ = ("value",)
+    Attributes:
+        value: the number.
+        shared: where other processes see the number; None if no other process does.
+    """
 
-    def __init__(self) -> None:
-        self.value = 0.0
+    __slots__ = ("shared", "value")
+
+    def __init__(self, shared: memoryview[float] | None = None) -> None:
+        """Go on from the number in `shared`, which a predecessor of this process left there."""
+        self.shared = shared
+        self.value = 0.0 if shared is None else counted(shared[0])
 
     def add(self, amount: float = 1.0) -> None:
         """Add `amount`."""
-        self.value += amount
+        value = self.value + amount
+        self.value = value
+        shared = self.shared
+        if shared is not None:
+            shared[0] = value
 
 
 class Distribution:
-    """A histogram with one writer at a time, which any thread may read."""
+    """A histogram with one writer at a time, which any thread may read.
 
-    __slots__ = ("bounds", "counts", "exemplars", "sum")
+    Attributes:
+        bounds: the upper bounds of its buckets.
+        counts: how many amounts each bucket has; the last one has those above all bounds.
+        sum: the sum of all amounts.
+        exemplars: exemplars by the index of their bucket.
+        shared: where other processes see the counts and then the sum; None if no other process does.
+    """
 
-    def __init__(self, bounds: tuple[float, ...]) -> None:
+    __slots__ = ("bounds", "counts", "exemplars", "shared", "sum")
+
+    def __init__(self, bounds: tuple[float, ...], shared: memoryview[float] | None = None) -> None:
+        """Go on from the numbers in `shared`, which a predecessor of this process left there."""
         self.bounds = bounds
+        self.shared = shared
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+        if shared is not None:
+            *counts, total = [counted(number) for number in shared]
+            self.counts = [int(count) for count in counts]
+            self.sum = total
         self.exemplars: dict[int, Exemplar] = {}
 
     def observe(self, amount: float) -> None:
         """Count `amount` in the first bucket whose upper bound is not below it."""
-        self.counts[bisect_left(self.bounds, amount)] += 1
+        index = bisect_left(self.bounds, amount)
+        count = self.counts[index] + 1
+        self.counts[index] = count
         self.sum += amount
+        shared = self.shared
+        if shared is not None:
+            shared[index] = count
+            shared[-1] = self.sum
 
     def exemplify(self, exemplar: Exemplar) -> None:
         """Attach `exemplar`, whose amount was observed, to its bucket in place of the previous one."""
         self.exemplars[bisect_left(self.bounds, exemplar.amount)] = exemplar
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One exported metric: its name without the prefix, its kind, labels and help text."""
+Labels = tuple[str, ...]
+"""The label values of a series."""
 
-    name: str
-    kind: Literal["counter", "gauge", "histogram", "info"]
-    labels: tuple[str, ...]
-    help: str
-    bounds: tuple[float, ...] = ()
-
-    @property
-    def full_name(self) -> str:
-        """The exported name, with prefix."""
-        return "inferpool_" + self.name
-
-
-_VERSION: Final = ("model", "version")
-
-FAMILIES: Final = {
-    family.name: family
-    for family in (
-        Family("requests_total", "counter", (*_VERSION, "code"),
-               "Predict requests answered, by HTTP status."),
-        Family("request_duration_seconds", "histogram", _VERSION,
-               "Time from a request's head to its response, errors included.", SECONDS_BUCKETS),
-        Family("queue_duration_seconds", "histogram", _VERSION,
-               "Time that requests waited in the queue.", SECONDS_BUCKETS),
-        Family("compute_duration_seconds", "histogram", _VERSION,
-               "Time that the batches of requests ran in the model.", SECONDS_BUCKETS),
-        Family("batch_rows", "histogram", _VERSION, "Rows of each batch that ran.", ROWS_BUCKETS),
-        Family("batches_total", "counter", (*_VERSION, "device", "reason"),
-               "Batches that ran, by the reason why they were not larger."),
-        Family("tokens_total", "counter", _VERSION,
-               "Tokens that text models ran, padding included."),
-        Family("padded_tokens_total", "counter", _VERSION,
-               "Padding tokens that extended rows to the longest of their batch."),
-        Family("padded_rows_total", "counter", _VERSION,
-               "Padding rows that extended batches to a size that the GPU has run before."),
-        Family("queue_rows", "gauge", _VERSION, "Rows that wait in the queue now."),
-        Family("queue_oldest_age_seconds", "gauge", _VERSION,
-               "Time that the oldest request in the queue has waited."),
-        Family("queue_wait_seconds", "gauge", _VERSION,
-               "Work that waits in the queue, in seconds by the measured rate."),
-        Family("in_flight_requests", "gauge", (), "Predict requests that are read, run or answered now."),
-        Family("instance_busy_seconds_total", "counter", (*_VERSION, "device"),
-               "Time that instances ran batches."),
-        Family("web_busy_seconds_total", "counter", (),
-               "CPU time of the thread that reads and answers requests; one second per second is its limit."),
-        Family("instances", "gauge", (*_VERSION, "device", "state"), "Instances, by state."),
-        Family("model_state", "gauge", (*_VERSION, "state"),
-               "1 for the current state of a version, 0 for the others."),
-        Family("model_load_seconds", "gauge", _VERSION,
-               "Time to load, check, measure and warm up a version."),
-        Family("dropped_entries_total", "counter", (*_VERSION, "reason"),
-               "Requests that were queued and then dropped without running."),
-        Family("audits_total", "counter", _VERSION,
-               "Requests that ran again alone, to compare their answers with those in a batch."),
-        Family("batching_stopped_total", "counter", (*_VERSION, "reason"),
-               "Times that batching was turned off while serving, by what differed from a run alone."),
-        Family("cpu_nodes", "gauge", _VERSION,
-               "Nodes of a GPU model that run on the CPU."),
-        Family("gpu_utilization_ratio", "gauge", ("device",),
-               "Share of the recent time in which the GPU was busy."),
-        Family("gpu_memory_used_bytes", "gauge", ("device",),
-               "GPU memory in use by all processes."),
-        Family("gpu_memory_total_bytes", "gauge", ("device",), "GPU memory in total."),
-        Family("gpu_temperature_celsius", "gauge", ("device",), "Temperature of the GPU core."),
-        Family("gpu_power_watts", "gauge", ("device",), "Power that the GPU draws."),
-        Family("gpu_energy_joules_total", "counter", ("device",),
-               "Energy that the GPU has used since its driver was loaded."),
-        Family("memory_limit_bytes", "gauge", (),
-               "Memory that the server may take: the limit of its cgroup, or a setting."),
-        Family("memory_held_bytes", "gauge", (),
-               "Memory of the limit that is taken and that the kernel cannot take back."),
-        Family("in_flight_bytes", "gauge", (), "Memory that requests have reserved now."),
-        Family("in_flight_limit_bytes", "gauge", (), "Memory that requests may reserve together."),
-        Family("memory_trims_total", "counter", (), "Times that freed memory was given back to the kernel."),
-        Family("memory_trim_seconds_total", "counter", (), "Time that giving freed memory back took."),
-        Family("memory_trimmed_bytes_total", "counter", (), "Freed memory that was given back."),
-        Family("build_info", "info", (),
-               "Versions of Inferpool and its runtimes, and whether the hot path is compiled."),
-    )
-}  # fmt: skip
-"""All exported metrics, by name without the prefix."""
-
-Sample = tuple[str, tuple[str, ...], float]
+Sample = tuple[str, Labels, float]
 """A gauge that a source reads at scrape time: the family's name, its label values, the number."""
 
 
 class Metrics:
-    """The metrics of a server."""
+    """The metrics of a server, or of one of its processes."""
 
-    def __init__(self, info: dict[str, str]) -> None:
-        """Start without values; `info` has the labels of `build_info`."""
+    def __init__(self, info: dict[str, str], regions: Regions | None = None) -> None:
+        """Start without values; `info` has the labels of `build_info`.
+
+        `regions` has the metrics of the other processes of the server, and takes those of this one; None if
+        this process is the server.
+        """
         self._lock = threading.Lock()
-        self._values: dict[str, dict[tuple[str, ...], tuple[str, Value]]] = {}
-        self._distributions: dict[str, dict[tuple[str, ...], tuple[HistogramStems, Distribution]]] = {}
-        self._stems: dict[tuple[str, tuple[str, ...]], str] = {}
+        self._regions = regions
+        self._values: dict[str, dict[Labels, Value]] = {}
+        self._distributions: dict[str, dict[Labels, Distribution]] = {}
+        self._stems: dict[tuple[str, Labels], str] = {}
+        self._histogram_stems: dict[tuple[str, Labels], HistogramStems] = {}
         self._sources: list[Callable[[], Iterable[Sample]]] = []
+        self._published: dict[tuple[str, Labels], memoryview[float]] = {}
         self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
-        self._registry = CollectorRegistry()
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self._registry)
+        self._cpu_base = 0.0
+        self._closed = threading.Event()
+        if regions is not None:
+            self._cpu_base = self.left_behind(CPU_SECONDS)
+        self._registry = process_registry(None if regions is None else self._processes)
 
     def value(self, name: str, *labels: str) -> Value:
         """The counter of family `name` with these label values, created at the first call."""
-        family = self._family(name, labels)
+        self._family(name, labels)
         with self._lock:
             series = self._values.setdefault(name, {})
             if labels not in series:
-                series[labels] = (stem(family.full_name, family.labels, labels), Value())
-            return series[labels][1]
+                series[labels] = Value(self._shared(name, labels, 1))
+            return series[labels]
 
     def distribution(self, name: str, *labels: str) -> Distribution:
         """The histogram of family `name` with these label values, created at the first call."""
@@ -194,21 +157,105 @@ class Metrics:
         with self._lock:
             series = self._distributions.setdefault(name, {})
             if labels not in series:
-                stems = histogram_stems(family.full_name, family.labels, labels, family.bounds)
-                series[labels] = (stems, Distribution(family.bounds))
-            return series[labels][1]
+                series[labels] = Distribution(family.bounds, self._shared(name, labels, family.cells))
+            return series[labels]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether this process is one of several, which see one another's metrics."""
+        return self._regions is not None
+
+    def hidden(self, name: str, *labels: str) -> memoryview[float] | None:
+        """The shared numbers of a series of `HIDDEN`; None if no other process sees them.
+
+        Only the caller writes them. They begin as a predecessor of this process left them.
+        """
+        with self._lock:
+            return self._shared(name, labels, HIDDEN[name])
+
+    def hidden_of_others(self, name: str, *labels: str) -> dict[Labels, list[list[float]]]:
+        """What the other processes wrote of the series of `HIDDEN` whose first label values are `labels`.
+
+        By label values: the numbers of each process.
+        """
+        found: dict[Labels, list[list[float]]] = {}
+        for reader in self._refreshed():
+            for values, numbers in reader.series(name).items():
+                if values[: len(labels)] == labels and len(numbers) == HIDDEN[name]:
+                    found.setdefault(values, []).append([counted(number) for number in numbers])
+        return found
+
+    def total(self, name: str, *labels: str) -> list[float]:
+        """The numbers of a counter or histogram, summed over all processes: the counts, then the sum."""
+        family = self._family(name, labels)
+        numbers = [0.0] * family.cells
+        if family.kind == "histogram":
+            own = self._distributions.get(name, {}).get(labels)
+            if own is not None:
+                numbers = [*map(float, own.counts), own.sum]
+        else:
+            value = self._values.get(name, {}).get(labels)
+            if value is not None:
+                numbers = [value.value]
+        for reader in self._refreshed():
+            other = reader.series(name).get(labels)
+            if other is not None and len(other) == len(numbers):
+                numbers = [number + counted(more) for number, more in zip(numbers, other, strict=True)]
+        return numbers
 
     def add_version(self, model: str, version: str) -> None:
         """Export the version's request counters and histograms with the value 0."""
         for status in USUAL_STATUSES:
             self.value("requests_total", model, version, status)
+        for name in ("replayed_entries_total", "crashed_entries_total"):
+            self.value(name, model, version)
         for family in FAMILIES.values():
             if family.kind == "histogram":
                 self.distribution(family.name, model, version)
 
     def add_source(self, source: Callable[[], Iterable[Sample]]) -> None:
-        """Call `source` for its gauges at each scrape."""
+        """Call `source` for its gauges at each scrape, and each time they are published."""
         self._sources.append(source)
+
+    def left_behind(self, name: str, *labels: str) -> float:
+        """The number that this process's predecessor published for a series; 0.0 if there is none."""
+        with self._lock:
+            shared = self._shared(name, labels, 1)
+        return 0.0 if shared is None else counted(shared[0])
+
+    def publish(self) -> None:
+        """Write the gauges of this process for the others. May be called from any thread."""
+        regions = self._regions
+        if regions is None:
+            return
+        samples = self._gauges()
+        with self._lock:
+            cpu = self._shared(CPU_SECONDS, (), 1)
+            if cpu is not None:
+                cpu[0] = self._cpu_seconds()
+            for (name, labels), shared in self._published.items():
+                if labels not in samples.get(name, {}):
+                    shared[0] = ABSENT
+            for name, series in samples.items():
+                for labels, number in series.items():
+                    shared_number = self._published.get((name, labels))
+                    if shared_number is None:
+                        shared_number = self._shared(name, labels, 1)
+                        if shared_number is None:
+                            continue
+                        self._published[name, labels] = shared_number
+                    shared_number[0] = number
+            regions.own.beat(time.monotonic())
+
+    def start_publishing(self) -> None:
+        """Publish now, and then every `PUBLISH_S` in a thread of its own; nothing if this is the server."""
+        if self._regions is not None:
+            self._publish_safely()
+            threading.Thread(target=self._publish_often, name="metrics", daemon=True).start()
+
+    def stop_publishing(self) -> None:
+        """Publish no more: the sources may no longer be called."""
+        self._closed.set()
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics and their content type: OpenMetrics if `accept` asks for it, else text."""
@@ -219,40 +266,154 @@ class Metrics:
 
     def _text(self, *, openmetrics: bool) -> str:
         with self._lock:
-            values = {name: list(series.values()) for name, series in self._values.items()}
-            distributions = {name: list(series.values()) for name, series in self._distributions.items()}
-        gauges: dict[str, list[str]] = {}
-        for source in self._sources:
-            for name, labels, number in source():
-                gauges.setdefault(name, []).append(f"{self._gauge_stem(name, labels)}{number}\n")
+            values = {
+                name: {labels: value.value for labels, value in series.items()}
+                for name, series in self._values.items()
+            }
+            distributions = {
+                name: {labels: [*map(float, each.counts), each.sum] for labels, each in series.items()}
+                for name, series in self._distributions.items()
+            }
+            exemplars = {
+                (name, labels): dict(each.exemplars)
+                for name, series in self._distributions.items()
+                for labels, each in series.items()
+                # The text format has no exemplars.
+                if openmetrics and each.exemplars
+            }
+        gauges = self._gauges()
+        readers = self._refreshed()
+        now = time.monotonic()
         parts: list[str] = []
         for name, family in FAMILIES.items():
             parts.append(header(family.full_name, family.kind, family.help, openmetrics=openmetrics))
             if family.kind == "info":
                 parts.append(self._info)
             elif family.kind == "histogram":
-                # The text format has no exemplars.
-                parts += [
-                    histogram_lines(
-                        stems, list(each.counts), each.sum, dict(each.exemplars) if openmetrics else {}
-                    )
-                    for stems, each in distributions.get(name, ())
-                ]
+                series = distributions.get(name, {})
+                for reader in readers:
+                    _add_histograms(series, reader.series(name), family.cells)
+                for labels, numbers in series.items():
+                    counts = [int(number) for number in numbers[:-1]]
+                    parts.append(
+                        histogram_lines(
+                            self._stems_of(family, labels), counts, numbers[-1],
+                            exemplars.get((name, labels), {}),
+                        )
+                    )  # fmt: skip
             else:
-                parts += [f"{text}{value.value}\n" for text, value in values.get(name, ())]
-                parts += gauges.get(name, ())
+                numbers_of = values.get(name, {})
+                numbers_of.update(gauges.get(name, {}))
+                own = set(numbers_of) if family.combine == "own" else set()
+                for reader in readers:
+                    # A gauge tells how things are now, which nobody knows of a process that no longer runs.
+                    if family.kind == "counter" or now - reader.beat < STALE_S:
+                        _combine(numbers_of, reader.series(name), family, own)
+                parts += [
+                    f"{self._stem_of(family, labels)}{number}\n" for labels, number in numbers_of.items()
+                ]
         return "".join(parts)
 
-    def _gauge_stem(self, name: str, labels: tuple[str, ...]) -> str:
-        known = self._stems.get((name, labels))
+    def _gauges(self) -> dict[str, dict[Labels, float]]:
+        """What the sources of this process say now."""
+        found: dict[str, dict[Labels, float]] = {}
+        for source in self._sources:
+            for name, labels, number in source():
+                self._family(name, labels)
+                found.setdefault(name, {})[labels] = number
+        return found
+
+    def _refreshed(self) -> list[RegionReader]:
+        """The readers of the other processes' regions, with all their series."""
+        regions = self._regions
+        if regions is None:
+            return []
+        with regions.lock:
+            for reader in regions.others:
+                reader.refresh()
+        return regions.others
+
+    def _processes(self) -> tuple[list[int], float]:
+        """The ids of the server's processes, and the CPU seconds of all that have ever run."""
+        regions = self._regions
+        assert regions is not None
+        now = time.monotonic()
+        pids, seconds = [regions.own.pid], self._cpu_seconds()
+        for reader in self._refreshed():
+            if now - reader.beat < STALE_S:
+                pids.append(reader.pid)
+            for numbers in reader.series(CPU_SECONDS).values():
+                seconds += counted(numbers[0])
+        return pids, seconds
+
+    def _cpu_seconds(self) -> float:
+        return self._cpu_base + time.process_time()
+
+    def _publish_often(self) -> None:
+        while not self._closed.wait(PUBLISH_S):
+            self._publish_safely()
+
+    def _publish_safely(self) -> None:
+        try:
+            self.publish()
+        except Exception:
+            log.exception("the gauges of this process could not be published")
+
+    def _shared(self, name: str, labels: Labels, count: int) -> memoryview[float] | None:
+        """The numbers of a series in this process's region. The caller holds the lock."""
+        regions = self._regions
+        return None if regions is None else regions.own.numbers(name, labels, count)
+
+    def _stem_of(self, family: Family, labels: Labels) -> str:
+        known = self._stems.get((family.name, labels))
         if known is None:
-            family = self._family(name, labels)
-            known = self._stems[name, labels] = stem(family.full_name, family.labels, labels)
+            known = self._stems[family.name, labels] = stem(family.full_name, family.labels, labels)
+        return known
+
+    def _stems_of(self, family: Family, labels: Labels) -> HistogramStems:
+        known = self._histogram_stems.get((family.name, labels))
+        if known is None:
+            known = histogram_stems(family.full_name, family.labels, labels, family.bounds)
+            self._histogram_stems[family.name, labels] = known
         return known
 
     @staticmethod
-    def _family(name: str, labels: tuple[str, ...]) -> Family:
+    def _family(name: str, labels: Labels) -> Family:
         family = FAMILIES[name]
         if len(labels) != len(family.labels):
             raise ValueError(f"{name} has the labels {family.labels}, not {labels}")
         return family
+
+
+def counted(number: float) -> float:
+    """A number that was counted: `number`, or 0.0 if a damaged region has what cannot be a count."""
+    return number if 0.0 <= number < math.inf else 0.0
+
+
+def _add_histograms(
+    series: dict[Labels, list[float]], others: Mapping[Labels, memoryview[float]], count: int
+) -> None:
+    """Add the histograms of another process to those in `series`; `count` is how many numbers one has."""
+    for labels, numbers in others.items():
+        if len(numbers) == count:
+            own = series.get(labels)
+            # Number by number, because each is read as a whole.
+            found = [counted(number) for number in numbers.tolist()]
+            series[labels] = found if own is None else [a + b for a, b in zip(own, found, strict=True)]
+
+
+def _combine(
+    series: dict[Labels, float], others: Mapping[Labels, memoryview[float]], family: Family, own: set[Labels]
+) -> None:
+    """Add what another process has of `family` to `series`, except to the label values in `own`."""
+    for labels, numbers in others.items():
+        if len(numbers) != 1 or len(labels) != len(family.labels) or labels in own:
+            continue
+        number = numbers[0]
+        if not math.isfinite(number):
+            continue
+        before = series.get(labels)
+        if before is None:
+            series[labels] = number
+        else:
+            series[labels] = before + number if family.combine == "sum" else max(before, number)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from inferpool.errors import DeadlineExceeded, Draining, InferpoolError, NotReady
+from inferpool.observe.families import BATCH_RUNS
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.batch import Batch
 from inferpool.pool.buckets import BatchBuckets
@@ -68,6 +69,7 @@ class BatchStats:
             reason: metrics.value("dropped_entries_total", *self._labels, reason) for reason in DROPPED
         }
         self._batches: dict[int, BatchCount] = {}
+        self._shared_batches: dict[int, memoryview[float] | None] = {}
         self._audits = metrics.value("audits_total", *self._labels)
         self._stops = {
             reason: metrics.value("batching_stopped_total", *self._labels, reason) for reason in STOPPED
@@ -98,8 +100,16 @@ class BatchStats:
 
     def count_batch(self, device: str, batch: Batch, compute_s: float) -> None:
         """Count a batch that ran on `device` for `compute_s` seconds."""
-        known = self._batches.get(batch.rows, BatchCount(batch.rows, 0, 0.0))
-        self._batches[batch.rows] = BatchCount(batch.rows, known.runs + 1, known.compute_s + compute_s)
+        known = self._batches.get(batch.rows)
+        if known is None:
+            known = self._first_count(batch.rows)
+        counted = BatchCount(batch.rows, known.runs + 1, known.compute_s + compute_s)
+        self._batches[batch.rows] = counted
+        if self._metrics.is_shared:
+            shared = self._shared_batches[batch.rows]
+            if shared is not None:
+                shared[0] = counted.runs
+                shared[1] = counted.compute_s
         self._batch_rows.observe(batch.rows)
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
         self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
@@ -110,6 +120,13 @@ class BatchStats:
         if self._buckets is not None:
             padded_rows = self._buckets.padded_rows(batch.rows) - batch.rows
             self._metrics.value("padded_rows_total", *self._labels).add(padded_rows)
+
+    def _first_count(self, rows: int) -> BatchCount:
+        """What a predecessor of this process has counted of batches of `rows` rows."""
+        if not self._metrics.is_shared:
+            return BatchCount(rows, 0, 0.0)
+        shared = self._shared_batches[rows] = self._metrics.hidden(BATCH_RUNS, *self._labels, str(rows))
+        return BatchCount(rows, 0, 0.0) if shared is None else BatchCount(rows, int(shared[0]), shared[1])
 
     def batches(self) -> list[BatchCount]:
         """Return what has run by batch size, smallest first."""

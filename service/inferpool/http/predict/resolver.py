@@ -7,10 +7,17 @@ from typing import Final
 
 from inferpool.errors import InvalidInput
 from inferpool.http.predict.context import PredictContext
-from inferpool.http.predict.request_metrics import RequestMetrics, RequestStats
+from inferpool.http.predict.request_metrics import (
+    RequestMetrics,
+    RequestStats,
+    RequestTotals,
+    request_totals,
+)
 from inferpool.http.predict.served_version import ServedVersion
+from inferpool.observe.families import BATCH_RUNS, REQUEST_STATS
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey
+from inferpool.pool.stats import BatchCount
 from inferpool.repository.catalog import Catalog, ModelView, find_ready
 from inferpool.tensors import names_text
 
@@ -62,9 +69,20 @@ class Resolver:
             )
         return next(iter(models))
 
-    def stats(self, key: VersionKey) -> RequestStats:
-        """Return how the requests for a version ended, to be read only."""
-        return self._stats.get(key) or RequestStats()
+    def stats(self, key: VersionKey) -> RequestTotals:
+        """Return how the requests for a version ended, in all processes of the server."""
+        return request_totals(self._metrics, key.model, str(key.version), self._stats.get(key))
+
+    def batches(self, key: VersionKey) -> list[BatchCount]:
+        """Return what has run of a version by batch size, smallest first, in all processes of the server."""
+        if not self._metrics.is_shared:
+            return sorted(self._catalog.live(key).batches)
+        found = self._metrics.hidden_of_others(BATCH_RUNS, key.model, str(key.version))
+        return sorted(
+            BatchCount(int(labels[2]), int(sum(each[0] for each in numbers)), sum(each[1] for each in numbers))
+            for labels, numbers in found.items()
+            if len(labels) == 3 and labels[2].isdecimal()
+        )
 
     def metrics_of(self, context: PredictContext) -> RequestMetrics:
         """Return where a refused request is counted: its version, else its model, else neither."""
@@ -86,8 +104,13 @@ class Resolver:
         view = find_ready(self._catalog, model, version)
         served = self._served.get(view.key)
         if served is None or served.view is not view:
-            stats = self._stats.setdefault(view.key, RequestStats())
-            metrics = RequestMetrics(self._metrics, view.key.model, str(view.key.version), stats)
+            model_name, number = view.key.model, str(view.key.version)
+            stats = self._stats.get(view.key)
+            if stats is None:
+                new = RequestStats(self._metrics.hidden(REQUEST_STATS, model_name, number))
+                # Another thread may have been quicker.
+                stats = self._stats.setdefault(view.key, new)
+            metrics = RequestMetrics(self._metrics, model_name, number, stats)
             served = self._served[view.key] = ServedVersion(view, metrics)
         return served
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from inferpool.http.predict.request_metrics import RequestStats
+from inferpool.http.predict.request_metrics import RequestTotals
 from inferpool.http.v2.schemas import (
     BatchStats,
     ConfigInput,
@@ -22,6 +22,7 @@ from inferpool.http.v2.schemas import (
     VersionPolicy,
     VersionStats,
 )
+from inferpool.pool.stats import BatchCount
 from inferpool.repository.catalog import LiveView, ModelView, State, VersionView
 from inferpool.tensors import ANY, JSON, TensorSpec
 
@@ -77,14 +78,16 @@ def config_out(model: ModelView, view: VersionView, live: LiveView) -> ModelConf
     )
 
 
-def stats_out(view: VersionView, live: LiveView, counted: RequestStats, last_ms: int) -> VersionStats:
+def stats_out(
+    view: VersionView, batches: Sequence[BatchCount], counted: RequestTotals, last_ms: int
+) -> VersionStats:
     """Return the statistics of a version; `last_ms` is the last success in ms since 1970, 0 for none."""
     return VersionStats(
         name=view.key.model,
         version=str(view.key.version),
         last_inference=last_ms,
         inference_count=counted.rows,
-        execution_count=sum(batch.runs for batch in live.batches),
+        execution_count=sum(batch.runs for batch in batches),
         inference_stats=InferenceStats(
             success=_duration(counted.successes, counted.success_s),
             fail=_duration(counted.failures, counted.failure_s),
@@ -100,7 +103,7 @@ def stats_out(view: VersionView, live: LiveView, counted: RequestStats, last_ms:
                 compute_infer=_duration(batch.runs, batch.compute_s),
                 compute_output=_duration(0, 0.0),
             )
-            for batch in sorted(live.batches)
+            for batch in batches
         ],
     )
 

@@ -109,7 +109,7 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
         for view in views:
             counted = predictor.resolver.stats(view.key)
             last_ms = 0 if counted.last is None else round(now_ms - 1000 * (now - counted.last))
-            listed.append(stats_out(view, catalog.live(view.key), counted, last_ms))
+            listed.append(stats_out(view, predictor.resolver.batches(view.key), counted, last_ms))
         return Statistics(model_stats=listed)
 
     async def model_stats(model: str, version: str | None) -> Statistics:

@@ -1,0 +1,143 @@
+"""The tables of all metrics: those that are exported, and those that only processes of the server read.
+
+`FAMILIES` has the exported metrics; a test compares the documented table with it. `HIDDEN` has what web
+processes must know of one another to answer other routes than `/metrics`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+SECONDS_BUCKETS: Final = (
+    0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025, 0.04, 0.06,
+    0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+"""Upper bounds for durations in seconds: steps of about 1.6, from 0.5 ms to 30 s."""
+
+ROWS_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Upper bounds for the rows of a batch."""
+
+USUAL_STATUSES: Final = ("200", "422", "429", "500", "503", "504")
+"""Statuses whose counters exist from the start: a rate misses the first request of a new series."""
+
+
+Combine = Literal["sum", "max", "own"]
+"""How the same series of several processes becomes one: the sum, the largest, or what the answering process
+says itself. A series that the answering process does not have is the largest of the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One exported metric: its name without the prefix, its kind, labels, help text, and `combine`."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "info"]
+    labels: tuple[str, ...]
+    help: str
+    bounds: tuple[float, ...] = ()
+    combine: Combine = "sum"
+
+    @property
+    def cells(self) -> int:
+        """How many numbers a series has: one, or those of the buckets and the sum of a histogram."""
+        return len(self.bounds) + 2 if self.kind == "histogram" else 1
+
+    @property
+    def full_name(self) -> str:
+        """The exported name, with prefix."""
+        return "inferpool_" + self.name
+
+
+_VERSION: Final = ("model", "version")
+
+FAMILIES: Final = {
+    family.name: family
+    for family in (
+        Family("requests_total", "counter", (*_VERSION, "code"),
+               "Predict requests answered, by HTTP status."),
+        Family("request_duration_seconds", "histogram", _VERSION,
+               "Time from a request's head to its response, errors included.", SECONDS_BUCKETS),
+        Family("queue_duration_seconds", "histogram", _VERSION,
+               "Time that requests waited in the queue.", SECONDS_BUCKETS),
+        Family("compute_duration_seconds", "histogram", _VERSION,
+               "Time that the batches of requests ran in the model.", SECONDS_BUCKETS),
+        Family("batch_rows", "histogram", _VERSION, "Rows of each batch that ran.", ROWS_BUCKETS),
+        Family("batches_total", "counter", (*_VERSION, "device", "reason"),
+               "Batches that ran, by the reason why they were not larger."),
+        Family("tokens_total", "counter", _VERSION,
+               "Tokens that text models ran, padding included."),
+        Family("padded_tokens_total", "counter", _VERSION,
+               "Padding tokens that extended rows to the longest of their batch."),
+        Family("padded_rows_total", "counter", _VERSION,
+               "Padding rows that extended batches to a size that the GPU has run before."),
+        Family("queue_rows", "gauge", _VERSION, "Rows that wait in the queue now."),
+        Family("queue_oldest_age_seconds", "gauge", _VERSION,
+               "Time that the oldest request in the queue has waited.", combine="max"),
+        Family("queue_wait_seconds", "gauge", _VERSION,
+               "Work that waits in the queue, in seconds by the measured rate.", combine="max"),
+        Family("in_flight_requests", "gauge", (), "Predict requests that are read, run or answered now."),
+        Family("instance_busy_seconds_total", "counter", (*_VERSION, "device"),
+               "Time that instances ran batches."),
+        Family("web_busy_seconds_total", "counter", ("process",),
+               "CPU time of the thread of a web process that reads and answers requests; one second per"
+               " second is its limit."),
+        Family("instances", "gauge", (*_VERSION, "device", "state"), "Instances, by state."),
+        Family("model_state", "gauge", (*_VERSION, "state"),
+               "1 for the current state of a version, 0 for the others.", combine="own"),
+        Family("model_load_seconds", "gauge", _VERSION,
+               "Time to load, check, measure and warm up a version.", combine="own"),
+        Family("dropped_entries_total", "counter", (*_VERSION, "reason"),
+               "Requests that were queued and then dropped without running."),
+        Family("audits_total", "counter", _VERSION,
+               "Requests that ran again alone, to compare their answers with those in a batch."),
+        Family("batching_stopped_total", "counter", (*_VERSION, "reason"),
+               "Times that batching was turned off while serving, by what differed from a run alone."),
+        Family("replayed_entries_total", "counter", _VERSION,
+               "Requests that ran again because their engine ended before it had answered them."),
+        Family("crashed_entries_total", "counter", _VERSION,
+               "Requests that were answered with model_crashed: two engines ended while they ran."),
+        Family("engine_restarts_total", "counter", ("engine",),
+               "Times that an engine ended without being asked to, and another took its place."),
+        Family("web_restarts_total", "counter", (),
+               "Times that a web process ended without being asked to, and another took its place."),
+        Family("shared_memory_bytes", "gauge", (),
+               "Memory in use that web processes and engines share, for tensors and metrics."),
+        Family("cpu_nodes", "gauge", _VERSION,
+               "Nodes of a GPU model that run on the CPU.", combine="own"),
+        Family("gpu_utilization_ratio", "gauge", ("device",),
+               "Share of the recent time in which the GPU was busy.", combine="max"),
+        Family("gpu_memory_used_bytes", "gauge", ("device",),
+               "GPU memory in use by all processes.", combine="max"),
+        Family("gpu_memory_total_bytes", "gauge", ("device",), "GPU memory in total.", combine="max"),
+        Family("gpu_temperature_celsius", "gauge", ("device",), "Temperature of the GPU core.",
+               combine="max"),
+        Family("gpu_power_watts", "gauge", ("device",), "Power that the GPU draws.", combine="max"),
+        Family("gpu_energy_joules_total", "counter", ("device",),
+               "Energy that the GPU has used since its driver was loaded.", combine="max"),
+        Family("memory_limit_bytes", "gauge", (),
+               "Memory that the server may take: the limit of its cgroup, or a setting.", combine="max"),
+        Family("memory_held_bytes", "gauge", (),
+               "Memory of the limit that is taken and that the kernel cannot take back.", combine="max"),
+        Family("in_flight_bytes", "gauge", (), "Memory that requests have reserved now."),
+        Family("in_flight_limit_bytes", "gauge", (), "Memory that requests may reserve together."),
+        Family("memory_trims_total", "counter", (), "Times that freed memory was given back to the kernel."),
+        Family("memory_trim_seconds_total", "counter", (), "Time that giving freed memory back took."),
+        Family("memory_trimmed_bytes_total", "counter", (), "Freed memory that was given back."),
+        Family("build_info", "info", (),
+               "Versions of Inferpool and its runtimes, and whether the hot path is compiled."),
+    )
+}  # fmt: skip
+"""All exported metrics, by name without the prefix."""
+
+REQUEST_STATS: Final = "request_stats"
+"""Of a version: seconds of successes, rows, seconds of decoding and encoding, moment of the last success."""
+
+BATCH_RUNS: Final = "batch_runs"
+"""Of a version and a number of rows: batches of this size that ran, and their seconds."""
+
+CPU_SECONDS: Final = "cpu_seconds"
+"""CPU time of the processes that ran in one place of the server."""
+
+HIDDEN: Final = {REQUEST_STATS: 5, BATCH_RUNS: 2, CPU_SECONDS: 1}
+"""Numbers per series of the metrics that only processes of the server read, by name."""
