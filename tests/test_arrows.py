@@ -37,7 +37,7 @@ LIBRARIES = {
     "uvicorn": ("http", "app", "server", "cli"),
     "onnxruntime": ("backends/onnx",),
     "torch": ("backends/torch",),
-    "prometheus_client": ("observe/metrics",),
+    "prometheus_client": ("observe/metrics", "observe/process_metrics"),
     "opentelemetry": ("observe/spans",),
     "pynvml": ("observe/gpu_metrics",),
     "PIL": ("codecs",),

@@ -22,9 +22,8 @@ USUAL_STATUSES: Final = ("200", "422", "429", "500", "503", "504")
 """Statuses whose counters exist from the start: a rate misses the first request of a new series."""
 
 
-Combine = Literal["sum", "max", "own"]
-"""How the same series of several processes becomes one: the sum, the largest, or what the answering process
-says itself. A series that the answering process does not have is the largest of the others."""
+Combine = Literal["sum", "max"]
+"""How the same series of several processes becomes one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +72,9 @@ FAMILIES: Final = {
                "Padding rows that extended batches to a size that the GPU has run before."),
         Family("queue_rows", "gauge", _VERSION, "Rows that wait in the queue now."),
         Family("queue_oldest_age_seconds", "gauge", _VERSION,
-               "Time that the oldest request in the queue has waited.", combine="max"),
+               "Time that the oldest request in the queue has waited."),
         Family("queue_wait_seconds", "gauge", _VERSION,
-               "Work that waits in the queue, in seconds by the measured rate.", combine="max"),
+               "Work that waits in the queue, in seconds by the measured rate."),
         Family("in_flight_requests", "gauge", (), "Predict requests that are read, run or answered now."),
         Family("instance_busy_seconds_total", "counter", (*_VERSION, "device"),
                "Time that instances ran batches."),
@@ -84,9 +83,9 @@ FAMILIES: Final = {
                " second is its limit."),
         Family("instances", "gauge", (*_VERSION, "device", "state"), "Instances, by state."),
         Family("model_state", "gauge", (*_VERSION, "state"),
-               "1 for the current state of a version, 0 for the others.", combine="own"),
+               "1 for the current state of a version, 0 for the others."),
         Family("model_load_seconds", "gauge", _VERSION,
-               "Time to load, check, measure and warm up a version.", combine="own"),
+               "Time to load, check, measure and warm up a version."),
         Family("dropped_entries_total", "counter", (*_VERSION, "reason"),
                "Requests that were queued and then dropped without running."),
         Family("audits_total", "counter", _VERSION,
@@ -104,7 +103,7 @@ FAMILIES: Final = {
         Family("shared_memory_bytes", "gauge", (),
                "Memory in use that web processes and engines share, for tensors and metrics."),
         Family("cpu_nodes", "gauge", _VERSION,
-               "Nodes of a GPU model that run on the CPU.", combine="own"),
+               "Nodes of a GPU model that run on the CPU."),
         Family("gpu_utilization_ratio", "gauge", ("device",),
                "Share of the recent time in which the GPU was busy.", combine="max"),
         Family("gpu_memory_used_bytes", "gauge", ("device",),

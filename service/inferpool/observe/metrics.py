@@ -134,6 +134,7 @@ class Metrics:
         self._stems: dict[tuple[str, Labels], str] = {}
         self._histogram_stems: dict[tuple[str, Labels], HistogramStems] = {}
         self._sources: list[Callable[[], Iterable[Sample]]] = []
+        self._published_sources: list[Callable[[], Iterable[Sample]]] = []
         self._published: dict[tuple[str, Labels], memoryview[float]] = {}
         self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
         self._cpu_base = 0.0
@@ -144,7 +145,7 @@ class Metrics:
 
     def value(self, name: str, *labels: str) -> Value:
         """The counter of family `name` with these label values, created at the first call."""
-        self._family(name, labels)
+        _family(name, labels)
         with self._lock:
             series = self._values.setdefault(name, {})
             if labels not in series:
@@ -153,7 +154,7 @@ class Metrics:
 
     def distribution(self, name: str, *labels: str) -> Distribution:
         """The histogram of family `name` with these label values, created at the first call."""
-        family = self._family(name, labels)
+        family = _family(name, labels)
         with self._lock:
             series = self._distributions.setdefault(name, {})
             if labels not in series:
@@ -187,7 +188,7 @@ class Metrics:
 
     def total(self, name: str, *labels: str) -> list[float]:
         """The numbers of a counter or histogram, summed over all processes: the counts, then the sum."""
-        family = self._family(name, labels)
+        family = _family(name, labels)
         numbers = [0.0] * family.cells
         if family.kind == "histogram":
             own = self._distributions.get(name, {}).get(labels)
@@ -213,9 +214,14 @@ class Metrics:
             if family.kind == "histogram":
                 self.distribution(family.name, model, version)
 
-    def add_source(self, source: Callable[[], Iterable[Sample]]) -> None:
-        """Call `source` for its gauges at each scrape, and each time they are published."""
+    def add_source(self, source: Callable[[], Iterable[Sample]], *, published: bool = True) -> None:
+        """Call `source` for its gauges at each scrape, and each time they are published.
+
+        `published` is False if each process that can be scraped has such a source of the whole server.
+        """
         self._sources.append(source)
+        if published:
+            self._published_sources.append(source)
 
     def left_behind(self, name: str, *labels: str) -> float:
         """The number that this process's predecessor published for a series; 0.0 if there is none."""
@@ -228,7 +234,7 @@ class Metrics:
         regions = self._regions
         if regions is None:
             return
-        samples = self._gauges()
+        samples = _read(self._published_sources)
         with self._lock:
             cpu = self._shared(CPU_SECONDS, (), 1)
             if cpu is not None:
@@ -281,7 +287,7 @@ class Metrics:
                 # The text format has no exemplars.
                 if openmetrics and each.exemplars
             }
-        gauges = self._gauges()
+        gauges = _read(self._sources)
         readers = self._refreshed()
         now = time.monotonic()
         parts: list[str] = []
@@ -304,24 +310,14 @@ class Metrics:
             else:
                 numbers_of = values.get(name, {})
                 numbers_of.update(gauges.get(name, {}))
-                own = set(numbers_of) if family.combine == "own" else set()
                 for reader in readers:
                     # A gauge tells how things are now, which nobody knows of a process that no longer runs.
                     if family.kind == "counter" or now - reader.beat < STALE_S:
-                        _combine(numbers_of, reader.series(name), family, own)
+                        _combine(numbers_of, reader.series(name), family)
                 parts += [
                     f"{self._stem_of(family, labels)}{number}\n" for labels, number in numbers_of.items()
                 ]
         return "".join(parts)
-
-    def _gauges(self) -> dict[str, dict[Labels, float]]:
-        """What the sources of this process say now."""
-        found: dict[str, dict[Labels, float]] = {}
-        for source in self._sources:
-            for name, labels, number in source():
-                self._family(name, labels)
-                found.setdefault(name, {})[labels] = number
-        return found
 
     def _refreshed(self) -> list[RegionReader]:
         """The readers of the other processes' regions, with all their series."""
@@ -377,13 +373,6 @@ class Metrics:
             self._histogram_stems[family.name, labels] = known
         return known
 
-    @staticmethod
-    def _family(name: str, labels: Labels) -> Family:
-        family = FAMILIES[name]
-        if len(labels) != len(family.labels):
-            raise ValueError(f"{name} has the labels {family.labels}, not {labels}")
-        return family
-
 
 def counted(number: float) -> float:
     """A number that was counted: `number`, or 0.0 if a damaged region has what cannot be a count."""
@@ -402,12 +391,10 @@ def _add_histograms(
             series[labels] = found if own is None else [a + b for a, b in zip(own, found, strict=True)]
 
 
-def _combine(
-    series: dict[Labels, float], others: Mapping[Labels, memoryview[float]], family: Family, own: set[Labels]
-) -> None:
-    """Add what another process has of `family` to `series`, except to the label values in `own`."""
+def _combine(series: dict[Labels, float], others: Mapping[Labels, memoryview[float]], family: Family) -> None:
+    """Add what another process has of `family` to `series`."""
     for labels, numbers in others.items():
-        if len(numbers) != 1 or len(labels) != len(family.labels) or labels in own:
+        if len(numbers) != 1 or len(labels) != len(family.labels):
             continue
         number = numbers[0]
         if not math.isfinite(number):
@@ -417,3 +404,20 @@ def _combine(
             series[labels] = number
         else:
             series[labels] = before + number if family.combine == "sum" else max(before, number)
+
+
+def _read(sources: Iterable[Callable[[], Iterable[Sample]]]) -> dict[str, dict[Labels, float]]:
+    """What the `sources` say now, by family and label values."""
+    found: dict[str, dict[Labels, float]] = {}
+    for source in sources:
+        for name, labels, number in source():
+            _family(name, labels)
+            found.setdefault(name, {})[labels] = number
+    return found
+
+
+def _family(name: str, labels: Labels) -> Family:
+    family = FAMILIES[name]
+    if len(labels) != len(family.labels):
+        raise ValueError(f"{name} has the labels {family.labels}, not {labels}")
+    return family

@@ -130,7 +130,7 @@ class Repository:
                 if (view := self._first_view(model)).versions
             }
         )
-        metrics.add_source(partial(catalog_readings, self))
+        metrics.add_source(partial(catalog_readings, self), published=False)
 
     # The catalog.
 

@@ -79,7 +79,9 @@ class Resolver:
             return sorted(self._catalog.live(key).batches)
         found = self._metrics.hidden_of_others(BATCH_RUNS, key.model, str(key.version))
         return sorted(
-            BatchCount(int(labels[2]), int(sum(each[0] for each in numbers)), sum(each[1] for each in numbers))
+            BatchCount(
+                int(labels[2]), int(sum(each[0] for each in numbers)), sum(each[1] for each in numbers)
+            )
             for labels, numbers in found.items()
             if len(labels) == 3 and labels[2].isdecimal()
         )
