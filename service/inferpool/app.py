@@ -8,8 +8,10 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from inferpool.backends.registry import describe_backends
+from inferpool.engine.supervisor import replace_process
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
@@ -23,8 +25,9 @@ from inferpool.observe.metrics import Metrics
 from inferpool.observe.spans import make_spans
 from inferpool.repository.catalog import Catalog
 from inferpool.repository.repository import Repository
-from inferpool.server import Server, listen
+from inferpool.server import InProcessServer, listen
 from inferpool.settings import Settings
+from inferpool.system.cpu import usable_cores
 from inferpool.system.memory import keep_freed_memory
 
 GIL_SWITCH_S = 0.001
@@ -44,7 +47,24 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
     """
     # The first step, so that an address in use is reported before anything about the models.
     with listen(settings.host, settings.port) as listener:
+        if settings.engine == "process":
+            _supervise(listener, path, settings)
         return _serve_on(listener, path, settings, log_lines)
+
+
+def _supervise(listener: socket.socket, path: Path, settings: Settings) -> NoReturn:
+    """Serve from several processes. This one becomes their parent, and imports nothing else."""
+    system = this_system(settings.memory_bytes)
+    derive = not settings.in_flight_bytes
+    settings = with_memory(settings, system)
+    webs = settings.web_processes or web_processes(usable_cores())
+    resolved = settings.model_copy(update={"web_processes": webs})
+    replace_process(listener, path, {**resolved.model_dump(mode="json"), "derive": derive})
+
+
+def web_processes(cores: int) -> int:
+    """How many web processes suit `cores`: a model needs the others."""
+    return max(1, cores // 4)
 
 
 def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines: LineHandler) -> int:
@@ -72,8 +92,8 @@ def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     application = make_application(repository, shared, read_batcher, metrics)
-    server = Server(
-        application, repository, predictor.in_flight, results, read_batcher, metrics, memory, settings
+    server = InProcessServer(
+        repository, application, predictor.in_flight, results, read_batcher, metrics, memory, settings
     )
     server.run(sockets=[listener])
     if spans is not None:

@@ -1,4 +1,8 @@
-"""The life of the server: it listens, loads the models, drains at the first signal, and stops."""
+"""The life of a process that answers requests: it starts, serves, drains, and stops.
+
+`InProcessServer` also has the models, and answers signals. `inferpool.web_process` has the other kind, whose
+models are in engines.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -25,10 +30,12 @@ from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import hot_path
 from inferpool.observe.gpu_metrics import gpu_readings
 from inferpool.observe.metrics import Metrics, Sample
-from inferpool.repository.repository import Repository
 from inferpool.settings import Settings
 from inferpool.system.gpus import CPU, cuda_driver
 from inferpool.wire import json_numbers
+
+if TYPE_CHECKING:
+    from inferpool.repository.repository import Repository  # a web process imports no loader
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +56,16 @@ BACKLOG = 4096
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which loads models when it starts and drains before it stops.
+    """uvicorn's server, which drains before it stops.
 
     Attributes:
         exit_status: 0 if every accepted request was answered, else 1; valid after `run` returns.
+        loop: the event loop, once the server has one.
     """
 
     def __init__(
         self,
         application: Application,
-        repository: Repository,
         in_flight: InFlight,
         results: ResultDispatcher,
         read_batcher: ReadBatcher,
@@ -83,51 +90,47 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.exit_status = 0
-        self._repository = repository
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._in_flight = in_flight
         self._results = results
         self._read_batcher = read_batcher
-        self._metrics = metrics
         self._memory = memory
+        self._metrics = metrics
         self._settings = settings
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._gpus_watched = False
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Load the models while serving: until a model is loaded, its requests are answered 503."""
-        self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn does this as well, but only after the line that says that the server listens.
-            signal.signal(number, self.handle_exit)
-        self._results.attach(self._loop)
+        """Serve until the server has drained; until a model is loaded, its requests are answered 503."""
+        self.loop = asyncio.get_running_loop()
+        self._results.attach(self.loop)
         self._metrics.add_source(web_busy(self._metrics, threading.get_ident()))
-        for listener in sockets or ():
-            host, port = listener.getsockname()[:2]
-            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        if hot_path() == "interpreted":
-            log.info("the hot path is interpreted and slower: this installation is not compiled")
-        if not json_numbers.AVAILABLE:
-            log.warning(
-                "large JSON bodies delay other requests: this installation lacks the C module that reads"
-                " them; install a C compiler and reinstall Inferpool"
-            )
         self._memory.start()
-        self._repository.start(self._loaded)
+        self.begin(sockets or [])
         await super().serve(sockets)
         self._memory.close()
         self._read_batcher.close()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal, stop at once at the second."""
-        if self._draining is not None or self._loop is None:
+    def begin(self, listeners: list[socket.socket]) -> None:
+        """Do what has to be done once the loop runs; the next step is to accept connections."""
+        raise NotImplementedError
+
+    def report_drain(self) -> None:
+        """Report that the server is not ready."""
+        raise NotImplementedError
+
+    async def drain_models(self, timeout_s: float) -> bool:
+        """End the models, which have no request any more; False if `timeout_s` is too short."""
+        raise NotImplementedError
+
+    def begin_drain(self) -> None:
+        """Answer the accepted requests, then stop; the second call stops at once."""
+        if self._draining is not None or self.loop is None:
             self.should_exit = self.force_exit = True
             self.exit_status = 1
             return
-        log.info("%s: draining", signal.Signals(sig).name)
         self._in_flight.closing = True
-        self._repository.begin_drain()
-        self._draining = self._loop.create_task(self._drain())
+        self.report_drain()
+        self._draining = self.loop.create_task(self._drain())
 
     async def _drain(self) -> None:
         """Give load balancers time to notice, answer the accepted requests, then stop."""
@@ -137,7 +140,7 @@ class Server(uvicorn.Server):
             # connects to another server, but a refusal would be a failed request.
             for connection in list(self.server_state.connections):
                 connection.shutdown()
-            log.info("the settle time is over: new requests are refused")
+            self.report_settled()
         self._in_flight.draining = True
         deadline = time.monotonic() + self._settings.drain_timeout_s
         try:
@@ -147,10 +150,51 @@ class Server(uvicorn.Server):
             self.exit_status = 1 if self._in_flight.accepted else 0
         # Even without time left, idle instance threads need a moment to end.
         left_s = max(1.0, deadline - time.monotonic())
-        if not await asyncio.to_thread(self._repository.drain, left_s):
+        if not await self.drain_models(left_s):
             log.error("a model was still running when the drain timeout ended")
             self.exit_status = 1
         self.should_exit = True
+
+    def report_settled(self) -> None:
+        """Report that new requests are refused from now on."""
+        log.info("the settle time is over: new requests are refused")
+
+
+class InProcessServer(Server):
+    """The whole server in one process: it loads models when it starts, and drains at the first signal."""
+
+    def __init__(self, repository: Repository, *parts: Any) -> None:
+        """`parts` are the arguments of `Server`."""
+        super().__init__(*parts)
+        self._repository = repository
+        self._gpus_watched = False
+
+    def begin(self, listeners: list[socket.socket]) -> None:
+        """Answer signals and load the models."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn does this as well, but only after the line that says that the server listens.
+            signal.signal(number, self.handle_exit)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, _ignore_hangup)
+        for listener in listeners:
+            host, port = listener.getsockname()[:2]
+            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        report_installation()
+        self._repository.start(self._loaded)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal, stop at once at the second."""
+        if self._draining is None and self.loop is not None:
+            log.info("%s: draining", signal.Signals(sig).name)
+        self.begin_drain()
+
+    def report_drain(self) -> None:
+        """Report that the server is not ready."""
+        self._repository.begin_drain()
+
+    async def drain_models(self, timeout_s: float) -> bool:
+        """End every instance; False if `timeout_s` is too short."""
+        return await asyncio.to_thread(self._repository.drain, timeout_s)
 
     def _loaded(self) -> None:
         # Loaded models live as long as the process: the garbage collector need not traverse them.
@@ -175,6 +219,21 @@ class Server(uvicorn.Server):
         if used - {CPU} and (readings := gpu_readings(cuda_driver().gpus())) is not None:
             self._metrics.add_source(readings)
             self._gpus_watched = True
+
+
+def report_installation() -> None:
+    """Log what this installation lacks."""
+    if hot_path() == "interpreted":
+        log.info("the hot path is interpreted and slower: this installation is not compiled")
+    if not json_numbers.AVAILABLE:
+        log.warning(
+            "large JSON bodies delay other requests: this installation lacks the C module that reads"
+            " them; install a C compiler and reinstall Inferpool"
+        )
+
+
+def _ignore_hangup(number: int, frame: FrameType | None) -> None:
+    log.warning("SIGHUP: nothing is reloaded; restart the server to read its settings anew")
 
 
 def web_busy(metrics: Metrics, thread: int, process: str = "web-0") -> Callable[[], list[Sample]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from inferpool.errors import ConfigError
 from inferpool.system.gpus import AUTO, check_devices
@@ -68,6 +68,16 @@ class Settings(BaseModel):
         description="Seconds that a model may run for one batch; a run that takes longer is stopped, and"
         " answered with status 504. 0 sets no limit.",
     )
+    engine: Literal["in-process", "process"] = Field(
+        default="in-process",
+        description="Where models run: in-process (in the process that answers requests), or process (in"
+        " processes of their own, so that a model that crashes ends no request).",
+    )
+    web_processes: Annotated[int, Field(ge=0, le=256)] = Field(
+        default=0,
+        description="Processes that read requests and write answers; 0 takes a number that suits the cores."
+        " More than one need `engine` to be process.",
+    )
     threads: Annotated[int, Field(ge=0, le=4096)] = Field(
         default=0,
         description="CPU cores for models; 0 takes those of the affinity mask and the cgroup quota.",
@@ -112,6 +122,15 @@ class Settings(BaseModel):
     def _devices_are_names(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
         check_devices(devices)
         return devices
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> Settings:
+        if self.engine == "in-process" and self.web_processes > 1:
+            raise ValueError(
+                f"web_processes is {self.web_processes}, and engine is in-process, which allows 1; set --engine"
+                " process, or --web-processes 1"
+            )
+        return self
 
 
 _NOT_SETTINGS = ("CONFIG", "COMPILED")
@@ -164,8 +183,11 @@ def read_settings(flags: Mapping[str, Any], environ: Mapping[str, str], file: Pa
     except ValidationError as error:
         faults = []
         for fault in error.errors():
-            name = str(fault["loc"][0])
             said = fault["msg"].removeprefix("Value error, ")
+            if not fault["loc"]:  # settings that do not fit together
+                faults.append(said)
+                continue
+            name = str(fault["loc"][0])
             faults.append(f"{_spelled(origin[name], name)}: {said}, not {fault['input']!r}")
         raise ConfigError("; ".join(faults)) from None
 

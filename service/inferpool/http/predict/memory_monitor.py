@@ -93,8 +93,14 @@ class MemoryMonitor:
     and sets the budget accordingly.
     """
 
-    def __init__(self, system: System, budget: ByteBudget, metrics: Metrics, *, derive: bool) -> None:
-        """`derive` sets the limit of `budget`; otherwise only the memory of a request alone is bounded."""
+    def __init__(
+        self, system: System, budget: ByteBudget, metrics: Metrics, *, derive: bool, share: int = 1
+    ) -> None:
+        """`derive` sets the limit of `budget`; otherwise only the memory of a request alone is bounded.
+
+        `share` is the number of processes that share the memory for requests.
+        """
+        self._share = share
         self._system = system
         self._budget = budget
         self._derive = derive
@@ -208,7 +214,7 @@ class MemoryMonitor:
 
     def _set_budget(self) -> None:
         budget, limit = self._budget, self._system.limit.limit
-        room = in_flight_bytes(limit, self._system.held())
+        room = max(LEAST_IN_FLIGHT_BYTES, in_flight_bytes(limit, self._system.held()) // self._share)
         if self._derive:
             budget.limit = budget.most = room
         else:

@@ -1,0 +1,52 @@
+"""Routes the entries of a web process to the engines that have their versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from inferpool.engine.client import EngineClient
+from inferpool.errors import NotReady
+from inferpool.pool.ports import Entry, VersionKey
+
+
+class ClientRouter:
+    """The engines that a web process knows, as one `Inbox`. For the event loop alone."""
+
+    __slots__ = ("_clients",)
+
+    def __init__(self) -> None:
+        self._clients: dict[VersionKey, EngineClient] = {}
+
+    def route(self, clients: Mapping[VersionKey, EngineClient]) -> None:
+        """Take the client of each version's engine in place of the last ones."""
+        self._clients = dict(clients)
+
+    def offer(self, entry: Entry) -> None:
+        """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady, Overloaded or Draining."""
+        client = self._clients.get(entry.key)
+        if client is None:
+            raise _not_ready(entry.key)
+        client.offer(entry)
+
+    def refuse_early(self, key: VersionKey) -> None:
+        """Raise the error with which `key` would refuse any entry now, whatever its inputs."""
+        client = self._clients.get(key)
+        if client is None:
+            raise _not_ready(key)
+        client.refuse_early(key)
+
+    def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
+        """Drop the entry if it still waits; `reason` is `disconnected` or `deadline`."""
+        client = self._clients.get(key)
+        if client is not None:
+            client.cancel(key, entry_id, reason)
+
+    def release(self, key: VersionKey, entry_id: int) -> None:
+        """Take back the memory of an entry, whose answer is out."""
+        client = self._clients.get(key)
+        if client is not None:
+            client.release(key, entry_id)
+
+
+def _not_ready(key: VersionKey) -> NotReady:
+    return NotReady(f'version {key.version} of "{key.model}" is not ready; try again later')

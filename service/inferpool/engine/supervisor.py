@@ -1,0 +1,657 @@
+"""The parent of all other processes: it listens, answers signals, and starts again what dies.
+
+    supervisor ─┬─ web process 1 … N     read requests, write answers
+                └─ engine 1 … M          hold models, and run them
+
+The supervisor reads no request and loads no library: it has nothing that could crash. It runs one loop,
+which never waits for a child. The module is run in place of the command, so the process keeps its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
+from inferpool.engine.catalog_parcel import pack, unpack
+from inferpool.engine.control import Message
+from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Version, own_engine
+from inferpool.engine.spawn import SUPERVISED, Child, name_process, spawn
+from inferpool.observe.logs import configure_logs
+
+log = logging.getLogger(__name__)
+
+WEB_MODULE: Final = "inferpool.web_process"
+ENGINE_MODULE: Final = "inferpool.engine_process"
+REPORT_S: Final = 0.5
+"""How long web processes may take to tell what an engine ran when it died."""
+WEB_STARTS: Final = 3
+"""How often the first web process may die before it listens, until the server gives up."""
+FIRST_PAUSE_S: Final = 0.5
+MOST_PAUSE_S: Final = 30.0
+EARLY_S: Final = 5.0
+"""A web process that dies so soon after its start pauses before the next start."""
+CLOSE_S: Final = 10.0
+"""How long web processes may take to close their connections after the drain timeout."""
+FLUSH_S: Final = 0.02
+"""Pause until a message is sent again to a child whose socket is full."""
+END_S: Final = 2.0
+"""How long an engine may take to end after its own drain timeout."""
+
+
+class _Web:
+    """A web process, or the place of one that is being started again."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.child: Child | None = None
+        self.started = 0.0
+        self.pause_s = 0.0
+        self.listens = False
+        self.arenas: dict[str, int] = {}
+        self.seen = 0
+        """The number of the last catalog that the process serves by."""
+
+
+class _Engine:
+    """An engine, or the place of one that is being started again.
+
+    Attributes:
+        epoch: which process this is in the engine's life; a late answer of an earlier one is ignored.
+        only: the versions that the engine takes; None for all but `skip`.
+        loading: the versions that load, with the moment of the beginning.
+        told: whether the process knows what it is to load.
+        connected: the web processes that have a socket to it.
+        loaded: whether every version is ready or has failed.
+        answers: whether it has all the versions that its predecessor had.
+    """
+
+    def __init__(self, name: str, only: list[Version] | None = None) -> None:
+        self.name = name
+        self.only = only
+        self.skip: set[Version] = set()
+        self.child: Child | None = None
+        self.pid = 0
+        self.epoch = 0
+        self.started = 0.0
+        self.told = False
+        self.connected: set[int] = set()
+        self.loading: dict[Version, float] = {}
+        self.loaded = False
+        self.answers = False
+
+
+class _Crash:
+    """What is known about the death of an engine, until all reports are in."""
+
+    def __init__(self, how: str, lived_s: float, loading: set[Version], reports: set[int]) -> None:
+        self.how = how
+        self.lived_s = lived_s
+        self.loading = loading
+        self.reports = reports
+        self.running: set[Version] = set()
+        self.confirmed: set[Version] = set()
+
+
+class Supervisor:
+    """The loop. `run` returns the exit status."""
+
+    def __init__(self, listener: socket.socket, repository: str, settings: Mapping[str, Any]) -> None:
+        self._listener = listener
+        self._repository = repository
+        # Whether the bytes that requests may hold follow from the memory there is.
+        self._derive = settings["derive"]
+        self._settings = {name: value for name, value in settings.items() if name != "derive"}
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_ids = itertools.count()
+        self._clock = time.monotonic
+        self._policy = RestartPolicy(self._clock)
+        self._store = CatalogStore()
+        self._webs = {number: _Web(number) for number in range(1, settings["web_processes"] + 1)}
+        self._engines: dict[str, _Engine] = {SHARED: _Engine(SHARED)}
+        self._crashes: dict[str, _Crash] = {}
+        self._catalog_number = 0
+        self._announced = False
+        self._failed_starts = 0
+        self._to_report = 0
+        self._signals: list[int] = []
+        self._draining = False
+        self._drain_ends = 0.0
+        self._draining_engines = False
+        self._status: int | None = None
+        self._exit_status = 0
+
+    def run(self) -> int:
+        """Serve until a signal ends the server; the status is 0 if every accepted request was answered."""
+        self._watch_signals()
+        for web in self._webs.values():
+            self._start_web(web)
+        for engine in list(self._engines.values()):
+            self._start_engine(engine)
+        while self._status is None:
+            timeout = max(0.0, self._timers[0][0] - self._clock()) if self._timers else None
+            # A child that reads nothing keeps its messages waiting; all others go on.
+            if not all([child.control.flush() for child in self._children()]):
+                timeout = FLUSH_S if timeout is None else min(timeout, FLUSH_S)
+            for key, _ in self._selector.select(timeout):
+                # An earlier callback may have closed the descriptor.
+                if self._selector.get_map().get(key.fileobj) is key:
+                    key.data()
+            now = self._clock()
+            while self._timers and self._timers[0][0] <= now:
+                heapq.heappop(self._timers)[2]()
+        for child in self._children():
+            child.kill()
+            child.process.wait()
+        return self._status
+
+    # Web processes.
+
+    def _start_web(self, web: _Web) -> None:
+        if self._draining:
+            return
+        web.child = child = spawn(WEB_MODULE, [self._listener.fileno()])
+        web.started, web.listens, web.seen = self._clock(), False, 0
+        child.control.send(
+            "start",
+            {
+                "web": web.number,
+                "webs": len(self._webs),
+                "listener": self._listener.fileno(),
+                "settings": self._settings,
+                "derive": self._derive,
+            },
+            wait=False,
+        )
+        self._watch(child, lambda message: self._hear_web(web, message), lambda: self._web_ended(web))
+        self._send_catalog(web)
+        for engine in self._engines.values():
+            self._connect(web, engine)
+
+    def _hear_web(self, web: _Web, message: Message) -> None:
+        values = message.values
+        if message.kind == "listening":
+            web.listens = True
+            web.pause_s = 0.0
+            if not self._announced:
+                self._announced = True
+                host, port = self._listener.getsockname()[:2]
+                log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        elif message.kind == "seen":
+            web.seen = values["catalog"]
+            self._report_loaded(values)
+        elif message.kind == "crashed":
+            crash = self._crashes.get(values["engine"])
+            if crash is not None and web.number in crash.reports:
+                crash.running.update((model, number) for model, number in values["versions"])
+                crash.confirmed.update((model, number) for model, number in values.get("confirmed", ()))
+                self._crash_reported(values["engine"], web.number)
+        elif message.kind == "refused":
+            self._refuse(values["reason"])
+        elif message.kind == "drained":
+            self._exit_status = max(self._exit_status, values["status"])
+
+    def _web_ended(self, web: _Web) -> None:
+        assert web.child is not None
+        how = self._reap(web.child)
+        status = web.child.process.returncode
+        lived_s = self._clock() - web.started
+        web.child = None
+        self._store.forget_web(str(web.number))
+        for descriptor in web.arenas.values():
+            os.close(descriptor)
+        web.arenas.clear()
+        for engine in self._engines.values():
+            if web.number in engine.connected and engine.child is not None:
+                engine.child.control.send("disconnect", {"web": web.number}, wait=False)
+            engine.connected.discard(web.number)
+        for name in list(self._crashes):
+            self._crash_reported(name, web.number)
+        if self._draining:
+            if status != 0:
+                self._exit_status = 1
+                if status != 1:
+                    log.error("web process %d %s while it drained", web.number, how)
+            if not any(other.child for other in self._webs.values()):
+                self._drain_engines()
+            return
+        log.error("web process %d %s; its clients lost their connections", web.number, how)
+        if not web.listens and not self._announced:
+            self._failed_starts += 1
+            if self._failed_starts >= WEB_STARTS:
+                self._status = 1
+                return
+        if lived_s < EARLY_S:
+            web.pause_s = min(MOST_PAUSE_S, 2 * web.pause_s or FIRST_PAUSE_S)
+            self._after(web.pause_s, lambda: self._start_web(web))
+        else:
+            self._start_web(web)
+
+    # Engines.
+
+    def _start_engine(self, engine: _Engine) -> None:
+        """Start the process; `_tell_engine` says what it is to load."""
+        if self._engines.get(engine.name) is not engine:
+            return
+        engine.child = child = spawn(ENGINE_MODULE)
+        engine.pid = child.pid
+        engine.epoch += 1
+        engine.started, engine.told, engine.loaded, engine.answers = self._clock(), False, False, False
+        self._watch(child, lambda message: self._hear_engine(engine, message), lambda: self._engine_ended(engine))
+        self._set_facts(engine)
+        if engine.name not in self._crashes:
+            self._tell_engine(engine)
+        if engine.epoch == 1:
+            # Later processes are connected once their models are ready again.
+            for web in self._webs.values():
+                self._connect(web, engine)
+
+    def _tell_engine(self, engine: _Engine) -> None:
+        if engine.child is None or engine.told:
+            return
+        engine.told = True
+        engine.child.control.send(
+            "start",
+            {
+                "engine": engine.name,
+                "epoch": engine.epoch,
+                "repository": self._repository,
+                "settings": self._settings,
+                "only": engine.only,
+                "skip": sorted(engine.skip),
+            },
+            wait=False,
+        )
+
+    def _connect(self, web: _Web, engine: _Engine) -> None:
+        """Give a web process and an engine a socket to each other, and their shared memory."""
+        if web.child is None or engine.child is None or engine.epoch == 0 or self._draining_engines:
+            return
+        if web.number in engine.connected or (engine.epoch > 1 and not engine.answers):
+            return
+        arena = web.arenas.get(engine.name)
+        if arena is None:
+            arena = web.arenas[engine.name] = make_arena()
+        web_end, engine_end = socket.socketpair()
+        with web_end, engine_end:
+            for end in (web_end, engine_end):
+                end.setblocking(False)
+            facts = {"web": web.number, "engine": engine.name, "epoch": engine.epoch}
+            engine.child.control.send("connect", facts, [engine_end.fileno(), arena], wait=False)
+            web.child.control.send("engine", {**facts, "up": True}, [web_end.fileno(), arena], wait=False)
+        engine.connected.add(web.number)
+
+    def _hear_engine(self, engine: _Engine, message: Message) -> None:
+        values = message.values
+        if message.kind == "loading":
+            version = (values["model"], values["version"])
+            engine.loading[version] = self._clock()
+            if limit_s := self._settings["load_timeout_s"]:
+                epoch = engine.epoch
+                self._after(limit_s, lambda: self._load_timed_out(engine, epoch, version))
+        elif message.kind == "models":
+            self._take_catalog(engine, message.descriptors[0])
+        elif message.kind == "loaded":
+            engine.loaded = True
+            self._answer_again(engine)
+            if engine.epoch == 1:
+                self._to_report = self._catalog_number
+                self._report_loaded()
+        elif message.kind == "refused":
+            self._refuse(values["reason"])
+        elif message.kind == "drained":
+            if not values["ok"]:
+                log.error("a model was still running when the drain timeout ended")
+                self._exit_status = 1
+
+    def _take_catalog(self, engine: _Engine, descriptor: int) -> None:
+        try:
+            parcel = unpack(descriptor)
+        except ValueError as error:
+            log.error("engine %s sent a catalog that cannot be read: %s", engine.name, error)
+            return
+        self._store.take(engine.name, parcel.catalog, parcel.files)
+        for name, model in parcel.catalog["models"].items():
+            for number, view in model["versions"].items():
+                version = (name, int(number))
+                if view["state"] != "loading":
+                    engine.loading.pop(version, None)
+                if view["state"] == "ready":
+                    self._policy.loaded(version)
+        self._catalog_changed()
+        self._answer_again(engine)
+
+    def _answer_again(self, engine: _Engine) -> None:
+        """Let web processes send requests to a successor once it is as ready as its predecessor was."""
+        if engine.answers or engine.child is None or not (engine.loaded or self._is_restored(engine)):
+            return
+        if engine.epoch > 1:
+            log.info("engine %s answers again after %.2f s", engine.name, self._clock() - engine.started)
+        engine.answers = True
+        for web in self._webs.values():
+            self._connect(web, engine)
+
+    def _is_restored(self, engine: _Engine) -> bool:
+        """Whether no version that was ready before still loads in `engine`."""
+        shown = False
+        for model in self._store.catalog["models"].values():
+            for view in model["versions"].values():
+                if view["engine"] == engine.name:
+                    shown = True
+                    if view["reloading"]:
+                        return False
+        return shown
+
+    def _load_timed_out(self, engine: _Engine, epoch: int, version: Version) -> None:
+        if engine.epoch != epoch or version not in engine.loading or engine.child is None:
+            return
+        name = own_engine(version)
+        reason = f"loading took longer than --load-timeout-s ({self._settings['load_timeout_s']:g} s)"
+        log.error("%s has failed: %s", name, reason)
+        del engine.loading[version]
+        self._fail(version, reason)
+        if engine.name == name:
+            self._remove_engine(engine)
+        else:
+            engine.skip.add(version)
+            engine.child.kill()
+
+    def _fail(self, version: Version, reason: str) -> None:
+        self._store.fail(*version, reason)
+        self._catalog_changed()
+
+    def _engine_ended(self, engine: _Engine) -> None:
+        assert engine.child is not None
+        how = self._reap(engine.child)
+        status = engine.child.process.returncode
+        engine.child = None
+        if self._draining_engines:
+            if status != 0:
+                log.error("engine %s %s while it drained", engine.name, how)
+                self._exit_status = 1
+            if not any(other.child for other in self._engines.values()):
+                self._status = self._exit_status
+            return
+        if self._engines.get(engine.name) is not engine:
+            return
+        lived_s = self._clock() - engine.started
+        log.error("engine %s (process %d) %s; a new one starts", engine.name, engine.pid, how)
+        self._set_facts(engine)
+        crash = _Crash(how, lived_s, set(engine.loading), set(engine.connected))
+        engine.loading.clear()
+        engine.loaded = engine.answers = False
+        self._tell_down(engine)
+        self._crashes[engine.name] = crash
+        self._catalog_changed()
+        if crash.reports:
+            epoch = engine.epoch
+            self._after(REPORT_S, lambda: self._judge(engine, epoch))
+            if lived_s >= EARLY_S:
+                self._start_engine(engine)  # it imports its libraries meanwhile
+        else:
+            self._judge(engine, engine.epoch)
+
+    def _tell_down(self, engine: _Engine, **more: Any) -> None:
+        """Tell the web processes that an engine is gone; it is reaped, so it writes to no arena any more."""
+        for number in engine.connected:
+            child = self._webs[number].child
+            if child is not None:
+                facts = {"engine": engine.name, "epoch": engine.epoch, "up": False, **more}
+                child.control.send("engine", facts, wait=False)
+        engine.connected.clear()
+
+    def _crash_reported(self, name: str, web: int) -> None:
+        crash = self._crashes.get(name)
+        if crash is None or web not in crash.reports:
+            return
+        crash.reports.discard(web)
+        if not crash.reports:
+            self._judge(self._engines[name], self._engines[name].epoch)
+
+    def _judge(self, engine: _Engine, epoch: int) -> None:
+        """Decide what follows from a crash, now that web processes have told what they know."""
+        crash = self._crashes.get(engine.name)
+        if crash is None or self._engines.get(engine.name) is not engine or epoch not in (engine.epoch, engine.epoch - 1):
+            return
+        del self._crashes[engine.name]
+        decision = self._policy.died(
+            engine.name,
+            crash.how,
+            crash.lived_s,
+            running=crash.running,
+            confirmed=crash.confirmed,
+            loading=crash.loading,
+        )
+        self._apply(engine, decision)
+
+    def _apply(self, engine: _Engine, decision: Decision) -> None:
+        for version, reason in decision.fail.items():
+            log.error("%s/%d has failed: %s", *version, reason)
+            self._fail(version, reason)
+        if engine.name != SHARED and decision.fail:
+            self._remove_engine(engine)
+            return
+        for version in decision.isolate:
+            name = own_engine(version)
+            if version not in engine.skip and name not in self._engines:
+                log.error("%s/%d gets an engine of its own", *version)
+                engine.skip.add(version)
+                self._engines[name] = own = _Engine(name, [version])
+                self._start_engine(own)
+        if engine.child is not None:
+            self._tell_engine(engine)
+        elif decision.pause_s:
+            self._after(decision.pause_s, lambda: self._start_engine(engine))
+        else:
+            self._start_engine(engine)
+
+    def _remove_engine(self, engine: _Engine) -> None:
+        """End an engine for good."""
+        self._engines.pop(engine.name, None)
+        self._crashes.pop(engine.name, None)
+        if engine.child is not None:
+            engine.child.kill()
+        self._tell_down(engine, gone=True)
+        self._store.remove_engine(engine.name)
+        self._catalog_changed()
+
+    def _set_facts(self, engine: _Engine) -> None:
+        pid = 0 if engine.child is None else engine.child.pid
+        self._store.set_engine(engine.name, EngineFacts(pid, max(0, engine.epoch - 1), engine.child is not None))
+
+    # The catalog.
+
+    def _catalog_changed(self) -> None:
+        self._catalog_number += 1
+        for web in self._webs.values():
+            self._send_catalog(web)
+
+    def _send_catalog(self, web: _Web) -> None:
+        if web.child is None:
+            return
+        news = self._store.news_for(str(web.number))
+        if news is None:
+            web.seen = max(web.seen, self._catalog_number) if not self._store.catalog["models"] else web.seen
+            news = (self._store.catalog, {})
+        descriptor = pack(*news)
+        try:
+            web.child.control.send("models", {"catalog": self._catalog_number}, [descriptor], wait=False)
+        finally:
+            os.close(descriptor)
+
+    def _report_loaded(self, health: Mapping[str, Any] | None = None) -> None:
+        """Log what is served once all web processes serve it, so that the line is true for each client."""
+        if not self._to_report or health is None:
+            return
+        if all(web.child is None or web.seen >= self._to_report for web in self._webs.values()):
+            self._to_report = 0
+            for name, problem in health["problems"].items():
+                log.warning("%s: %s", name, problem)
+            log.info("%s: %d models", health["status"], health["models"])
+
+    # The end.
+
+    def _watch_signals(self) -> None:
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+        for number in SUPERVISED:
+            if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
+                signal.signal(number, lambda number, frame: self._signals.append(number))
+        signal.set_wakeup_fd(writer.fileno())
+        self._wakeup = (reader, writer)
+        self._selector.register(reader, selectors.EVENT_READ, self._answer_signals)
+
+    def _answer_signals(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wakeup[0].recv(4096)
+        while self._signals:
+            number = signal.Signals(self._signals.pop(0))
+            if number == signal.SIGHUP:
+                log.warning("SIGHUP: nothing is reloaded; restart the server to read its settings anew")
+            elif self._draining:
+                self._status = 1
+            else:
+                log.info("%s: draining", number.name)
+                self._drain()
+
+    def _drain(self) -> None:
+        self._draining = True
+        settle_s, timeout_s = self._settings["drain_settle_s"], self._settings["drain_timeout_s"]
+        self._drain_ends = self._clock() + settle_s + timeout_s
+        for web in self._webs.values():
+            if web.child is not None:
+                web.child.control.send("drain", wait=False)
+        if settle_s:
+            self._after(settle_s, lambda: log.info("the settle time is over: new requests are refused"))
+        if any(web.child for web in self._webs.values()):
+            self._after(settle_s + timeout_s + CLOSE_S, self._end_webs)
+        else:
+            self._drain_engines()
+
+    def _end_webs(self) -> None:
+        for web in self._webs.values():
+            if web.child is not None:
+                log.error("web process %d did not end in time", web.number)
+                web.child.kill()
+
+    def _drain_engines(self) -> None:
+        """End the engines: every accepted request has its response, or never gets one."""
+        if self._draining_engines:
+            return
+        self._draining_engines = True
+        # Even without time left, idle instance threads need a moment to end.
+        timeout_s = max(1.0, self._drain_ends - self._clock())
+        running = [engine for engine in self._engines.values() if engine.child is not None]
+        if not running:
+            self._status = self._exit_status
+        for engine in running:
+            assert engine.child is not None
+            if engine.told:
+                engine.child.control.send("drain", {"timeout_s": timeout_s}, wait=False)
+            else:
+                engine.child.kill()
+        self._after(timeout_s + END_S, self._end_engines)
+
+    def _end_engines(self) -> None:
+        for engine in self._engines.values():
+            if engine.child is not None:
+                engine.child.kill()
+
+    def _refuse(self, reason: str) -> None:
+        """End because the settings or the folder of models allow no service."""
+        if self._status is None:
+            logging.shutdown()
+            print(f"inferpool: {reason}", file=sys.stderr, flush=True)
+            self._status = 1
+
+    # The loop.
+
+    def _watch(self, child: Child, hear: Callable[[Message], None], ended: Callable[[], None]) -> None:
+        def read() -> None:
+            with contextlib.suppress(EOFError):
+                while (message := child.control.receive()) is not None:
+                    try:
+                        hear(message)
+                    except Exception:
+                        # Nothing that a child says may end the server.
+                        log.exception("a message of process %d: %s", child.pid, message.kind)
+                    finally:
+                        message.close()
+                return
+            self._selector.unregister(child.control)
+
+        def end() -> None:
+            with contextlib.suppress(KeyError):
+                read()  # its last words
+            for fileobj in (child.control, child.pidfd):
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(fileobj)
+            ended()
+
+        self._selector.register(child.control, selectors.EVENT_READ, read)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, end)
+
+    def _reap(self, child: Child) -> str:
+        """Wait for a process that has ended; returns how it did."""
+        status = child.process.wait()
+        child.close()
+        if status >= 0:
+            return f"ended with status {status}"
+        try:
+            return f"was ended by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"was ended by signal {-status}"
+
+    def _children(self) -> list[Child]:
+        places = (*self._webs.values(), *self._engines.values())
+        return [place.child for place in places if place.child is not None]
+
+    def _after(self, seconds: float, then: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (self._clock() + seconds, next(self._timer_ids), then))
+
+
+def make_arena() -> int:
+    """The descriptor of new shared memory for a web process and an engine. Its pages are made when used."""
+    return os.memfd_create("inferpool-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def replace_process(listener: socket.socket, repository: Path, settings: Mapping[str, Any]) -> NoReturn:
+    """Become the supervisor: what this process has imported so far is gone, its id stays."""
+    plan = os.memfd_create("inferpool-settings", 0)
+    os.write(plan, json.dumps({"repository": str(repository), "settings": settings}).encode())
+    listener.set_inheritable(True)
+    command = [sys.executable, "-m", "inferpool.engine.supervisor", str(listener.fileno()), str(plan)]
+    logging.shutdown()
+    os.execv(sys.executable, command)
+
+
+def main() -> int:
+    """Run the supervisor that `replace_process` has started."""
+    listener, plan = int(sys.argv[1]), int(sys.argv[2])
+    os.set_inheritable(listener, False)
+    size = os.fstat(plan).st_size
+    values = json.loads(os.pread(plan, size, 0))
+    os.close(plan)
+    settings = values["settings"]
+    name_process("inferpool")
+    configure_logs(settings["log_level"], settings["log_format"])
+    with socket.socket(fileno=listener) as inherited:
+        return Supervisor(inherited, values["repository"], settings).run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""The main of an engine: it loads models, and runs them for the web processes.
+
+The main thread listens to the supervisor. Requests arrive in the thread of the port, and run in the threads
+of the instances.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from inferpool.backends.registry import describe_backends
+from inferpool.engine.control import ControlSocket, Message
+from inferpool.engine.port import EnginePort
+from inferpool.engine.spawn import begin_child
+from inferpool.errors import ConfigError
+from inferpool.observe.build_info import build_info
+from inferpool.observe.logs import configure_logs
+from inferpool.observe.metrics import Metrics
+from inferpool.pool.ports import VersionKey
+from inferpool.repository.catalog_publisher import CatalogPublisher, answer_ask
+from inferpool.repository.repository import Repository
+from inferpool.settings import Settings
+from inferpool.system.memory import keep_freed_memory, release_freed_memory
+
+log = logging.getLogger(__name__)
+
+OOM_SCORE: Final = 500
+"""If memory runs out, the kernel ends engines first: their requests run again in the next one."""
+GIL_SWITCH_S: Final = 0.001
+
+
+class Engine:
+    """The models of one engine process, and its ties to the supervisor and the web processes."""
+
+    def __init__(self, control: ControlSocket, facts: dict[str, Any], settings: Settings) -> None:
+        """`facts` are those of the message `start`. Raises ConfigError if there is nothing to serve."""
+        self._control = control
+        self._publishing = threading.Lock()
+        self._port = EnginePort(time.monotonic)
+        self._repository = Repository(
+            Path(facts["repository"]),
+            settings,
+            self._port,
+            Metrics(build_info(describe_backends())),
+            time.monotonic,
+            only=None if facts["only"] is None else [VersionKey(*version) for version in facts["only"]],
+            skip=[VersionKey(*version) for version in facts["skip"]],
+            on_loading=self._report_loading,
+            on_change=self._publish,
+        )
+        self._publisher = CatalogPublisher(self._repository)
+        self._port.serve(
+            self._repository.router, lambda question: answer_ask(self._repository, question)
+        )
+
+    def run(self) -> int:
+        """Serve until the supervisor says that it is over; returns the exit status."""
+        self._publish()
+        self._repository.start(self._loaded)
+        while True:
+            message = self._control.wait()
+            if message.kind == "drain":
+                return self._drain(message.values["timeout_s"])
+            self._obey(message)
+
+    def _obey(self, message: Message) -> None:
+        web = message.values["web"]
+        if message.kind == "connect":
+            data, arena = message.descriptors
+            self._port.connect(web, message.values["epoch"], socket.socket(fileno=data), arena)
+        elif message.kind == "disconnect":
+            self._port.disconnect(web)
+
+    def _drain(self, timeout_s: float) -> int:
+        ok = self._repository.drain(timeout_s)
+        self._control.send("drained", {"ok": ok})
+        return 0
+
+    def _report_loading(self, key: VersionKey) -> None:
+        self._control.send("loading", {"model": key.model, "version": key.version})
+
+    def _publish(self) -> None:
+        # The lock keeps two catalogs from arriving in the wrong order.
+        with self._publishing:
+            descriptor = self._publisher.pack()
+            try:
+                self._control.send("models", {}, [descriptor])
+            finally:
+                os.close(descriptor)
+
+    def _loaded(self) -> None:
+        # Loaded models live as long as the process: the garbage collector need not traverse them.
+        gc.collect()
+        gc.freeze()
+        release_freed_memory()
+        self._control.send("loaded")
+
+
+def main() -> int:
+    """Run an engine that `inferpool.engine.spawn` has started."""
+    control = begin_child("inferpool-engine", OOM_SCORE)
+    try:
+        facts = control.wait().values
+        settings = Settings.model_validate(facts["settings"])
+        configure_logs(settings.log_level, settings.log_format)
+        keep_freed_memory()
+        sys.setswitchinterval(GIL_SWITCH_S)
+        try:
+            engine = Engine(control, facts, settings)
+        except ConfigError as error:
+            control.send("refused", {"reason": error.detail})
+            return 1
+        status = engine.run()
+    except EOFError:  # the supervisor has ended
+        status = 1
+    # The usual exit destroys what a thread that loads or runs still uses, and a native library then aborts.
+    logging.shutdown()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,230 @@
+"""The main of a web process: it reads requests and writes answers, and engines run the models."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from inferpool.engine.catalog_parcel import unpack
+from inferpool.engine.client import EngineClient
+from inferpool.engine.client_router import ClientRouter
+from inferpool.engine.control import ControlSocket, Message
+from inferpool.engine.spawn import begin_child
+from inferpool.errors import ConfigError
+from inferpool.http.application import make_application
+from inferpool.http.connection.batched_reads import ReadBatcher
+from inferpool.http.connection.shared import SharedState
+from inferpool.http.predict.memory_monitor import MemoryMonitor, this_system
+from inferpool.http.predict.predictor import Predictor
+from inferpool.http.predict.recorder import RequestRecorder
+from inferpool.http.predict.results import ResultDispatcher
+from inferpool.observe.build_info import build_info
+from inferpool.observe.logs import AccessLog, configure_logs
+from inferpool.observe.metrics import Metrics
+from inferpool.observe.spans import make_spans
+from inferpool.pool.ports import VersionKey
+from inferpool.repository.catalog import LOADING
+from inferpool.repository.remote_catalog import RemoteCatalog
+from inferpool.server import Server, report_installation
+from inferpool.settings import Settings
+from inferpool.system.memory import keep_freed_memory
+
+log = logging.getLogger(__name__)
+
+OOM_SCORE: Final = 250
+"""If memory runs out, the kernel ends engines first, then web processes, the supervisor last."""
+GIL_SWITCH_S: Final = 0.001
+SPANS_TIMEOUT_S: Final = 2.0
+"""How long the process may take at its end to send the remaining spans."""
+
+
+class WebServer(Server):
+    """The server of a web process. The supervisor tells it what is served, and when to drain."""
+
+    def __init__(
+        self,
+        control: ControlSocket,
+        catalog: RemoteCatalog,
+        router: ClientRouter,
+        make_client: Callable[[str], EngineClient],
+        *parts: Any,
+    ) -> None:
+        """`make_client` makes the client of an engine by its name; `parts` are the arguments of `Server`."""
+        super().__init__(*parts)
+        self._control = control
+        self._catalog = catalog
+        self._router = router
+        self._make_client = make_client
+        self._clients: dict[str, EngineClient] = {}
+        self._catalogs: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+        self._settled = False
+
+    def begin(self, listeners: list[socket.socket]) -> None:
+        """Listen to the supervisor."""
+        assert self.loop is not None
+        self.loop.add_reader(self._control.fileno(), self._hear)
+        self._updates = self.loop.create_task(self._take_catalogs())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections, and tell the supervisor."""
+        await super().startup(sockets)
+        self._control.send("listening")
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the supervisor."""
+        yield
+
+    def report_drain(self) -> None:
+        """Report that the server is not ready."""
+        self._catalog.begin_drain()
+
+    def report_settled(self) -> None:
+        """Leave the report to the supervisor."""
+
+    async def drain_models(self, timeout_s: float) -> bool:
+        """Leave the models to the supervisor: other web processes may need them."""
+        return True
+
+    def _hear(self) -> None:
+        try:
+            while (message := self._control.receive()) is not None:
+                self._obey(message)
+        except EOFError:  # the supervisor has ended
+            os._exit(1)
+
+    def _obey(self, message: Message) -> None:
+        values = message.values
+        if message.kind == "models":
+            self._catalogs.put_nowait((values["catalog"], message.descriptors[0]))
+        elif message.kind == "engine" and values["up"]:
+            self._connect(values["engine"], values["epoch"], *message.descriptors)
+        elif message.kind == "engine":
+            self._disconnect(values["engine"], values["epoch"], gone=values.get("gone", False))
+        elif message.kind == "drain":
+            self.begin_drain()
+
+    def _connect(self, engine: str, epoch: int, data: int, arena: int) -> None:
+        client = self._clients.get(engine)
+        if client is None:
+            client = self._clients[engine] = self._make_client(engine)
+        client.connect(epoch, socket.socket(fileno=data), arena)
+        self._catalog.engine_up(engine, client.ask)
+        self._route()
+
+    def _disconnect(self, engine: str, epoch: int, *, gone: bool) -> None:
+        client = self._clients.get(engine)
+        crashed = client.disconnect(epoch) if client is not None else ()
+        self._catalog.engine_down(engine)
+        self._control.send(
+            "crashed", {"engine": engine, "epoch": epoch, "versions": [list(key) for key in crashed]}
+        )
+
+    def _route(self) -> None:
+        clients: dict[VersionKey, EngineClient] = {}
+        for model in self._catalog.models().values():
+            for version in model.versions.values():
+                client = self._clients.get(self._catalog.engine_of(version.key) or "")
+                if client is not None:
+                    clients[version.key] = client
+        self._router.route(clients)
+
+    async def _take_catalogs(self) -> None:
+        while True:
+            number, descriptor = await self._catalogs.get()
+            try:
+                # In a thread: making codecs may take a second.
+                await asyncio.to_thread(self._take_catalog, descriptor)
+            except Exception:
+                log.exception("a catalog cannot be used")
+            finally:
+                os.close(descriptor)
+            self._route()
+            await self._catalog.refresh()
+            health = self._catalog.health()
+            models = self._catalog.models()
+            self._control.send(
+                "seen",
+                {
+                    "catalog": number,
+                    "status": health.status,
+                    "problems": dict(health.problems),
+                    "models": len(models),
+                },
+            )
+            states = {version.state for model in models.values() for version in model.versions.values()}
+            if not self._settled and states and LOADING not in states:
+                self._settled = True
+                gc.collect()
+                gc.freeze()
+                self._memory.settle(bound_data=False)
+
+    def _take_catalog(self, descriptor: int) -> None:
+        self._catalog.update(*unpack(descriptor))
+
+
+def main() -> int:
+    """Run a web process that `inferpool.engine.spawn` has started."""
+    control = begin_child("inferpool-web", OOM_SCORE)
+    facts = control.wait().values
+    settings = Settings.model_validate(facts["settings"])
+    log_lines = configure_logs(settings.log_level, settings.log_format)
+    keep_freed_memory()
+    sys.setswitchinterval(GIL_SWITCH_S)
+    try:
+        spans = make_spans()
+    except ConfigError as error:
+        control.send("refused", {"reason": error.detail})
+        return 1
+    results = ResultDispatcher()
+    metrics = Metrics(build_info({}))
+    catalog = RemoteCatalog(time.monotonic, settings.required_models)
+    router = ClientRouter()
+    predictor = Predictor(
+        catalog,
+        router,
+        results,
+        metrics,
+        time.monotonic,
+        max_body_bytes=settings.max_body_bytes,
+        in_flight_bytes=settings.in_flight_bytes,
+        recorder=RequestRecorder(AccessLog(log_lines, every=settings.access_log), spans),
+    )
+    system = this_system(settings.memory_bytes)
+    memory = MemoryMonitor(system, predictor.budget, metrics, derive=facts["derive"], share=facts["webs"])
+    shared = SharedState(predictor)
+    results.wrap_batches(shared.writes.begin, shared.writes.flush)
+    read_batcher = ReadBatcher()
+    application = make_application(catalog, shared, read_batcher, metrics)
+    server = WebServer(
+        control,
+        catalog,
+        router,
+        lambda engine: EngineClient(engine, results, time.monotonic),
+        application,
+        predictor.in_flight,
+        results,
+        read_batcher,
+        metrics,
+        memory,
+        settings,
+    )
+    if facts["web"] == 1:
+        report_installation()
+    server.run(sockets=[socket.socket(fileno=facts["listener"])])
+    control.send("drained", {"status": server.exit_status})
+    if spans is not None:
+        spans.close(SPANS_TIMEOUT_S)
+    return server.exit_status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
