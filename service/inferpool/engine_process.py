@@ -57,9 +57,7 @@ class Engine:
             on_change=self._publish,
         )
         self._publisher = CatalogPublisher(self._repository)
-        self._port.serve(
-            self._repository.router, lambda question: answer_ask(self._repository, question)
-        )
+        self._port.start(self._repository.router, lambda question: answer_ask(self._repository, question))
 
     def run(self) -> int:
         """Serve until the supervisor says that it is over; returns the exit status."""

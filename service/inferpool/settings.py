@@ -127,8 +127,8 @@ class Settings(BaseModel):
     def _processes_fit(self) -> Settings:
         if self.engine == "in-process" and self.web_processes > 1:
             raise ValueError(
-                f"web_processes is {self.web_processes}, and engine is in-process, which allows 1; set --engine"
-                " process, or --web-processes 1"
+                f"web_processes is {self.web_processes}, and engine is in-process, which allows 1; set"
+                " --engine process, or --web-processes 1"
             )
         return self
 

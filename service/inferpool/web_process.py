@@ -10,7 +10,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 from inferpool.engine.catalog_parcel import unpack
@@ -18,7 +19,7 @@ from inferpool.engine.client import EngineClient
 from inferpool.engine.client_router import ClientRouter
 from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.spawn import begin_child
-from inferpool.errors import ConfigError
+from inferpool.errors import ConfigError, NotReady
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
@@ -54,15 +55,15 @@ class WebServer(Server):
         control: ControlSocket,
         catalog: RemoteCatalog,
         router: ClientRouter,
-        make_client: Callable[[str], EngineClient],
+        web: int,
         *parts: Any,
     ) -> None:
-        """`make_client` makes the client of an engine by its name; `parts` are the arguments of `Server`."""
+        """`web` is the number of this process; `parts` are the arguments of `Server`."""
         super().__init__(*parts)
         self._control = control
         self._catalog = catalog
         self._router = router
-        self._make_client = make_client
+        self._web = web
         self._clients: dict[str, EngineClient] = {}
         self._catalogs: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
         self._settled = False
@@ -108,25 +109,37 @@ class WebServer(Server):
         elif message.kind == "engine" and values["up"]:
             self._connect(values["engine"], values["epoch"], *message.descriptors)
         elif message.kind == "engine":
-            self._disconnect(values["engine"], values["epoch"], gone=values.get("gone", False))
+            self._disconnect(
+                values["engine"], values["epoch"], blame=values["blame"], gone=values.get("gone", False)
+            )
         elif message.kind == "drain":
             self.begin_drain()
 
     def _connect(self, engine: str, epoch: int, data: int, arena: int) -> None:
         client = self._clients.get(engine)
         if client is None:
-            client = self._clients[engine] = self._make_client(engine)
-        client.connect(epoch, socket.socket(fileno=data), arena)
-        self._catalog.engine_up(engine, client.ask)
+            assert self.loop is not None
+            client = self._clients[engine] = EngineClient(
+                self._results, self.loop, time.monotonic, self._web, partial(self._report_broken, engine)
+            )
+        client.attach(epoch, socket.socket(fileno=data), arena)
+        self._catalog.engine_up(engine, partial(_ask, client))
         self._route()
 
-    def _disconnect(self, engine: str, epoch: int, *, gone: bool) -> None:
+    def _disconnect(self, engine: str, epoch: int, *, blame: bool, gone: bool) -> None:
         client = self._clients.get(engine)
-        crashed = client.disconnect(epoch) if client is not None else ()
+        crashed = client.detach(epoch, blame=blame) if client is not None else []
         self._catalog.engine_down(engine)
         self._control.send(
             "crashed", {"engine": engine, "epoch": epoch, "versions": [list(key) for key in crashed]}
         )
+
+        if gone and client is not None:
+            client.give_up(lambda: NotReady("the model has failed; /models says why"))
+
+    def _report_broken(self, engine: str, epoch: int, reason: str) -> None:
+        self._catalog.engine_down(engine)
+        self._control.send("broken", {"engine": engine, "epoch": epoch, "reason": reason})
 
     def _route(self) -> None:
         clients: dict[VersionKey, EngineClient] = {}
@@ -171,6 +184,21 @@ class WebServer(Server):
         self._catalog.update(*unpack(descriptor))
 
 
+async def _ask(client: EngineClient, question: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The reply of an engine; raises ConnectionError if it ends before it replies."""
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def take(reply: Any) -> None:
+        if not answer.done():
+            answer.set_result(reply)
+
+    client.ask(question, take)
+    reply: Mapping[str, Any] | None = await answer
+    if reply is None:
+        raise ConnectionError("the engine has ended")
+    return reply
+
+
 def main() -> int:
     """Run a web process that `inferpool.engine.spawn` has started."""
     control = begin_child("inferpool-web", OOM_SCORE)
@@ -208,7 +236,7 @@ def main() -> int:
         control,
         catalog,
         router,
-        lambda engine: EngineClient(engine, results, time.monotonic),
+        facts["web"],
         application,
         predictor.in_flight,
         results,

@@ -83,7 +83,8 @@ class RestartPolicy:
             return Decision()
         if version in confirmed and self._count(engine, version) >= CRASHES:
             minutes = WINDOW_S / 60
-            reason = f"its runs ended engines of its own {CRASHES} times in {minutes:.0f} minutes; the last {how}"
+            often = f"its runs ended engines of its own {CRASHES} times in {minutes:.0f} minutes"
+            reason = f"{often}; the last {how}"
             return Decision((), {version: reason})
         return Decision((), {}, self._pause(engine, blamed=False, lived_s=lived_s))
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from inferpool.engine.control import ControlSocket, control_pair
@@ -60,7 +61,14 @@ def spawn(module: str, descriptors: Sequence[int] = ()) -> Child:
     """
     ours, theirs = control_pair()
     with theirs:
-        command = [sys.executable, *_interpreter_flags(), "-m", module, str(theirs.fileno()), str(os.getpid())]
+        command = [
+            sys.executable,
+            *_interpreter_flags(),
+            "-m",
+            module,
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
         # The child inherits the mask, so that no signal reaches it before it ignores them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISED)
         try:
@@ -90,7 +98,7 @@ def begin_child(name: str, oom_score: int) -> ControlSocket:
     if os.getppid() != parent:  # it ended before the call
         os._exit(1)
     name_process(name)
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as file:
+    with contextlib.suppress(OSError, ValueError), Path("/proc/self/oom_score_adj").open("r+") as file:
         if int(file.read()) < oom_score:  # lower scores need privileges
             file.seek(0)
             file.write(str(oom_score))

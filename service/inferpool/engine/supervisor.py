@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from inferpool.engine.arena import make_arena
 from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
 from inferpool.engine.control import Message
@@ -47,6 +48,8 @@ CLOSE_S: Final = 10.0
 """How long web processes may take to close their connections after the drain timeout."""
 FLUSH_S: Final = 0.02
 """Pause until a message is sent again to a child whose socket is full."""
+LEAST_ARENA_BYTES: Final = 256 * 2**20
+PAGE_BYTES: Final = 4096
 END_S: Final = 2.0
 """How long an engine may take to end after its own drain timeout."""
 
@@ -75,6 +78,7 @@ class _Engine:
         told: whether the process knows what it is to load.
         connected: the web processes that have a socket to it.
         loaded: whether every version is ready or has failed.
+        blameless: whether the supervisor ends it because of a load, so that no request is to blame.
         answers: whether it has all the versions that its predecessor had.
     """
 
@@ -91,6 +95,7 @@ class _Engine:
         self.loading: dict[Version, float] = {}
         self.loaded = False
         self.answers = False
+        self.blameless = False
 
 
 class _Crash:
@@ -126,6 +131,7 @@ class Supervisor:
         self._catalog_number = 0
         self._announced = False
         self._failed_starts = 0
+        self._arena_bytes = arena_bytes(settings["in_flight_bytes"])
         self._to_report = 0
         self._signals: list[int] = []
         self._draining = False
@@ -144,7 +150,8 @@ class Supervisor:
         while self._status is None:
             timeout = max(0.0, self._timers[0][0] - self._clock()) if self._timers else None
             # A child that reads nothing keeps its messages waiting; all others go on.
-            if not all([child.control.flush() for child in self._children()]):
+            waiting = [child for child in self._children() if not child.control.flush()]
+            if waiting:
                 timeout = FLUSH_S if timeout is None else min(timeout, FLUSH_S)
             for key, _ in self._selector.select(timeout):
                 # An earlier callback may have closed the descriptor.
@@ -199,6 +206,8 @@ class Supervisor:
                 crash.running.update((model, number) for model, number in values["versions"])
                 crash.confirmed.update((model, number) for model, number in values.get("confirmed", ()))
                 self._crash_reported(values["engine"], web.number)
+        elif message.kind == "broken":
+            self._end_broken(values["engine"], values["epoch"])
         elif message.kind == "refused":
             self._refuse(values["reason"])
         elif message.kind == "drained":
@@ -250,7 +259,9 @@ class Supervisor:
         engine.pid = child.pid
         engine.epoch += 1
         engine.started, engine.told, engine.loaded, engine.answers = self._clock(), False, False, False
-        self._watch(child, lambda message: self._hear_engine(engine, message), lambda: self._engine_ended(engine))
+        self._watch(
+            child, lambda message: self._hear_engine(engine, message), lambda: self._engine_ended(engine)
+        )
         self._set_facts(engine)
         if engine.name not in self._crashes:
             self._tell_engine(engine)
@@ -284,7 +295,7 @@ class Supervisor:
             return
         arena = web.arenas.get(engine.name)
         if arena is None:
-            arena = web.arenas[engine.name] = make_arena()
+            arena = web.arenas[engine.name] = make_arena(self._arena_bytes)
         web_end, engine_end = socket.socketpair()
         with web_end, engine_end:
             for end in (web_end, engine_end):
@@ -312,10 +323,9 @@ class Supervisor:
                 self._report_loaded()
         elif message.kind == "refused":
             self._refuse(values["reason"])
-        elif message.kind == "drained":
-            if not values["ok"]:
-                log.error("a model was still running when the drain timeout ended")
-                self._exit_status = 1
+        elif message.kind == "drained" and not values["ok"]:
+            log.error("a model was still running when the drain timeout ended")
+            self._exit_status = 1
 
     def _take_catalog(self, engine: _Engine, descriptor: int) -> None:
         try:
@@ -367,6 +377,13 @@ class Supervisor:
             self._remove_engine(engine)
         else:
             engine.skip.add(version)
+            engine.blameless = True
+            engine.child.kill()
+
+    def _end_broken(self, name: str, epoch: int) -> None:
+        """End an engine whose records a web process cannot read; mostly it has ended by itself."""
+        engine = self._engines.get(name)
+        if engine is not None and engine.epoch == epoch and engine.child is not None:
             engine.child.kill()
 
     def _fail(self, version: Version, reason: str) -> None:
@@ -393,7 +410,8 @@ class Supervisor:
         crash = _Crash(how, lived_s, set(engine.loading), set(engine.connected))
         engine.loading.clear()
         engine.loaded = engine.answers = False
-        self._tell_down(engine)
+        self._tell_down(engine, blame=not engine.blameless)
+        engine.blameless = False
         self._crashes[engine.name] = crash
         self._catalog_changed()
         if crash.reports:
@@ -424,7 +442,11 @@ class Supervisor:
     def _judge(self, engine: _Engine, epoch: int) -> None:
         """Decide what follows from a crash, now that web processes have told what they know."""
         crash = self._crashes.get(engine.name)
-        if crash is None or self._engines.get(engine.name) is not engine or epoch not in (engine.epoch, engine.epoch - 1):
+        if (
+            crash is None
+            or self._engines.get(engine.name) is not engine
+            or epoch not in (engine.epoch, engine.epoch - 1)
+        ):
             return
         del self._crashes[engine.name]
         decision = self._policy.died(
@@ -464,13 +486,15 @@ class Supervisor:
         self._crashes.pop(engine.name, None)
         if engine.child is not None:
             engine.child.kill()
-        self._tell_down(engine, gone=True)
+        self._tell_down(engine, blame=True, gone=True)
         self._store.remove_engine(engine.name)
         self._catalog_changed()
 
     def _set_facts(self, engine: _Engine) -> None:
         pid = 0 if engine.child is None else engine.child.pid
-        self._store.set_engine(engine.name, EngineFacts(pid, max(0, engine.epoch - 1), engine.child is not None))
+        self._store.set_engine(
+            engine.name, EngineFacts(pid, max(0, engine.epoch - 1), engine.child is not None)
+        )
 
     # The catalog.
 
@@ -575,7 +599,7 @@ class Supervisor:
         """End because the settings or the folder of models allow no service."""
         if self._status is None:
             logging.shutdown()
-            print(f"inferpool: {reason}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"inferpool: {reason}\n")
             self._status = 1
 
     # The loop.
@@ -617,16 +641,19 @@ class Supervisor:
             return f"was ended by signal {-status}"
 
     def _children(self) -> list[Child]:
-        places = (*self._webs.values(), *self._engines.values())
+        places: list[_Web | _Engine] = [*self._webs.values(), *self._engines.values()]
         return [place.child for place in places if place.child is not None]
 
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (self._clock() + seconds, next(self._timer_ids), then))
 
 
-def make_arena() -> int:
-    """The descriptor of new shared memory for a web process and an engine. Its pages are made when used."""
-    return os.memfd_create("inferpool-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def arena_bytes(in_flight_bytes: int) -> int:
+    """Size of the memory that a web process and an engine share: room for inputs and outputs in flight.
+
+    Only pages that are used take memory, so there is room for what cannot be used because of gaps.
+    """
+    return max(LEAST_ARENA_BYTES, 2 * in_flight_bytes) // PAGE_BYTES * PAGE_BYTES
 
 
 def replace_process(listener: socket.socket, repository: Path, settings: Mapping[str, Any]) -> NoReturn:
