@@ -32,7 +32,7 @@ from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Ver
 from inferpool.engine.spawn import SUPERVISED, Child, name_process, spawn
 from inferpool.observe.logs import configure_logs
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("inferpool.engine.supervisor")
 
 WEB_MODULE: Final = "inferpool.web_process"
 ENGINE_MODULE: Final = "inferpool.engine_process"
