@@ -47,8 +47,8 @@ stays interpreted.
 
 
 INTERPRETED = {
-    *("http/connection/body_receiver", "http/connection/lingering_close", "http/connection/protocol"),
-    *("http/connection/slow_client", "http/connection/unread_responses"),
+    *("http/connection/acceptor", "http/connection/body_receiver", "http/connection/lingering_close"),
+    *("http/connection/protocol", "http/connection/slow_client", "http/connection/unread_responses"),
     *("http/predict/compression", "http/predict/fair_threads", "http/predict/memory_monitor"),
     *("pool/buckets", "pool/hot_swap", "pool/log_limits", "pool/padding", "pool/redaction", "pool/row_cost"),
     *("wire/json_pieces", "wire/nested_lists", "wire/npy", "wire/v2_binary", "wire/v2_classification"),

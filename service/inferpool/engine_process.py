@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from inferpool.backends.registry import describe_backends
+from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.port import EnginePort
 from inferpool.engine.spawn import begin_child
@@ -24,6 +25,7 @@ from inferpool.errors import ConfigError
 from inferpool.observe.build_info import build_info
 from inferpool.observe.logs import configure_logs
 from inferpool.observe.metrics import Metrics
+from inferpool.observe.regions import Regions
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog_publisher import CatalogPublisher, answer_ask
 from inferpool.repository.repository import Repository
@@ -40,27 +42,37 @@ GIL_SWITCH_S: Final = 0.001
 class Engine:
     """The models of one engine process, and its ties to the supervisor and the web processes."""
 
-    def __init__(self, control: ControlSocket, facts: dict[str, Any], settings: Settings) -> None:
-        """`facts` are those of the message `start`. Raises ConfigError if there is nothing to serve."""
+    def __init__(self, control: ControlSocket, start: Message, settings: Settings) -> None:
+        """`start` is the message that says what to load. Raises ConfigError if there is nothing to serve."""
+        facts = start.values
+        metrics_file, plans_file = start.descriptors
+        plans = unpack(plans_file).catalog["plans"]
+        os.close(plans_file)
+        info = build_info(describe_backends())
+        control.send("hello", {"info": info})
+        regions = None if facts["slot"] is None else Regions(metrics_file, facts["slot"])
         self._control = control
         self._publishing = threading.Lock()
         self._port = EnginePort(time.monotonic)
+        self._metrics = Metrics(info, regions)
         self._repository = Repository(
             Path(facts["repository"]),
             settings,
             self._port,
-            Metrics(build_info(describe_backends())),
+            self._metrics,
             time.monotonic,
             only=None if facts["only"] is None else [VersionKey(*version) for version in facts["only"]],
             skip=[VersionKey(*version) for version in facts["skip"]],
             on_loading=self._report_loading,
             on_change=self._publish,
+            plans=plans,
         )
         self._publisher = CatalogPublisher(self._repository)
         self._port.start(self._repository.router, lambda question: answer_ask(self._repository, question))
 
     def run(self) -> int:
         """Serve until the supervisor says that it is over; returns the exit status."""
+        self._metrics.start_publishing()
         self._publish()
         self._repository.start(self._loaded)
         while True:
@@ -106,13 +118,13 @@ def main() -> int:
     """Run an engine that `inferpool.engine.spawn` has started."""
     control = begin_child("inferpool-engine", OOM_SCORE)
     try:
-        facts = control.wait().values
-        settings = Settings.model_validate(facts["settings"])
+        start = control.wait()
+        settings = Settings.model_validate(start.values["settings"])
         configure_logs(settings.log_level, settings.log_format)
         keep_freed_memory()
         sys.setswitchinterval(GIL_SWITCH_S)
         try:
-            engine = Engine(control, facts, settings)
+            engine = Engine(control, start, settings)
         except ConfigError as error:
             control.send("refused", {"reason": error.detail})
             return 1

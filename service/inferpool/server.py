@@ -61,7 +61,10 @@ class Server(uvicorn.Server):
     Attributes:
         exit_status: 0 if every accepted request was answered, else 1; valid after `run` returns.
         loop: the event loop, once the server has one.
+        name: what metrics call this process.
     """
+
+    name = "web-0"
 
     def __init__(
         self,
@@ -103,10 +106,11 @@ class Server(uvicorn.Server):
         """Serve until the server has drained; until a model is loaded, its requests are answered 503."""
         self.loop = asyncio.get_running_loop()
         self._results.attach(self.loop)
-        self._metrics.add_source(web_busy(self._metrics, threading.get_ident()))
+        self._metrics.add_source(web_busy(self._metrics, threading.get_ident(), self.name))
         self._memory.start()
         self.begin(sockets or [])
         await super().serve(sockets)
+        self._metrics.stop_publishing()
         self._memory.close()
         self._read_batcher.close()
 
@@ -236,7 +240,7 @@ def _ignore_hangup(number: int, frame: FrameType | None) -> None:
     log.warning("SIGHUP: nothing is reloaded; restart the server to read its settings anew")
 
 
-def web_busy(metrics: Metrics, thread: int, process: str = "web-0") -> Callable[[], list[Sample]]:
+def web_busy(metrics: Metrics, thread: int, process: str) -> Callable[[], list[Sample]]:
     """A source of `web_busy_seconds_total`: the CPU time of `thread`, the event loop of the web `process`.
 
     The source goes on from what a predecessor of this process has published in `metrics`.

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -21,7 +21,9 @@ from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.spawn import begin_child
 from inferpool.errors import ConfigError, NotReady
 from inferpool.http.application import make_application
+from inferpool.http.connection.acceptor import Acceptor, ConnectionCounts
 from inferpool.http.connection.batched_reads import ReadBatcher
+from inferpool.http.connection.protocol import PredictProtocol
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.predict.memory_monitor import MemoryMonitor, this_system
 from inferpool.http.predict.predictor import Predictor
@@ -30,6 +32,7 @@ from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import build_info
 from inferpool.observe.logs import AccessLog, configure_logs
 from inferpool.observe.metrics import Metrics
+from inferpool.observe.regions import Regions
 from inferpool.observe.spans import make_spans
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog import LOADING
@@ -56,6 +59,7 @@ class WebServer(Server):
         catalog: RemoteCatalog,
         router: ClientRouter,
         web: int,
+        counts: ConnectionCounts,
         *parts: Any,
     ) -> None:
         """`web` is the number of this process; `parts` are the arguments of `Server`."""
@@ -64,6 +68,9 @@ class WebServer(Server):
         self._catalog = catalog
         self._router = router
         self._web = web
+        self.name = f"web-{web}"
+        self._counts = counts
+        self._acceptor: Acceptor | None = None
         self._clients: dict[str, EngineClient] = {}
         self._catalogs: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
         self._settled = False
@@ -72,12 +79,30 @@ class WebServer(Server):
         """Listen to the supervisor."""
         assert self.loop is not None
         self.loop.add_reader(self._control.fileno(), self._hear)
+        self._metrics.start_publishing()
         self._updates = self.loop.create_task(self._take_catalogs())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections, and tell the supervisor."""
-        await super().startup(sockets)
+        assert self.loop is not None
+        assert sockets is not None
+        await self.lifespan.startup()
+        config, connections = self.config, self.server_state.connections
+        make_protocol: Callable[[], asyncio.Protocol] = partial(
+            PredictProtocol,
+            config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self.loop,
+        )  # fmt: skip
+        acceptor = Acceptor(self.loop, sockets[0], make_protocol, lambda: len(connections), self._counts)
+        self.servers = [acceptor]  # type: ignore[list-item]
+        self._acceptor = acceptor
+        self.started = True
         self._control.send("listening")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell the other web processes how many connections there are; uvicorn calls this all the time."""
+        if self._acceptor is not None:
+            self._acceptor.update()
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -112,6 +137,8 @@ class WebServer(Server):
             self._disconnect(
                 values["engine"], values["epoch"], blame=values["blame"], gone=values.get("gone", False)
             )
+        elif message.kind == "info":
+            self._metrics.set_info(values["info"])
         elif message.kind == "drain":
             self.begin_drain()
 
@@ -202,7 +229,9 @@ async def _ask(client: EngineClient, question: Mapping[str, Any]) -> Mapping[str
 def main() -> int:
     """Run a web process that `inferpool.engine.spawn` has started."""
     control = begin_child("inferpool-web", OOM_SCORE)
-    facts = control.wait().values
+    start = control.wait()
+    facts = start.values
+    listener, counts, metrics_file = start.descriptors
     settings = Settings.model_validate(facts["settings"])
     log_lines = configure_logs(settings.log_level, settings.log_format)
     keep_freed_memory()
@@ -213,7 +242,7 @@ def main() -> int:
         control.send("refused", {"reason": error.detail})
         return 1
     results = ResultDispatcher()
-    metrics = Metrics(build_info({}))
+    metrics = Metrics(facts["info"] or build_info({}), Regions(metrics_file, facts["slot"]))
     catalog = RemoteCatalog(time.monotonic, settings.required_models)
     router = ClientRouter()
     predictor = Predictor(
@@ -237,6 +266,7 @@ def main() -> int:
         catalog,
         router,
         facts["web"],
+        ConnectionCounts(counts, facts["web"] - 1, facts["webs"]),
         application,
         predictor.in_flight,
         results,
@@ -247,7 +277,7 @@ def main() -> int:
     )
     if facts["web"] == 1:
         report_installation()
-    server.run(sockets=[socket.socket(fileno=facts["listener"])])
+    server.run(sockets=[socket.socket(fileno=listener)])
     control.send("drained", {"status": server.exit_status})
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)

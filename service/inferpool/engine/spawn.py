@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -54,8 +53,8 @@ class Child(NamedTuple):
         os.close(self.pidfd)
 
 
-def spawn(module: str, descriptors: Sequence[int] = ()) -> Child:
-    """Start `python -m module` with a control socket, and with `descriptors` under their own numbers.
+def spawn(module: str) -> Child:
+    """Start `python -m module` with a control socket.
 
     Raises OSError if no process can be started.
     """
@@ -72,9 +71,7 @@ def spawn(module: str, descriptors: Sequence[int] = ()) -> Child:
         # The child inherits the mask, so that no signal reaches it before it ignores them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISED)
         try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), *descriptors)
-            )
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),))
         except BaseException:
             ours.close()
             raise

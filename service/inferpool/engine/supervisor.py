@@ -31,6 +31,7 @@ from inferpool.engine.control import Message
 from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Version, own_engine
 from inferpool.engine.spawn import SUPERVISED, Child, name_process, spawn
 from inferpool.observe.logs import configure_logs
+from inferpool.observe.regions import Region, make_regions
 
 log = logging.getLogger("inferpool.engine.supervisor")
 
@@ -48,6 +49,9 @@ CLOSE_S: Final = 10.0
 """How long web processes may take to close their connections after the drain timeout."""
 FLUSH_S: Final = 0.02
 """Pause until a message is sent again to a child whose socket is full."""
+ENGINE_SLOTS: Final = 64
+"""How many engines publish metrics of their own."""
+PUBLISH_S: Final = 1.0
 LEAST_ARENA_BYTES: Final = 256 * 2**20
 PAGE_BYTES: Final = 4096
 END_S: Final = 2.0
@@ -131,6 +135,12 @@ class Supervisor:
         self._catalog_number = 0
         self._announced = False
         self._failed_starts = 0
+        self._counts = memory_file("inferpool-connections", 4 * len(self._webs))
+        slots = 1 + len(self._webs) + ENGINE_SLOTS
+        self._metrics = make_regions(slots)
+        self._region = Region(self._metrics, 0)
+        self._slots = {SHARED: 1 + len(self._webs)}
+        self._info: dict[str, str] = {}
         self._arena_bytes = arena_bytes(settings["in_flight_bytes"])
         self._to_report = 0
         self._signals: list[int] = []
@@ -143,6 +153,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until a signal ends the server; the status is 0 if every accepted request was answered."""
         self._watch_signals()
+        self._publish()
         for web in self._webs.values():
             self._start_web(web)
         for engine in list(self._engines.values()):
@@ -170,17 +181,19 @@ class Supervisor:
     def _start_web(self, web: _Web) -> None:
         if self._draining:
             return
-        web.child = child = spawn(WEB_MODULE, [self._listener.fileno()])
+        web.child = child = spawn(WEB_MODULE)
         web.started, web.listens, web.seen = self._clock(), False, 0
         child.control.send(
             "start",
             {
                 "web": web.number,
                 "webs": len(self._webs),
-                "listener": self._listener.fileno(),
                 "settings": self._settings,
                 "derive": self._derive,
+                "info": self._info,
+                "slot": web.number,
             },
+            [self._listener.fileno(), self._counts, self._metrics],
             wait=False,
         )
         self._watch(child, lambda message: self._hear_web(web, message), lambda: self._web_ended(web))
@@ -237,6 +250,7 @@ class Supervisor:
             if not any(other.child for other in self._webs.values()):
                 self._drain_engines()
             return
+        self._count("web_restarts_total")
         log.error("web process %d %s; its clients lost their connections", web.number, how)
         if not web.listens and not self._announced:
             self._failed_starts += 1
@@ -274,6 +288,7 @@ class Supervisor:
         if engine.child is None or engine.told:
             return
         engine.told = True
+        plans = pack({"plans": dict(self._store.plans)}, {})
         engine.child.control.send(
             "start",
             {
@@ -283,9 +298,34 @@ class Supervisor:
                 "settings": self._settings,
                 "only": engine.only,
                 "skip": sorted(engine.skip),
+                "slot": self._slot(engine.name),
             },
+            [self._metrics, plans],
             wait=False,
         )
+        os.close(plans)
+
+    def _slot(self, engine: str) -> int | None:
+        """Where an engine and its successors publish their metrics; None if there are too many engines."""
+        if engine not in self._slots and len(self._slots) < ENGINE_SLOTS:
+            self._slots[engine] = 1 + len(self._webs) + len(self._slots)
+        return self._slots.get(engine)
+
+    def _count(self, name: str, *labels: str) -> None:
+        """Add 1 to a counter of the supervisor."""
+        numbers = self._region.numbers(name, labels, 1)
+        if numbers is not None:
+            numbers[0] += 1
+
+    def _publish(self) -> None:
+        """Publish the gauges of the supervisor, again and again."""
+        files = [self._metrics, *(arena for web in self._webs.values() for arena in web.arenas.values())]
+        held = 512 * sum(os.fstat(file).st_blocks for file in files)
+        numbers = self._region.numbers("shared_memory_bytes", (), 1)
+        if numbers is not None:
+            numbers[0] = held
+        self._region.beat(time.monotonic())
+        self._after(PUBLISH_S, self._publish)
 
     def _connect(self, web: _Web, engine: _Engine) -> None:
         """Give a web process and an engine a socket to each other, and their shared memory."""
@@ -313,6 +353,11 @@ class Supervisor:
             if limit_s := self._settings["load_timeout_s"]:
                 epoch = engine.epoch
                 self._after(limit_s, lambda: self._load_timed_out(engine, epoch, version))
+        elif message.kind == "hello":
+            self._info = values["info"]
+            for web in self._webs.values():
+                if web.child is not None:
+                    web.child.control.send("info", {"info": self._info}, wait=False)
         elif message.kind == "models":
             self._take_catalog(engine, message.descriptors[0])
         elif message.kind == "loaded":
@@ -406,6 +451,7 @@ class Supervisor:
             return
         lived_s = self._clock() - engine.started
         log.error("engine %s (process %d) %s; a new one starts", engine.name, engine.pid, how)
+        self._count("engine_restarts_total", engine.name)
         self._set_facts(engine)
         crash = _Crash(how, lived_s, set(engine.loading), set(engine.connected))
         engine.loading.clear()
@@ -654,6 +700,13 @@ def arena_bytes(in_flight_bytes: int) -> int:
     Only pages that are used take memory, so there is room for what cannot be used because of gaps.
     """
     return max(LEAST_ARENA_BYTES, 2 * in_flight_bytes) // PAGE_BYTES * PAGE_BYTES
+
+
+def memory_file(name: str, nbytes: int) -> int:
+    """The descriptor of new memory of `nbytes` bytes, which children map."""
+    file = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(file, nbytes)
+    return file
 
 
 def replace_process(listener: socket.socket, repository: Path, settings: Mapping[str, Any]) -> NoReturn:

@@ -143,6 +143,10 @@ class Metrics:
             self._cpu_base = self.left_behind(CPU_SECONDS)
         self._registry = process_registry(None if regions is None else self._processes)
 
+    def set_info(self, info: dict[str, str]) -> None:
+        """Take other labels of `build_info`: engines know the versions of the runtimes."""
+        self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
+
     def value(self, name: str, *labels: str) -> Value:
         """The counter of family `name` with these label values, created at the first call."""
         _family(name, labels)
