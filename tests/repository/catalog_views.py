@@ -104,6 +104,7 @@ LIVES = st.builds(
     buckets=st.lists(COUNTS, max_size=3).map(tuple),
     tensorrt=st.none() | TEXTS,
     loading_s=NUMBERS,
+    engine=st.none(),
 )
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

@@ -17,7 +17,7 @@ from inferpool.engine.catalog_parcel import pack, unpack
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.stats import InstanceState
 from inferpool.repository import remote_catalog
-from inferpool.repository.catalog import FAILED, LOADING, READY, LiveView, ModelView, VersionView
+from inferpool.repository.catalog import FAILED, LOADING, READY, EngineView, LiveView, ModelView, VersionView
 from inferpool.repository.catalog_json import live_json, model_json, source_files
 from inferpool.repository.codec_factory import CodecSource, make_codecs, read_codec_source
 from inferpool.repository.config import read_config
@@ -126,7 +126,8 @@ def server() -> Server:
 
 def test_it_shows_what_the_supervisor_and_the_engine_tell(server: Server) -> None:
     assert server.catalog.models() == {"m": ModelView("m", "", {1: ready()}, {})}
-    assert server.catalog.live(KEY) == instances("ready", "ready", waiting_rows=3)
+    engine = EngineView("cpu", 7, 0)
+    assert server.catalog.live(KEY) == instances("ready", "ready", waiting_rows=3, engine=engine)
     assert server.catalog.engine_of(KEY) == "cpu"
     health = server.catalog.health()
     assert (health.ready, health.status, dict(health.problems)) == (True, "ok", {})

@@ -167,6 +167,21 @@ class ModelView:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineView:
+    """The engine that runs a version.
+
+    Attributes:
+        name: the device, or the version that has the engine for itself.
+        pid: the id of its process; 0 while it is being started.
+        restarts: how many engines it has replaced since the server started.
+    """
+
+    name: str
+    pid: int
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
 class LiveView:
     """The facts about a version that change while it serves.
 
@@ -181,6 +196,7 @@ class LiveView:
         buckets: the sizes that batches are rounded up to on GPUs; empty on the CPU.
         tensorrt: the state of the upgrade to TensorRT; None if none was asked for.
         loading_s: for how many seconds it has been loading; 0 once it is loaded.
+        engine: the engine that runs it; None in the server's own process.
     """
 
     instances: Sequence[InstanceState] = ()
@@ -193,6 +209,7 @@ class LiveView:
     buckets: Sequence[int] = ()
     tensorrt: str | None = None
     loading_s: float = 0.0
+    engine: EngineView | None = None
 
 
 @dataclass(frozen=True, slots=True)

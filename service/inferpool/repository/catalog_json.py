@@ -39,8 +39,8 @@ JsonObject: TypeAlias = dict[str, Any]
 
 NO_CODECS: Final = Codecs()
 
-_CODECS: Final = ("image", "text", "classes")
-"""The fields of a version's view that are not sent."""
+_NOT_SENT: Final = ("image", "text", "classes", "engine")
+"""The fields of views that the receiver fills in."""
 
 
 def model_json(model: ModelView, sources: Mapping[VersionKey, CodecSource]) -> JsonObject:
@@ -155,7 +155,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if is_dataclass(value) and not isinstance(value, type):
-        kept = [field.name for field in fields(value) if field.name not in _CODECS]
+        kept = [field.name for field in fields(value) if field.name not in _NOT_SENT]
         return {name: _plain(getattr(value, name)) for name in kept}
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}

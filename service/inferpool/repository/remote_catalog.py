@@ -17,7 +17,7 @@ from inferpool.engine.catalog_merge import codecs_key
 from inferpool.errors import LoadError, Reason
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.stats import InstanceState
-from inferpool.repository.catalog import FAILED, READY, Health, LiveView, ModelView, VersionView
+from inferpool.repository.catalog import FAILED, READY, EngineView, Health, LiveView, ModelView, VersionView
 from inferpool.repository.catalog_json import (
     NO_CODECS,
     JsonObject,
@@ -68,6 +68,7 @@ class RemoteCatalog:
         self._codecs: dict[str, Codecs] = {}
         self._asks: dict[str, Ask] = {}
         self._silent_since: dict[str, float] = {}
+        self._engines: Mapping[str, Mapping[str, Any]] = {}
         self._live: dict[VersionKey, LiveView] = {}
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -77,7 +78,7 @@ class RemoteCatalog:
 
     def live(self, key: VersionKey) -> LiveView:
         """The facts about a version that change, as the last `refresh` found them; empty if none did."""
-        live = self._live.get(key, LiveView())
+        live = replace(self._live.get(key, LiveView()), engine=self._engine_view(key))
         if live.instances and self._engine_fault(key)[0] is not None:
             silent = [InstanceState(instance.device, NOT_ANSWERING) for instance in live.instances]
             return replace(live, instances=silent)
@@ -148,12 +149,17 @@ class RemoteCatalog:
             before = self._models.get(name)
             made = model_from_json(name, model, views)
             models[name] = before if before is not None and _same_model(before, made) else made
-        self._versions, self._codecs = versions, codecs
+        self._versions, self._codecs, self._engines = versions, codecs, catalog["engines"]
         # The mapping comes last: it is what requests look at, and it stays the same if nothing changed.
         if models.keys() != self._models.keys() or any(
             models[name] is not self._models[name] for name in models
         ):
             self._models = MappingProxyType(models)
+
+    def _engine_view(self, key: VersionKey) -> EngineView | None:
+        engine = self.engine_of(key)
+        facts = self._engines.get(engine or "")
+        return None if facts is None else EngineView(engine or "", facts["pid"], facts["restarts"])
 
     def _engine_fault(self, key: VersionKey) -> tuple[Reason | None, bool]:
         """What is wrong with the engine of a version, and whether the version can answer all the same."""

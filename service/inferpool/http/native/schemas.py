@@ -41,6 +41,14 @@ class InstanceOut(BaseModel):
     state: Literal["ready", "lost", "not_answering"]
 
 
+class EngineOut(BaseModel):
+    """The process that runs a version, and how many processes it has replaced since the server started."""
+
+    name: str
+    pid: int
+    restarts: int
+
+
 class Latency(BaseModel):
     """The measured latency of batches with about this many rows.
 
@@ -86,7 +94,7 @@ class Gpu(BaseModel):
 
 
 class Version(BaseModel):
-    """A version of a model; `gpu` is null on the CPU.
+    """A version of a model; `gpu` is null on the CPU, `engine` if the server itself runs the model.
 
     `row_cost` has the measured sizes of a row, smallest first; null if all rows cost the same. Between them,
     and above the largest, the cost follows a power of the elements.
@@ -102,6 +110,7 @@ class Version(BaseModel):
     batching: Batching
     row_cost: list[Cost] | None
     instances: list[InstanceOut]
+    engine: EngineOut | None
     gpu: Gpu | None
     threads: int
     queue_rows: int
@@ -215,6 +224,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
             InstanceOut.model_validate({"device": item.device, "state": item.state})
             for item in live.instances
         ],
+        engine=None if live.engine is None else EngineOut(**asdict(live.engine)),
         gpu=_gpu(view.gpu, live),
         threads=view.threads,
         queue_rows=live.waiting_rows,
