@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from inferpool.engine.catalog_parcel import unpack
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey
-from inferpool.repository.catalog import LOADING, READY
+from inferpool.repository.catalog import FAILED, LOADING, READY
 from inferpool.repository.catalog_publisher import CatalogPublisher, answer_ask
 from inferpool.repository.remote_catalog import RemoteCatalog
 from inferpool.repository.repository import Repository
@@ -193,3 +194,33 @@ def test_a_successor_loads_by_the_plans_of_the_engine_before(
     assert states == {READY}
     second.publish(store)
     assert len(store.plans) == 2
+
+
+def test_a_successor_serves_what_was_served_whatever_has_become_of_the_folder(
+    folder: Path, tmp_path: Path, engines: list[Engine]
+) -> None:
+    """It takes no new version, not even in place of the latest, and one that is gone has failed."""
+    config = folder / "a" / "model.toml"
+    config.write_text('[versions]\nserve = "latest"\n')
+    (folder / "a" / "3").mkdir()
+    (folder / "a" / "3" / "model.chaos").write_text("{}")
+    shutil.rmtree(folder / "b")
+    engine = Engine(folder, tmp_path / "cache", only=[A2, B1])
+    engines.append(engine)
+    engine.repository.load_now()
+    models = engine.repository.models()
+    assert {number: view.state for number, view in models["a"].versions.items()} == {2: READY}
+    [gone] = models["b"].versions.values()
+    assert (gone.state, gone.reason) == (FAILED, f"b/1 is no longer in {folder}")
+
+
+def test_a_successor_starts_even_if_no_model_is_left(
+    folder: Path, tmp_path: Path, engines: list[Engine]
+) -> None:
+    shutil.rmtree(folder)
+    engine = Engine(folder, tmp_path / "cache", only=[A1, A2])
+    engines.append(engine)
+    [model] = engine.repository.models().values()
+    assert {view.reason for view in model.versions.values()} == {
+        f"a/1 is no longer in {folder}", f"a/2 is no longer in {folder}",
+    }  # fmt: skip

@@ -296,7 +296,7 @@ class Supervisor:
                 "epoch": engine.epoch,
                 "repository": self._repository,
                 "settings": self._settings,
-                "only": engine.only,
+                "only": self._versions_for(engine),
                 "skip": sorted(engine.skip),
                 "slot": self._slot(engine.name),
             },
@@ -304,6 +304,12 @@ class Supervisor:
             wait=False,
         )
         os.close(plans)
+
+    def _versions_for(self, engine: _Engine) -> list[Version] | None:
+        """What an engine is to load; a successor takes no versions that were added to the folder since."""
+        if engine.only is not None or engine.epoch == 1:
+            return engine.only
+        return [version for version in self._store.versions() if version not in engine.skip]
 
     def _slot(self, engine: str) -> int | None:
         """Where an engine and its successors publish their metrics; None if there are too many engines."""

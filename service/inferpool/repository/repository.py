@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from inferpool.backends.registry import backends_by_suffix
-from inferpool.errors import InferpoolError, Reason
+from inferpool.errors import ConfigError, InferpoolError, Reason
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.pool.router import PoolRouter
@@ -90,7 +90,8 @@ class Repository:
         Args:
             driver: the GPU driver; None is this machine's.
             remeasure: whether to ignore kept measurements.
-            only: the versions to serve; None for all. Other versions are not shown.
+            only: the versions to serve; None for all. Other versions are not shown, and one that is not found
+                has failed.
             skip: versions that are neither served nor shown.
             on_loading: called when a version begins to load, in a thread. With it, the caller sees to it that
                 no load takes longer than the setting `load_timeout_s`.
@@ -121,7 +122,7 @@ class Repository:
         self._on_loading = on_loading
         self._on_change = on_change
         self._codec_sources: dict[VersionKey, CodecSource] = {}
-        self._folders = {model.name: model for model in scan(path, backends_by_suffix())}
+        self._folders = {model.name: model for model in self._scan(path)}
         self._configs: dict[str, ModelConfig] = {}
         self._models: Mapping[str, ModelView] = MappingProxyType(
             {
@@ -131,6 +132,22 @@ class Repository:
             }
         )
         metrics.add_source(partial(catalog_readings, self), published=False)
+
+    def _scan(self, path: Path) -> list[ModelFolder]:
+        """The models in `path`, and those of `only` that are not there."""
+        try:
+            found = scan(path, backends_by_suffix())
+        except ConfigError:
+            if self._only is None:
+                raise
+            found = []
+        by_name = {model.name: model for model in found}
+        for key in sorted(self._only or ()):
+            model = by_name.setdefault(key.model, ModelFolder(key.model, None, faults={key.version: ""}))
+            versions = {*model.files, *model.faults}
+            if versions and key.version not in model.files and not model.faults.get(key.version):
+                model.faults[key.version] = f"{key.model}/{key.version} is no longer in {path}"
+        return list(by_name.values())
 
     # The catalog.
 
@@ -316,7 +333,12 @@ class Repository:
         except InferpoolError as error:
             fault = error.detail
         self._configs[model.name] = config
-        served = _served(config, [*model.files, *model.faults])
+        found = {*model.files, *model.faults}
+        served = _served(config, found)
+        if self._only is not None:
+            # A version that was served stays served, even if a newer one is there now.
+            taken = {key.version for key in self._only if key.model == model.name}
+            served = sorted({*served, *(taken & found)})
         labels = {label: version for label, version in config.versions.labels.items() if version in served}
         label_fault = _label_fault(model.name, config, served)
         if label_fault is not None:
@@ -361,7 +383,7 @@ def _none_served(model: ModelFolder, config: ModelConfig) -> Reason:
     return "; ".join((reason, *model.skipped))
 
 
-def _served(config: ModelConfig, found: list[int]) -> list[int]:
+def _served(config: ModelConfig, found: Collection[int]) -> list[int]:
     wanted = config.versions.serve
     if wanted == "latest":
         return sorted({max(found, default=0), *config.versions.labels.values()} & set(found))
