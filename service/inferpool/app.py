@@ -98,8 +98,8 @@ def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines
     server.run(sockets=[listener])
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)
-    if repository.is_loading:
-        # The usual exit destroys what the thread that loads still uses, and a native library then aborts.
+    if repository.is_busy:
+        # The usual exit destroys what a thread that loads or runs still uses; a native library then aborts.
         logging.shutdown()
         os._exit(server.exit_status)
     return server.exit_status

@@ -154,6 +154,13 @@ class LoadedModel(ABC):
         """Why the input is to blame for `error`, which `run` raised for it; None if it is not known to be."""
         return None
 
+    def stop_run(self, thread: int) -> None:  # noqa: B027 - some runtimes cannot
+        """Ask the run that the thread with this identifier has begun to end soon, by raising an error.
+
+        Any thread may call this, at any moment. It may come too late, or before the run has begun, and then
+        does nothing. A runtime that cannot stop a run does nothing either.
+        """
+
     def begin(self) -> None:  # noqa: B027 - most models have nothing to do
         """Prepare the calling thread, which runs the model from now on, before its first batch.
 

@@ -87,7 +87,7 @@ FAMILIES: Final = {
         Family("model_load_seconds", "gauge", _VERSION,
                "Time to load, check, measure and warm up a version."),
         Family("dropped_entries_total", "counter", (*_VERSION, "reason"),
-               "Requests that were queued and then dropped without running."),
+               "Requests that were queued and then given up before the model had answered."),
         Family("audits_total", "counter", _VERSION,
                "Requests that ran again alone, to compare their answers with those in a batch."),
         Family("batching_stopped_total", "counter", (*_VERSION, "reason"),

@@ -17,6 +17,7 @@ import numpy as np
 from inferpool.backends.base import ran_out_of_memory
 from inferpool.errors import OutOfMemory, Reason
 from inferpool.pool.batch import Batch, Outcome, RowSlice, Run
+from inferpool.pool.ports import Entry
 from inferpool.tensors import Tensors
 
 Compare: TypeAlias = Callable[[Tensors, Tensors, Sequence[Tensors]], Reason | None]
@@ -100,7 +101,14 @@ class Audit:
             if kept_bytes > MOST_BYTES or len(others) == MOST_NEIGHBOURS:
                 break
             others.append(each)
-        self._sample = AuditSample(chosen.row_slice, chosen.outputs, others, batch.rows, now)
+        # Copied, because the memory of the inputs is used again once the entries have their results.
+        self._sample = AuditSample(
+            _own_inputs(chosen.row_slice),
+            chosen.outputs,
+            [Outcome(_own_inputs(each.row_slice), each.outputs, None) for each in others],
+            batch.rows,
+            now,
+        )
 
     def overdue(self, now: float) -> bool:
         """Whether an entry has waited too long for an idle instance."""
@@ -134,6 +142,18 @@ class Audit:
                 return None  # this says nothing of the answer
             return f"a row that had an answer in a batch fails alone ({type(error).__name__})"
         return f"{fault} in a batch of {sample.batch_rows} rows"
+
+
+def _own_inputs(row_slice: RowSlice) -> RowSlice:
+    """A copy of a slice that has memory of its own."""
+    entry = row_slice.entry
+    inputs = {name: tensor.copy() for name, tensor in entry.inputs.items()}
+    copied = Entry(
+        entry.id, entry.key, inputs, entry.rows, entry.group, entry.nbytes, entry.arrived,
+        outputs=entry.outputs, row_load=entry.row_load, request_id=entry.request_id,
+    )  # fmt: skip
+    copied.part_of = entry.part_of
+    return RowSlice(copied, row_slice.start, row_slice.stop)
 
 
 def _alike_outputs(sample: AuditSample) -> list[Tensors]:

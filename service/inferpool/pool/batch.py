@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -46,6 +46,13 @@ class RowSlice:
         return self.stop - self.start != self.entry.rows or self.entry.part_of != 0
 
 
+RUNS: Final = 0
+ABANDONED: Final = 1
+"""Nobody waits for any entry of the batch."""
+TIMED_OUT: Final = 2
+"""The batch has run for longer than a run may take."""
+
+
 class Batch:
     """Slices that run together.
 
@@ -56,9 +63,12 @@ class Batch:
         taken: moment at which an instance took the batch.
         padding: how rows of different lengths are brought to one length; None if all lengths are equal.
         rows: rows of all slices.
+        answered: the ids of entries whose request has its result although this batch still runs, because its
+            deadline has passed, say. Each of them is in `slices`. None while there are none.
+        stopped: why the run was asked to end; RUNS if it was not.
     """
 
-    __slots__ = ("batched", "padding", "reason", "rows", "slices", "taken")
+    __slots__ = ("answered", "batched", "padding", "reason", "rows", "slices", "stopped", "taken")
 
     def __init__(
         self,
@@ -73,10 +83,22 @@ class Batch:
         self.reason = reason
         self.taken = taken
         self.padding = padding
+        self.answered: set[int] | None = None
+        self.stopped = RUNS
         # Counted once, because every result of the batch tells this number.
         self.rows = 0
         for row_slice in slices:
             self.rows += row_slice.rows
+
+    def answer(self, entry_ids: Sequence[int]) -> None:
+        """Take note that nobody waits for these entries any more."""
+        self.answered = (self.answered or set()).union(entry_ids)
+
+    def waiting_slices(self) -> list[RowSlice]:
+        """Return the slices whose request still waits for its result."""
+        if self.answered is None:
+            return self.slices
+        return [each for each in self.slices if each.entry.id not in self.answered]
 
     @property
     def load(self) -> float:

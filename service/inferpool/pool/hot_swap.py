@@ -48,6 +48,10 @@ class HotSwapModel(DeviceModel):
         """Why the input is to blame for `error`; None if it is not known to be."""
         return self._model.rejection(error)
 
+    def stop_run(self, thread: int) -> None:
+        """Ask the run of a thread to end."""
+        self._model.stop_run(thread)
+
     def begin(self) -> None:
         """Get the model ready on the calling thread."""
         self._model.begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -10,6 +11,7 @@ from typing import Protocol
 from inferpool.backends.base import LoadedModel, ran_out_of_memory
 from inferpool.errors import InferpoolError, ModelFailed, ModelRejected, Overloaded, Reason
 from inferpool.pool.batch import (
+    RUNS,
     Batch,
     Outcome,
     RowSlice,
@@ -55,13 +57,25 @@ class Instance:
         clock: Callable[[], float],
         log_limiter: LogLimiter,
     ) -> None:
-        """`name` is `model/version#number`, for log lines. `log_limiter` limits lines that requests cause."""
+        """`name` is `model/version#number`, for log lines. `log_limiter` limits lines that requests cause.
+
+        The pool keeps some facts here, under its lock. `batch` runs since the moment `began`, and is
+        expected to take `expected_s`, until `busy_until`; `counted_s` seconds of it are in the metrics. It
+        was asked to stop at the moment `stop_asked`. An instance that `is_surplus` ends after its run,
+        because another has replaced it.
+        """
         self.device = device
         self.name = name
         self.model = model
         self._bucketed = model if isinstance(model, BucketedModel) else None
         self.busy_until = 0.0
         self.woken = False
+        self.batch: Batch | None = None
+        self.began = 0.0
+        self.counted_s = 0.0
+        self.expected_s = 0.0
+        self.stop_asked = math.inf
+        self.is_surplus = False
         self._source = source
         self._clock = clock
         self._log_limiter = log_limiter
@@ -73,6 +87,11 @@ class Instance:
     def start(self) -> None:
         """Start the thread; raises RuntimeError if the system has no more threads."""
         self._worker.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._worker.is_alive()
 
     def join(self, timeout_s: float) -> bool:
         """Wait until the thread has ended; False if it has not within `timeout_s`."""
@@ -97,10 +116,25 @@ class Instance:
             outcomes, undivided = self._run_separately(batch)
             return Run(outcomes, self._clock() - started, False, str(wrong), undivided)
         except Exception as error:  # noqa: BLE001 - models raise anything, and only the guilty may fail
+            if self._is_stopped():
+                return Run([], self._clock() - started, False)
             run = self._isolate(batch, error)
             run.compute_s = self._clock() - started
             return run
         return Run(outcomes, self._clock() - started, True)
+
+    def stop(self) -> None:
+        """Ask the run to end; the pool has said why in `batch`. Called under the pool's lock, any thread."""
+        self.model.stop_run(self._worker.ident or 0)
+
+    def _is_stopped(self) -> bool:
+        """Whether the batch that this thread runs was asked to stop. Then no part of it begins to run."""
+        return self.batch is not None and self.batch.stopped != RUNS
+
+    def _without_answered(self, slices: list[RowSlice]) -> list[RowSlice]:
+        """Leave out slices for which nobody waits any more."""
+        answered = None if self.batch is None else self.batch.answered
+        return slices if answered is None else [each for each in slices if each.entry.id not in answered]
 
     def _infer(self, batch: Batch) -> list[Outcome]:
         slices, padding = batch.slices, batch.padding
@@ -129,7 +163,9 @@ class Instance:
         """
         outcomes: list[Outcome] = []
         undivided: list[Entry] = []
-        for each in batch.slices:
+        for each in self._without_answered(batch.slices):
+            if self._is_stopped():
+                break
             if each.entry.part_of:
                 pieces = [RowSlice(each.entry, row, row + 1) for row in range(each.start, each.stop)]
             elif each.has_all_rows:
@@ -138,6 +174,8 @@ class Instance:
                 undivided.append(each.entry)
                 continue
             for piece in pieces:
+                if self._is_stopped():
+                    break
                 outcomes += self.run(Batch([piece], False, batch.reason, batch.taken)).outcomes
         return outcomes, undivided
 
@@ -150,7 +188,9 @@ class Instance:
         outcomes: list[Outcome] = []
         undivided: list[Entry] = []
         wrong_rows: Reason | None = None
-        for half in (batch.slices[:middle], batch.slices[middle:]):
+        for half in map(self._without_answered, (batch.slices[:middle], batch.slices[middle:])):
+            if not half or self._is_stopped():
+                continue
             run = self.run(Batch(half, batch.batched, batch.reason, batch.taken, batch.padding))
             outcomes += run.outcomes
             undivided += run.undivided

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from inferpool.backends.base import LoadedModel
+from inferpool.backends.base import DeviceModel, LoadedModel
+from inferpool.pool.buckets import BucketedModel
 from inferpool.pool.instance import BatchSource, Instance
 from inferpool.pool.log_limits import LogLimiter
 from inferpool.pool.ports import VersionKey
@@ -18,6 +19,10 @@ log = logging.getLogger(__name__)
 MAX_RESTARTS: Final = 5
 """Instances of a version that are replaced within `RESTART_WINDOW_S`; the next one that dies stays lost."""
 RESTART_WINDOW_S: Final = 60.0
+MAX_HUNG: Final = 2
+"""Instances of a version that hang and are replaced; each of them keeps a core busy."""
+DEVICE_MODELS: Final = (BucketedModel, DeviceModel)
+"""The models that one thread at a time may run."""
 
 
 class InstanceSet:
@@ -34,12 +39,13 @@ class InstanceSet:
         self._instances: list[Instance] = []
         self._idle: list[Instance] = []
         self._lost: list[str] = []
+        self._hung: list[Instance] = []
         self._deaths: deque[float] = deque()
         self._started = 0
         self._waking = 0
 
     def __len__(self) -> int:
-        """How many instances live."""
+        """How many instances live and do not hang."""
         return len(self._instances)
 
     def start(self, model: LoadedModel, device: str) -> None:
@@ -52,6 +58,8 @@ class InstanceSet:
 
     def remove(self, instance: Instance) -> None:
         """Take out an instance whose thread ends."""
+        if instance.is_surplus:
+            return
         self._instances.remove(instance)
         if instance.woken:
             self._waking -= 1  # the instance died on its way to the queue
@@ -72,18 +80,63 @@ class InstanceSet:
             log.error("an instance of %s/%s died and cannot be replaced: %s", *self._key, fault)
             self._lost.append(instance.device)
 
+    def hang(self, instance: Instance, *, replace: bool) -> None:
+        """Count on an instance no more, because its run does not stop.
+
+        With `replace`, start another instance of the same model in its place if several threads may run the
+        model. The model then holds the memory that a second run takes, and the run that hangs its cores.
+        """
+        self._instances.remove(instance)
+        self._hung.append(instance)
+        if not replace or len(self._hung) > MAX_HUNG or isinstance(instance.model, DEVICE_MODELS):
+            return
+        try:
+            self.start(instance.model, instance.device)
+        except RuntimeError as fault:  # the system has no more threads
+            log.error("an instance of %s/%s hangs and cannot be replaced: %s", *self._key, fault)
+        else:
+            instance.is_surplus = True
+
+    def is_hung(self, instance: Instance) -> bool:
+        """Whether an instance hangs."""
+        return instance in self._hung
+
+    def recover(self, instance: Instance) -> None:
+        """Take note that the run of an instance that hung has ended; its replacement, if any, stays."""
+        self._hung.remove(instance)
+        if not instance.is_surplus:
+            self._instances.append(instance)
+
     def all(self) -> list[Instance]:
-        """Return the instances that live."""
+        """Return the instances that live and do not hang."""
         return list(self._instances)
 
-    def states(self) -> list[InstanceState]:
-        """Return each instance's device and state, those that are lost included."""
-        ready = [InstanceState(instance.device, "ready") for instance in self._instances]
-        return ready + [InstanceState(device, "lost") for device in self._lost]
+    def hung(self) -> list[Instance]:
+        """Return the instances that hang."""
+        return list(self._hung)
 
-    def free_at(self) -> list[float]:
-        """Return when each instance is expected to be free; a moment in the past means that it is idle."""
-        return [instance.busy_until for instance in self._instances]
+    def running(self) -> list[Instance]:
+        """Return the instances that run a batch, those that hang included."""
+        return [each for each in (*self._instances, *self._hung) if each.batch is not None]
+
+    def states(self) -> list[InstanceState]:
+        """Return each instance's device and state, those that hang or are lost included."""
+        now = self._clock()
+        ready = [InstanceState(instance.device, "ready") for instance in self._instances]
+        hung = [InstanceState(each.device, "hung", now - each.began) for each in self._hung]
+        return ready + hung + [InstanceState(device, "lost") for device in self._lost]
+
+    def free_at(self, now: float) -> list[float]:
+        """Return when each instance is expected to be free; a moment in the past means that it is idle.
+
+        A run that has taken longer than expected is expected to take as much longer again.
+        """
+        return [
+            instance.busy_until
+            if instance.busy_until > now or instance.batch is None
+            else 2 * now - instance.busy_until
+            for instance in self._instances
+        ]
 
     @property
     def idle_count(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from inferpool.backends.base import LoadedModel
@@ -17,7 +17,7 @@ from inferpool.errors import Draining, NotReady, Reason
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.audit import Audit, AuditSample
-from inferpool.pool.batch import Batch, Outcome, Run
+from inferpool.pool.batch import ABANDONED, RUNS, TIMED_OUT, Batch, Outcome, RowSlice, Run
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.pool.completion import Completion
 from inferpool.pool.entry_queue import Queue
@@ -28,8 +28,10 @@ from inferpool.pool.log_limits import LogLimiter
 from inferpool.pool.padding import Padding
 from inferpool.pool.ports import Entry, Outbox, Result, VersionKey
 from inferpool.pool.retries import Retries
+from inferpool.pool.run_limits import HUNG, STOP
+from inferpool.pool.run_watcher import RunWatcher
 from inferpool.pool.splitting import SplitRequest
-from inferpool.pool.stats import DROPPED, BatchCount, BatchStats, InstanceState, Waiting
+from inferpool.pool.stats import DROPPED, BatchCount, BatchStats, InstanceState, Waiting, hung_reason
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +59,15 @@ class Pool:
         buckets: BatchBuckets | None = None,
         audit: Audit | None = None,
         forget_plan: Callable[[], None] | None = None,
+        watcher: RunWatcher | None = None,
     ) -> None:
         """`batched` says whether rows of different entries may share a run, which has been proven.
 
         `padding` is how rows of different lengths are treated; None if all lengths are equal. The outputs of
         an entry's parts are joined up to `max_joined_bytes`. `buckets` has the batch sizes that models on
         GPUs run. `audit` compares rows with what they get alone; None if the graph has proven them equal.
-        `forget_plan` is called if batching is turned off while the version serves.
+        `forget_plan` is called if batching is turned off while the version serves. `watcher` ends runs that
+        take too long; without one, runs have no limit.
         """
         self.key = key
         self.limits = limits
@@ -83,7 +87,9 @@ class Pool:
         self._queue = Queue(limits, latency.seconds, latency.safety_factor)
         self._instances = InstanceSet(key, self, clock, self.log_limiter)
         self._retries = Retries()
-        self._completion = Completion(self._queue, self._retries, self._stats, clock)
+        self._completion = Completion(self._queue, self._retries, self._stats, clock, self._leave_runs)
+        self._watcher = RunWatcher(clock, 0.0) if watcher is None else watcher
+        self._watcher.add(self)
         self._last_run = clock()
         self._closed = False
 
@@ -98,7 +104,7 @@ class Pool:
             if entry.deadline < math.inf:
                 now = self._clock()
                 doubtful = self.latency.runs(entry.load) < FEW_RUNS or now - self._last_run > STALE_S
-                self._queue.offer(entry, now, self._instances.free_at(), probe=doubtful)
+                self._queue.offer(entry, now, self._instances.free_at(now), probe=doubtful)
             else:  # such an entry is never late
                 self._queue.offer(entry, entry.arrived, [0.0] * len(self._instances))
             if entry.parts or self.limits.is_large(entry):
@@ -116,7 +122,10 @@ class Pool:
         self._queue.admission.refuse_if_full(1, 0, False, len(self._instances))
 
     def cancel(self, entry_id: int, reason: str) -> None:
-        """Drop an entry that still waits, for `disconnected` or `deadline`. A run that has begun goes on."""
+        """Answer an entry now, for `disconnected` or `deadline`, whether it waits or runs.
+
+        Does nothing if it has its result. A run is asked to stop once nobody waits for any entry in it.
+        """
         with self._lock:
             results = self._completion.cancel(entry_id, reason)
         self._put(results)
@@ -134,9 +143,23 @@ class Pool:
             return self._stats.batches()
 
     def instances(self) -> list[InstanceState]:
-        """Return each instance's device and state."""
+        """Return each instance's device and state, and count the time that runs have taken up to now."""
         with self._lock:
+            now = self._clock()
+            for instance in self._instances.running():
+                run_s = now - instance.began
+                self._stats.count_busy(instance.device, max(0.0, run_s - instance.counted_s))
+                instance.counted_s = max(run_s, instance.counted_s)
             return self._instances.states()
+
+    def hung(self) -> Reason | None:
+        """Say which share of the instances hang, and since when; None if none does."""
+        return hung_reason(self.instances())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread of any instance lives."""
+        return any(instance.is_alive for instance in (*self._instances.all(), *self._instances.hung()))
 
     def bucket_sizes(self) -> tuple[int, ...]:
         """Return the batch sizes that run on GPUs now; empty on the CPU, which runs any size."""
@@ -154,18 +177,25 @@ class Pool:
     def drain(self, timeout_s: float) -> bool:
         """Accept no more, finish what was accepted, end the instances; False if that took too long.
 
-        Entries that have not begun to run by then are answered with Draining.
+        Entries that have no result by then are answered with Draining, and runs are asked to stop.
         """
         with self._lock:
             self._closed = True
             self.limits.delay_s = 0.0
             self._instances.wake_all()
-            instances = self._instances.all()
+            instances, hung = self._instances.all(), self._instances.hung()
         deadline = self._clock() + timeout_s
         ended = [instance.join(max(0.0, deadline - self._clock())) for instance in instances]
         with self._lock:
             results = self._completion.give_up("draining")
+            for instance in self._instances.running():
+                for row_slice in instance.batch.waiting_slices() if instance.batch is not None else ():
+                    entry = row_slice.entry
+                    results += self._completion.cancel(entry.part_of or entry.id, "draining")
         self._put(results)
+        ended += [instance.join(0.0) for instance in hung]
+        if all(ended):
+            self._watcher.remove(self)
         return all(ended)
 
     # The instances' side.
@@ -177,6 +207,8 @@ class Pool:
             sample: AuditSample | None = None
             with self._lock:
                 now = self._clock()
+                if instance.is_surplus:
+                    return None
                 if self._audit is not None and self._audit.overdue(now):
                     sample = self._take_sample(instance, now)
                 batch = None if sample is not None else self._next(instance, now, results)
@@ -208,22 +240,32 @@ class Pool:
         results: list[Result] = []
         complete: list[SplitRequest] = []
         completion = self._completion
+        outcomes: Sequence[Outcome] = run.outcomes
         with self._lock:
-            instance.busy_until = 0.0
-            for outcome in run.outcomes:
+            run_s = self._end_run(instance)
+            if self._audit is not None and batch.stopped == RUNS:
+                # Before the results: the inputs may be overwritten once an entry has its result.
+                self._consider_audit(batch, run)
+            if batch.stopped != RUNS or batch.answered is not None:
+                self._retries.forget(batch)
+                outcomes = completion.sort_out(batch, run, results)
+            for outcome in outcomes:
                 split = completion.end(outcome, batch, run.compute_s, results)
                 if split is not None:
                     complete.append(split)
             # The web side's thread can wake up while this one does the rest. A client that has its answer
             # cannot observe stale counters, because readers of the counters take this lock.
             self._put(results)
-            self._retries.forget(batch)
+            if batch.answered is not None:
+                self._put_ended(batch)
+            if batch.stopped == RUNS:
+                self._retries.forget(batch)
             if run.wrong_rows is not None:
                 self._stop_batching(run.wrong_rows, "rows")
                 for entry in run.undivided:
                     self._completion.run_undivided(entry)
             try:
-                self._keep(instance, batch, run)
+                self._keep(instance, batch, run, run_s)
             except Exception:
                 # Raising would end the instance, and run a batch again that has been answered.
                 log.exception("the measurements of a batch of %s/%s could not be kept", *self.key)
@@ -237,17 +279,134 @@ class Pool:
         """Replace an instance whose thread has died. The entries of its batch run once more, each alone."""
         results: list[Result] = []
         with self._lock:
+            self._end_run(instance)
             self._instances.remove(instance)
-            self._instances.replace(instance)
+            if not instance.is_surplus:
+                self._instances.replace(instance)
             self._queue.admission.bound_by_time(len(self._instances))
             if batch is not None:
                 for outcome in self._retries.add(batch, self._clock()):
                     self._completion.end(outcome, batch, 0.0, results)
             if not len(self._instances):
                 results += self._completion.give_up("draining" if self._closed else "lost")
-            for _ in range(min(self._instances.idle_count, len(self._retries))):
-                self._instances.wake_one()
+            self._wake_for_retries()
         self._put(results)
+        if batch is not None and batch.answered is not None:
+            with self._lock:
+                self._put_ended(batch)
+
+    # The watcher's side.
+
+    def check_runs(self) -> float:
+        """Stop runs that take too long, and count on instances no more whose runs do not stop.
+
+        Returns when to ask again, in seconds of the pool's clock; infinity if there is nothing to wait for.
+        """
+        watcher = self._watcher
+        soonest = math.inf
+        results: list[Result] = []
+        hung = False
+        with self._lock:
+            now = self._clock()
+            for instance in self._instances.running():
+                batch = instance.batch
+                if batch is None or self._instances.is_hung(instance):
+                    continue
+                nobody_waits = not batch.waiting_slices()
+                action, moment = watcher.limits.judge(
+                    now, instance.began, instance.expected_s, instance.stop_asked, nobody_waits
+                )
+                if action == STOP:
+                    self._stop_run(instance, ABANDONED if nobody_waits else TIMED_OUT)
+                elif action == HUNG:
+                    hung = True
+                    self._hang(instance, batch, results)
+                soonest = min(soonest, moment)
+            reason = hung_reason(self._instances.states()) if hung else None
+        self._put(results)
+        if reason is not None and watcher.on_hung is not None:
+            watcher.on_hung(self.key, reason)
+        return soonest
+
+    # Under the lock: runs that end early.
+
+    def _stop_run(self, instance: Instance, why: int) -> None:
+        """Ask a run to stop."""
+        batch = instance.batch
+        if batch is None:
+            return
+        if instance.stop_asked == math.inf:
+            instance.stop_asked = self._clock()
+        if batch.stopped == RUNS:
+            batch.stopped = why
+            if why == TIMED_OUT:
+                log.warning(
+                    "%s: a batch of %d rows has run for %.0f s, and is stopped",
+                    instance.name, batch.rows, instance.stop_asked - instance.began,
+                )  # fmt: skip
+        instance.stop()
+
+    def _leave_runs(self, request_id: int) -> list[tuple[RowSlice, Batch]]:
+        """Tell the batches that run rows of a request that it has its result; returns what of it runs."""
+        found: list[tuple[RowSlice, Batch]] = []
+        for instance in self._instances.running():
+            batch = instance.batch
+            if batch is None:
+                continue
+            own = [each for each in batch.slices if (each.entry.part_of or each.entry.id) == request_id]
+            if not own:
+                continue
+            found += [(each, batch) for each in own]
+            batch.answer([each.entry.id for each in own])
+            if not batch.waiting_slices():
+                self._stop_run(instance, ABANDONED)
+                self._watcher.wake()
+        return found
+
+    def _hang(self, instance: Instance, batch: Batch, results: list[Result]) -> None:
+        """Go on without an instance whose run does not stop."""
+        log.error(
+            "%s on %s hangs: a run has taken %.0f s and does not stop",
+            instance.name, instance.device, self._clock() - instance.began,
+        )  # fmt: skip
+        ends = self._watcher.on_hung is not None
+        self._instances.hang(instance, replace=not (ends or self._closed))
+        self._queue.admission.bound_by_time(len(self._instances))
+        waiting = batch.waiting_slices()
+        if len(waiting) == 1 and len(batch.slices) == 1:
+            self._completion.time_out(waiting[0], batch, results)
+        elif not ends:
+            batch.answer([each.entry.id for each in waiting])
+            for row_slice in waiting:
+                self._completion.retry_timed_out(row_slice, batch, results)
+        if not len(self._instances) and not ends:
+            results += self._completion.give_up("draining" if self._closed else "lost")
+        self._wake_for_retries()
+
+    def _end_run(self, instance: Instance) -> float:
+        """Take note that an instance runs nothing; returns the seconds of its run that are counted."""
+        counted_s, instance.counted_s = instance.counted_s, 0.0
+        instance.busy_until = 0.0
+        instance.batch = None
+        instance.stop_asked = math.inf
+        if self._instances.is_hung(instance):
+            log.warning("%s runs again after %.0f s", instance.name, self._clock() - instance.began)
+            self._instances.recover(instance)
+            self._queue.admission.bound_by_time(len(self._instances))
+        return counted_s
+
+    def _begin_run(self, instance: Instance, batch: Batch, now: float, expected_s: float) -> None:
+        """Take note that an instance runs `batch` from now on."""
+        instance.busy_until = now + expected_s
+        instance.expected_s = expected_s
+        instance.began = now
+        instance.batch = batch
+        if self._watcher.is_idle:
+            self._watcher.wake()
+
+    def _wake_for_retries(self) -> None:
+        for _ in range(min(self._instances.idle_count, len(self._retries))):
+            self._instances.wake_one()
 
     # Under the lock: which batch runs next.
 
@@ -255,7 +414,7 @@ class Pool:
         if self._closed:
             raise Draining("the server, or this version, is shutting down; try again later")
         if not len(self._instances):
-            raise NotReady("every instance of this version is lost; its log says why")
+            raise NotReady("every instance of this version is lost or hangs; its log says why")
 
     def _next(self, instance: Instance, now: float, results: list[Result]) -> Batch | None:
         """Return the batch that `instance` runs now; adds the results of entries that will never run."""
@@ -267,7 +426,7 @@ class Pool:
             if not taken.slices:
                 return None
             batch = Batch(taken.slices, self.batched, taken.reason, now, self._padding)
-        instance.busy_until = now + self.latency.seconds(batch.load)
+        self._begin_run(instance, batch, now, self.latency.seconds(batch.load))
         if self._instances.idle_count and (len(self._retries) or len(self._queue)):
             self._instances.wake_one()
         return batch
@@ -297,8 +456,7 @@ class Pool:
         self._stats.count_stop(kind)
         for entry in self._queue.sliced():
             self._completion.run_undivided(entry)
-        for _ in range(min(self._instances.idle_count, len(self._retries))):
-            self._instances.wake_one()
+        self._wake_for_retries()
 
     def _take_sample(self, instance: Instance, now: float) -> AuditSample | None:
         """Return the entry that `instance` runs again now; None if no audit is due."""
@@ -306,18 +464,28 @@ class Pool:
         if sample is not None:
             self._instances.arrived(instance)
             row_slice = sample.row_slice
-            instance.busy_until = now + self.latency.seconds(row_slice.rows * row_slice.entry.row_load)
+            batch = Batch([row_slice], False, "alone", now)
+            batch.answer([row_slice.entry.id])
+            self._begin_run(instance, batch, now, self.latency.seconds(batch.load))
         return sample
 
-    def _keep(self, instance: Instance, batch: Batch, run: Run) -> None:
+    def _consider_audit(self, batch: Batch, run: Run) -> None:
+        """Keep an entry of a batch for an audit, if one is due."""
+        try:
+            if self._audit is not None:
+                self._audit.consider(batch, run, self.latency.seconds(1.0), self._clock())
+        except Exception:
+            # Raising would end the instance, and run the batch again.
+            log.exception("no entry of a batch of %s/%s could be kept for an audit", *self.key)
+
+    def _keep(self, instance: Instance, batch: Batch, run: Run, counted_s: float) -> None:
         """Count a batch that has run, and bound what may wait by how long it took."""
         self._last_run = self._clock()
-        if run.clean:
+        if run.clean or (batch.stopped != RUNS and run.compute_s > self.latency.seconds(batch.load)):
+            # A run that was stopped would have taken longer still.
             self.latency.observe(batch.load or 1.0, run.compute_s)
         self._queue.admission.bound_by_time(len(self._instances))
-        self._stats.count_batch(instance.device, batch, run.compute_s)
-        if self._audit is not None:
-            self._audit.consider(batch, run, self.latency.seconds(1.0), self._last_run)
+        self._stats.count_batch(instance.device, batch, run.compute_s, counted_s)
         if self._buckets is not None and self.batched:
             # The GPU may have had no memory for larger batches.
             self.limits.batch_rows = min(self.limits.batch_rows, self._buckets.largest)
@@ -330,9 +498,12 @@ class Pool:
         if audit is None:
             return  # another instance has found a difference
         began = self._clock()
+        batch = instance.batch
         difference = audit.check(sample, instance.run_alone)
         with self._lock:
-            instance.busy_until = 0.0
+            if batch is not None and batch.stopped != RUNS:
+                difference = None  # a run that was stopped says nothing
+            self._end_run(instance)
             audit.ran(self._clock() - began)
             self._stats.count_audit()
             if difference is not None:
@@ -347,6 +518,11 @@ class Pool:
     def _put(self, results: list[Result]) -> None:
         if results:
             self._outbox.put(results)
+
+    def _put_ended(self, batch: Batch) -> None:
+        over = self._completion.end_reading(batch)
+        if over:
+            self._outbox.ended(over)
 
     def _put_joined(self, split: SplitRequest) -> None:
         result = split.result(self._max_joined_bytes)

@@ -1,7 +1,7 @@
 """Batches of one entry that run once more.
 
-Either the instance of the first run has died, or the entry has run in slices and has to run with all its rows
-at once.
+The instance of the first run has died, or that run took too long, or the entry has run in slices and has to
+run with all its rows at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Retries:
         A slice ends here if this was its second run, or if its deadline has passed.
         """
         ended: list[Outcome] = []
-        for row_slice in batch.slices:
+        for row_slice in batch.waiting_slices():
             run = (row_slice.entry.id, row_slice.start)
             if run in self._tried:
                 self._tried.discard(run)
@@ -40,9 +40,13 @@ class Retries:
             elif row_slice.entry.deadline <= now:
                 ended.append(Outcome(row_slice, None, DROPPED["deadline"]()))
             else:
-                self._tried.add(run)
-                self._waiting.append(Batch([row_slice], batch.batched, "retry", now, batch.padding))
+                self.add_slice(row_slice, batch, now)
         return ended
+
+    def add_slice(self, row_slice: RowSlice, batch: Batch, now: float) -> None:
+        """Let a slice of `batch` run again, alone."""
+        self._tried.add((row_slice.entry.id, row_slice.start))
+        self._waiting.append(Batch([row_slice], batch.batched, "retry", now, batch.padding))
 
     def add_undivided(self, entry: Entry, now: float) -> None:
         """Let all rows of `entry` run at once."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from inferpool.errors import DeadlineExceeded, Draining, InferpoolError, NotReady
+from inferpool.errors import DeadlineExceeded, Draining, InferpoolError, NotReady, Reason
 from inferpool.observe.families import BATCH_RUNS
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.batch import Batch
@@ -18,9 +18,11 @@ DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
     "deadline": lambda: DeadlineExceeded("the deadline passed before the model could run"),
     "disconnected": lambda: InferpoolError("the client is gone"),
     "draining": lambda: Draining("the server is shutting down"),
-    "lost": lambda: NotReady("every instance of this version is lost"),
+    "lost": lambda: NotReady("every instance of this version is lost or hangs"),
 }
 """Makes the error of a dropped entry; the keys are the reasons of `dropped_entries_total`."""
+
+RUN_OVER: Final = "the deadline passed while the model ran"
 
 _BATCH_REASONS: Final = ("drained", "full", "deadline", "piece", "retry")
 """Why a batch is no larger, as `batches_total` says it."""
@@ -47,10 +49,25 @@ class Waiting(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """An instance as seen from outside: `state` is `ready` or `lost`."""
+    """An instance as seen from outside.
+
+    Attributes:
+        device: where it runs.
+        state: `ready`, `lost` (its thread has ended) or `hung` (its run does not stop).
+        run_s: seconds that the run of an instance that hangs has taken; 0 for others.
+    """
 
     device: str
     state: str
+    run_s: float = 0.0
+
+
+def hung_reason(instances: Sequence[InstanceState]) -> Reason | None:
+    """Say how many of the instances hang, and for how long; None if none does."""
+    hung = [instance.run_s for instance in instances if instance.state == "hung"]
+    if not hung:
+        return None
+    return f"{len(hung)} of {len(instances)} instances hang: a run has taken {max(hung):.0f} s"
 
 
 class BatchStats:
@@ -98,8 +115,12 @@ class BatchStats:
         """Count that batching was turned off, for a reason of `STOPPED`."""
         self._stops[reason].add()
 
-    def count_batch(self, device: str, batch: Batch, compute_s: float) -> None:
-        """Count a batch that ran on `device` for `compute_s` seconds."""
+    def count_busy(self, device: str, seconds: float) -> None:
+        """Count time that an instance on `device` has spent on a batch that still runs."""
+        self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(seconds)
+
+    def count_batch(self, device: str, batch: Batch, compute_s: float, counted_s: float = 0.0) -> None:
+        """Count a batch that ran on `device` for `compute_s`, of which `count_busy` knows `counted_s`."""
         known = self._batches.get(batch.rows)
         if known is None:
             known = self._first_count(batch.rows)
@@ -112,7 +133,9 @@ class BatchStats:
                 shared[1] = counted.compute_s
         self._batch_rows.observe(batch.rows)
         self._metrics.value("batches_total", *self._labels, device, batch.reason).add()
-        self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(compute_s)
+        self._metrics.value("instance_busy_seconds_total", *self._labels, device).add(
+            max(0.0, compute_s - counted_s)
+        )
         if self._padding is not None:
             tokens, padded = _tokens(batch, self._padding)
             self._metrics.value("tokens_total", *self._labels).add(tokens)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from inferpool.errors import Reason
 from inferpool.pool.ports import VersionKey
+from inferpool.pool.stats import InstanceState, hung_reason
 from inferpool.repository.catalog import LOADING, READY, Health, LiveView, ModelView
 
 PATIENCE_S: Final = 120.0
@@ -41,9 +42,9 @@ def judge(
             name = f"{model.name}/{version.key.version}"
             if version.state == READY:
                 fault, reachable = faults(version.key)
-                states = Counter(instance.state for instance in live(version.key).instances)
-                total, ready = states.total(), states.pop("ready", 0)
-                problem = fault or _instance_problem(states, total)
+                instances = live(version.key).instances
+                ready = sum(instance.state == "ready" for instance in instances)
+                problem = fault or _instance_problem(instances)
                 if problem is not None:
                     problems[name] = problem
                 if reachable and (ready or fault is not None):
@@ -72,8 +73,12 @@ def judge(
     return Health(False, "loading" if loading or late else "unavailable", problems)
 
 
-def _instance_problem(states: Mapping[str, int], total: int) -> Reason | None:
-    """What is wrong with instances in these states, of which none is `ready`; None if there are none."""
-    if not states:
-        return None
-    return "; ".join(f"{count} of {total} instances are {state}" for state, count in states.items())
+def _instance_problem(instances: Sequence[InstanceState]) -> Reason | None:
+    """What is wrong with some of the instances; None if all are ready."""
+    states = Counter(instance.state for instance in instances)
+    problems = [
+        f"{count} of {len(instances)} instances are {state}"
+        for state, count in states.items()
+        if state not in ("ready", "hung")
+    ]
+    return "; ".join(filter(None, (*problems, hung_reason(instances)))) or None

@@ -84,6 +84,7 @@ class Repository:
         on_loading: Callable[[VersionKey], None] | None = None,
         on_change: Callable[[], None] | None = None,
         plans: Mapping[str, str] | None = None,
+        on_hung: Callable[[VersionKey, Reason], None] | None = None,
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
@@ -97,6 +98,8 @@ class Repository:
                 no load takes longer than the setting `load_timeout_s`.
             on_change: called after every change of what `models` or `plans` returns, in a thread.
             plans: the plans of an earlier engine with the same versions.
+            on_hung: called when a run does not stop, with the version and a sentence, in a thread. It is
+                expected to end the process; if it is None, the version goes on as well as it can.
         """
         self.router = PoolRouter()
         self._settings = settings
@@ -110,6 +113,7 @@ class Repository:
             remeasure=remeasure,
             plans=plans,
             on_drop=on_change or (lambda: None),
+            on_hung=on_hung,
         )
         self._clock = clock
         self._loaded: dict[VersionKey, LoadedVersion] = {}
@@ -209,6 +213,11 @@ class Repository:
     def is_loading(self) -> bool:
         """Whether a thread loads a version at this moment."""
         return bool(self._load_began)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread loads a version, or an instance's thread lives."""
+        return self.is_loading or any(pool.is_running for pool in self.router.pools())
 
     def begin_drain(self) -> None:
         """Report that the server is not ready; requests that were accepted still run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -42,13 +43,26 @@ class OnnxModel(LoadedModel):
         self._fragile = fragile
         self._session = session
         self._all_outputs = list(signature.outputs_by_name)
+        # The options of each thread's last run. One of them stops that run, and no other.
+        self._runs: dict[int, Any] = {}
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         """Run the session; raises what ONNX Runtime raises, and EmptyInput."""
         if self._fragile:
             refuse_empty(self._fragile, inputs)
         names = self._all_outputs if outputs is None else list(outputs)
-        return dict(zip(names, self._session.run(names, inputs), strict=True))
+        return dict(zip(names, self._session.run(names, inputs, self._begin_run()), strict=True))
+
+    def stop_run(self, thread: int) -> None:
+        """Let the thread's run end before the next operation, or the next turn of a loop."""
+        options = self._runs.get(thread)
+        if options is not None:
+            options.terminate = True
+
+    def _begin_run(self) -> Any:
+        """The options of a run that begins; without options, the session would make its own at each run."""
+        options = self._runs[threading.get_ident()] = ort.RunOptions()
+        return options
 
     def rejection(self, error: Exception) -> Rejection | None:
         """The operation that has refused its inputs, and the runtime's reason; None for another fault."""
@@ -91,14 +105,14 @@ class BrainFloatModel(OnnxModel):
             for name, tensor in inputs.items()
         }
         if self._bf16_outputs.isdisjoint(names):
-            return dict(zip(names, self._session.run(names, feeds), strict=True))
+            return dict(zip(names, self._session.run(names, feeds, self._begin_run()), strict=True))
         binding = self._session.io_binding()
         for name, feed in feeds.items():
             value = ort.OrtValue.ortvalue_from_numpy(feed) if isinstance(feed, np.ndarray) else feed
             binding.bind_ortvalue_input(name, value)
         for name in names:
             binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._begin_run())
         return {
             name: _to_bits(value) if name in self._bf16_outputs else value.numpy()
             for name, value in zip(names, binding.get_outputs(), strict=True)

@@ -26,6 +26,7 @@ from inferpool.pool.latency_model import LatencyModel, Measurement
 from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Outbox, VersionKey
+from inferpool.pool.run_watcher import RunWatcher
 from inferpool.repository.catalog import READY, BatchingView, VersionView
 from inferpool.repository.codec_factory import CodecSource, make_codecs, read_codec_source
 from inferpool.repository.config import ModelConfig, check_tensors
@@ -114,14 +115,19 @@ class Loader:
         remeasure: bool = False,
         plans: Mapping[str, str] | None = None,
         on_drop: Callable[[], None] = lambda: None,
+        on_hung: Callable[[VersionKey, Reason], None] | None = None,
     ) -> None:
-        """`driver` is the GPU driver; None is this machine's. The others are those of `PlanCache`."""
+        """`driver` is the GPU driver; None is this machine's. `on_hung` is told of runs that do not stop.
+
+        See `RunWatcher` for the latter. The others are those of `PlanCache`.
+        """
         self._settings = settings
         self._outbox = outbox
         self._metrics = metrics
         self._clock = clock
         self._driver = driver or cuda_driver()
         self._cache = PlanCache(settings.cache_dir, remeasure=remeasure, plans=plans, on_drop=on_drop)
+        self._watcher = RunWatcher(clock, settings.run_timeout_s, on_hung)
         self._cores = settings.threads or usable_cores()
 
     def plans(self) -> Mapping[str, str]:
@@ -390,6 +396,7 @@ class Loader:
             buckets=copies.buckets,
             audit=Audit(_comparison(copies.models[0][1])) if plan.evidence is Evidence.RUNS else None,
             forget_plan=partial(self._cache.drop, plan_file),
+            watcher=self._watcher,
         )
 
 

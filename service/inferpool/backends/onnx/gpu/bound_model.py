@@ -114,6 +114,7 @@ class BoundModel(DeviceModel):
         self._open_without_graphs = open_without_graphs
         self._streamed = streamed
         self._options = run_options(streamed)
+        self._running = self._options
         self._ids = itertools.count(1)
         self._session = session
         kind, _, index = device.partition(":")
@@ -127,7 +128,7 @@ class BoundModel(DeviceModel):
         """Run without padding; raises what ONNX Runtime raises, and OutOfMemory."""
         if any(not tensor.size for tensor in inputs.values()):  # nothing to copy
             names = self._names if outputs is None else list(outputs)
-            options = run_options(False)
+            options = self._running = run_options(False)
             with DEVICE_GATE.work():
                 return dict(zip(names, self._session.run(names, inputs, options), strict=True))
         return self._run([inputs], self._shapes([inputs], None), None, outputs)
@@ -141,6 +142,10 @@ class BoundModel(DeviceModel):
             joined = {name: np.concatenate([part[name] for part in parts]) for name in shapes}
             return self.run(joined, outputs)
         return self._run(parts, shapes, rows, outputs)
+
+    def stop_run(self, thread: int) -> None:
+        """Let the run end before its next operation. A CUDA graph, or queued work, runs to its end."""
+        self._running.terminate = True
 
     def begin(self) -> None:
         """Forget the graphs that another thread captured; the runtime would capture them again."""
@@ -198,6 +203,9 @@ class BoundModel(DeviceModel):
             for name in bound.unknown:
                 # A binding keeps the outputs of its last run, and the next run would be cut to their shapes.
                 bound.binding.bind_output(name, *self._device)
+            self._running = bound.options
+            # Another run of the same shape may have been stopped.
+            self._running.terminate = False
             with DEVICE_GATE.work() if bound.options is self._options else nullcontext():
                 self._session.run_with_iobinding(bound.binding, bound.options)
         except Exception as error:
