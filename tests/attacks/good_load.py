@@ -23,6 +23,8 @@ RATE = 100
 LOOK_S = 0.05
 """Pause between two looks at `/health/live`."""
 CONNECTIONS = 50
+IDLE_S = 60.0
+"""Longer idle connections are not used: the server closes them after 75 s, perhaps at this moment."""
 
 
 @dataclasses.dataclass
@@ -55,9 +57,9 @@ def good_requests() -> list[tuple[str, bytes]]:
 async def measure(port: int, seconds: float) -> Quality:
     """Send good requests to the server at `port` for so long."""
     requests = good_requests()
-    idle: asyncio.LifoQueue[Client] = asyncio.LifoQueue()
+    idle: asyncio.LifoQueue[tuple[Client, float]] = asyncio.LifoQueue()
     for _ in range(CONNECTIONS):
-        idle.put_nowait(await Client.connect(port))
+        idle.put_nowait((await Client.connect(port), time.perf_counter()))
     took: list[float] = []
     live: list[float] = []
     failures: list[str] = []
@@ -66,14 +68,17 @@ async def measure(port: int, seconds: float) -> Quality:
         began = time.perf_counter()
         path, body = requests[number % len(requests)]
         try:
-            client = await idle.get()
+            client, since = await idle.get()
+            if began - since > IDLE_S:
+                await client.close()
+                client = await Client.connect(port)
             reply = await asyncio.wait_for(client.post(path, body), 30)
             if reply.status != 200:
                 failures.append(f"{path}: {reply.status} {reply.body[:200]!r}")
-            idle.put_nowait(client)
+            idle.put_nowait((client, time.perf_counter()))
         except (OSError, EOFError, TimeoutError) as error:
             failures.append(f"{path}: {error!r}")
-            idle.put_nowait(await Client.connect(port))
+            idle.put_nowait((await Client.connect(port), time.perf_counter()))
         took.append(time.perf_counter() - began)
 
     async def look() -> None:

@@ -19,6 +19,7 @@ from inferpool.codecs.image_config import ImageConfig, find_input, input_size, p
 from inferpool.codecs.image_files import MEDIA_TYPES, PILLOW_BYTES, Container, open_container
 from inferpool.errors import BodyTooLarge, MalformedBody, RequestError
 from inferpool.pixel_table import Normalisation
+from inferpool.system.cpu_pace import PACE
 from inferpool.tensors import FLOATS, Array, Signature, Tensors, TensorSpec
 
 PILLOW_MODES: Final = {"rgb": "RGB", "grey": "L"}
@@ -122,6 +123,7 @@ class ImageCodec:
             # The file keeps what the decoder needed, as long as somebody refers to it.
             image = _upright(file, container.orientation)
             del file
+            PACE.step()
             return _to_mode(image, self._pillow_mode)
         except BodyTooLarge:
             raise
@@ -136,6 +138,7 @@ class ImageCodec:
 
     def _fit(self, image: Image.Image) -> Image.Image:
         """Resize and crop to the size that the model gets."""
+        PACE.step()
         width, height = self._resized(*image.size)
         # Pillow resizes the width first, then the height. The picture in between may be larger than both.
         self._check_size(width, max(height, image.height))
@@ -200,6 +203,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     # Strip by strip, because Pillow holds the GIL meanwhile, and the strips of the steps take little memory.
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
+        PACE.step()
         strip = _convert(image.crop((0, top, width, min(height, top + rows))), "RGBA")
         strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
         on_white.paste(strip.convert("RGB"), (0, top))

@@ -18,9 +18,14 @@ def usable_cores(root: Path = ROOT) -> int:
     A fraction of the quota is rounded up. `root` contains `proc` and `sys`. Sources: the kernel's documents
     cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (cpu.cfs_quota_us, version 1).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = affinity_cores()
     quota = cpu_quota(root)
     return max(1, cores if quota is None else min(cores, math.ceil(quota)))
+
+
+def affinity_cores() -> int:
+    """The number of cores of the affinity mask."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

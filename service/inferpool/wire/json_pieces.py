@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from inferpool.errors import InferpoolError
+from inferpool.system.cpu_pace import PACE
 from inferpool.tensors import Array, bf16_to_fp32
 from inferpool.wire.native_json import has_non_finite, write
 
@@ -129,6 +130,7 @@ def join_pieces(pieces: Iterable[Chunk], is_wanted: Callable[[], bool]) -> list[
             size = 0
             if not is_wanted():
                 raise InferpoolError("the client is gone or has been refused")
+        PACE.step()
         time.sleep(_PAUSE_S)
     if joined:
         parts.append(b"".join(joined))

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import pytest
 from inferpool.errors import BodyTooLarge, Overloaded
 from inferpool.http.native.api import NATIVE_API
-from inferpool.http.predict.budget import BodyAllowance, ByteBudget
+from inferpool.http.predict.budget import SMALL_BYTES, BodyAllowance, ByteBudget
 from inferpool.http.predict.compression import decompress
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.request_head import RequestHead
@@ -52,6 +52,38 @@ def test_a_request_beside_others_is_refused_beyond_the_limit() -> None:
     with pytest.raises(Overloaded):
         budget.reserve(second, 1)
     assert (budget.used, second.reserved_bytes) == (100, 40), "a refusal reserves nothing"
+
+
+def test_small_requests_find_room_when_large_ones_have_taken_all() -> None:
+    budget = ByteBudget(16 * 2**20)
+    large, larger = context(), context()
+    budget.reserve(large, 2**20)
+    budget.reserve(larger, budget.shared - 2**20)
+    assert budget.limit - budget.shared == 2**20
+    for refused in (large, larger, context()):
+        with pytest.raises(Overloaded, match=f"of {budget.shared} bytes"):
+            budget.reserve(refused, SMALL_BYTES + 1)
+    with pytest.raises(Overloaded):
+        budget.check(SMALL_BYTES + 1)
+    with pytest.raises(Overloaded):
+        budget.take_decoded(context(), SMALL_BYTES + 1, "a body")
+    growing = context()
+    for number in range(16):
+        budget.check(SMALL_BYTES)
+        budget.reserve(context() if number else growing, SMALL_BYTES)
+    assert budget.held == budget.limit
+    budget.release(growing)
+    budget.take_decoded(growing, SMALL_BYTES, "a small body")
+    with pytest.raises(Overloaded, match=f"of {budget.limit} bytes"):
+        budget.reserve(context(), 1)
+
+
+def test_a_small_request_that_grows_is_a_large_one() -> None:
+    budget, full, growing = ByteBudget(16 * 2**20), context(), context()
+    budget.reserve(full, budget.shared)
+    budget.reserve(growing, SMALL_BYTES)
+    with pytest.raises(Overloaded):
+        budget.reserve(growing, 1)
 
 
 def test_responses_that_are_not_read_count_and_all_is_given_back_at_once() -> None:

@@ -86,7 +86,8 @@ def test_the_budget_follows_from_what_is_held_once_the_models_are_loaded() -> No
     machine.held, machine.freed = 300, 100
     monitor.settle(bound_data=False)
     assert machine.trims == 1
-    assert budget.limit == budget.most == in_flight_bytes(512 * MIB, 300 * MIB)
+    assert budget.limit == in_flight_bytes(512 * MIB, 300 * MIB)
+    assert budget.most == budget.shared < budget.limit, "a large request leaves room for small ones"
     assert machine.bound is None, "a process with a GPU has no data limit"
 
 

@@ -6,13 +6,17 @@ This module is not compiled: tests shorten its times.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
+import termios
 from collections.abc import Callable
 from typing import Final
 
 from inferpool.http.connection.connection import Connection
 
 STALLED_S: Final = 60.0
+_AGAIN_S: Final = 0.05
+"""Pause before a connection is looked at again whose client has sent something just now."""
 LEAST_BYTES: Final = 64 * 1024
 """A client that sends or reads fewer bytes than this in `STALLED_S` seconds, and is not done, is too slow."""
 
@@ -107,10 +111,25 @@ class SlowClientTimer:
             self.watch_closing()
         elif not connection.between_requests:
             connection.transport.abort()
+        elif self._has_sent():
+            # The event loop has not read it yet: it was kept busy, and timers are looked at first.
+            self._sending = connection.loop.call_later(_AGAIN_S, self._check_sending)
         else:
             if not connection.transport.is_closing():
                 connection.transport.close()
             self.watch_closing()
+
+    def _has_sent(self) -> bool:
+        """Return whether the client has sent something that nobody has read."""
+        connection = self._connection
+        if connection.descriptor < 0 or connection.reading_ended or connection.transport.is_closing():
+            return False
+        unread = bytearray(4)
+        try:
+            fcntl.ioctl(connection.descriptor, termios.FIONREAD, unread)
+        except OSError:
+            return False
+        return any(unread)
 
     def _window_left_s(self, now: float) -> float:
         """Return the seconds until the request that is being received may be found too slow; 0 if it is."""

@@ -15,6 +15,7 @@ from inferpool.allowance import Allowance
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InvalidInput, MalformedBody, RequestError
+from inferpool.system.cpu_pace import PACE
 from inferpool.tensors import (
     Signature,
     Tensors,
@@ -27,6 +28,8 @@ from inferpool.tensors import (
 from inferpool.wire.npy import cast_to, decode_npy
 
 _MAX_FIELDS: Final = 1024
+_PIECE_BYTES: Final = 256 * 1024
+"""Bytes that are searched for a boundary at a time, because a search holds the GIL."""
 _NPY_MAGIC: Final = b"\x93NUMPY"
 
 # The library logs faults in bodies. They concern the client, who gets an error, and not the log.
@@ -149,7 +152,7 @@ def _fields(body: bytes, parameters: str) -> list[_Field]:
         raise MalformedBody("the Content-Type of the form has no boundary; add the parameter boundary")
     reader = _Reader()
     try:
-        MultipartParser(
+        parser = MultipartParser(
             boundary,
             {
                 "on_part_begin": reader.begin,
@@ -159,7 +162,10 @@ def _fields(body: bytes, parameters: str) -> list[_Field]:
                 "on_part_data": reader.content,
                 "on_end": reader.end,
             },
-        ).write(body)
+        )
+        for start in range(0, len(body), _PIECE_BYTES):
+            parser.write(body[start : start + _PIECE_BYTES])
+            PACE.step()
     except FormParserError as error:
         raise MalformedBody(f"the body is not a valid form: {value_text(str(error))}") from None
     if not reader.complete:

@@ -9,12 +9,18 @@ from typing import Final
 from inferpool.allowance import Allowance
 from inferpool.errors import BodyTooLarge, InferpoolError, Overloaded
 from inferpool.http.predict.context import PredictContext
+from inferpool.system.cpu_pace import PACE
 from inferpool.tensors import Signature
 
 _ANSWERS_SHARE: Final = 0.75
 """The share of all bytes that large answers may hold, so that bodies always find room."""
 _CLIENT_SHARE: Final = 0.5
 """The share of all bytes that the large answers to one client may hold, while it has several."""
+SMALL_BYTES: Final = 64 * 1024
+"""A request that holds no more in total may take the last bytes of the limit."""
+_SMALL_SHARE: Final = 16
+_MOST_SMALL_BYTES: Final = 8 * 2**20
+"""This share of the limit, and at most so many bytes, are for small requests alone."""
 _LOOK_S: Final = 0.05
 """Pause between two looks of a thread that waits for memory: responses free theirs without notice."""
 
@@ -28,7 +34,8 @@ class ByteBudget:
 
     Attributes:
         limit: bytes that all requests may hold together.
-        most: bytes that a request may hold while it is alone; at least `limit`.
+        shared: those bytes of the limit that requests of any size may hold; the rest is for small ones.
+        most: bytes that a request may hold while it is alone; at least `shared`.
         used: bytes of bodies and responses that all requests hold now.
         decoded: bytes that all requests hold now of what their bodies became.
         answers: those of the used bytes that are for large answers and unread responses.
@@ -37,11 +44,12 @@ class ByteBudget:
     """
 
     __slots__ = (
-        "_by_client", "_changed", "_decoding", "answers", "decoded", "heap_bytes", "limit", "make_room",
-        "most", "used",
+        "_by_client", "_changed", "_decoding", "_limit", "answers", "decoded", "heap_bytes", "make_room",
+        "most", "shared", "used",
     )  # fmt: skip
 
     def __init__(self, limit: int) -> None:
+        self._limit = self.shared = 0
         self.limit = self.most = self.heap_bytes = limit
         self.used = self.decoded = self.answers = 0
         self.make_room: Callable[[], None] | None = None
@@ -49,6 +57,16 @@ class ByteBudget:
         # Bytes of `decoded` that threads may give back soon: they decode, and wait for no memory.
         self._decoding = 0
         self._changed = threading.Condition()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that all requests may hold together."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limit = limit
+        self.shared = limit - min(limit // _SMALL_SHARE, _MOST_SMALL_BYTES)
 
     @property
     def held(self) -> int:
@@ -65,12 +83,10 @@ class ByteBudget:
 
         Raises BodyTooLarge or Overloaded.
         """
-        used = self.used + self.decoded
-        if used + size > self.limit and (used or size > self.most):
+        if self.used + self.decoded + size > self.shared and not self._has_room(size):
             self._make_room()
-            used = self.used + self.decoded
-            if used + size > self.limit and (used or size > self.most):
-                raise self._refusal(size, used, size)
+            if not self._has_room(size):
+                raise self._refusal(size, self.used + self.decoded, size)
 
     def reserve(self, context: PredictContext, size: int) -> None:
         """Reserve `size` more bytes of body for a request.
@@ -80,7 +96,7 @@ class ByteBudget:
 
         Raises Overloaded if the other requests leave no room, BodyTooLarge if there is never room for it.
         """
-        if self.used + self.decoded + size > self.limit:
+        if self.used + self.decoded + size > self.shared:
             refusal = self._refusal_of(context, size)
             if refusal is not None:
                 self._make_room()
@@ -150,8 +166,9 @@ class ByteBudget:
             self._decoding -= held
             self._changed.notify_all()
             try:
-                while self.used + self.decoded + size > self.limit and self.used + self.decoded > own - size:
-                    if self.used + self.decoded - self._decoding + size > self.limit:
+                limit = self._limit if own <= SMALL_BYTES else self.shared
+                while self.used + self.decoded + size > limit and self.used + self.decoded > own - size:
+                    if self.used + self.decoded - self._decoding + size > limit:
                         raise self._refusal(size, self.used + self.decoded - own + size, own)
                     self._changed.wait(_LOOK_S)
             finally:
@@ -189,6 +206,12 @@ class ByteBudget:
         else:
             del self._by_client[context.client]
 
+    def _has_room(self, size: int) -> bool:
+        """Return whether a request of `size` bytes, which holds nothing yet, would find room."""
+        held = self.used + self.decoded
+        limit = self._limit if size <= SMALL_BYTES else self.shared
+        return held + size <= limit or (not held and size <= self.most)
+
     def _make_room(self) -> None:
         if self.make_room is not None:
             self.make_room()
@@ -196,12 +219,13 @@ class ByteBudget:
     def _refusal_of(self, context: PredictContext, size: int) -> InferpoolError | None:
         others = self.held - context.reserved_bytes - context.decoded_bytes
         own = context.reserved_bytes + context.decoded_bytes + size
-        if own > self.most or (others and self.held + size > self.limit):
+        limit = self._limit if own <= SMALL_BYTES else self.shared
+        if own > self.most or (others and self.held + size > limit):
             return self._refusal(size, others, own)
         return None
 
     def _answer_refusal(self, context: PredictContext, size: int, client: str) -> InferpoolError | None:
-        if self.held + size > self.limit:
+        if self.held + size > self.shared:
             refusal = self._refusal_of(context, size)
             if refusal is not None:
                 return refusal
@@ -228,8 +252,9 @@ class ByteBudget:
                 " send fewer rows at a time",
                 limit=self.most,
             )
+        limit = self._limit if own <= SMALL_BYTES else self.shared
         return Overloaded(
-            f"no room for {size} bytes: other requests hold {others} of {self.limit} bytes; try again later"
+            f"no room for {size} bytes: other requests hold {others} of {limit} bytes; try again later"
         )
 
 
@@ -248,6 +273,7 @@ class BodyAllowance(Allowance):
 
     def take(self, size: int, what: str) -> None:
         """Reserve `size` bytes; see `ByteBudget.take_decoded`."""
+        PACE.step()
         self._budget.take_decoded(self._context, size, what)
 
     def give_back(self, size: int) -> None:

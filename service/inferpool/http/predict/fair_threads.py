@@ -9,6 +9,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 from inferpool.errors import Overloaded
+from inferpool.system.cpu_pace import PACE, yield_to_others
 
 
 class FairThreads:
@@ -69,6 +70,7 @@ class FairThreads:
 
     def _run(self, client: str, job: _Job) -> None:
         try:
+            PACE.step()
             job.run()
         finally:
             with self._lock:
@@ -82,7 +84,7 @@ class FairThreads:
             del self._running[client]
 
     def _make_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._most + 1, thread_name_prefix=self._name)
+        return ThreadPoolExecutor(self._most + 1, thread_name_prefix=self._name, initializer=yield_to_others)
 
 
 class _Job:

@@ -216,7 +216,8 @@ class MemoryMonitor:
         budget, limit = self._budget, self._system.limit.limit
         room = max(LEAST_IN_FLIGHT_BYTES, in_flight_bytes(limit, self._system.held()) // self._share)
         if self._derive:
-            budget.limit = budget.most = room
+            budget.limit = room
+            budget.most = budget.shared
         else:
             budget.most = max(budget.limit, room)
         budget.heap_bytes = limit // HEAP_SHARE
