@@ -176,3 +176,19 @@ def test_lists_are_kept_as_they_are() -> None:
         outcome.outputs = {"y": [{"a": 1.0}]}  # type: ignore[dict-item]
     assert found([{"y": [{"a": 1.0}]}], run) is None  # type: ignore[dict-item]
     assert found([{"y": [{"a": 2.0}]}] * 2, run) == 'output "y" differs in a batch of 4 rows'  # type: ignore[dict-item]
+
+
+def test_a_sample_keeps_its_inputs_when_shared_memory_is_used_again() -> None:
+    audit = Audit(equal)
+    run = ran()
+    for outcome in run.outcomes:
+        outcome.row_slice.entry.mark = memoryview(bytearray(1))
+    memory = [outcome.row_slice.entry.inputs["x"] for outcome in run.outcomes]
+    consider(audit, run)
+    for tensor in memory:
+        tensor[...] = np.nan
+    sample = audit.take()
+    assert sample is not None
+    assert audit.check(sample, doubled) is None
+    for each in sample.neighbours:
+        assert np.isfinite(each.row_slice.entry.inputs["x"]).all()

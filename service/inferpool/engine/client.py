@@ -301,9 +301,7 @@ class EngineClient:
         if arena is None:
             raise NotReady("the engine is starting; try again later")
         if len(self._pending) >= MOST_ENTRIES:
-            raise Overloaded(
-                f"{MOST_ENTRIES} requests wait for the engine, the limit; try again later"
-            )
+            raise Overloaded(f"{MOST_ENTRIES} requests wait for the engine, the limit; try again later")
         if len(self._outgoing) > MOST_WAITING_BYTES:
             raise Overloaded("the engine does not keep up; try again later")
         if not 0 < entry.id < MOST_ID:
@@ -348,7 +346,7 @@ class EngineClient:
             raise Overloaded("the engine does not keep up; try again later")
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
-        """Drop the entry. With the reason `deadline` it gets DeadlineExceeded, after the call has returned."""
+        """Drop the entry. With the reason `deadline` it gets DeadlineExceeded, after the call returns."""
         pending = self._pending.get(entry_id)
         if pending is None or not pending.wanted:
             return

@@ -259,6 +259,7 @@ class LayoutTable:
             else:
                 # The same layout was made again meanwhile; this one takes its place.
                 layout.number, other.number = other.number, -1
+                layout.sent = other.sent
                 self._layouts[whole] = layout
                 if self._last.get(layout.key) is other:
                     self._last[layout.key] = layout

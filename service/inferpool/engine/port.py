@@ -248,6 +248,8 @@ class EnginePort:
         Close the pools before, so that every entry has its result.
         """
         if self._reader is None:
+            self._closing = True
+            self._read_all()
             return True
         self._call(self._begin_closing)
         self._reader.join(timeout_s)

@@ -42,7 +42,7 @@ from inferpool.http.predict.results import ResultDispatcher
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
 from inferpool.observe.metrics import Metrics
-from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result
+from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
 from inferpool.pool.splitting import split_entry
 from inferpool.repository.catalog import Catalog
 from inferpool.tensors import Array, Tensors, check_outputs
@@ -79,7 +79,12 @@ class Predictor:
         max_body_bytes: int,
         in_flight_bytes: int,
         recorder: RequestRecorder,
+        release: Callable[[VersionKey, int], None] | None = None,
     ) -> None:
+        """`release` is called with the version and the id of an entry when nobody reads its outputs any more.
+
+        None if outputs are arrays of this process.
+        """
         self.clock = clock
         self.max_body_bytes = max_body_bytes
         self.budget = ByteBudget(in_flight_bytes)
@@ -88,6 +93,7 @@ class Predictor:
         self.offloader = DecodeOffloader(catalog)
         self.resolver = Resolver(catalog, metrics)
         self._inbox = inbox
+        self._release_outputs = release
         self._results = results
         self._recorder = recorder
         self._entry_ids = itertools.count(1)
@@ -351,7 +357,10 @@ class Predictor:
         else:
             self.budget.release(context)
             context.free()
-        if context.entry is not None:
+        entry = context.entry
+        if entry is not None:
+            if self._release_outputs is not None:
+                self._release_outputs(entry.key, entry.id)
             context.entry = None
             self.in_flight.release()
 
