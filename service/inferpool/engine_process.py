@@ -91,6 +91,7 @@ class Engine:
 
     def _drain(self, timeout_s: float) -> int:
         ok = self._repository.drain(timeout_s)
+        ok = self._port.close() and ok
         self._control.send("drained", {"ok": ok})
         return 0
 

@@ -254,6 +254,7 @@ def main() -> int:
         max_body_bytes=settings.max_body_bytes,
         in_flight_bytes=settings.in_flight_bytes,
         recorder=RequestRecorder(AccessLog(log_lines, every=settings.access_log), spans),
+        release=router.release,
     )
     system = this_system(settings.memory_bytes)
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=facts["derive"], share=facts["webs"])

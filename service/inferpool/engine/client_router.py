@@ -12,14 +12,19 @@ from inferpool.pool.ports import Entry, VersionKey
 class ClientRouter:
     """The engines that a web process knows, as one `Inbox`. For the event loop alone."""
 
-    __slots__ = ("_clients",)
+    __slots__ = ("_clients", "_every")
 
     def __init__(self) -> None:
         self._clients: dict[VersionKey, EngineClient] = {}
+        # Versions move between engines, and an entry stays where it was offered.
+        self._every: list[EngineClient] = []
 
     def route(self, clients: Mapping[VersionKey, EngineClient]) -> None:
         """Take the client of each version's engine in place of the last ones."""
         self._clients = dict(clients)
+        for client in clients.values():
+            if client not in self._every:
+                self._every.append(client)
 
     def offer(self, entry: Entry) -> None:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady, Overloaded or Draining."""
@@ -37,14 +42,12 @@ class ClientRouter:
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
         """Drop the entry if it still waits; `reason` is `disconnected` or `deadline`."""
-        client = self._clients.get(key)
-        if client is not None:
+        for client in self._every:
             client.cancel(key, entry_id, reason)
 
     def release(self, key: VersionKey, entry_id: int) -> None:
         """Take back the memory of an entry, whose answer is out."""
-        client = self._clients.get(key)
-        if client is not None:
+        for client in self._every:
             client.release(key, entry_id)
 
 
