@@ -117,7 +117,7 @@ class Engine:
 
 def main() -> int:
     """Run an engine that `inferpool.engine.spawn` has started."""
-    control = begin_child("inferpool-engine", OOM_SCORE)
+    control = begin_child("inferpool-eng", OOM_SCORE)
     try:
         start = control.wait()
         settings = Settings.model_validate(start.values["settings"])

@@ -5,11 +5,13 @@ FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`:
 3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. With `"reads": false`, or `mix`, nothing
 is known of its rows but what runs show. A row whose first element is one of the constants below makes its
 run misbehave; no made-up row has one. With a `"gate"`, the path of a named pipe, loading ends when the pipe
-is opened for writing; with a `"run_gate"` so does a run marked `WAIT`.
+is opened for writing; with a `"run_gate"` so does a run marked `WAIT`. With `"load_crashes": true` loading
+ends the process.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -32,6 +34,8 @@ WAIT = -1004.0
 """The run waits until somebody opens `run_gate` for writing."""
 HUNGRY = -1005.0
 """The run takes as many MiB of memory as the row's second element says."""
+CRASH = -1006.0
+"""The run ends the process, as a fault in a native library does."""
 MIX = -1005.0
 """The run adds the number of its other rows to every answer."""
 
@@ -56,6 +60,8 @@ class ChaosBackend(Backend):
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         try:
             settings = json.loads(file.read_text())
+            if settings.get("load_crashes"):
+                ctypes.string_at(0)
             if "gate" in settings:
                 Path(settings["gate"]).read_bytes()
             return ChaosModel(settings)
@@ -92,6 +98,8 @@ class ChaosModel(LoadedModel):
             time.sleep(self._run_s + self._row_s * len(rows))
         if WAIT in marks:
             Path(self._gate).read_bytes()
+        if CRASH in marks:
+            ctypes.string_at(0)
         if RAISE in marks:
             raise ValueError(f"a marked row among {rows.ravel().tolist()}, which cannot be")
         if HUNGRY in marks:

@@ -143,6 +143,7 @@ class Supervisor:
         self._info: dict[str, str] = {}
         self._arena_bytes = arena_bytes(settings["in_flight_bytes"])
         self._to_report = 0
+        self._reported = False
         self._signals: list[int] = []
         self._draining = False
         self._drain_ends = 0.0
@@ -369,9 +370,8 @@ class Supervisor:
         elif message.kind == "loaded":
             engine.loaded = True
             self._answer_again(engine)
-            if engine.epoch == 1:
+            if engine.epoch == 1 or not self._reported:
                 self._to_report = self._catalog_number
-                self._report_loaded()
         elif message.kind == "refused":
             self._refuse(values["reason"])
         elif message.kind == "drained" and not values["ok"]:
@@ -568,12 +568,13 @@ class Supervisor:
         finally:
             os.close(descriptor)
 
-    def _report_loaded(self, health: Mapping[str, Any] | None = None) -> None:
+    def _report_loaded(self, health: Mapping[str, Any]) -> None:
         """Log what is served once all web processes serve it, so that the line is true for each client."""
-        if not self._to_report or health is None:
+        if not self._to_report:
             return
         if all(web.child is None or web.seen >= self._to_report for web in self._webs.values()):
             self._to_report = 0
+            self._reported = True
             for name, problem in health["problems"].items():
                 log.warning("%s: %s", name, problem)
             log.info("%s: %d models", health["status"], health["models"])

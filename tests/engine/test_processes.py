@@ -1,0 +1,308 @@
+"""The processes of a server: what each one loads, and what happens when one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.chaos import inferpool_chaos as chaos
+from tests.clients import Client, with_clients
+from tests.conftest import MakeChaos, Serve
+from tests.engine.processes import ENGINE, WEB, children, find, libraries, lives, open_sockets
+from tests.server import ROOT, Server, wait_until
+
+PROCESS = ("--engine", "process", "--web-processes", "2")
+ROW = {"inputs": [[1, 2, 3, 4]]}
+WAITING_ROW = {"inputs": [[chaos.WAIT, 2, 3, 4]]}
+SUM = [31.0]
+
+
+class Load:
+    """Clients that ask for sums until they are told to stop, and check each answer."""
+
+    def __init__(self, server: Server, model: str = "m", clients: int = 8) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.lost = 0
+        self._server = server
+        self._model = model
+        self._clients = clients
+        self._ends = False
+
+    async def run(self, meanwhile: object) -> None:
+        """Ask while the coroutine `meanwhile` runs."""
+        work = asyncio.create_task(with_clients(self._server.port, self._clients, self._ask))
+        try:
+            await meanwhile  # type: ignore[misc]
+        finally:
+            self._ends = True
+        await work
+
+    async def answered(self, more: int) -> None:
+        """Wait until `more` requests have been answered from now on."""
+        goal = self.statuses.total() + more
+        await asyncio.to_thread(wait_until, lambda: self.statuses.total() >= goal, f"{more} more answers")
+
+    async def _ask(self, client: Client, number: int) -> None:
+        rng = np.random.default_rng(number)
+        again: Client | None = None
+        while not self._ends:
+            rows = rng.integers(0, 9, (rng.integers(1, 4), 4)).astype(float)
+            body = json.dumps({"inputs": rows.tolist()}).encode()
+            try:
+                reply = await (again or client).post(f"/predict/{self._model}", body)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                self.lost += 1
+                if again is not None:
+                    await again.close()
+                again = await Client.connect(self._server.port)
+                continue
+            self.statuses[reply.status] += 1
+            if reply.status == 200:
+                assert json.loads(reply.body)["outputs"]["sum"] == chaos.expected(rows).tolist()
+        if again is not None:
+            await again.close()
+
+
+def test_every_route_answers_and_each_process_loads_only_its_own_libraries(
+    serve: Serve, models: Path
+) -> None:
+    server = serve(models, *PROCESS)
+    assert server.post("/predict/diabetes", json={"inputs": [[0.1] * 10]}).status_code == 200
+    assert server.get("/health").json()["status"] == "ok"
+    assert server.get("/v2/models/diabetes").json()["name"] == "diabetes"
+    assert len(server.get("/models").json()["models"]) >= 4
+    assert server.metric("requests_total", model="diabetes", code="200") == 1
+    web, engine = find(server, WEB), find(server, ENGINE)
+    assert (len(web), len(engine)) == (2, 1)
+    for pid in web:
+        assert not libraries(pid) & {"onnxruntime", "torch"}
+    assert "onnxruntime" in libraries(engine[0])
+    assert not libraries(engine[0]) & {"uvloop", "httptools"}
+    assert not libraries(server.process.pid) & {"numpy", "pydantic_core", "onnxruntime", "uvloop"}
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("inferpool.engine.supervisor", ("onnxruntime", "torch", "numpy", "fastapi", "uvicorn", "pydantic")),
+        ("inferpool.web_process", ("onnxruntime", "torch", "inferpool.repository.repository")),
+        ("inferpool.engine_process", ("fastapi", "uvicorn", "starlette")),
+    ],
+)
+def test_mains_import_nothing_that_others_need(module: str, unwanted: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; sys.exit(' '.join(set({unwanted!r}) & set(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert run.stderr.split() == []
+
+
+def test_connections_spread_over_web_processes(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"), *PROCESS)
+    web = find(server, WEB)
+    idle = [open_sockets(pid) for pid in web]
+
+    async def connect() -> None:
+        clients = [await Client.connect(server.port) for _ in range(32)]
+        # Every connection is accepted once it has an answer.
+        for client in clients:
+            assert (await client.post("/predict/m", json.dumps(ROW).encode())).status == 200
+        shares = [open_sockets(pid) - before for pid, before in zip(web, idle, strict=True)]
+        assert sum(shares) == 32
+        assert min(shares) >= 12, shares
+        for client in clients:
+            await client.close()
+
+    asyncio.run(connect())
+
+
+def test_an_engine_that_is_killed_under_load_fails_no_request(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=2), *PROCESS)
+    load = Load(server)
+
+    async def kill_twice() -> None:
+        for _ in range(2):
+            await load.answered(50)
+            (pid,) = await asyncio.to_thread(find, server, ENGINE)
+            os.kill(pid, signal.SIGKILL)
+            await load.answered(50)
+
+    asyncio.run(load.run(kill_twice()))
+    assert set(load.statuses) == {200}
+    assert load.lost == 0
+    assert server.metric("engine_restarts_total") == 2
+    assert server.get("/health/ready").status_code == 200
+
+
+def test_a_request_that_crashes_its_engine_twice_is_refused_and_others_are_answered(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m", run_ms=2), *PROCESS)
+    load = Load(server)
+
+    async def poison() -> None:
+        await load.answered(50)
+        client = await Client.connect(server.port)
+        reply = await client.post("/predict/m", json.dumps({"inputs": [[chaos.CRASH, 0, 0, 0]]}).encode())
+        assert (reply.status, json.loads(reply.body)["code"]) == (500, "model_crashed")
+        await client.close()
+        await load.answered(50)
+
+    asyncio.run(load.run(poison()))
+    assert set(load.statuses) == {200}
+    assert load.lost == 0
+    (line,) = [line for line in server.log if "twice" in line["message"] and "request" in line["message"]]
+    assert str(chaos.CRASH) not in line["message"]
+
+
+def test_a_web_process_that_is_killed_costs_only_its_own_clients(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=2), *PROCESS)
+    load = Load(server)
+
+    async def kill() -> None:
+        await load.answered(50)
+        before = await asyncio.to_thread(find, server, WEB)
+        os.kill(before[0], signal.SIGKILL)
+        await asyncio.to_thread(
+            wait_until, lambda: len(set(find(server, WEB)) - {before[0]}) == 2, "there is another web process"
+        )
+        await load.answered(50)
+        assert before[1] in find(server, WEB)
+
+    asyncio.run(load.run(kill()))
+    assert set(load.statuses) == {200}
+    assert 1 <= load.lost < 8
+    assert server.metric("web_restarts_total") == 1
+
+
+def test_everything_ends_with_the_supervisor(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"), *PROCESS)
+    pids = children(server)
+    assert len(pids) == 3
+    server.process.kill()
+    wait_until(lambda: not any(map(lives, pids)), "all children end", timeout_s=5)
+
+
+@pytest.mark.parametrize("flags", [(), PROCESS], ids=["in-process", "process"])
+def test_a_hangup_ends_nothing(serve: Serve, make_chaos: MakeChaos, flags: tuple[str, ...]) -> None:
+    server = serve(make_chaos("m"), *flags)
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("SIGHUP")
+    assert server.post("/predict/m", json=ROW).json()["outputs"]["sum"] == SUM
+    assert server.stop() == 0
+
+
+def test_an_interrupt_from_the_terminal_drains(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+    """A terminal sends SIGINT to every process of the server."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", run_gate=str(gate)), *PROCESS)
+
+    async def scenario() -> None:
+        client = await Client.connect(server.port)
+        client.send("/predict/m", json.dumps(WAITING_ROW).encode())
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
+        pids = children(server)
+        for pid in (server.process.pid, *pids):
+            os.kill(pid, signal.SIGINT)
+        await asyncio.to_thread(server.wait_for, "SIGINT: draining")
+        await asyncio.to_thread(chaos.open_gate, gate)
+        assert (await client.receive()).status == 200
+        await client.close()
+        assert server.process.wait(30) == 0
+        assert not any(map(lives, pids))
+
+    asyncio.run(scenario())
+
+
+def test_the_second_signal_ends_everything_at_once(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", run_gate=str(gate)), *PROCESS)
+
+    async def scenario() -> None:
+        client = await Client.connect(server.port)
+        client.send("/predict/m", json.dumps(WAITING_ROW).encode())
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
+        pids = children(server)
+        server.process.terminate()
+        await asyncio.to_thread(server.wait_for, "SIGTERM: draining")
+        server.process.terminate()
+        assert server.process.wait(10) == 1
+        await client.close()
+        await asyncio.to_thread(wait_until, lambda: not any(map(lives, pids)), "all children end")
+
+    asyncio.run(scenario())
+
+
+def test_a_load_that_ends_the_engine_fails_its_version_only(serve: Serve, make_chaos: MakeChaos) -> None:
+    make_chaos("bad", load_crashes=True)
+    server = serve(make_chaos("good"), *PROCESS)
+    assert server.post("/predict/good", json=ROW).json()["outputs"]["sum"] == SUM
+    wait_until(
+        lambda: server.get("/models/bad").json()["versions"][0]["state"] == "failed", "the version has failed"
+    )
+    assert "SIGSEGV" in server.get("/models/bad").json()["versions"][0]["reason"]
+    assert server.get("/health/ready").status_code == 200
+    assert server.post("/predict/bad", json=ROW).status_code == 503
+    restarts = server.metric("engine_restarts_total", engine="shared")
+    assert restarts == 1
+    assert server.stop() == 0
+
+
+def test_a_load_without_end_fails_its_version_only(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    make_chaos("endless", gate=str(gate))
+    server = serve(make_chaos("good"), *PROCESS, "--load-timeout-s", "1")
+    wait_until(
+        lambda: server.get("/models/endless").json()["versions"][0]["state"] == "failed", "it has failed"
+    )
+    assert "--load-timeout-s" in server.get("/models/endless").json()["versions"][0]["reason"]
+    wait_until(lambda: server.post("/predict/good", json=ROW).status_code == 200, "the other model answers")
+    assert server.stop() == 0
+
+
+def test_sigterm_while_an_engine_is_stuck_in_a_load_ends_with_the_usual_status(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", gate=str(gate)), *PROCESS, wait=False)
+    assert server.stop() == 0
+
+
+def test_several_web_processes_need_engines_of_their_own() -> None:
+    command = [sys.executable, "-m", "inferpool", "serve", "models", "--web-processes", "2"]
+    environ = {name: text for name, text in os.environ.items() if name != "INFERPOOL_ENGINE"}
+    run = subprocess.run(
+        [*command, "--engine", "in-process"],
+        cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "--engine process, or --web-processes 1" in run.stderr
+
+
+def test_a_folder_without_models_is_refused_as_in_one_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "inferpool", "serve", str(tmp_path), "--port", "0", *PROCESS]
+    began = time.monotonic()
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("inferpool: ")
+    assert "holds no models" in run.stderr
+    assert time.monotonic() - began < 30
