@@ -141,6 +141,7 @@ class Metrics:
         self._closed = threading.Event()
         if regions is not None:
             self._cpu_base = self.left_behind(CPU_SECONDS)
+            self._take_over(regions)
         self._registry = process_registry(None if regions is None else self._processes)
 
     def set_info(self, info: dict[str, str]) -> None:
@@ -178,14 +179,20 @@ class Metrics:
         with self._lock:
             return self._shared(name, labels, HIDDEN[name])
 
-    def hidden_of_others(self, name: str, *labels: str) -> dict[Labels, list[list[float]]]:
-        """What the other processes wrote of the series of `HIDDEN` whose first label values are `labels`.
+    def hidden_series(self, name: str, *labels: str) -> dict[Labels, list[list[float]]]:
+        """What all processes wrote of the series of `HIDDEN` whose first label values are `labels`.
 
         By label values: the numbers of each process.
         """
+        regions = self._regions
+        if regions is None:
+            return {}
+        with self._lock:
+            every = [dict(regions.own.series(name))]
+        every += [dict(reader.series(name)) for reader in self._refreshed()]
         found: dict[Labels, list[list[float]]] = {}
-        for reader in self._refreshed():
-            for values, numbers in reader.series(name).items():
+        for series in every:
+            for values, numbers in series.items():
                 if values[: len(labels)] == labels and len(numbers) == HIDDEN[name]:
                     found.setdefault(values, []).append([counted(number) for number in numbers])
         return found
@@ -322,6 +329,16 @@ class Metrics:
                     f"{self._stem_of(family, labels)}{number}\n" for labels, number in numbers_of.items()
                 ]
         return "".join(parts)
+
+    def _take_over(self, regions: Regions) -> None:
+        """Go on with the counters and histograms that a predecessor of this process left behind."""
+        for name, family in FAMILIES.items():
+            for labels in list(regions.own.series(name)):
+                if len(labels) == len(family.labels):
+                    if family.kind == "histogram":
+                        self.distribution(name, *labels)
+                    elif family.kind == "counter":
+                        self.value(name, *labels)
 
     def _refreshed(self) -> list[RegionReader]:
         """The readers of the other processes' regions, with all their series."""

@@ -65,12 +65,12 @@ class Region:
         self._bytes = memoryview(self._map)
         self._words = self._bytes.cast("Q")
         self._numbers = self._bytes.cast("d")
-        self._known: dict[tuple[str, Labels], tuple[int, int]] = {}
+        self._series: dict[str, dict[Labels, memoryview[float]]] = {}
         self._full = False
         end = _HEADER_BYTES
         if bytes(self._bytes[: len(MAGIC)]) == MAGIC:
             for name, labels, start, count in records(self._bytes, end, self._words[_END]):
-                self._known[name, labels] = (start, count)
+                self._series.setdefault(name, {})[labels] = self._numbers[start : start + count]
                 end = 8 * (start + count)
         self._end = end
         self._numbers[_BEAT] = 0.0
@@ -81,18 +81,20 @@ class Region:
 
     def numbers(self, name: str, labels: Labels, count: int) -> memoryview[float] | None:
         """The numbers of a series, which begin as 0.0; None if they do not fit, which is logged once."""
-        known = self._known.get((name, labels))
+        known = self._series.setdefault(name, {}).get(labels)
         if known is None:
             known = self._append(name, labels, count)
-        if known is None or known[1] != count:
-            return None
-        return self._numbers[known[0] : known[0] + count]
+        return known if known is not None and len(known) == count else None
+
+    def series(self, name: str) -> Mapping[Labels, memoryview[float]]:
+        """The series of the metric `name`, by label values; those of a predecessor are among them."""
+        return self._series.get(name, {})
 
     def beat(self, now: float) -> None:
         """Tell the readers that this process lives at the moment `now` of the machine's monotonic clock."""
         self._numbers[_BEAT] = now
 
-    def _append(self, name: str, labels: Labels, count: int) -> tuple[int, int] | None:
+    def _append(self, name: str, labels: Labels, count: int) -> memoryview[float] | None:
         text = json.dumps([name, *labels], ensure_ascii=False).encode("utf-8", "surrogatepass")
         padded = len(text) + -len(text) % 8
         start = self._end + _RECORD.size + padded
@@ -103,7 +105,7 @@ class Region:
                 log.error(
                     "the memory of the metrics is full: %d series fit; further series show what the process"
                     " that answers has counted only. Serve fewer versions.",
-                    len(self._known),
+                    sum(map(len, self._series.values())),
                 )
             return None
         # What a predecessor was writing when it died must not become a first value.
@@ -112,8 +114,8 @@ class Region:
         _RECORD.pack_into(self._bytes, self._end, _checksum(text, count), len(text), count)
         # Readers see the record only now that it is complete.
         self._end = self._words[_END] = end
-        known = self._known[name, labels] = (start // 8, count)
-        return known
+        numbers = self._series[name][labels] = self._numbers[start // 8 : start // 8 + count]
+        return numbers
 
 
 class RegionReader:

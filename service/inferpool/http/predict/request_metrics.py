@@ -119,8 +119,9 @@ class RequestMetrics:
 
 def request_totals(metrics: Metrics, model: str, version: str, stats: RequestStats | None) -> RequestTotals:
     """What all processes have counted of a version's requests; `stats` is what this one has counted."""
-    others = metrics.hidden_of_others(REQUEST_STATS, model, version).get((model, version), [])
-    numbers = others if stats is None else [*others, stats.numbers()]
+    numbers = metrics.hidden_series(REQUEST_STATS, model, version).get((model, version), [])
+    if stats is not None and stats.shared is None:
+        numbers = [*numbers, stats.numbers()]
     success_s, rows, decode_s, encode_s = (sum(each[index] for each in numbers) for index in range(4))
     *counts, total_s = metrics.total("request_duration_seconds", model, version)
     *queued, queue_s = metrics.total("queue_duration_seconds", model, version)

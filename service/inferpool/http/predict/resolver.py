@@ -77,7 +77,7 @@ class Resolver:
         """Return what has run of a version by batch size, smallest first, in all processes of the server."""
         if not self._metrics.is_shared:
             return sorted(self._catalog.live(key).batches)
-        found = self._metrics.hidden_of_others(BATCH_RUNS, key.model, str(key.version))
+        found = self._metrics.hidden_series(BATCH_RUNS, key.model, str(key.version))
         return sorted(
             BatchCount(
                 int(labels[2]), int(sum(each[0] for each in numbers)), sum(each[1] for each in numbers)
