@@ -99,7 +99,7 @@ def save(report: dict[str, Any], text: str, out: Path, stem: str) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What was measured on, and with what."""
+    """The machine and the versions of a measurement."""
     driver = cuda_driver()
     names = (
         "onnxruntime-gpu",

@@ -1,4 +1,4 @@
-"""What the scripts of the text models share: Transformer encoders as ONNX graphs, and how to run them.
+"""Shared by the scripts of the text models: Transformer encoders as ONNX graphs, and how to run them.
 
 The layers are the post-norm ones of Vaswani et al., "Attention Is All You Need" (2017), with the exact
 GELU. Weights go by the names and shapes of PyTorch's `nn.TransformerEncoderLayer`. Attention is ONNX's own

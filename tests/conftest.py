@@ -24,6 +24,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 hypothesis.settings.register_profile(
     "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
+# For a second run of the same tests; pytest's option --hypothesis-profile chooses it.
+hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("busy"), max_examples=20)
 hypothesis.settings.load_profile("busy")
 
 Serve = Callable[..., Server]

@@ -17,7 +17,7 @@ V2 = Path("/sys/fs/cgroup")
 
 
 def missing() -> str:
-    """What this machine lacks to limit the memory of a process, or an empty text."""
+    """Name the program that this machine lacks to limit the memory of a process, or return an empty text."""
     try:
         folder = _make_cgroup(2**28)
     except OSError as error:

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parent.parent
 CHAOS = ROOT / "tests" / "chaos"
-START_S = 60
+START_S = 120
 """How long a server may take to start, and a condition to come true, on a busy machine."""
 POLL_S = 0.02
 """Pause between two looks at a condition."""

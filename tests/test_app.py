@@ -1,4 +1,4 @@
-"""What the server does before it answers."""
+"""The start of the server, before it answers."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ LIBRARIES = {
 
 SEAM = ("inferpool.pool.pool", "inferpool.pool.router", "inferpool.pool.instance", "inferpool.backends",
         "inferpool.repository.repository", "inferpool.repository.load", "onnxruntime", "torch")  # fmt: skip
-"""What the web side never holds."""
+"""The packages that the web side never imports."""
 
 
 def imports_of(file: Path) -> set[str]:

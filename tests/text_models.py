@@ -122,7 +122,7 @@ def write_encoder(
 
 
 class Alone:
-    """What a model written here answers to one sentence, by ONNX Runtime and the tokenizer by hand."""
+    """The answer of a model written here to one sentence, by ONNX Runtime and the tokenizer by hand."""
 
     def __init__(self, file: Path, max_tokens: int = 128) -> None:
         self._session = onnxruntime.InferenceSession(file)

@@ -74,7 +74,7 @@ def clean_environ(python: Path) -> dict[str, str]:
 
 
 def run(command: list[str]) -> str:
-    """What a command prints; raises NotHere with its last line where it fails."""
+    """Return the output of a command; raises NotHere with its last line if it fails."""
     environ = clean_environ(Path(command[0]))
     try:
         done = subprocess.run(

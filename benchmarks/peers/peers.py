@@ -58,7 +58,7 @@ class Peer:
     def command(
         self, python: Path, model: Path, kind: str, port: int, rows: int, workers: int, queue: int
     ) -> list[str]:
-        """What starts the server with this model."""
+        """The command that starts the server with this model."""
         if self.name == "inferpool":
             flags = ["--queue-ms", "500"] if queue else []
             folder = model.parents[1]

@@ -25,7 +25,7 @@ class Spread(NamedTuple):
 
 
 class Results:
-    """What was measured, and on what; every record names its workload, peer, version and round."""
+    """The measurements, and the machine; every record names its workload, peer, version and round."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -74,7 +74,7 @@ class Results:
         return sorted({record["level"] for record in self._of(workload, peer) if "level" in record})
 
     def problems(self, workload: str, peer: str) -> list[str]:
-        """What went wrong, each once."""
+        """The failures, each once."""
         found = (record["problem"] for record in self._of(workload, peer) if "problem" in record)
         return list(dict.fromkeys(found))
 

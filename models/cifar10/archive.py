@@ -46,7 +46,7 @@ OPCODES: Final = frozenset(
         "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD",
     }
 )  # fmt: skip
-"""What Python 2 writes numbers, texts, lists, dictionaries and an array with, in the archive's protocol."""
+"""The opcodes that Python 2 writes for numbers, texts, lists, dictionaries and an array."""
 
 
 class ArchiveError(Exception):

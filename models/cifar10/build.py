@@ -32,7 +32,7 @@ EPOCHS: Final = 10
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(
         prog="build.py", description="Train, evaluate and export the CIFAR-10 model."
     )

@@ -29,7 +29,7 @@ from typing import Any, Final, TypeAlias
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(description="Fit, evaluate and export the diabetes model.")
     parser.add_argument(
         "--out",

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(description="Train, evaluate and export the digits model.")
     parser.add_argument(
         "--out",

@@ -37,7 +37,7 @@ HORIZON: Final = 5
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(
         prog="build.py", description="Fit, back-test and export a forecast of prices."
     )

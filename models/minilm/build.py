@@ -32,7 +32,7 @@ from typing import Final
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(description="Export MiniLM, which turns sentences into vectors.")
     parser.add_argument(
         "--out",

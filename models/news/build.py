@@ -31,7 +31,7 @@ from typing import Final
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(
         description="Build the news model: MiniLM and descriptions of five topics."
     )
@@ -58,7 +58,7 @@ from transformer import Array, Graph, run
 
 STATED_ACCURACY: Final = 0.8
 SHARPNESS: Final = 20.0
-"""What the cosines are multiplied by, so that softmax tells them apart: they differ by tenths."""
+"""The cosines are multiplied by this, so that softmax tells them apart: they differ by tenths."""
 
 TOPICS: Final = {
     "sport": (

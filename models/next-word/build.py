@@ -35,7 +35,7 @@ from typing import Final
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(description="Train, evaluate and export the next-word model.")
     parser.add_argument(
         "--epochs", type=int, default=40, metavar="N", help="times over the text (default: 40)"

@@ -31,7 +31,7 @@ from typing import Any, Final, TypeAlias
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(
         prog="build.py", description="Turn torchvision's ResNet-50 weights into a served folder."
     )

@@ -31,7 +31,7 @@ from typing import Final
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says; exits where it asks for help, or is wrong."""
+    """Read the command line; exits if it asks for help, or is wrong."""
     parser = argparse.ArgumentParser(description="Train, evaluate and export the sentiment model.")
     parser.add_argument(
         "--data",

@@ -1,4 +1,4 @@
-"""What decoding one body may allocate: decoders ask for memory before they use it."""
+"""The memory that decoding one body may allocate: decoders ask for memory before they use it."""
 
 from __future__ import annotations
 

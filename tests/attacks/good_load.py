@@ -29,7 +29,7 @@ IDLE_S = 60.0
 
 @dataclasses.dataclass
 class Quality:
-    """What good clients have seen; times are in milliseconds."""
+    """The figures of good clients; times are in milliseconds."""
 
     requests: int
     failures: list[str]

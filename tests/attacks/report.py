@@ -23,7 +23,7 @@ ATTACKERS = 3
 
 
 class Outcome(NamedTuple):
-    """What good clients saw while nobody attacked, and then."""
+    """The figures of good clients: while nobody attacked, and then under attack."""
 
     quiet: Quality
     attacked: Quality

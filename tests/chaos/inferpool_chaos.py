@@ -69,7 +69,7 @@ class ChaosBackend(Backend):
             raise LoadError(f"{file.name} is not JSON: {error}") from error
 
     def read_rows(self, file: Path, options: LoadOptions) -> RowVerdict:
-        """What `run` shows: no row matters to another, unless the file or a mark says so."""
+        """As `run` behaves: no row matters to another, unless the file or a mark says so."""
         settings = json.loads(file.read_text())
         if settings.get("reads", "mix" not in settings):
             return RowVerdict(Independence.INDEPENDENT, "each row is summed by itself")

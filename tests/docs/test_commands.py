@@ -89,7 +89,7 @@ def test_commands_of_a_page_run(
 
 
 def run(block: Block, port: int, folder: Path, environ: dict[str, str]) -> str:
-    """What a block prints; fails with its errors if it does not succeed."""
+    """Return the output of a block; fails with its errors if it does not succeed."""
     source = block.source.replace("localhost:8000", f"127.0.0.1:{port}")
     source = source.replace(COMMAND, f"'{sys.executable}' -m inferpool")
     command = (

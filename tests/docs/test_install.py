@@ -1,4 +1,4 @@
-"""What the page on installing says of a server without a runtime."""
+"""The page on installing is right about a server without a runtime."""
 
 from __future__ import annotations
 

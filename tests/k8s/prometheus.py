@@ -50,7 +50,7 @@ class Prometheus:
     def ask(self, query: str) -> dict[Labels, float]:
         """The instant vector of a query; empty while Prometheus starts."""
         try:
-            answer = httpx.get(f"{self._url}/api/v1/query", params={"query": query}, timeout=10)
+            answer = httpx.get(f"{self._url}/api/v1/query", params={"query": query}, timeout=60)
         except httpx.TransportError:
             return {}
         if answer.status_code == 503:
@@ -60,7 +60,7 @@ class Prometheus:
         return {frozenset(item["metric"].items()): float(item["value"][1]) for item in result}
 
     def wait_for(
-        self, query: str, wanted: Callable[[dict[Labels, float]], bool], timeout_s: float = 30.0
+        self, query: str, wanted: Callable[[dict[Labels, float]], bool], timeout_s: float = 120.0
     ) -> dict[Labels, float]:
         """Repeat a query until `wanted` accepts the result; no result may contain NaN."""
         ends = time.monotonic() + timeout_s

@@ -60,7 +60,7 @@ class Proxy:
         rows = csv.DictReader(table.splitlines())
         return {row["status"].split()[0] for row in rows if row["svname"] == f"s{server}"}
 
-    def wait_for(self, server: int, state: str, timeout_s: float = 30.0) -> None:
+    def wait_for(self, server: int, state: str, timeout_s: float = 120.0) -> None:
         """Wait until the server has this state in both proxies."""
         ends = time.monotonic() + timeout_s
         while not self._admin.exists() or self.states(server) != {state}:

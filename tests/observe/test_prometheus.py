@@ -19,7 +19,7 @@ from inferpool.observe.families import FAMILIES
 from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client
 from tests.observe.prometheus import FOLDER, ROOT, Prometheus, needs_prometheus
-from tests.server import Server
+from tests.server import START_S, Server
 
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "inferpool.json").read_text())
 LOAD_S = 14
@@ -115,13 +115,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
     (folder / "prometheus").mkdir()
     prometheus = Prometheus(folder / "prometheus", f"127.0.0.1:{server.port}")
     # Counters that rise at once must be scraped at 0 first.
-    prometheus.wait(lambda: prometheus.has("up == 1"), "a first scrape", 10)
+    prometheus.wait(lambda: prometheus.has("up == 1"), "a first scrape", START_S)
     load = Load(server.port)
     try:
-        prometheus.wait(lambda: time.time() > load.began + LOAD_S, "the load lasts", LOAD_S + 5)
-        prometheus.wait(lambda: prometheus.has('ALERTS{alertstate="firing"}'), "an alert fires", 20)
+        prometheus.wait(lambda: time.time() > load.began + LOAD_S, "the load lasts", LOAD_S + START_S)
+        prometheus.wait(lambda: prometheus.has('ALERTS{alertstate="firing"}'), "an alert fires", START_S)
         load.stop()
-        prometheus.wait(lambda: prometheus.value("time() - min(timestamp(up))") < 1, "a last scrape", 10)
+        prometheus.wait(lambda: prometheus.value("time() - min(timestamp(up))") < 1, "a last scrape", START_S)
         yield Watched(prometheus, load)
     finally:
         load.stop()
@@ -141,7 +141,7 @@ def test_counters_are_those_of_the_clients(watched: Watched) -> None:
         expression = f'inferpool_requests_total{{model="{model}",code="{status}"}}'
         expected = load.count(model, status)
         assert expected, (model, status)
-        prometheus.wait_for_value(expression, expected, 20)
+        prometheus.wait_for_value(expression, expected, START_S)
 
 
 def test_rates_are_those_of_the_clients(watched: Watched) -> None:
@@ -212,7 +212,7 @@ def test_exactly_the_expected_alerts_fire(watched: Watched) -> None:
         alerts = prometheus.query('ALERTS{alertstate="firing"}')
         return {(labels["alertname"], labels["model"]) for labels, _ in alerts}
 
-    prometheus.wait(lambda: firing() >= expected, "every alert that is due fires", 20)
+    prometheus.wait(lambda: firing() >= expected, "every alert that is due fires", START_S)
     assert firing() == expected
 
 

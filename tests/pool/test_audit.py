@@ -101,7 +101,7 @@ def test_a_sample_that_waits_too_long_does_not_wait_for_an_idle_instance() -> No
 
 
 def found(answers: Sequence[Tensors | Exception], run: Run | None = None) -> str | None:
-    """What an audit finds if runs alone give these answers, one after the other."""
+    """The finding of an audit if runs alone give these answers, one after the other."""
     audit = Audit(equal)
     consider(audit, run or ran())
     sample = audit.take()

@@ -1,4 +1,4 @@
-"""What a row costs by its elements."""
+"""The cost of a row by its elements."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_a_signal_ends_the_script_itself(tmp_path: Path) -> None:
         assert run.stdout is not None
         assert run.stdout.readline() == "begun\n"
         run.send_signal(signal.SIGTERM)
-        assert run.wait(10) == -signal.SIGTERM
+        assert run.wait(60) == -signal.SIGTERM
 
 
 def test_without_a_name_it_lists_the_models(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What MLServer loads for `mlserver_server.py`: a runtime of its own, with adaptive batching."""
+"""The runtime that MLServer loads for `mlserver_server.py`: one of its own, with adaptive batching."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ DELAY_MS = 1
 
 
 def arguments() -> argparse.Namespace:
-    """What the harness says: the model, the kind of bodies, the port, and how much may run at a time.
+    """The harness's arguments: the model, the kind of bodies, the port, and how much may run at a time.
 
     The first process takes it from its command line, those that it starts from its environment.
     """

@@ -1,4 +1,4 @@
-"""What TorchServe runs for `torchserve_server.py`: a handler of its own around the ONNX file."""
+"""The handler that TorchServe runs for `torchserve_server.py`: one of its own around the ONNX file."""
 
 from __future__ import annotations
 

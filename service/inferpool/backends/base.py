@@ -265,7 +265,7 @@ class Backend(ABC):
 
 
 _NO_MEMORY: Final = ("std::bad_alloc", "Failed to allocate memory", "can't allocate memory")
-"""What the errors of ONNX Runtime and PyTorch say when the system gives them no memory."""
+"""Words in the errors of ONNX Runtime and PyTorch if the system gives them no memory."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""What a backend finds out by reading a model's graph: whether the rows of a batch are independent."""
+"""The verdict of a backend that has read a model's graph: whether the rows of a batch are independent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Independence(Enum):
 
 
 class Evidence(StrEnum):
-    """What shows that rows may share a run."""
+    """The evidence that rows may share a run."""
 
     GRAPH = "graph"
     """Reading the graph; a short run has confirmed it."""

@@ -1,4 +1,4 @@
-"""What the ASGI application knows of predictions: their paths, and that they take POST alone.
+"""Predictions in the ASGI application: their paths, and that they take POST alone.
 
 `PredictProtocol` answers every POST to a path of predictions itself, below ASGI. The application sees only
 requests with other methods for such a path, and refuses them.

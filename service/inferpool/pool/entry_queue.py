@@ -41,7 +41,7 @@ class Drop(NamedTuple):
 
 
 class Take:
-    """What `Queue.take` decided.
+    """The decision of `Queue.take`.
 
     Attributes:
         slices: the batch; empty if nothing is to run now.

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class BatchSource(Protocol):
-    """What an instance needs of its pool."""
+    """The side of a pool that its instances see."""
 
     def next_batch(self, instance: Instance) -> Batch | None:
         """Block until there is a batch to run; None when the instance is to end."""

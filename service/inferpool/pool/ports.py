@@ -1,4 +1,4 @@
-"""What crosses the seam between the web side and the pool: plain values through two ports.
+"""The seam between the web side and the pool: plain values cross it through two ports.
 
 Classes whose objects are made for every request write out their `__init__`. The `__init__` of a dataclass or
 a named tuple stays interpreted in compiled modules, and takes most of a microsecond.

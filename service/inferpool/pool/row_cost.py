@@ -1,4 +1,4 @@
-"""What a row costs if rows have different sizes: pictures of any height and width, waveforms of any length.
+"""The cost of a row if rows have different sizes: pictures of any height and width, waveforms of any length.
 
 Rows of a few sizes are timed at load. Between these sizes, and above them, the cost follows a power of the
 number of elements. Everything that counts rows (batch limits, bounds of the queue, deadlines) then counts

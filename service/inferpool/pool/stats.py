@@ -1,4 +1,4 @@
-"""What a pool reports: the batches that ran, the entries that were dropped, what waits, its instances."""
+"""The report of a pool: batches that ran, entries that were dropped, entries that wait, instances."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BatchCount(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """What waits: rows, the seconds that the oldest entry has waited, and the seconds of work ahead."""
+    """The entries that wait: rows, seconds that the oldest has waited, and seconds of work ahead."""
 
     rows: int = 0
     oldest_age_s: float = 0.0

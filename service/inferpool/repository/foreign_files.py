@@ -51,5 +51,5 @@ _REMEDIES: Final = {
 
 
 def find_conversion(file: Path) -> Reason | None:
-    """What kind of model `file` is and how to convert it; None if it looks like no model file."""
+    """Return the kind of model that `file` is and how to convert it; None if it looks like no model file."""
     return _REMEDIES.get(file.suffix.lower())

@@ -167,7 +167,7 @@ def _looks_like_a_model(file: Path, suffixes: Mapping[str, str]) -> bool:
 
 
 def _file_remedy(file: Path, suffixes: Mapping[str, str]) -> Reason:
-    """What to do with a file that is expected to be a model file and is none."""
+    """Return the advice for a file that is expected to be a model file and is none."""
     if file.suffix.lower() in suffixes:
         return f"rename it to {file.stem}{file.suffix.lower()}"
     conversion = find_conversion(file)

@@ -25,7 +25,7 @@ _KIB: Final = 1024
 
 
 class MemoryUse(NamedTuple):
-    """What this process takes.
+    """The memory that this process takes.
 
     Attributes:
         held: bytes of memory that the kernel cannot take back: not those of files.
@@ -89,7 +89,7 @@ def memory_limit(root: Path = ROOT) -> MemoryLimit:
 
 
 def memory_use(root: Path = ROOT) -> MemoryUse:
-    """What this process takes now; zeros if the kernel does not say."""
+    """Return the memory that this process takes now; zeros if the kernel does not say."""
     status = root / "proc/self/status"
     anonymous = _kib_of(status, "RssAnon")
     held = anonymous + _kib_of(status, "RssShmem") if anonymous else _kib_of(status, "VmRSS")

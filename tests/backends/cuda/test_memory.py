@@ -1,4 +1,4 @@
-"""What calls NVIDIA's libraries, against a library in C that has their functions and a host's memory."""
+"""The calls of NVIDIA's libraries, against a library in C that has their functions and a host's memory."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ def test_a_tensor_of_unknown_rank_may_have_any(server: Server, value: Any) -> No
 
 
 def test_rows_of_an_unknown_rank_are_not_batched(server: Server) -> None:
-    """What was proven of rows of one shape says nothing of tensors of another rank."""
+    """A proof for rows of one shape says nothing of tensors of another rank."""
     assert not version_of(server, "open")["batching"]["enabled"]
 
 

@@ -133,7 +133,7 @@ def described(table: str = "inputs", **tensors: tuple[str, list[int]]) -> str:
 
 
 def eager(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """What the module gives for arrays."""
+    """The module's outputs for arrays."""
     with torch.inference_mode():
         return module(**{name: torch.tensor(array) for name, array in inputs.items()})
 

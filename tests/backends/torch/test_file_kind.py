@@ -1,4 +1,4 @@
-"""What may be loaded at all: what a file is, whether it is trusted, whether PyTorch is there."""
+"""Files that may be loaded: their kind, whether they are trusted, whether PyTorch is there."""
 
 from __future__ import annotations
 

@@ -146,8 +146,7 @@ def test_a_client_that_disconnects_while_a_batch_runs_is_dropped_from_the_queue(
         for number in (1, 2, 3):
             wires[number].send(request(number))
         server.wait_for_metric("in_flight_requests", 4)
-        wires[3].stream.close()
-        wires[3].socket.close()
+        wires[3].close()
         server.wait_for_metric("dropped_entries_total", 1, model="m", reason="disconnected")
         for number, wire in enumerate(wires[:3]):
             assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)

@@ -1,4 +1,4 @@
-"""What a connection keeps, and how it ends, when its client does nothing more."""
+"""A connection whose client does nothing more keeps little, and ends."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
-"""What clients do with their connections: pipelining, chunks, expectations, disconnecting."""
+"""Clients do all kinds of things with their connections: pipelining, chunks, expectations, disconnecting."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +34,10 @@ class Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection: the kernel keeps it open while the stream is."""
         self.stream.close()
         self.socket.close()
 
@@ -213,15 +219,19 @@ def test_a_client_that_ends_its_side_gets_its_answers(serve: Serve, make_chaos: 
 
 
 def test_a_client_that_is_gone_is_noticed_though_it_might_only_have_ended_its_side(
-    serve: Serve, make_chaos: MakeChaos
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
 ) -> None:
-    server = serve(make_chaos("m", run_ms=3000, config="[batching]\nenabled = false"))
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", run_gate=str(gate), config="[batching]\nenabled = false"))
     with Wire(server) as first, Wire(server) as second:
-        first.send(request(1))
+        first.send(request(chaos.WAIT))
         server.wait_for_metric("in_flight_requests", at_least=1)
         second.send(request(2))
         server.wait_for_metric("in_flight_requests", at_least=2)
-    server.wait_for_metric("in_flight_requests", at_most=0, timeout_s=2)
+    # The run of the first request has not ended.
+    server.wait_for_metric("in_flight_requests", at_most=0)
+    chaos.open_gate(gate)
 
 
 @pytest.mark.parametrize("path", ["/predict/nobody", "/predict/m"])

@@ -1,4 +1,4 @@
-"""What `PredictProtocol` adds to uvicorn's protocol."""
+"""`PredictProtocol` beside uvicorn's protocol."""
 
 from __future__ import annotations
 

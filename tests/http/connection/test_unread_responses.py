@@ -64,7 +64,7 @@ def test_clients_that_do_not_read_cost_others_no_answer_and_are_disconnected_whe
 
         wait_until(is_answered, "a large answer finds room again", 15)
     for wire in deaf:
-        wire.socket.close()
+        wire.close()
     server.wait_for_metric("in_flight_requests", at_most=0)
     with Wire(server) as other:
         other.send(large())
@@ -82,5 +82,5 @@ def test_the_answers_to_one_client_leave_room_for_those_to_others(server: Server
     for wire in deaf:
         head = wire.stream.readline()
         refused += head.startswith(b"HTTP/1.1 503")
-        wire.socket.close()
+        wire.close()
     assert refused

@@ -1,4 +1,4 @@
-"""What a body becomes is counted before it is paid: with memory, and with the time of all other requests."""
+"""Decoded bodies are counted before they take memory, or the time of other requests."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.server import Server
 
 IN_FLIGHT_BYTES = 400 * 2**20
 PEAK_BYTES = 700 * 2**20
-"""What the process may grow by: the budget, and what it keeps of earlier bodies. Uncounted, each of these
-cases takes from 1.3 to 6.3 GB, or 25 s."""
+"""The process may grow by the budget, and by the memory that it keeps of earlier bodies. Uncounted, each of
+these cases takes from 1.3 to 6.3 GB, or 25 s."""
 LIVE_S = 5.0
 """A health check may take so long on a machine that runs other tests; uncounted it took up to 55 s."""
 ANSWERED_S = 60.0

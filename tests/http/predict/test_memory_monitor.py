@@ -1,4 +1,4 @@
-"""What requests may hold follows from the memory there is, and freed memory goes back after a burst."""
+"""The memory for requests follows from the memory there is; freed memory goes back after a burst."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a runtime refuses because of the input is the client's fault, and only the guilty request's."""
+"""An input that the runtime refuses is the client's fault, and costs only the guilty request."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from inferpool.tensors import Tensors
 from tests.repository.load.function_model import Clock, FunctionModel
 
 START_S, ELEMENT_S = 1e-4, 1e-6
-"""What a run of the model below takes in any case, and for each element."""
+"""The seconds of a run of the model below: in any case, and for each element."""
 
 SIZES = (-1, 3, -1, -1)
 

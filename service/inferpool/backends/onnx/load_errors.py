@@ -76,7 +76,7 @@ def readable_error(file: Path, error: str) -> Reason:
 
 
 def _without_locale(file: Path, name: str) -> Reason:
-    """What to install for an operation that changes the case of letters, as those of TF-IDF do."""
+    """Tell which locale to install for an operation that changes the case of letters, as in TF-IDF."""
     language, _, charset = name.partition(".")
     made = f"localedef -i {language} -f {charset or 'UTF-8'}"
     return (

@@ -1,4 +1,4 @@
-"""What ONNX and PyTorch graphs share when they are read for mixed rows.
+"""The common part of reading ONNX and PyTorch graphs for mixed rows.
 
 Every value has the axis along which its rows lie. The rules say how operations carry that axis from inputs to
 outputs. They are written in the vocabulary of ONNX; the graphs of PyTorch are put into it by

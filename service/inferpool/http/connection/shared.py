@@ -1,4 +1,4 @@
-"""What all connections of one event loop share."""
+"""The objects that all connections of one event loop share."""
 
 from __future__ import annotations
 

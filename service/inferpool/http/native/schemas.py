@@ -61,7 +61,7 @@ class Latency(BaseModel):
 
 
 class Cost(BaseModel):
-    """What a row of so many elements costs: alone, and in rows of the size that `latency` counts.
+    """The cost of a row of so many elements: alone, and in rows of the size that `latency` counts.
 
     `compute_ms` is null if nothing was measured: the cost then grows like the elements.
     """

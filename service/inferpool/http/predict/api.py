@@ -26,7 +26,7 @@ Join: TypeAlias = Callable[[Iterable[Data]], list[bytes]]
 
 
 class Target(NamedTuple):
-    """What a path names: `model` is None if the body must name it; `version` is a number, a label or None."""
+    """The target in a path: `model` is None if the body names it; `version` is a number, a label or None."""
 
     model: str | None
     version: str | None

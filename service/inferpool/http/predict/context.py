@@ -1,4 +1,4 @@
-"""What the server knows of one predict request between its head and its response."""
+"""The state of one predict request between its head and its response."""
 
 from __future__ import annotations
 

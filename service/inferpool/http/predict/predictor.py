@@ -430,7 +430,7 @@ class Predictor:
 
 
 class LargeAnswer:
-    """What a thread has made of a result: `encoded` outputs or an `error`, in `encode_s` seconds."""
+    """A result that a thread has encoded: `encoded` outputs or an `error`, after `encode_s` seconds."""
 
     __slots__ = ("encode_s", "encoded", "error", "result")
 

@@ -11,7 +11,7 @@ from inferpool.observe.traceparent import Trace, read_traceparent
 
 
 class RequestHead:
-    """What a predict request says before its body.
+    """The part of a predict request before its body.
 
     Attributes:
         model: the model's name from the path, or None if the body has to name the model.

@@ -1,4 +1,4 @@
-"""What is counted of the requests for one version."""
+"""The counters of the requests for one version."""
 
 from __future__ import annotations
 

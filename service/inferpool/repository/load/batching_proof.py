@@ -1,4 +1,4 @@
-"""What the check of batching has found out: whether rows may share a run, and the rows that showed it."""
+"""The outcome of the check of batching: whether rows may share a run, and the rows that showed it."""
 
 from __future__ import annotations
 

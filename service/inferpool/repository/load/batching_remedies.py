@@ -1,4 +1,4 @@
-"""What to change when rows of a model cannot share a run: a line of `model.toml` or of the export."""
+"""Remedies for models whose rows cannot share a run: a line of `model.toml` or of the export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from inferpool.tensors import name_text
 
 
 class Obstacle(StrEnum):
-    """What keeps rows of different requests from sharing a run."""
+    """The reasons why rows of different requests cannot share a run."""
 
     TURNED_OFF = "turned off"
     NO_REQUIRED_INPUT = "no required input"

@@ -1,4 +1,4 @@
-"""What a file says of shapes that runs show to be otherwise.
+"""Declared shapes that runs show to be wrong.
 
 Exporters give one name to dimensions that need not be equal, and declare outputs with the sizes of the
 example that was exported. A runtime takes such models as they are, so names and sizes are believed only as
@@ -21,7 +21,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class ShapeCorrections(NamedTuple):
-    """What is to be changed in a signature.
+    """The changes that a signature needs.
 
     Attributes:
         free_names: names of dimensions that need not be equal.

@@ -77,7 +77,7 @@ class LoadedVersion:
 
 
 class _Source(NamedTuple):
-    """What a version is loaded from."""
+    """The sources from which a version is loaded."""
 
     file: Path
     folder: Path | None
@@ -86,7 +86,7 @@ class _Source(NamedTuple):
 
 
 class _Content(NamedTuple):
-    """What the files beside a model say about its inputs.
+    """The facts about a model's inputs in the files beside it.
 
     Attributes:
         text: the codec of sentences; None if the model takes none.

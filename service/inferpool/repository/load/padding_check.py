@@ -26,7 +26,7 @@ _GROUPINGS: Final = ((0, 1, 2, 3, 4, 5, 6, 7), (7, 0), (4, 2, 6))
 
 
 class _Result(NamedTuple):
-    """What is wrong, or None; the largest relative difference; by output, the axes that tokens lie along."""
+    """The fault, or None; the largest relative difference; by output, the axes that tokens lie along."""
 
     fault: Reason | None
     difference: float = 0.0

@@ -224,7 +224,7 @@ def test_a_run_without_a_stream_is_synchronous(opened: list[str]) -> None:  # no
 
 
 def test_a_failed_run_leaves_no_work_in_the_stream(opened: list[str]) -> None:  # noqa: F811
-    """What was on its way to the device is not overtaken by the rows of the run that follows."""
+    """The rows of a run do not overtake a copy to the device that is under way."""
     memory = CountedMemory(3, 13)
     model, session = bound(memory)
     check(model, 2, 4)

@@ -54,7 +54,7 @@ def operators(folder: Path) -> list[tuple[str, set[int]]]:
 
 
 def faithful(file: Path, folder: Path, rows: dict[str, Array]) -> list[Array]:
-    """What the converted graph says, to the letter: ONNX Runtime on the CPU runs much of it in FP32."""
+    """Runs the converted graph to the letter: ONNX Runtime on the CPU runs much of it in FP32."""
     with in_half(file, folder / "kept") as half:
         onnx.checker.check_model(half, full_check=True)
         outputs: Any = ReferenceEvaluator(onnx.load(half)).run(None, rows)

@@ -59,7 +59,7 @@ class Binding:
 
 
 class Session(GraphSession):
-    """What `InferenceSession` gives for CUDA; tests say whether it refuses graphs, or breaks in a capture."""
+    """`InferenceSession` on CUDA, made up; a test says whether it refuses graphs or breaks in a capture."""
 
     made: ClassVar[list[Session]] = []
     refuses: ClassVar[str] = ""
@@ -160,7 +160,7 @@ def load(
 
 
 def ask(repository: Repository, rows: Any) -> Any:
-    """What the version answers for `rows`, through its queue."""
+    """The version's answer to `rows`, through its queue."""
     pool = repository.loaded(KEY).pool
     pool.offer(Entry(1, KEY, {"a": rows}, len(rows), "a", rows.nbytes, time.monotonic()))
     outbox: Any = pool._outbox

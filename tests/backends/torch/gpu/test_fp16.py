@@ -59,7 +59,7 @@ def test_an_fp16_model_keeps_its_input_and_output_datatypes(
 
 
 class Masking(nn.Module):
-    """What exports of attention are made of: FP32 by name, its smallest number, integers, a state."""
+    """The parts of exported attention: FP32 by name, its smallest number, integers, a state."""
 
     def __init__(self) -> None:
         super().__init__()

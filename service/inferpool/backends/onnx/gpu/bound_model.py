@@ -218,7 +218,7 @@ class BoundModel(DeviceModel):
         return self._fetch(bound, None if rows is None else used, self._names if outputs is None else outputs)
 
     def lost(self) -> Reason | None:
-        """What the driver says of every call, if this process cannot use the device any more."""
+        """The driver's error for every call, if this process cannot use the device any more."""
         return self._memory.lost()
 
     def _shapes(self, parts: Sequence[Tensors], rows: int | None) -> dict[str, tuple[int, ...]]:

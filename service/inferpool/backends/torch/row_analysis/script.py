@@ -72,7 +72,7 @@ _OF_TENSOR: Final = frozenset((
     "prim::device", "prim::dtype", "prim::layout", "prim::is_cuda", "prim::requires_grad", "prim::is_sparse",
     "aten::is_floating_point", "aten::is_complex", "aten::device", "prim::is_quantized",
 ))  # fmt: skip
-"""What is asked of a tensor and does not depend on its content or its rows."""
+"""Properties of a tensor that do not depend on its content or its rows."""
 
 
 class _Something:

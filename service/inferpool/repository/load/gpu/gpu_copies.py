@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GpuInputs:
-    """What the copies on GPUs are tried with.
+    """The inputs with which copies on GPUs are tried.
 
     Attributes:
         samples: inputs that the model is known to take.
