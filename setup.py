@@ -33,6 +33,8 @@ HOT_PATH = [
     *(f"{SOURCE}/pool/{name}.py" for name in (
         "admission", "audit", "batch", "completion", "entry_queue", "instance", "instance_set",
         "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats")),
+    *(f"{SOURCE}/engine/{name}.py" for name in (
+        "arena", "channel", "client", "client_router", "layouts", "port", "records")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
         "json_bounds", "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",

@@ -51,6 +51,8 @@ memory that bodies, threads and connections take. The tests of INTERPRETED are l
 
 
 INTERPRETED = {
+    *("engine/catalog_merge", "engine/catalog_parcel", "engine/control", "engine/restart_policy"),
+    *("engine/spawn", "engine/supervisor"),
     *("http/connection/acceptor", "http/connection/body_receiver", "http/connection/lingering_close"),
     *("http/connection/protocol", "http/connection/slow_client", "http/connection/unread_responses"),
     *("http/predict/compression", "http/predict/fair_threads", "http/predict/memory_monitor"),
@@ -133,7 +135,7 @@ def test_every_module_of_the_hot_path_is_compiled(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name.removeprefix("inferpool/") for name in archive.namelist()]
     compiled = {name.split(".")[0] for name in names if name.endswith(".so")}
-    folders = ("http/connection/", "http/predict/", "pool/", "wire/")
+    folders = ("engine/", "http/connection/", "http/predict/", "pool/", "wire/")
     modules = {
         name.removesuffix(".py") for name in names if name.endswith(".py") and name.startswith(folders)
     }

@@ -66,6 +66,8 @@ MOST_WAITING_BYTES: Final = 16 * 1024 * 1024
 """Bytes of records that may wait for an engine that does not read."""
 COPIED_BYTES: Final = 64 * 1024
 """Outputs of at most so many bytes are copied, so that their block is free at once."""
+_MOST_ID_BYTES: Final = 256
+"""Of the id of a request, so many bytes are told to the engine, for its log."""
 _OUTPUT_SLACK: Final = 1024
 """Bytes for the gaps between outputs, beside what the last ones took."""
 MOST_CRASHES: Final = 2
@@ -131,8 +133,8 @@ class _Pending:
     ) -> None:
         self.entry = entry
         self.layout = layout
-        self.parts: list[Layout] = []
-        self.starts: list[int] = []
+        self.parts: Sequence[Layout] = ()
+        self.starts: Sequence[int] = ()
         self.offset = offset
         self.nbytes = nbytes
         self.outputs_at = outputs_at
@@ -444,7 +446,9 @@ class EngineClient:
                 flags = ALONE
         if pending.accepted:
             flags |= REPLAY | SUSPECT if pending.crashes else REPLAY
-        request_id = entry.request_id.encode()[:256]
+        request_id = entry.request_id.encode()
+        if len(request_id) > _MOST_ID_BYTES:
+            request_id = request_id[:_MOST_ID_BYTES]
         tail = request_id
         if pending.parts:
             for each in pending.parts:

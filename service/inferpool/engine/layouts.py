@@ -119,6 +119,13 @@ class Layout:
         forms = self.forms
         if len(tensors) != len(forms):
             return False
+        single = self.single
+        if single is not None:
+            only = tensors.get(single.name)
+            if not isinstance(only, np.ndarray) or only.dtype != single.dtype:
+                return False
+            sizes = only.shape
+            return bool(sizes) and sizes[0] == rows and sizes[1:] == single.shape
         index = 0
         for name, tensor in tensors.items():
             form = forms[index]
@@ -292,8 +299,7 @@ def _form_of(name: str, tensor: Any, rows: int) -> TensorForm:
 def encode(layout: Layout, tensors: Tensors) -> bytes:
     """Return the tensors as bytes. Raises TypeError for text that is no `str`, or a value without a form."""
     if layout.single is not None:
-        for tensor in tensors.values():
-            return _array_bytes(tensor, layout.single.dtype)
+        return _array_bytes(tensors[layout.single.name], layout.single.dtype)
     pieces: list[bytes] = []
     for form, tensor in zip(layout.forms, tensors.values(), strict=True):
         if form.nbytes >= 0:
@@ -310,6 +316,10 @@ def encode(layout: Layout, tensors: Tensors) -> bytes:
 
 def write(memory: Buffer, at: int, layout: Layout, tensors: Tensors, rows: int) -> None:
     """Write tensors of a `plain` layout into `memory`, an mmap with room for `layout.size(rows)` bytes."""
+    single = layout.single
+    if single is not None and single.nbytes * rows <= _COPIED_BYTES:
+        memory[at : at + single.nbytes * rows] = tensors[single.name].tobytes()
+        return
     for form, tensor in zip(layout.forms, tensors.values(), strict=True):
         nbytes = form.nbytes * rows if form.by_rows else form.nbytes
         if nbytes <= _COPIED_BYTES:
@@ -325,6 +335,11 @@ def read(memory: Buffer, at: int, end: int, layout: Layout, rows: int) -> Tensor
     Arrays of numbers are views of the memory; text and other values are copied. Raises ProtocolError if a
     tensor does not end before `end`, or if text or a value cannot be read.
     """
+    single = layout.single
+    if single is not None:
+        if at + single.nbytes * rows > end:
+            raise ProtocolError(f'tensor "{single.name:.100}" of {rows} rows is longer than its memory')
+        return {single.name: np.ndarray((rows, *single.shape), single.dtype, memory, at)}
     tensors: Tensors = {}
     for form in layout.forms:
         if form.nbytes >= 0:
