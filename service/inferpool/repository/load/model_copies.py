@@ -10,6 +10,7 @@ from inferpool.errors import LoadError, OutOfMemory
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.catalog import GpuView
 from inferpool.system.gpus import CPU
+from inferpool.system.held_files import hold_files
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +45,13 @@ class ModelCopies:
         return None
 
     def load(self, options: LoadOptions) -> LoadedModel:
-        """Load one more copy of the model; raises LoadError."""
+        """Load one more copy of the model, which no change of its files affects; raises LoadError."""
         try:
             model = self._backend.load(self._file, options)
         except OutOfMemory as error:
             raise LoadError(error.detail) from error
         self._owned.append(model)
+        hold_files(self._file)
         return model
 
     def drop(self, model: LoadedModel) -> None:
