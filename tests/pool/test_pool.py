@@ -94,10 +94,14 @@ class HeldModel(LoadedModel):
         self.batches: list[int] = []
         self.deadly = False
         self.deaths = 0
+        self.lost_reason: str | None = None
         self.stoppable = False
         self.endless = math.nan
         self.stops: list[int] = []
         self._stopped: set[int] = set()
+
+    def lost(self) -> str | None:
+        return self.lost_reason
 
     def stop_run(self, thread: int) -> None:
         self.stops.append(thread)
@@ -116,6 +120,8 @@ class HeldModel(LoadedModel):
         if self.deadly:
             self.deaths += 1
             raise SystemExit
+        if self.lost_reason is not None:
+            raise RuntimeError(self.lost_reason)
         return self.model.run(inputs)
 
     def close(self) -> None:
@@ -1078,6 +1084,28 @@ def test_an_idle_instance_takes_over_from_one_that_has_died(bench: Callable[...,
     for entry in entries:
         check(entry, results[entry.id])
     assert isinstance(results[deadly.id].error, ModelFailed)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_nothing_runs_again_on_a_device_that_is_lost(bench: Callable[..., Bench], ends: bool) -> None:
+    """A process that can be replaced is told first, before any of its entries has a result."""
+    told: list[tuple[VersionKey, str, int]] = []
+    made: Bench
+
+    def tell(key: VersionKey, reason: str) -> None:
+        told.append((key, reason, made.outbox.results.qsize()))
+
+    made = bench(on_hung=tell if ends else None)
+    made.model.lost_reason = "CUDA: an illegal memory access (error 700)"
+    entries = [made.offer(1), made.offer(2), made.offer(3)]
+    made.go()
+    results = made.outbox.take(3)
+    for entry in entries:
+        assert isinstance(results[entry.id].error, NotReady)
+    assert [instance.state for instance in made.pool.instances()] == ["lost"]
+    assert len(made.model.batches) == 1
+    if ends:
+        assert told == [(KEY, f"cpu is lost: {made.model.lost_reason}", 0)]
 
 
 def test_a_version_that_is_not_batched_runs_each_entry_alone_and_does_not_split_it(

@@ -161,6 +161,14 @@ class LoadedModel(ABC):
         does nothing. A runtime that cannot stop a run does nothing either.
         """
 
+    def lost(self) -> Reason | None:
+        """Why this process cannot use the device any more; None if it can. Asked after a run has raised.
+
+        After some errors of CUDA (an address that is not mapped, a failed assertion in a kernel) every later
+        call of the process fails, on every copy of every model on that device.
+        """
+        return None
+
     def begin(self) -> None:  # noqa: B027 - most models have nothing to do
         """Prepare the calling thread, which runs the model from now on, before its first batch.
 
@@ -203,14 +211,6 @@ class DeviceModel(LoadedModel):
     def uncapture(self, reason: Reason) -> None:
         """Drop all graphs and run without graphs from now on, because of `reason`."""
         raise NotImplementedError
-
-    def lost(self) -> Reason | None:
-        """Why this process cannot use the device any more; None if it can. Asked after a run has raised.
-
-        After some errors of CUDA (an address that is not mapped, a failed assertion in a kernel) every later
-        call of the process fails, on every copy of every model on that device.
-        """
-        return None
 
     @abstractmethod
     def run_padded(
@@ -262,6 +262,10 @@ class Backend(ABC):
     @abstractmethod
     def describe(self) -> str:
         """The runtime and its version, for logs and `build_info`: `onnxruntime 1.31.1`."""
+
+
+class DeviceLost(Exception):
+    """The process cannot use a device any more; the text is the reason."""
 
 
 _NO_MEMORY: Final = ("std::bad_alloc", "Failed to allocate memory", "can't allocate memory")

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from typing import Final
 
 from inferpool.backends.base import DeviceModel, LoadedModel, Rejection
-from inferpool.errors import OutOfMemory
+from inferpool.errors import OutOfMemory, Reason
 from inferpool.pool.batch import concatenate
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.padding import Padding
@@ -163,6 +163,10 @@ class BucketedModel(LoadedModel):
     def stop_run(self, thread: int) -> None:
         """Ask the run of a thread to end."""
         self._model.stop_run(thread)
+
+    def lost(self) -> Reason | None:
+        """Why this process cannot use the device any more; None if it can."""
+        return self._model.lost()
 
     def begin(self) -> None:
         """Get the model ready on the calling thread."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inferpool.backends.base import DeviceModel, Rejection
-from inferpool.errors import Verdict
+from inferpool.errors import Reason, Verdict
 from inferpool.tensors import Tensors
 
 
@@ -51,6 +51,10 @@ class HotSwapModel(DeviceModel):
     def stop_run(self, thread: int) -> None:
         """Ask the run of a thread to end."""
         self._model.stop_run(thread)
+
+    def lost(self) -> Reason | None:
+        """Why this process cannot use the device any more; None if it can."""
+        return self._model.lost()
 
     def begin(self) -> None:
         """Get the model ready on the calling thread."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from inferpool.backends.base import LoadedModel, ran_out_of_memory
+from inferpool.backends.base import DeviceLost, LoadedModel, ran_out_of_memory
 from inferpool.errors import InferpoolError, ModelFailed, ModelRejected, Overloaded, Reason
 from inferpool.pool.batch import (
     RUNS,
@@ -69,6 +69,7 @@ class Instance:
         self.model = model
         self._bucketed = model if isinstance(model, BucketedModel) else None
         self.busy_until = 0.0
+        self.lost: Reason | None = None
         self.woken = False
         self.batch: Batch | None = None
         self.began = 0.0
@@ -115,9 +116,13 @@ class Instance:
             log.error("%s: %s; batching is off from here on", self.name, wrong)
             outcomes, undivided = self._run_separately(batch)
             return Run(outcomes, self._clock() - started, False, str(wrong), undivided)
-        except Exception as error:  # noqa: BLE001 - models raise anything, and only the guilty may fail
+        except Exception as error:
             if self._is_stopped():
                 return Run([], self._clock() - started, False)
+            self.lost = self.model.lost()
+            if self.lost is not None:
+                # Not an outcome of these entries: nothing can run on the device in this process again.
+                raise DeviceLost(self.lost) from error
             run = self._isolate(batch, error)
             run.compute_s = self._clock() - started
             return run

@@ -80,6 +80,11 @@ class InstanceSet:
             log.error("an instance of %s/%s died and cannot be replaced: %s", *self._key, fault)
             self._lost.append(instance.device)
 
+    def lose(self, instance: Instance) -> None:
+        """Count an instance as lost that has died, because its device is."""
+        log.error("%s/%s has an instance less: the device %s is lost", *self._key, instance.device)
+        self._lost.append(instance.device)
+
     def hang(self, instance: Instance, *, replace: bool) -> None:
         """Count on an instance no more, because its run does not stop.
 

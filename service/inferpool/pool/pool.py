@@ -276,12 +276,20 @@ class Pool:
             self._forget_plan()
 
     def died(self, instance: Instance, batch: Batch | None) -> None:
-        """Replace an instance whose thread has died. The entries of its batch run once more, each alone."""
+        """Replace an instance whose thread has died. The entries of its batch run once more, each alone.
+
+        If the device is lost to this process, no instance could run there in its place.
+        """
         results: list[Result] = []
+        if instance.lost is not None and self._watcher.on_hung is not None:
+            # Before any result: another process can run these entries.
+            self._watcher.on_hung(self.key, f"{instance.device} is lost: {instance.lost}")
         with self._lock:
             self._end_run(instance)
             self._instances.remove(instance)
-            if not instance.is_surplus:
+            if instance.lost is not None:
+                self._instances.lose(instance)
+            elif not instance.is_surplus:
                 self._instances.replace(instance)
             self._queue.admission.bound_by_time(len(self._instances))
             if batch is not None:
