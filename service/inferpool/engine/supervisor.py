@@ -47,6 +47,8 @@ EARLY_S: Final = 5.0
 """A web process that dies so soon after its start pauses before the next start."""
 CLOSE_S: Final = 10.0
 """How long web processes may take to close their connections after the drain timeout."""
+ABSENT: Final = b"\xff" * 4
+"""The number of connections of a web process that accepts none; see `http.connection.acceptor`."""
 FLUSH_S: Final = 0.02
 """Pause until a message is sent again to a child whose socket is full."""
 ENGINE_SLOTS: Final = 64
@@ -182,6 +184,7 @@ class Supervisor:
     def _start_web(self, web: _Web) -> None:
         if self._draining:
             return
+        self._set_absent(web)
         web.child = child = spawn(WEB_MODULE)
         web.started, web.listens, web.seen = self._clock(), False, 0
         child.control.send(
@@ -201,6 +204,10 @@ class Supervisor:
         self._send_catalog(web)
         for engine in self._engines.values():
             self._connect(web, engine)
+
+    def _set_absent(self, web: _Web) -> None:
+        """Let no other web process leave connections to this one."""
+        os.pwrite(self._counts, ABSENT, len(ABSENT) * (web.number - 1))
 
     def _hear_web(self, web: _Web, message: Message) -> None:
         values = message.values
@@ -233,6 +240,7 @@ class Supervisor:
         status = web.child.process.returncode
         lived_s = self._clock() - web.started
         web.child = None
+        self._set_absent(web)
         self._store.forget_web(str(web.number))
         for descriptor in web.arenas.values():
             os.close(descriptor)

@@ -19,29 +19,34 @@ from typing import Any, Final
 log = logging.getLogger(__name__)
 
 LEAVE_S: Final = 0.001
-"""How long a connection is left to the processes that have fewer."""
+"""How long a connection is left to a process that has one connection fewer."""
+MOST_LEAVE_S: Final = 0.01
+"""How long a connection is left to other processes at most. They may be busy, or stopped."""
 PAUSE_S: Final = 1.0
 """Pause after the process has run out of descriptors or memory."""
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class ConnectionCounts:
-    """How many connections each process has, in memory that all share: 4 bytes a process."""
+    """How many connections each process has, in memory that all share: 4 bytes a process.
+
+    The supervisor sets the largest number for a process that does not accept, so that nobody waits for it.
+    """
 
     def __init__(self, file: int, number: int, processes: int) -> None:
         """`number` from 0 is that of this process; `file` is the descriptor of the memory."""
         self._map = mmap.mmap(file, 4 * processes)
         self._counts = memoryview(self._map).cast("I")
         self._number = number
-        self._counts[number] = 0
 
     def set(self, count: int) -> None:
         """Tell the others how many connections this process has."""
         self._counts[self._number] = count
 
-    def is_ahead(self) -> bool:
-        """Whether another process has fewer connections."""
-        return self._counts[self._number] > min(self._counts)
+    def lead(self) -> int:
+        """How many connections this process has more than another one, apart from a few per cent."""
+        count = self._counts[self._number]
+        return max(0, count - min(self._counts) - (count >> 4))
 
 
 class Acceptor:
@@ -66,6 +71,7 @@ class Acceptor:
         self._starting: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self.update()
         loop.add_reader(self._file, self._ready)
 
     def close(self) -> None:
@@ -85,8 +91,8 @@ class Acceptor:
 
     def _ready(self) -> None:
         self.update()
-        if self._counts.is_ahead():
-            self._leave(LEAVE_S)
+        if lead := self._counts.lead():
+            self._leave(min(MOST_LEAVE_S, LEAVE_S * lead))
         else:
             self._accept()
 
