@@ -203,9 +203,13 @@ class WebServer(Server):
             states = {version.state for model in models.values() for version in model.versions.values()}
             if not self._settled and states and LOADING not in states:
                 self._settled = True
-                gc.collect()
-                gc.freeze()
-                self._memory.settle(bound_data=False)
+                await asyncio.to_thread(self._settle)
+
+    def _settle(self) -> None:
+        """Take note that models have been loaded, in a thread: the memory is measured and trimmed."""
+        gc.collect()
+        gc.freeze()
+        self._memory.settle(bound_data=False)
 
     def _take_catalog(self, descriptor: int) -> None:
         self._catalog.update(*unpack(descriptor))
