@@ -6,7 +6,7 @@ FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`:
 is known of its rows but what runs show. A row whose first element is one of the constants below makes its
 run misbehave; no made-up row has one. With a `"gate"`, the path of a named pipe, loading ends when the pipe
 is opened for writing; with a `"run_gate"` so does a run marked `WAIT`. With `"load_crashes": true` loading
-ends the process.
+ends the process; with `"load_holds": true` it neither ends nor lets any other thread run Python.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class ChaosBackend(Backend):
             settings = json.loads(file.read_text())
             if settings.get("load_crashes"):
                 ctypes.string_at(0)
+            if settings.get("load_holds"):
+                re.match("(a+)+$", "a" * 64 + "b")
             if "gate" in settings:
                 Path(settings["gate"]).read_bytes()
             return ChaosModel(settings)

@@ -1,0 +1,281 @@
+"""Models that once ended, blocked or changed a whole server, with their right outcomes; and loads that kill.
+
+Each of them is served beside a good model, which must notice nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.conftest import MakeChaos, Serve
+from tests.server import Server, wait_until
+
+GOOD = {"inputs": [[1.0, 2.0, 3.0, 4.0]]}
+LEAST, MOST = -(2**63), 2**63 - 1
+
+
+def info(name: str, kind: int, shape: list[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def save(
+    repository: Path,
+    name: str,
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    *,
+    external: bool = False,
+    **constants: np.ndarray,
+) -> Path:
+    """Write version 1 of a model; with `external` its constants are in `weights.bin`."""
+    initialisers = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
+    graph = helper.make_graph(nodes, name, inputs, outputs, initialisers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    folder = repository / name / "1"
+    folder.mkdir(parents=True)
+    onnx.save(
+        model, str(folder / "model.onnx"), save_as_external_data=external, location="weights.bin",
+        size_threshold=0,
+    )  # fmt: skip
+    return folder
+
+
+def write_gru(repository: Path) -> None:
+    """ONNX Runtime aborts if this model gets no step."""
+    rng = np.random.default_rng(7)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    node = helper.make_node
+    save(
+        repository,
+        "gru",
+        [
+            node("Gather", ["e", "ids"], ["x"]),
+            node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+            node("GRU", ["t", "w", "r"], ["", "last"], hidden_size=4),
+            node("Squeeze", ["last", "axis"], ["v"]),
+            node("MatMul", ["v", "o"], ["logits"]),
+        ],
+        [info("ids", TensorProto.INT64, ["batch", "steps"])],
+        [info("logits", TensorProto.FLOAT, ["batch", 2])],
+        e=normal(20, 8), w=normal(1, 12, 8), r=normal(1, 12, 4), axis=np.array([0]), o=normal(4, 2),
+    )  # fmt: skip
+
+
+def write_ratio(repository: Path) -> None:
+    """The process gets SIGFPE for the least integer divided by -1."""
+    save(
+        repository,
+        "ratio",
+        [helper.make_node("Div", ["a", "b"], ["y"])],
+        [info("a", TensorProto.INT64, ["n"]), info("b", TensorProto.INT64, ["n"])],
+        [info("y", TensorProto.INT64, ["n"])],
+    )
+
+
+def write_turns(repository: Path) -> None:
+    """A run takes as many turns as its input says."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Add", ["sum", "step"], ["sum_out"]),
+        ],
+        "turn",
+        [
+            info("i", TensorProto.INT64, []),
+            info("go", TensorProto.BOOL, []),
+            info("sum", TensorProto.FLOAT, [1]),
+        ],
+        [info("go_on", TensorProto.BOOL, []), info("sum_out", TensorProto.FLOAT, [1])],
+        [numpy_helper.from_array(np.array([1], np.float32), "step")],
+    )
+    save(
+        repository,
+        "turns",
+        [
+            helper.make_node("Squeeze", ["count"], ["n"]),
+            helper.make_node("Loop", ["n", "yes", "start"], ["total"], body=body),
+        ],
+        [info("count", TensorProto.INT64, [1])],
+        [info("total", TensorProto.FLOAT, [1])],
+        yes=np.array(True), start=np.array([0], np.float32),
+    )  # fmt: skip
+
+
+def write_outside(repository: Path) -> Path:
+    """The weights are in a file beside the graph; the answer to ones is the sum of each column."""
+    return save(
+        repository,
+        "outside",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [info("x", TensorProto.FLOAT, ["batch", 64])],
+        [info("y", TensorProto.FLOAT, ["batch", 64])],
+        external=True,
+        w=np.full((64, 64), 0.5, np.float32),
+    )
+
+
+@contextlib.contextmanager
+def good_requests(server: Server) -> Iterator[list[httpx.Response]]:
+    """Send requests to the good model all the time, and one more after the block has ended."""
+    answers: list[httpx.Response] = []
+    ended = threading.Event()
+
+    def send() -> None:
+        while not ended.is_set():
+            answers.append(server.post("/predict/good", json=GOOD))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        ended.set()
+        thread.join()
+    answers.append(server.post("/predict/good", json=GOOD))
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.text.split('"outputs"')[1] for answer in answers} == {':{"sum":[31.0]}}'}
+
+
+@pytest.fixture
+def start(serve: Serve, make_chaos: MakeChaos) -> Any:
+    """Start a server with engines, of the good model and all that is in its repository."""
+
+    def start(*flags: str) -> Server:
+        return serve(make_chaos("good"), "--engine", "process", "--web-processes", "2", *flags)
+
+    return start
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return tmp_path / "repository"
+
+
+def test_a_recurrent_network_without_steps_costs_nobody_else_anything(start: Any, repository: Path) -> None:
+    write_gru(repository)
+    server = start()
+    with good_requests(server):
+        bodies: list[dict[str, Any]] = [
+            {"inputs": [[]]},
+            {"inputs": [{"name": "ids", "datatype": "INT64", "shape": [1, 0], "data": []}]},
+            {"inputs": [{"name": "ids", "datatype": "INT64", "shape": [0, 5], "data": []}]},
+        ]
+        for body in bodies:
+            path = "/predict/gru" if body == {"inputs": [[]]} else "/v2/models/gru/infer"
+            assert server.post(path, json=body).status_code in (200, 422)
+    assert server.post("/predict/gru", json={"inputs": [[1, 2]]}).status_code == 200
+    assert server.metric("engine_restarts_total") == 0
+
+
+def test_a_request_that_crashes_its_engine_fails_alone(start: Any, repository: Path) -> None:
+    write_ratio(repository)
+    server = start()
+    with good_requests(server):
+        crash = server.post("/predict/ratio", json={"inputs": {"a": [LEAST], "b": [-1]}})
+        assert (crash.status_code, crash.json()["code"]) == (500, "model_crashed")
+        answer = server.post("/predict/ratio", json={"inputs": {"a": [LEAST, 6], "b": [1, 3]}})
+        assert answer.json()["outputs"] == {"y": [LEAST, 2]}
+    assert server.metric("engine_restarts_total") == 2
+    wait_until(lambda: server.get("/health/ready").status_code == 200, "the server is ready")
+    line = server.wait_for(r"ratio/1 crashed its engine on request \S+ twice")
+    assert str(LEAST) not in line.string  # a fingerprint has shapes, and no content
+
+
+def test_while_its_engine_restarts_a_model_takes_requests_and_health_tells(
+    start: Any, repository: Path
+) -> None:
+    write_ratio(repository)
+    server = start()
+    [version] = server.get("/models/good").json()["versions"]
+    seen: list[dict[str, Any]] = []
+
+    def watch() -> bool:
+        health = server.get("/health")
+        if health.status_code == 503:
+            seen.append(health.json())
+            assert server.get("/models/good").json()["versions"][0]["state"] == "ready"
+            assert server.get("/health/ready").status_code in (200, 503)
+        return bool(seen) and health.status_code == 200
+
+    os.kill(version["engine"]["pid"], 9)
+    wait_until(watch, "the server is ready again")
+    assert seen[0]["problems"] == dict.fromkeys(("good/1", "ratio/1"), "its engine is being restarted")
+    [after] = server.get("/models/good").json()["versions"]
+    assert after["engine"]["restarts"] == 1
+    assert after["engine"]["pid"] != version["engine"]["pid"]
+
+
+def test_a_run_without_an_end_is_answered_at_its_deadline_and_ends(start: Any, repository: Path) -> None:
+    write_turns(repository)
+    server = start()
+    with good_requests(server):
+        began = time.monotonic()
+        answer = server.post("/predict/turns", json={"inputs": [10**12]}, headers={"X-Timeout-Ms": "500"})
+        assert answer.status_code == 504
+        assert time.monotonic() - began < 5
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + "/predict/turns", json={"inputs": [10**12]}, timeout=0.3)
+        # Both runs are ended, so that others can run.
+        assert server.post("/predict/turns", json={"inputs": [3]}).json()["outputs"] == {"total": [3.0]}
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("what", ["other weights", "half a file"])
+def test_weights_that_change_on_disk_change_no_answer(start: Any, repository: Path, what: str) -> None:
+    weights = write_outside(repository) / "weights.bin"
+    server = start()
+    body = {"inputs": [[1.0] * 64]}
+    right = server.post("/predict/outside", json=body).json()["outputs"]
+    assert right == {"y": [[32.0] * 64]}
+    content = weights.read_bytes()
+    with good_requests(server):
+        if what == "half a file":
+            os.truncate(weights, len(content) // 2)
+        else:
+            with weights.open("r+b") as stream:
+                stream.write(bytes(len(content)))
+        for _ in range(20):
+            assert server.post("/predict/outside", json=body).json()["outputs"] == right
+    assert server.metric("engine_restarts_total") == 0
+
+
+@pytest.mark.parametrize("load", ["load_crashes", "load_holds"])
+def test_a_file_that_kills_or_blocks_the_loader_is_a_failed_version(
+    start: Any, make_chaos: MakeChaos, load: str
+) -> None:
+    make_chaos("bad", **{load: True})
+    make_chaos("next")  # loads after the bad one
+    server = start("--load-timeout-s", "4")
+
+    def state(model: str) -> tuple[str, str]:
+        [version] = server.get(f"/models/{model}").json()["versions"]
+        return version["state"], version["reason"]
+
+    wait_until(lambda: state("bad")[0] == "failed", "the bad version has failed")
+    reason = state("bad")[1]
+    assert (
+        "ended the engine 2 times" in reason if load == "load_crashes" else "--load-timeout-s (4 s)" in reason
+    )
+    wait_until(lambda: server.get("/health/ready").status_code == 200, "the server is ready")
+    health = server.get("/health").json()
+    assert (health["status"], health["problems"]) == ("degraded", {"bad/1": reason})
+    for model in ("good", "next"):
+        assert server.post(f"/predict/{model}", json=GOOD).status_code == 200
+    refused = server.post("/predict/bad", json=GOOD)
+    assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
