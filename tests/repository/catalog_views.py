@@ -94,7 +94,7 @@ MODELS = st.builds(
 
 LIVES = st.builds(
     LiveView,
-    instances=st.lists(st.builds(InstanceState, TEXTS, TEXTS), max_size=2).map(tuple),
+    instances=st.lists(st.builds(InstanceState, TEXTS, TEXTS, NUMBERS), max_size=2).map(tuple),
     latency=st.lists(st.builds(Measurement, NUMBERS, NUMBERS, COUNTS), max_size=3).map(tuple),
     waiting_rows=COUNTS,
     oldest_age_s=NUMBERS,

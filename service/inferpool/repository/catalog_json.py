@@ -135,7 +135,7 @@ def live_json(live: LiveView) -> JsonObject:
 def live_from_json(sent: JsonObject) -> LiveView:
     """The facts that `live_json` wrote."""
     return LiveView(
-        instances=tuple(InstanceState(**instance) for instance in sent["instances"]),
+        instances=tuple(_instance(instance) for instance in sent["instances"]),
         latency=tuple(Measurement(*map(_number, line)) for line in sent["latency"]),
         waiting_rows=sent["waiting_rows"],
         oldest_age_s=_number(sent["oldest_age_s"]),
@@ -170,6 +170,10 @@ def _number(sent: Any) -> Any:
 
 def _optional_number(sent: Any) -> Any:
     return None if sent is None else _number(sent)
+
+
+def _instance(sent: JsonObject) -> InstanceState:
+    return InstanceState(sent["device"], sent["state"], _number(sent["run_s"]))
 
 
 def _signature(sent: JsonObject) -> Signature:

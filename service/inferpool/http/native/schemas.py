@@ -35,10 +35,14 @@ class Batching(BaseModel):
 
 
 class InstanceOut(BaseModel):
-    """One loaded copy with its own thread. With `not_answering`, its engine does not answer or restarts."""
+    """One loaded copy with its own thread.
+
+    It is `lost` if its thread has ended, `hung` if its run does not stop, and `not_answering` if its engine
+    does not answer, or is being restarted.
+    """
 
     device: str
-    state: Literal["ready", "lost", "not_answering"]
+    state: Literal["ready", "lost", "hung", "not_answering"]
 
 
 class EngineOut(BaseModel):
