@@ -169,20 +169,22 @@ def test_a_request_that_crashes_its_engine_twice_is_refused_and_others_are_answe
 def test_a_web_process_that_is_killed_costs_only_its_own_clients(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=2), *PROCESS)
     load = Load(server)
+    before = find(server, WEB)
 
     async def kill() -> None:
         await load.answered(50)
-        before = await asyncio.to_thread(find, server, WEB)
-        os.kill(before[0], signal.SIGKILL)
+        before.sort(key=open_sockets)  # the last one has most clients
+        os.kill(before[1], signal.SIGKILL)
         await asyncio.to_thread(
-            wait_until, lambda: len(set(find(server, WEB)) - {before[0]}) == 2, "there is another web process"
+            wait_until, lambda: len(set(find(server, WEB)) - {before[1]}) == 2, "there is another web process"
         )
         await load.answered(50)
-        assert before[1] in find(server, WEB)
+        assert before[0] in find(server, WEB)
 
     asyncio.run(load.run(kill()))
     assert set(load.statuses) == {200}
-    assert 1 <= load.lost < 8
+    # A client loses one connection at most.
+    assert 1 <= load.lost <= 8
     assert server.metric("web_restarts_total") == 1
 
 

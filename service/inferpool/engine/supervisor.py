@@ -146,6 +146,8 @@ class Supervisor:
         self._arena_bytes = arena_bytes(settings["in_flight_bytes"])
         self._to_report = 0
         self._reported = False
+        self._health: Mapping[str, Any] | None = None
+        """What the web process said of the server that was the last to take a catalog."""
         self._signals: list[int] = []
         self._draining = False
         self._drain_ends = 0.0
@@ -220,7 +222,8 @@ class Supervisor:
                 log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         elif message.kind == "seen":
             web.seen = values["catalog"]
-            self._report_loaded(values)
+            self._health = values
+            self._report_loaded()
         elif message.kind == "crashed":
             crash = self._crashes.get(values["engine"])
             if crash is not None and web.number in crash.reports:
@@ -380,6 +383,7 @@ class Supervisor:
             self._answer_again(engine)
             if engine.epoch == 1 or not self._reported:
                 self._to_report = self._catalog_number
+                self._report_loaded()
         elif message.kind == "refused":
             self._refuse(values["reason"])
         elif message.kind == "drained" and not values["ok"]:
@@ -576,9 +580,10 @@ class Supervisor:
         finally:
             os.close(descriptor)
 
-    def _report_loaded(self, health: Mapping[str, Any]) -> None:
+    def _report_loaded(self) -> None:
         """Log what is served once all web processes serve it, so that the line is true for each client."""
-        if not self._to_report:
+        health = self._health
+        if not self._to_report or health is None:
             return
         if all(web.child is None or web.seen >= self._to_report for web in self._webs.values()):
             self._to_report = 0
