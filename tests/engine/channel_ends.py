@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from inferpool.engine.arena import make_arena
-from inferpool.engine.client import EngineClient
+from inferpool.engine.client import MOST_ENTRIES, EngineClient
 from inferpool.engine.port import EnginePort
 from inferpool.errors import InferpoolError
 from inferpool.pool.ports import Entry, Result, VersionKey
@@ -147,9 +147,11 @@ class HandInbox:
 class Engine:
     """An engine with a port and an inbox, in this process."""
 
-    def __init__(self, reply: Callable[[Any], object] = lambda question: question) -> None:
+    def __init__(
+        self, reply: Callable[[Any], object] = lambda question: question, *, most_unread_bytes: int = 64 * MIB
+    ) -> None:
         self.inbox = HandInbox()
-        self.port = EnginePort(time.monotonic)
+        self.port = EnginePort(time.monotonic, most_unread_bytes)
         self.port.start(self.inbox, reply)
         OPEN.append(self)
 
@@ -176,13 +178,20 @@ class Engine:
 class Web:
     """A web process's client, and what it was told."""
 
-    def __init__(self, number: int = 0, arena_bytes: int = 16 * MIB) -> None:
+    def __init__(
+        self, number: int = 0, arena_bytes: int = 16 * MIB, most_entries: int = MOST_ENTRIES
+    ) -> None:
         self.number = number
         self.loop = HandLoop()
         self.results = KeptResults()
         self.lost: list[tuple[int, str]] = []
         self.client = EngineClient(
-            self.results, self.loop, time.monotonic, number, lambda epoch, why: self.lost.append((epoch, why))
+            self.results,
+            self.loop,
+            time.monotonic,
+            number,
+            lambda epoch, why: self.lost.append((epoch, why)),
+            most_entries,
         )
         self.arena = make_arena(arena_bytes)
         self.epoch = 0

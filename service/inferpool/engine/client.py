@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from struct import pack
 from typing import Any, Final, Protocol
 
@@ -55,6 +55,7 @@ from inferpool.engine.records import (
 )
 from inferpool.errors import DeadlineExceeded, InferpoolError, ModelCrashed, NotReady, Overloaded
 from inferpool.pool.ports import Entry, Result, VersionKey
+from inferpool.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +121,13 @@ class _Pending:
         accepted: whether an engine that ended had the entry.
         crashes: in how many engines the entry ran when they ended.
         wanted: whether the result is still to be delivered.
+        refusal: why the successor of the engine does not run the version, if it has refused the entry.
         runs_on: whether the engine has answered, and still reads the block.
     """
 
     __slots__ = (
         "accepted", "crashes", "entry", "layout", "more_at", "more_bytes", "nbytes", "offset", "outputs_at",
-        "parts", "runs_on", "sent", "starts", "wanted",
+        "parts", "refusal", "runs_on", "sent", "starts", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -144,6 +146,7 @@ class _Pending:
         self.accepted = False
         self.crashes = 0
         self.wanted = True
+        self.refusal: InferpoolError | None = None
         self.runs_on = False
 
 
@@ -165,8 +168,10 @@ class EngineClient:
         clock: Callable[[], float],
         web: int,
         lost: Callable[[int, str], None],
+        most_entries: int = MOST_ENTRIES,
     ) -> None:
-        """`web` is the number of this web process. Results go to `results`.
+        """`web` is the number of this web process. Results go to `results`. At most `most_entries`
+        entries are without their result at a time.
 
         `lost` is called with the epoch and a reason if the channel breaks: the engine is dead, or has sent
         what is no record. The client then uses the channel no more, and waits for `detach`.
@@ -176,6 +181,7 @@ class EngineClient:
         self._clock = clock
         self._web = web
         self._lost = lost
+        self._most_entries = most_entries
         self._arena: Arena | None = None
         self._arena_id = (0, 0)
         self._socket: socket.socket | None = None
@@ -239,6 +245,7 @@ class EngineClient:
         self._loop.add_reader(channel.fileno(), self._readable)
         for pending in list(self._pending.values()):
             if pending.wanted:
+                pending.refusal = None
                 self._arena.memory[pending.offset] = 0
                 self._send_offer(pending)
         self._plan_flush()
@@ -291,25 +298,74 @@ class EngineClient:
         if results:
             self._results.put(results)
 
+    def reroute(self, clients: Mapping[VersionKey, EngineClient]) -> None:
+        """Take note of which client has which version now.
+
+        A version may move to another engine while this one is replaced. Entries that this engine does not
+        have move with their version. An entry that the successor of an engine has refused because it lacks
+        the version is sent to the version's engine, or gets the refusal if there is none.
+        """
+        results: list[Result] = []
+        for entry_id, pending in list(self._pending.items()):
+            if pending.sent or not pending.wanted:
+                continue
+            target = clients.get(pending.entry.key)
+            if target is self:
+                if pending.refusal is not None and self._socket is not None:
+                    pending.refusal = None
+                    self._send_offer(pending)
+                    self._plan_flush()
+                continue
+            if target is not None:
+                if target._arena is None:
+                    continue  # it has no engine yet
+                try:
+                    self._restore_inputs(pending)
+                    target.offer(pending.entry, pending.accepted, pending.crashes)
+                except InferpoolError as error:
+                    results.append(self._local_result(pending, error))
+            elif pending.refusal is not None:
+                results.append(self._local_result(pending, pending.refusal))
+            else:
+                continue
+            self._free(entry_id, pending)
+        if results:
+            self._results.put(results)
+
+    def _restore_inputs(self, pending: _Pending) -> None:
+        arena = self._arena
+        assert arena is not None  # it has the block
+        begin = pending.offset + HEADER_BYTES
+        end = pending.offset + pending.outputs_at
+        entry = pending.entry
+        if pending.layout is not None:
+            entry.inputs = _copied(read(arena.map, begin, end, pending.layout, entry.rows))
+        for part, layout, start in zip(entry.parts, pending.parts, pending.starts, strict=True):
+            own = part.entry
+            own.inputs = _copied(read(arena.map, pending.offset + start, end, layout, own.rows))
+
     def close(self) -> None:
         """Close the channel. Entries without a result get none."""
         self._disconnect()
 
     # The inbox.
 
-    def offer(self, entry: Entry) -> None:
-        """Send `entry`, whose inputs are copied and then dropped; raises Overloaded or NotReady."""
+    def offer(self, entry: Entry, accepted: bool = False, crashes: int = 0) -> None:
+        """Send `entry`, whose inputs are copied and then dropped; raises Overloaded or NotReady.
+
+        `accepted` says that another engine had accepted the entry, and `crashes` how many ended with it.
+        """
         arena = self._arena
         if arena is None:
             raise NotReady("the engine is starting; try again later")
-        if len(self._pending) >= MOST_ENTRIES:
-            raise Overloaded(f"{MOST_ENTRIES} requests wait for the engine, the limit; try again later")
+        if len(self._pending) >= self._most_entries:
+            raise Overloaded(f"{self._most_entries} requests wait for the engine, the limit; try again later")
         if len(self._outgoing) > MOST_WAITING_BYTES:
             raise Overloaded("the engine does not keep up; try again later")
         if not 0 < entry.id < MOST_ID:
             raise ValueError(f"an entry has the id {entry.id}")
         if entry.parts:
-            self._offer_parts(arena, entry)
+            self._offer_parts(arena, entry, accepted, crashes)
             return
         group: Hashable = None if entry.group == entry.id else entry.group
         layout = self._layouts.find(entry.key, entry.inputs, entry.rows, group, entry.outputs)
@@ -334,6 +390,9 @@ class EngineClient:
         arena.memory[offset] = 0
         entry.inputs = {}
         pending = _Pending(entry, layout, offset, nbytes, outputs_at)
+        if accepted:
+            pending.accepted = True
+            pending.crashes = crashes
         self._pending[entry.id] = pending
         if self._socket is not None:
             self._send_offer(pending)
@@ -344,7 +403,7 @@ class EngineClient:
         """Raise Overloaded or NotReady if no entry could be sent now."""
         if self._arena is None:
             raise NotReady("the engine is starting; try again later")
-        if len(self._pending) >= MOST_ENTRIES or len(self._outgoing) > MOST_WAITING_BYTES:
+        if len(self._pending) >= self._most_entries or len(self._outgoing) > MOST_WAITING_BYTES:
             raise Overloaded("the engine does not keep up; try again later")
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
@@ -478,7 +537,7 @@ class EngineClient:
             pieces.append(pack(f"<{len(part.row_indices)}I", *part.row_indices))
         return b"".join(pieces)
 
-    def _offer_parts(self, arena: Arena, entry: Entry) -> None:
+    def _offer_parts(self, arena: Arena, entry: Entry, accepted: bool, crashes: int) -> None:
         layouts: list[Layout] = []
         bodies: list[bytes] = []
         starts: list[int] = []
@@ -503,6 +562,8 @@ class EngineClient:
         pending = _Pending(entry, None, offset, at, at)
         pending.parts = layouts
         pending.starts = starts
+        pending.accepted = accepted
+        pending.crashes = crashes
         self._pending[entry.id] = pending
         if self._socket is not None:
             self._send_offer(pending)
@@ -654,6 +715,11 @@ class EngineClient:
         if pending is None or not pending.sent or pending.runs_on:
             raise ProtocolError(f"an error of entry {entry_id} came, which the engine does not have")
         error = read_error(record[ERROR_FIELDS.size :])
+        if pending.accepted and pending.wanted and isinstance(error, NotReady) and not flags & RUNS_ON:
+            # The version may have moved to another engine: `reroute` tells.
+            pending.sent = False
+            pending.refusal = error
+            return
         if pending.wanted:
             results.append(Result(entry_id, None, error, queue_s, compute_s, batch_rows))
         if flags & RUNS_ON:
@@ -724,6 +790,10 @@ def _unpack(fields: Any, record: bytes, *, more: bool = False) -> tuple[Any, ...
         raise ProtocolError(f"a record of {len(record)} bytes came, expected {fields.size}")
     found: tuple[Any, ...] = fields.unpack_from(record)
     return found
+
+
+def _copied(tensors: Tensors) -> Tensors:
+    return {name: tensor.copy() for name, tensor in tensors.items()}
 
 
 def _log_crash(pending: _Pending) -> None:

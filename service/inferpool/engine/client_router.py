@@ -25,6 +25,8 @@ class ClientRouter:
         for client in clients.values():
             if client not in self._every:
                 self._every.append(client)
+        for client in self._every:
+            client.reroute(self._clients)
 
     def offer(self, entry: Entry) -> None:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady, Overloaded or Draining."""

@@ -118,6 +118,7 @@ class _Connection:
         greeted: whether its HELLO has come.
         incoming: what it has sent. For the reader's thread.
         layouts: the layouts of its entries by number. For the reader's thread.
+        most_unread: how many bytes of records it may leave unread.
         lock: guards all below.
         outgoing: what it has not been sent yet.
         output_layouts: the layouts of results.
@@ -127,12 +128,15 @@ class _Connection:
     """
 
     __slots__ = (
-        "arena", "closed", "epoch", "greeted", "incoming", "large", "layouts", "lock", "outgoing",
-        "output_layouts", "serial", "socket", "waits_to_write", "web",
+        "arena", "closed", "epoch", "greeted", "incoming", "large", "layouts", "lock", "most_unread",
+        "outgoing", "output_layouts", "serial", "socket", "waits_to_write", "web",
     )  # fmt: skip
 
-    def __init__(self, web: int, epoch: int, serial: int, channel: socket.socket, arena: ArenaView) -> None:
+    def __init__(
+        self, web: int, epoch: int, serial: int, channel: socket.socket, arena: ArenaView, most_unread: int
+    ) -> None:
         self.web = web
+        self.most_unread = most_unread
         self.epoch = epoch
         self.serial = serial
         self.socket = channel
@@ -155,7 +159,7 @@ class _Connection:
         if self.closed or not self.outgoing:
             return False
         if self.waits_to_write:
-            if len(self.outgoing) <= MOST_UNREAD_BYTES:
+            if len(self.outgoing) <= self.most_unread:
                 return False
             log.error("web process %d does not read its results, and is given up", self.web)
             self.closed = True
@@ -185,8 +189,12 @@ class EnginePort:
     until then. So if the engine ends again, there is one entry to blame.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`start` must be called before entries can come."""
+    def __init__(self, clock: Callable[[], float], most_unread_bytes: int = MOST_UNREAD_BYTES) -> None:
+        """`start` must be called before entries can come.
+
+        A web process that leaves more than `most_unread_bytes` of records unread is given up.
+        """
+        self._most_unread_bytes = most_unread_bytes
         self._clock = clock
         self._inbox: Inbox | None = None
         self._reply: Callable[[Any], object] | None = None
@@ -471,7 +479,7 @@ class EnginePort:
     def _connect(self, web: int, epoch: int, channel: socket.socket, arena: ArenaView) -> None:
         self._disconnect(web)
         self._serial += 1
-        connection = _Connection(web, epoch, self._serial, channel, arena)
+        connection = _Connection(web, epoch, self._serial, channel, arena, self._most_unread_bytes)
         self._connections[connection.serial] = connection
         self._selector.register(channel, selectors.EVENT_READ, connection)
         with connection.lock:
