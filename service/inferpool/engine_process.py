@@ -21,7 +21,7 @@ from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.port import EnginePort
 from inferpool.engine.spawn import begin_child
-from inferpool.errors import ConfigError
+from inferpool.errors import ConfigError, Reason
 from inferpool.observe.build_info import build_info
 from inferpool.observe.logs import configure_logs
 from inferpool.observe.metrics import Metrics
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 OOM_SCORE: Final = 500
 """If memory runs out, the kernel ends engines first: their requests run again in the next one."""
 GIL_SWITCH_S: Final = 0.001
+HUNG_STATUS: Final = 70
+"""The exit status of an engine that ends because a run does not stop (EX_SOFTWARE of sysexits.h)."""
 
 
 class Engine:
@@ -66,6 +68,7 @@ class Engine:
             on_loading=self._report_loading,
             on_change=self._publish,
             plans=plans,
+            on_hung=self._end,
         )
         self._publisher = CatalogPublisher(self._repository)
         self._port.start(self._repository.router, lambda question: answer_ask(self._repository, question))
@@ -94,6 +97,12 @@ class Engine:
         ok = self._port.close() and ok
         self._control.send("drained", {"ok": ok})
         return 0
+
+    def _end(self, key: VersionKey, reason: Reason) -> None:
+        """End this process, because a run does not stop; a successor runs whatever else it had."""
+        self._control.send("hung", {"version": key, "reason": reason})
+        logging.shutdown()
+        os._exit(HUNG_STATUS)
 
     def _report_loading(self, key: VersionKey) -> None:
         self._control.send("loading", {"model": key.model, "version": key.version})

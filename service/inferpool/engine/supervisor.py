@@ -86,6 +86,7 @@ class _Engine:
         loaded: whether every version is ready or has failed.
         blameless: whether the supervisor ends it because of a load, so that no request is to blame.
         answers: whether it has all the versions that its predecessor had.
+        hung: the versions of which a run did not stop, for which the engine ends itself.
     """
 
     def __init__(self, name: str, only: list[Version] | None = None) -> None:
@@ -102,6 +103,7 @@ class _Engine:
         self.loaded = False
         self.answers = False
         self.blameless = False
+        self.hung: set[Version] = set()
 
 
 class _Crash:
@@ -386,6 +388,9 @@ class Supervisor:
                 self._report_loaded()
         elif message.kind == "refused":
             self._refuse(values["reason"])
+        elif message.kind == "hung":
+            log.error("engine %s ends: %s/%d: %s", engine.name, *values["version"], values["reason"])
+            engine.hung.add((values["version"][0], values["version"][1]))
         elif message.kind == "drained" and not values["ok"]:
             log.error("a model was still running when the drain timeout ended")
             self._exit_status = 1
@@ -472,6 +477,9 @@ class Supervisor:
         self._count("engine_restarts_total", engine.name)
         self._set_facts(engine)
         crash = _Crash(how, lived_s, set(engine.loading), set(engine.connected))
+        crash.running |= engine.hung
+        crash.confirmed |= engine.hung
+        engine.hung.clear()
         engine.loading.clear()
         engine.loaded = engine.answers = False
         self._tell_down(engine, blame=not engine.blameless)

@@ -325,7 +325,10 @@ class Pool:
                     now, instance.began, instance.expected_s, instance.stop_asked, nobody_waits
                 )
                 if action == STOP:
+                    is_first = batch.stopped == RUNS
                     self._stop_run(instance, ABANDONED if nobody_waits else TIMED_OUT)
+                    if is_first and len(batch.slices) == 1 and not nobody_waits:
+                        self._completion.time_out(batch.slices[0], batch, results)
                 elif action == HUNG:
                     hung = True
                     self._hang(instance, batch, results)
