@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -127,7 +128,9 @@ def test_an_instance_that_hangs_is_a_problem_and_is_replaced(
     server.wait_loaded()
     reply = server.post("/predict/m", json={"inputs": [[chaos.WAIT, 2, 3, 4]]})
     assert (reply.status_code, reply.json()["code"]) == (504, "run_timeout")
-    assert "hang" in server.get("/health").json()["problems"]["m/1"]
+    wait_until(lambda: "m/1" in server.get("/health").json()["problems"], "the instance hangs")
+    problem = server.get("/health").json()["problems"]["m/1"]
+    assert re.fullmatch(r"1 of 2 instances hang: a run has taken \d+ s", problem)
     assert server.metric("instances", state="hung") == 1
     row = [[1.0, 2.0, 3.0, 4.0]]
     answer = server.post("/predict/m", json={"inputs": row}).json()
@@ -146,6 +149,7 @@ def test_sigterm_ends_a_server_whose_model_hangs(serve: Serve, make_chaos: MakeC
     server = serve(make_chaos("m", run_gate=str(gate)), "--run-timeout-s", "0.5", "--drain-timeout-s", "1")
     server.wait_loaded()
     assert server.post("/predict/m", json={"inputs": [[chaos.WAIT, 2, 3, 4]]}).status_code == 504
+    server.wait_for("does not stop")
     assert server.stop() == 1
     assert any("was still running" in line["message"] for line in server.log)
 
@@ -171,3 +175,24 @@ def test_a_second_signal_ends_the_server_while_a_model_runs(serve: Serve, endles
         began = time.monotonic()
         assert server.stop() == 1
         assert time.monotonic() - began < 15
+
+
+def test_a_run_that_does_not_stop_ends_its_engine_and_nothing_else(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    """The request is answered when its time is up; requests of the other model wait for the next engine."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    make_chaos("m", run_gate=str(gate))
+    server = serve(make_chaos("other"), "--engine", "process", "--run-timeout-s", "0.5")
+    server.wait_loaded()
+    reply = server.post("/predict/m", json={"inputs": [[chaos.WAIT, 2, 3, 4]]})
+    assert (reply.status_code, reply.json()["code"]) == (504, "run_timeout")
+    row = [[1.0, 2.0, 3.0, 4.0]]
+    for _ in range(2):
+        for model in ("m", "other"):
+            answer = server.post(f"/predict/{model}", json={"inputs": row})
+            assert answer.json()["outputs"]["sum"] == chaos.expected(np.array(row)).tolist()
+        server.wait_for("ended with status 70")
+    assert any("engine shared ends: m/1: 1 of " in line["message"] for line in server.log)
+    assert server.stop() == 0
