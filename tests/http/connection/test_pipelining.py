@@ -399,3 +399,20 @@ def test_a_long_pipeline_of_refusals_is_answered_in_full(server: Server) -> None
         assert [wire.answer()[0] for _ in range(count + 2)] == [200, *[404] * count, 200]
         sender.join()
     server.wait_for_metric("in_flight_requests", at_most=0)
+
+
+def test_large_bodies_leave_room_for_small_ones(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=1), "--in-flight-bytes", "1600000")
+    with Wire(server) as first, Wire(server) as second, Wire(server) as third:
+        head = "POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 800000\r\n\r\n"
+        for large in (first, second):
+            large.send(head + " " * 740_000)
+        server.wait_for_metric("in_flight_bytes", 1_480_000)
+        body = request(1).partition("\r\n\r\n")[2].ljust(90_000)
+        third.send(f"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 90000\r\n\r\n{body}")
+        status, _, problem = third.answer()
+        assert status == 503
+        assert "other requests hold 1480000 of 1500000 bytes" in json.loads(problem)["detail"]
+        for number in range(20):
+            third.send(request(number))
+            assert third.answer()[0] == 200

@@ -293,9 +293,7 @@ class Exchange:
         self._move(READING)
         predictor.in_flight.requests += 1
         try:
-            predictor.admit(self._context)
-            if size:
-                predictor.budget.reserve(self._context, size)
+            predictor.admit(self._context, size)
         except Exception as error:  # noqa: BLE001 - every error becomes a response
             self._refuse(error)
             return False

@@ -100,8 +100,10 @@ class Predictor:
         in_flight = self.in_flight
         metrics.add_source(lambda: [("in_flight_requests", (), float(in_flight.requests))])
 
-    def admit(self, context: PredictContext) -> None:
+    def admit(self, context: PredictContext, received: int = 0) -> None:
         """Refuse a request before its body is read if it would be refused whatever the body holds.
+
+        The `received` bytes of a body that is complete are reserved; other bodies only need room.
 
         Raises ModelNotFound, VersionNotFound, BodyTooLarge, QueueFull, NotReady, Overloaded or Draining.
         """
@@ -114,7 +116,10 @@ class Predictor:
         if head.model is not None:
             served = context.served = self.resolver.find(head.model, head.version)
             self._inbox.refuse_early(served.view.key)
-        self.budget.check(length)
+        if received:
+            self.budget.reserve(context, received)
+        else:
+            self.budget.check(length)
 
     def decode(self, context: PredictContext, data: Data) -> Tensors:
         """Return the inputs of a request, validated, and find the version that the request means.
