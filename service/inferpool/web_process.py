@@ -74,6 +74,7 @@ class WebServer(Server):
         self._clients: dict[str, EngineClient] = {}
         self._catalogs: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
         self._settled = False
+        self._informed = asyncio.Event()
 
     def begin(self, listeners: list[socket.socket]) -> None:
         """Listen to the supervisor."""
@@ -86,6 +87,8 @@ class WebServer(Server):
         """Accept connections, and tell the supervisor."""
         assert self.loop is not None
         assert sockets is not None
+        # A process that replaces another must not tell clients that there are no models.
+        await self._informed.wait()
         await self.lifespan.startup()
         config, connections = self.config, self.server_state.connections
         make_protocol: Callable[[], asyncio.Protocol] = partial(
@@ -189,6 +192,7 @@ class WebServer(Server):
                 os.close(descriptor)
             self._route()
             await self._catalog.refresh()
+            self._informed.set()
             health = self._catalog.health()
             models = self._catalog.models()
             self._control.send(

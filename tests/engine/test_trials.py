@@ -20,6 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.conftest import MakeChaos, Serve
+from tests.engine.processes import WEB, find
 from tests.server import Server, wait_until
 
 GOOD = {"inputs": [[1.0, 2.0, 3.0, 4.0]]}
@@ -279,3 +280,39 @@ def test_a_file_that_kills_or_blocks_the_loader_is_a_failed_version(
         assert server.post(f"/predict/{model}", json=GOOD).status_code == 200
     refused = server.post("/predict/bad", json=GOOD)
     assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+
+
+def test_labels_that_change_on_disk_change_no_prediction(start: Any, repository: Path) -> None:
+    """Not even after every web process has been replaced."""
+    folder = save(
+        repository,
+        "named",
+        [helper.make_node("Identity", ["x"], ["y"])],
+        [info("x", TensorProto.FLOAT, ["batch", 2])],
+        [info("y", TensorProto.FLOAT, ["batch", 2])],
+    ).parent
+    (folder / "model.toml").write_text("[labels]\ntop_k = 1\n")
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    server = start()
+
+    def label() -> str:
+        answer = server.post("/predict/named", json={"inputs": [[1.0, 2.0]]})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["predictions"][0][0]["label"])
+
+    assert label() == "dog"
+    (folder / "labels.txt").write_text("written\nsince\n")
+    before = find(server, WEB)
+    assert len(before) == 2
+    for process in before:
+        os.kill(process, 9)
+
+    def replaced() -> bool:
+        now = find(server, WEB)
+        with contextlib.suppress(httpx.TransportError):
+            return len(now) == 2 and not {*now} & {*before} and server.get("/health/ready").is_success
+        return False
+
+    wait_until(replaced, "both web processes are replaced")
+    assert {label() for _ in range(10)} == {"dog"}
+    assert server.stop() == 0

@@ -14,10 +14,20 @@ import numpy as np
 import pytest
 from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
+from inferpool.errors import ModelNotFound, NotReady
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.stats import InstanceState
 from inferpool.repository import remote_catalog
-from inferpool.repository.catalog import FAILED, LOADING, READY, EngineView, LiveView, ModelView, VersionView
+from inferpool.repository.catalog import (
+    FAILED,
+    LOADING,
+    READY,
+    EngineView,
+    LiveView,
+    ModelView,
+    VersionView,
+    find_ready,
+)
 from inferpool.repository.catalog_json import live_json, model_json, source_files
 from inferpool.repository.codec_factory import CodecSource, make_codecs, read_codec_source
 from inferpool.repository.config import read_config
@@ -340,3 +350,14 @@ print(*sorted({"onnxruntime", "torch", "numpy", "pydantic"} & sys.modules.keys()
             [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert run.stdout.split() == []
+
+
+def test_before_the_first_catalog_nothing_is_missing_yet() -> None:
+    server = Server()
+    assert server.catalog.health().status == "loading"
+    with pytest.raises(NotReady):
+        find_ready(server.catalog, "m", None)
+    server.engine("cpu", UP, {})
+    server.take("cpu", ready())
+    with pytest.raises(ModelNotFound):
+        find_ready(server.catalog, "n", None)

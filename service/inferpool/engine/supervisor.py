@@ -715,8 +715,8 @@ class Supervisor:
             return f"was ended by signal {-status}"
 
     def _children(self) -> list[Child]:
-        places: list[_Web | _Engine] = [*self._webs.values(), *self._engines.values()]
-        return [place.child for place in places if place.child is not None]
+        owners: list[_Web | _Engine] = [*self._webs.values(), *self._engines.values()]
+        return [owner.child for owner in owners if owner.child is not None]
 
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (self._clock() + seconds, next(self._timer_ids), then))

@@ -243,9 +243,20 @@ class Catalog(Protocol):
         """Bring what `live` and `health` tell up to date; called first, and never takes a second."""
 
 
-def find_model(catalog: Catalog, name: str) -> ModelView:
-    """The model of this name; raises ModelNotFound, which lists the models there are."""
+def known_models(catalog: Catalog) -> Mapping[str, ModelView]:
+    """Every model by name; raises NotReady if none is known yet, because the first engine still starts."""
     models = catalog.models()
+    if not models:
+        raise NotReady("the server is starting, and does not know its models yet")
+    return models
+
+
+def find_model(catalog: Catalog, name: str) -> ModelView:
+    """The model of this name.
+
+    Raises ModelNotFound, which lists the models there are, or NotReady if none is known yet.
+    """
+    models = known_models(catalog)
     model = models.get(name)
     if model is None:
         raise ModelNotFound(f'no model is called "{name[:100]}"; there are {names_text(models)}')

@@ -70,7 +70,7 @@ def judge(
         return Health(False, "draining", problems)
     if is_ready:
         return Health(True, "degraded" if problems else "ok", problems)
-    return Health(False, "loading" if loading or late else "unavailable", problems)
+    return Health(False, "loading" if loading or late or not models else "unavailable", problems)
 
 
 def _instance_problem(instances: Sequence[InstanceState]) -> Reason | None:

@@ -18,7 +18,7 @@ from inferpool.observe.families import BATCH_RUNS, REQUEST_STATS
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.stats import BatchCount
-from inferpool.repository.catalog import Catalog, ModelView, find_ready
+from inferpool.repository.catalog import Catalog, ModelView, find_ready, known_models
 from inferpool.tensors import names_text
 
 MOST_NAMES: Final = 256
@@ -58,11 +58,12 @@ class Resolver:
     def model_named(self, name: str | None) -> str:
         """Return the model that a body means: the one it names, or the only one that is served.
 
-        Raises InvalidInput if the body names none and not exactly one is served.
+        Raises InvalidInput if the body names none and not exactly one is served, and NotReady if no model is
+        known yet.
         """
         if name is not None:
             return name
-        models = self._catalog.models()
+        models = known_models(self._catalog)
         if len(models) != 1:
             raise InvalidInput(
                 f'the body must name a "model": {names_text(models)} are served', field="model"
