@@ -72,7 +72,7 @@ class RestartPolicy:
             # A load that has worked before is a suspect like a run. A new one is isolated at once.
             suspects = sorted({*running, *(version for version in loading if version in self._loaded)})
             crashed = [version for version in suspects if self._count(engine, version) >= CRASHES]
-            new = sorted(version for version in loading if version not in self._loaded)
+            new = sorted({*loading} - self._loaded - {*crashed})
             blamed = bool(running or loading)
             return Decision((*crashed, *new), {}, self._pause(engine, blamed=blamed, lived_s=lived_s))
         version = version_of(engine)
