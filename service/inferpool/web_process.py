@@ -39,7 +39,7 @@ from inferpool.repository.catalog import LOADING
 from inferpool.repository.remote_catalog import RemoteCatalog
 from inferpool.server import Server, report_installation
 from inferpool.settings import Settings
-from inferpool.system.memory import keep_freed_memory
+from inferpool.system.memory import family_held, keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -265,6 +265,8 @@ def main() -> int:
         release=router.release,
     )
     system = this_system(settings.memory_bytes)
+    # Engines and other web processes take of the same memory.
+    system = system._replace(held=lambda: max(system.limit.held(), family_held(os.getppid())))
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=facts["derive"], share=facts["webs"])
     shared = SharedState(predictor)
     results.wrap_batches(shared.writes.begin, shared.writes.flush)

@@ -166,6 +166,30 @@ def test_a_request_that_crashes_its_engine_twice_is_refused_and_others_are_answe
     assert str(chaos.CRASH) not in line["message"]
 
 
+def test_a_version_that_crashes_again_and_again_gets_an_engine_of_its_own(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    make_chaos("bad")
+    server = serve(make_chaos("m", run_ms=2), *PROCESS)
+    load = Load(server)
+
+    async def poison() -> None:
+        await load.answered(50)
+        body = json.dumps({"inputs": [[chaos.CRASH, 0, 0, 0]]}).encode()
+        client = await Client.connect(server.port)
+        for _ in range(2):  # each request ends two engines
+            assert (await client.post("/predict/bad", body)).status == 500
+        await client.close()
+        await asyncio.to_thread(wait_until, lambda: len(find(server, ENGINE)) == 2, "it has its own engine")
+
+    asyncio.run(load.run(poison()))
+    assert set(load.statuses) == {200}
+    assert load.lost == 0
+    wait_until(lambda: server.post("/predict/bad", json=ROW).status_code == 200, "the other version answers")
+    assert server.post("/predict/m", json=ROW).json()["outputs"]["sum"] == SUM
+    assert server.stop() == 0
+
+
 def test_a_web_process_that_is_killed_costs_only_its_own_clients(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=2), *PROCESS)
     load = Load(server)

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from inferpool.engine.restart_policy import SHARED
+
 JsonObject: TypeAlias = dict[str, Any]
 
 _RANKS: Final = {"ready": 0, "loading": 1, "failed": 2}
@@ -81,7 +83,8 @@ def _version(
     failure: str | None,
 ) -> JsonObject:
     """One version: as it was before, and as each engine shows it."""
-    engine = min(shown, key=lambda name: _RANKS[shown[name]["state"]], default=None)
+    # A version that gets an engine of its own is in two for a while.
+    engine = min(shown, key=lambda name: (_RANKS[shown[name]["state"]], name == SHARED), default=None)
     if engine is None:
         assert before is not None  # a version is known from one of the two
         view = {**before, "reloading": before["state"] == "ready"}

@@ -80,6 +80,7 @@ class _Engine:
     Attributes:
         epoch: which process this is in the engine's life; a late answer of an earlier one is ignored.
         only: the versions that the engine takes; None for all but `skip`.
+        skip_later: the versions that the process after the next one does not take either.
         loading: the versions that load, with the moment of the beginning.
         told: whether the process knows what it is to load.
         connected: the web processes that have a socket to it.
@@ -93,6 +94,7 @@ class _Engine:
         self.name = name
         self.only = only
         self.skip: set[Version] = set()
+        self.skip_later: set[Version] = set()
         self.child: Child | None = None
         self.pid = 0
         self.epoch = 0
@@ -481,6 +483,8 @@ class Supervisor:
         crash.confirmed |= engine.hung
         engine.hung.clear()
         engine.loading.clear()
+        engine.skip |= engine.skip_later
+        engine.skip_later.clear()
         engine.loaded = engine.answers = False
         self._tell_down(engine, blame=not engine.blameless)
         engine.blameless = False
@@ -529,9 +533,9 @@ class Supervisor:
             confirmed=crash.confirmed,
             loading=crash.loading,
         )
-        self._apply(engine, decision)
+        self._apply(engine, crash, decision)
 
-    def _apply(self, engine: _Engine, decision: Decision) -> None:
+    def _apply(self, engine: _Engine, crash: _Crash, decision: Decision) -> None:
         for version, reason in decision.fail.items():
             log.error("%s/%d has failed: %s", *version, reason)
             self._fail(version, reason)
@@ -540,9 +544,10 @@ class Supervisor:
             return
         for version in decision.isolate:
             name = own_engine(version)
-            if version not in engine.skip and name not in self._engines:
+            if name not in self._engines:
                 log.error("%s/%d gets an engine of its own", *version)
-                engine.skip.add(version)
+                # The next process still answers the requests that wait for a version that it can load.
+                (engine.skip if version in crash.loading else engine.skip_later).add(version)
                 self._engines[name] = own = _Engine(name, [version])
                 self._start_engine(own)
         if engine.child is not None:

@@ -96,6 +96,15 @@ def memory_use(root: Path = ROOT) -> MemoryUse:
     return MemoryUse(held, _kib_of(status, "VmData"))
 
 
+def family_held(parent: int, root: Path = ROOT) -> int:
+    """Bytes that `parent` and its children hold, without memory that they share; 0 if unknown."""
+    try:
+        children = (root / f"proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:
+        return 0
+    return sum(_kib_of(root / f"proc/{pid}/status", "RssAnon") for pid in (parent, *children))
+
+
 def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
     """Make glibc keep up to `most_bytes` of freed memory for the next request, or less if there is little.
 
