@@ -34,7 +34,7 @@ HOT_PATH = [
         "admission", "audit", "batch", "completion", "entry_queue", "instance", "instance_set",
         "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats")),
     *(f"{SOURCE}/engine/{name}.py" for name in (
-        "arena", "channel", "client", "client_router", "layouts", "port", "records")),
+        "arena", "channel", "client", "client_router", "engine_port", "records", "tensor_layouts")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
         "json_bounds", "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",

@@ -19,7 +19,7 @@ from typing import Final
 from inferpool.backends.registry import describe_backends
 from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.control import ControlSocket, Message
-from inferpool.engine.port import EnginePort
+from inferpool.engine.engine_port import EnginePort
 from inferpool.engine.spawn import begin_child
 from inferpool.errors import ConfigError, Reason
 from inferpool.observe.build_info import build_info

@@ -13,7 +13,7 @@ from typing import Any
 
 from inferpool.engine.arena import make_arena
 from inferpool.engine.client import MOST_ENTRIES, EngineClient
-from inferpool.engine.port import EnginePort
+from inferpool.engine.engine_port import EnginePort
 from inferpool.errors import InferpoolError
 from inferpool.pool.ports import Entry, Result, VersionKey
 from inferpool.tensors import Tensors

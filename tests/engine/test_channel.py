@@ -714,7 +714,7 @@ def test_random_bytes_end_a_channel_and_nothing_else(pieces: list[bytes], greete
 ECHO = """
 import socket, sys, threading, time
 import numpy as np
-from inferpool.engine.port import EnginePort
+from inferpool.engine.engine_port import EnginePort
 from inferpool.pool.ports import Result
 
 class Inbox:

@@ -11,7 +11,6 @@ from typing import Any, Final, Protocol
 
 from inferpool.engine.arena import ALIGNMENT, HEADER_BYTES, Arena
 from inferpool.engine.channel import CLOSED, NOTHING, Incoming
-from inferpool.engine.layouts import Layout, LayoutTable, encode, read, read_layout, write
 from inferpool.engine.records import (
     ALONE,
     ASK,
@@ -53,6 +52,7 @@ from inferpool.engine.records import (
     read_error,
     read_json,
 )
+from inferpool.engine.tensor_layouts import Layout, LayoutTable, encode, read, read_layout, write
 from inferpool.errors import DeadlineExceeded, InferpoolError, ModelCrashed, NotReady, Overloaded
 from inferpool.pool.ports import Entry, Result, VersionKey
 from inferpool.tensors import Tensors

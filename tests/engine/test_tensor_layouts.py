@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from inferpool.engine.layouts import LayoutTable, encode, read, read_layout, write
 from inferpool.engine.records import LAYOUT_FIELDS, ProtocolError
+from inferpool.engine.tensor_layouts import LayoutTable, encode, read, read_layout, write
 from inferpool.pool.ports import VersionKey
 from inferpool.tensors import DTYPES, Tensors
 

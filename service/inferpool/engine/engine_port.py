@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from inferpool.engine.arena import ALIGNMENT, HEADER_BYTES, ArenaView
 from inferpool.engine.channel import CLOSED, NOTHING, Incoming
-from inferpool.engine.layouts import MOST_LAYOUTS, Layout, LayoutTable, encode, read, read_layout, write
 from inferpool.engine.records import (
     ALONE,
     ASK,
@@ -56,6 +55,15 @@ from inferpool.engine.records import (
     hello,
     json_record,
     read_json,
+)
+from inferpool.engine.tensor_layouts import (
+    MOST_LAYOUTS,
+    Layout,
+    LayoutTable,
+    encode,
+    read,
+    read_layout,
+    write,
 )
 from inferpool.errors import InferpoolError, InternalError, Overloaded, QueueFull
 from inferpool.pool.ports import Entry, Inbox, Part, Result
