@@ -24,8 +24,12 @@ pytestmark = [
 ]
 
 
+PAUSE_S = 0.01
+"""Pause of a client after each request; without one the clients would fill the machine."""
+
+
 class Load:
-    """Clients that send requests without a pause, each on a connection that it keeps open."""
+    """Clients that send requests with short pauses, each on a connection that it keeps open."""
 
     def __init__(self, ports: list[int], clients: int) -> None:
         self.answers: Counter[str] = Counter()
@@ -54,6 +58,7 @@ class Load:
                     outcome = repr(error)
                 with self._lock:
                     self.answers[outcome] += 1
+                self._stopped.wait(PAUSE_S)
 
     def more(self, count: int) -> None:
         """Wait until `count` more requests are answered."""
