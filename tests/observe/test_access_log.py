@@ -36,6 +36,8 @@ def logging_server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) ->
         (repository / name / "1" / "model.chaos").write_text(json.dumps({"run_ms": run_ms}))
     config = "[batching]\nmax_delay_ms = 600000\nmax_rows = 8\n"
     (repository / "delayed" / "model.toml").write_text(config)
+    # A busy machine may measure that one row at a time is best; two rows of a request are to run together.
+    (repository / "slow" / "model.toml").write_text("[batching]\nmax_rows = 8\n")
     environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
     server = Server(repository, ("--access-log", "--log-level", "debug"), environ)
     server.wait_loaded()
@@ -67,8 +69,7 @@ def test_a_request_leaves_one_line(logging_server: Server) -> None:
     assert answer.status_code == 200
     (line,) = lines_since(server, begin)
     assert line.keys() == FIELDS
-    assert line["batch_rows"] in (1, 2), "on a busy machine the measured batch size may be 1"
-    assert line | {"time": 0, "batch_rows": 2, "queue_ms": 0, "compute_ms": 0, "total_ms": 0} == {
+    assert line | {"time": 0, "queue_ms": 0, "compute_ms": 0, "total_ms": 0} == {
         "time": 0, "level": "info", "logger": "inferpool.access", "message": "predict",
         "request_id": "mine", "trace_id": TRACE, "status": 200, "code": "ok", "model": "slow", "version": 1,
         "rows": 2, "batch_rows": 2, "queue_ms": 0, "compute_ms": 0, "total_ms": 0,

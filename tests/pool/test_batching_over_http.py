@@ -177,11 +177,11 @@ def test_a_deadline_that_passes_in_the_queue_is_answered_then_and_never_run(
 
     async def scenario() -> Reply:
         async with held(server, gate):
-            return await post(server, body(2, parameters={"timeout_ms": 150}))
+            return await post(server, body(2, parameters={"timeout_ms": 2000}))
 
     late = asyncio.run(scenario())
     assert (late.status, code(late)) == (504, "deadline_exceeded")
-    assert float(late.headers["server-timing"].rsplit("=", 1)[1]) >= 150
+    assert float(late.headers["server-timing"].rsplit("=", 1)[1]) >= 2000
     assert server.metric("dropped_entries_total", reason="deadline") == 1
     assert server.metric("batch_rows_sum", model="m") == 1
 
