@@ -151,7 +151,11 @@ def test_a_request_that_outlasts_the_drain_timeout_makes_the_exit_status_1(
             await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
             server.process.terminate()
             await asyncio.wait([unanswered])
-            assert unanswered.exception() is not None
+            if unanswered.exception() is None:  # an engine of its own drains later than its web process
+                assert (unanswered.result().status_code, unanswered.result().json()["code"]) == (
+                    503,
+                    "draining",
+                )
 
     asyncio.run(scenario())
     assert server.process.wait(30) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,39 @@ def test_zero_rows_and_bf16_are_supported(make: Make) -> None:
     half = make(graph([node("Identity", ["a"], ["y"])], *ends))
     bits = bf16(1.5, -2.0, 3.0)
     assert half.run_padded([{"a": bits}], 4)["y"].tolist() == bits.tolist()
+
+
+def test_a_run_can_be_stopped_and_the_next_one_runs(make: Make) -> None:
+    """A stop that comes between two runs stops neither."""
+    body = helper.make_graph(
+        [node("Identity", ["go"], ["go_on"]), node("Add", ["sum", "sum"], ["sum_out"])],
+        "turn",
+        [tensor("i", [], TensorProto.INT64), tensor("go", [], TensorProto.BOOL), tensor("sum", [1])],
+        [tensor("go_on", [], TensorProto.BOOL), tensor("sum_out", [1])],
+    )
+    loop = [
+        node("Squeeze", ["turns"], ["n"]),
+        node("Cast", ["n"], ["yes"], to=TensorProto.BOOL),
+        node("Loop", ["n", "yes", "start"], ["y"], body=body),
+    ]
+    model = make(
+        graph(loop, [tensor("turns", [1], TensorProto.INT64), tensor("start", [1])], [tensor("y", [1])])
+    )
+    start = np.ones(1, np.float32)
+    over = threading.Event()
+
+    def stop() -> None:
+        while not over.wait(0.01):
+            model.stop_run(0)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Exception, match="terminate flag"):
+        model.run({"turns": np.array([10**12]), "start": start})
+    over.set()
+    stopper.join()
+    model.stop_run(0)
+    assert model.run({"turns": np.array([3]), "start": start})["y"].tolist() == [8]
 
 
 def test_strings_and_non_tensors_are_not_bindable(tmp_path: Path) -> None:
