@@ -36,6 +36,7 @@ from inferpool.observe.regions import Regions
 from inferpool.observe.spans import make_spans
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog import LOADING
+from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.remote_catalog import RemoteCatalog
 from inferpool.server import Server, report_installation
 from inferpool.settings import Settings
@@ -252,6 +253,7 @@ def main() -> int:
     results = ResultDispatcher()
     metrics = Metrics(facts["info"] or build_info({}), Regions(metrics_file, facts["slot"]))
     catalog = RemoteCatalog(time.monotonic, settings.required_models)
+    metrics.add_source(partial(catalog_readings, catalog), published=False)
     router = ClientRouter()
     predictor = Predictor(
         catalog,

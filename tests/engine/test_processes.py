@@ -82,6 +82,8 @@ def test_every_route_answers_and_each_process_loads_only_its_own_libraries(
     assert server.get("/v2/models/diabetes").json()["name"] == "diabetes"
     assert len(server.get("/models").json()["models"]) >= 4
     assert server.metric("requests_total", model="diabetes", code="200") == 1
+    assert server.metric("model_state", model="diabetes", state="ready") == 1
+    assert server.metric("instances", model="diabetes") >= 1
     web, engine = find(server, WEB), find(server, ENGINE)
     assert (len(web), len(engine)) == (2, 1)
     for pid in web:
