@@ -7,7 +7,7 @@ import mmap
 import os
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inferpool.engine.arena import ALIGNMENT, Arena, ArenaView, make_arena
 from inferpool.errors import Overloaded
@@ -27,7 +27,7 @@ def resident(descriptor: int) -> int:
     return os.fstat(descriptor).st_blocks * 512
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=st.lists(
         st.one_of(

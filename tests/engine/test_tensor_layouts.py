@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from inferpool.engine.records import LAYOUT_FIELDS, ProtocolError
@@ -74,7 +74,7 @@ def sent(table: LayoutTable, tensors: Tensors, rows: int) -> Tensors:
     return read(bytearray(bytes(64) + body), 64, 64 + len(body), there, rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(tensors_and_rows())
 def test_tensors_of_every_datatype_and_shape_are_bit_equal_at_the_other_side(
     given_tensors: tuple[Tensors, int],
@@ -106,7 +106,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(VALUES.filter(lambda value: not isinstance(value, np.ndarray)))
 def test_outputs_that_are_no_tensors_arrive_as_they_were(value: Any) -> None:
     tensors: dict[str, Any] = {"value": value, "x": np.arange(4, dtype=np.float32)}
@@ -124,7 +124,7 @@ def test_text_that_is_no_str_is_a_type_error() -> None:
         sent(LayoutTable(), {"x": np.array([b"bytes"], object)}, 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(given_tensors=tensors_and_rows(), body=st.binary(max_size=200), rows=st.integers(0, 1 << 24))
 def test_random_bytes_are_tensors_or_a_protocol_error(
     given_tensors: tuple[Tensors, int], body: bytes, rows: int
@@ -136,7 +136,7 @@ def test_random_bytes_are_tensors_or_a_protocol_error(
         read(bytearray(body), 0, len(body), layout, rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_changed_bytes_are_tensors_or_a_protocol_error(data: st.DataObject) -> None:
     value: dict[str, Any] = {
@@ -160,7 +160,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.one_of(
         st.binary(max_size=60),
