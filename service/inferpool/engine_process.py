@@ -23,6 +23,7 @@ from inferpool.engine.engine_port import EnginePort
 from inferpool.engine.spawn import begin_child
 from inferpool.errors import ConfigError, Reason
 from inferpool.observe.build_info import build_info
+from inferpool.observe.gpu_metrics import gpu_readings
 from inferpool.observe.logs import configure_logs
 from inferpool.observe.metrics import Metrics
 from inferpool.observe.regions import Regions
@@ -30,6 +31,7 @@ from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog_publisher import CatalogPublisher, answer_ask
 from inferpool.repository.repository import Repository
 from inferpool.settings import Settings
+from inferpool.system.gpus import CPU, cuda_driver
 from inferpool.system.memory import keep_freed_memory, release_freed_memory
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class Engine:
         regions = None if facts["slot"] is None else Regions(metrics_file, facts["slot"])
         self._control = control
         self._publishing = threading.Lock()
+        self._gpus_watched = False
         self._port = EnginePort(time.monotonic)
         self._metrics = Metrics(info, regions)
         self._repository = Repository(
@@ -121,7 +124,19 @@ class Engine:
         gc.collect()
         gc.freeze()
         release_freed_memory()
+        self._watch_gpus()
         self._control.send("loaded")
+
+    def _watch_gpus(self) -> None:
+        """Export the readings of the GPUs once a model runs on one; a later load may be the first."""
+        if self._gpus_watched:
+            return
+        models, live = self._repository.models(), self._repository.live
+        keys = [version.key for model in models.values() for version in model.versions.values()]
+        used = {instance.device for key in keys for instance in live(key).instances}
+        if used - {CPU} and (readings := gpu_readings(cuda_driver().gpus())) is not None:
+            self._metrics.add_source(readings)
+            self._gpus_watched = True
 
 
 def main() -> int:
