@@ -8,8 +8,9 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import onnx
+import onnxruntime
 from inferpool.tensors import Array
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 OPSETS: Final = {"": 21, "ai.onnx.ml": 3}
 IR_VERSION: Final = 10
@@ -166,3 +167,19 @@ def bf16(*numbers: float) -> Array:
     wide = np.array(numbers, dtype=np.float32).view(np.uint32)
     assert not (wide & 0xFFFF).any(), "not a BF16 number"
     return (wide >> 16).astype(np.uint16)
+
+
+def write_session(
+    repository: Path,
+    name: str,
+    nodes: list[onnx.NodeProto],
+    taken: onnx.ValueInfoProto,
+    given: onnx.ValueInfoProto,
+    constants: dict[str, Any],
+) -> onnxruntime.InferenceSession:
+    """Write a model of one input and one output; return a session of it, whose answers are right."""
+    tensors = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
+    graph = helper.make_graph(nodes, name, [taken], [given], tensors)
+    built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    file = put(built, repository, name)
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

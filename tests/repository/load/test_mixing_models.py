@@ -9,35 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto as Type
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from tests.clients import Client, with_clients
 from tests.conftest import Serve
+from tests.onnx_models import write_session
 
 node = helper.make_node
 CLIENTS, ROUNDS = 8, 20
-
-
-def write(
-    repository: Path,
-    name: str,
-    nodes: list[onnx.NodeProto],
-    taken: onnx.ValueInfoProto,
-    given: onnx.ValueInfoProto,
-    constants: dict[str, Any],
-) -> onnxruntime.InferenceSession:
-    """Write a model and return a session of it, whose answers are right."""
-    tensors = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
-    graph = helper.make_graph(nodes, name, [taken], [given], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    folder = repository / name / "1"
-    folder.mkdir(parents=True)
-    onnx.save(model, str(folder / "model.onnx"))
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 @pytest.fixture
@@ -46,7 +28,7 @@ def sessions(tmp_path: Path) -> dict[str, onnxruntime.InferenceSession]:
     info, rng = helper.make_tensor_value_info, np.random.default_rng(7)
     folder = tmp_path / "mixing"
     return {
-        "stretch": write(
+        "stretch": write_session(
             folder, "stretch",
             [node("Cast", ["x"], ["f"], to=Type.FLOAT), node("ReduceMax", ["f"], ["top"], keepdims=0),
              node("Div", ["f", "top"], ["n"]), node("Flatten", ["n"], ["v"]),
@@ -54,18 +36,18 @@ def sessions(tmp_path: Path) -> dict[str, onnxruntime.InferenceSession]:
             info("x", Type.UINT8, ["batch", 8, 8]), info("y", Type.FLOAT, ["batch", 3]),
             {"w": rng.standard_normal((64, 3)).astype(np.float32)},
         ),
-        "rescale": write(
+        "rescale": write_session(
             folder, "rescale",
             [node("ReduceMax", ["x"], ["top"], keepdims=0), node("Greater", ["top", "limit"], ["bright"]),
              node("Where", ["bright", "big", "one"], ["d"]), node("Div", ["x", "d"], ["y"])],
             info("x", Type.FLOAT, ["batch", 4]), info("y", Type.FLOAT, ["batch", 4]),
             {"limit": np.float32(50), "big": np.float32(255), "one": np.float32(1)},
         ),
-        "words": write(
+        "words": write_session(
             folder, "words", [node("StringSplit", ["x"], ["y", "count"], delimiter=" ")],
             info("x", Type.STRING, ["batch"]), info("y", Type.STRING, ["batch", "most"]), {},
         ),
-        "keep": write(
+        "keep": write_session(
             folder, "keep",
             [node("Slice", ["x", "zero", "one", "axis"], ["first"]),
              node("Squeeze", ["first", "axis"], ["flat"]), node("Greater", ["flat", "least"], ["good"]),

@@ -9,38 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto as Type
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from tests.clients import Client, with_clients
 from tests.conftest import Serve
+from tests.onnx_models import write_session
 
 node, info = helper.make_node, helper.make_tensor_value_info
 CLIENTS, ROUNDS = 8, 15
 TAKES_FOUR = '[[inputs]]\nname = "x"\ndatatype = "FP32"\nshape = [-1, 4]\n'
-
-
-def write_onnx(
-    repository: Path,
-    name: str,
-    nodes: list[onnx.NodeProto],
-    taken: onnx.ValueInfoProto,
-    given: onnx.ValueInfoProto,
-    constants: dict[str, Any],
-) -> onnxruntime.InferenceSession:
-    """Write a model and return a session of it, whose answers are right."""
-    tensors = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
-    model = helper.make_model(
-        helper.make_graph(nodes, name, [taken], [given], tensors),
-        opset_imports=[helper.make_opsetid("", 20)],
-        ir_version=9,
-    )
-    (repository / name / "1").mkdir(parents=True)
-    onnx.save(model, str(repository / name / "1" / "model.onnx"))
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 async def ask(name: str, rows: list[Any], right: list[Any], client: Client, number: int) -> None:
@@ -104,11 +83,11 @@ def test_scripts_of_pytorch_are_batched_or_not_by_runs_that_try_to_break_them(
 def test_random_answers_are_told_apart_and_made_up_videos_stay_small(tmp_path: Path, serve: Serve) -> None:
     rng = np.random.default_rng(7)
     folder = tmp_path / "models"
-    write_onnx(
+    write_session(
         folder, "noise", [node("RandomNormalLike", ["x"], ["r"]), node("Add", ["x", "r"], ["y"])],
         info("x", Type.FLOAT, ["batch", 4]), info("y", Type.FLOAT, ["batch", 4]), {},
     )  # fmt: skip
-    video = write_onnx(
+    video = write_session(
         folder, "video", [node("Conv", ["x", "w"], ["f"]), node("GlobalAveragePool", ["f"], ["y"])],
         info("x", Type.FLOAT, ["batch", "c", "frames", "height", "width"]),
         info("y", Type.FLOAT, ["batch", 2, 1, 1, 1]),
@@ -127,7 +106,7 @@ def test_random_answers_are_told_apart_and_made_up_videos_stay_small(tmp_path: P
 def test_a_golden_sample_serves_though_no_made_up_row_runs(tmp_path: Path, serve: Serve) -> None:
     """The model takes the codes 100, 200 and 300 alone: others are out of its table's range."""
     folder = tmp_path / "models"
-    session = write_onnx(
+    session = write_session(
         folder, "codes",
         [node("Sub", ["x", "low"], ["above"]), node("Mod", ["x", "low"], ["rest"]),
          node("Mul", ["rest", "low"], ["far"]), node("Add", ["above", "far"], ["index"]),
