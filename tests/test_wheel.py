@@ -26,7 +26,11 @@ pytestmark = [
 ]
 
 HOT_PATH_TESTS = {
-    "engine": ["tests/engine/test_arena.py", "tests/engine/test_channel.py", "tests/engine/test_tensor_layouts.py"],
+    "engine": [
+        "tests/engine/test_arena.py",
+        "tests/engine/test_channel.py",
+        "tests/engine/test_tensor_layouts.py",
+    ],
     "wire": ["tests/wire"],
     "pool": [
         "tests/pool",
