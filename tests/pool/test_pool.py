@@ -599,6 +599,47 @@ def test_random_work_from_many_threads_is_answered_once_each_and_rightly(bench: 
     assert made.outbox.results.empty()
 
 
+def test_requests_that_are_given_up_at_random_moments_end_once(bench: Callable[..., Bench]) -> None:
+    """The outbox hears once that nobody reads an entry any more, if its result said that a run did."""
+    made = bench(instances=3, queue_rows=100_000)
+    made.model.stoppable = True
+    made.go(10**6)
+    offered: dict[int, Entry] = {}
+    lock = threading.Lock()
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(200):
+            marks = [float(mark) for mark in rng.integers(0, 100, rng.choice([1, 2, 5, 30]))]
+            if rng.random() < 0.05:
+                marks[0] = chaos.RAISE
+            with lock:
+                if rng.random() < 0.3 and len(marks) > 1:
+                    entry = made.offer_parts(marks[:1], marks[1:])
+                else:
+                    entry = made.offer(*marks)
+                offered[entry.id] = entry
+            time.sleep(rng.choice([0, 0, 1e-4, 1e-3]))
+            if rng.random() < 0.5:
+                made.pool.cancel(entry.id, str(rng.choice(["deadline", "disconnected"])))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = made.outbox.take(len(offered))
+    assert results.keys() == offered.keys()
+    assert made.pool.drain(60)
+    assert made.outbox.results.empty()
+    ended = [made.outbox.unread.get_nowait() for _ in range(made.outbox.unread.qsize())]
+    assert ended, "some entries were given up while they ran"
+    assert sorted(ended) == sorted(number for number, result in results.items() if result.runs_on)
+    for number, result in results.items():
+        if result.error is None and not offered[number].parts:
+            check(offered[number], result)
+
+
 def test_a_slice_that_kills_its_thread_is_retried_once_whatever_the_others_do(
     bench: Callable[..., Bench],
 ) -> None:
