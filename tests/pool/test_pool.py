@@ -97,6 +97,7 @@ class HeldModel(LoadedModel):
         self.lost_reason: str | None = None
         self.stoppable = False
         self.endless = math.nan
+        self.run_s = 0.0
         self.stops: list[int] = []
         self._stopped: set[int] = set()
 
@@ -112,6 +113,7 @@ class HeldModel(LoadedModel):
         self.batches.append(len(inputs["x"]))
         self.running.release()
         self._stopped.discard(threading.get_ident())
+        time.sleep(self.run_s)
         deadline = time.monotonic() + 60
         while self.endless in inputs["x"][:, 0] or not self.release.acquire(timeout=0.01):
             assert time.monotonic() < deadline
@@ -603,6 +605,7 @@ def test_requests_that_are_given_up_at_random_moments_end_once(bench: Callable[.
     """The outbox hears once that nobody reads an entry any more, if its result said that a run did."""
     made = bench(instances=3, queue_rows=100_000)
     made.model.stoppable = True
+    made.model.run_s = 0.002
     made.go(10**6)
     offered: dict[int, Entry] = {}
     lock = threading.Lock()
