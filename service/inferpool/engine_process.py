@@ -145,7 +145,7 @@ def main() -> int:
     try:
         start = control.wait()
         settings = Settings.model_validate(start.values["settings"])
-        configure_logs(settings.log_level, settings.log_format)
+        configure_logs(settings.log_level, settings.log_format, process=f"engine {start.values['engine']}")
         keep_freed_memory()
         sys.setswitchinterval(GIL_SWITCH_S)
         try:

@@ -30,6 +30,7 @@ from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import hot_path
 from inferpool.observe.gpu_metrics import gpu_readings
 from inferpool.observe.metrics import Metrics, Sample
+from inferpool.repository.catalog_readings import uses_gpus
 from inferpool.settings import Settings
 from inferpool.system.gpus import CPU, cuda_driver
 from inferpool.wire import json_numbers
@@ -64,7 +65,7 @@ class Server(uvicorn.Server):
         name: what metrics call this process.
     """
 
-    name = "web-0"
+    name = "web-1"
 
     def __init__(
         self,
@@ -217,10 +218,7 @@ class InProcessServer(Server):
         """Export the readings of the GPUs once a model runs on one; a later load may be the first."""
         if self._gpus_watched:
             return
-        catalog = self._repository
-        versions = [version for model in catalog.models().values() for version in model.versions.values()]
-        used = {instance.device for version in versions for instance in catalog.live(version.key).instances}
-        if used - {CPU} and (readings := gpu_readings(cuda_driver().gpus())) is not None:
+        if uses_gpus(self._repository) and (readings := gpu_readings(cuda_driver().gpus())) is not None:
             self._metrics.add_source(readings)
             self._gpus_watched = True
 

@@ -151,7 +151,12 @@ class WebServer(Server):
         if client is None:
             assert self.loop is not None
             client = self._clients[engine] = EngineClient(
-                self._results, self.loop, time.monotonic, self._web, partial(self._report_broken, engine)
+                self._results,
+                self.loop,
+                time.monotonic,
+                self._web,
+                partial(self._report_broken, engine),
+                metrics=self._metrics,
             )
         client.attach(epoch, socket.socket(fileno=data), arena)
         self._catalog.engine_up(engine, partial(_ask, client))
@@ -242,7 +247,7 @@ def main() -> int:
     facts = start.values
     listener, counts, metrics_file = start.descriptors
     settings = Settings.model_validate(facts["settings"])
-    log_lines = configure_logs(settings.log_level, settings.log_format)
+    log_lines = configure_logs(settings.log_level, settings.log_format, process=f"web-{facts['web']}")
     keep_freed_memory()
     sys.setswitchinterval(GIL_SWITCH_S)
     try:

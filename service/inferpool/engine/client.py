@@ -54,6 +54,7 @@ from inferpool.engine.records import (
 )
 from inferpool.engine.tensor_layouts import Layout, LayoutTable, encode, read, read_layout, write
 from inferpool.errors import DeadlineExceeded, InferpoolError, ModelCrashed, NotReady, Overloaded
+from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Entry, Result, VersionKey
 from inferpool.tensors import Tensors
 
@@ -169,9 +170,12 @@ class EngineClient:
         web: int,
         lost: Callable[[int, str], None],
         most_entries: int = MOST_ENTRIES,
+        metrics: Metrics | None = None,
     ) -> None:
         """`web` is the number of this web process. Results go to `results`. At most `most_entries`
         entries are without their result at a time.
+
+        Entries that are sent again or crash an engine twice are counted in `metrics`.
 
         `lost` is called with the epoch and a reason if the channel breaks: the engine is dead, or has sent
         what is no record. The client then uses the channel no more, and waits for `detach`.
@@ -182,6 +186,7 @@ class EngineClient:
         self._web = web
         self._lost = lost
         self._most_entries = most_entries
+        self._metrics = metrics
         self._arena: Arena | None = None
         self._arena_id = (0, 0)
         self._socket: socket.socket | None = None
@@ -279,6 +284,7 @@ class EngineClient:
                 self._free(entry_id, pending)
             elif pending.crashes >= MOST_CRASHES:
                 _log_crash(pending)
+                self._count("crashed_entries_total", pending)
                 error = ModelCrashed("the model's process ended on this request, twice")
                 crashed.append(self._local_result(pending, error))
                 self._free(entry_id, pending)
@@ -347,6 +353,12 @@ class EngineClient:
     def close(self) -> None:
         """Close the channel. Entries without a result get none."""
         self._disconnect()
+
+    def _count(self, name: str, pending: _Pending) -> None:
+        """Add 1 to a counter of the entry's version."""
+        if self._metrics is not None:
+            key = pending.entry.key
+            self._metrics.value(name, key.model, str(key.version)).add(1.0)
 
     # The inbox.
 
@@ -504,6 +516,7 @@ class EngineClient:
             if entry.group == entry.id:
                 flags = ALONE
         if pending.accepted:
+            self._count("replayed_entries_total", pending)
             flags |= REPLAY | SUSPECT if pending.crashes else REPLAY
         request_id = entry.request_id.encode()
         if len(request_id) > _MOST_ID_BYTES:

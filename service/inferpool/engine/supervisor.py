@@ -30,6 +30,7 @@ from inferpool.engine.catalog_parcel import pack, unpack
 from inferpool.engine.control import Message
 from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Version, own_engine
 from inferpool.engine.spawn import SUPERVISED, Child, name_process, spawn
+from inferpool.observe.families import CPU_SECONDS
 from inferpool.observe.logs import configure_logs
 from inferpool.observe.regions import Region, make_regions
 
@@ -145,6 +146,8 @@ class Supervisor:
         slots = 1 + len(self._webs) + ENGINE_SLOTS
         self._metrics = make_regions(slots)
         self._region = Region(self._metrics, 0)
+        # From the start: a rate misses the first event of a new series.
+        self._region.numbers("web_restarts_total", (), 1)
         self._slots = {SHARED: 1 + len(self._webs)}
         self._info: dict[str, str] = {}
         self._arena_bytes = arena_bytes(settings["in_flight_bytes"])
@@ -285,6 +288,7 @@ class Supervisor:
         """Start the process; `_tell_engine` says what it is to load."""
         if self._engines.get(engine.name) is not engine:
             return
+        self._region.numbers("engine_restarts_total", (engine.name,), 1)
         engine.child = child = spawn(ENGINE_MODULE)
         engine.pid = child.pid
         engine.epoch += 1
@@ -343,9 +347,10 @@ class Supervisor:
         """Publish the gauges of the supervisor, again and again."""
         files = [self._metrics, *(arena for web in self._webs.values() for arena in web.arenas.values())]
         held = 512 * sum(os.fstat(file).st_blocks for file in files)
-        numbers = self._region.numbers("shared_memory_bytes", (), 1)
-        if numbers is not None:
-            numbers[0] = held
+        for name, number in (("shared_memory_bytes", held), (CPU_SECONDS, time.process_time())):
+            numbers = self._region.numbers(name, (), 1)
+            if numbers is not None:
+                numbers[0] = number
         self._region.beat(time.monotonic())
         self._after(PUBLISH_S, self._publish)
 
@@ -761,7 +766,7 @@ def main() -> int:
     os.close(plan)
     settings = values["settings"]
     name_process("inferpool")
-    configure_logs(settings["log_level"], settings["log_format"])
+    configure_logs(settings["log_level"], settings["log_format"], process="supervisor")
     with socket.socket(fileno=listener) as inherited:
         return Supervisor(inherited, values["repository"], settings).run()
 

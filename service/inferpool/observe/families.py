@@ -93,7 +93,8 @@ FAMILIES: Final = {
         Family("batching_stopped_total", "counter", (*_VERSION, "reason"),
                "Times that batching was turned off while serving, by what differed from a run alone."),
         Family("replayed_entries_total", "counter", _VERSION,
-               "Requests that ran again because their engine ended before it had answered them."),
+               "Times that a request was sent to another engine, because its own ended before it had"
+               " answered."),
         Family("crashed_entries_total", "counter", _VERSION,
                "Requests that were answered with model_crashed: two engines ended while they ran."),
         Family("engine_restarts_total", "counter", ("engine",),

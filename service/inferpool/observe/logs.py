@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TextIO
 
@@ -23,6 +24,11 @@ ACCESS: Final = "inferpool.access"
 
 CLOSE_S: Final = 1.0
 """How long the process may take at its end to write the waiting lines."""
+
+_LOCK_S: Final = 0.2
+"""How long a process waits for another one that writes to the same stream."""
+
+_LOCK_PAUSE_S: Final = 0.002
 
 _STANDARD_FIELDS: Final = frozenset(logging.makeLogRecord({}).__dict__) | {
     "message",
@@ -55,6 +61,11 @@ class LogLine(NamedTuple):
 class LineFormatter(logging.Formatter):
     """Formats a log record, or the values of one, as a line."""
 
+    def __init__(self, process: str = "") -> None:
+        """`process` is the name of this process in the lines; empty if the server has only this one."""
+        super().__init__()
+        self._process = process
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a log record, with the fields that the call passed as `extra`."""
         fields = {key: value for key, value in record.__dict__.items() if key not in _STANDARD_FIELDS}
@@ -74,7 +85,15 @@ class JsonFormatter(LineFormatter):
     def text(self, line: LogLine) -> str:
         """Return an object of all values; `exception` is left out if there is none."""
         time, level, logger, message, fields, exception = line
-        values = {"time": _iso(time), "level": level.lower(), "logger": logger, "message": message, **fields}
+        process = {"process": self._process} if self._process else {}
+        values = {
+            "time": _iso(time),
+            "level": level.lower(),
+            **process,
+            "logger": logger,
+            "message": message,
+            **fields,
+        }
         if exception is not None:
             values["exception"] = exception
         try:
@@ -85,22 +104,23 @@ class JsonFormatter(LineFormatter):
 
 
 class ConsoleFormatter(LineFormatter):
-    """`12:34:56.789 INFO     message key=value`."""
+    """`12:34:56.789 INFO     message key=value`, or `12:34:56.789 INFO     web-1: message key=value`."""
 
     def text(self, line: LogLine) -> str:
         """Return the line, followed by the traceback if there is one."""
         extra = "".join(f" {key}={value}" for key, value in line.fields.items() if value is not None)
         # Clients choose a part of some messages. They must not be able to start a line of their own.
         # Nor to control the terminal that shows it.
-        text = printable(f"{_iso(line.time)[11:23]} {line.level:<8} {line.message}{extra}")
+        who = f"{self._process}: " if self._process else ""
+        text = printable(f"{_iso(line.time)[11:23]} {line.level:<8} {who}{line.message}{extra}")
         return text if line.exception is None else f"{text}\n{line.exception}"
 
 
 class LineHandler(logging.Handler):
     """Writes lines in a thread of its own, so that no logging call waits for the reader of the log."""
 
-    def __init__(self, stream: TextIO, formatter: LineFormatter) -> None:
-        """Write to the file descriptor of `stream`.
+    def __init__(self, stream: TextIO, formatter: LineFormatter, *, shared: bool = False) -> None:
+        """Write to the file descriptor of `stream`; `shared` if other processes write to it too.
 
         The stream itself is not used: a blocked write would hold its lock, and Python could not flush
         the stream when it ends.
@@ -108,6 +128,7 @@ class LineHandler(logging.Handler):
         super().__init__()
         self._file = stream.fileno()
         self._encoding = stream.encoding
+        self._shared = shared
         self._formatter = formatter
         self.setFormatter(formatter)
         self._worker = BackgroundWorker[str | RequestRecord]("log", self._write, self._report)
@@ -135,9 +156,33 @@ class LineHandler(logging.Handler):
         lines = (item if isinstance(item, str) else self._access_line(item) for item in items)
         data = "".join(f"{line}\n" for line in lines).encode(self._encoding, "backslashreplace")
         # If the stream is broken, the error cannot be reported either.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._alone():
             while data:
                 data = data[os.write(self._file, data) :]
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes of the server from writing, so that each line stays in one piece.
+
+        A pipe takes more than 4096 bytes in several steps. A process that was stopped while it wrote must not
+        stop the logs of all others, so the wait is short. The kernel ends the lock with the process.
+        """
+        locked = False
+        for _ in range(round(_LOCK_S / _LOCK_PAUSE_S) if self._shared else 0):
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                time.sleep(_LOCK_PAUSE_S)
+                continue
+            except OSError:  # not every stream can be locked
+                break
+            locked = True
+            break
+        try:
+            yield
+        finally:
+            if locked:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def _access_line(self, record: RequestRecord) -> str:
         level = logging.getLevelName(_level(record.status))
@@ -165,16 +210,18 @@ class AccessLog:
         self._handler.put(record)
 
 
-def configure_logs(level: str, style: str, stream: TextIO | None = None) -> LineHandler:
+def configure_logs(level: str, style: str, stream: TextIO | None = None, *, process: str = "") -> LineHandler:
     """Send every log line to `stream`, by default the standard error of the process.
 
     `style` is `console`, `json` or `auto`, which is console on a terminal. The stream must have a file
-    descriptor.
+    descriptor. `process` is the name of this process in the lines, if the server has several.
     """
     # Whatever replaces `sys.stderr`, a test for example, may have no descriptor.
     stream = stream or sys.__stderr__ or sys.stderr
     console = style == "console" or (style == "auto" and stream.isatty())
-    handler = LineHandler(stream, ConsoleFormatter() if console else JsonFormatter())
+    handler = LineHandler(
+        stream, ConsoleFormatter(process) if console else JsonFormatter(process), shared=bool(process)
+    )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # uvicorn's lines about start and stop repeat our own.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from inferpool.observe.metrics import Sample
 from inferpool.repository.catalog import READY, STATES, Catalog
+from inferpool.system.gpus import CPU
 
 
 def catalog_readings(catalog: Catalog) -> Iterable[Sample]:
@@ -28,3 +29,11 @@ def catalog_readings(catalog: Catalog) -> Iterable[Sample]:
             counts = Counter((instance.device, instance.state) for instance in live.instances)
             for device_and_state, count in counts.items():
                 yield "instances", (*labels, *device_and_state), float(count)
+
+
+def uses_gpus(catalog: Catalog) -> bool:
+    """Whether an instance of any model is on a GPU."""
+    versions = [version for model in catalog.models().values() for version in model.versions.values()]
+    return any(
+        instance.device != CPU for version in versions for instance in catalog.live(version.key).instances
+    )

@@ -1,0 +1,224 @@
+"""Metrics, statistics and logs of a server of several processes are those of the whole server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from inferpool.observe import logs
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tests.chaos import inferpool_chaos as chaos
+from tests.clients import Client
+from tests.conftest import MakeChaos, Serve
+from tests.engine.processes import ENGINE, WEB, find
+from tests.server import ROOT, Server, wait_until
+
+PROCESS = ("--engine", "process", "--web-processes", "2")
+ROW = json.dumps({"inputs": [[1, 2, 3, 4], [1, 2, 3, 5]]}).encode()
+WRONG = json.dumps({"inputs": [[1]]}).encode()
+COUNTERS = re.compile(r"_(total|count|bucket|sum)$")
+
+
+async def ask(server: Server, good: int, wrong: int, clients: int = 32) -> None:
+    """Send requests over connections of both web processes; each has been answered at the end."""
+    connected = [await Client.connect(server.port) for _ in range(clients)]
+    # Connections spread as they are accepted, so each sends a request first.
+    for client in connected:
+        assert (await client.post("/predict/m", ROW)).status == 200
+    for number in range(good - clients):
+        assert (await connected[number % clients].post("/predict/m", ROW)).status == 200
+    for number in range(wrong):
+        assert (await connected[number % clients].post("/predict/m", WRONG)).status == 422
+    for client in connected:
+        await client.close()
+
+
+def counters(server: Server) -> dict[tuple[str, ...], float]:
+    """Every counter of the server, by name and label values."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in parse_text(server.get("/metrics").text)
+        for sample in family.samples
+        if family.type in ("counter", "histogram") and COUNTERS.search(sample.name)
+    }
+
+
+def each_web(server: Server, read: Callable[[], object], times: int = 12) -> list[object]:
+    """What `read` finds over connections that are spread over the web processes."""
+    return [read() for _ in range(times)]
+
+
+def test_counters_are_those_of_the_clients_whichever_process_answers(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m"), *PROCESS, "--access-log")
+    asyncio.run(ask(server, 100, 30))
+
+    def counts() -> tuple[float, ...]:
+        return (
+            server.metric("requests_total", model="m", code="200"),
+            server.metric("requests_total", model="m", code="422"),
+            server.metric("request_duration_seconds_count", model="m"),
+            server.metric("queue_duration_seconds_count", model="m"),
+            server.metric("batch_rows_sum", model="m"),
+        )
+
+    assert set(each_web(server, counts)) == {(100, 30, 130, 100, 200)}
+    # Both have answered requests, so no process can know the sums alone.
+    wait_until(lambda: sum(line["message"] == "predict" for line in server.log) == 130, "all lines")
+    assert {line["process"] for line in server.log if line["message"] == "predict"} == {"web-1", "web-2"}
+    assert {line["process"] for line in server.log} == {"web-1", "web-2", "supervisor"}
+    busy = {
+        labels[-1]: value
+        for labels, value in counters(server).items()
+        if "web_busy_seconds_total" in labels[0]
+    }
+    assert set(busy) == {"web-1", "web-2"}
+    assert min(busy.values()) > 0
+
+    def stats() -> tuple[object, ...]:
+        (found,) = server.get("/v2/models/m/stats").json()["model_stats"]
+        inference = found["inference_stats"]
+        return (
+            found["inference_count"], found["execution_count"] > 0, inference["success"]["count"],
+            inference["fail"]["count"], found["last_inference"] > 1000 * (time.time() - 600),
+            sum(batch["batch_size"] * batch["compute_infer"]["count"] for batch in found["batch_stats"]),
+        )  # fmt: skip
+
+    assert set(each_web(server, stats)) == {(200, True, 100, 30, True, 200)}
+
+
+def test_no_counter_goes_back_when_processes_are_killed(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"), *PROCESS)
+    asyncio.run(ask(server, 60, 10))
+    before = counters(server)
+    stats = server.get("/v2/models/m/stats").json()["model_stats"][0]
+    assert before["inferpool_requests_total", "m", "1", "200"] == 60
+    for round_ in (1, 2):
+        web, engine = find(server, WEB), find(server, ENGINE)
+        killed = {web[0], engine[0]}
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+        def back(killed: set[int] = killed) -> bool:
+            living = find(server, WEB)
+            return (
+                len(living) == 2
+                and not killed & {*living, *find(server, ENGINE)}
+                and server.get("/health/ready").status_code == 200
+                and server.get("/metrics").is_success
+            )
+
+        wait_until(partial(_is_true, back), "the server is whole again")
+        asyncio.run(ask(server, 40, 5))
+        for _ in range(8):
+            after = counters(server)
+            fell = {name: (value, after.get(name)) for name, value in before.items()
+                    if after.get(name, -1.0) < value}  # fmt: skip
+            assert not fell
+        assert after["inferpool_requests_total", "m", "1", "200"] == 60 + 40 * round_
+        assert after["inferpool_requests_total", "m", "1", "422"] == 10 + 5 * round_
+        assert after["inferpool_batch_rows_sum", "m", "1"] == 2 * (60 + 40 * round_)
+        assert after["inferpool_web_restarts_total",] == round_
+        assert after["inferpool_engine_restarts_total", "shared"] == round_
+        before = after
+    later = server.get("/v2/models/m/stats").json()["model_stats"][0]
+    assert later["inference_count"] == stats["inference_count"] + 160
+    assert later["execution_count"] >= stats["execution_count"] + 2
+    assert later["inference_stats"]["fail"]["count"] == 20
+
+
+def _is_true(condition: Callable[[], bool]) -> bool:
+    """Whether the condition holds; a web process that is killed meanwhile cannot tell."""
+    try:
+        return condition()
+    except Exception:  # noqa: BLE001 - of whatever library
+        return False
+
+
+def test_crashes_and_replays_are_counted(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m"), *PROCESS)
+    assert server.metric("replayed_entries_total", model="m") == 0
+    reply = server.post("/predict/m", json={"inputs": [[chaos.CRASH, 0, 0, 0]]})
+    assert (reply.status_code, reply.json()["code"]) == (500, "model_crashed")
+    assert server.metric("replayed_entries_total", model="m") == 1
+    assert server.metric("crashed_entries_total", model="m") == 1
+    wait_until(lambda: server.metric("engine_restarts_total", engine="shared") == 2, "two restarts")
+
+
+def test_gauges_are_those_of_all_processes(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+    """Requests that one web process holds are seen by the other; memory and descriptors are of all."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", run_gate=str(gate)), *PROCESS)
+
+    async def hold() -> None:
+        clients = [await Client.connect(server.port) for _ in range(6)]
+        body = json.dumps({"inputs": [[chaos.WAIT, 2, 3, 4]]}).encode()
+        asked = [asyncio.create_task(client.post("/predict/m", body)) for client in clients]
+
+        def seen() -> bool:
+            return set(each_web(server, lambda: server.metric("in_flight_requests"), 6)) == {6.0}
+
+        try:
+            await asyncio.to_thread(wait_until, seen, "every process tells all requests")
+        finally:
+            while not all(task.done() for task in asked):
+                # A run waits for each opening.
+                with contextlib.suppress(OSError):
+                    os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
+                await asyncio.sleep(0.01)
+            for client in clients:
+                await client.close()
+
+    asyncio.run(hold())
+    text = server.get("/metrics").text
+    found = {sample.name: sample.value for family in parse_text(text) for sample in family.samples}
+    assert found["process_open_fds"] > 60
+    assert found["process_resident_memory_bytes"] > 50e6
+    assert found["process_cpu_seconds_total"] > 1
+    assert found["inferpool_shared_memory_bytes"] > 4096
+    assert not [name for name in found if name.startswith("python_gc")]
+
+
+WRITER = """
+import logging, sys
+from inferpool.observe.logs import configure_logs
+configure_logs("info", "json", process=sys.argv[1])
+for number in range(60):
+    logging.info(sys.argv[1] * (20_000 if number % 3 else 10))
+"""
+
+
+def test_lines_of_several_processes_stay_whole() -> None:
+    """Lines that are longer than a pipe takes at once are not mixed with those of other processes."""
+    reader, writer = os.pipe()
+    children = [
+        subprocess.Popen([sys.executable, "-c", WRITER, name], stderr=writer, cwd=ROOT) for name in "abc"
+    ]
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        lines = [json.loads(line) for line in stream]
+    assert [child.wait() for child in children] == [0, 0, 0]
+    assert len(lines) == 180
+    assert all(set(line["message"]) == {line["process"]} for line in lines)
+
+
+@pytest.mark.parametrize("process", ["", "web-1"])
+def test_lines_name_their_process(process: str) -> None:
+    line = logs.LogLine(0.0, "INFO", "inferpool", "hello", {"rows": 3})
+    assert json.loads(logs.JsonFormatter(process).text(line)).get("process", "") == process
+    said = f"{process}: hello" if process else "hello"
+    assert logs.ConsoleFormatter(process).text(line).endswith(f"INFO     {said} rows=3")
