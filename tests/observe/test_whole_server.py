@@ -79,7 +79,12 @@ def test_counters_are_those_of_the_clients_whichever_process_answers(
     # Both have answered requests, so no process can know the sums alone.
     wait_until(lambda: sum(line["message"] == "predict" for line in server.log) == 130, "all lines")
     assert {line["process"] for line in server.log if line["message"] == "predict"} == {"web-1", "web-2"}
-    assert {line["process"] for line in server.log} == {"web-1", "web-2", "supervisor"}
+    assert {line["process"] for line in server.log} == {
+        "supervisor",
+        "engine shared",
+        "web-1",
+        "web-2",
+    }
     busy = {
         labels[-1]: value
         for labels, value in counters(server).items()

@@ -138,6 +138,8 @@ class Metrics:
         self._published: dict[tuple[str, Labels], memoryview[float]] = {}
         self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
         self._cpu_base = 0.0
+        self._cpu_s = 0.0
+        self._publishing = threading.Lock()
         self._closed = threading.Event()
         if regions is not None:
             self._cpu_base = self.left_behind(CPU_SECONDS)
@@ -230,9 +232,7 @@ class Metrics:
 
         `published` is False if each process that can be scraped has such a source of the whole server.
         """
-        self._sources.append(source)
-        if published:
-            self._published_sources.append(source)
+        (self._published_sources if published else self._sources).append(source)
 
     def left_behind(self, name: str, *labels: str) -> float:
         """The number that this process's predecessor published for a series; 0.0 if there is none."""
@@ -240,16 +240,26 @@ class Metrics:
             shared = self._shared(name, labels, 1)
         return 0.0 if shared is None else counted(shared[0])
 
-    def publish(self) -> None:
-        """Write the gauges of this process for the others. May be called from any thread."""
+    def publish(self) -> dict[str, dict[Labels, float]]:
+        """Write the gauges of this process for the others, and return them by family and label values.
+
+        May be called from any thread.
+        """
         regions = self._regions
         if regions is None:
-            return
-        samples = _read(self._published_sources)
+            return _read(self._published_sources)
+        # The lock comes first, so that of two threads the later one publishes the later numbers.
+        with self._publishing:
+            samples = _read(self._published_sources)
+            self._write(regions, samples)
+        return samples
+
+    def _write(self, regions: Regions, samples: Mapping[str, Mapping[Labels, float]]) -> None:
         with self._lock:
+            self._cpu_s = self._cpu_base + time.process_time()
             cpu = self._shared(CPU_SECONDS, (), 1)
             if cpu is not None:
-                cpu[0] = self._cpu_seconds()
+                cpu[0] = self._cpu_s
             for (name, labels), shared in self._published.items():
                 if labels not in samples.get(name, {}):
                     shared[0] = ABSENT
@@ -298,7 +308,9 @@ class Metrics:
                 # The text format has no exemplars.
                 if openmetrics and each.exemplars
             }
-        gauges = _read(self._sources)
+        # What is shown is published first: a successor of this process must not begin below it.
+        gauges = self.publish()
+        gauges.update(_read(self._sources))
         readers = self._refreshed()
         now = time.monotonic()
         parts: list[str] = []
@@ -355,16 +367,13 @@ class Metrics:
         regions = self._regions
         assert regions is not None
         now = time.monotonic()
-        pids, seconds = [regions.own.pid], self._cpu_seconds()
+        pids, seconds = [regions.own.pid], self._cpu_s
         for reader in self._refreshed():
             if now - reader.beat < STALE_S:
                 pids.append(reader.pid)
             for numbers in reader.series(CPU_SECONDS).values():
                 seconds += counted(numbers[0])
         return pids, seconds
-
-    def _cpu_seconds(self) -> float:
-        return self._cpu_base + time.process_time()
 
     def _publish_often(self) -> None:
         while not self._closed.wait(PUBLISH_S):
