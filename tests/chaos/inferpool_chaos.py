@@ -37,6 +37,8 @@ HUNGRY = -1005.0
 """The run takes as many MiB of memory as the row's second element says."""
 CRASH = -1006.0
 """The run ends the process, as a fault in a native library does."""
+LOSE = -1007.0
+"""The run raises an error, and so does every later one in its process, as on a GPU after a fault there."""
 MIX = -1005.0
 """The run adds the number of its other rows to every answer."""
 
@@ -83,6 +85,12 @@ class ChaosBackend(Backend):
 
 
 class ChaosModel(LoadedModel):
+    is_lost = False
+    """Whether no model of this process can run any more."""
+
+    def lost(self) -> str | None:
+        return "an earlier run has broken it" if ChaosModel.is_lost else None
+
     def __init__(self, settings: dict[str, Any]) -> None:
         self._run_s = settings.get("run_ms", 0) / 1000
         self._row_s = settings.get("row_ms", 0) / 1000
@@ -103,6 +111,10 @@ class ChaosModel(LoadedModel):
             Path(self._gate).read_bytes()
         if CRASH in marks:
             ctypes.string_at(0)
+        if LOSE in marks:
+            ChaosModel.is_lost = True
+        if ChaosModel.is_lost:
+            raise RuntimeError("the device does not answer")
         if RAISE in marks:
             raise ValueError(f"a marked row among {rows.ravel().tolist()}, which cannot be")
         if HUNGRY in marks:

@@ -192,6 +192,51 @@ def test_a_version_that_crashes_again_and_again_gets_an_engine_of_its_own(
     assert server.stop() == 0
 
 
+def test_an_engine_that_has_lost_its_device_ends_and_fails_no_other_request(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    """As after a fault on a GPU: every later call of the process fails, so that another one has to run."""
+    server = serve(make_chaos("m", run_ms=2), *PROCESS)
+    load = Load(server)
+
+    async def lose() -> None:
+        await load.answered(50)
+        client = await Client.connect(server.port)
+        reply = await client.post("/predict/m", json.dumps({"inputs": [[chaos.LOSE, 0, 0, 0]]}).encode())
+        assert (reply.status, json.loads(reply.body)["code"]) == (500, "model_crashed")
+        await client.close()
+        await load.answered(50)
+
+    asyncio.run(load.run(lose()))
+    assert set(load.statuses) == {200}
+    assert load.lost == 0
+    assert server.metric("engine_restarts_total") == 2
+    assert any("cpu is lost: an earlier run has broken it" in line["message"] for line in server.log)
+
+
+def test_a_run_that_does_not_stop_ends_its_engine_and_fails_no_other_request(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", run_ms=2, run_gate=str(gate)), *PROCESS, "--run-timeout-s", "2")
+    load = Load(server)
+
+    async def hang() -> None:
+        await load.answered(50)
+        client = await Client.connect(server.port)
+        body = json.dumps({**WAITING_ROW, "parameters": {"timeout_ms": 300}}).encode()
+        reply = await client.post("/predict/m", body)
+        assert (reply.status, json.loads(reply.body)["code"]) == (504, "deadline_exceeded")
+        await client.close()
+        await load.answered(50)
+
+    asyncio.run(load.run(hang()))
+    assert set(load.statuses) == {200}
+    assert load.lost == 0
+    assert server.metric("engine_restarts_total") == 1
+
+
 def test_a_web_process_that_is_killed_costs_only_its_own_clients(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=2), *PROCESS)
     load = Load(server)
