@@ -417,7 +417,7 @@ def _add_histograms(
         if len(numbers) == count:
             own = series.get(labels)
             # Number by number, because each is read as a whole.
-            found = [counted(number) for number in numbers.tolist()]
+            found = [counted(numbers[index]) for index in range(count)]
             series[labels] = found if own is None else [a + b for a, b in zip(own, found, strict=True)]
 
 
