@@ -30,6 +30,8 @@ HOT_PATH_TESTS = {
         "tests/engine/test_arena.py",
         "tests/engine/test_channel.py",
         "tests/engine/test_tensor_layouts.py",
+        "tests/observe/test_regions.py",
+        "tests/observe/test_whole_server.py",
     ],
     "wire": ["tests/wire"],
     "pool": [
