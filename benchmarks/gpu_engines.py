@@ -47,14 +47,18 @@ def main() -> None:
         for webs in options.webs.split(","):
             flags = ["--engine", "process", "--web-processes", webs]
             report[f"{webs} web"] = rate(repository, folder, flags, options)
-            print(webs, report[f"{webs} web"], flush=True)
+            save(report, options)
         for name, end in (("killed", kill_engine), ("lost card", ask_beyond_table)):
             if name == "killed" or options.device != "cpu":
                 report[name] = ended(repository, folder, end, options)
-                print(name, report[name], flush=True)
+                save(report, options)
+
+
+def save(report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write what has been measured so far: a later step may fail."""
     file = options.out / f"gpu-engines-{options.device.replace(':', '')}.json"
     file.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    print(table(report), flush=True)
 
 
 def make_models(repository: Path) -> None:
@@ -65,16 +69,8 @@ def make_models(repository: Path) -> None:
     file.parent.mkdir(parents=True)
     small(file)
 
-    class Table(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rows = torch.nn.Embedding(16, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.rows(x)
-
     (repository / "table" / "1").mkdir(parents=True)
-    program = torch.jit.trace(Table().eval(), torch.zeros(2, 3, dtype=torch.int64))
+    program = torch.jit.trace(torch.nn.Embedding(16, 4).eval(), torch.zeros(2, 3, dtype=torch.int64))
     program.save(str(repository / "table" / "1" / "model.pt"))
     (repository / "table" / "model.toml").write_text(
         '[[inputs]]\nname = "x"\ndatatype = "INT64"\nshape = [-1, 3]\n\n[gpu]\ngraphs = false\n'

@@ -234,7 +234,8 @@ def test_a_run_that_does_not_stop_ends_its_engine_and_fails_no_other_request(
     asyncio.run(load.run(hang()))
     assert set(load.statuses) == {200}
     assert load.lost == 0
-    assert server.metric("engine_restarts_total") == 1
+    # Another instance may have answered them before this run counts as hung.
+    server.wait_for_metric("engine_restarts_total", at_least=1)
 
 
 def test_a_web_process_that_is_killed_costs_only_its_own_clients(serve: Serve, make_chaos: MakeChaos) -> None:

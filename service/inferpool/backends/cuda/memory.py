@@ -170,8 +170,9 @@ class CudaMemory(Memory):
         """Ask twice: the first answer may be the error of an earlier call, which a good context forgets."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         for _ in range(2):
-            # Unlike a synchronisation, this call leaves the captures of other threads intact.
-            status = self._library.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+            # Unlike a synchronisation of the device, these calls leave the captures of other threads intact.
+            status = self._library.cudaStreamSynchronize(self._stream)
+            status = status or self._library.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
             if not status:
                 return None
             self._library.cudaGetLastError()

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from inferpool.backends.base import DeviceModel
+from inferpool.backends.base import DeviceModel, Rejection
 from inferpool.errors import Reason, Verdict, short_reason
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.repository.load.comparison import compare_outputs
@@ -75,6 +75,18 @@ class CapturingModel(DeviceModel):
     ) -> Tensors:
         """Run the rows of all `parts` among `rows`; raises what the model raises."""
         return self._model.run_padded(parts, rows, outputs)
+
+    def rejection(self, error: Exception) -> Rejection | None:
+        """Why the input is to blame for `error`; None if it is not known to be."""
+        return self._model.rejection(error)
+
+    def stop_run(self, thread: int) -> None:
+        """Ask the run of a thread to end."""
+        self._model.stop_run(thread)
+
+    def lost(self) -> Reason | None:
+        """Why this process cannot use the device any more; None if it can."""
+        return self._model.lost()
 
     def close(self) -> None:
         """Close the model."""
