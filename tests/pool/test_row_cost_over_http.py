@@ -105,7 +105,8 @@ def test_a_large_picture_is_judged_by_its_own_cost(server: Server) -> None:
     assert len(at_once) > len(refused) / 2
     # Each large picture ran alone: a batch of several would cost more than a batch may.
     rows, batches = server.metric("batch_rows_sum"), server.metric("batch_rows_count")
-    assert rows == batches == 2 + len(answered)
+    # A run that begins in time and ends late is counted, though its request has its answer by then.
+    assert rows == batches >= 2 + len(answered)
 
 
 def test_small_pictures_wait_for_no_large_one_but_the_one_that_runs(server: Server) -> None:

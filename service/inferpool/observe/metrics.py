@@ -292,6 +292,11 @@ class Metrics:
         return own.encode() + encode(self._registry), content_type
 
     def _text(self, *, openmetrics: bool) -> str:
+        # What is shown is published first: a successor of this process must not begin below it. The sources
+        # come before the counters, because they wait for the pools' locks: whoever has an answer finds it
+        # counted.
+        gauges = self.publish()
+        gauges.update(_read(self._sources))
         with self._lock:
             values = {
                 name: {labels: value.value for labels, value in series.items()}
@@ -308,9 +313,6 @@ class Metrics:
                 # The text format has no exemplars.
                 if openmetrics and each.exemplars
             }
-        # What is shown is published first: a successor of this process must not begin below it.
-        gauges = self.publish()
-        gauges.update(_read(self._sources))
         readers = self._refreshed()
         now = time.monotonic()
         parts: list[str] = []
