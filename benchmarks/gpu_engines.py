@@ -113,7 +113,7 @@ def send(server: Server, seconds: float, options: argparse.Namespace) -> Answere
 def ended(
     repository: Path, folder: str, end: Callable[[Server], dict[str, Any]], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """What clients see while `end` makes an engine end; raises RuntimeError if a request is not answered."""
+    """The clients' figures while `end` ends an engine; raises RuntimeError if a request fails."""
     server = start(repository, folder, ["--engine", "process", "--web-processes", "2"], options.device)
     try:
         found: dict[str, Any] = {}

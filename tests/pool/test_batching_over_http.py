@@ -181,8 +181,8 @@ def test_a_deadline_that_passes_in_the_queue_is_answered_then_and_never_run(
 
     late = asyncio.run(scenario())
     assert (late.status, code(late)) == (504, "deadline_exceeded")
-    # Timers of the event loop count whole milliseconds, from the beginning of its iteration.
-    assert float(late.headers["server-timing"].rsplit("=", 1)[1]) >= 1990
+    # Timers of the event loop count whole milliseconds.
+    assert float(late.headers["server-timing"].rsplit("=", 1)[1]) >= 1999
     assert server.metric("dropped_entries_total", reason="deadline") == 1
     assert server.metric("batch_rows_sum", model="m") == 1
 

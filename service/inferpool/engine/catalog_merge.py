@@ -19,7 +19,7 @@ _RANKS: Final = {"ready": 0, "loading": 1, "failed": 2}
 
 
 class EngineFacts(NamedTuple):
-    """What the supervisor knows about an engine.
+    """The facts that the supervisor knows about an engine.
 
     Attributes:
         pid: the id of its process; 0 while there is none.
@@ -101,7 +101,7 @@ def _version(
 
 
 class CatalogStore:
-    """What the supervisor keeps of the catalogs of engines, and what each web process has of it."""
+    """The catalogs of all engines, and the part of them that each web process has."""
 
     def __init__(self) -> None:
         self._reports: dict[str, Mapping[str, Any]] = {}

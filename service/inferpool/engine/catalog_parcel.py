@@ -22,7 +22,7 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | f
 
 
 class Parcel(NamedTuple):
-    """What a parcel holds: a catalog as JSON values, and the contents of files by their SHA-256 digests."""
+    """The content of a parcel: a catalog as JSON values, and files by their SHA-256 digests."""
 
     catalog: dict[str, Any]
     files: dict[str, bytes]
@@ -48,7 +48,7 @@ def pack(catalog: Mapping[str, Any], files: Mapping[str, bytes]) -> int:
 
 
 def unpack(descriptor: int) -> Parcel:
-    """What the memory file `descriptor` holds; raises ValueError if it is not a sealed, complete parcel."""
+    """Read the memory file `descriptor`; raises ValueError if it is not a sealed, complete parcel."""
     with contextlib.suppress(OSError):
         if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS:
             return _read(descriptor)

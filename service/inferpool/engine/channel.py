@@ -1,4 +1,4 @@
-"""What both ends of a channel do with its socket: collect what arrives until records are complete."""
+"""Cuts the data that arrives on a channel's socket into complete records, for both ends."""
 
 from __future__ import annotations
 

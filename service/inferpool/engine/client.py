@@ -69,7 +69,7 @@ MOST_WAITING_BYTES: Final = 16 * 1024 * 1024
 COPIED_BYTES: Final = 64 * 1024
 """Outputs of at most so many bytes are copied, so that their block is free at once."""
 _MOST_ID_BYTES: Final = 256
-"""Of the id of a request, so many bytes are told to the engine, for its log."""
+"""Bytes of a request's id that the engine is told, for its log."""
 _OUTPUT_SLACK: Final = 1024
 """Bytes for the gaps between outputs, beside what the last ones took."""
 MOST_CRASHES: Final = 2
@@ -77,7 +77,7 @@ MOST_CRASHES: Final = 2
 
 
 class Loop(Protocol):
-    """What the client needs of an event loop; asyncio's and uvloop's have it."""
+    """The methods of an event loop that the client calls; asyncio's and uvloop's have them."""
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> object:
         """Call `callback` in the next iteration."""
