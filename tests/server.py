@@ -106,6 +106,10 @@ class Server:
         # Without `verify=False` every call loads the certificates of the machine, for plain HTTP.
         return httpx.get(self.url + path, timeout=30, verify=False, **options)
 
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """One request of any method."""
+        return httpx.request(method, self.url + path, timeout=30, verify=False, **options)
+
     def post(self, path: str, **options: Any) -> httpx.Response:
         """One POST request."""
         return httpx.post(self.url + path, timeout=30, verify=False, **options)

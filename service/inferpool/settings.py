@@ -20,6 +20,8 @@ from inferpool.errors import ConfigError
 from inferpool.system.gpus import AUTO, check_devices
 
 ENV_PREFIX = "INFERPOOL_"
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]\\]+)(:[0-9]{1,5})?")
+_USUAL_PORTS: Final = {"http": ":80", "https": ":443"}
 _Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -34,6 +36,11 @@ class Settings(BaseModel):
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, description="Port to listen on; 0 takes a free port, which the log names."
+    )
+    cors_allow_origin: tuple[str, ...] = Field(
+        default=(),
+        description="Origins whose web pages may use the server from a browser, separated by commas, or * for"
+        " every origin; https://app.example.com for example.",
     )
     drain_settle_s: _Number = Field(
         default=0.0,
@@ -123,6 +130,11 @@ class Settings(BaseModel):
         check_devices(devices)
         return devices
 
+    @field_validator("cors_allow_origin")
+    @classmethod
+    def _origins_are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(_origin(text) for text in origins))
+
     @model_validator(mode="after")
     def _processes_fit(self) -> Settings:
         if self.engine == "in-process" and self.web_processes > 1:
@@ -131,6 +143,19 @@ class Settings(BaseModel):
                 " --engine process, or --web-processes 1"
             )
         return self
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers spell it; raises ValueError for what is no origin."""
+    if text == "*":
+        return text
+    origin = text.lower()
+    if not _ORIGIN.fullmatch(origin) or not origin.isascii():
+        near = _ORIGIN.match(origin)
+        hint = f"; did you mean {near[0]}?" if near is not None else ""
+        raise ValueError(f'"{text}" is no origin; write scheme://host or scheme://host:port, or *{hint}')
+    scheme = origin.partition(":")[0]
+    return origin.removesuffix(_USUAL_PORTS.get(scheme, "-"))
 
 
 _NOT_SETTINGS = ("CONFIG", "COMPILED")
@@ -152,7 +177,11 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(Sett
         text = f"{info.description} [{ENV_PREFIX}{name.upper()}; default: {default}]"
         flag = "--" + name.replace("_", "-")
         choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else None
-        if info.annotation is bool:
+        if get_origin(info.annotation) is tuple:
+            parser.add_argument(
+                flag, action="append", default=argparse.SUPPRESS, help=text, metavar=_metavar(name, None)
+            )
+        elif info.annotation is bool:
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
@@ -214,8 +243,13 @@ def _from_file(file: Path) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """Split a text with commas into the tuple of a list setting; pydantic parses all other texts."""
+    """Split a text with commas into the tuple of a list setting; pydantic parses all other texts.
+
+    A flag may be repeated: its texts are then a list.
+    """
     info = Settings.model_fields.get(name)
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        value = ",".join(value)
     if info is not None and get_origin(info.annotation) is tuple and isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value

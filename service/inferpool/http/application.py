@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from inferpool import __version__
 from inferpool.errors import (
+    Forbidden,
     InferpoolError,
     InternalError,
     InvalidInput,
@@ -22,6 +23,7 @@ from inferpool.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from inferpool.http.access.cors import CorsPolicy, is_preflight, origin_of
 from inferpool.http.asgi import Message, Receive, Scope, Send, api_of, find_api, is_last, refuse_method
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
@@ -30,7 +32,7 @@ from inferpool.http.openapi import complete
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_id import request_id_from
 from inferpool.http.predict.response import server_timing
-from inferpool.http.problems import STATUSES, as_problem, problem_headers
+from inferpool.http.problems import STATUSES, Headers, as_problem, problem_headers
 from inferpool.http.v2.routes import add_v2
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.catalog import Catalog
@@ -62,6 +64,14 @@ class Application(FastAPI):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
+        cors = self.shared.cors
+        if cors is not None:
+            origin = origin_of(scope["headers"])
+            send = _crossing(send, cors.headers(origin))
+            if is_preflight(scope["method"], scope["headers"]):
+                # Before anything asks for a key: a browser sends none with a preflight.
+                await _answer_preflight(cors, origin or b"", scope, _signed(scope, send, self.predictor))
+                return
         found = find_api(scope["raw_path"].decode("latin-1"))
         if found is not None:
             await refuse_method(self.predictor, *found, scope, send)
@@ -153,6 +163,33 @@ def _translated(request: Request, error: Exception) -> Exception:
             MalformedBody(str(error.detail)) if error.status_code < 500 else InternalError(str(error.detail))
         )
     return error
+
+
+def _crossing(send: Send, headers: Headers) -> Send:
+    """`send` that adds the headers for pages of other origins."""
+
+    async def cross(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], *headers]
+        await send(message)
+
+    return cross
+
+
+async def _answer_preflight(cors: CorsPolicy, origin: bytes, scope: Scope, send: Send) -> None:
+    """Tell a browser whether a page of `origin` may send a request; such a question counts as no request."""
+    if cors.allows(origin):
+        status, body = 204, b""
+        headers = cors.preflight_headers(scope["headers"])
+    else:
+        shown = origin[:_SHOWN_CHARACTERS].decode("latin-1")
+        error = Forbidden(f'pages of the origin "{shown}" may not use this server; see --cors-allow-origin')
+        api = api_of(scope["path"])
+        status = STATUSES[error.code]
+        body = api.problem(error, status, scope["state"]["request_id"])
+        headers = [(b"content-type", api.problem_type), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _signed(scope: Scope, send: Send, predictor: Predictor) -> Send:

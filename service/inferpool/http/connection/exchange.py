@@ -377,7 +377,10 @@ class Exchange:
             self.keep_alive = False
         self._move(WRITING)
         prefix = shared.prefix.of(response.status, connection.default_headers())
-        head = response_head(prefix, response.headers, not self.keep_alive, response.size)
+        headers = response.headers
+        if shared.cors is not None:
+            headers = [*headers, *shared.cors.headers(self._context.head.origin)]
+        head = response_head(prefix, headers, not self.keep_alive, response.size)
         if response.size > _JOINED_BYTES:
             transport.write(head)
             for part in response.parts:

@@ -49,6 +49,8 @@ _TCP_CLOSE: Final = 7
 """The state of a socket that was reset, in the kernel's `tcp_states.h`."""
 _REQUEST_ID: Final = re.compile(rb"\r\nx-request-id:[ \t]*([!-~]{1,128})[ \t]*\r\n", re.IGNORECASE)
 _MOST_LOOKED_AT: Final = 32
+_REFUSAL_FIELDS: Final = (b"x-request-id", b"origin")
+"""The headers that matter for the response to a request that cannot be read to its end."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -387,7 +389,7 @@ class PredictProtocol(HttpToolsProtocol):
         connection = self.connection
         headers = [] if connection.between_requests else self.headers or []
         url = b"" if connection.between_requests else self.url or b""
-        head = RequestHead(None, None, [pair for pair in headers if pair[0] == b"x-request-id"])
+        head = RequestHead(None, None, [pair for pair in headers if pair[0] in _REFUSAL_FIELDS])
         context = PredictContext(api_of(url.decode("latin-1")), head, self._clock())
         return Exchange(connection, context, keep_alive=False, expects_100=False, error=error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inferpool.http.access.cors import CorsPolicy
 from inferpool.http.connection.batched_writes import WriteBatcher
 from inferpool.http.connection.deferred_calls import DeferredCalls
 from inferpool.http.connection.head_cache import HeadCache
@@ -20,14 +21,16 @@ class SharedState:
         prefix: the first lines of responses.
         unread: the connections whose clients leave responses unread.
         writes: collects the responses of one batch.
+        cors: which web pages may read responses; None if no page of another origin may.
     """
 
-    __slots__ = ("deferred", "heads", "predictor", "prefix", "unread", "writes")
+    __slots__ = ("cors", "deferred", "heads", "predictor", "prefix", "unread", "writes")
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, cors: CorsPolicy | None = None) -> None:
         self.predictor = predictor
         self.heads = HeadCache()
         self.deferred = DeferredCalls()
         self.prefix = ResponsePrefix()
         self.unread = UnreadResponses(predictor.budget)
         self.writes = WriteBatcher()
+        self.cors = cors

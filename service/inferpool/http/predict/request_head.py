@@ -27,11 +27,13 @@ class RequestHead:
             that header was not given, -1 if it is no number.
         timeout_text: the X-Timeout-Ms header, unchanged, or None.
         trace: the trace of a valid `traceparent`, else None.
+        origin: the Origin header, unchanged, which browsers send for a page of another origin; or None.
     """
 
     __slots__ = (
         "accept", "accept_encoding", "content_encoding", "content_length", "content_type",
-        "content_type_parameters", "given_id", "header_length", "model", "timeout_text", "trace", "version",
+        "content_type_parameters", "given_id", "header_length", "model", "origin", "timeout_text", "trace",
+        "version",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +49,7 @@ class RequestHead:
         self.timeout_text: bytes | None = None
         self.trace: Trace | None = None
         self.given_id: str | None = None
+        self.origin: bytes | None = None
         for name, value in headers:
             if name == b"content-type":
                 kind, _, parameters = value.decode("latin-1").partition(";")
@@ -68,6 +71,8 @@ class RequestHead:
                 self.timeout_text = value
             elif name == b"traceparent":
                 self.trace = read_traceparent(value)
+            elif name == b"origin":
+                self.origin = value
 
     def with_length(self, content_length: int) -> RequestHead:
         """Return a copy for a body of `content_length` bytes, without the client's id and trace."""
@@ -80,6 +85,7 @@ class RequestHead:
         head.accept_encoding = self.accept_encoding
         head.header_length = self.header_length
         head.timeout_text = self.timeout_text
+        head.origin = self.origin
         return head
 
     def timeout_ms(self) -> float:
