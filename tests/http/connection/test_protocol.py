@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 import struct
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -30,22 +33,92 @@ def test_a_head_without_end_is_refused(serve: Serve, make_chaos: MakeChaos) -> N
         assert wire.status()[0] == 431
 
 
-def test_an_upgrade_is_ignored_and_the_bytes_after_it_are_never_taken_for_a_request(
+JAVA_HEAD = (
+    "POST {path} HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: {length}\r\n"
+    "Host: 127.0.0.1:46765\r\nHTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAAAAYABgAA\r\n"
+    "Upgrade: h2c\r\nUser-Agent: Java-http-client/17.0.15\r\nContent-Type: application/json\r\n\r\n"
+)
+"""What `java.net.http.HttpClient` of OpenJDK 17.0.15 sent, byte for byte; it sends the body by itself."""
+
+JAVA_PROGRAM = """
+import java.net.URI;
+import java.net.http.*;
+
+public class Post {
+  public static void main(String[] arguments) throws Exception {
+    HttpClient client = HttpClient.newHttpClient();
+    for (String address : new String[] {arguments[0], arguments[0], arguments[1]}) {
+      HttpRequest request = HttpRequest.newBuilder(URI.create(address))
+          .header("Content-Type", "application/json")
+          .POST(HttpRequest.BodyPublishers.ofString(arguments[2])).build();
+      HttpResponse<String> response = client.send(request, HttpResponse.BodyHandlers.ofString());
+      System.out.println(response.statusCode() + " " + response.body());
+    }
+  }
+}
+"""
+
+
+def test_the_standard_client_of_java_is_answered_although_it_asks_for_http_2(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m", run_ms=1))
+    native = '{"inputs": [[1, 0, 0, 0]]}'
+    with Wire(server) as wire:
+        for _ in range(3):
+            wire.send(JAVA_HEAD.format(path="/predict/m", length=len(native)))
+            wire.send(native)
+            status, headers, body = wire.answer()
+            assert (status, headers.get("connection")) == (200, None)
+            assert json.loads(body)["outputs"]["sum"] == sums(1)
+
+
+@pytest.mark.skipif(shutil.which("javac") is None, reason="there is no JDK")
+def test_a_real_java_client_is_answered(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+    server = serve(make_chaos("m", run_ms=1))
+    source = tmp_path / "Post.java"
+    source.write_text(JAVA_PROGRAM)
+    addresses = [f"{server.url}/predict/m", f"{server.url}/models/m/unknown"]
+    run = subprocess.run(
+        ["java", str(source), *addresses, '{"inputs": [[1, 0, 0, 0]]}'],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert [line[:3] for line in run.stdout.splitlines()] == ["200", "200", "405"], run.stderr
+
+
+def test_an_upgrade_is_ignored_and_the_bytes_of_the_body_are_never_taken_for_a_request(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     server = serve(make_chaos("m", run_ms=1))
     hidden = "GET /models/smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
-    for path in ("/predict/m", "/models"):
-        with Wire(server) as wire:
-            wire.send(
-                f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
-                f"content-length: {len(hidden)}\r\n\r\n"
-            )
-            wire.send(hidden)
-            assert 400 <= wire.answer()[0] < 500
-            assert wire.ended()
+    upgrade = "connection: upgrade\r\nupgrade: h2c\r\n"
+    bodies = {
+        f"content-length: {len(hidden)}\r\n\r\n": hidden,
+        "transfer-encoding: chunked\r\n\r\n": f"{len(hidden):x}\r\n{hidden}\r\n0\r\n\r\n",
+    }
+    for path, status in (("/predict/m", 400), ("/models", 405)):
+        for framing, body in bodies.items():
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{upgrade}{framing}"
+            for pieces in ([head, body], [head + body]):
+                with Wire(server) as wire:
+                    for piece in pieces:
+                        wire.send(piece)
+                    assert wire.answer()[0] == status
+                    wire.send(request(2, headers=upgrade))  # the connection goes on
+                    answered, _, answer = wire.answer()
+                    assert (answered, json.loads(answer)["outputs"]["sum"]) == (200, sums(2))
+
+
+def test_the_body_of_a_large_request_that_asks_to_upgrade_is_read(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    server = serve(make_chaos("m", run_ms=1))
+    marks = [1.0] * 60_000
     with Wire(server) as wire:
-        wire.send("GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
+        wire.send(request(*marks, headers="connection: upgrade\r\nupgrade: websocket\r\n"))
+        status, _, body = wire.answer()
+        assert (status, len(json.loads(body)["outputs"]["sum"])) == (200, len(marks))
+        wire.send(request(1))
         assert wire.answer()[0] == 200
 
 

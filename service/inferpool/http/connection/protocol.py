@@ -17,7 +17,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, par
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from inferpool.errors import HeadTooLarge, InferpoolError, MalformedBody, MalformedRequest, TooSlow
+from inferpool.errors import HeadTooLarge, InferpoolError, MalformedRequest, TooSlow
 from inferpool.http.asgi import FOLLOWS, api_of, find_api
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.body_receiver import BodyReceiver
@@ -34,10 +34,6 @@ from inferpool.http.predict.request_head import RequestHead
 
 MOST_HEAD_BYTES: Final = 64 * 1024
 """A request line and headers with more bytes than this are refused with 431."""
-
-_UPGRADE: Final = (
-    "the request asks to upgrade to another protocol, so its body cannot be found; send it without Upgrade"
-)
 
 _TOO_LARGE: Final = f"the request line and headers have more than {MOST_HEAD_BYTES} bytes; send fewer headers"
 _MALFORMED: Final = "the data is not an HTTP/1.1 request; the connection is closed after this response"
@@ -75,7 +71,7 @@ class PredictProtocol(HttpToolsProtocol):
         self._body_receiver: BodyReceiver | None = None
         self._chunks: list[bytes] = []
         self._parsed_something = False
-        self._upgraded = self._eof = False
+        self._upgraded = self._tunnel = self._eof = False
         self._piece_bytes = self._head_bytes = self._discarded_bytes = 0
         self._fault: InferpoolError | None = None
 
@@ -99,8 +95,8 @@ class PredictProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Answer a request whose head is cached; feed everything else to the parser, which calls back."""
         connection = self.connection
-        if self._upgraded or connection.reading_ended:
-            return  # the parser stopped at the head: what follows may be the body or a request
+        if self._tunnel or connection.reading_ended:
+            return  # what follows a request to CONNECT is no request
         now = self.loop.time()
         if try_cached_head(connection, data, now):
             self._read_batcher.join(connection, len(data))
@@ -115,9 +111,7 @@ class PredictProtocol(HttpToolsProtocol):
         if connection.in_head:
             self._head_bytes += len(data)
         try:
-            self.parser.feed_data(data)
-        except HttpParserUpgrade:
-            pass  # RFC 9110 (7.8) allows to ignore it; the connection ends with the response
+            self._parse(data)
         except HttpParserError:
             self._refuse_malformed(data)
         if connection.reading_ended:
@@ -214,10 +208,36 @@ class PredictProtocol(HttpToolsProtocol):
 
     def body_completed(self) -> None:
         """End a large body: what follows is for a new parser, because the old one still expects the body."""
-        self.parser = HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets them
+        self._new_parser()
         self.connection.between_requests = True
         cast("Exchange", self.cycle).end_body()
+
+    def _parse(self, data: bytes) -> None:
+        """Feed `data` to the parser, and ignore that a client asks for another protocol (RFC 9110, 7.8).
+
+        The parser stops at the head of such a request, as if there were no body. So it reads the head again,
+        without the fields that ask for the protocol.
+        """
+        rest: bytes | memoryview = data
+        while True:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except HttpParserUpgrade as upgrade:
+                if not self._upgraded:
+                    self._tunnel = True
+                    return
+                rest = memoryview(rest)[upgrade.args[0] :]
+            self._upgraded = False
+            head = _head_without_upgrade(self.parser, self.url, self.headers)
+            self._new_parser()
+            self.parser.feed_data(head)
+            if not rest or self.connection.reading_ended:
+                return
+
+    def _new_parser(self) -> None:
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets them
 
     # From the parser.
 
@@ -238,9 +258,12 @@ class PredictProtocol(HttpToolsProtocol):
             self._fault = HeadTooLarge(_TOO_LARGE)
             raise self._fault  # the parser stops
         self._parsed_something = True
+        asks_upgrade = self.parser.should_upgrade()
+        if asks_upgrade and self.parser.get_method() != b"CONNECT":
+            self._upgraded = True  # `_parse` goes on
+            return
         self.connection.in_head = False
         self._discarded_bytes = 0
-        self._upgraded = self.parser.should_upgrade()
         found = self._find_api()
         if found is None:
             url, headers, expect = self.url, self.headers, self.expect_100_continue
@@ -252,7 +275,7 @@ class PredictProtocol(HttpToolsProtocol):
             except Exception:
                 self.connection.in_head = True  # the target has no path: there is no request
                 raise
-            if self._upgraded:
+            if asks_upgrade:
                 self.cycle.keep_alive = False
             return
         self._begin(self._exchange(*found))
@@ -270,6 +293,8 @@ class PredictProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Take note that the request is complete."""
+        if self._upgraded:
+            return
         self.connection.between_requests = self._parsed_something = True
         cycle: Any = self.cycle
         if isinstance(cycle, Exchange):
@@ -436,11 +461,20 @@ class PredictProtocol(HttpToolsProtocol):
 
     def _exchange(self, api: InferenceApi, target: Target) -> Exchange:
         context = PredictContext(api, RequestHead(*target, self.headers), self._clock())
-        if self._upgraded:
-            error = MalformedBody(_UPGRADE)
-            return Exchange(self.connection, context, keep_alive=False, expects_100=False, error=error)
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         return Exchange(self.connection, context, keep_alive, self.expect_100_continue)
+
+
+def _head_without_upgrade(parser: Any, url: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the head that `parser` has read, without the fields that ask for another protocol."""
+    lines = [b"%b %b HTTP/%b" % (parser.get_method(), url, parser.get_http_version().encode())]
+    for name, value in headers:
+        if name == b"connection":
+            options = [option.strip() for option in value.split(b",")]
+            value = b", ".join(option for option in options if option.lower() != b"upgrade")
+        if name != b"upgrade":
+            lines.append(b"%b: %b" % (name, value))
+    return b"\r\n".join((*lines, b"", b""))
 
 
 def _malformed_head(data: bytes, line: bytes) -> bytes:
