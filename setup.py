@@ -29,7 +29,8 @@ HOT_PATH = [
         "api", "body_buffer", "budget", "context", "in_flight", "no_rows", "offload", "predictor", "recorder",
         "request_head", "request_id", "request_metrics", "resolver", "response", "results",
         "served_version")),
-    *(f"{SOURCE}/http/{name}.py" for name in ("accept_headers", "native/api", "native/bodies", "v2/api")),
+    *(f"{SOURCE}/http/{name}.py" for name in (
+        "access/caller", "accept_headers", "native/api", "native/bodies", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
         "admission", "audit", "batch", "completion", "entry_queue", "instance", "instance_set",
         "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats")),

@@ -13,6 +13,7 @@ from typing import NoReturn
 from inferpool.backends.registry import describe_backends
 from inferpool.engine.supervisor import replace_process
 from inferpool.http.access.cors import make_cors
+from inferpool.http.access.gate import Gate
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
@@ -89,7 +90,8 @@ def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines
         recorder=RequestRecorder(AccessLog(log_lines, every=settings.access_log), spans),
     )
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive)
-    shared = SharedState(predictor, make_cors(settings.cors_allow_origin))
+    gate = Gate(time.monotonic)
+    shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     application = make_application(repository, shared, read_batcher, metrics)

@@ -16,6 +16,7 @@ The tree, by the party at fault:
     │   │   ├── ModelNotFound
     │   │   └── VersionNotFound
     │   ├── MethodNotAllowed
+    │   ├── Unauthorized          no key, or one that the server does not accept
     │   └── Forbidden
     ├── Refused                   nobody is at fault: retry later (`retry_after_s`)
     │   ├── QueueFull
@@ -158,8 +159,14 @@ class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
 
 
+class Unauthorized(RequestError):
+    """The request has no key, or one that the server does not accept; `reason` tells which."""
+
+    code = "unauthorized"
+
+
 class Forbidden(RequestError):
-    """The server does not allow this operation."""
+    """The server does not allow this operation, or not to this caller."""
 
     code = "forbidden"
 

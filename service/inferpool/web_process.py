@@ -21,6 +21,7 @@ from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.spawn import begin_child
 from inferpool.errors import ConfigError, NotReady
 from inferpool.http.access.cors import make_cors
+from inferpool.http.access.gate import Gate
 from inferpool.http.application import make_application
 from inferpool.http.connection.acceptor import Acceptor, ConnectionCounts
 from inferpool.http.connection.batched_reads import ReadBatcher
@@ -276,7 +277,8 @@ def main() -> int:
     # Engines and other web processes take of the same memory.
     system = system._replace(held=lambda: max(system.limit.held(), family_held(os.getppid())))
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=facts["derive"], share=facts["webs"])
-    shared = SharedState(predictor, make_cors(settings.cors_allow_origin))
+    gate = Gate(time.monotonic)
+    shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     application = make_application(catalog, shared, read_batcher, metrics)

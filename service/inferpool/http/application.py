@@ -24,7 +24,18 @@ from inferpool.errors import (
     NotFound,
 )
 from inferpool.http.access.cors import CorsPolicy, is_preflight, origin_of
-from inferpool.http.asgi import Message, Receive, Scope, Send, api_of, find_api, is_last, refuse_method
+from inferpool.http.access.route_scopes import RouteScopes
+from inferpool.http.asgi import (
+    Message,
+    Receive,
+    Scope,
+    Send,
+    api_of,
+    find_api,
+    is_last,
+    peer_of,
+    refuse_method,
+)
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.native.routes import add_native
@@ -52,12 +63,14 @@ class Application(FastAPI):
         shared: what all connections share.
         read_batcher: reads from the connections of the server.
         catalog: the models that are served.
+        route_scopes: the scope that each route needs.
     """
 
     predictor: Predictor
     shared: SharedState
     read_batcher: ReadBatcher
     catalog: Catalog
+    route_scopes: RouteScopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI request."""
@@ -74,12 +87,21 @@ class Application(FastAPI):
                 return
         found = find_api(scope["raw_path"].decode("latin-1"))
         if found is not None:
-            await refuse_method(self.predictor, *found, scope, send)
+            await refuse_method(self.predictor, self.shared.gate, *found, scope, send)
         else:
             if scope["method"] == "HEAD":
                 # The routes answer HEAD as GET; the server omits the body, because its own scope says HEAD.
                 scope = {**scope, "method": "GET"}
-            await super().__call__(scope, receive, _signed(scope, send, self.predictor))
+            send = _signed(scope, send, self.predictor)
+            try:
+                scope["state"]["caller"] = self.shared.gate.authorize(
+                    scope["headers"], self.route_scopes.needed(scope), None, peer_of(scope)
+                )
+            except InferpoolError as error:
+                # Before the routes: none of them, nor a part of the framework, reads a body for a stranger.
+                await _error_response(error, scope)(scope, receive, send)
+                return
+            await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document of the whole API, with the models that are ready now."""
@@ -107,6 +129,7 @@ def make_application(
     _add_docs_page(app)
     add_native(app, catalog, metrics)
     add_v2(app, catalog, shared.predictor)
+    app.route_scopes = RouteScopes(app.routes)
     return app
 
 
@@ -132,15 +155,20 @@ def _add_errors(app: FastAPI) -> None:
     """Answer every exception of a route with an error of the API that the path belongs to."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        problem = as_problem(_translated(request, error))
-        api = api_of(request.scope["path"])
-        status = STATUSES[problem.code]
-        body = api.problem(problem, status, request.scope["state"]["request_id"])
-        headers = {name.decode(): value.decode() for name, value in problem_headers(problem)}
-        return Response(body, status, {**headers, "content-type": api.problem_type.decode()})
+        return _error_response(_translated(request, error), request.scope)
 
     for kind in (InferpoolError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
+
+
+def _error_response(error: Exception, scope: Scope) -> Response:
+    """The response for an error, in the form of the API that the path belongs to."""
+    problem = as_problem(error)
+    api = api_of(scope["path"])
+    status = STATUSES[problem.code]
+    body = api.problem(problem, status, scope["state"]["request_id"])
+    headers = {name.decode(): value.decode() for name, value in problem_headers(problem)}
+    return Response(body, status, {**headers, "content-type": api.problem_type.decode()})
 
 
 def _translated(request: Request, error: Exception) -> Exception:

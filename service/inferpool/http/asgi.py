@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
-from inferpool.errors import MethodNotAllowed
+from inferpool.errors import InferpoolError, MethodNotAllowed
+from inferpool.http.access.caller import PREDICT, Caller
+from inferpool.http.access.gate import Gate
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.predict.api import InferenceApi, Target
 from inferpool.http.predict.context import PredictContext
@@ -50,12 +52,30 @@ def is_last(predictor: Predictor, scope: Scope) -> bool:
     return predictor.in_flight.closing and not (follows is not None and follows())
 
 
+def caller_of(scope: Scope) -> Caller:
+    """Return who sent a request of the application; the gate has let it pass."""
+    caller: Caller = scope["state"]["caller"]
+    return caller
+
+
+def peer_of(scope: Scope) -> str:
+    """Return the address of a request's client, without its port; "" if it has none."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
 async def refuse_method(
-    predictor: Predictor, api: InferenceApi, target: Target, scope: Scope, send: Send
+    predictor: Predictor, gate: Gate, api: InferenceApi, target: Target, scope: Scope, send: Send
 ) -> None:
     """Answer 405 to a request for a path of predictions whose method is not POST."""
     context = PredictContext(api, RequestHead(*target, scope["headers"]), predictor.clock())
-    error = MethodNotAllowed(f"{scope['method']} is not for predictions: POST a body", allow="POST")
+    error: InferpoolError = MethodNotAllowed(
+        f"{scope['method']} is not for predictions: POST a body", allow="POST"
+    )
+    try:
+        gate.authorize(scope["headers"], PREDICT, target.model, peer_of(scope))
+    except InferpoolError as refusal:
+        error = refusal
     response = predictor.refuse(context, error)
     headers = [*response.headers, (b"content-length", b"%d" % response.size)]
     if is_last(predictor, scope):

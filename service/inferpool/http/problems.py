@@ -6,11 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from inferpool.errors import Forbidden, InferpoolError, InternalError, MethodNotAllowed, Overloaded, Refused
+from inferpool.errors import (
+    InferpoolError,
+    InternalError,
+    MethodNotAllowed,
+    Overloaded,
+    Refused,
+    Unauthorized,
+)
 
 STATUSES: Final[Mapping[str, int]] = {
     "malformed_body": 400,
     "malformed_request": 400,
+    "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
     "model_not_found": 404,
@@ -49,16 +57,15 @@ def as_problem(error: Exception) -> InferpoolError:
     return InternalError("the server failed on this request; its log has the cause, under the request id")
 
 
-def admin_disabled() -> Forbidden:
-    """The error of every admin route: no setting enables them."""
-    return Forbidden("the admin routes are not enabled on this server; change the models folder instead")
-
-
 def problem_headers(error: InferpoolError) -> Headers:
     """The headers of an error response, except those of its body."""
     if isinstance(error, Refused):
         # Retry-After counts whole seconds (RFC 9110, 10.2.3); the body has the exact milliseconds.
         return [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode())]
+    if isinstance(error, Unauthorized):
+        # RFC 6750, 3.1: only a request that came with a key is told that its key is wrong.
+        wrong = b"" if error.members.get("reason") == "missing" else b', error="invalid_token"'
+        return [(b"www-authenticate", b'Bearer realm="inferpool"' + wrong)]
     if isinstance(error, MethodNotAllowed):
         return [(b"allow", str(error.members.get("allow", "GET")).encode())]
     return []

@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 from inferpool.errors import DeadlineExceeded, ModelFailed, NotReady, QueueFull
+from inferpool.http.access.caller import EVERYONE
+from inferpool.http.access.gate import Gate
 from inferpool.http.connection.connection import Connection
 from inferpool.http.connection.exchange import Exchange
 from inferpool.http.connection.shared import SharedState
@@ -239,7 +241,7 @@ class Harness:
             cast("Any", FakeCatalog()), self.inbox, results, Metrics({}), self.loop.time,
             max_body_bytes=MAX_BODY_BYTES, in_flight_bytes=IN_FLIGHT_BYTES, recorder=RequestRecorder(),
         )  # fmt: skip
-        self.shared = SharedState(self.predictor)
+        self.shared = SharedState(self.predictor, Gate(self.loop.time))
         results.wrap_batches(self.shared.writes.begin, self.shared.writes.flush)
 
     def connect(self) -> FakeConnection:
@@ -270,6 +272,7 @@ class FakeConnection:
         """Take the head of a request, as the parser's callback does."""
         head = RequestHead(model, None, [(b"x-request-id", b"r%d" % len(self.exchanges)), *headers])
         context = PredictContext(NATIVE_API, head, self._harness.loop.time())
+        context.caller = EVERYONE
         exchange = Exchange(self.connection, context, keep_alive, expects_100=False, error=error)
         self.exchanges.append(exchange)
         self.contexts.append(context)

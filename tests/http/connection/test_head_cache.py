@@ -10,6 +10,7 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inferpool.http.access.caller import EVERYONE
 from inferpool.http.connection.head_cache import MOST_HEAD_BYTES, MOST_HEADS, HeadCache
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.predict.request_head import RequestHead
@@ -31,7 +32,7 @@ def head(length: int = len(BODY), *headers: tuple[bytes, bytes]) -> RequestHead:
 
 def test_a_cached_head_is_found_with_any_body_of_its_length() -> None:
     heads = HeadCache()
-    heads.remember(request(), BODY, NATIVE_API, head())
+    heads.remember(request(), BODY, NATIVE_API, head(), EVERYONE)
     found = heads.find(request(b'{"inputs": [[2]]}'))
     assert found is not None
     assert (found[0].api, found[1]) == (NATIVE_API, b'{"inputs": [[2]]}')
@@ -46,7 +47,7 @@ def test_a_cached_head_is_found_with_bodies_of_other_lengths() -> None:
     learned = RequestHead(
         "m", "2", [(b"content-length", b"17"), (b"x-timeout-ms", b"5"), (b"accept", b"a/b")]
     )
-    heads.remember(request(BODY, "x-timeout-ms: 5", "accept: a/b"), BODY, NATIVE_API, learned)
+    heads.remember(request(BODY, "x-timeout-ms: 5", "accept: a/b"), BODY, NATIVE_API, learned, EVERYONE)
     for body in (b"", b"1", BODY, BODY * 1000):
         found = heads.find(request(body, "x-timeout-ms: 5", "accept: a/b"))
         assert found is not None
@@ -82,7 +83,7 @@ def test_a_head_that_may_mean_something_else_next_time_is_not_cached(
     data: bytes, body: bytes, learned: RequestHead
 ) -> None:
     heads = HeadCache()
-    heads.remember(data, body, NATIVE_API, learned)
+    heads.remember(data, body, NATIVE_API, learned, EVERYONE)
     assert heads.find(data) is None
 
 
@@ -90,7 +91,7 @@ def test_the_number_of_cached_heads_is_bounded() -> None:
     heads = HeadCache()
     for number in range(3 * MOST_HEADS):
         data = request(BODY, f"x: {number}")
-        heads.remember(data, BODY, NATIVE_API, head())
+        heads.remember(data, BODY, NATIVE_API, head(), EVERYONE)
         assert heads.find(data) is not None
     kept = sum(heads.find(request(BODY, f"x: {number}")) is not None for number in range(3 * MOST_HEADS))
     assert 1 <= kept <= MOST_HEADS
@@ -99,7 +100,7 @@ def test_the_number_of_cached_heads_is_bounded() -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_may_be_looked_up(data: bytes) -> None:
     heads = HeadCache()
-    heads.remember(request(), BODY, NATIVE_API, head())
+    heads.remember(request(), BODY, NATIVE_API, head(), EVERYONE)
     assert heads.find(data) is None
 
 

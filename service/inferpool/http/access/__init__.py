@@ -1,1 +1,1 @@
-"""Who may ask for what: keys, scopes, TLS, origins of web pages, tenants."""
+"""Who may ask for what: keys, tokens, scopes, TLS, origins of web pages, tenants."""

@@ -12,6 +12,7 @@ import math
 from typing import Any, Final
 
 from inferpool.errors import DeadlineExceeded, InferpoolError
+from inferpool.http.access.caller import NOBODY
 from inferpool.http.connection.body_receiver import LEAST_RECEIVED_BYTES
 from inferpool.http.connection.connection import Connection
 from inferpool.http.connection.exchange_state import (
@@ -96,9 +97,7 @@ class Exchange:
         ready = self._state == READY
         if not self._admit(0):
             return
-        if self._error is not None:
-            self._refuse(self._error)
-        elif ready:
+        if ready:
             self._decode(self._finish_body())
         elif self._expects_100:
             self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -159,8 +158,9 @@ class Exchange:
 
     def remember_head(self, data: bytes, body: bytes) -> None:
         """Cache the head of this request: the parser has read all of `data`, and `body` in one piece."""
-        if self.keep_alive and not self._expects_100:
-            self._connection.shared.heads.remember(data, body, self._context.api, self._context.head)
+        context = self._context
+        if self.keep_alive and not self._expects_100 and context.caller is not NOBODY:
+            self._connection.shared.heads.remember(data, body, context.api, context.head, context.caller)
 
     def sent(self, rest: bytes) -> None:
         """Take note that the response was sent, except for its `rest`."""
@@ -292,6 +292,10 @@ class Exchange:
         predictor = self._predictor
         self._move(READING)
         predictor.in_flight.requests += 1
+        if self._error is not None:
+            # Before every other reason: a stranger must not learn which models there are.
+            self._refuse(self._error)
+            return False
         try:
             predictor.admit(self._context, size)
         except Exception as error:  # noqa: BLE001 - every error becomes a response

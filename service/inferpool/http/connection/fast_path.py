@@ -19,10 +19,15 @@ def try_cached_head(connection: Connection, data: bytes, now: float) -> bool:
     if found is None:
         return False
     cached, body = found
+    began = connection.shared.predictor.clock()
+    caller = cached.caller
+    if caller.valid_until <= began:
+        return False  # the key has expired: the gate refuses it
     connection.last_received = now
     connection.idle_since = None
     connection.unparsed_bytes = 0
-    context = PredictContext(cached.api, cached.head, connection.shared.predictor.clock())
+    context = PredictContext(cached.api, cached.head, began)
+    context.caller = caller
     exchange = Exchange(connection, context, keep_alive=True, expects_100=False)
     connection.last = connection.current = exchange
     exchange.run(body)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
+from inferpool.http.access.caller import Caller
 from inferpool.http.predict.api import InferenceApi
 from inferpool.http.predict.request_head import RequestHead
 
@@ -23,11 +24,12 @@ _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,9})\r\n", re.IGNORE
 
 
 class CachedHead(NamedTuple):
-    """A parsed head, and how many bytes of body follow it."""
+    """A parsed head, how many bytes of body follow it, and the caller whose key is in the head."""
 
     api: InferenceApi
     head: RequestHead
     body_bytes: int
+    caller: Caller
 
 
 class HeadCache:
@@ -50,7 +52,9 @@ class HeadCache:
         cached = self._by_bytes.get(head) or self._find_other_length(head, size)
         return (cached, data[end:]) if cached is not None and size == cached.body_bytes else None
 
-    def remember(self, data: bytes, body: bytes, api: InferenceApi, head: RequestHead) -> None:
+    def remember(
+        self, data: bytes, body: bytes, api: InferenceApi, head: RequestHead, caller: Caller
+    ) -> None:
         """Keep the head of the request `data`, which the parser has read as `head` and, in one piece, `body`.
 
         Heads with an id or a trace are not kept, because they differ each time. Nor are those of binary
@@ -66,11 +70,16 @@ class HeadCache:
             and data.find(_END) + 4 == end
             and data.endswith(body)
         ):
-            cached = CachedHead(api, head, len(body))
+            cached = CachedHead(api, head, len(body), caller)
             _keep(self._by_bytes, data[:end], cached)
             length = _LENGTH.search(data, 0, end)
             if length is not None:
                 _keep(self._without_length, data[: length.start(1)] + data[length.end(1) : end], cached)
+
+    def clear(self) -> None:
+        """Forget every head: the keys in them may no longer be accepted."""
+        self._by_bytes.clear()
+        self._without_length.clear()
 
     def _find_other_length(self, head: bytes, size: int) -> CachedHead | None:
         length = _LENGTH.search(head)
@@ -79,7 +88,7 @@ class HeadCache:
         similar = self._without_length.get(head[: length.start(1)] + head[length.end(1) :])
         if similar is None:
             return None
-        cached = CachedHead(similar.api, similar.head.with_length(size), size)
+        cached = CachedHead(similar.api, similar.head.with_length(size), size, similar.caller)
         _keep(self._by_bytes, head, cached)
         return cached
 

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from inferpool.errors import HeadTooLarge, InferpoolError, MalformedRequest, TooSlow
+from inferpool.http.access.caller import PREDICT
 from inferpool.http.asgi import FOLLOWS, api_of, find_api
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.body_receiver import BodyReceiver
@@ -462,7 +463,17 @@ class PredictProtocol(HttpToolsProtocol):
     def _exchange(self, api: InferenceApi, target: Target) -> Exchange:
         context = PredictContext(api, RequestHead(*target, self.headers), self._clock())
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        return Exchange(self.connection, context, keep_alive, self.expect_100_continue)
+        connection = self.connection
+        try:
+            context.caller = connection.shared.gate.authorize(
+                self.headers, PREDICT, target.model, connection.client
+            )
+        except InferpoolError as refusal:
+            # The body is neither kept nor read to its end if it is long. The error has no traceback, whose
+            # frames would keep the head alive.
+            refusal.with_traceback(None)
+            return Exchange(connection, context, keep_alive, expects_100=False, error=refusal)
+        return Exchange(connection, context, keep_alive, self.expect_100_continue)
 
 
 def _head_without_upgrade(parser: Any, url: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:

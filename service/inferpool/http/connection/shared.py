@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inferpool.http.access.cors import CorsPolicy
+from inferpool.http.access.gate import Gate
 from inferpool.http.connection.batched_writes import WriteBatcher
 from inferpool.http.connection.deferred_calls import DeferredCalls
 from inferpool.http.connection.head_cache import HeadCache
@@ -16,6 +17,7 @@ class SharedState:
 
     Attributes:
         predictor: answers predictions.
+        gate: knows the keys.
         heads: request heads that have been parsed before.
         deferred: calls to make at the end of the loop's iteration.
         prefix: the first lines of responses.
@@ -24,11 +26,13 @@ class SharedState:
         cors: which web pages may read responses; None if no page of another origin may.
     """
 
-    __slots__ = ("cors", "deferred", "heads", "predictor", "prefix", "unread", "writes")
+    __slots__ = ("cors", "deferred", "gate", "heads", "predictor", "prefix", "unread", "writes")
 
-    def __init__(self, predictor: Predictor, cors: CorsPolicy | None = None) -> None:
+    def __init__(self, predictor: Predictor, gate: Gate, cors: CorsPolicy | None = None) -> None:
         self.predictor = predictor
+        self.gate = gate
         self.heads = HeadCache()
+        gate.on_change(self.heads.clear)
         self.deferred = DeferredCalls()
         self.prefix = ResponsePrefix()
         self.unread = UnreadResponses(predictor.budget)

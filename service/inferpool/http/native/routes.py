@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from inferpool.http.access.gate import admin_disabled
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.schemas import (
     HealthOut,
@@ -20,7 +21,6 @@ from inferpool.http.native.schemas import (
     version_out,
 )
 from inferpool.http.openapi_parts import error_responses
-from inferpool.http.problems import admin_disabled
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.catalog import Catalog, find_model
 

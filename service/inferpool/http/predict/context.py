@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from inferpool.codecs.text import Rows
+from inferpool.http.access.caller import NOBODY, Caller
 from inferpool.http.predict.api import InferenceApi, Options
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.request_id import new_request_id
@@ -23,6 +24,7 @@ class PredictContext:
         head: what its path and headers say.
         began: the moment at which the head was complete, by the predictor's clock.
         request_id: the caller's id, or a new one.
+        caller: who sent the request; `NOBODY` until the gate has let it pass.
         options: what the body says beside its tensors, once the body is decoded.
         decode_s: seconds that decoding took.
         reserved_bytes: bytes of its body and response that it holds of the budget of all requests in flight.
@@ -41,9 +43,9 @@ class PredictContext:
     """
 
     __slots__ = (
-        "abandoned", "answer_bytes", "api", "began", "client", "decode_s", "decoded_bytes", "entry",
-        "head", "input_bytes", "offloaded_bytes", "offloaded_text", "open_answer", "options", "recorded",
-        "request_id", "reserved_bytes", "served", "texts",
+        "abandoned", "answer_bytes", "api", "began", "caller", "client", "decode_s", "decoded_bytes",
+        "entry", "head", "input_bytes", "offloaded_bytes", "offloaded_text", "open_answer", "options",
+        "recorded", "request_id", "reserved_bytes", "served", "texts",
     )  # fmt: skip
 
     def __init__(self, api: InferenceApi, head: RequestHead, began: float) -> None:
@@ -51,6 +53,7 @@ class PredictContext:
         self.head = head
         self.began = began
         self.request_id = head.given_id or new_request_id()
+        self.caller: Caller = NOBODY
         self.options = _NO_OPTIONS
         self.decode_s = 0.0
         self.reserved_bytes = self.decoded_bytes = self.input_bytes = self.answer_bytes = 0

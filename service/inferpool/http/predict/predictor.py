@@ -23,6 +23,7 @@ from typing import Final
 
 from inferpool.allowance import Allowance
 from inferpool.errors import Draining, InferpoolError, InternalError, InvalidInput
+from inferpool.http.access.gate import model_forbidden
 from inferpool.http.predict.api import Data, Encoded
 from inferpool.http.predict.body_buffer import too_large
 from inferpool.http.predict.budget import BodyAllowance, ByteBudget
@@ -124,7 +125,7 @@ class Predictor:
     def decode(self, context: PredictContext, data: Data) -> Tensors:
         """Return the inputs of a request, validated, and find the version that the request means.
 
-        Raises every RequestError there is, and NotReady.
+        Raises every RequestError there is but Unauthorized, and NotReady.
         """
         if context.abandoned:
             raise InferpoolError("the client is gone or has been refused")
@@ -136,6 +137,8 @@ class Predictor:
         options = context.options = body.options
         if head.model is None or (head.version is None and options.version is not None):
             model = head.model or self.resolver.model_named(options.model)
+            if not context.caller.may_predict(model):
+                raise model_forbidden(context.caller, model)
             context.served = self.resolver.find(model, options.version)
         elif options.model not in (None, head.model) or options.version not in (None, head.version):
             raise InvalidInput(

@@ -10,11 +10,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
 from inferpool.errors import InvalidInput, NotReady
+from inferpool.http.access.gate import admin_disabled
 from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_head import RequestHead
-from inferpool.http.problems import admin_disabled
 from inferpool.http.v2.descriptions import config_out, index_out, metadata_out, stats_out
 from inferpool.http.v2.schemas import (
     Error,
