@@ -49,6 +49,25 @@ class Client:
         self.send(path, body, headers)
         return await self.receive()
 
+    @property
+    def port(self) -> int:
+        """The client's own port."""
+        port: int = self._writer.get_extra_info("sockname")[1]
+        return port
+
+    def send_part(self, path: str, body: bytes, headers: Mapping[str, str], count: int) -> None:
+        """Send only `count` bytes of the body that the head announces."""
+        self.send(path, body[:count], {**headers, "content-length": str(len(body))})
+
+    async def finish(self) -> bytes:
+        """Ask the server to close the connection; returns what came in place of a close, or after it.
+
+        Nothing comes if each request has been answered once.
+        """
+        self.send("/none", b"", {"connection": "close"})
+        await self.receive()
+        return await self._reader.read()
+
     async def close(self) -> None:
         """Close the connection at once."""
         self._writer.transport.abort()

@@ -35,11 +35,13 @@ class LimitedServer(Server):
         memory_bytes: int,
         flags: Sequence[str] = (),
         environ: Mapping[str, str] = {},
+        python: str = sys.executable,
     ) -> None:
+        """Run the server that is installed for the interpreter `python`."""
         self.cgroup = _make_cgroup(memory_bytes)
         own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}"}
         enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
-        serve = [sys.executable, "-m", "inferpool", "serve", str(repository), "--port", "0", *flags]
+        serve = [python, "-m", "inferpool", "serve", str(repository), "--port", "0", *flags]
         self._start(["sh", "-c", enter, str(self.cgroup), *serve], {**own, **environ})
 
     def kills(self) -> int:

@@ -61,9 +61,11 @@ class Server:
         flags: Sequence[str] = (),
         environ: Mapping[str, str] = {},
         module: str = "inferpool",
+        python: str = sys.executable,
     ) -> None:
+        """Run the server that is installed for the interpreter `python`."""
         own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}"}
-        command = [sys.executable, "-m", module, "serve", str(repository), "--port", "0", *flags]
+        command = [python, "-m", module, "serve", str(repository), "--port", "0", *flags]
         self._start(command, {**own, **environ})
 
     def _start(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
