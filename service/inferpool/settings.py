@@ -111,6 +111,12 @@ class Settings(BaseModel):
         default=600.0,
         description="Seconds that a version may take to load; a version that takes longer has failed.",
     )
+    silence_timeout_s: _Number = Field(
+        default=15.0,
+        description="Seconds for which a process of the server may show no sign of life, because it is"
+        " stopped or one thread lets no other one run; then it is ended and replaced. An engine that loads is"
+        " given `load_timeout_s`. 0 sets no limit.",
+    )
     required_models: tuple[str, ...] = Field(
         default=(), description="Models that must be ready before the server is ready, separated by commas."
     )

@@ -28,11 +28,12 @@ from inferpool.engine.arena import make_arena
 from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
 from inferpool.engine.control import Message
+from inferpool.engine.liveness import Liveness
 from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Version, own_engine
 from inferpool.engine.spawn import SUPERVISED, Child, name_process, spawn
 from inferpool.observe.families import CPU_SECONDS
 from inferpool.observe.logs import configure_logs
-from inferpool.observe.regions import Region, make_regions
+from inferpool.observe.regions import Region, make_regions, read_beat
 
 log = logging.getLogger("inferpool.engine.supervisor")
 
@@ -135,6 +136,7 @@ class Supervisor:
         self._timer_ids = itertools.count()
         self._clock = time.monotonic
         self._policy = RestartPolicy(self._clock)
+        self._liveness = Liveness(settings["silence_timeout_s"], 2 * PUBLISH_S)
         self._store = CatalogStore()
         self._webs = {number: _Web(number) for number in range(1, settings["web_processes"] + 1)}
         self._engines: dict[str, _Engine] = {SHARED: _Engine(SHARED)}
@@ -344,15 +346,38 @@ class Supervisor:
             numbers[0] += 1
 
     def _publish(self) -> None:
-        """Publish the gauges of the supervisor, again and again."""
+        """Publish the gauges of the supervisor, and end silent processes, again and again."""
         files = [self._metrics, *(arena for web in self._webs.values() for arena in web.arenas.values())]
         held = 512 * sum(os.fstat(file).st_blocks for file in files)
         for name, number in (("shared_memory_bytes", held), (CPU_SECONDS, time.process_time())):
             numbers = self._region.numbers(name, (), 1)
             if numbers is not None:
                 numbers[0] = number
-        self._region.beat(time.monotonic())
+        now = self._clock()
+        self._region.beat(now)
+        self._end_silent(now)
         self._after(PUBLISH_S, self._publish)
+
+    def _end_silent(self, now: float) -> None:
+        """End processes that show no sign of life; what they had goes to their successors."""
+        if self._draining:
+            return  # the drain has a timeout of its own
+        watched: dict[int, tuple[str, Child, float]] = {}
+        for web in self._webs.values():
+            if web.child is not None:
+                beat = read_beat(self._metrics, web.number, web.child.pid)
+                watched[web.child.pid] = (f"web process {web.number}", web.child, beat)
+        for engine in self._engines.values():
+            slot = self._slots.get(engine.name)
+            if engine.child is not None and slot is not None and not engine.loading:
+                beat = read_beat(self._metrics, slot, engine.pid)
+                watched[engine.pid] = (f"engine {engine.name}", engine.child, beat)
+        silent = self._liveness.look(now, {pid: beat for pid, (_, _, beat) in watched.items()})
+        for pid, seconds in silent.items():
+            what, child, _ = watched[pid]
+            text = "%s (process %d) has shown no sign of life for %.1f s, and is ended"
+            log.error(text, what, pid, seconds)
+            child.kill()
 
     def _connect(self, web: _Web, engine: _Engine) -> None:
         """Give a web process and an engine a socket to each other, and their shared memory."""

@@ -52,6 +52,13 @@ def make_regions(slots: int) -> int:
     return file
 
 
+def read_beat(file: int, slot: int, pid: int) -> float:
+    """The last beat of the process `pid` in `slot` of `file`; 0.0 if it has not beaten yet."""
+    start = slot * REGION_BYTES + 8 * _PID
+    found, beat = struct.unpack("=Qd", os.pread(file, 16, start))
+    return beat if found == pid else 0.0
+
+
 class Region:
     """The region of this process, to be written by one thread at a time.
 
