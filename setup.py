@@ -32,8 +32,9 @@ HOT_PATH = [
     *(f"{SOURCE}/http/{name}.py" for name in (
         "access/caller", "accept_headers", "native/api", "native/bodies", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
-        "admission", "audit", "batch", "completion", "entry_queue", "instance", "instance_set",
-        "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats")),
+        "admission", "audit", "batch", "completion", "entry_queue", "fair_shares", "instance", "instance_set",
+        "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats",
+        "waiting_entries")),
     *(f"{SOURCE}/engine/{name}.py" for name in (
         "arena", "channel", "client", "client_router", "engine_port", "records", "tensor_layouts")),
     *(f"{SOURCE}/wire/{name}.py" for name in (

@@ -118,7 +118,7 @@ class HandInbox:
             self.entries[entry.id] = entry
             self.changed.notify_all()
 
-    def refuse_early(self, key: VersionKey) -> None:
+    def refuse_early(self, key: VersionKey, tenant: int) -> None:
         raise AssertionError("the web process does not ask")
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:

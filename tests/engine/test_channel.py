@@ -272,7 +272,7 @@ def test_entries_wait_for_an_engine_within_bounds(engine: Engine) -> None:
     with pytest.raises(NotReady):
         web.client.offer(entry_of(1, {"x": floats(1, 4)}))
     with pytest.raises(NotReady):
-        web.client.refuse_early(KEY)
+        web.client.refuse_early(KEY, 0)
     first = Engine()
     web.attach(first)
     web.crash(first)
@@ -285,7 +285,7 @@ def test_entries_wait_for_an_engine_within_bounds(engine: Engine) -> None:
     web.client.cancel(KEY, 1, "deadline")
     assert isinstance(web.results.error(1), DeadlineExceeded)
     assert "could run" in web.results.error(1).detail
-    web.client.refuse_early(KEY)
+    web.client.refuse_early(KEY, 0)
     web.attach(engine)
     web.loop.turn()
     for entry in engine.inbox.wait(accepted - 1):
@@ -298,12 +298,12 @@ def test_the_number_of_entries_that_wait_is_bounded(engine: Engine) -> None:
     web = Web(most_entries=3)
     web.attach(engine)
     for entry_id in range(1, 4):
-        web.client.refuse_early(KEY)
+        web.client.refuse_early(KEY, 0)
         web.client.offer(entry_of(entry_id, {"x": floats(1, 4)}))
     with pytest.raises(Overloaded, match="3 requests"):
         web.client.offer(entry_of(4, {"x": floats(1, 4)}))
     with pytest.raises(Overloaded):
-        web.client.refuse_early(KEY)
+        web.client.refuse_early(KEY, 0)
     web.loop.turn()
     engine.answer(engine.inbox.take(1))
     web.until(1)
@@ -721,7 +721,7 @@ class Inbox:
     def offer(self, entry):
         outputs = {name: tensor.copy() for name, tensor in entry.inputs.items()}
         threading.Thread(target=port.put, args=([Result(entry.id, outputs, None, 0.0)],)).start()
-    def refuse_early(self, key): pass
+    def refuse_early(self, key, tenant): pass
     def cancel(self, key, entry_id, reason): pass
 
 port = EnginePort(time.monotonic)

@@ -517,7 +517,7 @@ def test_refusals_are_raised_at_the_door(bench: Callable[..., Bench]) -> None:
         made.offer(1)
     assert refusal.value.retry_after_s > 0
     with pytest.raises(QueueFull):
-        made.pool.refuse_early()
+        made.pool.refuse_early(0)
     with pytest.raises(DeadlineExceeded):
         made.offer(1, deadline=made.clock() + 0.001)
 
@@ -1000,7 +1000,7 @@ def test_everything_that_waits_is_answered_when_the_last_instance_is_lost(
     assert [item.state for item in made.pool.instances()] == ["lost"]
     assert made.dropped("lost") == 3, "the deadly entry ran"
     with pytest.raises(NotReady, match="lost"):
-        made.pool.refuse_early()
+        made.pool.refuse_early(0)
 
 
 def test_an_instance_sleeps_until_a_delayed_batch_is_due(bench: Callable[..., Bench]) -> None:

@@ -62,7 +62,7 @@ def entry(key: VersionKey) -> Entry:
 
 
 def test_an_entry_runs_in_the_pool_of_its_version(router: PoolRouter, outbox: Outbox) -> None:
-    router.refuse_early(ONE)
+    router.refuse_early(ONE, 0)
     router.offer(entry(ONE))
     result = outbox.results.get(timeout=60)
     assert (result.entry_id, result.error) == (1, None)
@@ -75,7 +75,7 @@ def test_a_version_without_a_pool_is_not_ready(router: PoolRouter) -> None:
     assert removed is not None
     assert router.remove(TWO) is None
     assert [pool.key for pool in router.pools()] == [ONE]
-    for attempt in (lambda: router.offer(entry(TWO)), lambda: router.refuse_early(TWO)):
+    for attempt in (lambda: router.offer(entry(TWO)), lambda: router.refuse_early(TWO, 0)):
         with pytest.raises(NotReady, match='version 2 of "m" is not ready'):
             attempt()
 

@@ -411,7 +411,7 @@ class EngineClient:
             if not self._flush_planned:
                 self._plan_flush()
 
-    def refuse_early(self, key: VersionKey) -> None:
+    def refuse_early(self, key: VersionKey, tenant: int) -> None:
         """Raise Overloaded or NotReady if no entry could be sent now."""
         if self._arena is None:
             raise NotReady("the engine is starting; try again later")

@@ -35,12 +35,12 @@ class ClientRouter:
             raise _not_ready(entry.key)
         client.offer(entry)
 
-    def refuse_early(self, key: VersionKey) -> None:
-        """Raise the error with which `key` would refuse any entry now, whatever its inputs."""
+    def refuse_early(self, key: VersionKey, tenant: int) -> None:
+        """Raise the error with which `key` would refuse any entry of `tenant` now, whatever its inputs."""
         client = self._clients.get(key)
         if client is None:
             raise _not_ready(key)
-        client.refuse_early(key)
+        client.refuse_early(key, tenant)
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
         """Drop the entry if it still waits; `reason` is `disconnected` or `deadline`."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from inferpool.errors import DeadlineExceeded, QueueFull
-from inferpool.pool.ordered_queue import WaitingEntries
+from inferpool.pool.fair_shares import FairShares
 from inferpool.pool.ports import Entry
+from inferpool.pool.waiting_entries import WaitingEntries
 
 UNKNOWN_BATCH_S: Final = 1e-3
 """Seconds that a batch is expected to take while nothing has been measured."""
@@ -81,12 +82,18 @@ class Admission:
         if finish > entry.deadline:
             raise _too_late(entry, finish)
 
-    def refuse_if_full(self, rows: float, nbytes: int, large: bool, instances: int) -> None:
+    def refuse_if_full(
+        self, rows: float, nbytes: int, large: bool, instances: int, tenant: int = 0, share: float = 1.0
+    ) -> None:
         """Raise QueueFull unless an entry of so many rows and bytes may wait now.
 
         If nothing else of its kind waits, an entry of any size may: the bound must not make it impossible.
+        Each of several tenants has its part of the queue, and `share` says how large the part is.
         """
         limits, waiting = self._limits, self._waiting
+        if waiting.shares is not None:
+            self._refuse_if_part_full(waiting.shares, rows, nbytes, large, instances, tenant, share)
+            return
         load = waiting.large_load if large else waiting.small_load
         excess_rows = load + rows - limits.queue_rows if load else 0
         excess_bytes = waiting.nbytes + nbytes - limits.queue_bytes if waiting.nbytes else 0
@@ -99,6 +106,40 @@ class Admission:
         all_load = waiting.small_load + waiting.large_load
         rows_to_run = max(excess_rows, all_load * excess_bytes / max(1, waiting.nbytes))
         raise QueueFull(f"{text}; try again later", retry_after_s=self._seconds_for(rows_to_run, instances))
+
+    def _refuse_if_part_full(
+        self,
+        shares: FairShares,
+        rows: float,
+        nbytes: int,
+        large: bool,
+        instances: int,
+        tenant: int,
+        share: float,
+    ) -> None:
+        own = shares.entries_of(tenant)
+        if own is None:
+            return
+        limits = self._limits
+        part = shares.part(tenant, share)
+        # Enough for the next batch of each instance: no other tenant may have anything to run.
+        most_rows = max(part * limits.queue_rows, instances * limits.batch_rows)
+        most_bytes = part * limits.queue_bytes
+        load = own.large_load if large else own.small_load
+        excess_rows = load + rows - most_rows if load else 0
+        excess_bytes = own.nbytes + nbytes - most_bytes if own.nbytes else 0
+        if excess_rows <= 0 and excess_bytes <= 0:
+            return
+        if excess_rows > 0:
+            text = f"{load:.0f} rows wait and {most_rows:.0f} may"
+        else:
+            text = f"{own.nbytes} bytes wait and {most_bytes:.0f} may"
+        all_load = own.small_load + own.large_load
+        rows_to_run = max(excess_rows, all_load * excess_bytes / max(1, own.nbytes)) / part
+        raise QueueFull(
+            f"the part of the queue that is for your key is full: {text}; try again later",
+            retry_after_s=self._seconds_for(rows_to_run, instances),
+        )
 
     def bound_by_time(self, instances: int) -> None:
         """Let as many rows wait as `instances` run in `limits.queue_s`, by the last measurements."""
@@ -127,12 +168,20 @@ class Admission:
         costly = self._limits.is_costly(entry)
         waiting = self._waiting
         ahead = waiting.small_load + costly * waiting.large_load
+        shares = waiting.shares
+        if shares is not None:
+            ahead = shares.ahead(entry, costly, ahead)
         finish = self._finish_behind(ahead, entry, now, free_at)
         if finish <= entry.deadline:
             return finish
         # Some of these entries run after the new one. Only now, because counting looks at the whole queue.
         order = (entry.priority, costly, entry.deadline, math.inf)
-        ahead = sum(slot.load for slot in waiting.slots() if slot.order < order)
+        first = sum(slot.load for slot in waiting.slots() if slot.order < order)
+        if shares is not None:
+            own = [slot for slot in waiting.slots() if slot.entry.tenant == entry.tenant]
+            own_first = sum(slot.load for slot in own if slot.order < order)
+            first = min(first, own_first / shares.part(entry.tenant, entry.share))
+        ahead = first
         return self._finish_behind(ahead, entry, now, free_at)
 
     def _finish_behind(self, ahead: float, entry: Entry, now: float, free_at: Sequence[float]) -> float:

@@ -66,9 +66,10 @@ class Batch:
         answered: the ids of entries whose request has its result although this batch still runs, because its
             deadline has passed, say. Each of them is in `slices`. None while there are none.
         stopped: why the run was asked to end; RUNS if it was not.
+        row_s: seconds that tenants were charged with for a row; negative unless several share the instances.
     """
 
-    __slots__ = ("answered", "batched", "padding", "reason", "rows", "slices", "stopped", "taken")
+    __slots__ = ("answered", "batched", "padding", "reason", "row_s", "rows", "slices", "stopped", "taken")
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Batch:
         self.padding = padding
         self.answered: set[int] | None = None
         self.stopped = RUNS
+        self.row_s = -1.0
         # Counted once, because every result of the batch tells this number.
         self.rows = 0
         for row_slice in slices:

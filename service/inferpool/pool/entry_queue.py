@@ -10,6 +10,9 @@ the group does not fit, no later one overtakes it. Against starvation, every fou
 that has waited longest, whatever its priority or deadline. An entry with n older ones before it therefore
 waits for 4 (n + 1) batches at most.
 
+If entries of several tenants come, the tenants share the instances: see `fair_shares`. Within a priority, the
+tenant whose turn it is then has the next entry, and the order above is that of the tenant's own entries.
+
 An entry with more rows than a batch runs in slices of half a batch. Each slice runs by itself, and then the
 remaining rows queue up again behind everything that has arrived meanwhile. A request of 10,000 rows therefore
 costs its neighbours no more than the slice that is running, which takes less time than the largest batch.
@@ -22,12 +25,16 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from inferpool.pool.admission import Admission, Limits
-from inferpool.pool.batch import RowSlice
-from inferpool.pool.ordered_queue import QueueSlot, WaitingEntries
+from inferpool.pool.batch import Batch, RowSlice
+from inferpool.pool.fair_shares import FairShares
+from inferpool.pool.ordered_queue import QueueSlot
 from inferpool.pool.ports import Entry
+from inferpool.pool.waiting_entries import WaitingEntries
 
 OLDEST_LEADS_EVERY: Final = 4
 """One batch in this many is led by the entry that has waited longest."""
+
+_NO_TENANT: Final = -1
 
 DEADLINE_SLACK_S: Final = 0.005
 """A delayed batch starts this long before a deadline requires it to, because timers and threads wake late."""
@@ -48,11 +55,14 @@ class Take:
         drops: entries whose deadline cannot be met; each is reported once.
         reason: why the batch is no larger: `full`, `drained` (nothing else of its group waits), `deadline`
             (more rows would have made one of its entries late) or `piece` (a slice of a larger entry).
+        row_s: seconds that the tenants were charged with for a row; negative unless several share the
+            instances.
     """
 
-    __slots__ = ("drops", "reason", "slices")
+    __slots__ = ("drops", "reason", "row_s", "slices")
 
     def __init__(self) -> None:
+        self.row_s = -1.0
         self.slices: list[RowSlice] = []
         self.drops: list[Drop] = []
         self.reason = ""
@@ -83,6 +93,7 @@ class Queue:
         self._batch_s = batch_s
         self._probe_id = 0
         self._batches = 0
+        self._tenant = _NO_TENANT  # of all entries up to now, while there is only one
 
     def __len__(self) -> int:
         """How many entries wait; an entry that runs in slices counts while rows of it wait."""
@@ -117,16 +128,28 @@ class Queue:
         """
         waiting = self._waiting
         costly = self.limits.is_costly(entry)
+        if entry.tenant != self._tenant:
+            self._meet(entry, now)
         if entry.deadline < math.inf:
             if probe and not len(waiting) and min(free_at, default=now) <= now < entry.deadline:
                 self._probe_id = entry.parts[0].entry.id if entry.parts else entry.id
             else:
                 self.admission.refuse_if_late(entry, now, free_at)
-        self.admission.refuse_if_full(entry.load, entry.nbytes, costly, len(free_at))
+        self.admission.refuse_if_full(
+            entry.load, entry.nbytes, costly, len(free_at), entry.tenant, entry.share
+        )
         if not entry.parts:
             waiting.add(entry, 0, costly and entry.rows > 1, costly)
         for part in entry.parts:
             waiting.add(part.entry, 0, self.limits.is_large(part.entry), costly)
+
+    def refuse_early(self, tenant: int, instances: int) -> None:
+        """Raise QueueFull if not even an entry of one row of `tenant` may wait now."""
+        shares = self._waiting.shares
+        own = None if shares is None else shares.entries_of(tenant)
+        if shares is None or own is not None:
+            share = 1.0 if own is None else own.share
+            self.admission.refuse_if_full(1, 0, False, instances, tenant, share)
 
     def remove(self, entry_id: int) -> Entry | None:
         """Take an entry that still waits out of the queue; None if no row of it waits any more."""
@@ -144,6 +167,11 @@ class Queue:
     def take(self, now: float) -> Take:
         """Return the batch that a free instance runs now, if any, and the entries that will never run."""
         taken = Take()
+        shares = self._waiting.shares
+        if shares is not None:
+            if now >= shares.next_review:
+                self._review(shares, now)
+            taken.row_s = shares.row_s
         self._drop_expired(now, taken.drops)
         leader = self._choose_leader(now, taken.drops)
         if leader is None:
@@ -155,6 +183,17 @@ class Queue:
         if taken.slices:
             self._batches += 1
         return taken
+
+    def settle(self, batch: Batch, compute_s: float) -> None:
+        """Charge tenants with the measured time of their rows: `batch` has run for `compute_s`."""
+        shares = self._waiting.shares
+        load = batch.load
+        if shares is None or load <= 0:
+            return
+        more_s = compute_s / load - batch.row_s
+        for row_slice in batch.slices:
+            entry = row_slice.entry
+            shares.charge(entry.tenant, more_s * row_slice.rows * entry.row_load)
 
     def next_wakeup(self, now: float) -> float | None:
         """Return when `take` will decide differently without an offer; None if it never will."""
@@ -174,7 +213,10 @@ class Queue:
         waiting = self._waiting
         by_age = self._batches % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
         while True:
-            slot = waiting.oldest() if by_age else waiting.first()
+            if waiting.shares is not None:
+                slot = waiting.shares.first(by_age)
+            else:
+                slot = waiting.oldest() if by_age else waiting.first()
             if slot is None or slot.entry.id == self._probe_id:
                 return slot
             load = min(slot.load, self.limits.batch_rows) if slot.is_large else slot.load
@@ -184,14 +226,20 @@ class Queue:
 
     def _take_group(self, leader: QueueSlot, now: float, taken: Take) -> None:
         waiting = self._waiting
+        shares = waiting.shares
         group = waiting.group_of(leader)
+        name = leader.entry.group
+        limit = self.limits.batch_rows if shares is None else min(self.limits.batch_rows, shares.batch_rows)
         load, nbytes, deadline = leader.load, leader.entry.nbytes, leader.entry.deadline
         self._take_entry(leader, taken)
         taken.reason = "drained"
-        while (follower := group.slots.first()) is not None:
+        while True:
+            follower = group.slots.first() if shares is None else shares.first_of(name)
+            if follower is None:
+                break
             grown = load + follower.load
             nbytes += follower.entry.nbytes
-            if grown > self.limits.batch_rows or nbytes > self.limits.batch_bytes:
+            if grown > limit or nbytes > self.limits.batch_bytes:
                 taken.reason = "full"
                 return
             soonest = min(deadline, follower.entry.deadline)
@@ -203,21 +251,50 @@ class Queue:
                 return
             self._take_entry(follower, taken)
             load, deadline = grown, soonest
-        if load >= self.limits.batch_rows:
+        if load >= limit:
             taken.reason = "full"
 
     def _take_entry(self, slot: QueueSlot, taken: Take) -> None:
+        if self._waiting.shares is not None:
+            self._waiting.shares.charge(slot.entry.tenant, slot.load * taken.row_s)
         entry = self._waiting.remove(slot)
         taken.slices.append(RowSlice(entry, 0, entry.rows))
 
     def _take_slice(self, slot: QueueSlot, taken: Take) -> None:
         start = slot.start
         rows = min(slot.rows, max(1, int(self.limits.slice_rows / slot.entry.row_load)))
+        if self._waiting.shares is not None:
+            self._waiting.shares.charge(slot.entry.tenant, rows * slot.entry.row_load * taken.row_s)
         entry = self._waiting.remove(slot)
         if start + rows < entry.rows:
             self._waiting.add(entry, start + rows, True, True)
         taken.slices.append(RowSlice(entry, start, start + rows))
         taken.reason = "piece"
+
+    def _meet(self, entry: Entry, now: float) -> None:
+        """Take note that `entry` is not of the tenant of all entries before."""
+        waiting = self._waiting
+        if waiting.shares is not None:
+            return
+        if self._tenant == _NO_TENANT:
+            self._tenant = entry.tenant
+            return
+        shares = FairShares(self.limits.batch_rows)
+        # The other tenant counts as active even if all of its entries run.
+        shares.enter(self._tenant, 1.0, now)
+        for slot in waiting.slots():
+            shares.add(slot)
+        shares.enter(entry.tenant, entry.share, now)
+        shares.review(now, self.limits.batch_rows, self._batch_s)
+        waiting.shares = shares
+
+    def _review(self, shares: FairShares, now: float) -> None:
+        """Stop sharing if only one tenant has sent entries lately."""
+        shares.review(now, self.limits.batch_rows, self._batch_s)
+        if len(shares) < 2:
+            numbers = shares.numbers()
+            self._tenant = numbers[0] if numbers else _NO_TENANT
+            self._waiting.shares = None
 
     def _is_delayed(self, leader: QueueSlot, now: float) -> bool:
         return (

@@ -113,13 +113,13 @@ class Pool:
             for _ in entry.parts[1:]:
                 self._instances.wake_for(self._queue.load, self.limits.batch_rows)
 
-    def refuse_early(self) -> None:
-        """Raise the error that would refuse even an entry of one row now.
+    def refuse_early(self, tenant: int) -> None:
+        """Raise the error that would refuse even an entry of one row of `tenant` now.
 
         This takes no lock, because the answer is a guess in any case: the entry is offered later.
         """
         self._refuse_unless_open()
-        self._queue.admission.refuse_if_full(1, 0, False, len(self._instances))
+        self._queue.refuse_early(tenant, len(self._instances))
 
     def cancel(self, entry_id: int, reason: str) -> None:
         """Answer an entry now, for `disconnected` or `deadline`, whether it waits or runs.
@@ -437,6 +437,7 @@ class Pool:
             if not taken.slices:
                 return None
             batch = Batch(taken.slices, self.batched, taken.reason, now, self._padding)
+            batch.row_s = taken.row_s
         self._begin_run(instance, batch, now, self.latency.seconds(batch.load))
         if self._instances.idle_count and (len(self._retries) or len(self._queue)):
             self._instances.wake_one()
@@ -492,6 +493,8 @@ class Pool:
     def _keep(self, instance: Instance, batch: Batch, run: Run, counted_s: float) -> None:
         """Count a batch that has run, and bound what may wait by how long it took."""
         self._last_run = self._clock()
+        if batch.row_s >= 0:
+            self._queue.settle(batch, run.compute_s)
         if run.clean or (batch.stopped != RUNS and run.compute_s > self.latency.seconds(batch.load)):
             # A run that was stopped would have taken longer still.
             self.latency.observe(batch.load or 1.0, run.compute_s)

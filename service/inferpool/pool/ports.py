@@ -46,11 +46,13 @@ class Entry:
         mark: shared memory that tells the web process which entries ran when the engine ended; None if the
             pool runs in the web process. An instance writes 1 at `mark_at` before it runs the entry.
         mark_at: index of the entry's byte in `mark`.
+        tenant: a number for whoever sent the request; 0 without tenants.
+        share: the tenant's share of the instances, relative to the shares of other tenants.
     """
 
     __slots__ = (
         "arrived", "deadline", "group", "id", "inputs", "key", "mark", "mark_at", "nbytes", "outputs",
-        "part_of", "parts", "priority", "request_id", "row_load", "rows",
+        "part_of", "parts", "priority", "request_id", "row_load", "rows", "share", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +87,8 @@ class Entry:
         self.part_of = 0
         self.mark: memoryview | None = None
         self.mark_at = 0
+        self.tenant = 0
+        self.share = 1.0
 
     @property
     def load(self) -> float:
@@ -140,8 +144,8 @@ class Inbox(Protocol):
     def offer(self, entry: Entry) -> None:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady or Draining."""
 
-    def refuse_early(self, key: VersionKey) -> None:
-        """Raise the error with which `key` would refuse any entry now, whatever its inputs."""
+    def refuse_early(self, key: VersionKey, tenant: int) -> None:
+        """Raise the error with which `key` would refuse any entry of `tenant` now, whatever its inputs."""
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
         """Answer the entry at once, whether it waits or runs; `reason` is `disconnected` or `deadline`.

@@ -29,9 +29,9 @@ class PoolRouter:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady or Draining."""
         self._pool(entry.key).offer(entry)
 
-    def refuse_early(self, key: VersionKey) -> None:
-        """Raise the error with which `key` would refuse any entry now, whatever its inputs."""
-        self._pool(key).refuse_early()
+    def refuse_early(self, key: VersionKey, tenant: int) -> None:
+        """Raise the error with which `key` would refuse any entry of `tenant` now, whatever its inputs."""
+        self._pool(key).refuse_early(tenant)
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
         """Drop the entry if it still waits; `reason` is `disconnected` or `deadline`."""

@@ -34,7 +34,7 @@ def split_entry(entry_id: int, parts: Sequence[Part]) -> Entry:
         rows += len(part.row_indices)
         nbytes += part.entry.nbytes
         load += part.entry.load
-    return Entry(
+    whole = Entry(
         entry_id,
         first.key,
         {},
@@ -49,6 +49,9 @@ def split_entry(entry_id: int, parts: Sequence[Part]) -> Entry:
         first.request_id,
         tuple(parts),
     )
+    whole.tenant = first.tenant
+    whole.share = first.share
+    return whole
 
 
 class SplitRequest:

@@ -213,7 +213,7 @@ class FakeInbox:
             raise QueueFull("on purpose")
         self.waiting[entry.id] = entry
 
-    def refuse_early(self, key: VersionKey) -> None:
+    def refuse_early(self, key: VersionKey, tenant: int) -> None:
         if self.unready:
             raise NotReady("on purpose")
 

@@ -116,7 +116,7 @@ class Predictor:
             raise too_large(self.max_body_bytes)
         if head.model is not None:
             served = context.served = self.resolver.find(head.model, head.version)
-            self._inbox.refuse_early(served.view.key)
+            self._inbox.refuse_early(served.view.key, 0)
         if received:
             self.budget.reserve(context, received)
         else:

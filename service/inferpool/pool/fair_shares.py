@@ -1,0 +1,266 @@
+"""How tenants share the instances of a version: by the time that their rows have run, not by requests.
+
+Pure policy, like the queue that uses it. It exists only while entries of several tenants come.
+
+Each tenant has a clock: the seconds that its rows have run, divided by its share. Among the tenants whose
+first entries have the same priority, the one whose clock shows least is next, for the leader of a batch and
+for each entry that joins it. A batch therefore mixes tenants in proportion to their shares. Rows are charged
+with their expected time when they are taken; once the batch has run, the measured time replaces it.
+
+No time is kept for a tenant that has nothing to run: others use it, and its clock goes on with theirs. If it
+sends again, it is next at once, but has saved nothing. Each tenant may fill its part of the queue alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import Final
+
+from inferpool.pool.ordered_queue import Group, OrderedQueue, QueueSlot
+from inferpool.pool.ports import Entry
+
+ACTIVE_S: Final = 3.0
+"""A tenant without entries keeps its part of the queue for this long after its last one."""
+REVIEW_S: Final = 0.5
+"""Pause between two looks at which tenants are still active."""
+THROUGHPUT_KEPT: Final = 0.97
+"""The part of the best throughput that must remain when batches are kept small for other tenants."""
+BATCH_OVERHEAD_S: Final = 1e-4
+"""Seconds that a batch takes beside its run, about."""
+
+
+class TenantEntries:
+    """The entries of one tenant that wait, and its clock.
+
+    Attributes:
+        share: its share; only the ratio to the shares of other tenants matters.
+        clock_s: the seconds that its rows have run, divided by the share.
+        last_arrival: the moment at which its last entry came.
+        count: how many entries wait.
+        small_load: cost of the small requests that wait, in rows like those that were measured at load.
+        large_load: likewise, of the requests that cost more than a full batch.
+        nbytes: bytes of inputs that wait.
+        in_order: the entries in the order in which they are to run.
+        groups: likewise, by group; without large requests.
+    """
+
+    __slots__ = (
+        "_arrivals", "clock_s", "count", "groups", "in_order", "large_count", "large_load", "last_arrival",
+        "nbytes", "share", "small_load",
+    )  # fmt: skip
+
+    def __init__(self, share: float, clock_s: float, last_arrival: float) -> None:
+        self.share = share
+        self.clock_s = clock_s
+        self.last_arrival = last_arrival
+        self.count = self.large_count = self.nbytes = 0
+        self.small_load = self.large_load = 0.0
+        self.in_order = OrderedQueue()
+        self.groups: dict[Hashable, Group] = {}
+        self._arrivals: deque[QueueSlot] = deque()
+
+    def add(self, slot: QueueSlot) -> None:
+        """Add a slot of this tenant."""
+        entry = slot.entry
+        self.count += 1
+        self.nbytes += entry.nbytes
+        if slot.low_band:
+            self.large_count += 1
+            self.large_load += slot.load or 1
+        else:
+            self.small_load += slot.load or 1
+        self.in_order.push(slot)
+        self._arrivals.append(slot)
+        if not slot.is_large:
+            group = self.groups.get(entry.group)
+            if group is None:
+                group = self.groups[entry.group] = Group()
+            group.slots.push(slot)
+            group.count += 1
+
+    def remove(self, slot: QueueSlot) -> None:
+        """Take note that a slot leaves the queue."""
+        entry = slot.entry
+        self.count -= 1
+        self.nbytes -= entry.nbytes
+        # 0 is set, because sums of fractions keep rounding errors.
+        if slot.low_band:
+            self.large_count -= 1
+            self.large_load = self.large_load - (slot.load or 1) if self.large_count else 0.0
+        else:
+            self.small_load = self.small_load - (slot.load or 1) if self.count > self.large_count else 0.0
+        if not slot.is_large:
+            group = self.groups[entry.group]
+            group.count -= 1
+            if not group.count:
+                del self.groups[entry.group]
+
+    def oldest(self) -> QueueSlot | None:
+        """Return the slot that has waited longest; None if none waits."""
+        while self._arrivals and not self._arrivals[0].is_live:
+            self._arrivals.popleft()
+        return self._arrivals[0] if self._arrivals else None
+
+    def sweep(self) -> None:
+        """Let go of all dead slots."""
+        self._arrivals = deque(slot for slot in self._arrivals if slot.is_live)
+        self.in_order.sweep()
+        for group in self.groups.values():
+            group.slots.sweep()
+
+
+class FairShares:
+    """The tenants whose entries came lately, and whose turn it is.
+
+    Attributes:
+        total_share: the sum of their shares.
+        batch_rows: rows that a batch may have while several tenants share the instances.
+        row_s: seconds that a row is charged with before its batch has run.
+        next_review: the moment at which `review` has to be called again.
+    """
+
+    __slots__ = ("_now_s", "_tenants", "batch_rows", "next_review", "row_s", "total_share")
+
+    def __init__(self, batch_rows: int) -> None:
+        self._tenants: dict[int, TenantEntries] = {}
+        self._now_s = 0.0  # the clock of a tenant that has entries now
+        self.total_share = 0.0
+        self.batch_rows = batch_rows
+        self.row_s = 0.0
+        self.next_review = -math.inf
+
+    def __len__(self) -> int:
+        """How many tenants are active."""
+        return len(self._tenants)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the active tenants."""
+        return list(self._tenants)
+
+    def enter(self, number: int, share: float, now: float) -> TenantEntries:
+        """Return the tenant of this number, which sends an entry, or has sent one lately."""
+        tenant = self._tenants.get(number)
+        if tenant is None:
+            tenant = self._tenants[number] = TenantEntries(share, self._now_s, now)
+            self.total_share += share
+        elif tenant.share != share:  # the keys were changed
+            self.total_share += share - tenant.share
+            tenant.share = share
+        return tenant
+
+    def add(self, slot: QueueSlot) -> None:
+        """Add a slot to those of its tenant."""
+        entry = slot.entry
+        tenant = self.enter(entry.tenant, entry.share, entry.arrived)
+        if tenant.last_arrival < entry.arrived:
+            tenant.last_arrival = entry.arrived
+        if not tenant.count and tenant.clock_s < self._now_s:
+            tenant.clock_s = self._now_s
+        tenant.add(slot)
+
+    def remove(self, slot: QueueSlot) -> None:
+        """Take note that a slot leaves the queue."""
+        self._tenants[slot.entry.tenant].remove(slot)
+
+    def sweep(self) -> None:
+        """Let go of all dead slots."""
+        for tenant in self._tenants.values():
+            tenant.sweep()
+
+    def first(self, by_age: bool) -> QueueSlot | None:
+        """Return the slot that leads the next batch; None if none waits.
+
+        `by_age` looks at no priority: the tenant that is next leads with its oldest entry.
+        """
+        best: TenantEntries | None = None
+        best_slot: QueueSlot | None = None
+        for tenant in self._tenants.values():
+            if not tenant.count:
+                continue
+            slot = tenant.oldest() if by_age else tenant.in_order.first()
+            if slot is None:
+                continue
+            if best is None or best_slot is None or _precedes(tenant, slot, best, best_slot, by_age):
+                best, best_slot = tenant, slot
+        if best is not None and self._now_s < best.clock_s:
+            self._now_s = best.clock_s
+        return best_slot
+
+    def first_of(self, group: Hashable) -> QueueSlot | None:
+        """Return the slot of `group` that is next to join a batch; None if none waits."""
+        best: TenantEntries | None = None
+        best_slot: QueueSlot | None = None
+        for tenant in self._tenants.values():
+            own = tenant.groups.get(group)
+            if own is None:
+                continue
+            slot = own.slots.first()
+            if slot is None:
+                continue
+            if best is None or best_slot is None or _precedes(tenant, slot, best, best_slot, False):
+                best, best_slot = tenant, slot
+        return best_slot
+
+    def charge(self, number: int, seconds: float) -> None:
+        """Count that rows of a tenant run for so many seconds, or with a negative number, for fewer."""
+        tenant = self._tenants.get(number)
+        if tenant is not None:
+            tenant.clock_s += seconds / tenant.share
+
+    def entries_of(self, number: int) -> TenantEntries | None:
+        """Return what waits of a tenant; None if the tenant is not active."""
+        return self._tenants.get(number)
+
+    def part(self, number: int, share: float) -> float:
+        """Return which part of the queue and of the instances a tenant has, above 0 and up to 1."""
+        known = self._tenants.get(number)
+        if known is None:
+            return share / (self.total_share + share)
+        return share / (self.total_share + share - known.share)
+
+    def ahead(self, entry: Entry, costly: bool, all_load: float) -> float:
+        """Return how much runs before a new entry, if `all_load` would without shares."""
+        own = self._tenants.get(entry.tenant)
+        if own is None:
+            return 0.0
+        load = own.small_load + own.large_load if costly else own.small_load
+        return min(all_load, load / self.part(entry.tenant, entry.share))
+
+    def review(self, now: float, batch_rows: int, batch_s: Callable[[float], float]) -> None:
+        """Forget tenants that have sent nothing lately, and take what was measured since.
+
+        `batch_s(rows)` is the expected seconds of a batch of so many rows, of which `batch_rows` are allowed.
+        """
+        self.next_review = now + REVIEW_S
+        for number, tenant in list(self._tenants.items()):
+            if not tenant.count and tenant.last_arrival + ACTIVE_S < now:
+                del self._tenants[number]
+        self.total_share = sum(tenant.share for tenant in self._tenants.values())
+        self.batch_rows = fair_batch_rows(batch_rows, batch_s)
+        self.row_s = batch_s(self.batch_rows) / self.batch_rows
+
+
+def _precedes(
+    tenant: TenantEntries, slot: QueueSlot, other: TenantEntries, other_slot: QueueSlot, by_age: bool
+) -> bool:
+    if not by_age and slot.entry.priority != other_slot.entry.priority:
+        return slot.entry.priority < other_slot.entry.priority
+    return tenant.clock_s < other.clock_s
+
+
+def fair_batch_rows(batch_rows: int, batch_s: Callable[[float], float]) -> int:
+    """Return how many rows a batch may have while several tenants share the instances.
+
+    A tenant that floods the queue makes every batch as large as it may be, and whoever comes next waits for
+    that batch. Batches beyond a certain size gain little throughput, so they are no larger than that.
+    """
+    full_s = batch_s(batch_rows)
+    if full_s <= 0:
+        return batch_rows  # nothing is measured yet
+    least = THROUGHPUT_KEPT * batch_rows / (full_s + BATCH_OVERHEAD_S)
+    rows = 1
+    while rows < batch_rows and rows < least * (batch_s(rows) + BATCH_OVERHEAD_S):
+        rows *= 2
+    return min(rows, batch_rows)
