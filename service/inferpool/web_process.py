@@ -140,15 +140,16 @@ class WebServer(Server):
         elif message.kind == "engine" and values["up"]:
             self._connect(values["engine"], values["epoch"], *message.descriptors)
         elif message.kind == "engine":
-            self._disconnect(
-                values["engine"], values["epoch"], blame=values["blame"], gone=values.get("gone", False)
-            )
+            self._disconnect(values["engine"], values["epoch"], blame=values["blame"], gone=values["gone"])
+        elif message.kind == "expect":
+            self._client(values["engine"]).expect(message.descriptors[0])
+            self._route()
         elif message.kind == "info":
             self._metrics.set_info(values["info"])
         elif message.kind == "drain":
             self.begin_drain()
 
-    def _connect(self, engine: str, epoch: int, data: int, arena: int) -> None:
+    def _client(self, engine: str) -> EngineClient:
         client = self._clients.get(engine)
         if client is None:
             assert self.loop is not None
@@ -160,20 +161,32 @@ class WebServer(Server):
                 partial(self._report_broken, engine),
                 metrics=self._metrics,
             )
+        return client
+
+    def _connect(self, engine: str, epoch: int, data: int, arena: int) -> None:
+        client = self._client(engine)
         client.attach(epoch, socket.socket(fileno=data), arena)
         self._catalog.engine_up(engine, partial(_ask, client))
         self._route()
 
     def _disconnect(self, engine: str, epoch: int, *, blame: bool, gone: bool) -> None:
         client = self._clients.get(engine)
-        crashed = client.detach(epoch, blame=blame) if client is not None else []
+        running, confirmed = ([], []) if client is None else client.detach(epoch, blame=blame)
         self._catalog.engine_down(engine)
         self._control.send(
-            "crashed", {"engine": engine, "epoch": epoch, "versions": [list(key) for key in crashed]}
+            "crashed",
+            {
+                "engine": engine,
+                "epoch": epoch,
+                "versions": [list(key) for key in running],
+                "confirmed": [list(key) for key in confirmed],
+            },
         )
-
         if gone and client is not None:
+            del self._clients[engine]
+            client.close()
             client.give_up(lambda: NotReady("the model has failed; /models says why"))
+            self._route()
 
     def _report_broken(self, engine: str, epoch: int, reason: str) -> None:
         self._catalog.engine_down(engine)

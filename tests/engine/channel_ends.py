@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from inferpool.engine.arena import make_arena
-from inferpool.engine.client import MOST_ENTRIES, EngineClient
+from inferpool.engine.client import MOST_ENTRIES, EngineClient, Suspects
 from inferpool.engine.engine_port import EnginePort
 from inferpool.errors import InferpoolError
 from inferpool.pool.ports import Entry, Result, VersionKey
@@ -219,7 +219,7 @@ class Web:
         self.client.attach(self.epoch, channel, os.dup(self.arena))
         return other
 
-    def crash(self, engine: Engine) -> list[VersionKey]:
+    def crash(self, engine: Engine) -> Suspects:
         """End an engine at once: what its runs still answer arrives nowhere."""
         engine.port.disconnect(self.number)
         self.loop.until(lambda: self.lost and self.lost[-1][0] == self.epoch)

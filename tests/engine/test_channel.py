@@ -27,7 +27,7 @@ from inferpool.errors import (
     Overloaded,
     QueueFull,
 )
-from inferpool.pool.ports import Entry, Part, Result
+from inferpool.pool.ports import Entry, Part, Result, VersionKey
 from inferpool.pool.splitting import split_entry
 
 from tests.engine.channel_ends import KEY, MIB, OPEN, Engine, Web, entry_of
@@ -337,7 +337,7 @@ def test_waiting_entries_run_in_the_successor_and_running_ones_alone_one_at_a_ti
     web.until(1)
     for entry_id in (2, 3):
         first.run(first.inbox.take(entry_id))
-    assert web.crash(first) == [KEY]
+    assert web.crash(first) == ([KEY], [])
     web.client.offer(entry_of(7, {"x": floats(1, 4) + 7}))
     web.attach(second)
     web.loop.turn()
@@ -364,11 +364,11 @@ def test_an_entry_that_runs_in_two_crashes_is_not_run_again(caplog: pytest.LogCa
     web.loop.turn()
     for entry_id in (1, 2):
         engines[0].run(engines[0].inbox.take(entry_id))
-    assert web.crash(engines[0]) == [KEY]
+    assert web.crash(engines[0]) == ([KEY], [])
     web.attach(engines[1])
     web.loop.turn()
     engines[1].run(engines[1].inbox.take(1))
-    assert web.crash(engines[1]) == [KEY]
+    assert web.crash(engines[1]) == ([KEY], [KEY])
     assert isinstance(web.results.error(1), ModelCrashed)
     assert "poison" in caplog.text
     assert "x <f4 ['rows', 4]" in caplog.text
@@ -421,6 +421,36 @@ def test_a_suspect_waits_until_the_entries_of_other_web_processes_have_ended() -
     second.answer(second.inbox.take(51))
     web.until(1)
     other.until(50, 51)
+
+
+def test_entries_wait_for_an_engine_that_is_expected() -> None:
+    web, engine = Web(), Engine()
+    with pytest.raises(NotReady):
+        web.client.offer(entry_of(1, {"x": floats(1, 4)}))
+    web.client.expect(os.dup(web.arena))
+    web.client.refuse_early(KEY, 0)
+    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
+    web.attach(engine)
+    web.loop.turn()
+    engine.answer(engine.inbox.take(1))
+    web.until(1)
+    assert (web.results.outputs(1)["x"] == floats(1, 4)).all()
+
+
+def test_a_queue_that_was_full_refuses_early_until_an_entry_ends(web: Web, engine: Engine) -> None:
+    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
+    web.loop.turn()
+    first = engine.inbox.take(1)
+    engine.inbox.refusal = QueueFull("full", retry_after_s=3600.0)
+    web.client.offer(entry_of(2, {"x": floats(1, 4)}))
+    web.until(2)
+    with pytest.raises(QueueFull):
+        web.client.refuse_early(KEY, 0)
+    web.client.refuse_early(VersionKey("other", 1), 0)
+    web.client.refuse_early(KEY, 1)
+    engine.answer(first)
+    web.until(1)
+    web.client.refuse_early(KEY, 0)
 
 
 def test_a_full_queue_does_not_refuse_what_was_accepted_before_the_crash() -> None:
@@ -551,7 +581,7 @@ def test_attaching_out_of_turn_is_refused(web: Web) -> None:
     with pytest.raises(ValueError, match="epoch"):
         web.client.attach(1, channel, os.dup(web.arena))
     other.close()
-    assert web.client.detach(99) == []
+    assert web.client.detach(99) == ([], [])
 
 
 # Web processes that end or do not read.

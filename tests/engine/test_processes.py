@@ -260,6 +260,36 @@ def test_a_web_process_that_is_killed_costs_only_its_own_clients(serve: Serve, m
     assert server.metric("web_restarts_total") == 1
 
 
+def test_a_web_process_that_starts_while_the_engine_loads_keeps_requests_for_it(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    gate.touch()
+    server = serve(make_chaos("m", gate=str(gate)), *PROCESS)
+    before = find(server, WEB)
+    gate.unlink()
+    os.mkfifo(gate)  # the next load waits here
+    for pid in (*find(server, ENGINE), *before):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(lives, before)), "the web processes have ended")
+
+    async def ask() -> None:
+        client = await Client.connect(server.port)
+        client.send("/predict/m", json.dumps(ROW).encode())
+        health = await asyncio.to_thread(server.get, "/health")
+        assert health.status_code == 503
+        assert health.json()["problems"] == {"m/1": "its engine is being restarted"}
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
+        await asyncio.to_thread(chaos.open_gate, gate)
+        reply = await client.receive()
+        assert (reply.status, json.loads(reply.body)["outputs"]) == (200, {"sum": SUM})
+        await client.close()
+
+    asyncio.run(ask())
+    assert server.metric("web_restarts_total") == 2
+    assert server.stop() == 0
+
+
 def test_everything_ends_with_the_supervisor(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m"), *PROCESS)
     pids = children(server)

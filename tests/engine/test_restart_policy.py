@@ -85,8 +85,10 @@ def test_a_load_that_succeeds_in_between_begins_the_count_anew() -> None:
 def test_a_version_whose_requests_end_its_own_engine_three_times_has_failed() -> None:
     policy = RestartPolicy(Clock())
     engine = own_engine(A)
-    for _ in range(CRASHES - 1):
-        assert not policy.died(engine, HOW, 60.0, running=[A], confirmed=[A]).fail
+    for crash in range(CRASHES - 1):
+        decision = policy.died(engine, HOW, 60.0, running=[A], confirmed=[A])
+        assert not decision.fail
+        assert decision.pause_s == FIRST_PAUSE_S * 2**crash
     assert HOW in policy.died(engine, HOW, 60.0, running=[A], confirmed=[A]).fail[A]
 
 

@@ -20,7 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.conftest import MakeChaos, Serve
-from tests.engine.processes import WEB, find
+from tests.engine.processes import ENGINE, WEB, find
 from tests.server import Server, wait_until
 
 GOOD = {"inputs": [[1.0, 2.0, 3.0, 4.0]]}
@@ -196,6 +196,40 @@ def test_a_request_that_crashes_its_engine_fails_alone(start: Any, repository: P
     wait_until(lambda: server.get("/health/ready").status_code == 200, "the server is ready")
     line = server.wait_for(r"ratio/1 crashed its engine on request \S+ twice")
     assert str(LEAST) not in line.string  # a fingerprint has shapes, and no content
+
+
+def test_a_model_that_keeps_crashing_even_in_an_engine_of_its_own_fails_with_the_reason(
+    start: Any, repository: Path
+) -> None:
+    write_ratio(repository)
+    server = start()
+
+    def ratio() -> dict[str, Any]:
+        [version] = server.get("/models/ratio").json()["versions"]
+        return dict(version)
+
+    poison = {"inputs": {"a": [LEAST], "b": [-1]}}
+    restarting = {"ratio/1": "its engine is being restarted"}
+    seen: list[dict[str, str]] = []
+    with good_requests(server):
+        for _ in range(4):
+            answer = server.post("/predict/ratio", json=poison)
+            assert (answer.status_code, answer.json()["code"]) == (500, "model_crashed")
+            seen.append(server.get("/health").json()["problems"])
+        assert seen[2] == restarting  # it is paused, and the good model is fine
+        wait_until(lambda: ratio()["state"] == "failed", "the version has failed")
+        reason = ratio()["reason"]
+        assert "its runs ended engines of its own 3 times in 10 minutes" in reason
+        assert "SIGFPE" in reason
+        health = server.get("/health").json()
+        assert (health["status"], health["problems"]) == ("degraded", {"ratio/1": reason})
+        refused = server.post("/predict/ratio", json=poison)
+        assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+    assert server.get("/v2/models/ratio/ready").status_code == 503
+    assert server.metric("model_state", model="ratio", state="failed") == 1
+    assert server.metric("engine_restarts_total", engine="ratio/1") == 4
+    assert len(find(server, ENGINE)) == 1
+    assert server.stop() == 0
 
 
 def test_while_its_engine_restarts_a_model_takes_requests_and_health_tells(

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from struct import pack
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from inferpool.engine.arena import ALIGNMENT, HEADER_BYTES, Arena
 from inferpool.engine.channel import CLOSED, NOTHING, Incoming
@@ -53,7 +53,7 @@ from inferpool.engine.records import (
     read_json,
 )
 from inferpool.engine.tensor_layouts import Layout, LayoutTable, encode, read, read_layout, write
-from inferpool.errors import DeadlineExceeded, InferpoolError, ModelCrashed, NotReady, Overloaded
+from inferpool.errors import DeadlineExceeded, InferpoolError, ModelCrashed, NotReady, Overloaded, QueueFull
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Entry, Result, VersionKey
 from inferpool.tensors import Tensors
@@ -72,6 +72,8 @@ _MOST_ID_BYTES: Final = 256
 """Bytes of a request's id that the engine is told, for its log."""
 _OUTPUT_SLACK: Final = 1024
 """Bytes for the gaps between outputs, beside what the last ones took."""
+MOST_FULL_S: Final = 0.1
+"""A queue that was full counts as full no longer than this, unless it refuses another entry."""
 MOST_CRASHES: Final = 2
 """An entry that has run in so many engines when they crashed is not sent again."""
 
@@ -151,6 +153,18 @@ class _Pending:
         self.runs_on = False
 
 
+class Suspects(NamedTuple):
+    """The versions that may have ended an engine.
+
+    Attributes:
+        running: those with entries that were running.
+        confirmed: those with an entry that was running when an earlier engine ended, too, and ran alone here.
+    """
+
+    running: list[VersionKey]
+    confirmed: list[VersionKey]
+
+
 class EngineClient:
     """Sends entries to one engine and delivers their results. All calls on the event loop's thread.
 
@@ -159,7 +173,7 @@ class EngineClient:
     engines when they ended gets ModelCrashed. Entries that are offered while there is no engine wait for it.
 
     Life: `attach` when an engine is ready to run entries, `detach` when it is dead, again and again; `close`
-    at the end.
+    at the end. `expect` comes first if the engine is being restarted when the web process starts.
     """
 
     def __init__(
@@ -203,6 +217,9 @@ class EngineClient:
         self._held: dict[int, _Pending] = {}
         self._questions: dict[int, Callable[[Any], None]] = {}
         self._last_question = 0
+        self._closed = False
+        # By version and tenant: the refusal of a queue that was full a moment ago, and until when it holds.
+        self._full: dict[tuple[VersionKey, int], tuple[QueueFull, float]] = {}
 
     # The engine comes and goes.
 
@@ -212,9 +229,30 @@ class EngineClient:
         return self._epoch if self._socket is not None else 0
 
     @property
+    def is_over(self) -> bool:
+        """Whether the client is closed, and nobody reads outputs in its arena."""
+        return self._closed and not self._held
+
+    @property
     def unanswered(self) -> int:
         """How many entries have no result yet."""
         return sum(1 for pending in self._pending.values() if pending.wanted)
+
+    def expect(self, arena: int) -> None:
+        """Keep entries for an engine that is being started, whose `attach` will follow.
+
+        `arena` is the descriptor of the arena, which the client closes. Raises ValueError if it is another
+        one than before.
+        """
+        try:
+            status = os.fstat(arena)
+            if self._arena is None:
+                self._arena = Arena(arena)
+                self._arena_id = (status.st_dev, status.st_ino)
+            elif self._arena_id != (status.st_dev, status.st_ino):
+                raise ValueError("the successor of an engine came with another arena")
+        finally:
+            os.close(arena)
 
     def attach(self, epoch: int, channel: socket.socket, arena: int) -> None:
         """Send entries to the engine at the other end of `channel` from now on, first those without a result.
@@ -225,21 +263,15 @@ class EngineClient:
         Raises ValueError if an engine is attached, the epoch is not new, or the arena is another one.
         """
         try:
+            self.expect(arena)
             if self._socket is not None:
                 raise ValueError(f"the engine of epoch {self._epoch} is still attached")
             if epoch <= self._epoch:
                 raise ValueError(f"an engine of epoch {epoch} after one of epoch {self._epoch}")
-            status = os.fstat(arena)
-            if self._arena is None:
-                self._arena = Arena(arena)
-                self._arena_id = (status.st_dev, status.st_ino)
-            elif self._arena_id != (status.st_dev, status.st_ino):
-                raise ValueError("the successor of an engine came with another arena")
+            assert self._arena is not None  # as expected
         except BaseException:
             channel.close()
             raise
-        finally:
-            os.close(arena)
         channel.setblocking(False)
         self._epoch = epoch
         self._socket = channel
@@ -255,19 +287,20 @@ class EngineClient:
                 self._send_offer(pending)
         self._plan_flush()
 
-    def detach(self, epoch: int, *, blame: bool = True) -> list[VersionKey]:
+    def detach(self, epoch: int, *, blame: bool = True) -> Suspects:
         """Take note that the engine of `epoch` is dead: it uses the arena no more.
 
-        Returns the versions that had running entries. These entries are suspects: they will run alone.
+        Running entries are suspects: they will run alone. Returns their versions.
         Unless `blame`, something else is known to have ended the engine.
         """
         if epoch != self._epoch:
-            return []
+            return Suspects([], [])
         self._disconnect()
         arena = self._arena
         if arena is None:
-            return []
+            return Suspects([], [])
         versions: dict[VersionKey, None] = {}
+        confirmed: dict[VersionKey, None] = {}
         crashed: list[Result] = []
         for entry_id, pending in list(self._pending.items()):
             if pending.more_bytes:
@@ -280,6 +313,8 @@ class EngineClient:
                 versions[pending.entry.key] = None
                 if blame:
                     pending.crashes += 1
+                    if pending.crashes >= MOST_CRASHES:
+                        confirmed[pending.entry.key] = None
             if not pending.wanted:
                 self._free(entry_id, pending)
             elif pending.crashes >= MOST_CRASHES:
@@ -290,7 +325,8 @@ class EngineClient:
                 self._free(entry_id, pending)
         if crashed:
             self._results.put(crashed)
-        return list(versions)
+        self._full.clear()
+        return Suspects(list(versions), list(confirmed))
 
     def give_up(self, error: Callable[[], InferpoolError]) -> None:
         """Answer every entry with an error, because no engine will come. None may be attached."""
@@ -353,6 +389,7 @@ class EngineClient:
     def close(self) -> None:
         """Close the channel. Entries without a result get none."""
         self._disconnect()
+        self._closed = True
 
     def _count(self, name: str, pending: _Pending) -> None:
         """Add 1 to a counter of the entry's version."""
@@ -412,11 +449,20 @@ class EngineClient:
                 self._plan_flush()
 
     def refuse_early(self, key: VersionKey, tenant: int) -> None:
-        """Raise Overloaded or NotReady if no entry could be sent now."""
+        """Raise Overloaded, NotReady or QueueFull if no entry could be accepted now.
+
+        A queue that has refused an entry counts as full until an entry of its version ends, or until the
+        excess should have run. This is a guess in any case: the entry is offered later.
+        """
         if self._arena is None:
             raise NotReady("the engine is starting; try again later")
         if len(self._pending) >= self._most_entries or len(self._outgoing) > MOST_WAITING_BYTES:
             raise Overloaded("the engine does not keep up; try again later")
+        if self._full and (key, tenant) in self._full:
+            full, until = self._full[key, tenant]
+            if self._clock() < until:
+                raise QueueFull(full.detail, full.retry_after_s)
+            del self._full[key, tenant]
 
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
         """Drop the entry. With the reason `deadline` it gets DeadlineExceeded, after the call returns."""
@@ -670,6 +716,8 @@ class EngineClient:
                 held = True
         if pending.wanted:
             results.append(Result(entry_id, outputs, None, queue_s, compute_s, batch_rows))
+        if self._full:
+            self._full.pop((pending.entry.key, pending.entry.tenant), None)
         if flags & RUNS_ON:
             pending.wanted = False
             pending.runs_on = True
@@ -733,6 +781,11 @@ class EngineClient:
             pending.sent = False
             pending.refusal = error
             return
+        if isinstance(error, QueueFull):
+            full_s = min(error.retry_after_s, MOST_FULL_S)
+            self._full[pending.entry.key, pending.entry.tenant] = (error, self._clock() + full_s)
+        elif self._full:
+            self._full.pop((pending.entry.key, pending.entry.tenant), None)
         if pending.wanted:
             results.append(Result(entry_id, None, error, queue_s, compute_s, batch_rows))
         if flags & RUNS_ON:

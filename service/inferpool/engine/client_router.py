@@ -27,6 +27,7 @@ class ClientRouter:
                 self._every.append(client)
         for client in self._every:
             client.reroute(self._clients)
+        self._every = [client for client in self._every if not client.is_over]
 
     def offer(self, entry: Entry) -> None:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady, Overloaded or Draining."""

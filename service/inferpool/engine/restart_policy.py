@@ -81,11 +81,13 @@ class RestartPolicy:
             if crashes >= LOAD_CRASHES:
                 return Decision((), {version: f"its load ended the engine {crashes} times; the last {how}"})
             return Decision()
-        if version in confirmed and self._count(engine, version) >= CRASHES:
-            minutes = WINDOW_S / 60
-            often = f"its runs ended engines of its own {CRASHES} times in {minutes:.0f} minutes"
-            reason = f"{often}; the last {how}"
-            return Decision((), {version: reason})
+        if version in confirmed:
+            crashes = self._count(engine, version)
+            if crashes >= CRASHES:
+                minutes = WINDOW_S / 60
+                often = f"its runs ended engines of its own {CRASHES} times in {minutes:.0f} minutes"
+                return Decision((), {version: f"{often}; the last {how}"})
+            return Decision((), {}, min(MOST_PAUSE_S, FIRST_PAUSE_S * 2 ** (crashes - 1)))
         return Decision((), {}, self._pause(engine, blamed=False, lived_s=lived_s))
 
     def loaded(self, version: Version) -> None:

@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -215,6 +215,9 @@ class Supervisor:
         self._send_catalog(web)
         for engine in self._engines.values():
             self._connect(web, engine)
+            if web.number not in engine.connected:
+                # Requests wait for the engine, as they do in the other web processes.
+                child.control.send("expect", {"engine": engine.name}, [self._arena(web, engine)], wait=False)
 
     def _set_absent(self, web: _Web) -> None:
         """Let no other web process leave connections to this one."""
@@ -237,7 +240,7 @@ class Supervisor:
             crash = self._crashes.get(values["engine"])
             if crash is not None and web.number in crash.reports:
                 crash.running.update((model, number) for model, number in values["versions"])
-                crash.confirmed.update((model, number) for model, number in values.get("confirmed", ()))
+                crash.confirmed.update((model, number) for model, number in values["confirmed"])
                 self._crash_reported(values["engine"], web.number)
         elif message.kind == "broken":
             self._end_broken(values["engine"], values["epoch"])
@@ -385,9 +388,7 @@ class Supervisor:
             return
         if web.number in engine.connected or (engine.epoch > 1 and not engine.answers):
             return
-        arena = web.arenas.get(engine.name)
-        if arena is None:
-            arena = web.arenas[engine.name] = make_arena(self._arena_bytes)
+        arena = self._arena(web, engine)
         web_end, engine_end = socket.socketpair()
         with web_end, engine_end:
             for end in (web_end, engine_end):
@@ -396,6 +397,13 @@ class Supervisor:
             engine.child.control.send("connect", facts, [engine_end.fileno(), arena], wait=False)
             web.child.control.send("engine", {**facts, "up": True}, [web_end.fileno(), arena], wait=False)
         engine.connected.add(web.number)
+
+    def _arena(self, web: _Web, engine: _Engine) -> int:
+        """The descriptor of the memory that a web process shares with an engine and its successors."""
+        arena = web.arenas.get(engine.name)
+        if arena is None:
+            arena = web.arenas[engine.name] = make_arena(self._arena_bytes)
+        return arena
 
     def _hear_engine(self, engine: _Engine, message: Message) -> None:
         values = message.values
@@ -503,6 +511,7 @@ class Supervisor:
                 self._status = self._exit_status
             return
         if self._engines.get(engine.name) is not engine:
+            self._forget_engine(engine)
             return
         lived_s = self._clock() - engine.started
         log.error("engine %s (process %d) %s; a new one starts", engine.name, engine.pid, how)
@@ -516,7 +525,8 @@ class Supervisor:
         engine.skip |= engine.skip_later
         engine.skip_later.clear()
         engine.loaded = engine.answers = False
-        self._tell_down(engine, blame=not engine.blameless)
+        webs = [self._webs[number] for number in engine.connected]
+        self._tell_down(engine, webs, blame=not engine.blameless)
         engine.blameless = False
         self._crashes[engine.name] = crash
         self._catalog_changed()
@@ -528,13 +538,12 @@ class Supervisor:
         else:
             self._judge(engine, engine.epoch)
 
-    def _tell_down(self, engine: _Engine, **more: Any) -> None:
-        """Tell the web processes that an engine is gone; it is reaped, so it writes to no arena any more."""
-        for number in engine.connected:
-            child = self._webs[number].child
-            if child is not None:
-                facts = {"engine": engine.name, "epoch": engine.epoch, "up": False, **more}
-                child.control.send("engine", facts, wait=False)
+    def _tell_down(self, engine: _Engine, webs: Iterable[_Web], *, blame: bool, gone: bool = False) -> None:
+        """Tell web processes that an engine has ended; it is reaped, so it writes to no arena any more."""
+        facts = {"engine": engine.name, "epoch": engine.epoch, "up": False, "blame": blame, "gone": gone}
+        for web in webs:
+            if web.child is not None:
+                web.child.control.send("engine", facts, wait=False)
         engine.connected.clear()
 
     def _crash_reported(self, name: str, web: int) -> None:
@@ -580,10 +589,15 @@ class Supervisor:
                 (engine.skip if version in crash.loading else engine.skip_later).add(version)
                 self._engines[name] = own = _Engine(name, [version])
                 self._start_engine(own)
+        if decision.pause_s:
+            self._after(decision.pause_s, lambda: self._go_on(engine))
+        else:
+            self._go_on(engine)
+
+    def _go_on(self, engine: _Engine) -> None:
+        """Let the process that replaces an engine load; it may have been started before the decision."""
         if engine.child is not None:
             self._tell_engine(engine)
-        elif decision.pause_s:
-            self._after(decision.pause_s, lambda: self._start_engine(engine))
         else:
             self._start_engine(engine)
 
@@ -591,11 +605,19 @@ class Supervisor:
         """End an engine for good."""
         self._engines.pop(engine.name, None)
         self._crashes.pop(engine.name, None)
-        if engine.child is not None:
-            engine.child.kill()
-        self._tell_down(engine, blame=True, gone=True)
         self._store.remove_engine(engine.name)
         self._catalog_changed()
+        if engine.child is not None:
+            engine.child.kill()  # the rest follows when it has ended
+        else:
+            self._forget_engine(engine)
+
+    def _forget_engine(self, engine: _Engine) -> None:
+        """Answer the requests that wait for an engine which has no successor, and free its memory."""
+        self._tell_down(engine, self._webs.values(), blame=True, gone=True)
+        for web in self._webs.values():
+            if (arena := web.arenas.pop(engine.name, None)) is not None:
+                os.close(arena)
 
     def _set_facts(self, engine: _Engine) -> None:
         pid = 0 if engine.child is None else engine.child.pid
