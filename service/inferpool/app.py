@@ -13,7 +13,7 @@ from typing import NoReturn
 from inferpool.backends.registry import describe_backends
 from inferpool.engine.supervisor import replace_process
 from inferpool.http.access.cors import make_cors
-from inferpool.http.access.gate import Gate
+from inferpool.http.access.make_gate import check_exposure, make_gate
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
@@ -45,8 +45,9 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
 
     Raises:
         ConfigError: `path` has nothing to serve, the address cannot be bound, or the variables
-            `OTEL_*` ask for spans that cannot be sent.
+            `OTEL_*` ask for spans that cannot be sent; or keys cannot be read.
     """
+    check_exposure(settings)
     # The first step, so that an address in use is reported before anything about the models.
     with listen(settings.host, settings.port) as listener:
         if settings.engine == "process":
@@ -56,6 +57,7 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
 
 def _supervise(listener: socket.socket, path: Path, settings: Settings) -> NoReturn:
     """Serve from several processes. This one becomes their parent, and imports nothing else."""
+    make_gate(settings, time.monotonic, Metrics({}))  # so that wrong keys are reported here
     system = this_system(settings.memory_bytes)
     derive = not settings.in_flight_bytes
     settings = with_memory(settings, system)
@@ -90,13 +92,21 @@ def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines
         recorder=RequestRecorder(AccessLog(log_lines, every=settings.access_log), spans),
     )
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive)
-    gate = Gate(time.monotonic)
+    gate, key_sources = make_gate(settings, time.monotonic, metrics)
     shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     application = make_application(repository, shared, read_batcher, metrics)
     server = InProcessServer(
-        repository, application, predictor.in_flight, results, read_batcher, metrics, memory, settings
+        repository,
+        application,
+        predictor.in_flight,
+        results,
+        read_batcher,
+        metrics,
+        memory,
+        settings,
+        key_sources,
     )
     server.run(sockets=[listener])
     if spans is not None:

@@ -1,4 +1,4 @@
-"""The command: `inferpool serve`, `inferpool check` and `inferpool build`."""
+"""The command: `inferpool serve`, `inferpool check`, `inferpool build` and `inferpool key`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
@@ -28,7 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
     parser = _parser()
     flags = vars(parser.parse_args(arguments))
-    command, path, config = flags.pop("command"), flags.pop("repository"), flags.pop("config", None)
+    command = flags.pop("command")
+    if command == "key":
+        try:
+            return _key(**flags)
+        except (InferpoolError, ValueError) as error:
+            print(f"inferpool: {printable(str(error))}", file=sys.stderr)
+            return 1
+    path, config = flags.pop("repository"), flags.pop("config", None)
     name, options = flags.pop("name", None), flags.pop("options", ())
     remeasure = flags.pop("remeasure", False)
     try:
@@ -117,12 +125,96 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         help="options of the script (see NAME --help)",
     )
+    _add_key(commands)
     return parser
+
+
+def _add_key(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `key` and its own commands."""
+    key = commands.add_parser(
+        "key",
+        help="make, list and revoke keys",
+        description="Make, list and revoke the keys of a server. The file of keys has digests only; a server"
+        " that runs with this file takes changes within seconds.",
+        allow_abbrev=False,
+    )
+    actions = key.add_subparsers(dest="action", required=True, metavar="ACTION")
+    new = actions.add_parser(
+        "new",
+        help="make a key, print it, and add its digest to the file",
+        description="Make a key, print it once, and add its digest to the file of keys. A missing file is"
+        " made.",
+        allow_abbrev=False,
+    )
+    new.add_argument("--tenant", required=True, metavar="TENANT", help="whom the key belongs to")
+    new.add_argument(
+        "--scope",
+        action="append",
+        required=True,
+        dest="scopes",
+        metavar="SCOPE",
+        help="what the key allows: predict (every model), predict:MODEL, read (models and docs), metrics, or"
+        " admin; may be repeated",
+    )
+    new.add_argument("--expires", metavar="SPAN", help="time after which the key expires: 90d, 12h or 30m")
+    listing = actions.add_parser("list", help="list the keys in the file", allow_abbrev=False)
+    revoke = actions.add_parser("revoke", help="remove a key from the file", allow_abbrev=False)
+    revoke.add_argument("key_id", metavar="ID", help="the key's id, which `inferpool key list` prints")
+    for action in (new, listing, revoke):
+        action.add_argument(
+            "--keys-file",
+            type=Path,
+            default=os.environ.get(ENV_PREFIX + "KEYS_FILE"),
+            metavar="FILE",
+            help=f"file of keys [{ENV_PREFIX}KEYS_FILE]",
+        )
 
 
 def _add_repository(command: argparse.ArgumentParser) -> None:
     command.add_argument("repository", type=Path, metavar="REPOSITORY", help="path of the models")
     command.add_argument("--config", metavar="FILE", help=f"TOML file with settings [{ENV_PREFIX}CONFIG]")
+
+
+def _key(
+    action: str,
+    keys_file: Path | str | None,
+    tenant: str = "",
+    scopes: Sequence[str] = (),
+    expires: str | None = None,
+    key_id: str = "",
+) -> int:
+    """Make, list or revoke keys; raises InferpoolError or ValueError."""
+    # Imported late, so that --help and mistakes answer at once.
+    from inferpool.http.access.key_file import append_key, expiry_after, new_key, read_key_file, remove_key
+
+    if keys_file is None:
+        raise ValueError(f"no file of keys is named; use --keys-file or {ENV_PREFIX}KEYS_FILE")
+    file = Path(keys_file)
+    now = datetime.now(UTC)
+    if action == "new":
+        key, record = new_key(tenant, scopes, None if expires is None else expiry_after(expires, now))
+        append_key(file, record)
+        until = (
+            "does not expire" if record.expires is None else f"expires {record.expires:%Y-%m-%d %H:%M} UTC"
+        )
+        # The key alone goes to the standard output, so that a script can take it from there.
+        print(
+            f"key {record.id} of {tenant} is in {printable(str(file))}; it {until}, and is shown only now:",
+            file=sys.stderr,
+        )
+        print(key)
+    elif action == "revoke":
+        record = remove_key(file, key_id)
+        print(f"key {record.id} of {record.tenant} is revoked")
+    else:
+        for record in read_key_file(file):
+            expired = record.expires is not None and record.expires <= now
+            until = "never" if record.expires is None else f"{record.expires.astimezone(UTC):%Y-%m-%d %H:%M}"
+            _say(
+                f"{record.id:<10} {record.tenant:<20} {until:<17}{'expired  ' if expired else ''}"
+                f"{' '.join(record.scopes)}"
+            )
+    return 0
 
 
 def _build(repository: Path, name: str | None, options: Sequence[str]) -> int:

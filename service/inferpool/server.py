@@ -14,13 +14,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from inferpool.errors import ConfigError
+from inferpool.http.access.make_gate import KeySource
 from inferpool.http.application import Application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.protocol import PredictProtocol
@@ -76,6 +77,7 @@ class Server(uvicorn.Server):
         metrics: Metrics,
         memory: MemoryMonitor,
         settings: Settings,
+        key_sources: Sequence[KeySource] = (),
     ) -> None:
         config = uvicorn.Config(
             application,
@@ -101,6 +103,7 @@ class Server(uvicorn.Server):
         self._memory = memory
         self._metrics = metrics
         self._settings = settings
+        self._key_sources = key_sources
         self._draining: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -109,10 +112,14 @@ class Server(uvicorn.Server):
         self._results.attach(self.loop)
         self._metrics.add_source(web_busy(self._metrics, threading.get_ident(), self.name))
         self._memory.start()
+        for source in self._key_sources:
+            source.start(self.loop)
         self.begin(sockets or [])
         await super().serve(sockets)
         self._metrics.stop_publishing()
         self._memory.close()
+        for source in self._key_sources:
+            source.close()
         self._read_batcher.close()
 
     def begin(self, listeners: list[socket.socket]) -> None:

@@ -22,6 +22,12 @@ from inferpool.system.gpus import AUTO, check_devices
 ENV_PREFIX = "INFERPOOL_"
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]\\]+)(:[0-9]{1,5})?")
 _USUAL_PORTS: Final = {"http": ":80", "https": ":443"}
+_PUBLIC_SCOPES: Final = ("metrics", "read", "predict")
+_ALGORITHMS: Final = (
+    *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    *("ES256", "ES384", "ES512", "EdDSA"),
+)
+"""Only algorithms of public keys: with a shared secret, whoever verifies a token could also make one."""
 _Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -120,6 +126,48 @@ class Settings(BaseModel):
     required_models: tuple[str, ...] = Field(
         default=(), description="Models that must be ready before the server is ready, separated by commas."
     )
+    keys_file: Path | None = Field(
+        default=None,
+        description="File of keys, which `inferpool key new` writes. With it every request but those for"
+        " health needs a key. The file is read again when it changes.",
+    )
+    public_scopes: tuple[str, ...] = Field(
+        default=(),
+        description="Scopes that need no key although keys are set, separated by commas: metrics, read,"
+        " predict.",
+    )
+    admin_routes: Literal["auto", "off", "on"] = Field(
+        default="auto",
+        description="Routes that change what is served: auto (for keys with the scope admin), off (for"
+        " nobody), on (also without keys, for every program of this machine; `host` must be a loopback"
+        " address then).",
+    )
+    jwt_keys: str | None = Field(
+        default=None,
+        description="Address or file of the JSON Web Key Set of an issuer whose tokens (JWT) are accepted as"
+        " keys; needs `jwt_issuer` and `jwt_audience`.",
+    )
+    jwt_issuer: str | None = Field(
+        default=None, description="Issuer of the tokens: the value of their claim iss."
+    )
+    jwt_audience: tuple[str, ...] = Field(
+        default=(),
+        description="Audiences of which a token must have one in its claim aud, separated by commas.",
+    )
+    jwt_algorithms: tuple[str, ...] = Field(
+        default=("RS256", "ES256", "EdDSA"),
+        description="Algorithms that tokens may be signed with, separated by commas.",
+    )
+    jwt_scope_claim: str = Field(
+        default="scope",
+        description="Claim with the scopes of a token; realm_access.roles means a claim within a claim.",
+    )
+    jwt_scopes: tuple[str, ...] = Field(
+        default=(),
+        description="Scopes that values of this claim mean, separated by commas: ml-team=predict,ops=admin."
+        " By default a value is itself the scope.",
+    )
+    jwt_tenant_claim: str = Field(default="sub", description="Claim with the tenant of a token.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe level that is logged."
     )
@@ -129,6 +177,27 @@ class Settings(BaseModel):
     access_log: bool = Field(
         default=False, description="Log every predict request, not only those that end with status 500."
     )
+
+    @field_validator("public_scopes")
+    @classmethod
+    def _scopes_may_be_public(cls, scopes: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [scope for scope in scopes if scope not in _PUBLIC_SCOPES]:
+            raise ValueError(f'"{wrong[0]}" cannot be public; metrics, read and predict can')
+        return scopes
+
+    @field_validator("jwt_algorithms")
+    @classmethod
+    def _algorithms_use_public_keys(cls, algorithms: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in algorithms if name not in _ALGORITHMS]:
+            raise ValueError(f'"{wrong[0]}" is not among {", ".join(_ALGORITHMS)}')
+        return algorithms
+
+    @field_validator("jwt_scopes")
+    @classmethod
+    def _scopes_are_pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [pair for pair in pairs if not all(pair.partition("="))]:
+            raise ValueError(f'"{wrong[0]}" is not a value of the claim, an equals sign and a scope')
+        return pairs
 
     @field_validator("devices")
     @classmethod
@@ -140,6 +209,14 @@ class Settings(BaseModel):
     @classmethod
     def _origins_are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(_origin(text) for text in origins))
+
+    @model_validator(mode="after")
+    def _tokens_are_complete(self) -> Settings:
+        if self.jwt_keys is not None and not (self.jwt_issuer and self.jwt_audience):
+            raise ValueError("jwt_keys needs jwt_issuer and jwt_audience; which the tokens must have")
+        if self.jwt_keys is None and (self.jwt_issuer or self.jwt_audience):
+            raise ValueError("jwt_issuer and jwt_audience need jwt_keys, the address of the issuer's keys")
+        return self
 
     @model_validator(mode="after")
     def _processes_fit(self) -> Settings:

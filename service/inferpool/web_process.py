@@ -21,7 +21,7 @@ from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.spawn import begin_child
 from inferpool.errors import ConfigError, NotReady
 from inferpool.http.access.cors import make_cors
-from inferpool.http.access.gate import Gate
+from inferpool.http.access.make_gate import make_gate
 from inferpool.http.application import make_application
 from inferpool.http.connection.acceptor import Acceptor, ConnectionCounts
 from inferpool.http.connection.batched_reads import ReadBatcher
@@ -290,7 +290,11 @@ def main() -> int:
     # Engines and other web processes take of the same memory.
     system = system._replace(held=lambda: max(system.limit.held(), family_held(os.getppid())))
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=facts["derive"], share=facts["webs"])
-    gate = Gate(time.monotonic)
+    try:
+        gate, key_sources = make_gate(settings, time.monotonic, metrics)
+    except ConfigError as error:
+        control.send("refused", {"reason": error.detail})
+        return 1
     shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
@@ -308,6 +312,7 @@ def main() -> int:
         metrics,
         memory,
         settings,
+        key_sources,
     )
     if facts["web"] == 1:
         report_installation()

@@ -24,6 +24,7 @@ from inferpool.errors import (
     NotFound,
 )
 from inferpool.http.access.cors import CorsPolicy, is_preflight, origin_of
+from inferpool.http.access.openapi import with_security
 from inferpool.http.access.route_scopes import RouteScopes
 from inferpool.http.asgi import (
     Message,
@@ -106,7 +107,9 @@ class Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document of the whole API, with the models that are ready now."""
         # FastAPI caches its own document, which is slow to make and does not change.
-        return complete(super().openapi(), self.catalog)
+        document = complete(super().openapi(), self.catalog)
+        gate = self.shared.gate
+        return with_security(document, gate.anonymous.scopes) if gate.enabled else document
 
 
 def make_application(

@@ -6,13 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from typing import Final
 
-from inferpool.errors import Forbidden, InferpoolError, Unauthorized
-from inferpool.http.access.caller import ADMIN, EVERYONE, SCOPES, Caller
+from inferpool.errors import Forbidden, RequestError, Unauthorized
+from inferpool.http.access.caller import ADMIN, EVERYONE, PUBLIC, SCOPES, Caller
+from inferpool.http.access.refusals import Refusals
+from inferpool.http.access.tokens import TokenVerifier
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 _HOW: Final = "send a key in the header Authorization: Bearer or X-Api-Key"
 _NAMES: Final = {scope: name for name, scope in SCOPES.items()}
+_FROM_BROWSERS: Final = (b"origin", b"sec-fetch-site")
+"""Headers that browsers send with requests of web pages."""
+
+KEYED: Final = "keyed"
+OFF: Final = "off"
+OPEN: Final = "open"
 
 
 class Gate:
@@ -23,21 +31,46 @@ class Gate:
         anonymous: the caller of a request without a key, which has the scopes that are public.
     """
 
-    def __init__(self, clock: Callable[[], float], *, enabled: bool = False, public: int = 0) -> None:
-        """`clock` is the predictor's; `public` is the sum of the scopes that need no key."""
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        enabled: bool = False,
+        public: int = PUBLIC,
+        admin: str = KEYED,
+        refusals: Refusals | None = None,
+    ) -> None:
+        """Without keys unless `enabled`; `clock` is the predictor's.
+
+        `public` is the sum of the scopes that need no key. `admin` says who may use the admin routes: `KEYED`
+        for a key with their scope, `OFF` for nobody, `OPEN` for everyone but web pages if there are no keys.
+        `refusals` counts the refused requests.
+        """
         self.enabled = enabled
         self.anonymous = Caller("", "", public) if enabled else EVERYONE
+        self.admin = admin
         self._clock = clock
+        self._refusals = refusals
         self._keys: Mapping[bytes, Caller] = {}
+        self._tokens: TokenVerifier | None = None
         self._changed: list[Callable[[], None]] = []
 
     def on_change(self, forget: Callable[[], None]) -> None:
-        """Call `forget` whenever the keys change, so that callers are not remembered."""
+        """Call `forget` whenever keys change, so that no caller of before is remembered."""
         self._changed.append(forget)
 
     def use(self, keys: Mapping[bytes, Caller]) -> None:
-        """Accept `keys` from now on, and no others: callers by the SHA-256 digests of their secrets."""
+        """Accept `keys` from now on, and no others: callers by the SHA-256 digests of their keys."""
         self._keys = keys
+        self.forget()
+
+    def use_tokens(self, tokens: TokenVerifier) -> None:
+        """Accept tokens as well as keys."""
+        self._tokens = tokens
+        self.on_change(tokens.forget)
+
+    def forget(self) -> None:
+        """Forget every caller that was remembered: keys have changed."""
         for forget in self._changed:
             forget()
 
@@ -47,38 +80,61 @@ class Gate:
         `needed` is the scope of its route, `model` the model that its path names, `peer` the address of its
         client.
 
-        Raises Unauthorized, or Forbidden if the key lacks the scope.
+        Raises Unauthorized, or Forbidden if the key lacks the scope. Raises NotReady for a token while the
+        keys of its issuer are not known.
         """
         if not self.enabled:
             if needed == ADMIN:
-                raise admin_disabled()
+                self._check_open(headers)
             return EVERYONE
+        caller = self.anonymous
+        if needed == PUBLIC:
+            return caller
         try:
-            caller = self._identify(headers)
+            secret = read_secret(headers)
+            if secret is not None:
+                caller = self._identify(secret)
             self._check(caller, needed, model)
-        except InferpoolError:
+        except RequestError as error:
+            if self._refusals is not None:
+                reason = error.members.get("reason", "scope")
+                self._refusals.count(str(reason), peer, caller.key_id)
             raise
         return caller
 
-    def _identify(self, headers: Headers) -> Caller:
-        secret = read_secret(headers)
-        if secret is None:
-            return self.anonymous
+    def _identify(self, secret: bytes) -> Caller:
+        # The comparison takes constant time as far as keys are concerned: how long it takes to find a digest
+        # depends on digests alone, and nobody can choose a key whose digest begins with given bytes.
         digest = sha256(secret).digest()
-        caller = self._keys.get(digest)
-        if caller is None:
+        found = self._keys.get(digest)
+        if found is None:
+            if self._tokens is not None and secret.count(b".") == 2:
+                return self._tokens.identify(secret, digest)
             raise Unauthorized("the server does not know this key", reason="unknown")
-        if caller.valid_until <= self._clock():
+        if found.valid_until <= self._clock():
             raise Unauthorized("this key has expired; ask for another one", reason="expired")
-        return caller
+        return found
 
     def _check(self, caller: Caller, needed: int, model: str | None) -> None:
         if not caller.allows(needed):
             if caller is self.anonymous:
                 raise Unauthorized(f"this route needs a key; {_HOW}", reason="missing")
             raise Forbidden(f'the key "{caller.key_id}" lacks the scope {_NAMES[needed]}')
+        if needed == ADMIN and self.admin == OFF:
+            raise Forbidden("the admin routes are off: the server was started with --admin-routes off")
         if model is not None and not caller.may_predict(model):
             raise model_forbidden(caller, model)
+
+    def _check_open(self, headers: Headers) -> None:
+        """Refuse an admin request while there are no keys, unless the server allows it to local programs."""
+        if self.admin != OPEN:
+            raise Forbidden(
+                "the admin routes are off, because the server has no keys; start it with --keys-file, or"
+                " change the models folder instead"
+            )
+        if any(name in _FROM_BROWSERS for name, _ in headers):
+            # Any page that somebody opens could send such a request to the address of this machine.
+            raise Forbidden("without keys, the admin routes are not for web pages")
 
 
 def read_secret(headers: Headers) -> bytes | None:
@@ -98,11 +154,6 @@ def read_secret(headers: Headers) -> bytes | None:
             raise Unauthorized("the request has two different keys; send one", reason="ambiguous")
         found = secret
     return found
-
-
-def admin_disabled() -> Forbidden:
-    """The error of every admin route while the server has no keys."""
-    return Forbidden("the admin routes are off, because the server has no keys; start it with --keys-file")
 
 
 def model_forbidden(caller: Caller, model: str) -> Forbidden:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from inferpool.http.access.gate import admin_disabled
+from inferpool.errors import NotFound
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.schemas import (
     HealthOut,
@@ -45,15 +45,15 @@ def _add_admin(app: FastAPI) -> None:
 
     @app.post("/models/{model}/load", summary="Load a model", **refused)
     async def load_model(model: str) -> None:
-        raise admin_disabled()
+        raise NotFound("this server cannot load models yet; change the models folder instead")
 
     @app.post("/models/{model}/unload", summary="Unload a model", **refused)
     async def unload_model(model: str) -> None:
-        raise admin_disabled()
+        raise NotFound("this server cannot load models yet; change the models folder instead")
 
     @app.put("/models/{model}/labels/{label}", summary="Give a label to a version", **refused)
     async def set_label(model: str, label: str) -> None:
-        raise admin_disabled()
+        raise NotFound("this server cannot load models yet; change the models folder instead")
 
 
 def _add_models(app: FastAPI, catalog: Catalog) -> None:

@@ -9,8 +9,7 @@ from typing import Any, Final
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
-from inferpool.errors import InvalidInput, NotReady
-from inferpool.http.access.gate import admin_disabled
+from inferpool.errors import InvalidInput, NotFound, NotReady
 from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.predictor import Predictor
@@ -208,11 +207,11 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
 
     @app.post("/v2/repository/models/{model}/load", tags=["v2"], summary="Load a model", **_REFUSED)
     async def load_v2_model(model: str) -> None:
-        raise admin_disabled()
+        raise NotFound("this server cannot load models yet; change the models folder instead")
 
     @app.post("/v2/repository/models/{model}/unload", tags=["v2"], summary="Unload a model", **_REFUSED)
     async def unload_v2_model(model: str) -> None:
-        raise admin_disabled()
+        raise NotFound("this server cannot load models yet; change the models folder instead")
 
 
 def _versions(model: ModelView) -> list[VersionView]:
