@@ -144,7 +144,7 @@ def test_a_route_without_a_scope_stops_the_server() -> None:
 
 def test_a_mount_and_a_websocket_need_a_scope_too() -> None:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.mount("/files", lambda: None)
+    app.mount("/files", FastAPI())
     with pytest.raises(LookupError, match="GET /files"):
         RouteScopes(app.routes)
     other = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
