@@ -29,7 +29,8 @@ REGION: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)",
 
 REMEDIES: Final = {
     "malformed_body": "Send what the headers say. `detail` names the position or the tensor.",
-    "forbidden": "Change the models folder and restart: loading over HTTP is off.",
+    "unauthorized": "Send a valid key as `Authorization: Bearer` or `X-Api-Key`; `reason` tells what is wrong.",
+    "forbidden": "Use a key with the scope that `detail` names. Without keys, the admin routes are off.",
     "not_found": "See `/docs` for the paths.",
     "model_not_found": "See `GET /models` for the names.",
     "version_not_found": "See `GET /models/MODEL` for the versions and labels.",
@@ -171,7 +172,7 @@ def commands() -> str:
     """Every command: its usage, what it does, and the options that are no settings."""
     flags = {"--" + name.replace("_", "-") for name in Settings.model_fields}
     parts = []
-    for name, parser in _subcommands(cli._parser()).items():
+    for name, parser in _all_commands(cli._parser()).items():
         options = [
             action
             for action in parser._actions
@@ -216,12 +217,14 @@ def _names(rules: Mapping[str, object]) -> str:
     return ", ".join(map(code, sorted(rules, key=str.lower)))
 
 
-def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parser of each command, by its name."""
+def _all_commands(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command and of the commands below it, by its name."""
+    found = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    raise AssertionError("the command has no subcommands")
+            for name, own in action.choices.items():
+                found |= {prefix + name: own, **_all_commands(own, f"{prefix}{name} ")}
+    return found
 
 
 def _spelled(action: argparse.Action) -> str:

@@ -138,7 +138,7 @@ def _add_key(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " that runs with this file takes changes within seconds.",
         allow_abbrev=False,
     )
-    actions = key.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = key.add_subparsers(dest="action", required=True, metavar="ACTION", help="new, list or revoke")
     new = actions.add_parser(
         "new",
         help="make a key, print it, and add its digest to the file",
@@ -157,8 +157,18 @@ def _add_key(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " admin; may be repeated",
     )
     new.add_argument("--expires", metavar="SPAN", help="time after which the key expires: 90d, 12h or 30m")
-    listing = actions.add_parser("list", help="list the keys in the file", allow_abbrev=False)
-    revoke = actions.add_parser("revoke", help="remove a key from the file", allow_abbrev=False)
+    listing = actions.add_parser(
+        "list",
+        help="list the keys in the file",
+        description="List the keys in the file: id, tenant, expiry (UTC) and scopes.",
+        allow_abbrev=False,
+    )
+    revoke = actions.add_parser(
+        "revoke",
+        help="remove a key from the file",
+        description="Remove a key from the file. Servers refuse it within seconds.",
+        allow_abbrev=False,
+    )
     revoke.add_argument("key_id", metavar="ID", help="the key's id, which `inferpool key list` prints")
     for action in (new, listing, revoke):
         action.add_argument(
