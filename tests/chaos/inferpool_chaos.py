@@ -5,7 +5,8 @@ FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`:
 3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. With `"reads": false`, or `mix`, nothing
 is known of its rows but what runs show. A row whose first element is one of the constants below makes its
 run misbehave; no made-up row has one. With a `"gate"`, the path of a named pipe, loading ends when the pipe
-is opened for writing; with a `"run_gate"` so does a run marked `WAIT`. With `"load_crashes": true` loading
+is opened for writing; with a `"run_gate"` so does a run marked `WAIT`. Without one, that run
+ends when it is asked to stop. With `"load_crashes": true` loading
 ends the process; with `"load_holds": true` it neither ends nor lets any other thread run Python.
 """
 
@@ -15,6 +16,7 @@ import ctypes
 import json
 import os
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ DIE = -1002.0
 WRONG_ROWS = -1003.0
 """The run returns one row too many, if it has several."""
 WAIT = -1004.0
-"""The run waits until somebody opens `run_gate` for writing."""
+"""The run waits until somebody opens `run_gate` for writing, or without a gate until it is asked to stop."""
 HUNGRY = -1005.0
 """The run takes as many MiB of memory as the row's second element says."""
 CRASH = -1006.0
@@ -96,11 +98,25 @@ class ChaosModel(LoadedModel):
         self._row_s = settings.get("row_ms", 0) / 1000
         self._mix = settings.get("mix", False)
         self._gate = settings.get("run_gate", "")
+        self._stopped: set[int] = set()
         first = settings.get("first", -1)
         self.signature = Signature(
             (TensorSpec("x", "FP32", (first, *settings.get("row", [4]))),),
             (TensorSpec("sum", "FP64", (first,)),),
         )
+
+    def stop_run(self, thread: int) -> None:
+        self._stopped.add(thread)
+
+    def _wait(self) -> None:
+        if self._gate:
+            Path(self._gate).read_bytes()
+            return
+        thread = threading.get_ident()
+        self._stopped.discard(thread)
+        while thread not in self._stopped:
+            time.sleep(0.005)
+        raise RuntimeError("the run was stopped")
 
     def run(self, inputs: Tensors, outputs: object = None) -> Tensors:
         rows = inputs["x"]
@@ -108,7 +124,7 @@ class ChaosModel(LoadedModel):
         if self._run_s or self._row_s:
             time.sleep(self._run_s + self._row_s * len(rows))
         if WAIT in marks:
-            Path(self._gate).read_bytes()
+            self._wait()
         if CRASH in marks:
             ctypes.string_at(0)
         if LOSE in marks:

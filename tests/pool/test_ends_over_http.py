@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests import onnx_models
 from tests.chaos import inferpool_chaos as chaos
+from tests.clients import Client, with_clients
 from tests.conftest import MakeChaos, Serve
 from tests.server import Server, wait_until
 
@@ -115,6 +117,32 @@ def test_a_run_that_takes_too_long_is_answered_so(serve: Serve, endless: Path) -
     assert (reply.status_code, reply.json()["code"]) == (504, "run_timeout")
     assert ask(server, 7).json()["outputs"]["total"] == [7]
     server.wait_for("is stopped")
+
+
+@pytest.mark.parametrize("server_module", ["tests.servers.short_grace"], indirect=True)
+def test_neighbours_of_a_run_that_does_not_end_are_answered_soon(serve: Serve, make_chaos: MakeChaos) -> None:
+    config = "[instances]\ncount = 1\n[batching]\nmax_delay_ms = 1000\n"
+    server = serve(make_chaos("m", config=config), "--run-timeout-s", "300")
+    server.wait_loaded()
+    rows = {first: [[float(first), 2.0, 3.0, 4.0]] for first in (1, 2, int(chaos.WAIT))}
+
+    async def one(client: Client, number: int) -> None:
+        first = [*rows][number]
+        body: dict[str, object] = {"inputs": rows[first]}
+        if first == chaos.WAIT:
+            body["parameters"] = {"timeout_ms": 5000}
+        reply = await client.post("/predict/m", json.dumps(body).encode())
+        answers[first] = reply.status, json.loads(reply.body)
+
+    answers: dict[int, tuple[int, dict[str, object]]] = {}
+    asyncio.run(with_clients(server.port, 3, one))
+    for first in (1, 2):
+        assert answers[first][0] == 200
+        assert answers[first][1]["outputs"] == {"sum": chaos.expected(np.array(rows[first])).tolist()}
+    assert answers[int(chaos.WAIT)][0] == 504
+    assert [*answers][-1] == chaos.WAIT, "they need not wait for their neighbour's deadline"
+    server.wait_for("run again, one by one")
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("server_module", ["tests.servers.short_grace"], indirect=True)

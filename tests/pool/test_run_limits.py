@@ -6,7 +6,7 @@ import math
 
 from hypothesis import given
 from hypothesis import strategies as st
-from inferpool.pool.run_limits import GO_ON, GRACE_S, HUNG, PATIENCE, STOP, RunLimits
+from inferpool.pool.run_limits import GO_ON, GRACE_S, HUNG, PART, PATIENCE, STOP, RunLimits
 
 SECONDS = st.floats(0, 1e6)
 
@@ -18,7 +18,7 @@ def test_a_run_goes_on_until_its_time_is_up(timeout_s: float, ran_s: float, expe
     if not timeout_s:
         assert (action, moment) == (GO_ON, math.inf)
     elif 100 + ran_s < 100 + timeout_s:
-        assert (action, moment) == (GO_ON, 100 + timeout_s)
+        assert (action, moment) == (GO_ON, min(100 + timeout_s, 100 + ran_s + GRACE_S))
     else:
         assert action == STOP
 
@@ -44,7 +44,25 @@ def test_a_run_that_was_asked_to_stop_is_asked_again_until_it_counts_as_hung(
         assert action == STOP
         assert moment > now, "the thread that asks does not spin"
     if not nobody_waits:
-        assert (action == HUNG) == (now >= stop_asked + GRACE_S)
+        assert (action == HUNG) == (now >= max(stop_asked, 100 + (timeout_s or math.inf)) + GRACE_S)
+
+
+@given(timeout_s=st.floats(0.01, 1e4), ran_s=SECONDS, expected_s=st.floats(0, 1e3))
+def test_a_batch_that_takes_ten_times_what_was_expected_is_parted(
+    timeout_s: float, ran_s: float, expected_s: float
+) -> None:
+    now = 100 + ran_s
+    limits = RunLimits(timeout_s)
+    action, moment = limits.judge(now, 100.0, expected_s, math.inf, nobody_waits=False, parts=True)
+    if now >= 100 + timeout_s:
+        assert action == STOP
+    elif now >= 100 + max(GRACE_S, PATIENCE * expected_s):
+        assert action == PART
+    else:
+        assert action == GO_ON
+        assert now < moment <= 100 + max(GRACE_S, PATIENCE * expected_s)
+    # If it cannot be stopped, it does not count as hung for that.
+    assert limits.judge(100 + timeout_s, 100.0, expected_s, 100.0, nobody_waits=False)[0] == STOP
 
 
 def test_a_slow_model_does_not_hang_because_its_client_gave_up() -> None:

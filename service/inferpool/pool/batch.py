@@ -51,6 +51,8 @@ ABANDONED: Final = 1
 """Nobody waits for any entry of the batch."""
 TIMED_OUT: Final = 2
 """The batch has run for longer than a run may take."""
+PARTED: Final = 3
+"""The batch has run for much longer than expected, so that its entries are to run alone."""
 
 
 class Batch:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from inferpool.errors import DeadlineExceeded, InferpoolError, RunTimeout
-from inferpool.pool.batch import TIMED_OUT, Batch, Outcome, RowSlice, Run
+from inferpool.pool.batch import PARTED, TIMED_OUT, Batch, Outcome, RowSlice, Run
 from inferpool.pool.entry_queue import Drop, Queue
 from inferpool.pool.ports import Entry, Result
 from inferpool.pool.retries import Retries
@@ -104,13 +104,13 @@ class Completion:
     def sort_out(self, batch: Batch, run: Run, results: list[Result]) -> list[Outcome]:
         """Return the outcomes of a run during which requests were answered, or which was stopped.
 
-        Outcomes for which nobody waits are left out. After a timeout, slices that did not run to their end
-        run once more, each alone, because one of them may have held up all others. A slice that was alone
-        gets RunTimeout.
+        Outcomes for which nobody waits are left out. After a timeout, or if the batch was parted, slices that
+        did not run to their end run once more, each alone, because one of them may have held up all others. A
+        slice that was alone gets RunTimeout, unless it only lets others run first.
         """
         answered = batch.answered or ()
         outcomes = [each for each in run.outcomes if each.row_slice.entry.id not in answered]
-        if batch.stopped == TIMED_OUT:
+        if batch.stopped in (TIMED_OUT, PARTED):
             rows = dict.fromkeys((entry.id for entry in run.undivided), math.inf)
             for outcome in outcomes:
                 ran = outcome.row_slice.rows if outcome.error is None else math.inf
@@ -129,7 +129,7 @@ class Completion:
 
         With `again` false, some of its rows have run, and it is answered in any case.
         """
-        if again and len(batch.slices) > 1:
+        if again and (len(batch.slices) > 1 or batch.stopped == PARTED):
             self._retries.add_slice(row_slice, batch, self._clock())
         else:
             self.time_out(row_slice, batch, results)

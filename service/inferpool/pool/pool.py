@@ -17,7 +17,7 @@ from inferpool.errors import Draining, NotReady, Reason
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.audit import Audit, AuditSample
-from inferpool.pool.batch import ABANDONED, RUNS, TIMED_OUT, Batch, Outcome, RowSlice, Run
+from inferpool.pool.batch import ABANDONED, PARTED, RUNS, TIMED_OUT, Batch, Outcome, RowSlice, Run
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.pool.completion import Completion
 from inferpool.pool.entry_queue import Queue
@@ -28,7 +28,7 @@ from inferpool.pool.log_limits import LogLimiter
 from inferpool.pool.padding import Padding
 from inferpool.pool.ports import Entry, Outbox, Result, VersionKey
 from inferpool.pool.retries import Retries
-from inferpool.pool.run_limits import HUNG, STOP
+from inferpool.pool.run_limits import HUNG, PART, STOP
 from inferpool.pool.run_watcher import RunWatcher
 from inferpool.pool.splitting import SplitRequest
 from inferpool.pool.stats import DROPPED, BatchCount, BatchStats, InstanceState, Waiting, hung_reason
@@ -322,13 +322,20 @@ class Pool:
                     continue
                 nobody_waits = not batch.waiting_slices()
                 action, moment = watcher.limits.judge(
-                    now, instance.began, instance.expected_s, instance.stop_asked, nobody_waits
+                    now,
+                    instance.began,
+                    instance.expected_s,
+                    instance.stop_asked,
+                    nobody_waits,
+                    parts=len(batch.slices) > 1 or self._retries.can_put_off(batch),
                 )
                 if action == STOP:
                     is_first = batch.stopped == RUNS
                     self._stop_run(instance, ABANDONED if nobody_waits else TIMED_OUT)
                     if is_first and len(batch.slices) == 1 and not nobody_waits:
                         self._completion.time_out(batch.slices[0], batch, results)
+                elif action == PART:
+                    self._stop_run(instance, PARTED)
                 elif action == HUNG:
                     hung = True
                     self._hang(instance, batch, results)
@@ -350,10 +357,11 @@ class Pool:
             instance.stop_asked = self._clock()
         if batch.stopped == RUNS:
             batch.stopped = why
-            if why == TIMED_OUT:
+            if why != ABANDONED:
                 log.warning(
-                    "%s: a batch of %d rows has run for %.0f s, and is stopped",
+                    "%s: a batch of %d rows has run for %.0f s, and is stopped%s",
                     instance.name, batch.rows, instance.stop_asked - instance.began,
+                    "; its requests run again, one by one" if why == PARTED else "",
                 )  # fmt: skip
         instance.stop()
 

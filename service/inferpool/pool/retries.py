@@ -21,6 +21,8 @@ class Retries:
         self._waiting: deque[Batch] = deque()
         # The slices that run for the second time: the entry's id and the first row.
         self._tried: set[tuple[int, int]] = set()
+        # Those of them that run for the third time, because other slices waited for their second run to end.
+        self._put_off: set[tuple[int, int]] = set()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -45,12 +47,21 @@ class Retries:
 
     def add_slice(self, row_slice: RowSlice, batch: Batch, now: float) -> None:
         """Let a slice of `batch` run again, alone."""
-        self._tried.add((row_slice.entry.id, row_slice.start))
+        run = (row_slice.entry.id, row_slice.start)
+        self._tried.add(run)
+        if batch.reason == "retry":
+            self._put_off.add(run)
         self._waiting.append(Batch([row_slice], batch.batched, "retry", now, batch.padding))
 
     def add_undivided(self, entry: Entry, now: float) -> None:
         """Let all rows of `entry` run at once."""
         self._waiting.append(Batch([RowSlice(entry, 0, entry.rows)], False, "retry", now))
+
+    def can_put_off(self, batch: Batch) -> bool:
+        """Whether a batch that runs too long is a retry which should let others run first, once."""
+        if batch.reason != "retry" or not self._waiting:
+            return False
+        return (batch.slices[0].entry.id, batch.slices[0].start) not in self._put_off
 
     def take(self) -> Batch | None:
         """Return the batch that has waited longest; None if none waits."""
@@ -59,7 +70,9 @@ class Retries:
     def forget(self, batch: Batch) -> None:
         """Note that a batch has ended, whether it is a retry or not."""
         if self._tried:
-            self._tried.difference_update((each.entry.id, each.start) for each in batch.slices)
+            runs = [(each.entry.id, each.start) for each in batch.slices]
+            self._tried.difference_update(runs)
+            self._put_off.difference_update(runs)
 
     def remove(self, entry_id: int) -> Entry | None:
         """Take out every slice of an entry that waits here; returns the entry, or None if no slice waits."""
@@ -76,4 +89,5 @@ class Retries:
         waiting = list(self._waiting)
         self._waiting.clear()
         self._tried.clear()
+        self._put_off.clear()
         return waiting

@@ -11,12 +11,15 @@ from typing import Final
 GO_ON: Final = 0
 STOP: Final = 1
 HUNG: Final = 2
+PART: Final = 3
+"""Stop the run, and run each of its entries alone: one of them may hold up all others."""
 
 GRACE_S: Final = 5.0
 """A run may take so long to end after it was asked to stop."""
 PATIENCE: Final = 10.0
-"""A run for which nobody waits does not count as hung before it has taken so many times what was expected.
+"""A run that takes so many times what was expected is out of the ordinary.
 
+A batch of several entries is then parted. A run for which nobody waits does not count as hung before.
 Some runtimes cannot stop a run. A client that gives up on a slow model must not make its instance look hung.
 """
 FIRST_REPEAT_S: Final = 0.02
@@ -39,9 +42,18 @@ class RunLimits:
         self.run_timeout_s = run_timeout_s or math.inf
 
     def judge(
-        self, now: float, began: float, expected_s: float, stop_asked: float, nobody_waits: bool
+        self,
+        now: float,
+        began: float,
+        expected_s: float,
+        stop_asked: float,
+        nobody_waits: bool,
+        *,
+        parts: bool = False,
     ) -> tuple[int, float]:
-        """Return what to do with a run (`GO_ON`, `STOP` or `HUNG`), and when to ask again.
+        """Return what to do with a run (`GO_ON`, `STOP`, `PART` or `HUNG`), and when to ask again.
+
+        A run that cannot be stopped to be parted goes on until its time is up.
 
         Args:
             now: this moment.
@@ -49,14 +61,23 @@ class RunLimits:
             expected_s: how long it was expected to run.
             stop_asked: when the run was first asked to stop; infinity if it was not.
             nobody_waits: whether every entry of the batch has its result.
+            parts: whether other entries could run first if this run were stopped: those of the same batch, or
+                those that were in one with its entry.
         """
         timeout_at = began + self.run_timeout_s
         if stop_asked == math.inf:
-            return (STOP, now) if now >= timeout_at else (GO_ON, timeout_at)
-        hung_at = stop_asked + GRACE_S
+            if now >= timeout_at:
+                return STOP, now
+            if timeout_at == math.inf:
+                return GO_ON, math.inf
+            part_at = began + max(GRACE_S, PATIENCE * expected_s) if parts else timeout_at
+            if now >= part_at:
+                return PART, now
+            # Batches that begin later are not to wait for this one's time.
+            return GO_ON, min(timeout_at, part_at, now + GRACE_S)
+        hung_at = max(stop_asked, timeout_at) + GRACE_S
         if nobody_waits:
-            patient = max(hung_at, began + PATIENCE * expected_s)
-            hung_at = min(patient, max(hung_at, timeout_at + GRACE_S))
+            hung_at = min(hung_at, max(stop_asked + GRACE_S, began + PATIENCE * expected_s))
         if now >= hung_at:
             return HUNG, math.inf
         return STOP, min(hung_at, now + max(FIRST_REPEAT_S, REPEAT_SHARE * (now - stop_asked)))
