@@ -58,6 +58,7 @@ class Engine:
         self._control = control
         self._publishing = threading.Lock()
         self._gpus_watched = False
+        self._frozen = False
         self._port = EnginePort(time.monotonic)
         self._metrics = Metrics(info, regions)
         self._repository = Repository(
@@ -120,9 +121,12 @@ class Engine:
                 os.close(descriptor)
 
     def _loaded(self) -> None:
-        # Loaded models live as long as the process: the garbage collector need not traverse them.
-        gc.collect()
-        gc.freeze()
+        if not self._frozen:
+            # Most loaded models live as long as the process: the garbage collector need not traverse them.
+            # Later loads leave that alone, because requests would wait.
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
         release_freed_memory()
         self._watch_gpus()
         self._control.send("loaded")

@@ -171,6 +171,12 @@ class Forbidden(RequestError):
     code = "forbidden"
 
 
+class Conflict(RequestError):
+    """The state of a model does not allow this operation; the detail says which state would."""
+
+    code = "conflict"
+
+
 class Refused(InferpoolError):
     """The request is valid but cannot be accepted now; `retry_after_s` tells when to retry."""
 
@@ -252,6 +258,10 @@ class ConfigError(LoadError):
     """A setting or a `model.toml` is wrong; `detail` names the file and the key."""
 
     code = "config_error"
+
+
+class LoadCancelled(LoadError):
+    """Somebody has cancelled the load, or the version is no longer wanted."""
 
 
 class UnfitForGpu(LoadError):

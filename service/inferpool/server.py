@@ -180,6 +180,7 @@ class InProcessServer(Server):
         super().__init__(*parts)
         self._repository = repository
         self._gpus_watched = False
+        self._frozen = False
 
     def begin(self, listeners: list[socket.socket]) -> None:
         """Answer signals and load the models."""
@@ -209,9 +210,12 @@ class InProcessServer(Server):
         return await asyncio.to_thread(self._repository.drain, timeout_s)
 
     def _loaded(self) -> None:
-        # Loaded models live as long as the process: the garbage collector need not traverse them.
-        gc.collect()
-        gc.freeze()
+        if not self._frozen:
+            # Most loaded models live as long as the process: the garbage collector need not traverse them.
+            # Later loads leave that alone, because requests would wait.
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
         self._watch_gpus()
         # A later load may use a GPU that no model uses yet.
         on_cpu = self._settings.devices == (CPU,) or not cuda_driver().gpus()

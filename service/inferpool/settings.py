@@ -123,6 +123,16 @@ class Settings(BaseModel):
         " stopped or one thread lets no other one run; then it is ended and replaced. An engine that loads is"
         " given `load_timeout_s`. 0 sets no limit.",
     )
+    watch: bool = Field(
+        default=False,
+        description="Watch the models folder: load new and changed versions while the server serves, and"
+        " drain deleted ones.",
+    )
+    keep_warm_s: Annotated[float, Field(ge=0, le=604_800)] = Field(
+        default=60.0,
+        description="Seconds for which a version goes on serving after a newer one has taken its place"
+        ' (`versions.serve = "latest"`), so that a rollback takes no load.',
+    )
     required_models: tuple[str, ...] = Field(
         default=(), description="Models that must be ready before the server is ready, separated by commas."
     )

@@ -14,7 +14,7 @@ from inferpool.engine.restart_policy import SHARED
 
 JsonObject: TypeAlias = dict[str, Any]
 
-_RANKS: Final = {"ready": 0, "loading": 1, "failed": 2}
+_RANKS: Final = {"ready": 0, "loading": 1, "draining": 2, "failed": 3, "unloaded": 4}
 """If two engines show a version, the one counts that can answer, or is about to."""
 
 

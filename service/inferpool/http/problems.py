@@ -25,6 +25,7 @@ STATUSES: Final[Mapping[str, int]] = {
     "version_not_found": 404,
     "method_not_allowed": 405,
     "too_slow": 408,
+    "conflict": 409,
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "head_too_large": 431,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inferpool.errors import NotReady
+from inferpool.errors import Draining, NotReady
 from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Entry, VersionKey
 
@@ -12,22 +12,40 @@ class PoolRouter:
 
     def __init__(self) -> None:
         self._pools: dict[VersionKey, Pool] = {}
+        # They take no entries any more, and finish those that they have.
+        self._leaving: list[Pool] = []
 
     def add(self, pool: Pool) -> None:
-        """Route the entries of the pool's version to `pool`."""
+        """Route the entries of the pool's version to `pool`, in place of an earlier pool of the version."""
+        before = self._pools.get(pool.key)
+        if before is not None:
+            self._leaving = [*self._leaving, before]
         self._pools[pool.key] = pool
 
-    def remove(self, key: VersionKey) -> Pool | None:
-        """Remove and return the version's pool, which keeps its entries; None if there is none."""
-        return self._pools.pop(key, None)
+    def remove(self, key: VersionKey) -> None:
+        """Route no more entries to the version's pool, which keeps those that it has."""
+        pool = self._pools.pop(key, None)
+        if pool is not None:
+            self._leaving = [*self._leaving, pool]
+
+    def forget(self, pool: Pool) -> None:
+        """Take note that a pool that takes no more entries has finished its last one."""
+        self._leaving = [other for other in self._leaving if other is not pool]
 
     def pools(self) -> list[Pool]:
-        """Return every pool, in the order in which they were added."""
-        return list(self._pools.values())
+        """Return every pool, in the order in which they were added; those that take no entries come last."""
+        return [*self._pools.values(), *self._leaving]
 
     def offer(self, entry: Entry) -> None:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady or Draining."""
-        self._pool(entry.key).offer(entry)
+        pool = self._pool(entry.key)
+        try:
+            pool.offer(entry)
+        except Draining:
+            # Another pool may have taken the place of this one since the line above.
+            if self._pools.get(entry.key) is pool:
+                raise
+            self.offer(entry)
 
     def refuse_early(self, key: VersionKey, tenant: int) -> None:
         """Raise the error with which `key` would refuse any entry of `tenant` now, whatever its inputs."""
@@ -38,6 +56,9 @@ class PoolRouter:
         pool = self._pools.get(key)
         if pool is not None:
             pool.cancel(entry_id, reason)
+        for leaving in self._leaving:
+            if leaving.key == key:
+                leaving.cancel(entry_id, reason)
 
     def _pool(self, key: VersionKey) -> Pool:
         pool = self._pools.get(key)

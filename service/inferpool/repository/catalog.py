@@ -21,11 +21,13 @@ from inferpool.pool.row_cost import RowCost
 from inferpool.pool.stats import BatchCount, InstanceState
 from inferpool.tensors import Signature, names_text
 
-State: TypeAlias = Literal["loading", "ready", "failed"]
+State: TypeAlias = Literal["loading", "ready", "draining", "unloaded", "failed"]
 """The state of a version."""
 
 LOADING: Final[State] = "loading"
 READY: Final[State] = "ready"
+DRAINING: Final[State] = "draining"
+UNLOADED: Final[State] = "unloaded"
 FAILED: Final[State] = "failed"
 _NUMBER: Final = re.compile("[1-9][0-9]{0,17}")
 
@@ -197,6 +199,7 @@ class LiveView:
         tensorrt: the state of the upgrade to TensorRT; None if none was asked for.
         loading_s: for how many seconds it has been loading; 0 once it is loaded.
         engine: the engine that runs it; None in the server's own process.
+        phase: what a load of it does at the moment, also one beside a version that serves; None without one.
     """
 
     instances: Sequence[InstanceState] = ()
@@ -210,6 +213,7 @@ class LiveView:
     tensorrt: str | None = None
     loading_s: float = 0.0
     engine: EngineView | None = None
+    phase: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,7 @@ def live_from_json(sent: JsonObject) -> LiveView:
         buckets=tuple(sent["buckets"]),
         tensorrt=sent["tensorrt"],
         loading_s=_number(sent["loading_s"]),
+        phase=sent["phase"],
     )
 
 

@@ -14,7 +14,7 @@ from inferpool.backends.base import CpuNodes
 from inferpool.codecs.image_config import ImageConfig
 from inferpool.codecs.labels import LabelsConfig
 from inferpool.codecs.text_config import TextConfig
-from inferpool.errors import ConfigError
+from inferpool.errors import ConfigError, InvalidInput, Reason
 from inferpool.system.files import printable, read_file
 from inferpool.system.gpus import check_devices
 from inferpool.tensors import DTYPES, Signature, names_text, shape_text
@@ -34,8 +34,30 @@ _MOST_CHARACTERS: Final = 100
 """Characters of a key, or of the text of one fault, that are reported."""
 _LONG_KEY: Final = re.compile(r"""(?>(?>[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){33}""")
 """Keys with dots take memory by the square of their parts. No key of a `model.toml` has more than three."""
-RESERVED_LABELS = frozenset({"load", "unload", "labels"})
+RESERVED_LABELS = frozenset({"load", "unload", "labels", "rollback", "traffic"})
 """Words that other routes have instead of a version."""
+
+
+def label_fault(label: str) -> Reason | None:
+    """Why a word cannot be a label; None if it can."""
+    if not label.isprintable() or len(label) > _MOST_CHARACTERS:
+        return (
+            f"{label[:_MOST_CHARACTERS]!r} cannot be a label: expected at most {_MOST_CHARACTERS}"
+            " characters, and none that cannot be seen"
+        )
+    if not label or label.isdigit() or "/" in label or label in RESERVED_LABELS:
+        return (
+            f'"{label}" cannot be a label, because it has another meaning in a path; choose a word'
+            f" without digits only or a slash, other than {', '.join(sorted(RESERVED_LABELS))}"
+        )
+    return None
+
+
+def check_label(label: str) -> None:
+    """Raise InvalidInput for a word that cannot be a label."""
+    fault = label_fault(label)
+    if fault is not None:
+        raise InvalidInput(fault, field="label")
 
 
 class VersionsConfig(BaseModel):
@@ -52,16 +74,9 @@ class VersionsConfig(BaseModel):
     @model_validator(mode="after")
     def _labels_are_names(self) -> VersionsConfig:
         for label in self.labels:
-            if not label.isprintable() or len(label) > _MOST_CHARACTERS:
-                raise ValueError(
-                    f"{label[:_MOST_CHARACTERS]!r} cannot be a label: expected at most {_MOST_CHARACTERS}"
-                    " characters, and none that cannot be seen"
-                )
-            if not label or label.isdigit() or "/" in label or label in RESERVED_LABELS:
-                raise ValueError(
-                    f'"{label}" cannot be a label, because it has another meaning in a path; choose a word'
-                    f" without digits only or a slash, other than {', '.join(sorted(RESERVED_LABELS))}"
-                )
+            fault = label_fault(label)
+            if fault is not None:
+                raise ValueError(fault)
         return self
 
 

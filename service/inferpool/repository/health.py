@@ -9,7 +9,7 @@ from typing import Final
 from inferpool.errors import Reason
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.stats import InstanceState, hung_reason
-from inferpool.repository.catalog import LOADING, READY, Health, LiveView, ModelView
+from inferpool.repository.catalog import FAILED, LOADING, READY, Health, LiveView, ModelView
 
 PATIENCE_S: Final = 120.0
 """A load that takes longer than this many seconds does not keep the server from being ready.
@@ -53,7 +53,7 @@ def judge(
                 for_s = live(version.key).loading_s
                 (loading if for_s < PATIENCE_S else late).add(model.name)
                 problems[name] = f"loading for {for_s:.0f} s"
-            else:
+            elif version.state == FAILED:
                 problems[name] = version.reason or version.state
     required = set(required_models)
     if required:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -47,12 +47,14 @@ class ModelFolder:
     skipped: tuple[Reason, ...] = ()
 
 
-def scan(path: Path, suffixes: Mapping[str, str]) -> list[ModelFolder]:
+def scan(path: Path, suffixes: Mapping[str, str], told: set[Reason] | None = None) -> list[ModelFolder]:
     """The models in `path`: a repository, one model's folder, or one model file.
 
     `suffixes` are those of model files (`.onnx`). Logs each file and folder that looks like a model and is
-    skipped. Raises ConfigError if there is nothing to serve.
+    skipped, but for the sentences in `told`, and adds them there. Raises ConfigError if there is nothing to
+    serve.
     """
+    told = set() if told is None else told
     if path.is_file():
         if path.suffix not in suffixes:
             raise ConfigError(f"{path} is not a model file: {_file_remedy(path, suffixes)}")
@@ -61,24 +63,35 @@ def scan(path: Path, suffixes: Mapping[str, str]) -> list[ModelFolder]:
         raise ConfigError(f"{path} does not exist")
     if _version_folders(path):
         single = _folder(path.resolve(), suffixes)
-        for reason in single.skipped:
-            log.warning("%s", reason)
+        _tell(single.skipped, told)
         return [single]
     found: dict[str, ModelFolder] = {}
     skipped: list[Reason] = []
     for item in sorted(path.iterdir()):
-        model = _model(item, suffixes, skipped)
+        model = _model(item, suffixes, skipped, told)
         if model is None:
             continue
         if model.name in found:
             fault = f"both {found[model.name].origin} and {model.origin} are called {model.name}; rename one"
             model = ModelFolder(model.name, None, {}, {1: fault})
         found[model.name] = model
-    for reason in skipped:
-        log.warning("%s", reason)
+    _tell(skipped, told)
     if not found:
         raise ConfigError(_nothing_found(path, skipped))
     return list(found.values())
+
+
+def _tell(skipped: Sequence[Reason], told: set[Reason]) -> None:
+    for reason in skipped:
+        if reason not in told:
+            told.add(reason)
+            log.warning("%s", reason)
+
+
+def _tell_once(sentence: str, told: set[Reason]) -> None:
+    if sentence not in told:
+        told.add(sentence)
+        log.info("%s", sentence)
 
 
 def is_model_name(name: str) -> bool:
@@ -103,14 +116,16 @@ def build_command(folder: Path) -> str:
     return f"{own_command()} build {option}{shlex.quote(folder.name)}"
 
 
-def _model(item: Path, suffixes: Mapping[str, str], skipped: list[Reason]) -> ModelFolder | None:
+def _model(
+    item: Path, suffixes: Mapping[str, str], skipped: list[Reason], told: set[Reason]
+) -> ModelFolder | None:
     """The model in `item` of a repository, or None. Adds to `skipped` if `item` only looks like a model."""
     if not is_model_name(item.name):
         if not item.name.startswith(_HIDDEN):
             skipped.append(f"{item.name!r} is skipped: its name cannot stand in a path; rename it")
         return None
     if is_unbuilt(item):
-        log.info("%s is skipped until it is built: run %s", item.name, build_command(item))
+        _tell_once(f"{item.name} is skipped until it is built: run {build_command(item)}", told)
         return None
     if item.is_file():
         if item.suffix in suffixes:
@@ -126,7 +141,7 @@ def _model(item: Path, suffixes: Mapping[str, str], skipped: list[Reason]) -> Mo
         return model
     stray = _stray_file(item, suffixes)
     if stray is None:
-        log.info("%s is no model: it has neither versions nor a %s", item, CONFIG_FILE)
+        _tell_once(f"{item} is no model: it has neither versions nor a {CONFIG_FILE}", told)
         return None
     name = stray.relative_to(item.parent)
     if stray.suffix.lower() in suffixes:

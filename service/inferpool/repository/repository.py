@@ -1,69 +1,93 @@
-"""The models folder at work: loads its versions one after the other and publishes those that are ready.
+"""The models folder at work: loads its versions and publishes those that are ready.
 
-One version loads at a time, so that measurements do not disturb one another. A load that does not end delays
-the next one for `health.PATIENCE_S` only, and fails after the setting `load_timeout_s`. Each change is
-published as a new mapping, so that readers see a consistent state without a lock.
+`LoadManager` decides what is loaded and drained, and when. This module knows the folder, the pools and the
+views. Each change is published as a new mapping, so that readers see a consistent state without a lock.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from inferpool.backends.registry import backends_by_suffix
-from inferpool.errors import ConfigError, InferpoolError, Reason
+from inferpool.errors import ConfigError, Conflict, InferpoolError, ModelNotFound, Reason, VersionNotFound
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.pool.router import PoolRouter
 from inferpool.repository import health
+from inferpool.repository import lifecycle as lifecycle_rules
 from inferpool.repository.catalog import (
+    DRAINING,
     FAILED,
     LOADING,
+    READY,
+    UNLOADED,
     Health,
     LiveView,
     ModelView,
-    State,
     VersionView,
 )
 from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.codec_factory import CodecSource
-from inferpool.repository.config import ModelConfig, read_config
+from inferpool.repository.config import ModelConfig, check_label, read_config
+from inferpool.repository.jobs import Job
+from inferpool.repository.label_moves import LabelMove, apply_moves, keep_moves, read_moves
 from inferpool.repository.layout import CONFIG_FILE, ModelFolder, scan
+from inferpool.repository.lifecycle import Phase, VersionLifecycle
 from inferpool.repository.load.loader import LoadedVersion, Loader
+from inferpool.repository.load_manager import LoadManager
+from inferpool.repository.settled_sources import SettledSources
+from inferpool.repository.version_source import VersionSource, read_source
 from inferpool.settings import Settings
 from inferpool.system.gpus import Driver
+from inferpool.system.memory import memory_use, release_freed_memory
+from inferpool.tensors import names_text
 
 log = logging.getLogger(__name__)
 
 
 LATE_DRAIN_S: Final = 1.0
 """How long the instances of a version that has loaded too late may take to end."""
+MOST_DEFAULTS: Final = 10
+"""How many earlier default versions of a model are remembered for a rollback."""
+STABLE: Final = "stable"
 
 
-class _Load:
-    """A load under way, which has one result: whoever claims it first decides.
+@dataclass(slots=True)
+class _Declared:
+    """What the folder says of a model.
 
     Attributes:
-        key: the version.
-        model: where it is on disk.
-        ended: set when the version is ready or has failed.
+        folder: where it is on disk.
+        config: its `model.toml`.
+        fault: why its `model.toml` cannot be read; None if it can.
+        served: the versions that are to be served.
+        moves: the labels that were moved while a server ran.
+        stamp: tells whether the `model.toml` on disk is another one.
     """
 
-    def __init__(self, key: VersionKey, model: ModelFolder) -> None:
-        self.key = key
-        self.model = model
-        self.ended = threading.Event()
-        self._claim = threading.Lock()
+    folder: ModelFolder
+    config: ModelConfig
+    fault: Reason | None
+    served: list[int]
+    moves: dict[str, LabelMove] = field(default_factory=dict)
+    stamp: object = None
 
-    def claim(self) -> bool:
-        """Whether the caller decides what becomes of the version: true once."""
-        return self._claim.acquire(blocking=False)
+    @property
+    def found(self) -> set[int]:
+        """The versions that are on disk, whether they can be loaded or not."""
+        return {*self.folder.files, *self.folder.faults}
+
+    def labels(self) -> dict[str, int]:
+        """The label of each version, whether it is served or not."""
+        return apply_moves(self.config.versions.labels, self.moves)
 
 
 class Repository:
@@ -85,6 +109,8 @@ class Repository:
         on_change: Callable[[], None] | None = None,
         plans: Mapping[str, str] | None = None,
         on_hung: Callable[[VersionKey, Reason], None] | None = None,
+        takes_new: bool = True,
+        until_seen: Callable[[], None] | None = None,
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
@@ -100,8 +126,12 @@ class Repository:
             plans: the plans of an earlier engine with the same versions.
             on_hung: called when a run does not stop, with the version and a sentence, in a thread. It is
                 expected to end the process; if it is None, the version goes on as well as it can.
+            takes_new: whether versions beside `only` are served if they appear in the folder later.
+            until_seen: waits until all that send requests know what `models` returns now; None if they look
+                at it before each request.
         """
         self.router = PoolRouter()
+        self._path = path
         self._settings = settings
         self._metrics = metrics
         self._loader = Loader(
@@ -117,30 +147,46 @@ class Repository:
         )
         self._clock = clock
         self._loaded: dict[VersionKey, LoadedVersion] = {}
-        self._load_began: dict[VersionKey, float] = {}
-        self._publishing = threading.Lock()
+        self._publishing = threading.RLock()
+        self._scanning = threading.RLock()
         self._draining = False
-        self._stopped = threading.Event()
         self._only = None if only is None else frozenset(only)
-        self._skip = frozenset(skip)
+        self._skip = set(skip)
+        self._takes_new = takes_new
         self._on_loading = on_loading
         self._on_change = on_change
+        self._until_seen = until_seen
         self._codec_sources: dict[VersionKey, CodecSource] = {}
-        self._folders = {model.name: model for model in self._scan(path)}
-        self._configs: dict[str, ModelConfig] = {}
+        self._manager = LoadManager(
+            self, clock, time.time, settings.load_timeout_s if on_loading is None else None
+        )
+        self._told: set[Reason] = set()
+        # Versions that somebody has unloaded, and those that somebody has loaded although model.toml serves
+        # them not. Those to be forgotten have vanished from the folder, or newer ones serve in their place.
+        self._unloaded: set[VersionKey] = set()
+        self._asked_for: set[VersionKey] = set()
+        self._forgotten: set[VersionKey] = set()
+        self._removed: set[VersionKey] = set()
+        self._defaults: dict[str, list[int]] = {}
+        self._sources: dict[VersionKey, VersionSource | Reason] = {}
+        self._declared = {model.name: self._declare(model) for model in self._scan(path)}
         self._models: Mapping[str, ModelView] = MappingProxyType(
             {
                 name: view
-                for name, model in self._folders.items()
-                if (view := self._first_view(model)).versions
+                for name, declared in self._declared.items()
+                if (view := self._first_view(declared)).versions
             }
         )
+        for name in self._models:
+            self._wish(name)
+        if takes_new:
+            self._only = None
         metrics.add_source(partial(catalog_readings, self), published=False)
 
     def _scan(self, path: Path) -> list[ModelFolder]:
         """The models in `path`, and those of `only` that are not there."""
         try:
-            found = scan(path, backends_by_suffix())
+            found = scan(path, backends_by_suffix(), self._told)
         except ConfigError:
             if self._only is None:
                 raise
@@ -163,8 +209,8 @@ class Repository:
         """The facts about a version that change; empty if it is not loaded."""
         loaded = self._loaded.get(key)
         if loaded is None:
-            began = self._load_began.get(key)
-            return LiveView(loading_s=0.0 if began is None else self._clock() - began)
+            began = self._manager.loading().get(key)
+            return LiveView(loading_s=0.0 if began is None else self._clock() - began, phase=self._phase(key))
         pool = loaded.pool
         rows, age_s, wait_s = pool.waiting()
         return LiveView(
@@ -177,7 +223,12 @@ class Repository:
             pool.batches(),
             pool.bucket_sizes(),
             loaded.copies.tensorrt,
+            phase=self._phase(key),
         )
+
+    def _phase(self, key: VersionKey) -> Phase | None:
+        lifecycle = self._manager.lifecycle(key)
+        return None if lifecycle is None else lifecycle.phase
 
     def health(self) -> Health:
         """Whether every required model can answer, and the problems there are."""
@@ -201,18 +252,27 @@ class Repository:
     def start(self, on_loaded: Callable[[], None]) -> None:
         """Begin to load in a thread, which calls `on_loaded` when every version is ready or failed.
 
-        If a load takes too long, the thread also calls `on_loaded` when all the others have ended.
+        If a load takes too long, the thread also calls `on_loaded` when all the others have ended. After
+        later changes it calls `on_loaded` again.
         """
-        threading.Thread(target=self._load_all, args=(on_loaded,), name="loader", daemon=True).start()
+        self._manager.start(partial(self._settled, on_loaded))
+
+    def _settled(self, then: Callable[[], None]) -> None:
+        with self._scanning:
+            ended = [self._wish(name, look=False) for name in list(self._declared)]
+        if not any(ended):
+            then()
 
     def load_now(self) -> None:
         """Load everything before returning."""
-        self._load_all(lambda: None)
+        ended = threading.Event()
+        self.start(lambda: None if self._manager.loading() else ended.set())
+        ended.wait()
 
     @property
     def is_loading(self) -> bool:
         """Whether a thread loads a version at this moment."""
-        return bool(self._load_began)
+        return self._manager.is_loading
 
     @property
     def is_busy(self) -> bool:
@@ -226,7 +286,7 @@ class Repository:
     def drain(self, timeout_s: float) -> bool:
         """Finish the accepted requests and end every instance; False if `timeout_s` is too short."""
         self.begin_drain()
-        self._stopped.set()
+        self._manager.stop()
         deadline = self._clock() + timeout_s
         ended = [pool.drain(max(0.0, deadline - self._clock())) for pool in self.router.pools()]
         return all(ended)
@@ -236,80 +296,296 @@ class Repository:
         for loaded in self._loaded.values():
             loaded.close()
 
-    def _load_all(self, on_loaded: Callable[[], None]) -> None:
-        loads: list[_Load] = []
-        for name in self._models:
-            model = self._folders[name]
-            for version in sorted(self._models[name].versions, reverse=True):
-                if self._stopped.is_set():
-                    return
-                if self._models[name].versions[version].state == LOADING:
-                    loads.append(_Load(VersionKey(name, version), model))
-                    if not self._run(loads[-1]):
-                        log.warning(
-                            "%s/%d has been loading for %.0f s; the next models load beside it",
-                            name, version, health.PATIENCE_S,
-                        )  # fmt: skip
-        late = [load for load in loads if not load.ended.is_set()]
-        if late:
-            on_loaded()
-        for load in late:
-            load.ended.wait()
-        on_loaded()
+    # What is to be served.
 
-    def _run(self, load: _Load) -> bool:
-        """Load a version in a thread; False if that has not ended after `health.PATIENCE_S`."""
-        timer = threading.Timer(self._settings.load_timeout_s, self._give_up, (load,))
-        timer.daemon = True
-        if self._on_loading is None:
-            timer.start()
-        threading.Thread(target=self._load, args=(load, timer.cancel), daemon=True).start()
-        return load.ended.wait(health.PATIENCE_S)
+    def rescan(self, model: str | None = None, settled: SettledSources | None = None) -> bool:
+        """Look at the folder again: new and changed versions are loaded, deleted ones drained.
 
-    def _give_up(self, load: _Load) -> None:
-        """Fail a version that is still loading. Nothing can end its thread, whose result is thrown away."""
-        if load.claim():
-            limit_s = self._settings.load_timeout_s
-            self._fail(load.key, f"loading takes longer than {limit_s:g} s; --load-timeout-s allows more")
-            load.ended.set()
+        Only at one model if `model` names one. With `settled`, files that are still being copied wait; the
+        result is then whether there are any.
+        """
+        with self._scanning:
+            try:
+                found = {folder.name: folder for folder in self._scan(self._path)}
+            except (ConfigError, OSError) as error:
+                # A volume that is not mounted for a moment must not unload everything.
+                self._tell(f"{self._path} is not looked at again, and what is loaded goes on: {error}")
+                return False
+            for name in self._declared:
+                found.setdefault(name, ModelFolder(name, None))
+            waits = False
+            for name, folder in found.items():
+                if model not in (None, name):
+                    continue
+                known = self._declared.get(name)
+                if (
+                    known is not None
+                    and settled is not None
+                    and not settled.is_config_settled(name, _stamp(folder), known.stamp)
+                ):
+                    waits = True
+                    continue
+                self._declared[name] = self._declare(folder, known)
+                self._publish_model(name)
+                waits = self._wish(name, settled) is None or waits
+                if not self._declared[name].found and name not in self._models:
+                    del self._declared[name]
+            return waits
 
-    def _load(self, load: _Load, then: Callable[[], None]) -> None:
-        key, model = load.key, load.model
-        self._load_began[key] = self._clock()
+    def _tell(self, sentence: Reason) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            log.warning("%s", sentence)
+
+    def _declare(self, model: ModelFolder, known: _Declared | None = None) -> _Declared:
+        """What the folder says of a model now; `known` is what it said before."""
+        fault: Reason | None = None
+        config = ModelConfig()
         try:
-            if self._on_loading is not None:
-                self._on_loading(key)
-            loaded = self._loader.load(key, model.files[key.version], model.folder, self._configs[model.name])
+            if model.folder is not None:
+                config = read_config(model.folder / CONFIG_FILE)
         except InferpoolError as error:
-            if load.claim():
-                self._fail(key, error.detail)
-        except BaseException as error:
-            # A model's code or a native library may raise SystemExit: that fails this version only.
-            log.exception("loading %s/%d", *key)
-            if load.claim():
-                self._fail(key, f"loading failed with {type(error).__name__}: {error}")
-        else:
-            if load.claim():
-                self._serve(key, loaded)
-            else:
-                log.warning("%s/%d is loaded, too late", *key)
-                loaded.pool.drain(LATE_DRAIN_S)
-                loaded.close()
-        finally:
-            del self._load_began[key]
-            then()
-            load.ended.set()
+            fault = error.detail
+            if known is not None:
+                config = known.config
+                if fault != known.fault:
+                    log.error("%s; what is loaded of %s goes on", fault, model.name)
+        moves = read_moves(model.folder)
+        found = {*model.files, *model.faults}
+        served = _served(config, found, apply_moves(config.versions.labels, moves))
+        if self._only is not None:
+            # A version that was served stays served, even if a newer one is there now.
+            taken = {key.version for key in self._only if key.model == model.name}
+            served = sorted({*served, *(taken & found)})
+        return _Declared(model, config, fault, served, moves, _stamp(model))
 
-    def _serve(self, key: VersionKey, loaded: LoadedVersion) -> None:
-        """Let requests reach a version that is loaded."""
-        self._loaded[key] = loaded
+    def _wish(
+        self,
+        name: str,
+        settled: SettledSources | None = None,
+        retry: Collection[int] = (),
+        *,
+        look: bool = True,
+    ) -> bool | None:
+        """Tell the manager what is to be served of a model; returns whether that ends a version.
+
+        None if files are still being copied. Without `look`, files that have changed count as unchanged.
+        """
+        declared = self._declared[name]
+        wanted = set(declared.served) | {key.version for key in self._asked_for if key.model == name}
+        wanted &= declared.found
+        absent = not wanted and not any(key.model == name for key in self._unloaded)
+        waits = ends = False
+        for version in sorted(wanted or ({1} if absent and declared.folder.origin else ()), reverse=True):
+            key = VersionKey(name, version)
+            if not self._takes(key) or key in self._unloaded:
+                continue
+            source = self._source(declared, version) if look else self._sources.get(key)
+            if source is None:
+                continue
+            if settled is not None and not settled.is_settled(key, source):
+                waits = True
+                continue
+            self._sources[key] = source
+            self._forgotten.discard(key)
+            if isinstance(source, VersionSource):
+                self._manager.want(key, source, retry=version in retry)
+            else:
+                self._manager.fail(key, source, source)
+            wanted.add(version)
+        succeeded = any(self._succeeded(VersionKey(name, version)) for version in wanted)
+        for key, lifecycle in self._manager.lifecycles():
+            if key.model != name or (key.version in wanted and key not in self._unloaded):
+                continue
+            vanished = key.version not in declared.found
+            if vanished and settled is not None and not settled.is_settled(key, None):
+                waits = True
+                continue
+            if not vanished and key not in self._unloaded and not succeeded:
+                continue  # the newer version has yet to load
+            if key not in self._unloaded or vanished:
+                self._forgotten.add(key)
+                self._unloaded.discard(key)
+                self._asked_for.discard(key)
+            if lifecycle.wanted is not None:
+                ends = True
+                warm = not vanished and key not in self._unloaded
+                self._manager.unwant(key, self._settings.keep_warm_s if warm else 0.0)
+            if lifecycle.actual in (lifecycle_rules.UNLOADED, lifecycle_rules.FAILED):
+                self.show(key, lifecycle)
+        return None if waits else ends
+
+    def _source(self, declared: _Declared, version: int) -> VersionSource | Reason:
+        """What a version is loaded from, or why it cannot be."""
+        folder = declared.folder
+        reason = declared.fault or folder.faults.get(version)
+        if not declared.served and version not in folder.files:
+            reason = reason or _none_served(folder, declared.config)
+        if reason:
+            return reason
+        if version not in folder.files:
+            return f"{folder.name}/{version} is no longer in {self._path}"
+        try:
+            return read_source(folder, version, declared.config)
+        except OSError as error:
+            return f"{folder.name}/{version} cannot be read: {error.strerror}"
+
+    def _succeeded(self, key: VersionKey) -> bool:
+        lifecycle = self._manager.lifecycle(key)
+        return lifecycle is not None and lifecycle.succeeded
+
+    # The admin side.
+
+    def jobs(self) -> list[Job]:
+        """All jobs that run, and the last ones that have ended, oldest first."""
+        return self._manager.jobs()
+
+    def loading(self) -> list[VersionKey]:
+        """The versions that load at this moment."""
+        return list(self._manager.loading())
+
+    def removed(self) -> list[VersionKey]:
+        """The versions that were shown once, and are no longer."""
+        return sorted(self._removed)
+
+    def begin_load(self, model: str, version: int | None) -> Job:
+        """Load a version, or all that `model.toml` serves, from the files that are there now.
+
+        A version that is loaded from the same files is not loaded again. Raises ModelNotFound or
+        VersionNotFound if the folder has no such version.
+        """
+        with self._scanning:
+            self._skip = {
+                key for key in self._skip if key.model != model or version not in (None, key.version)
+            }
+            self.rescan(model)
+            declared = self._declared.get(model)
+            if declared is None or not (declared.found or declared.folder.origin):
+                raise ModelNotFound(f'no model is called "{model[:100]}"; {self._path} has none either')
+            versions = [version] if version is not None else declared.served or [1]
+            if version is not None and version not in declared.found:
+                have = names_text([*map(str, sorted(declared.found))])
+                raise VersionNotFound(f'"{model}" has no version {version}; {self._path} has {have}')
+            for number in versions:
+                key = VersionKey(model, number)
+                self._unloaded.discard(key)
+                if number not in declared.served:
+                    self._asked_for.add(key)
+            self._publish_model(model)
+            self._wish(model, retry=versions)
+            return self._manager.begin_job("load", model, version, versions)
+
+    def begin_unload(self, model: str, version: int | None) -> Job:
+        """Drain a version, or all of the model, and free its memory; it is not loaded again by itself.
+
+        Raises ModelNotFound or VersionNotFound.
+        """
+        with self._scanning:
+            view = self._models.get(model)
+            if view is None:
+                raise ModelNotFound(f'no model is called "{model[:100]}"')
+            versions = [version] if version is not None else sorted(view.versions)
+            if version is not None and version not in view.versions:
+                raise VersionNotFound(f'"{model}" has no version {version}')
+            for number in versions:
+                key = VersionKey(model, number)
+                self._unloaded.add(key)
+                self._asked_for.discard(key)
+                self._forgotten.discard(key)
+                self._manager.unwant(key)
+            for number in versions:
+                key = VersionKey(model, number)
+                lifecycle = self._manager.lifecycle(key)
+                if lifecycle is not None and lifecycle.actual == lifecycle_rules.FAILED:
+                    lifecycle.unloaded()
+                    self.show(key, lifecycle)
+            return self._manager.begin_job("unload", model, version, versions)
+
+    def cancel_job(self, job_id: str) -> Job | None:
+        """End a job that runs; None if there is none with this id. Raises Conflict if it has ended."""
+        with self._scanning:
+            job = self._manager.cancel(job_id)
+            if job is not None and job.kind == "unload":
+                self._unloaded -= {VersionKey(job.model, number) for number in job.versions}
+            elif job is not None:
+                for number in job.versions:
+                    if not self._succeeded(VersionKey(job.model, number)):
+                        self._unloaded.add(VersionKey(job.model, number))
+            return job
+
+    def move_label(self, model: str, label: str, version: int | None) -> bool:
+        """Let a label name `version`, in one step; None removes it. Returns whether a restart keeps that.
+
+        Raises ModelNotFound, InvalidInput for a word that cannot be a label, or Conflict if the version is
+        here and not ready.
+        """
+        check_label(label)
+        with self._scanning:
+            view, declared = self._models.get(model), self._declared.get(model)
+            if view is None or declared is None:
+                raise ModelNotFound(f'no model is called "{model[:100]}"')
+            target = view.versions.get(version or 0)
+            if target is not None and target.state != READY:
+                raise Conflict(
+                    f'"{label}" cannot name version {version} of "{model}", which is {target.state}; load it'
+                    " first"
+                )
+            configured = declared.config.versions.labels.get(label)
+            if version == configured:
+                declared.moves.pop(label, None)
+            else:
+                declared.moves[label] = LabelMove(version, configured)
+            kept = keep_moves(declared.folder.folder, declared.moves)
+            declared.served = _served(declared.config, declared.found, declared.labels())
+            self._publish_model(model)
+            self._wish(model, look=False)
+            return kept
+
+    def rollback(self, model: str) -> int:
+        """Let the version answer that answered before the present one, by the label `stable`; its number.
+
+        Raises ModelNotFound, or Conflict if no other version is ready.
+        """
+        with self._scanning:
+            view = self._models.get(model)
+            if view is None:
+                raise ModelNotFound(f'no model is called "{model[:100]}"')
+            now = view.default.key.version if view.default is not None else 0
+            ready = {number for number, version in view.versions.items() if version.state == READY}
+            earlier = self._defaults.get(model, [])
+            target = next((number for number in reversed(earlier) if number in ready - {now}), None)
+            if target is None:
+                target = max((number for number in ready if number < now), default=None)
+            if target is None:
+                raise Conflict(
+                    f'"{model}" cannot be rolled back: no version is ready but the present one; load one'
+                )
+            self.move_label(model, STABLE, target)
+            # The version that was rolled back is no version to roll back to.
+            self._defaults[model] = [number for number in earlier if number not in (target, now)]
+            return target
+
+    # What the manager asks for.
+
+    def load(self, key: VersionKey, source: VersionSource, enter: Callable[[Phase], None]) -> LoadedVersion:
+        """Load a version; other versions go on serving."""
+        if self._on_loading is not None:
+            self._on_loading(key)
+        return self._loader.load(
+            key, source.file, source.folder, source.config, enter, beside=bool(self._loaded)
+        )
+
+    def serve(self, key: VersionKey, loaded: LoadedVersion) -> None:
+        """Let requests reach a version that is loaded, in place of what was loaded of it before."""
+        before = self._loaded.get(key)
         if self._on_change is not None and loaded.codec_source is not None:
             self._codec_sources[key] = loaded.codec_source
         loaded.codec_source = None  # a tokenizer may have many megabytes
         self._metrics.add_version(key.model, str(key.version))
-        self.router.add(loaded.pool)
-        labels = self._models[key.model].versions[key.version].labels
-        self._publish(replace(loaded.view, labels=labels))
+        with self._publishing:
+            self._loaded[key] = loaded
+            self.router.add(loaded.pool)
+            self._publish(loaded.view)
         batching = loaded.view.batching
         log.info(
             "%s/%d is ready after %.2f s (%s)",
@@ -319,58 +595,174 @@ class Repository:
             if batching.enabled
             else f"unbatched: {batching.reason}",
         )
+        if before is not None:
+            threading.Thread(target=self._end, args=(key, before), daemon=True).start()
 
-    def _fail(self, key: VersionKey, reason: str) -> None:
-        log.error("%s/%d has failed: %s", key.model, key.version, reason)
-        self._publish(replace(self._models[key.model].versions[key.version], state=FAILED, reason=reason))
+    def discard(self, loaded: LoadedVersion) -> None:
+        """Free a version that was loaded in vain."""
+        loaded.pool.drain(LATE_DRAIN_S)
+        loaded.close()
 
-    def _publish(self, view: VersionView) -> None:
+    def retire(self, key: VersionKey) -> None:
+        """Take requests away from a version, wait until its last one is answered, and free its memory."""
+        if self._until_seen is not None:
+            self._until_seen()
+        loaded = self._loaded.pop(key, None)
+        self._codec_sources.pop(key, None)
+        if loaded is not None:
+            self.router.remove(key)
+            self._end(key, loaded)
+
+    def _end(self, key: VersionKey, loaded: LoadedVersion) -> None:
+        """Let a version answer what it has accepted, and free its memory."""
+        held = memory_use().held
+        if not loaded.pool.drain(self._settings.drain_timeout_s):
+            log.error("%s/%d still runs, and keeps its memory", *key)
+            return
+        self.router.forget(loaded.pool)
+        loaded.close()
+        release_freed_memory()
+        freed = held - memory_use().held
+        log.info("%s/%d is unloaded; the process has %.1f MB less", *key, freed / 1e6)
+
+    def show(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
+        """Publish what a version is now."""
         with self._publishing:
-            model = self._models[view.key.model]
-            versions = {**model.versions, view.key.version: view}
-            self._models = MappingProxyType({**self._models, model.name: replace(model, versions=versions)})
+            model = self._models.get(key.model)
+            before = None if model is None else model.versions.get(key.version)
+            if lifecycle.actual == lifecycle_rules.READY:
+                if before is not None and before.state == READY and lifecycle.reason:
+                    self._publish(replace(before, reason=f"a newer load has failed: {lifecycle.reason}"))
+            elif lifecycle.actual == lifecycle_rules.DRAINING:
+                if before is not None:
+                    self._publish(replace(before, state=DRAINING))
+            elif lifecycle.loading is not None:
+                self._publish(VersionView(key, LOADING))
+            elif key in self._forgotten:
+                self._forgotten.discard(key)
+                self._manager.forget(key)
+                self._remove(key)
+            elif lifecycle.actual == lifecycle_rules.FAILED:
+                self._publish(VersionView(key, FAILED, lifecycle.reason))
+            else:
+                self._publish(VersionView(key, UNLOADED))
+
+    def jobs_changed(self) -> None:
+        """Publish the jobs."""
         if self._on_change is not None:
             self._on_change()
 
-    def _first_view(self, model: ModelFolder) -> ModelView:
-        """A model before any of its versions is loaded."""
-        fault: Reason | None = None
-        config = ModelConfig()
-        try:
-            if model.folder is not None:
-                config = read_config(model.folder / CONFIG_FILE)
-        except InferpoolError as error:
-            fault = error.detail
-        self._configs[model.name] = config
-        found = {*model.files, *model.faults}
-        served = _served(config, found)
-        if self._only is not None:
-            # A version that was served stays served, even if a newer one is there now.
-            taken = {key.version for key in self._only if key.model == model.name}
-            served = sorted({*served, *(taken & found)})
-        labels = {label: version for label, version in config.versions.labels.items() if version in served}
-        label_fault = _label_fault(model.name, config, served)
-        if label_fault is not None:
-            log.warning("%s", label_fault)
-        versions = {}
-        for version in filter(partial(self._takes, model.name), served or [1]):
-            reason = fault or model.faults.get(version)
-            if not served:
-                reason = reason or _none_served(model, config)
-            state: State = LOADING if reason is None else FAILED
-            names = tuple(label for label, labelled in labels.items() if labelled == version)
-            versions[version] = VersionView(VersionKey(model.name, version), state, reason or "", names)
-        return ModelView(model.name, config.description, versions, labels, label_fault)
+    # Publishing.
 
-    def _takes(self, model: str, version: int) -> bool:
+    def _publish(self, view: VersionView) -> None:
+        """Show a version, with the labels that name it."""
+        key = view.key
+        with self._publishing:
+            model = self._models.get(key.model) or self._model_view(self._declared[key.model], {})
+            view = replace(view, labels=_names(model.labels, key.version))
+            if _same(model.versions.get(key.version), view):
+                return
+            self._removed.discard(key)
+            self._set_model(
+                replace(model, versions=dict(sorted({**model.versions, key.version: view}.items())))
+            )
+
+    def _remove(self, key: VersionKey) -> None:
+        """Show a version no longer, and its model neither if that was the last version."""
+        with self._publishing:
+            model = self._models.get(key.model)
+            if model is None or key.version not in model.versions:
+                return
+            self._removed.add(key)
+            versions = {number: view for number, view in model.versions.items() if number != key.version}
+            self._set_model(replace(model, versions=versions))
+
+    def _publish_model(self, name: str) -> None:
+        """Show what the folder says of a model beside its versions."""
+        with self._publishing:
+            before = self._models.get(name)
+            if before is None:
+                return
+            model = self._model_view(self._declared[name], before.versions)
+            if (model.description, model.labels, model.label_fault) != (
+                before.description, before.labels, before.label_fault,
+            ):  # fmt: skip
+                versions = {
+                    number: view if view.labels == (names := _names(model.labels, number))
+                    else replace(view, labels=names)
+                    for number, view in before.versions.items()
+                }  # fmt: skip
+                self._set_model(replace(model, versions=versions))
+
+    def _set_model(self, model: ModelView) -> None:
+        """Publish a model; the caller holds the lock."""
+        before = self._models.get(model.name)
+        default = None if before is None else before.default
+        models = {name: view for name, view in self._models.items() if name != model.name or model.versions}
+        if model.versions:
+            models[model.name] = model
+        if default is not None and model.default is not None and model.default.key != default.key:
+            defaults = self._defaults.setdefault(model.name, [])
+            defaults.append(default.key.version)
+            del defaults[:-MOST_DEFAULTS]
+            log.info("%s: version %d answers in place of %d", *model.default.key, default.key.version)
+        self._models = MappingProxyType(models)
+        if self._on_change is not None:
+            self._on_change()
+
+    def _model_view(self, declared: _Declared, versions: Mapping[int, VersionView]) -> ModelView:
+        """A model as the folder has it, with these versions."""
+        name, shown = declared.folder.name, {*declared.served, *versions}
+        labels = {label: version for label, version in declared.labels().items() if version in shown}
+        fault = _label_fault(name, declared, sorted(shown)) or (declared.fault if versions else None)
+        return ModelView(name, declared.config.description, versions, labels, fault)
+
+    def _first_view(self, declared: _Declared) -> ModelView:
+        """A model before any of its versions is loaded."""
+        name = declared.folder.name
+        model = self._model_view(declared, {})
+        if model.label_fault is not None:
+            log.warning("%s", model.label_fault)
+        versions = {}
+        for version in declared.served or [1]:
+            key = VersionKey(name, version)
+            if self._takes(key):
+                source = self._source(declared, version)
+                state, reason = (FAILED, source) if isinstance(source, str) else (LOADING, "")
+                versions[version] = VersionView(key, state, reason, _names(model.labels, version))
+        return replace(model, versions=versions)
+
+    def _takes(self, key: VersionKey) -> bool:
         """Whether this repository serves a version."""
-        key = VersionKey(model, version)
         return key not in self._skip and (self._only is None or key in self._only)
 
 
-def _label_fault(model: str, config: ModelConfig, served: list[int]) -> Reason | None:
+def _same(one: VersionView | None, other: VersionView) -> bool:
+    """Whether two views of a version that is not ready, or of one load, are the same."""
+    return one is not None and other.signature is one.signature and (one.state, one.reason, one.labels) == (
+        other.state, other.reason, other.labels,
+    )  # fmt: skip
+
+
+def _names(labels: Mapping[str, int], version: int) -> tuple[str, ...]:
+    """The labels that name a version."""
+    return tuple(label for label, labelled in labels.items() if labelled == version)
+
+
+def _stamp(model: ModelFolder) -> object:
+    """Tells whether a `model.toml` is another one, and when it was changed."""
+    if model.folder is None:
+        return None
+    try:
+        status = (model.folder / CONFIG_FILE).stat()
+    except OSError:
+        return None
+    return (status.st_size, status.st_mtime)
+
+
+def _label_fault(model: str, declared: _Declared, served: list[int]) -> Reason | None:
     """Which labels name a version that is not served, and what to do; None if there are none."""
-    stale = {label: version for label, version in config.versions.labels.items() if version not in served}
+    stale = {label: version for label, version in declared.labels().items() if version not in served}
     if not stale or not served:
         return None
     labels = ", ".join(f'"{label}" names version {version}' for label, version in stale.items())
@@ -392,8 +784,8 @@ def _none_served(model: ModelFolder, config: ModelConfig) -> Reason:
     return "; ".join((reason, *model.skipped))
 
 
-def _served(config: ModelConfig, found: Collection[int]) -> list[int]:
+def _served(config: ModelConfig, found: Collection[int], labels: Mapping[str, int]) -> list[int]:
     wanted = config.versions.serve
     if wanted == "latest":
-        return sorted({max(found, default=0), *config.versions.labels.values()} & set(found))
+        return sorted({max(found, default=0), *labels.values()} & set(found))
     return sorted(found) if wanted == "all" else sorted(set(wanted) & set(found))

@@ -100,12 +100,15 @@ class Gpu(BaseModel):
 class Version(BaseModel):
     """A version of a model; `gpu` is null on the CPU, `engine` if the server itself runs the model.
 
+    `phase` is what a load does at the moment, also one beside a version that serves; null without a load.
+
     `row_cost` has the measured sizes of a row, smallest first; null if all rows cost the same. Between them,
     and above the largest, the cost follows a power of the elements.
     """
 
     version: int
-    state: Literal["loading", "ready", "failed"]
+    state: Literal["loading", "ready", "draining", "unloaded", "failed"]
+    phase: str | None
     reason: str
     labels: list[str]
     backend: str
@@ -207,6 +210,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
     return VersionDetail(
         version=view.key.version,
         state=view.state,
+        phase=live.phase,
         reason=view.reason,
         labels=list(view.labels),
         backend=view.backend,

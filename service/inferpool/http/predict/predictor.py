@@ -22,7 +22,7 @@ from concurrent.futures import Executor
 from typing import Final
 
 from inferpool.allowance import Allowance
-from inferpool.errors import Draining, InferpoolError, InternalError, InvalidInput
+from inferpool.errors import Draining, InferpoolError, InternalError, InvalidInput, NotReady
 from inferpool.http.access.gate import model_forbidden
 from inferpool.http.predict.api import Data, Encoded
 from inferpool.http.predict.body_buffer import too_large
@@ -198,12 +198,35 @@ class Predictor:
                 self._inbox.offer(entry)
             else:
                 self._answer_no_rows(served, entry)
+        except NotReady:
+            self._results.unsubscribe(entry.id)
+            if not self._follow(context):
+                raise
+            return self.submit(context, tensors, then, client)
         except BaseException:
             self._results.unsubscribe(entry.id)
             raise
         context.entry = entry
         self.in_flight.accepted += 1
         return deadline
+
+    def _follow(self, context: PredictContext) -> bool:
+        """Let another version answer if the one that was found has been unloaded since.
+
+        False if the request names no other version now, or if what was decoded is not for that version.
+        Raises NotReady if what it names is not ready.
+        """
+        before, head = context.served, context.head
+        assert before is not None  # `decode` found it
+        version = head.version if head.version is not None else context.options.version
+        served = self.resolver.find(before.view.key.model, version)
+        one, other = before.view, served.view
+        if one.key == other.key or one.signature != other.signature or one.text or other.text or other.image:
+            return False
+        if context.answer_bytes:
+            self.budget.shrink_answer(context, 0)
+        context.served = served
+        return True
 
     def _answer_no_rows(self, served: ServedVersion, entry: Entry) -> None:
         """Answer an entry without rows, for which no model has to run."""

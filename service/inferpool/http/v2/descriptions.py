@@ -123,9 +123,11 @@ def index_out(models: Iterable[ModelView], ready_only: bool) -> list[IndexEntry]
     ]
 
 
-_INDEX_STATES: dict[State, Literal["READY", "LOADING", "UNAVAILABLE"]] = {
+_INDEX_STATES: dict[State, Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]] = {
     "loading": "LOADING",
     "ready": "READY",
+    "draining": "UNLOADING",
+    "unloaded": "UNAVAILABLE",
     "failed": "UNAVAILABLE",
 }
 

@@ -30,6 +30,7 @@ from inferpool.pool.run_watcher import RunWatcher
 from inferpool.repository.catalog import READY, BatchingView, VersionView
 from inferpool.repository.codec_factory import CodecSource, make_codecs, read_codec_source
 from inferpool.repository.config import ModelConfig, check_tensors
+from inferpool.repository.lifecycle import CHECK_SAMPLES, LOAD, VERIFY, WARM, Phase
 from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.comparison import compare_answers
@@ -45,6 +46,7 @@ from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
 from inferpool.system.memory import memory_limit
+from inferpool.system.priority import at_low_priority, call_directly
 from inferpool.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -134,18 +136,33 @@ class Loader:
         """The plans by which this process has loaded versions, as `PlanCache.plans` returns them."""
         return self._cache.plans()
 
-    def load(self, key: VersionKey, file: Path, folder: Path | None, config: ModelConfig) -> LoadedVersion:
+    def load(
+        self,
+        key: VersionKey,
+        file: Path,
+        folder: Path | None,
+        config: ModelConfig,
+        enter: Callable[[Phase], None] = lambda phase: None,
+        *,
+        beside: bool = False,
+    ) -> LoadedVersion:
         """Load `file` as version `key`; `folder` has its samples and labels.
+
+        `enter` is told each phase when it begins, and may raise LoadCancelled to end the load. `beside` says
+        that other versions serve meanwhile: the load leaves them the cores and the memory that they need.
 
         Raises LoadError, whose detail is the reason that `/models` shows.
         """
         began = self._clock()
-        self._check_size(file)
+        work = at_low_priority if beside else call_directly
+        enter(VERIFY)
+        self._check_size(file, beside=beside)
         backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
         source = _Source(file, folder, config, backend)
         devices = self._devices(source)
         options = self._options(source, devices[0])
-        copies, model, unfit = self._first_copy(source, options)
+        enter(LOAD)
+        copies, model, unfit = work(partial(self._first_copy, source, options))
         try:
             if unfit is not None:
                 devices, options = (CPU,), _for_cpu(options)
@@ -161,7 +178,8 @@ class Loader:
                 rows.insert(0, text.made_up_rows(text.unit))
             files = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
             content = _Content(text, image, rows, files)
-            plan, plan_file = self._plan(source, model, options, content)
+            plan, plan_file = work(partial(self._plan, source, model, options, content, enter))
+            enter(WARM)
             padding = make_padding(text, model, batched=plan.batched) if text is not None else None
             if options.device == CPU:
                 if plan.threads != 1:
@@ -173,8 +191,9 @@ class Loader:
             if image is not None and copies.takes_pixels:
                 image = image.without_normalisation()
                 codec_source = replace(codec_source, takes_pixels=True)
+            enter(CHECK_SAMPLES)
             for loaded in dict(copies.models).values():
-                check_samples(samples, loaded)
+                work(partial(check_samples, samples, loaded))
             pool = self._pool(key, config, plan, padding, copies, plan_file)
             for device, loaded in copies.models:
                 pool.start_instance(loaded, device)
@@ -201,10 +220,16 @@ class Loader:
         )
         return LoadedVersion(view, pool, copies, codec_source)
 
-    def _check_size(self, file: Path) -> None:
+    def _check_size(self, file: Path, *, beside: bool) -> None:
         """Raise LoadError for a file that cannot fit into memory, before all of it is read."""
-        limit = self._settings.memory_bytes or memory_limit().limit
+        memory = memory_limit()
+        limit = self._settings.memory_bytes or memory.limit
         size = file.stat().st_size
+        if beside and size > (free := max(0, limit - memory.held())):
+            raise LoadError(
+                f"{file.name} has {size} bytes; expected at most {free}, the memory that is free while the"
+                " other versions serve; unload one of them first"
+            )
         if size > limit:
             raise LoadError(
                 f"{file.name} has {size} bytes; expected at most {limit}, the memory of the server"
@@ -307,7 +332,12 @@ class Loader:
         )
 
     def _plan(
-        self, source: _Source, model: LoadedModel, options: LoadOptions, content: _Content
+        self,
+        source: _Source,
+        model: LoadedModel,
+        options: LoadOptions,
+        content: _Content,
+        enter: Callable[[Phase], None],
     ) -> tuple[Plan, Path | None]:
         """The plan that was kept for this model on this machine, or a new one, and where it is kept."""
         config, text = source.config, content.text
@@ -336,7 +366,7 @@ class Loader:
 
         graph = source.backend.read_rows(source.file, options) if constraints.batching else UNREAD
         prepare = prepare_run if options.device == CPU else _prepare_gpu_run()
-        plan = Planner(load, constraints, self._clock, prepare).make(model, content.rows, graph)
+        plan = Planner(load, constraints, self._clock, prepare, enter).make(model, content.rows, graph)
         self._cache.keep(plan_file, plan)
         return plan, plan_file
 

@@ -21,6 +21,7 @@ from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.errors import Reason, short_reason
 from inferpool.pool.buckets import choose_buckets, sizes_between
 from inferpool.pool.latency_model import Measurement
+from inferpool.repository.lifecycle import MEASURE, PROVE, Phase
 from inferpool.repository.load.batching_check import UNREAD, check_batching
 from inferpool.repository.load.batching_proof import BatchingProof, Fault, refuted
 from inferpool.repository.load.batching_remedies import Obstacle
@@ -97,12 +98,15 @@ class Planner:
         constraints: PlanConstraints,
         clock: Callable[[], float],
         prepare: PrepareRun = prepare_run,
+        enter: Callable[[Phase], None] = lambda phase: None,
     ) -> None:
         """`load(threads)` loads one more copy of the model, for that many threads a run.
 
         `prepare` prepares the runs that are timed if rows share runs, on the thread that makes the runs.
+        `enter` is told when the planner begins to prove, and to measure.
         """
         self._load = load
+        self._enter = enter
         self._prepare = prepare
         self._prepare_run = prepare
         self._constraints = constraints
@@ -119,10 +123,12 @@ class Planner:
         checked = model
         if graph.independence is Independence.INDEPENDENT and has_lists(model.signature):
             checked = ListsAsTables(model)
+        self._enter(PROVE)
         proof = refuted(Fault(Obstacle.TURNED_OFF, "turned off in model.toml"))
         if constraints.batching:
             proof = check_batching(checked, samples, graph)
         unproven = samples[0] if samples else {}
+        self._enter(MEASURE)
         try:
             plan, table = self._choose(model, proof, proof.timed_rows or unproven)
         except _Disproven as error:

@@ -1,0 +1,445 @@
+"""Makes versions what is wanted of them: loads them one after the other, and drains those that must go.
+
+One version loads at a time, so that measurements do not disturb one another. A load that does not end delays
+the next one for `health.PATIENCE_S` only. All decisions are made by `VersionLifecycle`; this module has the
+threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Final, Protocol
+
+from inferpool.errors import Conflict, InferpoolError, LoadCancelled, Reason
+from inferpool.pool.ports import VersionKey
+from inferpool.repository import health
+from inferpool.repository.jobs import (
+    CANCELLED,
+    DONE,
+    JOB_FAILED,
+    RUNNING,
+    Job,
+    JobKind,
+    JobState,
+    JobTable,
+    LoadTimes,
+)
+from inferpool.repository.lifecycle import (
+    BEGIN_LOAD,
+    CANCEL_LOAD,
+    FAILED,
+    QUEUED,
+    READY,
+    UNLOADED,
+    Phase,
+    VersionLifecycle,
+)
+from inferpool.repository.load.loader import LoadedVersion
+from inferpool.repository.version_source import VersionSource
+
+log = logging.getLogger(__name__)
+
+DRAIN: Final = "drain"
+"""The phase of a job that waits until a version has answered its last request."""
+
+
+class Host(Protocol):
+    """Does what the manager decides. All methods are called in threads of the manager."""
+
+    def load(self, key: VersionKey, source: VersionSource, enter: Callable[[Phase], None]) -> LoadedVersion:
+        """Load a version; `enter` is told each phase, and raises LoadCancelled. Raises LoadError."""
+
+    def serve(self, key: VersionKey, loaded: LoadedVersion) -> None:
+        """Let requests reach a version that is loaded, in place of what was loaded of it before."""
+
+    def discard(self, loaded: LoadedVersion) -> None:
+        """Free a version that was loaded in vain."""
+
+    def retire(self, key: VersionKey) -> None:
+        """Take requests away from a version, wait until its last one is answered, and free its memory."""
+
+    def show(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
+        """Publish what a version is now."""
+
+    def jobs_changed(self) -> None:
+        """Publish the jobs."""
+
+
+class _Load:
+    """A load under way, which has one result: whoever claims it first decides."""
+
+    def __init__(self, key: VersionKey, source: VersionSource, began: float) -> None:
+        self.key = key
+        self.source = source
+        self.began = began
+        self.cancelled = False
+        self._claim = threading.Lock()
+
+    def claim(self) -> bool:
+        """Whether the caller decides what becomes of the version: true once."""
+        return self._claim.acquire(blocking=False)
+
+
+class LoadManager:
+    """The lifecycles of all versions, and the threads that load and drain them.
+
+    All methods may be called in any thread.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+        load_timeout_s: float | None,
+    ) -> None:
+        """A load fails after `load_timeout_s`; None if the caller sees to it that none takes too long."""
+        self._host = host
+        self._clock = clock
+        self._load_timeout_s = load_timeout_s
+        self._changed = threading.Condition(threading.RLock())
+        self._lifecycles: dict[VersionKey, VersionLifecycle] = {}
+        self._loads: dict[VersionKey, _Load] = {}
+        self._jobs = JobTable(wall_clock)
+        self._times = LoadTimes()
+        self._on_settled: Callable[[], None] | None = None
+        self._unsettled = False
+        self._late_told = False
+        self._stopped = False
+        self._threads = 0
+        self._thread: threading.Thread | None = None
+
+    # What is wanted.
+
+    def want(self, key: VersionKey, source: VersionSource, *, retry: bool = False) -> None:
+        """Serve a version from `source`. A source that has failed is loaded again only with `retry`."""
+        with self._changed:
+            lifecycle = self._lifecycles.setdefault(key, VersionLifecycle())
+            lifecycle.want(source, retry=retry)
+            self._wake()
+
+    def unwant(self, key: VersionKey, keep_s: float = 0.0) -> None:
+        """Serve a version no more, after `keep_s` seconds in which it goes on serving."""
+        with self._changed:
+            lifecycle = self._lifecycles.get(key)
+            if lifecycle is not None:
+                lifecycle.unwant(self._clock() + keep_s)
+                self._wake()
+
+    def fail(self, key: VersionKey, source: VersionSource | str, reason: Reason) -> None:
+        """Take note that a version cannot be loaded; `source` is what cannot."""
+        with self._changed:
+            lifecycle = self._lifecycles.setdefault(key, VersionLifecycle())
+            lifecycle.fail(source, reason)
+            self._host.show(key, lifecycle)
+            self._wake()
+
+    def forget(self, key: VersionKey) -> None:
+        """Forget a version that is neither loaded nor wanted."""
+        # Without the lock, which the manager holds while it waits to publish.
+        self._lifecycles.pop(key, None)
+
+    def lifecycle(self, key: VersionKey) -> VersionLifecycle | None:
+        """The lifecycle of a version, only to be read; None if the manager does not know the version."""
+        return self._lifecycles.get(key)
+
+    def lifecycles(self) -> list[tuple[VersionKey, VersionLifecycle]]:
+        """All versions that the manager knows, with their lifecycles, which are only to be read."""
+        return list(self._lifecycles.items())
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether any thread loads, even one whose result is thrown away."""
+        return bool(self._threads)
+
+    def loading(self) -> dict[VersionKey, float]:
+        """The versions that load, with the moments at which their loads began."""
+        return {key: load.began for key, load in list(self._loads.items())}
+
+    # Jobs.
+
+    def jobs(self) -> list[Job]:
+        """All jobs that run, and the last ones that have ended, oldest first."""
+        # Without the lock: an engine publishes the jobs while a thread with the lock waits to publish.
+        return list(self._jobs)
+
+    def begin_job(self, kind: JobKind, model: str, asked: int | None, versions: Sequence[int]) -> Job:
+        """A job for versions whose lifecycles the caller has changed; the same one if it runs already."""
+        with self._changed:
+            job = self._jobs.begin(kind, model, asked, versions, self._clock(), self._times.expected(model))
+            self._wake()
+        self._host.jobs_changed()
+        return job
+
+    def cancel(self, job_id: str) -> Job | None:
+        """End a job that runs; its versions go on being what they are. None if there is no such job.
+
+        Raises Conflict if the job has ended, or if a version drains already.
+        """
+        with self._changed:
+            job = self._jobs.get(job_id)
+            if job is None:
+                return None
+            if job.state != RUNNING:
+                raise Conflict(f"job {job_id} has ended: {job.state}")
+            lifecycles = [self._lifecycles.get(VersionKey(job.model, number)) for number in job.versions]
+            known = [lifecycle for lifecycle in lifecycles if lifecycle is not None]
+            if job.kind == "unload" and any(lifecycle.actual != READY for lifecycle in known):
+                raise Conflict(f"job {job_id} cannot be cancelled: {job.model} is being unloaded already")
+            for lifecycle in known:
+                if lifecycle.served is not None:
+                    lifecycle.want(lifecycle.served)
+                else:
+                    lifecycle.unwant()
+            job = self._jobs.end(job, CANCELLED, "somebody has cancelled it")
+            self._wake()
+        self._host.jobs_changed()
+        return job
+
+    # The thread.
+
+    def start(self, on_settled: Callable[[], None]) -> None:
+        """Begin to load. `on_settled` is called, in a thread, whenever all versions are what is wanted.
+
+        It is also called when that is true of all versions but those whose loads take too long.
+        """
+        with self._changed:
+            self._on_settled = on_settled
+            self._unsettled = True
+            self._thread = threading.Thread(target=self._run, name="models", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Begin no load and no drain any more."""
+        with self._changed:
+            self._stopped = True
+            self._wake()
+
+    def _wake(self) -> None:
+        self._unsettled = True
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._stopped:
+                    return
+                now = self._clock()
+                acted = self._act(now)
+                ended = self._end_jobs()
+                settled = not acted and self._is_settled(now)
+            if ended:
+                self._host.jobs_changed()
+            if settled and self._on_settled is not None:
+                self._on_settled()
+            with self._changed:
+                if not (acted or settled or self._stopped):
+                    self._changed.wait(self._pause(now))
+
+    def _act(self, now: float) -> bool:
+        """Take every step that can be taken; returns whether there was one."""
+        acted = False
+        for key, lifecycle in list(self._lifecycles.items()):
+            step = lifecycle.step(now)
+            if step is None or (step == BEGIN_LOAD and not self._may_begin(now)):
+                continue
+            acted = True
+            if step == BEGIN_LOAD:
+                self._begin_load(key, lifecycle, now)
+            elif step == CANCEL_LOAD:
+                self._cancel_load(key, lifecycle)
+            else:
+                lifecycle.drain_begun()
+                self._host.show(key, lifecycle)
+                threading.Thread(target=self._retire, args=(key, lifecycle), daemon=True).start()
+        return acted
+
+    def _may_begin(self, now: float) -> bool:
+        """Whether no other load is under way, but those that take too long."""
+        return all(now - load.began >= health.PATIENCE_S for load in self._loads.values())
+
+    def _pause(self, now: float) -> float | None:
+        """How long nothing can happen unless somebody wakes the thread."""
+        moments = [load.began + health.PATIENCE_S for load in self._loads.values()]
+        moments += [
+            lifecycle.warm_until
+            for lifecycle in self._lifecycles.values()
+            if lifecycle.actual == READY and lifecycle.wanted is None
+        ]
+        later = [moment - now for moment in moments if moment > now]
+        return min(later) if later else None
+
+    def _is_settled(self, now: float) -> bool:
+        """Whether to call `on_settled` now; true once until something changes."""
+        if not self._unsettled:
+            return False
+        waiting = [key for key, lifecycle in self._lifecycles.items() if not lifecycle.settled]
+        if waiting:
+            late = [key for key in waiting if self._is_late(key, now)]
+            if len(late) < len(waiting) or self._late_told:
+                return False
+            self._late_told = True
+            return True
+        self._unsettled = self._late_told = False
+        return True
+
+    def _is_late(self, key: VersionKey, now: float) -> bool:
+        load = self._loads.get(key)
+        return load is not None and now - load.began >= health.PATIENCE_S
+
+    # Loads.
+
+    def _begin_load(self, key: VersionKey, lifecycle: VersionLifecycle, now: float) -> None:
+        source = lifecycle.wanted
+        assert isinstance(source, VersionSource)
+        for other in self._loads.values():
+            log.warning(
+                "%s/%d has been loading for %.0f s; the next models load beside it",
+                *other.key, now - other.began,
+            )  # fmt: skip
+        lifecycle.load_begun()
+        load = self._loads[key] = _Load(key, source, now)
+        self._times.entered(key, QUEUED, now)
+        self._host.show(key, lifecycle)
+        self._threads += 1
+        threading.Thread(target=self._load, args=(load, lifecycle), daemon=True).start()
+
+    def _cancel_load(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
+        lifecycle.cancel_begun()
+        load = self._loads[key]
+        load.cancelled = True
+        if load.claim():
+            self._end_load(load, ok=False)
+            lifecycle.cancelled()
+            log.info("%s/%d: the load is cancelled", *key)
+            self._host.show(key, lifecycle)
+
+    def _load(self, load: _Load, lifecycle: VersionLifecycle) -> None:
+        timer: threading.Timer | None = None
+        if self._load_timeout_s is not None:
+            timer = threading.Timer(self._load_timeout_s, self._give_up, (load, lifecycle))
+            timer.daemon = True
+            timer.start()
+        try:
+            loaded = self._host.load(load.key, load.source, partial(self._enter, load, lifecycle))
+        except InferpoolError as error:
+            self._fail(load, lifecycle, error.detail)
+        except BaseException as error:
+            # A model's code or a native library may raise SystemExit: that fails this version only.
+            if not load.cancelled:
+                log.exception("loading %s/%d", *load.key)
+            self._fail(load, lifecycle, f"loading failed with {type(error).__name__}: {error}")
+        else:
+            self._take(load, lifecycle, loaded)
+        finally:
+            if timer is not None:
+                timer.cancel()
+            with self._changed:
+                self._threads -= 1
+
+    def _enter(self, load: _Load, lifecycle: VersionLifecycle, phase: Phase) -> None:
+        with self._changed:
+            if load.cancelled:
+                raise LoadCancelled("the load was cancelled")
+            if self._loads.get(load.key) is not load:
+                return
+            now = self._clock()
+            lifecycle.entered(phase)
+            self._times.entered(load.key, phase, now)
+            changed = self._follow(load.key, phase, now)
+        if changed:
+            self._host.jobs_changed()
+
+    def _follow(self, key: VersionKey, phase: str, now: float) -> bool:
+        """Let the jobs that are about a version show its phase; returns whether there are any."""
+        about = [
+            job for job in self._jobs.running()
+            if job.kind == "load" and job.model == key.model and key.version in job.versions
+        ]  # fmt: skip
+        for job in about:
+            self._jobs.update(job, phase=phase, phase_began=now, expected=self._times.expected(job.model))
+        return bool(about)
+
+    def _take(self, load: _Load, lifecycle: VersionLifecycle, loaded: LoadedVersion) -> None:
+        with self._changed:
+            claimed = load.claim()
+            if claimed:
+                self._end_load(load, ok=True)
+                self._host.serve(load.key, loaded)
+                lifecycle.loaded()
+                self._host.show(load.key, lifecycle)
+                self._wake()
+        if not claimed:
+            log.warning("%s/%d is loaded, too late", *load.key)
+            self._host.discard(loaded)
+
+    def _fail(self, load: _Load, lifecycle: VersionLifecycle, reason: Reason) -> None:
+        with self._changed:
+            if load.claim():
+                self._end_load(load, ok=False)
+                log.error("%s/%d has failed: %s", *load.key, reason)
+                lifecycle.load_failed(reason)
+                self._host.show(load.key, lifecycle)
+                self._wake()
+
+    def _give_up(self, load: _Load, lifecycle: VersionLifecycle) -> None:
+        """Fail a version that is still loading. Nothing can end its thread, whose result is thrown away."""
+        limit_s = self._load_timeout_s
+        self._fail(load, lifecycle, f"loading takes longer than {limit_s:g} s; --load-timeout-s allows more")
+
+    def _end_load(self, load: _Load, *, ok: bool) -> None:
+        self._times.ended(load.key, self._clock(), ok=ok)
+        del self._loads[load.key]
+
+    def _retire(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
+        try:
+            self._host.retire(key)
+        except Exception:
+            log.exception("unloading %s/%d", *key)
+        with self._changed:
+            lifecycle.drained()
+            self._host.show(key, lifecycle)
+            self._wake()
+
+    # The ends of jobs.
+
+    def _end_jobs(self) -> bool:
+        """End the jobs whose versions are through; returns whether any job has changed."""
+        changed = False
+        for job in self._jobs.running():
+            keys = [VersionKey(job.model, number) for number in job.versions]
+            known = {key: self._lifecycles.get(key) for key in keys}
+            ended = self._outcome(job, [lifecycle for lifecycle in known.values() if lifecycle is not None])
+            if ended is not None:
+                self._jobs.end(job, *ended)
+                changed = True
+            elif job.kind == "load":
+                through = sum(lifecycle is not None and lifecycle.settled for lifecycle in known.values())
+                if through != job.loaded:
+                    self._jobs.update(job, loaded=through)
+                    changed = True
+            elif job.phase != DRAIN:
+                self._jobs.update(job, phase=DRAIN, phase_began=self._clock())
+                changed = True
+        return changed
+
+    @staticmethod
+    def _outcome(job: Job, lifecycles: Collection[VersionLifecycle]) -> tuple[JobState, Reason] | None:
+        """How a job has ended; None if it runs on."""
+        if job.kind == "unload":
+            if any(lifecycle.wanted is not None for lifecycle in lifecycles):
+                return CANCELLED, "a later request wants the version"
+            gone = all(
+                lifecycle.actual in (UNLOADED, FAILED) and lifecycle.loading is None
+                for lifecycle in lifecycles
+            )
+            return (DONE, "") if gone else None
+        if any(lifecycle.wanted is None for lifecycle in lifecycles) or not lifecycles:
+            return CANCELLED, "the version is no longer wanted"
+        if not all(lifecycle.settled for lifecycle in lifecycles):
+            return None
+        reasons = [lifecycle.reason for lifecycle in lifecycles if not lifecycle.succeeded]
+        return (JOB_FAILED, "; ".join(filter(None, reasons))) if reasons else (DONE, "")
