@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.docker import images
+from tests.docker.containers import has_this_python
 from tests.server import Server
 
 HAS_COMPILER = shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -84,22 +86,35 @@ def plain_environ(**own: str) -> dict[str, str]:
     return kept | own
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel that is built from the sources as a user of pip builds it."""
-    source = tmp_path_factory.mktemp("source")
-    target = tmp_path_factory.mktemp("wheel")
+def build_wheel(folder: Path, compiled: str) -> Path:
+    """Build a wheel from the sources as a user of pip builds it, in an environment that pip makes."""
+    source = folder / "source"
+    source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     shutil.copytree(ROOT / "service", source / "service", ignore=ignored)
     run = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(target), str(source)],
-        env=plain_environ(INFERPOOL_COMPILED="1"), capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)],
+        env=plain_environ(INFERPOOL_COMPILED=compiled), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    [file] = target.glob("*.whl")
+    [file] = folder.glob("*.whl")
     return file
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the container image if it fits this Python; else a wheel that pip builds.
+
+    Compiling takes a minute of CPU time, and the tests of the image need its wheel in any case.
+    """
+    folder = tmp_path_factory.mktemp("wheel")
+    if not images.missing():
+        base = images.build_base()
+        if has_this_python(base):
+            return images.copy_wheel(base, folder)
+    return build_wheel(folder, "1")
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +150,18 @@ def test_the_wheel_has_one_package_and_its_licence(wheel: Path) -> None:
     assert "inferpool/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith(".c") or "/tests/" in name]
+
+
+def test_pip_builds_the_same_wheel_without_compiling(wheel: Path, tmp_path: Path) -> None:
+    """The build requirements are complete; without mypyc the wheel has the same sources and the C modules."""
+    sources: set[str] = set()
+    libraries: set[str] = set()
+    with zipfile.ZipFile(build_wheel(tmp_path, "0")) as archive:
+        for name in archive.namelist():
+            (libraries if name.endswith(".so") else sources).add(name)
+    with zipfile.ZipFile(wheel) as archive:
+        assert sources == {name for name in archive.namelist() if not name.endswith(".so")}
+    assert {Path(name).name.split(".")[0] for name in libraries} == {"_json_numbers", "_socketio"}
 
 
 def test_every_module_of_the_hot_path_is_compiled(wheel: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sysconfig
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,12 @@ class Container(Server):
 def run_once(image: str, *command: str, options: Sequence[str] = ()) -> str:
     """Return the output of a command in a container of its own, confined like a server."""
     return podman("run", "--rm", *CONFINED, *options, f"--entrypoint={json.dumps(list(command))}", image)
+
+
+def has_this_python(image: str) -> bool:
+    """Return whether a compiled wheel of the image fits the Python that runs the tests."""
+    script = "import sysconfig; print(sysconfig.get_config_var('SOABI'))"
+    return run_once(image, "python3", "-c", script) == sysconfig.get_config_var("SOABI")
 
 
 def _status(pid: int) -> dict[str, str]:

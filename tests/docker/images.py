@@ -6,6 +6,8 @@ mirrors: apt's sources and proxies, and the trusted certificates.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +48,21 @@ def podman(*arguments: str | Path, timeout_s: float = 60) -> str:
     return run.stdout.strip()
 
 
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let no other process of the tests build meanwhile, so that it finds the finished layers."""
+    with Path(tempfile.gettempdir(), "inferpool-tests-images.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build_base() -> str:
     """Return the name of the Python base; it is made again only when its recipe has changed."""
+    with one_at_a_time():
+        return _build_base()
+
+
+def _build_base() -> str:
     sources, proxies = _sources(), _proxies()
     recipe = json.dumps([sources, proxies, BUNDLE.read_text(), PACKAGES])
     name = f"localhost/inferpool-tests-python:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
@@ -77,7 +93,7 @@ def build_base() -> str:
 def build(target: str, base: str, models: str = "") -> str:
     """Build a target of the Dockerfile, with a folder of models in the image or without; return its name."""
     name = f"localhost/inferpool-tests:{'-'.join(filter(None, (target, models)))}"
-    with tempfile.NamedTemporaryFile("w", suffix=".conf") as secret:
+    with one_at_a_time(), tempfile.NamedTemporaryFile("w", suffix=".conf") as secret:
         secret.write(_pip_conf())
         secret.flush()
         podman(
@@ -96,6 +112,17 @@ def build(target: str, base: str, models: str = "") -> str:
             timeout_s=400,
         )
     return name
+
+
+def copy_wheel(base: str, folder: Path) -> Path:
+    """Build the stage of the Dockerfile that compiles the wheel, and copy the wheel into `folder`."""
+    container = podman("create", build("code", base), "true")
+    try:
+        podman("cp", f"{container}:/build/wheel/.", folder)
+    finally:
+        podman("rm", container)
+    [wheel] = folder.glob("*.whl")
+    return wheel
 
 
 def _codename() -> str:
