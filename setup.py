@@ -30,11 +30,11 @@ HOT_PATH = [
         "request_head", "request_id", "request_metrics", "resolver", "response", "results",
         "served_version")),
     *(f"{SOURCE}/http/{name}.py" for name in (
-        "access/caller", "accept_headers", "native/api", "native/bodies", "v2/api")),
+        "access/caller", "access/tenants", "accept_headers", "native/api", "native/bodies", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
         "admission", "audit", "batch", "completion", "entry_queue", "fair_shares", "instance", "instance_set",
         "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats",
-        "waiting_entries")),
+        "token_buckets", "waiting_entries")),
     *(f"{SOURCE}/engine/{name}.py" for name in (
         "arena", "channel", "client", "client_router", "engine_port", "records", "tensor_layouts")),
     *(f"{SOURCE}/wire/{name}.py" for name in (

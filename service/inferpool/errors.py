@@ -194,6 +194,12 @@ class QueueFull(Refused):
     code = "queue_full"
 
 
+class RateLimited(Refused):
+    """The tenant of the request's key has sent as many requests or rows as it may."""
+
+    code = "rate_limited"
+
+
 class NotReady(Refused):
     """The version is loading, has failed, or has lost its instances."""
 

@@ -577,7 +577,8 @@ class EngineClient:
         self._outgoing += OFFER_FIELDS.pack(
             length, OFFER, flags, len(request_id), min(entry.priority, 0x7FFFFFFF), number, entry.rows,
             len(pending.parts), entry.id, pending.offset, pending.nbytes, pending.outputs_at, entry.nbytes,
-            entry.arrived, entry.deadline, entry.row_load,
+            entry.arrived, entry.deadline, entry.row_load, entry.tenant, entry.share,
+            min(entry.rank, 0x7FFFFFFF),
         )  # fmt: skip
         if tail:
             self._outgoing += tail

@@ -36,6 +36,7 @@ from inferpool.engine.records import (
     LAYOUT_FIELDS,
     MOST_ID,
     MOST_ROWS,
+    MOST_TENANT,
     NEED,
     NEED_FIELDS,
     OFFER,
@@ -185,6 +186,13 @@ class _Connection:
         del self.outgoing[:count]
         self.waits_to_write = True
         return True
+
+
+def _mark(entry: Entry, tenant: int, share: float, rank: int) -> None:
+    """Make an entry one of a tenant's."""
+    entry.tenant = tenant
+    entry.share = share
+    entry.rank = rank
 
 
 class EnginePort:
@@ -570,7 +578,7 @@ class EnginePort:
             raise ProtocolError(f"an offer of {length} bytes came")
         (
             _, _, flags, id_bytes, priority, number, rows, parts, web_id, offset, nbytes, outputs_at,
-            input_bytes, arrived, deadline, row_load,
+            input_bytes, arrived, deadline, row_load, tenant, share, rank,
         ) = OFFER_FIELDS.unpack_from(buffer, at)  # fmt: skip
         arena = connection.arena
         end = at + length
@@ -585,6 +593,8 @@ class EnginePort:
             or not deadline > -math.inf
             or not 0 <= row_load < math.inf
             or not -math.inf < arrived < math.inf
+            or tenant >= MOST_TENANT
+            or not 0 < share < math.inf
         ):
             raise ProtocolError(f"an offer of entry {web_id} with impossible numbers came")
         entry_id = connection.serial << _ID_BITS | web_id
@@ -597,6 +607,8 @@ class EnginePort:
                 connection, bytes(buffer[at:end]), parts, entry_id, (offset, outputs_at), input_bytes,
                 (arrived, deadline), priority, row_load, request_id,
             )  # fmt: skip
+            for part in entry.parts:
+                _mark(part.entry, tenant, share, rank)
             if entry.rows != rows:
                 raise ProtocolError(f"entry {web_id} has {rows} rows, and parts of {entry.rows} rows")
         else:
@@ -620,6 +632,7 @@ class EnginePort:
             )
             entry.mark = arena.memory
             entry.mark_at = offset
+        _mark(entry, tenant, share, rank)
         offered = _Offered(connection, web_id, entry, flags, offset + outputs_at, offset + nbytes)
         if flags & SUSPECT:
             self._suspects[entry_id] = offered

@@ -13,7 +13,7 @@ from typing import Any, Final
 from inferpool.errors import InferpoolError, InternalError, Refused
 
 MAGIC: Final = b"IPCH"
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """The version of the records; both sides come from one installation, so a difference is an error."""
 
 HEAD: Final = Struct("<IB")
@@ -23,6 +23,8 @@ MOST_BYTES: Final = 64 * 1024 * 1024
 """No record is longer."""
 INLINE_BYTES: Final = 4096
 """Outputs of at most so many bytes travel in the record of their result."""
+MOST_TENANT: Final = 1 << 48
+"""Numbers of tenants are smaller."""
 MOST_ID: Final = 1 << 40
 """Entry ids are smaller."""
 MOST_ROWS: Final = 1 << 24
@@ -43,10 +45,10 @@ HELLO_FIELDS: Final = Struct("<IB3x4sHHQQ")
 """Length, kind, magic, protocol, web process, epoch, bytes of the arena. The first record of either side."""
 LAYOUT_FIELDS: Final = Struct("<IB3xI")
 """Length, kind, number; then the layout as JSON. A number that is used again stands for the new layout."""
-OFFER_FIELDS: Final = Struct("<IBBHiIIIQQQQQddd")
+OFFER_FIELDS: Final = Struct("<IBBHiIIIQQQQQdddQdi")
 """Length, kind, flags, bytes of the request id, priority, layout, rows, parts, entry, offset and bytes of the
-block, where in the block outputs begin, bytes of the inputs, arrived, deadline, row load. Then come the
-request id and the parts."""
+block, where in the block outputs begin, bytes of the inputs, arrived, deadline, row load; the tenant, its
+share, and the priority before those of other tenants. Then come the request id and the parts."""
 PART_FIELDS: Final = Struct("<IIIIQQQd")
 """Of a part of an entry: flags, layout, rows, nothing, entry, where in the block its inputs begin, bytes of
 the inputs, row load; then the row indices, 4 bytes each."""

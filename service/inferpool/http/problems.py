@@ -32,6 +32,7 @@ STATUSES: Final[Mapping[str, int]] = {
     "invalid_input": 422,
     "model_rejected": 422,
     "queue_full": 429,
+    "rate_limited": 429,
     "internal_error": 500,
     "model_failed": 500,
     "model_crashed": 500,

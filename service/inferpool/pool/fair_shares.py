@@ -2,10 +2,10 @@
 
 Pure policy, like the queue that uses it. It exists only while entries of several tenants come.
 
-Each tenant has a clock: the seconds that its rows have run, divided by its share. Among the tenants whose
-first entries have the same priority, the one whose clock shows least is next, for the leader of a batch and
-for each entry that joins it. A batch therefore mixes tenants in proportion to their shares. Rows are charged
-with their expected time when they are taken; once the batch has run, the measured time replaces it.
+Each tenant has a clock: the seconds that its rows have run, divided by its share. The tenant whose clock
+shows least is next, for the leader of a batch and for each entry that joins it, so that a batch mixes tenants
+in proportion to their shares. Only entries of a higher rank go first, if a tenant may use such a priority.
+Rows are charged with their expected time when they are taken, and with the measured time after the run.
 
 No time is kept for a tenant that has nothing to run: others use it, and its clock goes on with theirs. If it
 sends again, it is next at once, but has saved nothing. Each tenant may fill its part of the queue alone.
@@ -245,8 +245,8 @@ class FairShares:
 def _precedes(
     tenant: TenantEntries, slot: QueueSlot, other: TenantEntries, other_slot: QueueSlot, by_age: bool
 ) -> bool:
-    if not by_age and slot.entry.priority != other_slot.entry.priority:
-        return slot.entry.priority < other_slot.entry.priority
+    if not by_age and slot.entry.rank != other_slot.entry.rank:
+        return slot.entry.rank < other_slot.entry.rank
     return tenant.clock_s < other.clock_s
 
 

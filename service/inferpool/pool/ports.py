@@ -47,12 +47,13 @@ class Entry:
             pool runs in the web process. An instance writes 1 at `mark_at` before it runs the entry.
         mark_at: index of the entry's byte in `mark`.
         tenant: a number for whoever sent the request; 0 without tenants.
+        rank: the priority that the entry has before those of other tenants.
         share: the tenant's share of the instances, relative to the shares of other tenants.
     """
 
     __slots__ = (
         "arrived", "deadline", "group", "id", "inputs", "key", "mark", "mark_at", "nbytes", "outputs",
-        "part_of", "parts", "priority", "request_id", "row_load", "rows", "share", "tenant",
+        "part_of", "parts", "priority", "rank", "request_id", "row_load", "rows", "share", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -79,7 +80,7 @@ class Entry:
         self.nbytes = nbytes
         self.arrived = arrived
         self.deadline = deadline
-        self.priority = priority
+        self.priority = self.rank = priority
         self.outputs = outputs
         self.row_load = row_load
         self.request_id = request_id

@@ -51,6 +51,7 @@ def split_entry(entry_id: int, parts: Sequence[Part]) -> Entry:
     )
     whole.tenant = first.tenant
     whole.share = first.share
+    whole.rank = first.rank
     return whole
 
 

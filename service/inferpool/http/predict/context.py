@@ -7,6 +7,7 @@ from typing import Final
 
 from inferpool.codecs.text import Rows
 from inferpool.http.access.caller import NOBODY, Caller
+from inferpool.http.access.tenants import Tenant
 from inferpool.http.predict.api import InferenceApi, Options
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.request_id import new_request_id
@@ -32,6 +33,7 @@ class PredictContext:
         input_bytes: bytes of its tensors, if a thread has counted them; else 0.
         answer_bytes: those of the reserved bytes that are for a large answer.
         open_answer: whether only the outputs tell how large the answer is.
+        tenant: to whom the caller's key belongs; None while the server has no keys.
         client: the client for which the large answer is counted.
         offloaded_bytes: size of the body while a background thread decodes it, else 0.
         offloaded_text: whether these bytes count as text that waits to be encoded.
@@ -45,7 +47,7 @@ class PredictContext:
     __slots__ = (
         "abandoned", "answer_bytes", "api", "began", "caller", "client", "decode_s", "decoded_bytes",
         "entry", "head", "input_bytes", "offloaded_bytes", "offloaded_text", "open_answer", "options",
-        "recorded", "request_id", "reserved_bytes", "served", "texts",
+        "recorded", "request_id", "reserved_bytes", "served", "tenant", "texts",
     )  # fmt: skip
 
     def __init__(self, api: InferenceApi, head: RequestHead, began: float) -> None:
@@ -54,6 +56,7 @@ class PredictContext:
         self.began = began
         self.request_id = head.given_id or new_request_id()
         self.caller: Caller = NOBODY
+        self.tenant: Tenant | None = None
         self.options = _NO_OPTIONS
         self.decode_s = 0.0
         self.reserved_bytes = self.decoded_bytes = self.input_bytes = self.answer_bytes = 0

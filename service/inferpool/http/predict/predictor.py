@@ -24,6 +24,7 @@ from typing import Final
 from inferpool.allowance import Allowance
 from inferpool.errors import Draining, InferpoolError, InternalError, InvalidInput, NotReady
 from inferpool.http.access.gate import model_forbidden
+from inferpool.http.access.tenants import Tenants
 from inferpool.http.predict.api import Data, Encoded
 from inferpool.http.predict.body_buffer import too_large
 from inferpool.http.predict.budget import BodyAllowance, ByteBudget
@@ -67,6 +68,7 @@ class Predictor:
         in_flight: how many requests there are.
         offloader: decides which bodies are decoded in a background thread.
         resolver: finds versions.
+        tenants: to whom keys belong; None while the server has no keys.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Predictor:
         self.in_flight = InFlight()
         self.offloader = DecodeOffloader(catalog)
         self.resolver = Resolver(catalog, metrics)
+        self.tenants: Tenants | None = None
         self._inbox = inbox
         self._release_outputs = release
         self._results = results
@@ -106,8 +109,12 @@ class Predictor:
 
         The `received` bytes of a body that is complete are reserved; other bodies only need room.
 
-        Raises ModelNotFound, VersionNotFound, BodyTooLarge, QueueFull, NotReady, Overloaded or Draining.
+        Raises ModelNotFound, VersionNotFound, BodyTooLarge, RateLimited, QueueFull, NotReady, Overloaded or
+        Draining.
         """
+        if self.tenants is not None:
+            context.tenant = self.tenants.of(context.caller.tenant)
+            context.tenant.admit(self.clock())
         if self.in_flight.draining:
             raise Draining("the server is shutting down; send the request to another server")
         head = context.head
@@ -116,7 +123,8 @@ class Predictor:
             raise too_large(self.max_body_bytes)
         if head.model is not None:
             served = context.served = self.resolver.find(head.model, head.version)
-            self._inbox.refuse_early(served.view.key, 0)
+            tenant = 0 if context.tenant is None else context.tenant.number
+            self._inbox.refuse_early(served.view.key, tenant)
         if received:
             self.budget.reserve(context, received)
         else:
@@ -177,7 +185,7 @@ class Predictor:
         `then` is called once with the result, on the event loop, unless `abandon` is called before. A large
         answer is counted for `client`, its address.
 
-        Raises InvalidInput, QueueFull, DeadlineExceeded, NotReady, Overloaded or Draining.
+        Raises InvalidInput, RateLimited, QueueFull, DeadlineExceeded, NotReady, Overloaded or Draining.
         """
         served = context.served
         assert served is not None  # `decode` found it
@@ -192,6 +200,8 @@ class Predictor:
             entry = split_entry(next(self._entry_ids), parts)
         if served.open_answer or entry.rows * served.row_answer_bytes > COUNTED_ANSWER_BYTES:
             self._reserve_answer(context, served, tensors, entry.rows, client)
+        if context.tenant is not None:
+            context.tenant.take_rows(entry.rows, now)
         self._results.subscribe(entry.id, then)
         try:
             if entry.rows:
@@ -205,6 +215,8 @@ class Predictor:
             return self.submit(context, tensors, then, client)
         except BaseException:
             self._results.unsubscribe(entry.id)
+            if context.tenant is not None:
+                context.tenant.give_rows_back(entry.rows)
             raise
         context.entry = entry
         self.in_flight.accepted += 1
@@ -315,6 +327,8 @@ class Predictor:
         now = self.clock()
         total_s = now - context.began
         served.metrics.succeeded(entry.rows, context.decode_s, encode_s, total_s, now, result)
+        if context.tenant is not None:
+            context.tenant.succeeded(entry.rows, result)
         headers = [
             *encoded.headers,
             (b"x-request-id", context.request_id.encode("latin-1")),
@@ -337,6 +351,8 @@ class Predictor:
         now = self.clock()
         total_s = now - context.began
         self.resolver.metrics_of(context).failed(status, total_s)
+        if context.tenant is not None:
+            context.tenant.ended(status)
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
         headers = [
             (b"content-type", context.api.problem_type),
@@ -443,7 +459,7 @@ class Predictor:
         size = context.input_bytes if not context.texts else 0
         size = size or sum(map(_bytes_of, tensors.values()))
         group, row_load = served.group(entry_id, tensors, rows)
-        return Entry(
+        entry = Entry(
             entry_id,
             served.view.key,
             tensors,
@@ -458,6 +474,9 @@ class Predictor:
             row_load,
             context.request_id,
         )
+        if context.tenant is not None:
+            context.tenant.mark(entry)
+        return entry
 
 
 class LargeAnswer:
