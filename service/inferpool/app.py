@@ -14,6 +14,7 @@ from inferpool.backends.registry import describe_backends
 from inferpool.engine.supervisor import replace_process
 from inferpool.http.access.cors import make_cors
 from inferpool.http.access.make_gate import check_exposure, make_gate
+from inferpool.http.access.tenants_file import make_tenants
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
@@ -57,7 +58,8 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
 
 def _supervise(listener: socket.socket, path: Path, settings: Settings) -> NoReturn:
     """Serve from several processes. This one becomes their parent, and imports nothing else."""
-    make_gate(settings, time.monotonic, Metrics({}))  # so that wrong keys are reported here
+    gate, _ = make_gate(settings, time.monotonic, Metrics({}))  # so that wrong keys are reported here
+    make_tenants(settings.tenants_file, gate.enabled, Metrics({}))
     system = this_system(settings.memory_bytes)
     derive = not settings.in_flight_bytes
     settings = with_memory(settings, system)
@@ -93,6 +95,7 @@ def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines
     )
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive)
     gate, key_sources = make_gate(settings, time.monotonic, metrics)
+    predictor.tenants, tenant_sources = make_tenants(settings.tenants_file, gate.enabled, metrics)
     shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
@@ -106,7 +109,7 @@ def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines
         metrics,
         memory,
         settings,
-        key_sources,
+        [*key_sources, *tenant_sources],
     )
     server.run(sockets=[listener])
     if spans is not None:

@@ -136,6 +136,11 @@ class Settings(BaseModel):
     required_models: tuple[str, ...] = Field(
         default=(), description="Models that must be ready before the server is ready, separated by commas."
     )
+    tenants_file: Path | None = Field(
+        default=None,
+        description="TOML file of tenants: their shares, rates and priorities; it is read again when it"
+        " changes. Keys say to which tenant a request belongs.",
+    )
     keys_file: Path | None = Field(
         default=None,
         description="File of keys, which `inferpool key new` writes. With it every request but those for"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import mmap
 import os
 import socket
 import sys
@@ -22,6 +23,7 @@ from inferpool.engine.spawn import begin_child
 from inferpool.errors import ConfigError, NotReady
 from inferpool.http.access.cors import make_cors
 from inferpool.http.access.make_gate import make_gate
+from inferpool.http.access.tenants_file import make_tenants
 from inferpool.http.application import make_application
 from inferpool.http.connection.acceptor import Acceptor, ConnectionCounts
 from inferpool.http.connection.batched_reads import ReadBatcher
@@ -37,6 +39,7 @@ from inferpool.observe.metrics import Metrics
 from inferpool.observe.regions import Regions
 from inferpool.observe.spans import make_spans
 from inferpool.pool.ports import VersionKey
+from inferpool.pool.token_buckets import MEMORY_BYTES
 from inferpool.repository.catalog import LOADING
 from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.remote_catalog import RemoteCatalog
@@ -260,7 +263,7 @@ def main() -> int:
     control = begin_child("inferpool-web", OOM_SCORE)
     start = control.wait()
     facts = start.values
-    listener, counts, metrics_file = start.descriptors
+    listener, counts, metrics_file, rates = start.descriptors
     settings = Settings.model_validate(facts["settings"])
     log_lines = configure_logs(settings.log_level, settings.log_format, process=f"web-{facts['web']}")
     keep_freed_memory()
@@ -292,6 +295,10 @@ def main() -> int:
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=facts["derive"], share=facts["webs"])
     try:
         gate, key_sources = make_gate(settings, time.monotonic, metrics)
+        buckets = memoryview(mmap.mmap(rates, MEMORY_BYTES)).cast("d")
+        predictor.tenants, tenant_sources = make_tenants(
+            settings.tenants_file, gate.enabled, metrics, buckets
+        )
     except ConfigError as error:
         control.send("refused", {"reason": error.detail})
         return 1
@@ -312,7 +319,7 @@ def main() -> int:
         metrics,
         memory,
         settings,
-        key_sources,
+        [*key_sources, *tenant_sources],
     )
     if facts["web"] == 1:
         report_installation()

@@ -34,6 +34,7 @@ from inferpool.engine.spawn import SUPERVISED, Child, name_process, spawn
 from inferpool.observe.families import CPU_SECONDS
 from inferpool.observe.logs import configure_logs
 from inferpool.observe.regions import Region, make_regions, read_beat
+from inferpool.pool.token_buckets import MEMORY_BYTES
 
 log = logging.getLogger("inferpool.engine.supervisor")
 
@@ -145,6 +146,7 @@ class Supervisor:
         self._announced = False
         self._failed_starts = 0
         self._counts = memory_file("inferpool-connections", 4 * len(self._webs))
+        self._rates = memory_file("inferpool-rates", MEMORY_BYTES)
         slots = 1 + len(self._webs) + ENGINE_SLOTS
         self._metrics = make_regions(slots)
         self._region = Region(self._metrics, 0)
@@ -208,7 +210,7 @@ class Supervisor:
                 "info": self._info,
                 "slot": web.number,
             },
-            [self._listener.fileno(), self._counts, self._metrics],
+            [self._listener.fileno(), self._counts, self._metrics, self._rates],
             wait=False,
         )
         self._watch(child, lambda message: self._hear_web(web, message), lambda: self._web_ended(web))
