@@ -91,7 +91,7 @@ def test_metrics_and_tenants_are_bounded() -> None:
     made.of("").ended(401)
     text = metrics.render("text/plain")[0].decode()
     lines = [line for line in text.splitlines() if line.startswith("inferpool_tenant_requests_total{")]
-    assert len(lines) == MOST_LABELS + 1
+    assert len(lines) == MOST_LABELS + 2
     assert f'tenant="{OTHER_TENANTS}",code="200"}} {2.0 * MOST_TENANTS - MOST_LABELS}' in text
     assert made.of("a").number == made.of("b").number, "the rest are one tenant"
 
