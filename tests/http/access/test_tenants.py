@@ -13,8 +13,8 @@ from inferpool.http.access.tenants import (
     MOST_LABELS,
     MOST_TENANTS,
     OTHER_TENANTS,
-    Tenants,
     TenantLimits,
+    Tenants,
     TenantTable,
     number_of,
 )

@@ -1,0 +1,109 @@
+"""Tenants through the real door: rates that hold for all processes, and a flood that stays alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+
+import pytest
+
+from benchmarks.fairness import Load, percentile, run_loads
+from tests.conftest import Serve
+from tests.http.access.keys import KeyFile
+from tests.server import Server
+
+BODY = json.dumps({"inputs": {"x": [[1.0] * 4]}}).encode()
+ROWS = json.dumps({"inputs": {"x": [[1.0] * 4] * 8}}).encode()
+
+TENANTS = """
+[tenants.slow]
+requests_per_s = 4
+
+[tenants.narrow]
+rows_per_s = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
+    file = KeyFile(tmp_path_factory.mktemp("keys") / "keys.toml")
+    for tenant in ("slow", "narrow", "one", "two"):
+        file.add(tenant, "predict", tenant=tenant)
+    file.add("metrics", "metrics")
+    return file
+
+
+@pytest.fixture(scope="module", params=["in-process", "process"])
+def server(
+    request: pytest.FixtureRequest,
+    module_serve: Serve,
+    tmp_path_factory: pytest.TempPathFactory,
+    keys: KeyFile,
+) -> Server:
+    folder = tmp_path_factory.mktemp("repository")
+    (folder / "m" / "1").mkdir(parents=True)
+    (folder / "m" / "1" / "model.chaos").write_text('{"run_ms": 8, "row_ms": 0.5}')
+    (folder / "m" / "model.toml").write_text("[batching]\nmax_rows = 16\n")
+    limits = folder.parent / f"{request.param}-tenants.toml"
+    limits.write_text(TENANTS)
+    processes = () if request.param == "in-process" else ("--engine", "process", "--web-processes", "2")
+    flags = ("--keys-file", str(keys.path), "--tenants-file", str(limits), "--queue-ms", "100", *processes)
+    return module_serve(folder, *flags)
+
+
+def total(server: Server, keys: KeyFile, name: str, **labels: str) -> float:
+    text = server.get("/metrics", headers=keys.bearer("metrics")).text
+    found = 0.0
+    for line in text.splitlines():
+        if line.startswith(f"inferpool_{name}{{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
+            found += float(line.split()[-1])
+    return found
+
+
+def test_a_rate_holds_for_all_processes_and_says_exactly_when_to_come_back(
+    server: Server, keys: KeyFile
+) -> None:
+    began = time.monotonic()
+    # Each on a connection of its own, so that all web processes see some.
+    answers = [server.post("/predict/m", content=BODY, headers=keys.bearer("slow")) for _ in range(12)]
+    taken = sum(answer.status_code == 200 for answer in answers)
+    assert 4 <= taken <= 5 + 4 * (time.monotonic() - began)
+    refused = answers[-1]
+    if refused.status_code == 200:
+        pytest.skip("the machine is too slow to send faster than the rate")
+    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+    wait_ms = refused.json()["retry_after_ms"]
+    assert refused.headers["retry-after"] == str(math.ceil(wait_ms / 1000))
+    assert 0 < wait_ms <= 250
+    time.sleep(wait_ms / 1000)  # as a client would
+    again = server.post("/predict/m", content=BODY, headers=keys.bearer("slow"))
+    assert again.status_code == 200
+    assert total(server, keys, "tenant_requests_total", tenant="slow", code="200") == taken + 1
+    assert total(server, keys, "tenant_requests_total", tenant="slow", code="429") == 12 - taken
+
+
+def test_rows_have_a_rate_too(server: Server, keys: KeyFile) -> None:
+    assert server.post("/predict/m", content=ROWS, headers=keys.bearer("narrow")).status_code == 200
+    refused = server.post("/v2/models/m/infer", content=_v2(8), headers=keys.bearer("narrow"))
+    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+    assert total(server, keys, "tenant_rows_total", tenant="narrow") == 8
+    assert total(server, keys, "tenant_compute_seconds_total", tenant="narrow") > 0
+
+
+def _v2(rows: int) -> bytes:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [rows, 4], "data": [1.0] * 4 * rows}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+def test_a_flood_stays_alone(server: Server, keys: KeyFile) -> None:
+    usual = [Load("one", keys.keys["one"], 250.0), Load("two", keys.keys["two"], 250.0)]
+    flood = [Load("one", keys.keys["one"], 250.0), Load("two", keys.keys["two"], 2500.0)]
+    before, after = (asyncio.run(run_loads(server.port, BODY, loads, 2.0)) for loads in (usual, flood))
+    # A busy machine delays its requests until they come as a flood of their own.
+    assert after["one"].statuses[200] > 0.85 * after["one"].statuses.total(), "only the flood is refused"
+    assert after["two"].statuses[429] > 0
+    # Bounds for a busy machine; benchmarks/fairness.py has the figures of a quiet one.
+    assert percentile(after["one"].seconds, 0.5) < 3 * percentile(before["one"].seconds, 0.5) + 0.03
+    assert after["two"].statuses[200] > 250, "what others leave is used"
