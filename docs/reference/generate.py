@@ -43,6 +43,7 @@ REMEDIES: Final = {
     "invalid_input": "Compare `expected` with `got`; `tensor` or `field` says where.",
     "model_rejected": "Change the input; `detail` has the operation and the runtime's reason.",
     "queue_full": "Try again after `Retry-After`.",
+    "conflict": "Do what the answer says, or wait for the job that is under way.",
     "rate_limited": "Try again after `Retry-After`; see [tenants](../tenants.md).",
     "internal_error": "Look into the log for the `request_id`, and report the defect.",
     "model_failed": "Look into the log for the `request_id`.",
