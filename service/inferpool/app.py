@@ -27,6 +27,7 @@ from inferpool.observe.logs import AccessLog, LineHandler
 from inferpool.observe.metrics import Metrics
 from inferpool.observe.spans import make_spans
 from inferpool.repository.catalog import Catalog
+from inferpool.repository.local_admin import LocalAdmin
 from inferpool.repository.repository import Repository
 from inferpool.server import InProcessServer, listen
 from inferpool.settings import Settings
@@ -99,7 +100,7 @@ def _serve_on(listener: socket.socket, path: Path, settings: Settings, log_lines
     shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
-    application = make_application(repository, shared, read_batcher, metrics)
+    application = make_application(repository, shared, read_batcher, metrics, LocalAdmin(repository))
     server = InProcessServer(
         repository,
         application,

@@ -47,6 +47,7 @@ from inferpool.http.predict.response import server_timing
 from inferpool.http.problems import STATUSES, Headers, as_problem, problem_headers
 from inferpool.http.v2.routes import add_v2
 from inferpool.observe.metrics import Metrics
+from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog
 
 DESCRIPTION = """Serves exported models. `GET /models` lists the models, their inputs and outputs;
@@ -113,9 +114,9 @@ class Application(FastAPI):
 
 
 def make_application(
-    catalog: Catalog, shared: SharedState, read_batcher: ReadBatcher, metrics: Metrics
+    catalog: Catalog, shared: SharedState, read_batcher: ReadBatcher, metrics: Metrics, admin: Admin
 ) -> Application:
-    """The application that serves the models of `catalog`."""
+    """The application that serves the models of `catalog`, and changes them through `admin`."""
     app = Application(
         title="Inferpool",
         version=__version__,
@@ -130,8 +131,8 @@ def make_application(
     app.catalog = catalog
     _add_errors(app)
     _add_docs_page(app)
-    add_native(app, catalog, metrics)
-    add_v2(app, catalog, shared.predictor)
+    add_native(app, catalog, metrics, admin)
+    add_v2(app, catalog, shared.predictor, admin)
     app.route_scopes = RouteScopes(app.routes)
     return app
 

@@ -18,6 +18,7 @@ from inferpool.errors import (
 STATUSES: Final[Mapping[str, int]] = {
     "malformed_body": 400,
     "malformed_request": 400,
+    "load_failed": 400,
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,

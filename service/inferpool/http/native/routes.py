@@ -1,4 +1,4 @@
-"""The native routes beside predict: models, health, metrics, and the admin routes, which are not enabled."""
+"""The native routes beside predict: models, health and metrics, and the admin routes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from inferpool.errors import NotFound
+from inferpool.http.native.admin_routes import add_admin
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.schemas import (
     HealthOut,
@@ -22,38 +22,18 @@ from inferpool.http.native.schemas import (
 )
 from inferpool.http.openapi_parts import error_responses
 from inferpool.observe.metrics import Metrics
+from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, find_model
 
 
-def add_native(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
+def add_native(app: FastAPI, catalog: Catalog, metrics: Metrics, admin: Admin) -> None:
     """Give `app` the native routes."""
     # The admin routes come first: `/models/{model}/{version}` matches their paths too, and a request
     # with a wrong method must be told of the admin route's.
-    _add_admin(app)
+    add_admin(app, catalog, admin)
     _add_models(app, catalog)
     _add_health(app, catalog)
     _add_metrics(app, catalog, metrics)
-
-
-def _add_admin(app: FastAPI) -> None:
-    refused: dict[str, Any] = {
-        "tags": ["admin"],
-        "status_code": 403,
-        "response_class": Response,
-        "responses": {403: _documented_error("403")},
-    }
-
-    @app.post("/models/{model}/load", summary="Load a model", **refused)
-    async def load_model(model: str) -> None:
-        raise NotFound("this server cannot load models yet; change the models folder instead")
-
-    @app.post("/models/{model}/unload", summary="Unload a model", **refused)
-    async def unload_model(model: str) -> None:
-        raise NotFound("this server cannot load models yet; change the models folder instead")
-
-    @app.put("/models/{model}/labels/{label}", summary="Give a label to a version", **refused)
-    async def set_label(model: str, label: str) -> None:
-        raise NotFound("this server cannot load models yet; change the models folder instead")
 
 
 def _add_models(app: FastAPI, catalog: Catalog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -9,7 +10,8 @@ from typing import Any, Final
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
-from inferpool.errors import InvalidInput, NotFound, NotReady
+from inferpool.errors import InvalidInput, LoadError, NotReady
+from inferpool.http.access.audit import audited
 from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.predictor import Predictor
@@ -28,7 +30,9 @@ from inferpool.http.v2.schemas import (
     Server,
     Statistics,
 )
+from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, ModelView, VersionView, find_model, find_ready
+from inferpool.repository.jobs import DONE, RUNNING, Job
 from inferpool.tensors import value_text
 from inferpool.wire.native_json import read_object
 
@@ -37,19 +41,33 @@ Responses = dict[int | str, dict[str, Any]]
 _MAX_QUERY_BYTES: Final = 64 * 1024
 _MISSING: Responses = {404: {"model": Error, "description": "`model_not_found` or `version_not_found`"}}
 _UNABLE: Responses = {**_MISSING, 503: {"model": Error, "description": "`not_ready`"}}
-_REFUSED: dict[str, Any] = {
-    "status_code": 403,
+_CHANGES: dict[str, Any] = {
     "response_class": Response,
-    "responses": {403: {"model": Error, "description": "`forbidden`"}},
+    "responses": {
+        400: {"model": Error, "description": "`malformed_body`, or `load_failed` with the reason"},
+        403: {"model": Error, "description": "`forbidden`"},
+        404: {"model": Error, "description": "`model_not_found`"},
+        413: {"model": Error, "description": "`body_too_large`"},
+        422: {"model": Error, "description": "`invalid_input`"},
+    },
 }
-"""Options of an admin route, which is not enabled."""
+_PARAMETERS: Final = {
+    "requestBody": {
+        "content": {
+            JSON_TYPE: {"schema": {"type": "object", "properties": {"parameters": {"type": "object"}}}}
+        }
+    }
+}
+_LOOK_S: Final = 0.02
+"""Pause between two looks at a job that a response waits for."""
 
 
-def add_v2(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
+def add_v2(app: FastAPI, catalog: Catalog, predictor: Predictor, admin: Admin) -> None:
     """Give `app` the routes of `/v2`, except infer."""
     _add_server(app, catalog)
     _add_models(app, catalog, predictor)
     _add_repository(app, catalog)
+    _add_loads(app, admin)
 
 
 def _add_server(app: FastAPI, catalog: Catalog) -> None:
@@ -195,23 +213,67 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
         openapi_extra={"requestBody": {"content": {JSON_TYPE: {"schema": IndexQuery.model_json_schema()}}}},
     )
     async def read_v2_index(request: Request) -> list[IndexEntry]:
-        # FastAPI cannot read this body: clients of the protocol send none, or one without a Content-Type.
-        body = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES, _MAX_QUERY_BYTES)
-        async for chunk in request.stream():
-            body.add(chunk)
-        fields = read_object(body.finish() or b"{}", '{"ready": true}')
+        fields = await _read_body(request, '{"ready": true}')
         ready = fields.get("ready", False)
         if not isinstance(ready, bool):
             raise InvalidInput(f'"ready" is {value_text(ready)}; send true or false', field="ready")
         return index_out(catalog.models().values(), ready)
 
-    @app.post("/v2/repository/models/{model}/load", tags=["v2"], summary="Load a model", **_REFUSED)
-    async def load_v2_model(model: str) -> None:
-        raise NotFound("this server cannot load models yet; change the models folder instead")
 
-    @app.post("/v2/repository/models/{model}/unload", tags=["v2"], summary="Unload a model", **_REFUSED)
-    async def unload_v2_model(model: str) -> None:
-        raise NotFound("this server cannot load models yet; change the models folder instead")
+def _add_loads(app: FastAPI, admin: Admin) -> None:
+    @app.post(
+        "/v2/repository/models/{model}/load",
+        tags=["v2"],
+        summary="Load a model, and wait until it is ready",
+        openapi_extra=_PARAMETERS,
+        **_CHANGES,
+    )
+    async def load_v2_model(request: Request, model: str) -> None:
+        """The versions that serve go on serving meanwhile. A later request for the same load joins it."""
+        given = await _read_body(request, '{"parameters": {}}')
+        for name in given.get("parameters") or {}:
+            raise InvalidInput(
+                f'the parameter "{name}" is not supported; change the models folder instead', field=name
+            )
+        await _wait(request, admin, f"load {model}", admin.begin_load(model, None))
+
+    @app.post(
+        "/v2/repository/models/{model}/unload",
+        tags=["v2"],
+        summary="Unload a model, and wait until its last request is answered",
+        openapi_extra=_PARAMETERS,
+        **_CHANGES,
+    )
+    async def unload_v2_model(request: Request, model: str) -> None:
+        """Its memory is free when the response arrives."""
+        await _read_body(request, '{"parameters": {}}')
+        await _wait(request, admin, f"unload {model}", admin.begin_unload(model, None))
+
+
+async def _wait(request: Request, admin: Admin, act: str, begun: Awaitable[Job]) -> None:
+    """Wait for the end of a job. Raises LoadError if it fails."""
+
+    async def ended() -> Job:
+        job = await begun
+        while job.state == RUNNING:
+            await asyncio.sleep(_LOOK_S)
+            job = next((found for found in admin.jobs() if found.id == job.id), job)
+        if job.state != DONE:
+            raise LoadError(f"job {job.id}: {act} has {job.state}: {job.reason}")
+        return job
+
+    await audited(request, act, ended(), lambda job: f"job {job.id} is done")
+
+
+async def _read_body(request: Request, example: str) -> dict[str, Any]:
+    """The fields of a small JSON body, which FastAPI cannot read.
+
+    Clients of the protocol send none, or one without a Content-Type.
+    """
+    body = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES, _MAX_QUERY_BYTES)
+    async for chunk in request.stream():
+        body.add(chunk)
+    return read_object(body.finish() or b"{}", example)
 
 
 def _versions(model: ModelView) -> list[VersionView]:
