@@ -183,3 +183,23 @@ def write_session(
     built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     file = put(built, repository, name)
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def write_shift(repository: Path, name: str, version: int, by: float) -> Path:
+    """Write a version that adds `by` to each of the two elements of a row; renamed into place as a whole."""
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "by"], ["y"])],
+        name,
+        [value("x", "FP32", ["rows", 2])],
+        [value("y", "FP32", ["rows", 2])],
+        [constant("by", "FP32", np.array([by], np.float32))],
+    )
+    folder = repository / name / str(version)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "model.tmp"
+    onnx.save(
+        onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 17)]),
+        unfinished,
+    )
+    unfinished.replace(folder / "model.onnx")
+    return folder

@@ -13,13 +13,15 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from inferpool.backends.registry import describe_backends
 from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.engine_port import EnginePort
+from inferpool.engine.restart_policy import SHARED
 from inferpool.engine.spawn import begin_child
 from inferpool.errors import ConfigError, Reason
 from inferpool.observe.build_info import build_info
@@ -29,6 +31,7 @@ from inferpool.observe.metrics import Metrics
 from inferpool.observe.regions import Regions
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog_publisher import CatalogPublisher, answer_ask
+from inferpool.repository.remote_admin import answer_admin
 from inferpool.repository.repository import Repository
 from inferpool.settings import Settings
 from inferpool.system.gpus import CPU, cuda_driver
@@ -39,6 +42,9 @@ log = logging.getLogger(__name__)
 OOM_SCORE: Final = 500
 """If memory runs out, the kernel ends engines first: their requests run again in the next one."""
 GIL_SWITCH_S: Final = 0.001
+SEEN_S: Final = 10.0
+"""How long web processes may take to learn that a version drains."""
+ON_THEIR_WAY_S: Final = 0.1
 HUNG_STATUS: Final = 70
 """The exit status of an engine that ends because a run does not stop (EX_SOFTWARE of sysexits.h)."""
 
@@ -50,7 +56,7 @@ class Engine:
         """`start` is the message that says what to load. Raises ConfigError if there is nothing to serve."""
         facts = start.values
         metrics_file, plans_file = start.descriptors
-        plans = unpack(plans_file).catalog["plans"]
+        kept = unpack(plans_file).catalog
         os.close(plans_file)
         info = build_info(describe_backends())
         control.send("hello", {"info": info})
@@ -58,6 +64,8 @@ class Engine:
         self._control = control
         self._publishing = threading.Lock()
         self._gpus_watched = False
+        self._asking = threading.Lock()
+        self._seen = threading.Event()
         self._frozen = False
         self._port = EnginePort(time.monotonic)
         self._metrics = Metrics(info, regions)
@@ -71,8 +79,11 @@ class Engine:
             skip=[VersionKey(*version) for version in facts["skip"]],
             on_loading=self._report_loading,
             on_change=self._publish,
-            plans=plans,
+            plans=kept["plans"],
+            moves=kept["moves"],
             on_hung=self._end,
+            takes_new=facts["engine"] == SHARED,
+            until_seen=self._await_seen,
         )
         self._publisher = CatalogPublisher(self._repository)
         self._port.start(self._repository.router, lambda question: answer_ask(self._repository, question))
@@ -89,12 +100,33 @@ class Engine:
             self._obey(message)
 
     def _obey(self, message: Message) -> None:
+        if message.kind == "admin":
+            threading.Thread(target=self._administer, args=(message.values,), daemon=True).start()
+            return
+        if message.kind == "seen":
+            self._seen.set()
+            return
         web = message.values["web"]
         if message.kind == "connect":
             data, arena = message.descriptors
             self._port.connect(web, message.values["epoch"], socket.socket(fileno=data), arena)
         elif message.kind == "disconnect":
             self._port.disconnect(web)
+
+    def _administer(self, values: Mapping[str, Any]) -> None:
+        """Do what a web process has asked, in a thread, because it looks at files."""
+        answer = answer_admin(self._repository, values)
+        self._control.send("answer", {"web": values["web"], "id": values["id"], **answer})
+
+    def _await_seen(self) -> None:
+        """Wait until no web process sends new requests to versions that drain."""
+        with self._asking:
+            self._seen.clear()
+            self._control.send("await_seen")
+            if not self._seen.wait(SEEN_S):
+                log.warning("web processes still send requests to a version that drains")
+        # Requests that were sent before may be on their way.
+        time.sleep(ON_THEIR_WAY_S)
 
     def _drain(self, timeout_s: float) -> int:
         ok = self._repository.drain(timeout_s)

@@ -39,9 +39,14 @@ from inferpool.observe.metrics import Metrics
 from inferpool.observe.regions import Regions
 from inferpool.observe.spans import make_spans
 from inferpool.pool.ports import VersionKey
+<<<<<<< HEAD
 from inferpool.pool.token_buckets import MEMORY_BYTES
 from inferpool.repository.catalog import LOADING
+=======
+from inferpool.repository.catalog import DRAINING, LOADING, UNLOADED
+>>>>>>> 7c6daf6 (Models are loaded, unloaded, rolled back and labelled while the server serves, in both places of engines)
 from inferpool.repository.catalog_readings import catalog_readings
+from inferpool.repository.remote_admin import RemoteAdmin
 from inferpool.repository.remote_catalog import RemoteCatalog
 from inferpool.server import Server, report_installation
 from inferpool.settings import Settings
@@ -66,6 +71,7 @@ class WebServer(Server):
         router: ClientRouter,
         web: int,
         counts: ConnectionCounts,
+        admin: RemoteAdmin,
         *parts: Any,
     ) -> None:
         """`web` is the number of this process; `parts` are the arguments of `Server`."""
@@ -78,7 +84,9 @@ class WebServer(Server):
         self._counts = counts
         self._acceptor: Acceptor | None = None
         self._clients: dict[str, EngineClient] = {}
-        self._catalogs: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+        # Catalogs with their numbers, and answers to admin acts, which are told after what they changed.
+        self._catalogs: asyncio.Queue[tuple[int, int] | Mapping[str, Any]] = asyncio.Queue()
+        self._admin = admin
         self._settled = False
         self._informed = asyncio.Event()
 
@@ -147,6 +155,8 @@ class WebServer(Server):
         elif message.kind == "expect":
             self._client(values["engine"]).expect(message.descriptors[0])
             self._route()
+        elif message.kind == "answer":
+            self._catalogs.put_nowait(values)
         elif message.kind == "info":
             self._metrics.set_info(values["info"])
         elif message.kind == "drain":
@@ -200,13 +210,18 @@ class WebServer(Server):
         for model in self._catalog.models().values():
             for version in model.versions.values():
                 client = self._clients.get(self._catalog.engine_of(version.key) or "")
-                if client is not None:
+                # Once the supervisor knows that this is seen, a version that drains gets no more requests.
+                if client is not None and version.state not in (DRAINING, UNLOADED):
                     clients[version.key] = client
         self._router.route(clients)
 
     async def _take_catalogs(self) -> None:
         while True:
-            number, descriptor = await self._catalogs.get()
+            news = await self._catalogs.get()
+            if isinstance(news, Mapping):
+                self._admin.take_answer(news)
+                continue
+            number, descriptor = news
             try:
                 # In a thread: making codecs may take a second.
                 await asyncio.to_thread(self._take_catalog, descriptor)
@@ -305,13 +320,15 @@ def main() -> int:
     shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
-    application = make_application(catalog, shared, read_batcher, metrics)
+    admin = RemoteAdmin(catalog, control.send)
+    application = make_application(catalog, shared, read_batcher, metrics, admin)
     server = WebServer(
         control,
         catalog,
         router,
         facts["web"],
         ConnectionCounts(counts, facts["web"] - 1, facts["webs"]),
+        admin,
         application,
         predictor.in_flight,
         results,

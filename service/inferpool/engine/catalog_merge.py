@@ -7,6 +7,7 @@ that no engine shows at the moment keeps its last view, because its engine is be
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -14,6 +15,8 @@ from inferpool.engine.restart_policy import SHARED
 
 JsonObject: TypeAlias = dict[str, Any]
 
+MOST_ORPHANS: Final = 100
+"""How many jobs are remembered whose engines have ended."""
 _RANKS: Final = {"ready": 0, "loading": 1, "draining": 2, "failed": 3, "unloaded": 4}
 """If two engines show a version, the one counts that can answer, or is about to."""
 
@@ -51,11 +54,15 @@ def merge(
     not ready again yet. Requests for such a version wait, so its state stays `ready`.
     """
     models: dict[str, JsonObject] = {}
-    for source in (earlier.get("models", {}), *(report["models"] for report in reports.values())):
+    # The engine that comes first decides about labels; see `decides`.
+    ordered = [reports[engine]["models"] for engine in sorted(reports, key=decides, reverse=True)]
+    for source in (earlier.get("models", {}), *ordered):
         for name, model in source.items():
             merged = models.setdefault(name, {**model, "versions": {}})
-            # The newest report counts, although all engines read the same files.
             merged.update({key: value for key, value in model.items() if key != "versions"})
+    removed = {
+        (name, int(number)) for report in reports.values() for name, number in report.get("removed", ())
+    }
     for name, model in models.items():
         before = earlier.get("models", {}).get(name, {}).get("versions", {})
         shown = {
@@ -63,7 +70,8 @@ def merge(
             for engine, report in reports.items()
             if name in report["models"]
         }
-        numbers = {*before, *(number for versions in shown.values() for number in versions)}
+        kept = {number for number in before if (name, int(number)) not in removed}
+        numbers = {*kept, *(number for versions in shown.values() for number in versions)}
         model["versions"] = {
             number: _version(
                 before.get(number),
@@ -73,7 +81,15 @@ def merge(
             )
             for number in sorted(numbers, key=int)
         }
+        for number, view in model["versions"].items():
+            view["labels"] = [label for label, named in model["labels"].items() if named == int(number)]
+    models = {name: model for name, model in models.items() if model["versions"]}
     return {"models": models, "engines": {name: facts._asdict() for name, facts in engines.items()}}
+
+
+def decides(engine: str) -> tuple[bool, str]:
+    """Sorts engines: of those that show a model, the first one decides about its labels."""
+    return engine != SHARED, engine
 
 
 def _version(
@@ -110,7 +126,9 @@ class CatalogStore:
         self._files: dict[str, bytes] = {}
         self._plans: dict[str, Mapping[str, str]] = {}
         self._sent: dict[str, JsonObject] = {}
-        self._catalog: JsonObject = {"models": {}, "engines": {}}
+        self._moves: dict[str, Any] = {}
+        self._orphans: dict[str, JsonObject] = {}
+        self._catalog: JsonObject = {"models": {}, "engines": {}, "jobs": []}
 
     @property
     def catalog(self) -> JsonObject:
@@ -121,6 +139,29 @@ class CatalogStore:
     def plans(self) -> Mapping[str, str]:
         """The plans that engines have measured, as JSON by the names of their files, for their successors."""
         return {name: plan for plans in self._plans.values() for name, plan in plans.items()}
+
+    @property
+    def moves(self) -> Mapping[str, Any]:
+        """The labels that were moved, as JSON by the names of the models, for the successors of engines."""
+        return self._moves
+
+    def engine_of_job(self, job_id: str) -> str | None:
+        """The engine that has a job; None if there is none."""
+        for engine, report in self._reports.items():
+            if any(job["id"] == job_id for job in report.get("jobs", ())):
+                return engine
+        return None
+
+    def engine_of_model(self, model: str) -> str | None:
+        """The engine that decides about a model; None if no engine shows it."""
+        return min((name for name, report in self._reports.items() if model in report["models"]),
+                   key=decides, default=None)  # fmt: skip
+
+    def engine_of_version(self, model: str, version: int) -> str | None:
+        """The engine that has a version, or had it last; None if no engine has it."""
+        views = self._catalog["models"].get(model, {"versions": {}})["versions"]
+        engine: str | None = views.get(str(version), {"engine": None})["engine"]
+        return engine
 
     def versions(self, *states: str) -> list[tuple[str, int]]:
         """The versions in one of `states` (all versions without any), as model names and numbers."""
@@ -136,24 +177,39 @@ class CatalogStore:
         self._reports[engine] = catalog
         self._files.update(files)
         self._plans[engine] = catalog.get("plans", {})
+        self._moves.update(catalog.get("moves", {}))
         self._merge()
 
     def set_engine(self, engine: str, facts: EngineFacts) -> None:
         """Take facts about an engine. If it is not up, its versions keep their last views."""
         self._engines[engine] = facts
         if not facts.up:
-            self._reports.pop(engine, None)
+            self._drop_report(engine)
         self._merge()
 
     def remove_engine(self, engine: str) -> None:
         """Forget an engine that is not replaced."""
         self._engines.pop(engine, None)
-        self._reports.pop(engine, None)
+        self._drop_report(engine)
         self._merge()
+
+    def _drop_report(self, engine: str) -> None:
+        report = self._reports.pop(engine, None)
+        if report is not None:
+            self._orphans.update((job["id"], job) for job in report.get("jobs", ()))
+            for job_id in list(self._orphans)[:-MOST_ORPHANS]:
+                del self._orphans[job_id]
 
     def fail(self, model: str, version: int, reason: str) -> None:
         """Show a version as failed, whatever an engine says of it."""
         self._failed[model, version] = reason
+        self._merge()
+
+    def allow(self, model: str, version: int | None) -> None:
+        """Show a version that was failed as its engine shows it; None means all versions of the model."""
+        for key in list(self._failed):
+            if key[0] == model and version in (None, key[1]):
+                del self._failed[key]
         self._merge()
 
     def news_for(self, web: str) -> tuple[JsonObject, dict[str, bytes]] | None:
@@ -170,10 +226,33 @@ class CatalogStore:
         self._sent.pop(web, None)
 
     def _merge(self) -> None:
-        self._catalog = merge(self._catalog, self._reports, self._engines, self._failed)
+        merged = merge(self._catalog, self._reports, self._engines, self._failed)
+        for job in self._orphans.values():
+            if job["state"] == "running":
+                job |= _orphan_state(job, merged["models"].get(job["model"], {"versions": {}})["versions"])
+        reported = [job for report in self._reports.values() for job in report.get("jobs", ())]
+        merged["jobs"] = sorted(
+            [*map(dict, self._orphans.values()), *reported], key=lambda job: job["created"]
+        )
+        self._catalog = merged
         # A report may count later, so its files are kept as well.
         used = {digest for each in (self._catalog, *self._reports.values()) for digest in file_digests(each)}
         self._files = {digest: content for digest, content in self._files.items() if digest in used}
+
+
+def _orphan_state(job: JsonObject, versions: Mapping[str, Any]) -> JsonObject:
+    """How a job ended whose engine has ended meanwhile: by what has become of its versions."""
+    views = [versions.get(str(number), {"state": "unloaded"}) for number in job["versions"]]
+    ended = {"phase": "", "ended": time.time()}
+    if job["kind"] == "unload":
+        gone = all(view["state"] in ("unloaded", "failed") for view in views)
+        return {"state": "done", **ended} if gone else {}
+    reasons = [view.get("reason") or "its engine has ended" for view in views
+               if view["state"] in ("failed", "unloaded")]  # fmt: skip
+    if reasons:
+        return {"state": "failed", "reason": "; ".join(reasons), **ended}
+    ready = all(view["state"] == "ready" and not view.get("reloading") for view in views)
+    return {"state": "done", **ended} if ready else {}
 
 
 def file_digests(catalog: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> list[str]:

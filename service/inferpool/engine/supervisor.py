@@ -14,6 +14,7 @@ import heapq
 import itertools
 import json
 import logging
+import math
 import os
 import selectors
 import signal
@@ -159,6 +160,8 @@ class Supervisor:
         self._reported = False
         self._health: Mapping[str, Any] | None = None
         """What the web process said of the server that was the last to take a catalog."""
+        self._unseen: list[tuple[_Engine, int, int]] = []
+        """The engines that wait until all web processes have seen the catalog of a number."""
         self._signals: list[int] = []
         self._draining = False
         self._drain_ends = 0.0
@@ -238,6 +241,9 @@ class Supervisor:
             web.seen = values["catalog"]
             self._health = values
             self._report_loaded()
+            self._report_seen()
+        elif message.kind == "admin":
+            self._administer(web, values)
         elif message.kind == "crashed":
             crash = self._crashes.get(values["engine"])
             if crash is not None and web.number in crash.reports:
@@ -259,6 +265,7 @@ class Supervisor:
         web.child = None
         self._set_absent(web)
         self._store.forget_web(str(web.number))
+        self._report_seen()
         for descriptor in web.arenas.values():
             os.close(descriptor)
         web.arenas.clear()
@@ -315,7 +322,7 @@ class Supervisor:
         if engine.child is None or engine.told:
             return
         engine.told = True
-        plans = pack({"plans": dict(self._store.plans)}, {})
+        plans = pack({"plans": dict(self._store.plans), "moves": dict(self._store.moves)}, {})
         engine.child.control.send(
             "start",
             {
@@ -336,7 +343,8 @@ class Supervisor:
         """What an engine is to load; a successor takes no versions that were added to the folder since."""
         if engine.only is not None or engine.epoch == 1:
             return engine.only
-        return [version for version in self._store.versions() if version not in engine.skip]
+        there = self._store.versions("ready", "loading", "failed")
+        return [version for version in there if version not in engine.skip]
 
     def _slot(self, engine: str) -> int | None:
         """Where an engine and its successors publish their metrics; None if there are too many engines."""
@@ -411,10 +419,10 @@ class Supervisor:
         values = message.values
         if message.kind == "loading":
             version = (values["model"], values["version"])
-            engine.loading[version] = self._clock()
+            began = engine.loading[version] = self._clock()
             if limit_s := self._settings["load_timeout_s"]:
                 epoch = engine.epoch
-                self._after(limit_s, lambda: self._load_timed_out(engine, epoch, version))
+                self._after(limit_s, lambda: self._load_timed_out(engine, epoch, version, began))
         elif message.kind == "hello":
             self._info = values["info"]
             for web in self._webs.values():
@@ -428,6 +436,13 @@ class Supervisor:
             if engine.epoch == 1 or not self._reported:
                 self._to_report = self._catalog_number
                 self._report_loaded()
+        elif message.kind == "answer":
+            child = self._webs[values["web"]].child
+            if child is not None:
+                child.control.send("answer", values, wait=False)
+        elif message.kind == "await_seen":
+            self._unseen.append((engine, engine.epoch, self._catalog_number))
+            self._report_seen()
         elif message.kind == "refused":
             self._refuse(values["reason"])
         elif message.kind == "hung":
@@ -447,12 +462,58 @@ class Supervisor:
         for name, model in parcel.catalog["models"].items():
             for number, view in model["versions"].items():
                 version = (name, int(number))
-                if view["state"] != "loading":
-                    engine.loading.pop(version, None)
                 if view["state"] == "ready":
                     self._policy.loaded(version)
+        loads = {(name, number) for name, number in parcel.catalog["loads"]}
+        for version in [version for version in engine.loading if version not in loads]:
+            del engine.loading[version]
         self._catalog_changed()
         self._answer_again(engine)
+        if engine.name != SHARED and all(
+            view["state"] == "unloaded"
+            for model in parcel.catalog["models"].values()
+            for view in model["versions"].values()
+        ):
+            log.info("engine %s ends: its version is unloaded", engine.name)
+            self._remove_engine(engine)
+
+    # The admin side.
+
+    def _administer(self, web: _Web, values: Mapping[str, Any]) -> None:
+        """Pass what an administrator asks to the engine that has the model; the engine answers."""
+        engine = self._engines.get(self._engine_for(values) or "")
+        if engine is None or engine.child is None or not engine.told or self._draining:
+            refusal = "the engine of the model is being started or ended; try again later"
+            answer = {"id": values["id"], "error": refusal, "code": "not_ready"}
+            if web.child is not None:
+                web.child.control.send("answer", answer, wait=False)
+            return
+        if values["action"] == "load":
+            model, version = values["model"], values["version"]
+            for every in (engine.skip, engine.skip_later):
+                every -= {key for key in every if key[0] == model and version in (None, key[1])}
+            self._store.allow(model, version)
+            self._catalog_changed()
+        engine.child.control.send("admin", {**values, "web": web.number}, wait=False)
+
+    def _engine_for(self, values: Mapping[str, Any]) -> str | None:
+        """The name of the engine that is to do something, the shared one for a model that no engine has."""
+        if values["action"] == "cancel":
+            return self._store.engine_of_job(values["job"])
+        version = values.get("version")
+        if values["action"] in ("load", "unload") and version is not None:
+            name = self._store.engine_of_version(values["model"], version) or SHARED
+            return name if name in self._engines else SHARED
+        return self._store.engine_of_model(values["model"]) or SHARED
+
+    def _report_seen(self) -> None:
+        """Tell the engines that wait for it that all web processes have seen their catalogs."""
+        least = min((web.seen for web in self._webs.values() if web.child is not None), default=math.inf)
+        for waiting in [waiting for waiting in self._unseen if waiting[2] <= least]:
+            self._unseen.remove(waiting)
+            engine, epoch, _ = waiting
+            if engine.child is not None and engine.epoch == epoch:
+                engine.child.control.send("seen", wait=False)
 
     def _answer_again(self, engine: _Engine) -> None:
         """Let web processes send requests to a successor once it is as ready as its predecessor was."""
@@ -475,8 +536,8 @@ class Supervisor:
                         return False
         return shown
 
-    def _load_timed_out(self, engine: _Engine, epoch: int, version: Version) -> None:
-        if engine.epoch != epoch or version not in engine.loading or engine.child is None:
+    def _load_timed_out(self, engine: _Engine, epoch: int, version: Version, began: float) -> None:
+        if engine.epoch != epoch or engine.loading.get(version) != began or engine.child is None:
             return
         name = own_engine(version)
         reason = f"loading took longer than --load-timeout-s ({self._settings['load_timeout_s']:g} s)"

@@ -27,6 +27,10 @@ class CatalogPublisher:
         catalog = {
             "models": {name: model_json(model, sources) for name, model in self._repository.models().items()},
             "plans": dict(self._repository.plans()),
+            "moves": self._repository.moves(),
+            "jobs": [job.to_json() for job in self._repository.jobs()],
+            "loads": [list(key) for key in self._repository.loading()],
+            "removed": [list(key) for key in self._repository.removed()],
         }
         files = {
             digest: content for source in sources.values() for digest, content in source_files(source).items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -28,6 +28,7 @@ from inferpool.repository.catalog_json import (
 )
 from inferpool.repository.codec_factory import Codecs, make_codecs
 from inferpool.repository.health import judge
+from inferpool.repository.jobs import Job
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class RemoteCatalog:
         self._engines: Mapping[str, Mapping[str, Any]] = {}
         self._live: dict[VersionKey, LiveView] = {}
         self._refreshing: asyncio.Task[None] | None = None
+        self._jobs: tuple[Job, ...] = ()
 
     def models(self) -> Mapping[str, ModelView]:
         """Every model by name, as it is at this moment; the mapping does not change."""
@@ -93,6 +95,10 @@ class RemoteCatalog:
             draining=self._draining,
             faults=self._engine_fault,
         )
+
+    def jobs(self) -> Sequence[Job]:
+        """All jobs that run, and the last ones that have ended, oldest first."""
+        return self._jobs
 
     def engine_of(self, key: VersionKey) -> str | None:
         """The name of the engine that has a version, or had it last; None if no engine has it."""
@@ -150,6 +156,7 @@ class RemoteCatalog:
             made = model_from_json(name, model, views)
             models[name] = before if before is not None and _same_model(before, made) else made
         self._versions, self._codecs, self._engines = versions, codecs, catalog["engines"]
+        self._jobs = tuple(map(Job.from_json, catalog["jobs"]))
         # The mapping comes last: it is what requests look at, and it stays the same if nothing changed.
         if models.keys() != self._models.keys() or any(
             models[name] is not self._models[name] for name in models

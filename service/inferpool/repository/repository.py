@@ -111,6 +111,7 @@ class Repository:
         on_hung: Callable[[VersionKey, Reason], None] | None = None,
         takes_new: bool = True,
         until_seen: Callable[[], None] | None = None,
+        moves: Mapping[str, Mapping[str, tuple[int | None, int | None]]] | None = None,
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
@@ -129,6 +130,7 @@ class Repository:
             takes_new: whether versions beside `only` are served if they appear in the folder later.
             until_seen: waits until all that send requests know what `models` returns now; None if they look
                 at it before each request.
+            moves: the labels that were moved in an earlier engine, as `moves` returned them.
         """
         self.router = PoolRouter()
         self._path = path
@@ -169,6 +171,10 @@ class Repository:
         self._removed: set[VersionKey] = set()
         self._defaults: dict[str, list[int]] = {}
         self._sources: dict[VersionKey, VersionSource | Reason] = {}
+        self._moves = {
+            name: {label: LabelMove(*move) for label, move in labels.items()}
+            for name, labels in (moves or {}).items()
+        }
         self._declared = {model.name: self._declare(model) for model in self._scan(path)}
         self._models: Mapping[str, ModelView] = MappingProxyType(
             {
@@ -350,7 +356,8 @@ class Repository:
                 config = known.config
                 if fault != known.fault:
                     log.error("%s; what is loaded of %s goes on", fault, model.name)
-        moves = read_moves(model.folder)
+        # Where the folder cannot be written, only this process knows its moves.
+        moves = read_moves(model.folder) | self._moves.get(model.name, {})
         found = {*model.files, *model.faults}
         served = _served(config, found, apply_moves(config.versions.labels, moves))
         if self._only is not None:
@@ -444,6 +451,11 @@ class Repository:
         """The versions that load at this moment."""
         return list(self._manager.loading())
 
+    def moves(self) -> dict[str, dict[str, tuple[int | None, int | None]]]:
+        """The labels that were moved, by models: the version of each, and that of `model.toml`."""
+        return {name: {label: (move.version, move.instead_of) for label, move in moves.items()}
+                for name, moves in list(self._moves.items())}  # fmt: skip
+
     def removed(self) -> list[VersionKey]:
         """The versions that were shown once, and are no longer."""
         return sorted(self._removed)
@@ -531,10 +543,9 @@ class Repository:
                     " first"
                 )
             configured = declared.config.versions.labels.get(label)
-            if version == configured:
-                declared.moves.pop(label, None)
-            else:
-                declared.moves[label] = LabelMove(version, configured)
+            # A move back to what `model.toml` says is kept too: it must undo an earlier one.
+            declared.moves[label] = LabelMove(version, configured)
+            self._moves[model] = dict(declared.moves)
             kept = keep_moves(declared.folder.folder, declared.moves)
             declared.served = _served(declared.config, declared.found, declared.labels())
             self._publish_model(model)

@@ -1,0 +1,196 @@
+"""Models that change while the server serves, through the real door and in both places of engines."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import Serve
+from tests.onnx_models import write_shift
+from tests.server import Server, wait_until
+
+ON = ("--admin-routes", "on", "--keep-warm-s", "0.2")
+
+
+@pytest.fixture(scope="module", params=["in-process", "process"])
+def folder_and_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, module_serve: Serve
+) -> tuple[Path, Server]:
+    """A server of one model with one version, in both modes. Each test uses a model of its own."""
+    folder = tmp_path_factory.mktemp("changes")
+    write_shift(folder, "first", 1, 1.0)
+    return folder, module_serve(folder, *ON, "--engine", request.param)
+
+
+@pytest.fixture
+def folder(folder_and_server: tuple[Path, Server]) -> Path:
+    return folder_and_server[0]
+
+
+@pytest.fixture
+def server(folder_and_server: tuple[Path, Server]) -> Server:
+    return folder_and_server[1]
+
+
+def predict(server: Server, model: str, version: str = "") -> tuple[int, Any]:
+    path = f"/predict/{model}/{version}" if version else f"/predict/{model}"
+    reply = server.post(path, json={"inputs": [[1.0, 2.0]]})
+    return reply.status_code, reply.json()
+
+
+def load(server: Server, model: str, version: int | None = None) -> dict[str, Any]:
+    """Load, and wait for the end of the job."""
+    return ended(server, server.post(f"/models/{model}/load", json={"version": version}))
+
+
+def ended(server: Server, reply: httpx.Response) -> dict[str, Any]:
+    assert reply.status_code == 202, reply.text
+    job: dict[str, Any] = reply.json()
+    assert reply.headers["location"] == f"/jobs/{job['id']}"
+
+    def is_over() -> bool:
+        job.update(server.get(f"/jobs/{job['id']}").json())
+        return job["state"] != "running"
+
+    wait_until(is_over, "the job ends")
+    return job
+
+
+def state(server: Server, model: str, version: int) -> str:
+    reply = server.get(f"/models/{model}/{version}")
+    return str(reply.json()["state"]) if reply.status_code == 200 else "absent"
+
+
+def test_a_new_version_is_loaded_and_takes_over(server: Server, folder: Path) -> None:
+    write_shift(folder, "takeover", 1, 1.0)
+    assert load(server, "takeover")["state"] == "done"
+    assert predict(server, "takeover")[1]["version"] == "1"
+    write_shift(folder, "takeover", 2, 2.0)
+    job = load(server, "takeover", 2)
+    assert (job["state"], job["versions"], job["share"]) == ("done", [2], 1.0)
+    answer = predict(server, "takeover")[1]
+    assert (answer["version"], answer["outputs"]["y"]) == ("2", [[3.0, 4.0]])
+    assert predict(server, "takeover", "1")[1]["outputs"]["y"] == [[2.0, 3.0]]
+
+
+def test_the_same_version_with_other_files_is_exchanged(server: Server, folder: Path) -> None:
+    write_shift(folder, "exchange", 1, 1.0)
+    load(server, "exchange")
+    write_shift(folder, "exchange", 1, 5.0)
+    load(server, "exchange")
+    assert predict(server, "exchange")[1]["outputs"]["y"] == [[6.0, 7.0]]
+
+
+def test_a_version_is_unloaded_and_loaded_again(server: Server, folder: Path) -> None:
+    write_shift(folder, "back", 1, 1.0)
+    load(server, "back")
+    job = ended(server, server.post("/models/back/unload"))
+    assert job["state"] == "done"
+    assert state(server, "back", 1) == "unloaded"
+    status, problem = predict(server, "back")
+    assert (status, problem["code"]) == (503, "not_ready")
+    assert (
+        server.get("/health").json()["problems"] == {}
+        or "back/1" not in server.get("/health").json()["problems"]
+    )
+    load(server, "back")
+    assert predict(server, "back")[0] == 200
+
+
+def test_a_load_that_fails_leaves_the_old_version_and_says_why(server: Server, folder: Path) -> None:
+    write_shift(folder, "bad", 1, 1.0)
+    load(server, "bad")
+    (folder / "bad" / "1" / "model.onnx").write_bytes(b"no model")
+    job = load(server, "bad", 1)
+    assert job["state"] == "failed"
+    assert "model.onnx" in job["reason"]
+    assert predict(server, "bad")[1]["outputs"]["y"] == [[2.0, 3.0]]
+    assert "a newer load has failed" in server.get("/models/bad/1").json()["reason"]
+    write_shift(folder, "bad", 1, 3.0)
+    assert load(server, "bad", 1)["state"] == "done"
+    assert predict(server, "bad")[1]["outputs"]["y"] == [[4.0, 5.0]]
+
+
+def test_what_is_not_there_is_not_found(server: Server) -> None:
+    for path, code in (
+        ("/models/nothing/load", "model_not_found"),
+        ("/models/nothing/unload", "model_not_found"),
+        ("/models/nothing/rollback", "model_not_found"),
+    ):
+        reply = server.post(path)
+        assert (reply.status_code, reply.json()["code"]) == (404, code)
+    reply = server.post("/models/first/load", json={"version": 9})
+    assert (reply.status_code, reply.json()["code"]) == (404, "version_not_found")
+    assert server.get("/jobs/none").status_code == 404
+
+
+def test_a_label_moves_only_to_a_version_that_is_ready(server: Server, folder: Path) -> None:
+    for version in (1, 2):
+        write_shift(folder, "labelled", version, float(version))
+    load(server, "labelled")
+    url = f"{server.url}/models/labelled/labels/canary"
+    assert httpx.put(url, json={"version": 1}).json()["kept"] is True
+    assert predict(server, "labelled", "canary")[1]["version"] == "1"
+    assert httpx.put(url, json={"version": 2}).status_code == 200
+    assert predict(server, "labelled", "canary")[1]["version"] == "2"
+    assert httpx.put(url, json={"version": 3}).status_code == 404
+    ended(server, server.post("/models/labelled/unload", json={"version": 1}))
+    reply = httpx.put(url, json={"version": 1})
+    assert (reply.status_code, reply.json()["code"]) == (409, "conflict")
+    assert predict(server, "labelled", "canary")[1]["version"] == "2"
+    assert httpx.put(f"{server.url}/models/labelled/labels/load", json={"version": 2}).status_code == 422
+    assert httpx.delete(url).status_code == 200
+    assert predict(server, "labelled", "canary")[0] == 404
+
+
+def test_a_rollback_takes_less_than_a_second(server: Server, folder: Path) -> None:
+    write_shift(folder, "rolled", 1, 1.0)
+    load(server, "rolled")
+    write_shift(folder, "rolled", 2, 2.0)
+    load(server, "rolled")
+    assert predict(server, "rolled")[1]["version"] == "2"
+    began = time.monotonic()
+    reply = server.post("/models/rolled/rollback")
+    assert reply.json() == {"model": "rolled", "version": 1}
+    assert predict(server, "rolled")[1]["version"] == "1"
+    assert time.monotonic() - began < 1
+    assert server.get("/models/rolled").json()["labels"] == {"stable": 1}
+    ended(server, server.post("/models/rolled/unload", json={"version": 2}))
+    assert server.post("/models/rolled/rollback").status_code == 409
+
+
+def test_clients_of_triton_load_and_unload(server: Server, folder: Path) -> None:
+    write_shift(folder, "triton", 1, 1.0)
+    assert server.post("/v2/repository/models/triton/load", json={}).status_code == 200
+    assert predict(server, "triton")[0] == 200
+    index = {line["name"]: line for line in server.post("/v2/repository/index").json()}
+    assert index["triton"]["state"] == "READY"
+    assert (
+        server.post(
+            "/v2/repository/models/triton/unload", json={"parameters": {"unload_dependents": False}}
+        ).status_code
+        == 200
+    )
+    ready = server.post("/v2/repository/index", json={"ready": True}).json()
+    assert "triton" not in {line["name"] for line in ready}
+    index = {line["name"]: line for line in server.post("/v2/repository/index").json()}
+    assert index["triton"]["state"] == "UNAVAILABLE"
+    reply = server.post("/v2/repository/models/nothing/load")
+    assert (reply.status_code, "nothing" in reply.json()["error"]) == (404, True)
+    (folder / "broken" / "1").mkdir(parents=True)
+    (folder / "broken" / "1" / "model.onnx").write_bytes(b"no model")
+    reply = server.post("/v2/repository/models/broken/load")
+    assert reply.status_code == 400
+    assert "model.onnx" in reply.json()["error"]
+
+
+def test_every_act_leaves_a_line(server: Server, folder: Path) -> None:
+    write_shift(folder, "audited", 1, 1.0)
+    load(server, "audited", 1)
+    server.wait_for(r"audit: load audited/1: job [0-9a-f]+$")
+    server.post("/models/audited/rollback")
+    server.wait_for(r"audit: rollback audited: refused: .*no version is ready but the present one")
