@@ -44,6 +44,7 @@ REMEDIES: Final = {
     "model_rejected": "Change the input; `detail` has the operation and the runtime's reason.",
     "queue_full": "Try again after `Retry-After`.",
     "conflict": "Do what the answer says, or wait for the job that is under way.",
+    "load_failed": "Correct the file that `detail` names, and load the model again.",
     "rate_limited": "Try again after `Retry-After`; see [tenants](../tenants.md).",
     "internal_error": "Look into the log for the `request_id`, and report the defect.",
     "model_failed": "Look into the log for the `request_id`.",

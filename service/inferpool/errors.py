@@ -31,6 +31,7 @@ The tree, by the party at fault:
     ├── InternalError             a defect of the server
     └── LoadError                 a version cannot be served; the text is the reason
         ├── ConfigError           model.toml or a setting is wrong; names the file and the key
+        ├── LoadCancelled         somebody has cancelled the load
         └── UnfitForGpu           the model itself cannot run on a GPU
 
 `code` is a stable word for clients to match; `inferpool.http.problems` maps it to an HTTP status. Every
@@ -175,6 +176,12 @@ class Conflict(RequestError):
     """The state of a model does not allow this operation; the detail says which state would."""
 
     code = "conflict"
+
+
+class LoadFailed(RequestError):
+    """The model cannot be served; the detail is the reason that `/models` shows."""
+
+    code = "load_failed"
 
 
 class Refused(InferpoolError):

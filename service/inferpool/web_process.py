@@ -39,12 +39,8 @@ from inferpool.observe.metrics import Metrics
 from inferpool.observe.regions import Regions
 from inferpool.observe.spans import make_spans
 from inferpool.pool.ports import VersionKey
-<<<<<<< HEAD
 from inferpool.pool.token_buckets import MEMORY_BYTES
-from inferpool.repository.catalog import LOADING
-=======
 from inferpool.repository.catalog import DRAINING, LOADING, UNLOADED
->>>>>>> 7c6daf6 (Models are loaded, unloaded, rolled back and labelled while the server serves, in both places of engines)
 from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.remote_admin import RemoteAdmin
 from inferpool.repository.remote_catalog import RemoteCatalog

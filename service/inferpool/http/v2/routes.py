@@ -10,7 +10,7 @@ from typing import Any, Final
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
-from inferpool.errors import InvalidInput, LoadError, NotReady
+from inferpool.errors import InvalidInput, LoadFailed, NotReady
 from inferpool.http.access.audit import audited
 from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.predict.body_buffer import BodyBuffer
@@ -251,7 +251,7 @@ def _add_loads(app: FastAPI, admin: Admin) -> None:
 
 
 async def _wait(request: Request, admin: Admin, act: str, begun: Awaitable[Job]) -> None:
-    """Wait for the end of a job. Raises LoadError if it fails."""
+    """Wait for the end of a job. Raises LoadFailed if it fails."""
 
     async def ended() -> Job:
         job = await begun
@@ -259,7 +259,7 @@ async def _wait(request: Request, admin: Admin, act: str, begun: Awaitable[Job])
             await asyncio.sleep(_LOOK_S)
             job = next((found for found in admin.jobs() if found.id == job.id), job)
         if job.state != DONE:
-            raise LoadError(f"job {job.id}: {act} has {job.state}: {job.reason}")
+            raise LoadFailed(f"job {job.id}: {act} has {job.state}: {job.reason}")
         return job
 
     await audited(request, act, ended(), lambda job: f"job {job.id} is done")
