@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parent.parent
 CHAOS = ROOT / "tests" / "chaos"
+PATCHES = ROOT / "tests" / "servers" / "site"
 START_S = 120
 """How long a server may take to start, and a condition to come true, on a busy machine."""
 POLL_S = 0.02
@@ -64,7 +65,7 @@ class Server:
         python: str = sys.executable,
     ) -> None:
         """Run the server that is installed for the interpreter `python`."""
-        own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}"}
+        own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}:{PATCHES}"}
         command = [python, "-m", module, "serve", str(repository), "--port", "0", *flags]
         self._start(command, {**own, **environ})
 

@@ -1,12 +1,16 @@
 """The command with batched reads for every connection, however few requests there are."""
 
-import sys
 from functools import partial
-from unittest import mock
 
-from inferpool.cli import main
-from inferpool.http.connection.batched_reads import ReadBatcher
+from tests.servers import run
+
+
+def patch() -> None:
+    """Let every batch of reads begin at one request."""
+    from inferpool.http.connection import batched_reads
+
+    batched_reads.ReadBatcher = partial(batched_reads.ReadBatcher, 1)  # type: ignore[assignment, misc]
+
 
 if __name__ == "__main__":
-    with mock.patch("inferpool.app.ReadBatcher", partial(ReadBatcher, 1)):
-        sys.exit(main())
+    run("always_batched_reads")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from unittest import mock
-
-from inferpool.cli import main
+from tests.servers import run
 
 GRACE_S = 0.3
 
+
+def patch() -> None:
+    """Shorten the time."""
+    from inferpool.pool import run_limits
+
+    run_limits.GRACE_S = GRACE_S  # type: ignore[misc]
+
+
 if __name__ == "__main__":
-    with mock.patch("inferpool.pool.run_limits.GRACE_S", GRACE_S):
-        sys.exit(main())
+    run("short_grace")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from unittest import mock
-
-from inferpool.cli import main
+from tests.servers import run
 
 PATIENCE_S = 0.2
 
+
+def patch() -> None:
+    """Shorten the delay."""
+    from inferpool.repository import health
+
+    health.PATIENCE_S = PATIENCE_S  # type: ignore[misc]
+
+
 if __name__ == "__main__":
-    with mock.patch("inferpool.repository.health.PATIENCE_S", PATIENCE_S):
-        sys.exit(main())
+    run("short_load_patience")
