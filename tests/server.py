@@ -146,10 +146,13 @@ class Server:
         wait_until(within, f"{name}{labels or ''} from {at_least:g} to {at_most:g}", timeout_s)
         return value
 
+    def processes(self) -> list[int]:
+        """The ids of the server's processes: the one that was started, and its children, if any."""
+        return _with_children(self.process.pid)
+
     def resident_bytes(self) -> int:
-        """Return the memory that the server's process holds, in bytes."""
-        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        """Return the memory that the server's processes hold together, in bytes; shared pages count once."""
+        return 1024 * sum(_kib_of(pid, "smaps_rollup", "Pss:") for pid in self.processes())
 
     def stop(self, timeout_s: float = 30) -> int:
         """Send SIGTERM and wait until the process ends; returns the exit status."""
@@ -190,3 +193,21 @@ class Server:
                 self._news.notify_all()
         with self._news:
             self._news.notify_all()
+
+
+def _with_children(pid: int) -> list[int]:
+    found = [pid]
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            for child in (thread / "children").read_text().split():
+                found += _with_children(int(child))
+    return found
+
+
+def _kib_of(pid: int, file: str, field: str) -> int:
+    """A number of a file of `/proc`; 0 if the process has ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1])
+    return 0

@@ -9,16 +9,18 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from inferpool import __version__
 from inferpool.errors import InferpoolError
-from inferpool.release.build import find_script, find_scripts, run_script
-from inferpool.repository.catalog import Catalog, LiveView, VersionView
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, Settings, add_flags, read_settings
 from inferpool.system.files import printable
-from inferpool.tensors import Signature, shape_text
+
+if TYPE_CHECKING:
+    # These import a lot, which only some commands need.
+    from inferpool.repository.catalog import Catalog, LiveView, VersionView
+    from inferpool.tensors import Signature
 
 _EPILOG = f"""\
 Flags override {ENV_PREFIX}* variables, variables override the file of --config, the file overrides defaults.
@@ -49,14 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "build":
             return _build(path, name, options)
         # Imported late, so that --help and mistakes answer at once.
-        from inferpool import app
         from inferpool.observe import logs
 
         if command == "check":
+            from inferpool import app
+
             # The output has everything that is logged below a warning, unless the user asks for the log.
             logs.configure_logs(settings.log_level, "console")
             return _print_check(app.load_all(path, settings, remeasure=remeasure), _unbuilt(path))
-        return app.serve(path, settings, logs.configure_logs(settings.log_level, settings.log_format))
+        from inferpool import launch
+
+        return launch.serve(path, settings, logs.configure_logs(settings.log_level, settings.log_format))
     except BrokenPipeError:
         # The reader of the output has closed it. Python must not complain about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -229,6 +234,8 @@ def _key(
 
 def _build(repository: Path, name: str | None, options: Sequence[str]) -> int:
     """Replace this process by the build script of the model `name`, or list the models that have a script."""
+    from inferpool.release.build import find_script, find_scripts, run_script
+
     if name is not None:
         run_script(find_script(repository, name), options)
     scripts = find_scripts(repository)
@@ -264,6 +271,8 @@ def _print_check(catalog: Catalog, unbuilt: Sequence[Path]) -> int:
 
 
 def _print_signature(signature: Signature) -> None:
+    from inferpool.tensors import shape_text
+
     for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
         for spec in specs:
             note = " optional" if spec.optional else ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import signal
 import socket
 import threading
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from inferpool.errors import ConfigError
 from inferpool.http.access.make_gate import KeySource
 from inferpool.http.application import Application
 from inferpool.http.connection.batched_reads import ReadBatcher
@@ -52,9 +50,6 @@ KEEP_ALIVE_S = 75
 
 Load balancers keep idle connections for a minute; if the server closed first, their next request would fail.
 """
-
-BACKLOG = 4096
-"""Connections that the kernel may hold until the server accepts them."""
 
 
 class Server(uvicorn.Server):
@@ -257,14 +252,3 @@ def web_busy(metrics: Metrics, thread: int, process: str) -> Callable[[], list[S
     clock = time.pthread_getcpuclockid(thread)
     before = metrics.left_behind("web_busy_seconds_total", process)
     return lambda: [("web_busy_seconds_total", (process,), before + time.clock_gettime(clock))]
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free port. Raises ConfigError if the address cannot be bound."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        remedy = "--host and --port choose another address"
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {remedy}") from error

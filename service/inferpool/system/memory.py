@@ -22,6 +22,15 @@ _KEPT_BYTES: Final = 128 * 2**20
 _UNLIMITED: Final = 2**60
 """Version 1 writes about 2**63 if there is no limit."""
 _KIB: Final = 1024
+LEAST_MARGIN_BYTES: Final = 32 * 2**20
+"""Memory that requests never get, for what nobody counts: stacks, the interpreter, the kernel's buffers."""
+COPIES: Final = 2
+"""Bytes of memory for each byte that a request reserves: a batch is a copy of its requests' tensors, and the
+outputs of a run exist before they are counted."""
+LEAST_IN_FLIGHT_BYTES: Final = 1 * 2**20
+"""Bytes that requests may hold even if the models leave no memory; small requests are still answered."""
+MOST_IN_FLIGHT_BYTES: Final = 4096 * 2**20
+"""Bytes that requests may hold at most unless a setting says more; they are seconds of work for any model."""
 
 
 class MemoryUse(NamedTuple):
@@ -86,6 +95,17 @@ def memory_limit(root: Path = ROOT) -> MemoryLimit:
             if limit < tightest.limit:
                 tightest = MemoryLimit(limit, folder, version)
     return tightest
+
+
+def chosen_limit(memory_bytes: int) -> MemoryLimit:
+    """A limit of `memory_bytes`; 0 takes the cgroup's or the machine's."""
+    return MemoryLimit(memory_bytes) if memory_bytes else memory_limit()
+
+
+def in_flight_bytes(limit: int, held: int) -> int:
+    """Bytes that requests may hold together in a process that holds `held` of `limit` bytes without them."""
+    room = limit - held - max(LEAST_MARGIN_BYTES, limit // 10)
+    return max(LEAST_IN_FLIGHT_BYTES, min(MOST_IN_FLIGHT_BYTES, room // COPIES))
 
 
 def memory_use(root: Path = ROOT) -> MemoryUse:

@@ -9,19 +9,22 @@ from inferpool.http.native.api import NATIVE_API
 from inferpool.http.predict.budget import ByteBudget
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.memory_monitor import (
-    LEAST_IN_FLIGHT_BYTES,
     LEAST_TRIM_S,
     MIB,
-    MOST_IN_FLIGHT_BYTES,
     MOST_TRIM_S,
     MemoryMonitor,
     System,
-    in_flight_bytes,
     this_system,
 )
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.observe.metrics import Metrics
-from inferpool.system.memory import MemoryLimit, MemoryUse
+from inferpool.system.memory import (
+    LEAST_IN_FLIGHT_BYTES,
+    MOST_IN_FLIGHT_BYTES,
+    MemoryLimit,
+    MemoryUse,
+    in_flight_bytes,
+)
 
 
 class FakeMachine:

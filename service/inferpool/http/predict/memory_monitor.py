@@ -23,10 +23,13 @@ from typing import Final, NamedTuple
 from inferpool.http.predict.budget import ByteBudget
 from inferpool.observe.metrics import Metrics, Sample
 from inferpool.system.memory import (
+    LEAST_IN_FLIGHT_BYTES,
+    LEAST_MARGIN_BYTES,
     MemoryLimit,
     MemoryUse,
+    chosen_limit,
+    in_flight_bytes,
     limit_data,
-    memory_limit,
     memory_use,
     release_freed_memory,
 )
@@ -34,15 +37,6 @@ from inferpool.system.memory import (
 log = logging.getLogger(__name__)
 
 MIB: Final = 2**20
-LEAST_MARGIN_BYTES: Final = 32 * MIB
-"""Memory that requests never get, for what nobody counts: stacks, the interpreter, the kernel's buffers."""
-COPIES: Final = 2
-"""Bytes of memory for each byte that a request reserves: a batch is a copy of its requests' tensors, and the
-outputs of a run exist before they are counted."""
-LEAST_IN_FLIGHT_BYTES: Final = 1 * MIB
-"""Bytes that requests may hold even if the models leave no memory; small requests are still answered."""
-MOST_IN_FLIGHT_BYTES: Final = 4096 * MIB
-"""Bytes that requests may hold at most unless a setting says more; they are seconds of work for any model."""
 HEAP_SHARE: Final = 32
 """Bodies that are announced and not received take a part of the heap: this share of the limit, divided by the
 requests in flight. With 1,000 requests that is a quarter of the limit in total."""
@@ -63,12 +57,6 @@ _STACK_BYTES: Final = 8 * MIB
 """Address space of a thread's stack if there is no limit on stacks."""
 
 
-def in_flight_bytes(limit: int, held: int) -> int:
-    """Bytes that requests may hold together in a process that holds `held` of `limit` bytes without them."""
-    room = limit - held - max(LEAST_MARGIN_BYTES, limit // 10)
-    return max(LEAST_IN_FLIGHT_BYTES, min(MOST_IN_FLIGHT_BYTES, room // COPIES))
-
-
 class System(NamedTuple):
     """The calls that the monitor makes; tests give others."""
 
@@ -82,7 +70,7 @@ class System(NamedTuple):
 
 def this_system(memory_bytes: int) -> System:
     """The calls for this process, whose limit is `memory_bytes`; 0 takes the cgroup's or the machine's."""
-    limit = MemoryLimit(memory_bytes) if memory_bytes else memory_limit()
+    limit = chosen_limit(memory_bytes)
     return System(limit, limit.held)
 
 

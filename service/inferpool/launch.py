@@ -1,0 +1,77 @@
+"""Starts a server: it takes the address, and decides which process does what.
+
+Whatever answers requests is imported late: the parent of several processes needs none of it, and its children
+start sooner.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from inferpool.engine.supervisor import replace_process
+from inferpool.errors import ConfigError
+from inferpool.http.access.make_gate import check_exposure, make_gate
+from inferpool.http.access.tenants_file import make_tenants
+from inferpool.observe.logs import LineHandler
+from inferpool.observe.metrics import Metrics
+from inferpool.settings import Settings, with_memory
+from inferpool.system.cpu import usable_cores
+from inferpool.system.gpus import CPU
+
+BACKLOG = 4096
+"""Connections that the kernel may hold until the server accepts them."""
+CORES_PER_WEB_PROCESS = 4
+"""Models on the CPU need most of the cores."""
+CORES_PER_WEB_PROCESS_WITH_GPU = 2
+
+
+def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
+    """Serve the models in `path` until a signal ends the server; returns the exit status.
+
+    The status is 0 if every accepted request was answered. `log_lines` writes the access log.
+
+    Raises:
+        ConfigError: `path` has nothing to serve, the address cannot be bound, or the variables
+            `OTEL_*` ask for spans that cannot be sent, or keys cannot be read.
+    """
+    check_exposure(settings)
+    # The first step, so that an address in use is reported before anything about the models.
+    with listen(settings.host, settings.port) as listener:
+        if settings.engine == "process":
+            _supervise(listener, path, settings)
+        from inferpool import app
+
+        return app.serve(listener, path, settings, log_lines)
+
+
+def _supervise(listener: socket.socket, path: Path, settings: Settings) -> NoReturn:
+    """Serve from several processes: this one becomes their parent."""
+    # So that wrong keys and tenants are reported here.
+    gate, _ = make_gate(settings, time.monotonic, Metrics({}))
+    make_tenants(settings.tenants_file, gate.enabled, Metrics({}))
+    derive = not settings.in_flight_bytes
+    webs = settings.web_processes or web_processes(usable_cores(), settings.devices)
+    resolved = with_memory(settings).model_copy(update={"web_processes": webs})
+    replace_process(listener, path, {**resolved.model_dump(mode="json"), "derive": derive})
+
+
+def web_processes(cores: int, devices: Sequence[str], dev: Path = Path("/dev")) -> int:
+    """How many web processes suit `cores`: one for four cores, for two if models run on GPUs."""
+    gpus = tuple(devices) != (CPU,) and any(dev.glob("nvidia[0-9]*"))
+    return max(1, cores // (CORES_PER_WEB_PROCESS_WITH_GPU if gpus else CORES_PER_WEB_PROCESS))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes a free port. Raises ConfigError if the address cannot be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        remedy = "--host and --port choose another address"
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {remedy}") from error
