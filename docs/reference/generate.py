@@ -29,7 +29,7 @@ REGION: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)",
 
 REMEDIES: Final = {
     "malformed_body": "Send what the headers say. `detail` names the position or the tensor.",
-    "unauthorized": "Send a valid key as `Authorization: Bearer` or `X-Api-Key`; `reason` tells what is wrong.",
+    "unauthorized": "Send a key as `Authorization: Bearer` or `X-Api-Key`; `reason` says what is wrong.",
     "forbidden": "Use a key with the scope that `detail` names. Without keys, the admin routes are off.",
     "not_found": "See `/docs` for the paths.",
     "model_not_found": "See `GET /models` for the names.",

@@ -22,7 +22,15 @@ from concurrent.futures import Executor
 from typing import Final
 
 from inferpool.allowance import Allowance
-from inferpool.errors import Draining, InferpoolError, InternalError, InvalidInput, NotReady
+from inferpool.errors import (
+    Draining,
+    Forbidden,
+    InferpoolError,
+    InternalError,
+    InvalidInput,
+    NotReady,
+    Unauthorized,
+)
 from inferpool.http.access.gate import model_forbidden
 from inferpool.http.access.tenants import Tenants
 from inferpool.http.predict.api import Data, Encoded
@@ -144,7 +152,7 @@ class Predictor:
         body = context.api.open(head, plain, allowance)
         options = context.options = body.options
         if head.model is None or (head.version is None and options.version is not None):
-            model = head.model or self.resolver.model_named(options.model)
+            model = head.model or self.resolver.model_named(options.model, context.caller.models)
             if not context.caller.may_predict(model):
                 raise model_forbidden(context.caller, model)
             context.served = self.resolver.find(model, options.version)
@@ -350,7 +358,10 @@ class Predictor:
             log.error("request %s failed", context.request_id, exc_info=error)
         now = self.clock()
         total_s = now - context.began
-        self.resolver.metrics_of(context).failed(status, total_s)
+        # A key that is refused is no failure of a model, and whoever has none must not make it look like one.
+        refused = isinstance(problem, (Unauthorized, Forbidden))
+        metrics = self.resolver.no_model if refused else self.resolver.metrics_of(context)
+        metrics.failed(status, total_s)
         if context.tenant is not None:
             context.tenant.ended(status)
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)

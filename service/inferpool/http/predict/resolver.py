@@ -26,7 +26,11 @@ MOST_NAMES: Final = 256
 
 
 class Resolver:
-    """Looks versions up in the catalog, and remembers them until the catalog changes."""
+    """Looks versions up in the catalog, and remembers them until the catalog changes.
+
+    Attributes:
+        no_model: where requests are counted that mean no model of the catalog.
+    """
 
     def __init__(self, catalog: Catalog, metrics: Metrics) -> None:
         """Find what `catalog` serves, and count its requests in `metrics`."""
@@ -35,7 +39,7 @@ class Resolver:
         self._resolved = _Resolved({})
         self._served: dict[VersionKey, ServedVersion] = {}
         self._stats: dict[VersionKey, RequestStats] = {}
-        self._unknown = RequestMetrics(metrics, "", "", RequestStats())
+        self.no_model = RequestMetrics(metrics, "", "", RequestStats())
         self._by_model: dict[str, RequestMetrics] = {}
 
     def find(self, model: str, version: str | None) -> ServedVersion:
@@ -55,15 +59,19 @@ class Resolver:
             served = resolved.versions[name] = self._look_up(model, version)
         return served
 
-    def model_named(self, name: str | None) -> str:
+    def model_named(self, name: str | None, among: frozenset[str] | None = None) -> str:
         """Return the model that a body means: the one it names, or the only one that is served.
+
+        `among` has the models that the caller may use, None if these are all.
 
         Raises InvalidInput if the body names none and not exactly one is served, and NotReady if no model is
         known yet.
         """
         if name is not None:
             return name
-        models = known_models(self._catalog)
+        known = known_models(self._catalog)
+        # A key for some models must not tell which others there are.
+        models = list(known) if among is None else [model for model in known if model in among]
         if len(models) != 1:
             raise InvalidInput(
                 f'the body must name a "model": {names_text(models)} are served', field="model"
@@ -97,7 +105,7 @@ class Resolver:
             name = next(iter(models))
         # Labels must stay few, and a client can send any name.
         if name is None or name not in models:
-            return self._unknown
+            return self.no_model
         metrics = self._by_model.get(name)
         if metrics is None:
             metrics = self._by_model[name] = RequestMetrics(self._metrics, name, "", RequestStats())

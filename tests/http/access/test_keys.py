@@ -1,0 +1,342 @@
+"""Keys through the real door: reload, expiry, what is refused before what, and that no secret leaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from inferpool.errors import ConfigError
+from inferpool.http.access.caller import PREDICT, Caller
+from inferpool.http.access.gate import Gate
+from inferpool.http.access.make_gate import check_exposure
+from inferpool.http.access.refusals import EVERY_S, MOST_PEERS, Refusals
+from inferpool.observe.metrics import Metrics
+from inferpool.settings import Settings
+
+from tests.conftest import MakeChaos, Serve
+from tests.http.access.keys import MARK, KeyFile
+from tests.server import Server, wait_until
+
+BODY = {"inputs": {"x": [[1.0] * 4]}}
+DATA = json.dumps(BODY).encode()
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
+    file = KeyFile(tmp_path_factory.mktemp("keys") / "keys.toml")
+    file.add("m", "predict:m")
+    file.add("two", "predict:m", "predict:other")
+    file.add("none", "predict:unserved")
+    file.add("all", "predict", "read", "metrics")
+    return file
+
+
+@pytest.fixture(scope="module")
+def guarded(module_serve: Serve, module_make_chaos: MakeChaos, keys: KeyFile) -> Server:
+    module_make_chaos("other")
+    return module_serve(module_make_chaos("m"), "--keys-file", str(keys.path), "--max-body-bytes", "100000")
+
+
+def raw(port: int, *parts: bytes) -> Iterator[tuple[int, bytes]]:
+    """Send `parts` on one connection; yields the status and the body of each response that comes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"".join(parts))
+        with connection.makefile("rb") as stream:
+            while line := stream.readline():
+                headers = {}
+                while (field := stream.readline()) not in (b"\r\n", b""):
+                    name, _, value = field.decode().partition(":")
+                    headers[name.lower()] = value.strip()
+                yield int(line.split()[1]), stream.read(int(headers["content-length"]))
+
+
+def request(key: str | None, path: str = "/predict/m", body: bytes = DATA, *fields: str) -> bytes:
+    credential = [] if key is None else [f"x-api-key: {key}"]
+    lines = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(body)}", *credential, *fields]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def test_a_key_for_models_is_for_these_models_however_a_request_names_them(
+    guarded: Server, keys: KeyFile
+) -> None:
+    def status(name: str, path: str, **more: object) -> int:
+        return guarded.post(path, json={**BODY, **more}, headers=keys.bearer(name)).status_code
+
+    v2 = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 1, 1, 1]}]}
+    assert status("m", "/predict/m") == 200
+    assert status("m", "/predict/m/1") == 200
+    assert status("m", "/predict", model="m") == 200
+    assert status("m", "/predict/other") == 403
+    assert status("m", "/predict/other/1") == 403
+    assert status("m", "/predict", model="other") == 403
+    assert status("m", "/predict/nothing") == 403, "a key tells nothing about other models"
+    assert status("m", "/predict", model="nothing") == 403
+    assert status("two", "/predict/other") == 200
+    assert status("all", "/predict/nothing") == 404
+    for name, model, expected in (("m", "m", 200), ("m", "other", 403), ("two", "other", 200)):
+        answer = guarded.post(f"/v2/models/{model}/infer", json=v2, headers=keys.bearer(name))
+        assert answer.status_code == expected, answer.text
+
+
+def test_the_models_of_other_keys_are_not_listed_in_an_error(guarded: Server, keys: KeyFile) -> None:
+    answer = guarded.post("/predict", json=BODY, headers=keys.bearer("m"))
+    assert answer.status_code == 200, "the only model that this key is for"
+    answer = guarded.post("/predict", json=BODY, headers=keys.bearer("none"))
+    assert (answer.status_code, "other" in answer.text) == (422, False)
+    assert guarded.post("/predict", json=BODY, headers=keys.bearer("two")).status_code == 422
+
+
+def test_a_cached_head_is_for_its_own_key(guarded: Server, keys: KeyFile) -> None:
+    # The second request with the same head needs no parser; the others differ from it in their key alone.
+    good, wrong = keys.keys["m"], keys.keys["m"][:-1] + "."
+    sent = [request(good), request(good), request(wrong), request(good), request(None), request(wrong)]
+    for _ in range(2):
+        for part, expected in zip(sent, (200, 200, 401, 200, 401, 401), strict=True):
+            assert next(raw(guarded.port, part))[0] == expected
+    together = raw(guarded.port, *sent, request(good, "/predict/other", DATA, "connection: close"))
+    assert [status for status, _ in together] == [200, 200, 401, 200, 401, 401, 403]
+
+
+def test_a_request_has_one_key(guarded: Server, keys: KeyFile) -> None:
+    good, other = keys.keys["m"], keys.keys["two"]
+    for fields, expected in (
+        ([f"authorization: Bearer {good}"], 200),
+        ([f"authorization: bearer  {good} "], 200),
+        ([f"authorization: Bearer {good}", f"x-api-key: {good}"], 200),
+        ([f"authorization: Bearer {good}", f"x-api-key: {other}"], 401),
+        ([f"x-api-key: {good}", "x-api-key: wrong"], 401),
+        (["authorization: Basic abc", f"x-api-key: {good}"], 200),
+        ([f"authorization: {good}"], 401),
+        ([f"x-api-key: Bearer {good}"], 401),
+        ([f"cookie: x-api-key={good}"], 401),
+    ):
+        assert next(raw(guarded.port, request(None, "/predict/m", DATA, *fields)))[0] == expected, fields
+    assert next(raw(guarded.port, request(None, f"/predict/m?x-api-key={good}")))[0] == 401
+
+
+def test_a_refused_body_is_not_received_and_a_stranger_learns_nothing_else(
+    guarded: Server, keys: KeyFile
+) -> None:
+    huge = request("wrong", "/predict/m", b"").replace(b"content-length: 0", b"content-length: 9999999999")
+    status, body = next(raw(guarded.port, huge))
+    assert (status, json.loads(body)["code"]) == (401, "unauthorized"), "before 413"
+    assert next(raw(guarded.port, huge.replace(b"wrong", keys.keys["m"].encode())))[0] == 413
+    assert next(raw(guarded.port, request("wrong", "/predict/nothing")))[0] == 401, "before 404"
+    assert next(raw(guarded.port, request("wrong", "/predict/m", b"not json")))[0] == 401, "before 400"
+    waits = request("wrong", "/predict/m", b"", "expect: 100-continue").replace(b"th: 0", b"th: 5")
+    assert next(raw(guarded.port, waits))[0] == 401, "a refused client is not asked to go on"
+    chunked = b"POST /predict/m HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert next(raw(guarded.port, chunked))[0] == 401
+
+
+def test_refused_requests_are_counted_by_what_their_key_lacks(guarded: Server, keys: KeyFile) -> None:
+    def counted() -> dict[str, float]:
+        text = guarded.get("/metrics", headers=keys.bearer("all")).text
+        lines = [line for line in text.splitlines() if line.startswith("inferpool_refused_keys_total{")]
+        return {line.split('"')[1]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+    before = counted()
+    guarded.post("/predict/m", json=BODY)
+    guarded.post("/predict/m", json=BODY, headers={"x-api-key": "wrong"})
+    guarded.get("/models")
+    guarded.post("/predict/other", json=BODY, headers=keys.bearer("m"))
+    after = counted()
+    assert {reason: after[reason] - before[reason] for reason in after if after[reason] > before[reason]} == {
+        "missing": 2, "unknown": 1, "scope": 1,
+    }  # fmt: skip
+    text = guarded.get("/metrics", headers=keys.bearer("all")).text
+    assert 'model="m",version="",code="401"' not in text, "no model has failed"
+
+
+def test_a_new_key_and_a_revoked_key_take_effect_without_a_restart(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    file = KeyFile(tmp_path / "keys.toml")
+    first = file.add("first", "predict")
+    server = serve(make_chaos("m"), "--keys-file", str(file.path))
+    with httpx.Client(base_url=server.url, timeout=30) as client:  # one connection, whose head is cached
+
+        def status(key: str) -> int:
+            return client.post("/predict/m", json=BODY, headers={"x-api-key": key}).status_code
+
+        assert [status(first) for _ in range(3)] == [200] * 3
+        second = file.add("second", "predict")
+        wait_until(lambda: status(second) == 200, "the new key is accepted")
+        assert status(first) == 200
+        subprocess.run(
+            [sys.executable, "-m", "inferpool", "key", "revoke", file.ids["first"], "--keys-file", file.path],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        wait_until(lambda: status(first) == 401, "the revoked key is refused")
+        assert status(second) == 200
+        third = file.add("third", "predict", expires_s=4)
+        wait_until(lambda: status(third) == 200, "the third key is accepted", 3.5)
+        wait_until(lambda: status(third) == 401, "the third key expires although its head is cached", 5)
+
+
+def test_a_broken_file_keeps_the_keys_and_is_reported(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    file = KeyFile(tmp_path / "keys.toml")
+    key = {"x-api-key": file.add("all", "predict", "metrics")}
+    server = serve(make_chaos("m"), "--keys-file", str(file.path))
+
+    def stale() -> bool:
+        return 'inferpool_stale_keys{source="keys_file"} 1' in server.get("/metrics", headers=key).text
+
+    good = file.path.read_text()
+    for text, said in (
+        (good + f"\n[[key]]\n{MARK}\n", "not valid TOML"),
+        ("", "the file is empty"),
+        (None, "No such file"),
+    ):
+        assert not stale()
+        file.path.unlink() if text is None else file.path.write_text(text)
+        wait_until(stale, "the metric tells")
+        server.wait_for(f"the former keys stay valid: .*{said}")
+        assert server.post("/predict/m", json=BODY, headers=key).status_code == 200
+        file.path.write_text(good)
+        wait_until(lambda: not stale(), "the keys are read again")
+    assert MARK not in json.dumps(server.log)
+
+
+def test_a_mounted_secret_is_read_again_when_kubernetes_changes_its_link(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    mount = tmp_path / "mount"
+    keys = {}
+    for name in ("one", "two"):
+        folder = mount / f"..2026_{name}"
+        folder.mkdir(parents=True)
+        keys[name] = {"x-api-key": KeyFile(folder / "keys.toml").add(name, "predict")}
+    (mount / "..data").symlink_to("..2026_one")
+    (mount / "keys.toml").symlink_to("..data/keys.toml")
+    server = serve(make_chaos("m"), "--keys-file", str(mount / "keys.toml"))
+    assert server.post("/predict/m", json=BODY, headers=keys["one"]).status_code == 200
+    (mount / "..data_tmp").symlink_to("..2026_two")
+    (mount / "..data_tmp").replace(mount / "..data")  # as the kubelet does it
+    for name, status in (("two", 200), ("one", 401)):
+        wait_until(
+            lambda name=name, status=status: (  # type: ignore[misc]
+                server.post("/predict/m", json=BODY, headers=keys[name]).status_code == status
+            ),
+            "the other file is read",
+        )
+
+
+def test_every_web_process_reads_the_keys_again(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.toml")
+    first = {"x-api-key": file.add("first", "predict")}
+    server = serve(
+        make_chaos("m"), "--engine", "process", "--web-processes", "2", "--keys-file", str(file.path)
+    )
+
+    def statuses(headers: dict[str, str]) -> set[int]:
+        # Each on a connection of its own: the web processes take turns.
+        return {server.post("/predict/m", json=BODY, headers=headers).status_code for _ in range(12)}
+
+    assert statuses(first) == {200}
+    assert statuses({}) == {401}
+    second = {"x-api-key": file.add("second", "predict")}
+    wait_until(lambda: statuses(second) == {200}, "all web processes accept the new key")
+    file.path.write_text("# all are revoked\n")
+    wait_until(lambda: statuses(second) == {401} == statuses(first), "all web processes refuse the keys")
+
+
+@pytest.mark.parametrize("engine", ["in-process", "process"])
+def test_a_server_does_not_start_with_a_wrong_file(
+    make_chaos: MakeChaos, tmp_path: Path, engine: str
+) -> None:
+    (tmp_path / "keys.toml").write_text(f"{MARK}\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "inferpool", "serve", make_chaos("m"), "--port", "0", "--engine", engine,
+         "--keys-file", tmp_path / "keys.toml"],
+        env={**os.environ, "PYTHONPATH": "tests/chaos"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "keys.toml: not valid TOML" in run.stderr
+    assert MARK not in run.stderr
+
+
+def test_a_server_that_others_reach_warns_without_keys_and_refuses_admin_routes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_exposure(Settings(host="127.0.0.1", admin_routes="on"))
+    check_exposure(Settings(host="::1"))
+    check_exposure(Settings(host="0.0.0.0", keys_file=tmp_path / "keys.toml", admin_routes="on"))
+    assert not caplog.records
+    for host in ("0.0.0.0", "::", "10.1.2.3", "server.example.com"):
+        check_exposure(Settings(host=host))
+        assert f"everyone who reaches {host}" in caplog.records[-1].getMessage()
+        with pytest.raises(ConfigError, match="admin_routes is on"):
+            check_exposure(Settings(host=host, admin_routes="on"))
+
+
+def test_no_output_has_a_secret(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.toml")
+    good = file.add("all", "predict", "read", "metrics", "admin")
+    lesser = file.add("lesser", "predict:other")
+    server = serve(
+        make_chaos("m"), "--keys-file", str(file.path), "--access-log", "--log-level", "debug",
+    )  # fmt: skip
+    seen = []
+    for key in (good, lesser, MARK, MARK + "." + MARK + "." + MARK):
+        for headers in ({"x-api-key": key}, {"authorization": f"Bearer {key}"}):
+            for method, path in (
+                ("POST", "/predict/m"), ("POST", "/predict"), ("GET", "/predict/m"), ("GET", "/models"),
+                ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/v2/models/m/stats"), ("GET", "/x"),
+                ("POST", "/v2/models/m/infer"), ("POST", "/models/m/load"), ("GET", "/health"),
+            ):  # fmt: skip
+                answer = httpx.request(method, server.url + path, json=BODY, headers=headers, timeout=30)
+                seen.append(str(answer.headers) + answer.text)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            # A head that the parser refuses, and one that is too long.
+            connection.sendall(f"POST /predict/m HTTP/1.1\r\nx-api-key: {key}\r\nbad header\r\n\r\n".encode())
+            seen.append(connection.recv(65_536).decode())
+    server.stop()
+    seen.append(json.dumps(server.log))
+    assert len(seen) > 90
+    for secret in (good, lesser, MARK):
+        assert not [text for text in seen if secret in text]
+        assert not [text for text in seen if secret[-20:] in text]
+
+
+def test_a_gate_remembers_no_caller_after_the_keys_have_changed() -> None:
+    gate, forgotten = Gate(lambda: 0.0, enabled=True), []
+    gate.on_change(lambda: forgotten.append(True))
+    gate.use({})
+    assert forgotten == [True]
+    with pytest.raises(Exception, match="needs a key"):
+        gate.authorize([], PREDICT, None, "")
+    assert Gate(lambda: 0.0).authorize([], PREDICT, None, "").allows(PREDICT)
+    assert not Caller("t", "k", PREDICT, frozenset({"a"})).may_predict("b")
+
+
+def test_a_client_is_logged_once_a_minute_and_the_log_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    refusals = Refusals(Metrics({}), lambda: now)
+    for _ in range(1000):
+        refusals.count("unknown", "10.0.0.1", "")
+    refusals.count("scope", "10.0.0.2", "k1")
+    assert [record.getMessage() for record in caplog.records] == [
+        "a request of 10.0.0.1 was refused, reason: unknown",
+        'a request of 10.0.0.2 was refused, the key "k1" lacks the scope',
+    ]
+    now = EVERY_S
+    refusals.count("unknown", "10.0.0.1", "")
+    assert caplog.records[-1].getMessage().endswith("; 999 more since the last line")
+    caplog.clear()
+    for number in range(10 * MOST_PEERS):
+        refusals.count("unknown", f"peer {number}", "")
+    assert len(caplog.records) <= MOST_PEERS + 1
+    now = 3 * EVERY_S
+    refusals.count("unknown", "peer new", "")
+    assert "peer new" in caplog.records[-1].getMessage(), "there is room again"
