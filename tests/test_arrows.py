@@ -43,6 +43,7 @@ LIBRARIES = {
     "opentelemetry": ("observe/spans",),
     "pynvml": ("observe/gpu_metrics",),
     "PIL": ("codecs",),
+    "watchfiles": ("repository/watch",),
     "tokenizers": ("codecs/text",),
 }
 """Who may import what; the names are how paths below `service/inferpool/` begin."""

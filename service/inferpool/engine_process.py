@@ -106,6 +106,9 @@ class Engine:
         if message.kind == "seen":
             self._seen.set()
             return
+        if message.kind == "rescan":
+            self._repository.watch.look()
+            return
         web = message.values["web"]
         if message.kind == "connect":
             data, arena = message.descriptors

@@ -183,7 +183,7 @@ class InProcessServer(Server):
             # uvicorn does this as well, but only after the line that says that the server listens.
             signal.signal(number, self.handle_exit)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, _ignore_hangup)
+            signal.signal(signal.SIGHUP, self._rescan)
         for listener in listeners:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -195,6 +195,11 @@ class InProcessServer(Server):
         if self._draining is None and self.loop is not None:
             log.info("%s: draining", signal.Signals(sig).name)
         self.begin_drain()
+
+    def _rescan(self, sig: int, frame: FrameType | None) -> None:
+        """Look at the models folder again; the signal never ends the server."""
+        log.info("SIGHUP: looking at the models folder again; changed settings need a restart")
+        self._repository.watch.look()
 
     def report_drain(self) -> None:
         """Report that the server is not ready."""
@@ -238,10 +243,6 @@ def report_installation() -> None:
             "large JSON bodies delay other requests: this installation lacks the C module that reads"
             " them; install a C compiler and reinstall Inferpool"
         )
-
-
-def _ignore_hangup(number: int, frame: FrameType | None) -> None:
-    log.warning("SIGHUP: nothing is reloaded; restart the server to read its settings anew")
 
 
 def web_busy(metrics: Metrics, thread: int, process: str) -> Callable[[], list[Sample]]:

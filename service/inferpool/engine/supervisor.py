@@ -739,7 +739,10 @@ class Supervisor:
         while self._signals:
             number = signal.Signals(self._signals.pop(0))
             if number == signal.SIGHUP:
-                log.warning("SIGHUP: nothing is reloaded; restart the server to read its settings anew")
+                log.info("SIGHUP: looking at the models folder again; changed settings need a restart")
+                for engine in self._engines.values():
+                    if engine.child is not None and engine.told:
+                        engine.child.control.send("rescan", wait=False)
             elif self._draining:
                 self._status = 1
             else:

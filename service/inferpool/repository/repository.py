@@ -45,6 +45,7 @@ from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.repository.load_manager import LoadManager
 from inferpool.repository.settled_sources import SettledSources
 from inferpool.repository.version_source import VersionSource, read_source
+from inferpool.repository.watch import FolderWatch
 from inferpool.settings import Settings
 from inferpool.system.gpus import Driver
 from inferpool.system.memory import memory_use, release_freed_memory
@@ -91,7 +92,12 @@ class _Declared:
 
 
 class Repository:
-    """Loads the models of a folder into pools. The web side reads it as its `Catalog`."""
+    """Loads the models of a folder into pools. The web side reads it as its `Catalog`.
+
+    Attributes:
+        router: takes requests to the pools.
+        watch: has the folder looked at again.
+    """
 
     def __init__(
         self,
@@ -187,6 +193,7 @@ class Repository:
             self._wish(name)
         if takes_new:
             self._only = None
+        self.watch = FolderWatch(path, lambda settled: self.rescan(settled=settled))
         metrics.add_source(partial(catalog_readings, self), published=False)
 
     def _scan(self, path: Path) -> list[ModelFolder]:
@@ -262,6 +269,8 @@ class Repository:
         later changes it calls `on_loaded` again.
         """
         self._manager.start(partial(self._settled, on_loaded))
+        if self._settings.watch:
+            self.watch.start()
 
     def _settled(self, then: Callable[[], None]) -> None:
         with self._scanning:
@@ -292,6 +301,7 @@ class Repository:
     def drain(self, timeout_s: float) -> bool:
         """Finish the accepted requests and end every instance; False if `timeout_s` is too short."""
         self.begin_drain()
+        self.watch.close()
         self._manager.stop()
         deadline = self._clock() + timeout_s
         ended = [pool.drain(max(0.0, deadline - self._clock())) for pool in self.router.pools()]
@@ -312,11 +322,12 @@ class Repository:
         """
         with self._scanning:
             try:
-                found = {folder.name: folder for folder in self._scan(self._path)}
+                folders = scan(self._path, backends_by_suffix(), self._told)
             except (ConfigError, OSError) as error:
                 # A volume that is not mounted for a moment must not unload everything.
                 self._tell(f"{self._path} is not looked at again, and what is loaded goes on: {error}")
                 return False
+            found = {folder.name: folder for folder in folders}
             for name in self._declared:
                 found.setdefault(name, ModelFolder(name, None))
             waits = False
