@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from inferpool.errors import Forbidden, RequestError, Unauthorized
 from inferpool.http.access.caller import ADMIN, EVERYONE, PUBLIC, SCOPES, Caller
 from inferpool.http.access.refusals import Refusals
-from inferpool.http.access.tokens import TokenVerifier
+
+if TYPE_CHECKING:
+    from inferpool.http.access.tokens import TokenVerifier  # few servers take tokens
 
 Headers = Iterable[tuple[bytes, bytes]]
 

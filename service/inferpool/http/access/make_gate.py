@@ -11,11 +11,9 @@ from typing import Any, Protocol
 from inferpool.errors import ConfigError
 from inferpool.http.access.caller import PUBLIC, SCOPES
 from inferpool.http.access.gate import KEYED, OFF, OPEN, Gate
-from inferpool.http.access.jwks import JwksWatch
 from inferpool.http.access.key_file import parse_scopes
 from inferpool.http.access.key_file_watch import KeyFileWatch
 from inferpool.http.access.refusals import Refusals
-from inferpool.http.access.tokens import TokenVerifier
 from inferpool.observe.metrics import Metrics
 from inferpool.settings import Settings
 from inferpool.system.install_hints import install_command
@@ -74,8 +72,12 @@ def make_gate(
     return gate, sources
 
 
-def _add_tokens(gate: Gate, settings: Settings, clock: Callable[[], float], metrics: Metrics) -> JwksWatch:
+def _add_tokens(gate: Gate, settings: Settings, clock: Callable[[], float], metrics: Metrics) -> KeySource:
     """Let `gate` accept tokens."""
+    # Imported late, because few servers take tokens.
+    from inferpool.http.access.jwks import JwksWatch
+    from inferpool.http.access.tokens import TokenVerifier
+
     try:
         import jwt  # noqa: F401 - an extra, which may not be installed
     except ImportError as error:
