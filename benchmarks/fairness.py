@@ -25,16 +25,17 @@ from typing import NamedTuple
 import httpx
 from inferpool.http.access.key_file import append_key, new_key
 
-CONNECTIONS = 64
-"""Connections of a tenant. A request waits for a free one, and that wait counts."""
-
 
 class Load(NamedTuple):
-    """Requests of a tenant at random moments: so many a second on average."""
+    """Requests of a tenant at random moments: `per_s` a second on average.
+
+    A request waits for one of its `connections`, and that wait counts.
+    """
 
     tenant: str
     key: str
     per_s: float
+    connections: int = 64
 
 
 class Outcome:
@@ -64,7 +65,7 @@ async def _run(port: int, path: str, body: bytes, load: Load, seconds: float, ou
     head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
     request = head.encode() + body
     free: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
-    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTIONS)]
+    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(load.connections)]
     for connection in opened:
         free.put_nowait(connection)
     choose = random.Random(load.tenant)
@@ -75,7 +76,7 @@ async def _run(port: int, path: str, body: bytes, load: Load, seconds: float, ou
         pause = due - time.monotonic()
         if pause > 0:
             await asyncio.sleep(pause)
-        if len(tasks) >= 4 * CONNECTIONS:
+        if len(tasks) >= 4 * load.connections:
             outcome.statuses[0] += 1  # not sent: the tenant has no connection left
             await asyncio.sleep(0)
             continue

@@ -19,7 +19,7 @@ ROWS = json.dumps({"inputs": {"x": [[1.0] * 4] * 8}}).encode()
 
 TENANTS = """
 [tenants.slow]
-requests_per_s = 4
+requests_per_s = 1
 
 [tenants.narrow]
 rows_per_s = 8
@@ -44,12 +44,12 @@ def server(
 ) -> Server:
     folder = tmp_path_factory.mktemp("repository")
     (folder / "m" / "1").mkdir(parents=True)
-    (folder / "m" / "1" / "model.chaos").write_text('{"run_ms": 8, "row_ms": 0.5}')
-    (folder / "m" / "model.toml").write_text("[batching]\nmax_rows = 16\n")
+    (folder / "m" / "1" / "model.chaos").write_text('{"run_ms": 40}')
+    (folder / "m" / "model.toml").write_text("[batching]\nmax_rows = 8\n")
     limits = folder.parent / f"{request.param}-tenants.toml"
     limits.write_text(TENANTS)
     processes = () if request.param == "in-process" else ("--engine", "process", "--web-processes", "2")
-    flags = ("--keys-file", str(keys.path), "--tenants-file", str(limits), "--queue-ms", "100", *processes)
+    flags = ("--keys-file", str(keys.path), "--tenants-file", str(limits), "--queue-ms", "2000", *processes)
     return module_serve(folder, *flags)
 
 
@@ -67,21 +67,18 @@ def test_a_rate_holds_for_all_processes_and_says_exactly_when_to_come_back(
 ) -> None:
     began = time.monotonic()
     # Each on a connection of its own, so that all web processes see some.
-    answers = [server.post("/predict/m", content=BODY, headers=keys.bearer("slow")) for _ in range(12)]
+    answers = [server.post("/predict/m", content=BODY, headers=keys.bearer("slow")) for _ in range(8)]
     taken = sum(answer.status_code == 200 for answer in answers)
-    assert 4 <= taken <= 5 + 4 * (time.monotonic() - began)
-    refused = answers[-1]
-    if refused.status_code == 200:
-        pytest.skip("the machine is too slow to send faster than the rate")
+    assert 1 <= taken <= 1 + (time.monotonic() - began), "a request a second, for both processes together"
+    while (refused := server.post("/predict/m", content=BODY, headers=keys.bearer("slow"))).is_success:
+        pass
     assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
     wait_ms = refused.json()["retry_after_ms"]
     assert refused.headers["retry-after"] == str(math.ceil(wait_ms / 1000))
-    assert 0 < wait_ms <= 250
+    assert 0 < wait_ms <= 1000
     time.sleep(wait_ms / 1000)  # as a client would
-    again = server.post("/predict/m", content=BODY, headers=keys.bearer("slow"))
-    assert again.status_code == 200
-    assert total(server, keys, "tenant_requests_total", tenant="slow", code="200") == taken + 1
-    assert total(server, keys, "tenant_requests_total", tenant="slow", code="429") == 12 - taken
+    assert server.post("/predict/m", content=BODY, headers=keys.bearer("slow")).status_code == 200
+    assert total(server, keys, "tenant_requests_total", tenant="slow", code="429") >= 8 - taken
 
 
 def test_rows_have_a_rate_too(server: Server, keys: KeyFile) -> None:
@@ -98,12 +95,15 @@ def _v2(rows: int) -> bytes:
 
 
 def test_a_flood_stays_alone(server: Server, keys: KeyFile) -> None:
-    usual = [Load("one", keys.keys["one"], 250.0), Load("two", keys.keys["two"], 250.0)]
-    flood = [Load("one", keys.keys["one"], 250.0), Load("two", keys.keys["two"], 2500.0)]
+    # The model answers 200 requests a second, and half of the queue is more than all connections of `one`.
+    one = Load("one", keys.keys["one"], 60.0)
+    usual, flood = (
+        [one, Load("two", keys.keys["two"], 60.0)],
+        [one, Load("two", keys.keys["two"], 600.0, 256)],
+    )
     before, after = (asyncio.run(run_loads(server.port, BODY, loads, 2.0)) for loads in (usual, flood))
-    # A busy machine delays its requests until they come as a flood of their own.
-    assert after["one"].statuses[200] > 0.85 * after["one"].statuses.total(), "only the flood is refused"
+    assert after["one"].statuses.keys() == {200}, "only the flood is refused"
     assert after["two"].statuses[429] > 0
-    # Bounds for a busy machine; benchmarks/fairness.py has the figures of a quiet one.
-    assert percentile(after["one"].seconds, 0.5) < 3 * percentile(before["one"].seconds, 0.5) + 0.03
-    assert after["two"].statuses[200] > 250, "what others leave is used"
+    assert after["two"].statuses[200] > 1.1 * before["two"].statuses[200], "what others leave is used"
+    # A bound for a busy machine; benchmarks/fairness.py has the figures of a quiet one.
+    assert percentile(after["one"].seconds, 0.5) < 2 * percentile(before["one"].seconds, 0.5) + 0.05
