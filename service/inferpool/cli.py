@@ -1,4 +1,4 @@
-"""The command: `inferpool serve`, `inferpool check`, `inferpool build` and `inferpool key`."""
+"""The command: `inferpool serve`, `check`, `build`, `key`, and those that change a running server."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from inferpool import __version__
+from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
 from inferpool.errors import InferpoolError
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, Settings, add_flags, read_settings
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (InferpoolError, ValueError) as error:
             print(f"inferpool: {printable(str(error))}", file=sys.stderr)
             return 1
+    if command in COMMANDS:
+        return run_admin_command(command, flags, os.environ)
     path, config = flags.pop("repository"), flags.pop("config", None)
     name, options = flags.pop("name", None), flags.pop("options", ())
     remeasure = flags.pop("remeasure", False)
@@ -131,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         help="options of the script (see NAME --help)",
     )
     _add_key(commands)
+    add_admin_commands(commands)
     return parser
 
 

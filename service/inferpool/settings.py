@@ -257,8 +257,9 @@ def _origin(text: str) -> str:
     return origin.removesuffix(_USUAL_PORTS.get(scheme, "-"))
 
 
-_NOT_SETTINGS = ("CONFIG", "COMPILED")
-"""Variables with our prefix that are not settings: the path of the file, and a switch of setup.py."""
+_NOT_SETTINGS = ("CONFIG", "COMPILED", "URL", "KEY")
+"""Variables with our prefix that are not settings: the path of the file, a switch of setup.py, and what the
+commands for a running server need."""
 
 # Kubernetes sets these variables for a Service called "inferpool".
 _SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT)(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)$")

@@ -1,0 +1,221 @@
+"""The commands that change a running server: `load`, `unload`, `jobs`, `labels` and `rollback`."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import quote, urlsplit
+
+from inferpool.settings import ENV_PREFIX
+from inferpool.system.files import printable
+
+COMMANDS: Final = ("load", "unload", "jobs", "labels", "rollback")
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+URL_VARIABLE: Final = f"{ENV_PREFIX}URL"
+KEY_VARIABLE: Final = f"{ENV_PREFIX}KEY"
+_TIMEOUT_S: Final = 70.0
+_LOOK_S: Final = 0.2
+"""Pause between two looks at a job."""
+_BAR: Final = 24
+"""Characters of the progress bar."""
+_WHERE: Final = (
+    f"The server is --url, or {URL_VARIABLE}, or {DEFAULT_URL}. Its key is read from {KEY_VARIABLE}, never"
+    " from the command line, which other users of the machine can see."
+)
+
+
+class AdminError(Exception):
+    """The server cannot be reached, or refuses; the text is one sentence."""
+
+
+def add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands to the parser of `inferpool`."""
+    for name, text, description in (
+        ("load", "load a model into a running server", "Load a model, or one version, beside those that"
+         " serve; it takes over when it is ready. Waits, and shows how far the load is."),
+        ("unload", "unload a model from a running server", "Answer the requests that a model, or one"
+         " version, has accepted, and free its memory. Waits for the end."),
+    ):  # fmt: skip
+        command = _add(commands, name, text, description)
+        command.add_argument("model", metavar="MODEL", help="the name of the model")
+        command.add_argument(
+            "version", metavar="VERSION", nargs="?", type=int, help="one version; without it, all"
+        )
+        command.add_argument("--no-wait", action="store_true", help="print the job and do not wait for it")
+    command = _add(
+        commands, "jobs", "list the loads and unloads of a running server",
+        "List the jobs that run, and the last ones that have ended.",
+    )  # fmt: skip
+    command.add_argument("job", metavar="JOB", nargs="?", help="one job, which is waited for")
+    command.add_argument("--cancel", action="store_true", help="cancel the job")
+    command = _add(
+        commands, "labels", "list and move the labels of a model",
+        "List the labels of a model, or let one name another version. A label moves in one step, and only to"
+        " a version that is ready.",
+    )  # fmt: skip
+    command.add_argument("model", metavar="MODEL", help="the name of the model")
+    command.add_argument("label", metavar="LABEL=VERSION", nargs="?", help="the label to move: stable=2")
+    command.add_argument("--remove", metavar="LABEL", help="a label to remove")
+    command = _add(
+        commands, "rollback", "let the version answer that answered before",
+        "Let the version answer that answered before the present one: the label stable names it from then"
+        " on.",
+    )  # fmt: skip
+    command.add_argument("model", metavar="MODEL", help="the name of the model")
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, description: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=description, epilog=_WHERE, allow_abbrev=False)
+    command.add_argument("--url", help=f"the address of the server, or unix:PATH [{URL_VARIABLE}]")
+    return command
+
+
+def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[str, str]) -> int:
+    """Run a command; the exit status is 0, or 1 if the server cannot be reached, refuses, or a job fails."""
+    server = _Server(flags["url"] or environ.get(URL_VARIABLE) or DEFAULT_URL, environ.get(KEY_VARIABLE))
+    try:
+        if command in ("load", "unload"):
+            body = {} if flags["version"] is None else {"version": flags["version"]}
+            job = server.ask("POST", f"/models/{quote(flags['model'], safe='')}/{command}", body)
+            return _print_job(job) if flags["no_wait"] else _wait(server, job)
+        if command == "jobs":
+            return _jobs(server, flags["job"], cancel=flags["cancel"])
+        if command == "labels":
+            return _labels(server, flags["model"], flags["label"], flags["remove"])
+        found = server.ask("POST", f"/models/{quote(flags['model'], safe='')}/rollback")
+        print(f"{printable(found['model'])}: version {found['version']} answers")
+    except AdminError as error:
+        print(f"inferpool: {printable(str(error))}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _jobs(server: _Server, job_id: str | None, *, cancel: bool) -> int:
+    if job_id is None:
+        if cancel:
+            raise AdminError("--cancel needs the id of a job; `inferpool jobs` lists them")
+        for job in server.ask("GET", "/jobs")["jobs"]:
+            _print_job(job)
+        return 0
+    path = f"/jobs/{quote(job_id, safe='')}"
+    if cancel:
+        return _print_job(server.ask("DELETE", path))
+    return _wait(server, server.ask("GET", path))
+
+
+def _labels(server: _Server, model: str, label: str | None, remove: str | None) -> int:
+    path = f"/models/{quote(model, safe='')}"
+    if remove is not None:
+        server.ask("DELETE", f"{path}/labels/{quote(remove, safe='')}")
+    if label is not None:
+        name, equals, version = label.partition("=")
+        if not equals or not version.isdecimal():
+            raise AdminError(f"{label} is not LABEL=VERSION, as in stable=2")
+        moved = server.ask("PUT", f"{path}/labels/{quote(name, safe='')}", {"version": int(version)})
+        if not moved["kept"]:
+            print("the folder of the model cannot be written: the label lasts until the next start")
+    for name, number in sorted(server.ask("GET", path)["labels"].items()):
+        print(f"{printable(name)} = {number}")
+    return 0
+
+
+def _wait(server: _Server, job: dict[str, Any]) -> int:
+    """Show the progress of a job until it has ended."""
+    shown = ""
+    while job["state"] == "running":
+        shown = _show(job, shown)
+        time.sleep(_LOOK_S)
+        job = server.ask("GET", f"/jobs/{job['id']}")
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")
+    return _print_job(job)
+
+
+def _show(job: Mapping[str, Any], shown: str) -> str:
+    """Show how far a job is: a bar on a terminal, else a line for each phase. Returns what is shown."""
+    phase = (job["phase"] or "waiting").replace("_", " ")
+    if not sys.stderr.isatty():
+        if phase != shown:
+            print(f"{printable(job['model'])}: {phase}", file=sys.stderr)
+        return str(phase)
+    full = round(_BAR * job["share"])
+    left = "" if job["seconds_left"] is None else f"  about {job['seconds_left']:.0f} s left"
+    bar = f"[{'#' * full}{'.' * (_BAR - full)}] {100 * job['share']:3.0f} %  {phase}{left}"
+    sys.stderr.write(f"\r\033[K{bar}")
+    sys.stderr.flush()
+    return bar
+
+
+def _print_job(job: Mapping[str, Any]) -> int:
+    versions = ", ".join(map(str, job["versions"]))
+    why = f": {job['reason']}" if job["reason"] else ""
+    print(printable(f"{job['id']}  {job['kind']:<6}  {job['model']}/{versions}  {job['state']}{why}"))
+    return 1 if job["state"] in ("failed", "cancelled") and job["kind"] == "load" else 0
+
+
+class _Server:
+    """A running server."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self._url = url
+        self._key = key
+
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON answer to a request; raises AdminError."""
+        headers = {"accept": "application/json"}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        content = None
+        if body is not None:
+            content = json.dumps(body)
+            headers["content-type"] = "application/json"
+        connection = self._connect()
+        try:
+            connection.request(method, path, content, headers)
+            reply = connection.getresponse()
+            data = reply.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise AdminError(f"{self._url} cannot be reached: {error}") from error
+        finally:
+            connection.close()
+        try:
+            answer = json.loads(data)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise AdminError(f"{self._url} answered with status {reply.status}, and not as Inferpool does")
+        if reply.status >= 400:
+            raise AdminError(str(answer.get("detail") or f"status {reply.status}"))
+        return answer
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._url.startswith("unix:"):
+            return _UnixConnection(self._url.removeprefix("unix:").removeprefix("//"))
+        parts = urlsplit(self._url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise AdminError(f"{self._url} is no address; expected http://HOST:PORT, https:// or unix:PATH")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        return kind(parts.hostname, parts.port, timeout=_TIMEOUT_S)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """A connection to a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = os.fspath(path)
+
+    def connect(self) -> None:
+        """Connect to the path."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)

@@ -1,0 +1,99 @@
+"""The commands for a running server, as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.onnx_models import write_shift
+from tests.server import Server, free_port
+
+SCOPES = ("admin", "read", "predict")
+KEY_LINE = re.compile(r"inferpool_\S+")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("commands")
+    write_shift(made / "models", "digits", 1, 1.0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def key(folder: Path) -> str:
+    """A key with the scope `admin`."""
+    command = ["key", "new", "--keys-file", str(folder / "keys.toml"), "--tenant", "ops"]
+    made = subprocess.run(
+        [sys.executable, "-m", "inferpool", *command, *(f"--scope={name}" for name in SCOPES)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = KEY_LINE.search(made.stdout)
+    assert found is not None, made.stdout
+    return found.group()
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, key: str, module_serve: Serve) -> Server:
+    return module_serve(folder / "models", "--keys-file", str(folder / "keys.toml"))
+
+
+def run(server: Server, key: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "INFERPOOL_URL": server.url, "INFERPOOL_KEY": key}
+    return subprocess.run(
+        [sys.executable, "-m", "inferpool", *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_version_is_loaded_labelled_and_rolled_back(server: Server, key: str, folder: Path) -> None:
+    write_shift(folder / "models", "digits", 2, 2.0)
+    loaded = run(server, key, "load", "digits", "2")
+    assert loaded.returncode == 0, loaded.stderr
+    assert re.fullmatch(r"[0-9a-f]+  load    digits/2  done\n", loaded.stdout)
+    assert run(server, key, "rollback", "digits").stdout == "digits: version 1 answers\n"
+    assert run(server, key, "labels", "digits").stdout == "stable = 1\n"
+    assert run(server, key, "labels", "digits", "canary=2").stdout == "canary = 2\nstable = 1\n"
+    assert run(server, key, "labels", "digits", "--remove", "canary").stdout == "stable = 1\n"
+    assert "unload  digits/2  done" in run(server, key, "unload", "digits", "2").stdout
+    assert "unload  digits/2  done" in run(server, key, "jobs").stdout
+    server.wait_for(r"audit: rollback digits: version 1 answers")
+
+
+def test_a_load_that_fails_says_why_and_fails(server: Server, key: str, folder: Path) -> None:
+    broken = folder / "models" / "broken" / "1" / "model.onnx"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no model")
+    found = run(server, key, "load", "broken")
+    assert found.returncode == 1
+    assert "broken/1  failed: " in found.stdout
+    assert "model.onnx" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["load", "nothing"], 'no model is called "nothing"'),
+        (["labels", "digits", "stable"], "stable is not LABEL=VERSION"),
+        (["jobs", "--cancel"], "--cancel needs the id of a job"),
+        (["jobs", "none"], 'no job is called "none"'),
+    ],
+)
+def test_mistakes_are_explained(server: Server, key: str, arguments: list[str], said: str) -> None:
+    found = run(server, key, *arguments)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert said in found.stderr
+
+
+def test_without_a_key_or_a_server_the_command_says_so(server: Server) -> None:
+    assert "needs a key" in run(server, "", "load", "digits").stderr
+    found = run(server, "", "jobs", "--url", f"http://127.0.0.1:{free_port()}")
+    assert "cannot be reached" in found.stderr
