@@ -1,11 +1,12 @@
 """The main of an engine: it loads models, and runs them for the web processes.
 
 The main thread listens to the supervisor. Requests arrive in the thread of the port, and run in the threads
-of the instances.
+of the instances. A spare is an engine that waits to be told what to load, until another engine ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -17,13 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from inferpool.backends.registry import describe_backends
+from inferpool.backends.registry import describe_backends, find_backend
 from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.engine_port import EnginePort
 from inferpool.engine.restart_policy import SHARED
-from inferpool.engine.spawn import begin_child
-from inferpool.errors import ConfigError, Reason
+from inferpool.engine.spawn import begin_child, name_process
+from inferpool.errors import ConfigError, LoadError, Reason
 from inferpool.observe.build_info import build_info
 from inferpool.observe.gpu_metrics import gpu_readings
 from inferpool.observe.logs import configure_logs
@@ -39,6 +40,8 @@ from inferpool.system.memory import keep_freed_memory, release_freed_memory
 
 log = logging.getLogger(__name__)
 
+NAME: Final = "inferpool-eng"
+SPARE_NAME: Final = "inferpool-spare"
 OOM_SCORE: Final = 500
 """If memory runs out, the kernel ends engines first: their requests run again in the next one."""
 GIL_SWITCH_S: Final = 0.001
@@ -164,7 +167,7 @@ class Engine:
             self._frozen = True
         release_freed_memory()
         self._watch_gpus()
-        self._control.send("loaded")
+        self._control.send("loaded", {"backends": self._repository.backends()})
 
     def _watch_gpus(self) -> None:
         """Export the readings of the GPUs once a model runs on one; a later load may be the first."""
@@ -178,11 +181,25 @@ class Engine:
             self._gpus_watched = True
 
 
+def _prepare(backends: list[str]) -> None:
+    """Import what an engine needs, so that this process can take the place of one that ends."""
+    describe_backends()
+    for name in backends:
+        with contextlib.suppress(LoadError):
+            find_backend(name).import_runtime()
+    gc.collect()
+    release_freed_memory()
+
+
 def main() -> int:
     """Run an engine that `inferpool.engine.spawn` has started."""
-    control = begin_child("inferpool-eng", OOM_SCORE)
+    control = begin_child(SPARE_NAME, OOM_SCORE)
     try:
         start = control.wait()
+        if start.kind == "prepare":
+            _prepare(start.values["backends"])
+            start = control.wait()
+        name_process(NAME)
         settings = Settings.model_validate(start.values["settings"])
         configure_logs(settings.log_level, settings.log_format, process=f"engine {start.values['engine']}")
         keep_freed_memory()

@@ -8,6 +8,7 @@ from tests.server import Server
 
 WEB = "inferpool.web_process"
 ENGINE = "inferpool.engine_process"
+NAMES = {WEB: "inferpool-web", ENGINE: "inferpool-eng"}
 
 
 def children(server: Server) -> list[int]:
@@ -17,8 +18,16 @@ def children(server: Server) -> list[int]:
 
 
 def find(server: Server, module: str) -> list[int]:
-    """The ids of the processes of `module`, in the order of their starts."""
-    return [pid for pid in children(server) if module.encode() in command(pid)]
+    """The ids of the processes of `module`, in the order of their starts. A spare engine is none."""
+    return [pid for pid in children(server) if module.encode() in command(pid) and name(pid) == NAMES[module]]
+
+
+def name(pid: int) -> str:
+    """The name of a process, as `ps` shows it; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def command(pid: int) -> bytes:

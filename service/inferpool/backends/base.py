@@ -259,6 +259,9 @@ class Backend(ABC):
         """The versions that a TensorRT plan depends on. Requires that TensorRT is available."""
         return self.describe()
 
+    def import_runtime(self) -> None:  # noqa: B027 - most are imported with their backend
+        """Import the runtime ahead of the first load. If it cannot be imported, the load will say so."""
+
     @abstractmethod
     def describe(self) -> str:
         """The runtime and its version, for logs and `build_info`: `onnxruntime 1.31.1`."""

@@ -1,7 +1,8 @@
 """The parent of all other processes: it listens, answers signals, and starts again what dies.
 
     supervisor ─┬─ web process 1 … N     read requests, write answers
-                └─ engine 1 … M          hold models, and run them
+                ├─ engine 1 … M          hold models, and run them
+                └─ a spare engine        takes the place of the next engine that ends
 
 The supervisor reads no request and loads no library: it has nothing that could crash. It runs one loop,
 which never waits for a child. The module is run in place of the command, so the process keeps its id.
@@ -60,6 +61,10 @@ ENGINE_SLOTS: Final = 64
 PUBLISH_S: Final = 1.0
 LEAST_ARENA_BYTES: Final = 256 * 2**20
 PAGE_BYTES: Final = 4096
+SPARE_S: Final = 1.0
+"""Pause until there is another spare engine, so that its start takes no time from an engine that loads."""
+LATE_SPARE_S: Final = 30.0
+"""The same if the last spare engine has ended by itself."""
 END_S: Final = 2.0
 """How long an engine may take to end after its own drain timeout."""
 
@@ -143,6 +148,10 @@ class Supervisor:
         self._webs = {number: _Web(number) for number in range(1, settings["web_processes"] + 1)}
         self._engines: dict[str, _Engine] = {SHARED: _Engine(SHARED)}
         self._crashes: dict[str, _Crash] = {}
+        self._spare: Child | None = None
+        self._spare_is_due = False
+        # The backends that engines have used, which a spare imports.
+        self._backends: set[str] = set()
         self._catalog_number = 0
         self._announced = False
         self._failed_starts = 0
@@ -303,7 +312,7 @@ class Supervisor:
         if self._engines.get(engine.name) is not engine:
             return
         self._region.numbers("engine_restarts_total", (engine.name,), 1)
-        engine.child = child = spawn(ENGINE_MODULE)
+        engine.child = child = self._take_spare() or spawn(ENGINE_MODULE)
         engine.pid = child.pid
         engine.epoch += 1
         engine.started, engine.told, engine.loaded, engine.answers = self._clock(), False, False, False
@@ -317,6 +326,35 @@ class Supervisor:
             # Later processes are connected once their models are ready again.
             for web in self._webs.values():
                 self._connect(web, engine)
+
+    def _plan_spare(self, pause_s: float) -> None:
+        if self._spare is None and not self._spare_is_due:
+            self._spare_is_due = True
+            self._after(pause_s, self._start_spare)
+
+    def _start_spare(self) -> None:
+        """Start an engine that imports its libraries, and waits until it has to replace another one."""
+        self._spare_is_due = False
+        if self._draining:
+            return
+        self._spare = child = spawn(ENGINE_MODULE)
+        child.control.send("prepare", {"backends": sorted(self._backends)}, wait=False)
+        self._watch(child, Message.close, self._spare_ended)
+
+    def _take_spare(self) -> Child | None:
+        child, self._spare = self._spare, None
+        if child is not None:
+            self._selector.unregister(child.control)
+            self._selector.unregister(child.pidfd)
+        return child
+
+    def _spare_ended(self) -> None:
+        assert self._spare is not None
+        how = self._reap(self._spare)
+        self._spare = None
+        if not self._draining:
+            log.error("the spare engine %s", how)
+            self._plan_spare(LATE_SPARE_S)
 
     def _tell_engine(self, engine: _Engine) -> None:
         if engine.child is None or engine.told:
@@ -433,6 +471,8 @@ class Supervisor:
         elif message.kind == "loaded":
             engine.loaded = True
             self._answer_again(engine)
+            self._backends.update(values["backends"])
+            self._plan_spare(SPARE_S)
             if engine.epoch == 1 or not self._reported:
                 self._to_report = self._catalog_number
                 self._report_loaded()
@@ -839,7 +879,8 @@ class Supervisor:
 
     def _children(self) -> list[Child]:
         owners: list[_Web | _Engine] = [*self._webs.values(), *self._engines.values()]
-        return [owner.child for owner in owners if owner.child is not None]
+        children = [owner.child for owner in owners if owner.child is not None]
+        return children if self._spare is None else [*children, self._spare]
 
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (self._clock() + seconds, next(self._timer_ids), then))

@@ -254,6 +254,10 @@ class Repository:
         """The measured plans of the versions, by which another process can load them without measuring."""
         return self._loader.plans()
 
+    def backends(self) -> list[str]:
+        """The names of the backends that have loaded versions."""
+        return self._loader.backends()
+
     def codec_sources(self) -> Mapping[VersionKey, CodecSource]:
         """What the codecs of the versions that are loaded were made from; empty without `on_change`."""
         return dict(self._codec_sources)

@@ -6,6 +6,7 @@ because the import takes seconds and hundreds of megabytes.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,6 +89,11 @@ class PyTorchBackend(Backend):
         except LoadError as error:
             return error.detail
         return reason
+
+    def import_runtime(self) -> None:
+        """Import PyTorch."""
+        with contextlib.suppress(LoadError):
+            _import("inferpool.backends.torch.model")
 
     def describe(self) -> str:
         """The runtime's version; raises LoadError, which says how to install it, if PyTorch is missing."""

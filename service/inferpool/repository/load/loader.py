@@ -131,10 +131,15 @@ class Loader:
         self._cache = PlanCache(settings.cache_dir, remeasure=remeasure, plans=plans, on_drop=on_drop)
         self._watcher = RunWatcher(clock, settings.run_timeout_s, on_hung)
         self._cores = settings.threads or usable_cores()
+        self._backends: dict[str, None] = {}
 
     def plans(self) -> Mapping[str, str]:
         """The plans by which this process has loaded versions, as `PlanCache.plans` returns them."""
         return self._cache.plans()
+
+    def backends(self) -> list[str]:
+        """The names of the backends with which this process has loaded versions."""
+        return list(self._backends)
 
     def load(
         self,
@@ -201,6 +206,7 @@ class Loader:
         except BaseException:
             copies.close()
             raise
+        self._backends[backend.name] = None
         view = VersionView(
             key=key,
             state=READY,
