@@ -118,24 +118,30 @@ class LoadManager:
         """Serve a version from `source`. A source that has failed is loaded again only with `retry`."""
         with self._changed:
             lifecycle = self._lifecycles.setdefault(key, VersionLifecycle())
+            changes = retry or lifecycle.wanted != source
             lifecycle.want(source, retry=retry)
-            self._wake()
+            if changes:
+                self._wake()
 
     def unwant(self, key: VersionKey, keep_s: float = 0.0) -> None:
         """Serve a version no more, after `keep_s` seconds in which it goes on serving."""
         with self._changed:
             lifecycle = self._lifecycles.get(key)
             if lifecycle is not None:
+                changes = lifecycle.wanted is not None or lifecycle.warm_until > self._clock() + keep_s
                 lifecycle.unwant(self._clock() + keep_s)
-                self._wake()
+                if changes:
+                    self._wake()
 
     def fail(self, key: VersionKey, source: VersionSource | str, reason: Reason) -> None:
         """Take note that a version cannot be loaded; `source` is what cannot."""
         with self._changed:
             lifecycle = self._lifecycles.setdefault(key, VersionLifecycle())
+            changes = lifecycle.wanted != source or lifecycle.reason != reason
             lifecycle.fail(source, reason)
             self._host.show(key, lifecycle)
-            self._wake()
+            if changes:
+                self._wake()
 
     def forget(self, key: VersionKey) -> None:
         """Forget a version that is neither loaded nor wanted."""
