@@ -154,7 +154,7 @@ class Server:
         """Return the memory that the server's processes hold together, in bytes; shared pages count once."""
         return 1024 * sum(_kib_of(pid, "smaps_rollup", "Pss:") for pid in self.processes())
 
-    def stop(self, timeout_s: float = 30) -> int:
+    def stop(self, timeout_s: float = START_S) -> int:
         """Send SIGTERM and wait until the process ends; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         status = self.process.wait(timeout_s)

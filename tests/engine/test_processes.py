@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client, with_clients
 from tests.conftest import MakeChaos, Serve
 from tests.engine.processes import ENGINE, WEB, children, find, libraries, lives, open_sockets
-from tests.server import ROOT, Server, wait_until
+from tests.server import ROOT, START_S, Server, wait_until
 
 PROCESS = ("--engine", "process", "--web-processes", "2")
 ROW = {"inputs": [[1, 2, 3, 4]]}
@@ -295,7 +294,7 @@ def test_everything_ends_with_the_supervisor(serve: Serve, make_chaos: MakeChaos
     pids = children(server)
     assert len(pids) == 3
     server.process.kill()
-    wait_until(lambda: not any(map(lives, pids)), "all children end", timeout_s=5)
+    wait_until(lambda: not any(map(lives, pids)), "all children end")
 
 
 @pytest.mark.parametrize("flags", [(), PROCESS], ids=["in-process", "process"])
@@ -404,9 +403,7 @@ def test_several_web_processes_need_engines_of_their_own() -> None:
 
 def test_a_folder_without_models_is_refused_as_in_one_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "inferpool", "serve", str(tmp_path), "--port", "0", *PROCESS]
-    began = time.monotonic()
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=START_S)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith("inferpool: ")
     assert "holds no models" in run.stderr
-    assert time.monotonic() - began < 30

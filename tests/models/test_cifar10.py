@@ -28,6 +28,7 @@ from PIL import Image
 from tests.conftest import ROOT, Serve
 from tests.models import cifar_archive as made
 from tests.models.built import assert_batched, build, documented_request
+from tests.models.record import needs_to_run
 
 MODEL = ROOT / "models/cifar10"
 ROWS = 40
@@ -60,6 +61,7 @@ def repository(tmp_path: Path) -> Path:
 def test_a_model_built_from_the_archive_classifies_pictures(
     repository: Path, tmp_path: Path, serve: Serve
 ) -> None:
+    needs_to_run("cifar10")
     data = made.write_tar(tmp_path / "cifar-10-python.tar.gz", made.files(ROWS))
     run = build(repository, "cifar10", "--data", data, "--epochs", 8, OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
@@ -86,6 +88,7 @@ def test_a_model_built_from_the_archive_classifies_pictures(
 
 def test_a_model_that_learned_nothing_is_not_written(repository: Path, tmp_path: Path) -> None:
     """A model cannot learn labels that do not depend on the pictures."""
+    needs_to_run("cifar10")
     draw = np.random.default_rng(0)
     files = {
         name: made.batch(name, made.pictures(ROWS, seed)[0], draw.integers(0, 10, ROWS))
@@ -347,6 +350,7 @@ def test_the_labels_are_those_of_cifar_10() -> None:
 
 
 def test_without_data_the_script_asks_for_it(repository: Path) -> None:
+    needs_to_run("cifar10")
     run: subprocess.CompletedProcess[str] = build(repository, "cifar10")
     assert run.returncode == 2
     assert "--data" in run.stderr

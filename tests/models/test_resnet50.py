@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, Serve
 from tests.models.built import assert_batched, build, documented_request
+from tests.models.record import needs_to_run
 
 MODEL = ROOT / "models/resnet50"
 LAYERS = "537b1c87e6f187e4adb6923a34c01b5c077e82f8c4a64396d34dd2dbffe28f0d"
@@ -45,6 +46,7 @@ script = load_module()
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
+    needs_to_run("resnet50")
     return script.random_weights(0)
 
 
@@ -124,6 +126,7 @@ def test_a_model_built_from_weights_classifies_a_photograph(
 
 def test_random_weights_need_no_file(tmp_path: Path) -> None:
     """`--help` names both options; one of them is required."""
+    needs_to_run("resnet50")
     run = build(MODEL.parent, "resnet50", "--help")
     assert "--weights FILE" in run.stdout
     assert "--random-weights" in run.stdout

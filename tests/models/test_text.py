@@ -20,6 +20,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.docs.pages import PAGES, blocks
 from tests.models.built import assert_batched, documented_request
+from tests.models.record import needs_to_run
 from tests.server import Server
 
 MODELS = ROOT / "models"
@@ -95,11 +96,13 @@ def start(cache_dir: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture(scope="module")
 def minilm(build: Build, start: Callable[..., Server]) -> Server:
+    needs_to_run("minilm")
     return start(build("minilm"))
 
 
 @pytest.fixture(scope="module")
 def news(build: Build, start: Callable[..., Server]) -> Server:
+    needs_to_run("news")
     return start(build("news"))
 
 
@@ -133,6 +136,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sentiment(build: Build, start: Callable[..., Server], reviews: Path) -> Server:
+    needs_to_run("sentiment")
     return start(build("sentiment", "--data", reviews, "--epochs", "12"))
 
 
@@ -180,6 +184,7 @@ def test_sentences_of_the_same_meaning_have_near_vectors(minilm: Server) -> None
 def test_minilm_is_not_written_if_it_differs_from_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    needs_to_run("minilm")
     module = script("minilm")
     monkeypatch.setattr(module, "trial_sentences", lambda: list(module.SAMPLES))
     swapped = module.run(module.to_onnx(), module.tokens(module.SAMPLES))[::-1]
@@ -217,6 +222,7 @@ def test_sentiment_classifies_unseen_reviews(sentiment: Server, reviews: Path) -
 
 
 def test_sentiment_is_not_written_if_it_is_wrong(tmp_path: Path) -> None:
+    needs_to_run("sentiment")
     archive = write_archive(tmp_path / "aclImdb", test=(GOOD, BAD))
     done = run_script("sentiment", "--data", archive, "--epochs", "2", "--out", tmp_path / "out")
     assert done.returncode == 1
@@ -225,12 +231,14 @@ def test_sentiment_is_not_written_if_it_is_wrong(tmp_path: Path) -> None:
 
 
 def test_sentiment_names_what_the_folder_lacks(tmp_path: Path) -> None:
+    needs_to_run("sentiment")
     done = run_script("sentiment", "--data", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 1
     assert f"no reviews: expected {tmp_path / 'train' / 'neg'}/*.txt" in done.stderr
 
 
 def test_the_graph_of_sentiment_is_its_network() -> None:
+    needs_to_run("sentiment")
     import torch
 
     module = script("sentiment")
@@ -246,6 +254,7 @@ def test_the_graph_of_sentiment_is_its_network() -> None:
 
 @pytest.fixture(scope="module")
 def next_word() -> ModuleType:
+    needs_to_run("next-word")
     return script("next-word")
 
 

@@ -21,7 +21,7 @@ from tests import onnx_models
 from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client, with_clients
 from tests.conftest import MakeChaos, Serve
-from tests.server import Server, wait_until
+from tests.server import START_S, Server, wait_until
 
 ENDLESS = 10**12
 """Turns of the loop that take days."""
@@ -91,7 +91,7 @@ def test_the_deadline_holds_while_the_model_runs(serve: Serve, endless: Path) ->
     reply = ask(server, ENDLESS, timeout_ms=500)
     assert (reply.status_code, reply.json()["code"]) == (504, "deadline_exceeded")
     assert "while the model ran" in reply.json()["detail"]
-    assert 0.45 < time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.45, "the model ran; without a deadline it runs for ever"
     # The run was stopped, so the only instance is free again.
     assert ask(server, 7).json()["outputs"]["total"] == [7]
     assert server.get("/health").json()["status"] == "ok"
@@ -194,15 +194,14 @@ def test_sigterm_ends_a_run_that_does_not_end(serve: Serve, endless: Path) -> No
 
 
 def test_a_second_signal_ends_the_server_while_a_model_runs(serve: Serve, endless: Path) -> None:
-    server = serve(endless)
+    """The second signal does not wait for the drain timeout."""
+    server = serve(endless, "--drain-timeout-s", "3600")
     server.wait_loaded()
     with hang_up(server, "turns", [ENDLESS]):
         server.wait_for_metric("in_flight_requests", at_least=1)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("draining")
-        began = time.monotonic()
-        assert server.stop() == 1
-        assert time.monotonic() - began < 15
+        assert server.stop(START_S) == 1
 
 
 def test_a_run_that_does_not_stop_ends_its_engine_and_nothing_else(

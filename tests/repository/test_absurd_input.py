@@ -135,7 +135,7 @@ def test_pipes_devices_and_endless_files_fail_one_model_and_the_others_are_serve
         make_chaos("weights")
         make(repository / "weights" / "1" / "weights.bin")
     server = serve(repository, wait=False)
-    server.wait_for(r"\d+ models$", 30)
+    server.wait_loaded()
     models = {model["name"]: model["versions"][0] for model in server.get("/models").json()["models"]}
     assert models.pop("good")["state"] == "ready"
     assert len(models) >= 5

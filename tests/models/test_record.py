@@ -1,0 +1,91 @@
+"""A change of anything that the tests of a model depend on makes them run again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.models import record
+from tests.models.record import CODE, MODELS, ROOT, digest, needs_to_run
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the digests are made of."""
+    root = tmp_path_factory.mktemp("root")
+    shutil.copy(ROOT / ".gitignore", root)
+    shutil.copy(ROOT / "README.md", root)
+    for folder in ("docs", "models", *CODE):
+        shutil.copytree(ROOT / folder, root / folder)
+    return root
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(
+            "models/transformer.py",
+            "models/cifar10/build.py",
+            "models/cifar10/README.md",
+            "models/cifar10/model.toml",
+        ),
+        *("tests/models/test_cifar10.py", "tests/models/built.py"),
+        *("service/inferpool/backends/onnx/backend.py", "service/inferpool/codecs/image.py"),
+        *("service/inferpool/release/build.py", "service/inferpool/repository/load/loader.py"),
+    ],
+)
+def test_a_changed_file_is_noticed(copy: Path, file: str) -> None:
+    before = digest("cifar10", copy)
+    content = (copy / file).read_bytes()
+    (copy / file).write_bytes(content + b"\n")
+    assert digest("cifar10", copy) != before
+    (copy / file).write_bytes(content)
+    assert digest("cifar10", copy) == before
+
+
+def test_a_changed_example_of_the_documents_is_noticed(copy: Path) -> None:
+    before = {model: digest(model, copy) for model in ("cifar10", "news")}
+    page = copy / "docs" / "models.md"
+    content = page.read_text()
+    page.write_text(content.replace("localhost:8000/predict/cifar10", "localhost:9000/predict/cifar10"))
+    assert page.read_text() != content
+    assert digest("cifar10", copy) != before["cifar10"]
+    assert digest("news", copy) == before["news"]
+    page.write_text(content + "\nAnother sentence.\n")
+    assert digest("cifar10", copy) == before["cifar10"]
+
+
+def test_a_new_package_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest("resnet50")
+    monkeypatch.setattr(record, "version", lambda name: "99.0" if name == "torch" else "1.0")
+    assert digest("resnet50") != before
+
+
+def test_what_a_build_writes_and_other_models_are_no_change(copy: Path) -> None:
+    before = digest("cifar10", copy)
+    built = copy / "models/cifar10/1/model.onnx"
+    built.parent.mkdir(exist_ok=True)
+    built.write_bytes(b"built")
+    (copy / "models/news/README.md").write_text("changed")
+    (copy / "tests/models/record.json").write_text("{}")
+    assert digest("cifar10", copy) == before
+
+
+def test_only_unchanged_models_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(record.FULL, raising=False)
+    monkeypatch.setattr(record, "recorded", lambda: {"news": digest("news"), "cifar10": "0" * 64})
+    needs_to_run("cifar10")
+    needs_to_run("minilm")
+    with pytest.raises(pytest.skip.Exception, match="nothing of news has changed"):
+        needs_to_run("news")
+    monkeypatch.setenv(record.FULL, "1")
+    needs_to_run("news")
+
+
+def test_a_missing_record_skips_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(record.FULL, raising=False)
+    monkeypatch.setattr(record, "RECORD", tmp_path / "none.json")
+    for model in MODELS:
+        needs_to_run(model)
