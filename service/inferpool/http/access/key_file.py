@@ -38,7 +38,7 @@ PREFIX: Final = "inferpool_"
 _NAME: Final = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
 _SPAN: Final = re.compile(r"([1-9][0-9]{0,5})([mhd])")
-_PLACE: Final = re.compile(r"\(at line \d+, column \d+\)")
+_POSITION: Final = re.compile(r"\(at line \d+, column \d+\)")
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 _ID_LETTERS: Final = "abcdefghijkmnpqrstuvwxyz23456789"
 _FIELDS: Final = ("id", "tenant", "digest", "scopes", "created", "expires")
@@ -89,8 +89,8 @@ def read_key_file(path: Path) -> list[KeyRecord]:
         return _parse(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         # Only the position of the error: its text may quote a key that somebody wrote into the file.
-        place = _PLACE.search(str(error))
-        raise ConfigError(f"{path}: not valid TOML{f' {place[0]}' if place else ''}") from None
+        position = _POSITION.search(str(error))
+        raise ConfigError(f"{path}: not valid TOML{f' {position[0]}' if position else ''}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
