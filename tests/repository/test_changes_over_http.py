@@ -194,3 +194,17 @@ def test_every_act_leaves_a_line(server: Server, folder: Path) -> None:
     server.wait_for(r"audit: load audited/1: job [0-9a-f]+$")
     server.post("/models/audited/rollback")
     server.wait_for(r"audit: rollback audited: refused: .*no version is ready but the present one")
+
+
+@pytest.mark.parametrize("engine", ["in-process", "process"])
+def test_a_server_whose_models_do_not_change_reports_them_once(
+    serve: Serve, tmp_path: Path, engine: str
+) -> None:
+    write_shift(tmp_path, "first", 1, 1.0)
+    (tmp_path / "broken" / "1").mkdir(parents=True)
+    (tmp_path / "broken" / "1" / "model.onnx").write_bytes(b"no model")
+    (tmp_path / "empty" / "1").mkdir(parents=True)
+    server = serve(tmp_path, *ON, "--engine", engine)
+    assert load(server, "first")["state"] == "done"
+    lines = [line["message"] for line in server.log if line["message"].endswith("3 models")]
+    assert 1 <= len(lines) <= 2
