@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from tests.engine.processes import ENGINE, WEB, find
-from tests.server import Server
+from tests.server import Server, wait_until
 
-MEMORY_FILE = "/memfd:inferpool"
+MEMORY_FILE: Final = "/memfd:inferpool"
+STEADY_S: Final = 0.3
+"""Pause between two counts of descriptors that must be the same."""
 
 
 class Census(NamedTuple):
@@ -30,7 +33,20 @@ class Census(NamedTuple):
 
 
 def take_census(server: Server, requests: int) -> Census:
-    """Count what the processes of `server` hold, which should be idle."""
+    """Count what the processes of `server` hold, once it is ready and idle."""
+    wait_until(lambda: server.get("/health/ready").status_code == 200, "the server is ready")
+    counts = [_count(server, requests)]
+
+    def is_steady() -> bool:
+        time.sleep(STEADY_S)
+        counts.append(_count(server, requests))
+        return counts[-1].descriptors == counts[-2].descriptors
+
+    wait_until(is_steady, "the number of descriptors is steady")
+    return counts[-1]
+
+
+def _count(server: Server, requests: int) -> Census:
     kinds = {
         "supervisor": [server.process.pid],
         "web processes": find(server, WEB),

@@ -24,7 +24,7 @@ from tests.server import Server, wait_until
 SIGNALS: Final = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE)
 MOST_POISON: Final = 2
 """Requests that poison one version; after a few more the version fails, as it should."""
-MEMORY_BYTES: Final = 4 * 2**30
+MEMORY_BYTES: Final = 2 * 2**30
 """The memory of the server, in a cgroup."""
 
 

@@ -60,6 +60,10 @@ class Round(NamedTuple):
     censuses: list[Census]
     faults: list[str]
 
+    def summary(self) -> dict[str, Any]:
+        """The figures without the counts of what processes held."""
+        return {key: value for key, value in self._asdict().items() if key != "censuses"}
+
 
 def run_round(
     requests: int,
@@ -184,6 +188,9 @@ def as_json(rounds: list[Round]) -> dict[str, Any]:
     stopped = [seconds for each in rounds for seconds in each.stopped_s]
     return {
         "cores": os.cpu_count(),
+        "rounds": len(rounds),
+        "clients": CLIENTS,
+        "memory_limit_mib": 0 if missing() else MEMORY_BYTES >> 20,
         "requests": sum(each.requests for each in rounds),
         "rows_compared": sum(each.rows for each in rounds),
         "seconds": round(sum(each.seconds for each in rounds)),
@@ -198,3 +205,51 @@ def as_json(rounds: list[Round]) -> dict[str, Any]:
         "censuses": [[census._asdict() for census in each.censuses] for each in rounds],
         "faults": [fault for each in rounds for fault in each.faults],
     }
+
+
+def as_markdown(figures: Mapping[str, Any]) -> str:
+    """The figures of `as_json` as a page."""
+    answers = ", ".join(f"{count:,} × {status}" for status, count in figures["answers"].items())
+    ends = [f"| {kind} | {count} |" for kind, count in figures["ends"].items()]
+    stopped = figures["stopped_processes_ended_after_s"]
+    lines = [
+        "# Processes of a server are ended at random",
+        "",
+        f"{figures['rounds']} servers of two web processes, one after the other, on {figures['cores']} cores;"
+        f" {figures['clients']} keep-alive clients; {figures['seconds']} s in all.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| requests | {figures['requests']:,} |",
+        f"| answers | {answers} |",
+        f"| rows compared | {figures['rows_compared']:,} |",
+        f"| left by their clients | {figures['left_by_their_clients']:,} |",
+        f"| lost with their web process | {figures['lost_with_their_web_process']:,} |",
+        f"| faults | {len(figures['faults'])} |",
+        f"| slowest answer | {figures['slowest_s']} s |",
+        f"| a 504 came at most so long after its deadline | {figures['deadline_missed_by_at_most_s']} s |",
+        "",
+        "| ended | times |",
+        "|---|---|",
+        *ends,
+        f"| processes killed by the kernel for want of memory | {figures['killed_for_memory']} |",
+        "",
+        f"Stopped processes were ended after {stopped[0]} to {stopped[-1]} s." if stopped else "",
+        "Held when no request was under way, at the beginning and at the end of each round:",
+        "",
+        "| round | requests | processes | memory (PSS), MiB | descriptors | shared memory, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, censuses in enumerate(figures["censuses"], 1):
+        for census in (censuses[0], censuses[-1]):
+            pss = " · ".join(f"{held >> 20}" for held in census["pss"].values())
+            processes, descriptors = (
+                " · ".join(map(str, census[name].values())) for name in ("processes", "descriptors")
+            )
+            shared = census["shared"] / 2**20
+            lines.append(
+                f"| {number} | {census['requests']:,} | {processes} | {pss} | {descriptors} | {shared:.0f} |"
+            )
+    lines += ["", "Processes, memory and descriptors are those of the supervisor · web processes · engines."]
+    lines += [f"- {fault}" for fault in figures["faults"]]
+    return "\n".join(lines)
