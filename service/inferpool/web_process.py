@@ -80,8 +80,9 @@ class WebServer(Server):
         self._counts = counts
         self._acceptor: Acceptor | None = None
         self._clients: dict[str, EngineClient] = {}
-        # Catalogs with their numbers, and answers to admin acts, which are told after what they changed.
-        self._catalogs: asyncio.Queue[tuple[int, int] | Mapping[str, Any]] = asyncio.Queue()
+        # Catalogs with their numbers, answers to admin acts, which are told after what they changed, and None,
+        # which only asks to route.
+        self._catalogs: asyncio.Queue[tuple[int, int] | Mapping[str, Any] | None] = asyncio.Queue()
         self._admin = admin
         self._settled = False
         self._informed = asyncio.Event()
@@ -168,6 +169,7 @@ class WebServer(Server):
                 time.monotonic,
                 self._web,
                 partial(self._report_broken, engine),
+                self._route_later,
                 metrics=self._metrics,
             )
         return client
@@ -201,6 +203,10 @@ class WebServer(Server):
         self._catalog.engine_down(engine)
         self._control.send("broken", {"engine": engine, "epoch": epoch, "reason": reason})
 
+    def _route_later(self) -> None:
+        """Route again once all catalogs that have come are taken."""
+        self._catalogs.put_nowait(None)
+
     def _route(self) -> None:
         clients: dict[VersionKey, EngineClient] = {}
         for model in self._catalog.models().values():
@@ -216,6 +222,9 @@ class WebServer(Server):
             news = await self._catalogs.get()
             if isinstance(news, Mapping):
                 self._admin.take_answer(news)
+                continue
+            if news is None:
+                self._route()
                 continue
             number, descriptor = news
             try:

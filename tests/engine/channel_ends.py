@@ -185,12 +185,14 @@ class Web:
         self.loop = HandLoop()
         self.results = KeptResults()
         self.lost: list[tuple[int, str]] = []
+        self.routes: dict[VersionKey, EngineClient] | None = None
         self.client = EngineClient(
             self.results,
             self.loop,
             time.monotonic,
             number,
             lambda epoch, why: self.lost.append((epoch, why)),
+            lambda: self.loop.call_soon(self.route),
             most_entries,
         )
         self.arena = make_arena(arena_bytes)
@@ -204,6 +206,10 @@ class Web:
             self.client.close()
             self.loop.selector.close()
             os.close(self.arena)
+
+    def route(self) -> None:
+        """Tell the client where versions are: with itself, or as `routes` says."""
+        self.client.reroute({KEY: self.client} if self.routes is None else self.routes)
 
     def attach(self, engine: Engine) -> None:
         """Join the client and an engine."""

@@ -66,6 +66,19 @@ def test_versions_of_one_model_come_from_several_engines(store: CatalogStore) ->
     assert shown(store, "m", 3) == ("ready", "cuda:0", False)
 
 
+def test_a_version_that_moves_is_shown_where_it_goes_as_soon_as_its_engine_has_ended(
+    store: CatalogStore,
+) -> None:
+    store.move(("m", 1), "m/1")
+    assert shown(store, "m", 1) == ("ready", "cpu", False)
+    store.set_engine("cpu", DOWN)
+    assert shown(store, "m", 1) == ("ready", "m/1", True)
+    store.set_engine("m/1", UP)
+    assert shown(store, "m", 1) == ("ready", "m/1", True)
+    store.take("m/1", report(m={1: view()}), {})
+    assert shown(store, "m", 1) == ("ready", "m/1", False)
+
+
 def test_while_an_engine_is_restarted_its_versions_stay_ready(store: CatalogStore) -> None:
     store.set_engine("cpu", DOWN)
     assert shown(store, "m", 1) == ("ready", "cpu", True)

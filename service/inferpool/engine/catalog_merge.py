@@ -40,6 +40,7 @@ def merge(
     reports: Mapping[str, Mapping[str, Any]],
     engines: Mapping[str, EngineFacts],
     failed: Mapping[tuple[str, int], str],
+    moved: Mapping[tuple[str, int], str] = {},
 ) -> JsonObject:
     """The catalog of the whole server.
 
@@ -48,6 +49,7 @@ def merge(
         reports: the catalog of each engine, by the engine's name.
         engines: the facts about each engine.
         failed: the versions that the supervisor has failed, with the reason.
+        moved: the engines of versions that are no more where they were.
 
     Each version gets the keys `engine`, the name of the engine that has it or had it last (None if the
     version has failed for good), and `reloading`: whether it was ready before its engine was restarted and is
@@ -78,6 +80,7 @@ def merge(
                 {engine: versions[number] for engine, versions in shown.items() if number in versions},
                 engines,
                 failed.get((name, int(number))),
+                moved.get((name, int(number))),
             )
             for number in sorted(numbers, key=int)
         }
@@ -97,13 +100,14 @@ def _version(
     shown: Mapping[str, Mapping[str, Any]],
     engines: Mapping[str, EngineFacts],
     failure: str | None,
+    moved: str | None,
 ) -> JsonObject:
     """One version: as it was before, and as each engine shows it."""
     # A version that gets an engine of its own is in two for a while.
     engine = min(shown, key=lambda name: (_RANKS[shown[name]["state"]], name == SHARED), default=None)
     if engine is None:
         assert before is not None  # a version is known from one of the two
-        view = {**before, "reloading": before["state"] == "ready"}
+        view = {**before, "engine": moved or before["engine"], "reloading": before["state"] == "ready"}
     else:
         view = {**shown[engine], "engine": engine, "reloading": False}
         if view["state"] == "loading" and before is not None and before["state"] == "ready":
@@ -123,6 +127,7 @@ class CatalogStore:
         self._reports: dict[str, Mapping[str, Any]] = {}
         self._engines: dict[str, EngineFacts] = {}
         self._failed: dict[tuple[str, int], str] = {}
+        self._moved: dict[tuple[str, int], str] = {}
         self._files: dict[str, bytes] = {}
         self._plans: dict[str, Mapping[str, str]] = {}
         self._sent: dict[str, JsonObject] = {}
@@ -200,6 +205,11 @@ class CatalogStore:
             for job_id in list(self._orphans)[:-MOST_ORPHANS]:
                 del self._orphans[job_id]
 
+    def move(self, version: tuple[str, int], engine: str) -> None:
+        """Show a version that no engine shows at the moment as one of `engine`."""
+        self._moved[version] = engine
+        self._merge()
+
     def fail(self, model: str, version: int, reason: str) -> None:
         """Show a version as failed, whatever an engine says of it."""
         self._failed[model, version] = reason
@@ -226,7 +236,7 @@ class CatalogStore:
         self._sent.pop(web, None)
 
     def _merge(self) -> None:
-        merged = merge(self._catalog, self._reports, self._engines, self._failed)
+        merged = merge(self._catalog, self._reports, self._engines, self._failed, self._moved)
         for job in self._orphans.values():
             if job["state"] == "running":
                 job |= _orphan_state(job, merged["models"].get(job["model"], {"versions": {}})["versions"])

@@ -124,7 +124,7 @@ class _Pending:
         accepted: whether an engine that ended had the entry.
         crashes: in how many engines the entry ran when they ended.
         wanted: whether the result is still to be delivered.
-        refusal: why the successor of the engine does not run the version, if it has refused the entry.
+        refusal: why the engine does not run the version, if it has refused the entry.
         runs_on: whether the engine has answered, and still reads the block.
     """
 
@@ -183,6 +183,7 @@ class EngineClient:
         clock: Callable[[], float],
         web: int,
         lost: Callable[[int, str], None],
+        refused: Callable[[], None],
         most_entries: int = MOST_ENTRIES,
         metrics: Metrics | None = None,
     ) -> None:
@@ -193,12 +194,16 @@ class EngineClient:
 
         `lost` is called with the epoch and a reason if the channel breaks: the engine is dead, or has sent
         what is no record. The client then uses the channel no more, and waits for `detach`.
+
+        `refused` is called if the engine lacks the version of an entry; a call of `reroute` must follow, once
+        all that is known about versions has been taken note of.
         """
         self._results = results
         self._loop = loop
         self._clock = clock
         self._web = web
         self._lost = lost
+        self._refused = refused
         self._most_entries = most_entries
         self._metrics = metrics
         self._arena: Arena | None = None
@@ -344,8 +349,8 @@ class EngineClient:
         """Take note of which client has which version now.
 
         A version may move to another engine while this one is replaced. Entries that this engine does not
-        have move with their version. An entry that the successor of an engine has refused because it lacks
-        the version is sent to the version's engine, or gets the refusal if there is none.
+        have move with their version. An entry that an engine has refused because it lacks the version is sent
+        to the version's engine, or gets the refusal if there is none.
         """
         results: list[Result] = []
         for entry_id, pending in list(self._pending.items()):
@@ -354,8 +359,7 @@ class EngineClient:
             target = clients.get(pending.entry.key)
             if target is self:
                 if pending.refusal is not None and self._socket is not None:
-                    pending.refusal = None
-                    self._send_offer(pending)
+                    self._send_offer(pending)  # a second refusal is the result
                     self._plan_flush()
                 continue
             if target is not None:
@@ -777,10 +781,11 @@ class EngineClient:
         if pending is None or not pending.sent or pending.runs_on:
             raise ProtocolError(f"an error of entry {entry_id} came, which the engine does not have")
         error = read_error(record[ERROR_FIELDS.size :])
-        if pending.accepted and pending.wanted and isinstance(error, NotReady) and not flags & RUNS_ON:
+        if pending.refusal is None and pending.wanted and isinstance(error, NotReady) and not flags & RUNS_ON:
             # The version may have moved to another engine: `reroute` tells.
             pending.sent = False
             pending.refusal = error
+            self._refused()
             return
         if isinstance(error, QueueFull):
             full_s = min(error.retry_after_s, MOST_FULL_S)

@@ -229,9 +229,6 @@ class Supervisor:
         self._send_catalog(web)
         for engine in self._engines.values():
             self._connect(web, engine)
-            if web.number not in engine.connected:
-                # Requests wait for the engine, as they do in the other web processes.
-                child.control.send("expect", {"engine": engine.name}, [self._arena(web, engine)], wait=False)
 
     def _set_absent(self, web: _Web) -> None:
         """Let no other web process leave connections to this one."""
@@ -323,7 +320,6 @@ class Supervisor:
         if engine.name not in self._crashes:
             self._tell_engine(engine)
         if engine.epoch == 1:
-            # Later processes are connected once their models are ready again.
             for web in self._webs.values():
                 self._connect(web, engine)
 
@@ -431,10 +427,17 @@ class Supervisor:
             child.kill()
 
     def _connect(self, web: _Web, engine: _Engine) -> None:
-        """Give a web process and an engine a socket to each other, and their shared memory."""
-        if web.child is None or engine.child is None or engine.epoch == 0 or self._draining_engines:
+        """Give a web process and an engine a socket to each other, and their shared memory.
+
+        An engine that takes over versions that have been ready is connected once they are ready again. Until
+        then requests wait for it.
+        """
+        if web.child is None or self._draining_engines or web.number in engine.connected:
             return
-        if web.number in engine.connected or (engine.epoch > 1 and not engine.answers):
+        takes_over = engine.epoch > 1 or engine.name != SHARED
+        if engine.child is None or (takes_over and not engine.answers):
+            arena = self._arena(web, engine)
+            web.child.control.send("expect", {"engine": engine.name}, [arena], wait=False)
             return
         arena = self._arena(web, engine)
         web_end, engine_end = socket.socketpair()
@@ -626,6 +629,8 @@ class Supervisor:
         engine.hung.clear()
         engine.loading.clear()
         engine.skip |= engine.skip_later
+        for version in engine.skip_later:
+            self._store.move(version, own_engine(version))
         engine.skip_later.clear()
         engine.loaded = engine.answers = False
         webs = [self._webs[number] for number in engine.connected]
@@ -689,7 +694,11 @@ class Supervisor:
             if name not in self._engines:
                 log.error("%s/%d gets an engine of its own", *version)
                 # The next process still answers the requests that wait for a version that it can load.
-                (engine.skip if version in crash.loading else engine.skip_later).add(version)
+                if version in crash.loading:
+                    engine.skip.add(version)
+                    self._store.move(version, name)
+                else:
+                    engine.skip_later.add(version)
                 self._engines[name] = own = _Engine(name, [version])
                 self._start_engine(own)
         if decision.pause_s:
