@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.server import CHAOS, ROOT, Server
@@ -59,6 +59,18 @@ class LimitedServer(Server):
         """The anonymous memory of the server."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+    @contextlib.contextmanager
+    def squeezed(self, room_bytes: int) -> Iterator[None]:
+        """Leave the server so many bytes more than it has now, files in the cache included."""
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, usage = names if _is_v1(self.cgroup) else ("memory.max", "memory.current")
+        before = (self.cgroup / limit).read_text()
+        (self.cgroup / limit).write_text(str(int((self.cgroup / usage).read_text()) + room_bytes))
+        try:
+            yield
+        finally:
+            (self.cgroup / limit).write_text(before)
 
     def kill(self) -> None:
         """End the server and remove its cgroup."""

@@ -26,6 +26,9 @@ MOST_POISON: Final = 2
 """Requests that poison one version; after a few more the version fails, as it should."""
 MEMORY_BYTES: Final = 2 * 2**30
 """The memory of the server, in a cgroup."""
+ROOM_BYTES: Final = 48 * 2**20
+"""What is left of it, beside cached files, for a request that takes `HUNGER_MIB`."""
+HUNGER_MIB: Final = 512
 
 
 class Killer:
@@ -128,7 +131,8 @@ class Killer:
         assert number is not None
         self._poison[number] += 1
         before = self._server.kills()
-        await self._send_poison(take_memory(number, MEMORY_BYTES // 2**20))
+        with self._server.squeezed(ROOM_BYTES):
+            await self._send_poison(take_memory(number, HUNGER_MIB))
         if self._server.kills() == before:
             self._load.blame("the kernel has not ended the engine that took all memory")
 

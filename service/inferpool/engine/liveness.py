@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
-START_S: Final = 120.0
-"""How long a process may take until its first beat, while it imports its libraries."""
+START_S: Final = 600.0
+"""How long a process may take until its first beat. It imports libraries, on a machine that may be busy."""
 
 
 class Liveness:
