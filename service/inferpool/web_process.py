@@ -80,8 +80,8 @@ class WebServer(Server):
         self._counts = counts
         self._acceptor: Acceptor | None = None
         self._clients: dict[str, EngineClient] = {}
-        # Catalogs with their numbers, answers to admin acts, which are told after what they changed, and None,
-        # which only asks to route.
+        # Catalogs with their numbers; answers to admin acts, which are told after what they changed; None
+        # only asks to route.
         self._catalogs: asyncio.Queue[tuple[int, int] | Mapping[str, Any] | None] = asyncio.Queue()
         self._admin = admin
         self._settled = False
