@@ -13,6 +13,7 @@ from inferpool.backends.registry import describe_backends
 from inferpool.http.access.cors import make_cors
 from inferpool.http.access.make_gate import make_gate
 from inferpool.http.access.tenants_file import make_tenants
+from inferpool.http.access.trusted_proxies import make_proxies
 from inferpool.http.application import make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
@@ -63,7 +64,9 @@ def serve(listener: socket.socket, path: Path, settings: Settings, log_lines: Li
         time.monotonic,
         max_body_bytes=settings.max_body_bytes,
         in_flight_bytes=settings.in_flight_bytes,
-        recorder=RequestRecorder(AccessLog(log_lines, every=settings.access_log), spans),
+        recorder=RequestRecorder(
+            AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
+        ),
     )
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive)
     gate, key_sources = make_gate(settings, time.monotonic, metrics)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import ipaddress
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -190,6 +191,11 @@ class Settings(BaseModel):
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="Format of log lines; auto is console on a terminal, else json."
     )
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(),
+        description="Proxies whose X-Forwarded-For the log believes: addresses and networks, separated by"
+        " commas, and unix for whoever uses a Unix socket.",
+    )
     access_log: bool = Field(
         default=False, description="Log every predict request, not only those that end with status 500."
     )
@@ -220,6 +226,17 @@ class Settings(BaseModel):
     def _devices_are_names(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
         check_devices(devices)
         return devices
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for text in networks:
+            if text != "unix":
+                try:
+                    ipaddress.ip_network(text)
+                except ValueError as error:
+                    raise ValueError(f"{error}; write an address, a network or unix") from None
+        return networks
 
     @field_validator("cors_allow_origin")
     @classmethod

@@ -24,6 +24,7 @@ from inferpool.errors import ConfigError, NotReady
 from inferpool.http.access.cors import make_cors
 from inferpool.http.access.make_gate import make_gate
 from inferpool.http.access.tenants_file import make_tenants
+from inferpool.http.access.trusted_proxies import make_proxies
 from inferpool.http.application import make_application
 from inferpool.http.connection.acceptor import Acceptor, ConnectionCounts
 from inferpool.http.connection.batched_reads import ReadBatcher
@@ -306,7 +307,9 @@ def main() -> int:
         time.monotonic,
         max_body_bytes=settings.max_body_bytes,
         in_flight_bytes=settings.in_flight_bytes,
-        recorder=RequestRecorder(AccessLog(log_lines, every=settings.access_log), spans),
+        recorder=RequestRecorder(
+            AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
+        ),
         release=router.release,
     )
     system = this_system(settings.memory_bytes)

@@ -23,7 +23,8 @@ from tests.server import CHAOS, ROOT, Server, wait_until
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 FIELDS = {
     "time", "level", "logger", "message", "request_id", "trace_id", "status", "code", "model", "version",
-    "rows", "batch_rows", "queue_ms", "compute_ms", "total_ms", "bytes_in", "bytes_out",
+    "rows", "batch_rows", "queue_ms", "compute_ms", "total_ms", "bytes_in", "bytes_out", "tenant", "key",
+    "client", "method", "path",
 }  # fmt: skip
 
 
@@ -39,7 +40,9 @@ def logging_server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) ->
     # A busy machine may measure that one row at a time is best; two rows of a request are to run together.
     (repository / "slow" / "model.toml").write_text("[batching]\nmax_rows = 8\n")
     environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-    server = Server(repository, ("--access-log", "--log-level", "debug"), environ)
+    server = Server(
+        repository, ("--access-log", "--log-level", "debug", "--trusted-proxies", "127.0.0.1"), environ
+    )
     server.wait_loaded()
     yield server
     server.kill()
@@ -74,9 +77,30 @@ def test_a_request_leaves_one_line(logging_server: Server) -> None:
         "request_id": "mine", "trace_id": TRACE, "status": 200, "code": "ok", "model": "slow", "version": 1,
         "rows": 2, "batch_rows": 2, "queue_ms": 0, "compute_ms": 0, "total_ms": 0,
         "bytes_in": len(body), "bytes_out": len(answer.content),
+        "tenant": None, "key": None, "client": "127.0.0.1", "method": "POST", "path": "/predict/slow",
     }  # fmt: skip
     assert 20 <= line["compute_ms"] <= line["total_ms"]
     assert 0 <= line["queue_ms"] <= line["total_ms"] - line["compute_ms"]
+
+
+def test_a_line_says_who_asked_for_what(logging_server: Server) -> None:
+    server, begin = logging_server, len(logging_server.log)
+    body = {"inputs": [[1, 2, 3, 4]]}
+    for forwarded in ("203.0.113.7", "203.0.113.8", "6.6.6.6, 203.0.113.9, 127.0.0.1", "unknown"):
+        for _ in range(2):  # the second head is cached
+            server.post("/predict/m?secret=1", json=body, headers={"x-forwarded-for": forwarded})
+    server.request("DELETE", "/predict/m")
+    server.post("/v2/models/" + "m" * 5000 + "/infer", json={})
+    server.post("/predict/%0a%1b[31m", json={})
+    found = lines_since(server, begin)
+    assert [line["client"] for line in found[:8:2]] == [
+        "203.0.113.7", "203.0.113.8", "203.0.113.9", "127.0.0.1",
+    ]  # fmt: skip
+    assert [line["client"] for line in found[:8:2]] == [line["client"] for line in found[1:8:2]]
+    assert {(line["method"], line["path"]) for line in found[:8]} == {("POST", "/predict/m")}
+    assert [line["method"] for line in found[8:]] == ["DELETE", "POST", "POST"]
+    assert len(found[9]["path"]) == 200
+    assert found[10]["path"] == "/predict/%0a%1b[31m"
 
 
 def test_failed_requests_leave_lines_too(logging_server: Server) -> None:
@@ -216,7 +240,8 @@ def test_console_lines(make_chaos: MakeChaos, cache_dir: Path) -> None:
     (line,) = [line["message"] for line in server.log if "request_id=mine" in line["message"]]
     assert re.fullmatch(
         r"\d\d:\d\d:\d\d\.\d{3} INFO     predict request_id=mine status=200 code=ok model=m version=1 rows=1"
-        r" batch_rows=1 queue_ms=[\d.]+ compute_ms=[\d.]+ total_ms=[\d.]+ bytes_in=\d+ bytes_out=\d+",
+        r" batch_rows=1 queue_ms=[\d.]+ compute_ms=[\d.]+ total_ms=[\d.]+ bytes_in=\d+ bytes_out=\d+"
+        r" client=127.0.0.1 method=POST path=/predict/m",
         line,
     )
     server.kill()

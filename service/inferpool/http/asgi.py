@@ -68,7 +68,10 @@ async def refuse_method(
     predictor: Predictor, gate: Gate, api: InferenceApi, target: Target, scope: Scope, send: Send
 ) -> None:
     """Answer 405 to a request for a path of predictions whose method is not POST."""
-    context = PredictContext(api, RequestHead(*target, scope["headers"]), predictor.clock())
+    head = RequestHead(*target, scope["headers"])
+    head.came_to(scope["method"].encode("latin-1"), scope["raw_path"])
+    context = PredictContext(api, head, predictor.clock())
+    context.peer = peer_of(scope)
     error: InferpoolError = MethodNotAllowed(
         f"{scope['method']} is not for predictions: POST a body", allow="POST"
     )

@@ -251,6 +251,11 @@ def request_fields(record: RequestRecord) -> dict[str, Any]:
         "total_ms": _ms(record.total_s),
         "bytes_in": record.bytes_in,
         "bytes_out": record.bytes_out,
+        "tenant": record.tenant,
+        "key": record.key,
+        "client": record.client,
+        "method": record.method,
+        "path": record.path,
     }
 
 

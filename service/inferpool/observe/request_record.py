@@ -23,6 +23,11 @@ class RequestRecord(NamedTuple):
         total_s: seconds from the request's head to its end.
         bytes_in: bytes of the body that were received, before decompression; 0 if refused before the body.
         bytes_out: bytes of the response body, before compression.
+        tenant: to whom the key belongs; None for a request without a key.
+        key: the id of the key, which is no secret; None for a request without a key.
+        client: the address of the client; None if it uses a Unix socket.
+        method: the HTTP method; None if the request line could not be read.
+        path: the path, without a query; None if the request line could not be read.
     """
 
     time: float
@@ -39,3 +44,8 @@ class RequestRecord(NamedTuple):
     total_s: float
     bytes_in: int
     bytes_out: int
+    tenant: str | None = None
+    key: str | None = None
+    client: str | None = None
+    method: str | None = None
+    path: str | None = None

@@ -71,6 +71,7 @@ class Exchange:
         self._connection = connection
         self._predictor = connection.shared.predictor
         self._context = context
+        context.peer = connection.client
         self._body: BodyBuffer | None = None
         self._error = error
         self._expects_100 = expects_100

@@ -46,7 +46,7 @@ _TCP_CLOSE: Final = 7
 """The state of a socket that was reset, in the kernel's `tcp_states.h`."""
 _REQUEST_ID: Final = re.compile(rb"\r\nx-request-id:[ \t]*([!-~]{1,128})[ \t]*\r\n", re.IGNORECASE)
 _MOST_LOOKED_AT: Final = 32
-_REFUSAL_FIELDS: Final = (b"x-request-id", b"origin")
+_REFUSAL_FIELDS: Final = (b"x-request-id", b"origin", b"x-forwarded-for")
 """The headers that matter for the response to a request that cannot be read to its end."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -416,6 +416,8 @@ class PredictProtocol(HttpToolsProtocol):
         headers = [] if connection.between_requests else self.headers or []
         url = b"" if connection.between_requests else self.url or b""
         head = RequestHead(None, None, [pair for pair in headers if pair[0] in _REFUSAL_FIELDS])
+        if url:
+            head.came_to(self.parser.get_method(), url)
         context = PredictContext(api_of(url.decode("latin-1")), head, self._clock())
         return Exchange(connection, context, keep_alive=False, expects_100=False, error=error)
 
@@ -461,7 +463,9 @@ class PredictProtocol(HttpToolsProtocol):
         return found
 
     def _exchange(self, api: InferenceApi, target: Target) -> Exchange:
-        context = PredictContext(api, RequestHead(*target, self.headers), self._clock())
+        head = RequestHead(*target, self.headers)
+        head.came_to(b"POST", self.url)
+        context = PredictContext(api, head, self._clock())
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         connection = self.connection
         try:

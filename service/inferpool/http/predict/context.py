@@ -33,6 +33,7 @@ class PredictContext:
         input_bytes: bytes of its tensors, if a thread has counted them; else 0.
         answer_bytes: those of the reserved bytes that are for a large answer.
         open_answer: whether only the outputs tell how large the answer is.
+        peer: the address at the other end of the connection, which may be a proxy's; "" for a Unix socket.
         tenant: to whom the caller's key belongs; None while the server has no keys.
         client: the client for which the large answer is counted.
         offloaded_bytes: size of the body while a background thread decodes it, else 0.
@@ -46,7 +47,7 @@ class PredictContext:
 
     __slots__ = (
         "abandoned", "answer_bytes", "api", "began", "caller", "client", "decode_s", "decoded_bytes",
-        "entry", "head", "input_bytes", "offloaded_bytes", "offloaded_text", "open_answer", "options",
+        "entry", "head", "input_bytes", "offloaded_bytes", "offloaded_text", "open_answer", "options", "peer",
         "recorded", "request_id", "reserved_bytes", "served", "tenant", "texts",
     )  # fmt: skip
 
@@ -57,6 +58,7 @@ class PredictContext:
         self.request_id = head.given_id or new_request_id()
         self.caller: Caller = NOBODY
         self.tenant: Tenant | None = None
+        self.peer = ""
         self.options = _NO_OPTIONS
         self.decode_s = 0.0
         self.reserved_bytes = self.decoded_bytes = self.input_bytes = self.answer_bytes = 0

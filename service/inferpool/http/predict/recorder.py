@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
+from inferpool.http.access.trusted_proxies import TrustedProxies
 from inferpool.http.predict.context import PredictContext
 from inferpool.observe.logs import AccessLog
 from inferpool.observe.prometheus_text import Exemplar
@@ -23,8 +24,17 @@ class RequestRecorder:
         follows_all: whether to record successful requests that belong to no trace.
     """
 
-    def __init__(self, access: AccessLog | None = None, spans: Spans | None = None) -> None:
-        """Without `access` nothing is logged; without `spans` no spans are sent."""
+    def __init__(
+        self,
+        access: AccessLog | None = None,
+        spans: Spans | None = None,
+        proxies: TrustedProxies | None = None,
+    ) -> None:
+        """Without `access` nothing is logged; without `spans` no spans are sent.
+
+        `proxies` pass on requests of clients.
+        """
+        self._proxies = proxies
         self._access = access
         self._spans = spans
         self.follows_all = spans is not None or (access is not None and access.wants(200))
@@ -48,6 +58,7 @@ class RequestRecorder:
         if not (sampled or logs):
             return
         served, entry = context.served, context.entry
+        head, caller, peer, proxies = context.head, context.caller, context.peer, self._proxies
         record = RequestRecord(
             time.time(),
             context.request_id,
@@ -63,6 +74,11 @@ class RequestRecorder:
             ended - context.began,
             context.reserved_bytes,
             bytes_out,
+            caller.tenant or None,
+            caller.key_id or None,
+            (peer if proxies is None else proxies.client(peer, head.forwarded)) or None,
+            head.method if head.path else None,
+            head.path or None,
         )
         if logs and self._access is not None:
             self._access.put(record)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from inferpool.errors import InvalidInput, MalformedBody
 from inferpool.http.accept_headers import read_weights
 from inferpool.http.predict.request_id import given_request_id
 from inferpool.observe.traceparent import Trace, read_traceparent
+
+_SHOWN_BYTES: Final = 200
 
 
 class RequestHead:
@@ -27,13 +30,16 @@ class RequestHead:
             that header was not given, -1 if it is no number.
         timeout_text: the X-Timeout-Ms header, unchanged, or None.
         trace: the trace of a valid `traceparent`, else None.
+        method: the HTTP method.
+        path: the path, still percent-encoded and without its query, at most 200 bytes of it; for the log.
+        forwarded: the values of X-Forwarded-For, unchanged, or None.
         origin: the Origin header, unchanged, which browsers send for a page of another origin; or None.
     """
 
     __slots__ = (
         "accept", "accept_encoding", "content_encoding", "content_length", "content_type",
-        "content_type_parameters", "given_id", "header_length", "model", "origin", "timeout_text", "trace",
-        "version",
+        "content_type_parameters", "forwarded", "given_id", "header_length", "method", "model", "origin",
+        "path", "timeout_text", "trace", "version",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +56,9 @@ class RequestHead:
         self.trace: Trace | None = None
         self.given_id: str | None = None
         self.origin: bytes | None = None
+        self.method = "POST"
+        self.path = ""
+        self.forwarded: bytes | None = None
         for name, value in headers:
             if name == b"content-type":
                 kind, _, parameters = value.decode("latin-1").partition(";")
@@ -73,6 +82,8 @@ class RequestHead:
                 self.trace = read_traceparent(value)
             elif name == b"origin":
                 self.origin = value
+            elif name == b"x-forwarded-for":
+                self.forwarded = value if self.forwarded is None else b"%b,%b" % (self.forwarded, value)
 
     def with_length(self, content_length: int) -> RequestHead:
         """Return a copy for a body of `content_length` bytes, without the client's id and trace."""
@@ -86,7 +97,14 @@ class RequestHead:
         head.header_length = self.header_length
         head.timeout_text = self.timeout_text
         head.origin = self.origin
+        head.path = self.path
+        head.forwarded = self.forwarded
         return head
+
+    def came_to(self, method: bytes, target: bytes) -> None:
+        """Keep the method and the path of the request, whose request line names `target`."""
+        self.method = method[:_SHOWN_BYTES].decode("latin-1")
+        self.path = target.partition(b"?")[0][:_SHOWN_BYTES].decode("latin-1")
 
     def timeout_ms(self) -> float:
         """Return the milliseconds in X-Timeout-Ms, which was given; raises InvalidInput unless above 0."""
