@@ -1,4 +1,4 @@
-"""The lifecycle of one version, under every order of wishes and events."""
+"""The lifecycle of one version, under every order of requests and events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOURCES = st.integers(1, 3)
 
 
 class Lifecycles(RuleBasedStateMachine):
-    """Wishes come at any time; the world obeys the steps and tells how loads and drains end."""
+    """Requests come at any time; the world obeys the steps and tells how loads and drains end."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -190,7 +190,7 @@ class Repository:
             }
         )
         for name in self._models:
-            self._wish(name)
+            self._tell_wanted(name)
         if takes_new:
             self._only = None
         self.watch = FolderWatch(path, lambda settled: self.rescan(settled=settled))
@@ -278,7 +278,7 @@ class Repository:
 
     def _settled(self, then: Callable[[], None]) -> None:
         with self._scanning:
-            ended = [self._wish(name, look=False) for name in list(self._declared)]
+            ended = [self._tell_wanted(name, look=False) for name in list(self._declared)]
         if not any(ended):
             then()
 
@@ -348,7 +348,7 @@ class Repository:
                     continue
                 self._declared[name] = self._declare(folder, known)
                 self._publish_model(name)
-                waits = self._wish(name, settled) is None or waits
+                waits = self._tell_wanted(name, settled) is None or waits
                 if not self._declared[name].found and name not in self._models:
                     del self._declared[name]
             return waits
@@ -381,7 +381,7 @@ class Repository:
             served = sorted({*served, *(taken & found)})
         return _Declared(model, config, fault, served, moves, _stamp(model))
 
-    def _wish(
+    def _tell_wanted(
         self,
         name: str,
         settled: SettledSources | None = None,
@@ -499,7 +499,7 @@ class Repository:
                 if number not in declared.served:
                     self._asked_for.add(key)
             self._publish_model(model)
-            self._wish(model, retry=versions)
+            self._tell_wanted(model, retry=versions)
             return self._manager.begin_job("load", model, version, versions)
 
     def begin_unload(self, model: str, version: int | None) -> Job:
@@ -564,7 +564,7 @@ class Repository:
             kept = keep_moves(declared.folder.folder, declared.moves)
             declared.served = _served(declared.config, declared.found, declared.labels())
             self._publish_model(model)
-            self._wish(model, look=False)
+            self._tell_wanted(model, look=False)
             return kept
 
     def rollback(self, model: str) -> int:
