@@ -30,7 +30,8 @@ HOT_PATH = [
         "request_head", "request_id", "request_metrics", "resolver", "response", "results",
         "served_version")),
     *(f"{SOURCE}/http/{name}.py" for name in (
-        "access/caller", "access/tenants", "accept_headers", "native/api", "native/bodies", "v2/api")),
+        "access/caller", "access/gate", "access/refusals", "access/tenants", "accept_headers",
+        "native/api", "native/bodies", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
         "admission", "audit", "batch", "completion", "entry_queue", "fair_shares", "instance", "instance_set",
         "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats",

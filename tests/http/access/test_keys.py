@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from inferpool.errors import ConfigError
-from inferpool.http.access.caller import PREDICT, Caller
-from inferpool.http.access.gate import Gate
+from inferpool.errors import ConfigError, Forbidden, Unauthorized
+from inferpool.http.access.caller import ADMIN, PREDICT, READ, Caller
+from inferpool.http.access.gate import OFF, OPEN, Gate
+from inferpool.http.access.key_file_watch import KeyFileWatch
 from inferpool.http.access.make_gate import check_exposure
 from inferpool.http.access.refusals import EVERY_S, MOST_PEERS, Refusals
 from inferpool.observe.metrics import Metrics
@@ -278,6 +281,51 @@ def test_a_server_that_others_reach_warns_without_keys_and_refuses_admin_routes(
         assert f"everyone who reaches {host}" in caplog.records[-1].getMessage()
         with pytest.raises(ConfigError, match="admin_routes is on"):
             check_exposure(Settings(host=host, admin_routes="on"))
+
+
+def test_the_warning_is_in_the_log_of_a_server_that_listens_everywhere(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    serve(make_chaos("m"), "--host", "0.0.0.0").wait_for("everyone who reaches 0.0.0.0 may use every model")
+    run = subprocess.run(
+        [sys.executable, "-m", "inferpool", "serve", tmp_path, "--host", "0.0.0.0", "--admin-routes", "on"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "admin_routes is on" in run.stderr
+
+
+def test_keys_expire_by_the_time_of_day_even_if_it_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = KeyFile(tmp_path / "keys.toml")
+    headers = [(b"x-api-key", file.add("k", "read", expires_s=3600).encode())]
+    gate = Gate(lambda: 50.0, enabled=True)
+    watch = KeyFileWatch(file.path, gate, lambda: 50.0, Metrics({}))
+
+    class Loop:
+        def call_soon_threadsafe(self, function: Callable[..., None], *arguments: object) -> None:
+            function(*arguments)
+
+    monkeypatch.setattr(watch, "_loop", Loop(), raising=False)
+    assert gate.authorize(headers, READ, None, "").key_id == file.ids["k"]
+    later = time.time() + 3601
+    monkeypatch.setattr("inferpool.http.access.key_file_watch.time.time", lambda: later)
+    watch.look()
+    with pytest.raises(Unauthorized, match="expired"):
+        gate.authorize(headers, READ, None, "")
+
+
+def test_admin_routes_without_keys_are_for_programs_and_not_for_web_pages() -> None:
+    gate = Gate(lambda: 0.0, admin=OPEN)
+    assert gate.authorize([(b"user-agent", b"curl")], ADMIN, None, "").tenant == ""
+    for name in (b"origin", b"sec-fetch-site"):
+        with pytest.raises(Forbidden, match="web pages"):
+            gate.authorize([(name, b"null")], ADMIN, None, "")
+    closed = Gate(lambda: 0.0, enabled=True, admin=OFF)
+    closed.use({hashlib.sha256(b"k").digest(): Caller("t", "k", ADMIN)})
+    with pytest.raises(Forbidden, match="--admin-routes off"):
+        closed.authorize([(b"x-api-key", b"k")], ADMIN, None, "")
 
 
 def test_no_output_has_a_secret(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 LOOK_S: Final = 1.0
 """How often a thread looks whether the file has changed."""
 
+_MOST_STEP_S: Final = 1.0
+"""Seconds by which the time of day may drift from the server's clock until expiry is reckoned again."""
+
 _Signature = tuple[int, ...]
 
 
@@ -35,6 +38,8 @@ class KeyFileWatch:
         self._path = path
         self._gate = gate
         self._clock = clock
+        self._records: list[KeyRecord] = []
+        self._wall_offset = 0.0
         self._stale = False
         self._closed = threading.Event()
         self._worker = threading.Thread(target=self._run, name="keys", daemon=True)
@@ -57,6 +62,9 @@ class KeyFileWatch:
         """Read the file again if it has changed since it was read last."""
         signature = self._sign()
         if signature == self._signature:
+            if abs(time.time() - self._clock() - self._wall_offset) > _MOST_STEP_S:
+                # The clock of the machine was set, or the machine slept: keys expire at another moment now.
+                self._loop.call_soon_threadsafe(self._use, self._records)
             return
         self._signature = signature
         try:
@@ -77,6 +85,8 @@ class KeyFileWatch:
     def _use(self, records: list[KeyRecord]) -> None:
         if not records:
             log.warning("%s has no keys: requests that need one are refused", self._path)
+        self._records = records
+        self._wall_offset = time.time() - self._clock()
         self._gate.use(callers_of(records, self._clock, time.time))
 
     def _run(self) -> None:

@@ -22,6 +22,7 @@ from inferpool.wire.native_json import encode_response
 from inferpool.wire.npy import encode_npy, encode_npz
 
 PREDICT: Final = "/predict"
+_TITLES: Final = {status.value: status.phrase for status in HTTPStatus}
 
 
 class NativeApi(InferenceApi):
@@ -97,7 +98,7 @@ class NativeApi(InferenceApi):
         document = {
             **error.members,
             "type": "about:blank",
-            "title": HTTPStatus(status).phrase,
+            "title": _TITLES[status],
             "status": status,
             "detail": error.detail,
             "code": error.code,
