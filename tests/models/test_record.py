@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,18 @@ def test_a_missing_record_skips_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(record, "RECORD", tmp_path / "none.json")
     for model in MODELS:
         needs_to_run(model)
+
+
+@pytest.mark.parametrize(
+    ("status", "changes", "written"), [(0, False, True), (0, True, False), (1, False, False)]
+)
+def test_only_tests_that_passed_with_the_present_files_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, changes: bool, written: bool
+) -> None:
+    digests = iter(["before"] * len(MODELS) + ["after" if changes else "before"] * len(MODELS))
+    monkeypatch.setattr(record, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(record, "digest", lambda _: next(digests))
+    monkeypatch.setattr(sys, "argv", ["record", "-x"])
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, status))
+    assert (record.main() == 0) == written
+    assert record.recorded() == (dict.fromkeys(MODELS, "before") if written else {})

@@ -32,8 +32,13 @@ _MOST_FAULTS: Final = 5
 """Faults of a file that are reported together."""
 _MOST_CHARACTERS: Final = 100
 """Characters of a key, or of the text of one fault, that are reported."""
-_LONG_KEY: Final = re.compile(r"""(?>(?>[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){33}""")
-"""Keys with dots take memory by the square of their parts. No key of a `model.toml` has more than three."""
+_LONG_KEY: Final = re.compile(
+    r"""(?<![A-Za-z0-9_-])(?>(?>[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){33}"""
+)
+"""Keys with dots take memory by the square of their parts. No key of a `model.toml` has more than three.
+
+The search begins at the first character of a word only; at each of its characters it would take seconds.
+"""
 RESERVED_LABELS = frozenset({"load", "unload", "labels", "rollback", "traffic"})
 """Words that other routes have instead of a version."""
 
