@@ -83,7 +83,7 @@ class Server:
         except AssertionError:
             self.kill()
             raise
-        self.port = int(self.url.rsplit(":", 1)[1])
+        self.port = 0 if self.url.startswith("unix:") else int(self.url.rsplit(":", 1)[1])
 
     def wait_for(self, pattern: str, timeout_s: float = START_S) -> re.Match[str]:
         """Wait until a log line matches; fails with the whole log if the process ends or time is up."""

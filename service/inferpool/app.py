@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import socket
 import sys
 import time
@@ -38,10 +36,13 @@ SPANS_TIMEOUT_S = 2.0
 """How long the server may take at its end to send the remaining spans."""
 
 
-def serve(listener: socket.socket, path: Path, settings: Settings, log_lines: LineHandler) -> int:
-    """Serve the models in `path` in this process until a signal ends it; returns the exit status.
+def serve(
+    listener: socket.socket, path: Path, settings: Settings, log_lines: LineHandler
+) -> tuple[int, bool]:
+    """Serve the models in `path` in this process until a signal ends it.
 
-    The status is 0 if every accepted request was answered. `log_lines` writes the access log.
+    Returns the exit status, and whether a thread still loads or runs a model. The status is 0 if every
+    accepted request was answered. `log_lines` writes the access log.
 
     Raises:
         ConfigError: `path` has nothing to serve, or the variables `OTEL_*` ask for spans that cannot be
@@ -71,7 +72,9 @@ def serve(listener: socket.socket, path: Path, settings: Settings, log_lines: Li
     memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive)
     gate, key_sources = make_gate(settings, time.monotonic, metrics)
     predictor.tenants, tenant_sources = make_tenants(settings.tenants_file, gate.enabled, metrics)
-    shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
+    shared = SharedState(
+        predictor, gate, make_cors(settings.cors_allow_origin), settings.max_head_bytes, settings.root_path
+    )
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     application = make_application(repository, shared, read_batcher, metrics, LocalAdmin(repository))
@@ -89,11 +92,7 @@ def serve(listener: socket.socket, path: Path, settings: Settings, log_lines: Li
     server.run(sockets=[listener])
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)
-    if repository.is_busy:
-        # The usual exit destroys what a thread that loads or runs still uses; a native library then aborts.
-        logging.shutdown()
-        os._exit(server.exit_status)
-    return server.exit_status
+    return server.exit_status, repository.is_busy
 
 
 def load_all(path: Path, settings: Settings, *, remeasure: bool = False) -> Catalog:

@@ -6,6 +6,7 @@ start sooner.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -14,17 +15,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from inferpool.engine.supervisor import replace_process
-from inferpool.errors import ConfigError
 from inferpool.http.access.make_gate import check_exposure, make_gate
 from inferpool.http.access.tenants_file import make_tenants
+from inferpool.http.access.tls import make_certificates
 from inferpool.observe.logs import LineHandler
 from inferpool.observe.metrics import Metrics
 from inferpool.settings import Settings, with_memory
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import CPU
+from inferpool.system.listeners import listen, listen_unix, remove_socket_file, socket_file
 
-BACKLOG = 4096
-"""Connections that the kernel may hold until the server accepts them."""
 CORES_PER_WEB_PROCESS = 4
 """Models on the CPU need most of the cores."""
 CORES_PER_WEB_PROCESS_WITH_GPU = 2
@@ -41,12 +41,26 @@ def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
     """
     check_exposure(settings)
     # The first step, so that an address in use is reported before anything about the models.
-    with listen(settings.host, settings.port) as listener:
-        if settings.engine == "process":
-            _supervise(listener, path, settings)
-        from inferpool import app
+    make_certificates(settings)
+    if settings.unix_socket is None:
+        listener = listen(settings.host, settings.port)
+    else:
+        listener = listen_unix(settings.unix_socket, int(settings.unix_socket_mode, 8))
+    file = socket_file(listener)
+    try:
+        with listener:
+            if settings.engine == "process":
+                _supervise(listener, path, settings)
+            from inferpool import app
 
-        return app.serve(listener, path, settings, log_lines)
+            status, is_busy = app.serve(listener, path, settings, log_lines)
+    finally:
+        remove_socket_file(file)
+    if is_busy:
+        # The usual exit destroys what a thread that loads or runs still uses; a native library then aborts.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def _supervise(listener: socket.socket, path: Path, settings: Settings) -> NoReturn:
@@ -64,14 +78,3 @@ def web_processes(cores: int, devices: Sequence[str], dev: Path = Path("/dev")) 
     """How many web processes suit `cores`: one for four cores, for two if models run on GPUs."""
     gpus = tuple(devices) != (CPU,) and any(dev.glob("nvidia[0-9]*"))
     return max(1, cores // (CORES_PER_WEB_PROCESS_WITH_GPU if gpus else CORES_PER_WEB_PROCESS))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free port. Raises ConfigError if the address cannot be bound."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        remedy = "--host and --port choose another address"
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {remedy}") from error

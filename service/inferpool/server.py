@@ -14,13 +14,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from inferpool.http.access.make_gate import KeySource
+from inferpool.http.access.tls import Certificates, wait_for_certificates
 from inferpool.http.application import Application
+from inferpool.http.connection.acceptor import Acceptor
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.protocol import PredictProtocol
 from inferpool.http.predict.in_flight import InFlight
@@ -31,7 +34,9 @@ from inferpool.observe.gpu_metrics import gpu_readings
 from inferpool.observe.metrics import Metrics, Sample
 from inferpool.repository.catalog_readings import uses_gpus
 from inferpool.settings import Settings
+from inferpool.system.connection_counts import ConnectionCounts, make_counts
 from inferpool.system.gpus import CPU, cuda_driver
+from inferpool.system.listeners import address_of
 from inferpool.wire import json_numbers
 
 if TYPE_CHECKING:
@@ -45,17 +50,12 @@ CLOSE_TIMEOUT_S = 5
 BODY_GRACE_S = 2.0
 """How long a client may take to complete a request body after draining begins."""
 
-KEEP_ALIVE_S = 75
-"""How long idle connections stay open, in seconds.
-
-Load balancers keep idle connections for a minute; if the server closed first, their next request would fail.
-"""
-
 
 class Server(uvicorn.Server):
     """uvicorn's server, which drains before it stops.
 
     Attributes:
+        counts: how many connections this process and others of the server have.
         exit_status: 0 if every accepted request was answered, else 1; valid after `run` returns.
         loop: the event loop, once the server has one.
         name: what metrics call this process.
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
             log_config=None,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
         super().__init__(config)
@@ -99,7 +99,10 @@ class Server(uvicorn.Server):
         self._metrics = metrics
         self._settings = settings
         self._key_sources = key_sources
+        self._certificates: Certificates | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._acceptor: Acceptor | None = None
+        self.counts = ConnectionCounts(make_counts(1), 0, 1)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until the server has drained; until a model is loaded, its requests are answered 503."""
@@ -116,6 +119,43 @@ class Server(uvicorn.Server):
         for source in self._key_sources:
             source.close()
         self._read_batcher.close()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections."""
+        assert self.loop is not None
+        assert sockets is not None
+        await self.wait_informed()
+        self._certificates = await wait_for_certificates(self._settings)
+        await self.lifespan.startup()
+        config, connections, settings = self.config, self.server_state.connections, self._settings
+        make_protocol = partial(
+            PredictProtocol,
+            config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self.loop,
+        )  # fmt: skip
+        self._acceptor = Acceptor(
+            self.loop,
+            sockets[0],
+            make_protocol,
+            lambda: len(connections),
+            self.counts,
+            self._certificates,
+            settings.connections_per_address,
+        )
+        self.servers = [self._acceptor]  # type: ignore[list-item]
+        self.started = True
+        self.report_listening()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell the other processes how many connections there are; uvicorn calls this all the time."""
+        if self._acceptor is not None:
+            self._acceptor.update()
+        return await super().on_tick(counter)
+
+    async def wait_informed(self) -> None:
+        """Wait until this process knows what is served."""
+
+    def report_listening(self) -> None:
+        """Report that connections are accepted."""
 
     def begin(self, listeners: list[socket.socket]) -> None:
         """Do what has to be done once the loop runs; the next step is to accept connections."""
@@ -185,8 +225,9 @@ class InProcessServer(Server):
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._rescan)
         for listener in listeners:
-            host, port = listener.getsockname()[:2]
-            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            log.info(
+                "listening on %s", address_of(listener, tls=self._settings.tls_certificate_file is not None)
+            )
         report_installation()
         self._repository.start(self._loaded)
 

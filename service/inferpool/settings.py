@@ -40,7 +40,8 @@ class Settings(BaseModel):
 
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on; 0.0.0.0 listens on all addresses of the machine.",
+        description="Address to listen on; 0.0.0.0 listens on all IPv4 addresses of the machine, :: on all of"
+        " IPv6 and IPv4.",
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, description="Port to listen on; 0 takes a free port, which the log names."
@@ -49,6 +50,46 @@ class Settings(BaseModel):
         default=(),
         description="Origins whose web pages may use the server from a browser, separated by commas, or * for"
         " every origin; https://app.example.com for example.",
+    )
+    unix_socket: Path | None = Field(
+        default=None, description="Unix socket to listen on, in place of `host` and `port`."
+    )
+    unix_socket_mode: str = Field(
+        default="660",
+        pattern="^[0-7]{3}$",
+        description="Permissions of the file of `unix_socket`, in octal digits: who may connect.",
+    )
+    tls_certificate_file: Path | None = Field(
+        default=None,
+        description="PEM file with the server's certificate and those between it and its authority. With it,"
+        " the server takes HTTPS alone. Renewed files are noticed.",
+    )
+    tls_key_file: Path | None = Field(
+        default=None,
+        description="PEM file with the private key; by default it is in `tls_certificate_file`.",
+    )
+    tls_client_ca_file: Path | None = Field(
+        default=None,
+        description="PEM file of authorities; clients without a certificate of one of them are refused.",
+    )
+    keep_alive_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = Field(
+        default=75.0,
+        description="Seconds that an idle connection stays open; more than the load balancer in front keeps"
+        " its own.",
+    )
+    max_head_bytes: Annotated[int, Field(ge=1024, le=2**20)] = Field(
+        default=64 * 1024,
+        description="Largest request line with headers, in bytes; larger ones are refused with status 431.",
+    )
+    connections_per_address: Annotated[int, Field(ge=0, le=65_535)] = Field(
+        default=0,
+        description="Connections that clients of one address (of IPv6: one /64 network) may have at once; 0"
+        " sets no limit.",
+    )
+    root_path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = Field(
+        default="",
+        description="Path below which a proxy offers the server, as /inferpool. Requests may come with it or"
+        " without.",
     )
     drain_settle_s: _Number = Field(
         default=0.0,
@@ -249,6 +290,13 @@ class Settings(BaseModel):
             raise ValueError("jwt_keys needs jwt_issuer and jwt_audience; which the tokens must have")
         if self.jwt_keys is None and (self.jwt_issuer or self.jwt_audience):
             raise ValueError("jwt_issuer and jwt_audience need jwt_keys, the address of the issuer's keys")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_has_a_certificate(self) -> Settings:
+        if self.tls_certificate_file is None and (self.tls_key_file or self.tls_client_ca_file):
+            name = "tls_key_file" if self.tls_key_file else "tls_client_ca_file"
+            raise ValueError(f"{name} is set, and tls_certificate_file is not; set both, or none")
         return self
 
     @model_validator(mode="after")

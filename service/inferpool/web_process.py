@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -26,9 +26,7 @@ from inferpool.http.access.make_gate import make_gate
 from inferpool.http.access.tenants_file import make_tenants
 from inferpool.http.access.trusted_proxies import make_proxies
 from inferpool.http.application import make_application
-from inferpool.http.connection.acceptor import Acceptor, ConnectionCounts
 from inferpool.http.connection.batched_reads import ReadBatcher
-from inferpool.http.connection.protocol import PredictProtocol
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.predict.memory_monitor import MemoryMonitor, this_system
 from inferpool.http.predict.predictor import Predictor
@@ -47,6 +45,7 @@ from inferpool.repository.remote_admin import RemoteAdmin
 from inferpool.repository.remote_catalog import RemoteCatalog
 from inferpool.server import Server, report_installation
 from inferpool.settings import Settings
+from inferpool.system.connection_counts import ConnectionCounts
 from inferpool.system.memory import family_held, keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -78,8 +77,7 @@ class WebServer(Server):
         self._router = router
         self._web = web
         self.name = f"web-{web}"
-        self._counts = counts
-        self._acceptor: Acceptor | None = None
+        self.counts = counts
         self._clients: dict[str, EngineClient] = {}
         # Catalogs with their numbers; answers to admin acts, which are told after what they changed; None
         # only asks to route.
@@ -95,29 +93,13 @@ class WebServer(Server):
         self._metrics.start_publishing()
         self._updates = self.loop.create_task(self._take_catalogs())
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept connections, and tell the supervisor."""
-        assert self.loop is not None
-        assert sockets is not None
-        # A process that replaces another must not tell clients that there are no models.
+    async def wait_informed(self) -> None:
+        """Wait for the catalog: a process that replaces another must not deny that there are models."""
         await self._informed.wait()
-        await self.lifespan.startup()
-        config, connections = self.config, self.server_state.connections
-        make_protocol: Callable[[], asyncio.Protocol] = partial(
-            PredictProtocol,
-            config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self.loop,
-        )  # fmt: skip
-        acceptor = Acceptor(self.loop, sockets[0], make_protocol, lambda: len(connections), self._counts)
-        self.servers = [acceptor]  # type: ignore[list-item]
-        self._acceptor = acceptor
-        self.started = True
-        self._control.send("listening")
 
-    async def on_tick(self, counter: int) -> bool:
-        """Tell the other web processes how many connections there are; uvicorn calls this all the time."""
-        if self._acceptor is not None:
-            self._acceptor.update()
-        return await super().on_tick(counter)
+    def report_listening(self) -> None:
+        """Tell the supervisor."""
+        self._control.send("listening")
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -325,7 +307,9 @@ def main() -> int:
     except ConfigError as error:
         control.send("refused", {"reason": error.detail})
         return 1
-    shared = SharedState(predictor, gate, make_cors(settings.cors_allow_origin))
+    shared = SharedState(
+        predictor, gate, make_cors(settings.cors_allow_origin), settings.max_head_bytes, settings.root_path
+    )
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     admin = RemoteAdmin(catalog, control.send)

@@ -37,6 +37,8 @@ from inferpool.observe.families import CPU_SECONDS
 from inferpool.observe.logs import configure_logs
 from inferpool.observe.regions import Region, make_regions, read_beat
 from inferpool.pool.token_buckets import MEMORY_BYTES
+from inferpool.system.connection_counts import make_counts, set_absent
+from inferpool.system.listeners import address_of, remove_socket_file, socket_file
 
 log = logging.getLogger("inferpool.engine.supervisor")
 
@@ -52,8 +54,6 @@ EARLY_S: Final = 5.0
 """A web process that dies so soon after its start pauses before the next start."""
 CLOSE_S: Final = 10.0
 """How long web processes may take to close their connections after the drain timeout."""
-ABSENT: Final = b"\xff" * 4
-"""The number of connections of a web process that accepts none; see `http.connection.acceptor`."""
 FLUSH_S: Final = 0.02
 """Pause until a message is sent again to a child whose socket is full."""
 ENGINE_SLOTS: Final = 64
@@ -155,7 +155,7 @@ class Supervisor:
         self._catalog_number = 0
         self._announced = False
         self._failed_starts = 0
-        self._counts = memory_file("inferpool-connections", 4 * len(self._webs))
+        self._counts = make_counts(len(self._webs))
         self._rates = memory_file("inferpool-rates", MEMORY_BYTES)
         slots = 1 + len(self._webs) + ENGINE_SLOTS
         self._metrics = make_regions(slots)
@@ -232,7 +232,7 @@ class Supervisor:
 
     def _set_absent(self, web: _Web) -> None:
         """Let no other web process leave connections to this one."""
-        os.pwrite(self._counts, ABSENT, len(ABSENT) * (web.number - 1))
+        set_absent(self._counts, web.number - 1, len(self._webs))
 
     def _hear_web(self, web: _Web, message: Message) -> None:
         values = message.values
@@ -241,8 +241,8 @@ class Supervisor:
             web.pause_s = 0.0
             if not self._announced:
                 self._announced = True
-                host, port = self._listener.getsockname()[:2]
-                log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+                tls = self._settings["tls_certificate_file"] is not None
+                log.info("listening on %s", address_of(self._listener, tls=tls))
         elif message.kind == "seen":
             web.seen = values["catalog"]
             self._health = values
@@ -931,7 +931,10 @@ def main() -> int:
     name_process("inferpool")
     configure_logs(settings["log_level"], settings["log_format"], process="supervisor")
     with socket.socket(fileno=listener) as inherited:
-        return Supervisor(inherited, values["repository"], settings).run()
+        file = socket_file(inherited)
+        status = Supervisor(inherited, values["repository"], settings).run()
+    remove_socket_file(file)
+    return status
 
 
 if __name__ == "__main__":

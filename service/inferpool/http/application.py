@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -79,6 +79,11 @@ class Application(FastAPI):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
+        if scope["path"] == "/docs/":
+            # Relative, because a proxy may serve the application below a path, a name or a scheme of its own.
+            response = RedirectResponse("../docs")
+            await response(scope, receive, _signed(scope, send, self.predictor))
+            return
         cors = self.shared.cors
         if cors is not None:
             origin = origin_of(scope["headers"])
@@ -109,6 +114,8 @@ class Application(FastAPI):
         """The OpenAPI document of the whole API, with the models that are ready now."""
         # FastAPI caches its own document, which is slow to make and does not change.
         document = complete(super().openapi(), self.catalog)
+        if self.shared.root_path:
+            document["servers"] = [{"url": self.shared.root_path.decode()}]
         gate = self.shared.gate
         return with_security(document, gate.anonymous.scopes) if gate.enabled else document
 
@@ -121,6 +128,7 @@ def make_application(
         title="Inferpool",
         version=__version__,
         description=DESCRIPTION,
+        redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
         responses={},

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inferpool.http.connection.protocol import MOST_HEAD_BYTES
+from inferpool.http.connection.shared import MOST_HEAD_BYTES
 
 from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import MakeChaos, Serve
@@ -25,9 +26,11 @@ LIVE = "GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
 class Wire:
     """A bare connection."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, tls: ssl.SSLContext | None = None) -> None:
         self.server = server
         self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
         self.stream = self.socket.makefile("rb")
 
     def __enter__(self) -> Wire:

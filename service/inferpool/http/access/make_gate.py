@@ -38,7 +38,9 @@ def has_keys(settings: Settings) -> bool:
 
 def check_exposure(settings: Settings) -> None:
     """Warn if anyone on the network may use the server; raises ConfigError if anyone may administer it."""
-    if has_keys(settings) or _is_local(settings.host):
+    if has_keys(settings) or settings.tls_client_ca_file is not None:
+        return
+    if settings.unix_socket is not None or _is_local(settings.host):
         return
     if settings.admin_routes == "on":
         raise ConfigError(

@@ -9,12 +9,20 @@ one of them. Connections that wait belong to nobody: they survive the death of a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import ipaddress
 import logging
-import mmap
 import socket
+import ssl
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
+
+from inferpool.http.access.tls import LOOK_S, Certificates
+from inferpool.http.connection.tls_transport import SHUTDOWN_S
+from inferpool.pool.log_limits import LogLimiter
+from inferpool.system.connection_counts import ConnectionCounts
+from inferpool.system.listeners import client_address
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +35,41 @@ PAUSE_S: Final = 1.0
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class ConnectionCounts:
-    """How many connections each process has, in memory that all share: 4 bytes a process.
+MOST_HANDSHAKES: Final = 512
+"""TLS handshakes at once in one process. With more, the oldest is given up, or no connection is accepted."""
+HANDSHAKE_S: Final = 10.0
+"""How long a TLS handshake may take."""
+SPARED_S: Final = 1.0
+"""A younger handshake is not given up: its client may be as fast as it can."""
+_PLAIN_RESPONSE: Final = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n%b"
+)
+_USE_HTTPS: Final = b"this port takes HTTPS, and the request came as plain HTTP; ask for https://\n"
 
-    The supervisor sets the largest number for a process that does not accept, so that nobody waits for it.
+
+class AcceptedConnection(Protocol):
+    """The protocol of a connection, as the acceptor sees it.
+
+    Attributes:
+        ended: what is called when the connection is lost.
     """
 
-    def __init__(self, file: int, number: int, processes: int) -> None:
-        """`number` from 0 is that of this process; `file` is the descriptor of the memory."""
-        self._map = mmap.mmap(file, 4 * processes)
-        self._counts = memoryview(self._map).cast("I")
-        self._number = number
+    ended: Callable[[], None] | None
 
-    def set(self, count: int) -> None:
-        """Tell the others how many connections this process has."""
-        self._counts[self._number] = count
 
-    def lead(self) -> int:
-        """How many connections this process has more than another one, apart from a few per cent."""
-        count = self._counts[self._number]
-        return max(0, count - min(self._counts) - (count >> 4))
+class _Entered:
+    """A connection that is counted for its client's address."""
+
+    def __init__(self, counts: ConnectionCounts, place: int) -> None:
+        self._counts = counts
+        self._place = place
+
+    def leave(self) -> None:
+        """Count the connection no longer."""
+        if self._place >= 0:
+            self._counts.leave(self._place)
+            self._place = -1
 
 
 class Acceptor:
@@ -56,11 +79,17 @@ class Acceptor:
         self,
         loop: asyncio.AbstractEventLoop,
         listener: socket.socket,
-        make_protocol: Callable[[], asyncio.Protocol],
+        make_protocol: Callable[[], Any],
         count: Callable[[], int],
         counts: ConnectionCounts,
+        certificates: Certificates | None = None,
+        most_per_address: int = 0,
     ) -> None:
-        """Begin to accept. `count` tells how many connections there are in this process."""
+        """Begin to accept, with TLS if there are `certificates`.
+
+        `count` tells how many connections there are in this process, `make_protocol` makes an
+        `AcceptedConnection`. 0 for `most_per_address` sets no limit.
+        """
         listener.setblocking(False)
         self._loop = loop
         self._listener = listener
@@ -68,19 +97,26 @@ class Acceptor:
         self._make_protocol = make_protocol
         self._count = count
         self._counts = counts
-        self._starting: set[asyncio.Task[Any]] = set()
+        self._certificates = certificates
+        self._most_per_address = most_per_address
+        self._starting: dict[asyncio.Task[Any], tuple[socket.socket, float]] = {}
+        self._log_limiter = LogLimiter(loop.time)
         self._timer: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._closed = False
         self.update()
         loop.add_reader(self._file, self._ready)
+        if certificates is not None:
+            self._look = loop.call_later(LOOK_S, self._look_at_certificates)
 
     def close(self) -> None:
         """Accept no more; connections that wait are left to other processes."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._file)
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in (self._timer, self._look):
+                if timer is not None:
+                    timer.cancel()
 
     async def wait_closed(self) -> None:
         """Do nothing: `close` does not wait for anything."""
@@ -93,6 +129,8 @@ class Acceptor:
         self.update()
         if lead := self._counts.lead():
             self._leave(min(MOST_LEAVE_S, LEAVE_S * lead))
+        elif len(self._starting) >= MOST_HANDSHAKES and not self._give_up_oldest():
+            self._leave(MOST_LEAVE_S)
         else:
             self._accept()
 
@@ -103,11 +141,12 @@ class Acceptor:
 
     def _return(self) -> None:
         self._loop.add_reader(self._file, self._ready)
-        self._accept()
+        if len(self._starting) < MOST_HANDSHAKES:
+            self._accept()
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, address = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return  # another process was faster, or the client is gone
         except OSError as error:
@@ -117,13 +156,103 @@ class Acceptor:
             self._leave(PAUSE_S)
             return
         connection.setblocking(False)
-        starting = self._loop.create_task(self._start(connection))
-        self._starting.add(starting)
-        starting.add_done_callback(self._starting.discard)
+        entered: _Entered | None = None
+        if self._most_per_address and isinstance(address, tuple):
+            client = _counted_address(client_address(address))
+            place = self._counts.enter(client, self._most_per_address)
+            if place < 0:
+                connection.close()
+                self._report(
+                    "%s has %d connections, and more are closed; see --connections-per-address",
+                    client,
+                    self._most_per_address,
+                )
+                return
+            entered = _Entered(self._counts, place)
+        starting = self._loop.create_task(self._start(connection, entered))
+        self._starting[starting] = (connection, self._loop.time())
+        starting.add_done_callback(self._started)
         self.update()
 
-    async def _start(self, connection: socket.socket) -> None:
+    def _started(self, starting: asyncio.Task[Any]) -> None:
+        self._starting.pop(starting, None)
+
+    async def _start(self, connection: socket.socket, entered: _Entered | None) -> None:
+        make_protocol = self._make_protocol
+        if entered is not None:
+            make_protocol = lambda: _counted(self._make_protocol(), entered)  # noqa: E731
         try:
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+            if self._certificates is None:
+                await self._loop.connect_accepted_socket(make_protocol, connection)
+            else:
+                await self._shake_hands(make_protocol, connection, self._certificates.context)
         except OSError:
             connection.close()  # the client is gone
+            if entered is not None:
+                entered.leave()
+
+    async def _shake_hands(
+        self, make_protocol: Callable[[], Any], connection: socket.socket, context: ssl.SSLContext
+    ) -> None:
+        # The event loop closes its socket before it says why the handshake failed.
+        with connection.dup() as spare:
+            try:
+                await self._loop.connect_accepted_socket(
+                    make_protocol, connection, ssl=context,
+                    ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=SHUTDOWN_S,
+                )  # fmt: skip
+            except ssl.SSLError as error:
+                self._explain(error, spare)
+                raise
+
+    def _explain(self, error: ssl.SSLError, connection: socket.socket) -> None:
+        """Tell the client, if it sent plain HTTP, and the log why a handshake has failed."""
+        reason = (error.reason or "").lower().replace("_", " ")
+        with contextlib.suppress(OSError):
+            peer = connection.getpeername()
+            client = client_address(peer) or "a client"
+            if error.reason == "HTTP_REQUEST":
+                connection.send(_PLAIN_RESPONSE % (len(_USE_HTTPS), _USE_HTTPS))
+                self._report("%s sent plain HTTP, and this port takes HTTPS; ask for https://", client)
+            elif error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+                self._report(
+                    "%s has shown no certificate; clients need one that an authority in --tls-client-ca-file"
+                    " has signed",
+                    client,
+                )
+            else:
+                self._report("a TLS handshake with %s has failed: %s", client, reason)
+
+    def _report(self, text: str, *arguments: Any) -> None:
+        """Log a refusal, unless one of the same kind was logged a moment ago."""
+        if self._log_limiter.suppressed(text) is not None:
+            log.warning(text, *arguments)
+
+    def _give_up_oldest(self) -> bool:
+        """End the oldest handshake; False if it may still become a connection soon."""
+        starting, (connection, began) = next(iter(self._starting.items()))
+        if self._loop.time() - began < SPARED_S:
+            return False
+        del self._starting[starting]
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        self._report("more than %d TLS handshakes are not finished; the oldest are given up", MOST_HANDSHAKES)
+        return True
+
+    def _look_at_certificates(self) -> None:
+        assert self._certificates is not None
+        self._certificates.look()
+        self._look = self._loop.call_later(LOOK_S, self._look_at_certificates)
+
+
+def _counted(protocol: AcceptedConnection, entered: _Entered) -> AcceptedConnection:
+    protocol.ended = entered.leave
+    return protocol
+
+
+def _counted_address(text: str) -> str:
+    """The part of an address that one client has to itself: of IPv6, whose clients have networks, 64 bits."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(ipaddress.IPv6Network((address, 64), strict=False))

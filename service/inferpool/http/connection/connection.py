@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from inferpool.errors import InferpoolError, InternalError
 from inferpool.http.connection.shared import SharedState
+from inferpool.system.listeners import client_address
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +93,7 @@ class Connection:
         self.transport = transport
         self._flow = flow
         self._pipeline = pipeline
-        peer = transport.get_extra_info("peername")
-        self.client = str(peer[0]) if isinstance(peer, tuple) else ""
+        self.client = client_address(transport.get_extra_info("peername"))
         if transport.get_extra_info("sslcontext") is None and transport.get_extra_info("ssl_object") is None:
             self.descriptor = transport.get_extra_info("socket").fileno()
         self.idle_since = self.loop.time()

@@ -368,7 +368,7 @@ class Exchange:
         if connection.between_requests or connection.last is not self or connection.owner is None:
             return  # the body is complete
         missing = (self._context.head.content_length or 0) - self._context.reserved_bytes
-        if missing > MOST_DISCARDED_BYTES and connection.descriptor >= 0:
+        if missing > MOST_DISCARDED_BYTES:
             self.keep_alive = False
             connection.owner.stop_reading()
 

@@ -8,8 +8,11 @@ share connections, pipelining, keep-alive and shutdown, which stay uvicorn's.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import select
 import socket
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 import uvicorn
@@ -29,14 +32,19 @@ from inferpool.http.connection.fast_path import try_cached_head
 from inferpool.http.connection.lingering_close import LingeringClose
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.connection.slow_client import SlowClientTimer
+from inferpool.http.connection.tls_transport import TlsTransport
 from inferpool.http.predict.api import InferenceApi, Target
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.request_head import RequestHead
 
-MOST_HEAD_BYTES: Final = 64 * 1024
-"""A request line and headers with more bytes than this are refused with 431."""
+_TLS: Final = (
+    "the client speaks TLS, and this port takes plain HTTP; ask for http://, or start the server with"
+    " --tls-certificate-file"
+)
+_TLS_HELLO: Final = re.compile(rb"\x16\x03[\x00-\x04]")
+"""How the first message of a TLS client begins."""
+log = logging.getLogger(__name__)
 
-_TOO_LARGE: Final = f"the request line and headers have more than {MOST_HEAD_BYTES} bytes; send fewer headers"
 _MALFORMED: Final = "the data is not an HTTP/1.1 request; the connection is closed after this response"
 _LINE_BYTES: Final = 4
 """Bytes of a header beside its name and value: a colon, a space and the end of the line."""
@@ -70,11 +78,15 @@ class PredictProtocol(HttpToolsProtocol):
         self._read_batcher: ReadBatcher = application.read_batcher
         self._slow_client = SlowClientTimer(self.connection, self.timeout_keep_alive, self._refuse_slow)
         self._body_receiver: BodyReceiver | None = None
+        self._most_head_bytes = shared.most_head_bytes
+        self._root_path = shared.root_path
         self._chunks: list[bytes] = []
         self._parsed_something = False
         self._upgraded = self._tunnel = self._eof = False
         self._piece_bytes = self._head_bytes = self._discarded_bytes = 0
         self._fault: InferpoolError | None = None
+        self._tls: TlsTransport | None = None
+        self.ended: Callable[[], None] | None = None
 
     @property
     def cycle(self) -> Any:
@@ -89,8 +101,12 @@ class PredictProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take the transport of a client that has connected."""
+        if transport.get_extra_info("sslcontext") is not None:
+            self._tls = transport = TlsTransport(transport, self, self.loop)
         super().connection_made(transport)
         self.connection.made(transport, self.flow, self.pipeline)
+        if self.client is not None:
+            self.client = (self.connection.client, self.client[1])
         self._slow_client.start()
 
     def data_received(self, data: bytes) -> None:
@@ -131,8 +147,8 @@ class PredictProtocol(HttpToolsProtocol):
                 return
         # Bytes that complete neither a head nor a chunk of a body are those of a head, or of trailers.
         connection.unparsed_bytes = 0 if self._parsed_something else connection.unparsed_bytes + len(data)
-        if connection.unparsed_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse_rest(HeadTooLarge(_TOO_LARGE))
+        if connection.unparsed_bytes > self._most_head_bytes and not self.transport.is_closing():
+            self._refuse_rest(self._head_too_large())
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Keep the connection while responses are owed: a client may end its side before it has read them."""
@@ -177,15 +193,34 @@ class PredictProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         self._body_receiver = None
         connection.lose()
+        if self._tls is not None:
+            self._tls.lose()
+        if self.ended is not None:
+            self.ended()
+            self.ended = None
 
     def pause_writing(self) -> None:
+        """Take note that the transport has more to write than the client reads."""
+        if self._tls is None:
+            self.writing_paused()
+        else:
+            self._tls.filled()
+
+    def resume_writing(self) -> None:
+        """Take note that the transport has nearly nothing more to write."""
+        if self._tls is None:
+            self.writing_resumed()
+        else:
+            self._tls.emptied()
+
+    def writing_paused(self) -> None:
         """Take note that the client does not read: the application waits before it sends more."""
         super().pause_writing()
         self.connection.write_paused = True
         if not isinstance(self.connection.current, Exchange):  # an exchange says itself when it has to wait
             self.watch_reading()
 
-    def resume_writing(self) -> None:
+    def writing_resumed(self) -> None:
         """Take note that the client reads again: the next request on the connection may have its turn."""
         super().resume_writing()
         self._slow_client.client_reads()
@@ -255,8 +290,9 @@ class PredictProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Make an exchange of a prediction, and give every other request to the application."""
-        if self._head_bytes > MOST_HEAD_BYTES and self._parsed_head_bytes() > MOST_HEAD_BYTES:
-            self._fault = HeadTooLarge(_TOO_LARGE)
+        most = self._most_head_bytes
+        if self._head_bytes > most and self._parsed_head_bytes() > most:
+            self._fault = self._head_too_large()
             raise self._fault  # the parser stops
         self._parsed_something = True
         asks_upgrade = self.parser.should_upgrade()
@@ -265,6 +301,7 @@ class PredictProtocol(HttpToolsProtocol):
             return
         self.connection.in_head = False
         self._discarded_bytes = 0
+        self.url = _own_target(self.url, self._root_path)
         found = self._find_api()
         if found is None:
             url, headers, expect = self.url, self.headers, self.expect_100_continue
@@ -314,7 +351,16 @@ class PredictProtocol(HttpToolsProtocol):
             )
             if found is not None:
                 self.headers.append((b"x-request-id", found[1]))
+        if fault is None and connection.last is None and _TLS_HELLO.match(data):
+            if connection.shared.log_limiter.suppressed(_TLS) is not None:
+                log.warning("%s: %s", connection.client, _TLS)
+            fault = MalformedRequest(_TLS)
         self._refuse_rest(fault or MalformedRequest(_MALFORMED))
+
+    def _head_too_large(self) -> HeadTooLarge:
+        return HeadTooLarge(
+            f"the request line and headers have more than {self._most_head_bytes} bytes; send fewer headers"
+        )
 
     # From the connection, its timer, and uvicorn's cycles.
 
@@ -349,6 +395,8 @@ class PredictProtocol(HttpToolsProtocol):
         If it were closed with unread data, the kernel would reset it, and the client might lose the response.
         """
         descriptor = self.connection.descriptor
+        if self._tls is not None:
+            self._tls.lingers = True  # the TLS layer drops what the client still sends
         if descriptor < 0 or self._eof:
             self.transport.close()
             return
@@ -424,7 +472,7 @@ class PredictProtocol(HttpToolsProtocol):
     def _discard(self, exchange: Exchange, size: int) -> None:
         """Count `size` bytes of no use of a body of unknown length; close the connection if they are many."""
         self._discarded_bytes += size
-        if self._discarded_bytes > MOST_DISCARDED_BYTES and self.connection.descriptor >= 0:
+        if self._discarded_bytes > MOST_DISCARDED_BYTES:
             exchange.keep_alive = False
             self.stop_reading()
             if exchange.response_complete:
@@ -445,8 +493,7 @@ class PredictProtocol(HttpToolsProtocol):
     def _check_reset(self, looked_s: float) -> None:
         if self.connection.owner is None or self.transport.is_closing():
             return
-        state = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-        if state[0] == _TCP_CLOSE:
+        if _is_reset(self.transport.get_extra_info("socket")):
             self.transport.abort()
         else:
             self._look_for_reset(min(_RAREST_LOOK_S, 4 * looked_s))
@@ -478,6 +525,32 @@ class PredictProtocol(HttpToolsProtocol):
             refusal.with_traceback(None)
             return Exchange(connection, context, keep_alive, expects_100=False, error=refusal)
         return Exchange(connection, context, keep_alive, self.expect_100_continue)
+
+
+def _own_target(target: bytes, root_path: bytes) -> bytes:
+    """Return a request's target without the path below which a proxy offers the server, and a last slash.
+
+    So all routes of all APIs answer a path with a slash at its end as they answer the path without one. Only
+    the page /docs redirects: its links are relative.
+    """
+    path, mark, query = target.partition(b"?")
+    if not path.startswith(b"/"):
+        return target
+    if root_path and path.startswith(root_path) and path[len(root_path) :][:1] in (b"/", b""):
+        path = path[len(root_path) :] or b"/"
+    if path.endswith(b"/") and path not in (b"/", b"/docs/"):
+        path = path[:-1]
+    return path + mark + query
+
+
+def _is_reset(connection: Any) -> bool:
+    """Return whether the client has reset a connection, or has closed both sides of a Unix socket."""
+    if connection.family == socket.AF_UNIX:
+        poll = select.poll()
+        poll.register(connection.fileno(), 0)
+        return any(event & select.POLLHUP for _, event in poll.poll(0))
+    state: bytes = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return state[0] == _TCP_CLOSE
 
 
 def _head_without_upgrade(parser: Any, url: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from inferpool.http.access.cors import CorsPolicy
 from inferpool.http.access.gate import Gate
 from inferpool.http.connection.batched_writes import WriteBatcher
@@ -10,6 +12,10 @@ from inferpool.http.connection.head_cache import HeadCache
 from inferpool.http.connection.response_head import ResponsePrefix
 from inferpool.http.connection.unread_responses import UnreadResponses
 from inferpool.http.predict.predictor import Predictor
+from inferpool.pool.log_limits import LogLimiter
+
+MOST_HEAD_BYTES: Final = 64 * 1024
+"""Bytes of a request line and headers, unless the settings say otherwise."""
 
 
 class SharedState:
@@ -23,12 +29,25 @@ class SharedState:
         prefix: the first lines of responses.
         unread: the connections whose clients leave responses unread.
         writes: collects the responses of one batch.
+        most_head_bytes: a request line and headers with more bytes are refused.
+        root_path: the path below which a proxy offers the server, without a slash at its end.
+        log_limiter: limits the lines about clients that are refused.
         cors: which web pages may read responses; None if no page of another origin may.
     """
 
-    __slots__ = ("cors", "deferred", "gate", "heads", "predictor", "prefix", "unread", "writes")
+    __slots__ = (
+        "cors", "deferred", "gate", "heads", "log_limiter", "most_head_bytes", "predictor", "prefix",
+        "root_path", "unread", "writes",
+    )  # fmt: skip
 
-    def __init__(self, predictor: Predictor, gate: Gate, cors: CorsPolicy | None = None) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        gate: Gate,
+        cors: CorsPolicy | None = None,
+        most_head_bytes: int = MOST_HEAD_BYTES,
+        root_path: str = "",
+    ) -> None:
         self.predictor = predictor
         self.gate = gate
         self.heads = HeadCache()
@@ -37,4 +56,7 @@ class SharedState:
         self.prefix = ResponsePrefix()
         self.unread = UnreadResponses(predictor.budget)
         self.writes = WriteBatcher()
+        self.log_limiter = LogLimiter(predictor.clock)
+        self.most_head_bytes = most_head_bytes
+        self.root_path = root_path.encode()
         self.cors = cors

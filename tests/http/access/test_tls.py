@@ -1,0 +1,377 @@
+"""HTTPS by real clients: certificates, their renewal, large bodies, and mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.certificates import Authority
+from tests.chaos import inferpool_chaos as chaos
+from tests.conftest import MakeChaos, Serve
+from tests.http.connection.test_pipelining import Wire, request, sums
+from tests.server import ROOT, Server, wait_until
+from tests.servers import few_handshakes
+
+BODY = {"inputs": [[1, 0, 0, 0]]}
+LARGE_ROWS = 300_000
+RENEWALS = 4
+
+
+class Site:
+    """A server with TLS, and what its clients need."""
+
+    def __init__(self, folder: Path) -> None:
+        self.authority = Authority(folder)
+        self.certificate, self.key = folder / "tls.crt", folder / "tls.key"
+        self.serial = self.authority.issue(self.certificate, self.key)
+        self.flags = [
+            *("--tls-certificate-file", str(self.certificate), "--tls-key-file", str(self.key)),
+            *("--measure-ms", "0"),
+        ]
+        self.server: Server
+
+    def wire(self, version: ssl.TLSVersion | None = None) -> Wire:
+        return Wire(self.server, self.authority.client_context(version=version))
+
+    def client(self) -> httpx.Client:
+        url = f"https://localhost:{self.server.port}"
+        return httpx.Client(base_url=url, verify=self.authority.client_context(), timeout=30)
+
+    def shown_serial(self) -> int:
+        """The serial number of the certificate that the server shows to a new connection."""
+        with self.wire() as wire:
+            assert isinstance(wire.socket, ssl.SSLSocket)
+            shown: Any = wire.socket.getpeercert()
+            return int(shown["serialNumber"], 16)
+
+    def shows(self, serial: int) -> bool:
+        """Whether all processes of the server show this certificate; each takes its turn."""
+        return all(self.shown_serial() == serial for _ in range(4))
+
+
+MODES = {"in-process": (), "process": ("--engine", "process", "--web-processes", "2")}
+
+
+@pytest.fixture(scope="module", params=MODES)
+def site(
+    request: pytest.FixtureRequest, module_serve: Serve, tmp_path_factory: pytest.TempPathFactory
+) -> Site:
+    made = Site(tmp_path_factory.mktemp("tls"))
+    repository = tmp_path_factory.mktemp("repository")
+    (repository / "m" / "1").mkdir(parents=True)
+    (repository / "m" / "1" / "model.chaos").write_text('{"run_ms": 1}')
+    (repository / "m" / "model.toml").write_text(f"[batching]\nmax_rows = {LARGE_ROWS}\n")
+    flags = ("--host", "::", "--max-body-bytes", "20000000")
+    made.server = module_serve(repository, *made.flags, *flags, *MODES[request.param])
+    return made
+
+
+@pytest.fixture
+def wire(site: Site) -> Iterator[Wire]:
+    with site.wire() as made:
+        yield made
+
+
+def rows(count: int) -> bytes:
+    buffer = io.BytesIO()
+    # The sums are exact, and a compressed body is not much smaller.
+    np.save(buffer, np.random.default_rng(1).integers(1, 1024, (count, 4)).astype(np.float32) / 1024)
+    return buffer.getvalue()
+
+
+def test_the_usual_clients_are_answered_by_name_and_by_both_kinds_of_address(site: Site) -> None:
+    port = site.server.port
+    for host in ("localhost", "127.0.0.1", "[::1]"):
+        with httpx.Client(verify=site.authority.client_context(), timeout=30) as client:
+            answer = client.post(f"https://{host}:{port}/predict/m", json=BODY)
+            assert answer.json()["outputs"]["sum"] == sums(1)
+    assert shutil.which("curl") is not None
+    run = subprocess.run(
+        ["curl", "-gsS", "--cacert", str(site.authority.file), f"https://[::1]:{port}/predict/m",
+         "-H", "Content-Type: application/json", "-d", json.dumps(BODY)],
+        capture_output=True, text=True, check=True, timeout=30,
+    )  # fmt: skip
+    assert json.loads(run.stdout)["outputs"]["sum"] == sums(1)
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.*deprecated:DeprecationWarning")
+def test_tls_1_2_and_1_3_are_spoken_and_nothing_older(site: Site) -> None:
+    for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+        with site.wire(version) as wire:
+            wire.send(request(2))
+            assert wire.answer()[0] == 200
+            assert isinstance(wire.socket, ssl.SSLSocket)
+            assert wire.socket.version() == {771: "TLSv1.2", 772: "TLSv1.3"}[version]
+    context = site.authority.client_context()
+    context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        Wire(site.server, context)
+
+
+def test_a_client_that_prefers_http_2_speaks_http_1(site: Site) -> None:
+    context = site.authority.client_context()
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with Wire(site.server, context) as wire:
+        assert isinstance(wire.socket, ssl.SSLSocket)
+        assert wire.socket.selected_alpn_protocol() == "http/1.1"
+        wire.send(request(3))
+        assert wire.answer()[0] == 200
+
+
+def test_large_bodies_and_answers_arrive_whole(site: Site) -> None:
+    sent = rows(LARGE_ROWS)
+    expected = chaos.expected(np.load(io.BytesIO(sent)))
+    with site.client() as client:
+        for body, encoding in ((sent, {}), (gzip.compress(sent, 1), {"content-encoding": "gzip"})):
+            headers = {"content-type": "application/x-npy", "accept": "application/x-npy", **encoding}
+            answer = client.post("/predict/m", content=body, headers=headers)
+            assert answer.status_code == 200, answer.text[:300]
+            assert np.array_equal(np.load(io.BytesIO(answer.content)), expected)
+        # The connection, whose bytes were received straight into memory, goes on.
+        assert client.post("/predict/m", json=BODY).json()["outputs"]["sum"] == sums(1)
+
+
+def test_a_client_that_reads_slowly_gets_everything(site: Site) -> None:
+    sent = rows(LARGE_ROWS)
+    expected = chaos.expected(np.load(io.BytesIO(sent))).tolist()
+    head = "POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-npy\r\n"
+    with site.wire() as wire:
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        # The last answer ends the connection, and together they are longer than the buffers of both ends.
+        for fields in ("", "", "connection: close\r\n"):
+            wire.send(f"{head}{fields}content-length: {len(sent)}\r\n\r\n")
+            wire.send(sent)
+        for _ in range(3):
+            status, headers, body = wire.answer()
+            assert (status, len(body)) == (200, int(headers["content-length"]))
+            assert json.loads(body)["outputs"]["sum"] == expected
+        assert wire.ended()
+
+
+def test_the_refusal_of_a_large_upload_arrives(site: Site) -> None:
+    heads = {
+        "content-length: 30000000000\r\n": b"x" * 65536,
+        "transfer-encoding: chunked\r\n": b"10000\r\n" + b"x" * 65536 + b"\r\n",
+    }
+    for framing, piece in heads.items():
+        with site.wire() as wire:
+            wire.send(f"POST /predict/m HTTP/1.1\r\nhost: x\r\n{framing}\r\n")
+            with contextlib.suppress(OSError):
+                for _ in range(400):  # 26 MB: more than the server takes
+                    wire.send(piece)
+            assert wire.answer()[0] == 413
+            assert wire.ended()
+
+
+def test_plain_http_to_the_port_is_answered_with_what_to_do(site: Site) -> None:
+    with Wire(site.server) as wire:
+        wire.send("GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        status, _, body = wire.answer()
+        assert status == 400
+        assert b"https://" in body
+        assert wire.ended()
+    site.server.wait_for("127.0.0.1 sent plain HTTP")
+
+
+def test_a_client_that_distrusts_the_server_disturbs_nobody(site: Site) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError):
+        Wire(site.server, ssl.create_default_context())
+    for nonsense in (b"", b"\x16\x03\x01\xff\xff" + b"\xff" * 1000, b"\x00" * 100):
+        with Wire(site.server) as wire:
+            wire.send(nonsense)
+            wire.socket.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                wire.stream.read()
+    with site.wire() as wire:
+        wire.send(request(1))
+        assert wire.answer()[0] == 200
+    assert not [line for line in site.server.log if line["level"] in ("error", "raw", "critical")]
+
+
+def test_renewed_certificates_are_shown_and_no_request_fails(site: Site) -> None:
+    failures: list[str] = []
+    answered = 0
+    stop = threading.Event()
+
+    def ask(keep: bool) -> None:
+        nonlocal answered
+        while not stop.is_set():
+            try:
+                with site.wire() as wire:
+                    for mark in range(20 if keep else 1):
+                        wire.send(request(mark))
+                        status, _, body = wire.answer()
+                        assert status == 200, body
+                        answered += 1
+            except Exception as error:  # noqa: BLE001 - the test fails with its text
+                failures.append(repr(error))
+
+    threads = [threading.Thread(target=ask, args=(keep,)) for keep in (True, False)]
+    with site.wire() as old:
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(RENEWALS):
+                serial = site.authority.issue(site.certificate, site.key)
+                wait_until(partial(site.shows, serial), "the new certificate is shown")
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert failures == []
+        assert answered > 20 * RENEWALS
+        old.send(request(5))  # a connection of the first certificate goes on
+        assert old.answer()[0] == 200
+
+
+def test_a_broken_renewal_changes_nothing_but_the_log(site: Site) -> None:
+    serial = site.shown_serial()
+    right = site.key.read_bytes()
+    site.authority.issue(site.certificate.with_name("other.crt"), site.key)  # another's key
+    site.server.wait_for(
+        "the renewed TLS files cannot be used, the old ones stay in use: .* the private key is not that of"
+    )
+    assert site.shown_serial() == serial
+    site.key.write_bytes(right)
+
+
+def test_files_of_a_mounted_secret_are_renewed_by_a_switch_of_their_folder(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    """Kubernetes writes a new folder and moves the link `..data` to it."""
+    mounted = tmp_path / "secret"
+    mounted.mkdir()
+    site = Site(tmp_path)
+
+    def write(version: str) -> int:
+        folder = mounted / version
+        folder.mkdir()
+        serial = site.authority.issue(folder / "tls.crt", folder / "tls.key")
+        (mounted / "..tmp").symlink_to(version)
+        (mounted / "..tmp").rename(mounted / "..data")
+        return serial
+
+    site.serial = write("..2026_01")
+    for name in ("tls.crt", "tls.key"):
+        (mounted / name).symlink_to(f"..data/{name}")
+    site.server = serve(
+        make_chaos("m"), "--tls-certificate-file", str(mounted / "tls.crt"), "--tls-key-file",
+        str(mounted / "tls.key"),
+    )  # fmt: skip
+    assert site.shown_serial() == site.serial
+    serial = write("..2026_02")
+    wait_until(partial(site.shows, serial), "the new certificate is shown")
+
+
+def ask(site: Site, context: ssl.SSLContext) -> None:
+    with Wire(site.server, context) as wire:
+        wire.send(request(4))
+        assert wire.answer()[0] == 200
+
+
+def test_clients_without_a_certificate_of_the_authority_are_refused(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    site = Site(tmp_path)
+    site.server = serve(make_chaos("m"), *site.flags, "--tls-client-ca-file", str(site.authority.file))
+    certificate, key = tmp_path / "client.crt", tmp_path / "client.key"
+    site.authority.issue(certificate, key, "a client")
+    ask(site, site.authority.client_context(certificate, key))
+    (tmp_path / "other").mkdir()
+    stranger = Authority(tmp_path / "other")
+    stranger.issue(certificate, key, "a client")
+    for context in (site.authority.client_context(), site.authority.client_context(certificate, key)):
+        # In TLS 1.3 a client learns only when it reads that its certificate was refused.
+        with pytest.raises((OSError, AssertionError)):
+            ask(site, context)
+    site.server.wait_for("127.0.0.1 has shown no certificate")
+    variables = {
+        "PORT": str(site.server.port),
+        "TLS_CERTIFICATE_FILE": str(site.certificate),
+        "TLS_KEY_FILE": str(site.key),
+        "TLS_CLIENT_CA_FILE": str(site.authority.file),
+    }
+    environ = {f"INFERPOOL_{name}": text for name, text in variables.items()}
+    run = subprocess.run(
+        [sys.executable, "-IS", str(ROOT / "docker" / "healthcheck.py")],
+        env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert (run.returncode, "200" in run.stdout) == (0, True), run.stderr
+
+
+@pytest.mark.parametrize("server_module", ["tests.servers.few_handshakes"], indirect=True, scope="module")
+def test_handshakes_that_are_never_finished_keep_nobody_out(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    site = Site(tmp_path)
+    site.server = serve(make_chaos("m"), *site.flags)
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(Wire(site.server)) for _ in range(4 * few_handshakes.MOST)]
+        with site.wire() as wire:
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        site.server.wait_for("TLS handshakes are not finished; the oldest are given up")
+        began = time.monotonic()
+        for one in stalled:
+            with contextlib.suppress(ConnectionError):
+                one.stream.read()  # each one ends
+        assert time.monotonic() - began < few_handshakes.HANDSHAKE_S + 5
+
+
+def test_idle_clients_do_not_delay_the_end(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.server = serve(make_chaos("m"), *site.flags)
+    with site.wire() as wire:
+        wire.send(request(1))
+        assert wire.answer()[0] == 200
+        began = time.monotonic()
+        assert site.server.stop() == 0
+        assert time.monotonic() - began < 3
+        assert not [line for line in site.server.log if line["level"] == "error"]
+
+
+def test_files_that_are_not_fit_for_tls_are_named(tmp_path: Path, make_chaos: MakeChaos) -> None:
+    site = Site(tmp_path)
+    other, encrypted, empty = tmp_path / "other.key", tmp_path / "encrypted.key", tmp_path / "empty.pem"
+    site.authority.issue(tmp_path / "other.crt", other)
+    empty.write_text("")
+    subprocess.run(
+        ["openssl", "pkey", "-in", site.key, "-aes256", "-passout", "pass:secret", "-out", encrypted],
+        check=True,
+    )
+    repository = str(make_chaos("m"))
+    certificate = ("--tls-certificate-file", str(site.certificate))
+    cases = {
+        (*certificate, "--tls-key-file", str(other)): "the private key is not that of the certificate",
+        (*certificate, "--tls-key-file", str(encrypted)): "the private key of TLS is encrypted",
+        (*certificate, "--tls-key-file", str(tmp_path / "missing")): "No such file",
+        certificate: "must be a certificate and its private key in PEM format",
+        ("--tls-key-file", str(site.key)): "tls_key_file is set, and tls_certificate_file is not",
+        (*site.flags, "--tls-client-ca-file", str(empty)): "no certificate in PEM format is in the file",
+    }
+    for flags, expected in cases.items():
+        run = subprocess.run(
+            [sys.executable, "-m", "inferpool", "serve", repository, "--port", "0", *flags],
+            capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert run.returncode in (1, 2)
+        assert expected in run.stderr
