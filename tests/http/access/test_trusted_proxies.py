@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
-from inferpool.errors import ConfigError
+from inferpool.errors import ConfigError, Unauthorized
+from inferpool.http.access.caller import PREDICT
+from inferpool.http.access.gate import Gate
+from inferpool.http.access.refusals import Refusals
 from inferpool.http.access.trusted_proxies import TrustedProxies, make_proxies
+from inferpool.observe.metrics import Metrics
 from inferpool.settings import read_settings
 
 PROXIES = TrustedProxies(["10.0.0.0/8", "2001:db8::/32"])
@@ -51,3 +57,12 @@ def test_the_setting_is_checked() -> None:
     for wrong in ("10.0.0.1/8", "proxy.example.com"):
         with pytest.raises(ConfigError, match=r"--trusted-proxies: .*; write an address, a network or unix"):
             read_settings({"trusted_proxies": wrong}, {})
+
+
+def test_refused_keys_are_counted_by_the_client_behind_the_proxy(caplog: pytest.LogCaptureFixture) -> None:
+    refusals = Refusals(Metrics({}), lambda: 0.0)
+    gate = Gate(lambda: 0.0, enabled=True, refusals=refusals, proxies=PROXIES)
+    headers = [(b"x-forwarded-for", b"6.6.6.6"), (b"x-forwarded-for", b"203.0.113.7")]
+    with pytest.raises(Unauthorized), caplog.at_level(logging.WARNING):
+        gate.authorize(headers, PREDICT, "m", "10.0.0.1")
+    assert "a request of 203.0.113.7 was refused" in caplog.text

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from inferpool.errors import Forbidden, RequestError, Unauthorized
 from inferpool.http.access.caller import ADMIN, EVERYONE, PUBLIC, SCOPES, Caller
 from inferpool.http.access.refusals import Refusals
+from inferpool.http.access.trusted_proxies import TrustedProxies, forwarded_by
 
 if TYPE_CHECKING:
     from inferpool.http.access.tokens import TokenVerifier  # few servers take tokens
@@ -41,18 +42,20 @@ class Gate:
         public: int = PUBLIC,
         admin: str = KEYED,
         refusals: Refusals | None = None,
+        proxies: TrustedProxies | None = None,
     ) -> None:
         """Without keys unless `enabled`; `clock` is the predictor's.
 
         `public` is the sum of the scopes that need no key. `admin` says who may use the admin routes: `KEYED`
         for a key with their scope, `OFF` for nobody, `OPEN` for everyone but web pages if there are no keys.
-        `refusals` counts the refused requests.
+        `refusals` counts the refused requests, by the clients behind `proxies`.
         """
         self.enabled = enabled
         self.anonymous = Caller("", "", public) if enabled else EVERYONE
         self.admin = admin
         self._clock = clock
         self._refusals = refusals
+        self._proxies = proxies
         self._keys: Mapping[bytes, Caller] = {}
         self._tokens: TokenVerifier | None = None
         self._changed: list[Callable[[], None]] = []
@@ -100,7 +103,8 @@ class Gate:
         except RequestError as error:
             if self._refusals is not None:
                 reason = error.members.get("reason", "scope")
-                self._refusals.count(str(reason), peer, caller.key_id)
+                client = peer if self._proxies is None else self._proxies.client(peer, forwarded_by(headers))
+                self._refusals.count(str(reason), client, caller.key_id)
             raise
         return caller
 

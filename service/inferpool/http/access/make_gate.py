@@ -14,6 +14,7 @@ from inferpool.http.access.gate import KEYED, OFF, OPEN, Gate
 from inferpool.http.access.key_file import parse_scopes
 from inferpool.http.access.key_file_watch import KeyFileWatch
 from inferpool.http.access.refusals import Refusals
+from inferpool.http.access.trusted_proxies import make_proxies
 from inferpool.observe.metrics import Metrics
 from inferpool.settings import Settings
 from inferpool.system.install_hints import install_command
@@ -65,7 +66,14 @@ def make_gate(
         return Gate(clock, admin=OPEN if settings.admin_routes == "on" else KEYED), []
     public = sum(SCOPES[name] for name in set(settings.public_scopes)) | PUBLIC
     admin = OFF if settings.admin_routes == "off" else KEYED
-    gate = Gate(clock, enabled=True, public=public, admin=admin, refusals=Refusals(metrics, clock))
+    gate = Gate(
+        clock,
+        enabled=True,
+        public=public,
+        admin=admin,
+        refusals=Refusals(metrics, clock),
+        proxies=make_proxies(settings.trusted_proxies),
+    )
     sources: list[KeySource] = []
     if settings.keys_file is not None:
         sources.append(KeyFileWatch(settings.keys_file, gate, clock, metrics))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 _MOST_HOPS: Final = 16
@@ -48,6 +48,12 @@ class TrustedProxies:
         if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
             address = address.ipv4_mapped
         return any(address in network for network in self._networks)
+
+
+def forwarded_by(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the values of X-Forwarded-For among headers with lower-case names; None if there is none."""
+    values = [value for name, value in headers if name == b"x-forwarded-for"]
+    return b",".join(values) if values else None
 
 
 def make_proxies(networks: Sequence[str]) -> TrustedProxies | None:
