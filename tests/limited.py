@@ -57,8 +57,7 @@ class LimitedServer(Server):
 
     def held_bytes(self) -> int:
         """The anonymous memory of the server."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+        return self.status_bytes("RssAnon")
 
     @contextlib.contextmanager
     def squeezed(self, room_bytes: int) -> Iterator[None]:

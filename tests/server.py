@@ -150,6 +150,17 @@ class Server:
         """The ids of the server's processes: the one that was started, and its children, if any."""
         return _with_children(self.process.pid)
 
+    def web_process(self) -> int:
+        """The id of a process that reads requests: a web process, or the only process."""
+        for pid in self.processes():
+            if Path(f"/proc/{pid}/comm").read_text() == "inferpool-web\n":
+                return pid
+        return self.process.pid
+
+    def status_bytes(self, field: str) -> int:
+        """A field of `/proc/PID/status`, the sum of all processes; shared pages count in each of them."""
+        return 1024 * sum(_kib_of(pid, "status", f"{field}:") for pid in self.processes())
+
     def resident_bytes(self) -> int:
         """Return the memory that the server's processes hold together, in bytes; shared pages count once."""
         return 1024 * sum(_kib_of(pid, "smaps_rollup", "Pss:") for pid in self.processes())

@@ -21,6 +21,7 @@ from typing import Any, Final
 from inferpool.backends.registry import describe_backends, find_backend
 from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.control import ControlSocket, Message
+from inferpool.engine.engine_memory import EngineMemory, engine_system
 from inferpool.engine.engine_port import EnginePort
 from inferpool.engine.restart_policy import SHARED
 from inferpool.engine.spawn import begin_child, name_process
@@ -36,7 +37,7 @@ from inferpool.repository.remote_admin import answer_admin
 from inferpool.repository.repository import Repository
 from inferpool.settings import Settings
 from inferpool.system.gpus import CPU, cuda_driver
-from inferpool.system.memory import keep_freed_memory, release_freed_memory
+from inferpool.system.memory import chosen_limit, keep_freed_memory, release_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Engine:
         control.send("hello", {"info": info})
         regions = None if facts["slot"] is None else Regions(metrics_file, facts["slot"])
         self._control = control
+        self._settings = settings
         self._publishing = threading.Lock()
         self._gpus_watched = False
         self._asking = threading.Lock()
@@ -88,6 +90,9 @@ class Engine:
             takes_new=facts["engine"] == SHARED,
             until_seen=self._await_seen,
         )
+        self._memory = EngineMemory(
+            engine_system(chosen_limit(settings.memory_bytes)), lambda: not self._port.unanswered
+        )
         self._publisher = CatalogPublisher(self._repository)
         self._port.start(self._repository.router, lambda question: answer_ask(self._repository, question))
 
@@ -95,6 +100,7 @@ class Engine:
         """Serve until the supervisor says that it is over; returns the exit status."""
         self._metrics.start_publishing()
         self._publish()
+        self._memory.start()
         self._repository.start(self._loaded)
         while True:
             message = self._control.wait()
@@ -165,8 +171,9 @@ class Engine:
             gc.collect()
             gc.freeze()
             self._frozen = True
-        release_freed_memory()
         self._watch_gpus()
+        # A later load may use a GPU that no model uses yet.
+        self._memory.settle(bound_data=self._settings.devices == (CPU,) or not cuda_driver().gpus())
         self._control.send("loaded", {"backends": self._repository.backends()})
 
     def _watch_gpus(self) -> None:

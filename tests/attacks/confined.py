@@ -38,8 +38,7 @@ class ConfinedServer(Server):
 
     def peak_bytes(self) -> int:
         """Return the most memory that the server has held, without the cache of files."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+        return self.status_bytes("VmHWM")
 
     def kill(self) -> None:
         """End the server, and remove its cgroup."""

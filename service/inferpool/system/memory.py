@@ -22,6 +22,8 @@ _KEPT_BYTES: Final = 128 * 2**20
 _UNLIMITED: Final = 2**60
 """Version 1 writes about 2**63 if there is no limit."""
 _KIB: Final = 1024
+_STACK_BYTES: Final = 8 * 2**20
+"""Address space of a thread's stack if there is no limit on stacks."""
 LEAST_MARGIN_BYTES: Final = 32 * 2**20
 """Memory that requests never get, for what nobody counts: stacks, the interpreter, the kernel's buffers."""
 COPIES: Final = 2
@@ -172,6 +174,12 @@ def limit_data(most_bytes: int | None) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def stack_bytes() -> int:
+    """Address space that the C library maps for the stack of a thread."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return _STACK_BYTES if soft == resource.RLIM_INFINITY else soft
 
 
 def _kib_of(file: Path, field: str) -> int:

@@ -181,8 +181,9 @@ def test_without_descriptors_the_loop_goes_on_reading(serve: Serve, make_chaos: 
         for wire in wires:
             wire.send(request(1))
             assert wire.answer()[0] == 200
-        used = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used, used))
+        reader = server.web_process()
+        used = len(list(Path(f"/proc/{reader}/fd").iterdir()))
+        resource.prlimit(reader, resource.RLIMIT_NOFILE, (used, used))
         for number, wire in enumerate(wires):
             wire.send(request(number))
         for number, wire in enumerate(wires):

@@ -139,9 +139,9 @@ def test_drops_behind_a_running_request_do_not_cost_it_its_response(server: Serv
 
 
 def sockets(server: Server) -> int:
-    """Return how many sockets the server has open."""
+    """Return how many sockets the process that reads requests has open."""
     count = 0
-    for file in Path(f"/proc/{server.process.pid}/fd").iterdir():
+    for file in Path(f"/proc/{server.web_process()}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
             count += str(file.readlink()).startswith("socket:")
     return count

@@ -50,13 +50,6 @@ def server(models: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFacto
     started.kill()
 
 
-def status_bytes(server: Server, field: str) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    found = re.search(rf"{field}:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 @contextmanager
 def watched(server: Server) -> Iterator[list[float]]:
     """Give the seconds that health checks take meanwhile."""
@@ -91,14 +84,15 @@ def send(server: Server, costly: Costly) -> httpx.Response:
 
 def check_cost(server: Server, costly: Costly) -> None:
     assert len(costly.body) < 700_000
-    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # the peak begins anew
-    before = status_bytes(server, "VmRSS")
+    for pid in server.processes():
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+    before = server.status_bytes("VmRSS")
     with watched(server) as taken, ThreadPoolExecutor(costly.times) as threads:
         answers = list(threads.map(lambda _: send(server, costly), range(costly.times)))
     for answer in answers:
         assert answer.status_code in costly.statuses, answer.text
         assert len(answer.content) < 100_000
-    assert status_bytes(server, "VmHWM") - before < PEAK_BYTES
+    assert server.status_bytes("VmHWM") - before < PEAK_BYTES
     assert max(taken) < LIVE_S
     budget = server.metric("in_flight_bytes")
     assert budget == 0, "everything that was reserved is given back"

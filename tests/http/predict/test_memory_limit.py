@@ -106,15 +106,14 @@ def test_bodies_that_are_announced_and_do_not_come_take_no_memory_from_others(li
         # Enough of the body for the server to prepare memory for the rest.
         client._writer.write(
             b"POST /predict/digits HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-npy\r\n"
-            b"content-length: 60000000\r\n\r\n" + bytes(20_000)
+            b"content-length: 30000000\r\n\r\n" + bytes(20_000)
         )
         await client._writer.drain()
         await announced.wait()
 
     async def scenario() -> None:
         clients = asyncio.create_task(with_clients(server.port, 40, stay))
-        while await asyncio.to_thread(server.metric, "in_flight_requests") < 40:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 40)
         await asyncio.to_thread(check_alive, server)
         announced.set()
         await clients

@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import resource
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from inferpool.system.memory import (
     limit_data,
     memory_use,
     release_freed_memory,
+    stack_bytes,
 )
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,6 @@ SHORT_TRIM_S: Final = 5.0
 MOST_TRIM_S: Final = 600.0
 _SPARE_THREADS: Final = 8
 """Threads whose stacks the data limit leaves room for until the next look."""
-_STACK_BYTES: Final = 8 * MIB
-"""Address space of a thread's stack if there is no limit on stacks."""
 
 
 class System(NamedTuple):
@@ -224,9 +222,3 @@ class MemoryMonitor:
             ("in_flight_bytes", (), float(budget.held)),
             ("in_flight_limit_bytes", (), float(budget.limit)),
         ]
-
-
-def stack_bytes() -> int:
-    """Address space that the C library maps for the stack of a thread."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    return _STACK_BYTES if soft == resource.RLIM_INFINITY else soft

@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.fake_gpu import PICTURES, FakeBackend, FakeCard, FakeDriver, expected
 from tests.pool.test_pool import Outbox
-from tests.server import ROOT, Server
+from tests.server import PATCHES, ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"
 KEY = VersionKey("m", 1)
@@ -198,11 +198,11 @@ def fake_server(tmp_path: Path) -> Iterator[Server]:
     batching = "[batching]\nmax_delay_ms = 100\n[instances]\ncount = 1\n"
     (folder / "model.toml").write_text(CONFIG + batching)
     environ = {
-        "PYTHONPATH": f"{ROOT}:{FAKE}",
+        "PYTHONPATH": f"{ROOT}:{FAKE}:{PATCHES}",
         "INFERPOOL_CACHE_DIR": str(tmp_path / "cache"),
         "INFERPOOL_MEASURE_MS": "0",
     }
-    server = Server(folder.parent, ["--devices", "cuda:0"], environ, "tests.fake_gpu")
+    server = Server(folder.parent, ["--devices", "cuda:0"], environ, "tests.servers.fake_gpus")
     server.wait_loaded()
     yield server
     server.kill()

@@ -21,7 +21,7 @@ from inferpool.system.gpus import cuda_driver
 from tests.conftest import Serve
 from tests.fake_gpu import FakeBackend, FakeCard, FakeDriver, expected
 from tests.pool.test_pool import Outbox
-from tests.server import ROOT, Server
+from tests.server import PATCHES, ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"
 KEY = VersionKey("m", 1)
@@ -252,11 +252,11 @@ def fake_server(tmp_path: Path) -> Iterator[Server]:
     server = Server(
         folder.parent.parent,
         environ={
-            "PYTHONPATH": f"{ROOT}:{FAKE}",
+            "PYTHONPATH": f"{ROOT}:{FAKE}:{PATCHES}",
             "INFERPOOL_CACHE_DIR": str(tmp_path / "cache"),
             "INFERPOOL_MEASURE_MS": "0",
         },
-        module="tests.fake_gpu",
+        module="tests.servers.fake_gpus",
     )
     server.wait_loaded()
     yield server

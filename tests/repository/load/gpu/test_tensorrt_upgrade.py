@@ -28,7 +28,7 @@ from inferpool.tensors import Signature, TensorSpec
 
 from tests.fake_gpu import FakeBackend, FakeCard, FakeDriver, FakeModel, expected
 from tests.pool.test_pool import Outbox
-from tests.server import ROOT, Server
+from tests.server import PATCHES, ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"
 KEY = VersionKey("m", 1)
@@ -185,8 +185,8 @@ def test_models_shows_the_status_through_a_real_server(tmp_path: Path) -> None:
     (folder / "1").mkdir(parents=True)
     (folder / "1" / "model.fakegpu").write_text("right")
     (folder / "model.toml").write_text("[gpu]\ntensorrt = true")
-    environ = {"PYTHONPATH": f"{ROOT}:{FAKE}", "INFERPOOL_CACHE_DIR": str(tmp_path / "cache")}
-    server = Server(folder.parent, environ=environ, module="tests.fake_gpu")
+    environ = {"PYTHONPATH": f"{ROOT}:{FAKE}:{PATCHES}", "INFERPOOL_CACHE_DIR": str(tmp_path / "cache")}
+    server = Server(folder.parent, environ=environ, module="tests.servers.fake_gpus")
     try:
         server.wait_loaded()
         server.wait_for("no TensorRT: the backend fakegpu")
