@@ -292,7 +292,7 @@ def test_a_web_process_that_starts_while_the_engine_loads_keeps_requests_for_it(
 def test_everything_ends_with_the_supervisor(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m"), *PROCESS)
     pids = children(server)
-    assert len(pids) == 3
+    assert len(pids) >= 3  # a spare engine may have started, too
     server.process.kill()
     wait_until(lambda: not any(map(lives, pids)), "all children end")
 
