@@ -35,6 +35,7 @@ from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog_publisher import CatalogPublisher, answer_ask
 from inferpool.repository.remote_admin import answer_admin
 from inferpool.repository.repository import Repository
+from inferpool.repository.version_source import held_from_json
 from inferpool.settings import Settings
 from inferpool.system.gpus import CPU, cuda_driver
 from inferpool.system.memory import chosen_limit, keep_freed_memory, release_freed_memory
@@ -85,6 +86,7 @@ class Engine:
             on_loading=self._report_loading,
             on_change=self._publish,
             plans=kept["plans"],
+            held={VersionKey(model, number): held_from_json(table) for model, number, table in kept["held"]},
             moves=kept["moves"],
             on_hung=self._end,
             takes_new=facts["engine"] == SHARED,

@@ -287,6 +287,46 @@ def test_weights_that_change_on_disk_change_no_answer(start: Any, repository: Pa
     assert server.metric("engine_restarts_total") == 0
 
 
+def test_an_engine_that_replaces_another_loads_nothing_that_was_written_since(
+    start: Any, repository: Path
+) -> None:
+    folder = write_outside(repository)
+    weights = folder / "weights.bin"
+    server = start("--admin-routes", "on")
+    body = {"inputs": [[1.0] * 64]}
+
+    def version() -> dict[str, Any]:
+        [found] = server.get("/models/outside").json()["versions"]
+        return dict(found)
+
+    def replace_engine() -> None:
+        [before] = find(server, ENGINE)
+        os.kill(before, 9)
+        wait_until(lambda: find(server, ENGINE) not in ([], [before]), "there is another engine")
+        wait_until(lambda: server.get("/health/ready").status_code == 200, "it is ready")
+
+    right = server.post("/predict/outside", json=body).json()["outputs"]
+    max_rows = version()["batching"]["max_rows"]
+    assert max_rows > 1
+    (folder.parent / "model.toml").write_text("[batching]\nmax_rows = 1\n")
+    with good_requests(server):
+        replace_engine()
+        assert server.post("/predict/outside", json=body).json()["outputs"] == right
+        assert version()["batching"]["max_rows"] == max_rows
+
+        weights.write_bytes(bytes(weights.stat().st_size))
+        for _ in range(2):
+            replace_engine()
+            assert version()["state"] == "failed"
+            assert version()["reason"].startswith("weights.bin has changed since the version was loaded")
+            assert server.post("/predict/outside", json=body).status_code == 503
+        assert server.post("/models/outside/load").status_code == 202
+        wait_until(lambda: version()["state"] == "ready", "the new content is loaded")
+        assert version()["batching"]["max_rows"] == 1
+        assert server.post("/predict/outside", json=body).json()["outputs"] == {"y": [[0.0] * 64]}
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize("load", ["load_crashes", "load_holds"])
 def test_a_file_that_kills_or_blocks_the_loader_is_a_failed_version(
     start: Any, make_chaos: MakeChaos, load: str

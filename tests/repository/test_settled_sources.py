@@ -19,7 +19,7 @@ class Clock:
 
 
 def source(size: int, changed_at: float) -> VersionSource:
-    return VersionSource(Path("model.onnx"), None, ModelConfig(), size, changed_at)
+    return VersionSource(Path("model.onnx"), None, ModelConfig(), (), size, changed_at)
 
 
 def settled() -> tuple[SettledSources, Clock]:

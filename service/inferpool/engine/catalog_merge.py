@@ -130,6 +130,7 @@ class CatalogStore:
         self._moved: dict[tuple[str, int], str] = {}
         self._files: dict[str, bytes] = {}
         self._plans: dict[str, Mapping[str, str]] = {}
+        self._held: dict[tuple[str, int], JsonObject] = {}
         self._sent: dict[str, JsonObject] = {}
         self._moves: dict[str, Any] = {}
         self._orphans: dict[str, JsonObject] = {}
@@ -168,6 +169,12 @@ class CatalogStore:
         engine: str | None = views.get(str(version), {"engine": None})["engine"]
         return engine
 
+    @property
+    def held(self) -> list[tuple[str, int, JsonObject]]:
+        """What the versions in the catalog were loaded from last: model, number and source."""
+        known = set(self.versions())
+        return [(*version, source) for version, source in self._held.items() if version in known]
+
     def versions(self, *states: str) -> list[tuple[str, int]]:
         """The versions in one of `states` (all versions without any), as model names and numbers."""
         return [
@@ -182,6 +189,7 @@ class CatalogStore:
         self._reports[engine] = catalog
         self._files.update(files)
         self._plans[engine] = catalog.get("plans", {})
+        self._held.update(((model, number), source) for model, number, source in catalog.get("held", ()))
         self._moves.update(catalog.get("moves", {}))
         self._merge()
 

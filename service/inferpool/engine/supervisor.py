@@ -356,7 +356,8 @@ class Supervisor:
         if engine.child is None or engine.told:
             return
         engine.told = True
-        plans = pack({"plans": dict(self._store.plans), "moves": dict(self._store.moves)}, {})
+        store = self._store
+        kept = pack({"plans": dict(store.plans), "moves": dict(store.moves), "held": store.held}, {})
         engine.child.control.send(
             "start",
             {
@@ -368,10 +369,10 @@ class Supervisor:
                 "skip": sorted(engine.skip),
                 "slot": self._slot(engine.name),
             },
-            [self._metrics, plans],
+            [self._metrics, kept],
             wait=False,
         )
-        os.close(plans)
+        os.close(kept)
 
     def _versions_for(self, engine: _Engine) -> list[Version] | None:
         """What an engine is to load; a successor takes no versions that were added to the folder since."""

@@ -9,6 +9,7 @@ from inferpool.engine.catalog_merge import file_digests
 from inferpool.engine.catalog_parcel import pack
 from inferpool.repository.catalog_json import JsonObject, live_json, model_json, source_files
 from inferpool.repository.repository import Repository
+from inferpool.repository.version_source import held_json
 
 
 class CatalogPublisher:
@@ -27,6 +28,7 @@ class CatalogPublisher:
         catalog = {
             "models": {name: model_json(model, sources) for name, model in self._repository.models().items()},
             "plans": dict(self._repository.plans()),
+            "held": [[*key, held_json(source)] for key, source in self._repository.held().items()],
             "moves": self._repository.moves(),
             "jobs": [job.to_json() for job in self._repository.jobs()],
             "loads": [list(key) for key in self._repository.loading()],

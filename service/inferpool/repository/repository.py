@@ -44,7 +44,7 @@ from inferpool.repository.lifecycle import Phase, VersionLifecycle
 from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.repository.load_manager import LoadManager
 from inferpool.repository.settled_sources import SettledSources
-from inferpool.repository.version_source import VersionSource, read_source
+from inferpool.repository.version_source import HeldSource, VersionSource, read_source
 from inferpool.repository.watch import FolderWatch
 from inferpool.settings import Settings
 from inferpool.system.gpus import Driver
@@ -116,6 +116,7 @@ class Repository:
         plans: Mapping[str, str] | None = None,
         on_hung: Callable[[VersionKey, Reason], None] | None = None,
         takes_new: bool = True,
+        held: Mapping[VersionKey, HeldSource] | None = None,
         until_seen: Callable[[], None] | None = None,
         moves: Mapping[str, Mapping[str, tuple[int | None, int | None]]] | None = None,
     ) -> None:
@@ -133,6 +134,8 @@ class Repository:
             plans: the plans of an earlier engine with the same versions.
             on_hung: called when a run does not stop, with the version and a sentence, in a thread. It is
                 expected to end the process; if it is None, the version goes on as well as it can.
+            held: what an earlier engine has loaded versions from. A version whose files have changed since
+                has failed, until it is loaded again or the folder is looked at again.
             takes_new: whether versions beside `only` are served if they appear in the folder later.
             until_seen: waits until all that send requests know what `models` returns now; None if they look
                 at it before each request.
@@ -177,6 +180,10 @@ class Repository:
         self._removed: set[VersionKey] = set()
         self._defaults: dict[str, list[int]] = {}
         self._sources: dict[VersionKey, VersionSource | Reason] = {}
+        self._held = dict(held or {})
+        # What versions are loaded from at the moment, and what those that serve were loaded from.
+        self._load_sources: dict[VersionKey, VersionSource] = {}
+        self._served_sources: dict[VersionKey, VersionSource] = {}
         self._moves = {
             name: {label: LabelMove(*move) for label, move in labels.items()}
             for name, labels in (moves or {}).items()
@@ -191,6 +198,7 @@ class Repository:
         )
         for name in self._models:
             self._tell_wanted(name)
+        self._held = {}
         if takes_new:
             self._only = None
         self.watch = FolderWatch(path, lambda settled: self.rescan(settled=settled))
@@ -257,6 +265,10 @@ class Repository:
     def backends(self) -> list[str]:
         """The names of the backends that have loaded versions."""
         return self._loader.backends()
+
+    def held(self) -> Mapping[VersionKey, VersionSource]:
+        """What the versions that serve were loaded from, for the engine that comes after this one."""
+        return dict(self._served_sources)
 
     def codec_sources(self) -> Mapping[VersionKey, CodecSource]:
         """What the codecs of the versions that are loaded were made from; empty without `on_change`."""
@@ -440,7 +452,8 @@ class Repository:
     def _source(self, declared: _Declared, version: int) -> VersionSource | Reason:
         """What a version is loaded from, or why it cannot be."""
         folder = declared.folder
-        reason = declared.fault or folder.faults.get(version)
+        held = self._held.get(VersionKey(folder.name, version))
+        reason = (declared.fault if held is None else None) or folder.faults.get(version)
         if not declared.served and version not in folder.files:
             reason = reason or _none_served(folder, declared.config)
         if reason:
@@ -448,9 +461,17 @@ class Repository:
         if version not in folder.files:
             return f"{folder.name}/{version} is no longer in {self._path}"
         try:
-            return read_source(folder, version, declared.config)
+            source = read_source(folder, version, declared.config if held is None else held.config)
         except OSError as error:
             return f"{folder.name}/{version} cannot be read: {error.strerror}"
+        changed = None if held is None else held.changed_file(source)
+        if changed is not None:
+            return (
+                f"{changed} has changed since the version was loaded, and the engine that had loaded it has"
+                f" ended; restore the file, use a new version folder, or load the new content:"
+                f" inferpool load {folder.name} {version}"
+            )
+        return source
 
     def _succeeded(self, key: VersionKey) -> bool:
         lifecycle = self._manager.lifecycle(key)
@@ -597,6 +618,7 @@ class Repository:
         """Load a version; other versions go on serving."""
         if self._on_loading is not None:
             self._on_loading(key)
+        self._load_sources[key] = source
         return self._loader.load(
             key, source.file, source.folder, source.config, enter, beside=bool(self._loaded)
         )
@@ -610,6 +632,7 @@ class Repository:
         self._metrics.add_version(key.model, str(key.version))
         with self._publishing:
             self._loaded[key] = loaded
+            self._served_sources[key] = self._load_sources[key]
             self.router.add(loaded.pool)
             self._publish(loaded.view)
         batching = loaded.view.batching
@@ -635,6 +658,7 @@ class Repository:
             self._until_seen()
         loaded = self._loaded.pop(key, None)
         self._codec_sources.pop(key, None)
+        self._served_sources.pop(key, None)
         if loaded is not None:
             self.router.remove(key)
             self._end(key, loaded)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from inferpool.repository.config import ModelConfig, VersionsConfig
 from inferpool.repository.layout import ModelFolder
@@ -18,6 +19,7 @@ class VersionSource:
         file: the model file.
         folder: the model's folder; None for a bare file.
         config: the keys of `model.toml`.
+        files: names, sizes and times (in nanoseconds) of all files.
         fingerprint: names, sizes and times of all files, and the settings.
         changed_at: the last change of any of the files, in seconds since 1970.
     """
@@ -25,6 +27,7 @@ class VersionSource:
     file: Path
     folder: Path | None = field(compare=False)
     config: ModelConfig = field(compare=False)
+    files: tuple[tuple[str, int, int], ...] = field(compare=False)
     fingerprint: Hashable
     changed_at: float = field(compare=False)
 
@@ -49,7 +52,36 @@ def read_source(model: ModelFolder, version: int, config: ModelConfig) -> Versio
     # Labels and the list of versions do not change what a load does.
     settings = config.model_copy(update={"versions": VersionsConfig(), "description": ""})
     changed_at = max(status.st_mtime for _, _, status in facts)
-    return VersionSource(file, model.folder, config, (files, repr(settings)), changed_at)
+    return VersionSource(file, model.folder, config, files, (files, repr(settings)), changed_at)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldSource:
+    """What a version was loaded from by an engine that has ended; its successor loads nothing else.
+
+    Attributes:
+        config: the keys of `model.toml` at that time.
+        files: as in `VersionSource`.
+    """
+
+    config: ModelConfig
+    files: tuple[tuple[str, int, int], ...]
+
+    def changed_file(self, source: VersionSource) -> str | None:
+        """The name of a file that has changed, come or gone since; None if there is none."""
+        changed = {*self.files} ^ {*source.files}
+        return Path(min(changed)[0]).name if changed else None
+
+
+def held_json(source: VersionSource) -> dict[str, Any]:
+    """A source as JSON, for `held_from_json`."""
+    return {"config": source.config.model_dump(mode="json"), "files": source.files}
+
+
+def held_from_json(table: Mapping[str, Any]) -> HeldSource:
+    """The source that `held_json` has written; raises ValueError or LookupError for another table."""
+    files = tuple((str(name), int(size), int(time)) for name, size, time in table["files"])
+    return HeldSource(ModelConfig.model_validate(table["config"]), files)
 
 
 def _walk(item: Path) -> Iterator[Path]:
