@@ -44,6 +44,7 @@ HOT_PATH_TESTS = {
     "http": [
         "tests/http/connection",
         "tests/http/predict",
+        "tests/http/access/test_route_scopes.py",
         "--ignore=tests/http/connection/test_idle_connections.py",
         "--ignore=tests/http/connection/test_slow_clients.py",
         "--ignore=tests/http/connection/test_socketio.py",
