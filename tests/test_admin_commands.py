@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.onnx_models import write_shift
-from tests.server import Server, free_port
+from tests.server import Server, free_port, wait_until
 
 SCOPES = ("admin", "read", "predict")
 KEY_LINE = re.compile(r"inferpool_\S+")
@@ -97,3 +99,26 @@ def test_without_a_key_or_a_server_the_command_says_so(server: Server) -> None:
     assert "needs a key" in run(server, "", "load", "digits").stderr
     found = run(server, "", "jobs", "--url", f"http://127.0.0.1:{free_port()}")
     assert "cannot be reached" in found.stderr
+
+
+@pytest.mark.parametrize("engine", ["in-process", "process"])
+def test_the_admin_socket_needs_no_key_and_is_this_users_alone(
+    serve: Serve, tmp_path: Path, engine: str
+) -> None:
+    write_shift(tmp_path / "models", "digits", 1, 1.0)
+    path = tmp_path / "admin.sock"
+    left = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    left.bind(str(path))
+    left.close()  # as a server leaves it that was killed
+    server = serve(tmp_path / "models", "--engine", engine, "--admin-socket", str(path))
+    wait_until(lambda: run(server, "", "jobs", "--url", f"unix:{path}").returncode == 0, "the socket answers")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    write_shift(tmp_path / "models", "digits", 2, 2.0)
+    loaded = run(server, "", "load", "digits", "--url", f"unix:{path}")
+    assert loaded.returncode == 0, loaded.stderr
+    assert server.post("/predict/digits", json={"inputs": [[1.0, 2.0]]}).json()["version"] == "2"
+    assert server.post("/models/digits/load").status_code == 403
+    server.wait_for("audit: load digits: job")
+    assert any(line.get("key") == "admin-socket" for line in server.log)
+    assert server.stop() == 0
+    assert not path.exists()

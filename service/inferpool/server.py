@@ -7,6 +7,7 @@ models are in engines.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from inferpool.errors import ConfigError
+from inferpool.http.access.admin_socket import ADMIN_SOCKET, open_admin_socket
 from inferpool.http.access.make_gate import KeySource
 from inferpool.http.access.tls import Certificates, wait_for_certificates
 from inferpool.http.application import Application
@@ -103,6 +106,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         self._acceptor: Acceptor | None = None
         self.counts = ConnectionCounts(make_counts(1), 0, 1)
+        self.has_admin_socket = settings.admin_socket is not None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until the server has drained; until a model is loaded, its requests are answered 503."""
@@ -113,7 +117,13 @@ class Server(uvicorn.Server):
         for source in self._key_sources:
             source.start(self.loop)
         self.begin(sockets or [])
+        admin = await self._open_admin_socket()
         await super().serve(sockets)
+        if admin is not None:
+            admin.close()
+            assert self._settings.admin_socket is not None
+            with contextlib.suppress(OSError):
+                self._settings.admin_socket.unlink()
         self._metrics.stop_publishing()
         self._memory.close()
         for source in self._key_sources:
@@ -156,6 +166,28 @@ class Server(uvicorn.Server):
 
     def report_listening(self) -> None:
         """Report that connections are accepted."""
+
+    async def _open_admin_socket(self) -> asyncio.Server | None:
+        """Answer requests that come over the admin socket, if this process has one."""
+        path = self._settings.admin_socket
+        if path is None or not self.has_admin_socket:
+            return None
+        assert self.loop is not None
+        config, state = self.config, self.server_state
+        if not config.loaded:
+            config.load()
+        make_protocol: Callable[[], asyncio.Protocol] = partial(
+            PredictProtocol,
+            config=config,
+            server_state=state,
+            app_state={ADMIN_SOCKET: True},
+            _loop=self.loop,
+        )
+        try:
+            return await self.loop.create_unix_server(make_protocol, sock=open_admin_socket(path))
+        except ConfigError as error:
+            log.error("%s", error.detail)
+            return None
 
     def begin(self, listeners: list[socket.socket]) -> None:
         """Do what has to be done once the loop runs; the next step is to accept connections."""

@@ -200,6 +200,11 @@ class Settings(BaseModel):
         " nobody), on (also without keys, for every program of this machine; `host` must be a loopback"
         " address then).",
     )
+    admin_socket: Path | None = Field(
+        default=None,
+        description="Path of a Unix socket whose requests may use the admin routes without a key; only the"
+        " user of the server can open it.",
+    )
     jwt_keys: str | None = Field(
         default=None,
         description="Address or file of the JSON Web Key Set of an issuer whose tokens (JWT) are accepted as"

@@ -78,6 +78,8 @@ class WebServer(Server):
         self._web = web
         self.name = f"web-{web}"
         self.counts = counts
+        # One process has the socket: two cannot listen on one path.
+        self.has_admin_socket = self.has_admin_socket and web == 1
         self._clients: dict[str, EngineClient] = {}
         # Catalogs with their numbers; answers to admin acts, which are told after what they changed; None
         # only asks to route.

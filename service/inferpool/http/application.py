@@ -23,6 +23,7 @@ from inferpool.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from inferpool.http.access.admin_socket import ADMIN_SOCKET, LOCAL_ADMIN
 from inferpool.http.access.cors import CorsPolicy, is_preflight, origin_of
 from inferpool.http.access.openapi import with_security
 from inferpool.http.access.route_scopes import RouteScopes
@@ -101,9 +102,12 @@ class Application(FastAPI):
                 scope = {**scope, "method": "GET"}
             send = _signed(scope, send, self.predictor)
             try:
-                scope["state"]["caller"] = self.shared.gate.authorize(
-                    scope["headers"], self.route_scopes.needed(scope), None, peer_of(scope)
-                )
+                if ADMIN_SOCKET in scope["state"]:
+                    scope["state"]["caller"] = LOCAL_ADMIN
+                else:
+                    scope["state"]["caller"] = self.shared.gate.authorize(
+                        scope["headers"], self.route_scopes.needed(scope), None, peer_of(scope)
+                    )
             except InferpoolError as error:
                 # Before the routes: none of them, nor a part of the framework, reads a body for a stranger.
                 await _error_response(error, scope)(scope, receive, send)
