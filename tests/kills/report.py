@@ -34,6 +34,9 @@ FIRST: Final = (
 )
 """What is ended first in each round, so that every kind is."""
 CLIENTS: Final = 48
+EVERY: Final = 600
+MOST_FAULTS: Final = 20
+"""A round ends after so many faults."""
 CENSUSES: Final = 5
 """How often in a round memory and descriptors are counted."""
 ORPHANS_S: Final = 10.0
@@ -74,16 +77,20 @@ def run_round(
     shares: Mapping[str, float] = SHARES,
     clients: int = CLIENTS,
     censuses: int = CENSUSES,
+    every: int = EVERY,
     drain: bool = False,
 ) -> Round:
     """Send requests to a new server while its processes are ended; end its supervisor at last.
+
+    After the kinds of `first`, something of `shares` is ended after each `every` requests.
 
     With `drain` the supervisor gets SIGTERM, else SIGKILL while requests are under way.
     """
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"
         workload = Workload(repository, seed)
-        flags = ("--engine", "process", "--web-processes", "2", "--measure-ms", "20")
+        # Queues have room for all that clients send during a reload.
+        flags = ("--engine", "process", "--web-processes", "2", "--measure-ms", "20", "--queue-ms", "60000")
         environ = {"INFERPOOL_CACHE_DIR": str(Path(folder) / "cache")}
         server: Server
         if missing():
@@ -93,7 +100,18 @@ def run_round(
         try:
             server.wait_loaded()
             return asyncio.run(
-                _run(server, workload, requests, seed, first, shares, clients, censuses, drain=drain)
+                _run(
+                    server,
+                    workload,
+                    requests,
+                    seed,
+                    first,
+                    shares,
+                    clients,
+                    censuses,
+                    every=every,
+                    drain=drain,
+                )
             )
         finally:
             server.kill()
@@ -109,6 +127,7 @@ async def _run(
     clients: int,
     censuses: int,
     *,
+    every: int,
     drain: bool,
 ) -> Round:
     load = Load(server.port, workload, clients, seed)
@@ -120,8 +139,8 @@ async def _run(
     counted = []
     for number in range(1, censuses + 1):
         goal = requests * number // censuses
-        while load.requests < goal and server.process.poll() is None and not load.faults:
-            await load.reach(load.requests + 50)
+        while load.requests < goal and server.process.poll() is None and len(load.faults) < MOST_FAULTS:
+            await load.reach(min(goal, load.requests + every))
             if shares:
                 await killer.end_one(shares)
         await load.pause()
