@@ -20,7 +20,7 @@ from inferpool.engine.client import EngineClient
 from inferpool.engine.client_router import ClientRouter
 from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.spawn import begin_child
-from inferpool.errors import ConfigError, NotReady
+from inferpool.errors import ConfigError, Draining, NotReady
 from inferpool.http.access.cors import make_cors
 from inferpool.http.access.make_gate import make_gate
 from inferpool.http.access.tenants_file import make_tenants
@@ -116,7 +116,9 @@ class WebServer(Server):
         """Leave the report to the supervisor."""
 
     async def drain_models(self, timeout_s: float) -> bool:
-        """Leave the models to the supervisor: other web processes may need them."""
+        """Answer what is not answered in time. The rest is the supervisor's: others may need the models."""
+        for client in self._clients.values():
+            client.refuse_all(lambda: Draining("the server is shutting down"))
         return True
 
     def _hear(self) -> None:

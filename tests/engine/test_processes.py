@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -349,6 +350,29 @@ def test_the_second_signal_ends_everything_at_once(
         await asyncio.to_thread(wait_until, lambda: not any(map(lives, pids)), "all children end")
 
     asyncio.run(scenario())
+
+
+def test_a_run_that_does_not_end_holds_up_the_end_no_longer_than_the_drain_timeout(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = serve(make_chaos("m", run_gate=str(gate)), *PROCESS, "--drain-timeout-s", "1")
+
+    async def scenario() -> None:
+        client = await Client.connect(server.port)
+        client.send("/predict/m", json.dumps(WAITING_ROW).encode())
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
+        server.process.terminate()
+        reply = await client.receive()
+        assert (reply.status, json.loads(reply.body)["code"]) == (503, "draining")
+        await client.close()
+        assert await asyncio.to_thread(server.process.wait, 60) == 1
+
+    asyncio.run(scenario())
+    moments = {line["message"]: datetime.fromisoformat(line["time"]) for line in server.log}
+    drained = moments["a model was still running when the drain timeout ended"] - moments["SIGTERM: draining"]
+    assert drained.total_seconds() < 4  # one for the requests, one for the model
 
 
 def test_a_load_that_ends_the_engine_fails_its_version_only(serve: Serve, make_chaos: MakeChaos) -> None:

@@ -489,6 +489,13 @@ class EngineClient:
         else:
             self._free(entry_id, pending)
 
+    def refuse_all(self, error: Callable[[], InferpoolError]) -> None:
+        """Answer every entry with an error now, and let the engine stop its runs."""
+        for entry_id, pending in list(self._pending.items()):
+            if pending.wanted:
+                self._results.put([self._local_result(pending, error())])
+                self.cancel(pending.entry.key, entry_id, "disconnected")
+
     def release(self, key: VersionKey, entry_id: int) -> None:
         """Take note that nobody reads the outputs of the entry any more. Does nothing if none are held."""
         pending = self._held.pop(entry_id, None)
