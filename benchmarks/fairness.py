@@ -1,6 +1,6 @@
 """Two tenants on one server: one keeps to its share, the other asks for ten times its own.
 
-    python benchmarks/fairness.py models --model digits --body body.json
+    python benchmarks/fairness.py models --model digits --body body.json [--serve="--engine process"]
 
 starts a server, measures how many requests it answers at most, and then sends open loads: both tenants at
 40 % of that, then one of them at 500 %, and then that one alone. It prints p50 and p99 of each tenant, and
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import math
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -39,11 +40,18 @@ class Load(NamedTuple):
 
 
 class Outcome:
-    """What a tenant got: how many answers of each status, and how long those with 200 took."""
+    """What a tenant got.
+
+    Attributes:
+        statuses: how many answers of each status; 0 for requests that had no free connection in time.
+        seconds: how long the answers with status 200 took.
+        took_s: seconds until the last answer.
+    """
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
         self.seconds: list[float] = []
+        self.took_s = 0.0
 
 
 def percentile(values: Sequence[float], part: float) -> float:
@@ -71,7 +79,7 @@ async def _run(port: int, path: str, body: bytes, load: Load, seconds: float, ou
     choose = random.Random(load.tenant)
     began = due = time.monotonic()
     tasks: set[asyncio.Task[None]] = set()
-    while due - began < seconds:
+    while time.monotonic() - began < seconds:
         due += choose.expovariate(load.per_s)
         pause = due - time.monotonic()
         if pause > 0:
@@ -84,6 +92,7 @@ async def _run(port: int, path: str, body: bytes, load: Load, seconds: float, ou
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)
+    outcome.took_s = time.monotonic() - began
     for _, writer in opened:
         writer.close()
 
@@ -105,8 +114,8 @@ async def _ask(
         outcome.seconds.append(time.monotonic() - due)
 
 
-def _report(name: str, outcomes: dict[str, Outcome], seconds: float) -> None:
-    total = sum(outcome.statuses[200] for outcome in outcomes.values()) / seconds
+def _report(name: str, outcomes: dict[str, Outcome]) -> None:
+    total = sum(outcome.statuses[200] / outcome.took_s for outcome in outcomes.values())
     print(f"{name:<28} {total:8.0f} answers/s", end="")
     for tenant, outcome in outcomes.items():
         p50, p99 = (1000 * percentile(outcome.seconds, part) for part in (0.5, 0.99))
@@ -122,7 +131,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--body", type=Path, required=True, help="a file with the body of a request")
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("serve", nargs="*", help="more arguments of inferpool serve, after --")
+    parser.add_argument("--serve", default="", help="more flags of inferpool serve, as one text")
     arguments = parser.parse_args()
     body, path, seconds = arguments.body.read_bytes(), f"/predict/{arguments.model}", arguments.seconds
     with tempfile.TemporaryDirectory() as folder:
@@ -132,12 +141,20 @@ def main() -> None:
             keys[tenant], record = new_key(tenant, ["predict"])
             append_key(file, record)
         command = [sys.executable, "-m", "inferpool", "serve", str(arguments.repository), "--port", "8199"]
-        command += ["--keys-file", str(file), "--queue-ms", "1000", "--log-level", "error", *arguments.serve]
+        command += [
+            "--keys-file",
+            str(file),
+            "--queue-ms",
+            "1000",
+            "--log-level",
+            "error",
+            *shlex.split(arguments.serve),
+        ]
         server = subprocess.Popen(command)
         try:
             _wait_ready(arguments.model)
             best = asyncio.run(run_loads(8199, body, [Load("one", keys["one"], 1e5)], 5.0, path))["one"]
-            most = best.statuses[200] / 5.0
+            most = best.statuses[200] / best.took_s
             print(f"{arguments.model}: {most:.0f} answers/s at most")
             for name, parts in (
                 ("both within their share", {"one": 0.4, "two": 0.4}),
@@ -145,7 +162,7 @@ def main() -> None:
                 ("two alone, ten times", {"two": 5.0}),
             ):
                 loads = [Load(tenant, keys[tenant], part * most) for tenant, part in parts.items()]
-                _report(name, asyncio.run(run_loads(8199, body, loads, seconds, path)), seconds)
+                _report(name, asyncio.run(run_loads(8199, body, loads, seconds, path)))
         finally:
             server.terminate()
             server.wait()
