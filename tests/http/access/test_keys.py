@@ -336,6 +336,7 @@ def test_no_output_has_a_secret(serve: Serve, make_chaos: MakeChaos, tmp_path: P
         make_chaos("m"), "--keys-file", str(file.path), "--access-log", "--log-level", "debug",
     )  # fmt: skip
     seen = []
+    client = httpx.Client(base_url=server.url, timeout=30)
     for key in (good, lesser, MARK, MARK + "." + MARK + "." + MARK):
         for headers in ({"x-api-key": key}, {"authorization": f"Bearer {key}"}):
             for method, path in (
@@ -343,12 +344,13 @@ def test_no_output_has_a_secret(serve: Serve, make_chaos: MakeChaos, tmp_path: P
                 ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/v2/models/m/stats"), ("GET", "/x"),
                 ("POST", "/v2/models/m/infer"), ("POST", "/models/m/load"), ("GET", "/health"),
             ):  # fmt: skip
-                answer = httpx.request(method, server.url + path, json=BODY, headers=headers, timeout=30)
+                answer = client.request(method, path, json=BODY, headers=headers)
                 seen.append(str(answer.headers) + answer.text)
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
             # A head that the parser refuses, and one that is too long.
             connection.sendall(f"POST /predict/m HTTP/1.1\r\nx-api-key: {key}\r\nbad header\r\n\r\n".encode())
             seen.append(connection.recv(65_536).decode())
+    client.close()
     server.stop()
     seen.append(json.dumps(server.log))
     assert len(seen) > 90

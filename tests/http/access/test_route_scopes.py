@@ -167,8 +167,8 @@ def test_without_keys_nothing_changes_and_the_admin_routes_are_off(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     server = serve(make_chaos("m"))
-    for route, needed in ROUTE_SCOPES.items():
-        with httpx.Client(base_url=server.url, timeout=30) as client:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        for route, needed in ROUTE_SCOPES.items():
             status = ask(client, route, {"authorization": "Bearer anything"}).status_code
             assert (status == 403) == (needed == ADMIN), route
     assert "securitySchemes" not in json.dumps(server.get("/openapi.json").json())

@@ -156,7 +156,7 @@ def remove_key(path: Path, key_id: str) -> KeyRecord:
         kept = [block for block in blocks if _id_of(block) != key_id]
         # Another file takes its place in one step. Through a link, the file that it leads to is replaced.
         target = path.resolve()
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             temporary.write_text("".join(kept), encoding="utf-8")
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
