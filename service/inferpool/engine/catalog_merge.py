@@ -112,6 +112,8 @@ def _version(
         view = {**shown[engine], "engine": engine, "reloading": False}
         if view["state"] == "loading" and before is not None and before["state"] == "ready":
             view = {**before, "labels": view["labels"], "engine": engine, "reloading": True}
+        if before is not None and before.get("beside"):
+            view["beside"] = True  # if its load ends an engine, the server is ready all the same
     facts = engines.get(view["engine"] or "")
     if view["state"] == "ready" and (facts is None or not facts.up):
         view["reloading"] = True

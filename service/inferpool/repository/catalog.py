@@ -109,6 +109,7 @@ class VersionView:
         classes: turns outputs into predictions; None if the model has no labels.
         gpu: how the version runs on GPUs; None on the CPU.
         load_s: the seconds that loading took.
+        beside: whether it loads although the server is ready already, which stays ready meanwhile.
     """
 
     key: VersionKey
@@ -127,6 +128,7 @@ class VersionView:
     classes: LabelsCodec | None = None
     gpu: GpuView | None = None
     load_s: float = 0.0
+    beside: bool = False
 
 
 @dataclass(frozen=True)

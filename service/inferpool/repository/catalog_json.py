@@ -87,6 +87,7 @@ def version_from_json(sent: JsonObject, codecs: Codecs = NO_CODECS) -> VersionVi
         classes=codecs.classes,
         gpu=None if gpu is None else _gpu(gpu),
         load_s=_number(sent["load_s"]),
+        beside=sent["beside"],
     )
 
 

@@ -49,7 +49,7 @@ def judge(
                     problems[name] = problem
                 if reachable and (ready or fault is not None):
                     answering.add(model.name)
-            elif version.state == LOADING:
+            elif version.state == LOADING and not version.beside:
                 for_s = live(version.key).loading_s
                 (loading if for_s < PATIENCE_S else late).add(model.name)
                 problems[name] = f"loading for {for_s:.0f} s"

@@ -161,6 +161,7 @@ class Repository:
         self._publishing = threading.RLock()
         self._scanning = threading.RLock()
         self._draining = False
+        self._was_ready = False
         self._only = None if only is None else frozenset(only)
         self._skip = set(skip)
         self._takes_new = takes_new
@@ -292,6 +293,7 @@ class Repository:
         with self._scanning:
             ended = [self._tell_wanted(name, look=False) for name in list(self._declared)]
         if not any(ended):
+            self._was_ready = True
             then()
 
     def load_now(self) -> None:
@@ -687,7 +689,7 @@ class Repository:
                 if before is not None:
                     self._publish(replace(before, state=DRAINING))
             elif lifecycle.loading is not None:
-                self._publish(VersionView(key, LOADING))
+                self._publish(VersionView(key, LOADING, beside=self._was_ready))
             elif key in self._forgotten:
                 self._forgotten.discard(key)
                 self._manager.forget(key)

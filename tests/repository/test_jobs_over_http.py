@@ -1,0 +1,104 @@
+"""Jobs through the real door: phases, the same request twice, cancelling, a load that ends its engine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from onnx import helper, numpy_helper
+
+from tests.conftest import MakeChaos, Serve
+from tests.onnx_models import value, write_model, write_shift
+from tests.server import Server, wait_until
+
+ON = ("--admin-routes", "on")
+
+
+def job(server: Server, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = server.get(f"/jobs/{name}").json()
+    return found
+
+
+def put_version(repository: Path, model: str, version: int, **settings: Any) -> None:
+    folder = repository / model / str(version)
+    folder.mkdir(parents=True)
+    (folder / "model.chaos").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("engine", ["in-process", "process"])
+def test_a_load_that_waits_is_one_job_shows_its_phase_and_is_cancelled(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path, engine: str
+) -> None:
+    repository = make_chaos("a")
+    server = serve(repository, *ON, "--engine", engine)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    put_version(repository, "a", 2, gate=str(gate))
+    first = server.post("/models/a/load", json={"version": 2}).json()
+    assert server.post("/models/a/load", json={"version": 2}).json()["id"] == first["id"]
+    wait_until(lambda: job(server, first["id"])["phase"] == "load", "the load waits at its gate")
+    found = job(server, first["id"])
+    assert (found["state"], 0 < found["share"] < 1) == ("running", True)
+    # The last load of the model says how long this one may take.
+    assert found["seconds_left"] > 0
+    assert server.get("/models/a/2").json()["phase"] == "load"
+    assert server.post("/predict/a", json={"inputs": [[1, 2, 3, 4]]}).json()["version"] == "1"
+    assert server.get("/health/ready").status_code == 200
+    ended = httpx.delete(f"{server.url}/jobs/{first['id']}")
+    assert (ended.status_code, ended.json()["state"]) == (200, "cancelled")
+    assert httpx.delete(f"{server.url}/jobs/{first['id']}").status_code == 409
+    wait_until(lambda: server.get("/models/a/2").json()["state"] == "unloaded", "the version is not loaded")
+    # The thread that waits is given what it waits for; what it has loaded is thrown away.
+    gate_end = os.open(gate, os.O_WRONLY)
+    gate.unlink()
+    gate.touch()
+    os.close(gate_end)
+    server.wait_for("a/2 is loaded, too late|a/2: the load is cancelled")
+    again = server.post("/models/a/load", json={"version": 2}).json()
+    assert again["id"] != first["id"]
+    wait_until(lambda: job(server, again["id"])["state"] == "done", "the version is loaded")
+    assert server.post("/predict/a", json={"inputs": [[1, 2, 3, 4]]}).json()["version"] == "2"
+
+
+def test_a_load_that_ends_its_engine_fails_its_job_and_no_request(
+    serve: Serve, make_chaos: MakeChaos
+) -> None:
+    repository = make_chaos("a")
+    server = serve(repository, *ON, "--engine", "process")
+    put_version(repository, "a", 2, load_crashes=True)
+    begun = server.post("/models/a/load", json={"version": 2}).json()
+
+    def is_over() -> bool:
+        reply = server.post("/predict/a", json={"inputs": [[1, 2, 3, 4]]})
+        assert (reply.status_code, reply.json().get("version")) == (200, "1"), reply.text
+        assert server.get("/health/live").status_code == 200
+        return bool(job(server, begun["id"])["state"] != "running")
+
+    wait_until(is_over, "the job ends")
+    ended = job(server, begun["id"])
+    assert ended["state"] == "failed"
+    assert "ended the engine" in ended["reason"]
+
+
+@pytest.mark.parametrize("engine", ["in-process", "process"])
+def test_an_unloaded_model_gives_its_memory_back(serve: Serve, tmp_path: Path, engine: str) -> None:
+    side = 4000  # 64 MB
+    weights = numpy_helper.from_array(np.ones((side, side), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "big",
+        [value("x", "FP32", ["rows", side])], [value("y", "FP32", ["rows", side])], [weights],
+    )  # fmt: skip
+    write_model(tmp_path, "big", graph)
+    write_shift(tmp_path, "small", 1, 1.0)
+    server = serve(tmp_path, *ON, "--engine", engine)
+    for _ in range(2):
+        held = server.resident_bytes()
+        assert server.post("/v2/repository/models/big/unload").status_code == 200
+        assert held - server.resident_bytes() > 60e6
+        assert server.post("/v2/repository/models/big/load").status_code == 200
+    assert server.resident_bytes() < held + 30e6
