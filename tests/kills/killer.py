@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from tests.clients import Client
+from tests.clients import Client, Reply
 from tests.engine.processes import ENGINE, WEB, find, lives
 from tests.kills.census import client_ports
 from tests.kills.load import PATIENCE_S, Load, problem
@@ -28,7 +28,7 @@ MEMORY_BYTES: Final = 2 * 2**30
 """The memory of the server, in a cgroup."""
 ROOM_BYTES: Final = 48 * 2**20
 """What is left of it, beside cached files, for a request that takes `HUNGER_MIB`."""
-HUNGER_MIB: Final = 512
+HUNGER_MIB: Final = 160
 
 
 class Killer:
@@ -65,7 +65,7 @@ class Killer:
             await self.end_one({kind: 1.0})
 
     def _is_possible(self, kind: str) -> bool:
-        if kind == "poison by memory" and not isinstance(self._server, LimitedServer):
+        if kind == "engine without memory" and not isinstance(self._server, LimitedServer):
             return False
         return not kind.startswith("poison") or self._clean_model() is not None
 
@@ -125,29 +125,39 @@ class Killer:
         self._poison[number] += 1
         await self._send_poison(crash(number))
 
-    async def _poison_by_memory(self) -> None:
+    async def _take_memory(self) -> None:
+        """The kernel must end the engine of a request that takes all memory; then there is enough again."""
         assert isinstance(self._server, LimitedServer)
-        number = self._clean_model()
-        assert number is not None
-        self._poison[number] += 1
-        before = self._server.kills()
+        kills = self._server.kills
+        before = kills()
         with self._server.squeezed(ROOM_BYTES):
-            await self._send_poison(take_memory(number, HUNGER_MIB))
-        if self._server.kills() == before:
+            request = take_memory(0, HUNGER_MIB)
+            asked = asyncio.create_task(self._ask_once(request))
+            await _until(lambda: kills() > before or asked.done(), "the kernel ends an engine")
+        if kills() == before:
             self._load.blame("the kernel has not ended the engine that took all memory")
+        reply = await asked
+        if reply is not None and (reply.status != 200 or request.fault(reply)):
+            self._load.blame(
+                f"{request.path}, whose engine the kernel ended: {reply.status} {problem(reply)}"
+            )
 
     async def _poison_by_division(self) -> None:
         await self._send_poison(divide())
 
     async def _send_poison(self, request: Request) -> None:
+        reply = await self._ask_once(request)
+        if reply is not None and (reply.status != 500 or "model_crashed" not in problem(reply)):
+            self._load.blame(f"poison for {request.path} got {reply.status} {problem(reply)}")
+
+    async def _ask_once(self, request: Request) -> Reply | None:
         client = await Client.connect(self._server.port)
         try:
             async with asyncio.timeout(PATIENCE_S):
-                reply = await client.post(request.path, request.body, request.headers)
-            if reply.status != 500 or "model_crashed" not in problem(reply):
-                self._load.blame(f"poison for {request.path} got {reply.status} {problem(reply)}")
+                return await client.post(request.path, request.body, request.headers)
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
-            self._load.blame(f"poison for {request.path} got no answer: {type(error).__name__}")
+            self._load.blame(f"{request.path} got no answer: {type(error).__name__}")
+            return None
         finally:
             await client.close()
 
@@ -157,7 +167,7 @@ class Killer:
         "stopped engine": _stop_engine,
         "web process": _kill_web,
         "poison by fault": _poison_by_fault,
-        "poison by memory": _poison_by_memory,
+        "engine without memory": _take_memory,
         "poison by division": _poison_by_division,
     }
 

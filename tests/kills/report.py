@@ -26,10 +26,10 @@ SHARES: Final = {
     "stopped engine": 0.05,
     "web process": 0.2,
     "poison by fault": 0.06,
-    "poison by memory": 0.04,
+    "engine without memory": 0.04,
 }
 FIRST: Final = (
-    *("engine", "web process", "poison by fault", "engine and its successor", "poison by memory"),
+    *("engine", "web process", "poison by fault", "engine and its successor", "engine without memory"),
     *("engine", "stopped engine", "poison by division"),
 )
 """What is ended first in each round, so that every kind is."""
@@ -135,7 +135,7 @@ async def _run(
     begun = time.monotonic()
     load.start()
     await load.reach(min(300, requests // 5))
-    await killer.end_each([kind for kind in first if kind != "poison by memory" or not missing()])
+    await killer.end_each([kind for kind in first if kind != "engine without memory" or not missing()])
     counted = []
     for number in range(1, censuses + 1):
         goal = requests * number // censuses

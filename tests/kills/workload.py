@@ -162,8 +162,9 @@ def crash(number: int) -> Request:
 
 
 def take_memory(number: int, mebibytes: int) -> Request:
-    """A request that takes more memory than there is, so that the kernel ends its engine."""
-    return _json_request(f"sums-{number}", {"x": np.array([[chaos.HUNGRY, mebibytes, 0, 0]])}, {})
+    """A request that takes so much memory."""
+    x = np.array([[chaos.HUNGRY, mebibytes, 0, 0]])
+    return _json_request(f"sums-{number}", {"x": x}, {"sum": chaos.expected(x)})
 
 
 def divide() -> Request:
