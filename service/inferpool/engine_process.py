@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 
 NAME: Final = "inferpool-eng"
 SPARE_NAME: Final = "inferpool-spare"
-OOM_SCORE: Final = 500
-"""If memory runs out, the kernel ends engines first: their requests run again in the next one."""
 GIL_SWITCH_S: Final = 0.001
 SEEN_S: Final = 10.0
 """How long web processes may take to learn that a version drains."""
@@ -202,7 +200,7 @@ def _prepare(backends: list[str]) -> None:
 
 def main() -> int:
     """Run an engine that `inferpool.engine.spawn` has started."""
-    control = begin_child(SPARE_NAME, OOM_SCORE)
+    control = begin_child(SPARE_NAME)
     try:
         start = control.wait()
         if start.kind == "prepare":

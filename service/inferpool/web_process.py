@@ -50,8 +50,6 @@ from inferpool.system.memory import family_held, keep_freed_memory
 
 log = logging.getLogger(__name__)
 
-OOM_SCORE: Final = 250
-"""If memory runs out, the kernel ends engines first, then web processes, the supervisor last."""
 GIL_SWITCH_S: Final = 0.001
 SPANS_TIMEOUT_S: Final = 2.0
 """How long the process may take at its end to send the remaining spans."""
@@ -267,7 +265,7 @@ async def _ask(client: EngineClient, question: Mapping[str, Any]) -> Mapping[str
 
 def main() -> int:
     """Run a web process that `inferpool.engine.spawn` has started."""
-    control = begin_child("inferpool-web", OOM_SCORE)
+    control = begin_child("inferpool-web")
     start = control.wait()
     facts = start.values
     listener, counts, metrics_file, rates = start.descriptors

@@ -53,8 +53,11 @@ class Child(NamedTuple):
         os.close(self.pidfd)
 
 
-def spawn(module: str) -> Child:
+def spawn(module: str, oom_score: int) -> Child:
     """Start `python -m module` with a control socket.
+
+    If memory runs out, the kernel ends processes with a larger `oom_score` (0 to 1000) first. The parent sets
+    the score: until a child did, the kernel would end others for the memory that the child's start takes.
 
     Raises OSError if no process can be started.
     """
@@ -77,14 +80,20 @@ def spawn(module: str) -> Child:
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with (
+        contextlib.suppress(OSError, ValueError),
+        Path(f"/proc/{process.pid}/oom_score_adj").open("r+") as file,
+    ):
+        if int(file.read()) < oom_score:  # lower scores need privileges
+            file.seek(0)
+            file.write(str(oom_score))
     return Child(process, ours, os.pidfd_open(process.pid))
 
 
-def begin_child(name: str, oom_score: int) -> ControlSocket:
+def begin_child(name: str) -> ControlSocket:
     """The first step of a child: tie its life to the supervisor's, leave signals to it; its control socket.
 
-    `name` is the name of the process in `ps`, at most 15 characters. The kernel ends processes with a larger
-    `oom_score` (0 to 1000) first if memory runs out.
+    `name` is the name of the process in `ps`, at most 15 characters.
     """
     control, parent = int(sys.argv[1]), int(sys.argv[2])
     for number in SUPERVISED:
@@ -95,10 +104,6 @@ def begin_child(name: str, oom_score: int) -> ControlSocket:
     if os.getppid() != parent:  # it ended before the call
         os._exit(1)
     name_process(name)
-    with contextlib.suppress(OSError, ValueError), Path("/proc/self/oom_score_adj").open("r+") as file:
-        if int(file.read()) < oom_score:  # lower scores need privileges
-            file.seek(0)
-            file.write(str(oom_score))
     # The descriptor is inherited once, and never by a process that the child starts.
     os.set_inheritable(control, False)
     return ControlSocket(socket.socket(fileno=control))

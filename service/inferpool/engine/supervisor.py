@@ -44,6 +44,10 @@ log = logging.getLogger("inferpool.engine.supervisor")
 
 WEB_MODULE: Final = "inferpool.web_process"
 ENGINE_MODULE: Final = "inferpool.engine_process"
+WEB_OOM_SCORE: Final = 250
+ENGINE_OOM_SCORE: Final = 500
+"""If memory runs out, the kernel ends engines first, whose requests run again in the next one; then web
+processes, and the supervisor last."""
 REPORT_S: Final = 0.5
 """How long web processes may take to tell what an engine ran when it died."""
 WEB_STARTS: Final = 3
@@ -210,7 +214,7 @@ class Supervisor:
         if self._draining:
             return
         self._set_absent(web)
-        web.child = child = spawn(WEB_MODULE)
+        web.child = child = spawn(WEB_MODULE, WEB_OOM_SCORE)
         web.started, web.listens, web.seen = self._clock(), False, 0
         child.control.send(
             "start",
@@ -309,7 +313,7 @@ class Supervisor:
         if self._engines.get(engine.name) is not engine:
             return
         self._region.numbers("engine_restarts_total", (engine.name,), 1)
-        engine.child = child = self._take_spare() or spawn(ENGINE_MODULE)
+        engine.child = child = self._take_spare() or spawn(ENGINE_MODULE, ENGINE_OOM_SCORE)
         engine.pid = child.pid
         engine.epoch += 1
         engine.started, engine.told, engine.loaded, engine.answers = self._clock(), False, False, False
@@ -333,7 +337,7 @@ class Supervisor:
         self._spare_is_due = False
         if self._draining:
             return
-        self._spare = child = spawn(ENGINE_MODULE)
+        self._spare = child = spawn(ENGINE_MODULE, ENGINE_OOM_SCORE)
         child.control.send("prepare", {"backends": sorted(self._backends)}, wait=False)
         self._watch(child, Message.close, self._spare_ended)
 
