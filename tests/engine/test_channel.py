@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inferpool.engine import records
+from inferpool.engine.records import MOST_TENANT
 from inferpool.errors import (
     DeadlineExceeded,
     InternalError,
@@ -100,6 +101,24 @@ def test_an_entry_crosses_with_all_that_the_pool_needs(web: Web, engine: Engine)
     assert (web.results.outputs(5)["y"] == floats(3, 2)).all()
     web.results.outputs(5)["y"][0] = 1  # outputs can be written, as those of a pool in this process can
     assert web.used == 0
+
+
+def test_the_tenant_of_an_entry_and_of_its_parts_crosses(web: Web, engine: Engine) -> None:
+    parts = [Part(entry_of(number, {"ids": floats(1, number)}), [number - 7]) for number in (7, 8)]
+    single = entry_of(10, {"ids": floats(1, 3)})
+    for entry in (single, *(part.entry for part in parts)):
+        entry.tenant, entry.share, entry.rank = MOST_TENANT - 1, 2.5, 3
+    web.client.offer(single)
+    web.client.offer(split_entry(9, parts))
+    web.client.offer(entry_of(11, {"ids": floats(1, 3)}))
+    web.loop.turn()
+    *ours, other = engine.inbox.wait(3)
+    for entry in (*ours, *(part.entry for part in ours[1].parts)):
+        assert (entry.tenant, entry.share, entry.rank, entry.priority) == (MOST_TENANT - 1, 2.5, 3, 5)
+    assert (other.tenant, other.share, other.rank) == (0, 1.0, 5)
+    for entry in (*ours, other):
+        engine.answer(entry, {"y": floats(1)})
+    web.until(9, 10, 11)
 
 
 def test_entries_of_several_web_processes_share_groups_but_not_ids(web: Web, engine: Engine) -> None:
