@@ -7,6 +7,10 @@
 # Each environment has a folder `installed` with one file for each thing in it. The file holds a digest of the
 # sources of that thing. While the digest stays the same, a start installs nothing and needs no network.
 
+# Python keeps the bytecode of each module that it imports. To compile all packages would take a minute, and without
+# bytecode each of the hundreds of servers that tests start would compile the sources again.
+unset PYTHONDONTWRITEBYTECODE
+
 REPO="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 SERVE_VENV="$REPO/.venv"
 VENV="$REPO/.venv-test"
@@ -70,7 +74,7 @@ install_editable() (
   if find_uv "$VENV"; then
     UV_FIND_LINKS="$(pip_setting find-links)" UV_CONSTRAINT="$(pip_setting constraint)"
     export UV_FIND_LINKS UV_CONSTRAINT
-    if run_uv pip install --python "$VENV/bin/python" --compile-bytecode --editable ".[$1]"; then return; fi
+    if run_uv pip install --python "$VENV/bin/python" --editable ".[$1]"; then return; fi
   fi
   say "uv cannot install the packages; pip tries it now ..."
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
