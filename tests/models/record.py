@@ -1,7 +1,8 @@
 """The record of what the tests of the large models last passed with.
 
-These tests build models by their scripts and serve them, which takes two minutes of CPU time. `scripts/test`
-skips the tests of a model if nothing that the tests depend on has changed since they passed:
+These tests build models by their scripts, or compile models to AOTInductor packages, and serve them. All of them
+take three minutes of CPU time. `scripts/test` skips the tests of a model if nothing that the tests depend on has
+changed since they passed:
 
 - the committed files of the model, what the documents show of the model, and the tests themselves;
 - the code of the server that reads, checks and runs models;
@@ -32,9 +33,11 @@ from tests.docs.pages import blocks
 ROOT: Final = Path(__file__).parents[2]
 RECORD: Final = ROOT / "tests" / "models" / "record.json"
 PAGES: Final = ("README.md", "docs/**/*.md")
-MODELS: Final = ("cifar10", "minilm", "news", "next-word", "resnet50", "sentiment")
+MODELS: Final = ("aotinductor", "cifar10", "minilm", "news", "next-word", "resnet50", "sentiment")
+TESTS: Final = ("tests/models", "tests/backends/torch/test_aotinductor.py")
 CODE: Final = (
     "tests/models",
+    "tests/backends/torch",
     "service/inferpool/backends",
     "service/inferpool/codecs",
     "service/inferpool/release",
@@ -83,7 +86,7 @@ def digest(model: str, root: Path = ROOT) -> str:
 def main() -> int:
     """Run the tests of all models; if they pass and nothing changed meanwhile, write the record."""
     digests = {model: digest(model) for model in MODELS}
-    command = [sys.executable, "-m", "pytest", "-q", *sys.argv[1:], "tests/models"]
+    command = [sys.executable, "-m", "pytest", "-q", *sys.argv[1:], *TESTS]
     status = subprocess.run(command, cwd=ROOT, env=os.environ | {FULL: "1"}, check=False).returncode
     if status == 0 and digests != {model: digest(model) for model in MODELS}:
         print("files have changed while the tests ran; run this again", file=sys.stderr)

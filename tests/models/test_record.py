@@ -33,7 +33,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "models/cifar10/README.md",
             "models/cifar10/model.toml",
         ),
-        *("tests/models/test_cifar10.py", "tests/models/built.py"),
+        *(
+            "tests/models/test_cifar10.py",
+            "tests/models/built.py",
+            "tests/backends/torch/test_aotinductor.py",
+        ),
         *("service/inferpool/backends/onnx/backend.py", "service/inferpool/codecs/image.py"),
         *("service/inferpool/release/build.py", "service/inferpool/repository/load/loader.py"),
     ],

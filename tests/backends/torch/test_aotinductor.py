@@ -21,6 +21,7 @@ from tests.backends.torch.networks import configure, described, eager, export, q
 from tests.backends.torch.test_backend import longest_standstill
 from tests.clients import Client, with_clients
 from tests.conftest import Serve
+from tests.models.record import needs_to_run
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
@@ -52,6 +53,7 @@ class Network(nn.Module):
 
 
 def compile_package(file: Path, network: nn.Module, **settings: Any) -> Path:
+    needs_to_run("aotinductor")
     more = {"scale": torch.rand(4), "mask": torch.rand(4, 256) > 0.5} if isinstance(network, Network) else {}
     program = export(network, torch.rand(4, 256), **more)
     with quiet():
