@@ -80,11 +80,6 @@ class Application(FastAPI):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
-        if scope["path"] == "/docs/":
-            # Relative, because a proxy may serve the application below a path, a name or a scheme of its own.
-            response = RedirectResponse("../docs")
-            await response(scope, receive, _signed(scope, send, self.predictor))
-            return
         cors = self.shared.cors
         if cors is not None:
             origin = origin_of(scope["headers"])
@@ -93,6 +88,11 @@ class Application(FastAPI):
                 # Before anything asks for a key: a browser sends none with a preflight.
                 await _answer_preflight(cors, origin or b"", scope, _signed(scope, send, self.predictor))
                 return
+        if scope["path"] == "/docs/":
+            # Relative, because a proxy may serve the application below a path, a name or a scheme of its own.
+            response = RedirectResponse("../docs")
+            await response(scope, receive, _signed(scope, send, self.predictor))
+            return
         found = find_api(scope["raw_path"].decode("latin-1"))
         if found is not None:
             await refuse_method(self.predictor, self.shared.gate, *found, scope, send)

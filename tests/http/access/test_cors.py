@@ -31,6 +31,7 @@ PATHS = (
     "/health",
     "/metrics",
     "/docs",
+    "/docs/",
     "/nothing",
 )
 PREFLIGHT = {

@@ -15,6 +15,7 @@ from tests.http.access.keys import KeyFile
 from tests.server import Server
 
 BODY = json.dumps({"inputs": {"x": [[1.0] * 4]}}).encode()
+PAGE = "https://app.example.com"
 ROWS = json.dumps({"inputs": {"x": [[1.0] * 4] * 8}}).encode()
 
 TENANTS = """
@@ -50,6 +51,7 @@ def server(
     limits.write_text(TENANTS)
     processes = () if request.param == "in-process" else ("--engine", "process", "--web-processes", "2")
     flags = ("--keys-file", str(keys.path), "--tenants-file", str(limits), "--queue-ms", "2000", *processes)
+    flags += ("--cors-allow-origin", PAGE)
     return module_serve(folder, *flags)
 
 
@@ -87,6 +89,21 @@ def test_rows_have_a_rate_too(server: Server, keys: KeyFile) -> None:
     assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
     assert total(server, keys, "tenant_rows_total", tenant="narrow") == 8
     assert total(server, keys, "tenant_compute_seconds_total", tenant="narrow") > 0
+
+
+def test_a_preflight_needs_no_key_and_a_page_can_read_that_its_key_is_missing(
+    server: Server, keys: KeyFile
+) -> None:
+    asks = {"origin": PAGE, "access-control-request-method": "POST"}
+    before = total(server, keys, "requests_total")
+    preflight = server.request("OPTIONS", "/predict/m", headers=asks)
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (204, PAGE)
+    assert total(server, keys, "requests_total") == before
+    for method, path in (("POST", "/predict/m"), ("GET", "/models"), ("GET", "/predict/m")):
+        refused = server.request(method, path, headers={"origin": PAGE})
+        assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
+        assert refused.headers["access-control-allow-origin"] == PAGE
+        assert "WWW-Authenticate" in refused.headers["access-control-expose-headers"]
 
 
 def _v2(rows: int) -> bytes:
