@@ -1,7 +1,7 @@
 """The record of what the tests of the large models last passed with.
 
-These tests build models by their scripts, or compile models to AOTInductor packages, and serve them. All of them
-take three minutes of CPU time. `scripts/test` skips the tests of a model if nothing that the tests depend on has
+These tests build models by their scripts, or compile them to AOTInductor packages, and serve them. That takes
+three minutes of CPU time. `scripts/test` skips the tests of a model if nothing that the tests depend on has
 changed since they passed:
 
 - the committed files of the model, what the documents show of the model, and the tests themselves;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,9 +15,6 @@ import onnxruntime
 import pytest
 from inferpool.tensors import DTYPES
 from onnx import TensorProto, helper
-from skl2onnx import to_onnx
-from sklearn.datasets import load_iris
-from sklearn.linear_model import LogisticRegression
 
 from tests import onnx_models
 from tests.onnx_models import bf16, constant, identity, model, put, tensor_type, value, value_of
@@ -40,7 +38,6 @@ ROWS: Final = {
 }
 """Two rows of every datatype that JSON carries, with the ends of its range."""
 
-IRIS: Final = load_iris()
 NAMES: Final = [f"x{number}" for number in range(48)]
 ODD: Final = ["a.b", "serving_default/x:0", "größe", "入力😀", "two words"]
 
@@ -75,11 +72,23 @@ def npy(array: Any) -> bytes:
     return file.getvalue()
 
 
+@cache
+def iris() -> Any:
+    """The rows of flowers and their classes; scikit-learn takes seconds to import, so it is imported late."""
+    from sklearn.datasets import load_iris
+
+    return load_iris()
+
+
 def classifier(names: bool) -> Any:
     """Iris flowers by logistic regression, the scores a map from class to number."""
-    classes = IRIS.target_names[IRIS.target] if names else IRIS.target
-    fitted = LogisticRegression(max_iter=1000).fit(IRIS.data, classes)
-    return to_onnx(fitted, IRIS.data[:1].astype(np.float32), target_opset=onnx_models.OPSETS)
+    from skl2onnx import to_onnx
+    from sklearn.linear_model import LogisticRegression
+
+    data = iris()
+    classes = data.target_names[data.target] if names else data.target
+    fitted = LogisticRegression(max_iter=1000).fit(data.data, classes)
+    return to_onnx(fitted, data.data[:1].astype(np.float32), target_opset=onnx_models.OPSETS)
 
 
 def optional_input() -> Any:
@@ -379,7 +388,7 @@ def test_external_data_is_read_from_the_version(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["iris", "iris-numbers"])
 def test_maps_are_answered_as_objects(server: Server, repository: Path, name: str) -> None:
-    flowers = IRIS.data[::30].astype(np.float32)
+    flowers = iris().data[::30].astype(np.float32)
     outputs = predict(server, name, flowers.tolist())
     labels, scores = runtime(repository, name).run(None, {"X": flowers})
     assert outputs["output_label"] == labels.tolist()
@@ -427,7 +436,7 @@ def test_a_long_name_is_not_repeated(server: Server) -> None:
 
 
 def test_golden_samples_hold_maps(repository: Path, tmp_path: Path, cache_dir: Path) -> None:
-    flower = IRIS.data[:1].astype(np.float32)
+    flower = iris().data[:1].astype(np.float32)
     _, scores = runtime(repository, "iris").run(None, {"X": flower})
     put(classifier(names=True), tmp_path, "iris")
     (tmp_path / "iris" / "samples").mkdir()
