@@ -16,7 +16,7 @@ import httpx
 import pytest
 from inferpool.errors import ConfigError, Forbidden, Unauthorized
 from inferpool.http.access.caller import ADMIN, PREDICT, READ, Caller
-from inferpool.http.access.gate import OFF, OPEN, Gate
+from inferpool.http.access.gate import MOST_ACCEPTED, OFF, OPEN, Gate
 from inferpool.http.access.key_file_watch import KeyFileWatch
 from inferpool.http.access.make_gate import check_exposure
 from inferpool.http.access.refusals import EVERY_S, MOST_PEERS, Refusals
@@ -368,6 +368,33 @@ def test_a_gate_remembers_no_caller_after_the_keys_have_changed() -> None:
         gate.authorize([], PREDICT, None, "")
     assert Gate(lambda: 0.0).authorize([], PREDICT, None, "").allows(PREDICT)
     assert not Caller("t", "k", PREDICT, frozenset({"a"})).may_predict("b")
+
+
+def test_the_gate_remembers_accepted_keys_until_they_expire_or_change() -> None:
+    now = 0.0
+    gate = Gate(lambda: now, enabled=True)
+    headers = [(b"x-api-key", b"k")]
+    keys = {hashlib.sha256(b"k").digest(): Caller("t", "k", READ, None, 10.0)}
+    gate.use(keys)
+    assert {gate.authorize(headers, READ, None, "").key_id for _ in range(3)} == {"k"}
+    with pytest.raises(Forbidden):
+        gate.authorize(headers, PREDICT, None, "")
+    now = 10.0
+    with pytest.raises(Unauthorized, match="expired"):
+        gate.authorize(headers, READ, None, "")
+    now = 0.0
+    gate.use({})
+    with pytest.raises(Unauthorized, match="does not know"):
+        gate.authorize(headers, READ, None, "")
+    gate.use(
+        {
+            hashlib.sha256(b"%d" % number).digest(): Caller("t", "k", READ)
+            for number in range(3 * MOST_ACCEPTED)
+        }
+    )
+    for number in range(3 * MOST_ACCEPTED):
+        gate.authorize([(b"x-api-key", b"%d" % number)], READ, None, "")
+    assert len(gate._accepted) <= MOST_ACCEPTED
 
 
 def test_a_client_is_logged_once_a_minute_and_the_log_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
