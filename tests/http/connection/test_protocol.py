@@ -195,3 +195,24 @@ def test_a_client_that_disconnects_in_the_middle_of_a_pipeline_causes_no_error(
     server.wait_for_metric("in_flight_requests", at_most=0)
     assert server.stop() == 0
     assert [line for line in server.log if line["level"] not in ("info", "debug")] == []
+
+
+SPLITTING = ("\r", "\n", "\0", "\x0b", "\x7f", "\x85", "\u00e9", "\r\n x: y")
+
+
+def test_nothing_that_is_echoed_splits_a_response(serve: Serve, make_chaos: MakeChaos) -> None:
+    server = serve(make_chaos("m", run_ms=1), "--cors-allow-origin", "*")
+    for evil in (f"a{byte}set-cookie: b" for byte in SPLITTING):
+        sent = [
+            request(1, path=path, headers=f"{field}: {evil}\r\n")
+            for path in ("/predict/m", "/predict/nobody", "/models", "/v2/models/m/infer")
+            for field in ("x-request-id", "origin", "traceparent", "accept")
+        ]
+        escaped = "".join(f"%{value:02x}" for value in evil.encode())
+        for text in (*sent, request(1, path=f"/predict/{escaped}")):
+            with Wire(server) as wire:
+                wire.send(text.encode("latin-1"))
+                status, headers, _ = wire.answer()
+                assert status in (200, 400, 404, 405, 406, 422), text
+                assert "set-cookie" not in headers
+                assert headers["x-request-id"].isprintable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hypothesis import given
 from hypothesis import strategies as st
 from inferpool.http.connection.response_head import ResponsePrefix, response_head
 from inferpool.http.predict.response import server_timing
@@ -24,3 +25,13 @@ def test_the_date_of_a_new_second_is_not_that_of_the_last() -> None:
     prefix = ResponsePrefix()
     first = prefix.of(200, [(b"date", b"now")])
     assert prefix.of(200, [(b"date", b"then")]) == first.replace(b"now", b"then")
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from((b"x", b"x\nx")), st.text("a\r\n\0: ").map(str.encode)), max_size=4)
+)
+def test_no_header_ends_its_line_or_the_head(headers: list[tuple[bytes, bytes]]) -> None:
+    head = response_head(b"HTTP/1.1 200 OK\r\n", headers, False, 0)
+    whole = [b"%b: %b" % header for header in headers if not {*b"".join(header)} & {*b"\r\n\0"}]
+    assert head.split(b"\r\n") == [b"HTTP/1.1 200 OK", *whole, b"content-length: 0", b"", b""]
+    assert head.count(b"\n") == len(whole) + 3

@@ -31,11 +31,20 @@ class ResponsePrefix:
         return prefix
 
 
+def splits(header: tuple[bytes, bytes]) -> bool:
+    """Return whether a header would end its line, or the head, before its own end."""
+    text = b"".join(header)
+    return b"\r" in text or b"\n" in text or b"\0" in text
+
+
 def response_head(prefix: bytes, headers: Headers, closes: bool, size: int) -> bytes:
     """Return a response head: `prefix`, `headers`, and the length of the body in bytes, `size`.
 
-    `closes` says that the response is the last on its connection.
+    `closes` says that the response is the last on its connection. A header of more than one line is left out:
+    its maker should have checked it, and no client may add lines to a response.
     """
     lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or b"\0" in lines:
+        lines = b"".join([b"%b: %b\r\n" % header for header in headers if not splits(header)])
     last = b"connection: close\r\n" if closes else b""
     return b"%b%b%bcontent-length: %d\r\n\r\n" % (prefix, lines, last, size)
