@@ -447,7 +447,7 @@ def _spelled(source: str, name: str) -> str:
 
 
 def _default_text(default: Any) -> str:
-    if default is None or default == ():
+    if default is None or default in ((), ""):
         return "none"
     if isinstance(default, float):
         return f"{default:g}"
