@@ -697,7 +697,7 @@ class Repository:
             elif lifecycle.actual == lifecycle_rules.FAILED:
                 self._publish(VersionView(key, FAILED, lifecycle.reason))
             else:
-                self._publish(VersionView(key, UNLOADED))
+                self._publish(VersionView(key, UNLOADED, "it was unloaded, or its load was cancelled"))
 
     def jobs_changed(self) -> None:
         """Publish the jobs."""
