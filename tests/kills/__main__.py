@@ -1,6 +1,6 @@
 """End processes of servers at random, beside clients that check every row: `scripts/chaos` runs this.
 
-    python -m tests.kills [--requests 100000] [--rounds 4] [--at-once 1] [--seed 1] [--python .venv/bin/python]
+    python -m tests.kills [--requests 100000] [--rounds 4] [--at-once 1] [--python .venv/bin/python]
 
 Writes `benchmarks/results/chaos.json` with `--save`. The exit status is 1 if a promise does not hold.
 """

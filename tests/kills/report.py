@@ -234,8 +234,9 @@ def as_markdown(figures: Mapping[str, Any]) -> str:
     lines = [
         "# Processes of a server are ended at random",
         "",
-        f"{figures['rounds']} servers of two web processes, {figures['at_once']} at a time, on {figures['cores']} cores;"
-        f" {figures['clients']} keep-alive clients; {figures['seconds']} s of each together.",
+        f"{figures['rounds']} servers of two web processes, {figures['at_once']} at a time, on"
+        f" {figures['cores']} cores; {figures['clients']} keep-alive clients each; {figures['seconds']} s of each"
+        " together.",
         "",
         "| | |",
         "|---|---|",
