@@ -16,6 +16,7 @@ from inferpool.errors import DeadlineExceeded, QueueFull
 from inferpool.pool.admission import Limits
 from inferpool.pool.batch import RowSlice
 from inferpool.pool.entry_queue import OLDEST_LEADS_EVERY, Queue
+from inferpool.pool.fair_shares import ACTIVE_S
 from inferpool.pool.ordered_queue import QueueSlot
 from inferpool.pool.ports import Entry, VersionKey
 
@@ -48,6 +49,8 @@ def taken(queue: Queue, now: float = 0.0) -> list[int]:
 class QueueMachine(RuleBasedStateMachine):
     """Offers, removes and takes in any order; every entry is accounted for at every moment."""
 
+    TENANTS = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.queue = Queue(Limits(LIMIT, 60, 10_000), batch_s)
@@ -63,11 +66,14 @@ class QueueMachine(RuleBasedStateMachine):
         group=st.sampled_from("ab"),
         priority=st.integers(1, 3),
         timeout=st.one_of(st.none(), st.floats(0.0, 0.3)),
+        tenant=st.integers(0, 5),
     )
-    def offer(self, rows: int, group: str, priority: int, timeout: float | None) -> None:
+    def offer(self, rows: int, group: str, priority: int, timeout: float | None, tenant: int) -> None:
         self.number += 1
         deadline = math.inf if timeout is None else self.now + timeout
         item = entry(self.number, rows, now=self.now, group=group, priority=priority, deadline=deadline)
+        item.tenant = tenant % self.TENANTS
+        item.share = 1.0 + item.tenant
         before = (len(self.queue), self.queue.rows, self.queue.nbytes)
         try:
             self.queue.offer(item, self.now, [self.now])
@@ -114,12 +120,13 @@ class QueueMachine(RuleBasedStateMachine):
         self.check_order(take.slices, before)
 
     def check_order(self, slices: list[RowSlice], before: dict[int, Entry]) -> None:
-        """No entry that was left behind comes before a taken one of its group and priority."""
+        """No entry that was left behind comes before a taken one of its tenant, group and priority."""
         left = [item for item in before.values() if item.id in self.waiting and item.rows <= LIMIT]
         by_age = (self.batches - 1) % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
         for each in slices[1 if by_age else 0 :]:
             for item in left:
-                if (item.group, item.priority) == (
+                if (item.tenant, item.group, item.priority) == (
+                    each.entry.tenant,
                     each.entry.group,
                     each.entry.priority,
                 ) and each.has_all_rows:
@@ -150,6 +157,31 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.rows == self.queue.nbytes == 0
 
 
+class SharedQueueMachine(QueueMachine):
+    """The same with several tenants, which come and go."""
+
+    TENANTS = 3
+
+    @rule(passes=st.floats(0.0, 2 * ACTIVE_S))
+    def tenants_leave(self, passes: float) -> None:
+        self.now += passes
+
+    @invariant()
+    def shares_balance(self) -> None:
+        shares = self.queue._waiting.shares
+        if shares is None:
+            assert len({item.tenant for item in self.waiting.values()}) <= 1
+            return
+        tenants = [shares.entries_of(number) for number in shares.numbers()]
+        assert sum(each.count for each in tenants if each) == len(self.queue)
+        assert sum(each.nbytes for each in tenants if each) == self.queue.nbytes
+        load = sum(each.small_load + each.large_load for each in tenants if each)
+        assert load == pytest.approx(self.queue.load)
+        assert shares.total_share == pytest.approx(sum(each.share for each in tenants if each))
+
+
+TestSharedQueueMachine = SharedQueueMachine.TestCase
+TestSharedQueueMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
