@@ -235,8 +235,8 @@ def as_markdown(figures: Mapping[str, Any]) -> str:
         "# Processes of a server are ended at random",
         "",
         f"{figures['rounds']} servers of two web processes, {figures['at_once']} at a time, on"
-        f" {figures['cores']} cores; {figures['clients']} keep-alive clients each; {figures['seconds']} s of each"
-        " together.",
+        f" {figures['cores']} cores; {figures['clients']} keep-alive clients each;"
+        f" {figures['seconds']} s of each together.",
         "",
         "| | |",
         "|---|---|",
