@@ -208,3 +208,13 @@ def test_a_server_whose_models_do_not_change_reports_them_once(
     assert load(server, "first")["state"] == "done"
     lines = [line["message"] for line in server.log if line["message"].endswith("3 models")]
     assert 1 <= len(lines) <= 2
+
+
+def test_loads_are_counted_by_how_they_end(server: Server, folder: Path) -> None:
+    write_shift(folder, "counted", 1, 1.0)
+    load(server, "counted")
+    (folder / "counted" / "2").mkdir()
+    (folder / "counted" / "2" / "model.onnx").write_bytes(b"no model")
+    load(server, "counted", 2)
+    server.wait_for_metric("loads_total", 1, 1, model="counted", version="1", outcome="ready")
+    server.wait_for_metric("loads_total", 1, 1, model="counted", version="2", outcome="failed")

@@ -96,6 +96,8 @@ FAMILIES: Final = {
                "1 for the current state of a version, 0 for the others."),
         Family("model_load_seconds", "gauge", _VERSION,
                "Time to load, check, measure and warm up a version."),
+        Family("loads_total", "counter", (*_VERSION, "outcome"),
+               "Loads of a version by how they ended: ready, failed or cancelled."),
         Family("dropped_entries_total", "counter", (*_VERSION, "reason"),
                "Requests that were queued and then given up before the model had answered."),
         Family("audits_total", "counter", _VERSION,

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol, TypeAlias
 
 from inferpool.errors import Conflict, InferpoolError, LoadCancelled, Reason
 from inferpool.pool.ports import VersionKey
@@ -42,6 +42,8 @@ from inferpool.repository.version_source import VersionSource
 
 log = logging.getLogger(__name__)
 
+Outcome: TypeAlias = Literal["ready", "failed", "cancelled"]
+"""How a load ends."""
 DRAIN: Final = "drain"
 """The phase of a job that waits until a version has answered its last request."""
 
@@ -66,6 +68,9 @@ class Host(Protocol):
 
     def jobs_changed(self) -> None:
         """Publish the jobs."""
+
+    def count_load(self, key: VersionKey, outcome: Outcome) -> None:
+        """Count a load that has ended."""
 
 
 class _Load:
@@ -318,7 +323,7 @@ class LoadManager:
         load = self._loads[key]
         load.cancelled = True
         if load.claim():
-            self._end_load(load, ok=False)
+            self._end_load(load, "cancelled")
             lifecycle.cancelled()
             log.info("%s/%d: the load is cancelled", *key)
             self._host.show(key, lifecycle)
@@ -373,7 +378,7 @@ class LoadManager:
         with self._changed:
             claimed = load.claim()
             if claimed:
-                self._end_load(load, ok=True)
+                self._end_load(load, "ready")
                 self._host.serve(load.key, loaded)
                 lifecycle.loaded()
                 self._host.show(load.key, lifecycle)
@@ -385,7 +390,7 @@ class LoadManager:
     def _fail(self, load: _Load, lifecycle: VersionLifecycle, reason: Reason) -> None:
         with self._changed:
             if load.claim():
-                self._end_load(load, ok=False)
+                self._end_load(load, "failed")
                 log.error("%s/%d has failed: %s", *load.key, reason)
                 lifecycle.load_failed(reason)
                 self._host.show(load.key, lifecycle)
@@ -396,8 +401,9 @@ class LoadManager:
         limit_s = self._load_timeout_s
         self._fail(load, lifecycle, f"loading takes longer than {limit_s:g} s; --load-timeout-s allows more")
 
-    def _end_load(self, load: _Load, *, ok: bool) -> None:
-        self._times.ended(load.key, self._clock(), ok=ok)
+    def _end_load(self, load: _Load, outcome: Outcome) -> None:
+        self._times.ended(load.key, self._clock(), ok=outcome == "ready")
+        self._host.count_load(load.key, outcome)
         del self._loads[load.key]
 
     def _retire(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:

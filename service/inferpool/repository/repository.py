@@ -42,7 +42,7 @@ from inferpool.repository.label_moves import LabelMove, apply_moves, keep_moves,
 from inferpool.repository.layout import CONFIG_FILE, ModelFolder, scan
 from inferpool.repository.lifecycle import Phase, VersionLifecycle
 from inferpool.repository.load.loader import LoadedVersion, Loader
-from inferpool.repository.load_manager import LoadManager
+from inferpool.repository.load_manager import LoadManager, Outcome
 from inferpool.repository.settled_sources import SettledSources
 from inferpool.repository.version_source import HeldSource, VersionSource, read_source
 from inferpool.repository.watch import FolderWatch
@@ -703,6 +703,10 @@ class Repository:
         """Publish the jobs."""
         if self._on_change is not None:
             self._on_change()
+
+    def count_load(self, key: VersionKey, outcome: Outcome) -> None:
+        """Count a load that has ended."""
+        self._metrics.value("loads_total", key.model, str(key.version), outcome).add()
 
     # Publishing.
 
