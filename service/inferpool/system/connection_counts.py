@@ -56,15 +56,15 @@ class ConnectionCounts:
         Otherwise the result is what `leave` takes.
         """
         digest = hashlib.blake2s(address.encode(), key=self._secret, digest_size=4).digest()
-        place = int.from_bytes(digest, "little") % _ADDRESSES
-        if sum(self._addresses[place::_ADDRESSES]) >= limit:
+        counter = int.from_bytes(digest, "little") % _ADDRESSES
+        if sum(self._addresses[counter::_ADDRESSES]) >= limit:
             return -1
-        self._addresses[self._first + place] += 1
-        return place
+        self._addresses[self._first + counter] += 1
+        return counter
 
-    def leave(self, place: int) -> None:
+    def leave(self, counter: int) -> None:
         """Take note that a connection that `enter` has counted is gone."""
-        self._addresses[self._first + place] -= 1
+        self._addresses[self._first + counter] -= 1
 
 
 def _size(processes: int) -> int:

@@ -61,15 +61,15 @@ class AcceptedConnection(Protocol):
 class _Entered:
     """A connection that is counted for its client's address."""
 
-    def __init__(self, counts: ConnectionCounts, place: int) -> None:
+    def __init__(self, counts: ConnectionCounts, counter: int) -> None:
         self._counts = counts
-        self._place = place
+        self._counter = counter
 
     def leave(self) -> None:
         """Count the connection no longer."""
-        if self._place >= 0:
-            self._counts.leave(self._place)
-            self._place = -1
+        if self._counter >= 0:
+            self._counts.leave(self._counter)
+            self._counter = -1
 
 
 class Acceptor:
@@ -159,8 +159,8 @@ class Acceptor:
         entered: _Entered | None = None
         if self._most_per_address and isinstance(address, tuple):
             client = _counted_address(client_address(address))
-            place = self._counts.enter(client, self._most_per_address)
-            if place < 0:
+            counter = self._counts.enter(client, self._most_per_address)
+            if counter < 0:
                 connection.close()
                 self._report(
                     "%s has %d connections, and more are closed; see --connections-per-address",
@@ -168,7 +168,7 @@ class Acceptor:
                     self._most_per_address,
                 )
                 return
-            entered = _Entered(self._counts, place)
+            entered = _Entered(self._counts, counter)
         starting = self._loop.create_task(self._start(connection, entered))
         self._starting[starting] = (connection, self._loop.time())
         starting.add_done_callback(self._started)
