@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,9 @@ def _rendered(folder: Path) -> str:
     # A folder is not changed after it was rendered, and many tests look at the same ones.
     command = kustomize()
     assert command is not None
-    made = subprocess.run([*command, str(folder)], capture_output=True, text=True)
+    # A program in Go that ends at once takes a third less CPU time if it collects no garbage.
+    environ = os.environ | {"GOGC": "off", "GOMAXPROCS": "1"}
+    made = subprocess.run([*command, str(folder)], env=environ, capture_output=True, text=True)
     assert (made.returncode, made.stderr) == (0, "")
     return made.stdout
 
