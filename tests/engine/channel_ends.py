@@ -18,9 +18,10 @@ from inferpool.errors import InferpoolError
 from inferpool.pool.ports import Entry, Result, VersionKey
 from inferpool.tensors import Tensors
 
+from tests.server import START_S
+
 KEY = VersionKey("m", 1)
 MIB = 1024 * 1024
-PATIENCE_S = 20.0
 
 OPEN: list[Engine | Web] = []
 """What tests have made and not closed."""
@@ -71,7 +72,7 @@ class HandLoop:
 
     def until(self, condition: Callable[[], object]) -> None:
         """Run until the condition holds."""
-        ends = time.monotonic() + PATIENCE_S
+        ends = time.monotonic() + START_S
         while not condition():
             assert time.monotonic() < ends, "nothing happened"
             self.turn(0.01)
@@ -129,14 +130,14 @@ class HandInbox:
     def wait(self, count: int) -> list[Entry]:
         """The entries, when there are `count`."""
         with self.changed:
-            assert self.changed.wait_for(lambda: len(self.entries) >= count, PATIENCE_S)
+            assert self.changed.wait_for(lambda: len(self.entries) >= count, START_S)
             assert len(self.entries) == count
             return list(self.entries.values())
 
     def take(self, web_id: int) -> Entry:
         """The entry that has this id in its web process; it is no longer kept."""
         with self.changed:
-            assert self.changed.wait_for(lambda: web_id in self.ids(), PATIENCE_S)
+            assert self.changed.wait_for(lambda: web_id in self.ids(), START_S)
             return self.entries.pop(next(each for each in self.entries if each & 0xFFFFFFFFFF == web_id))
 
     def ids(self) -> list[int]:
