@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,27 +92,44 @@ def server_module(request: pytest.FixtureRequest) -> str:
     return str(getattr(request, "param", "inferpool"))
 
 
-@pytest.fixture
-def serve(cache_dir: Path, server_module: str) -> Iterator[Serve]:
-    """Start servers: `serve(repository, *flags)`; they are stopped after the test."""
-    yield from _serving(cache_dir, server_module)
+ENGINES = {
+    "in-process": {"INFERPOOL_ENGINE": "in-process"},
+    "process": {"INFERPOOL_ENGINE": "process", "INFERPOOL_WEB_PROCESSES": "2"},
+}
+"""The two ways to run a server, as variables. Tests of what may differ take both: see `in_both_engines`."""
+
+in_both_engines = pytest.mark.parametrize("engine_variables", ENGINES, indirect=True, scope="module")
+"""Marks tests whose servers run in both ways."""
 
 
 @pytest.fixture(scope="module")
-def module_serve(cache_dir: Path, server_module: str) -> Iterator[Serve]:
+def engine_variables(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    """The variables of servers; none, and so the usual way, unless a test is marked `in_both_engines`."""
+    return ENGINES[request.param] if hasattr(request, "param") else {}
+
+
+@pytest.fixture
+def serve(cache_dir: Path, server_module: str, engine_variables: Mapping[str, str]) -> Iterator[Serve]:
+    """Start servers: `serve(repository, *flags)`; they are stopped after the test."""
+    yield from _serving(cache_dir, server_module, engine_variables)
+
+
+@pytest.fixture(scope="module")
+def module_serve(cache_dir: Path, server_module: str, engine_variables: Mapping[str, str]) -> Iterator[Serve]:
     """Start servers as `serve` does; they are stopped after the last test of the module.
 
-    A start costs a second of CPU time. Tests that leave a server as they found it share one.
+    A start costs a second of CPU time, or two with `--engine process`. Tests that leave a server as they
+    found it share one.
     """
-    yield from _serving(cache_dir, server_module)
+    yield from _serving(cache_dir, server_module, engine_variables)
 
 
-def _serving(cache_dir: Path, server_module: str) -> Iterator[Serve]:
+def _serving(cache_dir: Path, server_module: str, engine_variables: Mapping[str, str]) -> Iterator[Serve]:
     servers: list[Server] = []
 
     def start(repository: Path, *flags: str, wait: bool = True, **environ: str) -> Server:
         own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-        server = Server(repository, flags, {**own, **environ}, server_module)
+        server = Server(repository, flags, {**own, **engine_variables, **environ}, server_module)
         servers.append(server)
         if wait:
             server.wait_loaded()

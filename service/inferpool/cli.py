@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -62,9 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The output has everything that is logged below a warning, unless the user asks for the log.
             logs.configure_logs(settings.log_level, "console")
             return _print_check(app.load_all(path, settings, remeasure=remeasure), _unbuilt(path))
-        from inferpool import launch
+        from inferpool.engine.spawn import SUPERVISED
 
-        return launch.serve(path, settings, logs.configure_logs(settings.log_level, settings.log_format))
+        # Clients may connect from the moment the server listens. A signal waits until the server can answer
+        # it, and no thread may take it: those of libraries start when they are imported.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISED)
+        try:
+            from inferpool import launch
+
+            return launch.serve(path, settings)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     except BrokenPipeError:
         # The reader of the output has closed it. Python must not complain about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

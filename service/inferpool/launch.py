@@ -16,9 +16,8 @@ from typing import NoReturn
 
 from inferpool.engine.supervisor import replace_process
 from inferpool.http.access.make_gate import check_exposure, make_gate
-from inferpool.http.access.tenants_file import make_tenants
 from inferpool.http.access.tls import make_certificates
-from inferpool.observe.logs import LineHandler
+from inferpool.observe.logs import configure_logs
 from inferpool.observe.metrics import Metrics
 from inferpool.settings import Settings, with_memory
 from inferpool.system.cpu import usable_cores
@@ -30,15 +29,16 @@ CORES_PER_WEB_PROCESS = 4
 CORES_PER_WEB_PROCESS_WITH_GPU = 2
 
 
-def serve(path: Path, settings: Settings, log_lines: LineHandler) -> int:
+def serve(path: Path, settings: Settings) -> int:
     """Serve the models in `path` until a signal ends the server; returns the exit status.
 
-    The status is 0 if every accepted request was answered. `log_lines` writes the access log.
+    The status is 0 if every accepted request was answered.
 
     Raises:
         ConfigError: `path` has nothing to serve, the address cannot be bound, or the variables
             `OTEL_*` ask for spans that cannot be sent, or keys cannot be read.
     """
+    log_lines = configure_logs(settings.log_level, settings.log_format)
     check_exposure(settings)
     # The first step, so that an address in use is reported before anything about the models.
     make_certificates(settings)
@@ -67,7 +67,10 @@ def _supervise(listener: socket.socket, path: Path, settings: Settings) -> NoRet
     """Serve from several processes: this one becomes their parent."""
     # So that wrong keys and tenants are reported here.
     gate, _ = make_gate(settings, time.monotonic, Metrics({}))
-    make_tenants(settings.tenants_file, gate.enabled, Metrics({}))
+    if settings.tenants_file is not None:
+        from inferpool.http.access.tenants_file import make_tenants
+
+        make_tenants(settings.tenants_file, gate.enabled, Metrics({}))
     derive = not settings.in_flight_bytes
     webs = settings.web_processes or web_processes(usable_cores(), settings.devices)
     resolved = with_memory(settings).model_copy(update={"web_processes": webs})

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from inferpool.engine.spawn import SUPERVISED
 from inferpool.errors import ConfigError
 from inferpool.http.access.admin_socket import ADMIN_SOCKET, open_admin_socket
 from inferpool.http.access.make_gate import KeySource
@@ -261,6 +262,8 @@ class InProcessServer(Server):
                 "listening on %s", address_of(listener, tls=self._settings.tls_certificate_file is not None)
             )
         report_installation()
+        # Signals have waited since the server listens. Threads, and children of theirs, inherit the mask.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISED)
         self._repository.start(self._loaded)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -98,6 +98,8 @@ def test_every_route_answers_and_each_process_loads_only_its_own_libraries(
     ("module", "unwanted"),
     [
         ("inferpool.engine.supervisor", ("onnxruntime", "torch", "numpy", "fastapi", "uvicorn", "pydantic")),
+        # The supervisor begins as this, and starts its children afterwards.
+        ("inferpool.launch", ("onnxruntime", "torch", "numpy", "fastapi", "uvicorn")),
         ("inferpool.web_process", ("onnxruntime", "torch", "inferpool.repository.repository")),
         ("inferpool.engine_process", ("fastapi", "uvicorn", "starlette")),
     ],

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +22,11 @@ from onnx import helper, numpy_helper
 
 from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client, with_clients
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve, in_both_engines
 from tests.onnx_models import value, write_model
-from tests.server import Server, wait_until
+from tests.server import CHAOS, ROOT, START_S, Server, free_port, wait_until
+
+pytestmark = in_both_engines
 
 ROW = {"inputs": [[1, 2, 3, 4]]}
 WAITING_ROW = {"inputs": [[chaos.WAIT, 2, 3, 4]]}
@@ -193,3 +200,42 @@ def test_sigterm_while_a_model_loads_ends_with_the_usual_status(
     time.sleep(delay_s)
     assert server.stop() == 0, server.log
     assert not [line for line in server.log if "terminate" in line["message"]]
+
+
+@pytest.fixture
+def starting(
+    make_chaos: MakeChaos, engine_variables: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server that has just begun to listen, and its port."""
+    port = free_port()
+    environ = {**os.environ, **engine_variables, "PYTHONPATH": f"{ROOT}:{CHAOS}"}
+    command = [sys.executable, "-m", "inferpool", "serve", str(make_chaos("m")), "--port", str(port)]
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: accepts(port), "the server listens")
+        yield process, port
+        process.kill()
+
+
+def accepts(port: int) -> bool:
+    """Whether the kernel accepts connections for the server."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+def test_signals_at_the_earliest_moment_wait_for_the_server(
+    starting: tuple[subprocess.Popen[str], int],
+) -> None:
+    process, _ = starting
+    process.send_signal(signal.SIGHUP)
+    process.terminate()
+    _, log = process.communicate(timeout=START_S)
+    assert process.returncode == 0, log
+
+
+def test_a_hangup_at_the_earliest_moment_ends_nothing(starting: tuple[subprocess.Popen[str], int]) -> None:
+    process, port = starting
+    process.send_signal(signal.SIGHUP)
+    answer = httpx.get(f"http://127.0.0.1:{port}/health/live", timeout=START_S)
+    assert answer.status_code == 200
+    assert process.poll() is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from tests.chaos.inferpool_chaos import RAISE
+from tests.clients import Client, with_clients
 from tests.conftest import MakeChaos, Serve
 from tests.server import ROOT
 
@@ -64,6 +67,16 @@ class Collector:
             for of_scope in of_resource.scope_spans
             for span in of_scope.spans
         ]
+
+    def processes(self) -> set[int]:
+        """The ids of the processes that sent spans."""
+        return {
+            each.value.int_value
+            for request in self.requests
+            for of_resource in request.resource_spans
+            for each in of_resource.resource.attributes
+            if each.key == "process.pid"
+        }
 
     def close(self) -> None:
         self._server.shutdown()
@@ -216,3 +229,22 @@ def test_spans_that_cannot_be_sent_are_an_error_at_the_start(
     )
     assert run.returncode == 1
     assert message in run.stderr
+
+
+def test_each_web_process_sends_the_spans_of_its_requests(
+    serve: Serve, make_chaos: MakeChaos, collector: Collector
+) -> None:
+    flags = ("--engine", "process", "--web-processes", "2")
+    server = serve(make_chaos("m"), *flags, OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
+
+    async def ask(client: Client, number: int) -> None:
+        headers = {"X-Request-Id": str(number)}
+        assert (await client.post("/predict/m", json.dumps(ROWS).encode(), headers)).status == 200
+        await everybody.wait()  # idle connections are spread over the processes
+
+    everybody = asyncio.Barrier(16)
+    asyncio.run(with_clients(server.port, 16, ask))
+    assert server.stop() == 0
+    found = [attributes(span)["inferpool.request_id"] for span in collector.spans() if span.name == "predict"]
+    assert sorted(found, key=int) == [str(number) for number in range(16)]
+    assert len(collector.processes()) == 2

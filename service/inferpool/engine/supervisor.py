@@ -786,6 +786,8 @@ class Supervisor:
         signal.set_wakeup_fd(writer.fileno())
         self._wakeup = (reader, writer)
         self._selector.register(reader, selectors.EVENT_READ, self._answer_signals)
+        # Signals have waited since the server listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISED)
 
     def _answer_signals(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -67,7 +67,7 @@ class Spans:
                 f"{' and '.join(name for name in _ENDPOINTS if name in environ)} ask for spans, but the"
                 f" OpenTelemetry SDK is not installed ({error}); install it with: {install_command('otel')}"
             ) from error
-        resource = Resource.create({"service.version": __version__})
+        resource = Resource.create({"service.version": __version__, "process.pid": os.getpid()})
         if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: "inferpool"}))
         self._ids = _make_ids()
