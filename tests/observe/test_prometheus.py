@@ -18,6 +18,7 @@ from inferpool.observe.families import FAMILIES
 
 from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client
+from tests.http.access.keys import KeyFile
 from tests.observe.prometheus import FOLDER, ROOT, Prometheus, needs_prometheus
 from tests.server import START_S, Server
 
@@ -110,7 +111,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
     environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "100"}
-    server = Server(repository, (), environ)
+    # With keys there are metrics of tenants; the load is of the tenant that has none.
+    keys = KeyFile(folder / "keys.toml")
+    keys.add("unused", "admin")
+    public = ("--keys-file", str(keys.path), "--public-scopes", "predict,read,metrics")
+    server = Server(repository, public, environ)
     server.wait_loaded()
     (folder / "prometheus").mkdir()
     prometheus = Prometheus(folder / "prometheus", f"127.0.0.1:{server.port}")
