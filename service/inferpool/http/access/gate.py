@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
-from inferpool.errors import Forbidden, RequestError, Unauthorized
+from inferpool.errors import Forbidden, InferpoolError, RequestError, Unauthorized
 from inferpool.http.access.caller import ADMIN, EVERYONE, PUBLIC, SCOPES, Caller
 from inferpool.http.access.refusals import Refusals
 from inferpool.http.access.trusted_proxies import TrustedProxies, forwarded_by
@@ -86,18 +86,24 @@ class Gate:
             forget()
 
     def authorize(self, headers: Headers, needed: int, model: str | None, peer: str) -> Caller:
-        """Return whose request it is; `headers` have lower-case names.
+        """Return whose request it is, as `check` does; raises the error that `check` returns."""
+        outcome = self.check(headers, needed, model, peer)
+        if isinstance(outcome, Caller):
+            return outcome
+        raise outcome
+
+    def check(self, headers: Headers, needed: int, model: str | None, peer: str) -> Caller | InferpoolError:
+        """Return whose request it is, or why it is refused; `headers` have lower-case names.
 
         `needed` is the scope of its route, `model` the model that its path names, `peer` the address of its
         client.
 
-        Raises Unauthorized, or Forbidden if the key lacks the scope. Raises NotReady for a token while the
-        keys of its issuer are not known.
+        The error is Unauthorized, or Forbidden if the key lacks the scope, or NotReady for a token while the
+        keys of its issuer are not known. It is returned, because raising it would double the cost of a
+        refusal.
         """
         if not self.enabled:
-            if needed == ADMIN:
-                self._check_open(headers)
-            return EVERYONE
+            return EVERYONE if needed != ADMIN else self._closed(headers) or EVERYONE
         caller = self.anonymous
         if needed == PUBLIC:
             return caller
@@ -105,56 +111,66 @@ class Gate:
             secret = read_secret(headers)
             if secret is not None:
                 known = self._accepted.get(secret)
-                if known is not None and known.valid_until > self._clock():
-                    caller = known
-                else:
-                    caller = self._identify(secret)
-                    if len(self._accepted) >= MOST_ACCEPTED:
-                        self._accepted.clear()
-                    self._accepted[secret] = caller
-            self._check(caller, needed, model)
-        except RequestError as error:
-            if self._refusals is not None:
-                reason = error.members.get("reason", "scope")
-                client = peer if self._proxies is None else self._proxies.client(peer, forwarded_by(headers))
-                self._refusals.count(str(reason), client, caller.key_id)
-            raise
-        return caller
+                if known is None or known.valid_until <= self._clock():
+                    known = self._identify(secret)
+                    if known is None:
+                        error = Unauthorized("the server does not know this key", reason="unknown")
+                        return self._refused(error, caller, headers, peer)
+                caller = known
+        except InferpoolError as raised:
+            return self._refused(raised, caller, headers, peer)
+        refusal = self._lacking(caller, needed, model)
+        return caller if refusal is None else self._refused(refusal, caller, headers, peer)
 
-    def _identify(self, secret: bytes) -> Caller:
+    def _identify(self, secret: bytes) -> Caller | None:
+        """The caller whose key or token `secret` is; None if unknown; raises if it is not accepted."""
         # How long it takes to find a digest depends on digests alone, and nobody can choose a key whose
         # digest begins with given bytes. The table of accepted keys tells as little: Python finds them by a
         # hash with a random seed, and compares a key only if the whole hash is the same.
         digest = sha256(secret).digest()
         found = self._keys.get(digest)
         if found is None:
-            if self._tokens is not None and secret.count(b".") == 2:
-                return self._tokens.identify(secret, digest)
-            raise Unauthorized("the server does not know this key", reason="unknown")
-        if found.valid_until <= self._clock():
+            if self._tokens is None or secret.count(b".") != 2:
+                return None
+            found = self._tokens.identify(secret, digest)
+        elif found.valid_until <= self._clock():
             raise Unauthorized("this key has expired; ask for another one", reason="expired")
+        if len(self._accepted) >= MOST_ACCEPTED:
+            self._accepted.clear()
+        self._accepted[secret] = found
         return found
 
-    def _check(self, caller: Caller, needed: int, model: str | None) -> None:
+    def _lacking(self, caller: Caller, needed: int, model: str | None) -> InferpoolError | None:
+        """What keeps `caller` from using a route; None if nothing does."""
         if not caller.allows(needed):
             if caller is self.anonymous:
-                raise Unauthorized(f"this route needs a key; {_HOW}", reason="missing")
-            raise Forbidden(f'the key "{caller.key_id}" lacks the scope {_NAMES[needed]}')
+                return Unauthorized(f"this route needs a key; {_HOW}", reason="missing")
+            return Forbidden(f'the key "{caller.key_id}" lacks the scope {_NAMES[needed]}')
         if needed == ADMIN and self.admin == OFF:
-            raise Forbidden("the admin routes are off: the server was started with --admin-routes off")
+            return Forbidden("the admin routes are off: the server was started with --admin-routes off")
         if model is not None and not caller.may_predict(model):
-            raise model_forbidden(caller, model)
+            return model_forbidden(caller, model)
+        return None
 
-    def _check_open(self, headers: Headers) -> None:
-        """Refuse an admin request while there are no keys, unless the server allows it to local programs."""
+    def _refused(self, error: InferpoolError, caller: Caller, headers: Headers, peer: str) -> InferpoolError:
+        """Count a refusal, and return its error."""
+        if self._refusals is not None and isinstance(error, RequestError):
+            reason = error.members.get("reason", "scope")
+            client = peer if self._proxies is None else self._proxies.client(peer, forwarded_by(headers))
+            self._refusals.count(str(reason), client, caller.key_id)
+        return error
+
+    def _closed(self, headers: Headers) -> InferpoolError | None:
+        """Why an admin request is refused while there are no keys; None if it is not."""
         if self.admin != OPEN:
-            raise Forbidden(
+            return Forbidden(
                 "the admin routes are off, because the server has no keys; start it with --keys-file, or"
                 " change the models folder instead"
             )
         if any(name in _FROM_BROWSERS for name, _ in headers):
             # Any page that somebody opens could send such a request to the address of this machine.
-            raise Forbidden("without keys, the admin routes are not for web pages")
+            return Forbidden("without keys, the admin routes are not for web pages")
+        return None
 
 
 def read_secret(headers: Headers) -> bytes | None:

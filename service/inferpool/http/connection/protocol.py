@@ -515,15 +515,13 @@ class PredictProtocol(HttpToolsProtocol):
         context = PredictContext(api, head, self._clock())
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         connection = self.connection
-        try:
-            context.caller = connection.shared.gate.authorize(
-                self.headers, PREDICT, target.model, connection.client
-            )
-        except InferpoolError as refusal:
+        caller = connection.shared.gate.check(self.headers, PREDICT, target.model, connection.client)
+        if isinstance(caller, InferpoolError):
             # The body is neither kept nor read to its end if it is long. The error has no traceback, whose
             # frames would keep the head alive.
-            refusal.with_traceback(None)
-            return Exchange(connection, context, keep_alive, expects_100=False, error=refusal)
+            error = caller.with_traceback(None)
+            return Exchange(connection, context, keep_alive, expects_100=False, error=error)
+        context.caller = caller
         return Exchange(connection, context, keep_alive, self.expect_100_continue)
 
 
