@@ -59,6 +59,10 @@ class Client:
         """Send only `count` bytes of the body that the head announces."""
         self.send(path, body[:count], {**headers, "content-length": str(len(body))})
 
+    def send_rest(self, rest: bytes) -> None:
+        """Send what `send_part` has left out."""
+        self._writer.write(rest)
+
     async def finish(self) -> bytes:
         """Ask the server to close the connection; returns what came in place of a close, or after it.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.clients import Client, Reply
 from tests.conftest import Serve
 from tests.onnx_models import write_shift
 from tests.server import Server, wait_until
@@ -218,3 +221,38 @@ def test_loads_are_counted_by_how_they_end(server: Server, folder: Path) -> None
     load(server, "counted", 2)
     server.wait_for_metric("loads_total", 1, 1, model="counted", version="1", outcome="ready")
     server.wait_for_metric("loads_total", 1, 1, model="counted", version="2", outcome="failed")
+
+
+@pytest.mark.parametrize("kind", ["switch", "label"])
+def test_a_request_whose_version_goes_while_it_arrives_is_answered_by_the_next(
+    server: Server, folder: Path, kind: str
+) -> None:
+    model = f"slow-{kind}"
+    write_shift(folder, model, 1, 1.0)
+    load(server, model)
+    url = f"{server.url}/models/{model}/labels/live"
+    if kind == "label":
+        assert httpx.put(url, json={"version": 1}).status_code == 200
+    body = b'{"inputs": [[1.0, 2.0]]}'
+
+    async def ask() -> Reply:
+        client = await Client.connect(server.port)
+        client.send_part(f"/predict/{model}" + "/live" * (kind == "label"), body, {}, 5)
+        await asyncio.to_thread(switch)
+        client.send_rest(body[5:])
+        reply = await client.receive()
+        await client.close()
+        return reply
+
+    def switch() -> None:
+        # The request is there: the version that it names was looked up when its head came.
+        server.wait_for_metric("in_flight_requests", 1)
+        write_shift(folder, model, 2, 2.0)
+        load(server, model)
+        if kind == "label":
+            assert httpx.put(url, json={"version": 2}).status_code == 200
+        assert ended(server, server.post(f"/models/{model}/unload", json={"version": 1}))["state"] == "done"
+
+    reply = asyncio.run(ask())
+    assert (reply.status, json.loads(reply.body)["version"]) == (200, "2"), reply.body
+    assert json.loads(reply.body)["outputs"]["y"] == [[3.0, 4.0]]
