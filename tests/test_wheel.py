@@ -61,8 +61,10 @@ memory that bodies, threads and connections take. The tests of INTERPRETED are l
 
 
 INTERPRETED = {
-    *("engine/catalog_merge", "engine/catalog_parcel", "engine/control", "engine/restart_policy"),
-    *("engine/spawn", "engine/supervisor"),
+    *("engine/catalog_merge", "engine/catalog_parcel", "engine/child_loop", "engine/control"),
+    *("engine/engine_memory", "engine/liveness"),
+    *("engine/restart_policy", "engine/spare_engine", "engine/spawn", "engine/supervised"),
+    *("engine/supervisor", "engine/supervisor_metrics"),
     *("http/connection/acceptor", "http/connection/body_receiver", "http/connection/lingering_close"),
     *("http/connection/protocol", "http/connection/slow_client", "http/connection/tls_transport"),
     *("http/connection/unread_responses",),

@@ -10,32 +10,30 @@ which never waits for a child. The module is run in place of the command, so the
 
 from __future__ import annotations
 
-import contextlib
-import heapq
-import itertools
 import json
 import logging
 import math
 import os
-import selectors
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from inferpool.engine.arena import make_arena
 from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
+from inferpool.engine.child_loop import ChildLoop, reap
 from inferpool.engine.control import Message
 from inferpool.engine.liveness import Liveness
 from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Version, own_engine
-from inferpool.engine.spawn import SUPERVISED, Child, name_process, spawn
-from inferpool.observe.families import CPU_SECONDS
+from inferpool.engine.spare_engine import SpareEngine
+from inferpool.engine.spawn import Child, name_process, spawn
+from inferpool.engine.supervised import Crash, SupervisedEngine, SupervisedWeb
+from inferpool.engine.supervisor_metrics import SupervisorMetrics
 from inferpool.observe.logs import configure_logs
-from inferpool.observe.regions import Region, make_regions, read_beat
 from inferpool.pool.token_buckets import MEMORY_BYTES
 from inferpool.system.connection_counts import make_counts, set_absent
 from inferpool.system.listeners import address_of, remove_socket_file, socket_file
@@ -58,79 +56,11 @@ EARLY_S: Final = 5.0
 """A web process that dies so soon after its start pauses before the next start."""
 CLOSE_S: Final = 10.0
 """How long web processes may take to close their connections after the drain timeout."""
-FLUSH_S: Final = 0.02
-"""Pause until a message is sent again to a child whose socket is full."""
-ENGINE_SLOTS: Final = 64
-"""How many engines publish metrics of their own."""
 PUBLISH_S: Final = 1.0
 LEAST_ARENA_BYTES: Final = 256 * 2**20
 PAGE_BYTES: Final = 4096
-SPARE_S: Final = 1.0
-"""Pause until there is another spare engine, so that its start takes no time from an engine that loads."""
-LATE_SPARE_S: Final = 30.0
-"""The same if the last spare engine has ended by itself."""
 END_S: Final = 2.0
 """How long an engine may take to end after its own drain timeout."""
-
-
-class _Web:
-    """A web process, or the place of one that is being started again."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.child: Child | None = None
-        self.started = 0.0
-        self.pause_s = 0.0
-        self.listens = False
-        self.arenas: dict[str, int] = {}
-        self.seen = 0
-        """The number of the last catalog that the process serves by."""
-
-
-class _Engine:
-    """An engine, or the place of one that is being started again.
-
-    Attributes:
-        epoch: which process this is in the engine's life; a late answer of an earlier one is ignored.
-        only: the versions that the engine takes; None for all but `skip`.
-        skip_later: the versions that the process after the next one does not take either.
-        loading: the versions that load, with the moment of the beginning.
-        told: whether the process knows what it is to load.
-        connected: the web processes that have a socket to it.
-        loaded: whether every version is ready or has failed.
-        blameless: whether the supervisor ends it because of a load, so that no request is to blame.
-        answers: whether it has all the versions that its predecessor had.
-        hung: the versions of which a run did not stop, for which the engine ends itself.
-    """
-
-    def __init__(self, name: str, only: list[Version] | None = None) -> None:
-        self.name = name
-        self.only = only
-        self.skip: set[Version] = set()
-        self.skip_later: set[Version] = set()
-        self.child: Child | None = None
-        self.pid = 0
-        self.epoch = 0
-        self.started = 0.0
-        self.told = False
-        self.connected: set[int] = set()
-        self.loading: dict[Version, float] = {}
-        self.loaded = False
-        self.answers = False
-        self.blameless = False
-        self.hung: set[Version] = set()
-
-
-class _Crash:
-    """What is known about the death of an engine, until all reports are in."""
-
-    def __init__(self, how: str, lived_s: float, loading: set[Version], reports: set[int]) -> None:
-        self.how = how
-        self.lived_s = lived_s
-        self.loading = loading
-        self.reports = reports
-        self.running: set[Version] = set()
-        self.confirmed: set[Version] = set()
 
 
 class Supervisor:
@@ -142,40 +72,29 @@ class Supervisor:
         # Whether the bytes that requests may hold follow from the memory there is.
         self._derive = settings["derive"]
         self._settings = {name: value for name, value in settings.items() if name != "derive"}
-        self._selector = selectors.DefaultSelector()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer_ids = itertools.count()
         self._clock = time.monotonic
+        self._loop = ChildLoop(self._clock)
         self._policy = RestartPolicy(self._clock)
         self._liveness = Liveness(settings["silence_timeout_s"], 2 * PUBLISH_S)
         self._store = CatalogStore()
-        self._webs = {number: _Web(number) for number in range(1, settings["web_processes"] + 1)}
-        self._engines: dict[str, _Engine] = {SHARED: _Engine(SHARED)}
-        self._crashes: dict[str, _Crash] = {}
-        self._spare: Child | None = None
-        self._spare_is_due = False
-        # The backends that engines have used, which a spare imports.
-        self._backends: set[str] = set()
+        self._webs = {number: SupervisedWeb(number) for number in range(1, settings["web_processes"] + 1)}
+        self._engines: dict[str, SupervisedEngine] = {SHARED: SupervisedEngine(SHARED)}
+        self._crashes: dict[str, Crash] = {}
+        self._spare = SpareEngine(self._loop, spawn_engine)
         self._catalog_number = 0
         self._announced = False
         self._failed_starts = 0
         self._counts = make_counts(len(self._webs))
         self._rates = memory_file("inferpool-rates", MEMORY_BYTES)
-        slots = 1 + len(self._webs) + ENGINE_SLOTS
-        self._metrics = make_regions(slots)
-        self._region = Region(self._metrics, 0)
-        # From the start: a rate misses the first event of a new series.
-        self._region.numbers("web_restarts_total", (), 1)
-        self._slots = {SHARED: 1 + len(self._webs)}
+        self._metrics = SupervisorMetrics(len(self._webs))
         self._info: dict[str, str] = {}
         self._arena_bytes = arena_bytes(settings["in_flight_bytes"])
         self._to_report = 0
         self._reported = False
         self._health: Mapping[str, Any] | None = None
         """What the web process said of the server that was the last to take a catalog."""
-        self._unseen: list[tuple[_Engine, int, int]] = []
+        self._unseen: list[tuple[SupervisedEngine, int, int]] = []
         """The engines that wait until all web processes have seen the catalog of a number."""
-        self._signals: list[int] = []
         self._draining = False
         self._drain_ends = 0.0
         self._draining_engines = False
@@ -184,25 +103,14 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until a signal ends the server; the status is 0 if every accepted request was answered."""
-        self._watch_signals()
+        self._loop.watch_signals(self._answer_signal)
         self._publish()
         for web in self._webs.values():
             self._start_web(web)
         for engine in list(self._engines.values()):
             self._start_engine(engine)
         while self._status is None:
-            timeout = max(0.0, self._timers[0][0] - self._clock()) if self._timers else None
-            # A child that reads nothing keeps its messages waiting; all others go on.
-            waiting = [child for child in self._children() if not child.control.flush()]
-            if waiting:
-                timeout = FLUSH_S if timeout is None else min(timeout, FLUSH_S)
-            for key, _ in self._selector.select(timeout):
-                # An earlier callback may have closed the descriptor.
-                if self._selector.get_map().get(key.fileobj) is key:
-                    key.data()
-            now = self._clock()
-            while self._timers and self._timers[0][0] <= now:
-                heapq.heappop(self._timers)[2]()
+            self._loop.turn(self._children())
         for child in self._children():
             child.kill()
             child.process.wait()
@@ -210,7 +118,7 @@ class Supervisor:
 
     # Web processes.
 
-    def _start_web(self, web: _Web) -> None:
+    def _start_web(self, web: SupervisedWeb) -> None:
         if self._draining:
             return
         self._set_absent(web)
@@ -226,19 +134,19 @@ class Supervisor:
                 "info": self._info,
                 "slot": web.number,
             },
-            [self._listener.fileno(), self._counts, self._metrics, self._rates],
+            [self._listener.fileno(), self._counts, self._metrics.file, self._rates],
             wait=False,
         )
-        self._watch(child, lambda message: self._hear_web(web, message), lambda: self._web_ended(web))
+        self._loop.watch(child, lambda message: self._hear_web(web, message), lambda: self._web_ended(web))
         self._send_catalog(web)
         for engine in self._engines.values():
             self._connect(web, engine)
 
-    def _set_absent(self, web: _Web) -> None:
+    def _set_absent(self, web: SupervisedWeb) -> None:
         """Let no other web process leave connections to this one."""
         set_absent(self._counts, web.number - 1, len(self._webs))
 
-    def _hear_web(self, web: _Web, message: Message) -> None:
+    def _hear_web(self, web: SupervisedWeb, message: Message) -> None:
         values = message.values
         if message.kind == "listening":
             web.listens = True
@@ -267,9 +175,9 @@ class Supervisor:
         elif message.kind == "drained":
             self._exit_status = max(self._exit_status, values["status"])
 
-    def _web_ended(self, web: _Web) -> None:
+    def _web_ended(self, web: SupervisedWeb) -> None:
         assert web.child is not None
-        how = self._reap(web.child)
+        how = reap(web.child)
         status = web.child.process.returncode
         lived_s = self._clock() - web.started
         web.child = None
@@ -293,7 +201,7 @@ class Supervisor:
             if not any(other.child for other in self._webs.values()):
                 self._drain_engines()
             return
-        self._count("web_restarts_total")
+        self._metrics.count("web_restarts_total")
         log.error("web process %d %s; its clients lost their connections", web.number, how)
         if not web.listens and not self._announced:
             self._failed_starts += 1
@@ -302,22 +210,22 @@ class Supervisor:
                 return
         if lived_s < EARLY_S:
             web.pause_s = min(MOST_PAUSE_S, 2 * web.pause_s or FIRST_PAUSE_S)
-            self._after(web.pause_s, lambda: self._start_web(web))
+            self._loop.after(web.pause_s, lambda: self._start_web(web))
         else:
             self._start_web(web)
 
     # Engines.
 
-    def _start_engine(self, engine: _Engine) -> None:
+    def _start_engine(self, engine: SupervisedEngine) -> None:
         """Start the process; `_tell_engine` says what it is to load."""
         if self._engines.get(engine.name) is not engine:
             return
-        self._region.numbers("engine_restarts_total", (engine.name,), 1)
-        engine.child = child = self._take_spare() or spawn(ENGINE_MODULE, ENGINE_OOM_SCORE)
+        self._metrics.expect_restarts(engine.name)
+        engine.child = child = self._spare.take() or spawn_engine()
         engine.pid = child.pid
         engine.epoch += 1
         engine.started, engine.told, engine.loaded, engine.answers = self._clock(), False, False, False
-        self._watch(
+        self._loop.watch(
             child, lambda message: self._hear_engine(engine, message), lambda: self._engine_ended(engine)
         )
         self._set_facts(engine)
@@ -327,36 +235,7 @@ class Supervisor:
             for web in self._webs.values():
                 self._connect(web, engine)
 
-    def _plan_spare(self, pause_s: float) -> None:
-        if self._spare is None and not self._spare_is_due:
-            self._spare_is_due = True
-            self._after(pause_s, self._start_spare)
-
-    def _start_spare(self) -> None:
-        """Start an engine that imports its libraries, and waits until it has to replace another one."""
-        self._spare_is_due = False
-        if self._draining:
-            return
-        self._spare = child = spawn(ENGINE_MODULE, ENGINE_OOM_SCORE)
-        child.control.send("prepare", {"backends": sorted(self._backends)}, wait=False)
-        self._watch(child, Message.close, self._spare_ended)
-
-    def _take_spare(self) -> Child | None:
-        child, self._spare = self._spare, None
-        if child is not None:
-            self._selector.unregister(child.control)
-            self._selector.unregister(child.pidfd)
-        return child
-
-    def _spare_ended(self) -> None:
-        assert self._spare is not None
-        how = self._reap(self._spare)
-        self._spare = None
-        if not self._draining:
-            log.error("the spare engine %s", how)
-            self._plan_spare(LATE_SPARE_S)
-
-    def _tell_engine(self, engine: _Engine) -> None:
+    def _tell_engine(self, engine: SupervisedEngine) -> None:
         if engine.child is None or engine.told:
             return
         engine.told = True
@@ -371,44 +250,26 @@ class Supervisor:
                 "settings": self._settings,
                 "only": self._versions_for(engine),
                 "skip": sorted(engine.skip),
-                "slot": self._slot(engine.name),
+                "slot": self._metrics.slot(engine.name),
             },
-            [self._metrics, kept],
+            [self._metrics.file, kept],
             wait=False,
         )
         os.close(kept)
 
-    def _versions_for(self, engine: _Engine) -> list[Version] | None:
+    def _versions_for(self, engine: SupervisedEngine) -> list[Version] | None:
         """What an engine is to load; a successor takes no versions that were added to the folder since."""
         if engine.only is not None or engine.epoch == 1:
             return engine.only
         there = self._store.versions("ready", "loading", "failed")
         return [version for version in there if version not in engine.skip]
 
-    def _slot(self, engine: str) -> int | None:
-        """Where an engine and its successors publish their metrics; None if there are too many engines."""
-        if engine not in self._slots and len(self._slots) < ENGINE_SLOTS:
-            self._slots[engine] = 1 + len(self._webs) + len(self._slots)
-        return self._slots.get(engine)
-
-    def _count(self, name: str, *labels: str) -> None:
-        """Add 1 to a counter of the supervisor."""
-        numbers = self._region.numbers(name, labels, 1)
-        if numbers is not None:
-            numbers[0] += 1
-
     def _publish(self) -> None:
         """Publish the gauges of the supervisor, and end silent processes, again and again."""
-        files = [self._metrics, *(arena for web in self._webs.values() for arena in web.arenas.values())]
-        held = 512 * sum(os.fstat(file).st_blocks for file in files)
-        for name, number in (("shared_memory_bytes", held), (CPU_SECONDS, time.process_time())):
-            numbers = self._region.numbers(name, (), 1)
-            if numbers is not None:
-                numbers[0] = number
         now = self._clock()
-        self._region.beat(now)
+        self._metrics.publish(now, (arena for web in self._webs.values() for arena in web.arenas.values()))
         self._end_silent(now)
-        self._after(PUBLISH_S, self._publish)
+        self._loop.after(PUBLISH_S, self._publish)
 
     def _end_silent(self, now: float) -> None:
         """End processes that show no sign of life; what they had goes to their successors."""
@@ -417,13 +278,12 @@ class Supervisor:
         watched: dict[int, tuple[str, Child, float]] = {}
         for web in self._webs.values():
             if web.child is not None:
-                beat = read_beat(self._metrics, web.number, web.child.pid)
+                beat = self._metrics.web_beat(web.number, web.child.pid)
                 watched[web.child.pid] = (f"web process {web.number}", web.child, beat)
         for engine in self._engines.values():
-            slot = self._slots.get(engine.name)
-            if engine.child is not None and slot is not None and not engine.loading:
-                beat = read_beat(self._metrics, slot, engine.pid)
-                watched[engine.pid] = (f"engine {engine.name}", engine.child, beat)
+            engine_beat = self._metrics.engine_beat(engine.name, engine.pid)
+            if engine.child is not None and engine_beat is not None and not engine.loading:
+                watched[engine.pid] = (f"engine {engine.name}", engine.child, engine_beat)
         silent = self._liveness.look(now, {pid: beat for pid, (_, _, beat) in watched.items()})
         for pid, seconds in silent.items():
             what, child, _ = watched[pid]
@@ -431,7 +291,7 @@ class Supervisor:
             log.error(text, what, pid, seconds)
             child.kill()
 
-    def _connect(self, web: _Web, engine: _Engine) -> None:
+    def _connect(self, web: SupervisedWeb, engine: SupervisedEngine) -> None:
         """Give a web process and an engine a socket to each other, and their shared memory.
 
         An engine that takes over versions that have been ready is connected once they are ready again. Until
@@ -454,21 +314,21 @@ class Supervisor:
             web.child.control.send("engine", {**facts, "up": True}, [web_end.fileno(), arena], wait=False)
         engine.connected.add(web.number)
 
-    def _arena(self, web: _Web, engine: _Engine) -> int:
+    def _arena(self, web: SupervisedWeb, engine: SupervisedEngine) -> int:
         """The descriptor of the memory that a web process shares with an engine and its successors."""
         arena = web.arenas.get(engine.name)
         if arena is None:
             arena = web.arenas[engine.name] = make_arena(self._arena_bytes)
         return arena
 
-    def _hear_engine(self, engine: _Engine, message: Message) -> None:
+    def _hear_engine(self, engine: SupervisedEngine, message: Message) -> None:
         values = message.values
         if message.kind == "loading":
             version = (values["model"], values["version"])
             began = engine.loading[version] = self._clock()
             if limit_s := self._settings["load_timeout_s"]:
                 epoch = engine.epoch
-                self._after(limit_s, lambda: self._load_timed_out(engine, epoch, version, began))
+                self._loop.after(limit_s, lambda: self._load_timed_out(engine, epoch, version, began))
         elif message.kind == "hello":
             self._info = values["info"]
             for web in self._webs.values():
@@ -479,8 +339,7 @@ class Supervisor:
         elif message.kind == "loaded":
             engine.loaded = True
             self._answer_again(engine)
-            self._backends.update(values["backends"])
-            self._plan_spare(SPARE_S)
+            self._spare.plan(values["backends"])
             if engine.epoch == 1 or not self._reported:
                 self._to_report = self._catalog_number
                 self._report_loaded()
@@ -500,7 +359,7 @@ class Supervisor:
             log.error("a model was still running when the drain timeout ended")
             self._exit_status = 1
 
-    def _take_catalog(self, engine: _Engine, descriptor: int) -> None:
+    def _take_catalog(self, engine: SupervisedEngine, descriptor: int) -> None:
         try:
             parcel = unpack(descriptor)
         except ValueError as error:
@@ -527,7 +386,7 @@ class Supervisor:
 
     # The admin side.
 
-    def _administer(self, web: _Web, values: Mapping[str, Any]) -> None:
+    def _administer(self, web: SupervisedWeb, values: Mapping[str, Any]) -> None:
         """Pass what an administrator asks to the engine that has the model; the engine answers."""
         engine = self._engines.get(self._engine_for(values) or "")
         if engine is None or engine.child is None or not engine.told or self._draining:
@@ -563,7 +422,7 @@ class Supervisor:
             if engine.child is not None and engine.epoch == epoch:
                 engine.child.control.send("seen", wait=False)
 
-    def _answer_again(self, engine: _Engine) -> None:
+    def _answer_again(self, engine: SupervisedEngine) -> None:
         """Let web processes send requests to a successor once it is as ready as its predecessor was."""
         if engine.answers or engine.child is None or not (engine.loaded or self._is_restored(engine)):
             return
@@ -573,7 +432,7 @@ class Supervisor:
         for web in self._webs.values():
             self._connect(web, engine)
 
-    def _is_restored(self, engine: _Engine) -> bool:
+    def _is_restored(self, engine: SupervisedEngine) -> bool:
         """Whether no version that was ready before still loads in `engine`."""
         shown = False
         for model in self._store.catalog["models"].values():
@@ -584,7 +443,7 @@ class Supervisor:
                         return False
         return shown
 
-    def _load_timed_out(self, engine: _Engine, epoch: int, version: Version, began: float) -> None:
+    def _load_timed_out(self, engine: SupervisedEngine, epoch: int, version: Version, began: float) -> None:
         if engine.epoch != epoch or engine.loading.get(version) != began or engine.child is None:
             return
         name = own_engine(version)
@@ -609,9 +468,9 @@ class Supervisor:
         self._store.fail(*version, reason)
         self._catalog_changed()
 
-    def _engine_ended(self, engine: _Engine) -> None:
+    def _engine_ended(self, engine: SupervisedEngine) -> None:
         assert engine.child is not None
-        how = self._reap(engine.child)
+        how = reap(engine.child)
         status = engine.child.process.returncode
         engine.child = None
         if self._draining_engines:
@@ -626,9 +485,9 @@ class Supervisor:
             return
         lived_s = self._clock() - engine.started
         log.error("engine %s (process %d) %s; a new one starts", engine.name, engine.pid, how)
-        self._count("engine_restarts_total", engine.name)
+        self._metrics.count("engine_restarts_total", engine.name)
         self._set_facts(engine)
-        crash = _Crash(how, lived_s, set(engine.loading), set(engine.connected))
+        crash = Crash(how, lived_s, set(engine.loading), set(engine.connected))
         crash.running |= engine.hung
         crash.confirmed |= engine.hung
         engine.hung.clear()
@@ -645,13 +504,15 @@ class Supervisor:
         self._catalog_changed()
         if crash.reports:
             epoch = engine.epoch
-            self._after(REPORT_S, lambda: self._judge(engine, epoch))
+            self._loop.after(REPORT_S, lambda: self._judge(engine, epoch))
             if lived_s >= EARLY_S:
                 self._start_engine(engine)  # it imports its libraries meanwhile
         else:
             self._judge(engine, engine.epoch)
 
-    def _tell_down(self, engine: _Engine, webs: Iterable[_Web], *, blame: bool, gone: bool = False) -> None:
+    def _tell_down(
+        self, engine: SupervisedEngine, webs: Iterable[SupervisedWeb], *, blame: bool, gone: bool = False
+    ) -> None:
         """Tell web processes that an engine has ended; it is reaped, so it writes to no arena any more."""
         facts = {"engine": engine.name, "epoch": engine.epoch, "up": False, "blame": blame, "gone": gone}
         for web in webs:
@@ -667,7 +528,7 @@ class Supervisor:
         if not crash.reports:
             self._judge(self._engines[name], self._engines[name].epoch)
 
-    def _judge(self, engine: _Engine, epoch: int) -> None:
+    def _judge(self, engine: SupervisedEngine, epoch: int) -> None:
         """Decide what follows from a crash, now that web processes have told what they know."""
         crash = self._crashes.get(engine.name)
         if (
@@ -687,7 +548,7 @@ class Supervisor:
         )
         self._apply(engine, crash, decision)
 
-    def _apply(self, engine: _Engine, crash: _Crash, decision: Decision) -> None:
+    def _apply(self, engine: SupervisedEngine, crash: Crash, decision: Decision) -> None:
         for version, reason in decision.fail.items():
             log.error("%s/%d has failed: %s", *version, reason)
             self._fail(version, reason)
@@ -704,21 +565,21 @@ class Supervisor:
                     self._store.move(version, name)
                 else:
                     engine.skip_later.add(version)
-                self._engines[name] = own = _Engine(name, [version])
+                self._engines[name] = own = SupervisedEngine(name, [version])
                 self._start_engine(own)
         if decision.pause_s:
-            self._after(decision.pause_s, lambda: self._go_on(engine))
+            self._loop.after(decision.pause_s, lambda: self._go_on(engine))
         else:
             self._go_on(engine)
 
-    def _go_on(self, engine: _Engine) -> None:
+    def _go_on(self, engine: SupervisedEngine) -> None:
         """Let the process that replaces an engine load; it may have been started before the decision."""
         if engine.child is not None:
             self._tell_engine(engine)
         else:
             self._start_engine(engine)
 
-    def _remove_engine(self, engine: _Engine) -> None:
+    def _remove_engine(self, engine: SupervisedEngine) -> None:
         """End an engine for good."""
         self._engines.pop(engine.name, None)
         self._crashes.pop(engine.name, None)
@@ -729,14 +590,15 @@ class Supervisor:
         else:
             self._forget_engine(engine)
 
-    def _forget_engine(self, engine: _Engine) -> None:
+    def _forget_engine(self, engine: SupervisedEngine) -> None:
         """Answer the requests that wait for an engine which has no successor, and free its memory."""
         self._tell_down(engine, self._webs.values(), blame=True, gone=True)
+        self._metrics.free(engine.name)
         for web in self._webs.values():
             if (arena := web.arenas.pop(engine.name, None)) is not None:
                 os.close(arena)
 
-    def _set_facts(self, engine: _Engine) -> None:
+    def _set_facts(self, engine: SupervisedEngine) -> None:
         pid = 0 if engine.child is None else engine.child.pid
         self._store.set_engine(
             engine.name, EngineFacts(pid, max(0, engine.epoch - 1), engine.child is not None)
@@ -749,7 +611,7 @@ class Supervisor:
         for web in self._webs.values():
             self._send_catalog(web)
 
-    def _send_catalog(self, web: _Web) -> None:
+    def _send_catalog(self, web: SupervisedWeb) -> None:
         if web.child is None:
             return
         news = self._store.news_for(str(web.number))
@@ -776,46 +638,30 @@ class Supervisor:
 
     # The end.
 
-    def _watch_signals(self) -> None:
-        reader, writer = socket.socketpair()
-        for end in (reader, writer):
-            end.setblocking(False)
-        for number in SUPERVISED:
-            if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
-                signal.signal(number, lambda number, frame: self._signals.append(number))
-        signal.set_wakeup_fd(writer.fileno())
-        self._wakeup = (reader, writer)
-        self._selector.register(reader, selectors.EVENT_READ, self._answer_signals)
-        # Signals have waited since the server listens.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISED)
-
-    def _answer_signals(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wakeup[0].recv(4096)
-        while self._signals:
-            number = signal.Signals(self._signals.pop(0))
-            if number == signal.SIGHUP:
-                log.info("SIGHUP: looking at the models folder again; changed settings need a restart")
-                for engine in self._engines.values():
-                    if engine.child is not None and engine.told:
-                        engine.child.control.send("rescan", wait=False)
-            elif self._draining:
-                self._status = 1
-            else:
-                log.info("%s: draining", number.name)
-                self._drain()
+    def _answer_signal(self, number: signal.Signals) -> None:
+        if number == signal.SIGHUP:
+            log.info("SIGHUP: looking at the models folder again; changed settings need a restart")
+            for engine in self._engines.values():
+                if engine.child is not None and engine.told:
+                    engine.child.control.send("rescan", wait=False)
+        elif self._draining:
+            self._status = 1
+        else:
+            log.info("%s: draining", number.name)
+            self._drain()
 
     def _drain(self) -> None:
         self._draining = True
+        self._spare.stop()
         settle_s, timeout_s = self._settings["drain_settle_s"], self._settings["drain_timeout_s"]
         self._drain_ends = self._clock() + settle_s + timeout_s
         for web in self._webs.values():
             if web.child is not None:
                 web.child.control.send("drain", wait=False)
         if settle_s:
-            self._after(settle_s, lambda: log.info("the settle time is over: new requests are refused"))
+            self._loop.after(settle_s, lambda: log.info("the settle time is over: new requests are refused"))
         if any(web.child for web in self._webs.values()):
-            self._after(settle_s + timeout_s + CLOSE_S, self._end_webs)
+            self._loop.after(settle_s + timeout_s + CLOSE_S, self._end_webs)
         else:
             self._drain_engines()
 
@@ -841,7 +687,7 @@ class Supervisor:
                 engine.child.control.send("drain", {"timeout_s": timeout_s}, wait=False)
             else:
                 engine.child.kill()
-        self._after(timeout_s + END_S, self._end_engines)
+        self._loop.after(timeout_s + END_S, self._end_engines)
 
     def _end_engines(self) -> None:
         for engine in self._engines.values():
@@ -855,51 +701,18 @@ class Supervisor:
             sys.stderr.write(f"inferpool: {reason}\n")
             self._status = 1
 
-    # The loop.
-
-    def _watch(self, child: Child, hear: Callable[[Message], None], ended: Callable[[], None]) -> None:
-        def read() -> None:
-            with contextlib.suppress(EOFError):
-                while (message := child.control.receive()) is not None:
-                    try:
-                        hear(message)
-                    except Exception:
-                        # Nothing that a child says may end the server.
-                        log.exception("a message of process %d: %s", child.pid, message.kind)
-                    finally:
-                        message.close()
-                return
-            self._selector.unregister(child.control)
-
-        def end() -> None:
-            with contextlib.suppress(KeyError):
-                read()  # its last words
-            for fileobj in (child.control, child.pidfd):
-                with contextlib.suppress(KeyError):
-                    self._selector.unregister(fileobj)
-            ended()
-
-        self._selector.register(child.control, selectors.EVENT_READ, read)
-        self._selector.register(child.pidfd, selectors.EVENT_READ, end)
-
-    def _reap(self, child: Child) -> str:
-        """Wait for a process that has ended; returns how it did."""
-        status = child.process.wait()
-        child.close()
-        if status >= 0:
-            return f"ended with status {status}"
-        try:
-            return f"was ended by {signal.Signals(-status).name}"
-        except ValueError:
-            return f"was ended by signal {-status}"
-
     def _children(self) -> list[Child]:
-        owners: list[_Web | _Engine] = [*self._webs.values(), *self._engines.values()]
-        children = [owner.child for owner in owners if owner.child is not None]
-        return children if self._spare is None else [*children, self._spare]
+        owners: list[SupervisedWeb | SupervisedEngine | SpareEngine] = [
+            *self._webs.values(),
+            *self._engines.values(),
+            self._spare,
+        ]
+        return [owner.child for owner in owners if owner.child is not None]
 
-    def _after(self, seconds: float, then: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (self._clock() + seconds, next(self._timer_ids), then))
+
+def spawn_engine() -> Child:
+    """Start an engine that is not told yet what to load."""
+    return spawn(ENGINE_MODULE, ENGINE_OOM_SCORE)
 
 
 def arena_bytes(in_flight_bytes: int) -> int:
