@@ -23,7 +23,7 @@ TENANTS = """
 requests_per_s = 1
 
 [tenants.narrow]
-rows_per_s = 8
+rows_per_s = 1
 """
 
 
