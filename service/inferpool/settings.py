@@ -131,7 +131,8 @@ class Settings(BaseModel):
     )
     web_processes: Annotated[int, Field(ge=0, le=256)] = Field(
         default=0,
-        description="Processes that read requests and write answers; 0 takes a number that suits the cores."
+        description="Processes that read requests and write answers; 0 takes one for every"
+        " four cores, or every two if models run on GPUs, and at least one."
         " More than one need `engine` to be process.",
     )
     threads: Annotated[int, Field(ge=0, le=4096)] = Field(
