@@ -46,8 +46,7 @@ NAME: Final = "inferpool-eng"
 SPARE_NAME: Final = "inferpool-spare"
 GIL_SWITCH_S: Final = 0.001
 SEEN_S: Final = 10.0
-"""How long web processes may take to learn that a version drains."""
-ON_THEIR_WAY_S: Final = 0.1
+"""How long web processes may take to learn what has changed."""
 HUNG_STATUS: Final = 70
 """The exit status of an engine that ends because a run does not stop (EX_SOFTWARE of sysexits.h)."""
 
@@ -131,14 +130,12 @@ class Engine:
         self._control.send("answer", {"web": values["web"], "id": values["id"], **answer})
 
     def _await_seen(self) -> None:
-        """Wait until no web process sends new requests to versions that drain."""
+        """Wait until all web processes have the catalog that was sent last."""
         with self._asking:
             self._seen.clear()
             self._control.send("await_seen")
             if not self._seen.wait(SEEN_S):
-                log.warning("web processes still send requests to a version that drains")
-        # Requests that were sent before may be on their way.
-        time.sleep(ON_THEIR_WAY_S)
+                log.warning("a web process has not taken the last catalog for %g s", SEEN_S)
 
     def _drain(self, timeout_s: float) -> int:
         ok = self._repository.drain(timeout_s)

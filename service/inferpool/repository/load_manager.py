@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Literal, Protocol, TypeAlias
 
@@ -68,6 +68,9 @@ class Host(Protocol):
 
     def jobs_changed(self) -> None:
         """Publish the jobs."""
+
+    def await_seen(self) -> None:
+        """Wait until all that send requests know what is published now."""
 
     def count_load(self, key: VersionKey, outcome: Outcome) -> None:
         """Count a load that has ended."""
@@ -196,8 +199,7 @@ class LoadManager:
                 return None
             if job.state != RUNNING:
                 raise Conflict(f"job {job_id} has ended: {job.state}")
-            lifecycles = [self._lifecycles.get(VersionKey(job.model, number)) for number in job.versions]
-            known = [lifecycle for lifecycle in lifecycles if lifecycle is not None]
+            known = self._lifecycles_of(job)
             if job.kind == "unload" and any(lifecycle.actual != READY for lifecycle in known):
                 raise Conflict(f"job {job_id} cannot be cancelled: {job.model} is being unloaded already")
             for lifecycle in known:
@@ -240,6 +242,11 @@ class LoadManager:
                     return
                 now = self._clock()
                 acted = self._act(now)
+                due = any(self._outcome_of(job) is not None for job in self._jobs.running())
+            if due:
+                # Whoever learns that a job is done may use what it has done, in any process.
+                self._host.await_seen()
+            with self._changed:
                 ended = self._end_jobs()
                 settled = not acted and self._is_settled(now)
             if ended:
@@ -422,14 +429,12 @@ class LoadManager:
         """End the jobs whose versions are through; returns whether any job has changed."""
         changed = False
         for job in self._jobs.running():
-            keys = [VersionKey(job.model, number) for number in job.versions]
-            known = {key: self._lifecycles.get(key) for key in keys}
-            ended = self._outcome(job, [lifecycle for lifecycle in known.values() if lifecycle is not None])
+            ended = self._outcome_of(job)
             if ended is not None:
                 self._jobs.end(job, *ended)
                 changed = True
             elif job.kind == "load":
-                through = sum(lifecycle is not None and lifecycle.settled for lifecycle in known.values())
+                through = sum(lifecycle.settled for lifecycle in self._lifecycles_of(job))
                 if through != job.loaded:
                     self._jobs.update(job, loaded=through)
                     changed = True
@@ -438,9 +443,14 @@ class LoadManager:
                 changed = True
         return changed
 
-    @staticmethod
-    def _outcome(job: Job, lifecycles: Collection[VersionLifecycle]) -> tuple[JobState, Reason] | None:
+    def _lifecycles_of(self, job: Job) -> list[VersionLifecycle]:
+        """The lifecycles of a job's versions that are known."""
+        found = [self._lifecycles.get(VersionKey(job.model, number)) for number in job.versions]
+        return [lifecycle for lifecycle in found if lifecycle is not None]
+
+    def _outcome_of(self, job: Job) -> tuple[JobState, Reason] | None:
         """How a job has ended; None if it runs on."""
+        lifecycles = self._lifecycles_of(job)
         if job.kind == "unload":
             if any(lifecycle.wanted is not None for lifecycle in lifecycles):
                 return CANCELLED, "a later request wants the version"

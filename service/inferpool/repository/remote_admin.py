@@ -111,9 +111,13 @@ def _obey(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:
     if action == "unload":
         return repository.begin_unload(values["model"], values["version"]).to_json()
     if action == "label":
-        return {"kept": repository.move_label(values["model"], values["label"], values["version"])}
+        kept = repository.move_label(values["model"], values["label"], values["version"])
+        repository.await_seen()
+        return {"kept": kept}
     if action == "rollback":
-        return {"version": repository.rollback(values["model"])}
+        version = repository.rollback(values["model"])
+        repository.await_seen()
+        return {"version": version}
     job = repository.cancel_job(values["job"])
     if job is None:
         raise job_not_found(values["job"])

@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 
 LATE_DRAIN_S: Final = 1.0
 """How long the instances of a version that has loaded too late may take to end."""
+ON_THEIR_WAY_S: Final = 0.1
+"""How long requests to a version may be on their way from another process that has sent its last one."""
 MOST_DEFAULTS: Final = 10
 """How many earlier default versions of a model are remembered for a rollback."""
 STABLE: Final = "stable"
@@ -658,6 +660,7 @@ class Repository:
         """Take requests away from a version, wait until its last one is answered, and free its memory."""
         if self._until_seen is not None:
             self._until_seen()
+            time.sleep(ON_THEIR_WAY_S)
         loaded = self._loaded.pop(key, None)
         self._codec_sources.pop(key, None)
         self._served_sources.pop(key, None)
@@ -703,6 +706,11 @@ class Repository:
         """Publish the jobs."""
         if self._on_change is not None:
             self._on_change()
+
+    def await_seen(self) -> None:
+        """Wait until all that send requests know what is published now."""
+        if self._until_seen is not None:
+            self._until_seen()
 
     def count_load(self, key: VersionKey, outcome: Outcome) -> None:
         """Count a load that has ended."""
