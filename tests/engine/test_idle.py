@@ -36,4 +36,4 @@ def test_an_idle_server_uses_less_than_a_hundredth_of_a_core(serve: Serve, make_
         return used < MOST_SHARE * (time.monotonic() - begun)
 
     # The first window may still have a part of the start.
-    wait_until(is_idle, f"all processes use less than {MOST_SHARE} of a core", timeout_s=20)
+    wait_until(is_idle, f"all processes use less than {MOST_SHARE} of a core")

@@ -113,22 +113,27 @@ def test_mains_import_nothing_that_others_need(module: str, unwanted: tuple[str,
 
 
 def test_connections_spread_over_web_processes(serve: Serve, make_chaos: MakeChaos) -> None:
+    """A process leaves connections to the others for milliseconds, so a busy machine may need another try."""
     server = serve(make_chaos("m"), *PROCESS)
     web = find(server, WEB)
     idle = [open_sockets(pid) for pid in web]
 
-    async def connect() -> None:
+    async def connect() -> list[int]:
         clients = [await Client.connect(server.port) for _ in range(32)]
         # Every connection is accepted once it has an answer.
         for client in clients:
             assert (await client.post("/predict/m", json.dumps(ROW).encode())).status == 200
         shares = [open_sockets(pid) - before for pid, before in zip(web, idle, strict=True)]
         assert sum(shares) == 32
-        assert min(shares) >= 12, shares
         for client in clients:
             await client.close()
+        return shares
 
-    asyncio.run(connect())
+    def spread() -> bool:
+        wait_until(lambda: [open_sockets(pid) for pid in web] == idle, "earlier connections are closed")
+        return min(asyncio.run(connect())) >= 12
+
+    wait_until(spread, "connections spread over both processes")
 
 
 def test_an_engine_that_is_killed_under_load_fails_no_request(serve: Serve, make_chaos: MakeChaos) -> None:
