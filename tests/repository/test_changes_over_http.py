@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from tests.clients import Client, Reply
 from tests.conftest import Serve
 from tests.onnx_models import write_shift
 from tests.server import Server, wait_until
+
+with warnings.catch_warnings(action="ignore"):
+    import tritonclient.http as triton
+    from tritonclient.utils import InferenceServerException
 
 ON = ("--admin-routes", "on", "--keep-warm-s", "0.2")
 
@@ -274,3 +279,23 @@ def test_every_web_process_serves_what_an_answer_has_promised(serve: Serve, tmp_
         assert versions() == {str(version - 1)}
         assert httpx.delete(f"{server.url}/models/many/labels/stable").status_code == 200
         assert versions() == {str(version)}
+
+
+def test_the_client_of_triton_loads_lists_and_unloads(server: Server, folder: Path) -> None:
+    write_shift(folder, "client", 1, 1.0)
+    client = triton.InferenceServerClient(server.url.removeprefix("http://"))
+    try:
+        client.load_model("client")
+        assert client.is_model_ready("client")
+        states = {line["name"]: line["state"] for line in client.get_model_repository_index()}
+        assert states["client"] == "READY"
+        client.unload_model("client")
+        assert not client.is_model_ready("client")
+        with pytest.raises(InferenceServerException, match="no model is called"):
+            client.load_model("nothing")
+        with pytest.raises(InferenceServerException, match="change the models folder instead"):
+            client.load_model("client", config="{}")
+        client.load_model("client")
+        assert client.is_model_ready("client")
+    finally:
+        client.close()
