@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=100_000, help="requests of all rounds together")
     parser.add_argument("--rounds", type=int, default=4, help="servers, each for its part of the requests")
     parser.add_argument("--at-once", type=int, default=1, help="servers that run at a time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="the most that each server runs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="the Python that has Inferpool installed")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
@@ -42,6 +44,7 @@ def main() -> int:
                 given.requests // given.rounds,
                 seed=given.seed + number,
                 python=given.python,
+                seconds=60 * given.minutes,
                 drain=number % 2 == 1,
             )
             for number in range(given.rounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import tempfile
@@ -78,11 +79,13 @@ def run_round(
     clients: int = CLIENTS,
     censuses: int = CENSUSES,
     every: int = EVERY,
+    seconds: float = math.inf,
     drain: bool = False,
 ) -> Round:
     """Send requests to a new server while its processes are ended; end its supervisor at last.
 
-    After the kinds of `first`, something of `shares` is ended after each `every` requests.
+    After the kinds of `first`, something of `shares` is ended after each `every` requests. After `seconds` no
+    more requests are sent.
 
     With `drain` the supervisor gets SIGTERM, else SIGKILL while requests are under way.
     """
@@ -110,6 +113,7 @@ def run_round(
                     clients,
                     censuses,
                     every=every,
+                    seconds=seconds,
                     drain=drain,
                 )
             )
@@ -128,18 +132,29 @@ async def _run(
     censuses: int,
     *,
     every: int,
+    seconds: float,
     drain: bool,
 ) -> Round:
     load = Load(server.port, workload, clients, seed)
     killer = Killer(server, load, seed)
     begun = time.monotonic()
+
+    def goes_on(goal: int) -> bool:
+        late = time.monotonic() > begun + seconds
+        return not (
+            late
+            or load.requests >= goal
+            or server.process.poll() is not None
+            or len(load.faults) >= MOST_FAULTS
+        )
+
     load.start()
     await load.reach(min(300, requests // 5))
     await killer.end_each([kind for kind in first if kind != "engine without memory" or not missing()])
     counted = []
     for number in range(1, censuses + 1):
         goal = requests * number // censuses
-        while load.requests < goal and server.process.poll() is None and len(load.faults) < MOST_FAULTS:
+        while goes_on(goal):
             await load.reach(min(goal, load.requests + every))
             if shares:
                 await killer.end_one(shares)
@@ -149,12 +164,12 @@ async def _run(
             load.resume()
     if server.process.poll() is not None:
         load.blame(f"the server ended with {server.process.returncode}")
-    seconds = time.monotonic() - begun
+    took_s = time.monotonic() - begun
     killed_for_memory = server.kills() if isinstance(server, LimitedServer) else 0
     await _end(server, load, drain=drain)
     return Round(
         dict(load.answers), load.requests, load.rows, load.hung_up, load.lost, load.latest_s, load.slowest_s,
-        seconds, dict(killer.ends), killer.stopped_s, killed_for_memory, counted,
+        took_s, dict(killer.ends), killer.stopped_s, killed_for_memory, counted,
         load.faults + growth(counted),
     )  # fmt: skip
 
