@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from inferpool.engine.arena import ALIGNMENT, HEADER_BYTES, ArenaView
-from inferpool.engine.channel import CLOSED, NOTHING, Incoming
+from inferpool.engine.channel import CLOSED, NOTHING
 from inferpool.engine.records import (
     ALONE,
     ASK,
@@ -23,49 +23,35 @@ from inferpool.engine.records import (
     CANCEL_FIELDS,
     ENDED,
     ENDED_FIELDS,
-    ERROR,
-    ERROR_FIELDS,
     GIVE,
     GIVE_FIELDS,
     HEAD,
     HEAD_BYTES,
     HELLO,
-    INLINE,
-    INLINE_BYTES,
     LAYOUT,
     LAYOUT_FIELDS,
     MOST_ID,
     MOST_ROWS,
     MOST_TENANT,
-    NEED,
-    NEED_FIELDS,
     OFFER,
     OFFER_FIELDS,
     PART_FIELDS,
     REASONS,
     REPLAY,
     REPLY,
-    RESULT,
-    RESULT_FIELDS,
-    RUNS_ON,
     SUSPECT,
     ProtocolError,
     check_hello,
     check_length,
-    error_body,
-    hello,
     json_record,
     read_json,
 )
 from inferpool.engine.tensor_layouts import (
     MOST_LAYOUTS,
-    Layout,
-    LayoutTable,
-    encode,
     read,
     read_layout,
-    write,
 )
+from inferpool.engine.web_connection import Offered, WebConnection
 from inferpool.errors import InferpoolError, InternalError, Overloaded, QueueFull
 from inferpool.pool.ports import Entry, Inbox, Part, Result
 
@@ -76,123 +62,6 @@ MOST_UNREAD_BYTES: Final = 64 * 1024 * 1024
 _ID_BITS: Final = 40
 """An entry's id here is its id in the web process, with the number of the connection before these bits."""
 _MOST_PARTS: Final = 1 << 20
-
-
-class _Offered:
-    """An entry of a web process that has not ended.
-
-    Attributes:
-        connection: the connection to the web process.
-        web_id: the entry's id in the web process.
-        entry: the entry.
-        flags: of its OFFER.
-        outputs_at: where outputs begin in the arena.
-        outputs_end: where the memory for them ends.
-        answered: whether the entry has its result, while a run still reads its inputs.
-        over: whether no run reads the inputs, although the result is still to come.
-    """
-
-    __slots__ = (
-        "answered", "connection", "entry", "flags", "outputs_at", "outputs_end", "over", "web_id",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        connection: _Connection,
-        web_id: int,
-        entry: Entry,
-        flags: int,
-        outputs_at: int,
-        outputs_end: int,
-    ) -> None:
-        self.connection = connection
-        self.web_id = web_id
-        self.entry = entry
-        self.flags = flags
-        self.outputs_at = outputs_at
-        self.outputs_end = outputs_end
-        self.answered = False
-        self.over = False
-
-
-class _Connection:
-    """The channel to one web process.
-
-    Attributes:
-        web: the number of the web process.
-        epoch: the epoch of this engine.
-        serial: the number of the connection; no two connections of an engine have the same.
-        socket: the socket.
-        arena: the arena of the web process.
-        greeted: whether its HELLO has come.
-        incoming: what it has sent. For the reader's thread.
-        layouts: the layouts of its entries by number. For the reader's thread.
-        most_unread: how many bytes of records it may leave unread.
-        lock: guards all below.
-        outgoing: what it has not been sent yet.
-        output_layouts: the layouts of results.
-        large: results that wait for memory, by the entry's id in the web process; with their bytes.
-        closed: whether nothing is sent any more.
-        waits_to_write: whether the reader's thread is to write when the socket can take more.
-    """
-
-    __slots__ = (
-        "arena", "closed", "epoch", "greeted", "incoming", "large", "layouts", "lock", "most_unread",
-        "outgoing", "output_layouts", "serial", "socket", "waits_to_write", "web",
-    )  # fmt: skip
-
-    def __init__(
-        self, web: int, epoch: int, serial: int, channel: socket.socket, arena: ArenaView, most_unread: int
-    ) -> None:
-        self.web = web
-        self.most_unread = most_unread
-        self.epoch = epoch
-        self.serial = serial
-        self.socket = channel
-        self.arena = arena
-        self.greeted = False
-        self.incoming = Incoming()
-        self.layouts: dict[int, Layout] = {}
-        self.lock = threading.Lock()
-        self.outgoing = bytearray(hello(web, epoch, arena.size))
-        self.output_layouts = LayoutTable()
-        self.large: dict[int, tuple[_Offered, Result, int]] = {}
-        self.closed = False
-        self.waits_to_write = False
-
-    def send(self) -> bool:
-        """Write what the socket takes. True if the reader's thread has to take note of something.
-
-        The caller holds the lock.
-        """
-        if self.closed or not self.outgoing:
-            return False
-        if self.waits_to_write:
-            if len(self.outgoing) <= self.most_unread:
-                return False
-            log.error("web process %d does not read its results, and is given up", self.web)
-            self.closed = True
-            return True
-        try:
-            count = self.socket.send(self.outgoing)
-        except (BlockingIOError, InterruptedError):
-            count = 0
-        except OSError:
-            self.closed = True
-            return True
-        if count == len(self.outgoing):
-            self.outgoing.clear()
-            return False
-        del self.outgoing[:count]
-        self.waits_to_write = True
-        return True
-
-
-def _mark(entry: Entry, tenant: int, share: float, rank: int) -> None:
-    """Make an entry one of a tenant's."""
-    entry.tenant = tenant
-    entry.share = share
-    entry.rank = rank
 
 
 class EnginePort:
@@ -223,12 +92,12 @@ class EnginePort:
         self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
         # What other threads want of the reader's thread.
         self._calls: deque[Callable[[], None]] = deque()
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, WebConnection] = {}
         self._serial = 0
-        self._offered: dict[int, _Offered] = {}
+        self._offered: dict[int, Offered] = {}
         # For the reader's thread: what waits because of suspects, or because the queue was full.
-        self._held: dict[int, _Offered] = {}
-        self._suspects: dict[int, _Offered] = {}
+        self._held: dict[int, Offered] = {}
+        self._suspects: dict[int, Offered] = {}
         self._running_suspect = 0
         self._gated = False
         self._closing = False
@@ -288,7 +157,7 @@ class EnginePort:
 
     def put(self, results: Sequence[Result]) -> None:
         """Send results to the web processes that wait for them, with one write for each web process."""
-        touched: list[_Connection] = []
+        touched: list[WebConnection] = []
         need_reader = False
         for result in results:
             offered = self._offered.get(result.entry_id)
@@ -301,7 +170,7 @@ class EnginePort:
                 del self._offered[result.entry_id]
             connection = offered.connection
             with connection.lock:
-                self._append_result(connection, offered, result, runs_on)
+                connection.append_result(offered, result, runs_on)
             if connection not in touched:
                 touched.append(connection)
         for connection in touched:
@@ -314,7 +183,7 @@ class EnginePort:
 
     def ended(self, entry_ids: Sequence[int]) -> None:
         """Tell the web processes that no run reads the blocks of these entries any more."""
-        touched: list[_Connection] = []
+        touched: list[WebConnection] = []
         need_reader = False
         for entry_id in entry_ids:
             offered = self._offered.get(entry_id)
@@ -336,82 +205,6 @@ class EnginePort:
         # Read last: the reader's thread sets this before it looks for entries that have not ended.
         if need_reader or self._gated:
             self._wake()
-
-    def _append_result(
-        self, connection: _Connection, offered: _Offered, result: Result, runs_on: bool
-    ) -> None:
-        """Add the record of a result to what is sent. The caller holds the connection's lock."""
-        if connection.closed:
-            return
-        outputs = result.outputs
-        error = result.error
-        if outputs is not None and error is None:
-            try:
-                self._append_outputs(connection, offered, result, runs_on)
-                return
-            except Exception as fault:
-                log.exception("the outputs of %s could not be sent", result.entry_id)
-                error = InternalError(f"the outputs could not be sent: {type(fault).__name__}")
-        self._append_error(
-            connection, offered.web_id, error or InternalError("the model returned nothing"), runs_on, result
-        )
-
-    def _append_outputs(
-        self, connection: _Connection, offered: _Offered, result: Result, runs_on: bool
-    ) -> None:
-        outputs = result.outputs
-        assert outputs is not None  # the caller has looked
-        rows = 0
-        for tensor in outputs.values():
-            shape = getattr(tensor, "shape", None)
-            if shape:
-                rows = shape[0]
-                break
-        layout = connection.output_layouts.find(offered.entry.key, outputs, rows)
-        if layout.sent < 0:
-            connection.outgoing += layout.record()
-            layout.sent = connection.epoch
-        body = b""
-        if layout.plain:
-            size = layout.size(rows)
-            if size <= INLINE_BYTES:
-                body = encode(layout, outputs)
-                size = len(body)
-        else:
-            body = encode(layout, outputs)
-            size = len(body)
-        flags = RUNS_ON if runs_on else 0
-        if size <= INLINE_BYTES:
-            connection.outgoing += RESULT_FIELDS.pack(
-                RESULT_FIELDS.size + size, RESULT, flags | INLINE, layout.number, rows, offered.web_id,
-                result.queue_s, result.compute_s, result.batch_rows, 0, size,
-            )  # fmt: skip
-            connection.outgoing += body
-            return
-        if offered.outputs_at + size > offered.outputs_end:
-            if runs_on:
-                raise ValueError("outputs of an entry that was answered before")
-            connection.outgoing += NEED_FIELDS.pack(NEED_FIELDS.size, NEED, offered.web_id, size)
-            connection.large[offered.web_id] = (offered, result, size)
-            return
-        if layout.plain:
-            write(connection.arena.map, offered.outputs_at, layout, outputs, rows)
-        else:
-            connection.arena.map[offered.outputs_at : offered.outputs_at + size] = body
-        connection.outgoing += RESULT_FIELDS.pack(
-            RESULT_FIELDS.size, RESULT, flags, layout.number, rows, offered.web_id,
-            result.queue_s, result.compute_s, result.batch_rows, offered.outputs_at, size,
-        )  # fmt: skip
-
-    def _append_error(
-        self, connection: _Connection, web_id: int, error: InferpoolError, runs_on: bool, result: Result
-    ) -> None:
-        body = error_body(error)
-        fields = (
-            *(ERROR_FIELDS.size + len(body), ERROR, RUNS_ON if runs_on else 0, web_id, result.queue_s),
-            *(result.compute_s, result.batch_rows),
-        )
-        connection.outgoing += ERROR_FIELDS.pack(*fields) + body
 
     # The reader's thread.
 
@@ -461,7 +254,7 @@ class EnginePort:
             elif connection.waits_to_write:
                 self._watch(connection)
 
-    def _watch(self, connection: _Connection) -> None:
+    def _watch(self, connection: WebConnection) -> None:
         """Watch for what the connection needs next."""
         events = selectors.EVENT_READ
         with connection.lock:
@@ -472,7 +265,7 @@ class EnginePort:
         else:
             self._selector.modify(connection.socket, events, connection)
 
-    def _write(self, connection: _Connection) -> None:
+    def _write(self, connection: WebConnection) -> None:
         with connection.lock:
             connection.waits_to_write = False
             connection.send()
@@ -495,7 +288,7 @@ class EnginePort:
     def _connect(self, web: int, epoch: int, channel: socket.socket, arena: ArenaView) -> None:
         self._disconnect(web)
         self._serial += 1
-        connection = _Connection(web, epoch, self._serial, channel, arena, self._most_unread_bytes)
+        connection = WebConnection(web, epoch, self._serial, channel, arena, self._most_unread_bytes)
         self._connections[connection.serial] = connection
         self._selector.register(channel, selectors.EVENT_READ, connection)
         with connection.lock:
@@ -506,7 +299,7 @@ class EnginePort:
             if connection.web == web:
                 self._drop(connection)
 
-    def _drop(self, connection: _Connection) -> None:
+    def _drop(self, connection: WebConnection) -> None:
         """Close a connection, and cancel its entries. Runs may go on, and keep the arena mapped."""
         if self._connections.pop(connection.serial, None) is None:
             return
@@ -525,7 +318,7 @@ class EnginePort:
             if offered.connection is connection and not offered.answered and inbox is not None:
                 inbox.cancel(offered.entry.key, entry_id, "disconnected")
 
-    def _readable(self, connection: _Connection) -> None:
+    def _readable(self, connection: WebConnection) -> None:
         if connection.serial not in self._connections:
             return
         count = connection.incoming.receive(connection.socket)
@@ -550,7 +343,7 @@ class EnginePort:
             if unusual:
                 self._watch(connection)
 
-    def _read_records(self, connection: _Connection) -> None:
+    def _read_records(self, connection: WebConnection) -> None:
         incoming = connection.incoming
         buffer = incoming.buffer
         at = incoming.start
@@ -573,7 +366,7 @@ class EnginePort:
             incoming.start = at
             incoming.make_room(length)
 
-    def _read_offer(self, connection: _Connection, buffer: bytearray, at: int, length: int) -> None:
+    def _read_offer(self, connection: WebConnection, buffer: bytearray, at: int, length: int) -> None:
         if length < OFFER_FIELDS.size:
             raise ProtocolError(f"an offer of {length} bytes came")
         (
@@ -633,7 +426,7 @@ class EnginePort:
             entry.mark = arena.memory
             entry.mark_at = offset
         _mark(entry, tenant, share, rank)
-        offered = _Offered(connection, web_id, entry, flags, offset + outputs_at, offset + nbytes)
+        offered = Offered(connection, web_id, entry, flags, offset + outputs_at, offset + nbytes)
         if flags & SUSPECT:
             self._suspects[entry_id] = offered
             self._gated = True
@@ -644,7 +437,7 @@ class EnginePort:
 
     def _entry_of_parts(
         self,
-        connection: _Connection,
+        connection: WebConnection,
         record: bytes,
         count: int,
         entry_id: int,
@@ -710,7 +503,7 @@ class EnginePort:
         whole.mark_at = offset
         return whole
 
-    def _offer(self, entry_id: int, offered: _Offered) -> bool:
+    def _offer(self, entry_id: int, offered: Offered) -> bool:
         """Offer an entry to the pools, or answer its refusal. False if the queue has no room for a replay."""
         inbox = self._inbox
         entry = offered.entry
@@ -734,13 +527,13 @@ class EnginePort:
             self._refuse(offered, InternalError("the request could not be queued"))
         return True
 
-    def _refuse(self, offered: _Offered, error: InferpoolError) -> None:
+    def _refuse(self, offered: Offered, error: InferpoolError) -> None:
         connection = offered.connection
         waited_s = max(0.0, self._clock() - offered.entry.arrived)
         with connection.lock:
             if not connection.closed:
                 result = Result(0, None, error, waited_s)
-                self._append_error(connection, offered.web_id, error, False, result)
+                connection.append_error(offered.web_id, error, False, result)
 
     def _release_held(self) -> None:
         """Let suspects run one at a time while nothing else runs, and afterwards what waits behind them."""
@@ -761,7 +554,7 @@ class EnginePort:
                 del self._held[entry_id]
                 self._refuse(offered, Overloaded("the queue has no room for this request"))
                 self._send_to(offered.connection)
-        touched: list[_Connection] = []
+        touched: list[WebConnection] = []
         for entry_id, offered in list(self._held.items()):
             del self._held[entry_id]
             if offered.connection not in touched:
@@ -775,7 +568,7 @@ class EnginePort:
         for connection in touched:
             self._send_to(connection)
 
-    def _send_to(self, connection: _Connection) -> None:
+    def _send_to(self, connection: WebConnection) -> None:
         if connection.serial not in self._connections:
             return
         with connection.lock:
@@ -783,7 +576,7 @@ class EnginePort:
         if unusual:
             self._watch(connection)
 
-    def _read_other(self, connection: _Connection, kind: int, record: bytes) -> None:
+    def _read_other(self, connection: WebConnection, kind: int, record: bytes) -> None:
         if not connection.greeted:
             if kind != HELLO:
                 raise ProtocolError(f"a record of kind {kind} came before the greeting")
@@ -816,7 +609,7 @@ class EnginePort:
         else:
             raise ProtocolError(f"a record of kind {kind} came from a web process")
 
-    def _cancel(self, connection: _Connection, record: bytes) -> None:
+    def _cancel(self, connection: WebConnection, record: bytes) -> None:
         if len(record) != CANCEL_FIELDS.size:
             raise ProtocolError(f"a record of {len(record)} bytes came, expected {CANCEL_FIELDS.size}")
         _, _, number, web_id = CANCEL_FIELDS.unpack(record)
@@ -832,7 +625,7 @@ class EnginePort:
         if offered is not None and inbox is not None and not offered.answered:
             inbox.cancel(offered.entry.key, entry_id, REASONS[number])
 
-    def _take_memory(self, connection: _Connection, record: bytes) -> None:
+    def _take_memory(self, connection: WebConnection, record: bytes) -> None:
         """Write the outputs of an entry into the memory that the web process gives."""
         if len(record) != GIVE_FIELDS.size:
             raise ProtocolError(f"a record of {len(record)} bytes came, expected {GIVE_FIELDS.size}")
@@ -844,9 +637,16 @@ class EnginePort:
             offered, result, size = large
             if not nbytes:
                 error = Overloaded(f"there is no memory for {size} bytes of outputs; try again later")
-                self._append_error(connection, web_id, error, False, result)
+                connection.append_error(web_id, error, False, result)
                 return
             if nbytes < size or not connection.arena.has_block(offset, nbytes):
                 raise ProtocolError(f"memory of {nbytes} bytes at {offset} came for outputs of {size} bytes")
             offered.outputs_at, offered.outputs_end = offset, offset + nbytes
-            self._append_result(connection, offered, result, False)
+            connection.append_result(offered, result, False)
+
+
+def _mark(entry: Entry, tenant: int, share: float, rank: int) -> None:
+    """Make an entry one of a tenant's."""
+    entry.tenant = tenant
+    entry.share = share
+    entry.rank = rank
