@@ -6,7 +6,7 @@ changed since they passed:
 
 - the committed files of the model, what the documents show of the model, and the tests themselves;
 - the code of the server that reads, checks and runs models;
-- the packages that build and run them, and Python.
+- the packages that build and run them, Python, and the mode that `INFERPOOL_ENGINE` chooses.
 
 `scripts/test --full` skips none. To run the tests and renew the record:
 
@@ -64,6 +64,7 @@ def digest(model: str, root: Path = ROOT) -> str:
     """Return a SHA-256 of everything that the tests of a model depend on, in hexadecimal digits."""
     ignored = {line.rstrip("/") for line in (root / ".gitignore").read_text().splitlines()}
     lines = [f"Python {sys.version_info.major}.{sys.version_info.minor}"]
+    lines.append(f"engine {os.environ.get('INFERPOOL_ENGINE', '')}")
     lines += [f"{name} {version(name)}" for name in PACKAGES]
     for page in sorted(page for pattern in PAGES for page in root.glob(pattern)):
         for block in blocks(page):

@@ -69,6 +69,15 @@ def test_a_new_package_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert digest("resnet50") != before
 
 
+def test_tests_that_passed_in_one_mode_of_the_engine_run_in_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("INFERPOOL_ENGINE", raising=False)
+    before = digest("resnet50")
+    monkeypatch.setenv("INFERPOOL_ENGINE", "process")
+    assert digest("resnet50") != before
+
+
 def test_what_a_build_writes_and_other_models_are_no_change(copy: Path) -> None:
     before = digest("cifar10", copy)
     built = copy / "models/cifar10/1/model.onnx"
