@@ -157,8 +157,11 @@ class FakeTransport:
     def get_write_buffer_size(self) -> int:
         return self.buffered
 
-    def get_extra_info(self, name: str) -> object | None:
-        return object() if name == "sslcontext" else None
+    def get_extra_info(self, name: str, default: object = None) -> object | None:
+        return object() if name == "sslcontext" else default
+
+    def set_write_buffer_limits(self, high: int, low: int) -> None:
+        """Ignore the limits: all is written at once."""
 
     def responses(self) -> list[tuple[int, str]]:
         """The status and the request id of each response."""

@@ -76,8 +76,7 @@ def test_an_idle_connection_does_not_keep_the_bytes_of_a_body() -> None:
     ):
         protocol = PredictProtocol(config, ServerState(), {}, cast("Any", harness.loop))
     transport = FakeTransport()
-    with mock.patch.object(transport, "get_extra_info", lambda name: "tls" if name == "sslcontext" else None):
-        protocol.connection_made(cast("Any", transport))
+    protocol.connection_made(cast("Any", transport))
     body = b'{"inputs": [[1, 2]]}'
     protocol.data_received(b"POST /predict/m HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
     assert not protocol._chunks
