@@ -109,7 +109,7 @@ def build(target: str, base: str, models: str = "") -> str:
             f"--target={target}",
             f"--tag={name}",
             ROOT,
-            timeout_s=400,
+            timeout_s=1000,
         )
     return name
 

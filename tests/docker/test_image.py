@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 MISSING = images.missing()
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"building images needs {MISSING}"),
-    # The first test waits for the build.
-    pytest.mark.timeout(600),
+    # The first test waits for the build, and for that of the wheel.
+    pytest.mark.timeout(1200),
 ]
 
 WIDTH = 1024
