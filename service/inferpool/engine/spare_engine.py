@@ -12,6 +12,8 @@ from inferpool.engine.spawn import Child
 
 log = logging.getLogger(__name__)
 
+LEAST_SPARE_BYTES: Final = 512 * 2**20
+"""With less memory for the server there is no spare engine: requests need what it would take."""
 PAUSE_S: Final = 1.0
 """Pause until there is another spare engine, so that its start takes no time from an engine that loads."""
 LATE_PAUSE_S: Final = 30.0

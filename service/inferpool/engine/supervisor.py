@@ -29,7 +29,7 @@ from inferpool.engine.child_loop import ChildLoop, reap
 from inferpool.engine.control import Message
 from inferpool.engine.liveness import Liveness
 from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Version, own_engine
-from inferpool.engine.spare_engine import SpareEngine
+from inferpool.engine.spare_engine import LEAST_SPARE_BYTES, SpareEngine
 from inferpool.engine.spawn import Child, name_process, spawn
 from inferpool.engine.supervised import Crash, SupervisedEngine, SupervisedWeb
 from inferpool.engine.supervisor_metrics import SupervisorMetrics
@@ -37,6 +37,7 @@ from inferpool.observe.logs import configure_logs
 from inferpool.pool.token_buckets import MEMORY_BYTES
 from inferpool.system.connection_counts import make_counts, set_absent
 from inferpool.system.listeners import address_of, remove_socket_file, socket_file
+from inferpool.system.memory import chosen_limit
 
 log = logging.getLogger("inferpool.engine.supervisor")
 
@@ -80,6 +81,7 @@ class Supervisor:
         self._webs = {number: SupervisedWeb(number) for number in range(1, settings["web_processes"] + 1)}
         self._engines: dict[str, SupervisedEngine] = {SHARED: SupervisedEngine(SHARED)}
         self._crashes: dict[str, Crash] = {}
+        self._memory_bytes = chosen_limit(settings["memory_bytes"]).limit
         self._spare = SpareEngine(self._loop, spawn_engine)
         self._catalog_number = 0
         self._announced = False
@@ -339,7 +341,8 @@ class Supervisor:
         elif message.kind == "loaded":
             engine.loaded = True
             self._answer_again(engine)
-            self._spare.plan(values["backends"])
+            if self._memory_bytes >= LEAST_SPARE_BYTES:
+                self._spare.plan(values["backends"])
             if engine.epoch == 1 or not self._reported:
                 self._to_report = self._catalog_number
                 self._report_loaded()
