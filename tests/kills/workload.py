@@ -182,7 +182,7 @@ def _request(rng: np.random.Generator, model: str, inputs: Mapping[str, Array], 
     if chosen == "json":
         return _json_request(model, inputs, right)
     if chosen == "v2":
-        return _v2_request(model, inputs, right)
+        return binary_request(model, inputs, right)
     stream = io.BytesIO()
     np.save(stream, next(iter(inputs.values())))
     headers = {"content-type": "application/x-npy", "accept": "application/x-npy"}
@@ -194,7 +194,8 @@ def _json_request(model: str, inputs: Mapping[str, Array], right: Answers) -> Re
     return Request(f"/predict/{model}", {"content-type": "application/json"}, body, right)
 
 
-def _v2_request(model: str, inputs: Mapping[str, Array], right: Answers) -> Request:
+def binary_request(model: str, inputs: Mapping[str, Array], right: Answers) -> Request:
+    """A request of the Open Inference Protocol with binary tensors."""
     tensors: list[dict[str, Any]] = []
     data = b""
     for name, tensor in inputs.items():

@@ -388,8 +388,11 @@ class Exchange:
         head = response_head(prefix, headers, not self.keep_alive, response.size)
         if response.size > _JOINED_BYTES:
             transport.write(head)
+            lent = self._predictor.lends_outputs
             for part in response.parts:
-                transport.write(part)
+                # A transport keeps what the socket does not take at once. A view of memory that an engine
+                # shares must not stay there, because the memory is used for others after `release`.
+                transport.write(bytes(part) if lent and not isinstance(part, bytes) else part)
             self._written()
             return
         data = b"".join((head, *response.parts))

@@ -106,6 +106,8 @@ class Predictor:
         self.tenants: Tenants | None = None
         self._inbox = inbox
         self._release_outputs = release
+        # Whether outputs may be views of memory that is used for others after `release`.
+        self.lends_outputs = release is not None
         self._results = results
         self._recorder = recorder
         self._entry_ids = itertools.count(1)
