@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tests.engine.processes import ENGINE, WEB, find
+from tests.engine.processes import ENGINE, WEB, children, find
 from tests.server import Server, wait_until
 
 MEMORY_FILE: Final = "/memfd:inferpool"
+SPARE_NAME: Final = "inferpool-spare"
 STEADY_S: Final = 0.3
 """Pause between two counts of descriptors that must be the same."""
 
@@ -51,6 +52,7 @@ def _count(server: Server, requests: int) -> Census:
         "supervisor": [server.process.pid],
         "web processes": find(server, WEB),
         "engines": find(server, ENGINE),
+        "spare engines": [pid for pid in children(server) if _name(pid) == SPARE_NAME],
     }
     return Census(
         requests,
@@ -87,6 +89,13 @@ def holders(inodes: set[int]) -> list[int]:
         except OSError:  # it has ended
             continue
     return found
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:  # it has ended
+        return ""
 
 
 def _clients(pid: int) -> list[int]:

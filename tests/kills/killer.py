@@ -126,21 +126,25 @@ class Killer:
         await self._send_poison(crash(number))
 
     async def _take_memory(self) -> None:
-        """The kernel must end the engine of a request that takes all memory; then there is enough again."""
+        """A request takes all memory: the kernel ends its engine, or the engine refuses it before.
+
+        After the kernel has ended an engine there is enough memory again, so that the request is answered.
+        """
         assert isinstance(self._server, LimitedServer)
         kills = self._server.kills
         before = kills()
+        request = take_memory(0, HUNGER_MIB)
         with self._server.squeezed(ROOM_BYTES):
-            request = take_memory(0, HUNGER_MIB)
             asked = asyncio.create_task(self._ask_once(request))
-            await _until(lambda: kills() > before or asked.done(), "the kernel ends an engine")
-        if kills() == before:
-            self._load.blame("the kernel has not ended the engine that took all memory")
+            await _until(lambda: kills() > before or asked.done(), "memory runs out")
         reply = await asked
-        if reply is not None and (reply.status != 200 or request.fault(reply)):
-            self._load.blame(
-                f"{request.path}, whose engine the kernel ended: {reply.status} {problem(reply)}"
-            )
+        if reply is None:
+            return
+        if kills() == before and reply.status == 503 and "memory ran out" in problem(reply):
+            self.ends["memory refused by the engine"] += 1
+        elif kills() == before or reply.status != 200 or request.fault(reply):
+            ended = kills() - before
+            self._load.blame(f"want of memory, {ended} engines ended: {reply.status} {problem(reply)}")
 
     async def _poison_by_division(self) -> None:
         await self._send_poison(divide())

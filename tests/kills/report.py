@@ -285,6 +285,7 @@ def as_markdown(figures: Mapping[str, Any]) -> str:
             lines.append(
                 f"| {number} | {census['requests']:,} | {processes} | {pss} | {descriptors} | {shared:.0f} |"
             )
-    lines += ["", "Processes, memory and descriptors are those of the supervisor · web processes · engines."]
+    kinds = " · ".join(figures["censuses"][0][0]["processes"])
+    lines += ["", f"Processes, memory and descriptors are those of the {kinds}."]
     lines += [f"- {fault}" for fault in figures["faults"]]
     return "\n".join(lines)
