@@ -161,9 +161,17 @@ class Server:
         """A field of `/proc/PID/status`, the sum of all processes; shared pages count in each of them."""
         return 1024 * sum(_kib_of(pid, "status", f"{field}:") for pid in self.processes())
 
-    def resident_bytes(self) -> int:
-        """Return the memory that the server's processes hold together, in bytes; shared pages count once."""
-        return 1024 * sum(_kib_of(pid, "smaps_rollup", "Pss:") for pid in self.processes())
+    def resident_bytes(self, *, spare: bool = True) -> int:
+        """Return the memory that the server's processes hold together, in bytes; shared pages count once.
+
+        A spare engine, which starts at some time after the others, counts only with `spare`.
+        """
+        counted = [
+            pid
+            for pid in self.processes()
+            if spare or Path(f"/proc/{pid}/comm").read_text() != "inferpool-spare\n"
+        ]
+        return 1024 * sum(_kib_of(pid, "smaps_rollup", "Pss:") for pid in counted)
 
     def stop(self, timeout_s: float = START_S) -> int:
         """Send SIGTERM and wait until the process ends; returns the exit status."""

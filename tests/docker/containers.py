@@ -47,7 +47,7 @@ class Container(Server):
         """Return a value that podman knows about the container, by a Go template."""
         return podman("inspect", "--format", template, self.name)
 
-    def processes(self) -> list[dict[str, str]]:
+    def process_fields(self) -> list[dict[str, str]]:
         """Return the fields of /proc/PID/status of each process in the container, process 1 first."""
         first = int(self.inspect("{{.State.Pid}}"))
         children = Path(f"/proc/{first}/task/{first}/children").read_text().split()

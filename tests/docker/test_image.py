@@ -110,7 +110,7 @@ def test_the_server_runs_without_root_and_without_capabilities(run: Run) -> None
     """tini and the server run as user 10001, without capabilities, on a read-only file system."""
     container = run(ROOT / "models")
     container.wait_loaded()
-    processes = container.processes()
+    processes = container.process_fields()
     assert [process["Name"] for process in processes] == ["tini", "inferpool"]
     for process in processes:
         assert process["Uid"].split() == ["10001"] * 4

@@ -45,9 +45,9 @@ def test_the_estimate_follows_the_last_load() -> None:
     times.ended(A1, 15.0, ok=True)
     assert times.expected("a") == {VERIFY: 1.0, LOAD: 3.0, MEASURE: 6.0}
     job = Job("x", "load", "a", 1, (1,), phase=LOAD, phase_began=100.0, expected=times.expected("a"))
-    assert job.progress(101.5) == (pytest.approx(0.25), pytest.approx(7.5))
+    assert job.progress(101.5) == pytest.approx((0.25, 7.5))
     # A phase that takes longer than the last time counts no more than that.
-    assert job.progress(200.0) == (pytest.approx(0.4), pytest.approx(6.0))
+    assert job.progress(200.0) == pytest.approx((0.4, 6.0))
 
 
 def test_a_load_that_failed_is_no_estimate() -> None:

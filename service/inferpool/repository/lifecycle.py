@@ -122,6 +122,9 @@ class VersionLifecycle:
         assert self.loading is None, "one load of a version at a time"
         assert self.wanted is not None
         self.loading, self.phase, self._cancelling = self.wanted, QUEUED, False
+        self._tried = (
+            None  # if this load is given up for the source that failed before, that one is tried again
+        )
         if self.actual == FAILED:
             self.actual = UNLOADED
         self.reason = ""

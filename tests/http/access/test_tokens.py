@@ -29,9 +29,11 @@ from inferpool.settings import read_settings
 
 from tests.conftest import MakeChaos, Serve
 from tests.http.access.keys import KeyFile
-from tests.server import wait_until
+from tests.server import START_S, wait_until
 
 ISSUER, AUDIENCE = "https://login.example.com/", "inferpool"
+LIFE_S = 86_400
+"""How long tokens are valid, which is longer than all tests take."""
 BODY = {"inputs": {"x": [[1.0] * 4]}}
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 OTHER_RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -63,7 +65,7 @@ def token(name: str = "rsa", headers: dict[str, Any] | None = None, **claims: An
         "iss": ISSUER,
         "aud": AUDIENCE,
         "sub": "acme",
-        "exp": now + 600,
+        "exp": now + LIFE_S,
         "scope": "openid predict:m read",
     }
     given = {claim: value for claim, value in {**usual, **claims}.items() if value is not None}
@@ -156,13 +158,19 @@ def test_a_token_has_its_tenant_its_scopes_and_its_expiry(verifier: Verifier, na
     caller = verifier.identify(token(name))
     assert (caller.tenant, caller.key_id, caller.models) == ("acme", "acme", frozenset("m"))
     assert [caller.allows(scope) for scope in (PREDICT, READ, METRICS, ADMIN)] == [True, True, False, False]
-    assert 600 < caller.valid_until - verifier.clock.now < 631
+    assert LIFE_S - START_S < caller.valid_until - verifier.clock.now < LIFE_S + 31
     assert verifier.identify(token(name, aud=["another", AUDIENCE])).tenant == "acme"
 
 
 def signed_by_hand(header: dict[str, Any], secret: bytes | None) -> str:
     """A token that no library makes: without a signature, or with one by a shared secret."""
-    claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": "acme", "exp": int(time.time()) + 600, "scope": "admin"}
+    claims = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "sub": "acme",
+        "exp": int(time.time()) + LIFE_S,
+        "scope": "admin",
+    }
     parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in (header, claims)]
     text = b".".join(parts)
     signature = b"" if secret is None else hmac.digest(secret, text, "sha256")
@@ -181,7 +189,7 @@ PEM = RSA_KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublic
         (token(aud=None), "a claim is missing"),
         (token(iss="https://evil.example.com/"), "issuer"),
         (token(iss=None), "a claim is missing"),
-        (token(nbf=int(time.time()) + 600), "not valid yet"),
+        (token(nbf=int(time.time()) + LIFE_S), "not valid yet"),
         (token(sub=None), '"sub" names no tenant'),
         (token(sub="a\nb"), '"sub" names no tenant'),
         (token(sub="x" * 200), '"sub" names no tenant'),

@@ -61,7 +61,7 @@ def test_a_server_whose_load_does_not_end_ends(serve: Serve, make_chaos: MakeCha
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     server = serve(make_chaos("a", gate=str(gate)), wait=False)
-    server.wait_for(r"^a/1 has been loading for")
+    server.wait_for(r"^a/1: loading for")
     assert server.stop() == 0
 
 
