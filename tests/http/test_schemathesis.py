@@ -22,6 +22,9 @@ def test_the_server_is_as_its_document_says(bundled: Server, tmp_path: Path) -> 
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"]
     command += ["--config-file", str(folder / "schemathesis.toml"), "run", f"{bundled.url}/openapi.json"]
     command += ["--checks", "all", "--max-time", str(SECONDS), "--seed", "4", "--request-timeout", "30"]
+    # Without a key, a route of the admin side says nothing of its methods: 403 comes before 405. The tests
+    # connection/test_protocol.py and access/test_route_scopes.py ask with other methods.
+    command += ["--exclude-checks", "unsupported_method"]
     command += ["--generation-database", "none", "--continue-on-failure", "--no-color"]
     environ = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.http.schemathesis_hooks", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
