@@ -38,7 +38,7 @@ def element_schema(datatype: str) -> Document:
 
 
 def nested_schema(spec: TensorSpec) -> Document:
-    """The schema of a tensor as nested lists; only the innermost may be empty, else the shape is unknown."""
+    """The schema of a tensor as nested lists. A list may be empty only where the shape is known all the same."""
     if spec.shape is None:
         return {"description": f"{spec.datatype}, of any number of dimensions"}
     schema = element_schema(spec.datatype)
@@ -46,7 +46,7 @@ def nested_schema(spec: TensorSpec) -> Document:
         schema = {"type": "array", "items": schema}
         if size != ANY:
             schema |= {"minItems": size, "maxItems": size}
-        elif depth < len(spec.shape):
+        elif 1 < depth < len(spec.shape) or ANY in spec.shape[depth:]:
             schema["minItems"] = 1
     return schema
 
