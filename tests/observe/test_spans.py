@@ -23,7 +23,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from tests.chaos.inferpool_chaos import RAISE
 from tests.clients import Client, with_clients
 from tests.conftest import MakeChaos, Serve
-from tests.server import ROOT
+from tests.server import ROOT, wait_until
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
@@ -237,14 +237,25 @@ def test_each_web_process_sends_the_spans_of_its_requests(
     flags = ("--engine", "process", "--web-processes", "2")
     server = serve(make_chaos("m"), *flags, OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
 
-    async def ask(client: Client, number: int) -> None:
-        headers = {"X-Request-Id": str(number)}
-        assert (await client.post("/predict/m", json.dumps(ROWS).encode(), headers)).status == 200
-        await everybody.wait()  # idle connections are spread over the processes
+    first = 0
 
-    everybody = asyncio.Barrier(16)
-    asyncio.run(with_clients(server.port, 16, ask))
+    def both_have_answered() -> bool:
+        """Ask by 16 connections at once; a process that starts later than the other may get none of them."""
+        nonlocal first
+        everybody = asyncio.Barrier(16)
+
+        async def ask(client: Client, number: int) -> None:
+            headers = {"X-Request-Id": str(first + number)}
+            assert (await client.post("/predict/m", json.dumps(ROWS).encode(), headers)).status == 200
+            await everybody.wait()  # idle connections are spread over the processes
+
+        asyncio.run(with_clients(server.port, 16, ask))
+        first += 16
+        wait_until(lambda: sum(span.name == "predict" for span in collector.spans()) == first, "all are sent")
+        return len(collector.processes()) == 2
+
+    wait_until(both_have_answered, "both processes have sent spans")
     assert server.stop() == 0
     found = [attributes(span)["inferpool.request_id"] for span in collector.spans() if span.name == "predict"]
-    assert sorted(found, key=int) == [str(number) for number in range(16)]
+    assert sorted(found, key=int) == [str(number) for number in range(first)]
     assert len(collector.processes()) == 2
