@@ -164,13 +164,17 @@ class Server:
     def resident_bytes(self, *, spare: bool = True) -> int:
         """Return the memory that the server's processes hold together, in bytes; shared pages count once.
 
-        A spare engine, which starts at some time after the others, counts only with `spare`.
+        A spare engine, which starts at some time after the others, counts only with `spare`. A child has the
+        name of its program until it knows its own, and all others know theirs once the server is ready.
         """
-        counted = [
-            pid
-            for pid in self.processes()
-            if spare or Path(f"/proc/{pid}/comm").read_text() != "inferpool-spare\n"
-        ]
+        counted = self.processes()
+        if not spare:
+            names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in counted[1:]}
+            counted = counted[:1] + [
+                pid
+                for pid, name in names.items()
+                if name.startswith("inferpool-") and name != "inferpool-spare"
+            ]
         return 1024 * sum(_kib_of(pid, "smaps_rollup", "Pss:") for pid in counted)
 
     def stop(self, timeout_s: float = START_S) -> int:

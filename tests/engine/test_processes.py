@@ -113,7 +113,6 @@ def test_mains_import_nothing_that_others_need(module: str, unwanted: tuple[str,
 
 
 def test_connections_spread_over_web_processes(serve: Serve, make_chaos: MakeChaos) -> None:
-    """A process leaves connections to the others for milliseconds, so a busy machine may need another try."""
     server = serve(make_chaos("m"), *PROCESS)
     web = find(server, WEB)
     idle = [open_sockets(pid) for pid in web]
@@ -129,11 +128,12 @@ def test_connections_spread_over_web_processes(serve: Serve, make_chaos: MakeCha
             await client.close()
         return shares
 
-    def spread() -> bool:
+    # Both take turns by the millisecond. A busy machine may favour one for a round, and not for eight.
+    rounds = []
+    for _ in range(8):
         wait_until(lambda: [open_sockets(pid) for pid in web] == idle, "earlier connections are closed")
-        return min(asyncio.run(connect())) >= 12
-
-    wait_until(spread, "connections spread over both processes")
+        rounds.append(asyncio.run(connect()))
+    assert min(map(sum, zip(*rounds, strict=True))) >= 8 * 12, rounds
 
 
 def test_an_engine_that_is_killed_under_load_fails_no_request(serve: Serve, make_chaos: MakeChaos) -> None:
