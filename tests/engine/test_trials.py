@@ -211,9 +211,10 @@ def test_a_model_that_keeps_crashing_even_in_an_engine_of_its_own_fails_with_the
     poison = {"inputs": {"a": [LEAST], "b": [-1]}}
     seen: list[dict[str, str]] = []
     with good_requests(server):
-        for _ in range(4):
+        # Five at most: one in the shared engine, one in that or in the new engine of the model, and three there.
+        while ratio()["state"] != "failed" and len(seen) < 5:
             answer = server.post("/predict/ratio", json=poison)
-            assert (answer.status_code, answer.json()["code"]) == (500, "model_crashed")
+            assert (answer.status_code, answer.json()["code"]) == (500, "model_crashed"), answer.text
             seen.append(server.get("/health").json()["problems"])
         assert seen[2]["ratio/1"] == "its engine is being restarted"  # after a pause
         wait_until(lambda: ratio()["state"] == "failed", "the version has failed")
@@ -226,7 +227,8 @@ def test_a_model_that_keeps_crashing_even_in_an_engine_of_its_own_fails_with_the
         assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
     assert server.get("/v2/models/ratio/ready").status_code == 503
     assert server.metric("model_state", model="ratio", state="failed") == 1
-    assert server.metric("engine_restarts_total", engine="ratio/1") == 4
+    # The last two requests ended it twice each; the one before may have ended the shared engine first, or only that.
+    assert 4 <= server.metric("engine_restarts_total", engine="ratio/1") <= 6
     assert len(find(server, ENGINE)) == 1
     assert server.stop() == 0
 
