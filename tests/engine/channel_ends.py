@@ -33,9 +33,13 @@ class HandLoop:
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
         self.soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self.later: deque[tuple[float, Callable[..., object], tuple[Any, ...]]] = deque()
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
         self.soon.append((callback, args))
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> None:
+        self.later.append((time.monotonic() + delay, callback, args))
 
     def _set(self, fd: int, event: int, callback: Callable[..., object] | None) -> None:
         try:
@@ -62,6 +66,8 @@ class HandLoop:
 
     def turn(self, timeout_s: float = 0.0) -> None:
         """One iteration."""
+        while self.later and self.later[0][0] <= time.monotonic():
+            self.soon.append(self.later.popleft()[1:])
         while self.soon:
             callback, args = self.soon.popleft()
             callback(*args)

@@ -558,7 +558,7 @@ def test_entries_move_with_their_version_to_another_engine() -> None:
     assert not web.results.by_entry
 
 
-def test_an_entry_that_its_engine_refuses_twice_gets_the_refusal() -> None:
+def test_an_entry_that_its_engine_goes_on_refusing_gets_the_refusal() -> None:
     """The version may have failed to load in the successor; nobody tells the web process anything more."""
     web, first, second = Web(), Engine(), Engine()
     web.attach(first)
@@ -829,3 +829,19 @@ def test_tensors_are_bit_equal_after_a_visit_to_another_process() -> None:
     assert web.used == 0
     child.communicate()
     assert child.returncode == 0
+
+
+def test_an_entry_that_is_refused_twice_is_offered_again() -> None:
+    """What the web process knows of versions may come later than both refusals."""
+    web, first, second = Web(), Engine(), Engine()
+    web.attach(first)
+    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
+    web.loop.turn()
+    first.inbox.wait(1)
+    web.crash(first)
+    second.inbox.refusal = NotReady("not yet")
+    web.attach(second)
+    web.loop.until(lambda: web.loop.later)
+    second.inbox.refusal = None
+    web.loop.until(lambda: second.inbox.entries)
+    assert not web.results.by_entry

@@ -211,7 +211,7 @@ def test_a_model_that_keeps_crashing_even_in_an_engine_of_its_own_fails_with_the
     poison = {"inputs": {"a": [LEAST], "b": [-1]}}
     seen: list[dict[str, str]] = []
     with good_requests(server):
-        # Five at most: one in the shared engine, one in that or in the new engine of the model, and three there.
+        # At most five: one in the shared engine, one in that or in the model's own engine, and three there.
         while ratio()["state"] != "failed" and len(seen) < 5:
             answer = server.post("/predict/ratio", json=poison)
             assert (answer.status_code, answer.json()["code"]) == (500, "model_crashed"), answer.text
@@ -227,7 +227,7 @@ def test_a_model_that_keeps_crashing_even_in_an_engine_of_its_own_fails_with_the
         assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
     assert server.get("/v2/models/ratio/ready").status_code == 503
     assert server.metric("model_state", model="ratio", state="failed") == 1
-    # The last two requests ended it twice each; the one before may have ended the shared engine first, or only that.
+    # The last two requests ended it twice each; those before may have ended the shared engine.
     assert 4 <= server.metric("engine_restarts_total", engine="ratio/1") <= 6
     assert len(find(server, ENGINE)) == 1
     assert server.stop() == 0

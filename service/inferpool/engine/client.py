@@ -74,6 +74,13 @@ _OUTPUT_SLACK: Final = 1024
 """Bytes for the gaps between outputs, beside what the last ones took."""
 MOST_FULL_S: Final = 0.1
 """A queue that was full counts as full no longer than this, unless it refuses another entry."""
+REFUSED_S: Final = 2.0
+"""How long an entry is offered again to an engine that lacks its version.
+
+What is known of a version that moves between engines comes by way of the supervisor, and may come later.
+"""
+LOOK_AGAIN_S: Final = 0.05
+"""Pause before an entry that was refused is offered again."""
 MOST_CRASHES: Final = 2
 """An entry that has run in so many engines when they crashed is not sent again."""
 
@@ -83,6 +90,9 @@ class Loop(Protocol):
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> object:
         """Call `callback` in the next iteration."""
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> object:
+        """Call `callback` after `delay` seconds."""
 
     def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> object:
         """Call `callback` whenever `fd` can be read."""
@@ -125,12 +135,13 @@ class _Pending:
         crashes: in how many engines the entry ran when they ended.
         wanted: whether the result is still to be delivered.
         refusal: why the engine does not run the version, if it has refused the entry.
+        refused_until: when a refusal becomes the result, unless another engine has the version by then.
         runs_on: whether the engine has answered, and still reads the block.
     """
 
     __slots__ = (
         "accepted", "crashes", "entry", "layout", "more_at", "more_bytes", "nbytes", "offset", "outputs_at",
-        "parts", "refusal", "runs_on", "sent", "starts", "wanted",
+        "parts", "refusal", "refused_until", "runs_on", "sent", "starts", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -150,6 +161,7 @@ class _Pending:
         self.crashes = 0
         self.wanted = True
         self.refusal: InferpoolError | None = None
+        self.refused_until = 0.0
         self.runs_on = False
 
 
@@ -359,7 +371,7 @@ class EngineClient:
             target = clients.get(pending.entry.key)
             if target is self:
                 if pending.refusal is not None and self._socket is not None:
-                    self._send_offer(pending)  # a second refusal is the result
+                    self._send_offer(pending)  # it may be refused again
                     self._plan_flush()
                 continue
             if target is not None:
@@ -788,12 +800,20 @@ class EngineClient:
         if pending is None or not pending.sent or pending.runs_on:
             raise ProtocolError(f"an error of entry {entry_id} came, which the engine does not have")
         error = read_error(record[ERROR_FIELDS.size :])
-        if pending.refusal is None and pending.wanted and isinstance(error, NotReady) and not flags & RUNS_ON:
-            # The version may have moved to another engine: `reroute` tells.
-            pending.sent = False
-            pending.refusal = error
-            self._refused()
-            return
+        if pending.wanted and isinstance(error, NotReady) and not flags & RUNS_ON:
+            # The version may have moved to another engine, or be about to: `reroute` tells.
+            now = self._clock()
+            first = pending.refusal is None
+            if first:
+                pending.refused_until = now + REFUSED_S
+            if now < pending.refused_until:
+                pending.sent = False
+                pending.refusal = error
+                if first:
+                    self._refused()
+                else:
+                    self._loop.call_later(LOOK_AGAIN_S, self._refused)
+                return
         if isinstance(error, QueueFull):
             full_s = min(error.retry_after_s, MOST_FULL_S)
             self._full[pending.entry.key, pending.entry.tenant] = (error, self._clock() + full_s)

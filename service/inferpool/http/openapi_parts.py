@@ -38,7 +38,7 @@ def element_schema(datatype: str) -> Document:
 
 
 def nested_schema(spec: TensorSpec) -> Document:
-    """The schema of a tensor as nested lists. A list may be empty only where the shape is known all the same."""
+    """The schema of a tensor as nested lists. A list may be empty only if the shape is known without it."""
     if spec.shape is None:
         return {"description": f"{spec.datatype}, of any number of dimensions"}
     schema = element_schema(spec.datatype)
