@@ -40,7 +40,7 @@ class Load(NamedTuple):
 
 
 class Outcome:
-    """What a tenant got.
+    """The answers that a tenant received, and their times.
 
     Attributes:
         statuses: how many answers of each status; 0 for requests that had no free connection in time.

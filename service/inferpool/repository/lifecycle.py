@@ -67,7 +67,7 @@ class VersionLifecycle:
         self._tried: Hashable | None = None
         self._cancelling = False
 
-    # What is wanted.
+    # The wanted state.
 
     def want(self, source: Hashable, *, retry: bool = False) -> None:
         """Serve `source` from now on. A source whose load has failed is loaded again only with `retry`."""

@@ -120,7 +120,7 @@ class LoadManager:
         self._threads = 0
         self._thread: threading.Thread | None = None
 
-    # What is wanted.
+    # The wanted state.
 
     def want(self, key: VersionKey, source: VersionSource, *, retry: bool = False) -> None:
         """Serve a version from `source`. A source that has failed is loaded again only with `retry`."""
