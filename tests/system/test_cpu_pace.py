@@ -51,6 +51,13 @@ def test_each_period_of_the_kernel_stays_below_the_quota() -> None:
         used = machine.used
 
 
+def test_a_pause_may_be_shorter_than_the_debt() -> None:
+    machine = Machine(1, 0)
+    machine.work(0.5)
+    machine.pace.step(0.005)
+    assert 0.005 <= machine.slept < 0.01
+
+
 def test_without_a_quota_no_thread_pauses() -> None:
     machine = Machine(None, 3)
     machine.work_until(1)

@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlug
 from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.codecs.image_config import ImageConfig, find_input, input_size, pixel_values
 from inferpool.codecs.image_files import MEDIA_TYPES, PILLOW_BYTES, Container, open_container
+from inferpool.codecs.webp import decode_webp
 from inferpool.errors import BodyTooLarge, MalformedBody, RequestError
 from inferpool.pixel_table import Normalisation
 from inferpool.system.cpu_pace import PACE
@@ -118,11 +119,17 @@ class ImageCodec:
     def _to_pixels(self, container: Container) -> Image.Image:
         """Decode to an upright picture in the mode of the model."""
         try:
-            file = _open_pixels(container)
-            self._check_size(*file.size)
-            # The file keeps what the decoder needed, as long as somebody refers to it.
-            image = _upright(file, container.orientation)
-            del file
+            image: Image.Image | None = None
+            if container.media_type == "image/webp":
+                image = decode_webp(container.pixels, container.width, container.height)
+            if image is None:
+                file = _open_pixels(container)
+                self._check_size(*file.size)
+                file.load()
+                image = file
+                # The file keeps what the decoder needed, as long as somebody refers to it.
+                del file
+            image = _upright(image, container.orientation)
             PACE.step()
             return _to_mode(image, self._pillow_mode)
         except BodyTooLarge:
@@ -179,10 +186,9 @@ def _open_pixels(container: Container) -> ImageFile.ImageFile:
     return WebPImagePlugin.WebPImageFile(file)
 
 
-def _upright(file: ImageFile.ImageFile, orientation: int) -> Image.Image:
-    file.load()
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
     transposition = TRANSPOSITIONS.get(orientation)
-    return file if transposition is None else file.transpose(transposition)
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from inferpool.backends.base import DeviceLost, LoadedModel, ran_out_of_memory
 from inferpool.errors import InferpoolError, ModelFailed, ModelRejected, Overloaded, Reason
@@ -27,7 +27,11 @@ from inferpool.pool.buckets import BucketedModel
 from inferpool.pool.log_limits import LogLimiter
 from inferpool.pool.ports import Entry
 from inferpool.pool.redaction import redact_error, refusal_text
+from inferpool.system.cpu_pace import PACE
 from inferpool.tensors import Tensors
+
+PART_PAUSE_S: Final = 0.005
+"""The longest pause after a part of a large entry, in seconds; smaller entries may wait for the instance."""
 
 log = logging.getLogger(__name__)
 
@@ -231,9 +235,13 @@ class Instance:
             self.model.begin()
             while (batch := self._source.next_batch(self)) is not None:
                 _mark_running(batch)
+                is_part = batch.slices[-1].is_split
                 self._source.finish(self, batch, self.run(batch))
                 # The thread waits between batches, and must not keep the last one in memory meanwhile.
                 batch = None
+                if is_part:
+                    # A large entry could keep a core busy for seconds, and use up the quota for all.
+                    PACE.step(PART_PAUSE_S)
         except BaseException:
             log.exception("%s on %s died", self.name, self.device)
             self._source.died(self, batch)

@@ -56,14 +56,17 @@ class CpuPace:
         self._credit_s = 0.0
         self._looked, self._used = clock(), cpu_clock()
 
-    def step(self) -> None:
-        """Pause if needed; background threads call this between pieces of work of a few milliseconds."""
+    def step(self, longest_s: float = _LONGEST_PAUSE_S) -> None:
+        """Pause if needed, for `longest_s` seconds or little more.
+
+        Background threads call this between pieces of work of a few milliseconds.
+        """
         rate = self._rate
         if rate is None:
             return
         paused_s = 0.0
-        while paused_s < _LONGEST_PAUSE_S and (debt_s := self._debt()) > 0:
-            pause_s = min(max(debt_s / rate, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
+        while paused_s < longest_s and (debt_s := self._debt()) > 0:
+            pause_s = min(max(debt_s / rate, _SHORTEST_PAUSE_S), longest_s)
             self._sleep(pause_s)
             paused_s += pause_s
 
