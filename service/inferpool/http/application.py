@@ -143,6 +143,7 @@ def make_application(
     app.catalog = catalog
     _add_errors(app)
     _add_docs_page(app)
+    metrics.process_registry()  # so that the first page of metrics holds up no request
     add_native(app, catalog, metrics, admin)
     add_v2(app, catalog, shared.predictor, admin)
     app.route_scopes = RouteScopes(app.routes)

@@ -18,12 +18,9 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
-
-from prometheus_client.exposition import choose_encoder
+from typing import TYPE_CHECKING, Final
 
 from inferpool.observe.families import CPU_SECONDS, FAMILIES, HIDDEN, USUAL_STATUSES, Family
-from inferpool.observe.process_metrics import process_registry
 from inferpool.observe.prometheus_text import (
     Exemplar,
     HistogramStems,
@@ -33,6 +30,9 @@ from inferpool.observe.prometheus_text import (
     stem,
 )
 from inferpool.observe.regions import RegionReader, Regions
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Metrics:
         if regions is not None:
             self._cpu_base = self.left_behind(CPU_SECONDS)
             self._take_over(regions)
-        self._registry = process_registry(None if regions is None else self._processes)
+        self._registry: CollectorRegistry | None = None
 
     def set_info(self, info: dict[str, str]) -> None:
         """Take other labels of `build_info`: engines know the versions of the runtimes."""
@@ -286,10 +286,21 @@ class Metrics:
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics and their content type: OpenMetrics if `accept` asks for it, else text."""
+        # Imported late: only a process that answers requests shows metrics.
+        from prometheus_client.exposition import choose_encoder
+
         encode, content_type = choose_encoder(accept)
         own = self._text(openmetrics=content_type.startswith("application/openmetrics-text"))
         # The encoder comes last, because it writes the mark that ends an OpenMetrics page.
-        return own.encode() + encode(self._registry), content_type
+        return own.encode() + encode(self.process_registry()), content_type
+
+    def process_registry(self) -> CollectorRegistry:
+        """The metrics of the process. The first call imports what `render` needs, which takes a while."""
+        from inferpool.observe.process_metrics import process_registry
+
+        if self._registry is None:
+            self._registry = process_registry(None if self._regions is None else self._processes)
+        return self._registry
 
     def _text(self, *, openmetrics: bool) -> str:
         # What is shown is published first: a successor of this process must not begin below it. The sources
