@@ -37,8 +37,9 @@ HOT_PATH = [
         "latency_model", "ordered_queue", "pool", "ports", "retries", "router", "splitting", "stats",
         "token_buckets", "waiting_entries")),
     *(f"{SOURCE}/engine/{name}.py" for name in (
-        "arena", "channel", "client", "client_router", "engine_port", "records", "tensor_layouts",
-        "web_connection")),
+        "arena", "channel", "client", "client_router", "engine_port", "entry_blocks", "entry_sender",
+        "event_loop", "full_queues", "lent_bodies", "pending_entry", "questions", "records",
+        "result_receiver", "tensor_layouts", "web_connection")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
         "json_bounds", "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",

@@ -78,8 +78,8 @@ class Engine:
             self._port,
             self._metrics,
             time.monotonic,
-            only=None if facts["only"] is None else [VersionKey(*version) for version in facts["only"]],
-            skip=[VersionKey(*version) for version in facts["skip"]],
+            only=None if kept["only"] is None else [VersionKey(*version) for version in kept["only"]],
+            skip=[VersionKey(*version) for version in kept["skip"]],
             on_loading=self._report_loading,
             on_change=self._publish,
             plans=kept["plans"],
@@ -116,6 +116,7 @@ class Engine:
             return
         if message.kind == "rescan":
             self._repository.watch.look()
+            self._control.send("rescanned")
             return
         web = message.values["web"]
         if message.kind == "connect":

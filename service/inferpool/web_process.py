@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 from inferpool.engine.catalog_parcel import unpack
@@ -51,6 +52,9 @@ from inferpool.system.memory import family_held, keep_freed_memory
 log = logging.getLogger(__name__)
 
 GIL_SWITCH_S: Final = 0.001
+MOST_PROBLEMS: Final = 100
+"""Problems that the supervisor is told, for the log: a message has no room for thousands."""
+MOST_PROBLEM_CHARACTERS: Final = 500
 SPANS_TIMEOUT_S: Final = 2.0
 """How long the process may take at its end to send the remaining spans."""
 
@@ -229,7 +233,10 @@ class WebServer(Server):
                 {
                     "catalog": number,
                     "status": health.status,
-                    "problems": dict(health.problems),
+                    "problems": {
+                        name: problem[:MOST_PROBLEM_CHARACTERS]
+                        for name, problem in islice(health.problems.items(), MOST_PROBLEMS)
+                    },
                     "models": len(models),
                 },
             )
@@ -295,6 +302,7 @@ def main() -> int:
             AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
         ),
         release=router.release,
+        lend=router.lend,
     )
     system = this_system(settings.memory_bytes)
     # Engines and other web processes take of the same memory.

@@ -38,6 +38,8 @@ class HandLoop:
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
         self.soon.append((callback, args))
 
+    call_soon_threadsafe = call_soon
+
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> None:
         self.later.append((time.monotonic() + delay, callback, args))
 
@@ -241,7 +243,7 @@ class Web:
     @property
     def used(self) -> int:
         """Bytes of blocks that are in use."""
-        arena = self.client._arena
+        arena = self.client._blocks.arena
         assert arena is not None
         return arena.used
 

@@ -93,6 +93,19 @@ def test_while_an_engine_is_restarted_its_versions_stay_ready(store: CatalogStor
     assert shown(store, "m", 2) == ("ready", "cpu", False)
 
 
+def test_a_version_whose_engine_ends_while_it_is_unloaded_is_unloaded(store: CatalogStore) -> None:
+    job = {"id": "1", "kind": "unload", "state": "running", "created": 1, "model": "m", "versions": [1]}
+    store.take("cpu", {**report(m={1: view("draining"), 2: view()}), "jobs": [job]}, {})
+    assert shown(store, "m", 1) == ("draining", "cpu", False)
+    store.set_engine("cpu", DOWN)
+    assert shown(store, "m", 1) == ("unloaded", "cpu", False)
+    assert ("m", 1) not in store.versions("ready", "loading", "failed")
+    assert [each["state"] for each in store.catalog["jobs"]] == ["done"]
+    store.set_engine("cpu", UP)
+    store.take("cpu", report(m={2: view()}), {})
+    assert shown(store, "m", 1) == ("unloaded", "cpu", False)
+
+
 def test_a_version_that_does_not_load_again_has_failed(store: CatalogStore) -> None:
     store.set_engine("cpu", DOWN)
     store.set_engine("cpu", UP)

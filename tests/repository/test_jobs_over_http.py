@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
+from tests.chaos import inferpool_chaos as chaos
+from tests.clients import Client
 from tests.conftest import MakeChaos, Serve
+from tests.engine.processes import ENGINE, find
 from tests.onnx_models import value, write_model, write_shift
 from tests.server import Server, wait_until
 
@@ -64,6 +69,42 @@ def test_a_load_that_waits_is_one_job_shows_its_phase_and_is_cancelled(
     assert again["id"] != first["id"]
     wait_until(lambda: job(server, again["id"])["state"] == "done", "the version is loaded")
     assert server.post("/predict/a", json={"inputs": [[1, 2, 3, 4]]}).json()["version"] == "2"
+
+
+def test_an_engine_that_ends_during_an_unload_leaves_the_version_unloaded(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    repository = make_chaos("a", run_gate=str(gate))
+    put_version(repository, "a", 2)
+    (repository / "a" / "model.toml").write_text("[versions]\nserve = [1, 2]")
+    server = serve(repository, *ON, "--engine", "process")
+
+    async def scenario() -> None:
+        client = await Client.connect(server.port)
+        client.send("/predict/a/1", json.dumps({"inputs": [[chaos.WAIT, 2, 3, 4]]}).encode())
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
+        begun = (await asyncio.to_thread(server.post, "/models/a/unload", json={"version": 1})).json()
+        await asyncio.to_thread(
+            wait_until, lambda: server.get("/models/a/1").json()["state"] == "draining", "the version drains"
+        )
+        [engine] = find(server, ENGINE)
+        os.kill(engine, signal.SIGKILL)
+        await asyncio.to_thread(
+            wait_until, lambda: server.get("/models/a/1").json()["state"] == "unloaded", "it is unloaded"
+        )
+        await asyncio.to_thread(
+            wait_until, lambda: job(server, begun["id"])["state"] == "done", "the job is done"
+        )
+        assert (await client.receive()).status == 503
+        await client.close()
+
+    asyncio.run(scenario())
+    body = {"inputs": [[1, 2, 3, 4]]}
+    wait_until(lambda: server.post("/predict/a/2", json=body).status_code == 200, "the other one answers")
+    assert server.post("/predict/a/1", json=body).status_code == 503
+    assert server.stop() == 0
 
 
 def test_a_load_that_ends_its_engine_fails_its_job_and_no_request(

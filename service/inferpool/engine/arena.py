@@ -20,6 +20,9 @@ ALIGNMENT: Final = 64
 HEADER_BYTES: Final = 64
 """A block begins with so many bytes that are no tensor. The first byte tells whether a run has begun."""
 
+ARENA_PARTS: Final = 3
+"""An arena has room for inputs, for outputs, and for bodies that are still received: so many equal parts."""
+
 _PAGE: Final = 4096
 _SLAB: Final = 256 * 1024
 """Small blocks of one size are cut from slabs of so many bytes."""

@@ -108,6 +108,9 @@ def _version(
     if engine is None:
         assert before is not None  # a version is known from one of the two
         view = {**before, "engine": moved or before["engine"], "reloading": before["state"] == "ready"}
+        if before["state"] == "draining":
+            # Its engine ended meanwhile, and the successor does not load the version again.
+            view |= {"state": "unloaded", "reason": "it was unloaded"}
     else:
         view = {**shown[engine], "engine": engine, "reloading": False}
         if view["state"] == "loading" and before is not None and before["state"] == "ready":

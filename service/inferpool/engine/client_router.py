@@ -43,6 +43,11 @@ class ClientRouter:
             raise _not_ready(key)
         client.refuse_early(key, tenant)
 
+    def lend(self, key: VersionKey, nbytes: int, tensors_at: int) -> memoryview | None:
+        """Return memory for a body of `key`, see `EngineClient.lend`; None if it is to be elsewhere."""
+        client = self._clients.get(key)
+        return None if client is None else client.lend(nbytes, tensors_at)
+
     def cancel(self, key: VersionKey, entry_id: int, reason: str) -> None:
         """Drop the entry if it still waits; `reason` is `disconnected` or `deadline`."""
         for client in self._every:

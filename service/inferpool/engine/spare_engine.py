@@ -58,7 +58,12 @@ class SpareEngine:
         self._is_due = False
         if self._stopped:
             return
-        self.child = child = self._spawn()
+        try:
+            self.child = child = self._spawn()
+        except OSError as error:
+            log.error("no spare engine can be started: %s", error)
+            self.plan(pause_s=LATE_PAUSE_S)
+            return
         child.control.send("prepare", {"backends": sorted(self._backends)}, wait=False)
         self._loop.watch(child, Message.close, self._ended)
 

@@ -33,6 +33,9 @@ class SupervisedEngine:
         loaded: whether every version is ready or has failed.
         blameless: whether the supervisor ends it because of a load, so that no request is to blame.
         answers: whether it has all the versions that its predecessor had.
+        rescan_due: whether an administrator has asked for a look at the models folder, which no process has
+            taken note of yet.
+        asked: the questions of administrators that are not answered: the web process and the number of each.
         hung: the versions of which a run did not stop, for which the engine ends itself.
     """
 
@@ -51,6 +54,8 @@ class SupervisedEngine:
         self.loaded = False
         self.answers = False
         self.blameless = False
+        self.rescan_due = False
+        self.asked: set[tuple[int, int]] = set()
         self.hung: set[Version] = set()
 
 

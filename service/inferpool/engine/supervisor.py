@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from inferpool.engine.arena import make_arena
+from inferpool.engine.arena import ARENA_PARTS, make_arena
 from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
 from inferpool.engine.child_loop import ChildLoop, reap
@@ -53,6 +53,8 @@ WEB_STARTS: Final = 3
 """How often the first web process may die before it listens, until the server gives up."""
 FIRST_PAUSE_S: Final = 0.5
 MOST_PAUSE_S: Final = 30.0
+RETRY_S: Final = 1.0
+"""Pause before the next try if the system has no process, memory or descriptor to give."""
 EARLY_S: Final = 5.0
 """A web process that dies so soon after its start pauses before the next start."""
 CLOSE_S: Final = 10.0
@@ -121,10 +123,15 @@ class Supervisor:
     # Web processes.
 
     def _start_web(self, web: SupervisedWeb) -> None:
-        if self._draining:
+        if self._draining or web.child is not None:
             return
         self._set_absent(web)
-        web.child = child = spawn(WEB_MODULE, WEB_OOM_SCORE)
+        try:
+            web.child = child = spawn(WEB_MODULE, WEB_OOM_SCORE)
+        except OSError as error:
+            log.error("web process %d cannot be started: %s", web.number, error)
+            self._loop.after(RETRY_S, lambda: self._start_web(web))
+            return
         web.started, web.listens, web.seen = self._clock(), False, 0
         child.control.send(
             "start",
@@ -193,6 +200,7 @@ class Supervisor:
             if web.number in engine.connected and engine.child is not None:
                 engine.child.control.send("disconnect", {"web": web.number}, wait=False)
             engine.connected.discard(web.number)
+            engine.asked = {asked for asked in engine.asked if asked[0] != web.number}
         for name in list(self._crashes):
             self._crash_reported(name, web.number)
         if self._draining:
@@ -220,10 +228,15 @@ class Supervisor:
 
     def _start_engine(self, engine: SupervisedEngine) -> None:
         """Start the process; `_tell_engine` says what it is to load."""
-        if self._engines.get(engine.name) is not engine:
+        if self._engines.get(engine.name) is not engine or engine.child is not None or self._draining_engines:
             return
         self._metrics.expect_restarts(engine.name)
-        engine.child = child = self._spare.take() or spawn_engine()
+        try:
+            engine.child = child = self._spare.take() or spawn_engine()
+        except OSError as error:
+            log.error("engine %s cannot be started: %s", engine.name, error)
+            self._loop.after(RETRY_S, lambda: self._start_engine(engine))
+            return
         engine.pid = child.pid
         engine.epoch += 1
         engine.started, engine.told, engine.loaded, engine.answers = self._clock(), False, False, False
@@ -242,7 +255,17 @@ class Supervisor:
             return
         engine.told = True
         store = self._store
-        kept = pack({"plans": dict(store.plans), "moves": dict(store.moves), "held": store.held}, {})
+        # In memory, because a message has no room for the names of thousands of versions.
+        kept = pack(
+            {
+                "plans": dict(store.plans),
+                "moves": dict(store.moves),
+                "held": store.held,
+                "only": self._versions_for(engine),
+                "skip": sorted(engine.skip),
+            },
+            {},
+        )
         engine.child.control.send(
             "start",
             {
@@ -250,14 +273,14 @@ class Supervisor:
                 "epoch": engine.epoch,
                 "repository": self._repository,
                 "settings": self._settings,
-                "only": self._versions_for(engine),
-                "skip": sorted(engine.skip),
                 "slot": self._metrics.slot(engine.name),
             },
             [self._metrics.file, kept],
             wait=False,
         )
         os.close(kept)
+        if engine.rescan_due:
+            engine.child.control.send("rescan", wait=False)
 
     def _versions_for(self, engine: SupervisedEngine) -> list[Version] | None:
         """What an engine is to load; a successor takes no versions that were added to the folder since."""
@@ -299,7 +322,19 @@ class Supervisor:
         An engine that takes over versions that have been ready is connected once they are ready again. Until
         then requests wait for it.
         """
-        if web.child is None or self._draining_engines or web.number in engine.connected:
+        try:
+            self._try_to_connect(web, engine)
+        except OSError as error:
+            log.error("web process %d and engine %s cannot be connected: %s", web.number, engine.name, error)
+            self._loop.after(RETRY_S, lambda: self._connect(web, engine))
+
+    def _try_to_connect(self, web: SupervisedWeb, engine: SupervisedEngine) -> None:
+        if (
+            web.child is None
+            or self._draining_engines
+            or web.number in engine.connected
+            or self._engines.get(engine.name) is not engine
+        ):
             return
         takes_over = engine.epoch > 1 or engine.name != SHARED
         if engine.child is None or (takes_over and not engine.answers):
@@ -347,14 +382,17 @@ class Supervisor:
                 self._to_report = self._catalog_number
                 self._report_loaded()
         elif message.kind == "answer":
-            child = self._webs[values["web"]].child
-            if child is not None:
-                child.control.send("answer", values, wait=False)
+            # A question of an earlier web process has no answer: its number may be another question's now.
+            if (values["web"], values["id"]) in engine.asked:
+                engine.asked.discard((values["web"], values["id"]))
+                self._answer_admin(values["web"], values)
         elif message.kind == "await_seen":
             self._unseen.append((engine, engine.epoch, self._catalog_number))
             self._report_seen()
         elif message.kind == "refused":
             self._refuse(values["reason"])
+        elif message.kind == "rescanned":
+            engine.rescan_due = False
         elif message.kind == "hung":
             log.error("engine %s ends: %s/%d: %s", engine.name, *values["version"], values["reason"])
             engine.hung.add((values["version"][0], values["version"][1]))
@@ -394,9 +432,7 @@ class Supervisor:
         engine = self._engines.get(self._engine_for(values) or "")
         if engine is None or engine.child is None or not engine.told or self._draining:
             refusal = "the engine of the model is being started or ended; try again later"
-            answer = {"id": values["id"], "error": refusal, "code": "not_ready"}
-            if web.child is not None:
-                web.child.control.send("answer", answer, wait=False)
+            self._answer_admin(web.number, {"id": values["id"], "error": refusal, "code": "not_ready"})
             return
         if values["action"] == "load":
             model, version = values["model"], values["version"]
@@ -404,7 +440,20 @@ class Supervisor:
                 every -= {key for key in every if key[0] == model and version in (None, key[1])}
             self._store.allow(model, version)
             self._catalog_changed()
+        engine.asked.add((web.number, values["id"]))
         engine.child.control.send("admin", {**values, "web": web.number}, wait=False)
+
+    def _answer_admin(self, web: int, answer: Mapping[str, Any]) -> None:
+        child = self._webs[web].child
+        if child is not None:
+            child.control.send("answer", answer, wait=False)
+
+    def _refuse_asked(self, engine: SupervisedEngine) -> None:
+        """Answer what administrators have asked of an engine that has ended."""
+        refusal = "the engine ended before it answered; see /models, and try again"
+        for web, number in engine.asked:
+            self._answer_admin(web, {"id": number, "error": refusal, "code": "not_ready"})
+        engine.asked.clear()
 
     def _engine_for(self, values: Mapping[str, Any]) -> str | None:
         """The name of the engine that is to do something, the shared one for a model that no engine has."""
@@ -477,12 +526,13 @@ class Supervisor:
         status = engine.child.process.returncode
         engine.child = None
         if self._draining_engines:
-            if status != 0:
+            if status != 0 and engine.told:
                 log.error("engine %s %s while it drained", engine.name, how)
                 self._exit_status = 1
             if not any(other.child for other in self._engines.values()):
                 self._status = self._exit_status
             return
+        self._refuse_asked(engine)
         if self._engines.get(engine.name) is not engine:
             self._forget_engine(engine)
             return
@@ -505,6 +555,10 @@ class Supervisor:
         engine.blameless = False
         self._crashes[engine.name] = crash
         self._catalog_changed()
+        if set(engine.only or ()) & set(self._store.versions("unloaded")):
+            log.info("engine %s is not replaced: its version was being unloaded", engine.name)
+            self._remove_engine(engine)
+            return
         if crash.reports:
             epoch = engine.epoch
             self._loop.after(REPORT_S, lambda: self._judge(engine, epoch))
@@ -645,6 +699,7 @@ class Supervisor:
         if number == signal.SIGHUP:
             log.info("SIGHUP: looking at the models folder again; changed settings need a restart")
             for engine in self._engines.values():
+                engine.rescan_due = True  # until the engine says that it has looked; it may end before
                 if engine.child is not None and engine.told:
                     engine.child.control.send("rescan", wait=False)
         elif self._draining:
@@ -719,11 +774,12 @@ def spawn_engine() -> Child:
 
 
 def arena_bytes(in_flight_bytes: int) -> int:
-    """Size of the memory that a web process and an engine share: room for inputs and outputs in flight.
+    """Size of the memory that a web process and an engine share.
 
+    There is room for inputs in flight, for outputs, and for bodies that are announced and received slowly.
     Only pages that are used take memory, so there is room for what cannot be used because of gaps.
     """
-    return max(LEAST_ARENA_BYTES, 2 * in_flight_bytes) // PAGE_BYTES * PAGE_BYTES
+    return max(LEAST_ARENA_BYTES, ARENA_PARTS * in_flight_bytes) // PAGE_BYTES * PAGE_BYTES
 
 
 def memory_file(name: str, nbytes: int) -> int:

@@ -41,6 +41,8 @@ from inferpool.wire.v2_binary import from_raw, read_binary
 
 _MAX_ELEMENTS: Final = 2**60 - 1
 """More than any memory holds; with 8 bytes each, numpy can still count them."""
+COPIED_JSON_BYTES: Final = 64 * 1024
+"""JSON of at most so many bytes before binary tensors is copied before it is parsed."""
 _MOST_MEMBERS: Final = 4096
 """The most inputs of a request, and the most outputs that it may ask for. No model has as many."""
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -186,7 +188,11 @@ def parse_infer(
             expected=header_length,
             got=len(body),
         )
-    fields = read_object(memoryview(body)[:header_length], allowance=allowance)
+    header: bytes | memoryview = memoryview(body)[:header_length]
+    if header_length <= COPIED_JSON_BYTES:
+        # An engine may share the memory of the body. Parsers rely on text that does not change meanwhile.
+        header = bytes(header)
+    fields = read_object(header, allowance=allowance)
     return InferRequest(fields, body, header_length, False, allowance)
 
 

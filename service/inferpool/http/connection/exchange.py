@@ -308,7 +308,8 @@ class Exchange:
         if self._body is None:
             predictor = self._predictor
             heap_bytes = predictor.budget.heap_bytes // max(1, predictor.in_flight.requests)
-            self._body = BodyBuffer(self._context.head, predictor.max_body_bytes, heap_bytes)
+            lent = predictor.lend_body(self._context)
+            self._body = BodyBuffer(self._context.head, predictor.max_body_bytes, heap_bytes, lent)
         return self._body
 
     def _finish_body(self) -> Data:

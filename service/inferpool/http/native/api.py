@@ -41,9 +41,13 @@ class NativeApi(InferenceApi):
         """The whole body if its media type is JSON, else 0."""
         return size if head.content_type in MEANT_AS_JSON else 0
 
+    def tensors_at(self, head: RequestHead) -> int:
+        """At the beginning of an npy file: the length of its header is a multiple of the alignment."""
+        return 0 if head.content_type == NPY else -1
+
     def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
         """Open the body by its media type: JSON is parsed here, other formats once the model is known."""
-        return open_body(head, bytes(data), allowance)
+        return open_body(head, data, allowance)
 
     def answers_json(self, head: RequestHead, options: Options) -> bool:
         """Whether Accept prefers JSON."""

@@ -10,7 +10,7 @@ from inferpool.codecs.text import TextCodec
 from inferpool.errors import InvalidInput, UnsupportedMediaType
 from inferpool.http.media_types import FORM, JSON_TYPE, MEANT_AS_JSON, NPY, NPZ
 from inferpool.http.native.multipart import find_input, read_form
-from inferpool.http.predict.api import Body, Options
+from inferpool.http.predict.api import Body, Data, Options
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.repository.catalog import VersionView
@@ -24,14 +24,14 @@ _SYNONYMS: Final = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg"}
 """Media types that are not registered, and that clients send all the same."""
 
 
-def open_body(head: RequestHead, data: bytes, allowance: Allowance) -> Body:
+def open_body(head: RequestHead, data: Data, allowance: Allowance) -> Body:
     """Open a body and parse as much of it as possible without the model.
 
     Raises MalformedBody, InvalidInput for a wrong field other than the tensors, and what `Allowance.take`
     raises.
     """
     if head.content_type in MEANT_AS_JSON:
-        return _JsonBody(parse_request(data, allowance))
+        return _JsonBody(parse_request(bytes(data), allowance))
     return _FileBody(head, data, allowance)
 
 
@@ -61,7 +61,7 @@ class _JsonBody(Body):
 class _FileBody(Body):
     """Arrays, a picture or a text. Such a body has only tensors, so it is read once the version is known."""
 
-    def __init__(self, head: RequestHead, data: bytes, allowance: Allowance) -> None:
+    def __init__(self, head: RequestHead, data: Data, allowance: Allowance) -> None:
         self._head = head
         self._data = data
         self._allowance = allowance
@@ -82,8 +82,9 @@ class _FileBody(Body):
                     f"{NPY} holds one array, the model takes {takes}; send {NPZ} with one array per input"
                 )
             return {spec.name: self._cast(served, spec, decode_npy(self._data, self._allowance))}
+        data = bytes(self._data)  # the same object if there is no view
         if kind == NPZ:
-            arrays = decode_npz(self._data, self._allowance)
+            arrays = decode_npz(data, self._allowance)
             return {
                 name: self._cast(served, find_input(served.signature, name), arrays.pop(name))
                 for name in list(arrays)
@@ -92,12 +93,12 @@ class _FileBody(Body):
         image, text = served.view.image, served.view.text
         if kind == FORM:
             return read_form(
-                self._data, self._head.content_type_parameters, served.signature, image, text, self._allowance
+                data, self._head.content_type_parameters, served.signature, image, text, self._allowance
             )
         if text is not None and kind in text.media_types:
-            return self._read_text(text)
+            return self._read_text(text, data)
         if image is not None and kind in image.media_types:
-            return image.decode(self._data, self._allowance)
+            return image.decode(data, self._allowance)
         expected = media_types(served.view)
         raise UnsupportedMediaType(
             f"the body is {name_text(kind)}, the model takes {', '.join(expected)}", expected=expected
@@ -107,10 +108,10 @@ class _FileBody(Body):
         served.check_rows(array)
         return cast_to(spec, array, self._allowance)
 
-    def _read_text(self, text: TextCodec) -> Tensors:
+    def _read_text(self, text: TextCodec, data: bytes) -> Tensors:
         found = _CHARSET.search(self._head.content_type_parameters)
         if found is not None and found[1].lower() not in _UTF8:
             raise UnsupportedMediaType(
                 f"the text has the charset {value_text(found[1])}; send UTF-8", expected=["utf-8"]
             )
-        return {text.input: text.decode(self._data, self._allowance)}
+        return {text.input: text.decode(data, self._allowance)}

@@ -107,6 +107,10 @@ class InferenceApi(ABC):
     def json_bytes(self, head: RequestHead, size: int) -> int:
         """How many bytes of a body of `size` bytes are JSON."""
 
+    def tensors_at(self, head: RequestHead) -> int:
+        """Where in the body of `head` tensors in binary form begin; −1 if there are none."""
+        return -1
+
     @abstractmethod
     def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
         """Open the decompressed body in `data`; what it becomes is reserved in `allowance`.

@@ -16,34 +16,40 @@ _ALIGNMENT: Final = 64
 
 
 class BodyBuffer:
-    """Collects one body; copies each of its bytes at most once.
+    """Collects one body; copies each of its bytes at most once, and to where an engine reads it if possible.
 
     Binary tensors follow a JSON header of any length. A runtime that requires aligned elements would have to
     copy unaligned ones again, so the body of such a request is assembled in memory that aligns its tensors.
     Together with the batch's `gather` there are two copies between the web server and the model, and one if
-    an entry is alone in its batch, because then its tensors are the batch.
+    an entry is alone in its batch, because then its tensors are the batch. If the model is in another
+    process, the client of its engine lends the memory, and no further copy is made.
     """
 
     __slots__ = (
-        "_chunks", "_growing", "_heap_bytes", "_json_length", "_length", "_max_bytes", "_memory", "_size",
+        "_chunks", "_growing", "_heap_bytes", "_json_length", "_length", "_lent", "_max_bytes", "_memory",
+        "_size",
     )  # fmt: skip
 
-    def __init__(self, head: RequestHead, max_bytes: int, heap_bytes: int) -> None:
+    def __init__(
+        self, head: RequestHead, max_bytes: int, heap_bytes: int, lent: memoryview | None = None
+    ) -> None:
         """Prepare for the body of `head`, of at most `max_bytes`.
 
-        The memory of a body of more than `heap_bytes` is not taken from the heap.
+        The memory of a body of more than `heap_bytes` is not taken from the heap. `lent` is memory for the
+        whole body, whose length is known.
         """
         self._max_bytes = max_bytes
         self._heap_bytes = heap_bytes
         self._size = 0
         self._chunks: list[bytes] = []
         self._growing: bytearray | None = bytearray() if head.content_length is None else None
-        self._memory: memoryview | None = None
+        self._memory = lent
+        self._lent = lent is not None
         length, json_length = head.content_length or 0, head.header_length or 0
         self._length = length
         # A compressed body holds no tensors that could be aligned.
         self._json_length = json_length if 0 < json_length <= length and not head.content_encoding else 0
-        if self._json_length and length <= max_bytes:
+        if self._json_length and length <= max_bytes and lent is None:
             self._memory = _aligned(length, json_length, heap_bytes)
 
     def add(self, chunk: bytes) -> None:
@@ -53,7 +59,7 @@ class BodyBuffer:
         if self._growing is not None:
             # The client chooses the size of its chunks. Kept apart, a chunk of 1 byte would take 50 bytes.
             self._growing += chunk
-        elif self._memory is None or (not start and self._size == len(self._memory)):
+        elif self._memory is None or (not self._lent and not start and self._size == len(self._memory)):
             self._chunks.append(chunk)
         else:
             self._memory[start : self._size] = chunk

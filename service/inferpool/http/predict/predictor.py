@@ -91,10 +91,14 @@ class Predictor:
         in_flight_bytes: int,
         recorder: RequestRecorder,
         release: Callable[[VersionKey, int], None] | None = None,
+        lend: Callable[[VersionKey, int, int], memoryview | None] | None = None,
     ) -> None:
         """`release` is called with the version and the id of an entry when nobody reads its outputs any more.
 
         None if outputs are arrays of this process.
+
+        `lend` returns memory for a body of a version, of so many bytes, whose tensors begin at some byte: an
+        engine finds them there without a copy. None if no engine is another process.
         """
         self.clock = clock
         self.max_body_bytes = max_body_bytes
@@ -106,6 +110,7 @@ class Predictor:
         self.tenants: Tenants | None = None
         self._inbox = inbox
         self._release_outputs = release
+        self._lend = lend
         # Whether outputs may be views of memory that is used for others after `release`.
         self.lends_outputs = release is not None
         self._results = results
@@ -139,6 +144,18 @@ class Predictor:
             self.budget.reserve(context, received)
         else:
             self.budget.check(length)
+
+    def lend_body(self, context: PredictContext) -> memoryview | None:
+        """Return memory for the whole body in which the engine of its version can read its tensors.
+
+        None if the body is small, holds no tensors in binary form, or names its version only inside.
+        """
+        head, served = context.head, context.served
+        length = head.content_length
+        if self._lend is None or served is None or length is None or head.content_encoding:
+            return None
+        tensors_at = context.api.tensors_at(head)
+        return None if tensors_at < 0 else self._lend(served.view.key, length, tensors_at)
 
     def decode(self, context: PredictContext, data: Data) -> Tensors:
         """Return the inputs of a request, validated, and find the version that the request means.

@@ -15,7 +15,7 @@ from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Join, 
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors, name_text
-from inferpool.wire.v2_request import InferRequest, parse_infer
+from inferpool.wire.v2_request import COPIED_JSON_BYTES, InferRequest, parse_infer
 from inferpool.wire.v2_response import encode_infer
 
 PREFIX: Final = "/v2"
@@ -40,6 +40,11 @@ class V2Api(InferenceApi):
     def json_bytes(self, head: RequestHead, size: int) -> int:
         """The bytes before the binary tensors, from the header; without it the whole body."""
         return size if head.header_length is None else min(size, head.header_length)
+
+    def tensors_at(self, head: RequestHead) -> int:
+        """Behind the JSON, unless most of the body may be JSON."""
+        length = head.header_length
+        return -1 if length is None or length > COPIED_JSON_BYTES else length
 
     def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
         """Open JSON, JSON with binary tensors, or one raw tensor, depending on the header length."""
