@@ -5,6 +5,7 @@
 COMPONENTS='chromium|chromium|the page /docs in a browser
 curl|curl|the commands of the documents
 haproxy|haproxy|a rolling update behind a load balancer
+nginx|nginx-light|a rolling restart behind nginx
 mmdebstrap|mmdebstrap|the container images
 podman|podman|the container images
 runc|runc|the container images

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from inferpool.errors import ConfigError
-from inferpool.settings import read_settings
+from inferpool.settings import read_settings, service_links
 
 
 def test_flags_override_variables_which_override_the_file_which_overrides_defaults(tmp_path: Path) -> None:
@@ -29,8 +29,19 @@ def test_variables_that_kubernetes_sets_for_a_service_are_ignored() -> None:
         "INFERPOOL_SERVICE_PORT_HTTP": "8000",
         "INFERPOOL_PORT": "tcp://10.0.0.1:8000",
         "INFERPOOL_PORT_8000_TCP_ADDR": "10.0.0.1",
+        # Of Services that are called inferpool-web and inferpool-web-processes.
+        "INFERPOOL_WEB_SERVICE_HOST": "fd00::1",
+        "INFERPOOL_WEB_SERVICE_PORT": "80",
+        "INFERPOOL_WEB_SERVICE_PORT_HTTP": "80",
+        "INFERPOOL_WEB_PORT": "tcp://[fd00::1]:80",
+        "INFERPOOL_WEB_PORT_80_TCP": "tcp://[fd00::1]:80",
+        "INFERPOOL_WEB_PROCESSES_PORT_53_UDP_PROTO": "udp",
     }
     assert read_settings({}, environ) == read_settings({}, {})
+    assert service_links({**environ, "INFERPOOL_QUEUE_MS": "5", "WEB_PORT": "tcp://x"}) == sorted(environ)
+    assert read_settings({}, {"INFERPOOL_PORT": "80"}).port == 80
+    with pytest.raises(ConfigError, match="INFERPOOL_WEB_PORT: no setting has this name"):
+        read_settings({}, {"INFERPOOL_WEB_PORT": "80"})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
 from inferpool import cli, errors
 from inferpool.backends.onnx.row_analysis.analysis import RULES as ONNX_RULES
 from inferpool.backends.torch.row_analysis.rules import RULES as ATEN_RULES
@@ -156,17 +157,17 @@ def metrics() -> str:
 
 def alerts() -> str:
     """Every alert: how long its condition must hold, its severity and its summary."""
-    pattern = re.compile(
-        r"- alert: (\w+)\n.*?\n +for: (\w+)\n.*?severity: (\w+)\n.*?summary: \"(.*?)\"\n", re.DOTALL
-    )
+    found = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
 
     def plain(text: str) -> str:
         text = re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda match: match[1].upper(), text)
         return re.sub(r"\{\{ \$value.*?\}\}", "N", text)
 
     def rows() -> Iterator[tuple[str, ...]]:
-        for name, duration, severity, summary in pattern.findall(RULES.read_text(encoding="utf-8")):
-            yield code(name), severity, duration, plain(summary)
+        for rule in (rule for group in found for rule in group["rules"] if "alert" in rule):
+            name, summary = rule["alert"], plain(rule["annotations"]["summary"])
+            link = f"[{code(name)}](../operate/runbook.md#{name.lower()})"
+            yield link, rule["labels"]["severity"], rule.get("for", "at once"), summary
 
     return table(("alert", "severity", "for", "summary"), rows())
 

@@ -17,12 +17,14 @@ from typing import NoReturn
 from inferpool.engine.supervisor import replace_process
 from inferpool.http.access.make_gate import check_exposure, make_gate
 from inferpool.http.access.tls import make_certificates
-from inferpool.observe.logs import configure_logs
+from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.observe.metrics import Metrics
-from inferpool.settings import Settings, with_memory
+from inferpool.settings import Settings, service_links, with_memory
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import CPU
 from inferpool.system.listeners import listen, listen_unix, remove_socket_file, socket_file
+
+log = logging.getLogger(__name__)
 
 CORES_PER_WEB_PROCESS = 4
 """Models on the CPU need most of the cores."""
@@ -39,6 +41,15 @@ def serve(path: Path, settings: Settings) -> int:
             `OTEL_*` ask for spans that cannot be sent, or keys cannot be read.
     """
     log_lines = configure_logs(settings.log_level, settings.log_format)
+    links = service_links(os.environ)
+    if links:
+        log.warning(
+            "%d variables that Kubernetes sets for Services are ignored, such as %s=%s; set"
+            " enableServiceLinks: false in the pod to be rid of them",
+            len(links),
+            links[0],
+            os.environ[links[0]][:100],
+        )
     check_exposure(settings)
     # The first step, so that an address in use is reported before anything about the models.
     make_certificates(settings)
@@ -54,6 +65,7 @@ def serve(path: Path, settings: Settings) -> int:
             from inferpool import app
 
             status, is_busy = app.serve(listener, path, settings, log_lines)
+            report_stopped(status)
     finally:
         remove_socket_file(file)
     if is_busy:

@@ -268,8 +268,11 @@ class InProcessServer(Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at once at the second."""
+        name = signal.Signals(sig).name
         if self._draining is None and self.loop is not None:
-            log.info("%s: draining", signal.Signals(sig).name)
+            log.info("%s: draining", name)
+        else:
+            log.warning("%s: stopping at once, without the requests that are not answered yet", name)
         self.begin_drain()
 
     def _rescan(self, sig: int, frame: FrameType | None) -> None:

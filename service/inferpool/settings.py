@@ -332,8 +332,9 @@ _NOT_SETTINGS = ("CONFIG", "COMPILED", "URL", "KEY")
 """Variables with our prefix that are not settings: the path of the file, a switch of setup.py, and what the
 commands for a running server need."""
 
-# Kubernetes sets these variables for a Service called "inferpool".
-_SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT)(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)$")
+# Kubernetes sets these variables for Services called "inferpool" or "inferpool-...".
+_SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)(_\w*)?|PORT_\d+_(TCP|UDP|SCTP)(_\w*)?)$")
+_SERVICE_PORT = re.compile(r"(\w+_)?PORT$")
 
 
 CHECK_SETTINGS: Final = ("threads", "devices", "measure_ms", "cache_dir", "trust")
@@ -405,12 +406,26 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values = {}
     for variable, text in environ.items():
         name = variable.removeprefix(ENV_PREFIX)
-        if name == variable or name in _NOT_SETTINGS or _SERVICE_LINK.match(name):
-            continue
-        if name == "PORT" and "://" in text:
+        if name == variable or name in _NOT_SETTINGS or _is_service_link(name, text):
             continue
         values[name.lower()] = _parsed(name.lower(), text)
     return values
+
+
+def service_links(environ: Mapping[str, str]) -> list[str]:
+    """The variables with our prefix that are no settings, because Kubernetes has set them for a Service."""
+    return sorted(
+        variable
+        for variable, text in environ.items()
+        if variable.startswith(ENV_PREFIX) and _is_service_link(variable.removeprefix(ENV_PREFIX), text)
+    )
+
+
+def _is_service_link(name: str, text: str) -> bool:
+    """Whether Kubernetes has set a variable, whose name without our prefix is `name`, for a Service."""
+    if name.lower() in Settings.model_fields:
+        return name == "PORT" and "://" in text
+    return bool(_SERVICE_LINK.match(name)) or (bool(_SERVICE_PORT.match(name)) and "://" in text)
 
 
 def _from_file(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ README: Final = ROOT / "README.md"
 INDEX: Final = ROOT / "docs" / "index.md"
 PAGES: Final = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 CARDS: Final = sorted((ROOT / "models").glob("*/README.md"))
-LANGUAGES: Final = {"sh", "python", "javascript", "json", "text", "toml", "promql"}
+LANGUAGES: Final = {"sh", "python", "javascript", "json", "text", "toml", "promql", "nginx"}
 RUNNABLE: Final = {"sh", "python"}
 ELLIPSIS: Final = "…"
 

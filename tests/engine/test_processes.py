@@ -416,6 +416,8 @@ def test_the_second_signal_ends_everything_at_once(
         assert server.process.wait(10) == 1
         await client.close()
         await asyncio.to_thread(wait_until, lambda: not any(map(lives, pids)), "all children end")
+        server.wait_for("SIGTERM: stopping at once")
+        server.wait_for("stopped with status 1")
 
     asyncio.run(scenario())
 

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ def kustomize() -> tuple[str, ...] | None:
         if "Kustomize Version: v5" in subprocess.run(command, capture_output=True, text=True).stdout:
             return ("kubectl", "kustomize")
     return None
+
+
+def template(values: Mapping[str, Any], release: str = "two", namespace: str = "serving") -> list[Manifest]:
+    """The manifests that `helm install` would send; fails with what Helm says of wrong values."""
+    program = Path(__file__).with_name("helm_template.py")
+    command = [sys.executable, str(program), str(MANIFESTS / "chart"), release, namespace]
+    made = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return [manifest for manifest in yaml.load_all(made.stdout, LOADER) if manifest]
 
 
 def render(folder: Path) -> list[Manifest]:

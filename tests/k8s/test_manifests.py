@@ -53,7 +53,13 @@ def overlay(request: pytest.FixtureRequest) -> list[Manifest]:
     return render(MANIFESTS / "overlays" / request.param)
 
 
-@pytest.mark.parametrize("folder", ["overlays/cpu", "overlays/gpu", "kserve", "prometheus-adapter"])
+FOLDERS = [
+    *("overlays/cpu", "overlays/gpu", "overlays/minimal", "overlays/openshift"),
+    *("kserve", "prometheus-adapter"),
+]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_every_manifest_fits_the_schema_of_its_kind(folder: str) -> None:
     for manifest in render(MANIFESTS / folder):
         validate(manifest)
@@ -82,6 +88,74 @@ def test_the_components_combine_in_every_way(name: str, way: list[str], tmp_path
     assert ("/models" in mounts) == any(name.startswith("models-") for name in way)
     assert mounts.get("/models", {"readOnly": True})["readOnly"]
     _check_pod(pod(manifests)["spec"])
+
+
+def test_the_minimal_overlay_needs_nothing_but_kubernetes() -> None:
+    """No operator, no autoscaler, no volume that has to be there before."""
+    manifests = render(MANIFESTS / "overlays" / "minimal")
+    assert not [manifest["kind"] for manifest in manifests if "." in manifest["apiVersion"].split("/")[0]
+                and not manifest["apiVersion"].split("/")[0].endswith(".k8s.io")]  # fmt: skip
+    kinds = {manifest["kind"] for manifest in manifests}
+    assert not kinds & {"HorizontalPodAutoscaler", "PersistentVolumeClaim"}
+    assert all("emptyDir" in volume for volume in pod(manifests)["spec"]["volumes"])
+    _check_pod(pod(manifests)["spec"])
+
+
+def test_openshift_may_choose_the_user() -> None:
+    spec = pod(render(MANIFESTS / "overlays" / "openshift"))["spec"]
+    assert not {"runAsUser", "runAsGroup", "fsGroup"} & spec["securityContext"].keys()
+    assert not any("runAsUser" in container["securityContext"] for container in containers(spec))
+    _check_pod(spec)
+
+
+def test_the_other_components_combine(tmp_path: Path) -> None:
+    """Keys from a Secret, Ingress and Gateway with TLS, a priority, and a cache that survives pods."""
+    names = ["models-volume", "keys", "ingress", "gateway", "priority", "cache-volume"]
+    manifests = render_with(tmp_path / "k8s", "cpu", names)
+    for manifest in manifests:
+        validate(manifest)
+    spec, server = pod(manifests)["spec"], server_of(manifests)
+    _check_pod(spec)
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]}
+    assert volumes["cache"] == {"name": "cache", "persistentVolumeClaim": {"claimName": "inferpool-cache"}}
+    assert environ(server)["INFERPOOL_CACHE_DIR"] == mounts["cache"]
+    assert volumes["keys"]["secret"]["secretName"] == "inferpool-keys"
+    assert Path(environ(server)["INFERPOOL_KEYS_FILE"]).parent == Path(mounts["keys"])
+    assert read_settings({}, environ(server)).public_scopes == ("metrics",)
+    assert spec["priorityClassName"] == only(manifests, "PriorityClass")["metadata"]["name"]
+    service, ingress = only(manifests, "Service"), only(manifests, "Ingress")["spec"]
+    (rule,) = ingress["rules"]
+    assert ingress["tls"] == [{"hosts": [rule["host"]], "secretName": "inferpool-tls"}]
+    (path,) = rule["http"]["paths"]
+    assert path["backend"]["service"]["name"] == service["metadata"]["name"]
+    (port,) = service["spec"]["ports"]
+    assert path["backend"]["service"]["port"]["name"] == port["name"]
+    route, (listener,) = only(manifests, "HTTPRoute")["spec"], only(manifests, "Gateway")["spec"]["listeners"]
+    assert route["parentRefs"] == [{"name": "inferpool", "sectionName": listener["name"]}]
+    assert route["hostnames"] == [listener["hostname"]]
+    (backend,) = route["rules"][0]["backendRefs"]
+    assert backend == {"name": service["metadata"]["name"], "port": port["port"]}
+
+
+def test_the_ingress_has_what_is_documented_for_nginx() -> None:
+    ingress = yaml.safe_load((MANIFESTS / "components" / "ingress" / "ingress.yaml").read_text())
+    page = (ROOT / "docs" / "deploy" / "behind-a-proxy.md").read_text()
+    for name in ("proxy-next-upstream", "proxy-next-upstream-tries", "proxy-read-timeout", "proxy-body-size"):
+        value = ingress["metadata"]["annotations"][f"nginx.ingress.kubernetes.io/{name}"]
+        directive = name.replace("-", "_").replace("proxy_body_size", "client_max_body_size")
+        assert re.search(rf"\b{directive} {value}s?;", page), name
+
+
+def test_the_operator_of_the_usual_chart_selects_monitor_and_rules(overlay: list[Manifest]) -> None:
+    """kube-prometheus-stack selects by the name of its release."""
+    for kind in ("PodMonitor", "PrometheusRule"):
+        assert only(overlay, kind)["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+
+
+def test_services_are_dual_stack_where_the_cluster_is(overlay: list[Manifest]) -> None:
+    assert only(overlay, "Service")["spec"]["ipFamilyPolicy"] == "PreferDualStack"
+    assert environ(server_of(overlay))["INFERPOOL_HOST"] == "::"
 
 
 @cache
@@ -142,7 +216,7 @@ def _check_pod(spec: Manifest) -> None:
         written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
         assert written <= {"/cache", "/tmp", "/target"}
     for volume in spec["volumes"]:
-        assert volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim"}
+        assert volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim", "secret"}
 
 
 def test_every_selector_matches_the_pods(overlay: list[Manifest]) -> None:
@@ -201,8 +275,11 @@ def test_a_server_starts_with_the_containers_variables_and_passes_its_probes(
     assert container["args"] == ["serve", "/models"]
     writable = {mount["mountPath"] for mount in container["volumeMounts"]}
     own = environ(container)
+    own.pop("INFERPOOL_DEVICES", None)  # this machine may have no GPU
     assert own.pop("INFERPOOL_CACHE_DIR") in writable
-    server = serve(ROOT / "models", **own)
+    # With the variables of a Service called inferpool-web, in case somebody turns service links on.
+    server = serve(ROOT / "models", INFERPOOL_WEB_PORT="tcp://10.0.0.1:80", **own)
+    server.wait_for(r"1 variables that Kubernetes sets for Services are ignored, such as INFERPOOL_WEB_PORT=")
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert server.get(container[probe]["httpGet"]["path"]).status_code == 200
     (endpoint,) = only(overlay, "PodMonitor")["spec"]["podMetricsEndpoints"]
@@ -214,6 +291,11 @@ def test_only_the_gpu_overlay_asks_for_a_gpu() -> None:
     (container,) = spec["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert container["image"] == "inferpool:gpu"
+    assert spec["runtimeClassName"] == "nvidia"
+    # Without a GPU that works, models fail to load and do not run on the CPU.
+    assert read_settings({}, environ(container)).devices == ("cuda:0",)
+    cache = next(volume for volume in spec["volumes"] if volume["name"] == "cache")
+    assert cache.keys() == {"name", "persistentVolumeClaim"}
     assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert spec["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
     spec = pod(render(MANIFESTS / "overlays" / "cpu"))["spec"]
@@ -237,8 +319,8 @@ def test_the_rules_are_those_of_compose(overlay: list[Manifest]) -> None:
 
 def test_the_job_has_the_name_that_the_rules_ask_for(overlay: list[Manifest]) -> None:
     label = only(overlay, "PodMonitor")["spec"]["jobLabel"]
-    asked = set(re.findall(r'job="([^"]*)"', str(only(overlay, "PrometheusRule")["spec"])))
-    assert asked == {pod(overlay)["metadata"]["labels"][label]}
+    (asked,) = set(re.findall(r'job=~"([^"]*)"', str(only(overlay, "PrometheusRule")["spec"])))
+    assert re.fullmatch(asked, pod(overlay)["metadata"]["labels"][label])
 
 
 def test_rules_and_formulas_name_exported_metrics(overlay: list[Manifest]) -> None:
@@ -273,6 +355,11 @@ def test_kserve_finds_runtime_format_and_protocol() -> None:
     # KServe finds the container by this name.
     assert container["name"] == "kserve-container"
     assert container["args"] == ["serve", "/mnt/models"]
+    # Namespaces that are "restricted" take it.
+    context = container["securityContext"]
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert (context["runAsNonRoot"], context["allowPrivilegeEscalation"]) == (True, False)
+    assert context["capabilities"] == {"drop": ["ALL"]}
     settings = read_settings({}, environ(container))
     needed = settings.drain_settle_s + settings.drain_timeout_s + CLOSE_TIMEOUT_S
     assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] >= needed + 5

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ Labels = dict[str, str]
 
 
 class Prometheus:
-    """A process that scrapes `target` (`host:port`) and evaluates the rules, both every second."""
+    """A process that scrapes targets and evaluates the rules, both every second."""
 
-    def __init__(self, folder: Path, target: str) -> None:
+    def __init__(self, folder: Path, target: str, others: Mapping[str, str] = {}) -> None:
+        """Scrape `target` (`host:port`) as the project's own job, and `others` by the names of their jobs."""
         config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+        for job, other in others.items():
+            config["scrape_configs"].append({"job_name": job, "static_configs": [{"targets": [other]}]})
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         for name in config["rule_files"]:
             # Alerts wait a minute or longer before they fire; only this delay is changed.

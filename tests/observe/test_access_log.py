@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from inferpool.observe.background import MOST_WAITING
+from inferpool.observe.logs import AccessLog, LineHandler
 
 from tests.chaos.inferpool_chaos import DIE, RAISE
 from tests.clients import Client
@@ -125,7 +126,7 @@ def test_failed_requests_leave_lines_too(logging_server: Server) -> None:
         (422, "invalid_input", "info", "m", None),
         (400, "malformed_body", "info", "m", None),
         (404, "model_not_found", "info", None, None),
-        (413, "body_too_large", "info", None, None),
+        (413, "body_too_large", "info", "m", None),
     ]
     assert [line["bytes_in"] > 0 for line in found] == [True, True, True, False, False], (
         "bytes that were read"
@@ -164,17 +165,38 @@ def test_a_client_that_disconnects_leaves_a_line(logging_server: Server) -> None
     assert found["sending"]["bytes_in"] == 1
 
 
-def test_without_the_setting_only_requests_with_status_500_are_logged(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    """Without `--access-log`, only requests that ended with status 500 leave a line."""
-    server = serve(make_chaos("m", run_ms=5))
+def test_without_the_setting_failures_are_logged(serve: Serve, make_chaos: MakeChaos) -> None:
+    """Each 500 leaves a line, and the first 503 and 504 of a model; the end of the server has lines, too."""
+    repository = make_chaos("m", run_ms=5)
+    (repository / "broken" / "1").mkdir(parents=True)
+    (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
+    server = serve(repository)
     server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]})
     server.post("/predict/m", json={"inputs": [[1]]})
-    server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]}, headers={"X-Timeout-Ms": "0.001"})
-    server.post("/predict/m", json={"inputs": [[RAISE] * 4]}, headers={"X-Request-Id": "bad"})
-    (line,) = lines(server)
-    assert (line["request_id"], line["status"], line["level"]) == ("bad", 500, "error")
+    for _ in range(3):
+        server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]}, headers={"X-Timeout-Ms": "0.001"})
+        server.post("/predict/broken", json={"inputs": [[1]]})
+        server.post("/predict/nobody", json={"inputs": [[1]]})
+        server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
+    assert [(line["status"], line["code"], line["level"], line["model"]) for line in lines(server)] == [
+        (504, "deadline_exceeded", "warning", "m"),
+        (503, "not_ready", "warning", "broken"),
+        *[(500, "model_failed", "error", "m")] * 3,
+    ]
+    messages = [line["message"] for line in server.log]
+    assert "SIGTERM: draining" in messages
+    assert messages[-1] == "stopped: every accepted request was answered"
+
+
+def test_failures_of_one_model_and_code_have_a_line_a_minute() -> None:
+    access = AccessLog(cast("LineHandler", None), every=False)
+    assert [access.throttles(status) for status in (500, 503, 504)] == [False, True, True]
+    assert [access.admit("m", "not_ready", now) for now in (0.0, 1.0, 59.0, 60.0, 61.0, 120.0)] == [
+        0, -1, -1, 2, -1, 1,
+    ]  # fmt: skip
+    assert access.admit("m", "deadline_exceeded", 121.0) == access.admit("other", "not_ready", 121.0) == 0
+    assert access.admit("m", "not_ready", 50.0) == 0, "a clock that was set back does not silence the log"
+    assert not AccessLog(cast("LineHandler", None), every=True).throttles(503)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +205,8 @@ def test_without_the_setting_only_requests_with_status_500_are_logged(
         ("info", True, [200, 404, 499, 500, 503, 504]),
         ("warning", True, [500, 503, 504]),
         ("error", True, [500]),
-        ("info", False, [500]),
+        ("info", False, [500, 503, 504]),
+        ("error", False, [500]),
     ],
 )
 def test_the_level_of_the_log_holds_for_requests(level: str, every: bool, expected: list[int]) -> None:

@@ -5,25 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from inferpool.observe.families import FAMILIES
 
-from tests.chaos.inferpool_chaos import DIE, RAISE
+from tests.chaos.inferpool_chaos import CRASH, DIE, RAISE
 from tests.clients import Client
+from tests.engine.processes import WEB, find
 from tests.http.access.keys import KeyFile
 from tests.observe.prometheus import FOLDER, ROOT, Prometheus, needs_prometheus
 from tests.server import START_S, Server
 
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "inferpool.json").read_text())
 LOAD_S = 14
+CRASHING = "inferpool-crashing"
+"""The job of the server whose processes end."""
 GPU_PANELS = {
     "Utilization", "GPU memory", "Padded rows", "Nodes on the CPU", "GPU temperature", "GPU power"
 }  # fmt: skip
@@ -115,14 +121,27 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
     keys = KeyFile(folder / "keys.toml")
     keys.add("unused", "admin")
     public = ("--keys-file", str(keys.path), "--public-scopes", "predict,read,metrics")
-    server = Server(repository, public, environ)
+    # One of the required models does not exist.
+    server = Server(repository, (*public, "--required-models", "steady,missing"), environ)
     server.wait_loaded()
+    (folder / "crashing" / "fragile" / "1").mkdir(parents=True)
+    (folder / "crashing" / "fragile" / "1" / "model.chaos").write_text("{}")
+    crashing = Server(folder / "crashing", ("--engine", "process", "--web-processes", "2"), environ)
+    crashing.wait_loaded()
     (folder / "prometheus").mkdir()
-    prometheus = Prometheus(folder / "prometheus", f"127.0.0.1:{server.port}")
+    targets = {CRASHING: f"127.0.0.1:{crashing.port}"}
+    prometheus = Prometheus(folder / "prometheus", f"127.0.0.1:{server.port}", targets)
     # Counters that rise at once must be scraped at 0 first.
-    prometheus.wait(lambda: prometheus.has("up == 1"), "a first scrape", START_S)
+    for name in ("engine_restarts", "web_restarts", "replayed_entries", "crashed_entries"):
+        zero = f'inferpool_{name}_total{{job="{CRASHING}"}} == 0'
+        prometheus.wait(partial(prometheus.has, zero), "a first scrape", START_S)
+    prometheus.wait(lambda: prometheus.value("sum(up)") == 2, "a first scrape", START_S)
     load = Load(server.port)
     try:
+        # Keys that cannot be read again, a request that ends two engines, a web process that is killed.
+        keys.path.write_text("no TOML")
+        assert crashing.post("/predict/fragile", json={"inputs": [[CRASH] * 4]}).status_code == 500
+        os.kill(find(crashing, WEB)[0], signal.SIGKILL)
         prometheus.wait(lambda: time.time() > load.began + LOAD_S, "the load lasts", LOAD_S + START_S)
         prometheus.wait(lambda: prometheus.has('ALERTS{alertstate="firing"}'), "an alert fires", START_S)
         load.stop()
@@ -132,6 +151,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
         load.stop()
         prometheus.close()
         server.kill()
+        crashing.kill()
 
 
 pytestmark = needs_prometheus
@@ -203,19 +223,21 @@ def test_recorded_ratios_are_those_of_the_load(watched: Watched) -> None:
 
 
 def test_exactly_the_expected_alerts_fire(watched: Watched) -> None:
-    """The alerts name the failed model, the lost instance and the failures, and no other alert fires."""
+    """A failed model, a lost instance, failures, and a required model that does not exist; no other alert."""
     prometheus = watched.prometheus
     expected = {
         ("InferpoolModelFailed", "broken"), ("InferpoolModelUnavailable", "broken"),
         ("InferpoolInstanceLost", "mortal"), ("InferpoolErrorsBurnFast", "ill"),
-        ("InferpoolErrorsBurnSlowly", "ill"), ("InferpoolErrorsBurnFast", "steady"),
-        ("InferpoolErrorsBurnSlowly", "steady"), ("InferpoolErrorsBurnFast", "mortal"),
-        ("InferpoolErrorsBurnSlowly", "mortal"),
+        ("InferpoolErrorsBurnSlowly", "ill"), ("InferpoolDeadlinesMissed", "steady"),
+        ("InferpoolNotReady", None), ("InferpoolServerNotReady", None), ("InferpoolKeysStale", None),
+        ("InferpoolEngineRestarts", None), ("InferpoolWebRestarts", None),
+        ("InferpoolRequestsCrash", "fragile"), ("InferpoolRequestsReplayed", "fragile"),
     }  # fmt: skip
+    # The three failures of "mortal" are too few to call anybody.
 
-    def firing() -> set[tuple[str, str]]:
+    def firing() -> set[tuple[str, str | None]]:
         alerts = prometheus.query('ALERTS{alertstate="firing"}')
-        return {(labels["alertname"], labels["model"]) for labels, _ in alerts}
+        return {(labels["alertname"], labels.get("model")) for labels, _ in alerts}
 
     prometheus.wait(lambda: firing() >= expected, "every alert that is due fires", START_S)
     assert firing() == expected
@@ -255,7 +277,8 @@ def queries() -> Iterator[Any]:
 @pytest.mark.parametrize(("title", "expression"), list(queries()))
 def test_every_query_of_the_dashboard_returns_data(title: str, expression: str, watched: Watched) -> None:
     """Panels, variables and annotations show data; Prometheus at least parses those about GPUs."""
-    for variable, value in (("$__rate_interval", "10s"), ("$model", ".*"), ("$instance", ".*")):
+    values = {"__rate_interval": "10s", "model": ".*", "instance": ".*", "namespace": ".*", "job": ".*"}
+    for variable, value in ((f"${name}", value) for name, value in values.items()):
         expression = expression.replace(variable, value)
     assert "$" not in expression
     found = watched.prometheus.query(expression, watched.load.began + LOAD_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,28 @@ def test_both_formats_say_the_same(bundled: Server) -> None:
             }
         )
     assert samples[0] == samples[1]
+
+
+def test_the_page_is_compressed_if_the_scraper_accepts_it(bundled: Server) -> None:
+    plain = bundled.get("/metrics", headers={"accept-encoding": "identity"})
+    packed = bundled.get("/metrics", headers={"accept-encoding": "gzip"})
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "gzip"
+    assert int(packed.headers["content-length"]) < int(plain.headers["content-length"]) / 5
+    assert packed.text.splitlines()[0] == plain.text.splitlines()[0]
+
+
+def test_a_version_has_at_most_sixty_series(bundled: Server) -> None:
+    bundled.post("/predict/diabetes", json=ROWS)
+    bundled.post("/predict/next-word", json={"inputs": ["It is"]})
+    versions = Counter(
+        (sample.labels["model"], sample.labels["version"])
+        for family in parse_text(bundled.get("/metrics").text)
+        for sample in family.samples
+        if sample.labels.get("version") and sample.name.startswith("inferpool_") and "model" in sample.labels
+    )
+    assert {model for model, _ in versions} >= {"diabetes", "next-word"}
+    assert max(versions.values()) <= 60, versions
 
 
 def test_a_sampled_trace_becomes_an_exemplar(bundled: Server) -> None:
@@ -123,7 +146,7 @@ def test_rendered_metrics_are_parsed_back(model: str, amounts: list[float], coun
         assert samples["inferpool_build_info", None].value == 1
         assert samples[f"{name}_count", None].value == len(amounts)
         assert math.isclose(samples[f"{name}_sum", None].value, sum(amounts), rel_tol=1e-9, abs_tol=1e-12)
-        for bound in (0.0005, 0.25, 30.0):
+        for bound in (0.001, 0.25, 5.0):
             expected = sum(amount <= bound for amount in amounts)
             assert samples[f"{name}_bucket", str(bound)].value == expected
         assert samples[f"{name}_bucket", "+Inf"].value == len(amounts)

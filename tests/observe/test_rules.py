@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.observe.prometheus import FOLDER, needs_prometheus
+from tests.observe.prometheus import FOLDER, ROOT, needs_prometheus
 
 CASES = Path(__file__).with_name("rules_test.yml")
 
@@ -41,3 +41,15 @@ def test_every_alert_has_a_case_in_which_it_fires() -> None:
         if case["exp_alerts"]
     }
     assert fired == set(re.findall(r"alert: (\S+)", (FOLDER / "rules.yml").read_text()))
+
+
+def test_every_alert_has_a_section_in_the_runbook() -> None:
+    """The link of an alert leads to a heading that is its name."""
+    groups = yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"]
+    alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+    page = ROOT / "docs" / "operate" / "runbook.md"
+    assert [rule["alert"] for rule in alerts] == re.findall(r"^## (\w+)$", page.read_text(), re.MULTILINE)
+    for rule in alerts:
+        link = f"{page.relative_to(ROOT)}#{rule['alert'].lower()}"
+        assert rule["annotations"]["runbook_url"] == link
+        assert {"summary", "description"} <= rule["annotations"].keys()

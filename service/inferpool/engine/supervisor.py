@@ -33,7 +33,7 @@ from inferpool.engine.spare_engine import LEAST_SPARE_BYTES, SpareEngine
 from inferpool.engine.spawn import Child, name_process, spawn
 from inferpool.engine.supervised import Crash, SupervisedEngine, SupervisedWeb
 from inferpool.engine.supervisor_metrics import SupervisorMetrics
-from inferpool.observe.logs import configure_logs
+from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.pool.token_buckets import MEMORY_BYTES
 from inferpool.system.connection_counts import make_counts, set_absent
 from inferpool.system.listeners import address_of, remove_socket_file, socket_file
@@ -703,6 +703,7 @@ class Supervisor:
                 if engine.child is not None and engine.told:
                     engine.child.control.send("rescan", wait=False)
         elif self._draining:
+            log.warning("%s: stopping at once, without the requests that are not answered yet", number.name)
             self._status = 1
         else:
             log.info("%s: draining", number.name)
@@ -813,6 +814,7 @@ def main() -> int:
         file = socket_file(inherited)
         status = Supervisor(inherited, values["repository"], settings).run()
     remove_socket_file(file)
+    report_stopped(status)
     return status
 
 

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def accepts_gzip(accept_encoding: str) -> bool:
+    """Return whether an Accept-Encoding header (RFC 9110, 12.5.3) allows a gzip response."""
+    if not accept_encoding:
+        return False
+    weights = read_weights(accept_encoding)
+    return weights.get("gzip", weights.get("*", 0.0)) > 0
+
+
 def read_weights(header: str) -> dict[str, float]:
     """Return the names in an Accept or Accept-Encoding header with their weights (RFC 9110, 12.4.2).
 

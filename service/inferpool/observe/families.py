@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-SECONDS_BUCKETS: Final = (
-    0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025, 0.04, 0.06,
-    0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0,
-)  # fmt: skip
-"""Upper bounds for durations in seconds: steps of about 1.6, from 0.5 ms to 30 s."""
+# A bucket is a series for each version, and Prometheus keeps each series of each server.
+REQUEST_BUCKETS: Final = (0.001, 0.0025, 0.006, 0.015, 0.04, 0.1, 0.25, 0.6, 1.5, 5.0)
+"""Upper bounds for the durations of requests in seconds: steps of about 2.5, from 1 ms to 5 s."""
 
-ROWS_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+PART_BUCKETS: Final = (0.001, 0.006, 0.04, 0.25, 1.5)
+"""Upper bounds for the parts of a request's duration in seconds: every second one of `REQUEST_BUCKETS`."""
+
+ROWS_BUCKETS: Final = (1, 4, 16, 64, 256)
 """Upper bounds for the rows of a batch."""
 
-USUAL_STATUSES: Final = ("200", "422", "429", "500", "503", "504")
+USUAL_STATUSES: Final = ("200", "429", "500", "503")
 """Statuses whose counters exist from the start: a rate misses the first request of a new series."""
 
 
@@ -55,12 +56,14 @@ FAMILIES: Final = {
     for family in (
         Family("requests_total", "counter", (*_VERSION, "code"),
                "Predict requests answered, by HTTP status."),
+        Family("server_errors_total", "counter", _VERSION,
+               "Predict requests that ended with a 5xx, but for missed deadlines that clients had set."),
         Family("request_duration_seconds", "histogram", _VERSION,
-               "Time from a request's head to its response, errors included.", SECONDS_BUCKETS),
+               "Time from a request's head to its response, errors included.", REQUEST_BUCKETS),
         Family("queue_duration_seconds", "histogram", _VERSION,
-               "Time that requests waited in the queue.", SECONDS_BUCKETS),
+               "Time that requests waited in the queue.", PART_BUCKETS),
         Family("compute_duration_seconds", "histogram", _VERSION,
-               "Time that the batches of requests ran in the model.", SECONDS_BUCKETS),
+               "Time that the batches of requests ran in the model.", PART_BUCKETS),
         Family("batch_rows", "histogram", _VERSION, "Rows of each batch that ran.", ROWS_BUCKETS),
         Family("batches_total", "counter", (*_VERSION, "device", "reason"),
                "Batches that ran, by the reason why they were not larger."),
@@ -92,8 +95,10 @@ FAMILIES: Final = {
                "CPU time of the thread of a web process that reads and answers requests; one second per"
                " second is its limit."),
         Family("instances", "gauge", (*_VERSION, "device", "state"), "Instances, by state."),
+        Family("ready", "gauge", (),
+               "1 if every required model can answer, as `/health/ready` says, else 0.", combine="max"),
         Family("model_state", "gauge", (*_VERSION, "state"),
-               "1 for the current state of a version, 0 for the others."),
+               "1 for the current state of a version; the state ready is 0 when it is another."),
         Family("model_load_seconds", "gauge", _VERSION,
                "Time to load, check, measure and warm up a version."),
         Family("loads_total", "counter", (*_VERSION, "outcome"),

@@ -19,8 +19,13 @@ from inferpool.observe.background import BackgroundWorker
 from inferpool.observe.request_record import RequestRecord
 from inferpool.system.files import printable
 
+log = logging.getLogger(__name__)
+
 ACCESS: Final = "inferpool.access"
 """The logger name of the access log."""
+
+THROTTLE_S: Final = 60.0
+"""How often a failure of one model and code has a line at most, in seconds."""
 
 CLOSE_S: Final = 1.0
 """How long the process may take at its end to write the waiting lines."""
@@ -194,16 +199,39 @@ class LineHandler(logging.Handler):
 
 
 class AccessLog:
-    """Logs predict requests, one line each: all of them, or only those that ended with status 500."""
+    """Logs predict requests, one line each: all of them, or only failures.
+
+    Failures are requests that ended with status 500, and of those with 503 and 504 one of each model and code
+    in `THROTTLE_S`: a server under overload ends thousands of them a second.
+    """
 
     def __init__(self, handler: LineHandler, *, every: bool) -> None:
         self._handler = handler
+        self._every = every
         # The configured log level holds for these lines too.
-        self._level = logging.getLogger(ACCESS).getEffectiveLevel() if every else logging.ERROR
+        level = logging.getLogger(ACCESS).getEffectiveLevel()
+        self._level = level if every else max(level, logging.WARNING)
+        self._shown: dict[tuple[str | None, str], tuple[float, int]] = {}
 
     def wants(self, status: int) -> bool:
-        """Whether a request that ended with `status` is logged."""
+        """Whether requests that ended with `status` are logged."""
         return _level(status) >= self._level
+
+    def throttles(self, status: int) -> bool:
+        """Whether not every request that ended with `status` has a line; `admit` says which ones have."""
+        return not self._every and status != 500
+
+    def admit(self, model: str | None, code: str, now: float) -> int:
+        """Return how many requests with this model and code had no line since the last; -1 for no line now.
+
+        `now` is the Unix time in seconds. `model` must be one of the repository's, because names are kept.
+        """
+        known = self._shown.get((model, code))
+        if known is None or not 0.0 <= now - known[0] < THROTTLE_S:
+            self._shown[model, code] = (now, 0)
+            return 0 if known is None else known[1]
+        self._shown[model, code] = (known[0], known[1] + 1)
+        return -1
 
     def put(self, record: RequestRecord) -> None:
         """Log a request; returns at once, whatever the stream does."""
@@ -228,6 +256,14 @@ def configure_logs(level: str, style: str, stream: TextIO | None = None, *, proc
     return handler
 
 
+def report_stopped(status: int) -> None:
+    """Log the end of the server, which is its last line; `status` is the exit status of the process."""
+    if status == 0:
+        log.info("stopped: every accepted request was answered")
+    else:
+        log.error("stopped with status %d; the lines before this one say why", status)
+
+
 def _level(status: int) -> int:
     """The level of a status: 500 is a defect; 503 and 504 mean overload or a model that is not ready."""
     if status < 500:
@@ -237,7 +273,7 @@ def _level(status: int) -> int:
 
 def request_fields(record: RequestRecord) -> dict[str, Any]:
     """The fields of a request's line, without time and level."""
-    return {
+    fields: dict[str, Any] = {
         "request_id": record.request_id,
         "trace_id": record.trace_id,
         "status": record.status,
@@ -257,6 +293,9 @@ def request_fields(record: RequestRecord) -> dict[str, Any]:
         "method": record.method,
         "path": record.path,
     }
+    if record.left_out:
+        fields["left_out"] = record.left_out
+    return fields
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -221,7 +221,7 @@ class Metrics:
         """Export the version's request counters and histograms with the value 0."""
         for status in USUAL_STATUSES:
             self.value("requests_total", model, version, status)
-        for name in ("replayed_entries_total", "crashed_entries_total"):
+        for name in ("server_errors_total", "replayed_entries_total", "crashed_entries_total"):
             self.value(name, model, version)
         for family in FAMILIES.values():
             if family.kind == "histogram":

@@ -14,7 +14,7 @@ class RequestRecord(NamedTuple):
         trace_id: 32 hexadecimal digits; None if the request belongs to no trace.
         status: the HTTP status; 499 if the client disconnected before the response.
         code: the error code, or "ok".
-        model: the model's name; None if the request named no model that is served.
+        model: the model's name; None if the request named no model of the repository.
         version: the version number, or None.
         rows: rows of the request; None if the request was never queued.
         batch_rows: rows of the batch that the request ran in; None if it never ran.
@@ -28,6 +28,7 @@ class RequestRecord(NamedTuple):
         client: the address of the client; None if it uses a Unix socket.
         method: the HTTP method; None if the request line could not be read.
         path: the path, without a query; None if the request line could not be read.
+        left_out: requests with the same model and code since the last line, which have no line of their own.
     """
 
     time: float
@@ -49,3 +50,4 @@ class RequestRecord(NamedTuple):
     client: str | None = None
     method: str | None = None
     path: str | None = None
+    left_out: int = 0

@@ -22,10 +22,13 @@ DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
 }
 """Makes the error of a dropped entry; the keys are the reasons of `dropped_entries_total`."""
 
+_USUAL_DROPS: Final = ("deadline", "disconnected")
+"""The reasons whose counters exist from the start."""
+
 RUN_OVER: Final = "the deadline passed while the model ran"
 
-_BATCH_REASONS: Final = ("drained", "full", "deadline", "piece", "retry")
-"""Why a batch is no larger, as `batches_total` says it."""
+_BATCH_REASONS: Final = ("drained", "full")
+"""The usual reasons why a batch is no larger, whose counters exist from the start."""
 
 STOPPED: Final = ("answer", "rows")
 """Why batching is turned off while serving: another answer than alone, or another number of rows."""
@@ -82,15 +85,11 @@ class BatchStats:
         self._padding = padding
         self._buckets = buckets
         self._batch_rows = metrics.distribution("batch_rows", *self._labels)
-        self._drops = {
-            reason: metrics.value("dropped_entries_total", *self._labels, reason) for reason in DROPPED
-        }
         self._batches: dict[int, BatchCount] = {}
         self._shared_batches: dict[int, memoryview[float] | None] = {}
         self._audits = metrics.value("audits_total", *self._labels)
-        self._stops = {
-            reason: metrics.value("batching_stopped_total", *self._labels, reason) for reason in STOPPED
-        }
+        for reason in _USUAL_DROPS:
+            metrics.value("dropped_entries_total", *self._labels, reason)
         # Series start at 0 here and in `add_device`: a rate misses the batch with which a series begins.
         for name in ("tokens_total", "padded_tokens_total") if padding is not None else ():
             metrics.value(name, *self._labels)
@@ -105,7 +104,7 @@ class BatchStats:
 
     def count_drop(self, reason: str) -> None:
         """Count an entry that was dropped."""
-        self._drops[reason].add()
+        self._metrics.value("dropped_entries_total", *self._labels, reason).add()
 
     def count_audit(self) -> None:
         """Count an entry that ran again, alone."""
@@ -113,7 +112,7 @@ class BatchStats:
 
     def count_stop(self, reason: str) -> None:
         """Count that batching was turned off, for a reason of `STOPPED`."""
-        self._stops[reason].add()
+        self._metrics.value("batching_stopped_total", *self._labels, reason).add()
 
     def count_busy(self, device: str, seconds: float) -> None:
         """Count time that an instance on `device` has spent on a batch that still runs."""

@@ -6,18 +6,19 @@ from collections import Counter
 from collections.abc import Iterable
 
 from inferpool.observe.metrics import Sample
-from inferpool.repository.catalog import READY, STATES, Catalog
+from inferpool.repository.catalog import READY, Catalog
 from inferpool.system.gpus import CPU
 
 
 def catalog_readings(catalog: Catalog) -> Iterable[Sample]:
     """The gauges of every model, at this moment."""
+    yield "ready", (), float(catalog.health().ready)
     for model in catalog.models().values():
         for version in model.versions.values():
             labels = (model.name, str(version.key.version))
-            for state in STATES:
-                yield "model_state", (*labels, state), float(version.state == state)
+            yield "model_state", (*labels, READY), float(version.state == READY)
             if version.state != READY:
+                yield "model_state", (*labels, version.state), 1.0
                 continue
             live = catalog.live(version.key)
             yield "model_load_seconds", labels, version.load_s

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from inferpool.http.accept_headers import accepts_gzip
 from inferpool.http.native.admin_routes import add_admin
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.schemas import (
@@ -21,6 +22,7 @@ from inferpool.http.native.schemas import (
     version_out,
 )
 from inferpool.http.openapi_parts import error_responses
+from inferpool.http.predict.compression import gzipped
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, find_model
@@ -97,11 +99,20 @@ def _add_health(app: FastAPI, catalog: Catalog) -> None:
 def _add_metrics(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
     @app.get("/metrics", tags=["health"], summary="All metrics, for Prometheus", response_class=Response)
     async def read_metrics(request: Request) -> Response:
-        """Prometheus text, or OpenMetrics if Accept asks for it."""
+        """Prometheus text, or OpenMetrics if Accept asks for it; gzip if Accept-Encoding allows that."""
         await catalog.refresh()
+        wanted, packs = request.headers.get("accept", ""), request.headers.get("accept-encoding", "")
         # In a thread: with many versions rendering takes a while, and predictions must go on.
-        body, content_type = await asyncio.to_thread(metrics.render, request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": content_type})
+        body, headers = await asyncio.to_thread(_page, metrics, wanted, accepts_gzip(packs))
+        return Response(body, headers=headers)
+
+
+def _page(metrics: Metrics, accept: str, packs: bool) -> tuple[bytes, dict[str, str]]:
+    """All metrics and the headers of the response; `packs` tells whether gzip is accepted."""
+    body, content_type = metrics.render(accept)
+    headers = {"content-type": content_type, "vary": "accept, accept-encoding"}
+    packed = gzipped([body]) if packs else None
+    return (body, headers) if packed is None else (packed, {**headers, "content-encoding": "gzip"})
 
 
 def _documented_error(status: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Final
 
 from inferpool.allowance import Allowance
 from inferpool.errors import (
+    DeadlineExceeded,
     Draining,
     Forbidden,
     InferpoolError,
@@ -380,7 +381,11 @@ class Predictor:
         # A key that is refused is no failure of a model, and whoever has none must not make it look like one.
         refused = isinstance(problem, (Unauthorized, Forbidden))
         metrics = self.resolver.no_model if refused else self.resolver.metrics_of(context)
-        metrics.failed(status, total_s)
+        # A server that refuses what its client's deadline does not allow has done what it was asked to do.
+        missed = isinstance(problem, DeadlineExceeded) and (
+            context.head.timeout_text is not None or context.options.timeout_ms is not None
+        )
+        metrics.failed(status, total_s, by_server=status >= 500 and not missed)
         if context.tenant is not None:
             context.tenant.ended(status)
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
@@ -390,7 +395,8 @@ class Predictor:
             (b"server-timing", server_timing(queue_s, compute_s, total_s)),
             *problem_headers(problem),
         ]
-        self._recorder.ended(context, status, problem.code, len(body), now, result)
+        name = self.resolver.model_of(context)
+        self._recorder.ended(context, status, problem.code, len(body), now, result, name)
         return Response(status, headers, [body], len(body))
 
     def deadline(self, context: PredictContext) -> float:

@@ -47,8 +47,12 @@ class RequestRecorder:
         bytes_out: int,
         ended: float,
         result: Result | None,
+        model: str | None = None,
     ) -> None:
-        """Record a request that ended at the moment `ended` of the predictor's clock; call once a request."""
+        """Record a request that ended at the moment `ended` of the predictor's clock; call once a request.
+
+        `model` is the name of a model that the catalog has, if the request failed before a version was found.
+        """
         context.recorded = True
         trace = context.head.trace
         if self._spans is not None:
@@ -58,14 +62,22 @@ class RequestRecorder:
         if not (sampled or logs):
             return
         served, entry = context.served, context.entry
+        if served is not None:
+            model = served.view.key.model
+        now, left_out = time.time(), 0
+        if logs and self._access is not None and self._access.throttles(status):
+            left_out = self._access.admit(model, code, now)
+            logs = left_out >= 0
+            if not (sampled or logs):
+                return
         head, caller, peer, proxies = context.head, context.caller, context.peer, self._proxies
         record = RequestRecord(
-            time.time(),
+            now,
             context.request_id,
             trace.id if trace is not None else None,
             status,
             code,
-            served.view.key.model if served is not None else None,
+            model,
             served.view.key.version if served is not None else None,
             entry.rows if entry is not None else None,
             (result.batch_rows or None) if result is not None else None,
@@ -79,6 +91,7 @@ class RequestRecorder:
             (peer if proxies is None else proxies.client(peer, head.forwarded)) or None,
             head.method if head.path else None,
             head.path or None,
+            left_out,
         )
         if logs and self._access is not None:
             self._access.put(record)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from inferpool.errors import InvalidInput, MalformedBody
-from inferpool.http.accept_headers import read_weights
+from inferpool.http.accept_headers import accepts_gzip
 from inferpool.http.predict.request_id import given_request_id
 from inferpool.observe.traceparent import Trace, read_traceparent
 
@@ -132,7 +132,4 @@ class RequestHead:
 
     def accepts_gzip(self) -> bool:
         """Return whether Accept-Encoding (RFC 9110, 12.5.3) allows a gzip response."""
-        if not self.accept_encoding:
-            return False
-        weights = read_weights(self.accept_encoding)
-        return weights.get("gzip", weights.get("*", 0.0)) > 0
+        return accepts_gzip(self.accept_encoding)

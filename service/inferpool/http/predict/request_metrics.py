@@ -84,6 +84,7 @@ class RequestMetrics:
         self._labels = (model, version)
         self._stats = stats
         self._by_status: dict[int, Value] = {}
+        self._server_errors: Value | None = None
         self._total: Distribution = metrics.distribution("request_duration_seconds", model, version)
         self._queue: Distribution = metrics.distribution("queue_duration_seconds", model, version)
         self._compute: Distribution = metrics.distribution("compute_duration_seconds", model, version)
@@ -97,9 +98,13 @@ class RequestMetrics:
         self._compute.observe(result.compute_s)
         self._stats.succeeded(total_s, rows, decode_s, encode_s, now)
 
-    def failed(self, status: int, total_s: float) -> None:
-        """Count a request that ended with an error."""
+    def failed(self, status: int, total_s: float, *, by_server: bool) -> None:
+        """Count a request that ended with an error; `by_server` tells whether the server is responsible."""
         self._count(status, total_s)
+        if by_server:
+            if self._server_errors is None:
+                self._server_errors = self._metrics.value("server_errors_total", *self._labels)
+            self._server_errors.add(1.0)
 
     def exemplify(self, exemplar: Exemplar, result: Result | None) -> None:
         """Make a counted request the exemplar of its buckets."""

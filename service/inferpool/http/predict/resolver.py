@@ -99,17 +99,24 @@ class Resolver:
         """Return where a refused request is counted: its version, else its model, else neither."""
         if context.served is not None:
             return context.served.metrics
-        models = self._catalog.models()
-        name = context.head.model or context.options.model
-        if name is None and len(models) == 1:
-            name = next(iter(models))
-        # Labels must stay few, and a client can send any name.
-        if name is None or name not in models:
+        name = self.model_of(context)
+        if name is None:
             return self.no_model
         metrics = self._by_model.get(name)
         if metrics is None:
             metrics = self._by_model[name] = RequestMetrics(self._metrics, name, "", RequestStats())
         return metrics
+
+    def model_of(self, context: PredictContext) -> str | None:
+        """Return the model that a request means, ready or not; None if the catalog has no such model."""
+        if context.served is not None:
+            return context.served.view.key.model
+        models = self._catalog.models()
+        name = context.head.model or context.options.model
+        if name is None and len(models) == 1:
+            name = next(iter(models))
+        # Labels must stay few, and a client can send any name.
+        return name if name is not None and name in models else None
 
     def _look_up(self, model: str, version: str | None) -> ServedVersion:
         view = find_ready(self._catalog, model, version)
