@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from inferpool.errors import DeadlineExceeded, QueueFull
 from inferpool.pool.admission import Limits
 from inferpool.pool.batch import RowSlice
+from inferpool.pool.device_accounts import ACTIVE_S, DeviceAccount
 from inferpool.pool.entry_queue import OLDEST_LEADS_EVERY, Queue
-from inferpool.pool.fair_shares import ACTIVE_S
 from inferpool.pool.ordered_queue import QueueSlot
 from inferpool.pool.ports import Entry, VersionKey
 
@@ -43,7 +43,7 @@ def queue_of(*entries: Entry, **limits: Any) -> Queue:
 
 
 def taken(queue: Queue, now: float = 0.0) -> list[int]:
-    return [each.entry.id for each in queue.take(now).slices]
+    return [each.entry.id for each in queue.take(now, DeviceAccount()).slices]
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -98,7 +98,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         before = dict(self.waiting)
-        take = self.queue.take(self.now)
+        take = self.queue.take(self.now, DeviceAccount())
         for drop in take.drops:
             assert drop.reason == "deadline"
             assert drop.entry.deadline < self.now + batch_s(min(drop.entry.rows, LIMIT))
@@ -188,10 +188,10 @@ TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=40, d
 
 def test_a_batch_takes_what_waits_up_to_its_rows() -> None:
     queue = queue_of(entry(1, 3), entry(2, 3), entry(3, 3))
-    take = queue.take(0.0)
+    take = queue.take(0.0, DeviceAccount())
     assert [each.entry.id for each in take.slices] == [1, 2]
     assert take.reason == "full"
-    assert queue.take(0.0).reason == "drained"
+    assert queue.take(0.0, DeviceAccount()).reason == "drained"
 
 
 def test_entries_of_different_row_shapes_never_share_a_batch() -> None:
@@ -221,13 +221,14 @@ def test_every_fourth_batch_is_led_by_the_entry_that_has_waited_longest() -> Non
 
 def test_a_large_entry_runs_in_slices_and_lets_others_go_between() -> None:
     queue = queue_of(entry(1, 20))
-    first = queue.take(0.0).slices
+    first = queue.take(0.0, DeviceAccount()).slices
     assert [(each.start, each.stop) for each in first] == [(0, 4)]
     queue.offer(entry(2, 1), 0.0)
     assert taken(queue) == [2]
     for start in (4, 8, 12, 16):
-        assert [(each.start, each.stop) for each in queue.take(0.0).slices] == [(start, start + 4)]
-    assert not queue.take(0.0).slices
+        slices = queue.take(0.0, DeviceAccount()).slices
+        assert [(each.start, each.stop) for each in slices] == [(start, start + 4)]
+    assert not queue.take(0.0, DeviceAccount()).slices
     assert not queue.nbytes
 
 
@@ -359,10 +360,10 @@ def test_two_instances_halve_the_predicted_wait() -> None:
 
 def test_an_expired_entry_is_dropped_once_and_never_taken() -> None:
     queue = queue_of(entry(1, deadline=1.0))
-    take = queue.take(2.0)
+    take = queue.take(2.0, DeviceAccount())
     assert not take.slices
     assert [(drop.entry.id, drop.reason) for drop in take.drops] == [(1, "deadline")]
-    assert not queue.take(2.0).drops
+    assert not queue.take(2.0, DeviceAccount()).drops
 
 
 def test_a_wrong_measurement_does_not_keep_everything_from_running() -> None:
@@ -378,7 +379,7 @@ def test_a_wrong_measurement_does_not_keep_everything_from_running() -> None:
 def test_an_entry_that_cannot_meet_its_deadline_any_more_does_not_lead_a_batch() -> None:
     """Nothing is late yet, but the first entry would be after its run."""
     queue = queue_of(entry(1, deadline=0.1), entry(2, deadline=9.0))
-    take = queue.take(0.095)
+    take = queue.take(0.095, DeviceAccount())
     assert [each.entry.id for each in take.slices] == [2]
     assert [(drop.entry.id, drop.reason) for drop in take.drops] == [(1, "deadline")]
 
@@ -386,7 +387,7 @@ def test_an_entry_that_cannot_meet_its_deadline_any_more_does_not_lead_a_batch()
 def test_an_entry_that_cannot_meet_its_deadline_any_more_is_left_out_of_a_batch() -> None:
     """The first entry leads with its higher priority, and the third one still fits behind it."""
     queue = queue_of(entry(1, priority=1), entry(2, deadline=0.1), entry(3))
-    take = queue.take(0.095)
+    take = queue.take(0.095, DeviceAccount())
     assert [each.entry.id for each in take.slices] == [1, 3]
     assert [(drop.entry.id, drop.reason) for drop in take.drops] == [(2, "deadline")]
 
@@ -406,7 +407,7 @@ def test_a_large_entry_is_expected_to_run_its_slices_on_all_instances() -> None:
 
 def test_a_batch_does_not_grow_past_what_its_tightest_deadline_allows() -> None:
     queue = queue_of(entry(1, 2, deadline=batch_s(4)), entry(2, 2), entry(3, 4))
-    take = queue.take(0.0)
+    take = queue.take(0.0, DeviceAccount())
     assert [each.entry.id for each in take.slices] == [1, 2]
     assert take.reason == "deadline"
 
@@ -416,7 +417,7 @@ def test_the_work_that_waits_is_what_its_batches_take(count: int, instances: int
     queue = queue_of(*map(entry, range(1, count + 1)))
     foreseen = queue.admission.wait_s(instances)
     batches = []
-    while take := queue.take(0.0).slices:
+    while take := queue.take(0.0, DeviceAccount()).slices:
         batches.append(batch_s(len(take)))
     assert foreseen == pytest.approx(sum(batches) / instances)
     assert queue.admission.wait_s(instances) == 0.0

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from inferpool.errors import DeadlineExceeded, QueueFull
 from inferpool.pool.admission import Limits
 from inferpool.pool.batch import Batch
+from inferpool.pool.device_accounts import ACTIVE_S, DeviceAccount
 from inferpool.pool.entry_queue import OLDEST_LEADS_EVERY, Queue
-from inferpool.pool.fair_shares import ACTIVE_S, fair_batch_rows
+from inferpool.pool.fair_shares import fair_batch_rows
 from inferpool.pool.ports import Entry, VersionKey
 
 KEY = VersionKey("m", 1)
@@ -41,7 +42,9 @@ class Made:
         limit: int = LIMIT,
         queue_rows: int = 10**6,
     ) -> None:
+        self.device = DeviceAccount()
         self.queue = Queue(Limits(limit, queue_rows, 10**9), expected_s)
+        self.queue.join(self.device, 0.0)
         self.actual_s = actual_s or (lambda batch: expected_s(batch.load))
         self.now = 0.0
         self.serial = 0
@@ -62,7 +65,7 @@ class Made:
 
     def run(self) -> list[Entry]:
         """Run one batch to its end; returns its entries."""
-        taken = self.queue.take(self.now)
+        taken = self.queue.take(self.now, self.device)
         if not taken.slices:
             return []
         batch = Batch(taken.slices, True, taken.reason, self.now)
@@ -75,7 +78,7 @@ class Made:
             self.waits_s.setdefault(tenant, []).append(self.now - each.entry.arrived)
         self.rows_run += batch.rows
         if batch.row_s >= 0:
-            self.queue.settle(batch, took_s)
+            self.queue.settle(batch, took_s, self.device)
         return [each.entry for each in taken.slices]
 
 
@@ -97,7 +100,7 @@ def test_a_batch_mixes_tenants_by_their_shares() -> None:
 def test_a_single_tenant_costs_nothing_and_keeps_the_order() -> None:
     made = Made()
     ids = [made.offer(ONE) for _ in range(20)]
-    assert made.queue.take(0.0).row_s < 0, "nobody is charged"
+    assert made.queue.take(0.0, made.device).row_s < 0, "nobody is charged"
     assert [entry.id for entry in made.run()] == ids[LIMIT : 2 * LIMIT]
 
 
@@ -245,7 +248,7 @@ def test_an_instance_is_idle_only_if_nothing_waits_and_everything_ends_once(
 
     def run() -> None:
         before = made.queue.rows
-        taken = made.queue.take(made.now)
+        taken = made.queue.take(made.now, made.device)
         assert bool(taken.slices) == (before > 0)
         assert not taken.drops
         for each in taken.slices:

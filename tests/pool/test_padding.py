@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from inferpool.backends.base import DeviceModel, LoadedModel
 from inferpool.pool.admission import Limits
 from inferpool.pool.buckets import BatchBuckets, BucketedModel
+from inferpool.pool.device_accounts import DeviceAccount
 from inferpool.pool.entry_queue import Queue
 from inferpool.pool.padding import STEP, Padding, span
 from inferpool.pool.ports import Entry, VersionKey
@@ -147,7 +148,7 @@ def test_batches_of_mixed_lengths_are_bounded_in_tokens_and_padding(lengths: lis
         queue.offer(Entry(number, KEY, inputs, 1, group, 8, 0.0, row_load=load), 0.0)
     served: list[int] = []
     while len(queue):
-        slices = queue.take(0.0).slices
+        slices = queue.take(0.0, DeviceAccount()).slices
         tokens = [padding.length(each.entry.inputs) for each in slices]
         assert len(slices) == 1 or len(slices) * max(tokens) <= 32 * limit, "never more than was measured"
         assert max(tokens) - min(tokens) < max(STEP, max(tokens) / 8 + 1)

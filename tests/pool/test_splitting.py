@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from inferpool.errors import InvalidInput, ModelFailed, QueueFull
 from inferpool.pool.admission import Limits
 from inferpool.pool.batch import Outcome, RowSlice
+from inferpool.pool.device_accounts import DeviceAccount
 from inferpool.pool.entry_queue import Queue
 from inferpool.pool.ports import Entry, Part, VersionKey
 from inferpool.pool.splitting import SplitRequest, Unjoinable, join_rows, split_entry
@@ -130,11 +131,11 @@ def test_parts_of_a_large_request_come_behind_small_ones() -> None:
     queue.offer(split_entry(1, [Part(entry(10 + n), [n]) for n in range(20)]), 0.0)
     queue.offer(entry(2), 0.0)
     assert queue.rows == 21
-    first = queue.take(0.0).slices
+    first = queue.take(0.0, DeviceAccount()).slices
     assert [each.entry.id for each in first] == [2, *range(10, 17)]
     assert queue.remove(17)
     while len(queue):
-        assert len(queue.take(0.0).slices) <= 8
+        assert len(queue.take(0.0, DeviceAccount()).slices) <= 8
     assert queue.rows == queue.nbytes == 0
     assert queue.next_wakeup(0.0) is None
 

@@ -68,7 +68,7 @@ class Batch:
         answered: the ids of entries whose request has its result although this batch still runs, because its
             deadline has passed, say. Each of them is in `slices`. None while there are none.
         stopped: why the run was asked to end; RUNS if it was not.
-        row_s: seconds that tenants were charged with for a row; negative unless several share the instances.
+        row_s: seconds that tenants were charged with for a row; negative unless several share the device.
     """
 
     __slots__ = ("answered", "batched", "padding", "reason", "row_s", "rows", "slices", "stopped", "taken")

@@ -10,8 +10,9 @@ the group does not fit, no later one overtakes it. Against starvation, every fou
 that has waited longest, whatever its priority or deadline. An entry with n older ones before it therefore
 waits for 4 (n + 1) batches at most.
 
-If entries of several tenants come, the tenants share the instances: see `fair_shares`. Within a priority, the
-tenant whose turn it is then has the next entry, and the order above is that of the tenant's own entries.
+If several tenants use a device of the version, they share it by measured time: see `fair_shares`. Within a
+priority, the tenant whose turn it is then has the next entry, and the order above is that of the tenant's own
+entries.
 
 An entry with more rows than a batch runs in slices of half a batch. Each slice runs by itself, and then the
 remaining rows queue up again behind everything that has arrived meanwhile. A request of 10,000 rows therefore
@@ -26,6 +27,7 @@ from typing import Final, NamedTuple
 
 from inferpool.pool.admission import Admission, Limits
 from inferpool.pool.batch import Batch, RowSlice
+from inferpool.pool.device_accounts import NOBODY, DeviceAccount
 from inferpool.pool.fair_shares import FairShares
 from inferpool.pool.ordered_queue import QueueSlot
 from inferpool.pool.ports import Entry
@@ -55,8 +57,7 @@ class Take:
         drops: entries whose deadline cannot be met; each is reported once.
         reason: why the batch is no larger: `full`, `drained` (nothing else of its group waits), `deadline`
             (more rows would have made one of its entries late) or `piece` (a slice of a larger entry).
-        row_s: seconds that the tenants were charged with for a row; negative unless several share the
-            instances.
+        row_s: seconds that the tenants were charged with for a row; negative unless several share the device.
     """
 
     __slots__ = ("drops", "reason", "row_s", "slices")
@@ -94,6 +95,15 @@ class Queue:
         self._probe_id = 0
         self._batches = 0
         self._tenant = _NO_TENANT  # of all entries up to now, while there is only one
+        self._accounts: list[DeviceAccount] = []
+
+    def join(self, account: DeviceAccount, now: float) -> None:
+        """Take note that entries may run on the device of `account`, too."""
+        if account in self._accounts:
+            return
+        self._accounts.append(account)
+        if self._waiting.shares is not None:
+            self._waiting.shares.join(account, now)
 
     def __len__(self) -> int:
         """How many entries wait; an entry that runs in slices counts while rows of it wait."""
@@ -164,36 +174,42 @@ class Queue:
         """Empty the queue."""
         return [self._waiting.remove(slot) for slot in list(self._waiting.slots())]
 
-    def take(self, now: float) -> Take:
-        """Return the batch that a free instance runs now, if any, and the entries that will never run."""
+    def take(self, now: float, account: DeviceAccount) -> Take:
+        """Return the batch that a free instance runs now, if any, and the entries that will never run.
+
+        `account` is that of the instance's device, which has joined.
+        """
         taken = Take()
         shares = self._waiting.shares
         if shares is not None:
             if now >= shares.next_review:
                 self._review(shares, now)
             taken.row_s = shares.row_s
+        elif account.only != self._tenant and len(self._waiting):
+            self._meet_device(account, now)
+            if self._waiting.shares is not None:
+                taken.row_s = self._waiting.shares.row_s
         self._drop_expired(now, taken.drops)
-        leader = self._choose_leader(now, taken.drops)
+        leader = self._choose_leader(now, account, taken.drops)
         if leader is None:
             return taken
         if leader.is_large:
-            self._take_slice(leader, taken)
+            self._take_slice(leader, account, taken)
         elif not self._is_delayed(leader, now):
-            self._take_group(leader, now, taken)
+            self._take_group(leader, now, account, taken)
         if taken.slices:
             self._batches += 1
         return taken
 
-    def settle(self, batch: Batch, compute_s: float) -> None:
+    def settle(self, batch: Batch, compute_s: float, account: DeviceAccount) -> None:
         """Charge tenants with the measured time of their rows: `batch` has run for `compute_s`."""
-        shares = self._waiting.shares
         load = batch.load
-        if shares is None or load <= 0:
+        if load <= 0:
             return
         more_s = compute_s / load - batch.row_s
         for row_slice in batch.slices:
             entry = row_slice.entry
-            shares.charge(entry.tenant, more_s * row_slice.rows * entry.row_load)
+            account.charge(entry.tenant, more_s * row_slice.rows * entry.row_load)
 
     def next_wakeup(self, now: float) -> float | None:
         """Return when `take` will decide differently without an offer; None if it never will."""
@@ -209,12 +225,12 @@ class Queue:
         oldest = self._waiting.oldest()
         return max(0.0, now - oldest.entry.arrived) if oldest is not None else 0.0
 
-    def _choose_leader(self, now: float, drops: list[Drop]) -> QueueSlot | None:
+    def _choose_leader(self, now: float, account: DeviceAccount, drops: list[Drop]) -> QueueSlot | None:
         waiting = self._waiting
         by_age = self._batches % OLDEST_LEADS_EVERY == OLDEST_LEADS_EVERY - 1
         while True:
             if waiting.shares is not None:
-                slot = waiting.shares.first(by_age)
+                slot = waiting.shares.first(account, by_age)
             else:
                 slot = waiting.oldest() if by_age else waiting.first()
             if slot is None or slot.entry.id == self._probe_id:
@@ -224,17 +240,17 @@ class Queue:
                 return slot
             drops.append(Drop(waiting.remove(slot), "deadline"))
 
-    def _take_group(self, leader: QueueSlot, now: float, taken: Take) -> None:
+    def _take_group(self, leader: QueueSlot, now: float, account: DeviceAccount, taken: Take) -> None:
         waiting = self._waiting
         shares = waiting.shares
         group = waiting.group_of(leader)
         name = leader.entry.group
         limit = self.limits.batch_rows if shares is None else min(self.limits.batch_rows, shares.batch_rows)
         load, nbytes, deadline = leader.load, leader.entry.nbytes, leader.entry.deadline
-        self._take_entry(leader, taken)
+        self._take_entry(leader, account, taken)
         taken.reason = "drained"
         while True:
-            follower = group.slots.first() if shares is None else shares.first_of(name)
+            follower = group.slots.first() if shares is None else shares.first_of(account, name)
             if follower is None:
                 break
             grown = load + follower.load
@@ -249,22 +265,22 @@ class Queue:
                     continue
                 taken.reason = "deadline"
                 return
-            self._take_entry(follower, taken)
+            self._take_entry(follower, account, taken)
             load, deadline = grown, soonest
         if load >= limit:
             taken.reason = "full"
 
-    def _take_entry(self, slot: QueueSlot, taken: Take) -> None:
-        if self._waiting.shares is not None:
-            self._waiting.shares.charge(slot.entry.tenant, slot.load * taken.row_s)
+    def _take_entry(self, slot: QueueSlot, account: DeviceAccount, taken: Take) -> None:
+        if taken.row_s > 0:
+            account.charge(slot.entry.tenant, slot.load * taken.row_s)
         entry = self._waiting.remove(slot)
         taken.slices.append(RowSlice(entry, 0, entry.rows))
 
-    def _take_slice(self, slot: QueueSlot, taken: Take) -> None:
+    def _take_slice(self, slot: QueueSlot, account: DeviceAccount, taken: Take) -> None:
         start = slot.start
         rows = min(slot.rows, max(1, int(self.limits.slice_rows / slot.entry.row_load)))
-        if self._waiting.shares is not None:
-            self._waiting.shares.charge(slot.entry.tenant, rows * slot.entry.row_load * taken.row_s)
+        if taken.row_s > 0:
+            account.charge(slot.entry.tenant, rows * slot.entry.row_load * taken.row_s)
         entry = self._waiting.remove(slot)
         if start + rows < entry.rows:
             self._waiting.add(entry, start + rows, True, True)
@@ -279,21 +295,39 @@ class Queue:
         if self._tenant == _NO_TENANT:
             self._tenant = entry.tenant
             return
-        shares = FairShares(self.limits.batch_rows)
+        shares = self._share(now)
         # The other tenant counts as active even if all of its entries run.
-        shares.enter(self._tenant, 1.0, now)
+        if shares.entries_of(self._tenant) is None:
+            shares.enter(self._tenant, 1.0, now)
+        shares.enter(entry.tenant, entry.share, now)
+
+    def _meet_device(self, account: DeviceAccount, now: float) -> None:
+        """Take note that another tenant than that of all entries has used the device lately, or nobody."""
+        share = next(iter(self._waiting.slots())).entry.share
+        account.meet(self._tenant, share, now)
+        if account.only != self._tenant:
+            self._share(now)
+
+    def _share(self, now: float) -> FairShares:
+        """Begin to share the devices."""
+        waiting = self._waiting
+        shares = FairShares(self.limits.batch_rows, self._accounts)
         for slot in waiting.slots():
             shares.add(slot)
-        shares.enter(entry.tenant, entry.share, now)
         shares.review(now, self.limits.batch_rows, self._batch_s)
         waiting.shares = shares
+        return shares
 
     def _review(self, shares: FairShares, now: float) -> None:
-        """Stop sharing if only one tenant has sent entries lately."""
+        """Stop sharing if only one tenant has used the devices lately."""
         shares.review(now, self.limits.batch_rows, self._batch_s)
-        if len(shares) < 2:
-            numbers = shares.numbers()
-            self._tenant = numbers[0] if numbers else _NO_TENANT
+        numbers = shares.numbers()
+        if len(numbers) > 1:
+            return
+        tenant = numbers[0] if numbers else _NO_TENANT
+        if not numbers or all(account.only in (tenant, NOBODY) for account in self._accounts):
+            self._tenant = tenant
+            shares.end()
             self._waiting.shares = None
 
     def _is_delayed(self, leader: QueueSlot, now: float) -> bool:

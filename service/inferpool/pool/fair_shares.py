@@ -1,11 +1,12 @@
-"""How tenants share the instances of a version: by the time that their rows have run, not by requests.
+"""How tenants share the devices of a version: by the time that their rows have run, not by requests.
 
-Pure policy, like the queue that uses it. It exists only while entries of several tenants come.
+Pure policy, like the queue that uses it. It exists only while several tenants use a device of the version.
 
-Each tenant has a clock: the seconds that its rows have run, divided by its share. The tenant whose clock
-shows least is next, for the leader of a batch and for each entry that joins it, so that a batch mixes tenants
-in proportion to their shares. Only entries of a higher rank go first, if a tenant may use such a priority.
-Rows are charged with their expected time when they are taken, and with the measured time after the run.
+Each tenant has a clock for each device: the seconds that its rows have run there, for whatever version,
+divided by its share (`device_accounts`). The tenant whose clock shows least is next, for the leader of a
+batch and for each entry that joins it, so that a batch mixes tenants in proportion to their shares. Only
+entries of a higher rank go first, if a tenant may use such a priority. Rows are charged with their expected
+time when they are taken, and with the measured time after the run.
 
 No time is kept for a tenant that has nothing to run: others use it, and its clock goes on with theirs. If it
 sends again, it is next at once, but has saved nothing. Each tenant may fill its part of the queue alone.
@@ -15,14 +16,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Final
 
+from inferpool.pool.device_accounts import ACTIVE_S, DeviceAccount
 from inferpool.pool.ordered_queue import Group, OrderedQueue, QueueSlot
 from inferpool.pool.ports import Entry
 
-ACTIVE_S: Final = 3.0
-"""A tenant without entries keeps its part of the queue for this long after its last one."""
 REVIEW_S: Final = 0.5
 """Pause between two looks at which tenants are still active."""
 THROUGHPUT_KEPT: Final = 0.97
@@ -32,11 +32,10 @@ BATCH_OVERHEAD_S: Final = 1e-4
 
 
 class TenantEntries:
-    """The entries of one tenant that wait, and its clock.
+    """The entries of one tenant that wait.
 
     Attributes:
         share: its share; only the ratio to the shares of other tenants matters.
-        clock_s: the seconds that its rows have run, divided by the share.
         last_arrival: the moment at which its last entry came.
         count: how many entries wait.
         small_load: cost of the small requests that wait, in rows like those that were measured at load.
@@ -47,13 +46,12 @@ class TenantEntries:
     """
 
     __slots__ = (
-        "_arrivals", "clock_s", "count", "groups", "in_order", "large_count", "large_load", "last_arrival",
-        "nbytes", "share", "small_load",
+        "_arrivals", "count", "groups", "in_order", "large_count", "large_load", "last_arrival", "nbytes",
+        "share", "small_load",
     )  # fmt: skip
 
-    def __init__(self, share: float, clock_s: float, last_arrival: float) -> None:
+    def __init__(self, share: float, last_arrival: float) -> None:
         self.share = share
-        self.clock_s = clock_s
         self.last_arrival = last_arrival
         self.count = self.large_count = self.nbytes = 0
         self.small_load = self.large_load = 0.0
@@ -121,11 +119,12 @@ class FairShares:
         next_review: the moment at which `review` has to be called again.
     """
 
-    __slots__ = ("_now_s", "_tenants", "batch_rows", "next_review", "row_s", "total_share")
+    __slots__ = ("_accounts", "_tenants", "batch_rows", "next_review", "row_s", "total_share")
 
-    def __init__(self, batch_rows: int) -> None:
+    def __init__(self, batch_rows: int, accounts: Sequence[DeviceAccount]) -> None:
+        """`accounts` are those of the version's devices; the caller may add to them by `join`."""
+        self._accounts = list(accounts)
         self._tenants: dict[int, TenantEntries] = {}
-        self._now_s = 0.0  # the clock of a tenant that has entries now
         self.total_share = 0.0
         self.batch_rows = batch_rows
         self.row_s = 0.0
@@ -143,12 +142,28 @@ class FairShares:
         """Return the tenant of this number, which sends an entry, or has sent one lately."""
         tenant = self._tenants.get(number)
         if tenant is None:
-            tenant = self._tenants[number] = TenantEntries(share, self._now_s, now)
+            tenant = self._tenants[number] = TenantEntries(share, now)
             self.total_share += share
+            for account in self._accounts:
+                account.meet(number, share, now)
         elif tenant.share != share:  # the keys were changed
             self.total_share += share - tenant.share
             tenant.share = share
         return tenant
+
+    def join(self, account: DeviceAccount, now: float) -> None:
+        """Take note that the entries that wait may run on one more device."""
+        self._accounts.append(account)
+        for number, tenant in self._tenants.items():
+            account.meet(number, tenant.share, now)
+            for _ in range(tenant.count):
+                account.begin_waiting(number, tenant.share, now)
+
+    def end(self) -> None:
+        """Take note that the entries that wait are shared no longer."""
+        for number, tenant in self._tenants.items():
+            for account in self._accounts if tenant.count else ():
+                account.end_waiting(number, tenant.count)
 
     def add(self, slot: QueueSlot) -> None:
         """Add a slot to those of its tenant."""
@@ -156,58 +171,57 @@ class FairShares:
         tenant = self.enter(entry.tenant, entry.share, entry.arrived)
         if tenant.last_arrival < entry.arrived:
             tenant.last_arrival = entry.arrived
-        if not tenant.count and tenant.clock_s < self._now_s:
-            tenant.clock_s = self._now_s
+        for account in self._accounts:
+            account.begin_waiting(entry.tenant, entry.share, entry.arrived)
         tenant.add(slot)
 
     def remove(self, slot: QueueSlot) -> None:
         """Take note that a slot leaves the queue."""
-        self._tenants[slot.entry.tenant].remove(slot)
+        number = slot.entry.tenant
+        self._tenants[number].remove(slot)
+        for account in self._accounts:
+            account.end_waiting(number)
 
     def sweep(self) -> None:
         """Let go of all dead slots."""
         for tenant in self._tenants.values():
             tenant.sweep()
 
-    def first(self, by_age: bool) -> QueueSlot | None:
-        """Return the slot that leads the next batch; None if none waits.
+    def first(self, account: DeviceAccount, by_age: bool) -> QueueSlot | None:
+        """Return the slot that leads the next batch on the device of `account`; None if none waits.
 
         `by_age` looks at no priority: the tenant that is next leads with its oldest entry.
         """
-        best: TenantEntries | None = None
-        best_slot: QueueSlot | None = None
-        for tenant in self._tenants.values():
+        best: QueueSlot | None = None
+        least_s = math.inf
+        for number, tenant in self._tenants.items():
             if not tenant.count:
                 continue
             slot = tenant.oldest() if by_age else tenant.in_order.first()
             if slot is None:
                 continue
-            if best is None or best_slot is None or _precedes(tenant, slot, best, best_slot, by_age):
-                best, best_slot = tenant, slot
-        if best is not None and self._now_s < best.clock_s:
-            self._now_s = best.clock_s
-        return best_slot
+            clock_s = account.clock_s(number)
+            if best is None or _precedes(slot, clock_s, best, least_s, by_age):
+                best, least_s = slot, clock_s
+        if best is not None:
+            account.serve(best.entry.tenant)
+        return best
 
-    def first_of(self, group: Hashable) -> QueueSlot | None:
-        """Return the slot of `group` that is next to join a batch; None if none waits."""
-        best: TenantEntries | None = None
-        best_slot: QueueSlot | None = None
-        for tenant in self._tenants.values():
+    def first_of(self, account: DeviceAccount, group: Hashable) -> QueueSlot | None:
+        """Return the slot of `group` that is next to join a batch on a device; None if none waits."""
+        best: QueueSlot | None = None
+        least_s = math.inf
+        for number, tenant in self._tenants.items():
             own = tenant.groups.get(group)
             if own is None:
                 continue
             slot = own.slots.first()
             if slot is None:
                 continue
-            if best is None or best_slot is None or _precedes(tenant, slot, best, best_slot, False):
-                best, best_slot = tenant, slot
-        return best_slot
-
-    def charge(self, number: int, seconds: float) -> None:
-        """Count that rows of a tenant run for so many seconds, or with a negative number, for fewer."""
-        tenant = self._tenants.get(number)
-        if tenant is not None:
-            tenant.clock_s += seconds / tenant.share
+            clock_s = account.clock_s(number)
+            if best is None or _precedes(slot, clock_s, best, least_s, False):
+                best, least_s = slot, clock_s
+        return best
 
     def entries_of(self, number: int) -> TenantEntries | None:
         """Return what waits of a tenant; None if the tenant is not active."""
@@ -229,7 +243,7 @@ class FairShares:
         return min(all_load, load / self.part(entry.tenant, entry.share))
 
     def review(self, now: float, batch_rows: int, batch_s: Callable[[float], float]) -> None:
-        """Forget tenants that have sent nothing lately, and take what was measured since.
+        """Forget tenants that have sent nothing lately, here and on the devices, and take what was measured.
 
         `batch_s(rows)` is the expected seconds of a batch of so many rows, of which `batch_rows` are allowed.
         """
@@ -237,17 +251,17 @@ class FairShares:
         for number, tenant in list(self._tenants.items()):
             if not tenant.count and tenant.last_arrival + ACTIVE_S < now:
                 del self._tenants[number]
+        for account in self._accounts:
+            account.review(now)
         self.total_share = sum(tenant.share for tenant in self._tenants.values())
         self.batch_rows = fair_batch_rows(batch_rows, batch_s)
         self.row_s = batch_s(self.batch_rows) / self.batch_rows
 
 
-def _precedes(
-    tenant: TenantEntries, slot: QueueSlot, other: TenantEntries, other_slot: QueueSlot, by_age: bool
-) -> bool:
-    if not by_age and slot.entry.rank != other_slot.entry.rank:
-        return slot.entry.rank < other_slot.entry.rank
-    return tenant.clock_s < other.clock_s
+def _precedes(slot: QueueSlot, clock_s: float, other: QueueSlot, other_clock_s: float, by_age: bool) -> bool:
+    if not by_age and slot.entry.rank != other.entry.rank:
+        return slot.entry.rank < other.entry.rank
+    return clock_s < other_clock_s
 
 
 def fair_batch_rows(batch_rows: int, batch_s: Callable[[float], float]) -> int:

@@ -20,6 +20,7 @@ from inferpool.pool.audit import Audit, AuditSample
 from inferpool.pool.batch import ABANDONED, PARTED, RUNS, TIMED_OUT, Batch, Outcome, RowSlice, Run
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.pool.completion import Completion
+from inferpool.pool.device_accounts import DeviceAccount, DeviceAccounts
 from inferpool.pool.entry_queue import Queue
 from inferpool.pool.instance import Instance
 from inferpool.pool.instance_set import InstanceSet
@@ -60,6 +61,7 @@ class Pool:
         audit: Audit | None = None,
         forget_plan: Callable[[], None] | None = None,
         watcher: RunWatcher | None = None,
+        accounts: DeviceAccounts | None = None,
     ) -> None:
         """`batched` says whether rows of different entries may share a run, which has been proven.
 
@@ -67,7 +69,7 @@ class Pool:
         an entry's parts are joined up to `max_joined_bytes`. `buckets` has the batch sizes that models on
         GPUs run. `audit` compares rows with what they get alone; None if the graph has proven them equal.
         `forget_plan` is called if batching is turned off while the version serves. `watcher` ends runs that
-        take too long; without one, runs have no limit.
+        take too long; without one, runs have no limit. `accounts` are shared by all pools of the process.
         """
         self.key = key
         self.limits = limits
@@ -90,6 +92,8 @@ class Pool:
         self._completion = Completion(self._queue, self._retries, self._stats, clock, self._leave_runs)
         self._watcher = RunWatcher(clock, 0.0) if watcher is None else watcher
         self._watcher.add(self)
+        self._device_accounts = DeviceAccounts() if accounts is None else accounts
+        self._accounts: dict[str, DeviceAccount] = {}  # of the devices that instances were started on
         self._last_run = clock()
         self._closed = False
 
@@ -171,6 +175,8 @@ class Pool:
         """Start one more instance, which runs `model` on `device`."""
         with self._lock:  # so that no caller sees an instance whose thread does not run yet
             self._stats.add_device(device)
+            account = self._accounts[device] = self._device_accounts.of(device)
+            self._queue.join(account, self._clock())
             self._instances.start(model, device)
             self._queue.admission.bound_by_time(len(self._instances))
 
@@ -440,7 +446,7 @@ class Pool:
         self._instances.arrived(instance)
         batch = self._next_retry(now, results)
         if batch is None:
-            taken = self._queue.take(now)
+            taken = self._queue.take(now, self._accounts[instance.device])
             results += self._completion.drop(taken.drops)
             if not taken.slices:
                 return None
@@ -502,7 +508,7 @@ class Pool:
         """Count a batch that has run, and bound what may wait by how long it took."""
         self._last_run = self._clock()
         if batch.row_s >= 0:
-            self._queue.settle(batch, run.compute_s)
+            self._queue.settle(batch, run.compute_s, self._accounts[instance.device])
         if run.clean or (batch.stopped != RUNS and run.compute_s > self.latency.seconds(batch.load)):
             # A run that was stopped would have taken longer still.
             self.latency.observe(batch.load or 1.0, run.compute_s)

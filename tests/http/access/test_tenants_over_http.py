@@ -7,6 +7,7 @@ import json
 import math
 import time
 
+import httpx
 import pytest
 
 from benchmarks.fairness import Load, percentile, run_loads
@@ -47,6 +48,10 @@ def server(
     (folder / "m" / "1").mkdir(parents=True)
     (folder / "m" / "1" / "model.chaos").write_text('{"run_ms": 100}')
     (folder / "m" / "model.toml").write_text("[batching]\nmax_rows = 4\n")
+    for name in ("a", "b"):
+        (folder / name / "1").mkdir(parents=True)
+        (folder / name / "1" / "model.chaos").write_text('{"run_ms": 20}')
+        (folder / name / "model.toml").write_text("[batching]\nmax_rows = 1\n")
     limits = folder.parent / f"{request.param}-tenants.toml"
     limits.write_text(TENANTS)
     processes = () if request.param == "in-process" else ("--engine", "process", "--web-processes", "2")
@@ -122,3 +127,31 @@ def test_a_flood_stays_alone(server: Server, keys: KeyFile) -> None:
     # In turn, both would wait as long. benchmarks/fairness.py compares with a run without the flood; on a
     # machine that does other things at the same time, only what is measured at the same time can be compared.
     assert percentile(after["one"].seconds, 0.5) < 0.5 * percentile(after["two"].seconds, 0.5)
+
+
+def test_a_device_is_shared_by_time_whatever_the_models(server: Server, keys: KeyFile) -> None:
+    # Each keeps a model busy all the time; "one" wants the other model, too. By version, it would get half.
+    async def flood(tenant: str, model: str, until: asyncio.Event) -> int:
+        count = 0
+        async with httpx.AsyncClient(base_url=server.url, headers=keys.bearer(tenant), timeout=60) as client:
+
+            async def ask() -> None:
+                nonlocal count
+                while not until.is_set():
+                    answer = await client.post(f"/predict/{model}", content=BODY)
+                    count += answer.status_code == 200
+
+            await asyncio.gather(*(ask() for _ in range(6)))
+        return count
+
+    async def run() -> list[int]:
+        until = asyncio.Event()
+        floods = [flood(*each, until) for each in (("one", "a"), ("one", "b"), ("two", "b"))]
+        tasks = [asyncio.create_task(each) for each in floods]
+        await asyncio.sleep(2.5)  # a load lasts for a time
+        until.set()
+        return await asyncio.gather(*tasks)
+
+    of_a, of_b, of_other = asyncio.run(run())
+    assert of_a > 0
+    assert of_other > 3 * of_b, "its use of model a counts"

@@ -22,6 +22,7 @@ from inferpool.errors import LoadError, Reason, UnfitForGpu
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.audit import Audit, Compare
+from inferpool.pool.device_accounts import DeviceAccounts
 from inferpool.pool.latency_model import LatencyModel, Measurement
 from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
@@ -130,6 +131,7 @@ class Loader:
         self._driver = driver or cuda_driver()
         self._cache = PlanCache(settings.cache_dir, remeasure=remeasure, plans=plans, on_drop=on_drop)
         self._watcher = RunWatcher(clock, settings.run_timeout_s, on_hung)
+        self._accounts = DeviceAccounts()
         self._cores = settings.threads or usable_cores()
         self._backends: dict[str, None] = {}
 
@@ -433,6 +435,7 @@ class Loader:
             audit=Audit(_comparison(copies.models[0][1])) if plan.evidence is Evidence.RUNS else None,
             forget_plan=partial(self._cache.drop, plan_file),
             watcher=self._watcher,
+            accounts=self._accounts,
         )
 
 
