@@ -43,8 +43,7 @@ def add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
         ("unload", "unload a model from a running server", "Answer the requests that a model, or one"
          " version, has accepted, and free its memory. Waits for the end."),
     ):  # fmt: skip
-        command = _add(commands, name, text, description)
-        command.add_argument("model", metavar="MODEL", help="the name of the model")
+        command = _add_for_model(commands, name, text, description)
         command.add_argument(
             "version", metavar="VERSION", nargs="?", type=int, help="one version; without it, all"
         )
@@ -55,20 +54,26 @@ def add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )  # fmt: skip
     command.add_argument("job", metavar="JOB", nargs="?", help="one job, which is waited for")
     command.add_argument("--cancel", action="store_true", help="cancel the job")
-    command = _add(
+    command = _add_for_model(
         commands, "labels", "list and move the labels of a model",
         "List the labels of a model, or let one name another version. A label moves in one step, and only to"
         " a version that is ready.",
     )  # fmt: skip
-    command.add_argument("model", metavar="MODEL", help="the name of the model")
     command.add_argument("label", metavar="LABEL=VERSION", nargs="?", help="the label to move: stable=2")
     command.add_argument("--remove", metavar="LABEL", help="a label to remove")
-    command = _add(
+    _add_for_model(
         commands, "rollback", "let the version answer that answered before",
         "Let the version answer that answered before the present one: the label stable names it from then"
         " on.",
     )  # fmt: skip
+
+
+def _add_for_model(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, description: str
+) -> argparse.ArgumentParser:
+    command = _add(commands, name, text, description)
     command.add_argument("model", metavar="MODEL", help="the name of the model")
+    return command
 
 
 def _add(
@@ -85,13 +90,13 @@ def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[s
     try:
         if command in ("load", "unload"):
             body = {} if flags["version"] is None else {"version": flags["version"]}
-            job = server.ask("POST", f"/models/{quote(flags['model'], safe='')}/{command}", body)
+            job = server.ask("POST", f"{_path(flags['model'])}/{command}", body)
             return _print_job(job) if flags["no_wait"] else _wait(server, job)
         if command == "jobs":
             return _jobs(server, flags["job"], cancel=flags["cancel"])
         if command == "labels":
             return _labels(server, flags["model"], flags["label"], flags["remove"])
-        found = server.ask("POST", f"/models/{quote(flags['model'], safe='')}/rollback")
+        found = server.ask("POST", f"{_path(flags['model'])}/rollback")
         print(f"{printable(found['model'])}: version {found['version']} answers")
     except AdminError as error:
         print(f"inferpool: {printable(str(error))}", file=sys.stderr)
@@ -113,7 +118,7 @@ def _jobs(server: _Server, job_id: str | None, *, cancel: bool) -> int:
 
 
 def _labels(server: _Server, model: str, label: str | None, remove: str | None) -> int:
-    path = f"/models/{quote(model, safe='')}"
+    path = _path(model)
     if remove is not None:
         server.ask("DELETE", f"{path}/labels/{quote(remove, safe='')}")
     if label is not None:
@@ -126,6 +131,10 @@ def _labels(server: _Server, model: str, label: str | None, remove: str | None) 
     for name, number in sorted(server.ask("GET", path)["labels"].items()):
         print(f"{printable(name)} = {number}")
     return 0
+
+
+def _path(model: str) -> str:
+    return f"/models/{quote(model, safe='')}"
 
 
 def _wait(server: _Server, job: dict[str, Any]) -> int:

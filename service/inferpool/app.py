@@ -8,15 +8,8 @@ import time
 from pathlib import Path
 
 from inferpool.backends.registry import describe_backends
-from inferpool.http.access.cors import make_cors
-from inferpool.http.access.make_gate import make_gate
-from inferpool.http.access.tenants_file import make_tenants
 from inferpool.http.access.trusted_proxies import make_proxies
-from inferpool.http.application import make_application
-from inferpool.http.connection.batched_reads import ReadBatcher
-from inferpool.http.connection.shared import SharedState
-from inferpool.http.predict.memory_monitor import MemoryMonitor, this_system
-from inferpool.http.predict.predictor import Predictor
+from inferpool.http.predict.memory_monitor import this_system
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import build_info
@@ -27,6 +20,7 @@ from inferpool.repository.catalog import Catalog
 from inferpool.repository.local_admin import LocalAdmin
 from inferpool.repository.repository import Repository
 from inferpool.server import InProcessServer
+from inferpool.server_parts import make_server_parts
 from inferpool.settings import Settings, with_memory
 from inferpool.system.memory import keep_freed_memory
 
@@ -57,38 +51,14 @@ def serve(
     results = ResultDispatcher()
     metrics = Metrics(build_info(describe_backends()))
     repository = Repository(path, settings, results, metrics, time.monotonic)
-    predictor = Predictor(
-        repository,
-        repository.router,
-        results,
-        metrics,
-        time.monotonic,
-        max_body_bytes=settings.max_body_bytes,
-        in_flight_bytes=settings.in_flight_bytes,
-        recorder=RequestRecorder(
-            AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
-        ),
+    recorder = RequestRecorder(
+        AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
     )
-    memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive)
-    gate, key_sources = make_gate(settings, time.monotonic, metrics)
-    predictor.tenants, tenant_sources = make_tenants(settings.tenants_file, gate.enabled, metrics)
-    shared = SharedState(
-        predictor, gate, make_cors(settings.cors_allow_origin), settings.max_head_bytes, settings.root_path
+    admin = LocalAdmin(repository)
+    parts = make_server_parts(
+        repository, repository.router, results, metrics, settings, admin, recorder, system, derive=derive
     )
-    results.wrap_batches(shared.writes.begin, shared.writes.flush)
-    read_batcher = ReadBatcher()
-    application = make_application(repository, shared, read_batcher, metrics, LocalAdmin(repository))
-    server = InProcessServer(
-        repository,
-        application,
-        predictor.in_flight,
-        results,
-        read_batcher,
-        metrics,
-        memory,
-        settings,
-        [*key_sources, *tenant_sources],
-    )
+    server = InProcessServer(repository, *parts)
     server.run(sockets=[listener])
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)

@@ -22,15 +22,8 @@ from inferpool.engine.client_router import ClientRouter
 from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.spawn import begin_child
 from inferpool.errors import ConfigError, Draining, NotReady
-from inferpool.http.access.cors import make_cors
-from inferpool.http.access.make_gate import make_gate
-from inferpool.http.access.tenants_file import make_tenants
 from inferpool.http.access.trusted_proxies import make_proxies
-from inferpool.http.application import make_application
-from inferpool.http.connection.batched_reads import ReadBatcher
-from inferpool.http.connection.shared import SharedState
-from inferpool.http.predict.memory_monitor import MemoryMonitor, this_system
-from inferpool.http.predict.predictor import Predictor
+from inferpool.http.predict.memory_monitor import this_system
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import build_info
@@ -45,6 +38,7 @@ from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.remote_admin import RemoteAdmin
 from inferpool.repository.remote_catalog import RemoteCatalog
 from inferpool.server import Server, report_installation
+from inferpool.server_parts import make_server_parts
 from inferpool.settings import Settings
 from inferpool.system.connection_counts import ConnectionCounts
 from inferpool.system.memory import family_held, keep_freed_memory
@@ -290,56 +284,34 @@ def main() -> int:
     catalog = RemoteCatalog(time.monotonic, settings.required_models)
     metrics.add_source(partial(catalog_readings, catalog), published=False)
     router = ClientRouter()
-    predictor = Predictor(
-        catalog,
-        router,
-        results,
-        metrics,
-        time.monotonic,
-        max_body_bytes=settings.max_body_bytes,
-        in_flight_bytes=settings.in_flight_bytes,
-        recorder=RequestRecorder(
-            AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
-        ),
-        release=router.release,
-        lend=router.lend,
+    recorder = RequestRecorder(
+        AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
     )
     system = this_system(settings.memory_bytes)
     # Engines and other web processes take of the same memory.
     system = system._replace(held=lambda: max(system.limit.held(), family_held(os.getppid())))
-    memory = MemoryMonitor(system, predictor.budget, metrics, derive=facts["derive"], share=facts["webs"])
+    admin = RemoteAdmin(catalog, control.send)
     try:
-        gate, key_sources = make_gate(settings, time.monotonic, metrics)
-        buckets = memoryview(mmap.mmap(rates, MEMORY_BYTES)).cast("d")
-        predictor.tenants, tenant_sources = make_tenants(
-            settings.tenants_file, gate.enabled, metrics, buckets
+        parts = make_server_parts(
+            catalog,
+            router,
+            results,
+            metrics,
+            settings,
+            admin,
+            recorder,
+            system,
+            derive=facts["derive"],
+            processes=facts["webs"],
+            release=router.release,
+            lend=router.lend,
+            rates=memoryview(mmap.mmap(rates, MEMORY_BYTES)).cast("d"),
         )
     except ConfigError as error:
         control.send("refused", {"reason": error.detail})
         return 1
-    shared = SharedState(
-        predictor, gate, make_cors(settings.cors_allow_origin), settings.max_head_bytes, settings.root_path
-    )
-    results.wrap_batches(shared.writes.begin, shared.writes.flush)
-    read_batcher = ReadBatcher()
-    admin = RemoteAdmin(catalog, control.send)
-    application = make_application(catalog, shared, read_batcher, metrics, admin)
-    server = WebServer(
-        control,
-        catalog,
-        router,
-        facts["web"],
-        ConnectionCounts(counts, facts["web"] - 1, facts["webs"]),
-        admin,
-        application,
-        predictor.in_flight,
-        results,
-        read_batcher,
-        metrics,
-        memory,
-        settings,
-        [*key_sources, *tenant_sources],
-    )
+    connections = ConnectionCounts(counts, facts["web"] - 1, facts["webs"])
+    server = WebServer(control, catalog, router, facts["web"], connections, admin, *parts)
     if facts["web"] == 1:
         report_installation()
     server.run(sockets=[socket.socket(fileno=listener)])

@@ -35,11 +35,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {remedy}") from error
 
 
-def listen_unix(path: Path, mode: int) -> socket.socket:
+def listen_unix(path: Path, mode: int, flag: str = "--unix-socket") -> socket.socket:
     """A listening Unix socket, whose file has the permissions `mode`.
 
-    A file that a server has left behind is replaced. Raises ConfigError if the file is anything else, or if a
-    server listens there.
+    A file that a server has left behind is replaced. Raises ConfigError, which names the `flag` that chooses
+    another path, if the file is anything else, or if a server listens there.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -56,8 +56,7 @@ def listen_unix(path: Path, mode: int) -> socket.socket:
         listener.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError(
-            f"cannot listen on {path}: {reason}; --unix-socket names a file in a folder that this user can"
-            " write"
+            f"cannot listen on {path}: {reason}; {flag} names a file in a folder that this user can write"
         ) from error
     except ConfigError:
         listener.close()

@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from inferpool.errors import ConfigError
+from inferpool.http.access.file_watch import FileWatch
 from inferpool.http.access.tenants import TenantLimits, Tenants, TenantTable
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.token_buckets import MEMORY_BYTES, BucketMemory
 
 log = logging.getLogger(__name__)
 
-LOOK_S: Final = 1.0
-"""How often a thread looks whether the file has changed."""
 LOWEST_PRIORITY: Final = 2**31 - 1
 _LEAST_PER_S: Final = 1 / 86_400
 _MOST_SHARE: Final = 1_000_000.0
@@ -77,34 +75,15 @@ def _limits(name: str, table: Any, default: TenantLimits) -> TenantLimits:
     return default._replace(**table)
 
 
-class TenantsFileWatch:
-    """Reads the file of tenants again when it changes, in a thread that looks once a second."""
+class TenantsFileWatch(FileWatch):
+    """Gives tenants the limits of their file whenever it changes."""
 
     def __init__(self, path: Path, tenants: Tenants) -> None:
-        self._path = path
+        super().__init__(path, "tenants")
         self._tenants = tenants
-        self._seen = self._signature()
-        self._closed = threading.Event()
-        self._worker = threading.Thread(target=self._run, name="tenants", daemon=True)
-        self._loop: Any = None
 
-    def start(self, loop: Any) -> None:
-        """Start the thread; new limits take effect on the event loop `loop`."""
-        self._loop = loop
-        self._worker.start()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._closed.set()
-        if self._worker.is_alive():
-            self._worker.join()
-
-    def look(self) -> None:
-        """Read the file again if it has changed since it was read last."""
-        seen = self._signature()
-        if seen == self._seen:
-            return
-        self._seen = seen
+    def changed(self, *, is_empty: bool) -> None:
+        """Read the limits again; an empty file has none."""
         try:
             table = read_tenants(self._path)
         except ConfigError as error:
@@ -112,22 +91,6 @@ class TenantsFileWatch:
             return
         self._loop.call_soon_threadsafe(self._tenants.use, table)
         log.info("%s: read again, it has the limits of %d tenants", self._path, len(table.limits))
-
-    def _run(self) -> None:
-        while not self._closed.wait(LOOK_S):
-            try:
-                self.look()
-            except RuntimeError:  # the loop is closed
-                return
-            except Exception:
-                log.exception("%s could not be looked at", self._path)
-
-    def _signature(self) -> tuple[int, ...]:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return ()
-        return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def make_tenants(

@@ -1,0 +1,92 @@
+"""Makes what a process needs to answer requests, whether it runs the models itself or engines do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from inferpool.http.access.cors import make_cors
+from inferpool.http.access.make_gate import KeySource, make_gate
+from inferpool.http.access.tenants_file import make_tenants
+from inferpool.http.application import Application, make_application
+from inferpool.http.connection.batched_reads import ReadBatcher
+from inferpool.http.connection.shared import SharedState
+from inferpool.http.predict.in_flight import InFlight
+from inferpool.http.predict.memory_monitor import MemoryMonitor, System
+from inferpool.http.predict.predictor import Predictor
+from inferpool.http.predict.recorder import RequestRecorder
+from inferpool.http.predict.results import ResultDispatcher
+from inferpool.observe.metrics import Metrics
+from inferpool.pool.ports import Inbox, VersionKey
+from inferpool.repository.admin import Admin
+from inferpool.repository.catalog import Catalog
+from inferpool.settings import Settings
+
+
+class ServerParts(NamedTuple):
+    """The arguments of `inferpool.server.Server`, in its order."""
+
+    application: Application
+    in_flight: InFlight
+    results: ResultDispatcher
+    read_batcher: ReadBatcher
+    metrics: Metrics
+    memory: MemoryMonitor
+    settings: Settings
+    key_sources: Sequence[KeySource]
+
+
+def make_server_parts(
+    catalog: Catalog,
+    inbox: Inbox,
+    results: ResultDispatcher,
+    metrics: Metrics,
+    settings: Settings,
+    admin: Admin,
+    recorder: RequestRecorder,
+    system: System,
+    *,
+    derive: bool,
+    processes: int = 1,
+    release: Callable[[VersionKey, int], None] | None = None,
+    lend: Callable[[VersionKey, int, int], memoryview | None] | None = None,
+    rates: memoryview[float] | None = None,
+) -> ServerParts:
+    """Make the parts of a server for what `catalog` serves, whose entries `inbox` takes.
+
+    `system` and `derive` are for the `MemoryMonitor`, `release` and `lend` are for the `Predictor`. `rates`
+    is memory that all `processes` share, for the rates of tenants. Raises ConfigError if keys or tenants
+    cannot be read.
+    """
+    predictor = Predictor(
+        catalog,
+        inbox,
+        results,
+        metrics,
+        time.monotonic,
+        max_body_bytes=settings.max_body_bytes,
+        in_flight_bytes=settings.in_flight_bytes,
+        recorder=recorder,
+        release=release,
+        lend=lend,
+    )
+    memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive, share=processes)
+    gate, key_sources = make_gate(settings, time.monotonic, metrics)
+    predictor.tenants, tenant_sources = make_tenants(settings.tenants_file, gate.enabled, metrics, rates)
+    shared = SharedState(
+        predictor, gate, make_cors(settings.cors_allow_origin), settings.max_head_bytes, settings.root_path
+    )
+    results.wrap_batches(shared.writes.begin, shared.writes.flush)
+    read_batcher = ReadBatcher()
+    application = make_application(catalog, shared, read_batcher, metrics, admin)
+    return ServerParts(
+        application,
+        predictor.in_flight,
+        results,
+        read_batcher,
+        metrics,
+        memory,
+        settings,
+        [*key_sources, *tenant_sources],
+    )
