@@ -152,7 +152,7 @@ def main() -> None:
         ]
         server = subprocess.Popen(command)
         try:
-            _wait_ready(arguments.model)
+            wait_ready(arguments.model)
             best = asyncio.run(run_loads(8199, body, [Load("one", keys["one"], 1e5)], 5.0, path))["one"]
             most = best.statuses[200] / best.took_s
             print(f"{arguments.model}: {most:.0f} answers/s at most")
@@ -168,7 +168,8 @@ def main() -> None:
             server.wait()
 
 
-def _wait_ready(model: str) -> None:
+def wait_ready(model: str) -> None:
+    """Wait until the server that was started can answer."""
     for _ in range(600):
         try:
             if httpx.get("http://127.0.0.1:8199/health/ready").status_code == 200:

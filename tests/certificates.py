@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -28,16 +29,26 @@ class Authority:
         self.file = folder / "authority.pem"
         self.file.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
 
-    def issue(self, certificate_file: Path, key_file: Path, name: str = "localhost") -> int:
-        """Write a new key and a certificate for `name` and this machine; returns its serial number."""
+    def issue(
+        self,
+        certificate_file: Path,
+        key_file: Path,
+        name: str = "localhost",
+        names: Sequence[str] = ("localhost",),
+        days: int = 30,
+    ) -> int:
+        """Write a new key and a certificate for `name` and this machine; returns its serial number.
+
+        The alternative names are the DNS `names` and the addresses of this machine.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
-        names = [
-            x509.DNSName(name),
+        alternatives = [
+            *(x509.DNSName(text) for text in names),
             *(x509.IPAddress(ipaddress.ip_address(text)) for text in ("127.0.0.1", "::1")),
         ]
         certificate = (
-            _builder(_name(name), self._name, key)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            _builder(_name(name), self._name, key, days)
+            .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         certificate_file.write_bytes(_pem(certificate))
@@ -67,7 +78,7 @@ def _name(text: str) -> x509.Name:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int = 30
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -77,7 +88,7 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _DAY)
-        .not_valid_after(now + 30 * _DAY)
+        .not_valid_after(now + days * _DAY)
     )
 
 

@@ -137,6 +137,8 @@ class Server(uvicorn.Server):
         assert sockets is not None
         await self.wait_informed()
         self._certificates = await wait_for_certificates(self._settings)
+        if self._certificates is not None:
+            self._metrics.add_source(self._certificates.readings)
         await self.lifespan.startup()
         config, connections, settings = self.config, self.server_state.connections, self._settings
         make_protocol = partial(
@@ -149,6 +151,7 @@ class Server(uvicorn.Server):
             make_protocol,
             lambda: len(connections),
             self.counts,
+            self._metrics,
             self._certificates,
             settings.connections_per_address,
         )

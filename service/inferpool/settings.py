@@ -72,6 +72,11 @@ class Settings(BaseModel):
         default=None,
         description="PEM file of authorities; clients without a certificate of one of them are refused.",
     )
+    tls_client_scopes: tuple[str, ...] = Field(
+        default=(),
+        description="Scopes that clients have by their certificate, without a key, separated by commas:"
+        " predict,read for example. The tenant is the name in the subject of the certificate.",
+    )
     keep_alive_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = Field(
         default=75.0,
         description="Seconds that an idle connection stays open; more than the load balancer in front keeps"
@@ -303,6 +308,15 @@ class Settings(BaseModel):
         if self.tls_certificate_file is None and (self.tls_key_file or self.tls_client_ca_file):
             name = "tls_key_file" if self.tls_key_file else "tls_client_ca_file"
             raise ValueError(f"{name} is set, and tls_certificate_file is not; set both, or none")
+        return self
+
+    @model_validator(mode="after")
+    def _certificates_are_asked_for(self) -> Settings:
+        if self.tls_client_scopes and self.tls_client_ca_file is None:
+            raise ValueError(
+                "tls_client_scopes is set, and tls_client_ca_file is not, without which no client shows a"
+                " certificate; set both, or none"
+            )
         return self
 
     @model_validator(mode="after")

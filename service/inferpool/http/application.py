@@ -24,6 +24,7 @@ from inferpool.errors import (
     NotFound,
 )
 from inferpool.http.access.admin_socket import ADMIN_SOCKET, LOCAL_ADMIN
+from inferpool.http.access.client_certificates import KEYLESS
 from inferpool.http.access.cors import CorsPolicy, is_preflight, origin_of
 from inferpool.http.access.openapi import with_security
 from inferpool.http.access.route_scopes import RouteScopes
@@ -106,7 +107,11 @@ class Application(FastAPI):
                     scope["state"]["caller"] = LOCAL_ADMIN
                 else:
                     scope["state"]["caller"] = self.shared.gate.authorize(
-                        scope["headers"], self.route_scopes.needed(scope), None, peer_of(scope)
+                        scope["headers"],
+                        self.route_scopes.needed(scope),
+                        None,
+                        peer_of(scope),
+                        scope["state"].get(KEYLESS),
                     )
             except InferpoolError as error:
                 # Before the routes: none of them, nor a part of the framework, reads a body for a stranger.

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 
 from inferpool.errors import InferpoolError, MethodNotAllowed
 from inferpool.http.access.caller import PREDICT, Caller
+from inferpool.http.access.client_certificates import KEYLESS
 from inferpool.http.access.gate import Gate
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.predict.api import InferenceApi, Target
@@ -76,7 +77,9 @@ async def refuse_method(
         f"{scope['method']} is not for predictions: POST a body", allow="POST"
     )
     try:
-        gate.authorize(scope["headers"], PREDICT, target.model, peer_of(scope))
+        gate.authorize(
+            scope["headers"], PREDICT, target.model, peer_of(scope), scope.get("state", {}).get(KEYLESS)
+        )
     except InferpoolError as refusal:
         error = refusal
     response = predictor.refuse(context, error)

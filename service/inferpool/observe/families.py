@@ -23,7 +23,7 @@ USUAL_STATUSES: Final = ("200", "429", "500", "503")
 """Statuses whose counters exist from the start: a rate misses the first request of a new series."""
 
 
-Combine = Literal["sum", "max"]
+Combine = Literal["sum", "max", "min"]
 """How the same series of several processes becomes one."""
 
 
@@ -83,6 +83,12 @@ FAMILIES: Final = {
         Family("stale_keys", "gauge", ("source",),
                "1 while keys cannot be read again, and those that were read before stay valid.",
                combine="max"),
+        Family("refused_connections_total", "counter", ("reason",),
+               "Connections that were closed before their first request: address_limit for more than"
+               " --connections-per-address, handshake if TLS could not begin."),
+        Family("tls_certificate_expiry_timestamp_seconds", "gauge", (),
+               "When the certificate of the server expires, in seconds since 1970, or one between it and its"
+               " authority.", combine="min"),
         Family("tenant_requests_total", "counter", ("tenant", "code"),
                "Predict requests of a tenant, by HTTP status; with keys only."),
         Family("tenant_rows_total", "counter", ("tenant",), "Rows that were answered, by tenant."),

@@ -20,7 +20,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from inferpool.observe.families import CPU_SECONDS, FAMILIES, HIDDEN, USUAL_STATUSES, Family
+from inferpool.observe.families import CPU_SECONDS, FAMILIES, HIDDEN, USUAL_STATUSES, Combine, Family
 from inferpool.observe.prometheus_text import (
     Exemplar,
     HistogramStems,
@@ -446,7 +446,13 @@ def _combine(series: dict[Labels, float], others: Mapping[Labels, memoryview[flo
         if before is None:
             series[labels] = number
         else:
-            series[labels] = before + number if family.combine == "sum" else max(before, number)
+            series[labels] = _combined(before, number, family.combine)
+
+
+def _combined(before: float, number: float, combine: Combine) -> float:
+    if combine == "sum":
+        return before + number
+    return max(before, number) if combine == "max" else min(before, number)
 
 
 def _read(sources: Iterable[Callable[[], Iterable[Sample]]]) -> dict[str, dict[Labels, float]]:

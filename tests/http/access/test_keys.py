@@ -17,6 +17,7 @@ import pytest
 from inferpool.errors import ConfigError, Forbidden, Unauthorized
 from inferpool.http.access.caller import ADMIN, PREDICT, READ, Caller
 from inferpool.http.access.gate import MOST_ACCEPTED, OFF, OPEN, Gate
+from inferpool.http.access.key_file import append_key, new_key
 from inferpool.http.access.key_file_watch import KeyFileWatch
 from inferpool.http.access.make_gate import check_exposure
 from inferpool.http.access.refusals import EVERY_S, MOST_PEERS, Refusals
@@ -150,9 +151,14 @@ def test_refused_requests_are_counted_by_what_their_key_lacks(guarded: Server, k
     guarded.post("/predict/m", json=BODY, headers={"x-api-key": "wrong"})
     guarded.get("/models")
     guarded.post("/predict/other", json=BODY, headers=keys.bearer("m"))
+    # The second one and those behind it need no parser.
+    with httpx.Client(base_url=guarded.url, timeout=30) as client:
+        again = [client.post("/predict/m", json=BODY, headers={"x-api-key": "wrong"}) for _ in range(5)]
+    assert {(answer.status_code, answer.json()["reason"]) for answer in again} == {(401, "unknown")}
+    assert len({answer.headers["x-request-id"] for answer in again}) == 5
     after = counted()
     assert {reason: after[reason] - before[reason] for reason in after if after[reason] > before[reason]} == {
-        "missing": 2, "unknown": 1, "scope": 1,
+        "missing": 2, "unknown": 6, "scope": 1,
     }  # fmt: skip
     text = guarded.get("/metrics", headers=keys.bearer("all")).text
     assert 'model="m",version="",code="401"' not in text, "no model has failed"
@@ -170,7 +176,9 @@ def test_a_new_key_and_a_revoked_key_take_effect_without_a_restart(
             return client.post("/predict/m", json=BODY, headers={"x-api-key": key}).status_code
 
         assert [status(first) for _ in range(3)] == [200] * 3
-        second = file.add("second", "predict")
+        second, record = new_key("acme", ["predict"])
+        assert [status(second) for _ in range(3)] == [401] * 3  # its refusal is remembered
+        append_key(file.path, record)
         wait_until(lambda: status(second) == 200, "the new key is accepted")
         assert status(first) == 200
         subprocess.run(

@@ -59,28 +59,28 @@ def test_numbers_are_the_same_everywhere_and_fit_the_record() -> None:
 def test_rates_are_of_requests_and_of_rows() -> None:
     made = tenants(TenantTable({"acme": TenantLimits(1.0, 2.0, 10.0)}, TenantLimits()))
     acme = made.of("acme")
-    acme.admit(0.0)
-    acme.admit(0.0)
+    acme.admit(lambda: 0.0)
+    acme.admit(lambda: 0.0)
     with pytest.raises(RateLimited, match="too many requests; try again in 500 ms") as refused:
-        acme.admit(0.0)
+        acme.admit(lambda: 0.0)
     assert refused.value.retry_after_s == pytest.approx(0.5)
     acme.take_rows(10, 0.0)
     with pytest.raises(RateLimited, match="too many rows; try again in 400 ms"):
         acme.take_rows(4, 0.0)
     acme.give_rows_back(10)
     acme.take_rows(4, 0.0)
-    made.of("other").admit(0.0)
+    made.of("other").admit(lambda: 0.0)
     made.use(TenantTable({}, TenantLimits()))
-    made.of("acme").admit(0.0)
+    made.of("acme").admit(lambda: 0.0)
 
 
 def test_new_limits_do_not_refill_a_bucket() -> None:
     table = TenantTable({"acme": TenantLimits(1.0, 1.0)}, TenantLimits())
     made = tenants(table)
-    made.of("acme").admit(0.0)
+    made.of("acme").admit(lambda: 0.0)
     made.use(table)
     with pytest.raises(RateLimited):
-        made.of("acme").admit(0.0)
+        made.of("acme").admit(lambda: 0.0)
 
 
 def test_metrics_and_tenants_are_bounded() -> None:

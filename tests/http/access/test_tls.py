@@ -22,10 +22,19 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from cryptography import x509
+from inferpool.errors import Forbidden, Unauthorized
+from inferpool.http.access.caller import METRICS, PREDICT, READ
+from inferpool.http.access.certificate_expiry import expiry_of
+from inferpool.http.access.client_certificates import CertificateCallers
+from inferpool.http.access.gate import Gate
+from inferpool.settings import Settings
+from pydantic import ValidationError
 
 from tests.certificates import Authority
 from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import MakeChaos, Serve
+from tests.http.access.keys import KeyFile
 from tests.http.connection.test_pipelining import Wire, request, sums
 from tests.server import ROOT, Server, wait_until
 from tests.servers import few_handshakes
@@ -325,6 +334,114 @@ def test_clients_without_a_certificate_of_the_authority_are_refused(
         env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=30,
     )  # fmt: skip
     assert (run.returncode, "200" in run.stdout) == (0, True), run.stderr
+
+
+def test_a_certificate_may_take_the_place_of_a_key(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    site = Site(tmp_path)
+    keys = KeyFile(tmp_path / "keys.toml")
+    key = keys.add("reader", "read", tenant="reader")
+    make_chaos("other")
+    site.server = serve(
+        make_chaos("m"), *site.flags, "--tls-client-ca-file", str(site.authority.file), "--tls-client-scopes",
+        "predict:m", "--public-scopes", "metrics", "--keys-file", str(keys.path),
+        "--admin-socket", str(tmp_path / "admin.sock"),
+    )  # fmt: skip
+    contexts = {}
+    for name in ("acme", "team/other", "not fit: for a label"):
+        certificate, own = tmp_path / "client.crt", tmp_path / "client.key"
+        site.authority.issue(certificate, own, name, names=())
+        contexts[name] = site.authority.client_context(certificate, own)
+    url = f"https://localhost:{site.server.port}"
+
+    def statuses(name: str, *headers: dict[str, str]) -> list[int]:
+        """Of predictions with these headers, on one connection, and of a look at the models."""
+        with httpx.Client(base_url=url, verify=contexts[name], timeout=30) as client:
+            answers = [client.post("/predict/m", json=BODY, headers=each) for each in headers]
+            return [*(answer.status_code for answer in answers), client.get("/models").status_code]
+
+    # Equal heads, which are cached, on connections with different certificates.
+    assert statuses("acme", {}, {}, {}) == [200, 200, 200, 403]
+    assert statuses("not fit: for a label", {}, {}) == [401, 401, 401]
+    assert statuses("team/other", {}, {}) == [200, 200, 403]
+    # A key counts more than the certificate.
+    assert statuses("acme", {"x-api-key": "wrong"}, {"x-api-key": "wrong"}, {}) == [401, 401, 200, 403]
+    assert statuses("acme", {"x-api-key": key}) == [403, 403]
+    # A head that the server knows from a client with more rights.
+    data = json.dumps(BODY).encode()
+    head = f"POST /predict/other HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    with socket.socket(socket.AF_UNIX) as local:
+        local.connect(str(tmp_path / "admin.sock"))
+        for _ in range(2):
+            local.sendall(head.encode() + data)
+            assert local.recv(65_536).startswith(b"HTTP/1.1 200")
+    with Wire(site.server, contexts["acme"]) as wire:
+        wire.send(head.encode() + data)
+        assert wire.answer()[0] == 403
+    with httpx.Client(base_url=url, verify=contexts["acme"], timeout=30) as client:
+        metrics = client.get("/metrics").text
+        assert 'inferpool_tenant_requests_total{tenant="acme",code="200"} 4' in metrics
+        assert 'inferpool_tenant_requests_total{tenant="team/other",code="200"} 2' in metrics
+        with pytest.raises((OSError, AssertionError)):
+            ask(site, site.authority.client_context())
+        wait_until(
+            lambda: 'refused_connections_total{reason="handshake"} 1' in client.get("/metrics").text,
+            "the refused connection is counted",
+        )
+    expiry = metrics.partition("\ninferpool_tls_certificate_expiry_timestamp_seconds ")[2].split()[0]
+    assert float(expiry) == expiry_of(site.certificate.read_text())
+
+
+def test_a_certificate_names_its_caller() -> None:
+    made = CertificateCallers(["predict:m"], METRICS, lambda: 100.0, lambda: 1_700_000_000.0)
+    shown: dict[str, Any] = {
+        "subject": ((("organizationName", "Acme"),), (("commonName", "acme"),)),
+        "subjectAltName": (("DNS", "a.example"), ("URI", "spiffe://x/y")),
+        "notAfter": "Nov 14 22:14:20 2023 GMT",  # a minute later
+    }
+    caller = made.of(shown)
+    assert caller is not None
+    assert (caller.tenant, caller.key_id, caller.valid_until) == ("acme", "acme", 160.0)
+    assert caller.may_predict("m")
+    assert not caller.may_predict("n")
+    assert caller.allows(METRICS)
+    for subject, names, expected in (
+        ((), shown["subjectAltName"], "spiffe://x/y"),
+        (((("commonName", "a\nb"),),), (("DNS", "a.example"),), "a.example"),
+        (((("commonName", "x" * 129),),), (), None),
+    ):
+        found = made.of({**shown, "subject": subject, "subjectAltName": names})
+        assert (found and found.tenant) == expected
+    now = 0.0
+    gate = Gate(lambda: now, enabled=True)
+    gate.use_certificates(made)
+    assert gate.keyless(None) is gate.anonymous
+    keyless = gate.keyless(shown)
+    assert gate.check([], PREDICT, "m", "", keyless) is keyless
+    assert isinstance(gate.check([], READ, None, "", keyless), Forbidden)
+    assert isinstance(gate.check([(b"x-api-key", b"k")], PREDICT, "m", "", keyless), Unauthorized)
+    now = keyless.valid_until
+    assert isinstance(gate.check([], PREDICT, "m", "", keyless), Unauthorized), "it has expired"
+    with pytest.raises(ValueError, match="no scope is called"):
+        CertificateCallers(["predictions"], 0, time.monotonic, time.time)
+    with pytest.raises(ValidationError, match="tls_client_ca_file is not"):
+        Settings(tls_client_scopes=("predict",))
+
+
+def test_the_expiry_of_a_certificate_is_read_from_its_file(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    authority.issue(tmp_path / "a.crt", tmp_path / "a.key")
+    authority.issue(tmp_path / "b.crt", tmp_path / "b.key", days=20_000)
+    short, long = ((tmp_path / f"{name}.crt").read_text() for name in "ab")
+    for text in (short, long):
+        expected = x509.load_pem_x509_certificate(text.encode()).not_valid_after_utc.timestamp()
+        assert expiry_of(f"a comment\n{text}") == expected
+    assert expiry_of(long + short) == expiry_of(short), "the first to expire"
+    broken = long.splitlines()
+    for text in ("", "-----BEGIN CERTIFICATE-----\n", "\n".join([*broken[:3], broken[-1]])):
+        with pytest.raises(ValueError, match=r"certificate|padding"):
+            expiry_of(text)
 
 
 @pytest.mark.parametrize("server_module", ["tests.servers.few_handshakes"], indirect=True, scope="module")

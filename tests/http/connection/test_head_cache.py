@@ -10,6 +10,7 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inferpool.errors import Unauthorized
 from inferpool.http.access.caller import EVERYONE
 from inferpool.http.connection.head_cache import MOST_HEAD_BYTES, MOST_HEADS, HeadCache
 from inferpool.http.native.api import NATIVE_API
@@ -40,6 +41,23 @@ def test_a_cached_head_is_found_with_any_body_of_its_length() -> None:
     assert heads.find(request()[:-1]) is None, "the body is not all there"
     assert heads.find(request(path="/predict/n")) is None
     assert heads.find(b"\r\n" + request()) is None
+
+
+def test_a_refused_head_is_found_until_the_keys_change_and_takes_no_place_of_others() -> None:
+    heads = HeadCache()
+    error = Unauthorized("the server does not know this key", reason="unknown")
+    heads.remember(request(), BODY, NATIVE_API, head(), EVERYONE)
+    for number in range(2 * MOST_HEADS):
+        heads.remember_refused(request(BODY, f"x-api-key: {number}"), BODY, NATIVE_API, head(), error)
+    last = request(BODY, f"x-api-key: {2 * MOST_HEADS - 1}")
+    found = heads.find_refused(last)
+    assert found is not None
+    assert (found.error, heads.find(last)) == (error, None)
+    assert heads.find(request()) is not None
+    assert heads.find_refused(request()) is heads.find_refused(last[:-1]) is None
+    assert heads.find_refused(last + b"P") is None
+    heads.clear()
+    assert heads.find_refused(last) is None
 
 
 def test_a_cached_head_is_found_with_bodies_of_other_lengths() -> None:

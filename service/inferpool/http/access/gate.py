@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from inferpool.errors import Forbidden, InferpoolError, RequestError, Unauthorized
 from inferpool.http.access.caller import ADMIN, EVERYONE, PUBLIC, SCOPES, Caller
@@ -12,6 +12,7 @@ from inferpool.http.access.refusals import Refusals
 from inferpool.http.access.trusted_proxies import TrustedProxies, forwarded_by
 
 if TYPE_CHECKING:
+    from inferpool.http.access.client_certificates import CertificateCallers  # with mutual TLS alone
     from inferpool.http.access.tokens import TokenVerifier  # few servers take tokens
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -20,6 +21,8 @@ _HOW: Final = "send a key in the header Authorization: Bearer or X-Api-Key"
 _NAMES: Final = {scope: name for name, scope in SCOPES.items()}
 _FROM_BROWSERS: Final = (b"origin", b"sec-fetch-site")
 """Headers that browsers send with requests of web pages."""
+
+_LASTING: Final = ("missing", "unknown", "ambiguous")
 
 MOST_ACCEPTED: Final = 4096
 """Accepted keys and tokens that are remembered; only their issuers can make new ones."""
@@ -61,6 +64,7 @@ class Gate:
         self._proxies = proxies
         self._keys: Mapping[bytes, Caller] = {}
         self._tokens: TokenVerifier | None = None
+        self._certificates: CertificateCallers | None = None
         # Callers of accepted requests by their keys: a digest costs more than the rest of the gate.
         self._accepted: dict[bytes, Caller] = {}
         self._changed: list[Callable[[], None]] = []
@@ -79,24 +83,38 @@ class Gate:
         self._tokens = tokens
         self.on_change(tokens.forget)
 
+    def use_certificates(self, callers: CertificateCallers) -> None:
+        """Accept the certificates of clients, which TLS has verified, in place of keys."""
+        self._certificates = callers
+
+    def keyless(self, certificate: Mapping[str, Any] | None) -> Caller:
+        """Return the caller of requests without a key whose client has shown `certificate`."""
+        if certificate is None or self._certificates is None:
+            return self.anonymous
+        return self._certificates.of(certificate) or self.anonymous
+
     def forget(self) -> None:
         """Forget every caller that was remembered: keys have changed."""
         self._accepted.clear()
         for forget in self._changed:
             forget()
 
-    def authorize(self, headers: Headers, needed: int, model: str | None, peer: str) -> Caller:
+    def authorize(
+        self, headers: Headers, needed: int, model: str | None, peer: str, keyless: Caller | None = None
+    ) -> Caller:
         """Return whose request it is, as `check` does; raises the error that `check` returns."""
-        outcome = self.check(headers, needed, model, peer)
+        outcome = self.check(headers, needed, model, peer, keyless)
         if isinstance(outcome, Caller):
             return outcome
         raise outcome
 
-    def check(self, headers: Headers, needed: int, model: str | None, peer: str) -> Caller | InferpoolError:
+    def check(
+        self, headers: Headers, needed: int, model: str | None, peer: str, keyless: Caller | None = None
+    ) -> Caller | InferpoolError:
         """Return whose request it is, or why it is refused; `headers` have lower-case names.
 
         `needed` is the scope of its route, `model` the model that its path names, `peer` the address of its
-        client.
+        client, `keyless` the caller if the request has no key; None for `anonymous`.
 
         The error is Unauthorized, or Forbidden if the key lacks the scope, or NotReady for a token while the
         keys of its issuer are not known. It is returned, because raising it would double the cost of a
@@ -104,7 +122,7 @@ class Gate:
         """
         if not self.enabled:
             return EVERYONE if needed != ADMIN else self._closed(headers) or EVERYONE
-        caller = self.anonymous
+        caller = self.anonymous if keyless is None else keyless
         if needed == PUBLIC:
             return caller
         try:
@@ -117,6 +135,9 @@ class Gate:
                         error = Unauthorized("the server does not know this key", reason="unknown")
                         return self._refused(error, caller, headers, peer)
                 caller = known
+            elif caller.valid_until <= self._clock():
+                error = Unauthorized("the certificate of the client has expired", reason="expired")
+                return self._refused(error, caller, headers, peer)
         except InferpoolError as raised:
             return self._refused(raised, caller, headers, peer)
         refusal = self._lacking(caller, needed, model)
@@ -155,10 +176,16 @@ class Gate:
     def _refused(self, error: InferpoolError, caller: Caller, headers: Headers, peer: str) -> InferpoolError:
         """Count a refusal, and return its error."""
         if self._refusals is not None and isinstance(error, RequestError):
-            reason = error.members.get("reason", "scope")
-            client = peer if self._proxies is None else self._proxies.client(peer, forwarded_by(headers))
-            self._refusals.count(str(reason), client, caller.key_id)
+            forwarded = None if self._proxies is None else forwarded_by(headers)
+            self.count_refusal(error, peer, forwarded, caller.key_id)
         return error
+
+    def count_refusal(self, error: InferpoolError, peer: str, forwarded: bytes | None, key_id: str) -> None:
+        """Count a request that was refused with `error`; `forwarded` has the values of X-Forwarded-For."""
+        if self._refusals is not None:
+            client = peer if self._proxies is None else self._proxies.client(peer, forwarded)
+            reason = str(error.members.get("reason", "scope"))
+            self._refusals.count(reason, client, key_id if reason == "scope" else "")
 
     def _closed(self, headers: Headers) -> InferpoolError | None:
         """Why an admin request is refused while there are no keys; None if it is not."""
@@ -190,6 +217,12 @@ def read_secret(headers: Headers) -> bytes | None:
             raise Unauthorized("the request has two different keys; send one", reason="ambiguous")
         found = secret
     return found
+
+
+def is_lasting(error: Exception) -> bool:
+    """Return whether the same request is refused with the same `error` until the keys change."""
+    # A token may become valid with time, and so may the caller of a key with another scope.
+    return isinstance(error, Unauthorized) and error.members.get("reason") in _LASTING
 
 
 def model_forbidden(caller: Caller, model: str) -> Forbidden:

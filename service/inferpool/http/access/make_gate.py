@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from inferpool.errors import ConfigError
 from inferpool.http.access.caller import PUBLIC, SCOPES
+from inferpool.http.access.client_certificates import CertificateCallers
 from inferpool.http.access.gate import KEYED, OFF, OPEN, Gate
 from inferpool.http.access.key_file import parse_scopes
 from inferpool.http.access.key_file_watch import KeyFileWatch
@@ -33,8 +34,8 @@ class KeySource(Protocol):
 
 
 def has_keys(settings: Settings) -> bool:
-    """Whether requests need keys or tokens."""
-    return settings.keys_file is not None or settings.jwt_keys is not None
+    """Whether requests need keys, tokens, or certificates in their place."""
+    return settings.keys_file is not None or settings.jwt_keys is not None or bool(settings.tls_client_scopes)
 
 
 def check_exposure(settings: Settings) -> None:
@@ -79,6 +80,12 @@ def make_gate(
         sources.append(KeyFileWatch(settings.keys_file, gate, clock, metrics))
     if settings.jwt_keys is not None:
         sources.append(_add_tokens(gate, settings, clock, metrics))
+    if settings.tls_client_scopes:
+        try:
+            callers = CertificateCallers(settings.tls_client_scopes, public, clock, time.time)
+        except ValueError as error:
+            raise ConfigError(f"tls_client_scopes: {error}") from None
+        gate.use_certificates(callers)
     return gate, sources
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -77,10 +77,10 @@ class Tenant:
         self._rows_total = metrics.value("tenant_rows_total", label)
         self._compute_s = metrics.value("tenant_compute_seconds_total", label)
 
-    def admit(self, now: float) -> None:
+    def admit(self, clock: Callable[[], float]) -> None:
         """Count a request that begins; raises RateLimited if the tenant sends too many."""
         if self._requests is not None:
-            wait_s = self._requests.take(1, now)
+            wait_s = self._requests.take(1, clock())
             if wait_s > 0:
                 raise _too_many("requests", wait_s)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from inferpool.errors import ConfigError
+from inferpool.http.access.certificate_expiry import expiry_of
+from inferpool.observe.metrics import Sample
 from inferpool.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class Certificates:
 
     Attributes:
         context: the context for new connections.
+        expiry_s: when the certificate expires, in seconds since 1970; infinity if that is not known.
     """
 
     def __init__(self, files: TlsFiles) -> None:
@@ -48,6 +52,7 @@ class Certificates:
         self._files = files
         self._read = self._seen = self._states()
         self.context = make_context(files)
+        self.expiry_s = _expiry(files.certificate)
 
     def look(self) -> None:
         """Read the files again if they have changed since they were read, and not since the last look.
@@ -66,7 +71,12 @@ class Certificates:
         except ConfigError as error:
             log.error("the renewed TLS files cannot be used, the old ones stay in use: %s", error.detail)
             return
+        self.expiry_s = _expiry(self._files.certificate)
         log.info("new connections use the renewed certificate in %s", self._files.certificate)
+
+    def readings(self) -> list[Sample]:
+        """Return the gauge of the expiry."""
+        return [("tls_certificate_expiry_timestamp_seconds", (), self.expiry_s)]
 
     def _states(self) -> _FileStates:
         return tuple(_state(file) for file in self._files)
@@ -118,6 +128,15 @@ def make_context(files: TlsFiles) -> ssl.SSLContext:
             raise ConfigError(f"{files.client_ca}: no certificate in PEM format is in the file") from error
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _expiry(certificate: Path) -> float:
+    """When a certificate that OpenSSL has taken expires."""
+    try:
+        return expiry_of(certificate.read_text(encoding="latin-1"))
+    except (OSError, ValueError) as error:
+        log.warning("%s: when the certificate expires is not known: %s", certificate, error)
+        return math.inf
 
 
 def _refuse_password() -> str:

@@ -108,7 +108,7 @@ class TokenVerifier:
                 )  # fmt: skip
             except jwt.InvalidSignatureError:
                 continue  # another key without a name may be the right one
-            except (jwt.PyJWTError, TypeError, ValueError, RecursionError) as error:
+            except (jwt.PyJWTError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 name = type(error).__name__
                 reason = _TEXTS.get(name, "it cannot be read")
                 raise _refused(reason, "expired" if name == "ExpiredSignatureError" else "token") from None

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 
 from inferpool.http.access.tls import LOOK_S, Certificates
 from inferpool.http.connection.tls_transport import SHUTDOWN_S
+from inferpool.observe.metrics import Metrics
 from inferpool.pool.log_limits import LogLimiter
 from inferpool.system.connection_counts import ConnectionCounts
 from inferpool.system.listeners import client_address
@@ -82,13 +83,15 @@ class Acceptor:
         make_protocol: Callable[[], Any],
         count: Callable[[], int],
         counts: ConnectionCounts,
+        metrics: Metrics,
         certificates: Certificates | None = None,
         most_per_address: int = 0,
     ) -> None:
         """Begin to accept, with TLS if there are `certificates`.
 
         `count` tells how many connections there are in this process, `make_protocol` makes an
-        `AcceptedConnection`. 0 for `most_per_address` sets no limit.
+        `AcceptedConnection`. 0 for `most_per_address` sets no limit. Refused connections are counted in
+        `metrics`.
         """
         listener.setblocking(False)
         self._loop = loop
@@ -99,6 +102,8 @@ class Acceptor:
         self._counts = counts
         self._certificates = certificates
         self._most_per_address = most_per_address
+        self._over_limit = metrics.value("refused_connections_total", "address_limit")
+        self._failed_handshakes = metrics.value("refused_connections_total", "handshake")
         self._starting: dict[asyncio.Task[Any], tuple[socket.socket, float]] = {}
         self._log_limiter = LogLimiter(loop.time)
         self._timer: asyncio.TimerHandle | None = None
@@ -162,6 +167,7 @@ class Acceptor:
             counter = self._counts.enter(client, self._most_per_address)
             if counter < 0:
                 connection.close()
+                self._over_limit.add()
                 self._report(
                     "%s has %d connections, and more are closed; see --connections-per-address",
                     client,
@@ -202,6 +208,7 @@ class Acceptor:
                     ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=SHUTDOWN_S,
                 )  # fmt: skip
             except ssl.SSLError as error:
+                self._failed_handshakes.add()
                 self._explain(error, spare)
                 raise
 
@@ -234,6 +241,7 @@ class Acceptor:
         if self._loop.time() - began < SPARED_S:
             return False
         del self._starting[starting]
+        self._failed_handshakes.add()
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         self._report("more than %d TLS handshakes are not finished; the oldest are given up", MOST_HANDSHAKES)

@@ -12,6 +12,7 @@ from concurrent.futures import Executor
 from typing import Any, Protocol
 
 from inferpool.errors import InferpoolError, InternalError
+from inferpool.http.access.caller import Caller
 from inferpool.http.connection.shared import SharedState
 from inferpool.system.listeners import client_address
 
@@ -46,6 +47,8 @@ class Connection:
         loop: the event loop of the connection.
         transport: where responses are written.
         client: the address of the client, without its port.
+        keyless: the caller of requests without a key: whoever the certificate of the client names, if the
+            server takes certificates for keys.
         descriptor: the socket, if bytes may be read and written past the transport; -1 for TLS, whose bytes
             the transport has to encrypt.
         batched: whether the `ReadBatcher` reads for this connection, and the transport does not.
@@ -65,7 +68,7 @@ class Connection:
 
     __slots__ = (
         "_flow", "_pipeline", "_server_state", "batched", "between_requests", "client", "current",
-        "descriptor", "held", "idle_since", "in_head", "last", "last_received", "loop", "owner",
+        "descriptor", "held", "idle_since", "in_head", "keyless", "last", "last_received", "loop", "owner",
         "reading_ended", "shared", "transport", "unparsed_bytes", "write_paused",
     )  # fmt: skip
 
@@ -78,6 +81,7 @@ class Connection:
         self.loop = loop
         self.descriptor = -1
         self.client = ""
+        self.keyless: Caller = shared.gate.anonymous
         self.batched = self.write_paused = self.in_head = self.reading_ended = False
         self.between_requests = True
         self.last: Any = None

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from inferpool.errors import DeadlineExceeded, InferpoolError
 from inferpool.http.access.caller import NOBODY
+from inferpool.http.access.gate import is_lasting
 from inferpool.http.connection.body_receiver import LEAST_RECEIVED_BYTES
 from inferpool.http.connection.connection import Connection
 from inferpool.http.connection.exchange_state import (
@@ -158,10 +159,22 @@ class Exchange:
         return True
 
     def remember_head(self, data: bytes, body: bytes) -> None:
-        """Cache the head of this request: the parser has read all of `data`, and `body` in one piece."""
-        context = self._context
-        if self.keep_alive and not self._expects_100 and context.caller is not NOBODY:
-            self._connection.shared.heads.remember(data, body, context.api, context.head, context.caller)
+        """Cache the head of this request, or its refusal.
+
+        The parser has read all of `data`, and `body` in one piece.
+        """
+        context, connection, error = self._context, self._connection, self._error
+        if not self.keep_alive or self._expects_100:
+            return
+        if context.caller is not NOBODY:
+            caller = None if context.caller is connection.keyless else context.caller
+            connection.shared.heads.remember(data, body, context.api, context.head, caller)
+        elif (
+            isinstance(error, InferpoolError)
+            and is_lasting(error)
+            and connection.keyless is connection.shared.gate.anonymous
+        ):
+            connection.shared.heads.remember_refused(data, body, context.api, context.head, error)
 
     def sent(self, rest: bytes) -> None:
         """Take note that the response was sent, except for its `rest`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inferpool.http.access.caller import PREDICT
 from inferpool.http.connection.connection import Connection
 from inferpool.http.connection.exchange import Exchange
 from inferpool.http.predict.context import PredictContext
@@ -17,10 +18,16 @@ def try_cached_head(connection: Connection, data: bytes, now: float) -> bool:
         return False
     found = connection.shared.heads.find(data)
     if found is None:
-        return False
+        return _try_refused_head(connection, data, now)
     cached, body = found
     began = connection.shared.predictor.clock()
     caller = cached.caller
+    if caller is None:
+        # The gate has judged another connection's caller, who may have had other rights.
+        caller = connection.keyless
+        model = cached.head.model
+        if not caller.scopes & PREDICT or (model is not None and not caller.may_predict(model)):
+            return False
     if caller.valid_until <= began:
         return False  # the key has expired: the gate refuses it
     connection.last_received = now
@@ -31,4 +38,21 @@ def try_cached_head(connection: Connection, data: bytes, now: float) -> bool:
     exchange = Exchange(connection, context, keep_alive=True, expects_100=False)
     connection.last = connection.current = exchange
     exchange.run(body)
+    return True
+
+
+def _try_refused_head(connection: Connection, data: bytes, now: float) -> bool:
+    """Refuse the request `data` if it is complete, and was refused before for the key in its head."""
+    shared = connection.shared
+    refused = shared.heads.find_refused(data)
+    if refused is None or connection.keyless is not shared.gate.anonymous:
+        return False
+    connection.last_received = now
+    connection.idle_since = None
+    connection.unparsed_bytes = 0
+    shared.gate.count_refusal(refused.error, connection.client, refused.head.forwarded, "")
+    context = PredictContext(refused.api, refused.head, shared.predictor.clock())
+    exchange = Exchange(connection, context, keep_alive=True, expects_100=False, error=refused.error)
+    connection.last = connection.current = exchange
+    exchange.start()
     return True

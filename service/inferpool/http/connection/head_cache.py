@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
+from inferpool.errors import InferpoolError
 from inferpool.http.access.caller import Caller
 from inferpool.http.predict.api import InferenceApi
 from inferpool.http.predict.request_head import RequestHead
 
 MOST_HEADS: Final = 256
-"""Heads in each of the two tables. A full table is emptied, because most of its heads were sent once."""
+"""Heads in each of the tables. A full table is emptied, because most of its heads were sent once."""
 MOST_HEAD_BYTES: Final = 1024
 """Longer heads are not kept, to bound the memory of the cache."""
 
@@ -24,23 +25,37 @@ _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,9})\r\n", re.IGNORE
 
 
 class CachedHead(NamedTuple):
-    """A parsed head, how many bytes of body follow it, and the caller whose key is in the head."""
+    """A parsed head, how many bytes of body follow it, and the caller whose key is in the head.
+
+    `caller` is None if the head has no key: the request is then of the caller of its connection.
+    """
 
     api: InferenceApi
     head: RequestHead
     body_bytes: int
-    caller: Caller
+    caller: Caller | None
+
+
+class RefusedHead(NamedTuple):
+    """A parsed head with a wrong key or none, how many bytes of body follow it, and why it is refused."""
+
+    api: InferenceApi
+    head: RequestHead
+    body_bytes: int
+    error: InferpoolError
 
 
 class HeadCache:
     """The heads known to a server; for the event loop alone."""
 
-    __slots__ = ("_by_bytes", "_without_length")
+    __slots__ = ("_by_bytes", "_refused", "_without_length")
 
     def __init__(self) -> None:
         self._by_bytes: dict[bytes, CachedHead] = {}
         # Keys lack the digits of Content-Length. The parser accepts no head that has this field twice.
         self._without_length: dict[bytes, CachedHead] = {}
+        # Apart, so that wrong keys, of which there may be any number, take no place of others.
+        self._refused: dict[bytes, RefusedHead] = {}
 
     def find(self, data: bytes) -> tuple[CachedHead, bytes] | None:
         """Return the head and body of `data`, or None unless it is one complete request with a known head."""
@@ -49,11 +64,23 @@ class HeadCache:
             return None
         head = data[:end]
         size = len(data) - end
-        cached = self._by_bytes.get(head) or self._find_other_length(head, size)
+        cached = self._by_bytes.get(head)
+        if cached is None and head not in self._refused:
+            cached = self._find_other_length(head, size)
         return (cached, data[end:]) if cached is not None and size == cached.body_bytes else None
 
+    def find_refused(self, data: bytes) -> RefusedHead | None:
+        """Return the head of `data` if it is one complete request that is refused, else None."""
+        if not self._refused:
+            return None
+        end = data.find(_END) + 4
+        if end > MOST_HEAD_BYTES:
+            return None
+        refused = self._refused.get(data[:end])
+        return refused if refused is not None and len(data) - end == refused.body_bytes else None
+
     def remember(
-        self, data: bytes, body: bytes, api: InferenceApi, head: RequestHead, caller: Caller
+        self, data: bytes, body: bytes, api: InferenceApi, head: RequestHead, caller: Caller | None
     ) -> None:
         """Keep the head of the request `data`, which the parser has read as `head` and, in one piece, `body`.
 
@@ -61,25 +88,28 @@ class HeadCache:
         bodies, which have to be assembled in aligned memory.
         """
         end = len(data) - len(body)
-        if (
-            end <= MOST_HEAD_BYTES
-            and head.content_length == len(body)
-            and head.header_length is None
-            and head.given_id is None
-            and head.trace is None
-            and data.find(_END) + 4 == end
-            and data.endswith(body)
-        ):
+        if head.header_length is None and _is_fit(data, body, head):
             cached = CachedHead(api, head, len(body), caller)
             _keep(self._by_bytes, data[:end], cached)
             length = _LENGTH.search(data, 0, end)
             if length is not None:
                 _keep(self._without_length, data[: length.start(1)] + data[length.end(1) : end], cached)
 
+    def remember_refused(
+        self, data: bytes, body: bytes, api: InferenceApi, head: RequestHead, error: InferpoolError
+    ) -> None:
+        """Keep the head of a request that is refused with `error` until `clear` is called."""
+        if _is_fit(data, body, head):
+            if len(self._refused) >= MOST_HEADS:
+                self._refused.clear()
+            end = len(data) - len(body)
+            self._refused[data[:end]] = RefusedHead(api, head, len(body), error)
+
     def clear(self) -> None:
         """Forget every head: the keys in them may no longer be accepted."""
         self._by_bytes.clear()
         self._without_length.clear()
+        self._refused.clear()
 
     def _find_other_length(self, head: bytes, size: int) -> CachedHead | None:
         length = _LENGTH.search(head)
@@ -91,6 +121,19 @@ class HeadCache:
         cached = CachedHead(similar.api, similar.head.with_length(size), size, similar.caller)
         _keep(self._by_bytes, head, cached)
         return cached
+
+
+def _is_fit(data: bytes, body: bytes, head: RequestHead) -> bool:
+    """Return whether a head may come again, and whether all of it is before its body in `data`."""
+    end = len(data) - len(body)
+    return (
+        end <= MOST_HEAD_BYTES
+        and head.content_length == len(body)
+        and head.given_id is None
+        and head.trace is None
+        and data.find(_END) + 4 == end
+        and data.endswith(body)
+    )
 
 
 def _keep(heads: dict[bytes, CachedHead], key: bytes, cached: CachedHead) -> None:

@@ -21,7 +21,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from inferpool.errors import HeadTooLarge, InferpoolError, MalformedRequest, TooSlow
+from inferpool.http.access.admin_socket import ADMIN_SOCKET, LOCAL_ADMIN
 from inferpool.http.access.caller import PREDICT
+from inferpool.http.access.client_certificates import KEYLESS
 from inferpool.http.asgi import FOLLOWS, api_of, find_api
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.body_receiver import BodyReceiver
@@ -105,9 +107,23 @@ class PredictProtocol(HttpToolsProtocol):
             self._tls = transport = TlsTransport(transport, self, self.loop)
         super().connection_made(transport)
         self.connection.made(transport, self.flow, self.pipeline)
+        self._find_keyless(transport)
         if self.client is not None:
             self.client = (self.connection.client, self.client[1])
         self._slow_client.start()
+
+    def _find_keyless(self, transport: asyncio.Transport) -> None:
+        """Find out who sends the requests of this connection that come without a key."""
+        gate = self.connection.shared.gate
+        if not gate.enabled:
+            return
+        if ADMIN_SOCKET in self.app_state:
+            caller = LOCAL_ADMIN
+        else:
+            caller = gate.keyless(None if self._tls is None else transport.get_extra_info("peercert"))
+        if caller is not gate.anonymous:
+            self.connection.keyless = caller
+            self.app_state = {**self.app_state, KEYLESS: caller}
 
     def data_received(self, data: bytes) -> None:
         """Answer a request whose head is cached; feed everything else to the parser, which calls back."""
@@ -515,7 +531,9 @@ class PredictProtocol(HttpToolsProtocol):
         context = PredictContext(api, head, self._clock())
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         connection = self.connection
-        caller = connection.shared.gate.check(self.headers, PREDICT, target.model, connection.client)
+        caller = connection.shared.gate.check(
+            self.headers, PREDICT, target.model, connection.client, connection.keyless
+        )
         if isinstance(caller, InferpoolError):
             # The body is neither kept nor read to its end if it is long. The error has no traceback, whose
             # frames would keep the head alive.

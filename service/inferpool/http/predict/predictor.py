@@ -130,7 +130,7 @@ class Predictor:
         """
         if self.tenants is not None:
             context.tenant = self.tenants.of(context.caller.tenant)
-            context.tenant.admit(self.clock())
+            context.tenant.admit(self.clock)
         if self.in_flight.draining:
             raise Draining("the server is shutting down; send the request to another server")
         head = context.head
