@@ -50,7 +50,7 @@ def server(
     (folder / "m" / "model.toml").write_text("[batching]\nmax_rows = 4\n")
     for name in ("a", "b"):
         (folder / name / "1").mkdir(parents=True)
-        (folder / name / "1" / "model.chaos").write_text('{"run_ms": 20}')
+        (folder / name / "1" / "model.chaos").write_text('{"run_ms": 100}')
         (folder / name / "model.toml").write_text("[batching]\nmax_rows = 1\n")
     limits = folder.parent / f"{request.param}-tenants.toml"
     limits.write_text(TENANTS)
@@ -141,17 +141,17 @@ def test_a_device_is_shared_by_time_whatever_the_models(server: Server, keys: Ke
                     answer = await client.post(f"/predict/{model}", content=BODY)
                     count += answer.status_code == 200
 
-            await asyncio.gather(*(ask() for _ in range(6)))
+            await asyncio.gather(*(ask() for _ in range(8)))
         return count
 
     async def run() -> list[int]:
         until = asyncio.Event()
         floods = [flood(*each, until) for each in (("one", "a"), ("one", "b"), ("two", "b"))]
         tasks = [asyncio.create_task(each) for each in floods]
-        await asyncio.sleep(2.5)  # a load lasts for a time
+        await asyncio.sleep(3)  # a load lasts for a time
         until.set()
         return await asyncio.gather(*tasks)
 
     of_a, of_b, of_other = asyncio.run(run())
     assert of_a > 0
-    assert of_other > 3 * of_b, "its use of model a counts"
+    assert of_other > 2 * of_b, "its use of model a counts"
