@@ -282,7 +282,7 @@ def test_every_query_of_the_dashboard_returns_data(title: str, expression: str, 
         expression = expression.replace(variable, value)
     assert "$" not in expression
     found = watched.prometheus.query(expression, watched.load.began + LOAD_S)
-    if title in GPU_PANELS:
+    if title in GPU_PANELS or title == "Days until the certificate expires":  # of servers with TLS
         assert found == [], "it has data; test it like the others"
     else:
         if title == "Alerts":
