@@ -4,6 +4,7 @@
 # One line each: what must be there, the Debian packages, the tests that need it.
 COMPONENTS='chromium|chromium|the page /docs in a browser
 curl|curl|the commands of the documents
+docker-registry|docker-registry|models in a registry
 haproxy|haproxy|a rolling update behind a load balancer
 nginx|nginx-light|a rolling restart behind nginx
 mmdebstrap|mmdebstrap|the container images

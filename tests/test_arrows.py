@@ -45,6 +45,8 @@ LIBRARIES = {
     "PIL": ("codecs",),
     "watchfiles": ("repository/watch",),
     "tokenizers": ("codecs/text",),
+    "obstore": ("repository/stores/object_store",),
+    "httpx": ("repository/stores",),
 }
 """Who may import what; the names are how paths below `service/inferpool/` begin."""
 

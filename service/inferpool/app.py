@@ -19,6 +19,7 @@ from inferpool.observe.spans import make_spans
 from inferpool.repository.catalog import Catalog
 from inferpool.repository.local_admin import LocalAdmin
 from inferpool.repository.repository import Repository
+from inferpool.repository.stores.polling import locate
 from inferpool.server import InProcessServer
 from inferpool.server_parts import make_server_parts
 from inferpool.settings import Settings, with_memory
@@ -31,15 +32,17 @@ SPANS_TIMEOUT_S = 2.0
 
 
 def serve(
-    listener: socket.socket, path: Path, settings: Settings, log_lines: LineHandler
+    listener: socket.socket, repository_name: str, settings: Settings, log_lines: LineHandler
 ) -> tuple[int, bool]:
-    """Serve the models in `path` in this process until a signal ends it.
+    """Serve the models in `repository_name` in this process until a signal ends it.
+
+    That is a path, or a reference to a store, whose models are in their folder already.
 
     Returns the exit status, and whether a thread still loads or runs a model. The status is 0 if every
     accepted request was answered. `log_lines` writes the access log.
 
     Raises:
-        ConfigError: `path` has nothing to serve, or the variables `OTEL_*` ask for spans that cannot be
+        ConfigError: there is nothing to serve, or the variables `OTEL_*` ask for spans that cannot be
             sent, or keys cannot be read.
     """
     keep_freed_memory()
@@ -50,7 +53,8 @@ def serve(
     spans = make_spans()
     results = ResultDispatcher()
     metrics = Metrics(build_info(describe_backends()))
-    repository = Repository(path, settings, results, metrics, time.monotonic)
+    path, origin = locate(repository_name, settings)
+    repository = Repository(path, settings, results, metrics, time.monotonic, origin=origin)
     recorder = RequestRecorder(
         AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
     )

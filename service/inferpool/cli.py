@@ -1,4 +1,4 @@
-"""The command: `inferpool serve`, `check`, `build`, `key`, and those that change a running server."""
+"""The command: `inferpool serve`, `check`, `fetch`, `build`, `key`, and others for a running server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from inferpool import __version__
 from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
 from inferpool.errors import InferpoolError
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
-from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, Settings, add_flags, read_settings
+from inferpool.repository.stores.reference import StoreReference, parse_repository
+from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, FETCH_SETTINGS, Settings, add_flags, read_settings
 from inferpool.system.files import printable
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from inferpool.repository.catalog import Catalog, LiveView, VersionView
     from inferpool.tensors import Signature
 
+_REPOSITORY = "path of the models, or their place in a store"
 _EPILOG = f"""\
 Flags override {ENV_PREFIX}* variables, variables override the file of --config, the file overrides defaults.
 """
@@ -42,26 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     if command in COMMANDS:
         return run_admin_command(command, flags, os.environ)
-    path, config = flags.pop("repository"), flags.pop("config", None)
+    named, config = flags.pop("repository"), flags.pop("config", None)
     name, options = flags.pop("name", None), flags.pop("options", ())
     remeasure = flags.pop("remeasure", False)
     try:
         config = config or os.environ.get(ENV_PREFIX + "CONFIG")
         settings = read_settings(flags, os.environ, Path(config) if config else None)
+        repository = parse_repository(str(named))
     except InferpoolError as error:
         print(f"inferpool: {printable(error.detail)}", file=sys.stderr)
         return 2
     try:
         if command == "build":
-            return _build(path, name, options)
+            return _build(named, name, options)
         # Imported late, so that --help and mistakes answer at once.
         from inferpool.observe import logs
 
+        if command == "fetch":
+            logs.configure_logs(settings.log_level, settings.log_format)
+            print(_local(repository, settings))
+            return 0
         if command == "check":
             from inferpool import app
 
             # The output has everything that is logged below a warning, unless the user asks for the log.
             logs.configure_logs(settings.log_level, "console")
+            path = _local(repository, settings)
             return _print_check(app.load_all(path, settings, remeasure=remeasure), _unbuilt(path))
         from inferpool.engine.spawn import SUPERVISED
 
@@ -71,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             from inferpool import launch
 
-            return launch.serve(path, settings)
+            return launch.serve(repository, settings)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     except BrokenPipeError:
@@ -94,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve a folder of models",
-        description="Serve the models in REPOSITORY: a folder of models, a model's folder, or a model file.",
+        description="Serve the models in REPOSITORY: a folder of models, a model's folder, or a model file;"
+        " or the same in a store: s3://bucket/models, gs://…, az://container/…, https://host/models.tar.gz,"
+        " hf://owner/name@revision or oci://registry/name:tag.",
         epilog=_EPILOG,
         allow_abbrev=False,
     )
@@ -119,6 +129,16 @@ def _parser() -> argparse.ArgumentParser:
         help="least severe level that is logged (default: warning)",
     )
     add_flags(check, CHECK_SETTINGS)
+    fetch = commands.add_parser(
+        "fetch",
+        help="fetch models from a store into the cache",
+        description="Fetch the models that REPOSITORY names in a store into the cache, and print their"
+        " folder. `serve` does the same first; with models that are in an image, it fetches nothing.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    _add_repository(fetch)
+    add_flags(fetch, FETCH_SETTINGS)
     build = commands.add_parser(
         "build",
         help="run a model's build script",
@@ -199,7 +219,7 @@ def _add_key(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _add_repository(command: argparse.ArgumentParser) -> None:
-    command.add_argument("repository", type=Path, metavar="REPOSITORY", help="path of the models")
+    command.add_argument("repository", metavar="REPOSITORY", help=_REPOSITORY)
     command.add_argument("--config", metavar="FILE", help=f"TOML file with settings [{ENV_PREFIX}CONFIG]")
 
 
@@ -243,6 +263,15 @@ def _key(
                 f"{' '.join(record.scopes)}"
             )
     return 0
+
+
+def _local(repository: Path | StoreReference, settings: Settings) -> Path:
+    """The folder of a repository; that of a store is filled first. Raises StoreError."""
+    if isinstance(repository, Path):
+        return repository
+    from inferpool.repository.stores.fetch_process import fetch_models
+
+    return fetch_models(repository, settings).path
 
 
 def _build(repository: Path, name: str | None, options: Sequence[str]) -> int:

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from inferpool.backends.registry import describe_backends, find_backend
@@ -35,6 +34,7 @@ from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog_publisher import CatalogPublisher, answer_ask
 from inferpool.repository.remote_admin import answer_admin
 from inferpool.repository.repository import Repository
+from inferpool.repository.stores.polling import locate
 from inferpool.repository.version_source import held_from_json
 from inferpool.settings import Settings
 from inferpool.system.gpus import CPU, cuda_driver
@@ -72,8 +72,9 @@ class Engine:
         self._frozen = False
         self._port = EnginePort(time.monotonic)
         self._metrics = Metrics(info, regions)
+        folder, origin = locate(facts["repository"], settings)
         self._repository = Repository(
-            Path(facts["repository"]),
+            folder,
             settings,
             self._port,
             self._metrics,
@@ -88,6 +89,7 @@ class Engine:
             on_hung=self._end,
             takes_new=facts["engine"] == SHARED,
             until_seen=self._await_seen,
+            origin=origin,
         )
         self._memory = EngineMemory(
             engine_system(chosen_limit(settings.memory_bytes)), lambda: not self._port.unanswered

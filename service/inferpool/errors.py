@@ -32,6 +32,8 @@ The tree, by the party at fault:
     └── LoadError                 a version cannot be served; the text is the reason
         ├── ConfigError           model.toml or a setting is wrong; names the file and the key
         ├── LoadCancelled         somebody has cancelled the load
+        ├── StoreError            a store refuses, or has no models that can be taken
+        │   └── StoreUnreachable  a store does not answer; a later try may succeed
         └── UnfitForGpu           the model itself cannot run on a GPU
 
 `code` is a stable word for clients to match; `inferpool.http.problems` maps it to an HTTP status. Every
@@ -275,6 +277,14 @@ class ConfigError(LoadError):
 
 class LoadCancelled(LoadError):
     """Somebody has cancelled the load, or the version is no longer wanted."""
+
+
+class StoreError(LoadError):
+    """A store refuses, or has no models that can be taken; the text names no credentials."""
+
+
+class StoreUnreachable(StoreError):
+    """A store does not answer; a later try may succeed."""
 
 
 class UnfitForGpu(LoadError):

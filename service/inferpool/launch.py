@@ -16,13 +16,14 @@ from typing import NoReturn
 
 from inferpool.engine.supervisor import replace_process
 from inferpool.http.access.make_gate import check_exposure, make_gate
-from inferpool.http.access.tls import make_certificates
+from inferpool.http.access.tls import Certificates, make_certificates
 from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.observe.metrics import Metrics
+from inferpool.repository.stores.reference import StoreReference
 from inferpool.settings import Settings, service_links, with_memory
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import CPU
-from inferpool.system.listeners import listen, listen_unix, remove_socket_file, socket_file
+from inferpool.system.listeners import address_of, listen, listen_unix, remove_socket_file, socket_file
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +32,16 @@ CORES_PER_WEB_PROCESS = 4
 CORES_PER_WEB_PROCESS_WITH_GPU = 2
 
 
-def serve(path: Path, settings: Settings) -> int:
-    """Serve the models in `path` until a signal ends the server; returns the exit status.
+def serve(repository: Path | StoreReference, settings: Settings) -> int:
+    """Serve the models in `repository` until a signal ends the server; returns the exit status.
 
-    The status is 0 if every accepted request was answered.
+    The status is 0 if every accepted request was answered. The models of a store are fetched first; meanwhile
+    the server is live, and not ready.
 
     Raises:
-        ConfigError: `path` has nothing to serve, the address cannot be bound, or the variables
+        ConfigError: `repository` has nothing to serve, the address cannot be bound, or the variables
             `OTEL_*` ask for spans that cannot be sent, or keys cannot be read.
+        StoreError: there are no models in the store, or it does not answer.
     """
     log_lines = configure_logs(settings.log_level, settings.log_format)
     links = service_links(os.environ)
@@ -52,7 +55,7 @@ def serve(path: Path, settings: Settings) -> int:
         )
     check_exposure(settings)
     # The first step, so that an address in use is reported before anything about the models.
-    make_certificates(settings)
+    certificates = make_certificates(settings)
     if settings.unix_socket is None:
         listener = listen(settings.host, settings.port)
     else:
@@ -60,11 +63,17 @@ def serve(path: Path, settings: Settings) -> int:
     file = socket_file(listener)
     try:
         with listener:
+            if isinstance(repository, StoreReference) and not _fetch(
+                listener, repository, settings, certificates
+            ):
+                report_stopped(0)
+                return 0
+            name = repository.text if isinstance(repository, StoreReference) else str(repository)
             if settings.engine == "process":
-                _supervise(listener, path, settings)
+                _supervise(listener, name, settings)
             from inferpool import app
 
-            status, is_busy = app.serve(listener, path, settings, log_lines)
+            status, is_busy = app.serve(listener, name, settings, log_lines)
             report_stopped(status)
     finally:
         remove_socket_file(file)
@@ -75,7 +84,29 @@ def serve(path: Path, settings: Settings) -> int:
     return status
 
 
-def _supervise(listener: socket.socket, path: Path, settings: Settings) -> NoReturn:
+def _fetch(
+    listener: socket.socket,
+    reference: StoreReference,
+    settings: Settings,
+    certificates: Certificates | None,
+) -> bool:
+    """Fetch the models; False if a signal ends the server before they are there. Raises StoreError."""
+    from inferpool.engine.spawn import SUPERVISED
+    from inferpool.http.not_ready_server import answer_not_ready
+    from inferpool.repository.stores.fetch_process import Interrupted, fetch_models
+
+    address = address_of(listener, tls=certificates is not None)
+    log.info("listening on %s while the models of %s are fetched", address, reference)
+    try:
+        with answer_not_ready(listener, certificates, settings.root_path):
+            fetch_models(reference, settings, signals=SUPERVISED)
+    except Interrupted:
+        log.info("a signal has ended the server before it had its models")
+        return False
+    return True
+
+
+def _supervise(listener: socket.socket, repository: str, settings: Settings) -> NoReturn:
     """Serve from several processes: this one becomes their parent."""
     # So that wrong keys and tenants are reported here.
     gate, _ = make_gate(settings, time.monotonic, Metrics({}))
@@ -86,7 +117,7 @@ def _supervise(listener: socket.socket, path: Path, settings: Settings) -> NoRet
     derive = not settings.in_flight_bytes
     webs = settings.web_processes or web_processes(usable_cores(), settings.devices)
     resolved = with_memory(settings).model_copy(update={"web_processes": webs})
-    replace_process(listener, path, {**resolved.model_dump(mode="json"), "derive": derive})
+    replace_process(listener, repository, {**resolved.model_dump(mode="json"), "derive": derive})
 
 
 def web_processes(cores: int, devices: Sequence[str], dev: Path = Path("/dev")) -> int:

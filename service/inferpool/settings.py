@@ -155,8 +155,8 @@ class Settings(BaseModel):
     )
     cache_dir: Path | None = Field(
         default=None,
-        description="Folder for measurements and the environments of build scripts; by default in the user's"
-        " cache folder.",
+        description="Folder for measurements, models from stores and the environments of build scripts; by"
+        " default in the user's cache folder.",
     )
     trust: bool = Field(
         default=False,
@@ -176,6 +176,10 @@ class Settings(BaseModel):
         default=False,
         description="Watch the models folder: load new and changed versions while the server serves, and"
         " drain deleted ones.",
+    )
+    store_poll_s: Annotated[float, Field(ge=1, le=604_800)] = Field(
+        default=60.0,
+        description="Seconds between two questions to a store whether its models have changed, with `watch`.",
     )
     keep_warm_s: Annotated[float, Field(ge=0, le=604_800)] = Field(
         default=60.0,
@@ -353,6 +357,8 @@ _SERVICE_PORT = re.compile(r"(\w+_)?PORT$")
 
 CHECK_SETTINGS: Final = ("threads", "devices", "measure_ms", "cache_dir", "trust")
 """The settings that `inferpool check` depends on; all others are about serving."""
+FETCH_SETTINGS: Final = ("cache_dir", "log_level", "log_format")
+"""The settings that `inferpool fetch` depends on."""
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(Settings.model_fields)) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from inferpool.backends.base import Backend
 from inferpool.errors import LoadError
+
+if TYPE_CHECKING:
+    from inferpool.backends.base import Backend  # which imports numpy; the suffixes need it not
 
 _BUILT_IN: Final = {
     "onnx": ("inferpool.backends.onnx.backend", "OnnxBackend", (".onnx",)),

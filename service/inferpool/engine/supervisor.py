@@ -19,7 +19,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from inferpool.engine.arena import ARENA_PARTS, make_arena
@@ -790,10 +789,10 @@ def memory_file(name: str, nbytes: int) -> int:
     return file
 
 
-def replace_process(listener: socket.socket, repository: Path, settings: Mapping[str, Any]) -> NoReturn:
+def replace_process(listener: socket.socket, repository: str, settings: Mapping[str, Any]) -> NoReturn:
     """Become the supervisor: what this process has imported so far is gone, its id stays."""
     plan = os.memfd_create("inferpool-settings", 0)
-    os.write(plan, json.dumps({"repository": str(repository), "settings": settings}).encode())
+    os.write(plan, json.dumps({"repository": repository, "settings": settings}).encode())
     listener.set_inheritable(True)
     command = [sys.executable, "-m", "inferpool.engine.supervisor", str(listener.fileno()), str(plan)]
     logging.shutdown()

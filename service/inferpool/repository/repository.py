@@ -45,7 +45,7 @@ from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.repository.load_manager import LoadManager, Outcome
 from inferpool.repository.settled_sources import SettledSources
 from inferpool.repository.version_source import HeldSource, VersionSource, read_source
-from inferpool.repository.watch import FolderWatch
+from inferpool.repository.watch import FolderWatch, Origin
 from inferpool.settings import Settings
 from inferpool.system.gpus import Driver
 from inferpool.system.memory import memory_use, release_freed_memory
@@ -121,6 +121,7 @@ class Repository:
         held: Mapping[VersionKey, HeldSource] | None = None,
         until_seen: Callable[[], None] | None = None,
         moves: Mapping[str, Mapping[str, tuple[int | None, int | None]]] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
@@ -142,6 +143,7 @@ class Repository:
             until_seen: waits until all that send requests know what `models` returns now; None if they look
                 at it before each request.
             moves: the labels that were moved in an earlier engine, as `moves` returned them.
+            origin: the store that the files come from; None if the folder is the user's.
         """
         self.router = PoolRouter()
         self._path = path
@@ -204,7 +206,7 @@ class Repository:
         self._held = {}
         if takes_new:
             self._only = None
-        self.watch = FolderWatch(path, lambda settled: self.rescan(settled=settled))
+        self.watch = FolderWatch(path, lambda settled: self.rescan(settled=settled), origin)
         metrics.add_source(partial(catalog_readings, self), published=False)
 
     def _scan(self, path: Path) -> list[ModelFolder]:

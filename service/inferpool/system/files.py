@@ -1,4 +1,4 @@
-"""Reads small files of users, which may be anything: a named pipe, a device without an end, a huge file."""
+"""Files of users, which may be anything: a named pipe, a device without an end, a huge file."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def read_file(file: Path, most_bytes: int) -> bytes:
         if max(status.st_size, len(content)) > most_bytes:
             raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(file))
         return content
+
+
+def cache_folder(chosen: Path | None) -> Path:
+    """`chosen`, or the user's own (`XDG_CACHE_HOME`, `~/.cache`); raises RuntimeError without a home."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return (chosen if chosen is not None else base / "inferpool").expanduser()
 
 
 def printable(text: str) -> str:

@@ -22,7 +22,7 @@ from inferpool.repository.load.batching_proof import Fault
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.declared_shapes import ShapeCorrections
 from inferpool.repository.load.plan import Plan, PlanConstraints
-from inferpool.system.files import read_file
+from inferpool.system.files import cache_folder, read_file
 
 log = logging.getLogger(__name__)
 
@@ -183,12 +183,6 @@ def _row_cost(kept: dict[str, Any] | None) -> RowCost | None:
 def _shapes(names: list[str], outputs: list[tuple[str, list[int] | None]]) -> ShapeCorrections:
     shapes = ((name, None if shape is None else tuple(shape)) for name, shape in outputs)
     return ShapeCorrections(tuple(names), tuple(shapes))
-
-
-def cache_folder(chosen: Path | None) -> Path:
-    """`chosen`, or the user's own (`XDG_CACHE_HOME`, `~/.cache`); raises RuntimeError without a home."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return (chosen if chosen is not None else base / "inferpool").expanduser()
 
 
 def _model_files(file: Path) -> list[Path]:

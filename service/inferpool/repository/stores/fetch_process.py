@@ -1,0 +1,94 @@
+"""Starts the process that fetches models, and waits for it.
+
+The server loads neither the libraries of the stores nor their threads and buffers; unpacking and hashing take
+no time from requests; and if memory runs out, the kernel ends that process first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from inferpool.errors import StoreError, StoreUnreachable
+from inferpool.repository.stores.reference import StoreReference
+from inferpool.settings import Settings
+from inferpool.system.files import cache_folder
+
+_MODULE: Final = "inferpool.repository.stores.fetch_main"
+_LOOK_S: Final = 0.1
+
+
+class Interrupted(Exception):
+    """A signal has ended the server before it had its models."""
+
+
+class FetchedModels(NamedTuple):
+    """The folder of the models, and whether it has changed."""
+
+    path: Path
+    changed: bool
+
+
+def store_cache(settings: Settings) -> Path:
+    """The folder in which models are kept; raises StoreError for a user without a home."""
+    try:
+        return cache_folder(settings.cache_dir)
+    except RuntimeError:
+        raise StoreError(
+            "there is no folder to keep fetched models in, because the user has no home; choose one with"
+            " --cache-dir"
+        ) from None
+
+
+def fetch_models(
+    reference: StoreReference,
+    settings: Settings,
+    *,
+    not_since: float | None = None,
+    signals: tuple[signal.Signals, ...] = (),
+) -> FetchedModels:
+    """Fetch the models of `reference`, and wait for them; see `inferpool.repository.stores.fetch`.
+
+    `signals` are blocked by the caller; one of them ends the wait.
+
+    Raises StoreError, or Interrupted.
+    """
+    asked = {
+        "reference": reference.text,
+        "cache": str(store_cache(settings).absolute()),
+        "not_since": not_since,
+        "log_level": settings.log_level,
+        "log_format": settings.log_format,
+    }
+    # A session of its own: a terminal's Ctrl-C is for the server, which then ends this process.
+    process = subprocess.Popen(
+        [sys.executable, "-m", _MODULE],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(asked).encode() + b"\n")
+                process.stdin.flush()
+            while signals and process.poll() is None:
+                received = signal.sigtimedwait(signals, _LOOK_S)
+                if received is not None and received.si_signo != signal.SIGHUP:
+                    raise Interrupted
+            answer = process.stdout.read()
+        except BaseException:
+            process.kill()
+            raise
+    try:
+        result: dict[str, Any] = json.loads(answer)
+    except ValueError:
+        raise StoreUnreachable(f"{reference}: the fetch ended with status {process.returncode}") from None
+    if "error" in result:
+        raise (StoreUnreachable if result["unreachable"] else StoreError)(result["error"])
+    return FetchedModels(Path(result["path"]), result["changed"])

@@ -1,0 +1,231 @@
+"""`inferpool serve` takes the models of real stores, answers, and fetches nothing twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import obstore
+import pytest
+from obstore.store import S3Store
+
+from tests.conftest import Serve
+from tests.onnx_models import write_shift
+from tests.repository.stores.archives import files_below, tar_of
+from tests.repository.stores.web_server import WebServer, web_server
+from tests.server import Server, free_port, wait_until
+
+SECRET = "hidden-secret"
+REGISTRY_CONFIG = """\
+version: 0.1
+log: {accesslog: {disabled: false}, level: info}
+storage: {filesystem: {rootdir: FOLDER}}
+http: {addr: "127.0.0.1:PORT"}
+auth: {htpasswd: {realm: test, path: FOLDER/htpasswd}}
+"""
+HTPASSWD = "me:$2b$05$abcdefghijklmnopqrstuuoIUKx9b3gD7rwVNHNyehS/4oTLZK0Ke\n"
+"""The bcrypt hash of SECRET."""
+
+
+def shift(tmp_path: Path, version: int, by: float) -> bytes:
+    """A model that adds `by`."""
+    return (write_shift(tmp_path / f"{version}-{by}", "m", version, by) / "model.onnx").read_bytes()
+
+
+def answer(server: Server, model: str) -> object:
+    """The version that answers and its first number; None without an answer."""
+    reply = server.post(f"/predict/{model}", json={"inputs": [[1.0, 2.0]]})
+    return (reply.json()["version"], reply.json()["outputs"]["y"][0][0]) if reply.status_code == 200 else None
+
+
+class Started(NamedTuple):
+    """A program that a test has started, the address at which it listens, and its log."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    log: Path
+
+
+def started(command: list[str], port: int, log: Path) -> Started:
+    """Start a server, and wait until it answers HTTP."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/")
+        except httpx.TransportError:
+            return False
+        return True
+
+    wait_until(answers, f"{command[0]} answers")
+    return Started(process, f"127.0.0.1:{port}", log)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    port = free_port()
+    log = tmp_path_factory.mktemp("s3") / "log"
+    server = started([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, log)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+def s3_variables(s3: Started) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": f"http://{s3.address}", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["in-process", "process"])
+def test_s3_is_served_watched_and_fetched_once(
+    serve: Serve, s3: Started, tmp_path: Path, engine: str
+) -> None:
+    bucket = f"models-{engine}"
+    httpx.put(f"http://{s3.address}/{bucket}").raise_for_status()
+    config = {"endpoint": f"http://{s3.address}", "access_key_id": "key", "secret_access_key": SECRET}
+    store = S3Store(bucket, prefix="all", config=config, client_options={"allow_http": True})
+    put = partial(obstore.put, store)
+    put("m/1/model.onnx", shift(tmp_path, 1, 1.0))
+    put("m/labels.txt", b"one\n")
+    flags = [f"s3://{bucket}/all", "--engine", engine]
+    variables = {**s3_variables(s3), "INFERPOOL_CACHE_DIR": str(tmp_path / "cache")}
+    server = serve(*flags, "--watch", "--store-poll-s", "1", "--keep-warm-s", "0", **variables)
+    assert answer(server, "m") == ("1", 2.0)
+    put("m/2/model.onnx", shift(tmp_path, 2, 4.0))
+    wait_until(lambda: answer(server, "m") == ("2", 5.0), "version 2 answers")
+    obstore.delete(store, "m/2/model.onnx")
+    wait_until(lambda: answer(server, "m") == ("1", 2.0), "version 1 answers again")
+    assert SECRET not in json.dumps(server.log)
+    assert server.stop() == 0
+
+    def gets() -> int:
+        return len(re.findall(rf"GET /{bucket}/all/", s3.log.read_text()))
+
+    before = gets()
+    assert before == 3
+    again = serve(*flags, **variables)
+    assert answer(again, "m") == ("1", 2.0)
+    assert gets() == before
+    again.wait_for("unchanged since .*, 0 bytes fetched")
+
+
+def test_a_store_without_such_models_ends_the_server_with_a_reason(s3: Started, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "inferpool", "serve", "s3://nowhere/models", "--port", "0"],
+        env={**os.environ, **s3_variables(s3), "INFERPOOL_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "inferpool: s3://nowhere/models is not there" in done.stderr
+    assert SECRET not in done.stderr
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    with web_server() as server:
+        yield server
+
+
+def test_an_archive_whose_connection_is_cut_is_served(serve: Serve, web: WebServer, tmp_path: Path) -> None:
+    """Until the models are there, the server is live and not ready. A hang-up has the store asked again."""
+    web.files["/models.tar.gz"] = tar_of({"m/1/model.onnx": shift(tmp_path, 1, 1.0)})
+    web.cuts, web.cut_after = 1, 100
+    held = threading.Event()
+    web.on_get = lambda: held.wait(60)
+    address = f"http://me:{SECRET}@{web.address}/models.tar.gz?signature={SECRET}"
+    server = serve(address, wait=False, INFERPOOL_CACHE_DIR=str(tmp_path / "cache"))
+    wait_until(lambda: bool(web.asked), "the store is asked")
+    assert server.get("/health/live").status_code == 200
+    for reply in (server.get("/health/ready"), server.post("/predict/m", json={"inputs": [[1.0, 2.0]]})):
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+    held.set()
+    server.wait_loaded()
+    assert answer(server, "m") == ("1", 2.0)
+    assert web.sent == len(web.files["/models.tar.gz"])
+    web.files["/models.tar.gz"] = tar_of({"m/1/model.onnx": shift(tmp_path, 1, 7.0)})
+    server.process.send_signal(1)
+    wait_until(lambda: answer(server, "m") == ("1", 8.0), "the new content answers")
+    shown = json.dumps(server.log) + server.get("/models").text + server.get("/health").text
+    assert SECRET not in shown
+
+
+def test_a_signal_ends_a_server_that_still_fetches(serve: Serve, web: WebServer, tmp_path: Path) -> None:
+    web.files["/models.tar.gz"] = tar_of({"m/1/model.onnx": b"x"})
+    held = threading.Event()
+    web.on_get = lambda: held.wait(60)
+    address = f"http://{web.address}/models.tar.gz"
+    server = serve(address, wait=False, INFERPOOL_CACHE_DIR=str(tmp_path / "cache"))
+    wait_until(lambda: bool(web.asked), "the store is asked")
+    assert server.stop() == 0
+    held.set()
+
+
+@pytest.mark.skipif(not shutil.which("docker-registry"), reason="needs a registry")
+def test_an_artifact_of_a_registry_is_served(serve: Serve, tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "registry"
+    folder.mkdir()
+    (folder / "htpasswd").write_text(HTPASSWD)
+    (folder / "config.yml").write_text(
+        REGISTRY_CONFIG.replace("FOLDER", str(folder)).replace("PORT", str(port))
+    )
+    registry = started(["docker-registry", "serve", str(folder / "config.yml")], port, tmp_path / "log")
+    try:
+        login = ("me", SECRET)
+        push(f"http://{registry.address}/v2/team/m", login, {"m/1/model.onnx": shift(tmp_path, 1, 1.0)})
+        encoded = httpx.BasicAuth(*login)._auth_header.partition(" ")[2]
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {registry.address: {"auth": encoded}}}))
+        variables = {"DOCKER_CONFIG": str(tmp_path), "INFERPOOL_CACHE_DIR": str(tmp_path / "cache")}
+        server = serve(f"oci://{registry.address}/team/m:v1", **variables)
+        assert answer(server, "m") == ("1", 2.0)
+        log = registry.log.read_text()
+        assert log.count('"GET /v2/team/m/blobs/') == 1
+        assert SECRET not in json.dumps(server.log)
+        server.stop()
+        again = subprocess.run(
+            [sys.executable, "-m", "inferpool", "fetch", f"oci://{registry.address}/team/m:v1"],
+            env={**os.environ, **variables}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert files_below(Path(again.stdout.strip())).keys() == {"m/1/model.onnx"}
+        assert registry.log.read_text().count('"GET /v2/team/m/blobs/') == 1
+    finally:
+        registry.process.kill()
+        registry.process.wait()
+
+
+def push(base: str, login: tuple[str, str], files: dict[str, bytes]) -> None:
+    """Push files as `oras push` does: a blob for each, and a manifest that gives their names."""
+
+    def put(content: bytes) -> dict[str, object]:
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        upload = httpx.post(f"{base}/blobs/uploads/", auth=login).raise_for_status().headers["location"]
+        httpx.put(
+            httpx.URL(upload).copy_merge_params({"digest": digest}), content=content, auth=login,
+            headers={"Content-Type": "application/octet-stream"},
+        ).raise_for_status()  # fmt: skip
+        return {"mediaType": "application/octet-stream", "digest": digest, "size": len(content)}
+
+    layers = [
+        {**put(content), "annotations": {"org.opencontainers.image.title": path}}
+        for path, content in files.items()
+    ]
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    config = {**put(b"{}"), "mediaType": "application/vnd.oci.empty.v1+json"}
+    manifest = {"schemaVersion": 2, "mediaType": kind, "config": config, "layers": layers}
+    httpx.put(
+        f"{base}/manifests/v1", content=json.dumps(manifest), auth=login, headers={"Content-Type": kind}
+    ).raise_for_status()

@@ -1,0 +1,125 @@
+"""A web server for files that can cut connections, change files and count what it sends."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+
+
+class Asked(NamedTuple):
+    """One request, and how many bytes of content were sent."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    sent: int
+
+
+class WebServer:
+    """Serves `files` by path, with parts and conditions as RFC 9110 has them.
+
+    Attributes:
+        files: the content of each path.
+        replies: full answers for paths: status, headers and body.
+        cuts: how many answers with content are cut off next.
+        cut_after: after how many bytes.
+        required: the value that the header Authorization must have; "" for none.
+        ranges: whether parts can be asked for.
+        on_get: called before each answer with content.
+        asked: all requests.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.replies: dict[str, tuple[int, dict[str, str], bytes]] = {}
+        self.cuts = 0
+        self.cut_after = 1000
+        self.required = ""
+        self.ranges = True
+        self.on_get: Any = lambda: None
+        self.asked: list[Asked] = []
+        own = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                own.answer(self)
+
+            def do_GET(self) -> None:
+                own.answer(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def sent(self) -> int:
+        """The bytes of content that were sent."""
+        return sum(asked.sent for asked in self.asked)
+
+    def answer(self, handler: Any) -> None:
+        """Answer one request."""
+        path, headers, method = handler.path, handler.headers, handler.command
+        sent = 0
+        try:
+            if self.required and headers.get("Authorization") != self.required:
+                self._send(handler, 401, {"WWW-Authenticate": 'Basic realm="test"'}, b"")
+            elif path in self.replies:
+                self._send(handler, *self.replies[path])
+            elif path.partition("?")[0] in self.files:
+                if method == "GET":
+                    self.on_get()
+                sent = self._send_file(handler, self.files[path.partition("?")[0]])
+            else:
+                self._send(handler, 404, {}, b"")
+        finally:
+            self.asked.append(Asked(method, path, dict(headers), sent))
+
+    def _send_file(self, handler: Any, content: bytes) -> int:
+        tag = f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
+        headers = {"ETag": tag, "Accept-Ranges": "bytes" if self.ranges else "none"}
+        condition = handler.headers.get("If-Match", tag)
+        if condition != tag:
+            return self._send(handler, 412, {}, b"")
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
+        if asked is None or not self.ranges:
+            return self._send(handler, 200, headers, content)
+        start, end = int(asked[1]), int(asked[2] or len(content) - 1)
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        return self._send(handler, 206, headers, content[start : end + 1])
+
+    def _send(self, handler: Any, status: int, headers: Mapping[str, str], body: bytes) -> int:
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        if handler.command == "HEAD":
+            return 0
+        if self.cuts and len(body) > self.cut_after and status < 300:
+            self.cuts -= 1
+            body = body[: self.cut_after]
+        handler.wfile.write(body)
+        return len(body)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@contextmanager
+def web_server() -> Iterator[WebServer]:
+    """A server until the context ends."""
+    server = WebServer()
+    try:
+        yield server
+    finally:
+        server.close()
