@@ -91,20 +91,17 @@ def s3_variables(s3: Started) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["in-process", "process"])
-def test_s3_is_served_watched_and_fetched_once(
-    serve: Serve, s3: Started, tmp_path: Path, engine: str
-) -> None:
-    bucket = f"models-{engine}"
+def test_s3_is_served_watched_and_fetched_once(serve: Serve, s3: Started, tmp_path: Path) -> None:
+    bucket = "models"
     httpx.put(f"http://{s3.address}/{bucket}").raise_for_status()
     config = {"endpoint": f"http://{s3.address}", "access_key_id": "key", "secret_access_key": SECRET}
     store = S3Store(bucket, prefix="all", config=config, client_options={"allow_http": True})
     put = partial(obstore.put, store)
     put("m/1/model.onnx", shift(tmp_path, 1, 1.0))
     put("m/labels.txt", b"one\n")
-    flags = [f"s3://{bucket}/all", "--engine", engine]
+    reference = f"s3://{bucket}/all"
     variables = {**s3_variables(s3), "INFERPOOL_CACHE_DIR": str(tmp_path / "cache")}
-    server = serve(*flags, "--watch", "--store-poll-s", "1", "--keep-warm-s", "0", **variables)
+    server = serve(reference, "--engine", "process", "--watch", "--store-poll-s", "1", **variables)
     assert answer(server, "m") == ("1", 2.0)
     put("m/2/model.onnx", shift(tmp_path, 2, 4.0))
     wait_until(lambda: answer(server, "m") == ("2", 5.0), "version 2 answers")
@@ -118,7 +115,7 @@ def test_s3_is_served_watched_and_fetched_once(
 
     before = gets()
     assert before == 3
-    again = serve(*flags, **variables)
+    again = serve(reference, **variables)
     assert answer(again, "m") == ("1", 2.0)
     assert gets() == before
     again.wait_for("unchanged since .*, 0 bytes fetched")

@@ -66,9 +66,11 @@ class WebClient:
             if reply.status_code in (400, 403, 405, 501):  # signed addresses are good for one method
                 with self.http.stream("GET", url) as stream:
                     self.check(stream)
-                    return stream.headers
-            self.check(reply)
-            return reply.headers
+                    reply = stream
+            else:
+                self.check(reply)
+            headers: Mapping[str, str] = reply.headers
+            return headers
         except self._errors as error:
             raise self._unreachable(error) from None
 
