@@ -308,9 +308,9 @@ def test_a_registry_gives_a_token_for_a_password(
         if path.startswith("/token"):
             assert given == f"Basic {login}"
             assert "scope=repository%3Aa%2Fdigits%3Apull" in path
-            server._send(handler, 200, {}, b'{"token": "short-lived"}')
+            server.send(handler, 200, {}, b'{"token": "short-lived"}')
         elif given != "Bearer short-lived":
-            server._send(handler, 401, {"WWW-Authenticate": challenge}, b"")
+            server.send(handler, 401, {"WWW-Authenticate": challenge}, b"")
         else:
             answer_real(handler)
 

@@ -67,47 +67,46 @@ class WebServer:
 
     def answer(self, handler: Any) -> None:
         """Answer one request."""
-        path, headers, method = handler.path, handler.headers, handler.command
-        sent = 0
-        try:
-            if self.required and headers.get("Authorization") != self.required:
-                self._send(handler, 401, {"WWW-Authenticate": 'Basic realm="test"'}, b"")
-            elif path in self.replies:
-                self._send(handler, *self.replies[path])
-            elif path.partition("?")[0] in self.files:
-                if method == "GET":
-                    self.on_get()
-                sent = self._send_file(handler, self.files[path.partition("?")[0]])
-            else:
-                self._send(handler, 404, {}, b"")
-        finally:
-            self.asked.append(Asked(method, path, dict(headers), sent))
+        path, headers = handler.path, handler.headers
+        if self.required and headers.get("Authorization") != self.required:
+            self.send(handler, 401, {"WWW-Authenticate": 'Basic realm="test"'}, b"")
+        elif path in self.replies:
+            self.send(handler, *self.replies[path])
+        elif path.partition("?")[0] in self.files:
+            if handler.command == "GET":
+                self.on_get()
+            self._send_file(handler, self.files[path.partition("?")[0]])
+        else:
+            self.send(handler, 404, {}, b"")
 
-    def _send_file(self, handler: Any, content: bytes) -> int:
+    def _send_file(self, handler: Any, content: bytes) -> None:
         tag = f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
         headers = {"ETag": tag, "Accept-Ranges": "bytes" if self.ranges else "none"}
-        condition = handler.headers.get("If-Match", tag)
-        if condition != tag:
-            return self._send(handler, 412, {}, b"")
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
-        if asked is None or not self.ranges:
-            return self._send(handler, 200, headers, content)
-        start, end = int(asked[1]), int(asked[2] or len(content) - 1)
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-        return self._send(handler, 206, headers, content[start : end + 1])
+        if handler.headers.get("If-Match", tag) != tag:
+            self.send(handler, 412, {}, b"")
+        elif asked is None or not self.ranges:
+            self.send(handler, 200, headers, content)
+        else:
+            start, end = int(asked[1]), int(asked[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            self.send(handler, 206, headers, content[start : end + 1])
 
-    def _send(self, handler: Any, status: int, headers: Mapping[str, str], body: bytes) -> int:
-        handler.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
+    def send(self, handler: Any, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Send an answer; a client that has it finds it in `asked`."""
+        length = str(len(body))
         if handler.command == "HEAD":
-            return 0
+            body = b""
         if self.cuts and len(body) > self.cut_after and status < 300:
             self.cuts -= 1
             body = body[: self.cut_after]
+        counted = len(body) if status in (200, 206) else 0
+        self.asked.append(Asked(handler.command, handler.path, dict(handler.headers), counted))
+        handler.send_response(status)
+        for name, value in {"Content-Length": length, **headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
         handler.wfile.write(body)
-        return len(body)
 
     def close(self) -> None:
         self._server.shutdown()
