@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = {
     "__main__": 10, "cli": 9, "admin_commands": 8, "app": 8, "engine_process": 8, "launch": 8.5,
-    "web_process": 8, "server": 7, "server_parts": 7, "http": 6,
+    "sign_commands": 8, "web_process": 8, "server": 7, "server_parts": 7, "http": 6,
     "release": 6, "repository": 5, "engine": 4.5, "codecs": 4, "wire": 4, "pool": 4, "backends": 3,
     "allowance": 2, "pixel_table": 2, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
     "errors": 0, "__init__": 0,
@@ -44,6 +44,7 @@ LIBRARIES = {
     "pynvml": ("observe/gpu_metrics",),
     "PIL": ("codecs",),
     "watchfiles": ("repository/watch",),
+    "model_signing": ("repository/trust/digital_signature",),
     "tokenizers": ("codecs/text",),
     "obstore": ("repository/stores/object_store",),
     "httpx": ("repository/stores",),

@@ -1,4 +1,4 @@
-"""The command: `inferpool serve`, `check`, `fetch`, `build`, `key`, and others for a running server."""
+"""The command: `inferpool serve`, `check`, `fetch`, `build`, `key`, `sign`, and those for a running server."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from inferpool.errors import InferpoolError
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.repository.stores.reference import StoreReference, parse_repository
 from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, FETCH_SETTINGS, Settings, add_flags, read_settings
+from inferpool.sign_commands import SIGN_COMMANDS, add_sign_commands, run_sign_command
 from inferpool.system.files import printable
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     if command in COMMANDS:
         return run_admin_command(command, flags, os.environ)
+    if command in SIGN_COMMANDS:
+        return run_sign_command(command, flags, os.environ)
     named, config = flags.pop("repository"), flags.pop("config", None)
     name, options = flags.pop("name", None), flags.pop("options", ())
     remeasure = flags.pop("remeasure", False)
@@ -163,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         help="options of the script (see NAME --help)",
     )
     _add_key(commands)
+    add_sign_commands(commands)
     add_admin_commands(commands)
     return parser
 

@@ -20,6 +20,7 @@ from inferpool.http.access.tls import Certificates, make_certificates
 from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.stores.reference import StoreReference
+from inferpool.repository.trust.digital_signature import check_signers
 from inferpool.settings import Settings, service_links, with_memory
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import CPU
@@ -56,6 +57,7 @@ def serve(repository: Path | StoreReference, settings: Settings) -> int:
     check_exposure(settings)
     # The first step, so that an address in use is reported before anything about the models.
     certificates = make_certificates(settings)
+    check_signers(settings.require_signatures)
     if settings.unix_socket is None:
         listener = listen(settings.host, settings.port)
     else:

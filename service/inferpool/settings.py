@@ -162,6 +162,11 @@ class Settings(BaseModel):
         default=False,
         description="Load model files that can run code when loaded (.pt, .pt2), from any source.",
     )
+    require_signatures: tuple[Path, ...] = Field(
+        default=(),
+        description="PEM files with public keys, or with certificates of authorities, separated by commas:"
+        " versions that none of them has signed are refused. See docs/signatures.md.",
+    )
     load_timeout_s: Annotated[float, Field(gt=0, le=604_800)] = Field(
         default=600.0,
         description="Seconds that a version may take to load; a version that takes longer has failed.",
@@ -355,7 +360,7 @@ _SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)(_\w*)?|PORT_\d+_(TCP|UD
 _SERVICE_PORT = re.compile(r"(\w+_)?PORT$")
 
 
-CHECK_SETTINGS: Final = ("threads", "devices", "measure_ms", "cache_dir", "trust")
+CHECK_SETTINGS: Final = ("threads", "devices", "measure_ms", "cache_dir", "trust", "require_signatures")
 """The settings that `inferpool check` depends on; all others are about serving."""
 FETCH_SETTINGS: Final = ("cache_dir", "log_level", "log_format")
 """The settings that `inferpool fetch` depends on."""

@@ -105,8 +105,9 @@ class LoadOptions:
         inputs: the owner's description of the inputs, for files that do not describe them.
         outputs: the owner's description of the outputs in their order, for files that do not name them.
         samples: the inputs of each golden sample, as its JSON has them: nested lists, by name or bare.
-        trusted: whether any file that can run code during its load may do so.
-        sha256: SHA-256 digests (lower-case hexadecimal) of the files that may run code during their load.
+        trusted: whether the file may run code during its load.
+        sha256: SHA-256 digests (lower-case hexadecimal) that the owner lists, for the refusal of a file that
+            is not trusted: the caller has compared them with what it loads.
         gpu: what holds on a GPU only.
     """
 
@@ -224,10 +225,18 @@ class DeviceModel(LoadedModel):
 
 
 class Backend(ABC):
-    """A runtime. Subclasses hold no state and have a constructor without arguments."""
+    """A runtime. Subclasses hold no state and have a constructor without arguments.
+
+    Attributes:
+        name: the name in `model.toml`.
+        suffixes: those of the files that it loads.
+        runs_code: whether a file can run code while it is loaded. `LoadOptions.trusted` then also says that
+            the digest of the file is one of those that `model.toml` lists.
+    """
 
     name: str
     suffixes: tuple[str, ...]
+    runs_code: bool = False
 
     @abstractmethod
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:

@@ -163,8 +163,13 @@ def _nothing_found(path: Path, skipped: list[Reason]) -> Reason:
     return "; ".join((expected, *skipped))
 
 
+def is_in_version_folder(file: Path) -> bool:
+    """Whether a model file is in the folder of a version, which is its alone."""
+    return file.stem == "model" and file.parent.name.isdigit()
+
+
 def _bare(file: Path) -> ModelFolder:
-    if file.stem == "model" and file.parent.name.isdigit():
+    if is_in_version_folder(file):
         return ModelFolder(file.resolve().parent.parent.name, None, {1: file}, origin=file.name)
     return ModelFolder(file.stem, None, {1: file}, origin=file.name)
 

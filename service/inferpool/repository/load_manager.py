@@ -1,15 +1,16 @@
-"""Makes versions what is wanted of them: loads them one after the other, and drains those that must go.
+"""Makes versions what is wanted of them: loads them, and drains those that must go.
 
-One version loads at a time, so that measurements do not disturb one another. A load that does not end delays
-the next one for `health.PATIENCE_S` only. All decisions are made by `VersionLifecycle`; this module has the
-threads.
+While a server starts, several versions load at once. They are measured one after the other, while no other
+load runs, so that measurements do not disturb one another. Later, one version loads at a time. A load that
+does not end delays the others for `health.PATIENCE_S` only. All decisions are made by `VersionLifecycle`;
+this module has the threads.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Final, Literal, Protocol, TypeAlias
 
@@ -31,6 +32,7 @@ from inferpool.repository.lifecycle import (
     BEGIN_LOAD,
     CANCEL_LOAD,
     FAILED,
+    MEASURE,
     QUEUED,
     READY,
     UNLOADED,
@@ -53,6 +55,9 @@ class Host(Protocol):
 
     def load(self, key: VersionKey, source: VersionSource, enter: Callable[[Phase], None]) -> LoadedVersion:
         """Load a version; `enter` is told each phase, and raises LoadCancelled. Raises LoadError."""
+
+    def fits_beside(self, source: VersionSource, others: Sequence[VersionSource]) -> bool:
+        """Whether there is memory to load a version while `others` load."""
 
     def serve(self, key: VersionKey, loaded: LoadedVersion) -> None:
         """Let requests reach a version that is loaded, in place of what was loaded of it before."""
@@ -77,13 +82,21 @@ class Host(Protocol):
 
 
 class _Load:
-    """A load under way, which has one result: whoever claims it first decides."""
+    """A load under way, which has one result: whoever claims it first decides.
+
+    Attributes:
+        waits: whether it waits until it may be measured.
+        measures: whether it is being measured.
+        patience_from: since when others wait for it, without the time that it has waited itself.
+    """
 
     def __init__(self, key: VersionKey, source: VersionSource, began: float) -> None:
         self.key = key
         self.source = source
         self.began = began
         self.cancelled = False
+        self.waits = self.measures = False
+        self.patience_from = began
         self._claim = threading.Lock()
 
     def claim(self) -> bool:
@@ -103,11 +116,20 @@ class LoadManager:
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         load_timeout_s: float | None,
+        *,
+        loads_at_once: int = 1,
+        first: Collection[str] = (),
     ) -> None:
-        """A load fails after `load_timeout_s`; None if the caller sees to it that none takes too long."""
+        """Until all versions are what is wanted for the first time, `loads_at_once` versions load at once.
+
+        A load fails after `load_timeout_s`; None if the caller sees to it that none takes too long. The
+        models named in `first` load before all others.
+        """
         self._host = host
         self._clock = clock
         self._load_timeout_s = load_timeout_s
+        self._loads_at_once = loads_at_once
+        self._first = frozenset(first)
         self._changed = threading.Condition(threading.RLock())
         self._lifecycles: dict[VersionKey, VersionLifecycle] = {}
         self._loads: dict[VersionKey, _Load] = {}
@@ -115,6 +137,8 @@ class LoadManager:
         self._times = LoadTimes()
         self._on_settled: Callable[[], None] | None = None
         self._unsettled = False
+        # Counts what the thread may have to act on. It lets go of the lock between its look and its wait.
+        self._changes = 0
         self._late_told = False
         self._stopped = False
         self._threads = 0
@@ -233,6 +257,11 @@ class LoadManager:
 
     def _wake(self) -> None:
         self._unsettled = True
+        self._tell_threads()
+
+    def _tell_threads(self) -> None:
+        """Let all threads look again; the caller holds the lock."""
+        self._changes += 1
         self._changed.notify_all()
 
     def _run(self) -> None:
@@ -241,6 +270,7 @@ class LoadManager:
                 if self._stopped:
                     return
                 now = self._clock()
+                changes = self._changes
                 acted = self._act(now)
                 due = any(self._outcome_of(job) is not None for job in self._jobs.running())
             if due:
@@ -254,15 +284,17 @@ class LoadManager:
             if settled and self._on_settled is not None:
                 self._on_settled()
             with self._changed:
-                if not (acted or settled or self._stopped):
+                if not (acted or settled or self._stopped or self._changes != changes):
                     self._changed.wait(self._pause(now))
 
     def _act(self, now: float) -> bool:
         """Take every step that can be taken; returns whether there was one."""
         acted = False
-        for key, lifecycle in list(self._lifecycles.items()):
+        for key, lifecycle in sorted(
+            self._lifecycles.items(), key=lambda item: item[0].model not in self._first
+        ):
             step = lifecycle.step(now)
-            if step is None or (step == BEGIN_LOAD and not self._may_begin(now)):
+            if step is None or (step == BEGIN_LOAD and not self._may_begin(lifecycle, now)):
                 continue
             acted = True
             if step == BEGIN_LOAD:
@@ -275,13 +307,25 @@ class LoadManager:
                 threading.Thread(target=self._retire, args=(key, lifecycle), daemon=True).start()
         return acted
 
-    def _may_begin(self, now: float) -> bool:
-        """Whether no other load is under way, but those that take too long."""
-        return all(now - load.began >= health.PATIENCE_S for load in self._loads.values())
+    def _may_begin(self, lifecycle: VersionLifecycle, now: float) -> bool:
+        """Whether a version may begin to load beside the loads that are under way.
+
+        Loads that take too long do not count.
+        """
+        others = [load for load in self._loads.values() if not _is_late(load, now)]
+        if not others:
+            return True
+        source = lifecycle.wanted
+        assert isinstance(source, VersionSource)
+        return (
+            len(others) < self._loads_at_once
+            and not any(load.waits or load.measures for load in others)
+            and self._host.fits_beside(source, [load.source for load in others])
+        )
 
     def _pause(self, now: float) -> float | None:
         """How long nothing can happen unless somebody wakes the thread."""
-        moments = [load.began + health.PATIENCE_S for load in self._loads.values()]
+        moments = [load.patience_from + health.PATIENCE_S for load in self._loads.values() if not load.waits]
         moments += [
             lifecycle.warm_until
             for lifecycle in self._lifecycles.values()
@@ -296,28 +340,23 @@ class LoadManager:
             return False
         waiting = [key for key, lifecycle in self._lifecycles.items() if not lifecycle.settled]
         if waiting:
-            late = [key for key in waiting if self._is_late(key, now)]
+            loads = [self._loads.get(key) for key in waiting]
+            late = [load for load in loads if load is not None and _is_late(load, now)]
             if len(late) < len(waiting) or self._late_told:
                 return False
             self._late_told = True
-            return True
-        self._unsettled = self._late_told = False
+        else:
+            self._unsettled = self._late_told = False
+        # What serves must not be slowed down by more than one load.
+        self._loads_at_once = 1
         return True
-
-    def _is_late(self, key: VersionKey, now: float) -> bool:
-        load = self._loads.get(key)
-        return load is not None and now - load.began >= health.PATIENCE_S
 
     # Loads.
 
     def _begin_load(self, key: VersionKey, lifecycle: VersionLifecycle, now: float) -> None:
         source = lifecycle.wanted
         assert isinstance(source, VersionSource)
-        for other in self._loads.values():
-            log.warning(
-                "%s/%d has been loading for %.0f s; the next models load beside it",
-                *other.key, now - other.began,
-            )  # fmt: skip
+        _tell_late(self._loads.values(), now)
         lifecycle.load_begun()
         load = self._loads[key] = _Load(key, source, now)
         self._times.entered(key, QUEUED, now)
@@ -360,6 +399,10 @@ class LoadManager:
 
     def _enter(self, load: _Load, lifecycle: VersionLifecycle, phase: Phase) -> None:
         with self._changed:
+            if phase == MEASURE:
+                self._await_quiet(load)
+            load.measures = phase == MEASURE
+            self._tell_threads()
             if load.cancelled:
                 raise LoadCancelled("the load was cancelled")
             if self._loads.get(load.key) is not load:
@@ -370,6 +413,21 @@ class LoadManager:
             changed = self._follow(load.key, phase, now)
         if changed:
             self._host.jobs_changed()
+
+    def _await_quiet(self, load: _Load) -> None:
+        """Wait until no other load runs but those that take too long; the caller holds the lock."""
+        load.waits = True
+        self._tell_threads()
+        while self._loads.get(load.key) is load and not self._stopped:
+            now = self._clock()
+            others = [other for other in self._loads.values() if other is not load and not other.waits]
+            busy = [other for other in others if not _is_late(other, now)]
+            if not busy:
+                _tell_late(others, now)
+                break
+            self._changed.wait(min(other.patience_from for other in busy) + health.PATIENCE_S - now)
+        load.waits = False
+        load.patience_from = self._clock()
 
     def _follow(self, key: VersionKey, phase: str, now: float) -> bool:
         """Let the jobs that are about a version show its phase; returns whether there are any."""
@@ -412,6 +470,7 @@ class LoadManager:
         self._times.ended(load.key, self._clock(), ok=outcome == "ready")
         self._host.count_load(load.key, outcome)
         del self._loads[load.key]
+        self._tell_threads()
 
     def _retire(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
         try:
@@ -465,3 +524,17 @@ class LoadManager:
             return None
         reasons = [lifecycle.reason for lifecycle in lifecycles if not lifecycle.succeeded]
         return (JOB_FAILED, "; ".join(filter(None, reasons))) if reasons else (DONE, "")
+
+
+def _is_late(load: _Load, now: float) -> bool:
+    """Whether a load takes so long that nothing waits for it any more."""
+    return not load.waits and now - load.patience_from >= health.PATIENCE_S
+
+
+def _tell_late(loads: Collection[_Load], now: float) -> None:
+    for load in loads:
+        if _is_late(load, now):
+            log.warning(
+                "%s/%d has been loading for %.0f s; the next models load beside it",
+                *load.key, now - load.began,
+            )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,8 +47,9 @@ from inferpool.repository.settled_sources import SettledSources
 from inferpool.repository.version_source import HeldSource, VersionSource, read_source
 from inferpool.repository.watch import FolderWatch, Origin
 from inferpool.settings import Settings
-from inferpool.system.gpus import Driver
-from inferpool.system.memory import memory_use, release_freed_memory
+from inferpool.system.cpu import usable_cores
+from inferpool.system.gpus import Driver, cuda_driver
+from inferpool.system.memory import chosen_limit, memory_use, release_freed_memory
 from inferpool.tensors import names_text
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ LATE_DRAIN_S: Final = 1.0
 """How long the instances of a version that has loaded too late may take to end."""
 ON_THEIR_WAY_S: Final = 0.1
 """How long requests to a version may be on their way from another process that has sent its last one."""
+MOST_LOADS: Final = 4
+"""How many versions load at once while a server starts."""
+COPIES_DURING_LOAD: Final = 3
+"""Bytes of memory for each byte of a version's files while it loads: runtimes parse and repack weights."""
 MOST_DEFAULTS: Final = 10
 """How many earlier default versions of a model are remembered for a rollback."""
 STABLE: Final = "stable"
@@ -173,8 +178,16 @@ class Repository:
         self._on_change = on_change
         self._until_seen = until_seen
         self._codec_sources: dict[VersionKey, CodecSource] = {}
+        # If a load can end the process, the supervisor must know which one did. GPUs capture graphs, which no
+        # other load may disturb.
+        alone = on_loading is not None or bool((driver or cuda_driver()).gpus())
         self._manager = LoadManager(
-            self, clock, time.time, settings.load_timeout_s if on_loading is None else None
+            self,
+            clock,
+            time.time,
+            settings.load_timeout_s if on_loading is None else None,
+            loads_at_once=1 if alone else min(MOST_LOADS, settings.threads or usable_cores()),
+            first=settings.required_models,
         )
         self._told: set[Reason] = set()
         # Versions that somebody has unloaded, and those that somebody has loaded although model.toml serves
@@ -628,6 +641,12 @@ class Repository:
         return self._loader.load(
             key, source.file, source.folder, source.config, enter, beside=bool(self._loaded)
         )
+
+    def fits_beside(self, source: VersionSource, others: Sequence[VersionSource]) -> bool:
+        """Whether there is memory to load a version while `others` load."""
+        memory = chosen_limit(self._settings.memory_bytes)
+        needed = sum(size for each in (source, *others) for _, size, _ in each.files)
+        return COPIES_DURING_LOAD * needed <= memory.limit - memory.held()
 
     def serve(self, key: VersionKey, loaded: LoadedVersion) -> None:
         """Let requests reach a version that is loaded, in place of what was loaded of it before."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from inferpool.codecs.labels import LABELS_FILE
 from inferpool.repository.config import ModelConfig, VersionsConfig
-from inferpool.repository.layout import ModelFolder
+from inferpool.repository.layout import CONFIG_FILE, ModelFolder, is_in_version_folder
+from inferpool.repository.trust.manifest import SIGNING_FILES, name_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +38,33 @@ def read_source(model: ModelFolder, version: int, config: ModelConfig) -> Versio
     """The source of a version that `model` has a file of. Raises OSError if files vanish meanwhile."""
     file = model.files[version]
     found = list(_walk(file.parent)) if model.folder is not None else [file]
-    if model.folder is not None:
-        beside = ["samples"]
-        if config.text is not None:
-            beside.append(config.text.tokenizer)
-        if config.labels is not None:
-            beside.append(config.labels.file)
-        for name in beside:
-            if (model.folder / name).exists():
-                found += _walk(model.folder / name)
+    found += _beside(model.folder, config)
     facts = [(path, path.is_dir(), path.stat()) for path in found]
     # A folder has no content of its own, but its time tells when the last file came.
     files = tuple((str(path), status.st_size, status.st_mtime_ns) for path, is_folder, status in facts
                   if not is_folder)  # fmt: skip
-    # Labels and the list of versions do not change what a load does.
-    settings = config.model_copy(update={"versions": VersionsConfig(), "description": ""})
     changed_at = max(status.st_mtime for _, _, status in facts)
-    return VersionSource(file, model.folder, config, files, (files, repr(settings)), changed_at)
+    return VersionSource(file, model.folder, config, files, (files, repr(load_settings(config))), changed_at)
+
+
+def load_settings(config: ModelConfig) -> ModelConfig:
+    """The part of `model.toml` that a load depends on: neither labels nor the list of versions do."""
+    return config.model_copy(update={"versions": VersionsConfig(), "description": ""})
+
+
+def load_files(file: Path, folder: Path | None, config: ModelConfig) -> dict[str, Path]:
+    """The files that a load of `file` reads, `model.toml` among them, by their names in a manifest.
+
+    Files that say what was signed are not among them, and neither are hidden ones. Raises OSError if files
+    vanish meanwhile, and LoadError for a file outside of the model's folder.
+    """
+    if not is_in_version_folder(file):
+        return {file.name: file}
+    found = [*_walk(file.parent), *_beside(folder, config)]
+    if folder is not None:
+        found += [path for path in (folder / CONFIG_FILE, folder / LABELS_FILE) if path.exists()]
+    names = {name_of(file.parent, path): path for path in found if not path.is_dir()}
+    return {name: path for name, path in names.items() if name not in SIGNING_FILES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,18 @@ def held_from_json(table: Mapping[str, Any]) -> HeldSource:
     """The source that `held_json` has written; raises ValueError or LookupError for another table."""
     files = tuple((str(name), int(size), int(time)) for name, size, time in table["files"])
     return HeldSource(ModelConfig.model_validate(table["config"]), files)
+
+
+def _beside(folder: Path | None, config: ModelConfig) -> list[Path]:
+    """The files and folders beside the versions of a model that a load reads, without `model.toml`."""
+    if folder is None:
+        return []
+    names = ["samples"]
+    if config.text is not None:
+        names.append(config.text.tokenizer)
+    if config.labels is not None:
+        names.append(config.labels.file)
+    return [path for name in names if (folder / name).exists() for path in _walk(folder / name)]
 
 
 def _walk(item: Path) -> Iterator[Path]:

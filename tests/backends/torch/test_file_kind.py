@@ -15,6 +15,9 @@ from inferpool.backends.base import LoadOptions
 from inferpool.backends.registry import describe_backends, find_backend
 from inferpool.backends.torch.backend import PyTorchBackend
 from inferpool.errors import LoadError
+from inferpool.repository.config import ModelConfig
+from inferpool.repository.load.load_files import open_files
+from inferpool.settings import Settings
 from torch import nn
 
 from tests.backends.torch.networks import quiet, save_exported, save_scripted
@@ -52,12 +55,21 @@ def test_an_untrusted_file_is_refused_before_its_code_runs(
 
 
 def test_a_listed_digest_trusts_that_file_only(tmp_path: Path) -> None:
-    file = save_exported(tmp_path / "model.pt2", nn.Linear(3, 2), torch.rand(2, 3))
-    listed = LoadOptions(sha256=frozenset({digest(file)}))
-    assert PyTorchBackend().load(file, listed).signature.inputs[0].shape == (-1, 3)
-    other = save_exported(tmp_path / "other.pt2", nn.Linear(3, 2), torch.rand(2, 3))
+    """What is trusted is a copy of the file: one that was exchanged meanwhile is not loaded."""
+    model = tmp_path / "m"
+    (model / "1").mkdir(parents=True)
+    file = save_exported(model / "1" / "model.pt2", nn.Linear(3, 2), torch.rand(2, 3))
+    config = ModelConfig(sha256=(digest(file),))
+    files = open_files(file, model, config, PyTorchBackend(), Settings())
+    save_exported(file, nn.Linear(4, 2), torch.rand(2, 4))
+    with quiet():
+        model_of_copy = PyTorchBackend().load(files.file, LoadOptions(trusted=files.trusted))
+    assert model_of_copy.signature.inputs[0].shape == (-1, 3)
+    files.close()
+    files = open_files(file, model, config, PyTorchBackend(), Settings())
+    listed = LoadOptions(trusted=files.trusted, sha256=frozenset(config.sha256 or ()))
     with pytest.raises(LoadError, match=r"the digests in model\.toml belong to other files"):
-        PyTorchBackend().load(other, listed)
+        PyTorchBackend().load(files.file, listed)
 
 
 @pytest.mark.parametrize(

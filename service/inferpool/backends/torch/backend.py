@@ -38,6 +38,7 @@ class PyTorchBackend(Backend):
 
     name = "torch"
     suffixes = (".pt", ".pt2")
+    runs_code = True
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         """Load `file`; raises LoadError."""

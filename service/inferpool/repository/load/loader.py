@@ -38,6 +38,7 @@ from inferpool.repository.load.comparison import compare_answers
 from inferpool.repository.load.declared_shapes import corrected, without_names
 from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
 from inferpool.repository.load.list_outputs import ListsAsTables
+from inferpool.repository.load.load_files import LoadFiles, open_files
 from inferpool.repository.load.model_copies import ModelCopies
 from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.repository.load.plan_cache import PlanCache
@@ -46,7 +47,7 @@ from inferpool.repository.load.text_padding import make_padding, make_texts
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
-from inferpool.system.memory import memory_limit
+from inferpool.system.memory import memory_limit, release_freed_memory
 from inferpool.system.priority import at_low_priority, call_directly
 from inferpool.tensors import Tensors
 
@@ -86,6 +87,7 @@ class _Source(NamedTuple):
     folder: Path | None
     config: ModelConfig
     backend: Backend
+    files: LoadFiles
 
 
 class _Content(NamedTuple):
@@ -165,7 +167,35 @@ class Loader:
         enter(VERIFY)
         self._check_size(file, beside=beside)
         backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
-        source = _Source(file, folder, config, backend)
+        files = work(partial(open_files, file, folder, config, backend, self._settings))
+        try:
+            loaded = self._load(
+                key, _Source(files.file, files.folder, config, backend, files), enter, beside=beside
+            )
+            if loaded.copies.tensorrt is None:
+                files.close()
+            else:
+                # The upgrade loads the file once more.
+                loaded.copies.after_close(files.close)
+        except BaseException:
+            files.close()
+            raise
+        # What loading and measuring have freed would otherwise stay with the C library.
+        release_freed_memory()
+        loaded.view = replace(loaded.view, load_s=self._clock() - began)
+        return loaded
+
+    def _load(
+        self,
+        key: VersionKey,
+        source: _Source,
+        enter: Callable[[Phase], None],
+        *,
+        beside: bool,
+    ) -> LoadedVersion:
+        """Load a version from files that were checked."""
+        work = at_low_priority if beside else call_directly
+        config, folder, backend = source.config, source.folder, source.backend
         devices = self._devices(source)
         options = self._options(source, devices[0])
         enter(LOAD)
@@ -224,7 +254,6 @@ class Loader:
             row_cost=plan.row_cost,
             classes=classes,
             gpu=copies.gpu,
-            load_s=self._clock() - began,
         )
         return LoadedVersion(view, pool, copies, codec_source)
 
@@ -290,7 +319,7 @@ class Loader:
 
         def find_folder(device: str, version: str) -> Path:
             measured = self._measured_on(replace(options, device=device))
-            return self._cache.engine_folder(source.file, [version, *measured])
+            return self._cache.engine_folder(source.files, [version, *measured])
 
         copies.prepare(
             devices,
@@ -327,7 +356,7 @@ class Loader:
                 cpu_nodes=config.gpu.cpu_nodes,
                 tf32=config.gpu.tf32,
                 fp16=fp16,
-                cache_dir=self._cache.beside(source.file) if fp16 else None,
+                cache_dir=self._cache.beside(source.files) if fp16 else None,
                 memory_bytes=config.gpu.memory_bytes,
                 # For the measurements, which are made as the instances will run.
                 graphs=config.gpu.graphs and device != CPU,
@@ -335,7 +364,7 @@ class Loader:
             inputs=tuple(TensorHint(**tensor.model_dump()) for tensor in config.inputs),
             outputs=tuple(TensorHint(**tensor.model_dump()) for tensor in config.outputs),
             samples=tuple(raw_inputs(folder, config)) if folder is not None else (),
-            trusted=self._settings.trust,
+            trusted=source.files.trusted,
             sha256=frozenset(digest.lower() for digest in config.sha256 or ()),
         )
 
@@ -364,7 +393,7 @@ class Loader:
             described = (*described, text.fills, config.text, text.vocabulary_size)
         # A plan depends on what model.toml says of the tensors.
         runtime = " ".join((source.backend.describe(), *map(repr, described), *self._measured_on(options)))
-        plan_file = self._cache.locate(source.file, content.samples, constraints, runtime)
+        plan_file = self._cache.locate(source.files, content.samples, constraints, runtime)
         known = self._cache.find(plan_file)
         if known is not None:
             return known, plan_file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from inferpool.backends.base import Backend, LoadedModel, LoadOptions
@@ -33,6 +34,7 @@ class ModelCopies:
         self._backend = backend
         self._file = file
         self._owned: list[LoadedModel] = []
+        self._then: list[Callable[[], None]] = []
 
     @property
     def owned(self) -> tuple[LoadedModel, ...]:
@@ -70,6 +72,10 @@ class ModelCopies:
         """Wait until the upgrade to TensorRT has ended, if there is one; False after `timeout_s`."""
         return True
 
+    def after_close(self, then: Callable[[], None]) -> None:
+        """Call `then` when the memory is free."""
+        self._then.append(then)
+
     def close(self) -> None:
         """Free all memory. No run is in progress and none follows."""
         while self._owned:
@@ -77,3 +83,5 @@ class ModelCopies:
                 self._owned.pop().close()
             except Exception:
                 log.exception("%s: the memory of a copy could not be given back", self._file)
+        while self._then:
+            self._then.pop()()

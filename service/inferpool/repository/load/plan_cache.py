@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from inferpool.pool.row_cost import CostPoint, RowCost
 from inferpool.repository.load.batching_proof import Fault
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.declared_shapes import ShapeCorrections
+from inferpool.repository.load.load_files import LoadFiles
 from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.system.files import cache_folder, read_file
 
@@ -62,14 +62,14 @@ class PlanCache:
         return dict(self._plans)
 
     def locate(
-        self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str
+        self, files: LoadFiles, samples: Sequence[Path], constraints: PlanConstraints, runtime: str
     ) -> Path | None:
-        """Where the plan for `file` is kept, whether there is one or not; None if no plan can be kept.
+        """Where the plan for a model is kept, whether there is one or not; None if no plan can be kept.
 
         A plan depends on the contents of `samples`, too.
         """
         try:
-            return self._file(file, samples, constraints, runtime)
+            return self._file(files, samples, constraints, runtime)
         except OSError as error:
             log.info("measurements are not kept: %s", error)
             return None
@@ -128,42 +128,40 @@ class PlanCache:
         except OSError as error:
             log.warning("the kept measurement in %s is wrong, and cannot be removed: %s", target, error)
 
-    def beside(self, file: Path) -> Path | None:
-        """The folder for what a backend derives from `file`; None if the user has no cache folder."""
+    def beside(self, files: LoadFiles) -> Path | None:
+        """The folder for what a backend derives from a model; None if the user has no cache folder."""
         try:
-            return (
-                cache_folder(self._folder) / f"{file.parent.parent.name}-{_digest(_model_files(file))[:24]}"
-            )
+            return cache_folder(self._folder) / f"{_model_name(files)}-{files.model_digest()[:24]}"
         except (OSError, RuntimeError) as error:
-            log.info("files that are derived from %s are not kept: %s", file, error)
+            log.info("files that are derived from %s are not kept: %s", files.file, error)
             return None
 
-    def engine_folder(self, file: Path, facts: Sequence[str]) -> Path:
-        """Where a TensorRT plan for the model `file` is kept; it is valid for `facts` alone.
+    def engine_folder(self, files: LoadFiles, facts: Sequence[str]) -> Path:
+        """Where a TensorRT plan for a model is kept; it is valid for `facts` alone.
 
         Raises RuntimeError if the user has no home, OSError if the model cannot be read.
         """
-        digest = hashlib.sha256(
-            "\n".join((__version__, *facts, _digest(_model_files(file)))).encode()
-        ).hexdigest()
-        return cache_folder(self._folder) / "tensorrt" / f"{file.parent.parent.name}-{digest[:24]}"
+        digest = hashlib.sha256("\n".join((__version__, *facts, files.model_digest())).encode()).hexdigest()
+        return cache_folder(self._folder) / "tensorrt" / f"{_model_name(files)}-{digest[:24]}"
 
-    def _file(self, file: Path, samples: Sequence[Path], constraints: PlanConstraints, runtime: str) -> Path:
+    def _file(
+        self, files: LoadFiles, samples: Sequence[Path], constraints: PlanConstraints, runtime: str
+    ) -> Path:
         facts = [
             __version__,
             _FORMAT,
             runtime,
             _machine(),
             repr(constraints),
-            _digest(_model_files(file)),
-            _digest(samples),
+            files.model_digest(),
+            files.digest_of(samples),
         ]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         try:
             folder = cache_folder(self._folder)
         except RuntimeError:
             folder = _NOWHERE
-        return folder / f"{file.parent.parent.name}-{digest[:24]}.json"
+        return folder / f"{_model_name(files)}-{digest[:24]}.json"
 
 
 def _read(target: Path) -> str:
@@ -185,19 +183,9 @@ def _shapes(names: list[str], outputs: list[tuple[str, list[int] | None]]) -> Sh
     return ShapeCorrections(tuple(names), tuple(shapes))
 
 
-def _model_files(file: Path) -> list[Path]:
-    """A model's files. Its external data is in the version's folder, or is named after a bare file."""
-    pattern = "*" if file.stem == "model" else glob.escape(file.name) + "*"
-    return [item for item in file.parent.glob(pattern) if item.is_file()]
-
-
-def _digest(files: Sequence[Path]) -> str:
-    """SHA-256 over the names and contents of `files`."""
-    digest = hashlib.sha256()
-    for item in sorted(files):
-        with item.open("rb") as stream:
-            digest.update(f"{item.name}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+def _model_name(files: LoadFiles) -> str:
+    """The name of the model in the names of kept files."""
+    return files.file.parent.parent.name
 
 
 @cache
