@@ -1,4 +1,4 @@
-"""The command: `inferpool serve`, `check`, `fetch`, `build`, `key`, `sign`, and those for a running server."""
+"""The command: `inferpool serve`, `check`, `fetch`, `build`, `key`, `sign`, and others."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from tests.docker.images import index_settings
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = {
-    "cpu": ("cpu", "text", "otel", "jwt", "signatures"),
-    "gpu": ("gpu", "fp16", "torch", "text", "otel", "jwt", "signatures"),
+    "cpu": ("cpu", "text", "otel", "jwt", "signatures", "stores"),
+    "gpu": ("gpu", "fp16", "torch", "text", "otel", "jwt", "signatures", "stores"),
 }
 LOCKS = {target: ROOT / "docker" / f"requirements-{target}.txt" for target in (*EXTRAS, "build")}
 
