@@ -203,7 +203,8 @@ def test_a_password_goes_to_its_server_and_nowhere_else(server: WebServer, tmp_p
     with web_server() as other:
         other.files["/real.tar.gz"] = tar_of(FILES)
         server.replies["/m.tar.gz"] = (302, {"Location": f"http://{other.address}/real.tar.gz"}, b"")
-        assert files_below(fetched(reference, tmp_path).path) == FILES
+        folder = fetched(reference, tmp_path).path
+        assert files_below(folder) == FILES
         assert other.asked
         assert not any("Authorization" in asked.headers for asked in other.asked)
     with pytest.raises(StoreError) as refused:
@@ -211,6 +212,8 @@ def test_a_password_goes_to_its_server_and_nowhere_else(server: WebServer, tmp_p
     assert "HTTP status 401" in refused.value.detail
     assert "hidden" not in refused.value.detail
     assert b"hidden" not in b"".join(files_below(tmp_path).values())
+    # What was fetched with the password is served without it, because an image has none.
+    assert fetched(reference.replace("hidden", "wrong-hidden"), tmp_path) == Fetched(folder, False, 0)
 
 
 def test_a_single_model_file_is_served_under_its_name(server: WebServer, tmp_path: Path) -> None:

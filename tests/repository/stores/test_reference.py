@@ -33,6 +33,7 @@ def test_a_file_address_is_a_path() -> None:
         ("gs://bucket/digits.onnx", "gs://bucket/digits.onnx", "digits"),
         ("az://container/spam", "az://container/spam", "spam"),
         ("s3://bucket/spam/model.onnx", "s3://bucket/spam/model.onnx", "spam"),
+        ("https://h/spam/2/model.pt", "https://h/spam/2/model.pt", "spam"),
         ("https://u:secret@h:444/a/m.tar.gz?sig=secret", "https://h:444/a/m.tar.gz", "m"),
         ("https://h/digits.onnx", "https://h/digits.onnx", "digits"),
         ("hf://owner/all-MiniLM@refs%2Fpr%2F1", "hf://owner/all-MiniLM@refs/pr/1", "all-MiniLM"),

@@ -18,7 +18,7 @@ from inferpool.repository.stores.downloader import Downloader
 from inferpool.repository.stores.progress import Progress
 from inferpool.repository.stores.reference import HUB, OBJECT_STORES, WEB, StoreReference
 from inferpool.repository.stores.registry_store import RegistryStore, keep_of_image
-from inferpool.repository.stores.store import RemoteFile, Store, StoreChanged, stamp_of
+from inferpool.repository.stores.store import CredentialsRefused, RemoteFile, Store, StoreChanged, stamp_of
 from inferpool.repository.stores.unpacking import keep_all, unpack
 from inferpool.repository.stores.working_folder import FolderState, WorkingFolder
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TRIES: Final = 3
 """How often a store is listed again because it has changed meanwhile."""
+_UNCHANGED: Final = "%s: unchanged since %s, 0 bytes fetched"
 _WHITEOUT: Final = ".wh."
 """How a layer of an image says that a file of the layers below is gone."""
 
@@ -52,8 +53,8 @@ def working_folder(reference: StoreReference, cache: Path) -> WorkingFolder:
 def fetch(reference: StoreReference, cache: Path, *, not_since: float | None = None) -> Fetched:
     """Fetch what is missing or has changed, and return the folder.
 
-    If the store does not answer, or the cache can only be read, the folder stays as it is. With `not_since`,
-    nobody asks the store again if it was asked after that moment, in seconds since 1970.
+    If the store does not answer or refuses, or if the cache can only be read, the folder stays as it is. With
+    `not_since`, nobody asks the store again if it was asked after that moment, in seconds since 1970.
 
     Raises StoreError if there is no folder to serve from, or if the store has no models.
     """
@@ -64,7 +65,8 @@ def fetch(reference: StoreReference, cache: Path, *, not_since: float | None = N
         if not_since is not None and folder.asked_at() > not_since and folder.state() is not None:
             return Fetched(folder.path, False, 0)
         folder.note_asked()
-        return _fetch(reference, folder, contents)
+        # A store that is asked every minute is not worth a line each time.
+        return _fetch(reference, folder, contents, logging.INFO if not_since is None else logging.DEBUG)
 
 
 def _read_only(reference: StoreReference, folder: WorkingFolder) -> Fetched:
@@ -80,12 +82,16 @@ def _read_only(reference: StoreReference, folder: WorkingFolder) -> Fetched:
                     "%s has changed, and the cache can only be read: what was fetched at %s is served",
                     reference, _shown_time(state),
                 )  # fmt: skip
-    except StoreUnreachable as error:
+            else:
+                log.info(_UNCHANGED, reference, _shown_time(state))
+    except (StoreUnreachable, CredentialsRefused) as error:
         _warn_unreachable(error, state)
     return Fetched(folder.path, False, 0)
 
 
-def _fetch(reference: StoreReference, folder: WorkingFolder, contents: ContentCache) -> Fetched:
+def _fetch(
+    reference: StoreReference, folder: WorkingFolder, contents: ContentCache, unchanged_level: int
+) -> Fetched:
     state = folder.state()
     began = time.monotonic()
     progress = Progress(str(reference))
@@ -96,7 +102,7 @@ def _fetch(reference: StoreReference, folder: WorkingFolder, contents: ContentCa
                     files = store.list_files()
                     stamp = stamp_of(files)
                     if state is not None and stamp and stamp == state.stamp:
-                        log.info("%s: unchanged since %s, 0 bytes fetched", reference, _shown_time(state))
+                        log.log(unchanged_level, _UNCHANGED, reference, _shown_time(state))
                         return Fetched(folder.path, False, 0)
                     arrangement, blobs = _contents(reference, store, files, contents, progress)
                     break
@@ -104,7 +110,7 @@ def _fetch(reference: StoreReference, folder: WorkingFolder, contents: ContentCa
                     if number == TRIES - 1:
                         raise
                     log.info("%s; it is listed again", error.detail)
-    except StoreUnreachable as error:
+    except (StoreUnreachable, CredentialsRefused) as error:
         if state is None:
             raise
         _warn_unreachable(error, state)

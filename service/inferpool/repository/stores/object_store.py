@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from inferpool.errors import StoreError, StoreUnreachable
 from inferpool.repository.stores.reference import StoreReference, is_archive
-from inferpool.repository.stores.store import Chunk, RemoteFile, StoreChanged
+from inferpool.repository.stores.store import Chunk, CredentialsRefused, RemoteFile, StoreChanged
 from inferpool.system.install_hints import install_command
 
 _PIECE_BYTES: Final = 2**20
@@ -29,6 +29,7 @@ _PROFILE: Final = {
     "aws_session_token": "session_token",
     "region": "region",
 }
+_REFUSED: Final = re.compile(r"40[13] (Unauthorized|Forbidden)")
 _CAUSE: Final = re.compile(
     r"Connection refused|Connection reset|dns error|timed out|certificate[^\"\n]{0,80}"
     r"|status code[^\"\n]{0,20}|HTTP status [^\"(\n]{0,40}|Missing [\w ]{1,30}|not specified [\w ]{0,30}",
@@ -129,15 +130,20 @@ class ObjectStore:
         text = str(error)
         found = re.search(r"<Code>(\w+)</Code>", text)
         code = f" ({found[1]})" if found is not None else ""
-        if isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError):
-            return StoreError(f"{shown} refuses{code}: the credentials are missing, or allow too little")
+        if "169.254.169.254" in text or "metadata.google" in text:
+            # The last resort is the identity of the machine.
+            reason = "no credentials are found: set the cloud's variables, or give the machine a role"
+            return CredentialsRefused(f"{shown}: {reason}")
+        if isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError) or _REFUSED.search(
+            text
+        ):
+            return CredentialsRefused(
+                f"{shown} refuses{code}: the credentials are missing, or allow too little"
+            )
+        if "Account must be specified" in text:
+            return StoreError(f"{shown}: AZURE_STORAGE_ACCOUNT_NAME must name the account")
         if found is not None and found[1] in ("NoSuchBucket", "NoSuchKey"):
             return StoreError(f"{shown} is not there{code}")
-        if "169.254.169.254" in text or "metadata.google" in text:
-            # The last place to look at is the machine's own identity.
-            return StoreError(
-                f"{shown}: no credentials are found: set the cloud's variables, or give the machine a role"
-            )
         if isinstance(error, errors.GenericError | errors.BaseError | OSError):
             return StoreUnreachable(f"{shown} does not answer{code}: {_cause(text)}")
         return StoreError(f"{shown}: {type(error).__name__}{code}")

@@ -1,17 +1,20 @@
-"""Asks a store again while the server serves."""
+"""Asks a store again while the server serves.
+
+What is imported late is only for stores: a server of a folder starts without it.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from inferpool.errors import StoreError
-from inferpool.repository.stores.fetch_process import fetch_models, store_cache
-from inferpool.repository.stores.reference import StoreReference, parse_repository
-from inferpool.repository.stores.working_folder import WorkingFolder
 from inferpool.settings import Settings
+
+if TYPE_CHECKING:
+    from inferpool.repository.stores.reference import StoreReference
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class StorePoll:
 
     def ask(self, *, at_once: bool) -> None:
         """Ask the store, and change the folder if it has; not again too soon, unless `at_once`."""
+        from inferpool.repository.stores.fetch_process import fetch_models
+
         since = None if at_once else time.time() - _EARLY * self.pause_s
         try:
             fetch_models(self._reference, self._settings, not_since=since)
@@ -49,6 +54,12 @@ def locate(repository: str, settings: Settings) -> tuple[Path, StorePoll | None]
 
     The folder of a store is the one that `fetch_models` fills. Raises ConfigError or StoreError.
     """
+    if "://" not in repository:
+        return Path(repository), None
+    from inferpool.repository.stores.fetch_process import store_cache
+    from inferpool.repository.stores.reference import parse_repository
+    from inferpool.repository.stores.working_folder import WorkingFolder
+
     parsed = parse_repository(repository)
     if isinstance(parsed, Path):
         return parsed, None

@@ -71,25 +71,23 @@ class StoreReference:
     @property
     def model_name(self) -> str:
         """The name of the model, if the place has one model that says no name itself."""
-        parts = [part for part in (self.host, *self.path.split("/")) if part]
-        if self.file and self.file.count("/") == 0 and not is_archive(self.file):
-            stem = self.file.rsplit(".", 1)[0]
-            if stem != "model":
-                parts.append(stem)
-        # The folder of a version is named by a number, which is no name for its model.
-        while len(parts) > 1 and parts[-1].isdecimal():
+        parts = [self.host, *filter(None, self.path.split("/"))]
+        # Neither `model.onnx` nor the number of a version names a model: the folder around does.
+        while len(parts) > 1 and (parts[-1].isdecimal() or _without_suffix(parts[-1]) == "model"):
             parts.pop()
-        name = parts[-1]
-        for suffix in (*ARCHIVE_SUFFIXES, ".onnx", ".pt2", ".pt"):
-            name = name.removesuffix(suffix)
-        if name == "model" and len(parts) > 2:
-            name = parts[-2]
+        name = _without_suffix(parts[-1])
         return name if _NAME.fullmatch(name) else "model"
 
     @property
     def is_local(self) -> bool:
         """Whether the server is on this machine, and plain HTTP to it cannot be read by others."""
         return re.sub(r":\d+$", "", self.host) in _LOOPBACK
+
+
+def _without_suffix(name: str) -> str:
+    for suffix in (*ARCHIVE_SUFFIXES, ".onnx", ".pt2", ".pt"):
+        name = name.removesuffix(suffix)
+    return name
 
 
 def is_archive(path: str) -> bool:

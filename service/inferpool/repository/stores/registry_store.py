@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from inferpool.errors import StoreError
 from inferpool.repository.stores.reference import StoreReference
-from inferpool.repository.stores.store import RemoteFile
-from inferpool.repository.stores.web_client import CredentialsRefused, WebClient
+from inferpool.repository.stores.store import CredentialsRefused, RemoteFile
+from inferpool.repository.stores.web_client import WebClient
 
 _INDEXES: Final = (
     "application/vnd.oci.image.index.v1+json",
@@ -87,7 +87,7 @@ class RegistryStore:
             basic = {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
         if kind.lower() != "bearer":
             if not basic:
-                raise StoreError(
+                raise CredentialsRefused(
                     f"{self._reference} needs a user and a password: docker login {self._reference.host}"
                 )
             self._authorization = basic

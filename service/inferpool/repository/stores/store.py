@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
-from inferpool.errors import StoreUnreachable
+from inferpool.errors import StoreError, StoreUnreachable
 
 SHA256: Final = "sha256"
 GIT_BLOB: Final = "git"
@@ -17,6 +17,10 @@ Chunk: TypeAlias = "bytes | memoryview"
 
 class StoreChanged(StoreUnreachable):
     """A file is no longer what it was when the store was listed: list it again."""
+
+
+class CredentialsRefused(StoreError):
+    """The store wants credentials, or others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from inferpool import __version__
 from inferpool.errors import StoreError, StoreUnreachable
-from inferpool.repository.stores.store import StoreChanged
+from inferpool.repository.stores.store import CredentialsRefused, StoreChanged
 from inferpool.system.install_hints import install_command
 
 if TYPE_CHECKING:
@@ -21,10 +21,6 @@ TIMEOUT_S: Final = 30.0
 CONNECT_TIMEOUT_S: Final = 10.0
 MOST_JSON_BYTES: Final = 16 * 2**20
 _RETRIED: Final = (408, 425, 429)
-
-
-class CredentialsRefused(StoreError):
-    """The server wants credentials, or others."""
 
 
 class WebClient:
@@ -132,10 +128,8 @@ class WebClient:
         said = f"{self._shown}: HTTP status {status} {reply.reason_phrase}".rstrip()
         if status >= 500 or status in _RETRIED:
             raise StoreUnreachable(said)
-        if status == 401:
-            raise CredentialsRefused(f"{said}; the credentials are missing, or are not accepted")
-        if status == 403:
-            said += "; the credentials are missing, or allow too little"
+        if status in (401, 403):
+            raise CredentialsRefused(f"{said}; the credentials are missing, or allow too little")
         raise StoreError(said)
 
     def _unreachable(self, error: Exception) -> StoreUnreachable:
