@@ -28,7 +28,7 @@ HOT_PATH = [
     *(f"{SOURCE}/http/predict/{name}.py" for name in (
         "api", "body_buffer", "budget", "context", "in_flight", "no_rows", "offload", "predictor", "recorder",
         "request_head", "request_id", "request_metrics", "resolver", "response", "results",
-        "served_version")),
+        "served_version", "canary_choice")),
     *(f"{SOURCE}/http/{name}.py" for name in (
         "access/caller", "access/gate", "access/refusals", "access/tenants", "accept_headers",
         "native/api", "native/bodies", "v2/api")),

@@ -185,14 +185,17 @@ def write_session(
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
 
-def write_shift(repository: Path, name: str, version: int, by: float) -> Path:
-    """Write a version that adds `by` to each of the two elements of a row; renamed into place as a whole."""
+def write_shift(repository: Path, name: str, version: int, by: float | Sequence[float]) -> Path:
+    """Write a version that adds `by` to each of the two elements of a row; renamed into place as a whole.
+
+    `by` is one number for both elements, or one for each.
+    """
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Add", ["x", "by"], ["y"])],
         name,
         [value("x", "FP32", ["rows", 2])],
         [value("y", "FP32", ["rows", 2])],
-        [constant("by", "FP32", np.array([by], np.float32))],
+        [constant("by", "FP32", np.atleast_1d(np.array(by, np.float32)))],
     )
     folder = repository / name / str(version)
     folder.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,7 @@ INTERPRETED = {
     *("http/connection/protocol", "http/connection/slow_client", "http/connection/tls_transport"),
     *("http/connection/unread_responses",),
     *("http/predict/compression", "http/predict/fair_threads", "http/predict/memory_monitor"),
+    *("http/predict/shadow_copies",),
     *("pool/buckets", "pool/hot_swap", "pool/log_limits", "pool/padding", "pool/redaction", "pool/row_cost"),
     *("pool/run_limits", "pool/run_watcher"),
     *("wire/json_pieces", "wire/nested_lists", "wire/npy", "wire/v2_binary", "wire/v2_classification"),

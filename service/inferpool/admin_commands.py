@@ -1,4 +1,4 @@
-"""The commands that change a running server: `load`, `unload`, `jobs`, `labels` and `rollback`."""
+"""The commands that change a running server: `load`, `unload`, `jobs`, `labels`, `traffic` and `rollback`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 from inferpool.settings import ENV_PREFIX
 from inferpool.system.files import printable
 
-COMMANDS: Final = ("load", "unload", "jobs", "labels", "rollback")
+COMMANDS: Final = ("load", "unload", "jobs", "labels", "traffic", "rollback")
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = f"{ENV_PREFIX}URL"
 KEY_VARIABLE: Final = f"{ENV_PREFIX}KEY"
@@ -61,10 +61,11 @@ def add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )  # fmt: skip
     command.add_argument("label", metavar="LABEL=VERSION", nargs="?", help="the label to move: stable=2")
     command.add_argument("--remove", metavar="LABEL", help="a label to remove")
+    _add_traffic(commands)
     _add_for_model(
         commands, "rollback", "let the version answer that answered before",
         "Let the version answer that answered before the present one: the label stable names it from then"
-        " on.",
+        " on. If a canary runs, that ends the canary.",
     )  # fmt: skip
 
 
@@ -74,6 +75,47 @@ def _add_for_model(
     command = _add(commands, name, text, description)
     command.add_argument("model", metavar="MODEL", help="the name of the model")
     return command
+
+
+def _add_traffic(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands, "traffic", "show and change the canary and the shadow of a model",
+        "Let a canary answer a share of the requests that name no version, or a shadow get copies of them."
+        " Without --canary and --shadow, show what is counted of both.",
+    )  # fmt: skip
+    command.add_argument("model", metavar="MODEL", help="the name of the model")
+    command.add_argument("--canary", metavar="VERSION", type=int, help="the version that answers a share")
+    command.add_argument(
+        "--share", type=_share, default=0.05, help="the canary's share of the requests, 5%% or 0.05 [5%%]"
+    )
+    command.add_argument(
+        "--by",
+        default="request_id",
+        help="whose hash decides: request_id, key, tenant or header:NAME [request_id]",
+    )
+    command.add_argument(
+        "--requests",
+        type=int,
+        default=1000,
+        help="the canary is promoted once both versions have answered so many requests and it is not worse,"
+        " and rolled back once it is certainly worse; 0 leaves that to you [1000]",
+    )
+    command.add_argument("--shadow", metavar="VERSION", type=int, help="the version that gets copies")
+    command.add_argument(
+        "--shadow-share", type=_share, default=1.0, help="the share of requests that are copied [100%%]"
+    )
+    command.add_argument("--stop", action="store_true", help="end the canary and the shadow")
+    command.add_argument(
+        "--wait", action="store_true", help="wait for the end of the canary; fail unless it is promoted"
+    )
+
+
+def _share(text: str) -> float:
+    """A share as people write it, `5%` or `0.05`; raises ArgumentTypeError."""
+    try:
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no share; write 5% or 0.05") from None
 
 
 def _add(
@@ -96,6 +138,8 @@ def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[s
             return _jobs(server, flags["job"], cancel=flags["cancel"])
         if command == "labels":
             return _labels(server, flags["model"], flags["label"], flags["remove"])
+        if command == "traffic":
+            return _traffic(server, flags)
         found = server.ask("POST", f"{_path(flags['model'])}/rollback")
         print(f"{printable(found['model'])}: version {found['version']} answers")
     except AdminError as error:
@@ -131,6 +175,66 @@ def _labels(server: _Server, model: str, label: str | None, remove: str | None) 
     for name, number in sorted(server.ask("GET", path)["labels"].items()):
         print(f"{printable(name)} = {number}")
     return 0
+
+
+def _traffic(server: _Server, flags: Mapping[str, Any]) -> int:
+    path = f"/models/{quote(flags['model'], safe='')}/traffic"
+    body: dict[str, Any] = {}
+    if flags["canary"] is not None:
+        body["canary"] = {
+            "version": flags["canary"],
+            "share": flags["share"],
+            "by": flags["by"],
+            "requests": flags["requests"],
+        }
+    if flags["shadow"] is not None:
+        body["shadow"] = {"version": flags["shadow"], "share": flags["shadow_share"]}
+    if flags["stop"]:
+        if body:
+            raise AdminError("--stop ends the canary and the shadow; leave out --canary and --shadow")
+        server.ask("DELETE", path)
+    if body:
+        server.ask("PUT", path, body)
+    found = server.ask("GET", path)
+    while flags["wait"] and found["canary"] is not None and found["canary"]["state"] == "running":
+        time.sleep(_LOOK_S)
+        found = server.ask("GET", path)
+    _print_traffic(flags["model"], found)
+    return 1 if flags["wait"] and (found["canary"] or {}).get("state") != "promoted" else 0
+
+
+def _print_traffic(model: str, found: Mapping[str, Any]) -> None:
+    canary, shadow = found["canary"], found["shadow"]
+    if canary is None and shadow is None:
+        print(f"{printable(model)}: no canary and no shadow")
+    if canary is not None:
+        share = f"{100 * canary['share']:g} % of the requests, by {canary['by']}"
+        print(printable(f"{model}: canary {canary['version']}  {canary['state']}  {share}"))
+        for role in ("canary", "stable"):
+            each = canary[role]
+            counts = f"{each['requests']} requests  {each['failures']} failed"
+            if each["p50_ms"] is not None:
+                counts += f"  p50 {each['p50_ms']:g} ms  p99 {each['p99_ms']:g} ms"
+            print(f"  version {each['version']}  {counts}")
+        if canary["reason"]:
+            print(f"  {printable(canary['reason'])}")
+    if shadow is not None:
+        counts = f"{shadow['compared']} compared, {shadow['failed']} failed, {shadow['dropped']} dropped"
+        print(printable(f"{model}: shadow {shadow['version']}  {100 * shadow['share']:g} % copied  {counts}"))
+        if shadow["changed_labels"] is not None:
+            print(f"  {100 * shadow['changed_labels']:.3g} % of the rows have another best label")
+        if shadow["sent_ms"] is not None:
+            print(
+                f"  {shadow['copy_ms']:g} ms a copy, {shadow['sent_ms']:g} ms the answers sent;"
+                f" {100 * shadow['slower']:.3g} % of the copies took longer"
+            )
+        for each in shadow["outputs"]:
+            print(
+                printable(
+                    f"  {each['name']}: {each['numbers']} numbers differ by {each['mean']:.3g} in the mean,"
+                    f" and by {each['largest']:.3g} at most"
+                )
+            )
 
 
 def _path(model: str) -> str:

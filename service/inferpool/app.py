@@ -19,6 +19,7 @@ from inferpool.observe.spans import make_spans
 from inferpool.repository.catalog import Catalog
 from inferpool.repository.local_admin import LocalAdmin
 from inferpool.repository.repository import Repository
+from inferpool.repository.rollout import RolloutWatch
 from inferpool.repository.stores.polling import locate
 from inferpool.server import InProcessServer
 from inferpool.server_parts import make_server_parts
@@ -60,7 +61,16 @@ def serve(
     )
     admin = LocalAdmin(repository)
     parts = make_server_parts(
-        repository, repository.router, results, metrics, settings, admin, recorder, system, derive=derive
+        repository,
+        repository.router,
+        results,
+        metrics,
+        settings,
+        admin,
+        recorder,
+        system,
+        derive=derive,
+        rollouts=RolloutWatch(repository, metrics, admin),
     )
     server = InProcessServer(repository, *parts)
     server.run(sockets=[listener])

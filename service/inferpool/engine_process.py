@@ -86,6 +86,7 @@ class Engine:
             plans=kept["plans"],
             held={VersionKey(model, number): held_from_json(table) for model, number, table in kept["held"]},
             moves=kept["moves"],
+            traffic=kept["traffic"],
             on_hung=self._end,
             takes_new=facts["engine"] == SHARED,
             until_seen=self._await_seen,

@@ -37,6 +37,7 @@ from inferpool.observe.build_info import hot_path
 from inferpool.observe.gpu_metrics import gpu_readings
 from inferpool.observe.metrics import Metrics, Sample
 from inferpool.repository.catalog_readings import uses_gpus
+from inferpool.repository.rollout import RolloutWatch
 from inferpool.settings import Settings
 from inferpool.system.connection_counts import ConnectionCounts, make_counts
 from inferpool.system.gpus import CPU, cuda_driver
@@ -77,7 +78,9 @@ class Server(uvicorn.Server):
         memory: MemoryMonitor,
         settings: Settings,
         key_sources: Sequence[KeySource] = (),
+        rollouts: RolloutWatch | None = None,
     ) -> None:
+        """`rollouts` ends canaries; None if another process of the server does."""
         config = uvicorn.Config(
             application,
             # Named, not "auto": uvicorn would fall back without a word if one of the two were missing,
@@ -103,6 +106,7 @@ class Server(uvicorn.Server):
         self._metrics = metrics
         self._settings = settings
         self._key_sources = key_sources
+        self._rollouts = rollouts
         self._certificates: Certificates | None = None
         self._draining: asyncio.Task[None] | None = None
         self._acceptor: Acceptor | None = None
@@ -119,12 +123,16 @@ class Server(uvicorn.Server):
             source.start(self.loop)
         self.begin(sockets or [])
         admin = await self._open_admin_socket()
+        if self._rollouts is not None:
+            self._rollouts.start()
         await super().serve(sockets)
         if admin is not None:
             admin.close()
             assert self._settings.admin_socket is not None
             with contextlib.suppress(OSError):
                 self._settings.admin_socket.unlink()
+        if self._rollouts is not None:
+            self._rollouts.close()
         self._metrics.stop_publishing()
         self._memory.close()
         for source in self._key_sources:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from inferpool.http.access.cors import make_cors
@@ -21,6 +22,9 @@ from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Inbox, VersionKey
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog
+from inferpool.repository.catalog_readings import is_shown
+from inferpool.repository.rollout import RolloutWatch
+from inferpool.repository.traffic_figures import traffic_readings
 from inferpool.settings import Settings
 
 
@@ -35,6 +39,7 @@ class ServerParts(NamedTuple):
     memory: MemoryMonitor
     settings: Settings
     key_sources: Sequence[KeySource]
+    rollouts: RolloutWatch | None
 
 
 def make_server_parts(
@@ -52,13 +57,17 @@ def make_server_parts(
     release: Callable[[VersionKey, int], None] | None = None,
     lend: Callable[[VersionKey, int, int], memoryview | None] | None = None,
     rates: memoryview[float] | None = None,
+    rollouts: RolloutWatch | None = None,
 ) -> ServerParts:
     """Make the parts of a server for what `catalog` serves, whose entries `inbox` takes.
 
     `system` and `derive` are for the `MemoryMonitor`, `release` and `lend` are for the `Predictor`. `rates`
-    is memory that all `processes` share, for the rates of tenants. Raises ConfigError if keys or tenants
-    cannot be read.
+    is memory that all `processes` share, for the rates of tenants. `rollouts` ends canaries.
+
+    Raises ConfigError if keys or tenants cannot be read.
     """
+    metrics.show_only(partial(is_shown, catalog))
+    metrics.add_source(partial(traffic_readings, catalog, metrics), published=False)
     predictor = Predictor(
         catalog,
         inbox,
@@ -89,4 +98,5 @@ def make_server_parts(
         memory,
         settings,
         [*key_sources, *tenant_sources],
+        rollouts,
     )

@@ -37,6 +37,7 @@ from inferpool.repository.catalog import DRAINING, LOADING, UNLOADED
 from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.remote_admin import RemoteAdmin
 from inferpool.repository.remote_catalog import RemoteCatalog
+from inferpool.repository.rollout import RolloutWatch
 from inferpool.server import Server, report_installation
 from inferpool.server_parts import make_server_parts
 from inferpool.settings import Settings
@@ -306,6 +307,8 @@ def main() -> int:
             release=router.release,
             lend=router.lend,
             rates=memoryview(mmap.mmap(rates, MEMORY_BYTES)).cast("d"),
+            # One process decides for the whole server; the counts are those of all.
+            rollouts=RolloutWatch(catalog, metrics, admin) if facts["web"] == 1 else None,
         )
     except ConfigError as error:
         control.send("refused", {"reason": error.detail})

@@ -4,7 +4,8 @@ A `.chaos` file is JSON: `{"row": [4], "run_ms": 0, "row_ms": 0, "mix": false, "
 FP32 `[first, *row]` (-1 in `row` is any size), and gives "sum", FP64 `[first]`: the sum of each row times
 3 plus 1. A run takes `run_ms` plus `row_ms` a row, without the GIL. With `"reads": false`, or `mix`, nothing
 is known of its rows but what runs show. A row whose first element is one of the constants below makes its
-run misbehave; no made-up row has one. With a `"gate"`, the path of a named pipe, loading ends when the pipe
+run misbehave; no made-up row has one. With `"raises_at": 7` so does a row that begins with 7, in this version
+only. With a `"gate"`, the path of a named pipe, loading ends when the pipe
 is opened for writing; with a `"run_gate"` so does a run marked `WAIT`. Without one, that run
 ends when it is asked to stop. With `"load_crashes": true` loading
 ends the process; with `"load_holds": true` it neither ends nor lets any other thread run Python.
@@ -98,6 +99,7 @@ class ChaosModel(LoadedModel):
         self._row_s = settings.get("row_ms", 0) / 1000
         self._mix = settings.get("mix", False)
         self._gate = settings.get("run_gate", "")
+        self._raises_at = settings.get("raises_at", RAISE)
         self._stopped: set[int] = set()
         first = settings.get("first", -1)
         self.signature = Signature(
@@ -131,7 +133,7 @@ class ChaosModel(LoadedModel):
             ChaosModel.is_lost = True
         if ChaosModel.is_lost:
             raise RuntimeError("the device does not answer")
-        if RAISE in marks:
+        if RAISE in marks or self._raises_at in marks:
             raise ValueError(f"a marked row among {rows.ravel().tolist()}, which cannot be")
         if HUNGRY in marks:
             np.ones(int(rows.reshape(len(rows), -1)[0, 1]) * 2**20, np.uint8)

@@ -23,6 +23,7 @@ from inferpool.repository.catalog import (
     VersionView,
 )
 from inferpool.repository.codec_factory import CodecSource
+from inferpool.repository.traffic import Canary, Shadow, Traffic
 from inferpool.tensors import DTYPES, Signature, TensorSpec
 
 TEXTS = st.text(max_size=8)
@@ -84,12 +85,19 @@ VERSIONS = st.builds(
     load_s=NUMBERS,
 )
 
+SHARES = st.floats(0, 1)
+CANARIES = st.builds(
+    Canary, COUNTS, COUNTS, SHARES, TEXTS, COUNTS,
+    st.sampled_from(["running", "promoted", "rolled_back", "ended"]), TEXTS,
+)  # fmt: skip
+TRAFFIC = st.builds(Traffic, COUNTS, st.none() | CANARIES, st.none() | st.builds(Shadow, COUNTS, SHARES))
+
 MODELS = st.builds(
-    lambda name, description, versions, labels, fault: ModelView(
-        name, description, {view.key.version: view for view in versions}, labels, fault
+    lambda name, description, versions, labels, fault, traffic: ModelView(
+        name, description, {view.key.version: view for view in versions}, labels, fault, traffic
     ),
     TEXTS, TEXTS, st.lists(VERSIONS, max_size=3), st.dictionaries(TEXTS, COUNTS, max_size=2),
-    st.none() | TEXTS,
+    st.none() | TEXTS, st.none() | TRAFFIC,
 )  # fmt: skip
 
 LIVES = st.builds(

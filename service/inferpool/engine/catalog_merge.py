@@ -138,6 +138,7 @@ class CatalogStore:
         self._held: dict[tuple[str, int], JsonObject] = {}
         self._sent: dict[str, JsonObject] = {}
         self._moves: dict[str, Any] = {}
+        self._traffic: dict[str, Any] = {}
         self._orphans: dict[str, JsonObject] = {}
         self._catalog: JsonObject = {"models": {}, "engines": {}, "jobs": []}
 
@@ -155,6 +156,11 @@ class CatalogStore:
     def moves(self) -> Mapping[str, Any]:
         """The labels that were moved, as JSON by the names of the models, for the successors of engines."""
         return self._moves
+
+    @property
+    def traffic(self) -> Mapping[str, Any]:
+        """How requests are shared out, as JSON by the names of the models, for the successors of engines."""
+        return self._traffic
 
     def engine_of_job(self, job_id: str) -> str | None:
         """The engine that has a job; None if there is none."""
@@ -196,6 +202,12 @@ class CatalogStore:
         self._plans[engine] = catalog.get("plans", {})
         self._held.update(((model, number), source) for model, number, source in catalog.get("held", ()))
         self._moves.update(catalog.get("moves", {}))
+        # Another engine that shows the model may have what it was told when it started.
+        self._traffic.update(
+            (model, traffic)
+            for model, traffic in catalog.get("traffic", {}).items()
+            if self.engine_of_model(model) in (engine, None)
+        )
         self._merge()
 
     def set_engine(self, engine: str, facts: EngineFacts) -> None:

@@ -259,6 +259,7 @@ class Supervisor:
             {
                 "plans": dict(store.plans),
                 "moves": dict(store.moves),
+                "traffic": dict(store.traffic),
                 "held": store.held,
                 "only": self._versions_for(engine),
                 "skip": sorted(engine.skip),

@@ -147,6 +147,22 @@ FAMILIES: Final = {
         Family("memory_trims_total", "counter", (), "Times that freed memory was given back to the kernel."),
         Family("memory_trim_seconds_total", "counter", (), "Time that giving freed memory back took."),
         Family("memory_trimmed_bytes_total", "counter", (), "Freed memory that was given back."),
+        Family("canary_share", "gauge", _VERSION,
+               "Share of a model's requests that the canary answers, while there is one.", combine="max"),
+        Family("canaries_total", "counter", ("model", "outcome"),
+               "Canaries that have ended, by how: promoted, rolled_back or ended."),
+        Family("shadow_copies_total", "counter", (*_VERSION, "outcome"),
+               "Copies of requests for a shadow, by outcome: compared, failed, or dropped without a run."),
+        Family("shadow_seconds_total", "counter", (*_VERSION, "answer"),
+               "Queue and compute time of the compared pairs: of the answers that were sent, and of copies."),
+        Family("shadow_difference_largest", "gauge", (*_VERSION, "output"),
+               "Largest difference of a number of an output from the answer that was sent.", combine="max"),
+        Family("shadow_difference_mean", "gauge", (*_VERSION, "output"),
+               "Mean difference of the numbers of an output from the answers that were sent.",
+               combine="max"),
+        Family("shadow_changed_labels_ratio", "gauge", _VERSION,
+               "Share of rows whose best label is another one than in the answer that was sent.",
+               combine="max"),
         Family("build_info", "info", (),
                "Versions of Inferpool and its runtimes, and whether the hot path is compiled."),
     )
@@ -162,5 +178,28 @@ BATCH_RUNS: Final = "batch_runs"
 CPU_SECONDS: Final = "cpu_seconds"
 """CPU time of the processes that ran in one place of the server."""
 
-HIDDEN: Final = {REQUEST_STATS: 5, BATCH_RUNS: 2, CPU_SECONDS: 1}
+TRIAL: Final = "trial"
+"""Of a version that answers a share of requests: the number of the trial, failures, and then successes by
+their queue and compute time, one number for each of `TRIAL_BOUNDS` and one for those above all."""
+
+TRIAL_BOUNDS: Final = tuple(0.0001 * 1.25**step for step in range(60))
+"""Upper bounds in seconds: steps of a quarter, from 0.1 ms to 52 s."""
+
+SHADOW: Final = "shadow"
+"""Of a shadow: the number of the trial, copies that were compared, failed, were dropped and had other shapes;
+rows with labels, rows whose best label has changed; seconds of the answers sent and of the copies, and pairs
+whose copy took longer."""
+
+SHADOW_OUTPUT: Final = "shadow_output"
+"""Of an output of a shadow: the number of the trial, largest difference, sum of differences, numbers that
+were compared, and numbers of which one only is finite."""
+
+HIDDEN: Final = {
+    REQUEST_STATS: 5,
+    BATCH_RUNS: 2,
+    CPU_SECONDS: 1,
+    TRIAL: 3 + len(TRIAL_BOUNDS),
+    SHADOW: 10,
+    SHADOW_OUTPUT: 5,
+}
 """Numbers per series of the metrics that only processes of the server read, by name."""

@@ -136,6 +136,8 @@ class Metrics:
         self._sources: list[Callable[[], Iterable[Sample]]] = []
         self._published_sources: list[Callable[[], Iterable[Sample]]] = []
         self._published: dict[tuple[str, Labels], memoryview[float]] = {}
+        self._local: dict[str, dict[Labels, memoryview[float]]] = {}
+        self._is_shown: Callable[[str, str], bool] | None = None
         self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
         self._cpu_base = 0.0
         self._cpu_s = 0.0
@@ -181,16 +183,37 @@ class Metrics:
         with self._lock:
             return self._shared(name, labels, HIDDEN[name])
 
+    def cells(self, name: str, *labels: str) -> memoryview[float]:
+        """The numbers of a series of `HIDDEN`, whether other processes see them or not.
+
+        Only the caller writes them. `hidden_series` reads them.
+        """
+        with self._lock:
+            found = self._shared(name, labels, HIDDEN[name])
+            if found is None:
+                series = self._local.setdefault(name, {})
+                if labels not in series:
+                    series[labels] = memoryview(bytearray(8 * HIDDEN[name])).cast("d")
+                found = series[labels]
+        return found
+
+    def show_only(self, is_shown: Callable[[str, str], bool]) -> None:
+        """Export no series of a model and version for which `is_shown` is False.
+
+        The version is "" if a series is one of the whole model.
+        """
+        self._is_shown = is_shown
+
     def hidden_series(self, name: str, *labels: str) -> dict[Labels, list[list[float]]]:
         """What all processes wrote of the series of `HIDDEN` whose first label values are `labels`.
 
         By label values: the numbers of each process.
         """
         regions = self._regions
-        if regions is None:
-            return {}
         with self._lock:
-            every = [dict(regions.own.series(name))]
+            every = [dict(self._local.get(name, {}))]
+            if regions is not None:
+                every.append(dict(regions.own.series(name)))
         every += [dict(reader.series(name)) for reader in self._refreshed()]
         found: dict[Labels, list[list[float]]] = {}
         for series in every:
@@ -336,6 +359,8 @@ class Metrics:
                 for reader in readers:
                     _add_histograms(series, reader.series(name), family.cells)
                 for labels, numbers in series.items():
+                    if self._is_gone(family, labels):
+                        continue
                     counts = [int(number) for number in numbers[:-1]]
                     parts.append(
                         histogram_lines(
@@ -351,9 +376,18 @@ class Metrics:
                     if family.kind == "counter" or now - reader.beat < STALE_S:
                         _combine(numbers_of, reader.series(name), family)
                 parts += [
-                    f"{self._stem_of(family, labels)}{number}\n" for labels, number in numbers_of.items()
+                    f"{self._stem_of(family, labels)}{number}\n"
+                    for labels, number in numbers_of.items()
+                    if not self._is_gone(family, labels)
                 ]
         return "".join(parts)
+
+    def _is_gone(self, family: Family, labels: Labels) -> bool:
+        """Whether a series is one of a model or version that there is no more."""
+        if self._is_shown is None or not family.labels or family.labels[0] != "model":
+            return False
+        version = labels[1] if len(labels) > 1 and family.labels[1] == "version" else ""
+        return not self._is_shown(labels[0], version)
 
     def _take_over(self, regions: Regions) -> None:
         """Go on with the counters and histograms that a predecessor of this process left behind."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from inferpool.errors import NotFound
+from inferpool.errors import NotFound, Reason
 from inferpool.repository.jobs import Job
+from inferpool.repository.traffic import CanaryState, Traffic
 
 
 class Admin(Protocol):
@@ -39,8 +40,18 @@ class Admin(Protocol):
     async def rollback(self, model: str) -> int:
         """Let the version answer that answered before the present one; returns its number.
 
+        While a canary runs, the stable version answers all requests again.
         Raises ModelNotFound, or Conflict if no other version is ready.
         """
+
+    async def set_traffic(self, model: str, traffic: Traffic | None) -> None:
+        """Share the requests for a model out; None lets the default version answer all of them.
+
+        Raises ModelNotFound.
+        """
+
+    async def end_canary(self, model: str, number: int, state: CanaryState, reason: Reason) -> bool:
+        """End the canary of the traffic of this number; returns whether it has ended by this call."""
 
 
 def job_not_found(job_id: str) -> NotFound:

@@ -19,6 +19,7 @@ from inferpool.pool.padding import Padding
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.row_cost import RowCost
 from inferpool.pool.stats import BatchCount, InstanceState
+from inferpool.repository.traffic import Traffic
 from inferpool.tensors import Signature, names_text
 
 State: TypeAlias = Literal["loading", "ready", "draining", "unloaded", "failed"]
@@ -141,6 +142,7 @@ class ModelView:
         versions: its versions by number.
         labels: the number of the version that each label names.
         label_fault: which labels name a version that is not served; None if all labels are good.
+        traffic: how requests are shared out beside the labels; None if the default version answers all.
     """
 
     name: str
@@ -148,6 +150,7 @@ class ModelView:
     versions: Mapping[int, VersionView]
     labels: Mapping[str, int]
     label_fault: Reason | None = None
+    traffic: Traffic | None = None
 
     @cached_property
     def default(self) -> VersionView | None:

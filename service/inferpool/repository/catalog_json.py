@@ -32,6 +32,7 @@ from inferpool.repository.catalog import (
     VersionView,
 )
 from inferpool.repository.codec_factory import Codecs, CodecSource
+from inferpool.repository.traffic import traffic_from_json
 from inferpool.tensors import Signature, TensorSpec
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -49,6 +50,7 @@ def model_json(model: ModelView, sources: Mapping[VersionKey, CodecSource]) -> J
         "description": model.description,
         "labels": dict(model.labels),
         "label_fault": model.label_fault,
+        "traffic": None if model.traffic is None else model.traffic.to_json(),
         "versions": {
             str(number): version_json(view, sources.get(view.key)) for number, view in model.versions.items()
         },
@@ -57,7 +59,14 @@ def model_json(model: ModelView, sources: Mapping[VersionKey, CodecSource]) -> J
 
 def model_from_json(name: str, sent: JsonObject, versions: Mapping[int, VersionView]) -> ModelView:
     """The model that `model_json` wrote, with `versions` in place of those that were sent."""
-    return ModelView(name, sent["description"], versions, sent["labels"], sent["label_fault"])
+    return ModelView(
+        name,
+        sent["description"],
+        versions,
+        sent["labels"],
+        sent["label_fault"],
+        traffic_from_json(sent["traffic"]),
+    )
 
 
 def version_json(view: VersionView, source: CodecSource | None = None) -> JsonObject:

@@ -30,6 +30,7 @@ class CatalogPublisher:
             "plans": dict(self._repository.plans()),
             "held": [[*key, held_json(source)] for key, source in self._repository.held().items()],
             "moves": self._repository.moves(),
+            "traffic": self._repository.traffic(),
             "jobs": [job.to_json() for job in self._repository.jobs()],
             "loads": [list(key) for key in self._repository.loading()],
             "removed": [list(key) for key in self._repository.removed()],

@@ -32,6 +32,18 @@ def catalog_readings(catalog: Catalog) -> Iterable[Sample]:
                 yield "instances", (*labels, *device_and_state), float(count)
 
 
+def is_shown(catalog: Catalog, name: str, version: str) -> bool:
+    """Whether a model, or a version of it unless `version` is "", is in the catalog.
+
+    True for the model "", in which requests are counted that mean no model, and while no model is known yet.
+    """
+    models = catalog.models()
+    if not name or not models:
+        return True
+    model = models.get(name)
+    return model is not None and (not version or any(str(number) == version for number in model.versions))
+
+
 def uses_gpus(catalog: Catalog) -> bool:
     """Whether an instance of any model is on a GPU."""
     versions = [version for model in catalog.models().values() for version in model.versions.values()]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from inferpool.errors import Reason
 from inferpool.repository.admin import job_not_found
 from inferpool.repository.jobs import Job
 from inferpool.repository.repository import Repository
+from inferpool.repository.traffic import CanaryState, Traffic
 
 
 class LocalAdmin:
@@ -42,3 +44,11 @@ class LocalAdmin:
     async def rollback(self, model: str) -> int:
         """Roll back, as `Admin` says."""
         return await asyncio.to_thread(self._repository.rollback, model)
+
+    async def set_traffic(self, model: str, traffic: Traffic | None) -> None:
+        """Share requests out, as `Admin` says."""
+        await asyncio.to_thread(self._repository.set_traffic, model, traffic)
+
+    async def end_canary(self, model: str, number: int, state: CanaryState, reason: Reason) -> bool:
+        """End a canary, as `Admin` says."""
+        return await asyncio.to_thread(self._repository.end_canary, model, number, state, reason)

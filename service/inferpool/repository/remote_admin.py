@@ -15,11 +15,13 @@ from inferpool.errors import (
     ModelNotFound,
     NotFound,
     NotReady,
+    Reason,
     VersionNotFound,
 )
 from inferpool.repository.admin import job_not_found
 from inferpool.repository.jobs import Job
 from inferpool.repository.remote_catalog import RemoteCatalog
+from inferpool.repository.traffic import CanaryState, Traffic, traffic_from_json
 
 if TYPE_CHECKING:
     from inferpool.repository.repository import Repository  # a web process imports no loader
@@ -74,6 +76,15 @@ class RemoteAdmin:
         """Roll back, as `Admin` says."""
         return int((await self._ask("rollback", model=model))["version"])
 
+    async def set_traffic(self, model: str, traffic: Traffic | None) -> None:
+        """Share requests out, as `Admin` says."""
+        await self._ask("traffic", model=model, traffic=None if traffic is None else traffic.to_json())
+
+    async def end_canary(self, model: str, number: int, state: CanaryState, reason: Reason) -> bool:
+        """End a canary, as `Admin` says."""
+        found = await self._ask("end_canary", model=model, number=number, state=state, reason=reason)
+        return bool(found["ended"])
+
     def take_answer(self, values: Mapping[str, Any]) -> None:
         """Take the answer to a question from the supervisor."""
         waiting = self._waiting.pop(values["id"], None)
@@ -118,6 +129,14 @@ def _obey(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:
         version = repository.rollback(values["model"])
         repository.await_seen()
         return {"version": version}
+    if action == "traffic":
+        repository.set_traffic(values["model"], traffic_from_json(values["traffic"]))
+        repository.await_seen()
+        return {}
+    if action == "end_canary":
+        ended = repository.end_canary(values["model"], values["number"], values["state"], values["reason"])
+        repository.await_seen()
+        return {"ended": ended}
     job = repository.cancel_job(values["job"])
     if job is None:
         raise job_not_found(values["job"])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from inferpool.backends.registry import backends_by_suffix
 from inferpool.errors import ConfigError, Conflict, InferpoolError, ModelNotFound, Reason, VersionNotFound
@@ -44,6 +44,14 @@ from inferpool.repository.lifecycle import Phase, VersionLifecycle
 from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.repository.load_manager import LoadManager, Outcome
 from inferpool.repository.settled_sources import SettledSources
+from inferpool.repository.traffic import (
+    ENDED,
+    PROMOTED,
+    ROLLED_BACK,
+    CanaryState,
+    Traffic,
+    traffic_from_json,
+)
 from inferpool.repository.version_source import HeldSource, VersionSource, read_source
 from inferpool.repository.watch import FolderWatch, Origin
 from inferpool.settings import Settings
@@ -127,6 +135,7 @@ class Repository:
         until_seen: Callable[[], None] | None = None,
         moves: Mapping[str, Mapping[str, tuple[int | None, int | None]]] | None = None,
         origin: Origin | None = None,
+        traffic: Mapping[str, Mapping[str, Any] | None] | None = None,
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
@@ -149,6 +158,7 @@ class Repository:
                 at it before each request.
             moves: the labels that were moved in an earlier engine, as `moves` returned them.
             origin: the store that the files come from; None if the folder is the user's.
+            traffic: how requests were shared out in an earlier engine, as `traffic` returned that.
         """
         self.router = PoolRouter()
         self._path = path
@@ -206,6 +216,7 @@ class Repository:
             name: {label: LabelMove(*move) for label, move in labels.items()}
             for name, labels in (moves or {}).items()
         }
+        self._traffic = {name: traffic_from_json(sent) for name, sent in (traffic or {}).items()}
         self._declared = {model.name: self._declare(model) for model in self._scan(path)}
         self._models: Mapping[str, ModelView] = MappingProxyType(
             {
@@ -511,6 +522,13 @@ class Repository:
         return {name: {label: (move.version, move.instead_of) for label, move in moves.items()}
                 for name, moves in list(self._moves.items())}  # fmt: skip
 
+    def traffic(self) -> dict[str, dict[str, Any] | None]:
+        """How requests are shared out, as JSON by models; None if the default answers all again."""
+        return {
+            name: None if traffic is None else traffic.to_json()
+            for name, traffic in list(self._traffic.items())
+        }
+
     def removed(self) -> list[VersionKey]:
         """The versions that were shown once, and are no longer."""
         return sorted(self._removed)
@@ -603,12 +621,64 @@ class Repository:
             self._moves[model] = dict(declared.moves)
             kept = keep_moves(declared.folder.folder, declared.moves)
             declared.served = _served(declared.config, declared.found, declared.labels())
+            traffic = self._traffic.get(model)
+            canary = None if traffic is None else traffic.running
+            if traffic is not None and canary is not None and label == STABLE and version != canary.stable:
+                state = PROMOTED if version == canary.version else ENDED
+                self._set_traffic(model, traffic.ended(state, "somebody has moved the label stable"))
             self._publish_model(model)
             self._tell_wanted(model, look=False)
             return kept
 
+    def set_traffic(self, model: str, traffic: Traffic | None) -> None:
+        """Share the requests for a model out from now on; None lets the default version answer all of them.
+
+        With a canary, the label `stable` names the version beside it. Raises ModelNotFound.
+        """
+        with self._scanning:
+            view = self._models.get(model)
+            if view is None:
+                raise ModelNotFound(f'no model is called "{model[:100]}"')
+            before = self._traffic.get(model)
+            if before is not None and before.running is not None:
+                self._count_canary(model, ENDED)
+            canary = None if traffic is None else traffic.running
+            self._traffic[model] = None
+            if canary is not None and view.labels.get(STABLE) != canary.stable:
+                # Otherwise a restart would let the canary answer everything, if its number is the largest.
+                self.move_label(model, STABLE, canary.stable)
+            self._traffic[model] = traffic
+            self._publish_model(model)
+
+    def end_canary(self, model: str, number: int, state: CanaryState, reason: Reason) -> bool:
+        """End the canary of the traffic of this number; a promoted one gets the label `stable`.
+
+        Returns whether it has ended by this call: False if there is another one, or none that runs.
+        """
+        with self._scanning:
+            traffic = self._traffic.get(model)
+            canary = None if traffic is None else traffic.running
+            if traffic is None or canary is None or traffic.number != number:
+                return False
+            self._set_traffic(model, traffic.ended(state, reason))
+            if state == PROMOTED:
+                self.move_label(model, STABLE, canary.version)
+            self._publish_model(model)
+            return True
+
+    def _set_traffic(self, model: str, ended: Traffic) -> None:
+        """Keep traffic whose canary has ended."""
+        assert ended.canary is not None
+        self._traffic[model] = ended
+        self._count_canary(model, ended.canary.state)
+
+    def _count_canary(self, model: str, state: CanaryState) -> None:
+        self._metrics.value("canaries_total", model, state).add()
+
     def rollback(self, model: str) -> int:
         """Let the version answer that answered before the present one, by the label `stable`; its number.
+
+        While a canary runs, that ends the canary: the stable version answers all requests again.
 
         Raises ModelNotFound, or Conflict if no other version is ready.
         """
@@ -616,6 +686,10 @@ class Repository:
             view = self._models.get(model)
             if view is None:
                 raise ModelNotFound(f'no model is called "{model[:100]}"')
+            traffic = self._traffic.get(model)
+            if traffic is not None and (canary := traffic.running) is not None:
+                self.end_canary(model, traffic.number, ROLLED_BACK, "somebody has rolled it back")
+                return canary.stable
             now = view.default.key.version if view.default is not None else 0
             ready = {number for number, version in view.versions.items() if version.state == READY}
             earlier = self._defaults.get(model, [])
@@ -769,8 +843,8 @@ class Repository:
             if before is None:
                 return
             model = self._model_view(self._declared[name], before.versions)
-            if (model.description, model.labels, model.label_fault) != (
-                before.description, before.labels, before.label_fault,
+            if (model.description, model.labels, model.label_fault, model.traffic) != (
+                before.description, before.labels, before.label_fault, before.traffic,
             ):  # fmt: skip
                 versions = {
                     number: view if view.labels == (names := _names(model.labels, number))
@@ -800,7 +874,7 @@ class Repository:
         name, shown = declared.folder.name, {*declared.served, *versions}
         labels = {label: version for label, version in declared.labels().items() if version in shown}
         fault = _label_fault(name, declared, sorted(shown)) or (declared.fault if versions else None)
-        return ModelView(name, declared.config.description, versions, labels, fault)
+        return ModelView(name, declared.config.description, versions, labels, fault, self._traffic.get(name))
 
     def _first_view(self, declared: _Declared) -> ModelView:
         """A model before any of its versions is loaded."""

@@ -166,6 +166,8 @@ class Exchange:
         context, connection, error = self._context, self._connection, self._error
         if not self.keep_alive or self._expects_100:
             return
+        if context.head.kept_names is not self._predictor.resolver.choice_headers:
+            return  # it lacks a header by which requests are chosen now
         if context.caller is not NOBODY:
             caller = None if context.caller is connection.keyless else context.caller
             connection.shared.heads.remember(data, body, context.api, context.head, caller)

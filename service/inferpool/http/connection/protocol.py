@@ -528,6 +528,9 @@ class PredictProtocol(HttpToolsProtocol):
     def _exchange(self, api: InferenceApi, target: Target) -> Exchange:
         head = RequestHead(*target, self.headers)
         head.came_to(b"POST", self.url)
+        kept_names = self.connection.shared.predictor.resolver.choice_headers
+        if kept_names:
+            head.keep(kept_names, self.headers)
         context = PredictContext(api, head, self._clock())
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         connection = self.connection

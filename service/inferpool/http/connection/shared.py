@@ -52,6 +52,7 @@ class SharedState:
         self.gate = gate
         self.heads = HeadCache()
         gate.on_change(self.heads.clear)
+        predictor.resolver.on_choice_headers = self.heads.clear
         self.deferred = DeferredCalls()
         self.prefix = ResponsePrefix()
         self.unread = UnreadResponses(predictor.budget)

@@ -131,7 +131,7 @@ def _add_loads(app: FastAPI, admin: Admin) -> None:
         responses=_errors("403", "404", "409"),
     )
     async def roll_back_model(request: Request, model: str) -> RollbackOut:
-        """The label `stable` names that version from then on."""
+        """The label `stable` names that version from then on. If a canary runs, that ends the canary."""
         version = await audited(
             request, f"rollback {model}", admin.rollback(model), lambda version: f"version {version} answers"
         )

@@ -21,6 +21,7 @@ from inferpool.http.native.schemas import (
     model_out,
     version_out,
 )
+from inferpool.http.native.traffic_routes import add_traffic
 from inferpool.http.openapi_parts import error_responses
 from inferpool.http.predict.compression import gzipped
 from inferpool.observe.metrics import Metrics
@@ -33,19 +34,24 @@ def add_native(app: FastAPI, catalog: Catalog, metrics: Metrics, admin: Admin) -
     # The admin routes come first: `/models/{model}/{version}` matches their paths too, and a request
     # with a wrong method must be told of the admin route's.
     add_admin(app, catalog, admin)
-    _add_models(app, catalog)
+    add_traffic(app, catalog, metrics, admin)
+    _add_models(app, catalog, metrics)
     _add_health(app, catalog)
     _add_metrics(app, catalog, metrics)
 
 
-def _add_models(app: FastAPI, catalog: Catalog) -> None:
+def _add_models(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
     not_found: dict[int | str, dict[str, Any]] = {404: _documented_error("404")}
 
     @app.get("/models", tags=["models"], summary="Every model in the repository")
     async def read_models() -> Models:
         await catalog.refresh()
         return Models.model_validate(
-            {"models": [model_out(model, catalog).model_dump() for model in catalog.models().values()]}
+            {
+                "models": [
+                    model_out(model, catalog, metrics).model_dump() for model in catalog.models().values()
+                ]
+            }
         )
 
     @app.get(
@@ -53,7 +59,7 @@ def _add_models(app: FastAPI, catalog: Catalog) -> None:
     )
     async def read_model(model: str) -> ModelDetail:
         await catalog.refresh()
-        return model_out(find_model(catalog, model), catalog)
+        return model_out(find_model(catalog, model), catalog, metrics)
 
     @app.get(
         "/models/{model}/{version}",

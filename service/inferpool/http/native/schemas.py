@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 from inferpool.http.native.bodies import media_types
+from inferpool.http.native.traffic_schemas import TrafficOut, traffic_out
+from inferpool.observe.metrics import Metrics
 from inferpool.repository.catalog import Catalog, GpuView, Health, LiveView, ModelView, VersionView
 from inferpool.tensors import TensorSpec
 
@@ -132,12 +134,13 @@ class VersionDetail(Version):
 
 
 class Model(BaseModel):
-    """A model and its versions; `default` answers requests that name no version."""
+    """A model and its versions; `default` answers requests that name no version, unless a canary does."""
 
     name: str
     description: str
     default: int | None
     labels: dict[str, int]
+    traffic: TrafficOut
     versions: list[Version]
 
 
@@ -191,7 +194,7 @@ def health_out(health: Health) -> HealthOut:
     )
 
 
-def model_out(model: ModelView, catalog: Catalog) -> ModelDetail:
+def model_out(model: ModelView, catalog: Catalog, metrics: Metrics) -> ModelDetail:
     """The response body for a model, with all details."""
     default = model.default
     return ModelDetail(
@@ -199,6 +202,7 @@ def model_out(model: ModelView, catalog: Catalog) -> ModelDetail:
         description=model.description,
         default=default.key.version if default is not None else None,
         labels=dict(model.labels),
+        traffic=traffic_out(model, metrics),
         versions=[version_out(view, catalog) for _, view in sorted(model.versions.items())],
     )
 

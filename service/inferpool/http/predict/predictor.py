@@ -51,6 +51,7 @@ from inferpool.http.predict.resolver import Resolver
 from inferpool.http.predict.response import Response, compressed, server_timing
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.http.predict.served_version import ServedVersion
+from inferpool.http.predict.shadow_copies import ShadowCopies
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
@@ -117,6 +118,7 @@ class Predictor:
         self._results = results
         self._recorder = recorder
         self._entry_ids = itertools.count(1)
+        self._copies = ShadowCopies(inbox, results, clock, self._entry_ids, release)
         in_flight = self.in_flight
         metrics.add_source(lambda: [("in_flight_requests", (), float(in_flight.requests))])
 
@@ -138,7 +140,7 @@ class Predictor:
         if length > self.max_body_bytes:
             raise too_large(self.max_body_bytes)
         if head.model is not None:
-            served = context.served = self.resolver.find(head.model, head.version)
+            served = context.served = self.resolver.find(head.model, head.version, context)
             tenant = 0 if context.tenant is None else context.tenant.number
             self._inbox.refuse_early(served.view.key, tenant)
         if received:
@@ -175,7 +177,7 @@ class Predictor:
             model = head.model or self.resolver.model_named(options.model, context.caller.models)
             if not context.caller.may_predict(model):
                 raise model_forbidden(context.caller, model)
-            context.served = self.resolver.find(model, options.version)
+            context.served = self.resolver.find(model, options.version, context)
         elif options.model not in (None, head.model) or options.version not in (None, head.version):
             raise InvalidInput(
                 "the body names another model or version than the path; name it in one of the two only",
@@ -230,7 +232,12 @@ class Predictor:
             self._reserve_answer(context, served, tensors, entry.rows, client)
         if context.tenant is not None:
             context.tenant.take_rows(entry.rows, now)
-        self._results.subscribe(entry.id, then)
+        on_result = then
+        if served.shadow is not None and entry.rows:
+            on_result = self._copies.follow(
+                served.shadow, entry.id, tensors, list(context.texts), context.options.outputs, then
+            )
+        self._results.subscribe(entry.id, on_result)
         try:
             if entry.rows:
                 self._inbox.offer(entry)
@@ -385,7 +392,7 @@ class Predictor:
         missed = isinstance(problem, DeadlineExceeded) and (
             context.head.timeout_text is not None or context.options.timeout_ms is not None
         )
-        metrics.failed(status, total_s, by_server=status >= 500 and not missed)
+        metrics.failed(status, total_s, problem.code, by_server=status >= 500 and not missed)
         if context.tenant is not None:
             context.tenant.ended(status)
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)

@@ -11,6 +11,7 @@ from inferpool.http.predict.request_id import given_request_id
 from inferpool.observe.traceparent import Trace, read_traceparent
 
 _SHOWN_BYTES: Final = 200
+NO_NAMES: Final[frozenset[bytes]] = frozenset()
 
 
 class RequestHead:
@@ -33,13 +34,15 @@ class RequestHead:
         method: the HTTP method.
         path: the path, still percent-encoded and without its query, at most 200 bytes of it; for the log.
         forwarded: the values of X-Forwarded-For, unchanged, or None.
+        kept: the headers by which a canary's requests are chosen; None without such canaries.
+        kept_names: the names of those headers.
         origin: the Origin header, unchanged, which browsers send for a page of another origin; or None.
     """
 
     __slots__ = (
         "accept", "accept_encoding", "content_encoding", "content_length", "content_type",
-        "content_type_parameters", "forwarded", "given_id", "header_length", "method", "model", "origin",
-        "path", "timeout_text", "trace", "version",
+        "content_type_parameters", "forwarded", "given_id", "header_length", "kept", "kept_names", "method",
+        "model", "origin", "path", "timeout_text", "trace", "version",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +62,8 @@ class RequestHead:
         self.method = "POST"
         self.path = ""
         self.forwarded: bytes | None = None
+        self.kept: dict[bytes, bytes] | None = None
+        self.kept_names = NO_NAMES
         for name, value in headers:
             if name == b"content-type":
                 kind, _, parameters = value.decode("latin-1").partition(";")
@@ -99,7 +104,14 @@ class RequestHead:
         head.origin = self.origin
         head.path = self.path
         head.forwarded = self.forwarded
+        head.kept = self.kept
+        head.kept_names = self.kept_names
         return head
+
+    def keep(self, names: frozenset[bytes], headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Keep those of the `headers` that have one of the `names`, in small letters."""
+        self.kept = {name: value for name, value in headers if name in names}
+        self.kept_names = names
 
     def came_to(self, method: bytes, target: bytes) -> None:
         """Keep the method and the path of the request, whose request line names `target`."""

@@ -98,8 +98,11 @@ class RequestMetrics:
         self._compute.observe(result.compute_s)
         self._stats.succeeded(total_s, rows, decode_s, encode_s, now)
 
-    def failed(self, status: int, total_s: float, *, by_server: bool) -> None:
-        """Count a request that ended with an error; `by_server` tells whether the server is responsible."""
+    def failed(self, status: int, total_s: float, code: str, *, by_server: bool) -> None:
+        """Count a request that ended with the error `code`.
+
+        `by_server` tells whether the server is responsible.
+        """
         self._count(status, total_s)
         if by_server:
             if self._server_errors is None:

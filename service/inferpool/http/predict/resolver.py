@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from inferpool.errors import InvalidInput
+from inferpool.http.predict.canary_choice import CanaryChoice, trial_metrics
 from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.request_head import NO_NAMES
 from inferpool.http.predict.request_metrics import (
     RequestMetrics,
     RequestStats,
@@ -14,11 +16,20 @@ from inferpool.http.predict.request_metrics import (
     request_totals,
 )
 from inferpool.http.predict.served_version import ServedVersion
+from inferpool.http.predict.shadow_copies import ShadowTarget
 from inferpool.observe.families import BATCH_RUNS, REQUEST_STATS
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.stats import BatchCount
-from inferpool.repository.catalog import Catalog, ModelView, find_ready, known_models
+from inferpool.repository.catalog import (
+    READY,
+    Catalog,
+    ModelView,
+    VersionView,
+    find_ready,
+    known_models,
+)
+from inferpool.repository.traffic import Traffic
 from inferpool.tensors import names_text
 
 MOST_NAMES: Final = 256
@@ -30,6 +41,8 @@ class Resolver:
 
     Attributes:
         no_model: where requests are counted that mean no model of the catalog.
+        choice_headers: the names of the headers by which requests are shared out between versions.
+        on_choice_headers: called when these names have changed, in any thread.
     """
 
     def __init__(self, catalog: Catalog, metrics: Metrics) -> None:
@@ -41,9 +54,14 @@ class Resolver:
         self._stats: dict[VersionKey, RequestStats] = {}
         self.no_model = RequestMetrics(metrics, "", "", RequestStats())
         self._by_model: dict[str, RequestMetrics] = {}
+        self.choice_headers = NO_NAMES
+        self.on_choice_headers: Callable[[], None] | None = None
 
-    def find(self, model: str, version: str | None) -> ServedVersion:
+    def find(self, model: str, version: str | None, context: PredictContext | None = None) -> ServedVersion:
         """Return the version that a name means; `version` is a number, a label, or None for the default.
+
+        A request that names no version may be a canary's: `context` tells, and without one the default
+        answers.
 
         Raises ModelNotFound, VersionNotFound or NotReady. May be called from any thread.
         """
@@ -52,10 +70,14 @@ class Resolver:
         # what this thread finds in the earlier models must not be remembered with the later ones.
         resolved = self._resolved
         if models is not resolved.models or len(resolved.versions) >= MOST_NAMES:
-            resolved = self._resolved = _Resolved(models)
+            resolved = self._begin(models)
         name = (model, version)
         served = resolved.versions.get(name)
         if served is None:
+            choice = resolved.choices.get(model) if version is None else None
+            if choice is not None:
+                # Never remembered by its name, so that other models pay nothing for the choice.
+                return choice.stable if context is None else choice.choose(context)
             served = resolved.versions[name] = self._look_up(model, version)
         return served
 
@@ -118,26 +140,78 @@ class Resolver:
         # Labels must stay few, and a client can send any name.
         return name if name is not None and name in models else None
 
+    def _begin(self, models: Mapping[str, ModelView]) -> _Resolved:
+        """Remember nothing of earlier models, and prepare the choices between versions of these."""
+        resolved = _Resolved(models)
+        for key in list(self._served):
+            model = models.get(key.model)
+            if model is None or key.version not in model.versions:
+                self._served.pop(key, None)  # a tokenizer may have many megabytes
+        headers = NO_NAMES
+        for model in models.values():
+            if model.traffic is not None:
+                choice = self._choice(model, model.traffic)
+                if choice is not None:
+                    resolved.choices[model.name] = choice
+                    if choice.header is not None:
+                        headers = headers | {choice.header}
+        self._resolved = resolved
+        if headers != self.choice_headers:
+            self.choice_headers = headers or NO_NAMES
+            if self.on_choice_headers is not None:
+                self.on_choice_headers()
+        return resolved
+
+    def _choice(self, model: ModelView, traffic: Traffic) -> CanaryChoice | None:
+        """Return how requests are shared out; None if the default version answers all of them."""
+        default = model.default
+        if default is None:
+            return None
+        rule = traffic.running
+        other = None if rule is None else model.versions.get(rule.version)
+        if rule is None or other is None or other.state != READY or default.key.version != rule.stable:
+            rule = other = None
+        shadow = None if traffic.shadow is None else model.versions.get(traffic.shadow.version)
+        if shadow is not None and (shadow.state != READY or shadow.key == default.key):
+            shadow = None
+        if other is None and shadow is None:
+            return None
+        stable = self._in_trial(default, traffic.number)
+        canary = None if other is None else self._in_trial(other, traffic.number)
+        if shadow is not None and traffic.shadow is not None:
+            served = ServedVersion(shadow, self._request_metrics(shadow.key))
+            stable.shadow = ShadowTarget(self._metrics, served, traffic.number, traffic.shadow.share)
+        return CanaryChoice(stable, canary, rule)
+
+    def _in_trial(self, view: VersionView, number: int) -> ServedVersion:
+        stats = self._stats_of(view.key)
+        return ServedVersion(view, trial_metrics(self._metrics, view.key, stats, number))
+
     def _look_up(self, model: str, version: str | None) -> ServedVersion:
         view = find_ready(self._catalog, model, version)
         served = self._served.get(view.key)
         if served is None or served.view is not view:
-            model_name, number = view.key.model, str(view.key.version)
-            stats = self._stats.get(view.key)
-            if stats is None:
-                new = RequestStats(self._metrics.hidden(REQUEST_STATS, model_name, number))
-                # Another thread may have been quicker.
-                stats = self._stats.setdefault(view.key, new)
-            metrics = RequestMetrics(self._metrics, model_name, number, stats)
-            served = self._served[view.key] = ServedVersion(view, metrics)
+            served = self._served[view.key] = ServedVersion(view, self._request_metrics(view.key))
         return served
+
+    def _request_metrics(self, key: VersionKey) -> RequestMetrics:
+        return RequestMetrics(self._metrics, key.model, str(key.version), self._stats_of(key))
+
+    def _stats_of(self, key: VersionKey) -> RequestStats:
+        stats = self._stats.get(key)
+        if stats is None:
+            new = RequestStats(self._metrics.hidden(REQUEST_STATS, key.model, str(key.version)))
+            # Another thread may have been quicker.
+            stats = self._stats.setdefault(key, new)
+        return stats
 
 
 class _Resolved:
-    """The versions that names meant while the catalog's models were `models`."""
+    """The versions that names meant while the catalog's models were `models`, and choices between them."""
 
-    __slots__ = ("models", "versions")
+    __slots__ = ("choices", "models", "versions")
 
     def __init__(self, models: Mapping[str, ModelView]) -> None:
         self.models = models
         self.versions: dict[tuple[str, str | None], ServedVersion] = {}
+        self.choices: dict[str, CanaryChoice] = {}

@@ -30,6 +30,15 @@ class ResultDispatcher:
         """Deliver results on `loop` from now on."""
         self._loop = loop
 
+    def later(self, call: Callable[[], None]) -> None:
+        """Call `call` in a later iteration of the loop: after the responses that are being written.
+
+        May be called from any thread. Does nothing once the loop is closed.
+        """
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(call)
+
     def wrap_batches(self, begin: Callable[[], None], flush: Callable[[], None]) -> None:
         """Call `begin` before the subscribers of results that arrived together, and `flush` after them."""
         self._begin, self._flush = begin, flush

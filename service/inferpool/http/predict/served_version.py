@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from inferpool.errors import InvalidInput
 from inferpool.http.predict.no_rows import EmptyAnswers, has_rows
@@ -75,6 +75,7 @@ class ServedVersion:
         class_names: for the output that has labels, its name and the labels.
         open_answer: whether the rows of a request do not tell how large its answer is.
         row_answer_bytes: bytes that the answer to one row takes, as tensors and as JSON.
+        shadow: the `ShadowTarget` that gets copies of the requests; None if there is none.
     """
 
     def __init__(self, view: VersionView, metrics: RequestMetrics) -> None:
@@ -83,6 +84,7 @@ class ServedVersion:
         self.signature: Signature = view.signature
         self.version = str(view.key.version)
         self.metrics = metrics
+        self.shadow: Any = None
         specs = view.signature.inputs
         self.optional = frozenset(spec.name for spec in specs if spec.optional)
         self.bf16 = tuple(spec.name for spec in view.signature.outputs if spec.datatype == "BF16")
