@@ -144,7 +144,7 @@ def test_the_figures_of_a_shadow_are_those_of_a_comparison_by_hand(
     server: Server, client: httpx.Client
 ) -> None:
     assert client.put("/models/other/traffic", json={"shadow": {"version": 2}}).status_code == 200
-    rows = [[float(number), 5.25] for number in range(12)]
+    rows = [[float(number), 5.5] for number in range(12)]
     answers = {}
     for version in ("1", "2"):
         by_hand = [
@@ -187,7 +187,7 @@ def test_the_figures_of_a_shadow_are_those_of_a_comparison_by_hand(
         ({}, 422, "neither a canary nor a shadow"),
         ({"canary": {"version": 2, "share": 2.0}}, 422, "expected a number from 0 to 1"),
         ({"canary": {"version": 2}}, 422, "share"),
-        ({"canary": {"version": 9, "share": 0.1}}, 404, 'no version "9"'),
+        ({"canary": {"version": 9, "share": 0.1}}, 404, "has no version"),
         ({"canary": {"version": 1, "share": 0.1}}, 409, "answers already"),
     ],
 )

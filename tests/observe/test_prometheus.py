@@ -24,6 +24,7 @@ from tests.clients import Client
 from tests.engine.processes import WEB, find
 from tests.http.access.keys import KeyFile
 from tests.observe.prometheus import FOLDER, ROOT, Prometheus, needs_prometheus
+from tests.onnx_models import write_shift
 from tests.server import START_S, Server
 
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "inferpool.json").read_text())
@@ -76,6 +77,7 @@ class Load:
             self._client("ill", [[1.0] * 4], {}),
             self._client("ill", [[RAISE] * 4], {}),
             self._client("mortal", [[DIE] * 4], {}, most=3),
+            self._client("rolled", [[1.0, 2.0]], {}),
         )
 
     async def _client(
@@ -114,6 +116,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
         (repository / name / "1").mkdir(parents=True)
         (repository / name / "1" / "model.chaos").write_text(json.dumps(settings))
     (repository / "mortal" / "model.toml").write_text("[instances]\ncount = 2\n")
+    for version in (1, 2):
+        write_shift(repository, "rolled", version, float(version))
+    (repository / "rolled" / "model.toml").write_text("[versions]\nlabels = {stable = 1}\n[labels]\n")
+    (repository / "rolled" / "labels.txt").write_text("first\nsecond\n")
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
     environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "100"}
@@ -128,6 +134,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
     (folder / "crashing" / "fragile" / "1" / "model.chaos").write_text("{}")
     crashing = Server(folder / "crashing", ("--engine", "process", "--web-processes", "2"), environ)
     crashing.wait_loaded()
+    traffic = {"canary": {"version": 2, "share": 0.5, "requests": 0}, "shadow": {"version": 2}}
+    for _ in range(2):  # the second one ends the first
+        reply = server.request("PUT", "/models/rolled/traffic", json=traffic, headers=keys.bearer("unused"))
+        assert reply.status_code == 200, reply.text
     (folder / "prometheus").mkdir()
     targets = {CRASHING: f"127.0.0.1:{crashing.port}"}
     prometheus = Prometheus(folder / "prometheus", f"127.0.0.1:{server.port}", targets)
