@@ -14,8 +14,11 @@ from helm_python.chart import Chart
 from helm_python.errors import HelmError
 
 chart, release, namespace = sys.argv[1:]
+values = json.load(sys.stdin)
 try:
-    rendered = Chart.load(chart).render(json.load(sys.stdin), name=release, namespace=namespace)
+    loaded = Chart.load(chart)
+    loaded.validate_schema(values)
+    rendered = loaded.render(values, name=release, namespace=namespace)
 except HelmError as error:
     sys.exit(str(error))
 print("\n---\n".join(text for name, text in rendered.items() if name.endswith(".yaml")))

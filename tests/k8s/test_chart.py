@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,30 @@ def test_the_values_arrive() -> None:
 def test_values_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(AssertionError, match=r"models\.claim and models\.image are both set"):
         template({"models": {"claim": "a", "image": "b"}})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"replica": 3}, "replica"),
+        ({"models": {"claims": "a"}}, "claims"),
+        ({"replicas": "many"}, "replicas"),
+    ],
+)
+def test_values_that_the_chart_does_not_know_are_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(AssertionError, match=named):
+        template(values)
+
+
+def test_the_schema_has_every_value() -> None:
+    """And nothing else, so that each value has its default and its comment."""
+    known = yaml.safe_load((MANIFESTS / "chart" / "values.yaml").read_text())
+    schema = json.loads((MANIFESTS / "chart" / "values.schema.json").read_text())
+    # Helm adds "global" to the values of every chart.
+    assert schema["properties"].keys() - {"global"} == known.keys()
+    for name, value in known.items():
+        inner = schema["properties"][name].get("properties")
+        assert inner is None or inner.keys() == value.keys()
 
 
 def _plain(manifests: list[Manifest]) -> dict[str, Manifest]:
