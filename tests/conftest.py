@@ -166,16 +166,18 @@ def bundled(models: Path, cache_dir: Path, server_module: str) -> Iterator[Serve
 @pytest.fixture
 def make_chaos(tmp_path: Path) -> MakeChaos:
     """Write a model of the misbehaving backend: `make_chaos("name", run_ms=5, config="…")`."""
-    return _chaos_in(tmp_path / "repository")
+    return chaos_in(tmp_path / "repository")
 
 
 @pytest.fixture(scope="module")
 def module_make_chaos(tmp_path_factory: pytest.TempPathFactory) -> MakeChaos:
     """Write models as `make_chaos` does, for a server of `module_serve`."""
-    return _chaos_in(tmp_path_factory.mktemp("repository"))
+    return chaos_in(tmp_path_factory.mktemp("repository"))
 
 
-def _chaos_in(repository: Path) -> MakeChaos:
+def chaos_in(repository: Path) -> MakeChaos:
+    """Return a function that writes models into `repository`, as `make_chaos` does."""
+
     def make(name: str, config: str = "", **settings: Any) -> Path:
         folder = repository / name / "1"
         folder.mkdir(parents=True)

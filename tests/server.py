@@ -74,6 +74,10 @@ class Server:
         self.process = subprocess.Popen(
             command, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True
         )
+        # Each request has a connection of its own, as with `httpx.get`, and needs no new client. Without
+        # `verify=False` a client loads the certificates of the machine, for plain HTTP.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(timeout=30, verify=False, limits=limits)
         self.log: list[dict[str, Any]] = []
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -106,25 +110,26 @@ class Server:
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         """One GET request."""
-        # Without `verify=False` every call loads the certificates of the machine, for plain HTTP.
-        return httpx.get(self.url + path, timeout=30, verify=False, **options)
+        return self._client.get(self.url + path, **options)
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """One request of any method."""
-        return httpx.request(method, self.url + path, timeout=30, verify=False, **options)
+        return self._client.request(method, self.url + path, **options)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
         """One POST request."""
-        return httpx.post(self.url + path, timeout=30, verify=False, **options)
+        return self._client.post(self.url + path, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """The current sum of a metric's samples that have these labels."""
-        families = text_string_to_metric_families(self.get("/metrics").text)
+        name = f"inferpool_{name}"
+        # To parse the whole page, again and again, would take more time than the server has for its answer.
+        lines = [line for line in self.get("/metrics").text.splitlines(True) if line.startswith(name)]
         return sum(
             sample.value
-            for family in families
+            for family in text_string_to_metric_families("".join(lines))
             for sample in family.samples
-            if sample.name == f"inferpool_{name}" and labels.items() <= sample.labels.items()
+            if sample.name == name and labels.items() <= sample.labels.items()
         )
 
     def wait_for_metric(
@@ -193,6 +198,7 @@ class Server:
         self._reader.join(5)
         assert self.process.stderr is not None
         self.process.stderr.close()
+        self._client.close()
 
     def _end_with_coverage(self) -> None:
         # The first signal drains, the second stops at once.

@@ -27,13 +27,17 @@ pytestmark = [
     ),
 ]
 
+WHOLE_SERVER = "tests/observe/test_whole_server.py"
+BATCHED_READS = "tests/http/connection/test_batched_reads.py"
+MIXED = "test_clients_that_mix_requests_of_all_kinds_get_their_own_responses"
 HOT_PATH_TESTS = {
     "engine": [
         "tests/engine/test_arena.py",
         "tests/engine/test_channel.py",
         "tests/engine/test_tensor_layouts.py",
         "tests/observe/test_regions.py",
-        "tests/observe/test_whole_server.py",
+        f"{WHOLE_SERVER}::test_counters_are_those_of_the_clients_whichever_process_answers",
+        f"{WHOLE_SERVER}::test_crashes_and_replays_are_counted",
     ],
     "wire": ["tests/wire"],
     "pool": [
@@ -46,17 +50,24 @@ HOT_PATH_TESTS = {
         "tests/http/predict",
         "tests/http/access/test_route_scopes.py",
         "--ignore=tests/http/connection/test_idle_connections.py",
+        "--ignore=tests/http/connection/test_listeners.py",
+        "--ignore=tests/http/connection/test_slow_client_timer.py",
         "--ignore=tests/http/connection/test_slow_clients.py",
         "--ignore=tests/http/connection/test_socketio.py",
         "--ignore=tests/http/connection/test_thread_exits.py",
         "--ignore=tests/http/predict/test_costly_bodies.py",
         "--ignore=tests/http/predict/test_memory_limit.py",
+        "--ignore=tests/http/predict/test_rejections.py",
+        f"--deselect={BATCHED_READS}::{MIXED}[inferpool]",
     ],
 }
 """The tests of the modules that a wheel compiles. Their other run imports the sources.
 
-Left out are tests of what a wheel does not change: the sockets in C, the watch over slow clients, and the
-memory that bodies, threads and connections take. The tests of INTERPRETED are left out as well.
+They show what compiling can break: the types and bounds of values, the calls between compiled and
+interpreted code, and the protocols of the client and of the engine. Left out are tests of what a wheel does
+not change: the sockets in C, the watch over slow clients, listeners, what runtimes refuse, and the memory
+that bodies, threads and connections take. Of servers of several processes, one answers and one crashes; that
+any process may end at any time is tested with the sources. The tests of INTERPRETED are left out as well.
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.attacks.attacks import ATTACKS
 from tests.attacks.report import run
 
-SECONDS = 20
+SECONDS = 12
 LIVE_MS, SLOWER = 5000.0, 200.0
 """A machine that runs other tests meanwhile says little about times; without the bounds they were 40 s."""
 

@@ -29,6 +29,10 @@ WAITING_ROW = {"inputs": [[chaos.WAIT, 2, 3, 4]]}
 SUM = [31.0]
 
 
+PAUSE_S = 0.005
+"""A client's pause between two requests, which leaves the cores to the processes that start meanwhile."""
+
+
 class Load:
     """Clients that ask for sums until they are told to stop, and check each answer."""
 
@@ -71,6 +75,7 @@ class Load:
             self.statuses[reply.status] += 1
             if reply.status == 200:
                 assert json.loads(reply.body)["outputs"]["sum"] == chaos.expected(rows).tolist()
+            await asyncio.sleep(PAUSE_S)
         if again is not None:
             await again.close()
 

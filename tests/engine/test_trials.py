@@ -25,6 +25,7 @@ from tests.server import Server, wait_until
 
 GOOD = {"inputs": [[1.0, 2.0, 3.0, 4.0]]}
 LEAST, MOST = -(2**63), 2**63 - 1
+PAUSE_S = 0.01
 
 
 def info(name: str, kind: int, shape: list[int | str]) -> onnx.ValueInfoProto:
@@ -133,12 +134,15 @@ def write_outside(repository: Path) -> Path:
 
 @contextlib.contextmanager
 def good_requests(server: Server) -> Iterator[list[httpx.Response]]:
-    """Send requests to the good model all the time, and one more after the block has ended."""
+    """Send requests to the good model all the time, and one more after the block has ended.
+
+    Their short pauses leave the cores to the processes that the tests start again and again.
+    """
     answers: list[httpx.Response] = []
     ended = threading.Event()
 
     def send() -> None:
-        while not ended.is_set():
+        while not ended.wait(PAUSE_S):
             answers.append(server.post("/predict/good", json=GOOD))
 
     thread = threading.Thread(target=send)

@@ -16,6 +16,8 @@ from tests.http.predict.costly_bodies import NPY, zipped
 from tests.server import Server
 
 ROWS = 100_000
+PAUSE_S = 0.01
+"""Pause between two looks at `/health/live`."""
 LIVE_S = 2.0
 LIVE_SHARE = 0.5
 """Made on the event loop, the answer would hold up `/health/live` for longer, and for most of the request."""
@@ -28,7 +30,7 @@ def rows(count: int) -> bytes:
 
 
 def watch(server: Server, took: list[float], over: threading.Event) -> None:
-    while not over.is_set():
+    while not over.wait(PAUSE_S):
         began = time.perf_counter()
         assert server.get("/health/live").status_code == 200
         took.append(time.perf_counter() - began)

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.server import Server
 
-SECONDS = int(os.environ.get("SCHEMATHESIS_SECONDS", "15"))
+SECONDS = int(os.environ.get("SCHEMATHESIS_SECONDS", "10"))
 """How long requests are generated; `scripts/test --full` sets more."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +15,10 @@ import httpx
 import pytest
 import yaml
 
+from tests.server import START_S, free_port
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docker" / "prometheus"
-START_S = 30
 
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")),
@@ -43,8 +43,7 @@ class Prometheus:
             # Alerts wait a minute or longer before they fire; only this delay is changed.
             text = re.sub(r"for: \w+", "for: 2s", (FOLDER / name).read_text())
             (folder / name).write_text(text)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         self._log = (folder / "log").open("w")
         self._process = subprocess.Popen(
             [

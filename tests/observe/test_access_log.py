@@ -49,13 +49,29 @@ def logging_server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) ->
     server.kill()
 
 
-def lines_since(server: Server, position: int) -> list[dict[str, Any]]:
+def mark(server: Server) -> int:
+    """Return the position of the log behind the lines of all requests that have been answered.
+
+    A line is written after the answer, so that the log may still lack lines of earlier requests. They come
+    before the line of a request that is sent now.
+    """
+    own = secrets.token_hex(8)
+    server.post("/predict/nobody", json={}, headers={"x-request-id": own})
+    position = 0
+
+    def written() -> bool:
+        nonlocal position
+        position = 1 + next((n for n, line in enumerate(server.log) if line.get("request_id") == own), -1)
+        return position > 0
+
+    wait_until(written, "the line of a request")
+    return position
+
+
+def lines_since(server: Server, begin: int) -> list[dict[str, Any]]:
     """The lines of requests from this position of the log on; all requests must have ended."""
-    mark = secrets.token_hex(8)
-    server.post("/predict/nobody", json={}, headers={"x-request-id": mark})
-    wait_until(lambda: any(line.get("request_id") == mark for line in server.log[position:]), "the mark")
-    new = [line for line in server.log[position:] if line.get("logger") == "inferpool.access"]
-    return [line for line in new if line["request_id"] != mark]
+    end = mark(server) - 1
+    return [line for line in server.log[begin:end] if line.get("logger") == "inferpool.access"]
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
@@ -66,7 +82,7 @@ def lines(server: Server) -> list[dict[str, Any]]:
 
 def test_a_request_leaves_one_line(logging_server: Server) -> None:
     """Id, trace, model, version, rows, times, status, code and bytes."""
-    server, begin = logging_server, len(logging_server.log)
+    server, begin = logging_server, mark(logging_server)
     body = json.dumps({"inputs": [[1, 2, 3, 4], [5, 6, 7, 8]]}).encode()
     headers = {"X-Request-Id": "mine", "traceparent": f"00-{TRACE}-b7ad6b7169203331-00"}
     answer = server.post("/predict/slow", content=body, headers=headers)
@@ -86,7 +102,7 @@ def test_a_request_leaves_one_line(logging_server: Server) -> None:
 
 
 def test_a_line_says_who_asked_for_what(logging_server: Server) -> None:
-    server, begin = logging_server, len(logging_server.log)
+    server, begin = logging_server, mark(logging_server)
     body = {"inputs": [[1, 2, 3, 4]]}
     for forwarded in ("203.0.113.7", "203.0.113.8", "6.6.6.6, 203.0.113.9, 127.0.0.1", "unknown"):
         for _ in range(2):  # the second head is cached
@@ -107,7 +123,7 @@ def test_a_line_says_who_asked_for_what(logging_server: Server) -> None:
 
 def test_failed_requests_leave_lines_too(logging_server: Server) -> None:
     """The code is that of the response; unknown fields are null."""
-    server, begin = logging_server, len(logging_server.log)
+    server, begin = logging_server, mark(logging_server)
     server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
     server.post("/predict/m", json={"inputs": [[1]]})
     server.post("/predict/m", content=b"{")
@@ -145,7 +161,7 @@ def test_a_run_that_did_not_finish_has_no_compute_time(serve: Serve, make_chaos:
 
 def test_a_client_that_disconnects_leaves_a_line(logging_server: Server) -> None:
     """Status 499, whether the request was complete or not, and one line only."""
-    server, begin = logging_server, len(logging_server.log)
+    server, begin = logging_server, mark(logging_server)
 
     async def leave() -> None:
         waiting, sending = [await Client.connect(server.port) for _ in range(2)]
@@ -224,7 +240,7 @@ print([status for status in (200, 404, 499, 500, 503, 504) if access.wants(statu
 
 def test_no_line_has_a_payload(logging_server: Server) -> None:
     """No part of a body gets into the log, whatever the outcome of the request."""
-    server, begin = logging_server, len(logging_server.log)
+    server, begin = logging_server, mark(logging_server)
     secret = 2718.281828
     for inputs in ([[1, 1, 1, secret]], [[secret]], [[RAISE, 1, 1, secret]], f"it is {secret}", {secret: 1}):
         server.post("/predict/m", json={"inputs": inputs})
@@ -236,7 +252,7 @@ def test_no_line_has_a_payload(logging_server: Server) -> None:
 
 def test_many_requests_leave_as_many_complete_lines(logging_server: Server) -> None:
     """2,000 requests of 20 clients leave 2,000 lines with different ids."""
-    server, begin = logging_server, len(logging_server.log)
+    server, begin = logging_server, mark(logging_server)
 
     async def send() -> None:
         async def one() -> None:

@@ -31,6 +31,8 @@ DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "inferpool.
 LOAD_S = 14
 CRASHING = "inferpool-crashing"
 """The job of the server whose processes end."""
+PAUSE_S = 0.01
+"""A client's pause between two requests: the rates are to be there, not to be high."""
 GPU_PANELS = {
     "Utilization", "GPU memory", "Padded rows", "Nodes on the CPU", "GPU temperature", "GPU power"
 }  # fmt: skip
@@ -95,6 +97,7 @@ class Load:
                 headers = {"traceparent": f"00-{trace}-{1:016x}-01"}
             reply = await client.post(f"/predict/{model}", body, headers)
             self.sent.append(Sent(model, time.time(), reply.status))
+            await asyncio.sleep(PAUSE_S)
         await client.close()
 
 

@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, MakeChaos, Serve
+from tests.server import Server
 
 
 def test_one_good_one_corrupt_and_one_misconfigured_model(serve: Serve, tmp_path: Path) -> None:
@@ -39,22 +42,33 @@ def test_one_good_one_corrupt_and_one_misconfigured_model(serve: Serve, tmp_path
     assert reason in check.stdout
 
 
-def test_names_of_labels_that_are_not_used_are_reported_with_the_line_to_add(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    repository = make_chaos("m")
-    (repository / "m" / "labels.txt").write_text("no\nyes\n")
-    server = serve(repository)
-    server.wait_for(r"^m: labels\.txt is not used: add the line \[labels\] to m/model\.toml$")
-    assert server.get("/models/m/1").json()["state"] == "ready"
-
-
-def test_versions_and_labels_choose_who_answers(serve: Serve, make_chaos: MakeChaos) -> None:
-    repository = make_chaos("m", "[versions]\nlabels = { stable = 1, canary = 3 }\n")
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    """A server of models that only their own tests look at."""
+    repository = module_make_chaos("named")
+    (repository / "named" / "labels.txt").write_text("no\nyes\n")
+    module_make_chaos("m", "[versions]\nlabels = { stable = 1, canary = 3 }\n")
     for version in ("2", "3"):
         shutil.copytree(repository / "m/1", repository / f"m/{version}")
     (repository / "m/2/model.chaos").write_text("broken")
-    server = serve(repository)
+    module_make_chaos("newest")
+    for version in ("2", "10"):
+        shutil.copytree(repository / "newest/1", repository / f"newest/{version}")
+    (repository / "newest/10/model.chaos").write_text("broken")
+    for name, answer in (("good", 31.0), ("bad", 31.5)):
+        module_make_chaos(name)
+        (repository / name / "samples").mkdir()
+        sample = {"inputs": [[1, 2, 3, 4]], "outputs": {"sum": [answer]}, "tolerance": 1e-3}
+        (repository / name / "samples" / "one.json").write_text(json.dumps(sample))
+    return module_serve(repository)
+
+
+def test_names_of_labels_that_are_not_used_are_reported_with_the_line_to_add(server: Server) -> None:
+    server.wait_for(r"^named: labels\.txt is not used: add the line \[labels\] to named/model\.toml$")
+    assert server.get("/models/named/1").json()["state"] == "ready"
+
+
+def test_versions_and_labels_choose_who_answers(server: Server) -> None:
     body = {"inputs": [[1, 2, 3, 4]]}
     answers = {
         path: server.post(f"/predict/{path}", json=body).json().get("version")
@@ -81,23 +95,11 @@ def test_a_stale_label_fails_and_its_model_serves(serve: Serve, make_chaos: Make
     assert server.get("/models/m/1").json()["labels"] == ["stable"]
 
 
-def test_the_newest_version_that_is_ready_answers(serve: Serve, make_chaos: MakeChaos) -> None:
-    repository = make_chaos("m")
-    for version in ("2", "10"):
-        shutil.copytree(repository / "m/1", repository / f"m/{version}")
-    (repository / "m/10/model.chaos").write_text("broken")
-    server = serve(repository)
-    assert server.post("/predict/m", json={"inputs": [[1, 2, 3, 4]]}).json()["version"] == "2"
+def test_the_newest_version_that_is_ready_answers(server: Server) -> None:
+    assert server.post("/predict/newest", json={"inputs": [[1, 2, 3, 4]]}).json()["version"] == "2"
 
 
-def test_a_missed_golden_sample_fails_the_version(serve: Serve, make_chaos: MakeChaos) -> None:
-    repository = make_chaos("good")
-    make_chaos("bad")
-    for name, answer in (("good", 31.0), ("bad", 31.5)):
-        (repository / name / "samples").mkdir()
-        sample = {"inputs": [[1, 2, 3, 4]], "outputs": {"sum": [answer]}, "tolerance": 1e-3}
-        (repository / name / "samples" / "one.json").write_text(json.dumps(sample))
-    server = serve(repository)
+def test_a_missed_golden_sample_fails_the_version(server: Server) -> None:
     assert server.get("/models/good/1").json()["state"] == "ready"
     failed = server.get("/models/bad/1").json()
     assert failed["state"] == "failed"

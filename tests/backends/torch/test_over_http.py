@@ -255,41 +255,43 @@ def test_a_refusal_says_what_to_write(server: Server, name: str, reason: str) ->
     assert reason in version["reason"]
 
 
-def test_a_file_is_served_when_it_is_trusted_by_its_digest(serve: Serve, tmp_path: Path) -> None:
-    files = {}
-    for name in ("listed", "unlisted"):
-        files[name] = save_exported(tmp_path / name / "1/model.pt2", nn.Linear(4, 2), torch.rand(2, 4))
-    digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
-    configure(files["listed"], f'sha256 = ["{digests["listed"].upper()}"]')
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_files_are_served_when_they_are_trusted_by_their_digests(serve: Serve, tmp_path: Path) -> None:
+    """Pasting the line of a refusal is enough, with several versions too: the key may be there only once."""
+    listed, unlisted = (
+        save_exported(tmp_path / name / "1/model.pt2", nn.Linear(4, 2), torch.rand(2, 4))
+        for name in ("listed", "unlisted")
+    )
+    configure(listed, f'sha256 = ["{sha256(listed).upper()}"]')
+    takes_four = described(input=("FP32", [-1, 4]))
+    first, second = (
+        save_scripted(tmp_path / "m" / version / "model.pt", nn.Linear(4, 2)) for version in ("1", "2")
+    )
+    configure(first, takes_four)
     server = serve(tmp_path)
     assert view(server, "listed")["state"] == "ready"
     refused = view(server, "unlisted")
     assert refused["state"] == "failed"
-    assert f'write sha256 = ["{digests["unlisted"]}"] at the top of model.toml' in refused["reason"]
-    configure(files["unlisted"], f'sha256 = ["{digests["unlisted"]}"]')
-    server.stop()
-    assert view(serve(tmp_path), "unlisted")["state"] == "ready", "what the refusal said to write"
-
-
-def test_the_line_in_a_refusal_trusts_every_version(serve: Serve, tmp_path: Path) -> None:
-    """Pasting the line of either refusal is enough: model.toml may have the key only once."""
-    files = [
-        save_exported(tmp_path / "m" / version / "model.pt2", nn.Linear(4, 2), torch.rand(2, 4))
-        for version in ("1", "2")
-    ]
-    server = serve(tmp_path)
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    line = f'sha256 = ["{digests[0]}", "{digests[1]}"]'
+    assert f'write sha256 = ["{sha256(unlisted)}"] at the top of model.toml' in refused["reason"]
+    line = f'sha256 = ["{sha256(first)}", "{sha256(second)}"]'
     for version in ("1", "2"):
         reason = server.get(f"/models/m/{version}").json()["reason"]
-        assert f"write {line} at the top of model.toml (it trusts 1/model.pt2, 2/model.pt2)" in reason
-    (tmp_path / "m" / "model.toml").write_text(f'sha256 = ["{digests[0]}"]\n')
+        assert f"write {line} at the top of model.toml (it trusts 1/model.pt, 2/model.pt)" in reason
     server.stop()
-    listed = serve(tmp_path)
-    assert listed.get("/models/m/1").json()["state"] == "ready"
-    assert f"replace the line sha256 by {line}" in listed.get("/models/m/2").json()["reason"]
-    (tmp_path / "m" / "model.toml").write_text(f"{line}\n")
-    listed.stop()
+    # What the refusal said to write; and only one of the two versions.
+    configure(unlisted, f'sha256 = ["{sha256(unlisted)}"]')
+    configure(first, f'sha256 = ["{sha256(first)}"]\n{takes_four}')
+    partly = serve(tmp_path)
+    assert view(partly, "unlisted")["state"] == "ready"
+    assert partly.get("/models/m/1").json()["state"] == "ready"
+    assert f"replace the line sha256 by {line}" in partly.get("/models/m/2").json()["reason"]
+    partly.stop()
+    shutil.rmtree(tmp_path / "listed")
+    shutil.rmtree(tmp_path / "unlisted")
+    configure(first, f"{line}\n{takes_four}")
     both = serve(tmp_path)
     assert [both.get(f"/models/m/{version}").json()["state"] for version in ("1", "2")] == ["ready"] * 2
 

@@ -133,7 +133,7 @@ def test_a_client_that_disconnects_while_a_batch_runs_is_dropped_from_the_queue(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n"
-    server = serve(make_chaos("m", run_ms=500, config=config))
+    server = serve(make_chaos("m", run_ms=500, config=config), "--measure-ms", "0")
 
     with contextlib.ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in range(4)]

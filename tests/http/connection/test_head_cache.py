@@ -188,7 +188,7 @@ def test_a_request_without_a_cached_head_follows_on_the_same_connection(server: 
 
 def test_a_request_with_a_cached_head_is_admitted_like_any_other(serve: Serve, make_chaos: MakeChaos) -> None:
     config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n[queue]\nmax_rows = 1\n"
-    server = serve(make_chaos("m", row=[1], run_ms=300, config=config))
+    server = serve(make_chaos("m", row=[1], run_ms=300, config=config), "--measure-ms", "0")
     with contextlib.ExitStack() as stack:
         connections = [
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(6)
@@ -214,7 +214,7 @@ def test_a_request_with_a_cached_head_is_admitted_like_any_other(serve: Serve, m
 def test_known_heads_on_one_connection_are_answered_in_their_order(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
-    server = serve(make_chaos("m", row=[1], run_ms=600))
+    server = serve(make_chaos("m", row=[1], run_ms=600), "--measure-ms", "0")
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(request())

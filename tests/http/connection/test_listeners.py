@@ -176,6 +176,7 @@ def full(server: Server) -> Iterator[contextlib.ExitStack]:
                 try:
                     wire.send(request(1))
                     assert wire.answer()[0] == 200
+                    wire.send("GET /")  # idle, it would be closed after a second
                 except (OSError, AssertionError):  # those of the test before are not closed yet
                     return False
                 made.append(wire)

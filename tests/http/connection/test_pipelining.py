@@ -203,7 +203,7 @@ def test_the_limit_of_a_head_is_the_same_however_it_is_cut_into_pieces(wire: Wir
 
 
 def test_a_client_that_ends_its_side_gets_its_answers(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=200))
+    server = serve(make_chaos("m", run_ms=200), "--measure-ms", "0")
     whole = request(1) + LIVE + request(2)
     for sent, count in ((request(1), 1), (whole, 3), (whole + request(3)[:-5], 3), (whole + "POST /pre", 3)):
         with Wire(server) as wire:

@@ -14,12 +14,17 @@ import pytest
 
 from tests.conftest import MakeChaos, Serve
 from tests.http.connection.test_pipelining import Wire, request, sums
+from tests.server import Server
 
 GETS = ("/models", "/metrics", "/health/live", "/openapi.json", "/predict/m")
 
 
-def test_a_head_without_end_is_refused(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=1))
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    return module_serve(module_make_chaos("m", run_ms=1))
+
+
+def test_a_head_without_end_is_refused(server: Server) -> None:
     with Wire(server) as wire:
         wire.send(request(1, headers=f"x: {'y' * 30_000}\r\n"))
         assert wire.answer()[0] == 200
@@ -59,10 +64,7 @@ public class Post {
 """
 
 
-def test_the_standard_client_of_java_is_answered_although_it_asks_for_http_2(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    server = serve(make_chaos("m", run_ms=1))
+def test_the_standard_client_of_java_is_answered_although_it_asks_for_http_2(server: Server) -> None:
     native = '{"inputs": [[1, 0, 0, 0]]}'
     with Wire(server) as wire:
         for _ in range(3):
@@ -74,8 +76,7 @@ def test_the_standard_client_of_java_is_answered_although_it_asks_for_http_2(
 
 
 @pytest.mark.skipif(shutil.which("javac") is None, reason="there is no JDK")
-def test_a_real_java_client_is_answered(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
-    server = serve(make_chaos("m", run_ms=1))
+def test_a_real_java_client_is_answered(server: Server, tmp_path: Path) -> None:
     source = tmp_path / "Post.java"
     source.write_text(JAVA_PROGRAM)
     addresses = [f"{server.url}/predict/m", f"{server.url}/models/m/unknown"]
@@ -87,9 +88,8 @@ def test_a_real_java_client_is_answered(serve: Serve, make_chaos: MakeChaos, tmp
 
 
 def test_an_upgrade_is_ignored_and_the_bytes_of_the_body_are_never_taken_for_a_request(
-    serve: Serve, make_chaos: MakeChaos
+    server: Server,
 ) -> None:
-    server = serve(make_chaos("m", run_ms=1))
     hidden = "GET /models/smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
     upgrade = "connection: upgrade\r\nupgrade: h2c\r\n"
     bodies = {
@@ -109,10 +109,7 @@ def test_an_upgrade_is_ignored_and_the_bytes_of_the_body_are_never_taken_for_a_r
                     assert (answered, json.loads(answer)["outputs"]["sum"]) == (200, sums(2))
 
 
-def test_the_body_of_a_large_request_that_asks_to_upgrade_is_read(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    server = serve(make_chaos("m", run_ms=1))
+def test_the_body_of_a_large_request_that_asks_to_upgrade_is_read(server: Server) -> None:
     marks = [1.0] * 60_000
     with Wire(server) as wire:
         wire.send(request(*marks, headers="connection: upgrade\r\nupgrade: websocket\r\n"))
@@ -125,10 +122,7 @@ def test_the_body_of_a_large_request_that_asks_to_upgrade_is_read(
 @pytest.mark.parametrize(
     "target", ["http://x/predict/m", "HTTP://x:80/predict/m/1?y=z", "http://x/v2/models/m/infer"]
 )
-def test_a_target_may_be_an_absolute_uri_as_proxies_are_sent(
-    serve: Serve, make_chaos: MakeChaos, target: str
-) -> None:
-    server = serve(make_chaos("m", run_ms=1))
+def test_a_target_may_be_an_absolute_uri_as_proxies_are_sent(server: Server, target: str) -> None:
     body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [3, 0, 0, 0]}]}
     native = request(3, path=target)
     text = json.dumps(body)

@@ -21,7 +21,8 @@ HEAD = b"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 17\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
-    return module_serve(module_make_chaos("m", row=[1], run_ms=1500))
+    # Measured, the slow model would take half a minute to load.
+    return module_serve(module_make_chaos("m", row=[1], run_ms=1500), "--measure-ms", "0")
 
 
 def received_until_closed(server: Server, *sent: bytes) -> bytes:

@@ -181,8 +181,22 @@ def test_an_unsupported_media_type_is_refused(bundled: Server) -> None:
     assert code_of(answer) == "unsupported_media_type"
 
 
-def test_a_timeout_counts_microseconds(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=300))
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    """A server of models of several kinds, one of them broken."""
+    repository = module_make_chaos("m", run_ms=300)
+    module_make_chaos("batched", config="[batching]\nmax_delay_ms = 2.5\n")
+    module_make_chaos("alone", mix=True)
+    (repository / "broken" / "1").mkdir(parents=True)
+    (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")
+    rows = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows"])
+    listed = helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None)
+    nodes = [helper.make_node("SequenceConstruct", ["x", "x"], ["parts"])]
+    write_model(repository, "lists", helper.make_graph(nodes, "lists", [rows], [listed]))
+    return module_serve(repository)
+
+
+def test_a_timeout_counts_microseconds(server: Server) -> None:
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
     late = {**body, "parameters": {"timeout": 20_000}}
     assert code_of(server.post("/v2/models/m/infer", json=late)) == "deadline_exceeded"
@@ -204,11 +218,7 @@ def test_a_priority_is_a_whole_number(bundled: Server) -> None:
     assert code_of(wrong) == "invalid_input"
 
 
-def test_a_model_that_raises_or_is_not_ready_has_its_code(serve: Serve, make_chaos: MakeChaos) -> None:
-    repository = make_chaos("m")
-    (repository / "broken" / "1").mkdir(parents=True)
-    (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")
-    server = serve(repository)
+def test_a_model_that_raises_or_is_not_ready_has_its_code(server: Server) -> None:
     data = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [chaos.RAISE, 0, 0, 0]}
     failed = server.post("/v2/models/m/infer", json={"inputs": [data]})
     assert code_of(failed) == "model_failed"
@@ -222,7 +232,7 @@ def test_a_model_that_raises_or_is_not_ready_has_its_code(serve: Serve, make_cha
     assert index["broken"]["state"] == "UNAVAILABLE"
     assert index["broken"]["reason"]
     ready = server.post("/v2/repository/index", json={"ready": True}).json()
-    assert [entry["name"] for entry in ready] == ["m"]
+    assert [entry["name"] for entry in ready] == ["alone", "batched", "lists", "m"]
 
 
 def test_readiness_is_that_of_the_server(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
@@ -238,10 +248,7 @@ def test_readiness_is_that_of_the_server(serve: Serve, make_chaos: MakeChaos, tm
     assert server.get("/v2/health/ready").json() == {"ready": True}
 
 
-def test_the_configuration_says_how_the_model_batches(serve: Serve, make_chaos: MakeChaos) -> None:
-    repository = make_chaos("batched", config="[batching]\nmax_delay_ms = 2.5\n")
-    make_chaos("alone", mix=True)
-    server = serve(repository)
+def test_the_configuration_says_how_the_model_batches(server: Server) -> None:
     batched = server.get("/v2/models/batched/config").json()
     assert batched["max_batch_size"] > 1
     assert batched["dynamic_batching"] == {
@@ -255,7 +262,7 @@ def test_the_configuration_says_how_the_model_batches(serve: Serve, make_chaos: 
     assert alone["max_batch_size"] == 0
     assert "dynamic_batching" not in alone
     assert alone["input"][0]["dims"] == [-1, 4]
-    assert server.get("/v2/models").json() == {"models": ["alone", "batched"]}
+    assert server.get("/v2/models").json() == {"models": ["alone", "batched", "broken", "lists", "m"]}
 
 
 def test_the_admin_routes_are_forbidden(bundled: Server) -> None:
@@ -270,13 +277,7 @@ def test_the_admin_routes_are_forbidden(bundled: Server) -> None:
         assert answer.json()["code"] == "forbidden"
 
 
-def test_an_output_that_is_not_a_tensor_is_returned_as_json_text(serve: Serve, tmp_path: Path) -> None:
-    repository = tmp_path / "models"
-    rows = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows"])
-    listed = helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None)
-    nodes = [helper.make_node("SequenceConstruct", ["x", "x"], ["parts"])]
-    write_model(repository, "lists", helper.make_graph(nodes, "lists", [rows], [listed]))
-    server = serve(repository)
+def test_an_output_that_is_not_a_tensor_is_returned_as_json_text(server: Server) -> None:
     metadata = server.get("/v2/models/lists").json()
     assert metadata["outputs"] == [{"name": "parts", "datatype": "BYTES", "shape": [-1]}]
     assert server.get("/v2/models/lists/config").json()["output"][0]["data_type"] == "TYPE_STRING"

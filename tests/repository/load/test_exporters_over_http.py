@@ -167,20 +167,47 @@ def expected(file: Path, exported: Exported, environ: dict[str, str]) -> list[di
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_client_gets_the_answer_of_its_row_alone_from_batches(
-    tmp_path: Path, serve: Serve, locales: str, name: str
-) -> None:
-    exported = MODELS[name]()
-    folder = tmp_path / "models" / name / "1"
+class Served(NamedTuple):
+    """A server of all MODELS, what they are, and their repository."""
+
+    server: Server
+    exported: dict[str, Exported]
+    repository: Path
+
+
+@pytest.fixture(scope="module")
+def served(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory, locales: str) -> Served:
+    repository = tmp_path_factory.mktemp("exported")
+    exported = {name: make() for name, make in MODELS.items()}
+    for name, each in exported.items():
+        save(repository, name, each)
+    size = exported["one-name"]
+    session = onnxruntime.InferenceSession(size.proto.SerializeToString())
+    row = size.rows[0][None]
+    sample = {"inputs": row.tolist(), "outputs": {"y": session.run(["y"], {"x": row})[0].tolist()}}
+    samples = save(repository, "sampled", size).parent / "samples"
+    samples.mkdir()
+    (samples / "one.json").write_text(json.dumps(sample))
+    return Served(module_serve(repository, LOCPATH=locales), exported, repository)
+
+
+def save(repository: Path, name: str, exported: Exported) -> Path:
+    """Write version 1 of a model; returns its folder."""
+    folder = repository / name / "1"
     folder.mkdir(parents=True)
     onnx.save(exported.proto, str(folder / "model.onnx"))
-    environ = {"LOCPATH": locales}
-    server = serve(tmp_path / "models", **environ)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_client_gets_the_answer_of_its_row_alone_from_batches(
+    served: Served, locales: str, name: str
+) -> None:
+    server, exported = served.server, served.exported[name]
     version = server.get(f"/models/{name}/1").json()
     assert version["state"] == "ready", version["reason"]
     assert version["batching"]["enabled"], version["batching"]["reason"]
-    right = expected(folder / "model.onnx", exported, environ)
+    right = expected(served.repository / name / "1" / "model.onnx", exported, {"LOCPATH": locales})
     asyncio.run(with_clients(server.port, CLIENTS, partial(ask, name, exported, right)))
     several = [index for index, row in enumerate(exported.rows) if row.shape == exported.rows[0].shape]
     reply = server.post(
@@ -239,24 +266,12 @@ def check_v2(server: Server, name: str, exported: Exported, right: list[dict[str
             assert_alike(output["data"], np.array(want).reshape(-1).tolist())
 
 
-def test_labels_that_are_declared_for_one_row_are_described_as_they_are(tmp_path: Path, serve: Serve) -> None:
-    folder = tmp_path / "models" / "declared" / "1"
-    folder.mkdir(parents=True)
-    onnx.save(declared().proto, str(folder / "model.onnx"))
-    server = serve(tmp_path / "models")
-    outputs = {each["name"]: each["shape"] for each in server.get("/models/declared/1").json()["outputs"]}
+def test_labels_that_are_declared_for_one_row_are_described_as_they_are(served: Served) -> None:
+    view = served.server.get("/models/declared/1").json()
+    outputs = {each["name"]: each["shape"] for each in view["outputs"]}
     assert outputs == {"label": [-1], "s": [-1, 3]}
 
 
-def test_a_sample_with_unequal_sizes_serves(tmp_path: Path, serve: Serve) -> None:
-    exported = any_size("size")
-    folder = tmp_path / "models" / "m" / "1"
-    folder.mkdir(parents=True)
-    onnx.save(exported.proto, str(folder / "model.onnx"))
-    session = onnxruntime.InferenceSession(exported.proto.SerializeToString())
-    row = exported.rows[0][None]
-    sample = {"inputs": row.tolist(), "outputs": {"y": session.run(["y"], {"x": row})[0].tolist()}}
-    (folder.parent / "samples").mkdir()
-    (folder.parent / "samples" / "one.json").write_text(json.dumps(sample))
-    server = serve(tmp_path / "models")
-    assert server.post("/predict/m", json={"inputs": row.tolist()}).status_code == 200
+def test_a_sample_with_unequal_sizes_serves(served: Served) -> None:
+    row = served.exported["one-name"].rows[0][None]
+    assert served.server.post("/predict/sampled", json={"inputs": row.tolist()}).status_code == 200

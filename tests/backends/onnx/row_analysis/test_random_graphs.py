@@ -14,8 +14,8 @@ from inferpool.backends.row_verdict import Independence
 
 from tests.backends.onnx.row_analysis.random_graphs import random_models, rows_are_independent
 
-GRAPHS = int(os.environ.get("ROW_ANALYSIS_GRAPHS", "600"))
-"""How many graphs are made."""
+GRAPHS = int(os.environ.get("ROW_ANALYSIS_GRAPHS", "300"))
+"""How many graphs are made; `scripts/test --full` makes more."""
 
 seen: Counter[tuple[bool, str]] = Counter()
 

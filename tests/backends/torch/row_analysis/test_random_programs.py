@@ -15,8 +15,8 @@ from torch._export.serde.serialize import serialize
 from tests.backends.torch.networks import export
 from tests.backends.torch.row_analysis.random_programs import Network, random_networks, rows_are_independent
 
-PROGRAMS = int(os.environ.get("ROW_ANALYSIS_PROGRAMS", "60"))
-"""How many programs are exported."""
+PROGRAMS = int(os.environ.get("ROW_ANALYSIS_PROGRAMS", "30"))
+"""How many programs are exported; `scripts/test --full` exports more."""
 
 seen: Counter[tuple[bool, str]] = Counter()
 
