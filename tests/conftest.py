@@ -76,8 +76,12 @@ def coverage_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for measurements, shared by all tests of a run."""
-    return tmp_path_factory.mktemp("cache")
+    """A folder for measurements, shared by all tests of a run, in whichever process they run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "cache").mkdir(exist_ok=True)
+    return folder / "cache"
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +161,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundled(models: Path, cache_dir: Path, server_module: str) -> Iterator[Server]:
     """A server of the models that come with the project."""
-    server = Server(models, (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, server_module)
+    own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
+    server = Server(models, (), own, server_module)
     server.wait_loaded()
     yield server
     server.kill()

@@ -220,7 +220,10 @@ class InstalledServer(Server):
     """`inferpool serve` of an environment, started in a folder that has nothing to do with the project."""
 
     def __init__(self, python: Path, repository: Path, folder: Path) -> None:
-        own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": "", "INFERPOOL_CACHE_DIR": str(folder)}
+        own = {
+            "INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": "", "INFERPOOL_CACHE_DIR": str(folder),
+            "INFERPOOL_MEASURE_MS": "200",
+        }  # fmt: skip
         command = [str(python.with_name("inferpool")), "serve", str(repository), "--port", "0"]
         # The variable is read when a wheel is built; a server that finds it set starts all the same.
         self._start(["env", f"--chdir={folder}", "INFERPOOL_COMPILED=1", *command], own)

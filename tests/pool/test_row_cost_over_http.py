@@ -7,7 +7,6 @@ import io
 import json
 import re
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +31,10 @@ class Answered(NamedTuple):
     body: bytes
 
 
-@pytest.fixture
-def server(tmp_path: Path, serve: Serve) -> Server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, module_serve: Serve) -> Server:
     """A server with one instance of a network that denoises pictures of any size."""
+    folder = tmp_path_factory.mktemp("models")
     rng = np.random.default_rng(7)
     weights = {"a": (32, 3, 3, 3), "b": (3, 32, 3, 3)}
     picture: list[str | int | None] = ["batch", 3, "height", "width"]
@@ -52,9 +52,9 @@ def server(tmp_path: Path, serve: Serve) -> Server:
             for name, shape in weights.items()
         ],
     )
-    write_model(tmp_path, "denoise", graph)
-    (tmp_path / "denoise" / "model.toml").write_text("[instances]\ncount = 1\nthreads = 1\n")
-    return serve(tmp_path, INFERPOOL_MEASURE_MS="2000")
+    write_model(folder, "denoise", graph)
+    (folder / "denoise" / "model.toml").write_text("[instances]\ncount = 1\nthreads = 1\n")
+    return module_serve(folder, INFERPOOL_MEASURE_MS="2000")
 
 
 def npy(side: int) -> bytes:

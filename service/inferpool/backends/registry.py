@@ -8,7 +8,8 @@ Runtime, therefore still starts. Other packages may add backends under the entry
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoints, entry_points
 from typing import TYPE_CHECKING, Final
 
 from inferpool.errors import LoadError
@@ -25,9 +26,15 @@ _BUILT_IN: Final = {
 ENTRY_POINT_GROUP: Final = "inferpool.backends"
 
 
+@cache
+def _added() -> EntryPoints:
+    """The backends of other packages; to find them, Python reads files of every installed package."""
+    return entry_points(group=ENTRY_POINT_GROUP)
+
+
 def backend_names() -> tuple[str, ...]:
     """The names of all backends, whether or not their runtimes are installed."""
-    added = (point.name for point in entry_points(group=ENTRY_POINT_GROUP))
+    added = (point.name for point in _added())
     return (*_BUILT_IN, *added)
 
 
@@ -37,7 +44,7 @@ def find_backend(name: str) -> Backend:
         module, attribute, _ = _BUILT_IN[name]
         backend: Backend = getattr(importlib.import_module(module), attribute)()
         return backend
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    for point in _added():
         if point.name == name:
             found: Backend = point.load()()
             return found
@@ -58,7 +65,7 @@ def describe_backends() -> dict[str, str]:
 def backends_by_suffix() -> dict[str, str]:
     """File suffix to backend name, for all backends. A built-in backend wins over an added one."""
     suffixes = {suffix: name for name, (_, _, listed) in _BUILT_IN.items() for suffix in listed}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    for point in _added():
         for suffix in point.load().suffixes:
             suffixes.setdefault(suffix, point.name)
     return suffixes
