@@ -24,6 +24,8 @@ from tests.engine.processes import ENGINE, WEB, children, find, libraries, lives
 from tests.server import ROOT, START_S, Server, wait_until
 
 PROCESS = ("--engine", "process", "--web-processes", "2")
+ONE_WEB = ("--engine", "process", "--web-processes", "1")
+"""For tests to which a second web process, whose start takes a second of CPU time, makes no difference."""
 ROW = {"inputs": [[1, 2, 3, 4]]}
 WAITING_ROW = {"inputs": [[chaos.WAIT, 2, 3, 4]]}
 SUM = [31.0]
@@ -210,7 +212,7 @@ def test_an_engine_that_has_lost_its_device_ends_and_fails_no_other_request(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
     """As after a fault on a GPU: every later call of the process fails, so that another one has to run."""
-    server = serve(make_chaos("m", run_ms=2), *PROCESS)
+    server = serve(make_chaos("m", run_ms=2), *ONE_WEB)
     load = Load(server)
 
     async def lose() -> None:
@@ -272,7 +274,7 @@ def test_a_run_that_does_not_stop_ends_its_engine_and_fails_no_other_request(
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    server = serve(make_chaos("m", run_ms=2, run_gate=str(gate)), *PROCESS, "--run-timeout-s", "2")
+    server = serve(make_chaos("m", run_ms=2, run_gate=str(gate)), *ONE_WEB, "--run-timeout-s", "2")
     load = Load(server)
 
     async def hang() -> None:
@@ -351,7 +353,7 @@ def test_everything_ends_with_the_supervisor(serve: Serve, make_chaos: MakeChaos
     wait_until(lambda: not any(map(lives, pids)), "all children end")
 
 
-@pytest.mark.parametrize("flags", [(), PROCESS], ids=["in-process", "process"])
+@pytest.mark.parametrize("flags", [(), ONE_WEB], ids=["in-process", "process"])
 def test_a_hangup_ends_nothing(serve: Serve, make_chaos: MakeChaos, flags: tuple[str, ...]) -> None:
     server = serve(make_chaos("m"), *flags)
     server.process.send_signal(signal.SIGHUP)
@@ -384,7 +386,7 @@ def test_an_interrupt_from_the_terminal_drains(serve: Serve, make_chaos: MakeCha
     """A terminal sends SIGINT to every process of the server."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    server = serve(make_chaos("m", run_gate=str(gate)), *PROCESS)
+    server = serve(make_chaos("m", run_gate=str(gate)), *ONE_WEB)
 
     async def scenario() -> None:
         client = await Client.connect(server.port)
@@ -408,7 +410,7 @@ def test_the_second_signal_ends_everything_at_once(
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    server = serve(make_chaos("m", run_gate=str(gate)), *PROCESS)
+    server = serve(make_chaos("m", run_gate=str(gate)), *ONE_WEB)
 
     async def scenario() -> None:
         client = await Client.connect(server.port)
@@ -432,7 +434,7 @@ def test_a_run_that_does_not_end_holds_up_the_end_no_longer_than_the_drain_timeo
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    server = serve(make_chaos("m", run_gate=str(gate)), *PROCESS, "--drain-timeout-s", "1")
+    server = serve(make_chaos("m", run_gate=str(gate)), *ONE_WEB, "--drain-timeout-s", "1")
 
     async def scenario() -> None:
         client = await Client.connect(server.port)
@@ -452,7 +454,7 @@ def test_a_run_that_does_not_end_holds_up_the_end_no_longer_than_the_drain_timeo
 
 def test_a_load_that_ends_the_engine_fails_its_version_only(serve: Serve, make_chaos: MakeChaos) -> None:
     make_chaos("bad", load_crashes=True)
-    server = serve(make_chaos("good"), *PROCESS)
+    server = serve(make_chaos("good"), *ONE_WEB)
     assert server.post("/predict/good", json=ROW).json()["outputs"]["sum"] == SUM
     wait_until(
         lambda: server.get("/models/bad").json()["versions"][0]["state"] == "failed", "the version has failed"
@@ -471,7 +473,7 @@ def test_a_load_without_end_fails_its_version_only(
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     make_chaos("endless", gate=str(gate))
-    server = serve(make_chaos("good"), *PROCESS, "--load-timeout-s", "1")
+    server = serve(make_chaos("good"), *ONE_WEB, "--load-timeout-s", "1")
     wait_until(
         lambda: server.get("/models/endless").json()["versions"][0]["state"] == "failed", "it has failed"
     )
@@ -485,7 +487,7 @@ def test_sigterm_while_an_engine_is_stuck_in_a_load_ends_with_the_usual_status(
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    server = serve(make_chaos("m", gate=str(gate)), *PROCESS, wait=False)
+    server = serve(make_chaos("m", gate=str(gate)), *ONE_WEB, wait=False)
     assert server.stop() == 0
 
 

@@ -107,7 +107,7 @@ def test_clients_that_mix_requests_of_all_kinds_get_their_own_responses(server: 
         try:
             for _ in range(3):
                 with Wire(server) as wire:
-                    for _ in range(40):
+                    for _ in range(25):
                         mixed(wire, rng)
                     if rng.random() < 0.5:
                         wire.send(request(1))  # and close without reading the response

@@ -20,6 +20,8 @@ from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import MakeChaos, Serve
 from tests.server import Server
 
+HANGS_S = 60
+"""Only a server that hangs takes so long, and a busy machine no longer; an idle connection is kept for longer."""
 LIVE = "GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
@@ -28,7 +30,7 @@ class Wire:
 
     def __init__(self, server: Server, tls: ssl.SSLContext | None = None) -> None:
         self.server = server
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=HANGS_S)
         if tls is not None:
             self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
         self.stream = self.socket.makefile("rb")
