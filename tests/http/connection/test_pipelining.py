@@ -21,7 +21,7 @@ from tests.conftest import MakeChaos, Serve
 from tests.server import Server
 
 HANGS_S = 60
-"""Only a server that hangs takes so long, and a busy machine no longer; an idle connection is kept for longer."""
+"""Only a server that hangs takes so long, even on a busy machine; an idle connection is kept for longer."""
 LIVE = "GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
