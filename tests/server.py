@@ -124,7 +124,8 @@ class Server:
         """The current sum of a metric's samples that have these labels."""
         name = f"inferpool_{name}"
         # To parse the whole page, again and again, would take more time than the server has for its answer.
-        lines = [line for line in self.get("/metrics").text.splitlines(True) if line.startswith(name)]
+        page = self.get("/metrics", headers={"accept-encoding": "identity"}).text
+        lines = [line for line in page.splitlines(True) if line.startswith(name)]
         return sum(
             sample.value
             for family in text_string_to_metric_families("".join(lines))
