@@ -369,7 +369,8 @@ def doubted(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Do
         gates[name] = make_gate(tmp_path_factory.mktemp(name))
         make(name, ONE, run_gate=str(gates[name]), **({} if reads else {"reads": False}))
     server = module_serve(folder, INFERPOOL_CACHE_DIR=str(cache_dir))
-    return Doubted(*(Model(server, name, gate) for name, gate in gates.items()), cache_dir)
+    wrong, rare = (Model(server, name, gate) for name, gate in gates.items())
+    return Doubted(wrong, rare, cache_dir)
 
 
 def test_wrong_rows_turn_batching_off_and_every_answer_is_right(doubted: Doubted) -> None:
