@@ -7,6 +7,7 @@ would cost more than the check itself.
 import os
 import socket
 import sys
+from pathlib import Path
 
 REQUEST = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 TIMEOUT_S = 4
@@ -25,6 +26,16 @@ def main() -> int:
     return 0 if b" 200 " in status else 1
 
 
+def find_port() -> int:
+    """Return the port of the server, by the rules of `inferpool.platforms`."""
+    for name in ("INFERPOOL_PORT", "SAGEMAKER_BIND_TO_PORT", "AIP_HTTP_PORT", "PORT"):
+        text = os.environ.get(name, "")
+        if text and "://" not in text:
+            return int(text)
+    found_by_name = "INFERPOOL_REPOSITORY" in os.environ
+    return 8080 if Path("/opt/ml/model").is_dir() and not found_by_name else 8000
+
+
 def connect() -> socket.socket:
     """Connect to the server in this container; raises OSError."""
     if path := os.environ.get("INFERPOOL_UNIX_SOCKET"):
@@ -32,8 +43,7 @@ def connect() -> socket.socket:
         connection.settimeout(TIMEOUT_S)
         connection.connect(path)
     else:
-        port = int(os.environ.get("INFERPOOL_PORT", "8000"))
-        connection = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S)
+        connection = socket.create_connection(("127.0.0.1", find_port()), timeout=TIMEOUT_S)
     if certificate := os.environ.get("INFERPOOL_TLS_CERTIFICATE_FILE"):
         import ssl
 

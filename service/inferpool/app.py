@@ -84,7 +84,7 @@ def load_all(path: Path, settings: Settings, *, remeasure: bool = False) -> Cata
 
     `remeasure` measures every model again, whatever the cache holds.
     """
-    settings = with_memory(settings)
+    settings = with_memory(settings).model_copy(update={"repository_wait_s": 0.0})
     repository = Repository(
         path, settings, ResultDispatcher(), Metrics({}), time.monotonic, remeasure=remeasure
     )

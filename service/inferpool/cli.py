@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from inferpool import __version__
 from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
 from inferpool.errors import InferpoolError
+from inferpool.platforms import REPOSITORY_VARIABLE, find_repository, platform_settings
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.repository.stores.reference import StoreReference, parse_repository
 from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, FETCH_SETTINGS, Settings, add_flags, read_settings
@@ -47,19 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_admin_command(command, flags, os.environ)
     if command in SIGN_COMMANDS:
         return run_sign_command(command, flags, os.environ)
-    named, config = flags.pop("repository"), flags.pop("config", None)
+    argument, config = flags.pop("repository"), flags.pop("config", None)
     name, options = flags.pop("name", None), flags.pop("options", ())
     remeasure = flags.pop("remeasure", False)
     try:
         config = config or os.environ.get(ENV_PREFIX + "CONFIG")
-        settings = read_settings(flags, os.environ, Path(config) if config else None)
-        repository = parse_repository(str(named))
+        location = find_repository(argument, os.environ)
+        platform = platform_settings(location, os.environ) if command == "serve" else {}
+        settings = read_settings(flags, os.environ, Path(config) if config else None, platform)
+        repository = parse_repository(location.text)
     except InferpoolError as error:
         print(f"inferpool: {printable(error.detail)}", file=sys.stderr)
         return 2
     try:
         if command == "build":
-            return _build(named, name, options)
+            return _build(argument, name, options)
         # Imported late, so that --help and mistakes answer at once.
         from inferpool.observe import logs
 
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             from inferpool import launch
 
-            return launch.serve(repository, settings)
+            return launch.serve(repository, settings, None if argument is not None else location.reason)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     except BrokenPipeError:
@@ -223,7 +226,12 @@ def _add_key(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _add_repository(command: argparse.ArgumentParser) -> None:
-    command.add_argument("repository", metavar="REPOSITORY", help=_REPOSITORY)
+    command.add_argument(
+        "repository",
+        nargs="?",
+        metavar="REPOSITORY",
+        help=f"{_REPOSITORY} [{REPOSITORY_VARIABLE}; default: where a platform mounts them, or /models]",
+    )
     command.add_argument("--config", metavar="FILE", help=f"TOML file with settings [{ENV_PREFIX}CONFIG]")
 
 

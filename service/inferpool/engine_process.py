@@ -103,7 +103,7 @@ class Engine:
         self._metrics.start_publishing()
         self._publish()
         self._memory.start()
-        self._repository.start(self._loaded)
+        self._repository.start(self._loaded, lambda reason: self._control.send("refused", {"reason": reason}))
         while True:
             message = self._control.wait()
             if message.kind == "drain":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from inferpool.engine.supervisor import replace_process
+from inferpool.errors import Reason
 from inferpool.http.access.make_gate import check_exposure, make_gate
 from inferpool.http.access.tls import Certificates, make_certificates
 from inferpool.observe.logs import configure_logs, report_stopped
@@ -33,11 +34,12 @@ CORES_PER_WEB_PROCESS = 4
 CORES_PER_WEB_PROCESS_WITH_GPU = 2
 
 
-def serve(repository: Path | StoreReference, settings: Settings) -> int:
+def serve(repository: Path | StoreReference, settings: Settings, reason: Reason | None = None) -> int:
     """Serve the models in `repository` until a signal ends the server; returns the exit status.
 
-    The status is 0 if every accepted request was answered. The models of a store are fetched first; meanwhile
-    the server is live, and not ready.
+    `reason` says why the models are looked for there, None if the user knows. The status is 0 if every
+    accepted request was answered. The models of a store are fetched first; meanwhile the server is live, and
+    not ready.
 
     Raises:
         ConfigError: `repository` has nothing to serve, the address cannot be bound, or the variables
@@ -54,6 +56,8 @@ def serve(repository: Path | StoreReference, settings: Settings) -> int:
             links[0],
             os.environ[links[0]][:100],
         )
+    if reason is not None:
+        log.info("the models are in %s: %s", repository, reason)
     check_exposure(settings)
     # The first step, so that an address in use is reported before anything about the models.
     certificates = make_certificates(settings)

@@ -275,7 +275,13 @@ class InProcessServer(Server):
         report_installation()
         # Signals have waited since the server listens. Threads, and children of theirs, inherit the mask.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISED)
-        self._repository.start(self._loaded)
+        self._repository.start(self._loaded, self._end_without_models)
+
+    def _end_without_models(self, reason: str) -> None:
+        """End the server: no models have come in time."""
+        log.error("%s", reason)
+        self.exit_status = 1
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at once at the second."""

@@ -13,6 +13,7 @@ from inferpool.http.access.tenants_file import make_tenants
 from inferpool.http.application import Application, make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
+from inferpool.http.platforms.routes import route_aliases
 from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.memory_monitor import MemoryMonitor, System
 from inferpool.http.predict.predictor import Predictor
@@ -84,7 +85,12 @@ def make_server_parts(
     gate, key_sources = make_gate(settings, time.monotonic, metrics)
     predictor.tenants, tenant_sources = make_tenants(settings.tenants_file, gate.enabled, metrics, rates)
     shared = SharedState(
-        predictor, gate, make_cors(settings.cors_allow_origin), settings.max_head_bytes, settings.root_path
+        predictor,
+        gate,
+        make_cors(settings.cors_allow_origin),
+        settings.max_head_bytes,
+        settings.root_path,
+        route_aliases(settings.predict_route, settings.health_route),
     )
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()

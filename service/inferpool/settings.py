@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -96,6 +97,15 @@ class Settings(BaseModel):
         description="Path below which a proxy offers the server, as /inferpool. Requests may come with it or"
         " without.",
     )
+    predict_route: Annotated[str, Field(pattern=r"^/[^\s?#]*[^\s?#/]$")] | None = Field(
+        default=None,
+        description="One more path that answers predictions, in the forms that platforms use; by default that"
+        " of AIP_PREDICT_ROUTE.",
+    )
+    health_route: Annotated[str, Field(pattern=r"^/[^\s?#]*[^\s?#/]$")] | None = Field(
+        default=None,
+        description="One more path that answers as /health/ready does; by default that of AIP_HEALTH_ROUTE.",
+    )
     drain_settle_s: _Number = Field(
         default=0.0,
         description="Seconds after SIGTERM in which requests are still accepted, so that load balancers can"
@@ -139,6 +149,16 @@ class Settings(BaseModel):
         description="Processes that read requests and write answers; 0 takes one for every"
         " four cores, or every two if models run on GPUs, and at least one."
         " More than one need `engine` to be process.",
+    )
+    model_name: Annotated[str, Field(pattern=r"^[^\s/._][^\s/]*$")] | None = Field(
+        default=None,
+        description="Name of the model, if the server has only one; its own name remains as an alias.",
+    )
+    repository_wait_s: _Number = Field(
+        default=0.0,
+        description="Seconds to wait at start for models to appear in REPOSITORY, if it is a mount that comes"
+        " late; the server is live and not ready meanwhile. Where a platform mounts models, the default is"
+        " 300.",
     )
     threads: Annotated[int, Field(ge=0, le=4096)] = Field(
         default=0,
@@ -351,9 +371,11 @@ def _origin(text: str) -> str:
     return origin.removesuffix(_USUAL_PORTS.get(scheme, "-"))
 
 
-_NOT_SETTINGS = ("CONFIG", "COMPILED", "URL", "KEY")
-"""Variables with our prefix that are not settings: the path of the file, a switch of setup.py, and what the
-commands for a running server need."""
+_NOT_SETTINGS = ("CONFIG", "COMPILED", "REPOSITORY", "URL", "KEY")
+"""Variables with our prefix that are not settings: the paths of the file and of the models, a switch of
+setup.py, and what the commands for a running server need."""
+_OTHER_SPELLINGS: Final = {"model_name": ("--model_name",)}
+"""How platforms spell a flag."""
 
 # Kubernetes sets these variables for Services called "inferpool" or "inferpool-...".
 _SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)(_\w*)?|PORT_\d+_(TCP|UDP|SCTP)(_\w*)?)$")
@@ -384,17 +406,28 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(Sett
             )
         else:
             parser.add_argument(
-                flag, default=argparse.SUPPRESS, choices=choices, help=text, metavar=_metavar(name, choices)
+                flag,
+                *_OTHER_SPELLINGS.get(name, ()),
+                default=argparse.SUPPRESS,
+                choices=choices,
+                help=text,
+                metavar=_metavar(name, choices),
             )
 
 
-def read_settings(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None) -> Settings:
-    """The settings: `flags` first, then variables, then `file`, then the defaults.
+def read_settings(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    file: Path | None = None,
+    platform: Mapping[str, tuple[str, Any]] = MappingProxyType({}),
+) -> Settings:
+    """The settings: `flags` first, then variables, then `file`, then those of `platform`, then the defaults.
 
-    Raises ConfigError, which names the setting and its source.
+    `platform` has the values that a platform implies, each with where they come from. Raises ConfigError,
+    which names the setting and its source.
     """
-    merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}
+    merged = {name: value for name, (_, value) in platform.items()}
+    origin = {name: source for name, (source, _) in platform.items()}
     for source, values in (
         (str(file), _from_file(file) if file is not None else {}),
         ("environment", _from_environment(environ)),

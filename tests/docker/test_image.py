@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from tests.conftest import Serve
 from tests.docker import images
 from tests.docker.containers import CONFINED, Container, run_once
 from tests.onnx_models import write_model
+from tests.server import free_port
 
 ROOT = Path(__file__).parents[2]
 MISSING = images.missing()
@@ -237,3 +240,84 @@ def test_the_documented_size_is_right(image: str, base: str) -> None:
     stated = re.search(r"^\| `cpu` \| (\d+) MB \|", page, re.MULTILINE)
     assert stated is not None
     assert added == pytest.approx(float(stated[1]), rel=0.1)
+
+
+class OnPlatform(Container):
+    """The image as a platform starts it: with its variables and mounts, and as the user that it chooses."""
+
+    def __init__(self, image: str, options: Sequence[str], command: Sequence[str] = ()) -> None:
+        self.name = f"inferpool-{uuid.uuid4().hex[:12]}"
+        named = [f"--name={self.name}", "--env=INFERPOOL_LOG_FORMAT=json", "--env=INFERPOOL_MEASURE_MS=0"]
+        run = ["podman", "--runtime", "runc", "run", "--rm", *CONFINED, *named, *options, image, *command]
+        self._start(run, {})
+        self.url = f"http://127.0.0.1:{self.port}"
+
+
+DIABETES = ROOT / "models" / "diabetes"
+PATIENT = [59, 2, 32.1, 101, 157, 93.2, 38, 4, 4.8598, 87]
+
+
+@pytest.mark.parametrize("platform", ["sagemaker", "vertex", "azure", "kserve", "cloud-run"])
+def test_the_image_starts_as_each_platform_starts_it(image: str, platform: str, tmp_path: Path) -> None:
+    """No argument but what the platform gives: it is ready on its port, and answers on its path."""
+    port = free_port()
+    instances, predictions = {"instances": [PATIENT]}, {"predictions": [[pytest.approx(210.57, abs=0.01)]]}
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    shutil.copy(DIABETES / "1" / "model.onnx", flat / "model.onnx")
+    for folder in (tmp_path, flat):
+        folder.chmod(0o755)  # the user in the container is another one
+    options, command, ready, predict = {
+        # Platforms give a port of their own; tests of this machine share its ports, so each takes a free one.
+        "sagemaker": (
+            [f"--volume={flat}:/opt/ml/model:ro", f"--env=SAGEMAKER_BIND_TO_PORT={port}", "--user=0"],
+            ["serve"],
+            "/ping",
+            "/invocations",
+        ),
+        "vertex": (
+            [
+                f"--volume={DIABETES}:/m:ro",
+                "--env=AIP_STORAGE_URI=/m",
+                f"--env=AIP_HTTP_PORT={port}",
+                "--env=AIP_HEALTH_ROUTE=/v1/endpoints/1/deployedModels/2",
+                "--env=AIP_PREDICT_ROUTE=/v1/endpoints/1/deployedModels/2:predict",
+            ],
+            [],
+            "/v1/endpoints/1/deployedModels/2",
+            "/v1/endpoints/1/deployedModels/2:predict",
+        ),
+        "azure": (
+            [
+                f"--volume={DIABETES}:/var/azureml-app/azureml-models/d/1:ro",
+                "--env=AZUREML_MODEL_DIR=/var/azureml-app/azureml-models/d/1",
+                f"--env=INFERPOOL_PORT={port}",
+            ],
+            [],
+            "/health/ready",
+            "/score",
+        ),
+        "kserve": (
+            # OpenShift runs containers as a user that has no name.
+            [f"--volume={flat}:/mnt/models:ro", f"--env=PORT={port}", "--user=1000680000:0"],
+            ["serve", "--model_name=service"],
+            "/v1/models/service",
+            "/v1/models/service:predict",
+        ),
+        "cloud-run": (
+            [f"--volume={DIABETES}:/models/diabetes:ro", f"--env=PORT={port}"],
+            [],
+            "/v2/health/ready",
+            "/v1/models/diabetes:predict",
+        ),
+    }[platform]
+    container = OnPlatform(image, options, command)
+    try:
+        assert container.port == port
+        container.wait_loaded()
+        assert container.get(ready).status_code == 200
+        answer = container.post(predict, json=instances)
+        assert (answer.status_code, answer.json()) == (200, predictions)
+        assert container.healthcheck() == 0
+    finally:
+        container.kill()

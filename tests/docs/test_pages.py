@@ -88,7 +88,7 @@ def test_the_reference_is_written_by_the_code() -> None:
 def test_help_prints_the_settings_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`inferpool serve --help` has every row of the table, and no flag besides but --config and --help."""
+    """`inferpool serve --help` has every row of the table, and no flag besides but these three."""
     monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit) as exit_:
         cli.main(["serve", "--help"])
@@ -98,7 +98,7 @@ def test_help_prints_the_settings_table(
     for _, variable, default, description in rows:
         assert f"{description} [{variable.strip('`')}; default: {default.strip('`')}]" in text
     flags = {flag for flag in re.findall(r"--[\w-]+", text.partition("options:")[2]) if "--no-" not in flag}
-    assert flags == {row[0].strip("`") for row in rows} | {"--config", "--help"}
+    assert flags == {row[0].strip("`") for row in rows} | {"--config", "--help", "--model_name"}
 
 
 def test_the_table_of_components_is_the_folders() -> None:

@@ -51,7 +51,7 @@ def map_case(context: Any, case: Any) -> Any:
     if case.path.endswith("/infer") and case.headers and case.headers.get(LENGTH) == "0":
         # A model of text takes any body as a sentence.
         del case.headers[LENGTH]
-    is_predict = case.path.startswith("/predict") or case.path.endswith("/infer")
+    is_predict = case.path.startswith("/predict") or case.path.endswith(("/infer", ":predict"))
     if case.meta is None or not case.meta.generation.mode.is_positive or not is_predict:
         return case
     model = next((name for name in (*INPUTS, TEXT) if name in case.path.split("/")), None)

@@ -354,7 +354,7 @@ def test_kserve_finds_runtime_format_and_protocol() -> None:
     (container,) = runtime["spec"]["containers"]
     # KServe finds the container by this name.
     assert container["name"] == "kserve-container"
-    assert container["args"] == ["serve", "/mnt/models"]
+    assert container["args"] == ["serve", "/mnt/models", "--model-name={{.Name}}"]
     # Namespaces that are "restricted" take it.
     context = container["securityContext"]
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}

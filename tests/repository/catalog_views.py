@@ -93,11 +93,11 @@ CANARIES = st.builds(
 TRAFFIC = st.builds(Traffic, COUNTS, st.none() | CANARIES, st.none() | st.builds(Shadow, COUNTS, SHARES))
 
 MODELS = st.builds(
-    lambda name, description, versions, labels, fault, traffic: ModelView(
-        name, description, {view.key.version: view for view in versions}, labels, fault, traffic
+    lambda name, description, versions, labels, fault, traffic, aliases: ModelView(
+        name, description, {view.key.version: view for view in versions}, labels, fault, traffic, aliases
     ),
     TEXTS, TEXTS, st.lists(VERSIONS, max_size=3), st.dictionaries(TEXTS, COUNTS, max_size=2),
-    st.none() | TEXTS, st.none() | TRAFFIC,
+    st.none() | TEXTS, st.none() | TRAFFIC, st.lists(TEXTS, max_size=2).map(tuple),
 )  # fmt: skip
 
 LIVES = st.builds(

@@ -43,10 +43,12 @@ from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
+from inferpool.http.platforms.routes import add_platforms
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_id import request_id_from
 from inferpool.http.predict.response import server_timing
 from inferpool.http.problems import STATUSES, Headers, as_problem, problem_headers
+from inferpool.http.v1.routes import add_v1
 from inferpool.http.v2.routes import add_v2
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.admin import Admin
@@ -151,6 +153,8 @@ def make_application(
     metrics.process_registry()  # so that the first page of metrics holds up no request
     add_native(app, catalog, metrics, admin)
     add_v2(app, catalog, shared.predictor, admin)
+    add_v1(app, catalog)
+    add_platforms(app, catalog)
     app.route_scopes = RouteScopes(app.routes)
     return app
 

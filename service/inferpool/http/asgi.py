@@ -14,10 +14,12 @@ from inferpool.http.access.caller import PREDICT, Caller
 from inferpool.http.access.client_certificates import KEYLESS
 from inferpool.http.access.gate import Gate
 from inferpool.http.native.api import NATIVE_API
+from inferpool.http.platforms.api import PLATFORM_API
 from inferpool.http.predict.api import InferenceApi, Target
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.v1.api import MODELS, V1_API
 from inferpool.http.v2.api import PREFIX, V2_API
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -25,7 +27,7 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
-APIS: Final[tuple[InferenceApi, ...]] = (NATIVE_API, V2_API)
+APIS: Final[tuple[InferenceApi, ...]] = (NATIVE_API, V2_API, V1_API, PLATFORM_API)
 FOLLOWS: Final = "follows"
 """The key in a scope's state of a function that tells whether the client has pipelined another request."""
 
@@ -44,7 +46,11 @@ def find_api(path: str) -> tuple[InferenceApi, Target] | None:
 
 def api_of(path: str) -> InferenceApi:
     """Return the API whose form errors of `path` have."""
-    return V2_API if path == PREFIX or path.startswith((f"{PREFIX}/", f"{PREFIX}?")) else NATIVE_API
+    if path.startswith(PREFIX) and path[len(PREFIX) :][:1] in ("", "/", "?"):
+        return V2_API
+    if path.startswith(MODELS) and path[len(MODELS) :][:1] in ("", "/", "?"):
+        return V1_API
+    return NATIVE_API
 
 
 def is_last(predictor: Predictor, scope: Scope) -> bool:

@@ -8,6 +8,7 @@ from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.openapi import predict_paths
 from inferpool.http.native.schemas import Problem
 from inferpool.http.openapi_parts import Document, error_responses
+from inferpool.http.v1.openapi import v1_paths
 from inferpool.http.v2.api import V2_API
 from inferpool.http.v2.openapi import infer_paths
 from inferpool.http.v2.schemas import Error
@@ -34,7 +35,7 @@ def complete(document: Document, catalog: Catalog) -> Document:
         responses.update({f"{name}{status}": response for status, response in errors.items()})
     return {
         **document,
-        "paths": {**predict_paths(views), **paths, **infer_paths(views)},
+        "paths": {**predict_paths(views), **paths, **infer_paths(views), **v1_paths()},
         "components": {**components, "schemas": schemas, "responses": responses},
     }
 

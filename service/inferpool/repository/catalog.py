@@ -143,6 +143,7 @@ class ModelView:
         labels: the number of the version that each label names.
         label_fault: which labels name a version that is not served; None if all labels are good.
         traffic: how requests are shared out beside the labels; None if the default version answers all.
+        aliases: other names in requests.
     """
 
     name: str
@@ -151,6 +152,7 @@ class ModelView:
     labels: Mapping[str, int]
     label_fault: Reason | None = None
     traffic: Traffic | None = None
+    aliases: tuple[str, ...] = ()
 
     @cached_property
     def default(self) -> VersionView | None:
@@ -261,12 +263,14 @@ def known_models(catalog: Catalog) -> Mapping[str, ModelView]:
 
 
 def find_model(catalog: Catalog, name: str) -> ModelView:
-    """The model of this name.
+    """The model of this name or alias.
 
     Raises ModelNotFound, which lists the models there are, or NotReady if none is known yet.
     """
     models = known_models(catalog)
     model = models.get(name)
+    if model is None:
+        model = next((each for each in models.values() if name in each.aliases), None)
     if model is None:
         raise ModelNotFound(f'no model is called "{name[:100]}"; there are {names_text(models)}')
     return model

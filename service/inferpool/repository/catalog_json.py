@@ -51,6 +51,7 @@ def model_json(model: ModelView, sources: Mapping[VersionKey, CodecSource]) -> J
         "labels": dict(model.labels),
         "label_fault": model.label_fault,
         "traffic": None if model.traffic is None else model.traffic.to_json(),
+        "aliases": model.aliases,
         "versions": {
             str(number): version_json(view, sources.get(view.key)) for number, view in model.versions.items()
         },
@@ -66,6 +67,7 @@ def model_from_json(name: str, sent: JsonObject, versions: Mapping[int, VersionV
         sent["labels"],
         sent["label_fault"],
         traffic_from_json(sent["traffic"]),
+        tuple(sent["aliases"]),
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +37,7 @@ class ModelFolder:
         faults: why a version has no file that can be loaded.
         origin: the name of the file or folder in the repository.
         skipped: for each folder that looks like a version but is none, why, and what to do.
+        aliases: other names in requests.
     """
 
     name: str
@@ -45,6 +46,23 @@ class ModelFolder:
     faults: dict[int, Reason] = field(default_factory=dict)
     origin: str = ""
     skipped: tuple[Reason, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+def name_single(models: Sequence[ModelFolder], name: str | None, own: str | None) -> list[ModelFolder]:
+    """`models`, of which a single one is called `name`; its own name is an alias then.
+
+    `own` is the own name of the model that was single before others came, if there was one. Nothing changes
+    if `name` is None.
+    """
+    if own is None and len(models) == 1:
+        own = models[0].name
+    return [
+        replace(model, name=name, aliases=(model.name,))
+        if name not in (None, model.name) and model.name == own
+        else model
+        for model in models
+    ]
 
 
 def scan(path: Path, suffixes: Mapping[str, str], told: set[Reason] | None = None) -> list[ModelFolder]:

@@ -217,8 +217,8 @@ def _same_view(one: JsonObject, other: JsonObject) -> bool:
 
 def _same_model(one: ModelView, other: ModelView) -> bool:
     return (
-        (one.description, one.labels, one.label_fault, one.traffic)
-        == (other.description, other.labels, other.label_fault, other.traffic)
+        (one.description, one.labels, one.label_fault, one.traffic, one.aliases)
+        == (other.description, other.labels, other.label_fault, other.traffic, other.aliases)
         and one.versions.keys() == other.versions.keys()
         and all(one.versions[number] is other.versions[number] for number in one.versions)
     )

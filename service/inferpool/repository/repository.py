@@ -39,7 +39,7 @@ from inferpool.repository.codec_factory import CodecSource
 from inferpool.repository.config import ModelConfig, check_label, read_config
 from inferpool.repository.jobs import Job
 from inferpool.repository.label_moves import LabelMove, apply_moves, keep_moves, read_moves
-from inferpool.repository.layout import CONFIG_FILE, ModelFolder, scan
+from inferpool.repository.layout import CONFIG_FILE, ModelFolder, name_single, scan
 from inferpool.repository.lifecycle import Phase, VersionLifecycle
 from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.repository.load_manager import LoadManager, Outcome
@@ -71,6 +71,8 @@ MOST_LOADS: Final = 4
 """How many versions load at once while a server starts."""
 COPIES_DURING_LOAD: Final = 3
 """Bytes of memory for each byte of a version's files while it loads: runtimes parse and repack weights."""
+MOUNT_POLL_S: Final = 0.2
+"""Pause between two looks for models that are not there yet."""
 MOST_DEFAULTS: Final = 10
 """How many earlier default versions of a model are remembered for a rollback."""
 STABLE: Final = "stable"
@@ -139,6 +141,8 @@ class Repository:
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
+        With the setting `repository_wait_s` it is `start` that waits for them instead.
+
         Args:
             driver: the GPU driver; None is this machine's.
             remeasure: whether to ignore kept measurements.
@@ -200,6 +204,8 @@ class Repository:
             first=settings.required_models,
         )
         self._told: set[Reason] = set()
+        # The name in the folder of the model that the setting `model_name` names.
+        self._own_name: str | None = None
         # Versions that somebody has unloaded, and those that somebody has loaded although model.toml serves
         # them not. Those to be forgotten have vanished from the folder, or newer ones serve in their place.
         self._unloaded: set[VersionKey] = set()
@@ -233,13 +239,28 @@ class Repository:
         self.watch = FolderWatch(path, lambda settled: self.rescan(settled=settled), origin)
         metrics.add_source(partial(catalog_readings, self), published=False)
 
+    def _look(self, path: Path) -> list[ModelFolder]:
+        """The models in `path`, by their names in requests; raises ConfigError if there are none."""
+        name = self._settings.model_name
+        models = name_single(scan(path, backends_by_suffix(), self._told), name, self._own_name)
+        named = next((model for model in models if model.aliases), None)
+        if named is not None:
+            self._own_name = named.aliases[0]
+        elif name is not None and all(model.name != name for model in models):
+            self._tell(
+                f"--model-name {name} is not used: it names a single model, and there are {len(models)}"
+            )
+        return models
+
     def _scan(self, path: Path) -> list[ModelFolder]:
         """The models in `path`, and those of `only` that are not there."""
         try:
-            found = scan(path, backends_by_suffix(), self._told)
-        except ConfigError:
+            found = self._look(path)
+        except ConfigError as error:
             if self._only is None:
-                raise
+                if not self._settings.repository_wait_s:
+                    raise
+                log.info("waiting up to %g s for models: %s", self._settings.repository_wait_s, error.detail)
             found = []
         by_name = {model.name: model for model in found}
         for key in sorted(self._only or ()):
@@ -307,12 +328,38 @@ class Repository:
         """The version that was loaded under `key`, with its pool and its models; raises KeyError."""
         return self._loaded[key]
 
-    def start(self, on_loaded: Callable[[], None]) -> None:
+    def start(
+        self, on_loaded: Callable[[], None], on_missing: Callable[[Reason], None] | None = None
+    ) -> None:
         """Begin to load in a thread, which calls `on_loaded` when every version is ready or failed.
 
         If a load takes too long, the thread also calls `on_loaded` when all the others have ended. After
-        later changes it calls `on_loaded` again.
+        later changes it calls `on_loaded` again. If there are no models yet, another thread waits for them,
+        and calls `on_missing` with a sentence if none come in time.
         """
+        if not self._declared and on_missing is not None:
+            arguments = (on_loaded, on_missing)
+            threading.Thread(target=self._await_models, args=arguments, name="mount", daemon=True).start()
+        else:
+            self._begin(on_loaded)
+
+    def _await_models(self, on_loaded: Callable[[], None], on_missing: Callable[[Reason], None]) -> None:
+        """Begin to load when there are models; a mount may come after the server."""
+        deadline = self._clock() + self._settings.repository_wait_s
+        while not self._draining:
+            try:
+                self._look(self._path)
+            except (ConfigError, OSError) as error:
+                if self._clock() >= deadline:
+                    on_missing(f"no models for {self._settings.repository_wait_s:g} s: {error}")
+                    return
+                time.sleep(MOUNT_POLL_S)
+            else:
+                self.rescan()
+                self._begin(on_loaded)
+                return
+
+    def _begin(self, on_loaded: Callable[[], None]) -> None:
         self._manager.start(partial(self._settled, on_loaded))
         if self._settings.watch:
             self.watch.start()
@@ -368,7 +415,7 @@ class Repository:
         """
         with self._scanning:
             try:
-                folders = scan(self._path, backends_by_suffix(), self._told)
+                folders = self._look(self._path)
             except (ConfigError, OSError) as error:
                 # A volume that is not mounted for a moment must not unload everything.
                 self._tell(f"{self._path} is not looked at again, and what is loaded goes on: {error}")
@@ -874,7 +921,8 @@ class Repository:
         name, shown = declared.folder.name, {*declared.served, *versions}
         labels = {label: version for label, version in declared.labels().items() if version in shown}
         fault = _label_fault(name, declared, sorted(shown)) or (declared.fault if versions else None)
-        return ModelView(name, declared.config.description, versions, labels, fault, self._traffic.get(name))
+        config, aliases = declared.config, declared.folder.aliases
+        return ModelView(name, config.description, versions, labels, fault, self._traffic.get(name), aliases)
 
     def _first_view(self, declared: _Declared) -> ModelView:
         """A model before any of its versions is loaded."""

@@ -108,9 +108,10 @@ def _narrow_block(block: Array, spec: TensorSpec) -> Array | None:
 def extract_numbers(body: bytes, allowance: Allowance = UNLIMITED) -> dict[str, Any] | None:
     """Read the top-level fields of `body`, with `Numbers` for the lists of numbers in `inputs`.
 
-    In `inputs` these are the value itself, the members of an object, and `data` of objects in a list. All
-    other fields hold plain values. Returns None if `body` is not a JSON object, or is not taken for another
-    reason. Raises MemoryError, and for a large body what `check_json` raises.
+    In `instances` this is the value itself, in `inputs` these are the value itself, the members of an
+    object, and `data` of objects in a list. All other fields hold plain values. Returns None if `body` is
+    not a JSON object, or is not taken for another reason. Raises MemoryError, and for a large body what
+    `check_json` raises.
     """
     if len(body) <= COUNTED_BYTES:
         found = _json_numbers.scan(body, _MARK_BYTES)
@@ -162,7 +163,11 @@ class _MarkReplacer:
     def fields(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the top-level fields of a body without marks."""
         return {
-            key: self._inputs(value) if key == "inputs" else self._plain(value)
+            key: self._inputs(value)
+            if key == "inputs"
+            else self._tensor(value)
+            if key == "instances"
+            else self._plain(value)
             for key, value in fields.items()
         }
 

@@ -8,6 +8,7 @@ twice, the last one counts. `null` for an optional field means the same as leavi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final
 
@@ -37,6 +38,10 @@ _FIELDS: Final = ("model", "version", "id", "inputs", "outputs", "parameters")
 MOST_ID_CHARACTERS: Final = 1024
 """The longest id of a request."""
 _KNOWN_FIELDS: Final = frozenset(_FIELDS)
+TABLE_FIELDS: Final = ("dataframe_records", "dataframe_split", "records", "split", "list")
+"""The fields that hold a table in place of `inputs`, by the words of pandas and MLflow."""
+_ROWS: Final = re.compile(rb'"(?:dataframe_records|dataframe_split|records|split|list|instances)"\s*:')
+_SEARCHED_BYTES: Final = 1024
 _PARAMETERS: Final = ("timeout_ms", "priority")
 _ORJSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
@@ -51,6 +56,8 @@ class PredictRequest:
         outputs: the outputs asked for, in order and each once; None for all.
         timeout_ms: how many milliseconds the client waits.
         priority: 0 is the default, 1 the most urgent, larger is less urgent.
+        table_field: the field with a table in place of `inputs`; None if there is none.
+        table: the value of that field.
     """
 
     __slots__ = (
@@ -62,6 +69,8 @@ class PredictRequest:
         "model",
         "outputs",
         "priority",
+        "table",
+        "table_field",
         "timeout_ms",
         "version",
     )
@@ -82,20 +91,25 @@ class PredictRequest:
         self.outputs: tuple[str, ...] | None = None
         self.timeout_ms: float | None = None
         self.priority: int | None = None
+        self.table_field: str | None = None
+        self.table: Any = None
         if len(fields) == 1 and "inputs" in fields:  # most bodies
             self._inputs = fields["inputs"]
             return
         if not fields.keys() <= _KNOWN_FIELDS:
-            unknown = next(key for key in fields if key not in _FIELDS)
-            raise _unknown_field("the body", "", unknown, _FIELDS)
+            unknown = next((key for key in fields if key not in _FIELDS and key not in TABLE_FIELDS), None)
+            if unknown is not None:
+                raise unknown_field("the body", "", unknown, _FIELDS)
+            self.table_field = _table_field(fields)
+            self.table = fields[self.table_field]
         self.model = _text(fields, "model")
         self.version = _version(fields.get("version"))
         self.id = check_id(_text(fields, "id"))
         self.outputs = _outputs(fields.get("outputs"))
-        self.timeout_ms, self.priority = _parameters(fields.get("parameters"))
-        if "inputs" not in fields:
+        self.timeout_ms, self.priority = read_parameters(fields.get("parameters"))
+        if "inputs" not in fields and self.table_field is None:
             raise InvalidInput('the body has no "inputs"', field="inputs")
-        self._inputs = fields["inputs"]
+        self._inputs = fields.get("inputs")
 
     def tensors(self, signature: Signature) -> Tensors:
         """Return the inputs as `signature` takes them; may be called once.
@@ -107,7 +121,7 @@ class PredictRequest:
             self._extracted = False
             fault: InvalidInput | None = None
             try:
-                return _read_inputs(signature, self._inputs, read_extracted)
+                return read_inputs(signature, self._inputs, read_extracted)
             except InvalidInput as error:
                 fault = error
             except FallBack:
@@ -115,7 +129,7 @@ class PredictRequest:
             finally:
                 self._inputs = None
             self._inputs = read_again(self._body, self._allowance, fault)["inputs"]
-        return _read_inputs(signature, self._inputs, read_nested)
+        return read_inputs(signature, self._inputs, read_nested)
 
 
 def parse_request(body: bytes, allowance: Allowance = UNLIMITED) -> PredictRequest:
@@ -217,7 +231,11 @@ def has_non_finite(value: object) -> bool:
     return False
 
 
-def _read_inputs(signature: Signature, inputs: Any, read: Callable[[TensorSpec, Any], Array]) -> Tensors:
+def read_inputs(signature: Signature, inputs: Any, read: Callable[[TensorSpec, Any], Array]) -> Tensors:
+    """Return `inputs`, an object by names or the only input, as tensors; `read` makes one of a value.
+
+    Raises InvalidInput, and what `read` raises.
+    """
     tensors: Tensors = {}
     for name, value in _named(signature, inputs):
         spec = signature.inputs_by_name.get(name)
@@ -265,6 +283,19 @@ def _named(signature: Signature, inputs: Any) -> Iterable[tuple[str, Any]]:
     return ((single.name, inputs),)
 
 
+def has_rows_as_objects(body: bytes) -> bool:
+    """Return whether a field at the beginning of `body` is one for rows, each of which may be an object."""
+    return _ROWS.search(body, 0, _SEARCHED_BYTES) is not None
+
+
+def _table_field(fields: Mapping[str, Any]) -> str:
+    """Return the field with a table; raises InvalidInput if there is another one, or `inputs`."""
+    found = [key for key in fields if key in TABLE_FIELDS or key == "inputs"]
+    if len(found) > 1:
+        raise InvalidInput(f"the body has {names_text(found)}; send one of them", field=found[0])
+    return found[0]
+
+
 def _text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
@@ -304,14 +335,15 @@ def _outputs(value: Any) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(value)) or None
 
 
-def _parameters(value: Any) -> tuple[float | None, int | None]:
+def read_parameters(value: Any) -> tuple[float | None, int | None]:
+    """Return the timeout in milliseconds and the priority in `parameters`; raises InvalidInput."""
     if value is None:
         return None, None
     if not isinstance(value, dict):
         raise wrong_field("parameters", value, "an object")
     unknown = [key for key in value if key not in _PARAMETERS]
     if unknown:
-        raise _unknown_field('"parameters"', "parameters.", unknown[0], _PARAMETERS)
+        raise unknown_field('"parameters"', "parameters.", unknown[0], _PARAMETERS)
     timeout, priority = value.get("timeout_ms"), value.get("priority")
     if timeout is not None and not (type(timeout) in (int, float) and timeout > 0):
         raise wrong_field("parameters.timeout_ms", timeout, "a number above 0")
@@ -330,7 +362,8 @@ def whole_number(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _unknown_field(container: str, prefix: str, name: str, known: tuple[str, ...]) -> InvalidInput:
+def unknown_field(container: str, prefix: str, name: str, known: tuple[str, ...]) -> InvalidInput:
+    """Return the error for a field of `container` that is none of those `known`."""
     text = value_text(name)
     return InvalidInput(
         f"{container} has an unknown field, {text}; it takes {names_text(known)}",

@@ -54,10 +54,10 @@ def refusal(answer: httpx.Response, status: int, code: str) -> dict[str, object]
     """Check that an answer refuses in the form of its API; returns its body."""
     assert answer.status_code == status, answer.text
     body: dict[str, object] = answer.json()
-    v2 = answer.request.url.path.startswith("/v2")
-    assert answer.headers["content-type"] == ("application/json" if v2 else "application/problem+json")
+    plain = answer.request.url.path.startswith(("/v2", "/v1/models"))
+    assert answer.headers["content-type"] == ("application/json" if plain else "application/problem+json")
     assert body["code"] == code
-    assert body["error" if v2 else "detail"]
+    assert body["error" if plain else "detail"]
     assert answer.headers["x-request-id"]
     if status == 401:
         assert answer.headers["www-authenticate"].startswith('Bearer realm="inferpool"')

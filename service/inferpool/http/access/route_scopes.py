@@ -16,6 +16,13 @@ ROUTE_SCOPES: Final[Mapping[str, int]] = {
     "POST /predict/{model}/{version}": PREDICT,
     "POST /v2/models/{model}/infer": PREDICT,
     "POST /v2/models/{model}/versions/{version}/infer": PREDICT,
+    "POST /v1/models/{model}:predict": PREDICT,
+    "POST /v1/models/{model}/versions/{version}:predict": PREDICT,
+    "POST /v1/models/{model}/labels/{label}:predict": PREDICT,
+    "POST /invocations": PREDICT,
+    "POST /score": PREDICT,
+    "POST /v1/endpoints/{endpoint}/deployedModels/{deployed}:predict": PREDICT,
+    "POST /v1/endpoints/{endpoint}/deployedModels/{deployed}:rawPredict": PREDICT,
     # The native API.
     "GET /models": READ,
     "GET /models/{model}": READ,
@@ -38,6 +45,12 @@ ROUTE_SCOPES: Final[Mapping[str, int]] = {
     "GET /docs": READ,
     "GET /docs/files": READ,
     "GET /openapi.json": READ,
+    # The protocol V1, and what platforms ask for.
+    "GET /v1/models": READ,
+    "GET /v1/models/{model}": READ,
+    "GET /v1/models/{model}/versions/{version}": READ,
+    "GET /ping": PUBLIC,
+    "GET /v1/endpoints/{endpoint}/deployedModels/{deployed}": PUBLIC,
     # The Open Inference Protocol.
     "GET /v2": READ,
     "GET /v2/": READ,

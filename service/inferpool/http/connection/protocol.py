@@ -82,6 +82,7 @@ class PredictProtocol(HttpToolsProtocol):
         self._body_receiver: BodyReceiver | None = None
         self._most_head_bytes = shared.most_head_bytes
         self._root_path = shared.root_path
+        self._aliases = shared.aliases
         self._chunks: list[bytes] = []
         self._parsed_something = False
         self._upgraded = self._tunnel = self._eof = False
@@ -318,6 +319,9 @@ class PredictProtocol(HttpToolsProtocol):
         self.connection.in_head = False
         self._discarded_bytes = 0
         self.url = _own_target(self.url, self._root_path)
+        if self._aliases:
+            path, mark, query = self.url.partition(b"?")
+            self.url = self._aliases.get(path, path) + mark + query
         found = self._find_api()
         if found is None:
             url, headers, expect = self.url, self.headers, self.expect_100_continue

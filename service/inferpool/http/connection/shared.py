@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from inferpool.http.access.cors import CorsPolicy
@@ -33,11 +34,12 @@ class SharedState:
         root_path: the path below which a proxy offers the server, without a slash at its end.
         log_limiter: limits the lines about clients that are refused.
         cors: which web pages may read responses; None if no page of another origin may.
+        aliases: other paths of routes, by which they are asked for.
     """
 
     __slots__ = (
-        "cors", "deferred", "gate", "heads", "log_limiter", "most_head_bytes", "predictor", "prefix",
-        "root_path", "unread", "writes",
+        "aliases", "cors", "deferred", "gate", "heads", "log_limiter", "most_head_bytes", "predictor",
+        "prefix", "root_path", "unread", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +49,7 @@ class SharedState:
         cors: CorsPolicy | None = None,
         most_head_bytes: int = MOST_HEAD_BYTES,
         root_path: str = "",
+        aliases: Mapping[bytes, bytes] | None = None,
     ) -> None:
         self.predictor = predictor
         self.gate = gate
@@ -61,3 +64,4 @@ class SharedState:
         self.most_head_bytes = most_head_bytes
         self.root_path = root_path.encode()
         self.cors = cors
+        self.aliases = aliases or {}

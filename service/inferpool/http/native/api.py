@@ -9,9 +9,10 @@ from urllib.parse import unquote
 import orjson
 
 from inferpool.allowance import Allowance
+from inferpool.codecs.csv_table import write_csv
 from inferpool.errors import InferpoolError, Refused, UnsupportedMediaType
 from inferpool.http.accept_headers import read_weights
-from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, NPY, NPZ, PROBLEM_JSON
+from inferpool.http.media_types import CSV, JSON_TYPE, MEANT_AS_JSON, NPY, NPZ, PROBLEM_JSON
 from inferpool.http.native.bodies import open_body
 from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Join, Options, Target
 from inferpool.http.predict.request_head import RequestHead
@@ -50,8 +51,8 @@ class NativeApi(InferenceApi):
         return open_body(head, data, allowance)
 
     def answers_json(self, head: RequestHead, options: Options) -> bool:
-        """Whether Accept prefers JSON."""
-        return _wanted(head.accept) == JSON_TYPE
+        """Whether Accept prefers JSON, or CSV, which takes as much."""
+        return wanted_type(head.accept) not in (NPY, NPZ)
 
     def encode(
         self,
@@ -63,7 +64,7 @@ class NativeApi(InferenceApi):
         join: Join | None = None,
     ) -> Encoded:
         """Encode the outputs in the media type that the client accepts."""
-        wanted = _wanted(head.accept)
+        wanted = wanted_type(head.accept)
         if wanted == NPY and len(outputs) == 1:
             return Encoded([(b"content-type", NPY.encode())], [encode_npy(next(iter(outputs.values())))])
         if wanted == NPZ:
@@ -72,6 +73,12 @@ class NativeApi(InferenceApi):
             raise UnsupportedMediaType(
                 f"the response has {len(outputs)} outputs, {NPY} holds one; name one output, or accept {NPZ}",
                 expected=[JSON_TYPE, NPZ],
+            )
+        if wanted == CSV:
+            lines = write_csv(outputs, served.bf16, header=True)
+            return Encoded(
+                [(b"content-type", b"text/csv; header=present")],
+                [b"".join(lines)] if join is None else join(lines),
             )
         view = served.view
         classes = view.classes
@@ -113,12 +120,13 @@ class NativeApi(InferenceApi):
         return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
 
 
-def _wanted(accept: str) -> str:
+def wanted_type(accept: str) -> str:
     """The response format that an Accept header prefers; JSON if it names none of the formats."""
-    if "application/x-np" not in accept.lower():
+    lower = accept.lower()
+    if "application/x-np" not in lower and CSV not in lower:
         return JSON_TYPE
     weights = read_weights(accept)
-    arrays = max((NPY, NPZ), key=lambda kind: weights.get(kind, 0.0))
+    arrays = max((NPY, NPZ, CSV), key=lambda kind: weights.get(kind, 0.0))
     return arrays if weights.get(arrays, 0.0) > weights.get(JSON_TYPE, 0.0) else JSON_TYPE
 
 

@@ -6,21 +6,29 @@ import re
 from typing import Final
 
 from inferpool.allowance import Allowance
+from inferpool.codecs.csv_table import read_csv
+from inferpool.codecs.table import Table, read_json_table, table_tensors, takes_tables
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InvalidInput, UnsupportedMediaType
-from inferpool.http.media_types import FORM, JSON_TYPE, MEANT_AS_JSON, NPY, NPZ
+from inferpool.http.media_types import CSV, FORM, JSON_TYPE, MEANT_AS_JSON, NPY, NPZ, PARQUET, TABLES
 from inferpool.http.native.multipart import find_input, read_form
 from inferpool.http.predict.api import Body, Data, Options
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import Array, Tensors, TensorSpec, check_inputs, name_text, names_text, value_text
-from inferpool.wire.native_json import PredictRequest, parse_request
+from inferpool.wire.json_bounds import COUNTED_BYTES
+from inferpool.wire.native_json import PredictRequest, has_rows_as_objects, parse_request
 from inferpool.wire.npy import cast_to, decode_npy, decode_npz
 
 _CHARSET: Final = re.compile(r"""(?:^|[\s;])charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
 _UTF8: Final = frozenset(("utf-8", "utf8", "us-ascii", "ascii"))
-_SYNONYMS: Final = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg"}
+_SYNONYMS: Final = {
+    "image/jpg": "image/jpeg",
+    "image/pjpeg": "image/jpeg",
+    "application/parquet": PARQUET,
+    "application/x-parquet": PARQUET,
+}
 """Media types that are not registered, and that clients send all the same."""
 
 
@@ -31,20 +39,38 @@ def open_body(head: RequestHead, data: Data, allowance: Allowance) -> Body:
     raises.
     """
     if head.content_type in MEANT_AS_JSON:
-        return _JsonBody(parse_request(bytes(data), allowance))
+        content = bytes(data)
+        allow_rows(content, allowance)
+        return open_request(parse_request(content, allowance), allowance)
     return _FileBody(head, data, allowance)
+
+
+def allow_rows(data: bytes, allowance: Allowance) -> None:
+    """Let a JSON body have more values than the tensors of the signature, if its rows may be objects.
+
+    The bound of all values holds for it, too.
+    """
+    if len(data) > COUNTED_BYTES and has_rows_as_objects(data):
+        allowance.signature = None
+
+
+def open_request(request: PredictRequest, allowance: Allowance) -> Body:
+    """Return the body of a native JSON request."""
+    return _JsonBody(request, allowance)
 
 
 def media_types(view: VersionView) -> list[str]:
     """The media types of the bodies that a version takes."""
     pictures = view.image.media_types if view.image is not None else ()
     texts = view.text.media_types if view.text is not None else ()
-    return [JSON_TYPE, NPY, NPZ, FORM, *pictures, *texts]
+    tables = TABLES if view.signature is not None and takes_tables(view.signature) else ()
+    return [JSON_TYPE, NPY, NPZ, FORM, *tables, *pictures, *texts]
 
 
 class _JsonBody(Body):
-    def __init__(self, request: PredictRequest) -> None:
+    def __init__(self, request: PredictRequest, allowance: Allowance) -> None:
         self._request = request
+        self._allowance = allowance
         self.options = Options(
             request.model,
             request.version,
@@ -55,7 +81,12 @@ class _JsonBody(Body):
         )
 
     def tensors(self, served: ServedVersion) -> Tensors:
-        return self._request.tensors(served.signature)
+        field = self._request.table_field
+        if field is None:
+            return self._request.tensors(served.signature)
+        signature = served.signature
+        table = read_json_table(field, self._request.table, signature)
+        return table_tensors(signature, table, self._allowance)
 
 
 class _FileBody(Body):
@@ -90,6 +121,8 @@ class _FileBody(Body):
                 for name in list(arrays)
             }
         kind = _SYNONYMS.get(kind, kind)
+        if kind in TABLES:
+            return table_tensors(served.signature, self._read_table(kind, served), self._allowance)
         image, text = served.view.image, served.view.text
         if kind == FORM:
             return read_form(
@@ -107,6 +140,16 @@ class _FileBody(Body):
     def _cast(self, served: ServedVersion, spec: TensorSpec, array: Array) -> Array:
         served.check_rows(array)
         return cast_to(spec, array, self._allowance)
+
+    def _read_table(self, kind: str, served: ServedVersion) -> Table:
+        if kind == CSV:
+            parameters = self._head.content_type_parameters
+            return read_csv(bytes(self._data), parameters, served.signature, self._allowance)
+        # Imported late: the package that reads these files is not always installed, and takes time to import.
+        from inferpool.codecs.arrow_table import read_arrow, read_parquet
+
+        read = read_parquet if kind == PARQUET else read_arrow
+        return read(bytes(self._data), self._allowance)
 
     def _read_text(self, text: TextCodec, data: bytes) -> Tensors:
         found = _CHARSET.search(self._head.content_type_parameters)

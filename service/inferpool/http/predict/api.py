@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from inferpool.allowance import Allowance
 from inferpool.errors import InferpoolError
@@ -23,6 +23,12 @@ Data: TypeAlias = bytes | memoryview
 
 Join: TypeAlias = Callable[[Iterable[Data]], list[bytes]]
 """Joins the pieces of a large answer to parts, while other threads run."""
+
+
+NATIVE_ANSWER: Final = 0
+BY_ROWS: Final = 1
+BY_OUTPUTS: Final = 2
+"""The forms of an answer, where an API has several: native, or as the protocol V1 has them."""
 
 
 class Target(NamedTuple):
@@ -44,9 +50,10 @@ class Options:
         priority: 1 is the highest; 0 and None mean the default.
         forms: the form of each output, if the API lets the client choose it.
         binary: whether outputs without a chosen form are returned in binary form.
+        answer: the form of the answer, where an API has several.
     """
 
-    __slots__ = ("binary", "forms", "id", "model", "outputs", "priority", "timeout_ms", "version")
+    __slots__ = ("answer", "binary", "forms", "id", "model", "outputs", "priority", "timeout_ms", "version")
 
     def __init__(
         self,
@@ -58,6 +65,7 @@ class Options:
         priority: int | None = None,
         forms: Sequence[RequestedOutput] | None = None,
         binary: bool = False,
+        answer: int = NATIVE_ANSWER,
     ) -> None:
         self.model = model
         self.version = version
@@ -67,6 +75,7 @@ class Options:
         self.priority = priority
         self.forms = forms
         self.binary = binary
+        self.answer = answer
 
 
 class Body(ABC):

@@ -6,7 +6,7 @@ from concurrent.futures import Executor
 from typing import Final
 
 from inferpool.errors import Overloaded
-from inferpool.http.media_types import FORM, NPZ
+from inferpool.http.media_types import ARROW_FILE, ARROW_STREAM, CSV, FORM, NPZ, PARQUET
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.fair_threads import FairThreads
@@ -42,7 +42,9 @@ HUGE_ANSWER_BYTES: Final = 16 * 2**20
 """Answers of more bytes to one client are encoded one at a time, so its others need not wait for them."""
 ANSWER_THREADS: Final = 2
 """Threads that encode the large answers to one client, those that are not huge."""
-_UNPACKED: Final = (NPZ, FORM)
+HEAVY_CSV_BYTES: Final = 4 * 1024
+"""Longer CSV is read in a background thread: each cell takes most of a microsecond."""
+_UNPACKED: Final = frozenset((NPZ, FORM, ARROW_STREAM, ARROW_FILE, PARQUET))
 """Media types that are decompressed or taken apart, whatever their size."""
 _DECODED: Final = ("image/", "multipart/")
 """How media types begin that are decoded, not viewed."""
@@ -72,6 +74,8 @@ class DecodeOffloader:
         if size > HEAVY_TEXT_BYTES and self._may_be_text(context):
             return True
         if size > HEAVY_JSON_BYTES and (_is_heavy_json(context, size) or _holds_strings(context, size)):
+            return True
+        if size > HEAVY_CSV_BYTES and head.content_type == CSV:
             return True
         if size > HEAVY_BYTES:
             return head.content_type.startswith(_DECODED)

@@ -36,11 +36,12 @@ class RequestHead:
         forwarded: the values of X-Forwarded-For, unchanged, or None.
         kept: the headers by which a canary's requests are chosen; None without such canaries.
         kept_names: the names of those headers.
+        attributes: SageMaker's header for what a client tells the server, unchanged; "" if none was given.
         origin: the Origin header, unchanged, which browsers send for a page of another origin; or None.
     """
 
     __slots__ = (
-        "accept", "accept_encoding", "content_encoding", "content_length", "content_type",
+        "accept", "accept_encoding", "attributes", "content_encoding", "content_length", "content_type",
         "content_type_parameters", "forwarded", "given_id", "header_length", "kept", "kept_names", "method",
         "model", "origin", "path", "timeout_text", "trace", "version",
     )  # fmt: skip
@@ -52,7 +53,7 @@ class RequestHead:
         self.model = model
         self.version = version
         self.content_type = self.content_type_parameters = self.content_encoding = ""
-        self.accept = self.accept_encoding = ""
+        self.accept = self.accept_encoding = self.attributes = ""
         self.content_length: int | None = None
         self.header_length: int | None = None
         self.timeout_text: bytes | None = None
@@ -89,6 +90,8 @@ class RequestHead:
                 self.origin = value
             elif name == b"x-forwarded-for":
                 self.forwarded = value if self.forwarded is None else b"%b,%b" % (self.forwarded, value)
+            elif name == b"x-amzn-sagemaker-custom-attributes":
+                self.attributes = value.decode("latin-1")
 
     def with_length(self, content_length: int) -> RequestHead:
         """Return a copy for a body of `content_length` bytes, without the client's id and trace."""
@@ -99,6 +102,7 @@ class RequestHead:
         head.content_length = content_length
         head.accept = self.accept
         head.accept_encoding = self.accept_encoding
+        head.attributes = self.attributes
         head.header_length = self.header_length
         head.timeout_text = self.timeout_text
         head.origin = self.origin

@@ -1,0 +1,1 @@
+"""The routes that cloud platforms call: SageMaker, Vertex AI and Azure ML."""

@@ -1,0 +1,107 @@
+"""The protocol V1 of KServe and TensorFlow Serving: `instances` in, `predictions` out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+from urllib.parse import unquote
+
+import orjson
+
+from inferpool.allowance import Allowance
+from inferpool.errors import InferpoolError, UnsupportedMediaType
+from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON
+from inferpool.http.native.bodies import allow_rows
+from inferpool.http.predict.api import (
+    BY_OUTPUTS,
+    BY_ROWS,
+    Body,
+    Data,
+    Encoded,
+    InferenceApi,
+    Join,
+    Options,
+    Target,
+)
+from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.predict.served_version import ServedVersion
+from inferpool.tensors import Tensors, name_text
+from inferpool.wire.v1_request import InstancesRequest, parse_instances
+from inferpool.wire.v1_response import write_outputs, write_predictions
+
+MODELS: Final = "/v1/models"
+
+_PREDICT: Final = re.compile(r"/v1/models/([^/]+?)(?:/(?:versions|labels)/([^/]+?))?:predict")
+_JSON_HEADERS: Final = [(b"content-type", JSON_TYPE.encode())]
+
+
+class V1Api(InferenceApi):
+    """The formats and paths of the predict routes of `/v1`."""
+
+    problem_type = JSON_TYPE.encode()
+
+    def target(self, path: str) -> Target | None:
+        """Match `/v1/models/{model}:predict`, also with `/versions/{version}` or `/labels/{label}`."""
+        found = _PREDICT.fullmatch(path) if path.startswith(MODELS) else None
+        if found is None:
+            return None
+        model, version = found.groups()
+        return Target(unquote(model), None if version is None else unquote(version))
+
+    def json_bytes(self, head: RequestHead, size: int) -> int:
+        """The whole body."""
+        return size
+
+    def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
+        """Open a JSON body."""
+        if head.content_type not in MEANT_AS_JSON:
+            raise UnsupportedMediaType(
+                f"the body is {name_text(head.content_type)}, /v1 takes {JSON_TYPE}", expected=[JSON_TYPE]
+            )
+        body = bytes(data)
+        allow_rows(body, allowance)
+        return open_instances(parse_instances(body, allowance))
+
+    def answers_json(self, head: RequestHead, options: Options) -> bool:
+        """Whether the answer is JSON: always."""
+        return True
+
+    def encode(
+        self,
+        head: RequestHead,
+        options: Options,
+        request_id: str,
+        served: ServedVersion,
+        outputs: Tensors,
+        join: Join | None = None,
+    ) -> Encoded:
+        """Encode the outputs by rows, or whole if the request had whole inputs."""
+        by_outputs = options.answer == BY_OUTPUTS
+        pieces: Iterable[Data] = (write_outputs if by_outputs else write_predictions)(outputs, served.bf16)
+        return Encoded(_JSON_HEADERS, [b"".join(pieces)] if join is None else join(pieces))
+
+    def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
+        """The protocol's error object, with the code for clients to match."""
+        return orjson.dumps({"error": error.detail, "code": error.code})
+
+
+def open_instances(request: InstancesRequest) -> Body:
+    """Return the body of a request with instances."""
+    return _InstancesBody(request)
+
+
+class _InstancesBody(Body):
+    def __init__(self, request: InstancesRequest) -> None:
+        self._request = request
+        self.options = Options(
+            timeout_ms=request.timeout_ms,
+            priority=request.priority,
+            answer=BY_OUTPUTS if request.by_columns else BY_ROWS,
+        )
+
+    def tensors(self, served: ServedVersion) -> Tensors:
+        return self._request.tensors(served.signature)
+
+
+V1_API: Final = V1Api()
