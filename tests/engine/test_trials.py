@@ -162,7 +162,7 @@ def start(serve: Serve, make_chaos: MakeChaos) -> Any:
     """Start a server with engines, of the good model and all that is in its repository."""
 
     def start(*flags: str) -> Server:
-        return serve(make_chaos("good"), "--engine", "process", "--web-processes", "2", *flags)
+        return serve(make_chaos("good"), "--engine", "process", "--web-processes", "1", *flags)
 
     return start
 
@@ -374,7 +374,7 @@ def test_labels_that_change_on_disk_change_no_prediction(start: Any, repository:
     ).parent
     (folder / "model.toml").write_text("[labels]\ntop_k = 1\n")
     (folder / "labels.txt").write_text("cat\ndog\n")
-    server = start()
+    server = start("--web-processes", "2")
 
     def label() -> str:
         answer = server.post("/predict/named", json={"inputs": [[1.0, 2.0]]})
