@@ -330,7 +330,8 @@ def _differences(one: Array, two: Array) -> OutputSum:
 def _best(scores: Array) -> Array:
     """The column of the best score of each row; NaN is worse than any other, as in `LabelsCodec`."""
     if scores.dtype.kind == "f":
-        scores = np.where(np.isnan(scores), -np.inf, scores)
+        wide = scores.astype(np.float64)
+        scores = np.where(np.isnan(wide), -np.inf, np.maximum(wide, np.finfo(np.float64).min))
     best: Array = scores.argmax(axis=1)
     return best
 
