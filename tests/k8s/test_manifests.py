@@ -138,6 +138,19 @@ def test_the_other_components_combine(tmp_path: Path) -> None:
     assert backend == {"name": service["metadata"]["name"], "port": port["port"]}
 
 
+@pytest.mark.parametrize("names", [["models-store", "otel"], ["otel", "models-store"]])
+def test_a_store_opens_the_network_for_https(names: list[str], tmp_path: Path) -> None:
+    manifests = render_with(tmp_path / "k8s", "cpu", names)
+    for manifest in manifests:
+        validate(manifest)
+    _check_pod(pod(manifests)["spec"])
+    assert server_of(manifests)["args"] == ["serve", "s3://my-bucket/models"]
+    ports = [
+        port["port"] for rule in only(manifests, "NetworkPolicy")["spec"]["egress"] for port in rule["ports"]
+    ]
+    assert sorted(ports) == [53, 53, 53, 53, 443, 4318], "both components open theirs, in any order"
+
+
 def test_the_ingress_has_what_is_documented_for_nginx() -> None:
     ingress = yaml.safe_load((MANIFESTS / "components" / "ingress" / "ingress.yaml").read_text())
     page = (ROOT / "docs" / "deploy" / "behind-a-proxy.md").read_text()
