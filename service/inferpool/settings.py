@@ -199,8 +199,8 @@ class Settings(BaseModel):
     )
     watch: bool = Field(
         default=False,
-        description="Watch the models folder: load new and changed versions while the server serves, and"
-        " drain deleted ones.",
+        description="Watch the models folder, or ask its store again: load new and changed versions while the"
+        " server serves, and drain deleted ones.",
     )
     store_poll_s: Annotated[float, Field(ge=1, le=604_800)] = Field(
         default=60.0,

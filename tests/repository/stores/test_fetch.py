@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def test_a_second_fetch_and_a_second_cache_entry_send_nothing(server: WebServer,
     pinned = fetched(f"{reference}#sha256={digest}", tmp_path)
     assert fetched(f"{reference}?x=1#sha256={digest}", tmp_path).fetched_bytes == 0
     assert (pinned.path / "digits/1/model.onnx").stat().st_nlink == 3
+
+
+def test_of_several_that_poll_the_first_one_asks(server: WebServer, tmp_path: Path) -> None:
+    parsed = parse_repository(archive_at(server))
+    assert isinstance(parsed, StoreReference)
+    began = time.time()
+    fetch.fetch(parsed, tmp_path, not_since=began - 1)
+    archive_at(server, {"digits/1/model.onnx": b"new"})
+    asked = len(server.asked)
+    assert not fetch.fetch(parsed, tmp_path, not_since=began - 1).changed
+    assert len(server.asked) == asked
+    assert fetch.fetch(parsed, tmp_path, not_since=time.time() + 1).changed
 
 
 def test_a_download_goes_on_where_it_was_cut(server: WebServer, tmp_path: Path) -> None:
