@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def test_of_several_that_poll_the_first_one_asks(server: WebServer, tmp_path: Pa
     assert not fetch.fetch(parsed, tmp_path, not_since=began - 1).changed
     assert len(server.asked) == asked
     assert fetch.fetch(parsed, tmp_path, not_since=time.time() + 1).changed
+
+
+def test_servers_that_start_at_once_fetch_once(server: WebServer, tmp_path: Path) -> None:
+    reference = archive_at(server)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(fetched, [reference] * 4, [tmp_path] * 4))
+    assert sorted(result.changed for result in results) == [False, False, False, True]
+    assert server.sent == len(server.files["/m.tar.gz"])
 
 
 def test_a_download_goes_on_where_it_was_cut(server: WebServer, tmp_path: Path) -> None:
