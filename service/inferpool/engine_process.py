@@ -32,7 +32,7 @@ from inferpool.observe.metrics import Metrics
 from inferpool.observe.regions import Regions
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog_publisher import CatalogPublisher, answer_ask
-from inferpool.repository.remote_admin import answer_admin
+from inferpool.repository.engine_admin import answer_admin
 from inferpool.repository.repository import Repository
 from inferpool.repository.stores.polling import locate
 from inferpool.repository.version_source import held_from_json

@@ -12,12 +12,11 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from inferpool.engine.supervisor import replace_process
 from inferpool.errors import Reason
 from inferpool.http.access.make_gate import check_exposure, make_gate
-from inferpool.http.access.tls import Certificates, make_certificates
 from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.stores.reference import StoreReference
@@ -26,6 +25,9 @@ from inferpool.settings import Settings, service_links, with_memory
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import CPU
 from inferpool.system.listeners import address_of, listen, listen_unix, remove_socket_file, socket_file
+
+if TYPE_CHECKING:
+    from inferpool.http.access.tls import Certificates
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,11 @@ def serve(repository: Path | StoreReference, settings: Settings, reason: Reason 
         log.info("the models are in %s: %s", repository, reason)
     check_exposure(settings)
     # The first step, so that an address in use is reported before anything about the models.
-    certificates = make_certificates(settings)
+    certificates: Certificates | None = None
+    if settings.tls_certificate_file is not None:
+        from inferpool.http.access.tls import make_certificates
+
+        certificates = make_certificates(settings)
     check_signers(settings.require_signatures)
     if settings.unix_socket is None:
         listener = listen(settings.host, settings.port)

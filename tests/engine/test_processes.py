@@ -108,9 +108,9 @@ def test_every_route_answers_and_each_process_loads_only_its_own_libraries(
     [
         ("inferpool.engine.supervisor", ("onnxruntime", "torch", "numpy", "fastapi", "uvicorn", "pydantic")),
         # The supervisor begins as this, and starts its children afterwards.
-        ("inferpool.launch", ("onnxruntime", "torch", "numpy", "fastapi", "uvicorn", "prometheus_client")),
+        ("inferpool.launch", ("onnxruntime", "torch", "numpy", "fastapi", "prometheus_client", "asyncio")),
         ("inferpool.web_process", ("onnxruntime", "torch", "inferpool.repository.repository")),
-        ("inferpool.engine_process", ("fastapi", "uvicorn", "starlette", "prometheus_client")),
+        ("inferpool.engine_process", ("fastapi", "uvicorn", "starlette", "prometheus_client", "asyncio")),
     ],
 )
 def test_mains_import_nothing_that_others_need(module: str, unwanted: tuple[str, ...]) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from inferpool.errors import (
     Conflict,
-    InferpoolError,
     InternalError,
     InvalidInput,
     ModelNotFound,
@@ -21,10 +20,7 @@ from inferpool.errors import (
 from inferpool.repository.admin import job_not_found
 from inferpool.repository.jobs import Job
 from inferpool.repository.remote_catalog import RemoteCatalog
-from inferpool.repository.traffic import CanaryState, Traffic, traffic_from_json
-
-if TYPE_CHECKING:
-    from inferpool.repository.repository import Repository  # a web process imports no loader
+from inferpool.repository.traffic import CanaryState, Traffic
 
 ANSWER_S: Final = 60.0
 """How long an engine may take to answer; looking at a folder takes much less."""
@@ -105,39 +101,3 @@ class RemoteAdmin:
             raise _ERRORS.get(found["code"], InternalError)(found["error"])
         result: dict[str, Any] = found["result"]
         return result
-
-
-def answer_admin(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Do in an engine what a web process has asked; returns the `result`, or the `error` with its `code`."""
-    try:
-        return {"result": _obey(repository, values)}
-    except InferpoolError as error:
-        return {"error": error.detail, "code": error.code}
-
-
-def _obey(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:
-    action = values["action"]
-    if action == "load":
-        return repository.begin_load(values["model"], values["version"]).to_json()
-    if action == "unload":
-        return repository.begin_unload(values["model"], values["version"]).to_json()
-    if action == "label":
-        kept = repository.move_label(values["model"], values["label"], values["version"])
-        repository.await_seen()
-        return {"kept": kept}
-    if action == "rollback":
-        version = repository.rollback(values["model"])
-        repository.await_seen()
-        return {"version": version}
-    if action == "traffic":
-        repository.set_traffic(values["model"], traffic_from_json(values["traffic"]))
-        repository.await_seen()
-        return {}
-    if action == "end_canary":
-        ended = repository.end_canary(values["model"], values["number"], values["state"], values["reason"])
-        repository.await_seen()
-        return {"ended": ended}
-    job = repository.cancel_job(values["job"])
-    if job is None:
-        raise job_not_found(values["job"])
-    return job.to_json()
