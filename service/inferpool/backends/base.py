@@ -232,11 +232,13 @@ class Backend(ABC):
         suffixes: those of the files that it loads.
         runs_code: whether a file can run code while it is loaded. `LoadOptions.trusted` then also says that
             the digest of the file is one of those that `model.toml` lists.
+        loads_at_once: whether several threads may load files at the same time.
     """
 
     name: str
     suffixes: tuple[str, ...]
     runs_code: bool = False
+    loads_at_once: bool = False
 
     @abstractmethod
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:

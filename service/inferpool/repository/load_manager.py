@@ -57,7 +57,7 @@ class Host(Protocol):
         """Load a version; `enter` is told each phase, and raises LoadCancelled. Raises LoadError."""
 
     def fits_beside(self, source: VersionSource, others: Sequence[VersionSource]) -> bool:
-        """Whether there is memory to load a version while `others` load."""
+        """Whether a version may begin to load while `others` load."""
 
     def serve(self, key: VersionKey, loaded: LoadedVersion) -> None:
         """Let requests reach a version that is loaded, in place of what was loaded of it before."""

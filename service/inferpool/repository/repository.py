@@ -16,8 +16,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from inferpool.backends.registry import backends_by_suffix
-from inferpool.errors import ConfigError, Conflict, InferpoolError, ModelNotFound, Reason, VersionNotFound
+from inferpool.backends.registry import backends_by_suffix, find_backend
+from inferpool.errors import (
+    ConfigError,
+    Conflict,
+    InferpoolError,
+    LoadError,
+    ModelNotFound,
+    Reason,
+    VersionNotFound,
+)
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.pool.router import PoolRouter
@@ -764,7 +772,13 @@ class Repository:
         )
 
     def fits_beside(self, source: VersionSource, others: Sequence[VersionSource]) -> bool:
-        """Whether there is memory to load a version while `others` load."""
+        """Whether a version may load while `others` do: there is memory, and its backend can.
+
+        PyTorch cannot load two files at once: what it traces is state of the process.
+        """
+        backend = _backend_name(source)
+        if backend in map(_backend_name, others) and not _loads_at_once(backend):
+            return False
         memory = chosen_limit(self._settings.memory_bytes)
         needed = sum(size for each in (source, *others) for _, size, _ in each.files)
         return COPIES_DURING_LOAD * needed <= memory.limit - memory.held()
@@ -942,6 +956,19 @@ class Repository:
     def _takes(self, key: VersionKey) -> bool:
         """Whether this repository serves a version."""
         return key not in self._skip and (self._only is None or key in self._only)
+
+
+def _backend_name(source: VersionSource) -> str:
+    """The name of the backend that loads a version."""
+    return source.config.backend or backends_by_suffix().get(source.file.suffix, "")
+
+
+def _loads_at_once(backend: str) -> bool:
+    """Whether several threads may load files by a backend at the same time."""
+    try:
+        return find_backend(backend).loads_at_once
+    except LoadError:
+        return True  # the load will say so
 
 
 def _same(one: VersionView | None, other: VersionView) -> bool:
