@@ -185,6 +185,7 @@ PEM = RSA_KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublic
     [
         (token(exp=int(time.time()) - 60), "expired"),
         (token(exp=None), "a claim is missing"),
+        (token(exp=float("inf")), "cannot be read"),
         (token(aud="another"), "audience"),
         (token(aud=None), "a claim is missing"),
         (token(iss="https://evil.example.com/"), "issuer"),

@@ -52,7 +52,18 @@ def test_a_refused_head_is_found_until_the_keys_change_and_takes_no_place_of_oth
     last = request(BODY, f"x-api-key: {2 * MOST_HEADS - 1}")
     found = heads.find_refused(last)
     assert found is not None
-    assert (found.error, heads.find(last)) == (error, None)
+    assert (found[0].error, found[1], heads.find(last)) == (error, None, None)
+    found = heads.find_refused(request(BODY, "x-api-key: another"))
+    assert found is not None
+    assert (found[0].error, found[1]) == (error, b"another")
+    for field in (
+        "x-api-key: a b",
+        "x-api-key:",
+        "x-api-keys: a",
+        "authorization: Bearer a",
+        "x-api-key: a\tb",
+    ):
+        assert heads.find_refused(request(BODY, field)) is None, "the parser reads this head"
     assert heads.find(request()) is not None
     assert heads.find_refused(request()) is heads.find_refused(last[:-1]) is None
     assert heads.find_refused(last + b"P") is None

@@ -143,6 +143,12 @@ class Gate:
         refusal = self._lacking(caller, needed, model)
         return caller if refusal is None else self._refused(refusal, caller, headers, peer)
 
+    def may_know(self, secret: bytes) -> bool:
+        """Return whether `secret` may be a key or a token that is accepted; False if it surely is none."""
+        if secret in self._accepted or sha256(secret).digest() in self._keys:
+            return True
+        return self._tokens is not None and secret.count(b".") == 2
+
     def _identify(self, secret: bytes) -> Caller | None:
         """The caller whose key or token `secret` is; None if unknown; raises if it is not accepted."""
         # How long it takes to find a digest depends on digests alone, and nobody can choose a key whose

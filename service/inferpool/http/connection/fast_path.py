@@ -42,10 +42,16 @@ def try_cached_head(connection: Connection, data: bytes, now: float) -> bool:
 
 
 def _try_refused_head(connection: Connection, data: bytes, now: float) -> bool:
-    """Refuse the request `data` if it is complete, and was refused before for the key in its head."""
+    """Refuse the request `data` if it is complete, and one like it was refused before for its key.
+
+    A request with another key than the refused one is refused as well if the server does not know this key.
+    """
     shared = connection.shared
-    refused = shared.heads.find_refused(data)
-    if refused is None or connection.keyless is not shared.gate.anonymous:
+    found = shared.heads.find_refused(data)
+    if found is None or connection.keyless is not shared.gate.anonymous:
+        return False
+    refused, secret = found
+    if secret is not None and shared.gate.may_know(secret):
         return False
     connection.last_received = now
     connection.idle_since = None

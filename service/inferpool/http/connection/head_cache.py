@@ -21,6 +21,9 @@ MOST_HEAD_BYTES: Final = 1024
 """Longer heads are not kept, to bound the memory of the cache."""
 
 _END: Final = b"\r\n\r\n"
+_CREDENTIAL: Final = re.compile(
+    rb"\r\n(?:authorization: ?bearer +|x-api-key: ?)([!-~]{1,256})\r\n", re.IGNORECASE
+)
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,9})\r\n", re.IGNORECASE)
 
 
@@ -48,7 +51,7 @@ class RefusedHead(NamedTuple):
 class HeadCache:
     """The heads known to a server; for the event loop alone."""
 
-    __slots__ = ("_by_bytes", "_refused", "_without_length")
+    __slots__ = ("_by_bytes", "_refused", "_refused_but_key", "_without_length")
 
     def __init__(self) -> None:
         self._by_bytes: dict[bytes, CachedHead] = {}
@@ -56,6 +59,8 @@ class HeadCache:
         self._without_length: dict[bytes, CachedHead] = {}
         # Apart, so that wrong keys, of which there may be any number, take no place of others.
         self._refused: dict[bytes, RefusedHead] = {}
+        # Keys of this table lack the key of the client.
+        self._refused_but_key: dict[bytes, RefusedHead] = {}
 
     def find(self, data: bytes) -> tuple[CachedHead, bytes] | None:
         """Return the head and body of `data`, or None unless it is one complete request with a known head."""
@@ -69,15 +74,27 @@ class HeadCache:
             cached = self._find_other_length(head, size)
         return (cached, data[end:]) if cached is not None and size == cached.body_bytes else None
 
-    def find_refused(self, data: bytes) -> RefusedHead | None:
-        """Return the head of `data` if it is one complete request that is refused, else None."""
+    def find_refused(self, data: bytes) -> tuple[RefusedHead, bytes | None] | None:
+        """Return the head of `data` if it is one complete request like one that was refused, else None.
+
+        The head may have another key than the one that was refused. That key is returned, too; None if it is
+        the same.
+        """
         if not self._refused:
             return None
         end = data.find(_END) + 4
         if end > MOST_HEAD_BYTES:
             return None
-        refused = self._refused.get(data[:end])
-        return refused if refused is not None and len(data) - end == refused.body_bytes else None
+        head = data[:end]
+        secret: bytes | None = None
+        refused = self._refused.get(head)
+        if refused is None:
+            key = _CREDENTIAL.search(head)
+            if key is None:
+                return None
+            secret = key[1]
+            refused = self._refused_but_key.get(head[: key.start(1)] + head[key.end(1) :])
+        return (refused, secret) if refused is not None and len(data) - end == refused.body_bytes else None
 
     def remember(
         self, data: bytes, body: bytes, api: InferenceApi, head: RequestHead, caller: Caller | None
@@ -102,14 +119,19 @@ class HeadCache:
         if _is_fit(data, body, head):
             if len(self._refused) >= MOST_HEADS:
                 self._refused.clear()
+                self._refused_but_key.clear()
             end = len(data) - len(body)
-            self._refused[data[:end]] = RefusedHead(api, head, len(body), error)
+            refused = self._refused[data[:end]] = RefusedHead(api, head, len(body), error)
+            key = _CREDENTIAL.search(data, 0, end)
+            if key is not None:
+                self._refused_but_key[data[: key.start(1)] + data[key.end(1) : end]] = refused
 
     def clear(self) -> None:
         """Forget every head: the keys in them may no longer be accepted."""
         self._by_bytes.clear()
         self._without_length.clear()
         self._refused.clear()
+        self._refused_but_key.clear()
 
     def _find_other_length(self, head: bytes, size: int) -> CachedHead | None:
         length = _LENGTH.search(head)
