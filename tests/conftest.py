@@ -43,6 +43,8 @@ The tests of the image wait for the wheel, whose tests build it meanwhile.
 
 COVERED = ("http", "pool", "wire")
 """The folders whose tests run under coverage. Elsewhere it would only slow the servers down."""
+NOT_COVERED = ("pool/test_soak.py", "_over_http.py")
+"""The ends of files in these folders whose tests need none: those beside them pass each line."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=rank)
     if config.pluginmanager.hasplugin("pytest_cov"):
         for item in items:
-            if not _path(item).startswith(COVERED):
+            if not _is_covered(item):
                 item.add_marker("no_cover")
 
 
@@ -64,11 +66,16 @@ def _path(node: pytest.Item | pytest.Collector) -> str:
     return str(node.path.relative_to(ROOT / "tests"))
 
 
+def _is_covered(node: pytest.Item | pytest.Collector) -> bool:
+    path = _path(node)
+    return path.startswith(COVERED) and not path.endswith(NOT_COVERED)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def coverage_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let the servers of a module run without coverage if the module is not in COVERED."""
+    """Let the servers of a module run without coverage if its tests do."""
     with pytest.MonkeyPatch.context() as patch:
-        if not _path(request.node).startswith(COVERED):
+        if not _is_covered(request.node):
             for name in COVERAGE_VARIABLES:
                 patch.delenv(name, raising=False)
         yield
