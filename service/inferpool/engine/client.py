@@ -260,11 +260,11 @@ class EngineClient:
         if not 0 < entry.id < MOST_ID:
             raise ValueError(f"an entry has the id {entry.id}")
         if entry.parts:
-            pending = self._blocks.place_parts(entry, sender.layouts)
+            pending = self._blocks.put_parts(entry, sender.layouts)
         else:
             group: Hashable = None if entry.group == entry.id else entry.group
             layout = sender.layouts.find(entry.key, entry.inputs, entry.rows, group, entry.outputs)
-            pending = self._blocks.place(entry, layout)
+            pending = self._blocks.put_inputs(entry, layout)
         if accepted:
             pending.accepted = True
             pending.crashes = crashes

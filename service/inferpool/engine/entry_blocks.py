@@ -57,7 +57,7 @@ class EntryBlocks:
 
     # Blocks of entries.
 
-    def place(self, entry: Entry, layout: Layout) -> PendingEntry:
+    def put_inputs(self, entry: Entry, layout: Layout) -> PendingEntry:
         """Put the inputs of an entry into a block, and drop them; raises Overloaded if there is no room."""
         arena = self.arena
         assert arena is not None  # the caller has looked
@@ -85,7 +85,7 @@ class EntryBlocks:
             arena.map[at : at + size] = body
         return self._add(entry, PendingEntry(entry, layout, offset, nbytes, outputs_at))
 
-    def place_parts(self, entry: Entry, table: LayoutTable) -> PendingEntry:
+    def put_parts(self, entry: Entry, table: LayoutTable) -> PendingEntry:
         """Put the inputs of the parts of an entry into a block; raises Overloaded if there is no room."""
         arena = self.arena
         assert arena is not None  # the caller has looked

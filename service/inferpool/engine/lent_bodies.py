@@ -107,18 +107,18 @@ class LentBodies:
         for form in layout.forms:
             tensor: Any = tensors[form.name]
             nbytes = form.nbytes * rows if form.by_rows else form.nbytes
-            place = tensor.ctypes.data - self._address
+            position = tensor.ctypes.data - self._address
             if first is None:
                 first = tensor
                 array = _owner_of(tensor)
                 found = self._lent.get(array.ctypes.data - self._address)
                 if found is None or found.taken or found.alive() is not array:
                     return None
-                start = at = place
+                start = at = position
                 end = found.offset + found.nbytes
                 if at & (ALIGNMENT - 1) or at - HEADER_BYTES < found.offset:
                     return None
-            if place != at or tensor.dtype != form.dtype or not tensor.flags.c_contiguous:
+            if position != at or tensor.dtype != form.dtype or not tensor.flags.c_contiguous:
                 return None
             at = (at + nbytes + (ALIGNMENT - 1)) & -ALIGNMENT
             if at > end:
