@@ -167,7 +167,7 @@ def expected(file: Path, exported: Exported, environ: dict[str, str]) -> list[di
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-class Served(NamedTuple):
+class ServedModels(NamedTuple):
     """A server of all MODELS, what they are, and their repository."""
 
     server: Server
@@ -176,7 +176,7 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def served(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory, locales: str) -> Served:
+def served(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory, locales: str) -> ServedModels:
     repository = tmp_path_factory.mktemp("exported")
     exported = {name: make() for name, make in MODELS.items()}
     for name, each in exported.items():
@@ -188,7 +188,7 @@ def served(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory, locale
     samples = save(repository, "sampled", size).parent / "samples"
     samples.mkdir()
     (samples / "one.json").write_text(json.dumps(sample))
-    return Served(module_serve(repository, LOCPATH=locales), exported, repository)
+    return ServedModels(module_serve(repository, LOCPATH=locales), exported, repository)
 
 
 def save(repository: Path, name: str, exported: Exported) -> Path:
@@ -201,7 +201,7 @@ def save(repository: Path, name: str, exported: Exported) -> Path:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_client_gets_the_answer_of_its_row_alone_from_batches(
-    served: Served, locales: str, name: str
+    served: ServedModels, locales: str, name: str
 ) -> None:
     server, exported = served.server, served.exported[name]
     version = server.get(f"/models/{name}/1").json()
@@ -266,12 +266,12 @@ def check_v2(server: Server, name: str, exported: Exported, right: list[dict[str
             assert_alike(output["data"], np.array(want).reshape(-1).tolist())
 
 
-def test_labels_that_are_declared_for_one_row_are_described_as_they_are(served: Served) -> None:
+def test_labels_that_are_declared_for_one_row_are_described_as_they_are(served: ServedModels) -> None:
     view = served.server.get("/models/declared/1").json()
     outputs = {each["name"]: each["shape"] for each in view["outputs"]}
     assert outputs == {"label": [-1], "s": [-1, 3]}
 
 
-def test_a_sample_with_unequal_sizes_serves(served: Served) -> None:
+def test_a_sample_with_unequal_sizes_serves(served: ServedModels) -> None:
     row = served.exported["one-name"].rows[0][None]
     assert served.server.post("/predict/sampled", json={"inputs": row.tolist()}).status_code == 200
