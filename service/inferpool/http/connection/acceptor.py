@@ -202,6 +202,7 @@ class Acceptor:
     ) -> None:
         # The event loop closes its socket before it says why the handshake failed.
         with connection.dup() as spare:
+            client = _client_of(spare)
             try:
                 await self._loop.connect_accepted_socket(
                     make_protocol, connection, ssl=context,
@@ -209,26 +210,24 @@ class Acceptor:
                 )  # fmt: skip
             except ssl.SSLError as error:
                 self._failed_handshakes.add()
-                self._explain(error, spare)
+                self._explain(error, spare, client)
                 raise
 
-    def _explain(self, error: ssl.SSLError, connection: socket.socket) -> None:
+    def _explain(self, error: ssl.SSLError, connection: socket.socket, client: str) -> None:
         """Tell the client, if it sent plain HTTP, and the log why a handshake has failed."""
         reason = (error.reason or "").lower().replace("_", " ")
-        with contextlib.suppress(OSError):
-            peer = connection.getpeername()
-            client = client_address(peer) or "a client"
-            if error.reason == "HTTP_REQUEST":
+        if error.reason == "HTTP_REQUEST":
+            with contextlib.suppress(OSError):
                 connection.send(_PLAIN_RESPONSE % (len(_USE_HTTPS), _USE_HTTPS))
-                self._report("%s sent plain HTTP, and this port takes HTTPS; ask for https://", client)
-            elif error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-                self._report(
-                    "%s has shown no certificate; clients need one that an authority in --tls-client-ca-file"
-                    " has signed",
-                    client,
-                )
-            else:
-                self._report("a TLS handshake with %s has failed: %s", client, reason)
+            self._report("%s sent plain HTTP, and this port takes HTTPS; ask for https://", client)
+        elif error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+            self._report(
+                "%s has shown no certificate; clients need one that an authority in --tls-client-ca-file has"
+                " signed",
+                client,
+            )
+        else:
+            self._report("a TLS handshake with %s has failed: %s", client, reason)
 
     def _report(self, text: str, *arguments: Any) -> None:
         """Log a refusal, unless one of the same kind was logged a moment ago."""
@@ -256,6 +255,14 @@ class Acceptor:
 def _counted(protocol: AcceptedConnection, entered: _Entered) -> AcceptedConnection:
     protocol.ended = entered.leave
     return protocol
+
+
+def _client_of(connection: socket.socket) -> str:
+    """The address of a client for the log. A connection that its client has reset has none any more."""
+    try:
+        return client_address(connection.getpeername()) or "a client"
+    except OSError:
+        return "a client"
 
 
 def _counted_address(text: str) -> str:
