@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import ssl
 import stat
@@ -196,6 +197,11 @@ def test_an_address_has_as_many_connections_as_the_setting_says(
     with socket.create_connection(("::1", server.port)) as other:  # another address
         other.sendall(request(1).encode())
         assert other.recv(1000).startswith(b"HTTP/1.1 200")
+    counted = re.search(
+        r'refused_connections_total\{reason="address_limit"\} ([1-9])',
+        curl(f"http://[::1]:{server.port}/metrics"),
+    )
+    assert counted, "the closed connections are counted"
     full.close()
 
     def fits() -> bool:
