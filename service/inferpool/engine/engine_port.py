@@ -314,7 +314,8 @@ class EnginePort:
                 if offered.connection is connection:
                     del waiting[entry_id]
         inbox = self._inbox
-        for entry_id, offered in list(self._offered.items()):
+        # `copy` is one step; a list of the items may see another thread take one out meanwhile.
+        for entry_id, offered in self._offered.copy().items():
             if offered.connection is connection and not offered.answered and inbox is not None:
                 inbox.cancel(offered.entry.key, entry_id, "disconnected")
 
