@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ NOT_COVERED = ("pool/test_soak.py", "_over_http.py")
 """The ends of files in these folders whose tests need none: those beside them pass each line."""
 
 
+def pytest_configure() -> None:
+    """Let servers know SIGHUP, even if `nohup` started the run and has all its children ignore it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start with the tests that take longest if several processes share the tests; measure only some."""
 
@@ -83,12 +89,8 @@ def coverage_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for measurements, shared by all tests of a run, in whichever process they run."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    (folder / "cache").mkdir(exist_ok=True)
-    return folder / "cache"
+    """A folder for measurements, shared by all tests of a process: a bad measurement spreads no further."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
@@ -168,8 +170,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundled(models: Path, cache_dir: Path, server_module: str) -> Iterator[Server]:
     """A server of the models that come with the project."""
-    own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-    server = Server(models, (), own, server_module)
+    server = Server(models, (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, server_module)
     server.wait_loaded()
     yield server
     server.kill()

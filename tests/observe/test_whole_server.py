@@ -33,6 +33,9 @@ COUNTERS = re.compile(r"_(total|count|bucket|sum)$")
 
 async def ask(server: Server, good: int, wrong: int, clients: int = 32) -> None:
     """Send requests over connections of both web processes; each has been answered at the end."""
+    # The second process may start later than the server is ready; each has a line about its memory then.
+    both = {"web-1", "web-2"}
+    wait_until(lambda: both <= {line.get("process") for line in server.log}, "both web processes serve")
     connected = [await Client.connect(server.port) for _ in range(clients)]
     # Connections spread as they are accepted, so each sends a request first.
     for client in connected:

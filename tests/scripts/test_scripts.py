@@ -265,7 +265,7 @@ def test_tests_have_an_environment_of_their_own(checkout: Checkout) -> None:
 
 def test_all_tests_run_on_several_processes(checkout: Checkout) -> None:
     run = checkout.run("test", "--full")
-    assert run.stdout.splitlines()[1:3] == ["--numprocesses", str(len(os.sched_getaffinity(0)) + 2)]
+    assert run.stdout.splitlines()[1:3] == ["--numprocesses", str(len(os.sched_getaffinity(0)) + 1)]
 
 
 @pytest.mark.parametrize("part", ["pool", "wire", "predict"])

@@ -8,7 +8,8 @@ Runtime, therefore still starts. Other packages may add backends under the entry
 from __future__ import annotations
 
 import importlib
-from functools import cache
+import sys
+from functools import lru_cache
 from importlib.metadata import EntryPoints, entry_points
 from typing import TYPE_CHECKING, Final
 
@@ -26,9 +27,15 @@ _BUILT_IN: Final = {
 ENTRY_POINT_GROUP: Final = "inferpool.backends"
 
 
-@cache
 def _added() -> EntryPoints:
-    """The backends of other packages; to find them, Python reads files of every installed package."""
+    """The backends of other packages."""
+    return _added_in(tuple(sys.path))
+
+
+@lru_cache(maxsize=1)
+def _added_in(path: tuple[str, ...]) -> EntryPoints:
+    """The backends of the packages in `path`; to find them, Python reads files of every installed package."""
+    del path  # `entry_points` looks at `sys.path`, which this is
     return entry_points(group=ENTRY_POINT_GROUP)
 
 

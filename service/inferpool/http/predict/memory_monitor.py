@@ -167,7 +167,10 @@ class MemoryMonitor:
                 return
             if (self._quiet >= 2 or short) and system.clock() >= self._trimmed_at + pause_s:
                 freed = self._trim()
-                self._pause_s = LEAST_TRIM_S if freed >= excess // 4 else min(MOST_TRIM_S, 2 * self._pause_s)
+                if freed >= excess // 4:
+                    self._pause_s = LEAST_TRIM_S
+                elif self._quiet:  # what requests hold meanwhile says nothing of the next trim
+                    self._pause_s = min(MOST_TRIM_S, 2 * self._pause_s)
 
     def _run(self) -> None:
         while not self._closed.wait(LOOK_S):
