@@ -165,3 +165,13 @@ def test_a_load_that_does_not_end_is_measured_beside(
     loads = start("ab", loads_at_once=2)
     loads.host.let("b", VERIFY, LOAD)
     loads.wait("b is measured while a hangs", lambda: loads.host.at == {"a": VERIFY, "b": MEASURE})
+
+
+def test_a_job_shows_the_phase_that_its_load_has_entered_before(start: Callable[..., Loads]) -> None:
+    loads = start("a")
+    wait_until(lambda: loads.host.at.get("a") == VERIFY, "the load waits in its first phase")
+    assert loads.manager.begin_job("load", "a", 1, [1]).phase == VERIFY
+    loads.host.let("a", VERIFY)
+    wait_until(lambda: loads.host.at.get("a") == LOAD, "the load waits in its second phase")
+    [job] = loads.manager.jobs()
+    assert job.phase == LOAD

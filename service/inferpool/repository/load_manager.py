@@ -207,7 +207,15 @@ class LoadManager:
     def begin_job(self, kind: JobKind, model: str, asked: int | None, versions: Sequence[int]) -> Job:
         """A job for versions whose lifecycles the caller has changed; the same one if it runs already."""
         with self._changed:
-            job = self._jobs.begin(kind, model, asked, versions, self._clock(), self._times.expected(model))
+            now = self._clock()
+            job = self._jobs.begin(kind, model, asked, versions, now, self._times.expected(model))
+            # The load may have begun, and entered a phase that takes long, before there was a job to show it.
+            for number in versions:
+                key = VersionKey(model, number)
+                lifecycle = self._lifecycles.get(key)
+                if lifecycle is not None and lifecycle.phase is not None and lifecycle.phase != job.phase:
+                    self._follow(key, lifecycle.phase, now)
+            job = self._jobs.get(job.id) or job
             self._wake()
         self._host.jobs_changed()
         return job
