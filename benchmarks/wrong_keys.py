@@ -1,4 +1,4 @@
-"""What wrong keys cost, and what they cost those who send good ones.
+"""Measures the cost of wrong keys, and how much they slow good requests.
 
     python benchmarks/wrong_keys.py models --model digits --body body.json [--fresh] [--serve="..."]
 

@@ -93,6 +93,7 @@ def test_each_path_of_predictions_takes_instances(people: Server, path: str) -> 
         (b"20.5,Bern\n30,Zug\n", "text/csv"),
         (b"city,age\nBern,20.5\nZug,30\n", "text/csv; charset=utf-8"),
         (b"\n".join(json.dumps(row).encode() for row in PEOPLE), "application/jsonlines"),
+        (b"\r\n\r\n".join(json.dumps(row).encode() for row in PEOPLE) + b"\n", "application/jsonlines"),
     ],
 )
 def test_invocations_take_the_content_types_of_sagemaker(people: Server, content: Any, kind: str) -> None:

@@ -62,7 +62,8 @@ class PlatformApi(InferenceApi):
         is_json = head.content_type in MEANT_AS_JSON
         if head.content_type == JSON_LINES:
             allowance.take(2 * len(content), "the lines of the body")
-            content = b'{"instances":[' + content.strip().replace(b"\n", b",") + b"]}"
+            lines = [line for line in content.split(b"\n") if line.strip()]
+            content = b'{"instances":[' + b",".join(lines) + b"]}"
         elif is_json and content.lstrip()[:1] == b"[":
             content = b'{"instances":' + content + b"}"
         elif not is_json:
