@@ -16,8 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANKS = {
     "__main__": 10, "cli": 9, "admin_commands": 8, "app": 8, "engine_process": 8, "launch": 8.5,
     "sign_commands": 8, "web_process": 8, "server": 7, "server_parts": 7, "http": 6,
-    "release": 6, "repository": 5, "engine": 4.5, "codecs": 4.2, "wire": 4, "pool": 4, "backends": 3,
-    "allowance": 2, "pixel_table": 2, "platforms": 2, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
+    "release": 6, "repository": 5, "client": 5, "engine": 4.5, "codecs": 4.2, "wire": 4, "pool": 4,
+    "backends": 3, "allowance": 2, "pixel_table": 2,
+    "platforms": 2, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
     "errors": 0, "__init__": 0,
 }  # fmt: skip
 """A module imports from its own folder, or from a part of a lower rank."""
@@ -57,8 +58,9 @@ LIBRARIES = {
     "model_signing": ("repository/trust/digital_signature",),
     "tokenizers": ("codecs/text",),
     "obstore": ("repository/stores/object_store",),
-    "httpx": ("repository/stores",),
-    "pyarrow": ("codecs/arrow_table",),
+    "httpx": ("repository/stores", "client"),
+    "pyarrow": ("codecs/arrow_table", "client/content"),
+    "tqdm": ("client/slices",),
 }
 """Who may import what; the names are how paths below `service/inferpool/` begin."""
 

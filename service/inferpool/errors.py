@@ -75,9 +75,15 @@ def short_reason(error: BaseException) -> Reason:
 
 
 class InferpoolError(Exception):
-    """The root: `detail` is one sentence for the client, `members` are machine-readable facts."""
+    """The root: `detail` is one sentence for the client, `members` are machine-readable facts.
+
+    An error that the client of `inferpool.client` raises has the `status` of the response and the id of the
+    request, `request_id`, if there was a response.
+    """
 
     code: ClassVar[str] = "internal_error"
+    status: int | None = None
+    request_id: str | None = None
 
     def __init__(self, detail: str, **members: object) -> None:
         """Keep `detail` and the extra `members` (JSON-able values such as `tensor="x"`)."""
