@@ -1,7 +1,7 @@
 """Compares a server on a GPU with the same session in a loop in one process.
 
     python benchmarks/gpu.py [--device cuda:0] [--seconds S] [--models resnet50,encoder,small]
-                             [--sessions plain,graphs,TensorRT] [--out FOLDER]
+                             [--sessions plain,graphs,TensorRT] [--webs N] [--out FOLDER]
 
 For each model, one run measures three things. First, the rate of the session with the rows already on the
 card. Second, the rate from and to the host's memory, with one instance and with two. Third, the rate of a
@@ -62,11 +62,19 @@ def main() -> None:
     )
     half = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument("--processes", type=int, default=half, help="number of client processes")
+    parser.add_argument(
+        "--webs",
+        type=int,
+        default=0,
+        help="number of web processes beside an engine; 0: one process",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "models": {}, "faults": []}
     names = options.models.split(",")
-    stem = f"gpu-{'-'.join(names)}-{report['machine']['date'][:10]}-{options.device.replace(':', '')}"
+    webs = f"-webs{options.webs}" if options.webs else ""
+    device = options.device.replace(":", "")
+    stem = f"gpu-{'-'.join(names)}{webs}-{report['machine']['date'][:10]}-{device}"
     with tempfile.TemporaryDirectory() as temporary:
         for session in sessions(options):
             for name in names:
@@ -248,7 +256,10 @@ def served(name: str, file: Path, folder: str, session: str, options: argparse.N
     }
     settings = {"plain": "graphs = false", "graphs": "", "TensorRT": "graphs = false\ntensorrt = true"}
     (file.parents[1] / "model.toml").write_text(f"[gpu]\n{settings[session]}\n")
-    server = Server(file.parents[1], ["--devices", options.device, "--queue-ms", "60000"], environ)
+    flags = ["--devices", options.device, "--queue-ms", "60000"]
+    if options.webs:
+        flags += ["--engine", "process", "--web-processes", str(options.webs)]
+    server = Server(file.parents[1], flags, environ)
     try:
         server.wait_for(r"\d+ models$", 300)
         if session == "TensorRT":

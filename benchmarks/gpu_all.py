@@ -86,6 +86,18 @@ def steps(device: str, out: Path) -> list[Step]:
             200,
             "gpu-resnet50-*.md",
         ),
+        Step("engines", ("benchmarks/gpu_engines.py", "--seconds", "3", "--webs", "2,4", *at), 180),
+        Step("slots", ("benchmarks/gpu_slots.py", "--out", str(out)), 40),
+        Step("buckets", ("benchmarks/gpu_buckets.py", *at), 60),
+        Step(
+            "served-webs",
+            (
+                *("benchmarks/gpu.py", "--models", "resnet50,encoder", "--webs", "4", "--seconds", "2"),
+                *("--sessions", "graphs", *at),
+            ),
+            150,
+            "gpu-resnet50-encoder-webs4-*.md",
+        ),
         Step(
             "precision-torch",
             ("benchmarks/gpu_precision.py", "--models", "torch", "--seconds", "0.5", *at),

@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement")
-    parser.add_argument("--webs", default="1,2,4,8", help="numbers of web processes")
+    parser.add_argument("--webs", default="1,2,4,8", help="numbers of web processes; none: no rates")
     parser.add_argument("--processes", type=int, default=6, help="processes of clients")
     parser.add_argument("--connections", type=int, default=32, help="connections of each of them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -43,8 +43,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "models"
         make_models(repository)
-        report["in-process"] = rate(repository, folder, ["--engine", "in-process"], options)
-        for webs in options.webs.split(","):
+        if options.webs:
+            report["in-process"] = rate(repository, folder, ["--engine", "in-process"], options)
+        for webs in filter(None, options.webs.split(",")):
             flags = ["--engine", "process", "--web-processes", webs]
             report[f"{webs} web"] = rate(repository, folder, flags, options)
             save(report, options)
@@ -73,7 +74,7 @@ def make_models(repository: Path) -> None:
     program = torch.jit.trace(torch.nn.Embedding(16, 4).eval(), torch.zeros(2, 3, dtype=torch.int64))
     program.save(str(repository / "table" / "1" / "model.pt"))
     (repository / "table" / "model.toml").write_text(
-        '[[inputs]]\nname = "x"\ndatatype = "INT64"\nshape = [-1, 3]\n\n[gpu]\ngraphs = false\n'
+        '[[inputs]]\nname = "input"\ndatatype = "INT64"\nshape = [-1, 3]\n\n[gpu]\ngraphs = false\n'
     )
 
 
@@ -125,6 +126,8 @@ def ended(
             except Exception as error:  # noqa: BLE001 - raised again below
                 faults.append(error)
 
+        if server.get("/health/ready").status_code != 200:
+            raise RuntimeError(f"not all models are ready: {server.get('/models').text}")
         before = server.metric("engine_restarts_total")
         thread = threading.Thread(target=clients)
         thread.start()
