@@ -1,4 +1,4 @@
-"""The command: `inferpool serve`, `check`, `fetch`, `build`, `key`, `sign`, and others."""
+"""The command: `inferpool serve`, `check`, `fetch`, `build`, `predict`, `key`, `sign`, and others."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from inferpool import __version__
 from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
 from inferpool.errors import InferpoolError
 from inferpool.platforms import REPOSITORY_VARIABLE, find_repository, platform_settings
+from inferpool.predict_command.command import add_predict_command, run_predict_command
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.repository.stores.reference import StoreReference, parse_repository
 from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, FETCH_SETTINGS, Settings, add_flags, read_settings
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     if command in COMMANDS:
         return run_admin_command(command, flags, os.environ)
+    if command == "predict":
+        return run_predict_command(flags, os.environ)
     if command in SIGN_COMMANDS:
         return run_sign_command(command, flags, os.environ)
     argument, config = flags.pop("repository"), flags.pop("config", None)
@@ -168,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         help="options of the script (see NAME --help)",
     )
+    add_predict_command(commands)
     _add_key(commands)
     add_sign_commands(commands)
     add_admin_commands(commands)

@@ -73,7 +73,14 @@ class Form(NamedTuple):
     fields: Mapping[str, Pictures | Array]
 
 
-Content: TypeAlias = Arrays | Frame | Sentences | Pictures | Form
+class File(NamedTuple):
+    """A body as it is sent, with its media type."""
+
+    media_type: str
+    content: bytes
+
+
+Content: TypeAlias = Arrays | Frame | Sentences | Pictures | Form | File
 
 
 class Encoded(NamedTuple):
@@ -195,9 +202,14 @@ def encode_frame(frame: Frame, *, arrow: bool) -> Encoded:
         content = _arrow(frame.frame)
         if content is not None:
             return Encoded(ARROW, [content])
-    if not hasattr(frame.frame, "to_dict"):
-        raise TypeError(f"{type(frame.frame).__name__} needs pyarrow to be sent; install inferpool[tables]")
-    columns = {str(name): _json_column(frame.frame[name]) for name in frame.frame.columns}
+    if hasattr(frame.frame, "iloc"):
+        columns = {str(name): _json_column(frame.frame[name]) for name in frame.frame.columns}
+    elif hasattr(frame.frame, "to_pydict"):
+        columns = frame.frame.to_pydict()
+    else:
+        raise TypeError(
+            f"{type(frame.frame).__name__} is sent as Arrow alone, which pyarrow writes and reads"
+        )
     options = orjson.OPT_SERIALIZE_NUMPY
     return Encoded(JSON_TYPE, [orjson.dumps({"list": columns}, option=options)])
 
@@ -286,6 +298,8 @@ def count_rows(content: Content) -> int:
         return len(content.pictures)
     if isinstance(content, Frame):
         return len(content.frame)
+    if isinstance(content, File):
+        raise TypeError("the rows of a file are not known")
     values = content.tensors.values() if isinstance(content, Arrays) else content.fields.values()
     counts = {
         len(value.pictures) if isinstance(value, Pictures) else len(np.atleast_1d(value)) for value in values
@@ -304,6 +318,8 @@ def cut(content: Content, start: int, end: int) -> Content:
     if isinstance(content, Frame):
         frame = content.frame
         return Frame(frame.iloc[start:end] if hasattr(frame, "iloc") else frame[start:end])
+    if isinstance(content, File):
+        raise TypeError("a file cannot be cut")
     if isinstance(content, Arrays):
         return Arrays({name: array[start:end] for name, array in content.tensors.items()})
     return Form({

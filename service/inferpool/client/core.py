@@ -140,9 +140,10 @@ class Core:
             encoded = encode_sentences(content)
         elif isinstance(content, Pictures):
             encoded = encode_pictures(content)
-        else:
-            assert isinstance(content, Form)
+        elif isinstance(content, Form):
             encoded = encode_form(content)
+        else:
+            encoded = Encoded(content.media_type, [content.content])
         return (yield from self._predict_natively(model, encoded, options, deadline))
 
     def metadata(

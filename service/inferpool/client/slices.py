@@ -34,8 +34,11 @@ def slice_rows(content: Content, rows_per_request: int | None, concurrency: int)
 
 
 @contextmanager
-def make_progress(wanted: bool, rows: int) -> Iterator[Progress]:
-    """Show a bar of tqdm if it is `wanted`; raises ImportError if tqdm is not installed."""
+def make_progress(wanted: bool, rows: int | None) -> Iterator[Progress]:
+    """Show a bar of tqdm if it is `wanted`, of how many rows, if that is known.
+
+    Raises ImportError if tqdm is not installed.
+    """
     if not wanted:
         yield _NoProgress()
         return

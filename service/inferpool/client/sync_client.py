@@ -13,7 +13,7 @@ import httpx
 
 from inferpool.client.answer import Prediction, Reply, join_predictions
 from inferpool.client.backoff import Backoff
-from inferpool.client.content import cut, recognise
+from inferpool.client.content import Content, cut, recognise
 from inferpool.client.core import Attempt, Core, Failure, Options, Outcome, Pause, Steps
 from inferpool.client.metadata import Metadata
 from inferpool.client.slices import make_progress, slice_rows
@@ -92,6 +92,17 @@ class Client:
         """
         options = Options(version, outputs, labels, timeout_s, request_id)
         return self._run(self._core.predict(model, recognise(inputs), options))
+
+    def predict_content(
+        self,
+        model: str,
+        content: Content,
+        version: str | int | None,
+        outputs: Sequence[str] | None,
+        labels: bool,
+    ) -> Prediction:
+        """Run `model` on inputs that have been recognised; otherwise like `predict`."""
+        return self._run(self._core.predict(model, content, Options(version, outputs, labels)))
 
     def predict_many(
         self,

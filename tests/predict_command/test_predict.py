@@ -1,0 +1,191 @@
+"""`inferpool predict`: each format in and out, rows with errors, and runs that were killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from inferpool import cli
+
+from tests.server import Server, wait_until
+from tests.text_models import write_encoder
+
+COLUMNS = ["age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6"]
+ROWS = np.array([[20 + row, 2, 32.1, 101, 157, 93.2, 38, 4, 4.8598, 87] for row in range(40)])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, models: Path, cache_dir: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("digits", "diabetes"):
+        shutil.copytree(models / name, folder / name)
+    write_encoder(folder, "encoder")
+    server = Server(folder, ("--measure-ms", "20"), {"INFERPOOL_CACHE_DIR": str(cache_dir)})
+    server.wait_loaded()
+    yield server
+    server.kill()
+
+
+def write_rows(path: Path) -> Path:
+    """Write `ROWS` in the format of the suffix."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *ROWS.tolist()])
+    elif path.suffix == ".jsonl":
+        lines = (json.dumps(dict(zip(COLUMNS, row, strict=True))) for row in ROWS.tolist())
+        path.write_text("\n".join(lines))
+    elif path.suffix == ".ndjson":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS.tolist()))
+    elif path.suffix == ".npy":
+        np.save(path, ROWS)
+    elif path.suffix == ".npz":
+        np.savez(path, features=ROWS)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        columns = {name: ROWS[:, index] for index, name in enumerate(COLUMNS)}
+        parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def predict(server: Server, *arguments: object) -> int:
+    return cli.main(["predict", *map(str, arguments), "--url", server.url])
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> list[float]:
+    answer = server.post("/predict/diabetes", json={"inputs": ROWS.tolist()}).json()
+    return [row[0] for row in answer["outputs"]["progression"]]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".ndjson", ".npy", ".npz", ".parquet"])
+def test_every_format_gives_the_same_rows(
+    server: Server, tmp_path: Path, expected: list[float], suffix: str
+) -> None:
+    file, output = write_rows(tmp_path / f"in{suffix}"), tmp_path / "out.csv"
+    assert predict(server, "diabetes", file, "-o", output, "--rows-per-request", 7) == 0
+    found = [float(row["progression"]) for row in read_csv(output)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, output.name}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".npz"])
+def test_every_output_has_the_same_rows(
+    server: Server, tmp_path: Path, expected: list[float], suffix: str
+) -> None:
+    output = tmp_path / f"out{suffix}"
+    assert predict(server, "diabetes", write_rows(tmp_path / "in.npy"), "-o", output) == 0
+    found: Any
+    if suffix == ".jsonl":
+        found = [json.loads(line)["progression"] for line in output.read_text().splitlines()]
+    elif suffix == ".npz":
+        found = np.load(output)["progression"][:, 0]
+    else:
+        pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        found = parquet.read_table(output)["progression"].to_pylist()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_folder_of_pictures_keeps_the_damaged_one_with_its_error(
+    server: Server, tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(5):
+        shutil.copy(models / "digits" / "samples" / "7.png", folder / f"{number}.png")
+    (folder / "2.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    output = tmp_path / "out.csv"
+    assert predict(server, "digits", folder, "-o", output, "--labels", "--rows-per-request", 2) == 1
+    assert "--keep-errors" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out.csv.parts")
+    assert predict(server, "digits", folder, "-o", output, "--labels", "--keep-errors") == 0
+    rows = read_csv(output)
+    assert [row["file"] for row in rows] == [f"{number}.png" for number in range(5)]
+    assert [row["label"] for row in rows] == ["7", "7", "", "7", "7"]
+    assert [bool(row["error"]) for row in rows] == [False, False, True, False, False]
+    assert len(rows[0].keys() & {f"logits_{number}" for number in range(10)}) == 10
+    assert "5 rows, 1 with an error" in capsys.readouterr().err
+
+
+def test_lines_of_text_are_sentences(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("w1 w2\nw3 w4\n")
+    output = tmp_path / "out.npz"
+    assert predict(server, "encoder", tmp_path / "in.txt", "-o", output, "--outputs", "pooled") == 0
+    assert np.load(output)["pooled"].shape == (2, 16)
+
+
+def test_errors_of_every_row_end_the_run(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "in.npy")
+    assert predict(server, "nobody", file, "-o", tmp_path / "out.csv", "--keep-errors") == 1
+    assert 'no model is called "nobody"' in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out.csv.parts")
+    np.save(tmp_path / "narrow.npy", ROWS[:, :3])
+    assert (
+        predict(server, "diabetes", tmp_path / "narrow.npy", "-o", tmp_path / "out.csv", "--keep-errors") == 1
+    )
+    assert "every row of the first 40 has an error" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_what_cannot_be_read_or_written_is_said_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "in.npy")
+    (tmp_path / "in.doc").touch()
+    (tmp_path / "old.csv").touch()
+    for arguments, message in (
+        (("m", file, "-o", tmp_path / "out.doc"), "the output is .csv, .parquet"),
+        (("m", tmp_path / "in.doc", "-o", tmp_path / "out.csv"), "in.doc: expected .csv"),
+        (("m", tmp_path / "none.csv", "-o", tmp_path / "out.csv"), "No such file"),
+        (("m", file, "-o", tmp_path / "old.csv", "--url", "http://127.0.0.1:1"), "old.csv exists"),
+        (("/nowhere", file, "-o", tmp_path / "out.csv"), "with --url, MODEL is the name"),
+    ):
+        assert cli.main(["predict", *map(str, arguments)]) in (1, 2)
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was(
+    server: Server, tmp_path: Path, models: Path, cache_dir: Path
+) -> None:
+    """The model is loaded by the command itself; the second run has every row once, and in its place."""
+    rows = np.repeat(ROWS, 50, axis=0)
+    rows[:, 0] = np.arange(len(rows)) % 90
+    np.save(tmp_path / "in.npy", rows)
+    output, parts = tmp_path / "out.csv", tmp_path / "out.csv.parts"
+    command = [
+        *(sys.executable, "-m", "inferpool", "predict", str(models / "diabetes"), str(tmp_path / "in.npy")),
+        *("-o", str(output), "--rows-per-request", "4", "--concurrency", "2", "--measure-ms", "20"),
+    ]
+    environ = {**os.environ, "INFERPOOL_CACHE_DIR": str(cache_dir)}
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as first:
+        wait_until(lambda: len([*parts.glob("*.npz")]) > 3 or first.poll() is not None, "chunks on disk")
+        first.kill()
+    assert not output.exists()
+    # What a kill in the middle of a chunk leaves behind is no chunk.
+    (parts / "000000000004.unfinished").write_bytes(b"PK")
+    second = subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True, check=True)
+    assert "from an earlier run" in second.stderr
+    answer = server.post("/predict/diabetes", json={"inputs": rows.tolist()}).json()
+    found = [[float(row["progression"])] for row in read_csv(output)]
+    np.testing.assert_allclose(found, answer["outputs"]["progression"], rtol=1e-5)
+    assert len(found) == len(rows)
+    assert not parts.exists()
