@@ -28,7 +28,7 @@ HOT_PATH = [
     *(f"{SOURCE}/http/predict/{name}.py" for name in (
         "api", "body_buffer", "budget", "context", "in_flight", "no_rows", "offload", "predictor", "recorder",
         "request_head", "request_id", "request_metrics", "resolver", "response", "results",
-        "served_version", "canary_choice")),
+        "response_cache", "served_version", "single_flight", "canary_choice")),
     *(f"{SOURCE}/http/{name}.py" for name in (
         "access/caller", "access/gate", "access/refusals", "access/tenants", "accept_headers",
         "native/api", "native/bodies", "platforms/api", "v1/api", "v2/api")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from inferpool.http.access.cors import make_cors
 from inferpool.http.access.make_gate import KeySource, make_gate
@@ -15,9 +15,10 @@ from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.platforms.routes import route_aliases
 from inferpool.http.predict.in_flight import InFlight
-from inferpool.http.predict.memory_monitor import MemoryMonitor, System
+from inferpool.http.predict.memory_monitor import CachedMemory, MemoryMonitor, System
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.recorder import RequestRecorder
+from inferpool.http.predict.response_cache import ResponseCache
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Inbox, VersionKey
@@ -27,6 +28,9 @@ from inferpool.repository.catalog_readings import is_shown
 from inferpool.repository.rollout import RolloutWatch
 from inferpool.repository.traffic_figures import traffic_readings
 from inferpool.settings import Settings
+
+CACHE_SHARE: Final = 16
+"""Cached outputs take at most this share of the memory."""
 
 
 class ServerParts(NamedTuple):
@@ -69,6 +73,7 @@ def make_server_parts(
     """
     metrics.show_only(partial(is_shown, catalog))
     metrics.add_source(partial(traffic_readings, catalog, metrics), published=False)
+    cache = ResponseCache(min(settings.cache_bytes, system.limit.limit // CACHE_SHARE) // processes, metrics)
     predictor = Predictor(
         catalog,
         inbox,
@@ -80,8 +85,11 @@ def make_server_parts(
         recorder=recorder,
         release=release,
         lend=lend,
+        cache=cache,
     )
-    memory = MemoryMonitor(system, predictor.budget, metrics, derive=derive, share=processes)
+    memory = MemoryMonitor(
+        system, predictor.budget, metrics, derive=derive, share=processes, cache=CachedMemory(cache, catalog)
+    )
     gate, key_sources = make_gate(settings, time.monotonic, metrics)
     predictor.tenants, tenant_sources = make_tenants(settings.tenants_file, gate.enabled, metrics, rates)
     shared = SharedState(

@@ -127,6 +127,11 @@ class Settings(BaseModel):
         description="Bytes that the requests of all models together may hold; 0 takes half of the memory that"
         " loaded models leave, up to 4 GiB.",
     )
+    cache_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
+        default=64 * 1024 * 1024,
+        description="Bytes of cached outputs of all models whose `model.toml` enables the cache, at most a"
+        " sixteenth of the memory; each web process has its part. 0 turns all caches off.",
+    )
     queue_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
         default=0,
         description="Bytes of inputs that may wait for one model; 0 takes half of `in_flight_bytes`.",

@@ -138,6 +138,11 @@ ANSWER_HEADERS: Final[Document] = {
         "description": "Milliseconds: `queue;dur=…, compute;dur=…, total;dur=…`",
         "schema": {"type": "string"},
     },
+    "Cache-Status": {
+        "description": "Of a model with a cache: `inferpool; hit`, `inferpool; fwd=miss`, or `inferpool;"
+        " fwd=miss; collapsed` if the run of an equal request answered this one.",
+        "schema": {"type": "string"},
+    },
     "Content-Encoding": {
         "description": "`gzip`, if Accept-Encoding allows it and the response shrinks.",
         "schema": {"type": "string"},

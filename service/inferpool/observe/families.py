@@ -144,6 +144,12 @@ FAMILIES: Final = {
                "Memory of the limit that is taken and that the kernel cannot take back.", combine="max"),
         Family("in_flight_bytes", "gauge", (), "Memory that requests have reserved now."),
         Family("in_flight_limit_bytes", "gauge", (), "Memory that requests may reserve together."),
+        Family("cache_requests_total", "counter", (*_VERSION, "outcome"),
+               "Requests for models whose answers are cached, by outcome: hit, miss, or shared if the run of"
+               " an equal request answered them."),
+        Family("cache_bytes", "gauge", (), "Memory that cached outputs take."),
+        Family("cache_limit_bytes", "gauge", (), "Memory that cached outputs may take."),
+        Family("cache_evictions_total", "counter", (), "Cached outputs that were given up for others."),
         Family("memory_trims_total", "counter", (), "Times that freed memory was given back to the kernel."),
         Family("memory_trim_seconds_total", "counter", (), "Time that giving freed memory back took."),
         Family("memory_trimmed_bytes_total", "counter", (), "Freed memory that was given back."),

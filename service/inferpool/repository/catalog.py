@@ -111,6 +111,8 @@ class VersionView:
         gpu: how the version runs on GPUs; None on the CPU.
         load_s: the seconds that loading took.
         beside: whether it loads although the server is ready already, which stays ready meanwhile.
+        cache_digest: stands for all that its outputs depend on beside the inputs; None if its answers are not
+            cached.
     """
 
     key: VersionKey
@@ -130,6 +132,7 @@ class VersionView:
     gpu: GpuView | None = None
     load_s: float = 0.0
     beside: bool = False
+    cache_digest: str | None = None
 
 
 @dataclass(frozen=True)

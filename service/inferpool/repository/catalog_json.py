@@ -99,6 +99,7 @@ def version_from_json(sent: JsonObject, codecs: Codecs = NO_CODECS) -> VersionVi
         gpu=None if gpu is None else _gpu(gpu),
         load_s=_number(sent["load_s"]),
         beside=sent["beside"],
+        cache_digest=sent["cache_digest"],
     )
 
 

@@ -171,6 +171,17 @@ class QueueConfig(BaseModel):
     )
 
 
+class CacheConfig(BaseModel):
+    """`[cache]`: whether equal requests share answers."""
+
+    model_config = _Table
+    enabled: bool = Field(
+        default=False,
+        description="Answer equal requests of a tenant from memory, and run equal requests that come at once"
+        " only once. Only for a model that always gives the same outputs for the same inputs.",
+    )
+
+
 class TensorConfig(BaseModel):
     """`[[inputs]]`, `[[outputs]]`: what the file does not say about a tensor; -1 in `shape` is any size."""
 
@@ -220,6 +231,7 @@ class ModelConfig(BaseModel):
     instances: InstancesConfig = InstancesConfig()
     gpu: GpuConfig = GpuConfig()
     queue: QueueConfig = QueueConfig()
+    cache: CacheConfig = CacheConfig()
     image: ImageConfig | None = None
     text: TextConfig | None = None
     labels: LabelsConfig | None = None

@@ -18,6 +18,7 @@ from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.predict.response_cache import ResponseCache
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Entry, Result, VersionKey
@@ -195,8 +196,10 @@ class FakeServerState:
 class FakeCatalog:
     """Serves version 1 of the model "m", which takes rows of two numbers."""
 
-    def __init__(self) -> None:
-        view = VersionView(VersionKey("m", 1), READY, signature=Signature((INPUT,), (INPUT,)))
+    def __init__(self, cache_digest: str | None = None) -> None:
+        view = VersionView(
+            VersionKey("m", 1), READY, signature=Signature((INPUT,), (INPUT,)), cache_digest=cache_digest
+        )
         self._models = {"m": ModelView("m", "", {1: view}, {})}
 
     def models(self) -> Mapping[str, ModelView]:
@@ -235,14 +238,18 @@ class FakeInbox:
 class Harness:
     """A predictor, and what all connections share, over the fakes above."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_digest: str | None = None, release: Callable[..., None] | None = None) -> None:
+        """Cache answers if there is a `cache_digest`; `release` is the predictor's."""
         self.loop = FakeLoop()
         results = ResultDispatcher()
         results.attach(cast("Any", self.loop))
         self.inbox = FakeInbox(results)
+        metrics = Metrics({})
+        self.cache = ResponseCache(2**20, metrics)
         self.predictor = Predictor(
-            cast("Any", FakeCatalog()), self.inbox, results, Metrics({}), self.loop.time,
+            cast("Any", FakeCatalog(cache_digest)), self.inbox, results, metrics, self.loop.time,
             max_body_bytes=MAX_BODY_BYTES, in_flight_bytes=IN_FLIGHT_BYTES, recorder=RequestRecorder(),
+            release=release, cache=self.cache,
         )  # fmt: skip
         self.shared = SharedState(self.predictor, Gate(self.loop.time))
         results.wrap_batches(self.shared.writes.begin, self.shared.writes.flush)

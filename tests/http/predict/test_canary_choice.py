@@ -92,7 +92,8 @@ def test_only_errors_of_the_server_count_and_only_in_their_trial() -> None:
     assert trial_counts(metrics, "m", 2, 1) == TrialCounts()
     for code in ("model_failed", "model_crashed", "run_timeout", "internal_error"):
         counted.failed(500, 0.1, code, by_server=True)
-    counted.succeeded(1, 0.0, 0.0, 9.0, 1.0, Result(1, {}, None, 0.001, 0.002))
+    counted.succeeded(1, 0.0, 0.0, 9.0, 1.0, Result(1, {}, None, 0.001, 0.002, 1))
+    counted.succeeded(1, 0.0, 0.0, 9.0, 1.0, Result(2, {}, None, 0.0))  # from the cache
     found = trial_counts(metrics, "m", 2, 1)
     assert (found.failures, found.answered) == (4, 1)
     # Nine seconds, most of which the client took to send its body.

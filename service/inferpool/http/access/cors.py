@@ -20,7 +20,8 @@ ANY: Final = "*"
 
 _METHODS: Final = b"GET, HEAD, POST, PUT, DELETE, OPTIONS"
 _EXPOSED: Final = (
-    b"X-Request-Id, Server-Timing, Retry-After, Allow, WWW-Authenticate, Inference-Header-Content-Length"
+    b"X-Request-Id, Server-Timing, Cache-Status, Retry-After, Allow, WWW-Authenticate,"
+    b" Inference-Header-Content-Length"
 )
 """The headers that a page may read beside those that the standard always allows."""
 _USUAL_HEADERS: Final = (

@@ -38,6 +38,8 @@ class TrialMetrics(RequestMetrics):
     ) -> None:
         """Count a request that was answered with outputs at the moment `now`."""
         super().succeeded(rows, decode_s, encode_s, total_s, now, result)
+        if not result.batch_rows:
+            return  # the cache has answered, or another request's run, which tells nothing of the version
         # Not the time that the client took to send its body.
         self._add(_FIRST_TIME + bisect_left(self._bounds, result.queue_s + result.compute_s))
 

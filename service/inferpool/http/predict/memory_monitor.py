@@ -20,7 +20,9 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from inferpool.http.predict.budget import ByteBudget
+from inferpool.http.predict.response_cache import ResponseCache
 from inferpool.observe.metrics import Metrics, Sample
+from inferpool.repository.catalog import Catalog
 from inferpool.system.memory import (
     LEAST_IN_FLIGHT_BYTES,
     LEAST_MARGIN_BYTES,
@@ -66,6 +68,30 @@ class System(NamedTuple):
     clock: Callable[[], float] = time.monotonic
 
 
+class CachedMemory:
+    """The memory of the response cache."""
+
+    def __init__(self, cache: ResponseCache, catalog: Catalog) -> None:
+        """`cache` is used if a model of `catalog` enables it."""
+        self._cache = cache
+        self._catalog = catalog
+
+    def used(self) -> int:
+        """Return the bytes that cached outputs take now."""
+        return self._cache.used
+
+    def reserved(self) -> int:
+        """Return the bytes that they may take; 0 if no model is cached."""
+        models = self._catalog.models().values()
+        cached = any(view.cache_digest for model in models for view in model.versions.values())
+        return self._cache.limit if cached else 0
+
+    def readings(self) -> list[Sample]:
+        """Return the gauges of the cache, and let it forget what is not served any more."""
+        self._cache.keep_only(self._catalog.models())
+        return self._cache.readings()
+
+
 def this_system(memory_bytes: int) -> System:
     """The calls for this process, whose limit is `memory_bytes`; 0 takes the cgroup's or the machine's."""
     limit = chosen_limit(memory_bytes)
@@ -80,20 +106,29 @@ class MemoryMonitor:
     """
 
     def __init__(
-        self, system: System, budget: ByteBudget, metrics: Metrics, *, derive: bool, share: int = 1
+        self,
+        system: System,
+        budget: ByteBudget,
+        metrics: Metrics,
+        *,
+        derive: bool,
+        share: int = 1,
+        cache: CachedMemory | None = None,
     ) -> None:
         """`derive` sets the limit of `budget`; otherwise only the memory of a request alone is bounded.
 
-        `share` is the number of processes that share the memory for requests.
+        `share` is the number of processes that share the memory for requests. `cache` counts as memory beside
+        that of requests.
         """
         self._share = share
+        self._cache = cache
         self._system = system
         self._budget = budget
         self._derive = derive
         self._bounds_data = False
         self._data_bytes = 0
         self._threads = 0
-        self._base = system.use().held
+        self._base = self._held()
         self._quiet = 0
         self._trimmed_at = -math.inf
         self._pause_s = LEAST_TRIM_S
@@ -104,6 +139,8 @@ class MemoryMonitor:
         self._closed = threading.Event()
         self._worker = threading.Thread(target=self._run, name="memory", daemon=True)
         metrics.add_source(self._readings)
+        if cache is not None:
+            metrics.add_source(cache.readings)
         self._set_budget()
 
     def start(self) -> None:
@@ -153,7 +190,7 @@ class MemoryMonitor:
         with self._working:
             system, used = self._system, self._budget.held
             limit = system.limit.limit
-            held = system.use().held
+            held = self._held()
             if self._is_quiet(used) and held < self._base:
                 # The last trim met requests that held more than they had reserved.
                 self._base = held
@@ -182,11 +219,11 @@ class MemoryMonitor:
     def _trim(self) -> int:
         """Give freed memory back and derive the budget anew; returns the bytes given back."""
         system = self._system
-        before, began = system.use().held, system.clock()
+        before, began = self._held(), system.clock()
         gc.collect()  # errors and their frames may refer to one another, and keep a body
         system.trim()
         self._trimmed_at = system.clock()
-        after, used = system.use().held, self._budget.held
+        after, used = self._held(), self._budget.held
         freed = max(0, before - after)
         self._trims.add()
         self._trim_s.add(self._trimmed_at - began)
@@ -201,9 +238,18 @@ class MemoryMonitor:
         """Whether requests that hold `used` bytes hold next to nothing."""
         return used <= self._system.limit.limit // 64
 
+    def _held(self) -> int:
+        """Return what the process holds, without the response cache."""
+        held = self._system.use().held
+        return held if self._cache is None else max(0, held - self._cache.used())
+
     def _set_budget(self) -> None:
         budget, limit = self._budget, self._system.limit.limit
-        room = max(LEAST_IN_FLIGHT_BYTES, in_flight_bytes(limit, self._system.held()) // self._share)
+        held = self._system.held()
+        if self._cache is not None:
+            # All that may be cached, in every process, is reserved from the beginning.
+            held += self._share * max(0, self._cache.reserved() - self._cache.used())
+        room = max(LEAST_IN_FLIGHT_BYTES, in_flight_bytes(limit, held) // self._share)
         if self._derive:
             budget.limit = room
             budget.most = budget.shared

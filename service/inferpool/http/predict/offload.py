@@ -10,6 +10,7 @@ from inferpool.http.media_types import ARROW_FILE, ARROW_STREAM, CSV, FORM, NPZ,
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.fair_threads import FairThreads
+from inferpool.http.predict.response_cache import HASHED_BYTES
 from inferpool.repository.catalog import Catalog
 from inferpool.system.cpu import usable_cores
 
@@ -74,6 +75,8 @@ class DecodeOffloader:
         if size > HEAVY_TEXT_BYTES and self._may_be_text(context):
             return True
         if size > HEAVY_JSON_BYTES and (_is_heavy_json(context, size) or _holds_strings(context, size)):
+            return True
+        if size > HASHED_BYTES and context.served is not None and context.served.cache is not None:
             return True
         if size > HEAVY_CSV_BYTES and head.content_type == CSV:
             return True

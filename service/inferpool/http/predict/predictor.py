@@ -49,9 +49,11 @@ from inferpool.http.predict.offload import (
 from inferpool.http.predict.recorder import CLIENT_GONE, RequestRecorder
 from inferpool.http.predict.resolver import Resolver
 from inferpool.http.predict.response import Response, compressed, server_timing
+from inferpool.http.predict.response_cache import CACHE_STATUSES, NOT_CACHED, ResponseCache
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.predict.shadow_copies import ShadowCopies
+from inferpool.http.predict.single_flight import Flight, SingleFlight
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
@@ -94,6 +96,7 @@ class Predictor:
         recorder: RequestRecorder,
         release: Callable[[VersionKey, int], None] | None = None,
         lend: Callable[[VersionKey, int, int], memoryview | None] | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
         """`release` is called with the version and the id of an entry when nobody reads its outputs any more.
 
@@ -101,6 +104,8 @@ class Predictor:
 
         `lend` returns memory for a body of a version, of so many bytes, whose tensors begin at some byte: an
         engine finds them there without a copy. None if no engine is another process.
+
+        `cache` keeps the outputs of models whose answers are cached.
         """
         self.clock = clock
         self.max_body_bytes = max_body_bytes
@@ -108,7 +113,7 @@ class Predictor:
         self._small_body = Allowance(max_body_bytes)
         self.in_flight = InFlight()
         self.offloader = DecodeOffloader(catalog)
-        self.resolver = Resolver(catalog, metrics)
+        self.resolver = Resolver(catalog, metrics, cache)
         self.tenants: Tenants | None = None
         self._inbox = inbox
         self._release_outputs = release
@@ -119,6 +124,7 @@ class Predictor:
         self._recorder = recorder
         self._entry_ids = itertools.count(1)
         self._copies = ShadowCopies(inbox, results, clock, self._entry_ids, release)
+        self._flights = SingleFlight(inbox, results, clock, release)
         in_flight = self.in_flight
         metrics.add_source(lambda: [("in_flight_requests", (), float(in_flight.requests))])
 
@@ -199,6 +205,12 @@ class Predictor:
             # Counted here, because a tensor may have a million strings, too many for the event loop.
             parts = [rows.tensors for rows in context.texts] or [tensors]
             context.input_bytes = sum(_bytes_of(tensor) for part in parts for tensor in part.values())
+        if served.cache is not None:
+            parts = [rows.tensors for rows in context.texts] or [tensors]
+            on_loop = not context.offloaded_bytes
+            context.cache_key = served.cache.key(
+                context.caller.tenant, options.outputs, parts, on_loop=on_loop
+            )
         context.decode_s = self.clock() - began
         return tensors
 
@@ -230,12 +242,23 @@ class Predictor:
             entry = split_entry(next(self._entry_ids), parts)
         if served.open_answer or entry.rows * served.row_answer_bytes > COUNTED_ANSWER_BYTES:
             self._reserve_answer(context, served, tensors, entry.rows, client)
+        cache = None if context.cache_key is None or not entry.rows else served.cache
+        if cache is not None and deadline <= now:
+            raise DeadlineExceeded("the deadline passed before the request was queued")
         if context.tenant is not None:
             context.tenant.take_rows(entry.rows, now)
         on_result = then
+        flight: Flight | None = None
+        if cache is not None:
+            flight = self._flights.begin(cache, context, entry, then)
+            if flight is None:
+                context.entry = entry
+                self.in_flight.accepted += 1
+                return deadline
+            on_result = flight.on_result
         if served.shadow is not None and entry.rows:
             on_result = self._copies.follow(
-                served.shadow, entry.id, tensors, list(context.texts), context.options.outputs, then
+                served.shadow, entry.id, tensors, list(context.texts), context.options.outputs, on_result
             )
         self._results.subscribe(entry.id, on_result)
         try:
@@ -247,12 +270,15 @@ class Predictor:
             self._results.unsubscribe(entry.id)
             if not self._follow(context):
                 raise
+            context.cache_key, context.cache_status = None, NOT_CACHED  # the key names the other version
             return self.submit(context, tensors, then, client)
         except BaseException:
             self._results.unsubscribe(entry.id)
             if context.tenant is not None:
                 context.tenant.give_rows_back(entry.rows)
             raise
+        if flight is not None:
+            self._flights.offered(flight)
         context.entry = entry
         self.in_flight.accepted += 1
         return deadline
@@ -369,6 +395,8 @@ class Predictor:
             (b"x-request-id", context.request_id.encode("latin-1")),
             (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
         ]
+        if context.cache_status:
+            headers.append((b"cache-status", CACHE_STATUSES[context.cache_status]))
         size = sum(map(len, encoded.parts))
         if self._recorder.follows_all or head.trace is not None:
             self._recorder.ended(context, 200, "ok", size, now, result)
@@ -429,16 +457,19 @@ class Predictor:
 
     def expire(self, context: PredictContext) -> None:
         """Drop the entry if it still waits: its deadline has passed. Its result says so."""
-        if context.entry is not None:
-            self._inbox.cancel(context.entry.key, context.entry.id, "deadline")
+        entry = context.entry
+        if entry is not None and (context.flight is None or not self._flights.expire(context, entry)):
+            self._inbox.cancel(entry.key, entry.id, "deadline")
 
     def abandon(self, context: PredictContext) -> None:
         """Drop the entry if it still waits, and expect no result: the client is gone."""
         if not context.recorded:
             self._recorder.ended(context, CLIENT_GONE, "disconnected", 0, self.clock(), None)
-        if context.entry is not None:
-            self._results.unsubscribe(context.entry.id)
-            self._inbox.cancel(context.entry.key, context.entry.id, "disconnected")
+        entry = context.entry
+        if entry is not None:
+            self._results.unsubscribe(entry.id)
+            if context.flight is None or self._flights.abandon(context, entry):
+                self._inbox.cancel(entry.key, entry.id, "disconnected")
 
     def release(self, context: PredictContext) -> None:
         """Give back what the request holds: its response is written, or its client gone. May be repeated."""
@@ -449,7 +480,9 @@ class Predictor:
             context.free()
         entry = context.entry
         if entry is not None:
-            if self._release_outputs is not None:
+            if context.flight is not None:
+                self._flights.release(context)
+            elif self._release_outputs is not None:
                 self._release_outputs(entry.key, entry.id)
             context.entry = None
             self.in_flight.release()

@@ -15,6 +15,7 @@ from inferpool.http.predict.request_metrics import (
     RequestTotals,
     request_totals,
 )
+from inferpool.http.predict.response_cache import ResponseCache
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.predict.shadow_copies import ShadowTarget
 from inferpool.observe.families import BATCH_RUNS, REQUEST_STATS
@@ -45,10 +46,11 @@ class Resolver:
         on_choice_headers: called when these names have changed, in any thread.
     """
 
-    def __init__(self, catalog: Catalog, metrics: Metrics) -> None:
-        """Find what `catalog` serves, and count its requests in `metrics`."""
+    def __init__(self, catalog: Catalog, metrics: Metrics, cache: ResponseCache | None = None) -> None:
+        """Find what `catalog` serves, and count its requests in `metrics`; `cache` has their outputs."""
         self._catalog = catalog
         self._metrics = metrics
+        self._cache = cache or ResponseCache(0, metrics)
         self._resolved = _Resolved({})
         self._served: dict[VersionKey, ServedVersion] = {}
         self._stats: dict[VersionKey, RequestStats] = {}
@@ -147,6 +149,7 @@ class Resolver:
             model = models.get(key.model)
             if model is None or key.version not in model.versions:
                 self._served.pop(key, None)  # a tokenizer may have many megabytes
+        self._cache.keep_only(models)
         headers = NO_NAMES
         for model in models.values():
             if model.traffic is not None:
@@ -185,13 +188,15 @@ class Resolver:
 
     def _in_trial(self, view: VersionView, number: int) -> ServedVersion:
         stats = self._stats_of(view.key)
-        return ServedVersion(view, trial_metrics(self._metrics, view.key, stats, number))
+        metrics = trial_metrics(self._metrics, view.key, stats, number)
+        return ServedVersion(view, metrics, self._cache.of(view))
 
     def _look_up(self, model: str, version: str | None) -> ServedVersion:
         view = find_ready(self._catalog, model, version)
         served = self._served.get(view.key)
         if served is None or served.view is not view:
-            served = self._served[view.key] = ServedVersion(view, self._request_metrics(view.key))
+            metrics = self._request_metrics(view.key)
+            served = self._served[view.key] = ServedVersion(view, metrics, self._cache.of(view))
         return served
 
     def _request_metrics(self, key: VersionKey) -> RequestMetrics:

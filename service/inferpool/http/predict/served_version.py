@@ -8,6 +8,7 @@ from typing import Any, Final
 from inferpool.errors import InvalidInput
 from inferpool.http.predict.no_rows import EmptyAnswers, has_rows
 from inferpool.http.predict.request_metrics import RequestMetrics
+from inferpool.http.predict.response_cache import VersionCache
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import ANY, JSON, MOST_ROWS, Array, Signature, Tensors, TensorSpec, names_text
 from inferpool.wire.v2_request import RequestedOutput
@@ -76,15 +77,17 @@ class ServedVersion:
         open_answer: whether the rows of a request do not tell how large its answer is.
         row_answer_bytes: bytes that the answer to one row takes, as tensors and as JSON.
         shadow: the `ShadowTarget` that gets copies of the requests; None if there is none.
+        cache: the outputs of earlier requests; None if the model's answers are not cached.
     """
 
-    def __init__(self, view: VersionView, metrics: RequestMetrics) -> None:
+    def __init__(self, view: VersionView, metrics: RequestMetrics, cache: VersionCache | None = None) -> None:
         assert view.signature is not None  # known before a version is ready
         self.view = view
         self.signature: Signature = view.signature
         self.version = str(view.key.version)
         self.metrics = metrics
         self.shadow: Any = None
+        self.cache = cache
         specs = view.signature.inputs
         self.optional = frozenset(spec.name for spec in specs if spec.optional)
         self.bf16 = tuple(spec.name for spec in view.signature.outputs if spec.datatype == "BF16")

@@ -5,6 +5,7 @@ The loader finds everything that can be wrong with a version before the version 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from inferpool import __version__
 from inferpool.backends.base import Backend, DeviceModel, GpuOptions, LoadedModel, LoadOptions, TensorHint
 from inferpool.backends.registry import backends_by_suffix, find_backend
 from inferpool.backends.row_verdict import Evidence
@@ -254,6 +256,7 @@ class Loader:
             row_cost=plan.row_cost,
             classes=classes,
             gpu=copies.gpu,
+            cache_digest=_cache_digest(source) if config.cache.enabled else None,
         )
         return LoadedVersion(view, pool, copies, codec_source)
 
@@ -521,3 +524,14 @@ def _batching_view(
     return BatchingView(
         plan.batched, reason, plan.max_rows, config.batching.max_delay_ms, remedy, plan.evidence
     )
+
+
+def _cache_digest(source: _Source) -> str:
+    """Return a digest of the model's files, its configuration and this release, on which outputs depend."""
+    facts = (
+        __version__,
+        source.backend.describe(),
+        source.config.model_dump_json(),
+        source.files.model_digest(),
+    )
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
