@@ -31,7 +31,7 @@ HOT_PATH = [
         "response_cache", "served_version", "single_flight", "canary_choice")),
     *(f"{SOURCE}/http/{name}.py" for name in (
         "access/caller", "access/gate", "access/refusals", "access/tenants", "accept_headers",
-        "native/api", "native/bodies", "platforms/api", "v1/api", "v2/api")),
+        "native/api", "native/bodies", "openai/api", "platforms/api", "v1/api", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
         "admission", "audit", "batch", "completion", "device_accounts", "entry_queue", "fair_shares",
         "instance", "instance_set", "latency_model", "ordered_queue", "pool", "ports", "retries", "router",

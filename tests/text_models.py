@@ -25,7 +25,9 @@ def make_tokenizer() -> Any:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
@@ -64,11 +66,13 @@ def write_encoder(
     positions: int = 128,
     ids: int = TensorProto.INT64,
     types: int = 0,
+    scored: bool = False,
 ) -> Path:
     """A Transformer encoder with random weights, its tokenizer and `model.toml`; returns the model's file.
 
     Its outputs are `pooled` [rows, width], the mean over tokens, and `tokens` [rows, tokens, width]. Without
-    `mask` it has no such input, and padding goes into both; with `types` it has an input of as many.
+    `mask` it has no such input, and padding goes into both; with `types` it has an input of as many. With
+    `scored` the only output is `score` [rows, 1], as cross-encoders have it.
     """
     graph = _Graph()
     one = graph.value([1], np.int64)
@@ -101,6 +105,14 @@ def write_encoder(
         graph.op("Div", total, graph.op("ReduceSum", kept, one, keepdims=0), name="pooled")
     else:
         graph.op("ReduceMean", "tokens", axes=[1], keepdims=0, name="pooled")
+    outputs: dict[str, list[str | int | None]] = {
+        "pooled": ["rows", width],
+        "tokens": ["rows", "tokens", width],
+    }
+    if scored:
+        first = graph.op("Gather", "tokens", graph.value(0, np.int64), axis=1)
+        graph.op("MatMul", first, graph.random(width, 1), name="score")
+        outputs = {"score": ["rows", 1]}
     names = ["input_ids", *["attention_mask"] * mask, *["token_type_ids"] * bool(types)]
     file = write_model(
         repository,
@@ -110,8 +122,8 @@ def write_encoder(
             name,
             [helper.make_tensor_value_info(item, ids, ["rows", "tokens"]) for item in names],
             [
-                helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["rows", width]),
-                helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["rows", "tokens", width]),
+                helper.make_tensor_value_info(item, TensorProto.FLOAT, shape)
+                for item, shape in outputs.items()
             ],
             graph.weights,
         ),

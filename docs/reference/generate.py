@@ -96,7 +96,7 @@ def config_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
         kinds: list[Any] = [info.annotation, *getattr(info.annotation, "__args__", ())]
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
         if inner is not None:
-            yield from config_keys(inner, f"{name}.")
+            yield from config_keys(inner, f"{prefix}{name}.")
         else:
             yield prefix + name, info
 

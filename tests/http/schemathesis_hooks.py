@@ -21,6 +21,7 @@ IDS = ("input_ids", "attention_mask")
 VOCABULARY = 1000
 """Ids below this are in the vocabulary of the model, which rejects all others itself."""
 SENTENCES = ["It is", "A value", "", "Return the names of", "\u00fc\n"]
+TEXT_PATHS = ("/v1/embeddings", "/v1/rerank", "/v2/rerank", "/v1/score")
 LENGTH = "Inference-Header-Content-Length"
 
 
@@ -51,6 +52,11 @@ def map_case(context: Any, case: Any) -> Any:
     if case.path.endswith("/infer") and case.headers and case.headers.get(LENGTH) == "0":
         # A model of text takes any body as a sentence.
         del case.headers[LENGTH]
+    if case.meta is not None and case.meta.generation.mode.is_positive and case.path in TEXT_PATHS:
+        # No model of the bundled ones gives vectors or scores of texts.
+        case.body = {**case.body, "model": "nobody"}
+        case._record_starting_state()
+        return case
     is_predict = case.path.startswith("/predict") or case.path.endswith(("/infer", ":predict"))
     if case.meta is None or not case.meta.generation.mode.is_positive or not is_predict:
         return case

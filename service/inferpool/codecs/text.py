@@ -1,20 +1,21 @@
 """Encodes sentences as rows of token ids, as `[text]` in a model.toml says, by Hugging Face's `tokenizers`.
 
-Every sentence is encoded by itself, with the special tokens of the tokenizer's file, and truncated as the
-file says. Nothing is padded here: rows of equal length are returned together. The pool pads rows of
-different lengths if that changes no answer.
+A row is a sentence, or a pair of texts if the model takes pairs. Every row is encoded by itself, with the
+special tokens of the tokenizer's file, and truncated as the file says. Nothing is padded here: rows of equal
+length are returned together. The pool pads rows of different lengths if that changes no answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.codecs.text_config import TextConfig, find_inputs
+from inferpool.codecs.text_outputs import ScoreOutput, VectorOutput, find_scores, find_vectors
 from inferpool.codecs.text_tokenizer import (
     PROBE,
     catch_panics,
@@ -24,8 +25,8 @@ from inferpool.codecs.text_tokenizer import (
     set_truncation,
     take_padding,
 )
-from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody
-from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec, name_text
+from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody, Reason
+from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec, name_text, value_text
 
 MOST_CHARACTERS: Final = 1_000_000
 """The most characters of a request; one core encodes them in about half a second."""
@@ -39,12 +40,29 @@ PROOF_ROWS: Final = 8
 
 _SEED: Final = 20_260_101
 
+Text: TypeAlias = str | tuple[str, str]
+"""What becomes a row: a sentence, or a pair of texts."""
+
 
 class Rows(NamedTuple):
     """Sentences with the same number of tokens: their indices in the request, and their tensors."""
 
     indices: list[int]
     tensors: Tensors
+
+
+class TextRows(NamedTuple):
+    """The texts of a request as rows.
+
+    Attributes:
+        groups: the rows, in groups of equal length.
+        lengths: the number of tokens of each text.
+        truncated: the indices of the texts that were truncated.
+    """
+
+    groups: list[Rows]
+    lengths: list[int]
+    truncated: list[int]
 
 
 class TextCodec:
@@ -59,9 +77,13 @@ class TextCodec:
         fills: the padding value of every input that a sentence becomes, by name.
         unit: the length of the rows with which batching is proven and measured; a power of two.
         vocabulary_size: the number of tokens in the vocabulary.
+        pairs: whether a row is a pair of texts.
+        media_types: the media types of bodies that are one sentence.
+        query_prefix: put before a text that is sent as a query.
+        document_prefix: put before a text that is sent as a document.
+        vectors: makes the vector of each text, or the reason why the model gives none.
+        scores: makes the score of each pair, or the reason why the model gives none.
     """
-
-    media_types: ClassVar[tuple[str, ...]] = ("text/plain",)
 
     def __init__(self, config: TextConfig, signature: Signature, tokenizer: bytes) -> None:
         """Prepare everything that does not depend on the sentences; `tokenizer` is the content of its file.
@@ -71,6 +93,12 @@ class TextCodec:
         """
         self._tokenizer = make_tokenizer(config, tokenizer)
         self.input: Final = config.input
+        self.pairs: Final = config.pairs
+        self.media_types: Final[tuple[str, ...]] = () if config.pairs else ("text/plain",)
+        self.query_prefix: Final = config.embeddings.query_prefix
+        self.document_prefix: Final = config.embeddings.document_prefix
+        self.vectors: Final[VectorOutput | Reason] = find_vectors(config, signature)
+        self.scores: Final[ScoreOutput | Reason] = find_scores(config, signature)
         self._ids, self._mask, self._types = find_inputs(config, signature)
         with name_file(config):
             self._highest_type: Final = highest_type(self._tokenizer)
@@ -83,7 +111,7 @@ class TextCodec:
             known = self._tokenizer.get_vocab(with_added_tokens=True).values()
             self._highest: Final[int] = max(pad_id, *known, 0)
             # A tokenizer that cannot encode at all must fail here, not at the first request.
-            self._tokenizer.encode_batch_fast([PROBE])
+            self._tokenizer.encode_batch_fast([(PROBE, PROBE) if config.pairs else PROBE])
         self.ids: Final = self._ids.name
         self.fills: Final = {self.ids: pad_id}
         self.mask: Final = None if self._mask is None else self._mask.name
@@ -93,7 +121,7 @@ class TextCodec:
             self.fills[self._types.name] = pad_type
         # With a power of two, the costs of rows add up without rounding.
         self.unit: Final = 1 << (min(MEASURED_TOKENS, self.max_tokens).bit_length() - 1)
-        sentences = TensorSpec(self.input, "BYTES", (ANY,))
+        sentences = TensorSpec(self.input, "BYTES", (ANY, 2) if config.pairs else (ANY,))
         self.signature: Final = replace(
             signature, inputs=(sentences, *signature.inputs), substitute_input=self.input
         )
@@ -101,9 +129,15 @@ class TextCodec:
     def decode(self, body: bytes, allowance: Allowance = UNLIMITED) -> Array:
         """Return the sentence that is all of `body`.
 
-        Raises MalformedBody if it is not UTF-8, BodyTooLarge if it has too many characters, and what
-        `Allowance.take` raises.
+        Raises MalformedBody if it is not UTF-8, BodyTooLarge if it has too many characters, InvalidInput if
+        the model takes pairs, and what `Allowance.take` raises.
         """
+        if self.pairs:
+            raise InvalidInput(
+                f"tensor {name_text(self.input)} is one text; the model takes pairs of texts, as JSON:"
+                ' [["first", "second"]]',
+                tensor=self.input,
+            )
         if len(body) > UTF8_BYTES * MOST_CHARACTERS:
             raise BodyTooLarge(
                 f"tensor {name_text(self.input)} has {len(body)} bytes; a request may have {MOST_CHARACTERS}"
@@ -125,21 +159,66 @@ class TextCodec:
     def encode(self, sentences: Array, *, apart: bool) -> list[Rows]:
         """Return rows for `sentences`, a vector of `str`, in groups of equal length, shortest first.
 
-        With `apart` every row is a group. Raises InvalidInput with the sentence that cannot be encoded, and
-        BodyTooLarge if there are too many characters.
+        If the model takes pairs, `sentences` has two columns. With `apart` every row is a group. Raises
+        InvalidInput with the sentence that cannot be encoded, and BodyTooLarge if there are too many
+        characters.
         """
-        texts: list[str] = sentences.tolist()
-        self._check_size(texts)
-        encodings = self._encode(texts)
-        by_length: dict[int, list[int]] = {}
-        for index, encoding in enumerate(encodings):
-            by_length.setdefault(len(encoding), []).append(index)
-        if 0 in by_length:
-            raise self._fault(by_length[0][0], "has no tokens")
-        groups = (
-            [[index] for index in range(len(texts))] if apart else [by_length[n] for n in sorted(by_length)]
-        )
-        return [Rows(indices, self._rows([encodings[index] for index in indices])) for indices in groups]
+        listed: list[Any] = sentences.tolist()
+        texts: list[Text] = list(map(tuple, listed)) if self.pairs else listed
+        encodings = self._encode(texts, f"tensor {name_text(self.input)}")
+        return self._groups([len(encoding) for encoding in encodings], encodings, apart)
+
+    def encode_texts(
+        self, texts: Sequence[Text], called: str, *, apart: bool, truncate: bool = True
+    ) -> TextRows:
+        """Return rows for `texts`, with their lengths; errors name them as `called`.
+
+        The texts are pairs if the model takes pairs. Raises as `encode`, and InvalidInput for a text that is
+        too long unless `truncate` is set.
+        """
+        encodings = self._encode(texts, called)
+        truncated = [index for index, encoding in enumerate(encodings) if encoding.overflowing]
+        if truncated and not truncate:
+            index = truncated[0]
+            what = "pair" if self.pairs else "text"
+            raise InvalidInput(
+                f"{called} at [{index}] has more than {self.max_tokens} tokens; send a shorter {what}, or"
+                ' leave out "truncate"',
+                index=[index],
+                expected=self.max_tokens,
+            )
+        lengths = [len(encoding) for encoding in encodings]
+        return TextRows(self._groups(lengths, encodings, apart), lengths, truncated)
+
+    def rows_of_tokens(self, texts: Sequence[Sequence[int]], called: str, *, apart: bool) -> TextRows:
+        """Return rows for texts that are token ids already; errors name them as `called`.
+
+        Raises InvalidInput if there are too many texts, a text has no tokens or too many, or an id is not in
+        the vocabulary.
+        """
+        _check_count(len(texts), called)
+        for index, ids in enumerate(texts):
+            if not 1 <= len(ids) <= self.max_tokens:
+                raise InvalidInput(
+                    f"{called} at [{index}] has {len(ids)} tokens; the model takes 1 to {self.max_tokens}",
+                    index=[index],
+                    expected=self.max_tokens,
+                    got=len(ids),
+                )
+            wrong = next((place for place, token in enumerate(ids) if not 0 <= token <= self._highest), None)
+            if wrong is not None:
+                raise InvalidInput(
+                    f"{called} at [{index}, {wrong}] is {value_text(ids[wrong])}; token ids of this model are"
+                    f" 0 to {self._highest}",
+                    index=[index, wrong],
+                    expected=f"0 to {self._highest}",
+                )
+        lengths = [len(ids) for ids in texts]
+        groups = []
+        for indices in _by_length(lengths, apart):
+            rows = np.array([texts[index] for index in indices])
+            groups.append(Rows(indices, self._tensors(rows, np.zeros_like(rows))))
+        return TextRows(groups, lengths, [])
 
     def made_up_rows(self, tokens: int, count: int = PROOF_ROWS) -> Tensors:
         """Return `count` rows of `tokens` random tokens, with which batching is proven and measured."""
@@ -177,41 +256,35 @@ class TextCodec:
         if self._types is not None and self._types.name in tensors:
             _check_range(self._types.name, tensors[self._types.name], self._highest_type)
 
-    def _check_size(self, texts: list[str]) -> None:
-        if not texts:
-            raise InvalidInput(
-                f"tensor {name_text(self.input)} is empty: send at least one sentence", tensor=self.input
-            )
-        if len(texts) > MOST_SENTENCES:
-            raise InvalidInput(
-                f"tensor {name_text(self.input)} has {len(texts)} sentences; a request may have"
-                f" {MOST_SENTENCES}",
-                tensor=self.input,
-                expected=MOST_SENTENCES,
-                got=len(texts),
-            )
-        characters = sum(map(len, texts))
+    def _encode(self, texts: Sequence[Text], called: str) -> Sequence[Any]:
+        _check_count(len(texts), called)
+        characters = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
         if characters > MOST_CHARACTERS:
             raise BodyTooLarge(
-                f"tensor {name_text(self.input)} has {characters} characters; a request may have"
-                f" {MOST_CHARACTERS}",
+                f"{called} has {characters} characters; a request may have {MOST_CHARACTERS}",
                 tensor=self.input,
                 limit=MOST_CHARACTERS,
             )
-
-    def _encode(self, texts: list[str]) -> Sequence[Any]:
         try:
             with catch_panics():
                 # This variant computes no offsets, which are not used, and releases the GIL.
                 encodings: Sequence[Any] = self._tokenizer.encode_batch_fast(texts)
         except Exception as error:  # the library has no error type of its own
             for index, text in enumerate(texts):
-                if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                    raise self._fault(index, "holds half of a surrogate pair") from None
-            raise InvalidInput(
-                f"tensor {name_text(self.input)} cannot be encoded: {error}", tensor=self.input
-            ) from error
+                characters_of = text if isinstance(text, str) else "".join(text)
+                if any("\ud800" <= character <= "\udfff" for character in characters_of):
+                    raise self._fault(called, index, "holds half of a surrogate pair") from None
+            raise InvalidInput(f"{called} cannot be encoded: {error}", tensor=self.input) from error
+        empty = next((index for index, encoding in enumerate(encodings) if not len(encoding)), None)
+        if empty is not None:
+            raise self._fault(called, empty, "has no tokens")
         return encodings
+
+    def _groups(self, lengths: list[int], encodings: Sequence[Any], apart: bool) -> list[Rows]:
+        return [
+            Rows(indices, self._rows([encodings[index] for index in indices]))
+            for indices in _by_length(lengths, apart)
+        ]
 
     def _rows(self, encodings: list[Any]) -> Tensors:
         ids = np.array([encoding.ids for encoding in encodings])
@@ -226,9 +299,28 @@ class TextCodec:
             tensors[self._types.name] = types.astype(self._types.dtype)
         return tensors
 
-    def _fault(self, index: int, what: str) -> InvalidInput:
-        return InvalidInput(
-            f"tensor {name_text(self.input)} at [{index}] {what}", tensor=self.input, index=[index]
+    def _fault(self, called: str, index: int, what: str) -> InvalidInput:
+        return InvalidInput(f"{called} at [{index}] {what}", tensor=self.input, index=[index])
+
+
+def _by_length(lengths: list[int], apart: bool) -> list[list[int]]:
+    """Return the indices of texts in groups of equal length, shortest first; with `apart` one by one."""
+    if apart:
+        return [[index] for index in range(len(lengths))]
+    by_length: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(index)
+    return [by_length[length] for length in sorted(by_length)]
+
+
+def _check_count(count: int, called: str) -> None:
+    if not count:
+        raise InvalidInput(f"{called} is empty: send at least one sentence")
+    if count > MOST_SENTENCES:
+        raise InvalidInput(
+            f"{called} has {count} sentences; a request may have {MOST_SENTENCES}",
+            expected=MOST_SENTENCES,
+            got=count,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,50 @@ from inferpool.tensors import ANY, Signature, TensorSpec, names_text, shape_text
 
 _IDS: Final = ("INT64", "INT32")
 _FLAGS: Final = ("INT64", "INT32", "BOOL", "FP32")
+
+
+class EmbeddingsConfig(BaseModel):
+    """The table `[text.embeddings]`: how an output becomes one vector for each text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="The output with the vectors, `[rows, width]`, or with one vector a token,"
+        " `[rows, tokens, width]`.",
+        json_schema_extra={"unset": "the only one, or `sentence_embedding`"},
+    )
+    pooling: Literal["mean", "cls", "last"] | None = Field(
+        default=None,
+        description="Turns the vectors of tokens into one: their mean, the first or the last token's.",
+    )
+    normalize: bool = Field(default=True, description="Scale every vector to the length 1.")
+    dimensions: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(max_length=64)] = Field(
+        default=(),
+        description="Sizes to which a request may cut the vectors, for models that were trained for it"
+        " (Matryoshka): `[64, 128]`.",
+    )
+    query_prefix: Annotated[str, Field(max_length=1000)] = Field(
+        default="", description="Put before a text that is sent as a query."
+    )
+    document_prefix: Annotated[str, Field(max_length=1000)] = Field(
+        default="", description="Put before a text that is sent as a document."
+    )
+
+
+class ScoresConfig(BaseModel):
+    """The table `[text.scores]`: how an output becomes the score of a pair of texts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="The output with one score a pair, `[rows]` or `[rows, 1]`.",
+        json_schema_extra={"unset": "the only one"},
+    )
+    activation: Literal["sigmoid", "none"] = Field(
+        default="sigmoid", description='Turns the output into the score: `"sigmoid"` or `"none"`.'
+    )
 
 
 class TextConfig(BaseModel):
@@ -29,6 +73,11 @@ class TextConfig(BaseModel):
         description="Longer sentences are truncated to this many tokens.",
         json_schema_extra={"unset": "from the tokenizer's file, else 512"},
     )
+    pairs: bool = Field(
+        default=False, description="A row is a pair of texts, `[first, second]`, as cross-encoders take it."
+    )
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    scores: ScoresConfig = ScoresConfig()
     ids: str = Field(default="input_ids", description="The model's input of token ids, `[rows, tokens]`.")
     mask: str = Field(
         default="attention_mask",

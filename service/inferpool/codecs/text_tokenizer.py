@@ -83,7 +83,7 @@ def set_truncation(config: TextConfig, tokenizer: Any) -> int:
     """Let `tokenizer` truncate sentences; return the largest number of tokens of a sentence."""
     own = tokenizer.truncation or {}
     most: int = config.max_tokens or own.get("max_length") or DEFAULT_MAX_TOKENS
-    added: int = tokenizer.num_special_tokens_to_add(False)
+    added: int = tokenizer.num_special_tokens_to_add(config.pairs)
     if most <= added:
         raise ConfigError(
             f"text.max_tokens: {most} leaves no room for a word; the tokenizer adds {added} special tokens"

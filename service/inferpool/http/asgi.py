@@ -14,6 +14,7 @@ from inferpool.http.access.caller import PREDICT, Caller
 from inferpool.http.access.client_certificates import KEYLESS
 from inferpool.http.access.gate import Gate
 from inferpool.http.native.api import NATIVE_API
+from inferpool.http.openai.api import TEXT_APIS
 from inferpool.http.platforms.api import PLATFORM_API
 from inferpool.http.predict.api import InferenceApi, Target
 from inferpool.http.predict.context import PredictContext
@@ -27,7 +28,7 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
-APIS: Final[tuple[InferenceApi, ...]] = (NATIVE_API, V2_API, V1_API, PLATFORM_API)
+APIS: Final[tuple[InferenceApi, ...]] = (NATIVE_API, V2_API, V1_API, PLATFORM_API, *TEXT_APIS)
 FOLLOWS: Final = "follows"
 """The key in a scope's state of a function that tells whether the client has pipelined another request."""
 
@@ -46,6 +47,9 @@ def find_api(path: str) -> tuple[InferenceApi, Target] | None:
 
 def api_of(path: str) -> InferenceApi:
     """Return the API whose form errors of `path` have."""
+    for api in TEXT_APIS:
+        if api.target(path.partition("?")[0]) is not None:
+            return api
     if path.startswith(PREFIX) and path[len(PREFIX) :][:1] in ("", "/", "?"):
         return V2_API
     if path.startswith(MODELS) and path[len(MODELS) :][:1] in ("", "/", "?"):

@@ -7,7 +7,10 @@ from typing import Final
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.openapi import predict_paths
 from inferpool.http.native.schemas import Problem
+from inferpool.http.openai.api import TEXT_APIS
+from inferpool.http.openai.openapi import OPENAI_ERROR, text_paths
 from inferpool.http.openapi_parts import Document, error_responses
+from inferpool.http.predict.api import InferenceApi
 from inferpool.http.v1.openapi import v1_paths
 from inferpool.http.v2.api import V2_API
 from inferpool.http.v2.openapi import infer_paths
@@ -28,14 +31,24 @@ def complete(document: Document, catalog: Catalog) -> Document:
         for name, schema in components.get("schemas", {}).items()
         if name not in _FRAMEWORK_SCHEMAS
     }
-    schemas = {**kept, "Problem": Problem.model_json_schema(), "Error": Error.model_json_schema()}
+    schemas = {
+        **kept,
+        "Problem": Problem.model_json_schema(),
+        "Error": Error.model_json_schema(),
+        "OpenAiError": OPENAI_ERROR,
+    }
     responses = {}
-    for name, api in (("Problem", NATIVE_API), ("Error", V2_API)):
+    apis: tuple[tuple[str, InferenceApi], ...] = (
+        ("Problem", NATIVE_API),
+        ("Error", V2_API),
+        ("OpenAiError", TEXT_APIS[0]),
+    )
+    for name, api in apis:
         errors = error_responses(name, api.problem_type.decode())
         responses.update({f"{name}{status}": response for status, response in errors.items()})
     return {
         **document,
-        "paths": {**predict_paths(views), **paths, **infer_paths(views), **v1_paths()},
+        "paths": {**predict_paths(views), **paths, **infer_paths(views), **v1_paths(), **text_paths()},
         "components": {**components, "schemas": schemas, "responses": responses},
     }
 

@@ -7,12 +7,14 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from inferpool.http.access.caller import ADMIN, METRICS, PREDICT, PUBLIC, READ
 from inferpool.http.access.route_scopes import ROUTE_SCOPES, RouteScopes
+from inferpool.http.openai.api import EMBEDDINGS, RERANK, SCORE
 
 from tests.conftest import MakeChaos, Serve
 from tests.http.access.keys import KeyFile, with_every_scope
@@ -50,14 +52,19 @@ def ask(client: httpx.Client, route: str, headers: dict[str, str]) -> httpx.Resp
     return client.request(method, path, json=body, headers=headers)
 
 
-def refusal(answer: httpx.Response, status: int, code: str) -> dict[str, object]:
+def refusal(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
     """Check that an answer refuses in the form of its API; returns its body."""
     assert answer.status_code == status, answer.text
-    body: dict[str, object] = answer.json()
-    plain = answer.request.url.path.startswith(("/v2", "/v1/models"))
+    body: dict[str, Any] = answer.json()
+    path = answer.request.url.path
+    plain = path.startswith(("/v2", "/v1/models")) or path in (*EMBEDDINGS, *RERANK, *SCORE)
     assert answer.headers["content-type"] == ("application/json" if plain else "application/problem+json")
-    assert body["code"] == code
-    assert body["error" if plain else "detail"]
+    if isinstance(body.get("error"), dict):  # OpenAI's form
+        assert body["error"]["code"] == code
+        assert body["error"]["message"]
+    else:
+        assert body["code"] == code
+        assert body["error" if plain else "detail"]
     assert answer.headers["x-request-id"]
     if status == 401:
         assert answer.headers["www-authenticate"].startswith('Bearer realm="inferpool"')

@@ -177,7 +177,7 @@ def test_a_mount_that_comes_late_is_waited_for(
     mount.symlink_to(flat)
     server.wait_loaded()
     wait_until(lambda: server.get("/health/ready").status_code == 200, "the server is ready")
-    assert server.get("/v1/models").json() == {"models": ["service"]}
+    assert server.get("/v1/models").json()["models"] == ["service"]
     for name in ("service", "model"):
         answer = server.post(f"/v1/models/{name}:predict", json={"instances": [[1, 2]]})
         assert answer.json() == {"predictions": [[1.0, 2.0]]}

@@ -90,9 +90,12 @@ def test_errors_name_what_is_wrong(server: Server) -> None:
 
 
 def test_models_and_their_states(server: Server) -> None:
-    assert server.get("/v1/models").json() == {"models": ["people", "same"]}
+    fields = {"object": "model", "created": 0, "owned_by": "inferpool"}
+    names = ["people", "same"]
+    data = [{"id": name, **fields} for name in names]
+    assert server.get("/v1/models").json() == {"models": names, "object": "list", "data": data}
     status = [{"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}]
-    expected = {"name": "same", "ready": True, "model_version_status": status}
+    expected = {"id": "same", **fields, "name": "same", "ready": True, "model_version_status": status}
     assert server.get("/v1/models/same").json() == expected
     assert server.get("/v1/models/same/versions/1").json() == expected
     missing = server.get("/v1/models/nobody")

@@ -23,6 +23,13 @@ ROUTE_SCOPES: Final[Mapping[str, int]] = {
     "POST /score": PREDICT,
     "POST /v1/endpoints/{endpoint}/deployedModels/{deployed}:predict": PREDICT,
     "POST /v1/endpoints/{endpoint}/deployedModels/{deployed}:rawPredict": PREDICT,
+    "POST /v1/embeddings": PREDICT,
+    "POST /v1/rerank": PREDICT,
+    "POST /v2/rerank": PREDICT,
+    "POST /v1/score": PREDICT,
+    "POST /openai/v1/embeddings": PREDICT,
+    "POST /openai/v1/rerank": PREDICT,
+    "POST /openai/v1/score": PREDICT,
     # The native API.
     "GET /models": READ,
     "GET /models/{model}": READ,
@@ -47,6 +54,7 @@ ROUTE_SCOPES: Final[Mapping[str, int]] = {
     "GET /openapi.json": READ,
     # The protocol V1, and what platforms ask for.
     "GET /v1/models": READ,
+    "GET /openai/v1/models": READ,
     "GET /v1/models/{model}": READ,
     "GET /v1/models/{model}/versions/{version}": READ,
     "GET /ping": PUBLIC,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from inferpool.allowance import Allowance
+from inferpool.codecs.text import Rows
 from inferpool.errors import InferpoolError
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
@@ -39,7 +40,9 @@ class Target(NamedTuple):
 
 
 class Options:
-    """The fields of a body other than its tensors, as far as its format has them. Never changed.
+    """The fields of a body other than its tensors, as far as its format has them.
+
+    Never changed once the tensors are read.
 
     Attributes:
         model: the model's name.
@@ -51,9 +54,12 @@ class Options:
         forms: the form of each output, if the API lets the client choose it.
         binary: whether outputs without a chosen form are returned in binary form.
         answer: the form of the answer, where an API has several.
+        request: what the API needs of the request to write the answer; None for most APIs.
     """
 
-    __slots__ = ("answer", "binary", "forms", "id", "model", "outputs", "priority", "timeout_ms", "version")
+    __slots__ = (
+        "answer", "binary", "forms", "id", "model", "outputs", "priority", "request", "timeout_ms", "version",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -66,6 +72,7 @@ class Options:
         forms: Sequence[RequestedOutput] | None = None,
         binary: bool = False,
         answer: int = NATIVE_ANSWER,
+        request: Any = None,
     ) -> None:
         self.model = model
         self.version = version
@@ -76,12 +83,19 @@ class Options:
         self.forms = forms
         self.binary = binary
         self.answer = answer
+        self.request = request
 
 
 class Body(ABC):
-    """A body whose options are read; its tensors are read once the version is known."""
+    """A body whose options are read; its tensors are read once the version is known.
+
+    Attributes:
+        options: the fields other than the tensors.
+        texts: the tokens of its texts, if `tensors` has encoded them itself.
+    """
 
     options: Options
+    texts: Sequence[Rows] = ()
 
     @abstractmethod
     def tensors(self, served: ServedVersion) -> Tensors:

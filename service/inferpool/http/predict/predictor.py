@@ -195,7 +195,10 @@ class Predictor:
         if options.outputs is not None:
             check_outputs(served.signature, options.outputs)
         text = served.view.text
-        if text is not None:
+        if body.texts:
+            context.texts = body.texts
+            tensors = body.texts[0].tensors
+        elif text is not None:
             if text.input in tensors:
                 context.texts = text.encode(tensors[text.input], apart=not served.view.batching.enabled)
                 tensors = context.texts[0].tensors

@@ -1,8 +1,12 @@
-"""The routes of `/v1` beside predict: the names of the models, and whether a model can answer."""
+"""The routes of `/v1` beside predict: the names of the models, and whether a model can answer.
+
+The answers have the fields of KServe, of TensorFlow Serving and of OpenAI, so the clients of all three read
+them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -18,10 +22,21 @@ class V1Error(BaseModel):
     code: str
 
 
+class OpenAiModel(BaseModel):
+    """A model as OpenAI lists it. `created` is 0, because no file says when a model was made."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: Literal[0] = 0
+    owned_by: Literal["inferpool"] = "inferpool"
+
+
 class V1Models(BaseModel):
-    """The names of the models."""
+    """The names of the models, and the same as a list of OpenAI's."""
 
     models: list[str]
+    object: Literal["list"] = "list"
+    data: list[OpenAiModel]
 
 
 class V1Status(BaseModel):
@@ -32,14 +47,16 @@ class V1Status(BaseModel):
     status: dict[str, str]
 
 
-class V1Model(BaseModel):
-    """A model that can answer: KServe's fields, and the versions as TensorFlow Serving lists them."""
+class V1Model(OpenAiModel):
+    """A model that can answer, in the fields of OpenAI and KServe, with versions in TensorFlow Serving's."""
 
     name: str
     ready: bool = True
     model_version_status: list[V1Status]
 
 
+OPENAI_MODELS = "/openai/v1/models"
+"""The list again, below the prefix that KServe has for routes of OpenAI."""
 _STATES = {"loading": "LOADING", "draining": "UNLOADING", "unloaded": "END", "failed": "END"}
 _UNABLE: dict[int | str, dict[str, Any]] = {
     404: {"model": V1Error, "description": "`model_not_found` or `version_not_found`"},
@@ -50,15 +67,18 @@ _UNABLE: dict[int | str, dict[str, Any]] = {
 def add_v1(app: FastAPI, catalog: Catalog) -> None:
     """Give `app` the routes of `/v1`, except predict."""
 
+    @app.get(OPENAI_MODELS, include_in_schema=False)
     @app.get(MODELS, tags=["v1"], summary="The names of the models")
     async def read_v1_models() -> V1Models:
-        return V1Models(models=list(catalog.models()))
+        names = list(catalog.models())
+        return V1Models(models=names, data=[OpenAiModel(id=name) for name in names])
 
     @app.get(MODELS + "/{model}", tags=["v1"], summary="Whether a model can answer", responses=_UNABLE)
     async def read_v1_model(model: str) -> V1Model:
         find_ready(catalog, model, None)
         versions = find_model(catalog, model).versions
-        return V1Model(name=model, model_version_status=[*map(_status, versions.values())])
+        statuses = [*map(_status, versions.values())]
+        return V1Model(id=model, name=model, model_version_status=statuses)
 
     @app.get(
         MODELS + "/{model}/versions/{version}",
@@ -67,7 +87,8 @@ def add_v1(app: FastAPI, catalog: Catalog) -> None:
         responses=_UNABLE,
     )
     async def read_v1_version(model: str, version: str) -> V1Model:
-        return V1Model(name=model, model_version_status=[_status(find_ready(catalog, model, version))])
+        statuses = [_status(find_ready(catalog, model, version))]
+        return V1Model(id=model, name=model, model_version_status=statuses)
 
 
 def _status(view: VersionView) -> V1Status:
