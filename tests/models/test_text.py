@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 
 from tests.conftest import ROOT
@@ -170,6 +171,23 @@ def test_sentence_vectors_equal_those_of_the_package(minilm: Server, repository:
     got = outputs(minilm, "minilm", sample["inputs"]["text"])
     np.testing.assert_allclose(got, sample["outputs"]["embedding"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
+
+
+def test_the_client_of_openai_gets_the_vectors_of_the_package(minilm: Server, repository: Path) -> None:
+    sample = json.loads((repository / "minilm" / "samples" / "sentences.json").read_text())
+    with openai.OpenAI(base_url=f"{minilm.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.embeddings.create(model="minilm", input=sample["inputs"]["text"])
+    got = [item.embedding for item in answer.data]
+    np.testing.assert_allclose(got, sample["outputs"]["embedding"], rtol=0, atol=1e-5)
+
+
+def test_the_documented_request_for_embeddings_answers(minilm: Server) -> None:
+    [source] = [
+        block.source for page in PAGES for block in blocks(page) if "8000/v1/embeddings" in block.source
+    ]
+    command = source.replace("localhost:8000", f"127.0.0.1:{minilm.port}").replace("curl", "curl -sS")
+    run = subprocess.run(command, shell=True, capture_output=True, check=True)
+    assert [len(item["embedding"]) for item in json.loads(run.stdout)["data"]] == [2048, 2048]
 
 
 def test_sentences_of_the_same_meaning_have_near_vectors(minilm: Server) -> None:

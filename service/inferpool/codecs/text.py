@@ -205,7 +205,9 @@ class TextCodec:
                     expected=self.max_tokens,
                     got=len(ids),
                 )
-            wrong = next((place for place, token in enumerate(ids) if not 0 <= token <= self._highest), None)
+            wrong = next(
+                (position for position, token in enumerate(ids) if not 0 <= token <= self._highest), None
+            )
             if wrong is not None:
                 raise InvalidInput(
                     f"{called} at [{index}, {wrong}] is {value_text(ids[wrong])}; token ids of this model are"

@@ -106,8 +106,8 @@ class VectorOutput:
 
     def _pool(self, tokens: Array, lengths: Array) -> Array:
         if self._pooling != "mean":
-            places = lengths - 1 if self._pooling == "last" else np.zeros_like(lengths)
-            one_each: Array = tokens[np.arange(len(tokens)), places]
+            positions = lengths - 1 if self._pooling == "last" else np.zeros_like(lengths)
+            one_each: Array = tokens[np.arange(len(tokens)), positions]
             return one_each
         pooled = np.empty((len(tokens), tokens.shape[2]), np.float32)
         for length in np.unique(lengths):

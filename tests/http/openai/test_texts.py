@@ -127,11 +127,11 @@ def test_dimensions_cut_and_scale_where_the_model_says_so(client: openai.OpenAI,
 
 def test_hidden_states_are_pooled(client: openai.OpenAI, alone: Alone) -> None:
     raw = client.embeddings.create(model="raw", input=TEXTS).data
-    for name, place in (("mean", None), ("cls", 0), ("last", -1)):
+    for name, position in (("mean", None), ("cls", 0), ("last", -1)):
         answer = client.embeddings.create(model=name, input=TEXTS)
         for index, text in enumerate(TEXTS):
             outputs = alone(text)
-            expected = outputs["pooled"][0] if place is None else outputs["tokens"][0, place]
+            expected = outputs["pooled"][0] if position is None else outputs["tokens"][0, position]
             assert_close(answer.data[index].embedding, unit(expected))
             assert_close(raw[index].embedding, outputs["pooled"][0])
 

@@ -253,7 +253,7 @@ class RerankRequest(PairsRequest):
         documents = fields.get("documents")
         if not isinstance(documents, list):
             raise wrong_field("documents", documents, "a list of texts")
-        self._seconds = [_one_text(f"documents[{place}]", each) for place, each in enumerate(documents)]
+        self._seconds = [_one_text(f"documents[{position}]", each) for position, each in enumerate(documents)]
         if not documents:
             raise InvalidInput('"documents" is empty: send at least one text', field="documents")
         self._called = '"documents"'
@@ -336,8 +336,8 @@ def _read_input(value: Any) -> tuple[list[str], list[list[int]] | None]:
     if type(value[0]) is int:
         return [], [_token_ids("input", value)]
     if isinstance(value[0], list):
-        return [], [_token_ids(f"input[{place}]", each) for place, each in enumerate(value)]
-    return [_one_text(f"input[{place}]", each) for place, each in enumerate(value)], None
+        return [], [_token_ids(f"input[{position}]", each) for position, each in enumerate(value)]
+    return [_one_text(f"input[{position}]", each) for position, each in enumerate(value)], None
 
 
 def _token_ids(name: str, value: Any) -> list[int]:
@@ -355,7 +355,7 @@ def _some_texts(name: str, value: Any) -> list[str]:
         return [_one_text(name, value)]
     if not value:
         raise InvalidInput(f'"{name}" is empty: send at least one text', field=name)
-    return [_one_text(f"{name}[{place}]", each) for place, each in enumerate(value)]
+    return [_one_text(f"{name}[{position}]", each) for position, each in enumerate(value)]
 
 
 def _one_text(name: str, value: Any) -> str:
