@@ -11,7 +11,7 @@ from inferpool.http.access.tenants import Tenant
 from inferpool.http.predict.api import InferenceApi, Options
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.request_id import new_request_id
-from inferpool.http.predict.response_cache import NOT_CACHED, CacheKey
+from inferpool.http.predict.response_cache import NOT_CACHED
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.pool.ports import Entry
 
@@ -46,14 +46,15 @@ class PredictContext:
         entry: the entry that a queue has accepted, until its response is written.
         cache_key: stands for its inputs in the response cache; None if its answer is not cached.
         cache_status: index of the value of Cache-Status in `CACHE_STATUSES`; `NOT_CACHED` for none.
-        flight: the `Flight` that it shares, or may share, with equal requests; None without one.
+        flight: the `Flight` that it shares with equal requests; None without one.
+        leads: whether equal requests may wait for its run.
     """
 
     __slots__ = (
         "abandoned", "answer_bytes", "api", "began", "cache_key", "cache_status", "caller", "client",
-        "decode_s", "decoded_bytes", "entry", "flight", "head", "input_bytes", "offloaded_bytes",
-        "offloaded_text", "open_answer", "options", "peer", "recorded", "request_id", "reserved_bytes",
-        "served", "tenant", "texts",
+        "decode_s", "decoded_bytes", "entry", "flight", "head", "input_bytes", "leads",
+        "offloaded_bytes", "offloaded_text", "open_answer", "options", "peer", "recorded", "request_id",
+        "reserved_bytes", "served", "tenant", "texts",
     )  # fmt: skip
 
     def __init__(self, api: InferenceApi, head: RequestHead, began: float) -> None:
@@ -73,9 +74,10 @@ class PredictContext:
         self.served: ServedVersion | None = None
         self.texts: Sequence[Rows] = ()
         self.entry: Entry | None = None
-        self.cache_key: CacheKey | None = None
+        self.cache_key: bytes | None = None
         self.cache_status = NOT_CACHED
         self.flight: Any = None
+        self.leads = False
 
     def free(self) -> None:
         """Drop what the body has become. An idle connection keeps its last request, outside the budget."""

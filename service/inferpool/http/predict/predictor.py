@@ -6,6 +6,7 @@ does:
     predictor.admit(context)                       before the body is read
     tensors = predictor.decode(context, body)      in any thread
     predictor.submit(context, tensors, then)       `then` is called with the result
+    predictor.land(context, result)                if it `leads` equal requests
     response = predictor.encode(context, result)   or `refuse(context, error)` for an error
                                                    or, if `weigh_answer` names threads for it,
     encoded = predictor.encode_large(context, …)   in one of them, and `respond` on the event loop
@@ -49,11 +50,11 @@ from inferpool.http.predict.offload import (
 from inferpool.http.predict.recorder import CLIENT_GONE, RequestRecorder
 from inferpool.http.predict.resolver import Resolver
 from inferpool.http.predict.response import Response, compressed, server_timing
-from inferpool.http.predict.response_cache import CACHE_STATUSES, NOT_CACHED, ResponseCache
+from inferpool.http.predict.response_cache import CACHE_STATUSES, ResponseCache
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.predict.shadow_copies import ShadowCopies
-from inferpool.http.predict.single_flight import Flight, SingleFlight
+from inferpool.http.predict.single_flight import SingleFlight
 from inferpool.http.problems import STATUSES, as_problem, problem_headers
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, VersionKey
@@ -209,10 +210,9 @@ class Predictor:
             parts = [rows.tensors for rows in context.texts] or [tensors]
             context.input_bytes = sum(_bytes_of(tensor) for part in parts for tensor in part.values())
         if served.cache is not None:
-            parts = [rows.tensors for rows in context.texts] or [tensors]
-            on_loop = not context.offloaded_bytes
+            apart = [(rows.indices, rows.tensors) for rows in context.texts] if context.texts else ()
             context.cache_key = served.cache.key(
-                context.caller.tenant, options.outputs, parts, on_loop=on_loop
+                context.caller.tenant, options.outputs, tensors, apart, on_loop=not context.offloaded_bytes
             )
         context.decode_s = self.clock() - began
         return tensors
@@ -251,17 +251,13 @@ class Predictor:
         if context.tenant is not None:
             context.tenant.take_rows(entry.rows, now)
         on_result = then
-        flight: Flight | None = None
-        if cache is not None:
-            flight = self._flights.begin(cache, context, entry, then)
-            if flight is None:
-                context.entry = entry
-                self.in_flight.accepted += 1
-                return deadline
-            on_result = flight.on_result
+        if cache is not None and self._flights.join(cache, context, entry, then):
+            context.entry = entry
+            self.in_flight.accepted += 1
+            return deadline
         if served.shadow is not None and entry.rows:
             on_result = self._copies.follow(
-                served.shadow, entry.id, tensors, list(context.texts), context.options.outputs, on_result
+                served.shadow, entry.id, tensors, list(context.texts), context.options.outputs, then
             )
         self._results.subscribe(entry.id, on_result)
         try:
@@ -273,16 +269,16 @@ class Predictor:
             self._results.unsubscribe(entry.id)
             if not self._follow(context):
                 raise
-            context.cache_key, context.cache_status = None, NOT_CACHED  # the key names the other version
+            context.cache_key = None  # it is a key of the other version
             return self.submit(context, tensors, then, client)
         except BaseException:
             self._results.unsubscribe(entry.id)
             if context.tenant is not None:
                 context.tenant.give_rows_back(entry.rows)
             raise
-        if flight is not None:
-            self._flights.offered(flight)
         context.entry = entry
+        if cache is not None:
+            self._flights.lead(cache, context)
         self.in_flight.accepted += 1
         return deadline
 
@@ -311,6 +307,10 @@ class Predictor:
             self._inbox.offer(entry)
         else:
             self._results.put([Result(entry.id, outputs, None, 0.0)])
+
+    def land(self, context: PredictContext, result: Result) -> None:
+        """Let equal requests have the result of a request that `leads`; call this before `encode`."""
+        self._flights.land(context, result)
 
     def encode(self, context: PredictContext, result: Result) -> Response:
         """Return the response for a result, which has outputs or an error."""
@@ -471,7 +471,7 @@ class Predictor:
         entry = context.entry
         if entry is not None:
             self._results.unsubscribe(entry.id)
-            if context.flight is None or self._flights.abandon(context, entry):
+            if (context.flight is None and not context.leads) or self._flights.abandon(context, entry):
                 self._inbox.cancel(entry.key, entry.id, "disconnected")
 
     def release(self, context: PredictContext) -> None:

@@ -4,15 +4,19 @@ A key is made of what the model sees, not of the bytes that came: the decoded te
 datatypes and shapes, and the outputs asked for. Two bodies with one key therefore have one answer, however
 they were compressed, cut into chunks or spelled. The tenant is in the key, and the version's digest decides
 which entries there are, so no tenant is answered from another's entries.
+
+Outputs are kept when their key comes for the second time. Requests that never come again, of which most
+traffic may consist, then cost little and drive out nothing.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, Final, TypeAlias
+from itertools import count
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,8 +25,12 @@ from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog import READY, ModelView, VersionView
 from inferpool.tensors import Tensors
 
-CacheKey: TypeAlias = tuple[Any, ...]
-"""The tenant, the number of the version's cache, the outputs asked for, the tensors' forms, and a digest."""
+_MOST_EXACT_BYTES: Final = 1024
+"""Tensors of at most so many bytes are a key themselves; larger ones are hashed to 256 bits."""
+_MOST_FORMS: Final = 4096
+"""Combinations of tenant, outputs, datatype and shape that have a number; all others are hashed."""
+_SEEN_SLOTS: Final = 1 << 18
+"""Keys of which it is remembered that they have come once. Two may share a slot, which does no harm."""
 
 NOT_CACHED: Final = 0
 HIT: Final = 1
@@ -55,21 +63,23 @@ _SWEPT_ENTRIES: Final = 256
 class _Kept:
     """The outputs of one run, and how many bytes they take; the arrays are read-only."""
 
-    __slots__ = ("outputs", "size", "version")
+    __slots__ = ("outputs", "shelf", "size", "version")
 
-    def __init__(self, outputs: Tensors, size: int, version: VersionCache) -> None:
+    def __init__(self, outputs: Tensors, size: int, shelf: _Shelf, version: VersionCache) -> None:
         self.outputs = outputs
         self.size = size
+        self.shelf = shelf
         self.version = version
 
 
 class _Shelf:
     """The entries of one tenant, the least recently used first, and their bytes."""
 
-    __slots__ = ("entries", "used")
+    __slots__ = ("entries", "name", "used")
 
-    def __init__(self) -> None:
-        self.entries: OrderedDict[CacheKey, _Kept] = OrderedDict()
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.entries: OrderedDict[bytes, _Kept] = OrderedDict()
         self.used = 0
 
 
@@ -78,75 +88,109 @@ class VersionCache:
 
     Attributes:
         digest: of its files and of what else its outputs depend on.
-        number: tells it apart from all others of this process.
-        flights: the `Flight` that equal requests may join, by key; for the event loop alone.
+        flights: the `PredictContext` whose run equal requests may join, by key; for the event loop alone.
         hits: counts requests that were answered from the cache.
         misses: counts requests that ran.
         shared: counts requests that got the outputs of another request's run.
-        keys: the shelf of each entry, by key.
+        kept: the entries of this version, by key.
         dropped: whether the version is gone or has been replaced.
     """
 
     __slots__ = (
-        "_cache", "digest", "dropped", "flights", "hits", "keys", "misses", "number", "shared",
+        "_cache", "_forms", "_numbers", "_prefix", "_seen", "digest", "dropped", "flights", "hits", "kept",
+        "misses", "shared",
     )  # fmt: skip
 
     def __init__(
-        self, cache: ResponseCache, key: VersionKey, digest: str, number: int, metrics: Metrics
+        self, cache: ResponseCache, key: VersionKey, digest: str, numbers: Iterator[int], metrics: Metrics
     ) -> None:
-        """Keep outputs in `cache`, and count requests in `metrics`."""
+        """Keep outputs in `cache`, and count requests in `metrics`; no number comes twice in `numbers`."""
         labels = (key.model, str(key.version))
         self._cache = cache
+        self._numbers = numbers
+        self._prefix = next(numbers).to_bytes(8, "little")
+        self._forms: dict[tuple[Any, ...], bytes] = {}
+        self._seen = bytearray(_SEEN_SLOTS)
         self.digest = digest
-        self.number = number
-        self.flights: dict[CacheKey, Any] = {}
-        self.keys: dict[CacheKey, str] = {}
+        self.flights: dict[bytes, Any] = {}
+        self.kept: dict[bytes, _Kept] = {}
         self.dropped = False
         self.hits = metrics.value("cache_requests_total", *labels, "hit")
         self.misses = metrics.value("cache_requests_total", *labels, "miss")
         self.shared = metrics.value("cache_requests_total", *labels, "shared")
 
     def key(
-        self, tenant: str, wanted: tuple[str, ...] | None, parts: Sequence[Tensors], *, on_loop: bool
-    ) -> CacheKey | None:
+        self,
+        tenant: str,
+        wanted: tuple[str, ...] | None,
+        tensors: Tensors,
+        apart: Sequence[tuple[Sequence[int], Tensors]] = (),
+        *,
+        on_loop: bool,
+    ) -> bytes | None:
         """Return the key of a request of `tenant` for the outputs `wanted`, in any thread.
 
-        `parts` are its tensors, in several parts if its rows run apart. None if they hold anything but
-        numbers and strings, or if they are too large to be hashed on the event loop.
+        Its rows are `tensors`; if they run in parts, `apart` has each part and which rows they are. None if
+        they hold anything but numbers and strings, or if they are too large to be hashed on the event loop.
         """
+        if not apart and len(tensors) == 1:
+            for name, array in tensors.items():
+                tensor: Any = array
+                dtype = tensor.dtype
+                if tensor.nbytes <= _MOST_EXACT_BYTES and not dtype.hasobject:
+                    form = (tenant, wanted, name, dtype, tensor.shape)
+                    prefix = self._forms.get(form)
+                    if prefix is None and len(self._forms) < _MOST_FORMS:
+                        # Another thread may have been quicker.
+                        prefix = self._forms.setdefault(form, next(self._numbers).to_bytes(8, "little"))
+                    if prefix is not None:
+                        data: bytes = tensor.tobytes()
+                        return prefix + data
+        return self._hashed_key(tenant, wanted, apart or (((), tensors),), on_loop=on_loop)
+
+    def _hashed_key(
+        self,
+        tenant: str,
+        wanted: tuple[str, ...] | None,
+        parts: Sequence[tuple[Sequence[int], Tensors]],
+        *,
+        on_loop: bool,
+    ) -> bytes | None:
         digest = blake2b(digest_size=32)
-        forms: list[Any] = []
-        for tensors in parts:
+        forms: list[Any] = [tenant, wanted]
+        for rows, tensors in parts:
+            forms.append(list(rows))
             for name, array in tensors.items():
                 tensor: Any = array
                 forms.append((name, tensor.dtype, tensor.shape))
-                if tensor.dtype.kind == "O":
-                    if on_loop and tensor.size > _MOST_TEXTS:
+                if tensor.dtype.hasobject:
+                    if (on_loop and tensor.size > _MOST_TEXTS) or not _hash_texts(digest, tensor):
                         return None
-                    for text in tensor.flat:
-                        if isinstance(text, str):
-                            piece = b"s" + text.encode("utf-8", "surrogatepass")
-                        elif isinstance(text, bytes):
-                            piece = b"b" + text
-                        else:
-                            return None
-                        digest.update(len(piece).to_bytes(8, "little"))
-                        digest.update(piece)
                 elif on_loop and tensor.nbytes > _MOST_HASHED_BYTES:
                     return None
                 else:
                     if not tensor.flags.c_contiguous:
                         tensor = np.ascontiguousarray(tensor)
                     digest.update(tensor)
-        return (tenant, self.number, wanted, tuple(forms), digest.digest())
+        digest.update(repr(forms).encode("utf-8", "backslashreplace"))
+        return self._prefix + digest.digest()
 
-    def find(self, shelf: str, key: CacheKey) -> Tensors | None:
-        """Return the outputs for `key`, which now are the most recently used of the `shelf`; else None."""
-        return self._cache.find(shelf, key)
+    def find(self, key: bytes) -> Tensors | None:
+        """Return the outputs for `key`, which now are the most recently used; None if there are none."""
+        return self._cache.find(key, self.kept[key]) if key in self.kept else None
 
-    def keep(self, shelf: str, key: CacheKey, outputs: Tensors) -> None:
-        """Keep a copy of `outputs` in the `shelf` unless they are too large, or no arrays."""
-        self._cache.keep(self, shelf, key, outputs)
+    def keep(self, shelf: str, key: bytes, outputs: Tensors, *, again: bool) -> None:
+        """Keep a copy of `outputs` in the `shelf` unless they are too large, or no arrays.
+
+        Nothing is kept when a key comes for the first time, unless `again` says that it came several times.
+        """
+        number = hash(key)
+        slot = number & (_SEEN_SLOTS - 1)
+        mark = (number >> 20) & 255
+        if again or self._seen[slot] == mark:
+            self._cache.keep(self, shelf, key, outputs)
+        else:
+            self._seen[slot] = mark
 
 
 class ResponseCache:
@@ -161,16 +205,8 @@ class ResponseCache:
     """
 
     __slots__ = (
-        "_count",
-        "_dropped",
-        "_evictions",
-        "_lock",
-        "_metrics",
-        "_shelves",
-        "_versions",
-        "limit",
-        "used",
-    )
+        "_dropped", "_evictions", "_lock", "_metrics", "_numbers", "_shelves", "_versions", "limit", "used",
+    )  # fmt: skip
 
     def __init__(self, limit: int, metrics: Metrics) -> None:
         """Hold at most `limit` bytes, and count in `metrics`."""
@@ -178,7 +214,7 @@ class ResponseCache:
         self.used = 0
         self._metrics = metrics
         self._lock = threading.Lock()
-        self._count = 0
+        self._numbers: Iterator[int] = count()
         self._shelves: dict[str, _Shelf] = {}
         self._versions: dict[VersionKey, VersionCache] = {}
         self._dropped: list[VersionCache] = []
@@ -197,8 +233,7 @@ class ResponseCache:
             if found is None or found.digest != digest:
                 if found is not None:
                     self._drop(found)
-                self._count += 1
-                found = VersionCache(self, view.key, digest, self._count, self._metrics)
+                found = VersionCache(self, view.key, digest, self._numbers, self._metrics)
                 self._versions[view.key] = found
         return found
 
@@ -214,37 +249,33 @@ class ResponseCache:
                     del self._versions[key]
                     self._drop(cache)
 
-    def find(self, shelf: str, key: CacheKey) -> Tensors | None:
-        """Return the outputs for `key`, which now are the most recently used of the `shelf`; else None."""
+    def find(self, key: bytes, kept: _Kept) -> Tensors:
+        """Return the outputs of the entry for `key`, which now is the most recently used one."""
         with self._lock:
-            found = self._shelves.get(shelf)
-            if found is None:
-                return None
-            kept = found.entries.get(key)
-            if kept is None:
-                return None
-            found.entries.move_to_end(key)
-            return kept.outputs
+            if key in kept.shelf.entries:  # else another thread has just dropped it
+                kept.shelf.entries.move_to_end(key)
+        return kept.outputs
 
-    def keep(self, version: VersionCache, shelf: str, key: CacheKey, outputs: Tensors) -> None:
+    def keep(self, version: VersionCache, shelf: str, key: bytes, outputs: Tensors) -> None:
         """Keep a copy of `outputs` for a version unless they are too large, or no arrays."""
-        size = _size_of(outputs)
+        size = _size_of(outputs) + len(key)
         if size > min(MOST_KEPT_BYTES, self.limit // 4):
             return
-        copies = {name: _kept(array) for name, array in outputs.items()}
+        copies = {name: _copy(array) for name, array in outputs.items()}
         with self._lock:
             self._sweep()
-            if version.dropped or key in version.keys:
+            if version.dropped or key in version.kept:
                 return
             while self.used + size > self.limit:
                 self._evict()
             found = self._shelves.get(shelf)
             if found is None:
-                found = self._shelves[shelf] = _Shelf()
-            found.entries[key] = _Kept(copies, size, version)
+                found = self._shelves[shelf] = _Shelf(shelf)
+            kept = _Kept(copies, size, found, version)
+            found.entries[key] = kept
+            version.kept[key] = kept
             found.used += size
             self.used += size
-            version.keys[key] = shelf
 
     def readings(self) -> list[Sample]:
         """Return the gauges of the cache, and free entries of dropped versions."""
@@ -256,7 +287,7 @@ class ResponseCache:
         ]
 
     def _drop(self, version: VersionCache) -> None:
-        """Find nothing of a version any more. Its entries are freed in pieces, because there may be many."""
+        """Let nobody find a version again. Its entries are freed in pieces, because there may be many."""
         version.dropped = True
         self._dropped.append(version)
         self._sweep()
@@ -266,31 +297,47 @@ class ResponseCache:
         for _ in range(_SWEPT_ENTRIES):
             if not self._dropped:
                 return
-            keys = self._dropped[-1].keys
-            if not keys:
+            entries = self._dropped[-1].kept
+            if not entries:
                 self._dropped.pop()
                 continue
-            key, name = keys.popitem()
-            self._remove(name, key)
+            key, kept = entries.popitem()
+            self._remove(key, kept)
 
     def _evict(self) -> None:
         """Free the least recently used entry of the tenant that holds most; the lock is held."""
-        name, fullest = "", None
-        for other, shelf in self._shelves.items():
+        fullest: _Shelf | None = None
+        for shelf in self._shelves.values():
             if fullest is None or shelf.used > fullest.used:
-                name, fullest = other, shelf
+                fullest = shelf
         assert fullest is not None  # there are bytes in use
+        key = next(iter(fullest.entries))
+        kept = fullest.entries[key]
+        kept.version.kept.pop(key, None)
+        self._remove(key, kept)
         self._evictions.add()
-        self._remove(name, next(iter(fullest.entries)))
 
-    def _remove(self, name: str, key: CacheKey) -> None:
-        shelf = self._shelves[name]
-        kept = shelf.entries.pop(key)
+    def _remove(self, key: bytes, kept: _Kept) -> None:
+        shelf = kept.shelf
+        del shelf.entries[key]
         shelf.used -= kept.size
         self.used -= kept.size
-        kept.version.keys.pop(key, None)
         if not shelf.entries:
-            del self._shelves[name]
+            del self._shelves[shelf.name]
+
+
+def _hash_texts(digest: blake2b, texts: Any) -> bool:
+    """Hash strings with their lengths; returns False if there is anything else."""
+    for text in texts.flat:
+        if isinstance(text, str):
+            piece = b"s" + text.encode("utf-8", "surrogatepass")
+        elif isinstance(text, bytes):
+            piece = b"b" + text
+        else:
+            return False
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
+    return True
 
 
 def _size_of(outputs: Tensors) -> int:
@@ -310,7 +357,7 @@ def _size_of(outputs: Tensors) -> int:
     return size
 
 
-def _kept(output: Any) -> Any:
+def _copy(output: Any) -> Any:
     """Return a read-only copy: an output may be a view of a batch, or of memory that is used again."""
     copy = output.copy()
     copy.flags.writeable = False

@@ -1,9 +1,9 @@
 """Lets equal requests that come at once share one run.
 
-The first request of a key is the leader of a flight: its entry runs. Equal requests of the same tenant that
-come before its result are followers: their entries wait, and get the same outputs. Each request keeps its own
-id, deadline and accounting. If the leader's client disconnects, or its deadline passes, the last follower
-becomes the leader, and its entry runs instead.
+The first request of a key is the leader: its entry runs. Equal requests of the same tenant that come before
+its result are followers: their entries wait, and get the same outputs. Each request keeps its own id,
+deadline and accounting. If the leader's client disconnects, or its deadline passes, a follower becomes the
+leader, and its entry runs instead.
 """
 
 from __future__ import annotations
@@ -13,60 +13,28 @@ from collections.abc import Callable
 
 from inferpool.errors import DeadlineExceeded, InferpoolError, InternalError
 from inferpool.http.predict.context import PredictContext
-from inferpool.http.predict.response_cache import HIT, MISS, SHARED, CacheKey, VersionCache
+from inferpool.http.predict.response_cache import HIT, MISS, SHARED, VersionCache
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.pool.ports import Entry, Inbox, Result, VersionKey
 
 log = logging.getLogger(__name__)
 
 
-class Follower:
-    """A request that waits for the run of another."""
-
-    __slots__ = ("context", "entry", "then")
-
-    def __init__(self, context: PredictContext, entry: Entry, then: Callable[[Result], None]) -> None:
-        self.context = context
-        self.entry = entry
-        self.then = then
-
-
 class Flight:
-    """One run that equal requests wait for.
+    """A run that several requests wait for.
 
     Attributes:
-        cache: where its outputs are to be kept.
-        key: the key of its requests.
-        shelf: the tenant, as the cache names it.
-        leader: the request whose entry runs, which gets the result first.
-        followers: the requests that wait for the same result, by the ids of their entries.
-        readers: requests that still read outputs which belong to the leader's entry.
-        landed: whether the result has come.
+        followers: the requests beside the leader, by the ids of their entries; none once there is a result.
+        lender: the entry to which the outputs belong, once they are there.
+        readers: requests that still read these outputs.
     """
 
-    __slots__ = ("_land", "cache", "followers", "key", "landed", "leader", "readers", "shelf")
+    __slots__ = ("followers", "lender", "readers")
 
-    def __init__(
-        self,
-        cache: VersionCache,
-        key: CacheKey,
-        shelf: str,
-        leader: Follower,
-        land: Callable[[Flight, Result], None],
-    ) -> None:
-        """`land` is called with the flight and the result of the leader's entry."""
-        self.cache = cache
-        self.key = key
-        self.shelf = shelf
-        self.leader = leader
-        self.followers: dict[int, Follower] | None = None
+    def __init__(self) -> None:
+        self.followers: dict[int, PredictContext] = {}
+        self.lender: Entry | None = None
         self.readers = 0
-        self.landed = False
-        self._land = land
-
-    def on_result(self, result: Result) -> None:
-        """Take the result of the leader's entry."""
-        self._land(self, result)
 
 
 class SingleFlight:
@@ -84,93 +52,101 @@ class SingleFlight:
         self._results = results
         self._clock = clock
         self._release = release
-        self._land: Callable[[Flight, Result], None] = self.land
 
-    def begin(
+    def join(
         self, cache: VersionCache, context: PredictContext, entry: Entry, then: Callable[[Result], None]
-    ) -> Flight | None:
-        """Return a new flight whose `on_result` is to get the result of `entry`, which the caller offers.
+    ) -> bool:
+        """Return whether `then` is called with cached outputs, or with those of a run that has begun.
 
-        None if `then` is called with cached outputs, or those of a run that has begun, without such an offer.
+        Otherwise the caller offers `entry`, and then calls `lead`.
         """
         key = context.cache_key
         assert key is not None  # the caller has looked
-        shelf = "" if context.tenant is None else context.tenant.name
-        outputs = cache.find(shelf, key)
+        outputs = cache.find(key)
         if outputs is not None:
             cache.hits.add()
             context.cache_status = HIT
             self._results.subscribe(entry.id, then)
             self._results.put([Result(entry.id, outputs, None, 0.0)])
-            return None
-        flight: Flight | None = cache.flights.get(key)
-        if flight is not None and flight.leader.entry.priority <= entry.priority:
-            context.cache_status = SHARED
-            context.flight = flight
-            self._results.subscribe(entry.id, then)
-            if flight.followers is None:
-                flight.followers = {}
-            flight.followers[entry.id] = Follower(context, entry, then)
-            return None
+            return True
+        leader: PredictContext | None = cache.flights.get(key)
+        if leader is None or leader.entry is None or leader.entry.priority > entry.priority:
+            return False
+        flight: Flight | None = leader.flight
+        if flight is None:
+            flight = leader.flight = Flight()
+        context.cache_status = SHARED
+        context.flight = flight
+        flight.followers[entry.id] = context
+        self._results.subscribe(entry.id, then)
+        return True
+
+    def lead(self, cache: VersionCache, context: PredictContext) -> None:
+        """Let others join a request whose entry has been accepted; `land` is called with its result."""
+        key = context.cache_key
+        assert key is not None  # the caller has looked
+        cache.misses.add()
+        cache.flights[key] = context
         context.cache_status = MISS
-        return Flight(cache, key, shelf, Follower(context, entry, then), self._land)
+        context.leads = True
 
-    def offered(self, flight: Flight) -> None:
-        """Let others join a flight: the entry of its leader has been accepted."""
-        flight.cache.misses.add()
-        flight.cache.flights[flight.key] = flight
-        flight.leader.context.flight = flight
-
-    def land(self, flight: Flight, result: Result) -> None:
-        """Give the result of a run to the requests that wait for it."""
-        leader, followers = flight.leader, flight.followers
-        leader.context.flight = None
+    def land(self, context: PredictContext, result: Result) -> None:
+        """Take the result of a leader, before it is encoded, and give it to the followers."""
+        flight: Flight | None = context.flight
+        context.leads = False
+        followers = None if flight is None else flight.followers
         if followers and isinstance(result.error, DeadlineExceeded):
-            self._promote(flight)  # the deadline was the leader's own
-            followers = None
-        else:
-            self._end(flight)
-            flight.landed = True
-            outputs = result.outputs
-            if outputs is not None:
-                flight.cache.keep(flight.shelf, flight.key, outputs)
-            if followers:
-                flight.cache.shared.add(len(followers))
-                now, error = self._clock(), result.error
-                flight.readers = 1 + len(followers)
-                leader.context.flight = flight
-                flight.followers = None
-                self._results.put(
-                    [
-                        Result(entry_id, outputs, error, max(0.0, now - follower.entry.arrived))
-                        for entry_id, follower in followers.items()
-                    ]
-                )
-        leader.then(result)
+            self._promote(context)  # the deadline was the leader's own
+            return
+        key, served, entry, outputs = context.cache_key, context.served, context.entry, result.outputs
+        assert key is not None  # leaders have a key, a version and an entry
+        assert served is not None
+        assert entry is not None
+        cache = served.cache
+        assert cache is not None
+        if cache.flights.get(key) is context:
+            del cache.flights[key]
+        if outputs is not None:
+            shelf = "" if context.tenant is None else context.tenant.name
+            cache.keep(shelf, key, outputs, again=bool(followers))
+        if flight is None or not followers:
+            context.flight = None
+            return
+        cache.shared.add(len(followers))
+        now, error = self._clock(), result.error
+        flight.lender = entry
+        flight.readers = 1 + len(followers)
+        flight.followers = {}
+        shared: list[Result] = []
+        for entry_id, follower in followers.items():
+            began = now if follower.entry is None else follower.entry.arrived
+            shared.append(Result(entry_id, outputs, error, max(0.0, now - began)))
+        self._results.put(shared)
 
     def expire(self, context: PredictContext, entry: Entry) -> bool:
         """End a follower whose deadline has passed; returns False if the request runs, or is answered."""
         flight: Flight | None = context.flight
-        if flight is None or flight.landed or flight.leader.context is context:
+        if context.leads or flight is None or flight.lender is not None:
             return False
-        self._remove(flight, context, entry)
+        context.flight = None
+        flight.followers.pop(entry.id, None)
         waited_s = max(0.0, self._clock() - entry.arrived)
         error = DeadlineExceeded("the deadline passed before an equal request had its answer")
         self._results.put([Result(entry.id, None, error, waited_s)])
         return True
 
     def abandon(self, context: PredictContext, entry: Entry) -> bool:
-        """Leave a flight, because the client is gone; returns whether the entry is to be cancelled."""
+        """Take note that the client of a request is gone; returns whether its entry is to be cancelled."""
+        if context.leads:
+            context.leads = False
+            self._promote(context)
+            return True
         flight: Flight | None = context.flight
-        assert flight is not None  # the caller has looked
-        if flight.landed:
-            return False
-        if flight.leader.context is not context:
-            self._remove(flight, context, entry)
-            return False
+        if flight is None or flight.lender is not None:
+            return flight is None
         context.flight = None
-        self._promote(flight)
-        return True
+        flight.followers.pop(entry.id, None)
+        return False
 
     def release(self, context: PredictContext) -> None:
         """Take note that a request does not read the outputs of its flight any more."""
@@ -178,42 +154,41 @@ class SingleFlight:
         assert flight is not None  # the caller has looked
         context.flight = None
         flight.readers -= 1
-        if not flight.readers and self._release is not None:
-            entry = flight.leader.entry
-            self._release(entry.key, entry.id)
+        lender = flight.lender
+        if not flight.readers and self._release is not None and lender is not None:
+            self._release(lender.key, lender.id)
 
-    def _remove(self, flight: Flight, context: PredictContext, entry: Entry) -> None:
-        context.flight = None
-        if flight.followers is not None:
-            flight.followers.pop(entry.id, None)
-
-    def _end(self, flight: Flight) -> None:
-        """Let nobody join a flight any more."""
-        flights = flight.cache.flights
-        if flights.get(flight.key) is flight:
-            del flights[flight.key]
-
-    def _promote(self, flight: Flight) -> None:
-        """Run the entry of the last follower; end the flight if there is none whose entry is accepted.
+    def _promote(self, context: PredictContext) -> None:
+        """Run the entry of the last follower of a leader that leaves; go on until an entry is accepted.
 
         The deadline of the last one is usually the latest.
         """
-        followers = flight.followers
-        while followers:
-            entry_id, leader = followers.popitem()
-            flight.leader = leader
-            self._results.subscribe(entry_id, flight.on_result)
+        flight: Flight | None = context.flight
+        key, served = context.cache_key, context.served
+        context.flight = None
+        assert key is not None  # leaders have a key and a version
+        assert served is not None
+        cache = served.cache
+        assert cache is not None
+        leads = cache.flights.get(key) is context  # else there is a leader of higher priority
+        while flight is not None and flight.followers:
+            entry_id, follower = flight.followers.popitem()
+            entry = follower.entry
+            assert entry is not None  # followers have one from the beginning
             try:
-                self._inbox.offer(leader.entry)
+                self._inbox.offer(entry)
             except Exception as error:  # noqa: BLE001 - an entry that is refused fails alone
-                self._results.subscribe(entry_id, leader.then)
-                leader.context.flight = None
+                follower.flight = None
                 self._results.put([Result(entry_id, None, _refusal(error), 0.0)])
                 continue
-            leader.context.cache_status = MISS
-            flight.cache.misses.add()
+            follower.leads = True
+            follower.cache_status = MISS
+            cache.misses.add()
+            if leads:
+                cache.flights[key] = follower
             return
-        self._end(flight)
+        if leads:
+            del cache.flights[key]
 
 
 def _refusal(error: Exception) -> InferpoolError:
