@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = {
     "__main__": 10, "cli": 9, "admin_commands": 8, "app": 8, "engine_process": 8, "launch": 8.5,
-    "predict_command": 8.5,
-    "sign_commands": 8, "web_process": 8, "server": 7, "server_parts": 7, "http": 6,
+    "grpc_process": 8, "predict_command": 8.5,
+    "sign_commands": 8, "web_process": 8, "server": 7, "server_parts": 7, "grpc_api": 6.5, "http": 6,
     "release": 6, "repository": 5, "client": 5, "engine": 4.5, "codecs": 4.2, "wire": 4, "pool": 4,
     "backends": 3, "allowance": 2, "pixel_table": 2,
     "platforms": 2, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
@@ -60,6 +60,10 @@ LIBRARIES = {
     "uvicorn": ("http", "app", "server", "cli"),
     "onnxruntime": ("backends/onnx",),
     "torch": ("backends/torch",),
+    "grpc": ("grpc_api", "grpc_process"),
+    "google": ("grpc_api",),
+    "grpc_health": ("grpc_api",),
+    "grpc_reflection": ("grpc_api",),
     "prometheus_client": ("observe/metrics", "observe/process_metrics"),
     "opentelemetry": ("observe/spans",),
     "pynvml": ("observe/gpu_metrics",),

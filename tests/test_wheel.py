@@ -73,10 +73,11 @@ any process may end at any time is tested with the sources. The tests of INTERPR
 
 INTERPRETED = {
     *("engine/catalog_merge", "engine/catalog_parcel", "engine/child_loop", "engine/control"),
-    *("engine/engine_memory", "engine/liveness"),
+    *("engine/engine_memory", "engine/grpc_keeper", "engine/liveness"),
     *("engine/restart_policy", "engine/spare_engine", "engine/spawn", "engine/supervised"),
     *("engine/supervisor", "engine/supervisor_metrics"),
-    *("http/connection/acceptor", "http/connection/body_receiver", "http/connection/lingering_close"),
+    *("http/connection/acceptor", "http/connection/body_receiver", "http/connection/forwarded"),
+    "http/connection/lingering_close",
     *("http/connection/protocol", "http/connection/slow_client", "http/connection/tls_transport"),
     *("http/connection/unread_responses",),
     *("http/predict/compression", "http/predict/fair_threads", "http/predict/memory_monitor"),

@@ -11,11 +11,12 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from inferpool.engine.supervisor import replace_process
-from inferpool.errors import Reason
+from inferpool.errors import ConfigError, Reason
 from inferpool.http.access.make_gate import check_exposure, make_gate
 from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.observe.metrics import Metrics
@@ -24,6 +25,7 @@ from inferpool.repository.trust.digital_signature import check_signers
 from inferpool.settings import Settings, service_links, with_memory
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import CPU
+from inferpool.system.install_hints import install_command
 from inferpool.system.listeners import address_of, listen, listen_unix, remove_socket_file, socket_file
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_GRPC_PACKAGES = ("grpc", "grpc_health", "grpc_reflection")
 CORES_PER_WEB_PROCESS = 4
 """Models on the CPU need most of the cores."""
 CORES_PER_WEB_PROCESS_WITH_GPU = 2
@@ -68,6 +71,8 @@ def serve(repository: Path | StoreReference, settings: Settings, reason: Reason 
 
         certificates = make_certificates(settings)
     check_signers(settings.require_signatures)
+    if settings.grpc_port is not None:
+        _check_grpc(settings)
     if settings.unix_socket is None:
         listener = listen(settings.host, settings.port)
     else:
@@ -94,6 +99,14 @@ def serve(repository: Path | StoreReference, settings: Settings, reason: Reason 
         logging.shutdown()
         os._exit(status)
     return status
+
+
+def _check_grpc(settings: Settings) -> None:
+    """Raise ConfigError if the process that serves gRPC could not listen. It binds the port itself."""
+    if any(find_spec(package) is None for package in _GRPC_PACKAGES):
+        raise ConfigError(f"grpc_port needs packages that are missing: {install_command('grpc')}")
+    if settings.grpc_port:
+        listen(settings.host, settings.grpc_port, "--grpc-port").close()
 
 
 def _fetch(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from inferpool.engine.grpc_keeper import EventLoopWatcher, GrpcKeeper
 from inferpool.engine.spawn import SUPERVISED
 from inferpool.errors import ConfigError
 from inferpool.http.access.admin_socket import ADMIN_SOCKET, open_admin_socket
@@ -29,6 +30,7 @@ from inferpool.http.access.tls import Certificates, wait_for_certificates
 from inferpool.http.application import Application
 from inferpool.http.connection.acceptor import Acceptor
 from inferpool.http.connection.batched_reads import ReadBatcher
+from inferpool.http.connection.forwarded import ForwardedProtocol
 from inferpool.http.connection.protocol import PredictProtocol
 from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.memory_monitor import MemoryMonitor
@@ -41,7 +43,7 @@ from inferpool.repository.rollout import RolloutWatch
 from inferpool.settings import Settings
 from inferpool.system.connection_counts import ConnectionCounts, make_counts
 from inferpool.system.gpus import CPU, cuda_driver
-from inferpool.system.listeners import address_of
+from inferpool.system.listeners import address_of, listen_internally
 from inferpool.wire import json_numbers
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Server(uvicorn.Server):
 
     Attributes:
         counts: how many connections this process and others of the server have.
+        forwarded: takes connections of the process that serves gRPC; None without gRPC.
         exit_status: 0 if every accepted request was answered, else 1; valid after `run` returns.
         loop: the event loop, once the server has one.
         name: what metrics call this process.
@@ -110,6 +113,7 @@ class Server(uvicorn.Server):
         self._certificates: Certificates | None = None
         self._draining: asyncio.Task[None] | None = None
         self._acceptor: Acceptor | None = None
+        self.forwarded: socket.socket | None = None
         self.counts = ConnectionCounts(make_counts(1), 0, 1)
         self.has_admin_socket = settings.admin_socket is not None
 
@@ -164,8 +168,27 @@ class Server(uvicorn.Server):
             settings.connections_per_address,
         )
         self.servers = [self._acceptor]  # type: ignore[list-item]
+        if self.forwarded is not None:
+            self.servers.append(self._accept_forwarded(self.forwarded))  # type: ignore[arg-type]
         self.started = True
         self.report_listening()
+
+    def _accept_forwarded(self, listener: socket.socket) -> Acceptor:
+        """Accept connections of the process that serves gRPC."""
+        assert self.loop is not None
+        connections = self.server_state.connections
+
+        def make_protocol(state: dict[str, Any]) -> PredictProtocol:
+            return PredictProtocol(self.config, self.server_state, state, self.loop)
+
+        return Acceptor(
+            self.loop,
+            listener,
+            partial(ForwardedProtocol, make_protocol),
+            lambda: len(connections),
+            self.counts,
+            self._metrics,
+        )
 
     async def on_tick(self, counter: int) -> bool:
         """Tell the other processes how many connections there are; uvicorn calls this all the time."""
@@ -260,6 +283,8 @@ class InProcessServer(Server):
         self._repository = repository
         self._gpus_watched = False
         self._frozen = False
+        self._grpc: GrpcKeeper | None = None
+        self._grpc_ended = asyncio.Event()
 
     def begin(self, listeners: list[socket.socket]) -> None:
         """Answer signals and load the models."""
@@ -273,12 +298,28 @@ class InProcessServer(Server):
                 "listening on %s", address_of(listener, tls=self._settings.tls_certificate_file is not None)
             )
         report_installation()
+        self._start_grpc()
         # Signals have waited since the server listens. Threads, and children of theirs, inherit the mask.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISED)
         self._repository.start(self._loaded, self._end_without_models)
 
+    def _start_grpc(self) -> None:
+        if self._settings.grpc_port is None:
+            return
+        assert self.loop is not None
+        self.forwarded = listen_internally()
+        self._grpc = GrpcKeeper(
+            EventLoopWatcher(self.loop),
+            time.monotonic,
+            self._settings.model_dump(mode="json"),
+            self.forwarded.getsockname().decode(),
+            self._metrics.value("grpc_restarts_total").add,
+            self._end_without_models,
+        )
+        self._grpc.start()
+
     def _end_without_models(self, reason: str) -> None:
-        """End the server: no models have come in time."""
+        """End the server: no models have come in time, or gRPC cannot listen."""
         log.error("%s", reason)
         self.exit_status = 1
         self.should_exit = True
@@ -300,10 +341,16 @@ class InProcessServer(Server):
     def report_drain(self) -> None:
         """Report that the server is not ready."""
         self._repository.begin_drain()
+        if self._grpc is not None:
+            settings = self._settings
+            self._grpc.drain(settings.drain_settle_s, settings.drain_timeout_s, self._grpc_ended.set)
 
     async def drain_models(self, timeout_s: float) -> bool:
         """End every instance; False if `timeout_s` is too short."""
-        return await asyncio.to_thread(self._repository.drain, timeout_s)
+        ended = await asyncio.to_thread(self._repository.drain, timeout_s)
+        if self._grpc is not None:
+            await self._grpc_ended.wait()  # it hands on the last responses
+        return ended
 
     def _loaded(self) -> None:
         if not self._frozen:

@@ -60,6 +60,11 @@ class Settings(BaseModel):
         pattern="^[0-7]{3}$",
         description="Permissions of the file of `unix_socket`, in octal digits: who may connect.",
     )
+    grpc_port: Annotated[int, Field(ge=0, le=65_535)] | None = Field(
+        default=None,
+        description="TCP port of the Open Inference Protocol over gRPC, which a process of its own serves; 0"
+        " takes a free port. Without it there is no gRPC. See docs/grpc.md.",
+    )
     tls_certificate_file: Path | None = Field(
         default=None,
         description="PEM file with the server's certificate and those between it and its authority. With it,"

@@ -270,7 +270,7 @@ def main() -> int:
     control = begin_child("inferpool-web")
     start = control.wait()
     facts = start.values
-    listener, counts, metrics_file, rates = start.descriptors
+    listener, counts, metrics_file, rates, *forwarded = start.descriptors
     settings = Settings.model_validate(facts["settings"])
     log_lines = configure_logs(settings.log_level, settings.log_format, process=f"web-{facts['web']}")
     keep_freed_memory()
@@ -315,6 +315,8 @@ def main() -> int:
         return 1
     connections = ConnectionCounts(counts, facts["web"] - 1, facts["webs"])
     server = WebServer(control, catalog, router, facts["web"], connections, admin, *parts)
+    if forwarded:
+        server.forwarded = socket.socket(fileno=forwarded[0])
     if facts["web"] == 1:
         report_installation()
     server.run(sockets=[socket.socket(fileno=listener)])

@@ -1,6 +1,7 @@
 """The parent of all other processes: it listens, answers signals, and starts again what dies.
 
     supervisor ─┬─ web process 1 … N     read requests, write answers
+                ├─ a process for gRPC    passes requests on to web processes; with --grpc-port alone
                 ├─ engine 1 … M          hold models, and run them
                 └─ a spare engine        takes the place of the next engine that ends
 
@@ -26,6 +27,7 @@ from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
 from inferpool.engine.child_loop import ChildLoop, reap
 from inferpool.engine.control import Message
+from inferpool.engine.grpc_keeper import GrpcKeeper
 from inferpool.engine.liveness import Liveness
 from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Version, own_engine
 from inferpool.engine.spare_engine import LEAST_SPARE_BYTES, SpareEngine
@@ -35,7 +37,7 @@ from inferpool.engine.supervisor_metrics import SupervisorMetrics
 from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.pool.token_buckets import MEMORY_BYTES
 from inferpool.system.connection_counts import make_counts, set_absent
-from inferpool.system.listeners import address_of, remove_socket_file, socket_file
+from inferpool.system.listeners import address_of, listen_internally, remove_socket_file, socket_file
 from inferpool.system.memory import chosen_limit
 
 log = logging.getLogger("inferpool.engine.supervisor")
@@ -103,6 +105,22 @@ class Supervisor:
         self._draining_engines = False
         self._status: int | None = None
         self._exit_status = 0
+        # All web processes take connections of the process that serves gRPC.
+        self._forwarded: socket.socket | None = None
+        self._grpc: GrpcKeeper | None = None
+        if settings["grpc_port"] is not None:
+            self._forwarded = listen_internally()
+            self._metrics.expect_grpc()
+            self._grpc = GrpcKeeper(
+                self._loop,
+                self._clock,
+                self._settings,
+                self._forwarded.getsockname().decode(),
+                lambda: self._metrics.count("grpc_restarts_total"),
+                self._refuse,
+                {"slot": self._metrics.grpc_slot},
+                [self._metrics.file],
+            )
 
     def run(self) -> int:
         """Serve until a signal ends the server; the status is 0 if every accepted request was answered."""
@@ -112,6 +130,8 @@ class Supervisor:
             self._start_web(web)
         for engine in list(self._engines.values()):
             self._start_engine(engine)
+        if self._grpc is not None:
+            self._grpc.start()
         while self._status is None:
             self._loop.turn(self._children())
         for child in self._children():
@@ -132,6 +152,7 @@ class Supervisor:
             self._loop.after(RETRY_S, lambda: self._start_web(web))
             return
         web.started, web.listens, web.seen = self._clock(), False, 0
+        forwarded = [] if self._forwarded is None else [self._forwarded.fileno()]
         child.control.send(
             "start",
             {
@@ -142,7 +163,7 @@ class Supervisor:
                 "info": self._info,
                 "slot": web.number,
             },
-            [self._listener.fileno(), self._counts, self._metrics.file, self._rates],
+            [self._listener.fileno(), self._counts, self._metrics.file, self._rates, *forwarded],
             wait=False,
         )
         self._loop.watch(child, lambda message: self._hear_web(web, message), lambda: self._web_ended(web))
@@ -309,6 +330,8 @@ class Supervisor:
             engine_beat = self._metrics.engine_beat(engine.name, engine.pid)
             if engine.child is not None and engine_beat is not None and not engine.loading:
                 watched[engine.pid] = (f"engine {engine.name}", engine.child, engine_beat)
+        if self._grpc is not None and (grpc := self._grpc.child) is not None:
+            watched[grpc.pid] = ("the process of gRPC", grpc, self._metrics.grpc_beat(grpc.pid))
         silent = self._liveness.look(now, {pid: beat for pid, (_, _, beat) in watched.items()})
         for pid, seconds in silent.items():
             what, child, _ = watched[pid]
@@ -529,8 +552,7 @@ class Supervisor:
             if status != 0 and engine.told:
                 log.error("engine %s %s while it drained", engine.name, how)
                 self._exit_status = 1
-            if not any(other.child for other in self._engines.values()):
-                self._status = self._exit_status
+            self._end_if_drained()
             return
         self._refuse_asked(engine)
         if self._engines.get(engine.name) is not engine:
@@ -719,6 +741,8 @@ class Supervisor:
                 web.child.control.send("drain", wait=False)
         if settle_s:
             self._loop.after(settle_s, lambda: log.info("the settle time is over: new requests are refused"))
+        if self._grpc is not None:
+            self._grpc.drain(settle_s, timeout_s, self._end_if_drained)
         if any(web.child for web in self._webs.values()):
             self._loop.after(settle_s + timeout_s + CLOSE_S, self._end_webs)
         else:
@@ -738,8 +762,7 @@ class Supervisor:
         # Even without time left, idle instance threads need a moment to end.
         timeout_s = max(1.0, self._drain_ends - self._clock())
         running = [engine for engine in self._engines.values() if engine.child is not None]
-        if not running:
-            self._status = self._exit_status
+        self._end_if_drained()
         for engine in running:
             assert engine.child is not None
             if engine.told:
@@ -747,6 +770,11 @@ class Supervisor:
             else:
                 engine.child.kill()
         self._loop.after(timeout_s + END_S, self._end_engines)
+
+    def _end_if_drained(self) -> None:
+        """End the server once every other process has ended."""
+        if self._draining_engines and not self._children():
+            self._status = self._exit_status
 
     def _end_engines(self) -> None:
         for engine in self._engines.values():
@@ -761,11 +789,13 @@ class Supervisor:
             self._status = 1
 
     def _children(self) -> list[Child]:
-        owners: list[SupervisedWeb | SupervisedEngine | SpareEngine] = [
+        owners: list[SupervisedWeb | SupervisedEngine | SpareEngine | GrpcKeeper] = [
             *self._webs.values(),
             *self._engines.values(),
             self._spare,
         ]
+        if self._grpc is not None:
+            owners.append(self._grpc)
         return [owner.child for owner in owners if owner.child is not None]
 
 

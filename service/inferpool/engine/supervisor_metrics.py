@@ -16,15 +16,17 @@ ENGINE_SLOTS: Final = 64
 
 
 class SupervisorMetrics:
-    """Gives each process a slot: the supervisor has the first, then come web processes, then engines.
+    """Gives each process a slot: the supervisor has the first, then come web processes, engines and gRPC.
 
     Attributes:
         file: the descriptor of the shared memory.
+        grpc_slot: the slot of the process that serves gRPC, if there is one.
     """
 
     def __init__(self, webs: int) -> None:
         """`webs` is the number of web processes, whose slots are 1 to `webs`."""
-        self.file = make_regions(1 + webs + ENGINE_SLOTS)
+        self.grpc_slot = 1 + webs + ENGINE_SLOTS
+        self.file = make_regions(self.grpc_slot + 1)
         self._region = Region(self.file, 0)
         self._free = list(range(1 + webs, 1 + webs + ENGINE_SLOTS))
         self._slots = {SHARED: self._free.pop(0)}
@@ -64,6 +66,14 @@ class SupervisorMetrics:
     def web_beat(self, number: int, pid: int) -> float:
         """The last beat of a web process; 0.0 if it has not beaten yet."""
         return read_beat(self.file, number, pid)
+
+    def expect_grpc(self) -> None:
+        """Show the counter of restarts of the process that serves gRPC, which is 0 at first."""
+        self._region.numbers("grpc_restarts_total", (), 1)
+
+    def grpc_beat(self, pid: int) -> float:
+        """The last beat of the process that serves gRPC; 0.0 if it has not beaten yet."""
+        return read_beat(self.file, self.grpc_slot, pid)
 
     def engine_beat(self, engine: str, pid: int) -> float | None:
         """The last beat of an engine; 0.0 if it has not beaten yet, None if it has no slot."""

@@ -45,6 +45,36 @@ STATUSES: Final[Mapping[str, int]] = {
 }
 """Error code to HTTP status; the README's table is checked against it."""
 
+GRPC_STATUSES: Final[Mapping[str, str]] = {
+    "malformed_body": "INVALID_ARGUMENT",
+    "malformed_request": "INVALID_ARGUMENT",
+    "load_failed": "FAILED_PRECONDITION",
+    "unauthorized": "UNAUTHENTICATED",
+    "forbidden": "PERMISSION_DENIED",
+    "not_found": "NOT_FOUND",
+    "model_not_found": "NOT_FOUND",
+    "version_not_found": "NOT_FOUND",
+    "method_not_allowed": "UNIMPLEMENTED",
+    "too_slow": "DEADLINE_EXCEEDED",
+    "conflict": "FAILED_PRECONDITION",
+    "body_too_large": "RESOURCE_EXHAUSTED",
+    "unsupported_media_type": "INVALID_ARGUMENT",
+    "head_too_large": "RESOURCE_EXHAUSTED",
+    "invalid_input": "INVALID_ARGUMENT",
+    "model_rejected": "INVALID_ARGUMENT",
+    "queue_full": "RESOURCE_EXHAUSTED",
+    "rate_limited": "RESOURCE_EXHAUSTED",
+    "internal_error": "INTERNAL",
+    "model_failed": "INTERNAL",
+    "model_crashed": "INTERNAL",
+    "not_ready": "UNAVAILABLE",
+    "draining": "UNAVAILABLE",
+    "overloaded": "UNAVAILABLE",
+    "deadline_exceeded": "DEADLINE_EXCEEDED",
+    "run_timeout": "DEADLINE_EXCEEDED",
+}
+"""Error code to the name of the status of gRPC, for the same codes."""
+
 Headers = list[tuple[bytes, bytes]]
 
 

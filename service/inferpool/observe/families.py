@@ -124,6 +124,8 @@ FAMILIES: Final = {
                "Times that an engine ended without being asked to, and another took its place."),
         Family("web_restarts_total", "counter", (),
                "Times that a web process ended without being asked to, and another took its place."),
+        Family("grpc_restarts_total", "counter", (),
+               "Times that the process of gRPC ended without being asked to, and another took its place."),
         Family("shared_memory_bytes", "gauge", (),
                "Memory in use that web processes and engines share, for tensors and metrics."),
         Family("cpu_nodes", "gauge", _VERSION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import stat
 from pathlib import Path
@@ -17,8 +18,10 @@ _ALL_IPV6: Final = "::"
 _ALL_IPV4: Final = "0.0.0.0"
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
     """A listening TCP socket; port 0 takes a free port. Raises ConfigError if the address cannot be bound.
+
+    The error names the `flag` that chooses another port.
 
     The host `::` takes IPv4 as well as IPv6. If the machine has no IPv6, the socket is one of IPv4 alone.
     """
@@ -31,7 +34,7 @@ def listen(host: str, port: int) -> socket.socket:
         )
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        remedy = "--host and --port choose another address"
+        remedy = f"--host and {flag} choose another address"
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {remedy}") from error
 
 
@@ -61,6 +64,17 @@ def listen_unix(path: Path, mode: int, flag: str = "--unix-socket") -> socket.so
     except ConfigError:
         listener.close()
         raise
+    return listener
+
+
+def listen_internally() -> socket.socket:
+    """A listening Unix socket between processes of one server. It has no file: its name is an abstract one.
+
+    The name can be found out, so whoever accepts a connection asks the kernel whose it is.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"\0inferpool-{secrets.token_hex(16)}")
+    listener.listen(BACKLOG)
     return listener
 
 

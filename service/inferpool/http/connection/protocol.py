@@ -31,6 +31,7 @@ from inferpool.http.connection.connection import Connection
 from inferpool.http.connection.exchange import MOST_DISCARDED_BYTES, Exchange
 from inferpool.http.connection.exchange_state import WRITING
 from inferpool.http.connection.fast_path import try_cached_head
+from inferpool.http.connection.forwarded import CLIENT_CERTIFICATE, FORWARDED_FROM
 from inferpool.http.connection.lingering_close import LingeringClose
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.connection.slow_client import SlowClientTimer
@@ -108,6 +109,9 @@ class PredictProtocol(HttpToolsProtocol):
             self._tls = transport = TlsTransport(transport, self, self.loop)
         super().connection_made(transport)
         self.connection.made(transport, self.flow, self.pipeline)
+        if FORWARDED_FROM in self.app_state:
+            self.connection.client = self.app_state[FORWARDED_FROM]
+            self.client = (self.connection.client, 0)
         self._find_keyless(transport)
         if self.client is not None:
             self.client = (self.connection.client, self.client[1])
@@ -120,6 +124,8 @@ class PredictProtocol(HttpToolsProtocol):
             return
         if ADMIN_SOCKET in self.app_state:
             caller = LOCAL_ADMIN
+        elif FORWARDED_FROM in self.app_state:
+            caller = gate.keyless(self.app_state[CLIENT_CERTIFICATE])
         else:
             caller = gate.keyless(None if self._tls is None else transport.get_extra_info("peercert"))
         if caller is not gate.anonymous:

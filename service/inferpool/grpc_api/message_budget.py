@@ -1,0 +1,107 @@
+"""Memory for messages of gRPC, whose size is not known until they are there.
+
+A body of HTTP announces its length, and its memory is reserved before it is read. Here a message gets a
+small part at first, which is enough for most messages. A message that takes longer than a moment to receive
+is large or slow, and has to reserve as much as the largest message may have. That limits how many such
+messages are received at once, and small ones are received beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from inferpool.errors import InferpoolError, Overloaded, TooSlow
+
+FIRST_BYTES: Final = 256 * 1024
+"""What a message reserves at first."""
+MOMENT_S: Final = 0.25
+"""How long a message may take until it has to reserve what the largest one takes."""
+READ_S: Final = 60.0
+"""How long a message may take to be received."""
+COPIES: Final = 2
+"""A message, and the body that is made of it, are in memory at once for a moment."""
+
+
+class MessageBudget:
+    """Counts the bytes of all messages of the process. For one event loop."""
+
+    def __init__(self, total_bytes: int, most_bytes: int) -> None:
+        """All messages together may take `total_bytes`, each of them at most `most_bytes`."""
+        self._most = COPIES * most_bytes
+        # The largest message is received if it is alone.
+        self._free = max(total_bytes, self._most + COPIES * FIRST_BYTES)
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes; False if they are not free."""
+        if size > self._free:
+            return False
+        self._free -= size
+        return True
+
+    def give(self, size: int) -> None:
+        """Free `size` bytes that are reserved."""
+        self._free += size
+
+    @property
+    def most(self) -> int:
+        """What the largest message takes, in bytes."""
+        return self._most
+
+
+class ReceivedMessage:
+    """One message from its first byte on; its memory is reserved until `close`."""
+
+    __slots__ = ("_budget", "_error", "_held", "_task", "_timer")
+
+    def __init__(self, budget: MessageBudget) -> None:
+        """Reserve the first part. Raises Overloaded if there is no room."""
+        self._budget = budget
+        self._error: InferpoolError | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._held = min(FIRST_BYTES, budget.most)
+        if not budget.take(self._held):
+            self._held = 0
+            raise Overloaded("the server has no room for another message; try again later")
+
+    async def read(self, receive: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Return what `receive` returns. Raises Overloaded if a large message finds no room, or TooSlow."""
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._timer = loop.call_later(MOMENT_S, self._reserve_all, loop)
+        try:
+            data = await receive()
+        except asyncio.CancelledError:
+            if self._error is None or self._task is None:
+                raise
+            self._task.uncancel()
+            raise self._error from None
+        finally:
+            self._timer.cancel()
+            self._task = None
+        self._hold(min(COPIES * len(data), self._budget.most))
+        return data
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._hold(0)
+
+    def _hold(self, size: int) -> None:
+        self._budget.give(self._held - size)
+        self._held = size
+
+    def _reserve_all(self, loop: asyncio.AbstractEventLoop) -> None:
+        more = self._budget.most - self._held
+        if more > 0 and not self._budget.take(more):
+            self._stop(Overloaded("the server has no room for another large message; try again later"))
+            return
+        self._held += more
+        text = f"the message was not received within {READ_S:g} s; send it faster, or in smaller requests"
+        self._timer = loop.call_later(READ_S, self._stop, TooSlow(text))
+
+    def _stop(self, error: InferpoolError) -> None:
+        if self._task is not None:
+            self._error = error
+            self._task.cancel()

@@ -1,0 +1,87 @@
+"""Messages are received as far as there is room for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from inferpool.errors import Overloaded, TooSlow
+from inferpool.grpc_api import message_budget
+from inferpool.grpc_api.message_budget import COPIES, FIRST_BYTES, MessageBudget, ReceivedMessage
+
+MOST = 10 * FIRST_BYTES
+WHOLE = COPIES * MOST
+
+
+async def read(budget: MessageBudget, receive: Callable[[], Awaitable[bytes]]) -> bytes:
+    message = ReceivedMessage(budget)
+    try:
+        return await message.read(receive)
+    finally:
+        message.close()
+
+
+async def never() -> bytes:
+    return await asyncio.get_running_loop().create_future()
+
+
+async def small() -> bytes:
+    return b"x"
+
+
+def test_a_message_reserves_what_it_takes_until_it_is_closed() -> None:
+    async def run() -> None:
+        budget = MessageBudget(3 * WHOLE, MOST)
+        message = ReceivedMessage(budget)
+        assert await message.read(small) == b"x"
+        assert budget.take(3 * WHOLE - COPIES)
+        assert not budget.take(1)
+        message.close()
+        assert budget.take(COPIES)
+
+    asyncio.run(run())
+
+
+def test_a_slow_message_reserves_the_most_and_small_ones_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_budget, "MOMENT_S", 0.0)
+
+    async def run() -> None:
+        # Room for one large message, and two small ones beside it.
+        budget = MessageBudget(0, MOST)
+        slow = asyncio.create_task(read(budget, never))
+        while budget.take(FIRST_BYTES * (COPIES + 1)):  # until the slow one has reserved all it may take
+            budget.give(FIRST_BYTES * (COPIES + 1))
+            await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="large message"):
+            await read(budget, never)
+        assert await read(budget, small) == b"x"
+        slow.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await slow
+        assert budget.take(WHOLE)
+
+    asyncio.run(run())
+
+
+def test_without_room_no_message_is_received() -> None:
+    async def run() -> None:
+        budget = MessageBudget(0, MOST)
+        assert budget.take(WHOLE + COPIES * FIRST_BYTES)
+        with pytest.raises(Overloaded, match="another message"):
+            await read(budget, small)
+
+    asyncio.run(run())
+
+
+def test_a_message_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_budget, "MOMENT_S", 0.0)
+    monkeypatch.setattr(message_budget, "READ_S", 0.01)
+
+    async def run() -> None:
+        budget = MessageBudget(0, MOST)
+        with pytest.raises(TooSlow, match="send it faster"):
+            await read(budget, never)
+        assert budget.take(WHOLE)
+
+    asyncio.run(run())
