@@ -66,6 +66,17 @@ def pictures() -> dict[str, Callable[[], bytes]]:
         "JPEG progressive": lambda: file_of(flat, "JPEG", progressive=True, subsampling=0),
         "JPEG CMYK": lambda: file_of(flat.convert("CMYK"), "JPEG", progressive=True, subsampling=0),
         "JPEG grey": lambda: file_of(grey, "JPEG"),
+        "GIF": lambda: file_of(rgb.quantize(16), "GIF"),
+        "GIF with transparency": lambda: file_of(rgb.quantize(16), "GIF", transparency=0),
+        "BMP": lambda: file_of(rgb, "BMP"),
+        "BMP palette": lambda: file_of(rgb.quantize(16), "BMP"),
+        "TIFF": lambda: file_of(rgb, "TIFF"),
+        "TIFF LZW turned": lambda: file_of(rgb, "TIFF", compression="tiff_lzw", exif=turned),
+        "TIFF in one strip": lambda: file_of(
+            rgba, "TIFF", compression="tiff_adobe_deflate", strip_size=2**30
+        ),
+        "TIFF 16 bits": lambda: file_of(deep, "TIFF", compression="tiff_lzw", strip_size=2**30),
+        "TIFF fax": lambda: file_of(grey.convert("1"), "TIFF", compression="group4"),
         "WebP": lambda: file_of(flat, "WEBP"),
         "WebP with alpha": lambda: file_of(rgba, "WEBP", quality=1, method=0),
         "WebP lossless": lambda: file_of(clear, "WEBP", lossless=True, exact=True),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inferpool.codecs.image_container import MEDIA_TYPES
 from inferpool.codecs.image_files import OTHER_FORMATS, PNG_SIGNATURE
 from inferpool.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
 from inferpool.tensors import ANY
@@ -17,12 +18,16 @@ from PIL import Image
 
 from tests.codecs.pictures import FORMATS, codec, file_of, noise, raw_codec
 
+RGB = Image.fromarray(noise(4, 4))
+
 
 @pytest.mark.parametrize(("start", "signature", "name"), OTHER_FORMATS)
 def test_other_formats_are_refused_by_name(start: int, signature: bytes, name: str) -> None:
-    with pytest.raises(UnsupportedMediaType, match=f"is {name}; PNG, JPEG and WebP are taken") as refused:
+    with pytest.raises(
+        UnsupportedMediaType, match=f"is {name}; PNG, JPEG, WebP, GIF, BMP and TIFF are"
+    ) as refused:
         raw_codec(4, 4).decode(b"\0" * start + signature + b"\0" * 60)
-    assert refused.value.members["expected"] == ["image/png", "image/jpeg", "image/webp"]
+    assert refused.value.members["expected"] == [*MEDIA_TYPES]
 
 
 @pytest.mark.parametrize("body", [b"notapng", b"{}", b"RIFF\0\0\0\0WAVE", PNG_SIGNATURE[1:], b"\xff"])
@@ -31,10 +36,64 @@ def test_a_body_that_is_not_a_picture_is_malformed(body: bytes) -> None:
         raw_codec(4, 4).decode(body)
 
 
-@pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM"])
+@pytest.mark.parametrize("format", ["AVIF", "PPM"])
 def test_pillow_never_gets_other_formats(format: str) -> None:
     with pytest.raises(UnsupportedMediaType):
         raw_codec(4, 4).decode(file_of(Image.fromarray(noise(4, 4)), format))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        file_of(RGB, "TIFF", compression="jpeg"),
+        file_of(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
+        file_of(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"),
+        b"BM" + b"\0" * 12 + struct.pack("<IiiHHI", 40, 4, 4, 1, 8, 1) + b"\0" * 60,
+    ],
+    ids=["TIFF with JPEG", "TIFF of floats", "TIFF of 32 bits", "BMP with run lengths"],
+)
+def test_pixels_whose_cost_is_not_known_are_refused_by_name(body: bytes) -> None:
+    with pytest.raises(UnsupportedMediaType, match="save it"):
+        raw_codec(4, 4).decode(body)
+
+
+def tiff(*tags: tuple[int, int, int, int]) -> bytes:
+    """Return a TIFF file with these tags: a name, a type, a number of values, and a value or its place."""
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 64
+
+
+GIF = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0, 0, 0)
+SIZE_TAGS = ((256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (262, 3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (tiff(*SIZE_TAGS, (273, 4, 2**31, 8), (279, 4, 1, 64)), BodyTooLarge),
+        (tiff(*SIZE_TAGS, (273, 4, 60_000, 8), (279, 4, 1, 64)), MalformedBody),
+        (tiff(*SIZE_TAGS, (273, 12, 1, 8), (279, 4, 1, 64)), MalformedBody),
+        (tiff(*SIZE_TAGS, (322, 4, 1, 60_000), (323, 4, 1, 60_000), (324, 4, 1, 8)), BodyTooLarge),
+        (GIF + b"\x2c" + struct.pack("<HHHHB", 0, 0, 9, 8, 0), MalformedBody),
+        (GIF + b"\x3b", MalformedBody),
+        (GIF + b"\x21\xfe" + b"\1c" * 70_000, BodyTooLarge),
+    ],
+    ids=["strips without end", "strips outside", "a type of floats", "a huge tile", "a frame outside",
+         "no frame", "comments without end"],
+)  # fmt: skip
+def test_files_that_would_take_more_than_their_size_says_are_refused(
+    body: bytes, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        raw_codec(8, 8).decode(body)
+
+
+def test_decoding_writes_nothing_to_the_log_of_the_server(capfd: pytest.CaptureFixture[str]) -> None:
+    body = bytearray(file_of(Image.fromarray(noise(40, 30)), "TIFF", compression="tiff_lzw"))
+    body[100:2000] = b"\xff" * 1900
+    with pytest.raises(MalformedBody):
+        raw_codec(40, 30).decode(bytes(body))
+    assert capfd.readouterr().err == ""
 
 
 def test_an_empty_body_is_malformed() -> None:
@@ -56,6 +115,9 @@ HUGE = {
     "jpeg": b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, 65_000, 65_000, 1) + b"\x01\x11\0\xff\xda",
     "webp-extended": b"RIFF\xff\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xfe\x3f\0" * 2,
     "webp-lossless": b"RIFF\xff\0\0\0WEBPVP8L\xff\0\0\0\x2f" + struct.pack("<I", 0x0FFFFFFF),
+    "gif": b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0) + b"\x2c" + b"\0" * 9,
+    "bmp": b"BM" + b"\0" * 12 + struct.pack("<IiiHHI", 40, 60_000, -60_000, 1, 24, 0),
+    "tiff": tiff((256, 4, 1, 60_000), (257, 4, 1, 60_000)),
     "webp-lossy": b"RIFF\xff\0\0\0WEBPVP8 \xff\0\0\0\0\0\0\x9d\x01\x2a\xff\x3f\xff\x3f",
 }
 
@@ -141,6 +203,13 @@ BODIES = [
     file_of(Image.fromarray(noise(11, 7)).convert("P"), "PNG", transparency=3),
     file_of(Image.fromarray(noise(11, 7, channels=4)), "WEBP", lossless=True, exif=b"MM\0*\0\0\0\x08\0\x01"),
     file_of(Image.fromarray(noise(11, 7)).convert("CMYK"), "JPEG"),
+    *(
+        file_of(Image.fromarray(noise(11, 7)), "TIFF", compression=kind)
+        for kind in ("raw", "tiff_lzw", "packbits")
+    ),
+    file_of(Image.fromarray(noise(11, 7)).convert("1"), "TIFF", compression="group4"),
+    file_of(Image.fromarray(noise(11, 7)).quantize(16), "GIF", transparency=3, comment=b"c"),
+    *(file_of(Image.fromarray(noise(11, 7)).convert(mode), "BMP") for mode in ("1", "P", "RGB", "RGBA")),
     file_of(Image.fromarray(noise(5, 5)), "PNG", save_all=True, append_images=[Image.new("RGB", (5, 5))]),
 ]
 
@@ -161,7 +230,18 @@ def check_outcome(body: bytes) -> None:
 
 
 @given(
-    prefix=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", *HUGE.values()]),
+    prefix=st.sampled_from(
+        [
+            b"",
+            b"\x89PNG\r\n\x1a\n",
+            b"\xff\xd8\xff",
+            b"RIFF\0\0\0\0WEBP",
+            b"GIF89a",
+            b"BM",
+            b"II*\0\x08\0\0\0",
+            *HUGE.values(),
+        ]
+    ),
     rest=st.binary(max_size=200),
 )
 @settings(deadline=None, max_examples=300)

@@ -38,7 +38,6 @@ _PICTURE_TYPES: Final = (
     (b"II*\0", "image/tiff"),
     (b"MM\0*", "image/tiff"),
 )
-_AVIF: Final = b"ftypavi"
 
 Part: TypeAlias = bytes | memoryview
 
@@ -285,8 +284,6 @@ def read_picture(picture: Any) -> Part:
 def picture_type(file: Part) -> str:
     """Return the media type of a picture by its first bytes; that of any bytes if it is unknown."""
     start = bytes(file[:12])
-    if start[4:11] == _AVIF:
-        return "image/avif"
     return next((kind for magic, kind in _PICTURE_TYPES if start.startswith(magic)), OCTET_STREAM)
 
 

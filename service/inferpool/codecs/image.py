@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Final
 
 import numpy as np
-from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.codecs.image_config import ImageConfig, find_input, input_size, pixel_values
-from inferpool.codecs.image_files import MEDIA_TYPES, PILLOW_BYTES, Container, open_container
+from inferpool.codecs.image_container import MEDIA_TYPES, PILLOW_BYTES, Container
+from inferpool.codecs.image_files import open_container
+from inferpool.codecs.tiff_file import silence_libtiff
 from inferpool.codecs.webp import decode_webp
 from inferpool.errors import BodyTooLarge, MalformedBody, RequestError
 from inferpool.pixel_table import Normalisation
@@ -36,8 +48,20 @@ TRANSPOSITIONS: Final = {
 """The transposition that sets a picture upright, by EXIF orientation; orientation 1 needs none."""
 
 
+_PLUGINS: Final[Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
+    "image/png": PngImagePlugin.PngImageFile,
+    "image/jpeg": JpegImagePlugin.JpegImageFile,
+    "image/webp": WebPImagePlugin.WebPImageFile,
+    "image/gif": GifImagePlugin.GifImageFile,
+    "image/bmp": BmpImagePlugin.BmpImageFile,
+    "image/tiff": TiffImagePlugin.TiffImageFile,
+}
 STRIP_PIXELS: Final = 128 * 1024
 """Pixels that are put on white at a time; that takes about a millisecond."""
+MOST_PICTURES: Final = 1024
+"""The most pictures of a request."""
+PICTURES_TOGETHER: Final = 4
+"""The pictures of a request may have this many times `max_pixels` together: a small file may have many."""
 FIRST_TURNED: Final = 5
 """From this EXIF orientation on, width and height are exchanged."""
 
@@ -46,6 +70,7 @@ class ImageCodec:
     """Makes one row of a model's input from the bytes of a picture; safe to share between threads.
 
     Attributes:
+        input: the name of the input that takes pictures.
         normalisation: turns pixels into the input's numbers; None if the input takes unchanged pixels.
         pixel_spec: the spec of the unchanged pixels, if `decode` returns those and the model normalises them;
             else None.
@@ -61,7 +86,7 @@ class ImageCodec:
         Raises ConfigError, with the key at the front, if `config` and `signature` contradict each other.
         """
         spec = find_input(config, signature)
-        self._name = spec.name
+        self.input: Final = spec.name
         self._pillow_mode = PILLOW_MODES[config.mode]
         self._height, self._width = input_size(config, spec)
         self._resize = config.resize
@@ -87,19 +112,61 @@ class ImageCodec:
         return container.width * container.height
 
     def decode(self, body: bytes, allowance: Allowance = UNLIMITED) -> Tensors:
-        """Decode a PNG, JPEG or WebP file to `{input: tensor}`: one row, C-contiguous; see `pixel_spec`.
+        """Decode a file to `{input: tensor}`: one row, C-contiguous; see `pixel_spec`.
 
         Raises UnsupportedMediaType if the bytes are a picture of another format, MalformedBody if they are
         damaged or not a picture, BodyTooLarge if the picture has more than `max_pixels`, or would take
         unreasonably much work for another reason, and what `Allowance.take` raises.
         """
+        container = self._open(body)
+        allowance.take(self._decoding_bytes(container), _decoding_text(container))
+        return {self.input: self._to_row(self._fit(self._to_pixels(container)))}
+
+    def decode_rows(self, files: Iterable[bytes], count: int, allowance: Allowance = UNLIMITED) -> Tensors:
+        """Decode `count` pictures to `{input: tensor}`, one row each, in their order.
+
+        Memory for decoding is taken for one picture at a time. Raises the errors of `decode`, with the number
+        of the picture, from 0, and BodyTooLarge for more than `MOST_PICTURES` pictures, or if all of them
+        together have more than `PICTURES_TOGETHER` times `max_pixels`.
+        """
+        if count > MOST_PICTURES:
+            raise BodyTooLarge(
+                f"the request has {count} pictures; at most {MOST_PICTURES} are taken", limit=MOST_PICTURES
+            )
+        table = self._table
+        shape = (
+            (self._height, self._width, table.channels) if self.pixel_spec is not None else table.row_shape
+        )
+        dtype = np.dtype(np.uint8) if self.pixel_spec is not None else table.values.dtype
+        row_bytes = dtype.itemsize * self._height * self._width * table.channels
+        allowance.take(count * row_bytes, f"the tensor of {count} pictures")
+        rows: Array = np.empty((count, *shape), dtype)
+        pixels = 0
+        for index, file in enumerate(files):
+            try:
+                container = self._open(file)
+                pixels += container.width * container.height
+                if pixels > PICTURES_TOGETHER * self._max_pixels:
+                    raise BodyTooLarge(
+                        f"the pictures up to this one have {pixels} pixels; a request may have"
+                        f" {PICTURES_TOGETHER * self._max_pixels}",
+                        limit=PICTURES_TOGETHER * self._max_pixels,
+                    )
+                size = self._decoding_bytes(container)
+                allowance.take(size, _decoding_text(container))
+                rows[index] = self._to_row(self._fit(self._to_pixels(container)))[0]
+                allowance.give_back(size)
+            except RequestError as error:
+                raise type(error)(f"picture {index}: {error.detail}", **error.members) from None
+        return {self.input: rows}
+
+    def _open(self, body: bytes) -> Container:
+        """Read the headers of a picture and check its size."""
         if not body:
             raise MalformedBody("the body is empty; a picture was expected")
         container = open_container(body)
         self._check_size(container.width, container.height)
-        size = self._decoding_bytes(container)
-        allowance.take(size, f"decoding a picture of {container.width}×{container.height} pixels")
-        return {self._name: self._to_row(self._fit(self._to_pixels(container)))}
+        return container
 
     def _decoding_bytes(self, container: Container) -> int:
         """Return how many bytes of memory the pictures between the file and the row take at most."""
@@ -125,6 +192,8 @@ class ImageCodec:
             if image is None:
                 file = _open_pixels(container)
                 self._check_size(*file.size)
+                if file.size != (container.width, container.height):
+                    raise ValueError(f"the decoder finds {file.size} pixels")
                 file.load()
                 image = file
                 # The file keeps what the decoder needed, as long as somebody refers to it.
@@ -176,14 +245,15 @@ class ImageCodec:
             )
 
 
+def _decoding_text(container: Container) -> str:
+    return f"decoding a picture of {container.width}×{container.height} pixels"
+
+
 def _open_pixels(container: Container) -> ImageFile.ImageFile:
     # Image.open would also warn, by a limit for the whole process; the limit of the model has been checked.
-    file = io.BytesIO(container.pixels)
-    if container.media_type == "image/png":
-        return PngImagePlugin.PngImageFile(file)
-    if container.media_type == "image/jpeg":
-        return JpegImagePlugin.JpegImageFile(file)
-    return WebPImagePlugin.WebPImageFile(file)
+    if container.media_type == "image/tiff":
+        silence_libtiff()
+    return _PLUGINS[container.media_type](io.BytesIO(container.pixels))
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:

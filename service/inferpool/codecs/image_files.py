@@ -13,19 +13,14 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
+from inferpool.codecs.image_container import MEDIA_TYPES, PILLOW_BYTES, TAKEN, Container, copied, count_part
+from inferpool.codecs.simple_image_files import BMP_SIGNATURE, GIF_SIGNATURES, open_bmp, open_gif
+from inferpool.codecs.tiff_file import TIFF_SIGNATURES, open_tiff
 from inferpool.errors import BodyTooLarge, MalformedBody, RequestError, UnsupportedMediaType
 
-MEDIA_TYPES: Final = ("image/png", "image/jpeg", "image/webp")
-"""The formats that `open_container` takes."""
-
 OTHER_FORMATS: Final = (
-    (0, b"GIF8", "GIF"),
-    (0, b"BM", "BMP"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
     (0, b"\0\0\1\0", "ICO"),
     (0, b"%PDF-", "PDF"),
     (0, b"<svg", "SVG"),
@@ -53,15 +48,11 @@ SOS: Final = 0xDA
 APP1: Final = 0xE1
 JPEG_METADATA: Final = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 """APP1 to APP15 and comments, except APP14, which says how the colours are stored. APP0 is JFIF's."""
-MAX_PARTS: Final = 65_536
-"""The most chunks or segments before the pixels; libpng writes 8,192 for a PNG picture of 64 MiB."""
 MAX_SCANS: Final = 100
 """A progressive JPEG needs about ten. Even a short scan makes the decoder pass over the whole picture."""
 JPEG_BARE_MARKERS: Final = frozenset({0x01, *range(0xD0, 0xD8)})
 """The markers that are not followed by a length."""
 
-PILLOW_BYTES: Final = 4
-"""Bytes of a pixel in a picture of Pillow with more than one channel."""
 DEEP_PNG_PIXEL_BYTES: Final = 14
 """For PNG pictures of 16 bits a channel, which are converted step by step."""
 WEBP_PIXEL_BYTES: Final = 17
@@ -70,33 +61,10 @@ ORIENTATION: Final = 0x0112
 INTEGER_FORMATS: Final = {3: "H", 4: "I"}
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
-    """A picture that is not decoded yet.
-
-    Attributes:
-        media_type: one of `MEDIA_TYPES`.
-        width: in pixels, before `orientation` is applied.
-        height: in pixels, before `orientation` is applied.
-        orientation: the orientation of EXIF, from 1 (upright) to 8.
-        pixels: the file without its metadata. For WebP it is the complete file, because Pillow does not read
-            the metadata of WebP.
-        pixel_bytes: the most bytes of memory that a pixel takes until the picture is upright and in the mode
-            of the model; a test measures them for every kind of picture.
-    """
-
-    media_type: Literal["image/png", "image/jpeg", "image/webp"]
-    width: int
-    height: int
-    orientation: int
-    pixels: bytes
-    pixel_bytes: int
-
-
 def open_container(body: bytes) -> Container:
     """Read the headers of a picture file.
 
-    Raises UnsupportedMediaType for a known format other than PNG, JPEG and WebP. Raises MalformedBody for
+    Raises UnsupportedMediaType for a known format that is not taken. Raises MalformedBody for
     other bytes, for headers that are damaged or cut short, and for a width or height of 0. Raises
     BodyTooLarge for a JPEG with more than `MAX_SCANS` scans, and for more than `MAX_PARTS` parts.
     """
@@ -107,6 +75,12 @@ def open_container(body: bytes) -> Container:
             container = _open_jpeg(body)
         elif body.startswith(b"RIFF") and body[8:12] == b"WEBP":
             container = _open_webp(body)
+        elif body.startswith(GIF_SIGNATURES):
+            container = open_gif(body)
+        elif body.startswith(BMP_SIGNATURE):
+            container = open_bmp(body)
+        elif body.startswith(TIFF_SIGNATURES):
+            container = open_tiff(body, read_orientation(body))
         else:
             raise _no_container(body)
     except struct.error:
@@ -120,9 +94,9 @@ def _no_container(body: bytes) -> RequestError:
     for start, signature, name in OTHER_FORMATS:
         if body.startswith(signature, start):
             return UnsupportedMediaType(
-                f"the picture is {name}; PNG, JPEG and WebP are taken", expected=list(MEDIA_TYPES)
+                f"the picture is {name}; {TAKEN} are taken", expected=list(MEDIA_TYPES)
             )
-    return MalformedBody("the body is not a picture: it does not start like PNG, JPEG or WebP")
+    return MalformedBody(f"the body is not a picture: it does not start like {TAKEN}")
 
 
 def _open_png(body: bytes) -> Container:
@@ -133,7 +107,7 @@ def _open_png(body: bytes) -> Container:
     at, parts, transparent = len(PNG_SIGNATURE), 0, False
     # A chunk that is cut short is kept: the decoder notices that pixels are missing.
     while at + 8 <= len(body):
-        parts = _count_part("PNG", parts)
+        parts = count_part("PNG", parts)
         length, kind = struct.unpack_from(">I4s", body, at)
         transparent = transparent or kind == b"tRNS"
         if kind == b"eXIf":
@@ -148,21 +122,8 @@ def _open_png(body: bytes) -> Container:
     orientation = read_orientation(exif)
     plain = (depth, colour) == (8, PNG_RGB) and not transparent
     converted = DEEP_PNG_PIXEL_BYTES if depth == PNG_DEEP else 2 * PILLOW_BYTES
-    pixel_bytes = 1 + (_copied(PILLOW_BYTES, orientation) if plain else converted)
+    pixel_bytes = 1 + (copied(PILLOW_BYTES, orientation) if plain else converted)
     return Container("image/png", width, height, orientation, b"".join(kept), pixel_bytes)
-
-
-def _count_part(kind: str, parts: int) -> int:
-    if parts >= MAX_PARTS:
-        raise BodyTooLarge(
-            f"the {kind} picture has more than {MAX_PARTS} parts, the most that are taken; save it again"
-        )
-    return parts + 1
-
-
-def _copied(pixel_bytes: int, orientation: int) -> int:
-    """Return the bytes of a pixel of a decoded picture, and of its copy if it is turned or mirrored."""
-    return pixel_bytes if orientation == 1 else 2 * pixel_bytes
 
 
 def _transparent_colour_in_8_bits(colour: bytes) -> bytes:
@@ -181,7 +142,7 @@ def _open_jpeg(body: bytes) -> Container:
     size: tuple[int, int] | None = None
     at, parts, progressive, channels = 2, 0, False, 0
     while True:
-        parts = _count_part("JPEG", parts)
+        parts = count_part("JPEG", parts)
         filler, marker = struct.unpack_from(">BB", body, at)
         if filler != 0xFF:
             raise MalformedBody(f"the JPEG picture has no marker at byte {at}, but needs one there")
@@ -214,7 +175,7 @@ def _open_jpeg(body: bytes) -> Container:
     decoder = 2 * channels if progressive or scans > 1 else 0
     decoded = 1 if channels == 1 else PILLOW_BYTES
     converted = decoded if channels == 3 else decoded + PILLOW_BYTES
-    pixel_bytes = 1 + max(decoded + decoder, converted, _copied(decoded, orientation))
+    pixel_bytes = 1 + max(decoded + decoder, converted, copied(decoded, orientation))
     return Container("image/jpeg", *size, orientation, b"".join(kept), pixel_bytes)
 
 
@@ -238,7 +199,7 @@ def _open_webp(body: bytes) -> Container:
 def _find_webp_exif(body: bytes) -> bytes:
     at, parts = 12, 0
     while at + 8 <= len(body):
-        parts = _count_part("WebP", parts)
+        parts = count_part("WebP", parts)
         kind, length = struct.unpack_from("<4sI", body, at)
         if kind == b"EXIF":
             return body[at + 8 : at + 8 + length]

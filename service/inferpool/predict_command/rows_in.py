@@ -18,7 +18,7 @@ import orjson
 from inferpool.client.content import Arrays, Content, File, Frame, Pictures, Sentences
 from inferpool.errors import InvalidInput
 
-PICTURE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+PICTURE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ARRAY_BYTES: Final = 2**20
 _TABLE_ROWS: Final = 1024
 _SENTENCES: Final = 64

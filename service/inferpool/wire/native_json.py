@@ -111,6 +111,26 @@ class PredictRequest:
             raise InvalidInput('the body has no "inputs"', field="inputs")
         self._inputs = fields.get("inputs")
 
+    def texts_of(self, name: str) -> list[str] | None:
+        """Return the strings that are sent for the input `name`, alone or as `inputs`; None if it has others.
+
+        Raises InvalidInput if another input stands beside them.
+        """
+        inputs = self._inputs
+        is_named = isinstance(inputs, dict)
+        value = inputs.get(name) if is_named else inputs
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            return None
+        if is_named and len(inputs) > 1:
+            other = next(key for key in inputs if key != name)
+            raise InvalidInput(
+                f'"inputs" has {name_text(other)} beside pictures for {name_text(name)}; send a form with a'
+                " field for each input",
+                tensor=name,
+            )
+        return texts
+
     def tensors(self, signature: Signature) -> Tensors:
         """Return the inputs as `signature` takes them; may be called once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -50,8 +51,45 @@ def test_a_form_may_hold_a_picture(bundled: Server, field: str) -> None:
     answer = bundled.post("/predict/digits", files={field: ("seven.png", PICTURE, "image/png")})
     alone = bundled.post("/predict/digits", content=PICTURE, headers={"content-type": "image/png"})
     assert answer.json()["predictions"] == alone.json()["predictions"]
-    two = bundled.post("/predict/digits", files=[(field, PICTURE), (field, PICTURE)])
-    assert two.json()["code"] == "invalid_input"
+    two = bundled.post("/predict/digits", files=[(field, PICTURE), ("second", PICTURE)])
+    assert two.json()["predictions"] == 2 * alone.json()["predictions"]
+    broken = bundled.post("/predict/digits", files=[(field, PICTURE), ("second", PICTURE[:80])])
+    assert broken.json()["detail"].startswith("picture 1: ")
+    twice = bundled.post(
+        "/predict/digits", files=[("image", npy(np.zeros((1, 1, 8, 8)))), ("second", PICTURE)]
+    )
+    assert twice.json()["code"] == "invalid_input"
+
+
+def test_json_may_hold_pictures(bundled: Server) -> None:
+    text = base64.b64encode(PICTURE).decode()
+    alone = bundled.post("/predict/digits", content=PICTURE, headers={"content-type": "image/png"})
+    expected = alone.json()["predictions"]
+    url = f"data:image/png;base64,{text}"
+    for inputs, rows in ((text, 1), ([text, url], 2), ({"image": [url]}, 1)):
+        assert (
+            bundled.post("/predict/digits", json={"inputs": inputs}).json()["predictions"] == rows * expected
+        )
+        named = bundled.post("/predict", json={"model": "digits", "inputs": inputs})
+        assert named.json()["predictions"] == rows * expected
+    refused = bundled.post("/predict/digits", json={"inputs": ["http://127.0.0.1/secret.png"]})
+    assert (refused.status_code, refused.json()["index"]) == (422, [0])
+    beside = bundled.post("/predict/digits", json={"inputs": {"image": url, "other": [1]}})
+    assert "send a form" in beside.json()["detail"]
+
+
+def test_memory_of_a_picture_in_short_json_is_counted(serve: Serve, models: Path, cache_dir: Path) -> None:
+    """A few kilobytes of base64 may be a picture that takes half a gigabyte."""
+    file = io.BytesIO()
+    Image.new("1", (7000, 7000)).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    assert len(text) < 20_000
+    server = serve(
+        models / "digits", "--in-flight-bytes", str(64 * 2**20), "--memory-bytes", str(256 * 2**20)
+    )
+    for path, body in (("/predict/digits", {"inputs": [text]}), ("/predict", {"inputs": text})):
+        answer = server.post(path, json=body)
+        assert answer.json()["code"] == "body_too_large", answer.text
 
 
 def test_the_unregistered_name_of_jpeg_is_taken_too(bundled: Server) -> None:

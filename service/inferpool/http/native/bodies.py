@@ -6,6 +6,7 @@ import re
 from typing import Final
 
 from inferpool.allowance import Allowance
+from inferpool.codecs.base64_files import read_base64
 from inferpool.codecs.csv_table import read_csv
 from inferpool.codecs.table import Table, read_json_table, table_tensors, takes_tables
 from inferpool.codecs.text import TextCodec
@@ -83,7 +84,12 @@ class _JsonBody(Body):
     def tensors(self, served: ServedVersion) -> Tensors:
         field = self._request.table_field
         if field is None:
-            return self._request.tensors(served.signature)
+            image = served.view.image
+            texts = None if image is None else self._request.texts_of(image.input)
+            if image is None or texts is None:
+                return self._request.tensors(served.signature)
+            files = read_base64(image.input, texts, self._allowance)
+            return image.decode_rows(files, len(texts), self._allowance)
         signature = served.signature
         table = read_json_table(field, self._request.table, signature)
         return table_tensors(signature, table, self._allowance)

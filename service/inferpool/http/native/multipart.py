@@ -1,4 +1,7 @@
-"""Reads `multipart/form-data` (RFC 7578): each field is an npy file, a picture or a sentence."""
+"""Reads `multipart/form-data` (RFC 7578): each field is an npy file, a picture or a sentence.
+
+Several pictures are rows of the image input, in the order of the form.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ from inferpool.tensors import (
     Tensors,
     TensorSpec,
     name_text,
-    names_text,
     unknown_input,
     value_text,
 )
@@ -60,6 +62,8 @@ def read_form(
     raises.
     """
     tensors: Tensors = {}
+    pictures: list[bytes] = []
+    names: list[str] = []
     allowance.take(2 * len(body), "taking the form apart")
     for part in _fields(body, parameters):
         content = bytes(part.content)
@@ -72,21 +76,31 @@ def read_form(
                 array = decode_npy(content, allowance)
                 found = {spec.name: cast_to(spec, array, allowance)}
         else:
-            with _naming(part.name):
-                found = image.decode(content, allowance)
-            if part.name in signature.inputs_by_name and part.name not in found:
+            if part.name in signature.inputs_by_name and part.name != image.input:
                 raise InvalidInput(
                     f"field {name_text(part.name)} is a picture, which the model takes for"
-                    f" {names_text(found)} only; send an npy file",
+                    f" {name_text(image.input)} only; send an npy file",
                     tensor=part.name,
                 )
+            pictures.append(content)
+            names.append(part.name)
+            continue
         twice = found.keys() & tensors.keys()
         if twice:
-            raise InvalidInput(
-                f"tensor {names_text(twice)} comes twice; send each input once", tensor=next(iter(twice))
-            )
+            raise _twice(next(iter(twice)))
         tensors |= found
+    if image is not None and pictures:
+        if image.input in tensors:
+            raise _twice(image.input)
+        if len(pictures) > 1:
+            return tensors | image.decode_rows(pictures, len(pictures), allowance)
+        with _naming(names[0]):
+            tensors |= image.decode(pictures[0], allowance)
     return tensors
+
+
+def _twice(name: str) -> InvalidInput:
+    return InvalidInput(f"tensor {name_text(name)} comes twice; send each input once", tensor=name)
 
 
 def find_input(signature: Signature, name: str) -> TensorSpec:

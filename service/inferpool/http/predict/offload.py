@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import Executor
 from typing import Final
 
 from inferpool.errors import Overloaded
-from inferpool.http.media_types import ARROW_FILE, ARROW_STREAM, CSV, FORM, NPZ, PARQUET
+from inferpool.http.media_types import ARROW_FILE, ARROW_STREAM, CSV, FORM, MEANT_AS_JSON, NPZ, PARQUET
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.fair_threads import FairThreads
@@ -49,6 +50,8 @@ _UNPACKED: Final = frozenset((NPZ, FORM, ARROW_STREAM, ARROW_FILE, PARQUET))
 """Media types that are decompressed or taken apart, whatever their size."""
 _DECODED: Final = ("image/", "multipart/")
 """How media types begin that are decoded, not viewed."""
+_LONG_STRING: Final = re.compile(rb'"[^"\[\]{}]{24,}')
+"""A string that is long enough for a picture. Base64 has no brackets, and lists of numbers begin with one."""
 
 
 class DecodeOffloader:
@@ -82,11 +85,16 @@ class DecodeOffloader:
             return True
         if size > HEAVY_BYTES:
             return head.content_type.startswith(_DECODED)
-        if head.content_type.startswith("image/") and context.served is not None:
+        served = context.served
+        if served is None:
+            return _may_hold_pictures(context, data) and self._takes_pictures()
+        image = served.view.image
+        if image is None:
+            return False
+        if head.content_type.startswith("image/"):
             # Decoding an image takes time by its pixels, and a small file may have many of them.
-            image = context.served.view.image
-            return image is not None and image.pixels(bytes(data)) > HEAVY_PIXELS
-        return False
+            return image.pixels(bytes(data)) > HEAVY_PIXELS
+        return _may_hold_pictures(context, data)
 
     def begin(self, context: PredictContext, size: int, client: str) -> Executor:
         """Count a heavy body of `size` bytes, and return the threads to decode it in; call `end` afterwards.
@@ -120,12 +128,25 @@ class DecodeOffloader:
             self._text_bytes -= context.offloaded_bytes
         context.offloaded_bytes, context.offloaded_text = 0, False
 
+    def _takes_pictures(self) -> bool:
+        """Return whether any model takes pictures."""
+        defaults = (model.default for model in self._catalog.models().values())
+        return any(view is not None and view.image is not None for view in defaults)
+
     def _may_be_text(self, context: PredictContext) -> bool:
         """Return whether the model takes text; if the body has to name the model, whether any model does."""
         if context.served is not None:
             return context.served.view.text is not None
         defaults = (model.default for model in self._catalog.models().values())
         return any(view is not None and view.text is not None for view in defaults)
+
+
+def _may_hold_pictures(context: PredictContext, data: Data) -> bool:
+    """Return whether a body is JSON with a string that may be a picture in base64.
+
+    Such a picture is decoded where its memory is counted, however short the string is.
+    """
+    return context.head.content_type in MEANT_AS_JSON and _LONG_STRING.search(data) is not None
 
 
 def _is_heavy_json(context: PredictContext, size: int) -> bool:
