@@ -19,7 +19,7 @@ RANKS = {
     "sign_commands": 8, "web_process": 8, "server": 7, "server_parts": 7, "grpc_api": 6.5, "http": 6,
     "release": 6, "repository": 5, "client": 5, "engine": 4.5, "codecs": 4.2, "wire": 4, "pool": 4,
     "backends": 3, "allowance": 2, "pixel_table": 2,
-    "platforms": 2, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
+    "platforms": 2, "explain": 2, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
     "errors": 0, "__init__": 0,
 }  # fmt: skip
 """A module imports from its own folder, or from a part of a lower rank."""
@@ -32,6 +32,7 @@ SIBLINGS = {
         "http/v2",
         "http/platforms",
         "http/openai",
+        "http/explain",
         "http/asgi",
         "http/application",
     ),
@@ -46,8 +47,11 @@ SIBLINGS = {
     "http/native": ("http/v1", "http/v2", "http/platforms", "http/connection"),
     "http/v1": ("http/v2", "http/platforms", "http/connection"),
     "http/v2": ("http/native", "http/v1", "http/platforms", "http/connection"),
-    "http/platforms": ("http/v2", "http/openai", "http/connection"),
-    "http/openai": ("http/native", "http/v1", "http/v2", "http/platforms", "http/connection"),
+    "http/platforms": ("http/v2", "http/openai", "http/connection", "http/explain"),
+    "http/openai": (
+        "http/native", "http/v1", "http/v2", "http/platforms", "http/connection", "http/explain",
+    ),
+    "http/explain": ("http/v2", "http/openai", "http/platforms", "http/connection", "http/application"),
     "backends/onnx": ("backends/torch",),
     "backends/torch": ("backends/onnx",),
     "backends/cuda": ("backends/onnx", "backends/torch"),

@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argument, config = flags.pop("repository"), flags.pop("config", None)
     name, options = flags.pop("name", None), flags.pop("options", ())
     remeasure = flags.pop("remeasure", False)
+    if command == "serve":
+        # numpy reads this when it is imported, and only explanations use its linear algebra. Threads of that
+        # would spin on the cores that the models need, for matrices that are too small to gain from them.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         config = config or os.environ.get(ENV_PREFIX + "CONFIG")
         location = find_repository(argument, os.environ)

@@ -13,6 +13,7 @@ from inferpool.http.access.tenants_file import make_tenants
 from inferpool.http.application import Application, make_application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
+from inferpool.http.explain.routes import ExplanationLimits
 from inferpool.http.platforms.routes import route_aliases
 from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.memory_monitor import CachedMemory, MemoryMonitor, System
@@ -102,7 +103,8 @@ def make_server_parts(
     )
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
-    application = make_application(catalog, shared, read_batcher, metrics, admin)
+    explanations = ExplanationLimits(settings.explain_max_passes, settings.explain_max_ms / 1000)
+    application = make_application(catalog, shared, read_batcher, metrics, admin, explanations)
     return ServerParts(
         application,
         predictor.in_flight,

@@ -122,6 +122,14 @@ class Settings(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1, le=2**40)] = Field(
         default=64 * 1024 * 1024, description="Largest request body in bytes, before and after decompression."
     )
+    explain_max_passes: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=10_000,
+        description="Rows that a model may run for one explanation; 0 switches explanations off.",
+    )
+    explain_max_ms: Annotated[float, Field(gt=0, le=3_600_000, allow_inf_nan=False)] = Field(
+        default=10_000.0,
+        description="Milliseconds that an explanation may take; it ends with what has been run by then.",
+    )
     memory_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
         default=0,
         description="Bytes of memory that the server may take; 0 takes the limit of the cgroup, or without"

@@ -57,7 +57,9 @@ def map_case(context: Any, case: Any) -> Any:
         case.body = {**case.body, "model": "nobody"}
         case._record_starting_state()
         return case
-    is_predict = case.path.startswith("/predict") or case.path.endswith(("/infer", ":predict"))
+    is_predict = case.path.startswith(("/predict", "/expla")) or case.path.endswith(
+        ("/infer", ":predict", ":explain")
+    )
     if case.meta is None or not case.meta.generation.mode.is_positive or not is_predict:
         return case
     model = next((name for name in (*INPUTS, TEXT) if name in case.path.split("/")), None)

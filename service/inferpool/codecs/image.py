@@ -103,6 +103,11 @@ class ImageCodec:
         codec.pixel_spec = self._table.spec
         return codec
 
+    @property
+    def picture(self) -> Normalisation:
+        """The input's name, the size of its pictures, and the layout of a row that is normalised."""
+        return self._table
+
     def pixels(self, body: bytes) -> int:
         """Return how many pixels a picture has according to its header; 0 if the header cannot be read."""
         try:

@@ -128,6 +128,13 @@ class LabelsCodec:
             before = b","
         yield b"[]" if before == b"[" else b"]"
 
+    def scores(self, outputs: Tensors) -> Array:
+        """Return the scores of every label, as `predictions` has them: `[rows, labels]`.
+
+        Raises ModelFailed as `predictions` does.
+        """
+        return self._activate(self._checked(outputs))
+
     def row_bytes(self) -> int:
         """Return about how many bytes of JSON the labels of a row take."""
         return self._count * (self._longest + _SCORE_BYTES) + 4

@@ -81,6 +81,11 @@ class Table:
             raise InvalidInput(f"the table has two columns {name_text(twice)}; rename one")
         self.rows = rows
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the columns, empty if they have none."""
+        return tuple(self.columns) if self.has_names else ()
+
 
 def takes_tables(signature: Signature) -> bool:
     """Whether the inputs of a model have one value, or a list of values, a row."""

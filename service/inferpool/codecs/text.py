@@ -7,6 +7,8 @@ length are returned together. The pool pads rows of different lengths if that ch
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -39,6 +41,9 @@ MEASURED_TOKENS: Final = 32
 PROOF_ROWS: Final = 8
 
 _SEED: Final = 20_260_101
+_PARTS: Final = re.compile(r"\S+")
+_MASK_TOKENS: Final = ("[MASK]", "<mask>", "<MASK>")
+_UNKNOWN_TOKENS: Final = ("[UNK]", "<unk>", "<UNK>")
 
 Text: TypeAlias = str | tuple[str, str]
 """What becomes a row: a sentence, or a pair of texts."""
@@ -63,6 +68,28 @@ class TextRows(NamedTuple):
     groups: list[Rows]
     lengths: list[int]
     truncated: list[int]
+
+
+class Span(NamedTuple):
+    """Where a word begins and ends, in characters: in the first or the second sentence of a pair."""
+
+    sentence: int
+    start: int
+    end: int
+
+
+class Words(NamedTuple):
+    """The words of a sentence or a pair, as far as the row of tokens has them.
+
+    Attributes:
+        tensors: the row.
+        spans: where each word is.
+        word_of: the number of the word of each token; -1 for special tokens.
+    """
+
+    tensors: Tensors
+    spans: list[Span]
+    word_of: list[int]
 
 
 class TextCodec:
@@ -222,6 +249,30 @@ class TextCodec:
             groups.append(Rows(indices, self._tensors(rows, np.zeros_like(rows))))
         return TextRows(groups, lengths, [])
 
+    def words(self, text: Text) -> Words:
+        """Return the row of a sentence, or of a pair of them, with its words; raises what `encode` raises."""
+        self._encode([text], f"tensor {name_text(self.input)}")
+        sentences = (text,) if isinstance(text, str) else text
+        encoding = self._tokenizer.encode(*sentences)
+        spans, word_of = _words_of(sentences, encoding)
+        return Words(self._rows([encoding]), spans, word_of)
+
+    def substitute(self, kind: str) -> int | None:
+        """Return the id of a token that stands for no word; None if the tokenizer has none of this `kind`.
+
+        `mask` is the token that hides a word in training, `unknown` that of words outside the vocabulary,
+        and `padding` fills rows up.
+        """
+        names: tuple[str, ...] = ()
+        if kind == "mask":
+            names = _MASK_TOKENS
+        elif kind == "unknown":
+            names = tuple(filter(None, (getattr(self._tokenizer.model, "unk_token", None), *_UNKNOWN_TOKENS)))
+        else:
+            return self.fills[self.ids]
+        found = (self._tokenizer.token_to_id(name) for name in names)
+        return next((token for token in found if token is not None), None)
+
     def made_up_rows(self, tokens: int, count: int = PROOF_ROWS) -> Tensors:
         """Return `count` rows of `tokens` random tokens, with which batching is proven and measured."""
         size = self._tokenizer.get_vocab_size(with_added_tokens=False)
@@ -324,6 +375,32 @@ def _check_count(count: int, called: str) -> None:
             expected=MOST_SENTENCES,
             got=count,
         )
+
+
+def _words_of(sentences: Sequence[str], encoding: Any) -> tuple[list[Span], list[int]]:
+    """Return the span of each word that has tokens, and the number of the word of each token."""
+    tokens = list(zip(encoding.sequence_ids, encoding.word_ids, encoding.offsets, strict=True))
+    starts = [[match.start() for match in _PARTS.finditer(sentence)] for sentence in sentences]
+    # Some tokenizers take a whole sentence for one word.
+    in_parts = len({number for _, number, _ in tokens} - {None}) < 2 and max(map(len, starts)) > 1
+    known: dict[tuple[int, int], int] = {}
+    spans: list[Span] = []
+    word_of = []
+    for which, number, (start, end) in tokens:
+        if which is not None:
+            while start < end and sentences[which][start].isspace():
+                start += 1  # a token of some tokenizers begins with the space before its word
+        if which is None or number is None or start == end:
+            word_of.append(-1)
+            continue
+        own = bisect_right(starts[which], start) if in_parts else number
+        word = known.setdefault((which, own), len(spans))
+        if word == len(spans):
+            spans.append(Span(which, start, end))
+        else:
+            spans[word] = Span(which, min(spans[word].start, start), max(spans[word].end, end))
+        word_of.append(word)
+    return spans, word_of
 
 
 def _check_range(name: str, values: Array, highest: int) -> None:

@@ -41,6 +41,7 @@ from inferpool.http.asgi import (
 )
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
+from inferpool.http.explain.routes import ExplanationLimits, add_explain
 from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
 from inferpool.http.platforms.routes import add_platforms
@@ -132,7 +133,12 @@ class Application(FastAPI):
 
 
 def make_application(
-    catalog: Catalog, shared: SharedState, read_batcher: ReadBatcher, metrics: Metrics, admin: Admin
+    catalog: Catalog,
+    shared: SharedState,
+    read_batcher: ReadBatcher,
+    metrics: Metrics,
+    admin: Admin,
+    explanations: ExplanationLimits,
 ) -> Application:
     """The application that serves the models of `catalog`, and changes them through `admin`."""
     app = Application(
@@ -155,6 +161,7 @@ def make_application(
     add_v2(app, catalog, shared.predictor, admin)
     add_v1(app, catalog)
     add_platforms(app, catalog)
+    add_explain(app, shared.predictor, metrics, explanations)
     app.route_scopes = RouteScopes(app.routes)
     return app
 

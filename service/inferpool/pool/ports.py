@@ -15,6 +15,8 @@ from inferpool.tensors import Tensors
 
 DEFAULT_PRIORITY: Final = 5
 """The priority of a request that names none. 1 is the highest; entries with larger numbers wait longer."""
+LOWEST_PRIORITY: Final = 2**31 - 1
+"""The priority of what nobody waits for, or not for long: copies for a shadow, and passes of explanations."""
 
 
 class VersionKey(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Final, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
 from inferpool.backends.row_verdict import Evidence
 from inferpool.codecs.image import ImageCodec
@@ -110,6 +110,7 @@ class VersionView:
         classes: turns outputs into predictions; None if the model has no labels.
         gpu: how the version runs on GPUs; None on the CPU.
         load_s: the seconds that loading took.
+        sample_rows: rows of the golden samples by input, as nested lists; empty if they are too large.
         beside: whether it loads although the server is ready already, which stays ready meanwhile.
         cache_digest: stands for all that its outputs depend on beside the inputs; None if its answers are not
             cached.
@@ -133,6 +134,7 @@ class VersionView:
     load_s: float = 0.0
     beside: bool = False
     cache_digest: str | None = None
+    sample_rows: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def version_from_json(sent: JsonObject, codecs: Codecs = NO_CODECS) -> VersionVi
         load_s=_number(sent["load_s"]),
         beside=sent["beside"],
         cache_digest=sent["cache_digest"],
+        sample_rows=sent["sample_rows"],
     )
 
 

@@ -30,6 +30,13 @@ ROUTE_SCOPES: Final[Mapping[str, int]] = {
     "POST /openai/v1/embeddings": PREDICT,
     "POST /openai/v1/rerank": PREDICT,
     "POST /openai/v1/score": PREDICT,
+    # Explanations run the model as predictions do.
+    "POST /explain/{model}": PREDICT,
+    "POST /explain/{model}/{version}": PREDICT,
+    "POST /explanations/{model}": PREDICT,
+    "POST /explanations/{model}/{version}": PREDICT,
+    "POST /v1/models/{model}:explain": PREDICT,
+    "POST /v1/models/{model}/versions/{version}:explain": PREDICT,
     # The native API.
     "GET /models": READ,
     "GET /models/{model}": READ,

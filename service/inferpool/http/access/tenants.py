@@ -106,6 +106,10 @@ class Tenant:
     def succeeded(self, rows: int, result: Result) -> None:
         """Count a request that was answered with outputs."""
         self.ended(200)
+        self.used(rows, result)
+
+    def used(self, rows: int, result: Result) -> None:
+        """Count rows that the model ran for a request that is answered later."""
         self._rows_total.add(rows)
         if result.batch_rows:
             self._compute_s.add(result.compute_s * min(1.0, rows / result.batch_rows))

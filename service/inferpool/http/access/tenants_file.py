@@ -23,11 +23,11 @@ from inferpool.errors import ConfigError
 from inferpool.http.access.file_watch import FileWatch
 from inferpool.http.access.tenants import TenantLimits, Tenants, TenantTable
 from inferpool.observe.metrics import Metrics
+from inferpool.pool.ports import LOWEST_PRIORITY
 from inferpool.pool.token_buckets import MEMORY_BYTES, BucketMemory
 
 log = logging.getLogger(__name__)
 
-LOWEST_PRIORITY: Final = 2**31 - 1
 _LEAST_PER_S: Final = 1 / 86_400
 _MOST_SHARE: Final = 1_000_000.0
 _FIELDS: Final = TenantLimits._fields

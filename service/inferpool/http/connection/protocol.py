@@ -189,7 +189,7 @@ class PredictProtocol(HttpToolsProtocol):
         last: Any = self.pipeline[0][0] if self.pipeline else connection.current
         last.keep_alive = False
         current: Any = connection.current
-        if isinstance(current, Exchange) and current.state < WRITING:
+        if current.state < WRITING if isinstance(current, Exchange) else not current.response_started:
             if self.parser.get_http_version() != "1.0":
                 # A client that is gone answers this with a reset, and its request need not run. Others ignore
                 # it (RFC 9110, 15.2).

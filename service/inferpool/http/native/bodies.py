@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from inferpool.allowance import Allowance
@@ -70,6 +71,7 @@ def media_types(view: VersionView) -> list[str]:
 
 class _JsonBody(Body):
     def __init__(self, request: PredictRequest, allowance: Allowance) -> None:
+        self._columns: Sequence[str] = ()
         self._request = request
         self._allowance = allowance
         self.options = Options(
@@ -80,6 +82,10 @@ class _JsonBody(Body):
             request.timeout_ms,
             request.priority,
         )
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self._columns
 
     def tensors(self, served: ServedVersion) -> Tensors:
         field = self._request.table_field
@@ -92,6 +98,7 @@ class _JsonBody(Body):
             return image.decode_rows(files, len(texts), self._allowance)
         signature = served.signature
         table = read_json_table(field, self._request.table, signature)
+        self._columns = table.names
         return table_tensors(signature, table, self._allowance)
 
 
@@ -102,7 +109,12 @@ class _FileBody(Body):
         self._head = head
         self._data = data
         self._allowance = allowance
+        self._columns: Sequence[str] = ()
         self.options = Options()
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self._columns
 
     def tensors(self, served: ServedVersion) -> Tensors:
         tensors = self._read(served)
@@ -128,7 +140,9 @@ class _FileBody(Body):
             }
         kind = _SYNONYMS.get(kind, kind)
         if kind in TABLES:
-            return table_tensors(served.signature, self._read_table(kind, served), self._allowance)
+            table = self._read_table(kind, served)
+            self._columns = table.names
+            return table_tensors(served.signature, table, self._allowance)
         image, text = served.view.image, served.view.text
         if kind == FORM:
             return read_form(

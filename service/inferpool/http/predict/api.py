@@ -97,6 +97,11 @@ class Body(ABC):
     options: Options
     texts: Sequence[Rows] = ()
 
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the columns that have become the only input of the model; empty without names."""
+        return ()
+
     @abstractmethod
     def tensors(self, served: ServedVersion) -> Tensors:
         """Read the inputs and check them against the version's signature; call this once.

@@ -490,6 +490,43 @@ class Predictor:
             context.entry = None
             self.in_flight.release()
 
+    def submit_pass(
+        self, context: PredictContext, tensors: Tensors, deadline: float, then: Callable[[Result], None]
+    ) -> Entry:
+        """Put rows in the queue that are not the request's own, by its options, and return their entry.
+
+        `then` is called once with the result, on the event loop, unless `end_pass` is called before; call
+        that once the outputs are read. Raises what `submit` raises.
+        """
+        now = self.clock()
+        entry = self._entry(context, tensors, now, deadline)
+        tenant = context.tenant
+        if tenant is not None:
+            tenant.take_rows(entry.rows, now)
+        self._results.subscribe(entry.id, then)
+        try:
+            self._inbox.offer(entry)
+        except BaseException:
+            self._results.unsubscribe(entry.id)
+            if tenant is not None:
+                tenant.give_rows_back(entry.rows)
+            raise
+        return entry
+
+    def end_pass(self, entry: Entry) -> None:
+        """Drop an entry of `submit_pass` if it still runs, and free the memory of its outputs."""
+        if self._results.unsubscribe(entry.id):
+            self._inbox.cancel(entry.key, entry.id, "disconnected")
+        if self._release_outputs is not None:
+            self._release_outputs(entry.key, entry.id)
+
+    def record(self, context: PredictContext, status: int, code: str, size: int) -> None:
+        """Record the end of a request that ran passes; `size` is that of its answer in bytes."""
+        if context.tenant is not None and status != CLIENT_GONE:
+            context.tenant.ended(status)
+        name = self.resolver.model_of(context)
+        self._recorder.ended(context, status, code, size, self.clock(), None, name)
+
     def _allowance(self, context: PredictContext) -> Allowance:
         """Return what the thread that decodes the body may allocate."""
         served = context.served

@@ -47,9 +47,9 @@ class ResultDispatcher:
         """Call `then` once, with the result of the entry."""
         self._subscribers[entry_id] = then
 
-    def unsubscribe(self, entry_id: int) -> None:
-        """Discard the result of the entry when it arrives; does nothing if nobody subscribed."""
-        self._subscribers.pop(entry_id, None)
+    def unsubscribe(self, entry_id: int) -> bool:
+        """Discard the result of the entry when it arrives; False if it has arrived, or nobody subscribed."""
+        return self._subscribers.pop(entry_id, None) is not None
 
     def put(self, results: Sequence[Result]) -> None:
         """Take the results of a batch from an instance's thread."""

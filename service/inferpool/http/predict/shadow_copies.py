@@ -18,13 +18,12 @@ from inferpool.http.predict.results import ResultDispatcher
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.observe.families import SHADOW, SHADOW_OUTPUT
 from inferpool.observe.metrics import Metrics
-from inferpool.pool.ports import Entry, Inbox, Part, Result, VersionKey
+from inferpool.pool.ports import LOWEST_PRIORITY, Entry, Inbox, Part, Result, VersionKey
 from inferpool.pool.splitting import split_entry
 from inferpool.tensors import Array, Tensors, bf16_to_fp32
 
 log = logging.getLogger(__name__)
 
-LOWEST_PRIORITY: Final = 2**31 - 1
 MOST_COPIES: Final = 16
 """Copies of one process that wait, run or are compared at a time; further ones are dropped."""
 MOST_HELD_BYTES: Final = 64 * 2**20

@@ -7,7 +7,7 @@ as in a request. A number passes if it is within `tolerance`, absolute or relati
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ from inferpool.wire.native_json import parse_request, write
 
 _KEYS = {"inputs", "outputs", "tolerance"}
 DEFAULT_TOLERANCE = 1e-4
+MOST_KEPT_ROWS = 16
+MOST_KEPT_ELEMENTS = 4096
+"""Rows, and elements of them together, that explanations compare requests with."""
 MOST_SAMPLE_BYTES = 64 * 2**20
 """Bytes of a sample's file; a sample is to be a few rows."""
 
@@ -87,6 +90,34 @@ def check_samples(samples: list[GoldenSample], model: LoadedModel) -> None:
             fault = _difference(outputs[name], expected, sample.tolerance)
             if fault is not None:
                 raise LoadError(f'sample {sample.name}: output "{name}" {fault}')
+
+
+def kept_rows(samples: Sequence[GoldenSample]) -> dict[str, Any]:
+    """The first rows of the samples by input, as nested lists, which explanations compare requests with.
+
+    Empty if the samples have no rows of one shape, or rows so large that they do not belong in a catalog.
+    """
+    if not samples:
+        return {}
+    first = samples[0].inputs[0]
+    alike = [
+        each
+        for sample in samples
+        for each in sample.inputs
+        if each.keys() == first.keys()
+        and all(
+            tensor.ndim and len(tensor) and tensor.shape[1:] == first[name].shape[1:]
+            for name, tensor in each.items()
+        )
+    ]
+    if not alike:
+        return {}
+    most = min(
+        MOST_KEPT_ROWS, MOST_KEPT_ELEMENTS // max(1, sum(tensor[0].size for tensor in alike[0].values()))
+    )
+    rows = {name: np.concatenate([each[name] for each in alike])[:most] for name in first}
+    finite = all(np.isfinite(tensor).all() for tensor in rows.values() if tensor.dtype.kind == "f")
+    return {name: tensor.tolist() for name, tensor in rows.items()} if most and finite else {}
 
 
 def _run(sample: GoldenSample, model: LoadedModel) -> Tensors:

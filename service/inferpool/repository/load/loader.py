@@ -38,7 +38,7 @@ from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.comparison import compare_answers
 from inferpool.repository.load.declared_shapes import corrected, without_names
-from inferpool.repository.load.golden_samples import check_samples, raw_inputs, read_samples
+from inferpool.repository.load.golden_samples import check_samples, kept_rows, raw_inputs, read_samples
 from inferpool.repository.load.list_outputs import ListsAsTables
 from inferpool.repository.load.load_files import LoadFiles, open_files
 from inferpool.repository.load.model_copies import ModelCopies
@@ -257,6 +257,7 @@ class Loader:
             classes=classes,
             gpu=copies.gpu,
             cache_digest=_cache_digest(source) if config.cache.enabled else None,
+            sample_rows=kept_rows(samples) if text is None else {},
         )
         return LoadedVersion(view, pool, copies, codec_source)
 

@@ -1,0 +1,175 @@
+"""Estimates what each feature contributes to a number that a model answers.
+
+A feature is a column, a word or a patch of a picture. A coalition is a set of features that keep the values
+of the request, while the others have those of the baseline. Every estimator asks a function for the model's
+numbers for coalitions; where the function stops early, because its time is up, the estimate is made of the
+numbers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple, TypeAlias
+
+import numpy as np
+
+from inferpool.explain.coalitions import (
+    Coalitions,
+    all_coalitions,
+    choose,
+    is_enumerated,
+    kernel_weight,
+    pairs_in,
+)
+from inferpool.tensors import Array
+
+Evaluate: TypeAlias = Callable[[Array], Array]
+"""The numbers FP64 `[n]` of the coalitions BOOL `[n, features]`; those of the first if it has to end."""
+
+KERNEL: Final = "kernel"
+PERMUTATION: Final = "permutation"
+OCCLUSION: Final = "occlusion"
+METHODS: Final = (KERNEL, PERMUTATION, OCCLUSION)
+
+
+class TooFewPasses(Exception):
+    """The passes that could be run are too few for an estimate: `needed` is the least number."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(f"{needed} passes are needed")
+        self.needed = needed
+
+
+class Estimate(NamedTuple):
+    """What each feature contributes.
+
+    Attributes:
+        contributions: FP64 `[features]`.
+        standard_errors: of the contributions, by sampling; 0 if nothing was sampled, NaN if not known.
+        exact: whether nothing was sampled.
+        complete: whether all coalitions that were asked for were evaluated.
+    """
+
+    contributions: Array
+    standard_errors: Array
+    exact: bool
+    complete: bool
+
+
+def least_coalitions(method: str, features: int) -> int:
+    """Return how many coalitions a method needs at least."""
+    if method == OCCLUSION:
+        return features
+    if features < 2:
+        return 0
+    return 2 * features if method == KERNEL and features > 2 else 2 * (features - 1)
+
+
+def estimate(
+    method: str, base: float, value: float, features: int, most: int, seed: int, evaluate: Evaluate
+) -> Estimate:
+    """Estimate the contributions of `features` to the step from `base` to `value`, by one of `METHODS`.
+
+    `base` is the number with the baseline alone, `value` that of the request. At most `most` coalitions are
+    evaluated. Raises TooFewPasses.
+    """
+    needed = least_coalitions(method, features)
+    if most < needed:
+        raise TooFewPasses(needed)
+    if method == OCCLUSION:
+        return _occlusion(value, features, evaluate)
+    if features == 1:
+        return Estimate(np.array([value - base]), np.zeros(1), exact=True, complete=True)
+    rng = np.random.default_rng(seed)
+    # With few features, all coalitions give the exact values, and cost no more.
+    if method == KERNEL or all_coalitions(features) <= most:
+        return _kernel(base, value, features, most, rng, evaluate)
+    return _permutation(base, value, features, most, rng, evaluate)
+
+
+def _occlusion(value: float, features: int, evaluate: Evaluate) -> Estimate:
+    """Return how much the number falls without each feature. The sum of these need not be the whole step."""
+    found = evaluate(~np.eye(features, dtype=np.bool_))
+    if len(found) < features:
+        raise TooFewPasses(features)
+    return Estimate(value - found, np.zeros(features), exact=True, complete=True)
+
+
+def _permutation(
+    base: float, value: float, features: int, most: int, rng: np.random.Generator, evaluate: Evaluate
+) -> Estimate:
+    """Average what features add when they are put in, one after the other, in random orders.
+
+    Each order is followed by its reverse, which halves the errors of what pairs of features do together.
+    """
+    steps = features - 1
+    pairs = most // (2 * steps)
+    ranks = np.argsort(rng.random((pairs, features)), axis=1)
+    ranks = np.stack([ranks, steps - ranks], axis=1).reshape(-1, features)
+    masks = (ranks[:, None, :] < np.arange(1, features)[:, None]).reshape(-1, features)
+    found = evaluate(masks)
+    ended = len(found) // (2 * steps)
+    if not ended:
+        raise TooFewPasses(2 * steps)
+    path = np.empty((2 * ended, features + 1))
+    path[:, 0], path[:, -1] = base, value
+    path[:, 1:-1] = found[: 2 * ended * steps].reshape(2 * ended, steps)
+    added = np.take_along_axis(np.diff(path, axis=1), ranks[: 2 * ended], axis=1)
+    of_pairs = added.reshape(ended, 2, features).mean(axis=1)
+    errors = np.full(features, np.nan)
+    if ended > 1:
+        errors = of_pairs.std(axis=0, ddof=1) / np.sqrt(ended)
+    return Estimate(of_pairs.mean(axis=0), errors, exact=False, complete=ended == pairs)
+
+
+def _kernel(
+    base: float, value: float, features: int, most: int, rng: np.random.Generator, evaluate: Evaluate
+) -> Estimate:
+    """Fit the additive model that KernelSHAP defines; its coefficients are the Shapley values."""
+    chosen = choose(features, most, rng)
+    found = evaluate(chosen.masks)
+    count = len(found) // 2 * 2
+    needed = least_coalitions(KERNEL, features)
+    if count < needed:
+        raise TooFewPasses(needed)
+    chosen = Coalitions(chosen.masks[:count], chosen.strata[:count])
+    contributions, errors = _fit(chosen, found[:count] - base, value - base)
+    exact = count == all_coalitions(features)
+    return Estimate(contributions, errors, exact, complete=count == len(chosen.masks) == len(found))
+
+
+def _fit(chosen: Coalitions, gains: Array, step: float) -> tuple[Array, Array]:
+    """Return coefficients whose sum is `step`, and their standard errors, from the `gains` of coalitions.
+
+    A coalition and its complement weigh the same, so only the difference of the two matters: a row of the fit
+    is a pair, with 1/2 for a feature that the first of the two keeps, and -1/2 for the others.
+    """
+    rows = chosen.masks[0::2] - 0.5
+    halves = (gains[0::2] - gains[1::2]) / 2
+    pairs, features = rows.shape
+    numbers, number_at = np.unique(chosen.strata[0::2], return_inverse=True)
+    counts = np.bincount(number_at)
+    weights = np.array([kernel_weight(features, int(number)) for number in numbers])
+    weighted = rows * (weights / counts)[number_at][:, None]
+    # Adding the same to all products changes nothing, because the sum of the coefficients is given.
+    inverse = np.linalg.inv(weighted.T @ rows + 1.0)
+    pull = inverse.sum(axis=1)
+    free = inverse @ (halves @ weighted)
+    fitted = free + pull * ((step - free.sum()) / pull.sum())
+    # What each pair of a sampled stratum moves the coefficients by; its scatter is that of the sampling.
+    projection = inverse - np.outer(pull, pull) / pull.sum()
+    moves = (weighted * (halves - rows @ fitted)[:, None]) @ projection
+    variance = np.zeros(features)
+    for index, number in enumerate(numbers):
+        count, size = int(counts[index]), pairs_in(features, int(number))
+        if count >= size:
+            continue
+        own = moves[number_at == index]
+        if count > 1:
+            own = (own - own.mean(axis=0)) * np.sqrt(count / (count - 1))
+        left_over = 1 - count / size if is_enumerated(count, size) else 1.0
+        variance += (own**2).sum(axis=0) * left_over
+    # The fit follows what was sampled, so its residuals are too small.
+    if pairs >= features:
+        variance *= pairs / (pairs - features + 1)
+    return fitted, np.sqrt(variance)

@@ -1,0 +1,66 @@
+"""What a request for an explanation may choose, in the query of its address, whatever its body is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from inferpool.errors import InvalidInput
+
+USUAL_PASSES: Final = 1100
+"""Enough for the exact values of ten features, which have 1022 coalitions."""
+AUTO: Final = "auto"
+
+
+class ExplainQuery(BaseModel):
+    """What is explained, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["auto", "kernel", "permutation", "occlusion"] = Field(
+        default=AUTO,
+        description="`kernel` and `permutation` estimate Shapley values, `occlusion` leaves out one feature"
+        " at a time; `auto` is `kernel` if there are enough passes for it.",
+    )
+    target: Annotated[str, Field(max_length=1000)] | None = Field(
+        default=None,
+        description="Label or index of the number that is explained; by default the largest of the output.",
+    )
+    output: Annotated[str, Field(max_length=1000)] | None = Field(
+        default=None, description="The output; by default that of the labels, else the first with numbers."
+    )
+    scale: Literal["scores", "outputs"] = Field(
+        default="scores",
+        description="Whether the number of an output with labels is its score, as in `predictions`, or the"
+        " output itself.",
+    )
+    baseline: (
+        Literal["samples-mean", "samples", "zeros", "mean-colour", "blur", "mask", "unknown", "padding"]
+        | None
+    ) = Field(default=None, description="What replaces a feature that is left out.")
+    passes: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None, description="Rows that the model runs at most, for all rows of the request together."
+    )
+    budget_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Milliseconds after which the explanation is made of what has been run."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="The same seed gives the same answer, unless time runs out."
+    )
+    patch: Annotated[int, Field(ge=1, le=16_384)] | None = Field(
+        default=None, description="The side of a patch of a picture, in pixels; by default an eighth."
+    )
+
+    def passes_of(self, most: int) -> int:
+        """Return how many passes the request may take; raises InvalidInput if it asks for over `most`."""
+        if self.passes is None:
+            return min(USUAL_PASSES, most)
+        if self.passes > most:
+            raise InvalidInput(
+                f'"passes" is {self.passes}; this server runs at most {most} for one explanation',
+                field="passes",
+                expected=most,
+                got=self.passes,
+            )
+        return self.passes
