@@ -49,7 +49,12 @@ SIBLINGS = {
     "http/v2": ("http/native", "http/v1", "http/platforms", "http/connection"),
     "http/platforms": ("http/v2", "http/openai", "http/connection", "http/explain"),
     "http/openai": (
-        "http/native", "http/v1", "http/v2", "http/platforms", "http/connection", "http/explain",
+        "http/native",
+        "http/v1",
+        "http/v2",
+        "http/platforms",
+        "http/connection",
+        "http/explain",
     ),
     "http/explain": ("http/v2", "http/openai", "http/platforms", "http/connection", "http/application"),
     "backends/onnx": ("backends/torch",),
