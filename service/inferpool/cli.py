@@ -1,4 +1,4 @@
-"""The command: `inferpool serve`, `check`, `fetch`, `build`, `predict`, `key`, `sign`, and others."""
+"""The command: `inferpool serve`, `check`, `fetch`, `build`, `predict`, `evaluate`, `key` and others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from inferpool import __version__
 from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
 from inferpool.errors import InferpoolError
+from inferpool.evaluate_command.command import add_evaluate_command, run_evaluate_command
 from inferpool.platforms import REPOSITORY_VARIABLE, find_repository, platform_settings
 from inferpool.predict_command.command import add_predict_command, run_predict_command
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_admin_command(command, flags, os.environ)
     if command == "predict":
         return run_predict_command(flags, os.environ)
+    if command == "evaluate":
+        return run_evaluate_command(flags, os.environ)
     if command in SIGN_COMMANDS:
         return run_sign_command(command, flags, os.environ)
     argument, config = flags.pop("repository"), flags.pop("config", None)
@@ -176,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         help="options of the script (see NAME --help)",
     )
     add_predict_command(commands)
+    add_evaluate_command(commands)
     _add_key(commands)
     add_sign_commands(commands)
     add_admin_commands(commands)

@@ -181,12 +181,17 @@ class LabelsCodec:
     def _activate(self, logits: Array) -> Array:
         if self._bfloat16:
             logits = bf16_to_fp32(logits)
-        scores = logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
-        if self._activation == "none":
-            return scores
-        # Scores that are not finite are answered as such, so numpy need not warn.
-        with np.errstate(invalid="ignore"):
-            return _softmax(scores) if self._activation == "softmax" else _sigmoid(scores)
+        return activate(logits, self._activation)
+
+
+def activate(logits: Array, activation: str) -> Array:
+    """Turn `logits`, [rows, labels], into scores in FP32 or FP64, as `labels.activation` says."""
+    scores = logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
+    if activation == "none":
+        return scores
+    # Scores that are not finite are answered as such, so numpy need not warn.
+    with np.errstate(invalid="ignore"):
+        return _softmax(scores) if activation == "softmax" else _sigmoid(scores)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from inferpool.errors import ConfigError, InferpoolError
-from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, add_flags, read_settings
+from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, Settings, add_flags, read_settings
 from inferpool.system.files import printable
 
 if TYPE_CHECKING:
@@ -139,10 +139,7 @@ def _predict(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str
         if chosen["url"] is None:
             from inferpool.predict_command.local_server import run_with_model
 
-            names = [f"{ENV_PREFIX}{name.upper()}" for name in _OWN_SETTINGS]
-            own = {name: environ[name] for name in names if name in environ}
-            own.setdefault(f"{ENV_PREFIX}LOG_LEVEL", "warning")
-            return run_with_model(path, read_settings({**flags, "engine": "in-process"}, own), use)
+            return run_with_model(path, local_settings(flags, environ), use)
         key = environ.get(KEY_VARIABLE)
         if chosen["key_file"] is not None:
             key = chosen["key_file"].read_text(encoding="utf-8").strip()
@@ -152,6 +149,14 @@ def _predict(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str
             return use(client, chosen["model"])
     finally:
         store.close()
+
+
+def local_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> Settings:
+    """Return the settings of a server for this program alone; raises ConfigError."""
+    names = [f"{ENV_PREFIX}{name.upper()}" for name in _OWN_SETTINGS]
+    own = {name: environ[name] for name in names if name in environ}
+    own.setdefault(f"{ENV_PREFIX}LOG_LEVEL", "warning")
+    return read_settings({**flags, "engine": "in-process"}, own)
 
 
 def _fingerprint(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""The command `inferpool evaluate`: how good a model's answers to rows with known answers are."""

@@ -1,0 +1,1 @@
+"""How good a model's answers are: metrics with their intervals, and the report that shows them."""
