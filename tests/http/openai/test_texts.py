@@ -25,7 +25,8 @@ pytestmark = in_both_engines
 TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w1 w2 w3 w3"]
 MODELS = {
     "whole": "[text]\nmax_tokens = 128\n[text.embeddings]\noutput = 'pooled'\ndimensions = [4, 8]\n",
-    "raw": "[text]\nmax_tokens = 128\n[text.embeddings]\noutput = 'pooled'\nnormalize = false\n",
+    "raw": "[text]\nmax_tokens = 128\n[text.embeddings]\noutput = 'pooled'\nnormalize = false\n"
+    "[cache]\nenabled = true\n",
     "mean": "[text]\nmax_tokens = 12\n[text.embeddings]\npooling = 'mean'\n"
     "query_prefix = 'w7 '\ndocument_prefix = 'w8 '\n",
     "cls": "[text]\nmax_tokens = 128\n[text.embeddings]\npooling = 'cls'\n",
@@ -134,6 +135,16 @@ def test_hidden_states_are_pooled(client: openai.OpenAI, alone: Alone) -> None:
             expected = outputs["pooled"][0] if position is None else outputs["tokens"][0, position]
             assert_close(answer.data[index].embedding, unit(expected))
             assert_close(raw[index].embedding, outputs["pooled"][0])
+
+
+def test_cached_answers_have_the_order_of_the_request(server: Server, alone: Alone) -> None:
+    for texts in (TEXTS, TEXTS, TEXTS[::-1], [TEXTS[1], TEXTS[0]], TEXTS[:2]):
+        for path in ("/v1/embeddings", "/predict/raw"):
+            body = {"model": "raw", "input": texts} if path == "/v1/embeddings" else {"inputs": texts}
+            answer = server.post(path, json=body).json()
+            rows = answer["outputs"]["pooled"] if "outputs" in answer else answer["data"]
+            vectors = [row["embedding"] if isinstance(row, dict) else row for row in rows]
+            assert_close(vectors, [alone(text)["pooled"][0] for text in texts])
 
 
 def test_prefixes_are_put_before_queries_and_documents(client: openai.OpenAI, alone: Alone) -> None:
