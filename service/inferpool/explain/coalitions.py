@@ -16,6 +16,8 @@ import numpy as np
 
 from inferpool.tensors import Array
 
+_MOST_LISTED: Final = 1 << 17
+"""Pairs of a stratum whose coalitions are listed: a list of them takes 100 bytes for each."""
 _ENUMERATED_SHARE: Final = 0.125
 """From this share of a stratum on, its coalitions are listed, and none of them is drawn twice."""
 
@@ -46,7 +48,7 @@ def kernel_weight(features: int, stratum: int) -> float:
 
 def is_enumerated(pairs: int, size: int) -> bool:
     """Return whether `pairs` of the `size` pairs of a stratum are all different."""
-    return pairs >= _ENUMERATED_SHARE * size
+    return size <= _MOST_LISTED and pairs >= _ENUMERATED_SHARE * size
 
 
 def all_coalitions(features: int) -> int:

@@ -79,6 +79,9 @@ def test_a_key_for_models_is_for_these_models_however_a_request_names_them(
     assert status("m", "/predict/m") == 200
     assert status("m", "/predict/m/1") == 200
     assert status("m", "/predict", model="m") == 200
+    assert status("m", "/explain/m") == 200
+    for path in ("/explain/other", "/explanations/other/1", "/explain/nothing"):
+        assert status("m", path) == 403
     assert status("m", "/predict/other") == 403
     assert status("m", "/predict/other/1") == 403
     assert status("m", "/predict", model="other") == 403

@@ -96,6 +96,17 @@ def test_rows_have_a_rate_too(server: Server, keys: KeyFile) -> None:
     assert total(server, keys, "tenant_compute_seconds_total", tenant="narrow") > 0
 
 
+def test_the_passes_of_an_explanation_are_rows_of_its_tenant(server: Server, keys: KeyFile) -> None:
+    rows = total(server, keys, "tenant_rows_total", tenant="two")
+    answer = server.post("/explain/m", content=BODY, headers=keys.bearer("two"))
+    [found] = answer.json()["explanations"]
+    assert total(server, keys, "tenant_rows_total", tenant="two") == rows + found["passes"] == rows + 16
+    assert total(server, keys, "tenant_requests_total", tenant="two", code="200") == 1
+    # A rate of rows holds for them, too: there are not enough before the time is up.
+    answer = server.post("/explain/m?budget_ms=500", content=BODY, headers=keys.bearer("narrow"))
+    assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+
+
 def test_a_preflight_needs_no_key_and_a_page_can_read_that_its_key_is_missing(
     server: Server, keys: KeyFile
 ) -> None:

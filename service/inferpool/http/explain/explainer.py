@@ -46,9 +46,15 @@ class Explainer:
     """Explains the rows of a request."""
 
     def __init__(
-        self, served: ServedVersion, query: ExplainQuery, passes: Passes, clock: Callable[[], float]
+        self,
+        served: ServedVersion,
+        query: ExplainQuery,
+        outputs: tuple[str, ...] | None,
+        passes: Passes,
+        clock: Callable[[], float],
     ) -> None:
-        """Every call of `explain` runs rows by `passes`; `clock` is the predictor's."""
+        """Every call of `explain` runs rows by `passes`, which give `outputs`; `clock` is the predictor's."""
+        self._outputs = outputs
         self._served = served
         self._query = query
         self._passes = passes
@@ -70,7 +76,7 @@ class Explainer:
         return explanations
 
     def _explain(self, subject: Subject, most: int, until: float) -> Explanation:
-        target = Target(self._served, self._query)
+        target = Target(self._served, self._query, self._outputs)
         before = self._passes.rows
         # A row for the request and one for the baseline: they tell what is to be shared out.
         ends = np.array([[True] * subject.features, [False] * subject.features])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Final, NamedTuple
 
 import orjson
 from fastapi import FastAPI, Query, Request, Response
+from starlette.requests import ClientDisconnect
 
 from inferpool.errors import BodyTooLarge, InferpoolError, InvalidInput, NotFound, QueueFull
 from inferpool.http.access.gate import model_forbidden
@@ -35,8 +36,7 @@ from inferpool.http.problems import STATUSES, as_problem
 from inferpool.http.v1.api import MODELS, V1_API
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import LOWEST_PRIORITY, Entry, Result
-
-log = logging.getLogger(__name__)
+from inferpool.tensors import check_outputs
 
 MOST_AT_ONCE: Final = 4
 """Explanations that a process makes at a time; each has a thread and the memory of a few batches."""
@@ -130,7 +130,7 @@ class Explanations:
         except asyncio.CancelledError:
             status, code = CLIENT_GONE, "disconnected"
             raise
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             status, code = CLIENT_GONE, "disconnected"
             return Response(status_code=503)  # nobody reads it
         except Exception as error:
@@ -159,20 +159,19 @@ class Explanations:
             raise NotFound("explanations are switched off on this server; see --explain-max-passes")
         most = query.passes_of(self._limits.passes)
         predictor.admit(context)
-        if self._running >= MOST_AT_ONCE:
-            raise QueueFull(
-                f"{MOST_AT_ONCE} explanations are being made; try again later", retry_after_s=_RETRY_S
-            )
+        self._check_room()
+        body = await self._read(request, context)
+        subjects = await self._decode(context, body, query)
+        # Here, because a body may come slowly, and until it has come it takes no thread.
+        self._check_room()
         self._running += 1
         predictor.in_flight.requests += 1
         predictor.in_flight.accepted += 1
         try:
-            body = await self._read(request, context)
-            subjects = await self._decode(context, body, query)
             until = min(
                 predictor.deadline(context),
                 context.began + self._limits.seconds,
-                context.began + (query.budget_ms or float("inf")) / 1000,
+                context.began + (query.budget_ms or math.inf) / 1000,
             )
             served = context.served
             assert served is not None  # `_decode` found it
@@ -183,6 +182,12 @@ class Explanations:
             self._running -= 1
             predictor.in_flight.release()
             predictor.in_flight.leave()
+
+    def _check_room(self) -> None:
+        if self._running >= MOST_AT_ONCE:
+            raise QueueFull(
+                f"{MOST_AT_ONCE} explanations are being made; try again later", retry_after_s=_RETRY_S
+            )
 
     async def _read(self, request: Request, context: PredictContext) -> bytes:
         predictor, parts, size = self._predictor, list[bytes](), 0
@@ -232,7 +237,9 @@ class Explanations:
             raise InvalidInput(f"the request has {rows} rows; 1 to {MOST_ROWS} are explained at a time")
         if served.view.text is not None and served.view.text.input not in tensors:
             served.view.text.check(tensors)
-        target = Target(served, query)
+        if options.outputs is not None:
+            check_outputs(served.signature, options.outputs)
+        target = Target(served, query, options.outputs)
         # The passes run behind all predictions, and give only the output that is explained.
         context.options = Options(
             id=options.id, outputs=(target.output,), timeout_ms=options.timeout_ms, priority=LOWEST_PRIORITY
@@ -259,7 +266,7 @@ class Explanations:
                 context.tenant.used(entry.rows, result)
 
         passes = Passes(predictor, context, loop, on_result)
-        explainer = Explainer(served, query, passes, predictor.clock)
+        explainer = Explainer(served, query, context.options.outputs, passes, predictor.clock)
         work = loop.run_in_executor(self._threads, explainer.explain, subjects, most, until)
         watch = asyncio.create_task(_disconnected(request))
         try:

@@ -21,12 +21,13 @@ class Target:
         is_score: whether the number is the score of a label, and not the output itself.
     """
 
-    def __init__(self, served: ServedVersion, query: ExplainQuery) -> None:
-        """Find the output; raises InvalidInput."""
+    def __init__(self, served: ServedVersion, query: ExplainQuery, outputs: tuple[str, ...] | None) -> None:
+        """Find the output, among those that the body names as `outputs`, if any; raises InvalidInput."""
         self._served = served
         self._wanted = query.target
         classes = served.view.classes
-        self.output = query.output or (classes.output if classes is not None else _first_numbers(served))
+        named = query.output or (outputs[0] if outputs else None)
+        self.output = named or (classes.output if classes is not None else _first_numbers(served))
         spec = served.signature.outputs_by_name.get(self.output)
         if spec is None or spec.datatype in ("BYTES", JSON):
             what = "has no numbers" if spec is not None else "is no output"
