@@ -20,7 +20,10 @@ class Caller:
     def __init__(self, server: Server, key: str | None = None, credentials: Any = None) -> None:
         self.port = int(server.wait_for(r"gRPC listens on \S+:(\d+)").group(1))
         address = f"localhost:{self.port}"
-        options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+        options = [
+            *((f"grpc.max_{kind}_message_length", -1) for kind in ("send", "receive")),
+            *((f"grpc.{name}_reconnect_backoff_ms", 100) for name in ("initial", "min", "max")),
+        ]
         self.channel = (
             grpc.insecure_channel(address, options)
             if credentials is None
@@ -35,10 +38,10 @@ class Caller:
             f"/{SERVICE}/{name}", lambda request: request.SerializeToString(), kind.FromString
         )
 
-    def call(self, name: str, timeout: float = CALL_S, **fields: Any) -> Any:
+    def call(self, method: str, /, timeout: float = CALL_S, **fields: Any) -> Any:
         """The response of a call."""
-        request = message(f"{name}Request")(**fields)
-        return self.method(name)(request, timeout=timeout, wait_for_ready=True, metadata=self._metadata)
+        request = message(f"{method}Request")(**fields)
+        return self.method(method)(request, timeout=timeout, wait_for_ready=True, metadata=self._metadata)
 
     def begin(self, request: Any, timeout: float = CALL_S) -> Any:
         """Begin to infer, without waiting."""

@@ -772,8 +772,11 @@ class Supervisor:
         self._loop.after(timeout_s + END_S, self._end_engines)
 
     def _end_if_drained(self) -> None:
-        """End the server once every other process has ended."""
-        if self._draining_engines and not self._children():
+        """End the server once the engines and the process of gRPC have ended, in a drain."""
+        waited_for = [engine.child for engine in self._engines.values()]
+        if self._grpc is not None:
+            waited_for.append(self._grpc.child)
+        if self._draining_engines and not any(waited_for):
             self._status = self._exit_status
 
     def _end_engines(self) -> None:
