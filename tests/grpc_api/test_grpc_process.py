@@ -77,9 +77,13 @@ def test_each_call_needs_the_scope_of_its_route(guarded: Guarded) -> None:
     assert predict.infer(rows_request("m", 1)).model_name == "m"
     assert [entry.name for entry in read.call("RepositoryIndex").models] == ["m"]
     assert read.call("ModelReady", name="m").ready
-    for caller, method in ((predict, "RepositoryIndex"), (read, "RepositoryModelLoad")):
+    refused: list[tuple[Caller, str, dict[str, Any]]] = [
+        (predict, "RepositoryIndex", {}),
+        (read, "RepositoryModelLoad", {"model_name": "m"}),
+    ]
+    for caller, method, fields in refused:
         with pytest.raises(grpc.RpcError) as raised:
-            caller.call(method, **({"model_name": "m"} if "Load" in method else {}))
+            caller.call(method, **fields)
         assert raised.value.code().name == "PERMISSION_DENIED"
     admin.call("RepositoryModelUnload", model_name="m")
     assert predict.refused(rows_request("m", 1)).code().name == "UNAVAILABLE"
