@@ -214,3 +214,44 @@ def test_type_ids_beyond_those_of_the_tokenizer_are_refused(
     made.check({**tensors, "token_type_ids": np.array([[0, highest]])})
     with pytest.raises(InvalidInput, match=rf"token_type_ids\" at \[0, 1\] is {highest + 1}; it takes 0 to"):
         made.check({**tensors, "token_type_ids": np.array([[0, highest + 1]])})
+
+
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(*[st.integers(0, 14)] * 2), min_size=1, max_size=6),
+    st.integers(5, 14),
+    st.sampled_from(["longest_first", "only_first", "only_second"]),
+    st.sampled_from(["right", "left"]),
+)
+def test_pairs_match_the_tokenizer(
+    tmp_path: Path, sizes: list[tuple[int, int]], most: int, strategy: str, direction: str
+) -> None:
+    by_hand = make_tokenizer()
+    by_hand.enable_truncation(most, strategy=strategy, direction=direction)
+    by_hand.save(str(tmp_path / "tokenizer.json"))
+    made = codec(tmp_path / "tokenizer.json", pairs=True)
+    pairs = [(" ".join(WORDS[:first]), " ".join(WORDS[50 : 50 + second])) for first, second in sizes]
+    try:
+        expected = by_hand.encode_batch(pairs)
+    except Exception:  # noqa: BLE001 - the library has no error type of its own
+        with pytest.raises(InvalidInput, match="more than"):
+            made.encode_texts(pairs, "pairs", apart=True)
+        return
+    rows = made.encode_texts(pairs, "pairs", apart=True)
+    for group, encoding in zip(rows.groups, expected, strict=True):
+        assert group.tensors["input_ids"][0].tolist() == encoding.ids
+        assert group.tensors["token_type_ids"][0].tolist() == encoding.type_ids
+    longest = most - 3
+    assert rows.truncated == [index for index, size in enumerate(sizes) if sum(size) > longest]
+
+
+def test_long_pairs_take_no_more_than_their_tokens(tokenizer_file: Path) -> None:
+    """The tokenizer itself makes every combination of what it cuts off: here two million."""
+    made = codec(tokenizer_file, pairs=True, max_tokens=16)
+    text = "w1 " * 20_000
+    rows = made.encode_texts([(text, text)], "pairs", apart=False)
+    assert (rows.lengths, rows.truncated) == ([16], [0])
+    with pytest.raises(InvalidInput, match="more than 16 tokens"):
+        made.encode_texts([(text, text)], "pairs", apart=False, truncate=False)
+    with pytest.raises(InvalidInput, match="surrogate"):
+        made.encode_texts([("a", "b"), ("a", "\udc00")], "pairs", apart=False)

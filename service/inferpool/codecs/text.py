@@ -18,6 +18,7 @@ import numpy as np
 from inferpool.allowance import UNLIMITED, Allowance
 from inferpool.codecs.text_config import TextConfig, find_inputs
 from inferpool.codecs.text_outputs import ScoreOutput, VectorOutput, find_scores, find_vectors
+from inferpool.codecs.text_pairs import JoinedPair, PairJoiner
 from inferpool.codecs.text_tokenizer import (
     PROBE,
     catch_panics,
@@ -138,7 +139,11 @@ class TextCodec:
             known = self._tokenizer.get_vocab(with_added_tokens=True).values()
             self._highest: Final[int] = max(pad_id, *known, 0)
             # A tokenizer that cannot encode at all must fail here, not at the first request.
-            self._tokenizer.encode_batch_fast([(PROBE, PROBE) if config.pairs else PROBE])
+            self._joiner: PairJoiner | None = None
+            if config.pairs:
+                self._joiner = PairJoiner(self._tokenizer)
+            else:
+                self._tokenizer.encode_batch_fast([PROBE])
         self.ids: Final = self._ids.name
         self.fills: Final = {self.ids: pad_id}
         self.mask: Final = None if self._mask is None else self._mask.name
@@ -204,7 +209,7 @@ class TextCodec:
         too long unless `truncate` is set.
         """
         encodings = self._encode(texts, called)
-        truncated = [index for index, encoding in enumerate(encodings) if encoding.overflowing]
+        truncated = [index for index, encoding in enumerate(encodings) if self._is_truncated(encoding)]
         if truncated and not truncate:
             index = truncated[0]
             what = "pair" if self.pairs else "text"
@@ -319,19 +324,48 @@ class TextCodec:
                 limit=MOST_CHARACTERS,
             )
         try:
-            with catch_panics():
-                # This variant computes no offsets, which are not used, and releases the GIL.
-                encodings: Sequence[Any] = self._tokenizer.encode_batch_fast(texts)
+            encodings = self._tokenize(texts, called)
+        except InvalidInput:
+            raise
         except Exception as error:  # the library has no error type of its own
             for index, text in enumerate(texts):
-                characters_of = text if isinstance(text, str) else "".join(text)
-                if any("\ud800" <= character <= "\udfff" for character in characters_of):
+                whole = text if isinstance(text, str) else "".join(text)
+                if not whole.isascii() and any("\ud800" <= character <= "\udfff" for character in whole):
                     raise self._fault(called, index, "holds half of a surrogate pair") from None
             raise InvalidInput(f"{called} cannot be encoded: {error}", tensor=self.input) from error
         empty = next((index for index, encoding in enumerate(encodings) if not len(encoding)), None)
         if empty is not None:
             raise self._fault(called, empty, "has no tokens")
         return encodings
+
+    def _tokenize(self, texts: Sequence[Text], called: str) -> Sequence[Any]:
+        """Return the encoding of each text. The fast variant computes no offsets, and releases the GIL."""
+        joiner = self._joiner
+        if joiner is None:
+            with catch_panics():
+                encodings: Sequence[Any] = self._tokenizer.encode_batch_fast(texts)
+            return encodings
+        # Many pairs have the same first text: the query of a search.
+        pairs: Any = texts
+        distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
+        with catch_panics():
+            found = self._tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+        tokens = {text: encoding.ids for text, encoding in zip(distinct, found, strict=True)}
+        joined: list[JoinedPair] = []
+        for index, (first, second) in enumerate(pairs):
+            pair = joiner.join(tokens[first], tokens[second])
+            if pair is None:
+                raise self._fault(
+                    called, index, f"has more than {self.max_tokens} tokens, even if one text is left out"
+                )
+            joined.append(pair)
+        return joined
+
+    def _is_truncated(self, encoding: Any) -> bool:
+        if self.pairs:
+            return bool(encoding.truncated)
+        # The pieces that were cut off are copied when they are asked for.
+        return len(encoding) == self.max_tokens and bool(encoding.overflowing)
 
     def _groups(self, lengths: list[int], encodings: Sequence[Any], apart: bool) -> list[Rows]:
         return [

@@ -19,6 +19,8 @@ _MOST_FILE_BYTES: Final = 256 * 2**20
 """Bytes of a tokenizer's file; those of the largest vocabularies have 35 MB."""
 PROBE: Final = "One sentence, with 2 numbers: 34."
 """A sentence that every tokenizer can encode."""
+PROBES: Final = (PROBE, "Another one, which is shorter.")
+"""A pair of such sentences."""
 _PAD_TOKENS: Final = ("[PAD]", "<pad>", "<PAD>", "<|pad|>", "<|endoftext|>", "</s>")
 """Names of the padding token in various tokenizers, or of a token that is used for padding."""
 
