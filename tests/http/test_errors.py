@@ -93,11 +93,6 @@ def test_wrong_methods_and_unknown_paths_have_codes(bundled: Server) -> None:
     assert code_of(answer) == "method_not_allowed"
     assert answer.headers["allow"] == "GET"
     assert code_of(bundled.get("/nowhere")) == "not_found"
-    root = bundled.get("/")
-    assert code_of(root) == "not_found"
-    for route in ("/docs", "/models", "/health"):
-        assert route in root.json()["detail"]
-        assert bundled.get(route).status_code == 200
     assert code_of(bundled.get("/models/nobody")) == "model_not_found"
     assert code_of(bundled.get("/models/diabetes/9")) == "version_not_found"
 

@@ -107,6 +107,17 @@ def test_counters_are_those_of_the_clients_whichever_process_answers(
 
     assert set(each_web(server, stats)) == {(200, True, 100, 30, True, 200)}
 
+    def status() -> tuple[object, ...]:
+        [model] = server.get("/status").json()["models"]
+        figures = model["versions"][0]["figures"]
+        return (
+            figures["requests"], sum(figures["duration"]["counts"]), sum(figures["reasons"].values()) > 0,
+            sum(line["rows"] * line["runs"] for line in figures["batches"]),
+        )  # fmt: skip
+
+    told = each_web(server, status)
+    assert all(each == ({"200": 100, "422": 30}, 130, True, 200) for each in told), told
+
 
 def test_no_counter_goes_back_when_processes_are_killed(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m"), *PROCESS)

@@ -44,6 +44,7 @@ from inferpool.http.connection.shared import SharedState
 from inferpool.http.explain.routes import ExplanationLimits, add_explain
 from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
+from inferpool.http.page.routes import add_page
 from inferpool.http.platforms.routes import add_platforms
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_id import request_id_from
@@ -156,6 +157,7 @@ def make_application(
     app.catalog = catalog
     _add_errors(app)
     _add_docs_page(app)
+    add_page(app)
     metrics.process_registry()  # so that the first page of metrics holds up no request
     add_native(app, catalog, metrics, admin)
     add_v2(app, catalog, shared.predictor, admin)
@@ -211,11 +213,6 @@ def _translated(request: Request, error: Exception) -> Exception:
         return InvalidInput("; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors()))
     if isinstance(error, HTTPException):
         if error.status_code == 404:
-            if path == "/":
-                return NotFound(
-                    "the server has no page at /; /docs lists the routes, /models the models, and /health"
-                    " says whether they can answer"
-                )
             return NotFound(f"no route matches {path}; /docs lists the routes")
         if error.status_code == 405:
             allow = (error.headers or {}).get("Allow", "GET")

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any, Final
 
 import numpy as np
+import orjson
 
 from inferpool.http.problems import STATUSES
 from inferpool.repository.catalog import VersionView
@@ -19,6 +20,10 @@ _EXAMPLE_VALUES: Final = {"BOOL": False, "BYTES": "text"}
 """The element of an example by datatype; all other datatypes take 0."""
 _MAX_EXAMPLE_ELEMENTS: Final = 1024
 """Larger examples are left out, because they would fill the document with zeros."""
+
+
+_MAX_SAMPLE_CHARACTERS: Final = 4096
+"""Longer samples are left out of the document for the same reason."""
 
 
 def element_schema(datatype: str) -> Document:
@@ -81,6 +86,13 @@ def example_inputs(view: VersionView) -> list[tuple[TensorSpec, list[int]]] | No
     ]
     fits = sum(prod(shape) for _, shape in shapes) <= _MAX_EXAMPLE_ELEMENTS
     return shapes if fits else None
+
+
+def sample_inputs(view: VersionView) -> Any | None:
+    """The inputs of the version's first golden sample that is small enough; None without one."""
+    small = (sample for sample in view.samples if len(sample.inputs) <= _MAX_SAMPLE_CHARACTERS)
+    sample = next(small, None)
+    return None if sample is None else orjson.loads(sample.inputs)
 
 
 def nested_example(spec: TensorSpec, shape: list[int]) -> Any:

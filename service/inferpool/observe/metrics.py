@@ -18,7 +18,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from inferpool.observe.families import CPU_SECONDS, FAMILIES, HIDDEN, USUAL_STATUSES, Combine, Family
 from inferpool.observe.prometheus_text import (
@@ -113,6 +113,8 @@ class Distribution:
 
 Labels = tuple[str, ...]
 """The label values of a series."""
+
+_Number = TypeVar("_Number", float, list[float])
 
 Sample = tuple[str, Labels, float]
 """A gauge that a source reads at scrape time: the family's name, its label values, the number."""
@@ -326,6 +328,42 @@ class Metrics:
         return self._registry
 
     def _text(self, *, openmetrics: bool) -> str:
+        with self._lock:
+            # Before the counts, so that what an exemplar shows is counted.
+            exemplars = {
+                (name, labels): dict(each.exemplars)
+                for name, series in self._distributions.items()
+                for labels, each in series.items()
+                # The text format has no exemplars.
+                if openmetrics and each.exemplars
+            }
+        numbers_of, histograms = self.figures()
+        parts: list[str] = []
+        for name, family in FAMILIES.items():
+            parts.append(header(family.full_name, family.kind, family.help, openmetrics=openmetrics))
+            if family.kind == "info":
+                parts.append(self._info)
+            elif family.kind == "histogram":
+                for labels, numbers in histograms[name].items():
+                    counts = [int(number) for number in numbers[:-1]]
+                    parts.append(
+                        histogram_lines(
+                            self._stems_of(family, labels), counts, numbers[-1],
+                            exemplars.get((name, labels), {}),
+                        )
+                    )  # fmt: skip
+            else:
+                parts += [
+                    f"{self._stem_of(family, labels)}{number}\n"
+                    for labels, number in numbers_of[name].items()
+                ]
+        return "".join(parts)
+
+    def figures(self) -> tuple[dict[str, dict[Labels, float]], dict[str, dict[Labels, list[float]]]]:
+        """What the whole server exports now: counters and gauges, and histograms, by family and label values.
+
+        A histogram is its counts, then its sum. May be called from any thread.
+        """
         # What is shown is published first: a successor of this process must not begin below it. The sources
         # come before the counters, because they wait for the pools' locks: whoever has an answer finds it
         # counted.
@@ -340,47 +378,29 @@ class Metrics:
                 name: {labels: [*map(float, each.counts), each.sum] for labels, each in series.items()}
                 for name, series in self._distributions.items()
             }
-            exemplars = {
-                (name, labels): dict(each.exemplars)
-                for name, series in self._distributions.items()
-                for labels, each in series.items()
-                # The text format has no exemplars.
-                if openmetrics and each.exemplars
-            }
         readers = self._refreshed()
         now = time.monotonic()
-        parts: list[str] = []
+        numbers: dict[str, dict[Labels, float]] = {}
+        histograms: dict[str, dict[Labels, list[float]]] = {}
         for name, family in FAMILIES.items():
-            parts.append(header(family.full_name, family.kind, family.help, openmetrics=openmetrics))
-            if family.kind == "info":
-                parts.append(self._info)
-            elif family.kind == "histogram":
+            if family.kind == "histogram":
                 series = distributions.get(name, {})
                 for reader in readers:
                     _add_histograms(series, reader.series(name), family.cells)
-                for labels, numbers in series.items():
-                    if self._is_gone(family, labels):
-                        continue
-                    counts = [int(number) for number in numbers[:-1]]
-                    parts.append(
-                        histogram_lines(
-                            self._stems_of(family, labels), counts, numbers[-1],
-                            exemplars.get((name, labels), {}),
-                        )
-                    )  # fmt: skip
+                histograms[name] = self._shown(family, series)
             else:
-                numbers_of = values.get(name, {})
-                numbers_of.update(gauges.get(name, {}))
+                found = values.get(name, {})
+                found.update(gauges.get(name, {}))
                 for reader in readers:
                     # A gauge tells how things are now, which nobody knows of a process that no longer runs.
                     if family.kind == "counter" or now - reader.beat < STALE_S:
-                        _combine(numbers_of, reader.series(name), family)
-                parts += [
-                    f"{self._stem_of(family, labels)}{number}\n"
-                    for labels, number in numbers_of.items()
-                    if not self._is_gone(family, labels)
-                ]
-        return "".join(parts)
+                        _combine(found, reader.series(name), family)
+                numbers[name] = self._shown(family, found)
+        return numbers, histograms
+
+    def _shown(self, family: Family, series: dict[Labels, _Number]) -> dict[Labels, _Number]:
+        """`series` without those of models and versions that there are no more."""
+        return {labels: number for labels, number in series.items() if not self._is_gone(family, labels)}
 
     def _is_gone(self, family: Family, labels: Labels) -> bool:
         """Whether a series is one of a model or version that there is no more."""

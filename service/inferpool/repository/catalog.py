@@ -94,6 +94,14 @@ class GpuView:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleView:
+    """A golden sample to try a version with: the name of its file, and its inputs as JSON."""
+
+    name: str
+    inputs: str
+
+
+@dataclass(frozen=True, slots=True)
 class VersionView:
     """One version: its state, and the facts about it that requests depend on.
 
@@ -111,6 +119,8 @@ class VersionView:
         gpu: how the version runs on GPUs; None on the CPU.
         load_s: the seconds that loading took.
         sample_rows: rows of the golden samples by input, as nested lists; empty if they are too large.
+        digest: the digest of the files of the model, as `LoadFiles.digest` tells it; "" until they are read.
+        samples: golden samples that are small enough to be shown.
         beside: whether it loads although the server is ready already, which stays ready meanwhile.
         cache_digest: stands for all that its outputs depend on beside the inputs; None if its answers are not
             cached.
@@ -132,6 +142,8 @@ class VersionView:
     classes: LabelsCodec | None = None
     gpu: GpuView | None = None
     load_s: float = 0.0
+    digest: str = ""
+    samples: tuple[SampleView, ...] = ()
     beside: bool = False
     cache_digest: str | None = None
     sample_rows: Mapping[str, Any] = field(default_factory=dict, compare=False)

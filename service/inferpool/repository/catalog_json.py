@@ -29,6 +29,7 @@ from inferpool.repository.catalog import (
     LiveView,
     ModelView,
     RoundingDifference,
+    SampleView,
     VersionView,
 )
 from inferpool.repository.codec_factory import Codecs, CodecSource
@@ -98,6 +99,8 @@ def version_from_json(sent: JsonObject, codecs: Codecs = NO_CODECS) -> VersionVi
         classes=codecs.classes,
         gpu=None if gpu is None else _gpu(gpu),
         load_s=_number(sent["load_s"]),
+        digest=sent["digest"],
+        samples=tuple(SampleView(**sample) for sample in sent["samples"]),
         beside=sent["beside"],
         cache_digest=sent["cache_digest"],
         sample_rows=sent["sample_rows"],

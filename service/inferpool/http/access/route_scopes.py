@@ -37,10 +37,15 @@ ROUTE_SCOPES: Final[Mapping[str, int]] = {
     "POST /explanations/{model}/{version}": PREDICT,
     "POST /v1/models/{model}:explain": PREDICT,
     "POST /v1/models/{model}/versions/{version}:explain": PREDICT,
+    # The page for people. It is one file that holds no data: a browser sends no key with an address, and the
+    # page asks for one.
+    "GET /": PUBLIC,
     # The native API.
     "GET /models": READ,
     "GET /models/{model}": READ,
     "GET /models/{model}/{version}": READ,
+    "GET /models/{model}/{version}/samples": READ,
+    "GET /status": READ,
     "POST /models/{model}/load": ADMIN,
     "POST /models/{model}/unload": ADMIN,
     "POST /models/{model}/rollback": ADMIN,

@@ -21,6 +21,7 @@ from inferpool.http.openapi_parts import (
     input_sets,
     nested_example,
     path_parameter,
+    sample_inputs,
 )
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import TensorSpec
@@ -148,6 +149,9 @@ def _any(forms: list[Document]) -> Document:
 
 
 def _example(view: VersionView) -> Document | None:
+    sample = sample_inputs(view)
+    if sample is not None:
+        return {"inputs": sample}
     shapes = example_inputs(view)
     if shapes is None:
         return None

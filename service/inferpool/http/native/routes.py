@@ -16,11 +16,14 @@ from inferpool.http.native.schemas import (
     ModelDetail,
     Models,
     ReadyOut,
+    SamplesOut,
     VersionDetail,
     health_out,
     model_out,
+    samples_out,
     version_out,
 )
+from inferpool.http.native.status_route import add_status
 from inferpool.http.native.traffic_routes import add_traffic
 from inferpool.http.openapi_parts import error_responses
 from inferpool.http.predict.compression import gzipped
@@ -36,6 +39,7 @@ def add_native(app: FastAPI, catalog: Catalog, metrics: Metrics, admin: Admin) -
     add_admin(app, catalog, admin)
     add_traffic(app, catalog, metrics, admin)
     _add_models(app, catalog, metrics)
+    add_status(app, catalog, metrics)
     _add_health(app, catalog)
     _add_metrics(app, catalog, metrics)
 
@@ -70,6 +74,16 @@ def _add_models(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
     async def read_version(model: str, version: str) -> VersionDetail:
         await catalog.refresh()
         return version_out(find_model(catalog, model).version(version), catalog)
+
+    @app.get(
+        "/models/{model}/{version}/samples",
+        tags=["models"],
+        summary="Golden samples of a version, to try it with",
+        responses=not_found,
+    )
+    async def read_samples(model: str, version: str) -> SamplesOut:
+        """The inputs of the files in `samples/`, as many as have 16 KiB together."""
+        return samples_out(find_model(catalog, model).version(version))
 
 
 def _add_health(app: FastAPI, catalog: Catalog) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Final, Literal
 
+import orjson
 from pydantic import BaseModel
 
 from inferpool.http.native.bodies import media_types
@@ -12,6 +13,9 @@ from inferpool.http.native.traffic_schemas import TrafficOut, traffic_out
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.catalog import Catalog, GpuView, Health, LiveView, ModelView, VersionView
 from inferpool.tensors import TensorSpec
+
+_MOST_NAMES: Final = 100
+"""Names of classes that a response has; a model may have many thousands."""
 
 
 class Tensor(BaseModel):
@@ -102,7 +106,9 @@ class Gpu(BaseModel):
 class Version(BaseModel):
     """A version of a model; `gpu` is null on the CPU, `engine` if the server itself runs the model.
 
-    `phase` is what a load does at the moment, also one beside a version that serves; null without a load.
+    `digest` is the SHA-256 of the model file; with external data, of the names and digests of all its files.
+    It is null while the version is not loaded. `phase` is what a load does at the moment, also one beside a
+    version that serves; null without a load.
 
     `row_cost` has the measured sizes of a row, smallest first; null if all rows cost the same. Between them,
     and above the largest, the cost follows a power of the elements.
@@ -114,6 +120,7 @@ class Version(BaseModel):
     reason: str
     labels: list[str]
     backend: str
+    digest: str | None
     inputs: list[Tensor]
     outputs: list[Tensor]
     batching: Batching
@@ -128,9 +135,14 @@ class Version(BaseModel):
 
 
 class VersionDetail(Version):
-    """A version with its measured latency by batch size."""
+    """A version with its measured latency by batch size, and the names of its first 100 classes.
+
+    `classes` is how many classes it has; null if its classes have no names.
+    """
 
     latency: list[Latency]
+    classes: int | None
+    class_names: list[str]
 
 
 class Model(BaseModel):
@@ -148,6 +160,19 @@ class ModelDetail(Model):
     """A model with the measured latency of its versions."""
 
     versions: list[VersionDetail]  # type: ignore[assignment]
+
+
+class SampleOut(BaseModel):
+    """A golden sample: the name of its file, and inputs as a request has them."""
+
+    name: str
+    inputs: Any
+
+
+class SamplesOut(BaseModel):
+    """The golden samples of a version that are small enough to be shown."""
+
+    samples: list[SampleOut]
 
 
 class Models(BaseModel):
@@ -218,6 +243,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
         reason=view.reason,
         labels=list(view.labels),
         backend=view.backend,
+        digest=view.digest or None,
         inputs=[_tensor(spec, view.signature.is_optional(spec)) for spec in view.signature.inputs]
         if view.signature
         else [],
@@ -246,6 +272,15 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
             Latency(rows=round(line.rows, 2), compute_ms=round(1000 * line.seconds, 4), runs=line.runs)
             for line in live.latency
         ],
+        classes=None if view.classes is None else len(view.classes.names),
+        class_names=[] if view.classes is None else list(view.classes.names[:_MOST_NAMES]),
+    )
+
+
+def samples_out(view: VersionView) -> SamplesOut:
+    """The response body for the golden samples of a version."""
+    return SamplesOut(
+        samples=[SampleOut(name=sample.name, inputs=orjson.loads(sample.inputs)) for sample in view.samples]
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from inferpool.http.media_types import JSON_TYPE, OCTET_STREAM
@@ -19,6 +19,7 @@ from inferpool.http.openapi_parts import (
     minimum_size,
     nested_example,
     path_parameter,
+    sample_inputs,
 )
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import ANY, DTYPES, TensorSpec
@@ -75,8 +76,9 @@ def _content(view: VersionView | None) -> Document:
         "maxItems": len(view.signature.outputs),
     }
     json: Document = {"schema": _request(inputs, outputs)}
+    given = _sample(view)
     shapes = example_inputs(view)
-    if shapes is not None:
+    if given is None and shapes is not None:
         given = [
             {
                 "name": spec.name,
@@ -86,8 +88,37 @@ def _content(view: VersionView | None) -> Document:
             }
             for spec, shape in shapes
         ]
+    if given is not None:
         json["examples"] = {view.key.model: {"value": {"inputs": given}}}
     return {JSON_TYPE: json, **binary}
+
+
+def _sample(view: VersionView) -> list[Document] | None:
+    """The inputs of a golden sample; None without one that names its inputs."""
+    assert view.signature is not None  # only ready versions are shown
+    inputs = sample_inputs(view)
+    if not isinstance(inputs, dict) or not inputs.keys() <= view.signature.inputs_by_name.keys():
+        return None
+    return [
+        {
+            "name": name,
+            "datatype": view.signature.inputs_by_name[name].datatype,
+            "shape": _nested_shape(data),
+            "data": data,
+        }
+        for name, data in inputs.items()
+    ]
+
+
+def _nested_shape(data: Any) -> list[int]:
+    """The shape of nested lists, which were checked when the version was loaded."""
+    shape = []
+    while isinstance(data, list):
+        shape.append(len(data))
+        if not data:
+            break
+        data = data[0]
+    return shape
 
 
 def _inputs(view: VersionView, specs: list[TensorSpec]) -> Document:

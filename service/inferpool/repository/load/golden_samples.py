@@ -20,6 +20,7 @@ from inferpool.backends.base import LoadedModel
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InferpoolError, LoadError, Reason
 from inferpool.pool.splitting import Unjoinable, join_rows
+from inferpool.repository.catalog import SampleView
 from inferpool.repository.config import ModelConfig
 from inferpool.system.files import read_file
 from inferpool.tensors import Array, Signature, Tensors, names_text
@@ -32,6 +33,8 @@ MOST_KEPT_ELEMENTS = 4096
 """Rows, and elements of them together, that explanations compare requests with."""
 MOST_SAMPLE_BYTES = 64 * 2**20
 """Bytes of a sample's file; a sample is to be a few rows."""
+MOST_SHOWN_BYTES = 16 * 2**10
+"""Bytes of the inputs of all samples of a version that are shown: they are a part of the catalog."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,14 @@ class GoldenSample:
 
     Attributes:
         name: the name of its file.
+        given: the inputs as its file has them, in JSON.
         inputs: the inputs of each run: one run for tensors, one for each sentence of a text.
         outputs: the expected outputs, of all runs together.
         tolerance: the largest difference that passes, absolute or relative.
     """
 
     name: str
+    given: bytes
     inputs: tuple[Tensors, ...]
     outputs: dict[str, Any]
     tolerance: float
@@ -72,6 +77,16 @@ def raw_inputs(folder: Path, config: ModelConfig) -> Iterator[Any]:
             # Sentences do not describe the tensors that the model takes.
             if config.text is None or (isinstance(inputs, dict) and config.text.input not in inputs):
                 yield table["inputs"]
+
+
+def shown_samples(samples: list[GoldenSample]) -> tuple[SampleView, ...]:
+    """The samples that people can try a version with: as many as are small enough together."""
+    shown, left = [], MOST_SHOWN_BYTES
+    for sample in samples:
+        if len(sample.given) <= left:
+            left -= len(sample.given)
+            shown.append(SampleView(sample.name, sample.given.decode()))
+    return tuple(shown)
 
 
 def check_samples(samples: list[GoldenSample], model: LoadedModel) -> None:
@@ -145,14 +160,15 @@ def _read(file: Path, signature: Signature, text: TextCodec | None) -> GoldenSam
             f"sample {file.name}: expected an object with at least one output, and a number as tolerance"
         )
     try:
-        request = parse_request(orjson.dumps({"inputs": table["inputs"]}))
+        given = orjson.dumps(table["inputs"])
+        request = parse_request(b'{"inputs":%b}' % given)
         tensors = request.tensors(signature if text is None else text.signature)
         inputs: tuple[Tensors, ...] = (tensors,)
         if text is not None and text.input in tensors:
             inputs = tuple(rows.tensors for rows in text.encode(tensors[text.input], apart=True))
     except InferpoolError as error:
         raise LoadError(f"sample {file.name}: {error.detail}") from error
-    return GoldenSample(file.name, inputs, table["outputs"], float(tolerance))
+    return GoldenSample(file.name, given, inputs, table["outputs"], float(tolerance))
 
 
 def _difference(got: Array | list[Any] | dict[str, Any], expected: Any, tolerance: float) -> Reason | None:

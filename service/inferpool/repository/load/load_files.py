@@ -69,6 +69,20 @@ class LoadFiles:
             raise self._fault
         return self.digest_of(model_files(self.file))
 
+    def digest(self) -> str:
+        """The digest that people are shown; raises OSError if a file cannot be read.
+
+        It is the SHA-256 of the model file, as `sha256sum` prints it. For a model with external data, it is
+        `model_digest`.
+        """
+        if len(model_files(self.file)) > 1:
+            return self.model_digest()
+        if self._hashing is not None:
+            self._hashing.join()
+        if self._fault is not None:
+            raise self._fault
+        return self._file_digest(self.file)
+
     def digest_of(self, files: Sequence[Path]) -> str:
         """SHA-256 over the names and contents of `files`; raises OSError if one cannot be read."""
         digest = hashlib.sha256()

@@ -38,7 +38,13 @@ from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.comparison import compare_answers
 from inferpool.repository.load.declared_shapes import corrected, without_names
-from inferpool.repository.load.golden_samples import check_samples, kept_rows, raw_inputs, read_samples
+from inferpool.repository.load.golden_samples import (
+    check_samples,
+    kept_rows,
+    raw_inputs,
+    read_samples,
+    shown_samples,
+)
 from inferpool.repository.load.list_outputs import ListsAsTables
 from inferpool.repository.load.load_files import LoadFiles, open_files
 from inferpool.repository.load.model_copies import ModelCopies
@@ -258,6 +264,8 @@ class Loader:
             gpu=copies.gpu,
             cache_digest=_cache_digest(source) if config.cache.enabled else None,
             sample_rows=kept_rows(samples) if text is None else {},
+            digest=_digest(source.files),
+            samples=shown_samples(samples),
         )
         return LoadedVersion(view, pool, copies, codec_source)
 
@@ -470,6 +478,14 @@ class Loader:
             watcher=self._watcher,
             accounts=self._accounts,
         )
+
+
+def _digest(files: LoadFiles) -> str:
+    """The digest that people are shown; "" if the files of a model that is loaded cannot be read again."""
+    try:
+        return files.digest()
+    except OSError:
+        return ""
 
 
 def _comparison(model: LoadedModel) -> Compare:

@@ -1,0 +1,307 @@
+"""The page at `/` in a real browser, for a server that asks for keys and has a model with hostile names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from tests.conftest import Serve
+from tests.http.access.keys import KeyFile
+from tests.server import Server
+
+if shutil.which("chromium") is None:
+    pytest.skip("needs chromium: apt-get install chromium", allow_module_level=True)
+pytest.importorskip("playwright", reason='needs playwright: pip install -e ".[test]"')
+
+from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
+
+HOSTILE = '<img src=x onerror="alert(1)">'
+TIMEOUT_MS = 60_000
+"""How long an expectation may take on a busy machine."""
+STEP_S = 5
+"""Seconds by which the clock of the page is wound at once."""
+
+FOCUSED = "(each => each.id || each.textContent || each.value)(document.activeElement)"
+VIOLATIONS = """axe.run().then(found =>
+  found.violations.map(each => [each.id, each.nodes.map(node => node.html)]))"""
+HIDE = """hidden => {
+  Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
+  document.dispatchEvent(new Event('visibilitychange'));
+}"""
+"""What runs in the page: the name of what has the focus, what axe finds, and the tab shown or hidden."""
+
+Open: TypeAlias = Callable[..., Page]
+
+expect.set_options(timeout=TIMEOUT_MS)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
+    """A key that may read and predict, and one that may do everything."""
+    file = KeyFile(tmp_path_factory.mktemp("keys") / "keys.toml")
+    file.add("user", "read", "predict")
+    file.add("all", "read", "predict", "metrics", "admin")
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(
+    models: Path, keys: KeyFile, tmp_path_factory: pytest.TempPathFactory, module_serve: Serve
+) -> Server:
+    """Two versions of the digits, and the same with markup as the names of model, classes and faults."""
+    repository = tmp_path_factory.mktemp("page")
+    digits = repository / "digits"
+    for name in ("1", "2"):
+        shutil.copytree(models / "digits" / "1", digits / name)
+    for name in ("samples", "labels.txt", "model.toml"):
+        source = models / "digits" / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, digits / name)
+    hostile = repository / HOSTILE.replace("/", "")
+    shutil.copytree(digits, hostile)
+    (hostile / "labels.txt").write_text("\n".join(f"{HOSTILE}{number}" for number in range(10)) + "\n")
+    (hostile / "2" / "model.onnx").write_bytes(b"no model")
+    settings = (hostile / "model.toml").read_text()
+    (hostile / "model.toml").write_text(settings.replace('description = "', f"description = '{HOSTILE}' # "))
+    return module_serve(repository, "--keys-file", str(keys.path))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium without other hosts."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            # The sandbox does not work for root or in most containers; the page is our own.
+            args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: Server, keys: KeyFile) -> Iterator[Open]:
+    """Open the page: `open_page("#/digits", key="all")`; nothing may go wrong in it until the test ends."""
+    faults: list[str] = []
+    contexts = []
+
+    def note(kind: str, text: str) -> None:
+        # Chromium writes a line for each answer with an error, which the page expects and shows.
+        if kind in ("error", "warning") and not text.startswith("Failed to load resource"):
+            faults.append(text)
+
+    def start(address: str = "", key: str | None = None, **options: Any) -> Page:
+        context = browser.new_context(**{"reduced_motion": "reduce", **options})
+        context.set_default_timeout(TIMEOUT_MS)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: note(message.type, message.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("dialog", lambda dialog: faults.append(f"a dialog: {dialog.message}"))
+        page.goto(f"{server.url}/{address}")
+        if key is not None:
+            page.locator("#key").click()
+            page.get_by_label("Key or token").fill(keys.keys[key])
+            page.keyboard.press("Enter")
+            expect(page.locator("#nav a[href='#/digits']")).to_be_attached()
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def fill_in(page: Page, name: str, samples: int = 1) -> None:
+    """Choose the JSON of a model's golden sample."""
+    page.get_by_label("JSON").check()
+    expect(page.get_by_label("Start with").locator("option")).to_have_count(samples + 1)
+    page.get_by_label("Start with").select_option(label=name)
+
+
+def test_the_page_asks_for_a_key_and_keeps_it_in_memory_alone(
+    open_page: Open, keys: KeyFile, server: Server
+) -> None:
+    page = open_page()
+    asked: list[Request] = []
+    page.on("request", lambda request: asked.append(request))
+    expect(page.get_by_role("heading", name="This server asks for a key")).to_be_visible()
+    page.get_by_role("main").get_by_role("button", name="Enter a key").click()
+    field = page.get_by_label("Key or token")
+    field.fill("inferpool_wrong")
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.get_by_role("alert")).to_contain_text("does not know this key")
+    field.fill(keys.keys["user"])
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.get_by_role("table", name="Models").get_by_role("link", name="digits")).to_be_visible()
+    expect(page.get_by_text("The jobs are shown to a key with the scope")).to_be_visible()
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    expect(field).to_have_value("")
+    assert page.evaluate("indexedDB.databases()") == []
+    secret = keys.keys["user"]
+    assert not any(secret in request.url for request in asked)
+    assert any(request.headers.get("x-api-key") == secret for request in asked)
+    page.reload()
+    expect(page.get_by_role("heading", name="This server asks for a key")).to_be_visible()
+    assert not any(secret in json.dumps(line) for line in server.log)
+
+
+def test_a_golden_sample_is_answered_with_its_label(open_page: Open) -> None:
+    page = open_page("#/digits", key="user")
+    fill_in(page, "held_out.json")
+    page.get_by_role("button", name="Predict").click()
+    predictions = page.get_by_role("table", name="Predictions")
+    expect(predictions.locator("tr.best th")).to_have_text(["7", "6", "3"])
+    page.get_by_text("The whole answer").click()
+    expect(page.get_by_role("region", name="The whole answer")).to_contain_text('"logits"')
+    page.get_by_label("Body", exact=True).fill('{"inputs": [1]}')
+    page.get_by_role("button", name="Predict").click()
+    expect(page.get_by_role("alert").filter(has_text="422")).to_be_visible()
+
+
+def test_a_dropped_picture_is_classified(open_page: Open, models: Path) -> None:
+    page = open_page("#/digits/2", key="user")
+    content = list((models / "digits" / "samples" / "7.png").read_bytes())
+    dropped = page.evaluate_handle(
+        "content => { const files = new DataTransfer(); files.items.add(new File([Uint8Array.from(content)],"
+        " '7.png', {type: 'image/png'})); return files; }",
+        content,
+    )
+    page.locator(".drop").dispatch_event("drop", {"dataTransfer": dropped})
+    expect(page.locator("#answer tr.best th")).to_have_text(["7"])
+    expect(page.locator(".drop img")).to_be_visible()
+
+
+def test_an_administrator_unloads_and_loads_a_version(open_page: Open) -> None:
+    page = open_page("#/digits/2", key="all")
+    top = page.locator("#top")
+    for act, state in (("Unload", "unloaded"), ("Load", "ready")):
+        page.get_by_role("button", name=act, exact=True).click()
+        if act == "Unload":
+            expect(page.get_by_role("button", name="Cancel")).to_be_focused()
+            page.get_by_role("dialog").get_by_role("button", name="Unload").click()
+        expect(page.get_by_role("status")).to_contain_text(f"{act} digits 2: job")
+        expect(top.locator(".row .state")).to_have_text(state)
+    page.get_by_label("Name").fill("blue")
+    page.get_by_role("button", name="Give to version 2").click()
+    expect(page.locator("#labels")).to_contain_text("blue → 2")
+    page.get_by_role("link", name="All models", exact=True).first.click()
+    jobs = page.get_by_role("table", name="The latest first")
+    expect(jobs.get_by_role("rowheader")).to_have_text(["load digits 2", "unload digits 2"])
+
+
+def test_markup_in_names_and_reasons_is_shown_as_text(open_page: Open) -> None:
+    page = open_page(key="user")
+    expect(page.get_by_role("table", name="Models").get_by_role("link", name=HOSTILE)).to_be_visible()
+    expect(page.get_by_text("is not an ONNX model")).to_be_visible()
+    page.get_by_role("table", name="Models").get_by_role("link", name=HOSTILE).click()
+    expect(page.get_by_role("heading", name=HOSTILE)).to_be_focused()
+    expect(page.locator("#top").get_by_text(HOSTILE)).to_have_count(2)
+    fill_in(page, "held_out.json")
+    page.get_by_role("button", name="Predict").click()
+    expect(page.locator("#answer tr.best th")).to_have_text([f"{HOSTILE}{digit}" for digit in (7, 6, 3)])
+    page.get_by_text("10 class names").click()
+    expect(page.locator(".names .tag").first).to_have_text(f"{HOSTILE}0")
+    assert page.locator("main img").count() == 0
+
+
+def test_everything_can_be_done_with_the_keyboard(open_page: Open, keys: KeyFile) -> None:
+    page = open_page()
+    expect(page.get_by_role("heading", name="This server asks for a key")).to_be_visible()
+
+    def tab_to(name: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate(FOCUSED) == name:
+                return
+        raise AssertionError(f"no number of tabs leads to {name}")
+
+    tab_to("Skip to the content")
+    tab_to("key")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Key or token")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#key")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.insert_text(keys.keys["user"])
+    page.keyboard.press("Enter")
+    expect(page.locator("#key")).to_be_focused()
+    expect(page.get_by_role("heading", name="Models")).to_be_visible()
+    tab_to("digits ready")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="digits")).to_be_focused()
+    page.locator("input[value=picture]").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_label("Start with").locator("option")).to_have_count(2)
+    tab_to("run")
+    page.keyboard.press("Enter")
+    expect(page.locator("#answer tr.best th").first).to_have_text("7")
+    expect(page.locator("#run")).to_be_focused()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"color_scheme": "light"}, {"color_scheme": "dark", "viewport": {"width": 360, "height": 740}}],
+)
+def test_axe_finds_no_obstacle_and_nothing_is_wider_than_the_screen(
+    open_page: Open, options: dict[str, Any]
+) -> None:
+    page = open_page(key="all", **options)
+    axe = files("axe_playwright_python").joinpath("axe.min.js").read_text()
+
+    def check(what: str) -> None:
+        page.evaluate(axe)
+        assert page.evaluate(VIOLATIONS) == [], what
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), what
+
+    expect(page.get_by_role("heading", name="Models", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Dismiss").click()
+    check("all models")
+    page.locator("#key").click()
+    check("the dialog for the key")
+    page.keyboard.press("Escape")
+    page.get_by_role("table", name="Models").get_by_role("link", name="digits").click()
+    fill_in(page, "held_out.json")
+    page.get_by_role("button", name="Predict").click()
+    expect(page.get_by_role("table", name="Predictions")).to_be_visible()
+    check("a model")
+
+
+def test_the_poll_rests_while_nothing_changes_and_stops_while_nobody_looks(open_page: Open) -> None:
+    page = open_page(key="user")
+    # Answers come from here, so that the clock of the page can be wound without waiting for a server.
+    polls: list[Request] = []
+    answers = {"status": 304}
+
+    def answer(route: Route) -> None:
+        polls.append(route.request)
+        route.fulfill(status=answers["status"], body="" if answers["status"] == 304 else "{}")
+
+    page.route("**/status", answer)
+    page.clock.install()
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_role("button", name="Resume").click()
+
+    def polls_within(seconds: int) -> int:
+        before = len(polls)
+        for _ in range(0, seconds, STEP_S):
+            page.clock.run_for(1000 * STEP_S)
+            page.evaluate("fetch('.', {method: 'HEAD'}).then(() => 0)")  # the answers before have arrived
+        return len(polls) - before
+
+    assert 4 <= polls_within(30) <= 9
+    assert all(request.headers.get("if-none-match") for request in polls)
+    assert polls_within(60) <= 7, "nothing changes"
+    page.evaluate(HIDE, True)
+    assert polls_within(60) == 0, "nobody looks"
+    page.evaluate(HIDE, False)
+    assert polls_within(STEP_S) in (1, 2), "somebody looks again"
+    answers["status"] = 503
+    polls_within(20)
+    expect(page.get_by_text("The server does not answer")).to_be_visible()
+    assert polls_within(60) <= 2, "the server does not answer"
