@@ -16,6 +16,7 @@ from inferpool import __version__
 from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
 from inferpool.errors import InferpoolError
 from inferpool.evaluate_command.command import add_evaluate_command, run_evaluate_command
+from inferpool.optimise_command.command import add_optimise_command, run_optimise_command
 from inferpool.platforms import REPOSITORY_VARIABLE, find_repository, platform_settings
 from inferpool.predict_command.command import add_predict_command, run_predict_command
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_predict_command(flags, os.environ)
     if command == "evaluate":
         return run_evaluate_command(flags, os.environ)
+    if command in ("optimise", "optimize"):
+        return run_optimise_command(flags, os.environ)
     if command in SIGN_COMMANDS:
         return run_sign_command(command, flags, os.environ)
     argument, config = flags.pop("repository"), flags.pop("config", None)
@@ -180,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_predict_command(commands)
     add_evaluate_command(commands)
+    add_optimise_command(commands)
     _add_key(commands)
     add_sign_commands(commands)
     add_admin_commands(commands)

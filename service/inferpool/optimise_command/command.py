@@ -1,0 +1,361 @@
+"""The command `inferpool optimise`: makes faster forms of a model, and writes the best as a new version."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+from inferpool import __version__
+from inferpool.errors import ConfigError, InferpoolError
+from inferpool.predict_command.command import local_settings
+from inferpool.settings import CHECK_SETTINGS, add_flags
+from inferpool.system.cpu import usable_cores
+from inferpool.system.files import printable
+
+if TYPE_CHECKING:
+    # These need the extra `optimise`, which other commands do not.
+    from inferpool.evaluate_command.labelled_rows import LabelledRows
+    from inferpool.evaluate_command.model_answers import Answered
+    from inferpool.optimise_command.model_folders import SourceModel
+    from inferpool.release.evaluate.metrics import Estimate
+    from inferpool.release.optimise.goal import Goal
+    from inferpool.release.optimise.timing import Timing
+    from inferpool.settings import Settings
+
+PROVENANCE_FILE: Final = "provenance.json"
+_ORIGINAL: Final = "original"
+_GOOD: Final = "good"
+_TOOLS: Final = ("onnx", "onnxruntime", "numpy")
+
+
+class _Row(NamedTuple):
+    """What was found of one form of the model; None where it could not be measured."""
+
+    name: str
+    size: int
+    timing: Timing | None
+    value: float | None
+    difference: Estimate | None
+    largest: float | None
+    verdict: str
+
+
+def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser of `inferpool`."""
+    command = commands.add_parser(
+        "optimise",
+        aliases=["optimize"],
+        help="make a model faster, as far as its answers stay good",
+        description="Make other forms of the ONNX model in MODEL (fused, FP16, INT8, INT4, pruned),"
+        " time each on this machine, and evaluate it with --data. The fastest form that keeps --goal and is"
+        " at least 5 %% faster than the original becomes a new version; else nothing is written.",
+        allow_abbrev=False,
+    )
+    command.add_argument("model", metavar="MODEL", type=Path, help="folder of a model")
+    command.add_argument("--data", required=True, type=Path, metavar="DATA", help="as for `evaluate`")
+    command.add_argument(
+        "--goal",
+        required=True,
+        metavar="GOAL",
+        help="how much worse a metric may become: 'accuracy -0.5pp', 'rmse +2%%', 'perplexity +0.3'",
+    )
+    command.add_argument("--target", metavar="NAME", help="column or array of the right answers [target]")
+    command.add_argument(
+        "--task", choices=("classification", "regression", "next-word"), help="as for `evaluate`"
+    )
+    command.add_argument(
+        "--ignore", dest="ignored", metavar="COLUMN", action="append", default=[], help="as for `evaluate`"
+    )
+    command.add_argument(
+        "--version", dest="model_version", type=int, metavar="N", help="[the one that answers]"
+    )
+    command.add_argument("--no-write", action="store_true", help="print the table only")
+    command.add_argument(
+        "--calibration-rows", type=int, default=256, metavar="N", help="rows that show INT8 its ranges [256]"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="chooses those rows [0]")
+    add_flags(command, CHECK_SETTINGS)
+
+
+def run_optimise_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int:
+    """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
+    names = ("model", "data", "goal", "target", "task", "ignored", "model_version", "no_write",
+             "calibration_rows", "seed")  # fmt: skip
+    chosen = {name: flags.pop(name) for name in names}
+    try:
+        for line in _optimise(chosen, flags, environ):
+            print(printable(line))
+        return 0
+    except (InferpoolError, OSError, ValueError, TypeError, ImportError) as error:
+        print(f"inferpool: {printable(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    try:
+        from inferpool.evaluate_command.labelled_rows import read_labelled
+        from inferpool.optimise_command.model_folders import find_source, record_inputs, take_rows
+        from inferpool.release.optimise import goal
+    except ImportError as missing:
+        raise ImportError(f"{missing.name} is missing: pip install 'inferpool[optimise]'") from missing
+
+    wanted = goal.parse_goal(chosen["goal"])
+    if not chosen["model"].is_dir():
+        raise ConfigError(f"{chosen['model']} is no folder")
+    source = find_source(chosen["model"], chosen["model_version"])
+    if source.newer_answers and not chosen["no_write"]:
+        raise ConfigError(
+            f"version {source.newest + 1} would answer requests as soon as it is written: add"
+            f" `labels = {{stable = {source.number}}}` to [versions] in model.toml, or give --no-write"
+        )
+    rows = read_labelled(chosen["data"], chosen["target"], (), chosen["ignored"])
+    settings = local_settings(flags, environ)
+    count = min(len(rows.targets), max(1, chosen["calibration_rows"]))
+    picked = np.sort(np.random.default_rng(chosen["seed"]).permutation(len(rows.targets))[:count])
+    shown = rows._replace(
+        inputs=take_rows(rows.inputs, picked), targets=[rows.targets[each] for each in picked]
+    )
+    with tempfile.TemporaryDirectory(prefix="inferpool-") as temporary:
+        parent = Path(temporary)
+        _say(f"what the model sees of {count} rows")
+        batches = record_inputs(source, shown, _new(parent, "recorded"), settings)
+        files, table = _measured(source, batches, rows, wanted, parent, settings, chosen)
+        best = _best(source, files, table, parent, settings)
+        lines = _lines(table, wanted.metric)
+        if best is None:
+            return [*lines, "nothing is written: no form is faster and within the goal"]
+        if chosen["no_write"]:
+            return [*lines, f"{best.name} is the best form; nothing is written"]
+        written = _write(source, files[best.name], best, table, chosen, rows)
+        return [*lines, f"{best.name} is version {source.newest + 1}: {written}"]
+
+
+def _measured(
+    source: SourceModel,
+    batches: Sequence[Mapping[str, Any]],
+    rows: LabelledRows,
+    goal: Goal,
+    parent: Path,
+    settings: Settings,
+    chosen: Mapping[str, Any],
+) -> tuple[dict[str, Path], list[_Row]]:
+    """Make, time and evaluate every form; returns the files that were made, and a row for each form."""
+    from inferpool.release.optimise import candidates, timing
+
+    files, reasons = {_ORIGINAL: source.file}, {}
+    for candidate in candidates.CANDIDATES:
+        _say(f"making {candidate.name}")
+        file = _new(parent, candidate.name) / "model.onnx"
+        try:
+            candidate.make(source.file, file, batches)
+            files[candidate.name] = file
+        except Exception as error:  # noqa: BLE001 - the tools raise errors of all kinds
+            reasons[candidate.name] = f"cannot be made: {_first_line(error)}"
+    _say("timing")
+    sized = timing.batches_of(batches)
+    timed, failed = timing.time_forms(files, _ORIGINAL, sized, usable_cores())
+    reasons |= {name: f"cannot run: {_first_line(reason)}" for name, reason in failed.items()}
+    answered = {}
+    for name in timed:
+        _say(f"evaluating {name}")
+        asked = _new(parent, f"asked-{name}")
+        try:
+            answered[name] = _ask(source, files[name], asked, rows, settings, chosen)
+        except InferpoolError as error:
+            if name == _ORIGINAL:
+                raise
+            reasons[name] = f"cannot be served: {error}"
+    names = (_ORIGINAL, *(each.name for each in candidates.CANDIDATES))
+    return files, [
+        _judge(name, files.get(name), timed.get(name), answered, goal, reasons.get(name)) for name in names
+    ]
+
+
+def _best(
+    source: SourceModel, files: Mapping[str, Path], table: list[_Row], parent: Path, settings: Settings
+) -> _Row | None:
+    """Return the fastest good form that the golden samples let through; the others' rows say why not."""
+    good = [row for row in table if row.verdict == _GOOD and row.timing is not None]
+    for row in sorted(good, key=lambda row: row.timing.gain if row.timing else 0, reverse=True):
+        served = _new(parent, f"served-{row.name}")
+        refusal = _refused_by_samples(source, files[row.name], served, settings)
+        if refusal is None:
+            return row
+        table[table.index(row)] = row._replace(verdict=refusal)
+    return None
+
+
+def _ask(
+    source: SourceModel,
+    file: Path,
+    parent: Path,
+    rows: LabelledRows,
+    settings: Settings,
+    chosen: Mapping[str, Any],
+) -> Answered:
+    from inferpool.evaluate_command.model_answers import ask_model
+    from inferpool.optimise_command.model_folders import with_form
+
+    return ask_model(with_form(source, file, parent), None, rows, settings, task=chosen["task"])
+
+
+def _judge(
+    name: str,
+    file: Path | None,
+    timing: Timing | None,
+    answered: Mapping[str, Answered],
+    goal: Goal,
+    reason: str | None,
+) -> _Row:
+    """Compare one form with the original."""
+    from inferpool.evaluate_command.command import metrics_of
+    from inferpool.release.evaluate.metrics import estimate_differences
+
+    size = file.stat().st_size if file is not None and file.is_file() else 0
+    if timing is None or name not in answered:
+        return _Row(name, size, timing, None, None, None, reason or "not measured")
+    original, own = answered[_ORIGINAL], answered[name]
+    before, after = (metrics_of(each.answers, each.task) for each in (original, own))
+    if goal.metric not in before:
+        raise ConfigError(f"the evaluation has no {goal.metric}; it has {', '.join(before)}")
+    count = len(original.answers.truth)
+    ones = np.ones(count)
+    value = after[goal.metric](ones) if goal.metric in after else float("nan")
+    largest = float(np.abs(_numbers(own) - _numbers(original)).max())
+    if name == _ORIGINAL:
+        return _Row(name, size, timing, value, None, 0.0, "")
+    if goal.metric not in after:
+        return _Row(name, size, timing, None, None, largest, f"has no {goal.metric}")
+    difference = estimate_differences(
+        {goal.metric: after[goal.metric]}, {goal.metric: before[goal.metric]}, count
+    )[goal.metric]
+    kept, faster = goal.holds(before[goal.metric](ones), difference), timing.is_faster
+    verdict = _GOOD if kept and faster else " and ".join(
+        ([] if faster else ["not faster"]) + ([] if kept else [f"worse than {goal.text}"])
+    )  # fmt: skip
+    return _Row(name, size, timing, value, difference, largest, verdict)
+
+
+def _numbers(answered: Answered) -> Any:
+    answers: Any = answered.answers
+    return answers.scores if hasattr(answers, "scores") else answers.predicted
+
+
+def _refused_by_samples(source: SourceModel, file: Path, parent: Path, settings: Settings) -> str | None:
+    """Return why the form would not be served beside the golden samples; None if it would."""
+    from inferpool.optimise_command.model_folders import with_form
+    from inferpool.predict_command.local_server import run_with_model
+
+    try:
+        run_with_model(with_form(source, file, parent, samples=True), settings, lambda *_: None)
+    except InferpoolError as error:
+        return f"refused by golden samples: {error}"
+    return None
+
+
+def _write(
+    source: SourceModel,
+    file: Path,
+    best: _Row,
+    table: Sequence[_Row],
+    chosen: Mapping[str, Any],
+    rows: LabelledRows,
+) -> Path:
+    """Write the form as a version; the folder appears complete."""
+    target = source.folder / str(source.newest + 1)
+    provenance = {
+        "made_by": f"inferpool optimise {__version__}",
+        "form": best.name,
+        "goal": chosen["goal"],
+        "seed": chosen["seed"],
+        "calibration_rows": chosen["calibration_rows"],
+        "source": {"version": source.number, "sha256": _digest(source.file)},
+        "data": {"name": chosen["data"].name, "sha256": rows.digest, "rows": len(rows.targets)},
+        "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
+        "sha256": _digest(file),
+        "forms": [_as_json(row) for row in table],
+    }
+    with tempfile.TemporaryDirectory(prefix=".optimise-", dir=source.folder) as temporary:
+        made = Path(temporary) / "version"
+        made.mkdir()
+        shutil.copyfile(file, made / "model.onnx")
+        (made / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=1, allow_nan=False) + "\n", "utf-8")
+        made.rename(target)
+    return target
+
+
+def _as_json(row: _Row) -> dict[str, Any]:
+    timing = row.timing
+    return {
+        "form": row.name,
+        "bytes": row.size,
+        "run_ms": None if timing is None else {str(size): value for size, value in timing.run_ms.items()},
+        "gain": None if timing is None else timing.gain,
+        "metric": None if row.value is None or np.isnan(row.value) else row.value,
+        "difference": None if row.difference is None else [float(each) for each in row.difference],
+        "largest_difference": row.largest,
+        "verdict": row.verdict,
+    }
+
+
+def _lines(table: Sequence[_Row], metric: str) -> list[str]:
+    """Return the table as lines of text."""
+    from inferpool.release.evaluate.report import number
+    from inferpool.release.optimise.timing import SIZES
+
+    head = ["form", "MB", *(f"{size} rows, ms" for size in SIZES), f"rows/s at {SIZES[-1]}", "gain", metric,
+            "change, 95 %", "largest", ""]  # fmt: skip
+    cells = [head]
+    for row in table:
+        timing, change = row.timing, row.difference
+        times = ["–"] * len(SIZES) if timing is None else [number(timing.run_ms[size]) for size in SIZES]
+        rate = "–" if timing is None else f"{1000 * SIZES[-1] / timing.run_ms[SIZES[-1]]:.0f}"
+        cells.append([
+            row.name,
+            f"{row.size / 1e6:.2f}" if row.size else "–",
+            *times,
+            rate,
+            "–" if timing is None else f"{timing.gain:.2f}",
+            "–" if row.value is None else number(row.value),
+            "–" if change is None else f"{number(change.low)} to {number(change.high)}",
+            "–" if row.largest is None else number(row.largest),
+            row.verdict,
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) if place in (0, len(widths) - 1) else text.rjust(width)
+            for place, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).splitlines()), repr(error))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _new(parent: Path, name: str) -> Path:
+    folder = parent / name
+    folder.mkdir()
+    return folder
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"{text} …", file=sys.stderr)
