@@ -107,7 +107,7 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
         from inferpool.optimise_command.model_folders import find_source, record_inputs, take_rows
         from inferpool.release.optimise import goal
     except ImportError as missing:
-        raise ImportError(f"{missing.name} is missing: pip install 'inferpool[optimise]'") from missing
+        raise ImportError(f"{missing.name} is missing: pip install 'inferpool[cpu,optimise]'") from missing
 
     wanted = goal.parse_goal(chosen["goal"])
     if not chosen["model"].is_dir():
