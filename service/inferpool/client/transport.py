@@ -19,10 +19,10 @@ from inferpool.client.content import Part
 from inferpool.client.core import Failure
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
-JOINED_BYTES: Final = 64 * 1024
-"""A body of at most so many bytes is sent in one piece."""
-SENT_BYTES: Final = 256 * 1024
-"""Bytes of a large body that are sent at a time: httpx copies what a socket does not take at once."""
+JOINED_BYTES: Final = 2 * 1024 * 1024
+"""A body of at most so many bytes is sent in one piece: each piece is copied once in any case."""
+SENT_BYTES: Final = 1024 * 1024
+"""Bytes of a larger body that are sent at a time."""
 
 
 class Address(NamedTuple):
@@ -87,7 +87,7 @@ def is_small(parts: Sequence[Part]) -> bool:
 
 
 def pieces(parts: Sequence[Part]) -> Iterator[Any]:
-    """Return the pieces in which a large body is sent, without copying it."""
+    """Return the pieces in which a large body is sent, so that it is never in memory twice."""
     for part in parts:
         view = memoryview(part)
         for start in range(0, len(view), SENT_BYTES):

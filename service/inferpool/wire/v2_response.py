@@ -21,6 +21,9 @@ from inferpool.wire.v2_binary import to_binary
 from inferpool.wire.v2_classification import classify
 from inferpool.wire.v2_request import RequestedOutput
 
+_ALIGNMENT: Final = 8
+"""Bytes of the largest element."""
+_SPACES: Final = b" " * _ALIGNMENT
 _NO_LABELS: Final[Mapping[str, Sequence[str]]] = MappingProxyType({})
 
 
@@ -71,7 +74,14 @@ def encode_infer(
     if request_id:
         answer["id"] = request_id
     header = [write(answer)] if join is None else join(write_infer(answer))
-    return [*header, *filter(len, parts)], sum(map(len, header)) if binary_any else None
+    if not binary_any:
+        return [*header, *filter(len, parts)], None
+    length = sum(map(len, header))
+    padding = -length % _ALIGNMENT
+    if padding:
+        # JSON may end with spaces. A client then finds the first tensor aligned, and need not copy it.
+        header[-1] += _SPACES[:padding]
+    return [*header, *filter(len, parts)], length + padding
 
 
 def _output(value: Any, spec: TensorSpec | None) -> tuple[Array, str]:
