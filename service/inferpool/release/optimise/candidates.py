@@ -25,8 +25,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from inferpool.backends.onnx.gpu.fp16 import in_half
 from inferpool.errors import LoadError
+from inferpool.system.gpus import gpu_support
 from inferpool.tensors import Array
 
 Inputs = Mapping[str, Array]
@@ -74,6 +74,8 @@ def optimise_graph(model: Path, target: Path, batches: Sequence[Inputs]) -> None
 def to_fp16(model: Path, target: Path, batches: Sequence[Inputs]) -> None:
     """Round weights and operations to FP16; inputs and outputs keep their datatypes."""
     try:
+        with gpu_support():
+            from inferpool.backends.onnx.gpu.fp16 import in_half
         with in_half(model.absolute(), None) as half:
             onnx.save(onnx.load(half), target)
     except LoadError as error:
