@@ -334,8 +334,8 @@ def _lines(table: Sequence[_Row], metric: str) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(
-            text.ljust(width) if place in (0, len(widths) - 1) else text.rjust(width)
-            for place, (text, width) in enumerate(zip(line, widths, strict=True))
+            text.ljust(width) if column in (0, len(widths) - 1) else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in cells
     ]
