@@ -18,7 +18,7 @@ from inferpool.pool.batch import RowSlice
 from inferpool.pool.device_accounts import ACTIVE_S, DeviceAccount
 from inferpool.pool.entry_queue import OLDEST_LEADS_EVERY, Queue
 from inferpool.pool.ordered_queue import QueueSlot
-from inferpool.pool.ports import Entry, VersionKey
+from inferpool.pool.ports import LOWEST_PRIORITY, Entry, VersionKey
 
 KEY = VersionKey("m", 1)
 LIMIT = 8
@@ -64,7 +64,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(
         rows=st.integers(0, 30),
         group=st.sampled_from("ab"),
-        priority=st.integers(1, 3),
+        priority=st.sampled_from([1, 2, 3, LOWEST_PRIORITY]),
         timeout=st.one_of(st.none(), st.floats(0.0, 0.3)),
         tenant=st.integers(0, 5),
     )
@@ -253,6 +253,22 @@ def test_bytes_are_bounded_apart_from_rows() -> None:
     queue = queue_of(entry(1, nbytes=900), queue_bytes=1000)
     with pytest.raises(QueueFull, match="900 bytes"):
         queue.offer(entry(2, nbytes=200), 0.0)
+
+
+def test_what_waits_in_the_background_takes_no_room_from_requests() -> None:
+    queue = queue_of(
+        entry(1, 8, nbytes=45, priority=LOWEST_PRIORITY),
+        entry(2, 8, nbytes=45, priority=LOWEST_PRIORITY),
+        queue_rows=16,
+        queue_bytes=100,
+    )
+    with pytest.raises(QueueFull):
+        queue.offer(entry(3, priority=LOWEST_PRIORITY), 0.0)
+    queue.offer(entry(4, 8, nbytes=60), 0.0)
+    queue.offer(entry(5, 8, nbytes=40), 0.0)
+    with pytest.raises(QueueFull):
+        queue.offer(entry(6), 0.0)
+    assert [taken(queue) for _ in range(4)] == [[4], [5], [1], [2]]
 
 
 def test_an_empty_queue_takes_an_entry_of_any_size() -> None:

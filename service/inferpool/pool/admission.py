@@ -83,26 +83,38 @@ class Admission:
             raise _too_late(entry, finish)
 
     def refuse_if_full(
-        self, rows: float, nbytes: int, large: bool, instances: int, tenant: int = 0, share: float = 1.0
+        self,
+        rows: float,
+        nbytes: int,
+        large: bool,
+        instances: int,
+        tenant: int = 0,
+        share: float = 1.0,
+        background: bool = False,
     ) -> None:
         """Raise QueueFull unless an entry of so many rows and bytes may wait now.
 
         If nothing else of its kind waits, an entry of any size may: the bound must not make it impossible.
+        What waits in the `background`, at the lowest priority, takes room from its like alone.
         Each of several tenants has its part of the queue, and `share` says how large the part is.
         """
         limits, waiting = self._limits, self._waiting
         if waiting.shares is not None:
-            self._refuse_if_part_full(waiting.shares, rows, nbytes, large, instances, tenant, share)
+            self._refuse_if_part_full(
+                waiting.shares, rows, nbytes, large, instances, tenant, share, background
+            )
             return
-        load = waiting.large_load if large else waiting.small_load
+        small_load = waiting.small_load if background else waiting.foreground_load
+        load = waiting.large_load if large else small_load
+        waiting_bytes = waiting.nbytes - (0 if background else waiting.background.nbytes)
         excess_rows = load + rows - limits.queue_rows if load else 0
-        excess_bytes = waiting.nbytes + nbytes - limits.queue_bytes if waiting.nbytes else 0
+        excess_bytes = waiting_bytes + nbytes - limits.queue_bytes if waiting_bytes else 0
         if excess_rows <= 0 and excess_bytes <= 0:
             return
         if excess_rows > 0:
             text = f"the queue is full: {load:.0f} rows wait and {limits.queue_rows} may"
         else:
-            text = f"the queue is full: {waiting.nbytes} bytes wait and {limits.queue_bytes} may"
+            text = f"the queue is full: {waiting_bytes} bytes wait and {limits.queue_bytes} may"
         all_load = waiting.small_load + waiting.large_load
         rows_to_run = max(excess_rows, all_load * excess_bytes / max(1, waiting.nbytes))
         raise QueueFull(f"{text}; try again later", retry_after_s=self._seconds_for(rows_to_run, instances))
@@ -116,6 +128,7 @@ class Admission:
         instances: int,
         tenant: int,
         share: float,
+        background: bool,
     ) -> None:
         own = shares.entries_of(tenant)
         if own is None:
@@ -125,15 +138,17 @@ class Admission:
         # Enough for the next batch of each instance: no other tenant may have anything to run.
         most_rows = max(part * limits.queue_rows, instances * limits.batch_rows)
         most_bytes = part * limits.queue_bytes
-        load = own.large_load if large else own.small_load
+        small_load = own.small_load if background else own.foreground_load
+        load = own.large_load if large else small_load
+        own_bytes = own.nbytes - (0 if background else own.background.nbytes)
         excess_rows = load + rows - most_rows if load else 0
-        excess_bytes = own.nbytes + nbytes - most_bytes if own.nbytes else 0
+        excess_bytes = own_bytes + nbytes - most_bytes if own_bytes else 0
         if excess_rows <= 0 and excess_bytes <= 0:
             return
         if excess_rows > 0:
             text = f"{load:.0f} rows wait and {most_rows:.0f} may"
         else:
-            text = f"{own.nbytes} bytes wait and {most_bytes:.0f} may"
+            text = f"{own_bytes} bytes wait and {most_bytes:.0f} may"
         all_load = own.small_load + own.large_load
         rows_to_run = max(excess_rows, all_load * excess_bytes / max(1, own.nbytes)) / part
         raise QueueFull(

@@ -30,7 +30,7 @@ from inferpool.pool.batch import Batch, RowSlice
 from inferpool.pool.device_accounts import NOBODY, DeviceAccount
 from inferpool.pool.fair_shares import FairShares
 from inferpool.pool.ordered_queue import QueueSlot
-from inferpool.pool.ports import Entry
+from inferpool.pool.ports import LOWEST_PRIORITY, Entry
 from inferpool.pool.waiting_entries import WaitingEntries
 
 OLDEST_LEADS_EVERY: Final = 4
@@ -146,7 +146,13 @@ class Queue:
             else:
                 self.admission.refuse_if_late(entry, now, free_at)
         self.admission.refuse_if_full(
-            entry.load, entry.nbytes, costly, len(free_at), entry.tenant, entry.share
+            entry.load,
+            entry.nbytes,
+            costly,
+            len(free_at),
+            entry.tenant,
+            entry.share,
+            entry.priority == LOWEST_PRIORITY,
         )
         if not entry.parts:
             waiting.add(entry, 0, costly and entry.rows > 1, costly)

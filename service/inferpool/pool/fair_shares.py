@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Final
 
+from inferpool.pool.background_load import BackgroundLoad
 from inferpool.pool.device_accounts import ACTIVE_S, DeviceAccount
 from inferpool.pool.ordered_queue import Group, OrderedQueue, QueueSlot
 from inferpool.pool.ports import Entry
@@ -40,14 +41,15 @@ class TenantEntries:
         count: how many entries wait.
         small_load: cost of the small requests that wait, in rows like those that were measured at load.
         large_load: likewise, of the requests that cost more than a full batch.
+        background: what of the small requests waits at the lowest priority.
         nbytes: bytes of inputs that wait.
         in_order: the entries in the order in which they are to run.
         groups: likewise, by group; without large requests.
     """
 
     __slots__ = (
-        "_arrivals", "count", "groups", "in_order", "large_count", "large_load", "last_arrival", "nbytes",
-        "share", "small_load",
+        "_arrivals", "background", "count", "groups", "in_order", "large_count", "large_load", "last_arrival",
+        "nbytes", "share", "small_load",
     )  # fmt: skip
 
     def __init__(self, share: float, last_arrival: float) -> None:
@@ -55,6 +57,7 @@ class TenantEntries:
         self.last_arrival = last_arrival
         self.count = self.large_count = self.nbytes = 0
         self.small_load = self.large_load = 0.0
+        self.background = BackgroundLoad()
         self.in_order = OrderedQueue()
         self.groups: dict[Hashable, Group] = {}
         self._arrivals: deque[QueueSlot] = deque()
@@ -69,6 +72,7 @@ class TenantEntries:
             self.large_load += slot.load or 1
         else:
             self.small_load += slot.load or 1
+        self.background.add(slot)
         self.in_order.push(slot)
         self._arrivals.append(slot)
         if not slot.is_large:
@@ -89,11 +93,18 @@ class TenantEntries:
             self.large_load = self.large_load - (slot.load or 1) if self.large_count else 0.0
         else:
             self.small_load = self.small_load - (slot.load or 1) if self.count > self.large_count else 0.0
+        self.background.remove(slot)
         if not slot.is_large:
             group = self.groups[entry.group]
             group.count -= 1
             if not group.count:
                 del self.groups[entry.group]
+
+    @property
+    def foreground_load(self) -> float:
+        """Cost of the small requests that wait, without those of the lowest priority."""
+        small = self.count - self.large_count
+        return self.small_load - self.background.load if small > self.background.count else 0.0
 
     def oldest(self) -> QueueSlot | None:
         """Return the slot that has waited longest; None if none waits."""

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable
 from heapq import heapify, heappop, heappush
 from typing import Final
 
+from inferpool.pool.background_load import BackgroundLoad
 from inferpool.pool.fair_shares import FairShares
 from inferpool.pool.ordered_queue import Group, OrderedQueue, QueueSlot
 from inferpool.pool.ports import Entry
@@ -27,12 +28,13 @@ class WaitingEntries:
         nbytes: bytes of inputs that wait.
         small_load: cost of the small requests that wait, in rows like those that were measured at load.
         large_load: likewise, of the requests that cost more than a full batch.
+        background: what of the small requests waits at the lowest priority.
         shares: the same entries by tenant; None unless several tenants share the instances.
     """
 
     __slots__ = (
         "_arrivals", "_dead_slots", "_deadlines", "_groups", "_in_order", "_large_count", "_serial", "_slots",
-        "large_load", "nbytes", "rows", "shares", "small_load",
+        "background", "large_load", "nbytes", "rows", "shares", "small_load",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -40,6 +42,7 @@ class WaitingEntries:
         self.nbytes = 0
         self.small_load = 0.0
         self.large_load = 0.0
+        self.background = BackgroundLoad()
         self.shares: FairShares | None = None
         self._slots: dict[int, QueueSlot] = {}
         self._in_order = OrderedQueue()
@@ -66,6 +69,7 @@ class WaitingEntries:
             self.large_load += slot.load or 1
         else:
             self.small_load += slot.load or 1
+        self.background.add(slot)
         self._in_order.push(slot)
         self._arrivals.append(slot)
         if not is_large:
@@ -95,6 +99,7 @@ class WaitingEntries:
             self.small_load -= slot.load or 1
         else:
             self.small_load = 0.0
+        self.background.remove(slot)
         if not slot.is_large:
             group = self._groups[entry.group]
             group.load -= entry.load
@@ -109,6 +114,12 @@ class WaitingEntries:
         if self._dead_slots > _MAX_DEAD_SLOTS + len(self._slots):
             self._sweep()
         return entry
+
+    @property
+    def foreground_load(self) -> float:
+        """Cost of the small requests that wait, without those of the lowest priority."""
+        small = len(self._slots) - self._large_count
+        return self.small_load - self.background.load if small > self.background.count else 0.0
 
     def find(self, entry_id: int) -> QueueSlot | None:
         """Return the slot of an entry; None if no row of it waits."""
