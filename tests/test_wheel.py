@@ -84,7 +84,14 @@ INTERPRETED = {
     *("http/predict/shadow_copies",),
     *("pool/buckets", "pool/hot_swap", "pool/log_limits", "pool/padding", "pool/redaction", "pool/row_cost"),
     *("pool/run_limits", "pool/run_watcher"),
-    *("wire/columns", "wire/json_pieces", "wire/nested_lists", "wire/npy", "wire/v1_request"),
+    *(
+        "wire/columns",
+        "wire/json_pieces",
+        "wire/large_bytes",
+        "wire/nested_lists",
+        "wire/npy",
+        "wire/v1_request",
+    ),
     *("wire/v1_response", "wire/v2_binary", "wire/v2_classification"),
 }
 """The modules beside the hot path that setup.py leaves to the interpreter, on purpose: see HOT_PATH there."""

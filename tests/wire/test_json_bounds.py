@@ -37,7 +37,7 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "value",
     [
-        [[]] * 50_000, [{}] * 50_000, ["a" * 40] * 50_000, ["é" * 40] * 20_000, ["日本" * 20] * 20_000,
+        [[]] * 50_000, [{}] * 40_000, ["a" * 40] * 50_000, ["é" * 40] * 20_000, ["日本" * 20] * 20_000,
         ["a" * 40 + "😀"] * 20_000, [1.5] * 50_000, [2**62] * 50_000, [None, True] * 50_000,
         [{"name": n, "shape": [n]} for n in range(20_000)], {str(n): n for n in range(50_000)},
         [[[[[0.25]]]]] * 10_000,
@@ -72,20 +72,22 @@ def test_values_that_the_inputs_cannot_take_are_refused(
     text = b"[" + b",".join([piece] * 70_000) + b"]"
     with pytest.raises(InvalidInput, match=fault):
         check_json(text, counting_allowance(signature)[0])
-    check_json(text, counting_allowance()[0])
+    if piece != b"{}":  # so many objects take too much memory for any request
+        check_json(text, counting_allowance()[0])
 
 
 def test_lists_are_bounded_by_rows_and_shape() -> None:
     text = b"[" + b",".join([b"[]"] * (MOST_ROWS + 70_000)) + b"]"
     with pytest.raises(InvalidInput, match="JSON lists; the inputs of this model take at most 1065537"):
         check_json(text, counting_allowance(NUMBERS)[0])
-    check_json(text, counting_allowance(OPEN)[0])
+    with pytest.raises(BodyTooLarge, match="1070001 lists and 0 objects, which take"):
+        check_json(text, counting_allowance(OPEN)[0])
 
 
 def test_strings_and_lists_that_the_inputs_take_are_read() -> None:
-    rows = [["a", "b"]] * 100_000
+    rows = [["a", "b"]] * 40_000
     tensors = parse_request(orjson.dumps({"inputs": rows}), counting_allowance(TEXTS)[0]).tensors(TEXTS)
-    assert tensors["x"].shape == (100_000, 2)
+    assert tensors["x"].shape == (40_000, 2)
 
 
 def test_too_many_values_for_one_call_of_the_parser_are_refused() -> None:

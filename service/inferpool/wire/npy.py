@@ -28,6 +28,8 @@ from inferpool.tensors import (
     shape_text,
     value_text,
 )
+from inferpool.wire.json_bounds import MOST_OBJECT_BYTES
+from inferpool.wire.large_bytes import PIECE_BYTES, pieces
 from inferpool.wire.nested_lists import MAX_RANK, index_of, narrow_integers, out_of_range
 
 _MAGIC: Final = b"\x93NUMPY"
@@ -38,6 +40,8 @@ _MAX_MEMBERS: Final = 4096
 _MAX_TEXT_BYTES: Final = 2**30
 _TEXT_OBJECT_BYTES: Final = 64
 """Bytes of a short Python string and the pointer to it, without its characters."""
+_PIECE_TEXTS: Final = 4096
+"""Strings that are made at a time; numpy holds the GIL meanwhile."""
 _LAST_CHARACTER: Final = 0x10FFFF
 _SURROGATES: Final = 0xD800
 _SURROGATE_MASK: Final = 0xFFFFF800
@@ -97,6 +101,13 @@ def decode_npy(body: bytes | memoryview, allowance: Allowance) -> Array:
     array = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
     if dtype.kind in "US":
         # The characters are copied twice, and again into their strings.
+        if (objects := element_count(shape) * _TEXT_OBJECT_BYTES) > MOST_OBJECT_BYTES:
+            raise BodyTooLarge(
+                f"the array has {element_count(shape)} strings, which take {objects} bytes of memory; the"
+                f" limit is {MOST_OBJECT_BYTES}; send fewer rows at a time",
+                limit=MOST_OBJECT_BYTES,
+                got=objects,
+            )
         allowance.take(needed + 3 * expected, "reading the strings of the array")
         return _from_numpy_text(array)
     if dtype.kind == "b" and array.size and int(flat.view(np.uint8).max()) > 1:
@@ -118,22 +129,38 @@ def decode_npz(body: bytes | memoryview, allowance: Allowance) -> dict[str, Arra
         with zipfile.ZipFile(BytesIO(body)) as archive:
             members = archive.infolist()
             _check_members(members, allowance.most_bytes)
-            # The module joins what it has unpacked so far with every piece.
-            largest = max((member.file_size for member in members), default=0)
-            allowance.take(sum(member.file_size for member in members) + largest, "unpacking the npz file")
+            allowance.take(sum(member.file_size for member in members), "unpacking the npz file")
             for member in members:
-                with archive.open(member) as file:
-                    content = file.read(member.file_size)
-                if len(content) != member.file_size:
-                    raise MalformedBody(f"npz member {value_text(member.filename)} is truncated")
+                content = _read_member(archive, member)
                 arrays[member.filename.removesuffix(".npy")] = decode_npy(content, allowance)
     except _ZIP_ERRORS as error:
         raise MalformedBody(f"the body is not a valid npz file: {value_text(str(error))}") from None
     return arrays
 
 
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> memoryview:
+    """Return the content of a member, which is read in pieces; raises MalformedBody if it is truncated.
+
+    `ZipExtFile.read` would join all that it has read with each further piece, and hold the GIL meanwhile.
+    """
+    content = np.empty(member.file_size, np.uint8).data
+    size = 0
+    with archive.open(member) as file:
+        while size < len(content) and (piece := file.read(min(PIECE_BYTES, len(content) - size))):
+            content[size : size + len(piece)] = piece
+            size += len(piece)
+    if size != len(content):
+        raise MalformedBody(f"npz member {value_text(member.filename)} is truncated")
+    return content
+
+
 def encode_npy(array: Array) -> bytes:
-    """Return an `.npy` file of `array`; strings are written as `U`.
+    """Return an `.npy` file of `array`; strings are written as `U`. Raises the errors of `npy_parts`."""
+    return b"".join(npy_parts(array))
+
+
+def npy_parts(array: Array) -> list[bytes | memoryview]:
+    """Return the head of an `.npy` file of `array`, and its elements, a view of the array if possible.
 
     Raises UnsupportedMediaType if an output is a sequence or a map instead of an array, and ModelFailed if
     its strings become too long.
@@ -150,7 +177,7 @@ def encode_npy(array: Array) -> bytes:
     padding = -(len(_MAGIC) + 4 + len(entries) + 1) % 64
     header = entries.encode() + b" " * padding + b"\n"
     prefix = _MAGIC + b"\x01\x00" + len(header).to_bytes(2, "little") + header
-    return b"".join((prefix, array.data)) if array.size else prefix
+    return [prefix, array.reshape(-1).view(np.uint8).data] if array.size else [prefix]
 
 
 def encode_npz(arrays: Mapping[str, Array]) -> bytes:
@@ -158,7 +185,13 @@ def encode_npz(arrays: Mapping[str, Array]) -> bytes:
     file = BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), encode_npy(array))
+            parts = npy_parts(array)
+            info = zipfile.ZipInfo(f"{name}.npy")
+            info.file_size = sum(map(len, parts))
+            with archive.open(info, "w") as member:
+                for part in parts:
+                    for piece in pieces(part):
+                        member.write(piece)
     return file.getvalue()
 
 
@@ -281,10 +314,15 @@ def _from_numpy_text(array: Array) -> Array:
         codes = native.view(np.uint32)
         if ((codes > _LAST_CHARACTER) | ((codes & _SURROGATE_MASK) == _SURROGATES)).any():
             raise _not_unicode()
-        texts.reshape(-1)[:] = native.reshape(-1).tolist()
+        flat = native.reshape(-1)
+        for start in range(0, len(flat), _PIECE_TEXTS):
+            texts.reshape(-1)[start : start + _PIECE_TEXTS] = flat[start : start + _PIECE_TEXTS].tolist()
     else:
         try:
-            texts.reshape(-1)[:] = [text.decode() for text in array.ravel().tolist()]
+            flat = array.ravel()
+            for start in range(0, len(flat), _PIECE_TEXTS):
+                piece = [text.decode() for text in flat[start : start + _PIECE_TEXTS].tolist()]
+                texts.reshape(-1)[start : start + _PIECE_TEXTS] = piece
         except UnicodeDecodeError:
             raise _not_unicode() from None
     return texts

@@ -118,7 +118,7 @@ def to_binary(tensor: Array) -> bytes | memoryview:
 
 def _reserve_texts(spec: TensorSpec, count: int, size: int, allowance: Allowance) -> None:
     """Reserve the memory of `count` strings, of `size` bytes together."""
-    objects = count * STRING_BYTES
+    objects = count * STRING_BYTES + size
     if objects > MOST_OBJECT_BYTES:
         raise BodyTooLarge(
             f'tensor "{spec.name}" has {count} strings, which take {objects} bytes of memory; the limit is'

@@ -28,6 +28,7 @@ from inferpool.tensors import (
     value_text,
 )
 from inferpool.wire.json_numbers import FallBack, read_extracted
+from inferpool.wire.large_bytes import as_bytes
 from inferpool.wire.native_json import (
     check_id,
     extract_numbers,
@@ -170,7 +171,7 @@ def parse_infer(
     `check_json` raises.
     """
     if header_length is None:
-        body = bytes(body)
+        body = as_bytes(body)
         fields = extract_numbers(body, allowance)
         fault: InvalidInput | None = None
         if fields is not None:

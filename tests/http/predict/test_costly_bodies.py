@@ -117,7 +117,7 @@ def test_a_refusal_says_what_came_and_what_is_taken(server: Server) -> None:
         r"the body has \d+ JSON objects; the inputs of this model take at most 65536", lists["detail"]
     )
     strings = send(server, costly_json("strings")).json()
-    assert (strings["code"], strings["limit"]) == ("body_too_large", 128 * 2**20)
+    assert (strings["code"], strings["limit"]) == ("body_too_large", 16 * 2**20)
 
 
 @pytest.mark.timeout(300)

@@ -131,12 +131,12 @@ def test_small_and_large_tensors_have_keys_that_differ_in_every_byte(cache: Resp
         keys.add(key_of(version, x=row))
         row[index] = 0
     assert len(keys) == 1 + len({0, size // 2, size - 1})
-    assert all(len(key) < 2000 for key in keys)
+    assert all(len(key) <= 8 + 256 * 8 for key in keys)
 
 
 def test_many_shapes_take_no_more_memory_and_keep_their_keys_apart(cache: ResponseCache) -> None:
     version = cache_of(cache, view())
-    arrays = [np.zeros((1,) * (number % 7) + (number // 7,), np.uint8) for number in range(7 * 700)]
+    arrays = [np.zeros((1,) * (number % 20) + (number // 20,), np.uint8) for number in range(5000)]
     keys = [key_of(version, x=array) for array in arrays]
     assert len(set(keys)) == len(keys)
     assert [key_of(version, x=array) for array in arrays] == keys

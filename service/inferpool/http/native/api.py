@@ -20,7 +20,7 @@ from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors
 from inferpool.wire.json_pieces import write_answer
 from inferpool.wire.native_json import encode_response
-from inferpool.wire.npy import encode_npy, encode_npz
+from inferpool.wire.npy import encode_npz, npy_parts
 
 PREDICT: Final = "/predict"
 _TITLES: Final = {status.value: status.phrase for status in HTTPStatus}
@@ -66,7 +66,7 @@ class NativeApi(InferenceApi):
         """Encode the outputs in the media type that the client accepts."""
         wanted = wanted_type(head.accept)
         if wanted == NPY and len(outputs) == 1:
-            return Encoded([(b"content-type", NPY.encode())], [encode_npy(next(iter(outputs.values())))])
+            return Encoded([(b"content-type", NPY.encode())], npy_parts(next(iter(outputs.values()))))
         if wanted == NPZ:
             return Encoded([(b"content-type", NPZ.encode())], [encode_npz(outputs)])
         if wanted == NPY:

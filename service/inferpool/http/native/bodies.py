@@ -20,6 +20,7 @@ from inferpool.http.predict.served_version import ServedVersion
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import Array, Tensors, TensorSpec, check_inputs, name_text, names_text, value_text
 from inferpool.wire.json_bounds import COUNTED_BYTES
+from inferpool.wire.large_bytes import as_bytes
 from inferpool.wire.native_json import PredictRequest, has_rows_as_objects, parse_request
 from inferpool.wire.npy import cast_to, decode_npy, decode_npz
 
@@ -41,7 +42,7 @@ def open_body(head: RequestHead, data: Data, allowance: Allowance) -> Body:
     raises.
     """
     if head.content_type in MEANT_AS_JSON:
-        content = bytes(data)
+        content = as_bytes(data)
         allow_rows(content, allowance)
         return open_request(parse_request(content, allowance), allowance)
     return _FileBody(head, data, allowance)
@@ -131,7 +132,7 @@ class _FileBody(Body):
                     f"{NPY} holds one array, the model takes {takes}; send {NPZ} with one array per input"
                 )
             return {spec.name: self._cast(served, spec, decode_npy(self._data, self._allowance))}
-        data = bytes(self._data)  # the same object if there is no view
+        data = as_bytes(self._data)
         if kind == NPZ:
             arrays = decode_npz(data, self._allowance)
             return {
@@ -164,12 +165,12 @@ class _FileBody(Body):
     def _read_table(self, kind: str, served: ServedVersion) -> Table:
         if kind == CSV:
             parameters = self._head.content_type_parameters
-            return read_csv(bytes(self._data), parameters, served.signature, self._allowance)
+            return read_csv(as_bytes(self._data), parameters, served.signature, self._allowance)
         # Imported late: the package that reads these files is not always installed, and takes time to import.
         from inferpool.codecs.arrow_table import read_arrow, read_parquet
 
         read = read_parquet if kind == PARQUET else read_arrow
-        return read(bytes(self._data), self._allowance)
+        return read(as_bytes(self._data), self._allowance)
 
     def _read_text(self, text: TextCodec, data: bytes) -> Tensors:
         found = _CHARSET.search(self._head.content_type_parameters)

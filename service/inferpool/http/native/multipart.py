@@ -27,6 +27,7 @@ from inferpool.tensors import (
     unknown_input,
     value_text,
 )
+from inferpool.wire.large_bytes import as_bytes
 from inferpool.wire.npy import cast_to, decode_npy
 
 _MAX_FIELDS: Final = 1024
@@ -66,7 +67,7 @@ def read_form(
     names: list[str] = []
     allowance.take(2 * len(body), "taking the form apart")
     for part in _fields(body, parameters):
-        content = bytes(part.content)
+        content = as_bytes(part.content)
         part.content.clear()
         if text is not None and part.name == text.input and not content.startswith(_NPY_MAGIC):
             found = {text.input: text.decode(content, allowance)}

@@ -18,6 +18,7 @@ from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Join, 
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors, name_text
+from inferpool.wire.large_bytes import as_bytes
 from inferpool.wire.native_json import read_object
 
 EMBEDDINGS: Final = ("/v1/embeddings", "/openai/v1/embeddings")
@@ -49,7 +50,7 @@ class TextApi(InferenceApi):
                 f"the body is {name_text(head.content_type)}, this route takes {JSON_TYPE}",
                 expected=[JSON_TYPE],
             )
-        return _TextBody(self.read(read_object(bytes(data), '{"model": "…", …}', allowance)))
+        return _TextBody(self.read(read_object(as_bytes(data), '{"model": "…", …}', allowance)))
 
     def answers_json(self, head: RequestHead, options: Options) -> bool:
         """Whether the answer has the numbers of the output, and not fewer that are made of them."""

@@ -12,6 +12,8 @@ from inferpool.http.predict.api import Data
 from inferpool.http.predict.request_head import RequestHead
 
 _ALIGNMENT: Final = 64
+_COPIED_BYTES: Final = 256 * 1024
+"""A body of unknown length up to this size is copied at once."""
 """Bytes of a cache line; more than any element needs."""
 
 
@@ -84,7 +86,8 @@ class BodyBuffer:
     def finish(self) -> Data:
         """Return the body, once it is complete."""
         if self._growing is not None:
-            return bytes(self._growing)
+            # A large copy would hold the GIL; whoever needs bytes copies them in pieces.
+            return bytes(self._growing) if self._size <= _COPIED_BYTES else memoryview(self._growing)
         if self._chunks:
             return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         return b"" if self._memory is None else self._memory

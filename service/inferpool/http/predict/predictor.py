@@ -62,6 +62,7 @@ from inferpool.pool.splitting import split_entry
 from inferpool.repository.catalog import Catalog
 from inferpool.tensors import Array, Tensors, check_outputs
 from inferpool.wire.json_pieces import join_pieces
+from inferpool.wire.large_bytes import as_bytes
 
 log = logging.getLogger(__name__)
 
@@ -361,6 +362,9 @@ class Predictor:
                 outputs,
                 lambda pieces: join_pieces(pieces, lambda: not context.abandoned),
             )
+            if self.lends_outputs:
+                # Here, and not on the event loop: views of memory that an engine lends are copied.
+                encoded = Encoded(encoded.headers, list(map(as_bytes, encoded.parts)))
             if context.head.accepts_gzip():
                 packed = compressed(Response(200, encoded.headers, encoded.parts, 0))
                 encoded = Encoded(packed.headers, packed.parts)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import count
 from typing import Any, Final
+from zlib import crc32
 
 import numpy as np
 
@@ -25,8 +26,8 @@ from inferpool.pool.ports import VersionKey
 from inferpool.repository.catalog import READY, ModelView, VersionView
 from inferpool.tensors import Tensors
 
-_MOST_EXACT_BYTES: Final = 1024
-"""Tensors of at most so many bytes are a key themselves; larger ones are hashed to 256 bits."""
+_MOST_EXACT_NUMBERS: Final = 256
+"""Tensors of at most so many numbers are a key themselves; larger ones are hashed to 256 bits."""
 _MOST_FORMS: Final = 4096
 """Combinations of tenant, outputs, datatype and shape that have a number; all others are hashed."""
 _SEEN_SLOTS: Final = 1 << 18
@@ -137,7 +138,7 @@ class VersionCache:
             for name, array in tensors.items():
                 tensor: Any = array
                 dtype = tensor.dtype
-                if tensor.nbytes <= _MOST_EXACT_BYTES and not dtype.hasobject:
+                if tensor.size <= _MOST_EXACT_NUMBERS and not dtype.hasobject:
                     form = (tenant, wanted, name, dtype, tensor.shape)
                     prefix = self._forms.get(form)
                     if prefix is None and len(self._forms) < _MOST_FORMS:
@@ -184,9 +185,9 @@ class VersionCache:
 
         Nothing is kept when a key comes for the first time, unless `again` says that it came several times.
         """
-        number = hash(key)
-        slot = number & (_SEEN_SLOTS - 1)
-        mark = (number >> 20) & 255
+        checksum = crc32(key)
+        slot = checksum & (_SEEN_SLOTS - 1)
+        mark = checksum >> 24
         if again or self._seen[slot] == mark:
             self._cache.keep(self, shelf, key, outputs)
         else:

@@ -27,6 +27,7 @@ from inferpool.http.predict.api import (
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors, name_text
+from inferpool.wire.large_bytes import as_bytes
 from inferpool.wire.v1_request import InstancesRequest, parse_instances
 from inferpool.wire.v1_response import write_outputs, write_predictions
 
@@ -59,7 +60,7 @@ class V1Api(InferenceApi):
             raise UnsupportedMediaType(
                 f"the body is {name_text(head.content_type)}, /v1 takes {JSON_TYPE}", expected=[JSON_TYPE]
             )
-        body = bytes(data)
+        body = as_bytes(data)
         allow_rows(body, allowance)
         return open_instances(parse_instances(body, allowance))
 
