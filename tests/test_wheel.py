@@ -78,7 +78,7 @@ INTERPRETED = {
     *("engine/supervisor", "engine/supervisor_metrics"),
     *("http/connection/acceptor", "http/connection/body_receiver", "http/connection/forwarded"),
     "http/connection/lingering_close",
-    *("http/connection/protocol", "http/connection/slow_client", "http/connection/tls_transport"),
+    *("http/connection/protocol", "http/connection/slow_client", "http/connection/tls_handshake"),
     *("http/connection/unread_responses",),
     *("http/predict/compression", "http/predict/fair_threads", "http/predict/memory_monitor"),
     *("http/predict/shadow_copies",),

@@ -36,6 +36,7 @@ from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import MakeChaos, Serve
 from tests.http.access.keys import KeyFile
 from tests.http.connection.test_pipelining import Wire, request, sums
+from tests.http.connection.tls_client import TlsClient
 from tests.server import ROOT, Server, wait_until
 from tests.servers import few_handshakes
 
@@ -458,6 +459,9 @@ def test_handshakes_that_are_never_finished_keep_nobody_out(
     site.server = serve(make_chaos("m"), *site.flags)
     with contextlib.ExitStack() as stack:
         stalled = [stack.enter_context(Wire(site.server)) for _ in range(4 * few_handshakes.MOST)]
+        for one in stalled[::2]:  # in the middle of their first message
+            with contextlib.suppress(OSError):
+                one.send(TlsClient(site.authority.client_context()).shake_hands()[:100])
         with site.wire() as wire:
             wire.send(request(1))
             assert wire.answer()[0] == 200

@@ -159,10 +159,10 @@ class FakeTransport:
         return self.buffered
 
     def get_extra_info(self, name: str, default: object = None) -> object | None:
-        return object() if name == "sslcontext" else default
+        return self if name == "socket" else default
 
-    def set_write_buffer_limits(self, high: int, low: int) -> None:
-        """Ignore the limits: all is written at once."""
+    def fileno(self) -> int:
+        return -1
 
     def responses(self) -> list[tuple[int, str]]:
         """The status and the request id of each response."""

@@ -167,13 +167,6 @@ def test_the_refusal_of_a_large_request_arrives(server: Server, headers: str) ->
         assert wire.ended()
 
 
-def test_a_tls_connection_never_joins() -> None:
-    connection = Harness().connect().connection  # the transport has a TLS context
-    batcher = batched_reads.ReadBatcher(0)
-    batcher.join(connection, 1)
-    assert not connection.batched
-
-
 def test_without_descriptors_the_loop_goes_on_reading(serve: Serve, make_chaos: MakeChaos) -> None:
     server = serve(make_chaos("m", run_ms=2))
     with contextlib.ExitStack() as stack:

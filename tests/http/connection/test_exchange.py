@@ -254,14 +254,6 @@ def test_what_ends_a_thread_is_answered_with_an_internal_error(
     assert_idle(harness)
 
 
-@pytest.mark.parametrize("attribute", ["sslcontext", "ssl_object"])
-def test_bytes_of_a_tls_connection_never_go_past_its_transport(harness: Harness, attribute: str) -> None:
-    client = harness.connect()
-    tls = SimpleNamespace(get_extra_info=lambda name: "set" if name == attribute else None)
-    client.connection.made(tls, client.flow, client.pipeline)  # type: ignore[arg-type]
-    assert client.connection.descriptor == -1
-
-
 KINDS = ("good", "timed", "heavy", "invalid", "nobody", "too large", "upgrade", "chunked", "last")
 """The requests that clients send in the state machine."""
 

@@ -15,8 +15,8 @@
    socket that fails is reported as ended, or as having taken nothing, and the event loop finds the error itself.
    If memory runs out in `receive` after the sockets were read, these bytes are lost and MemoryError is raised.
 
-   Never for TLS. The bytes go past the transport, hence past its encryption. Callers pass only descriptors of
-   plain TCP connections whose transport is paused (`receive`) or has nothing left to write (`send_all`).
+   The bytes go past the transport. Callers pass only descriptors of connections whose transport is paused
+   (`receive`) or has nothing left to write (`send_all`). For TLS they decrypt and encrypt the bytes themselves.
 
    Linux only: epoll and MSG_NOSIGNAL. Elsewhere this file does not compile, setup.py leaves the module out, and
    the event loop reads and writes each connection by itself. */

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from inferpool.http.access.tls import LOOK_S, Certificates
-from inferpool.http.connection.tls_transport import SHUTDOWN_S
+from inferpool.http.connection.tls_handshake import TlsHandshake
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.log_limits import LogLimiter
 from inferpool.system.connection_counts import ConnectionCounts
@@ -175,7 +175,8 @@ class Acceptor:
                 )
                 return
             entered = _Entered(self._counts, counter)
-        starting = self._loop.create_task(self._start(connection, entered))
+        client = client_address(address) or "a client"
+        starting = self._loop.create_task(self._start(connection, client, entered))
         self._starting[starting] = (connection, self._loop.time())
         starting.add_done_callback(self._started)
         self.update()
@@ -183,7 +184,7 @@ class Acceptor:
     def _started(self, starting: asyncio.Task[Any]) -> None:
         self._starting.pop(starting, None)
 
-    async def _start(self, connection: socket.socket, entered: _Entered | None) -> None:
+    async def _start(self, connection: socket.socket, client: str, entered: _Entered | None) -> None:
         make_protocol = self._make_protocol
         if entered is not None:
             make_protocol = lambda: _counted(self._make_protocol(), entered)  # noqa: E731
@@ -191,43 +192,49 @@ class Acceptor:
             if self._certificates is None:
                 await self._loop.connect_accepted_socket(make_protocol, connection)
             else:
-                await self._shake_hands(make_protocol, connection, self._certificates.context)
+                await self._shake_hands(make_protocol, connection, client, self._certificates.context)
         except OSError:
             connection.close()  # the client is gone
             if entered is not None:
                 entered.leave()
 
     async def _shake_hands(
-        self, make_protocol: Callable[[], Any], connection: socket.socket, context: ssl.SSLContext
+        self,
+        make_protocol: Callable[[], Any],
+        connection: socket.socket,
+        client: str,
+        context: ssl.SSLContext,
     ) -> None:
-        # The event loop closes its socket before it says why the handshake failed.
-        with connection.dup() as spare:
-            client = _client_of(spare)
-            try:
-                await self._loop.connect_accepted_socket(
-                    make_protocol, connection, ssl=context,
-                    ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=SHUTDOWN_S,
-                )  # fmt: skip
-            except ssl.SSLError as error:
-                self._failed_handshakes.add()
-                self._explain(error, spare, client)
-                raise
+        handshake = TlsHandshake(self._loop, context, make_protocol)
+        await self._loop.connect_accepted_socket(lambda: handshake, connection)
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                await handshake.complete
+        except TimeoutError:
+            self._failed_handshakes.add()
+            self._report("a TLS handshake with %s was not finished in time", client)
+            handshake.end()
+            raise
+        except ssl.SSLError as error:
+            self._failed_handshakes.add()
+            handshake.end(self._explain(error, client))
+            raise
 
-    def _explain(self, error: ssl.SSLError, connection: socket.socket, client: str) -> None:
-        """Tell the client, if it sent plain HTTP, and the log why a handshake has failed."""
-        reason = (error.reason or "").lower().replace("_", " ")
+    def _explain(self, error: ssl.SSLError, client: str) -> bytes | None:
+        """Tell the log why a handshake has failed, and return a response if the client sent plain HTTP."""
         if error.reason == "HTTP_REQUEST":
-            with contextlib.suppress(OSError):
-                connection.send(_PLAIN_RESPONSE % (len(_USE_HTTPS), _USE_HTTPS))
             self._report("%s sent plain HTTP, and this port takes HTTPS; ask for https://", client)
-        elif error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+            return _PLAIN_RESPONSE % (len(_USE_HTTPS), _USE_HTTPS)
+        if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
             self._report(
                 "%s has shown no certificate; clients need one that an authority in --tls-client-ca-file has"
                 " signed",
                 client,
             )
         else:
+            reason = (error.reason or "").lower().replace("_", " ")
             self._report("a TLS handshake with %s has failed: %s", client, reason)
+        return None
 
     def _report(self, text: str, *arguments: Any) -> None:
         """Log a refusal, unless one of the same kind was logged a moment ago."""
@@ -255,14 +262,6 @@ class Acceptor:
 def _counted(protocol: AcceptedConnection, entered: _Entered) -> AcceptedConnection:
     protocol.ended = entered.leave
     return protocol
-
-
-def _client_of(connection: socket.socket) -> str:
-    """The address of a client for the log. A connection that its client has reset has none any more."""
-    try:
-        return client_address(connection.getpeername()) or "a client"
-    except OSError:
-        return "a client"
 
 
 def _counted_address(text: str) -> str:

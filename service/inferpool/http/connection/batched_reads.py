@@ -4,7 +4,7 @@ The event loop reads from one connection after the other, and takes and gives ba
 connections that send one small, complete request at a time are read here. A connection returns to the event
 loop when it pipelines, sends part of a request, or ends.
 
-Never for TLS: the bytes would go past the transport, still encrypted. A TLS connection never joins.
+The bytes go past the transport of a connection. The transport of a TLS connection decrypts them here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from inferpool.http.connection.connection import Connection
 from inferpool.http.connection.fast_path import try_cached_head
+from inferpool.http.connection.tls_transport import TlsTransport
 
 try:
     from select import EPOLLIN, epoll
@@ -60,6 +61,8 @@ class ReadBatcher:
             return
         if connection.descriptor < 0 or _socketio is None:
             return
+        if connection.tls is not None and connection.tls.has_content():
+            return  # no further bytes need to come for that
         try:
             if self._poll is None:
                 self._begin(connection.loop)
@@ -121,12 +124,26 @@ class ReadBatcher:
                     continue
                 if alone and 2 * connection.shared.predictor.in_flight.requests + 2 < self._least_in_flight:
                     self.leave(connection)
-                if not try_cached_head(connection, data, now):
+                tls = connection.tls
+                if tls is not None:
+                    self._read_encrypted(connection, tls, _with_rest(descriptor, data), now)
+                elif not try_cached_head(connection, data, now):
                     self._pass_on(connection, descriptor, data)
             except Exception:
                 # The other connections must be read all the same.
                 log.exception("a request could not be read")
                 connection.transport.abort()
+
+    def _read_encrypted(self, connection: Connection, tls: TlsTransport, data: bytes, now: float) -> None:
+        """Answer the request in the records that `data` completes."""
+        content = tls.decrypt(data)
+        if content and connection.owner is not None and not try_cached_head(connection, content, now):
+            connection.owner.data_received(content)
+        if not content or not connection.between_requests or connection.is_read_paused():
+            self.leave(connection)
+        if tls.has_ended():
+            self.leave(connection)
+            tls.deliver()
 
     def _pass_on(self, connection: Connection, descriptor: int, data: bytes) -> None:
         """Give the parser what is not one complete request with a cached head."""

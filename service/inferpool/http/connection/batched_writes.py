@@ -1,7 +1,6 @@
 """Writes the responses of one batch in one system-call loop, during which other threads run.
 
-Never for TLS: the bytes would go past the transport, unencrypted. A TLS connection has no descriptor here,
-see `Connection.descriptor`.
+The bytes go past the transport of a connection. Those of TLS are encrypted before they are added.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class WriteBatcher:
     def add(self, socket: int, body: bytes, pending: PendingWrite) -> None:
         """Write `body` at `flush`, then call `pending.sent`.
 
-        `socket` is the descriptor of a connection without TLS, whose transport has nothing else to write.
+        `socket` is the descriptor of a connection whose transport has nothing else to write.
         """
         self._sockets.append(socket)
         self._bodies.append(body)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from inferpool.errors import InferpoolError, InternalError
 from inferpool.http.access.caller import Caller
 from inferpool.http.connection.shared import SharedState
+from inferpool.http.connection.tls_transport import TlsTransport
 from inferpool.system.listeners import client_address
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class Connection:
         client: the address of the client, without its port.
         keyless: the caller of requests without a key: whoever the certificate of the client names, if the
             server takes certificates for keys.
-        descriptor: the socket, if bytes may be read and written past the transport; -1 for TLS, whose bytes
-            the transport has to encrypt.
+        tls: the transport, if the connection is one of TLS: it decrypts what is read from the descriptor, and
+            encrypts what is written to it.
+        descriptor: the socket, whose bytes may be read and written past the transport.
         batched: whether the `ReadBatcher` reads for this connection, and the transport does not.
         write_paused: whether the client leaves so much unread that nothing more may be written.
         between_requests: whether no part of a further request has been received after the last complete one.
@@ -69,7 +71,7 @@ class Connection:
     __slots__ = (
         "_flow", "_pipeline", "_server_state", "batched", "between_requests", "client", "current",
         "descriptor", "held", "idle_since", "in_head", "keyless", "last", "last_received", "loop", "owner",
-        "reading_ended", "shared", "transport", "unparsed_bytes", "write_paused",
+        "reading_ended", "shared", "tls", "transport", "unparsed_bytes", "write_paused",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +81,7 @@ class Connection:
         self.owner: ConnectionOwner | None = owner
         self.shared = shared
         self.loop = loop
+        self.tls: TlsTransport | None = None
         self.descriptor = -1
         self.client = ""
         self.keyless: Caller = shared.gate.anonymous
@@ -92,14 +95,15 @@ class Connection:
         self.unparsed_bytes = 0
         self._server_state = server_state
 
-    def made(self, transport: asyncio.Transport, flow: Any, pipeline: Sized) -> None:
+    def made(self, transport: Any, flow: Any, pipeline: Sized) -> None:
         """Take the transport, uvicorn's flow control of it, and the queue of pipelined requests."""
         self.transport = transport
         self._flow = flow
         self._pipeline = pipeline
         self.client = client_address(transport.get_extra_info("peername"))
-        if transport.get_extra_info("sslcontext") is None and transport.get_extra_info("ssl_object") is None:
-            self.descriptor = transport.get_extra_info("socket").fileno()
+        if isinstance(transport, TlsTransport):
+            self.tls = transport
+        self.descriptor = transport.get_extra_info("socket").fileno()
         self.idle_since = self.loop.time()
 
     def lose(self) -> None:

@@ -179,11 +179,15 @@ class Exchange:
             connection.shared.heads.remember_refused(data, body, context.api, context.head, error)
 
     def sent(self, rest: bytes) -> None:
-        """Take note that the response was sent, except for its `rest`."""
+        """Take note that the response was sent, encrypted if the connection is, except for its `rest`."""
         if self._state != WRITING:
             return
         if rest:
-            self._connection.transport.write(rest)
+            tls = self._connection.tls
+            if tls is None:
+                self._connection.transport.write(rest)
+            else:
+                tls.write_records(rest)
         self._written()
 
     def complete(self) -> None:
@@ -415,7 +419,8 @@ class Exchange:
             return
         data = b"".join((head, *response.parts))
         if shared.writes.collecting and connection.descriptor >= 0 and not transport.get_write_buffer_size():
-            shared.writes.add(connection.descriptor, data, self)
+            tls = connection.tls
+            shared.writes.add(connection.descriptor, data if tls is None else tls.encrypt(data), self)
         else:
             transport.write(data)
             self._written()

@@ -35,7 +35,6 @@ from inferpool.http.connection.forwarded import CLIENT_CERTIFICATE, FORWARDED_FR
 from inferpool.http.connection.lingering_close import LingeringClose
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.connection.slow_client import SlowClientTimer
-from inferpool.http.connection.tls_transport import TlsTransport
 from inferpool.http.predict.api import InferenceApi, Target
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.request_head import RequestHead
@@ -89,7 +88,6 @@ class PredictProtocol(HttpToolsProtocol):
         self._upgraded = self._tunnel = self._eof = False
         self._piece_bytes = self._head_bytes = self._discarded_bytes = 0
         self._fault: InferpoolError | None = None
-        self._tls: TlsTransport | None = None
         self.ended: Callable[[], None] | None = None
 
     @property
@@ -105,8 +103,6 @@ class PredictProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take the transport of a client that has connected."""
-        if transport.get_extra_info("sslcontext") is not None:
-            self._tls = transport = TlsTransport(transport, self, self.loop)
         super().connection_made(transport)
         self.connection.made(transport, self.flow, self.pipeline)
         if FORWARDED_FROM in self.app_state:
@@ -127,7 +123,7 @@ class PredictProtocol(HttpToolsProtocol):
         elif FORWARDED_FROM in self.app_state:
             caller = gate.keyless(self.app_state[CLIENT_CERTIFICATE])
         else:
-            caller = gate.keyless(None if self._tls is None else transport.get_extra_info("peercert"))
+            caller = gate.keyless(transport.get_extra_info("peercert"))
         if caller is not gate.anonymous:
             self.connection.keyless = caller
             self.app_state = {**self.app_state, KEYLESS: caller}
@@ -176,7 +172,7 @@ class PredictProtocol(HttpToolsProtocol):
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Keep the connection while responses are owed: a client may end its side before it has read them."""
         connection = self.connection
-        if connection.descriptor < 0 or connection.current is None or self.transport.is_closing():
+        if connection.current is None or self.transport.is_closing():
             return None
         if not connection.between_requests and not connection.in_head:
             # The body of the last request stays incomplete.
@@ -216,34 +212,18 @@ class PredictProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         self._body_receiver = None
         connection.lose()
-        if self._tls is not None:
-            self._tls.lose()
         if self.ended is not None:
             self.ended()
             self.ended = None
 
     def pause_writing(self) -> None:
-        """Take note that the transport has more to write than the client reads."""
-        if self._tls is None:
-            self.writing_paused()
-        else:
-            self._tls.filled()
-
-    def resume_writing(self) -> None:
-        """Take note that the transport has nearly nothing more to write."""
-        if self._tls is None:
-            self.writing_resumed()
-        else:
-            self._tls.emptied()
-
-    def writing_paused(self) -> None:
         """Take note that the client does not read: the application waits before it sends more."""
         super().pause_writing()
         self.connection.write_paused = True
         if not isinstance(self.connection.current, Exchange):  # an exchange says itself when it has to wait
             self.watch_reading()
 
-    def writing_resumed(self) -> None:
+    def resume_writing(self) -> None:
         """Take note that the client reads again: the next request on the connection may have its turn."""
         super().resume_writing()
         self._slow_client.client_reads()
@@ -420,15 +400,12 @@ class PredictProtocol(HttpToolsProtocol):
 
         If it were closed with unread data, the kernel would reset it, and the client might lose the response.
         """
-        descriptor = self.connection.descriptor
-        if self._tls is not None:
-            self._tls.lingers = True  # the TLS layer drops what the client still sends
-        if descriptor < 0 or self._eof:
+        if self._eof:
             self.transport.close()
             return
         self.stop_reading()
         self.transport.write_eof()
-        LingeringClose(self.transport, descriptor, self.loop).start()
+        LingeringClose(self.transport, self.connection.descriptor, self.loop).start()
         self._slow_client.watch_closing()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:

@@ -122,7 +122,7 @@ class SlowClientTimer:
     def _has_sent(self) -> bool:
         """Return whether the client has sent something that nobody has read."""
         connection = self._connection
-        if connection.descriptor < 0 or connection.reading_ended or connection.transport.is_closing():
+        if connection.reading_ended or connection.transport.is_closing():
             return False
         unread = bytearray(4)
         try:
