@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from inferpool.errors import Overloaded, TooSlow
 from inferpool.grpc_api import message_budget
-from inferpool.grpc_api.message_budget import COPIES, FIRST_BYTES, MessageBudget, ReceivedMessage
+from inferpool.grpc_api.message_budget import COPIES, FIRST_BYTES, SMALL_BYTES, MessageBudget, ReceivedMessage
 
 MOST = 10 * FIRST_BYTES
 WHOLE = COPIES * MOST
@@ -32,10 +32,12 @@ async def small() -> bytes:
 
 def test_a_message_reserves_what_it_takes_until_it_is_closed() -> None:
     async def run() -> None:
-        budget = MessageBudget(3 * WHOLE, MOST)
+        total = 9 * WHOLE + SMALL_BYTES
+        budget = MessageBudget(total, MOST)
         message = ReceivedMessage(budget)
         assert await message.read(small) == b"x"
-        assert budget.take(3 * WHOLE - COPIES)
+        assert not budget.could_take(total + 1)
+        assert budget.take(total - COPIES)
         assert not budget.take(1)
         message.close()
         assert budget.take(COPIES)
@@ -47,11 +49,10 @@ def test_a_slow_message_reserves_the_most_and_small_ones_go_on(monkeypatch: pyte
     monkeypatch.setattr(message_budget, "MOMENT_S", 0.0)
 
     async def run() -> None:
-        # Room for one large message, and two small ones beside it.
         budget = MessageBudget(0, MOST)
         slow = asyncio.create_task(read(budget, never))
-        while budget.take(FIRST_BYTES * (COPIES + 1)):  # until the slow one has reserved all it may take
-            budget.give(FIRST_BYTES * (COPIES + 1))
+        while budget.take(SMALL_BYTES + 1):  # until the slow one has reserved all it may take
+            budget.give(SMALL_BYTES + 1)
             await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="large message"):
             await read(budget, never)
@@ -67,7 +68,7 @@ def test_a_slow_message_reserves_the_most_and_small_ones_go_on(monkeypatch: pyte
 def test_without_room_no_message_is_received() -> None:
     async def run() -> None:
         budget = MessageBudget(0, MOST)
-        assert budget.take(WHOLE + COPIES * FIRST_BYTES)
+        assert budget.take(WHOLE + SMALL_BYTES)
         with pytest.raises(Overloaded, match="another message"):
             await read(budget, small)
 

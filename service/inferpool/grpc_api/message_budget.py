@@ -14,8 +14,10 @@ from typing import Final
 
 from inferpool.errors import InferpoolError, Overloaded, TooSlow
 
-FIRST_BYTES: Final = 256 * 1024
+FIRST_BYTES: Final = 64 * 1024
 """What a message reserves at first."""
+SMALL_BYTES: Final = 256 * FIRST_BYTES
+"""Large messages leave so much to small ones."""
 MOMENT_S: Final = 0.25
 """How long a message may take until it has to reserve what the largest one takes."""
 READ_S: Final = 60.0
@@ -30,15 +32,19 @@ class MessageBudget:
     def __init__(self, total_bytes: int, most_bytes: int) -> None:
         """All messages together may take `total_bytes`, each of them at most `most_bytes`."""
         self._most = COPIES * most_bytes
-        # The largest message is received if it is alone.
-        self._free = max(total_bytes, self._most + COPIES * FIRST_BYTES)
+        # The largest message is received if it is the only large one.
+        self._total = self._free = max(total_bytes, self._most + SMALL_BYTES)
 
-    def take(self, size: int) -> bool:
-        """Reserve `size` bytes; False if they are not free."""
-        if size > self._free:
+    def take(self, size: int, leave: int = 0) -> bool:
+        """Reserve `size` bytes; False if they are not free, or if less than `leave` would stay free."""
+        if size > self._free - leave:
             return False
         self._free -= size
         return True
+
+    def could_take(self, size: int) -> bool:
+        """Return whether `size` bytes can be reserved at all."""
+        return size <= self._total
 
     def give(self, size: int) -> None:
         """Free `size` bytes that are reserved."""
@@ -94,7 +100,7 @@ class ReceivedMessage:
 
     def _reserve_all(self, loop: asyncio.AbstractEventLoop) -> None:
         more = self._budget.most - self._held
-        if more > 0 and not self._budget.take(more):
+        if more > 0 and not self._budget.take(more, leave=SMALL_BYTES):
             self._stop(Overloaded("the server has no room for another large message; try again later"))
             return
         self._held += more

@@ -150,13 +150,13 @@ class _RestConnection(asyncio.Protocol):
         self._greeting = client
         self._answer: asyncio.Future[RestAnswer] | None = None
         self._begun = False
+        self._parser = HttpResponseParser(self)
 
     async def exchange(self, head: bytes, parts: Sequence[Part]) -> RestAnswer:
         """Send a request and wait for its response. Raises _Lost if the connection ends before."""
         if self._transport is None or self._transport.is_closing():
             raise _Lost(begun=False)
         self._answer = asyncio.get_running_loop().create_future()
-        self._parser = HttpResponseParser(self)
         self._headers: dict[bytes, bytes] = {}
         self._chunks: list[bytes] = []
         self._begun = False

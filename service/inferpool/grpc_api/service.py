@@ -11,7 +11,7 @@ import grpc
 import orjson
 from google.protobuf.message import DecodeError
 
-from inferpool.errors import InferpoolError, InternalError, MalformedBody, Overloaded
+from inferpool.errors import BodyTooLarge, InferpoolError, InternalError, MalformedBody, Overloaded
 from inferpool.grpc_api.client_line import ClientLines
 from inferpool.grpc_api.message_budget import MessageBudget, ReceivedMessage
 from inferpool.grpc_api.messages import message
@@ -106,6 +106,11 @@ class Service:
         """Infer."""
         rest, raw = split_raw(data)
         parsed_bytes = PARSED_COPIES * len(rest)
+        if not self._budget.could_take(parsed_bytes):
+            raise BodyTooLarge(
+                f"the message has {len(rest)} bytes beside raw contents, which would take more memory than"
+                ' requests may hold; send "raw_input_contents"'
+            )
         if not self._budget.take(parsed_bytes):
             raise Overloaded("the server has no room for another large message; try again later")
         try:

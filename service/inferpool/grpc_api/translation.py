@@ -163,7 +163,7 @@ def _raw(tensor: Any, data: memoryview) -> memoryview:
     return data
 
 
-def _packed(tensor: Any) -> bytes | bytearray:
+def _packed(tensor: Any) -> bytearray | memoryview:
     """Return the typed contents of an input in the binary form of `/v2`."""
     name = name_text(tensor.name)
     known = _FIELDS.get(tensor.datatype)
@@ -199,7 +199,7 @@ def _packed(tensor: Any) -> bytes | bytearray:
             strings += element
         return strings
     held = np.fromiter(elements, _HELD_IN.get(field, dtype), len(elements))
-    packed = held.astype(dtype)
+    packed = held.astype(dtype, copy=False)
     if field in _HELD_IN and not np.array_equal(held, packed):
         outside = held[held != packed][0]
         raise InvalidInput(
@@ -207,7 +207,7 @@ def _packed(tensor: Any) -> bytes | bytearray:
             tensor=name[1:-1],
             got=int(outside),
         )
-    return packed.tobytes()
+    return memoryview(packed.view(np.uint8))
 
 
 def _strings(data: memoryview) -> Iterable[bytes]:
