@@ -238,7 +238,9 @@ def test_pairs_match_the_tokenizer(
             made.encode_texts(pairs, "pairs", apart=True)
         return
     rows = made.encode_texts(pairs, "pairs", apart=True)
-    for group, encoding in zip(rows.groups, expected, strict=True):
+    words = [made.words(pair).tensors for pair in pairs]
+    for group, encoding, row in zip(rows.groups, expected, words, strict=True):
+        assert row["input_ids"][0].tolist() == encoding.ids
         assert group.tensors["input_ids"][0].tolist() == encoding.ids
         assert group.tensors["token_type_ids"][0].tolist() == encoding.type_ids
     longest = most - 3

@@ -197,42 +197,44 @@ class TextCodec:
         """
         listed: list[Any] = sentences.tolist()
         texts: list[Text] = list(map(tuple, listed)) if self.pairs else listed
-        encodings = self._encode(texts, f"tensor {name_text(self.input)}")
+        encodings = self._encode(texts)
         return self._groups([len(encoding) for encoding in encodings], encodings, apart)
 
     def encode_texts(
-        self, texts: Sequence[Text], called: str, *, apart: bool, truncate: bool = True
+        self, texts: Sequence[Text], field: str, *, apart: bool, truncate: bool = True
     ) -> TextRows:
-        """Return rows for `texts`, with their lengths; errors name them as `called`.
+        """Return rows for `texts`, with their lengths; errors name the `field` of the body that has them.
 
         The texts are pairs if the model takes pairs. Raises as `encode`, and InvalidInput for a text that is
         too long unless `truncate` is set.
         """
-        encodings = self._encode(texts, called)
+        encodings = self._encode(texts, field)
         truncated = [index for index, encoding in enumerate(encodings) if self._is_truncated(encoding)]
         if truncated and not truncate:
             index = truncated[0]
             what = "pair" if self.pairs else "text"
             raise InvalidInput(
-                f"{called} at [{index}] has more than {self.max_tokens} tokens; send a shorter {what}, or"
+                f'"{field}" at [{index}] has more than {self.max_tokens} tokens; send a shorter {what}, or'
                 ' leave out "truncate"',
+                field=field,
                 index=[index],
                 expected=self.max_tokens,
             )
         lengths = [len(encoding) for encoding in encodings]
         return TextRows(self._groups(lengths, encodings, apart), lengths, truncated)
 
-    def rows_of_tokens(self, texts: Sequence[Sequence[int]], called: str, *, apart: bool) -> TextRows:
-        """Return rows for texts that are token ids already; errors name them as `called`.
+    def rows_of_tokens(self, texts: Sequence[Sequence[int]], field: str, *, apart: bool) -> TextRows:
+        """Return rows for texts that are token ids already; errors name the `field` of the body with them.
 
         Raises InvalidInput if there are too many texts, a text has no tokens or too many, or an id is not in
         the vocabulary.
         """
-        _check_count(len(texts), called)
+        _check_count(len(texts), f'"{field}"', {"field": field})
         for index, ids in enumerate(texts):
             if not 1 <= len(ids) <= self.max_tokens:
                 raise InvalidInput(
-                    f"{called} at [{index}] has {len(ids)} tokens; the model takes 1 to {self.max_tokens}",
+                    f'"{field}" at [{index}] has {len(ids)} tokens; the model takes 1 to {self.max_tokens}',
+                    field=field,
                     index=[index],
                     expected=self.max_tokens,
                     got=len(ids),
@@ -242,8 +244,9 @@ class TextCodec:
             )
             if wrong is not None:
                 raise InvalidInput(
-                    f"{called} at [{index}, {wrong}] is {value_text(ids[wrong])}; token ids of this model are"
-                    f" 0 to {self._highest}",
+                    f'"{field}" at [{index}, {wrong}] is {value_text(ids[wrong])}; token ids of this model'
+                    f" are 0 to {self._highest}",
+                    field=field,
                     index=[index, wrong],
                     expected=f"0 to {self._highest}",
                 )
@@ -256,9 +259,11 @@ class TextCodec:
 
     def words(self, text: Text) -> Words:
         """Return the row of a sentence, or of a pair of them, with its words; raises what `encode` raises."""
-        self._encode([text], f"tensor {name_text(self.input)}")
+        self._encode([text])
         sentences = (text,) if isinstance(text, str) else text
         encoding = self._tokenizer.encode(*sentences)
+        if self._joiner is not None:
+            encoding = self._joiner.cut(encoding)
         spans, word_of = _words_of(sentences, encoding)
         return Words(self._rows([encoding]), spans, word_of)
 
@@ -314,31 +319,34 @@ class TextCodec:
         if self._types is not None and self._types.name in tensors:
             _check_range(self._types.name, tensors[self._types.name], self._highest_type)
 
-    def _encode(self, texts: Sequence[Text], called: str) -> Sequence[Any]:
-        _check_count(len(texts), called)
+    def _encode(self, texts: Sequence[Text], field: str = "") -> Sequence[Any]:
+        """Encode `texts`; errors name the `field` that has them, or without one the input for sentences."""
+        called = f'"{field}"' if field else f"tensor {name_text(self.input)}"
+        members: dict[str, Any] = {"field": field} if field else {"tensor": self.input}
+        _check_count(len(texts), called, members)
         characters = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
         if characters > MOST_CHARACTERS:
             raise BodyTooLarge(
                 f"{called} has {characters} characters; a request may have {MOST_CHARACTERS}",
-                tensor=self.input,
                 limit=MOST_CHARACTERS,
+                **members,
             )
         try:
-            encodings = self._tokenize(texts, called)
+            encodings = self._tokenize(texts, called, members)
         except InvalidInput:
             raise
         except Exception as error:  # the library has no error type of its own
             for index, text in enumerate(texts):
                 whole = text if isinstance(text, str) else "".join(text)
                 if not whole.isascii() and any("\ud800" <= character <= "\udfff" for character in whole):
-                    raise self._fault(called, index, "holds half of a surrogate pair") from None
-            raise InvalidInput(f"{called} cannot be encoded: {error}", tensor=self.input) from error
+                    raise _fault(called, index, "holds half of a surrogate pair", members) from None
+            raise InvalidInput(f"{called} cannot be encoded: {error}", **members) from error
         empty = next((index for index, encoding in enumerate(encodings) if not len(encoding)), None)
         if empty is not None:
-            raise self._fault(called, empty, "has no tokens")
+            raise _fault(called, empty, "has no tokens", members)
         return encodings
 
-    def _tokenize(self, texts: Sequence[Text], called: str) -> Sequence[Any]:
+    def _tokenize(self, texts: Sequence[Text], called: str, members: dict[str, Any]) -> Sequence[Any]:
         """Return the encoding of each text. The fast variant computes no offsets, and releases the GIL."""
         joiner = self._joiner
         if joiner is None:
@@ -355,9 +363,8 @@ class TextCodec:
         for index, (first, second) in enumerate(pairs):
             pair = joiner.join(tokens[first], tokens[second])
             if pair is None:
-                raise self._fault(
-                    called, index, f"has more than {self.max_tokens} tokens, even if one text is left out"
-                )
+                what = f"has more than {self.max_tokens} tokens, even if one text is left out"
+                raise _fault(called, index, what, members)
             joined.append(pair)
         return joined
 
@@ -386,9 +393,6 @@ class TextCodec:
             tensors[self._types.name] = types.astype(self._types.dtype)
         return tensors
 
-    def _fault(self, called: str, index: int, what: str) -> InvalidInput:
-        return InvalidInput(f"{called} at [{index}] {what}", tensor=self.input, index=[index])
-
 
 def _by_length(lengths: list[int], apart: bool) -> list[list[int]]:
     """Return the indices of texts in groups of equal length, shortest first; with `apart` one by one."""
@@ -400,14 +404,19 @@ def _by_length(lengths: list[int], apart: bool) -> list[list[int]]:
     return [by_length[length] for length in sorted(by_length)]
 
 
-def _check_count(count: int, called: str) -> None:
+def _fault(called: str, index: int, what: str, members: dict[str, Any]) -> InvalidInput:
+    return InvalidInput(f"{called} at [{index}] {what}", index=[index], **members)
+
+
+def _check_count(count: int, called: str, members: dict[str, Any]) -> None:
     if not count:
-        raise InvalidInput(f"{called} is empty: send at least one sentence")
+        raise InvalidInput(f"{called} is empty: send at least one sentence", **members)
     if count > MOST_SENTENCES:
         raise InvalidInput(
             f"{called} has {count} sentences; a request may have {MOST_SENTENCES}",
             expected=MOST_SENTENCES,
             got=count,
+            **members,
         )
 
 

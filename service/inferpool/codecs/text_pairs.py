@@ -34,6 +34,18 @@ class JoinedPair:
         return len(self.ids)
 
 
+class CutPair:
+    """The tokens that are left of a pair that the tokenizer has encoded whole, with the attributes of those."""
+
+    __slots__ = ("ids", "offsets", "sequence_ids", "type_ids", "word_ids")
+
+    def __init__(self, encoding: Any, kept: Sequence[int]) -> None:
+        """Keep the tokens of `encoding` at the indices `kept`."""
+        for name in self.__slots__:
+            values = getattr(encoding, name)
+            setattr(self, name, [values[index] for index in kept])
+
+
 class PairJoiner:
     """Puts the special tokens of a tokenizer around two texts, and truncates them as the tokenizer would."""
 
@@ -84,6 +96,26 @@ class PairJoiner:
             ],
             lengths != (len(first), len(second)),
         )
+
+    def cut(self, encoding: Any) -> CutPair:
+        """Return what `join` leaves of a pair, which `encoding` has whole and with its special tokens.
+
+        `join` must have a row for the two texts.
+        """
+        owners = encoding.sequence_ids
+        sizes = owners.count(0), owners.count(1)
+        lengths = self._lengths(*sizes)
+        assert lengths is not None  # else `join` has none
+        kept, seen = [], [0, 0]
+        for index, owner in enumerate(owners):
+            if owner is None:
+                kept.append(index)
+                continue
+            skipped = sizes[owner] - lengths[owner] if self._keeps_end else 0
+            if skipped <= seen[owner] < skipped + lengths[owner]:
+                kept.append(index)
+            seen[owner] += 1
+        return CutPair(encoding, kept)
 
     def _cut(self, tokens: Sequence[int], length: int) -> Sequence[int]:
         return tokens[len(tokens) - length :] if self._keeps_end else tokens[:length]

@@ -267,6 +267,15 @@ def test_scores_of_pairs(server: Server, cross: CrossEncoder, alone: Alone) -> N
     assert_close(scores(model="mean", text_1="w1 w2", text_2=TEXTS), cosines)
     ranked = server.post("/v1/rerank", json={"model": "mean", "query": "w1 w2", "documents": TEXTS}).json()
     assert_close([each["relevance_score"] for each in ranked["results"]], sorted(cosines, reverse=True))
+    long = {"model": "mean", "query": "w3 " * 40, "documents": ["w1", "w2 " * 40]}
+    warned = server.post("/v1/rerank", json=long).json()
+    assert warned["truncated"] == [1]
+    assert warned["warnings"] == [
+        "query 0: truncated to 12 tokens",
+        "documents 1: truncated to 12 tokens",
+    ]
+    refused = server.post("/v1/rerank", json={**long, "truncate": False}).json()["error"]
+    assert refused["param"] == "query"
     for wrong in (
         {"text_1": ["a", "b"], "text_2": TEXTS},
         {"text_1": "a", "documents": ["b"]},

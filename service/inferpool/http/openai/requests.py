@@ -149,12 +149,12 @@ class EmbeddingsRequest(TextRequest):
             )
         apart = not served.view.batching.enabled
         if self._ids is not None:
-            return text.rows_of_tokens(self._ids, '"input"', apart=apart)
+            return text.rows_of_tokens(self._ids, "input", apart=apart)
         prefix = ""
         if self._kind is not None:
             prefix = text.query_prefix if KINDS[self._kind] == "query" else text.document_prefix
         texts = [prefix + each for each in self._texts] if prefix else self._texts
-        return text.encode_texts(texts, '"input"', apart=apart, truncate=self._truncate)
+        return text.encode_texts(texts, "input", apart=apart, truncate=self._truncate)
 
     def write(self, outputs: Tensors, request_id: str) -> Iterator[bytes]:
         """Yield OpenAI's list of vectors."""
@@ -191,7 +191,8 @@ class PairsRequest(TextRequest):
         super().__init__(fields)
         self._firsts: list[str] = []
         self._seconds: list[str] = []
-        self._called = ""
+        self._names = ("", "")
+        self._truncated_firsts: list[int] = []
         self._text: TextCodec | None = None
 
     def _encode(self, text: TextCodec, served: ServedVersion) -> TextRows:
@@ -209,10 +210,15 @@ class PairsRequest(TextRequest):
             if len(firsts) == 1:
                 firsts *= len(seconds)
             pairs = list(zip(firsts, seconds, strict=True))
-            return text.encode_texts(pairs, self._called, apart=apart, truncate=self._truncate)
+            return text.encode_texts(pairs, self._names[1], apart=apart, truncate=self._truncate)
         self._vectors_of(text, served)
         self.answers_json = False
-        return text.encode_texts(firsts + seconds, self._called, apart=apart, truncate=self._truncate)
+        one = text.encode_texts(firsts, self._names[0], apart=apart, truncate=self._truncate)
+        two = text.encode_texts(seconds, self._names[1], apart=apart, truncate=self._truncate)
+        self._truncated_firsts = one.truncated
+        count = len(firsts)
+        later = [Rows([count + index for index in rows.indices], rows.tensors) for rows in two.groups]
+        return TextRows([*one.groups, *later], one.lengths + two.lengths, two.truncated)
 
     def _scores(self, outputs: Tensors) -> Array:
         text = self._text
@@ -227,18 +233,15 @@ class PairsRequest(TextRequest):
         return scores
 
     def _notes(self) -> dict[str, Any]:
-        """Return which pairs have a truncated text, and what the client should know about it."""
-        truncated = self._rows.truncated
+        """Return which texts, or pairs, were truncated, and what the client should know about it."""
         text = self._text
         assert text is not None  # `encode` found it
-        if not truncated:
+        truncated, firsts = self._rows.truncated, self._truncated_firsts
+        if not truncated and not firsts:
             return {}
-        count = len(self._firsts)
-        if not text.pairs:
-            if truncated[0] < count == 1:
-                truncated = [*range(count, count + len(self._seconds))]
-            truncated = sorted({index - count if index >= count else index for index in truncated})
-        return {"truncated": truncated, "warnings": self._warnings(text, self._called.strip('"'), truncated)}
+        first, second = self._names
+        warnings = [*self._warnings(text, first, firsts), *self._warnings(text, second, truncated)]
+        return {"truncated": truncated, "warnings": warnings}
 
 
 class RerankRequest(PairsRequest):
@@ -256,7 +259,7 @@ class RerankRequest(PairsRequest):
         self._seconds = [_one_text(f"documents[{position}]", each) for position, each in enumerate(documents)]
         if not documents:
             raise InvalidInput('"documents" is empty: send at least one text', field="documents")
-        self._called = '"documents"'
+        self._names = ("query", "documents")
         top_n = fields.get("top_n")
         number = None if top_n is None else whole_number(top_n)
         if top_n is not None and (number is None or number < 1):
@@ -308,7 +311,7 @@ class ScoreRequest(PairsRequest):
                 expected=len(self._seconds),
                 got=len(self._firsts),
             )
-        self._called = '"pairs"'
+        self._names = (first, second)
 
     def write(self, outputs: Tensors, request_id: str) -> Iterator[bytes]:
         """Yield the scores in the order of the pairs."""
