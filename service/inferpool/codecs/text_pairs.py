@@ -35,7 +35,7 @@ class JoinedPair:
 
 
 class CutPair:
-    """The tokens that are left of a pair that the tokenizer has encoded whole, with the attributes of those."""
+    """The tokens that are left of a pair, with the attributes that the encoding of the whole pair has."""
 
     __slots__ = ("ids", "offsets", "sequence_ids", "type_ids", "word_ids")
 
