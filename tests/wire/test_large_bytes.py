@@ -16,7 +16,7 @@ from inferpool.allowance import Allowance
 from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody
 from inferpool.http.predict.compression import gzipped
 from inferpool.wire import large_bytes, npy
-from inferpool.wire.large_bytes import PIECE_BYTES, as_bytes, count, lines_as_list, pieces
+from inferpool.wire.large_bytes import PIECE_BYTES, as_bytes, count, free, lines_as_list, not_utf8_at, pieces
 from inferpool.wire.npy import decode_npy, decode_npz, encode_npy, encode_npz
 
 LIMIT = Allowance(2**26)
@@ -149,3 +149,31 @@ def test_lines_become_a_list_without_the_blank_ones(lines: list[bytes]) -> None:
 def test_lines_are_bounded_before_they_are_taken_apart() -> None:
     with pytest.raises(InvalidInput, match="the body has 3000000 lines"):
         lines_as_list(b"\n" * 3_000_000, b"instances")
+
+
+@given(
+    st.integers(1, 7),
+    st.one_of(st.binary(max_size=30), st.text(max_size=20).map(lambda text: text.encode("utf-8", "replace"))),
+)
+def test_the_first_byte_that_is_not_utf8_is_found_in_pieces(size: int, data: bytes) -> None:
+    expected = -1
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        expected = error.start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_bytes, "PIECE_BYTES", size)
+        assert not_utf8_at(data) == expected
+
+
+def test_a_list_is_freed_in_pieces() -> None:
+    class Noting(list[int]):
+        def __delitem__(self, index: Any) -> None:
+            freed.append(len(self[index]))
+            super().__delitem__(index)
+
+    freed: list[int] = []
+    items = Noting(range(100_000))
+    free(items)
+    assert (len(items), sum(freed)) == (0, 100_000)
+    assert max(freed) <= 4096

@@ -20,6 +20,7 @@ from inferpool.codecs.table import Column, Table
 from inferpool.errors import InvalidInput, MalformedBody, UnsupportedMediaType
 from inferpool.tensors import Array, Signature, TensorSpec, bf16_to_fp32, name_text, shape_text, value_text
 from inferpool.wire.columns import column_tensor
+from inferpool.wire.large_bytes import count, free, not_utf8_at
 
 _HEADER: Final = re.compile(r"(?:^|[\s;])header\s*=\s*\"?(present|absent)\b", re.IGNORECASE)
 _CELL_BYTES: Final = 120
@@ -87,18 +88,18 @@ def read_csv(data: bytes, parameters: str, signature: Signature, allowance: Allo
     Raises MalformedBody, InvalidInput for lines of different lengths, UnsupportedMediaType for another
     charset than UTF-8, and what `Allowance.take` raises.
     """
-    lines = data.count(b"\n") + 1
-    cells = data.count(b",") + lines
+    lines = count(data, b"\n") + 1
+    cells = count(data, b",") + lines
     allowance.take(6 * len(data) + _CELL_BYTES * cells, "reading the CSV of the body")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    position = not_utf8_at(data)
+    if position >= 0:
         raise MalformedBody(
-            f"the body is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            position=error.start,
-        ) from None
+            f"the body is not UTF-8: byte 0x{data[position]:02x} at offset {position}", position=position
+        )
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+        # Decoded as it is read: the text of all lines at once would hold the GIL.
+        lines_read = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+        rows = [row for row in csv.reader(lines_read, strict=True) if row]
     except csv.Error as error:
         raise MalformedBody(f"the body is not CSV: {error}") from None
     if not rows:
@@ -117,7 +118,9 @@ def read_csv(data: bytes, parameters: str, signature: Signature, allowance: Allo
             )
     shown = names if names is not None else [f"column {number}" for number in range(1, width + 1)]
     columns = [TextColumn(shown[number], [row[number] for row in rows]) for number in range(width)]
-    return Table(names, columns, len(rows))
+    height = len(rows)
+    free(rows)
+    return Table(names, columns, height)
 
 
 def _is_header(cells: list[str], signature: Signature) -> bool:

@@ -6,15 +6,17 @@ first time. This module is not compiled: compiled loops do not let other threads
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from io import BytesIO
-from typing import Final
+from typing import Any, Final
 
 from inferpool.errors import InvalidInput
 from inferpool.tensors import MOST_ROWS
 
 PIECE_BYTES: Final = 256 * 1024
 """Bytes that are copied at a time; they take a fifth of a millisecond."""
+_FREED_ITEMS: Final = 4096
 _MOST_LINES: Final = 2 * MOST_ROWS
 """Lines of a body, blank ones included."""
 
@@ -42,6 +44,24 @@ def count(data: bytes, wanted: bytes) -> int:
     """Return how often the single byte `wanted` comes in `data`."""
     # A search of a slice needs no copy.
     return sum(data.count(wanted, at, at + PIECE_BYTES) for at in range(0, len(data), PIECE_BYTES))
+
+
+def not_utf8_at(data: bytes) -> int:
+    """Return the offset of the first byte that is not UTF-8; -1 if all of `data` is."""
+    decoder = getincrementaldecoder("utf-8")()
+    for start in range(0, max(1, len(data)), PIECE_BYTES):
+        waiting = len(decoder.getstate()[0])
+        try:
+            decoder.decode(data[start : start + PIECE_BYTES], start + PIECE_BYTES >= len(data))
+        except UnicodeDecodeError as error:
+            return start - waiting + error.start
+    return -1
+
+
+def free(items: list[Any]) -> None:
+    """Empty a list in pieces: the end of a million objects holds the GIL, too."""
+    while items:
+        del items[-_FREED_ITEMS:]
 
 
 def lines_as_list(content: bytes, name: bytes) -> bytes:
