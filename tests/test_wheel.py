@@ -173,6 +173,7 @@ def test_the_wheel_has_one_package_and_its_licence(wheel: Path) -> None:
     # mypyc puts the code of all compiled modules into one library, with the package's name.
     assert [name.split(".")[0].split("-")[0] for name in others] == ["inferpool", "inferpool__mypyc"]
     assert "inferpool/py.typed" in names
+    assert {f"inferpool/http/page/{name}" for name in ("page.html", "page.css", "start.js")} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith(".c") or "/tests/" in name]
 

@@ -1,1 +1,1 @@
-"""The page at `/`, for people: one HTML file, put together from `page.html`, `page.css` and `page.js`."""
+"""The page at `/`, for people: one HTML file, put together from the files beside."""

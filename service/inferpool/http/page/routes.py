@@ -19,9 +19,12 @@ from fastapi import FastAPI, Request, Response
 from inferpool.http.accept_headers import accepts_gzip
 from inferpool.http.conditional import answer_unless_known
 
-_STYLE: Final = "/* page.css */"
-_SCRIPT: Final = "/* page.js */"
-"""What `page.html` has in place of the two other files."""
+_STYLE: Final = "/* style */"
+_SCRIPT: Final = "/* script */"
+"""What `page.html` has in place of the other files."""
+
+_SCRIPTS: Final = ("elements", "requests", "poll", "overview", "version", "try", "manage", "start")
+"""The parts of the script in their order. They are one module: each may use the names of the others."""
 
 
 def add_page(app: FastAPI) -> None:
@@ -46,9 +49,11 @@ def add_page(app: FastAPI) -> None:
 def make_page() -> tuple[bytes, str]:
     """The page and its content security policy."""
     folder = files(__package__)
-    page, style, script = (
-        folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
+    page, style, *scripts = (
+        folder.joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", *(f"{part}.js" for part in _SCRIPTS))
     )
+    script = "\n".join(scripts)
     policy = {
         "default-src": "'none'",
         "script-src": _hash(script),
