@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import socket
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from inferpool.tensors import Array
+from onnx import helper
 from PIL import Image
 
 from tests.chaos.inferpool_chaos import WAIT
 from tests.conftest import MakeChaos, Serve, in_both_engines
 from tests.explain.models import seven
+from tests.onnx_models import constant, value, write_model
 from tests.people_model import write_people
 from tests.server import ROOT, Server, wait_until
 
@@ -38,7 +39,26 @@ def repository(models: Path, module_make_chaos: MakeChaos) -> Path:
     folder = module_make_chaos("single", first=1)
     for name in ("digits", "diabetes", "next-word"):
         shutil.copytree(models / name, folder / name)
+    write_spotlight(folder)
     return write_people(folder)
+
+
+def write_spotlight(repository: Path) -> None:
+    """A model of colour pictures, 24 high and 32 wide: how green they are at the right of the top."""
+    weights = np.zeros((3 * 24 * 32, 1), np.float32)
+    weights.reshape(3, 24, 32)[1, :3, -4:] = 1
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["picture"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["green"]),
+        ],
+        "spotlight",
+        [value("picture", "FP32", ["rows", 3, 24, 32])],
+        [value("green", "FP32", ["rows", 1])],
+        [constant("weights", "FP32", weights)],
+    )
+    write_model(repository, "spotlight", graph)
+    (repository / "spotlight" / "model.toml").write_text("[image]\nmean = 0.5\nstd = 0.5\n")
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +184,21 @@ def test_pictures_get_a_heat_map_in_numbers_and_as_a_picture(server: Server) -> 
     assert (np.array(large["heat_map"]["contributions"]).shape, large["exact"]) == ((3, 3), True)
 
 
+def test_the_patch_of_a_colour_picture_that_matters_is_where_it_is(server: Server) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    for baseline, each_base in (("zeros", 0.0), ("mean-colour", pixels[..., 1].mean() / 127.5 - 1)):
+        [found] = explain(
+            server, f"/explain/spotlight?baseline={baseline}", content=file.getvalue(), headers=AS_PNG
+        )
+        amounts = np.array(found["heat_map"]["contributions"])
+        assert amounts.shape == (6, 8)
+        expected = np.zeros((6, 8))
+        expected[0, 7] = (pixels[:3, -4:, 1] / 127.5 - 1 - each_base).sum()
+        np.testing.assert_allclose(amounts, expected, atol=1e-4)
+
+
 def test_the_same_seed_gives_the_same_answer(server: Server) -> None:
     rows = {"inputs": [seven().tolist()]}
     one, two, other = (
@@ -282,12 +317,13 @@ def test_a_thousand_perturbations_cost_little_more_than_a_prediction_of_a_thousa
         assert server.post(path, json=body).status_code == 200
         return 1000 * (cpu_s(server.process.pid) - before)
 
-    def ratio() -> float:
-        explained, predicted = (
-            statistics.median(cpu_ms(path, body) for _ in range(5))
-            for path, body in (("/explain/digits?passes=1002", one), ("/predict/digits", many))
-        )
-        return explained / predicted
+    least = dict.fromkeys(("/explain/digits?passes=1002", "/predict/digits"), math.inf)
 
-    cpu_ms("/explain/digits?passes=1002", one)
-    wait_until(lambda: ratio() <= 1.2, "1000 perturbations for 1.2 times the CPU time of a prediction")
+    def is_cheap() -> bool:
+        # Whatever else a machine does only adds to the time.
+        for path, body in zip(least, (one, many), strict=True):
+            least[path] = min(least[path], *(cpu_ms(path, body) for _ in range(5)))
+        explained, predicted = least.values()
+        return explained <= 1.2 * predicted
+
+    wait_until(is_cheap, "1000 perturbations for 1.2 times the CPU time of a prediction")
