@@ -38,7 +38,7 @@ runtime() {
 # need EXTRA...: install the project into .venv-test, editable, with these extras.
 need() {
   local missing=() extra extras other key
-  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv "$VENV" with-pip
+  has_pip || make_venv "$VENV" with-pip
   key="$(editable_key)"
   # A change of the project makes every extra out of date.
   [[ "$(cat "$VENV/installed/project" 2>/dev/null)" == "$key" ]] || rm -rf "$VENV/installed"
@@ -67,13 +67,27 @@ need() {
   for extra in "${missing[@]}"; do touch "$VENV/installed/$extra"; done
 }
 
+has_pip() { "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }
+
+# fetch_packages EXTRA...: install the packages of these extras into .venv-test, without the project, which needs a
+# compiler. `need` installs what this does not.
+fetch_packages() (
+  flags=()
+  for extra in "$@"; do
+    [[ -e "$VENV/installed/$extra" ]] || flags+=(--extra "$extra")
+  done
+  if ((${#flags[@]} == 0)); then return; fi
+  cd -- "$REPO" && find_uv "$VENV" && use_settings_of_pip || return 0
+  say "Installing the packages of the tests into $VENV ..."
+  run_uv pip install --python "$VENV/bin/python" "${flags[@]}" --requirement pyproject.toml || true
+)
+
 # install_editable EXTRAS: by uv, which takes a third of pip's time; by pip if uv cannot, for example because a package
-# is on an index that only pip asks. Local builds of PyTorch (find-links in pip.conf) spare gigabytes of CUDA libraries.
+# is on an index that only pip asks.
 install_editable() (
   cd -- "$REPO" || exit
   if find_uv "$VENV"; then
-    UV_FIND_LINKS="$(pip_setting find-links)" UV_CONSTRAINT="$(pip_setting constraint)"
-    export UV_FIND_LINKS UV_CONSTRAINT
+    use_settings_of_pip
     if run_uv pip install --python "$VENV/bin/python" --editable ".[$1]"; then return; fi
   fi
   say "uv cannot install the packages; pip tries it now ..."
@@ -240,6 +254,13 @@ find_uv() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
   fi
   UV="$venv/bin/uv"
+}
+
+# use_settings_of_pip: let uv find local builds of PyTorch (find-links in pip.conf), which spare gigabytes of CUDA
+# libraries, and keep the versions that pip is to keep.
+use_settings_of_pip() {
+  UV_FIND_LINKS="$(pip_setting find-links)" UV_CONSTRAINT="$(pip_setting constraint)"
+  export UV_FIND_LINKS UV_CONSTRAINT
 }
 
 # pip_setting NAME: print a setting of pip, from its variables or its files. Several values are separated by commas.

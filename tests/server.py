@@ -77,7 +77,7 @@ class Server:
         # Each request has a connection of its own, as with `httpx.get`, and needs no new client. Without
         # `verify=False` a client loads the certificates of the machine, for plain HTTP.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.Client(timeout=30, verify=False, limits=limits)
+        self._client = httpx.Client(timeout=START_S, verify=False, limits=limits)
         self.log: list[dict[str, Any]] = []
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -28,6 +28,8 @@ from tests.server import CHAOS, ROOT, START_S, Server, free_port, wait_until
 
 pytestmark = in_both_engines
 
+ONE_WEB = ("--web-processes", "1")
+"""For tests to which a second web process, whose start takes a second of CPU time, makes no difference."""
 ROW = {"inputs": [[1, 2, 3, 4]]}
 WAITING_ROW = {"inputs": [[chaos.WAIT, 2, 3, 4]]}
 """A run of this row lasts until the test opens the gate."""
@@ -115,7 +117,7 @@ def test_readiness_goes_first_and_work_is_finished(
 def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
-    server = serve(make_chaos("m"), "--drain-settle-s", "4")
+    server = serve(make_chaos("m"), *ONE_WEB, "--drain-settle-s", "4")
     body = json.dumps(ROW).encode()
 
     async def scenario() -> None:
@@ -150,7 +152,7 @@ def test_a_request_that_outlasts_the_drain_timeout_makes_the_exit_status_1(
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    server = serve(make_chaos("m", run_gate=str(gate)), "--drain-timeout-s", "0.2")
+    server = serve(make_chaos("m", run_gate=str(gate)), *ONE_WEB, "--drain-timeout-s", "0.2")
 
     async def scenario() -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as session:
@@ -171,7 +173,7 @@ def test_a_request_that_outlasts_the_drain_timeout_makes_the_exit_status_1(
 def test_a_client_that_never_finishes_its_body_does_not_hold_up_the_end(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
-    server = serve(make_chaos("m"))
+    server = serve(make_chaos("m"), *ONE_WEB)
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(b"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
         server.wait_for_metric("in_flight_requests", 1)
@@ -179,7 +181,7 @@ def test_a_client_that_never_finishes_its_body_does_not_hold_up_the_end(
         assert server.process.wait(30) == 0
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("delay_s", [0.0, 0.3])
 def test_sigterm_while_a_model_loads_ends_with_the_usual_status(
     serve: Serve, tmp_path: Path, delay_s: float
 ) -> None:
@@ -195,8 +197,9 @@ def test_sigterm_while_a_model_loads_ends_with_the_usual_status(
     )
     write_model(tmp_path, "slow", graph)
     server = serve(
-        tmp_path, wait=False, INFERPOOL_MEASURE_MS="20000", INFERPOOL_CACHE_DIR=str(tmp_path / "cache")
-    )
+        tmp_path, *ONE_WEB, wait=False,
+        INFERPOOL_MEASURE_MS="20000", INFERPOOL_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
     time.sleep(delay_s)
     assert server.stop() == 0, server.log
     assert not [line for line in server.log if "terminate" in line["message"]]
@@ -210,6 +213,7 @@ def starting(
     port = free_port()
     environ = {**os.environ, **engine_variables, "PYTHONPATH": f"{ROOT}:{CHAOS}"}
     command = [sys.executable, "-m", "inferpool", "serve", str(make_chaos("m")), "--port", str(port)]
+    command += ONE_WEB
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: accepts(port), "the server listens")
         yield process, port

@@ -31,7 +31,7 @@ DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "inferpool.
 LOAD_S = 14
 CRASHING = "inferpool-crashing"
 """The job of the server whose processes end."""
-PAUSE_S = 0.01
+PAUSE_S = 0.03
 """A client's pause between two requests: the rates are to be there, not to be high."""
 GPU_PANELS = {
     "Utilization", "GPU memory", "Padded rows", "Nodes on the CPU", "GPU temperature", "GPU power"
