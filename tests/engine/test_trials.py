@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -358,8 +359,11 @@ def test_a_file_that_kills_or_blocks_the_loader_is_a_failed_version(
         [version] = server.get(f"/models/{model}").json()["versions"]
         return version["state"], version["reason"]
 
+    def has_failed(model: str) -> bool:
+        return state(model)[0] == "failed"
+
     for model, expected in (("bad", "ended the engine 2 times"), ("blocking", "--load-timeout-s (4 s)")):
-        wait_until(lambda model=model: state(model)[0] == "failed", f"the version of {model} has failed")
+        wait_until(partial(has_failed, model), f"the version of {model} has failed")
         assert expected in state(model)[1]
     assert "SIGSEGV" in state("bad")[1]
     wait_until(lambda: server.get("/health/ready").status_code == 200, "the server is ready")
