@@ -109,6 +109,8 @@ def test_every_route_answers_and_each_process_loads_only_its_own_libraries(
         ("inferpool.engine.supervisor", ("onnxruntime", "torch", "numpy", "fastapi", "uvicorn", "pydantic")),
         # The supervisor begins as this, and starts its children afterwards.
         ("inferpool.launch", ("onnxruntime", "torch", "numpy", "fastapi", "prometheus_client", "asyncio")),
+        # The command blocks signals for its start in the threads that it has; numpy starts some.
+        ("inferpool.cli", ("onnxruntime", "torch", "numpy", "fastapi", "prometheus_client", "asyncio")),
         ("inferpool.web_process", ("onnxruntime", "torch", "inferpool.repository.repository")),
         ("inferpool.engine_process", ("fastapi", "uvicorn", "starlette", "prometheus_client", "asyncio")),
     ],

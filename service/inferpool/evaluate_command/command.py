@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from inferpool import __version__
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.predict_command.command import local_settings
@@ -151,6 +149,8 @@ def metrics_of(answers: Any, task: str) -> Mapping[str, Any]:
 
 def _by_value(found: Any, values: Any) -> dict[str, dict[str, Any]]:
     """Return the metrics of the rows with each value; a single row has none."""
+    import numpy as np
+
     from inferpool.release.evaluate.metrics import ClassAnswers, NumberAnswers, estimate
 
     groups = {}

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import numpy as np
-
 from inferpool import __version__
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.predict_command.command import local_settings
@@ -102,6 +100,8 @@ def run_optimise_command(flags: dict[str, Any], environ: Mapping[str, str]) -> i
 
 
 def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    import numpy as np
+
     try:
         from inferpool.evaluate_command.labelled_rows import read_labelled
         from inferpool.optimise_command.model_folders import find_source, record_inputs, take_rows
@@ -218,6 +218,8 @@ def _judge(
     reason: str | None,
 ) -> _Row:
     """Compare one form with the original."""
+    import numpy as np
+
     from inferpool.evaluate_command.command import metrics_of
     from inferpool.release.evaluate.metrics import estimate_differences
 
@@ -295,6 +297,8 @@ def _write(
 
 
 def _as_json(row: _Row) -> dict[str, Any]:
+    import numpy as np
+
     timing = row.timing
     return {
         "form": row.name,
