@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANKS = {
     "__main__": 10, "cli": 9, "admin_commands": 8, "app": 8, "engine_process": 8, "launch": 8.5,
     "grpc_process": 8, "predict_command": 8.5, "evaluate_command": 8.7,
-    "optimise_command": 8.8,
+    "import_command": 8.8, "optimise_command": 8.8,
     "sign_commands": 8, "web_process": 8, "server": 7, "server_parts": 7, "grpc_api": 6.5, "http": 6,
     "release": 6, "repository": 5, "client": 5, "engine": 4.5, "codecs": 4.2, "wire": 4, "pool": 4,
     "backends": 3, "allowance": 2, "pixel_table": 2,

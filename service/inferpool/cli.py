@@ -16,6 +16,7 @@ from inferpool import __version__
 from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
 from inferpool.errors import InferpoolError
 from inferpool.evaluate_command.command import add_evaluate_command, run_evaluate_command
+from inferpool.import_command.command import add_import_command, run_import_command
 from inferpool.optimise_command.command import add_optimise_command, run_optimise_command
 from inferpool.platforms import REPOSITORY_VARIABLE, find_repository, platform_settings
 from inferpool.predict_command.command import add_predict_command, run_predict_command
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_admin_command(command, flags, os.environ)
     if command == "predict":
         return run_predict_command(flags, os.environ)
+    if command == "import":
+        return run_import_command(flags, os.environ)
     if command == "evaluate":
         return run_evaluate_command(flags, os.environ)
     if command in ("optimise", "optimize"):
@@ -182,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         help="options of the script (see NAME --help)",
     )
     add_predict_command(commands)
+    add_import_command(commands)
     add_evaluate_command(commands)
     add_optimise_command(commands)
     _add_key(commands)

@@ -110,17 +110,28 @@ def run_script(script: BuildScript, options: Sequence[str]) -> None:
 
 
 def _command(script: BuildScript, options: Sequence[str]) -> list[str]:
-    missing = missing_packages(script.file)
     # A script parses its options before it imports third-party packages: it prints its help without them.
-    if not missing or {"-h", "--help"} & set(options):
+    if {"-h", "--help"} & set(options):
         return [sys.executable, str(script.file), *options]
-    needed = f"{script.name}: the build script needs {', '.join(missing)}, not installed here"
+    return script_command(script.file, options, f"{script.name}: the build script")
+
+
+def script_command(file: Path, options: Sequence[str], what: str = "this") -> list[str]:
+    """Return the command that runs the script `file`: by this Python, or by uv if packages are missing.
+
+    Raises:
+        ConfigError: the metadata of the script cannot be read, or uv is needed and was not found.
+    """
+    missing = missing_packages(file)
+    if not missing:
+        return [sys.executable, str(file), *options]
+    needed = f"{what} needs {', '.join(missing)}, not installed here"
     uv = _find_uv()
     if uv is None:
         hint = install_command("build")
         raise ConfigError(f"{needed}; uv can install that, but was not found: run {hint}")
     sys.stderr.write(f"{needed}. uv installs that now; this can take minutes, and gigabytes, once ...\n")
-    return [uv, "run", "--script", str(script.file), *options]
+    return [uv, "run", "--script", str(file), *options]
 
 
 def _find_uv() -> str | None:

@@ -1,0 +1,83 @@
+"""`inferpool import`: versions that answer as the framework does, or nothing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+from inferpool import cli
+from sklearn.compose import make_column_transformer
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+
+def test_a_classifier_keeps_its_classes_and_becomes_another_version_the_next_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features, kinds = load_iris(return_X_y=True)
+    names = np.array(["setosa", "versicolor", "virginica"])
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(features, names[kinds])
+    joblib.dump(model, tmp_path / "iris.joblib")
+    pd.DataFrame(features[::10], columns=list("abcd")).to_csv(tmp_path / "rows.csv", index=False)
+    target = tmp_path / "models" / "iris"
+    arguments = ["import", str(tmp_path / "iris.joblib"), "--example", str(tmp_path / "rows.csv")]
+    assert cli.main([*arguments, "--to", str(target)]) == 0
+    assert "iris 1: Pipeline, 15 rows differ from scikit-learn" in capsys.readouterr().out
+    assert (target / "labels.txt").read_text().split() == names.tolist()
+    sample = json.loads((target / "samples" / "imported.json").read_text())
+    assert sample["outputs"]["scores"] == pytest.approx(model.predict_proba(features[:30:10]), abs=1e-6)
+    data = pd.DataFrame(features, columns=list("abcd")).assign(target=names[kinds])
+    data.to_csv(tmp_path / "data.csv", index=False)
+    assert cli.main(["evaluate", str(target), "--data", str(tmp_path / "data.csv")]) == 0
+    right = model.score(features, names[kinds])
+    assert re.search(rf"^accuracy +{right:.4g} ", capsys.readouterr().out, re.MULTILINE)
+    assert cli.main([*arguments, "--to", str(target)]) == 0
+    assert (target / "2" / "model.onnx").read_bytes() == (target / "1" / "model.onnx").read_bytes()
+
+
+def test_columns_of_strings_are_inputs_by_name_and_answers_that_differ_write_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = np.random.default_rng(0)
+    frame = pd.DataFrame({
+        "area": source.uniform(20, 200, 60), "city": source.choice(["Bern", "Basel"], 60),
+    })  # fmt: skip
+    prices = frame.area * 3 + (frame.city == "Bern") * 50
+    columns = make_column_transformer((StandardScaler(), ["area"]), (OneHotEncoder(), ["city"]))
+    (tmp_path / "price.pkl").write_bytes(pickle.dumps(make_pipeline(columns, Ridge()).fit(frame, prices)))
+    frame[:8].to_csv(tmp_path / "rows.csv", index=False)
+    arguments = ["import", str(tmp_path / "price.pkl"), "--example", str(tmp_path / "rows.csv")]
+    target = tmp_path / "price"
+    assert cli.main([*arguments, "--to", str(target), "--tolerance", "1e-9"]) == 1
+    assert 'output "prediction" differs from scikit-learn' in capsys.readouterr().err
+    assert not target.exists()
+    assert cli.main([*arguments, "--to", str(target), "--tolerance", "0.01"]) == 0
+    sample = json.loads((target / "samples" / "imported.json").read_text())
+    assert sorted(sample["inputs"]) == ["area", "city"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem", "status"),
+    [
+        ("model.h5", b"", "--from says what it is", 2),
+        ("model.pkl", pickle.dumps([1, 2]), "list is no classifier", 1),
+        ("model.pkl", b"no pickle", "cannot be converted", 1),
+    ],
+)
+def test_what_cannot_be_imported(
+    name: str, content: bytes, problem: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    arguments = [str(tmp_path / name), "--example", str(tmp_path / "rows.csv"), "--to", str(tmp_path / "m")]
+    assert cli.main(["import", *arguments]) == status
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
