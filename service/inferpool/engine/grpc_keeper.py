@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from inferpool.engine.child_loop import reap
 from inferpool.engine.control import Message
 from inferpool.engine.spawn import Child, spawn
+
+if TYPE_CHECKING:
+    # The supervisor has no event loop, and starts sooner without asyncio.
+    import asyncio
 
 log = logging.getLogger(__name__)
 
