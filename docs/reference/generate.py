@@ -17,7 +17,7 @@ import yaml
 from inferpool import cli, errors
 from inferpool.backends.onnx.row_analysis.analysis import RULES as ONNX_RULES
 from inferpool.backends.torch.row_analysis.rules import RULES as ATEN_RULES
-from inferpool.http.problems import STATUSES
+from inferpool.http.problems import GRPC_STATUSES, STATUSES
 from inferpool.observe.families import FAMILIES
 from inferpool.repository.config import ModelConfig
 from inferpool.settings import Settings, add_flags
@@ -133,16 +133,16 @@ def error_classes(root: type[errors.InferpoolError] = errors.InferpoolError) -> 
 
 
 def error_codes() -> str:
-    """Every error code: its status, its meaning and what to do."""
+    """Every error code: its statuses of HTTP and gRPC, its meaning and what to do."""
     by_name = {kind.__name__.lower(): kind for kind in error_classes()}
 
     def rows() -> Iterator[tuple[str, ...]]:
         for name, status in STATUSES.items():
             kind = by_name[name.replace("_", "")]
             meaning = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
-            yield code(name), str(status), meaning, REMEDIES[name]
+            yield code(name), str(status), code(GRPC_STATUSES[name]), meaning, REMEDIES[name]
 
-    return table(("code", "status", "meaning", "what to do"), rows())
+    return table(("code", "status", "of gRPC", "meaning", "what to do"), rows())
 
 
 def metrics() -> str:

@@ -18,12 +18,13 @@ import pytest
 
 from tests.docs import pages
 from tests.docs.pages import ELLIPSIS, PAGES, ROOT, RUNNABLE, Block
-from tests.server import Server
+from tests.server import Server, free_port
 
 COMMAND = ".venv/bin/inferpool"
 MADE_ID = re.compile(r"[0-9a-f]{16}")
 MEASURED = re.compile(r" +\d+ rows? +in +[\d.]+ ms")
 NUMBERS = re.compile(r"\d[\d.e+-]*(, \d[\d.e+-]*)*")
+GRPC_PORT = free_port()
 WITH_COMMANDS = [
     page
     for page in PAGES
@@ -76,7 +77,8 @@ def test_commands_of_a_page_run(
         if block.language not in RUNNABLE or block.reason_not_run is not None:
             continue
         if block.serves:
-            repository, *flags = shlex.split(block.source.partition(f"{COMMAND} serve ")[2])
+            started = with_port(block.source, GRPC_PORT)
+            repository, *flags = shlex.split(started.partition(f"{COMMAND} serve ")[2])
             server = Server(folder / repository, flags, environ)
             stopped_at_the_end.callback(server.kill)
             server.wait_loaded()
@@ -88,9 +90,14 @@ def test_commands_of_a_page_run(
             assert_matches(block.output.source, output, str(block))
 
 
+def with_port(source: str, port: int) -> str:
+    """The commands with another port for gRPC than the pages have, which a program may use."""
+    return source.replace("8001", str(port))
+
+
 def run(block: Block, port: int, folder: Path, environ: dict[str, str]) -> str:
     """Return the output of a block; fails with its errors if it does not succeed."""
-    source = block.source.replace("localhost:8000", f"127.0.0.1:{port}")
+    source = with_port(block.source, GRPC_PORT).replace("localhost:8000", f"127.0.0.1:{port}")
     source = source.replace(COMMAND, f"'{sys.executable}' -m inferpool")
     command = (
         [sys.executable, "-c", source]

@@ -109,7 +109,7 @@ def test_openshift_may_choose_the_user() -> None:
 
 def test_the_other_components_combine(tmp_path: Path) -> None:
     """Keys from a Secret, Ingress and Gateway with TLS, a priority, and a cache that survives pods."""
-    names = ["models-volume", "keys", "ingress", "gateway", "priority", "cache-volume"]
+    names = ["models-volume", "keys", "grpc", "ingress", "gateway", "priority", "cache-volume"]
     manifests = render_with(tmp_path / "k8s", "cpu", names)
     for manifest in manifests:
         validate(manifest)
@@ -121,14 +121,19 @@ def test_the_other_components_combine(tmp_path: Path) -> None:
     assert environ(server)["INFERPOOL_CACHE_DIR"] == mounts["cache"]
     assert volumes["keys"]["secret"]["secretName"] == "inferpool-keys"
     assert Path(environ(server)["INFERPOOL_KEYS_FILE"]).parent == Path(mounts["keys"])
-    assert read_settings({}, environ(server)).public_scopes == ("metrics",)
+    settings = read_settings({}, environ(server))
+    assert settings.public_scopes == ("metrics",)
+    ports = {port["name"]: port for port in only(manifests, "Service")["spec"]["ports"]}
+    assert ports["grpc"]["port"] == settings.grpc_port
+    assert {"name": "grpc", "containerPort": settings.grpc_port} in server["ports"]
+    assert {"port": "grpc"} in only(manifests, "NetworkPolicy")["spec"]["ingress"][0]["ports"]
     assert spec["priorityClassName"] == only(manifests, "PriorityClass")["metadata"]["name"]
     service, ingress = only(manifests, "Service"), only(manifests, "Ingress")["spec"]
     (rule,) = ingress["rules"]
     assert ingress["tls"] == [{"hosts": [rule["host"]], "secretName": "inferpool-tls"}]
     (path,) = rule["http"]["paths"]
     assert path["backend"]["service"]["name"] == service["metadata"]["name"]
-    (port,) = service["spec"]["ports"]
+    port = ports["http"]
     assert path["backend"]["service"]["port"]["name"] == port["name"]
     route, (listener,) = only(manifests, "HTTPRoute")["spec"], only(manifests, "Gateway")["spec"]["listeners"]
     assert route["parentRefs"] == [{"name": "inferpool", "sectionName": listener["name"]}]
