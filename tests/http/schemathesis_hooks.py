@@ -22,6 +22,7 @@ VOCABULARY = 1000
 """Ids below this are in the vocabulary of the model, which rejects all others itself."""
 SENTENCES = ["It is", "A value", "", "Return the names of", "\u00fc\n"]
 TEXT_PATHS = ("/v1/embeddings", "/v1/rerank", "/v2/rerank", "/v1/score")
+PLATFORM_PATHS = ("/invocations", "/score", "/v1/endpoints/{endpoint}/deployedModels/{deployed}:predict")
 LENGTH = "Inference-Header-Content-Length"
 
 
@@ -55,6 +56,11 @@ def map_case(context: Any, case: Any) -> Any:
     if case.meta is not None and case.meta.generation.mode.is_positive and case.path in TEXT_PATHS:
         # No model of the bundled ones gives vectors or scores of texts.
         case.body = {**case.body, "model": "nobody"}
+        case._record_starting_state()
+        return case
+    if case.meta is not None and case.meta.generation.mode.is_positive and case.path in PLATFORM_PATHS:
+        # The server has several models, and these paths name none.
+        case.body = {"model": "nobody", "inputs": [0]}
         case._record_starting_state()
         return case
     is_predict = case.path.startswith(("/predict", "/expla")) or case.path.endswith(

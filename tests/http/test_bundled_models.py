@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib.util
 import io
 import json
@@ -179,3 +180,20 @@ def test_the_document_describes_what_is_served_and_its_examples_run(bundled: Ser
     own = document["paths"]["/predict/digits"]["post"]["requestBody"]["content"]
     assert "image/png" in own
     assert "image/png" not in document["paths"]["/predict/diabetes"]["post"]["requestBody"]["content"]
+
+
+@pytest.mark.parametrize("form", ["string", "object", "named"])
+def test_pictures_are_instances_of_v1(bundled: Server, form: str) -> None:
+    files = [(ROOT / "models/digits/samples" / f"{name}.png").read_bytes() for name in (7, 7)]
+    texts = [base64.b64encode(file).decode() for file in files]
+    rows: list[Any] = texts if form == "string" else [{"b64": text} for text in texts]
+    rows = [{"image": row} for row in rows] if form == "named" else rows
+    native = bundled.post("/predict/digits", content=files[0], headers={"content-type": "image/png"})
+    expected = native.json()["outputs"]["logits"][0]
+    answer = bundled.post("/v1/models/digits:predict", json={"instances": rows})
+    assert answer.json() == {"predictions": [expected, expected]}
+    whole = bundled.post("/v1/models/digits:predict", json={"inputs": {"image": rows[:1]}})
+    assert whole.status_code == (422 if form == "named" else 200)
+    wrong = bundled.post("/v1/models/digits:predict", json={"instances": [{"b64": "?"}]})
+    assert (wrong.status_code, wrong.json()["code"]) == (422, "invalid_input")
+    assert "base64" in wrong.json()["error"]

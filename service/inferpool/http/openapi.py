@@ -10,6 +10,7 @@ from inferpool.http.native.schemas import Problem
 from inferpool.http.openai.api import TEXT_APIS
 from inferpool.http.openai.openapi import OPENAI_ERROR, text_paths
 from inferpool.http.openapi_parts import Document, error_responses
+from inferpool.http.platforms.openapi import platform_paths
 from inferpool.http.predict.api import InferenceApi
 from inferpool.http.v1.openapi import v1_paths
 from inferpool.http.v2.api import V2_API
@@ -48,7 +49,14 @@ def complete(document: Document, catalog: Catalog) -> Document:
         responses.update({f"{name}{status}": response for status, response in errors.items()})
     return {
         **document,
-        "paths": {**predict_paths(views), **paths, **infer_paths(views), **v1_paths(), **text_paths()},
+        "paths": {
+            **predict_paths(views),
+            **paths,
+            **infer_paths(views),
+            **v1_paths(),
+            **text_paths(),
+            **platform_paths(),
+        },
         "components": {**components, "schemas": schemas, "responses": responses},
     }
 

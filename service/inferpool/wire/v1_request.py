@@ -36,6 +36,7 @@ from inferpool.wire.native_json import (
 from inferpool.wire.nested_lists import completed, read_nested
 
 _FIELDS: Final = ("instances", "inputs", "signature_name", "parameters")
+_BASE64: Final = "b64"
 
 
 class InstancesRequest:
@@ -67,6 +68,28 @@ class InstancesRequest:
         self._extracted = extracted
         self._allowance = allowance
         self.timeout_ms, self.priority = read_parameters(fields.get("parameters"))
+
+    def texts_of(self, name: str) -> list[str] | None:
+        """Return the strings that are sent for the input `name`, one a row; None if it has others.
+
+        TensorFlow Serving's clients put files into objects: `{"b64": "…"}`.
+        """
+        rows = self._value
+        if self.by_columns:
+            rows = rows.get(name, rows) if isinstance(rows, dict) else rows
+            rows = rows if isinstance(rows, list) else [rows]
+        if not isinstance(rows, list) or not rows:
+            return None
+        texts = []
+        for row in rows:
+            is_named = not self.by_columns and isinstance(row, dict) and row.keys() == {name}
+            value = row[name] if is_named else row
+            if isinstance(value, dict) and value.keys() == {_BASE64}:
+                value = value[_BASE64]
+            if not isinstance(value, str):
+                return None
+            texts.append(value)
+        return texts
 
     def tensors(self, signature: Signature) -> Tensors:
         """Return the inputs as `signature` takes them; may be called once. Raises InvalidInput."""

@@ -75,7 +75,7 @@ class PlatformApi(InferenceApi):
         allow_rows(content, allowance)
         request = parse_either(content, allowance)
         if isinstance(request, InstancesRequest):
-            body = open_instances(request)
+            body = open_instances(request, allowance)
             body.options = _named(head, body.options, body.options.answer)
         else:
             body = open_request(request, allowance)

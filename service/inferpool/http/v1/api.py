@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import orjson
 
 from inferpool.allowance import Allowance
+from inferpool.codecs.base64_files import read_base64
 from inferpool.errors import InferpoolError, UnsupportedMediaType
 from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON
 from inferpool.http.native.bodies import allow_rows
@@ -62,7 +63,7 @@ class V1Api(InferenceApi):
             )
         body = as_bytes(data)
         allow_rows(body, allowance)
-        return open_instances(parse_instances(body, allowance))
+        return open_instances(parse_instances(body, allowance), allowance)
 
     def answers_json(self, head: RequestHead, options: Options) -> bool:
         """Whether the answer is JSON: always."""
@@ -87,14 +88,15 @@ class V1Api(InferenceApi):
         return orjson.dumps({"error": error.detail, "code": error.code})
 
 
-def open_instances(request: InstancesRequest) -> Body:
+def open_instances(request: InstancesRequest, allowance: Allowance) -> Body:
     """Return the body of a request with instances."""
-    return _InstancesBody(request)
+    return _InstancesBody(request, allowance)
 
 
 class _InstancesBody(Body):
-    def __init__(self, request: InstancesRequest) -> None:
+    def __init__(self, request: InstancesRequest, allowance: Allowance) -> None:
         self._request = request
+        self._allowance = allowance
         self.options = Options(
             timeout_ms=request.timeout_ms,
             priority=request.priority,
@@ -102,7 +104,12 @@ class _InstancesBody(Body):
         )
 
     def tensors(self, served: ServedVersion) -> Tensors:
-        return self._request.tensors(served.signature)
+        image = served.view.image
+        texts = None if image is None else self._request.texts_of(image.input)
+        if image is None or texts is None:
+            return self._request.tensors(served.signature)
+        files = read_base64(image.input, texts, self._allowance)
+        return image.decode_rows(files, len(texts), self._allowance)
 
 
 V1_API: Final = V1Api()

@@ -1,4 +1,4 @@
-"""The predict routes of `/v1` in the OpenAPI document. The paths of platforms are theirs, and not in it."""
+"""The predict routes of `/v1` in the OpenAPI document."""
 
 from __future__ import annotations
 
