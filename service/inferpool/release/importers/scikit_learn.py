@@ -30,7 +30,7 @@ import pandas as pd
 import skl2onnx
 import sklearn
 from skl2onnx.common.data_types import FloatTensorType, StringTensorType
-from sklearn.base import is_classifier, is_regressor
+from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
 FEATURES = "features"
 
@@ -38,7 +38,7 @@ FEATURES = "features"
 def main(source: Path, example: Path, out: Path) -> None:
     """Convert `source`; exits with a message if it is nothing that predicts."""
     model = joblib.load(source)
-    if not (is_classifier(model) or is_regressor(model)):
+    if not isinstance(model, BaseEstimator) or not (is_classifier(model) or is_regressor(model)):
         sys.exit(f"{type(model).__name__} is no classifier and no regressor")
     if is_classifier(model) and not hasattr(model, "predict_proba"):
         sys.exit(f"{type(model).__name__} gives no probabilities; SVC gives some with probability=True")
