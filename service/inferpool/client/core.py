@@ -181,7 +181,7 @@ class Core:
                 return (yield from self._infer_as(known, model, arrays, options, deadline))
         except InvalidInput:
             # The model may take other inputs than it did when it was asked.
-            self._known.pop(key)
+            self._known.pop(key, None)
             newest = yield from self._find_out(key, model, options, deadline)
             if newest is None or newest == known:
                 raise
