@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from inferpool.http.predict.response_cache import HASHED_BYTES
 from inferpool.pool.ports import VersionKey
 
+from tests.http.connection import fakes
 from tests.http.connection.fakes import FakeConnection, Harness
 
 BODY = b'{"inputs": [[1, 2]]}'
@@ -255,3 +257,21 @@ def test_every_request_ends_once_in_whatever_order_things_happen(seed: int) -> N
         assert len(client.transport.responses()) == (0 if client in lost else 1)
     cached.assert_idle()
     assert all(not cache.flights for cache in cached.harness.cache._versions.values())
+
+
+def test_outputs_that_cannot_be_kept_are_sent_all_the_same(
+    cached: Cached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(output: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(FakeOutputs, "copy", fail)
+    monkeypatch.setattr(fakes.np, "zeros", lambda shape, dtype: np.ones(shape, dtype).view(FakeOutputs))
+    clients = [cached.send(), cached.send()]
+    cached.run()
+    assert [told(client)[0] for client in clients] == [200, 200]
+    cached.assert_idle()
+
+
+class FakeOutputs(np.ndarray):
+    """Outputs for whose copy there is no memory."""

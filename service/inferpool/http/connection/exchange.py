@@ -244,9 +244,9 @@ class Exchange:
             return
         self._move(ENCODING)
         context = self._context
-        if context.leads:
-            self._predictor.land(context, result)
         try:
+            if context.leads:
+                self._predictor.land(context, result)
             if context.answer_bytes or context.open_answer:
                 threads = self._predictor.weigh_answer(context, result, self._connection.client)
                 if threads is not None:

@@ -108,7 +108,11 @@ class SingleFlight:
             del cache.flights[key]
         if outputs is not None:
             shelf = "" if context.tenant is None else context.tenant.name
-            cache.keep(shelf, key, outputs, again=bool(followers))
+            try:
+                cache.keep(shelf, key, outputs, again=bool(followers))
+            except Exception:
+                # The outputs are sent all the same.
+                log.warning("an answer could not be cached", exc_info=True)
         if flight is None or not followers:
             context.flight = None
             return
