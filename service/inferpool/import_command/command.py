@@ -11,9 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Final
 
 from inferpool.errors import ConfigError, InferpoolError, InvalidInput
 from inferpool.release import importers
@@ -21,13 +19,16 @@ from inferpool.release.build import script_command
 from inferpool.repository.layout import is_model_name
 from inferpool.settings import CHECK_SETTINGS, add_flags
 from inferpool.system.files import printable
-from inferpool.tensors import Array
 
 FRAMEWORKS: Final = {"scikit-learn": "scikit_learn.py", "torch": "torch_program.py"}
 _BY_SUFFIX: Final = {
     ".joblib": "scikit-learn", ".pkl": "scikit-learn", ".pickle": "scikit-learn", ".pt2": "torch",
 }  # fmt: skip
 _SAMPLE_ROWS: Final = 3
+
+if TYPE_CHECKING:
+    # It imports numpy, whose threads the command must not start before it serves.
+    from inferpool.tensors import Array
 
 
 def add_import_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -68,6 +69,8 @@ def run_import_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int
 
 
 def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    import numpy as np
+
     source: Path = chosen["source"]
     target: Path = chosen["to"]
     framework = chosen["framework"] or _BY_SUFFIX.get(source.suffix.lower())
@@ -99,6 +102,8 @@ def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str,
 
 def read_example(path: Path) -> dict[str, Array]:
     """Return the columns, or arrays, of an example by name; raises InvalidInput and OSError."""
+    import numpy as np
+
     suffix = path.suffix.lower()
     if suffix in (".npy", ".npz"):
         try:
@@ -120,6 +125,8 @@ def read_example(path: Path) -> dict[str, Array]:
 
 
 def _column(texts: Sequence[str]) -> Array:
+    import numpy as np
+
     try:
         return np.array([float(text) for text in texts])
     except ValueError:
@@ -181,6 +188,8 @@ def _keep(
     environ: Mapping[str, str],
 ) -> list[str]:
     """Ask the converted model about every row of the example; keep it if its answers are the framework's."""
+    import numpy as np
+
     try:
         from inferpool.client import Client, Prediction
         from inferpool.predict_command.command import local_settings
