@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -173,6 +174,12 @@ def test_the_pool_knows_no_event_loop_and_no_clock(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted((PACKAGE / "http").rglob("*.py")), ids=path_of)
 def test_the_web_side_holds_nothing_beyond_the_seam(file: Path) -> None:
     assert not [module for module in imports_of(file) if module.startswith(SEAM)]
+
+
+def test_the_command_imports_numpy_only_once_it_knows_what_to_do() -> None:
+    """Else it starts slowly, and `serve` sets variables too late that numpy reads when it is imported."""
+    code = "import sys, inferpool.cli; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_module_has_a_rank() -> None:
