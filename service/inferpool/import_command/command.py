@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from inferpool.errors import ConfigError, InferpoolError, InvalidInput
 from inferpool.release import importers
-from inferpool.release.build import script_command
 from inferpool.repository.layout import is_model_name
 from inferpool.settings import CHECK_SETTINGS, add_flags
 from inferpool.system.files import printable
@@ -69,7 +68,10 @@ def run_import_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int
 
 
 def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    # Late, because these import a lot that no other command needs.
     import numpy as np
+
+    from inferpool.release.build import script_command
 
     source: Path = chosen["source"]
     target: Path = chosen["to"]
