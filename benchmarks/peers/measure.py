@@ -26,7 +26,7 @@ from benchmarks.peers.workloads import ROOT, Sample, Workload, is_right, model_f
 ANSWER_S = 60
 WARM_S = 1
 CAPACITY_S = 4
-"""Shortest time to find a capacity in seconds, because some servers answer in bursts; a trial takes less."""
+"""Shortest time to find a capacity in seconds: some servers answer in bursts."""
 
 LIMIT_S = 1.0
 """Seconds after which an answer under overload no longer counts."""
@@ -84,8 +84,7 @@ def overload(
     """Find the capacity in a closed loop, then offer twice that rate in an open loop."""
     [connections] = workload.levels
     closed_loop(port, asked[1], connections, WARM_S)
-    length = max(seconds, min(2 * seconds, CAPACITY_S))
-    capacity = closed_loop(port, asked[1], connections, length)["requests_per_s"]
+    capacity = closed_loop(port, asked[1], connections, max(seconds, CAPACITY_S))["requests_per_s"]
     if not capacity:
         raise ServerError("answers nothing under load")
     record = open_loop(port, asked[1], 2 * capacity, seconds + 1, LIMIT_S)

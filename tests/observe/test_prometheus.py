@@ -31,6 +31,8 @@ DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "inferpool.
 LOAD_S = 14
 CRASHING = "inferpool-crashing"
 """The job of the server whose processes end."""
+SLOW_S = 0.25
+"""The rules take requests that last longer for slow."""
 PAUSE_S = 0.03
 """A client's pause between two requests: the rates are to be there, not to be high."""
 GPU_PANELS = {
@@ -43,11 +45,12 @@ UNUSED_PANELS = {"Days until the certificate expires", "Requests by the cache"}
 
 
 class Sent(NamedTuple):
-    """A request: its model, the Unix time of its response, and the status."""
+    """A request: its model, the Unix time of its response, the status, and the seconds that it took."""
 
     model: str
     at: float
     status: int
+    took_s: float
 
 
 class Load:
@@ -98,8 +101,9 @@ class Load:
                 trace = f"{number:032x}"
                 self.traces.add(trace)
                 headers = {"traceparent": f"00-{trace}-{1:016x}-01"}
+            began = time.monotonic()
             reply = await client.post(f"/predict/{model}", body, headers)
-            self.sent.append(Sent(model, time.time(), reply.status))
+            self.sent.append(Sent(model, time.time(), reply.status, time.monotonic() - began))
             await asyncio.sleep(PAUSE_S)
         await client.close()
 
@@ -227,14 +231,20 @@ def test_every_rule_can_be_evaluated(watched: Watched) -> None:
 
 
 def test_recorded_ratios_are_those_of_the_load(watched: Watched) -> None:
-    """The recorded share of failures is that of the failed requests, and 0 if none failed."""
+    """The recorded share of failures is that of the failed requests, and 0 if none failed.
+
+    No request that was quick for its client counts as slow.
+    """
     prometheus, load = watched
     end = load.ended
     wrong, right = load.count("ill", 500), load.count("ill", 200)
     ratio = prometheus.value('inferpool:request_errors:ratio_rate5m{model="ill"}', end)
     assert ratio == pytest.approx(wrong / (wrong + right), rel=0.3)
     assert prometheus.value('inferpool:request_errors:ratio_rate5m{model="diabetes"}', end) == 0
-    assert prometheus.value('inferpool:requests_slow:ratio_rate5m{model="diabetes"}', end) < 0.01
+    took = [sent.took_s for sent in load.sent if sent.model == "diabetes"]
+    slow = sum(seconds > SLOW_S for seconds in took) / len(took)  # 0, but on a busy machine
+    ratio = prometheus.value('inferpool:requests_slow:ratio_rate5m{model="diabetes"}', end)
+    assert ratio <= 1.3 * slow + 0.01
     assert prometheus.query('inferpool:requests:rate5m{model=""}', end) == []
 
 
