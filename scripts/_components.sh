@@ -2,7 +2,7 @@
 # Sourced by scripts/test and .ci/run: the real programs that tests start, and the packages of Debian that have them.
 
 # One line each: what must be there, the Debian packages, the tests that need it.
-COMPONENTS='chromium|chromium|the page /docs in a browser
+COMPONENTS='chromium|chromium|the pages / and /docs in a browser
 curl|curl|the commands of the documents
 docker-registry|docker-registry|models in a registry
 haproxy|haproxy|a rolling update behind a load balancer

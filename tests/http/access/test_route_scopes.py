@@ -110,7 +110,7 @@ ODD = [
     *("/models/m/1/", "/models/m%2f1", "/MODELS", "/./models", "/models;x", "/metrics/", "/metrics?a"),
     *("/docs/", "/docs/files/", "/docs/files/../files/swagger-ui.css", "/openapi.json/", "/v2/models/"),
     *("/v2//models", "/v2/models/m/infer/", "/v2/models/m/versions/1/infer?x", "/health/../models"),
-    *("/health/%2e%2e/models", "/health?/models", "//", "/nothing", "/favicon.ico", "*"),
+    *("/health/%2e%2e/models", "/health?/models", "/;", "/nothing", "/favicon.ico", "*"),
 ]
 
 
