@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inferpool.grpc_api.messages import message
+from inferpool.grpc_api.messages import SERVICE, message
 from inferpool.grpc_api.translation import _FIELDS
 from inferpool.tensors import DTYPES
 
@@ -108,6 +108,23 @@ def test_raw_and_typed_contents_are_the_bits_of_rest(
             np.testing.assert_array_equal(np.array(found, dtype), np.array(elements, dtype))
         else:
             assert list(found) == elements
+
+
+DAMAGED = ("INVALID_ARGUMENT", "NOT_FOUND", "OK")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_message_is_the_fault_of_its_client(caller: Caller, data: st.DataObject) -> None:
+    """Whatever the bytes are, nothing but the call itself fails."""
+    request = raw_request("INT64", "x0", "INT64", (1, 2), bytes(16))
+    request.parameters["priority"].int64_param = 1
+    whole = bytearray(request.SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    sent = bytes(whole[: data.draw(st.integers(0, len(whole)))]) + data.draw(st.binary(max_size=4))
+    call = caller.channel.unary_unary(f"/{SERVICE}/ModelInfer").future(sent, timeout=60)
+    assert call.code().name in DAMAGED, call.details()
 
 
 def split(data: bytes) -> list[bytes]:

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 import orjson
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
 from inferpool.errors import BodyTooLarge, InferpoolError, InternalError, MalformedBody, Overloaded
@@ -34,7 +35,10 @@ _PASSED_ON: Final = frozenset({"authorization", "x-api-key", "x-request-id", "tr
 _KEYS: Final = frozenset({"authorization", "x-api-key"})
 _RETURNED: Final = (b"x-request-id", b"server-timing", b"retry-after")
 """Headers of the response that become metadata behind it."""
-_EXTENSIONS: Final = ("classification", "model_repository", "parameters", "schedule_policy")
+_EXTENSIONS: Final = (
+    *("classification", "model_configuration", "model_repository", "parameters", "schedule_policy"),
+    "statistics",
+)
 """The extensions of `/v2` that are here, too."""
 _LONGEST_S: Final = 10_000_000.0
 """A longer deadline is none."""
@@ -61,6 +65,8 @@ class Service:
             "ModelReady": self.model_ready,
             "ServerMetadata": self.server_metadata,
             "ModelMetadata": self.model_metadata,
+            "ModelConfig": self.model_config,
+            "ModelStatistics": self.model_statistics,
             "RepositoryIndex": self.repository_index,
             "RepositoryModelLoad": self.repository_model_load,
             "RepositoryModelUnload": self.repository_model_unload,
@@ -151,20 +157,33 @@ class Service:
         """The server and its extensions."""
         fields = orjson.loads((await self.ask(context, "GET", "/v2")).body)
         fields["extensions"] = [name for name in fields["extensions"] if name in _EXTENSIONS]
-        return serialized("ServerMetadataResponse", **fields)
+        return from_json("ServerMetadataResponse", fields)
 
     async def model_metadata(self, data: bytes, context: Context) -> bytes:
         """The inputs and outputs of a model."""
         request = parse("ModelMetadataRequest", data)
         answer = await self.ask(context, "GET", model_path(request.name, request.version, ""))
-        return serialized("ModelMetadataResponse", **orjson.loads(answer.body))
+        return from_json("ModelMetadataResponse", orjson.loads(answer.body))
+
+    async def model_config(self, data: bytes, context: Context) -> bytes:
+        """The configuration of a model, in Triton's form."""
+        request = parse("ModelConfigRequest", data)
+        answer = await self.ask(context, "GET", model_path(request.name, request.version, "/config"))
+        return from_json("ModelConfigResponse", {"config": orjson.loads(answer.body)})
+
+    async def model_statistics(self, data: bytes, context: Context) -> bytes:
+        """Statistics of the versions of a model, or of all models if the call names none."""
+        request = parse("ModelStatisticsRequest", data)
+        path = model_path(request.name, request.version, "/stats") if request.name else "/v2/models/stats"
+        answer = await self.ask(context, "GET", path)
+        return from_json("ModelStatisticsResponse", orjson.loads(answer.body))
 
     async def repository_index(self, data: bytes, context: Context) -> bytes:
         """Every version in the repository, and its state."""
         request = parse("RepositoryIndexRequest", data)
         body = orjson.dumps({"ready": request.ready})
         answer = await self.ask(context, "POST", "/v2/repository/index", parts=[body])
-        return serialized("RepositoryIndexResponse", models=orjson.loads(answer.body))
+        return from_json("RepositoryIndexResponse", {"models": orjson.loads(answer.body)})
 
     async def repository_model_load(self, data: bytes, context: Context) -> bytes:
         """Load a model."""
@@ -286,6 +305,12 @@ def parse(name: str, data: bytes) -> Any:
 def serialized(kind: str, /, **fields: Any) -> bytes:
     """Return the message `kind` with `fields`, serialized."""
     found: bytes = message(kind)(**fields).SerializeToString()
+    return found
+
+
+def from_json(kind: str, fields: Any) -> bytes:
+    """Return the message `kind` with those of the `fields` of `/v2` that it has, serialized."""
+    found: bytes = ParseDict(fields, message(kind)(), ignore_unknown_fields=True).SerializeToString()
     return found
 
 

@@ -207,7 +207,7 @@ def _packed(tensor: Any) -> bytearray | memoryview:
             tensor=name[1:-1],
             got=int(outside),
         )
-    return memoryview(packed.view(np.uint8))
+    return packed.view(np.uint8).data
 
 
 def _strings(data: memoryview) -> Iterable[bytes]:

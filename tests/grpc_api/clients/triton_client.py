@@ -51,6 +51,11 @@ def main(address: str) -> None:
         back = client.infer("BYTES", [given]).as_numpy("y0")
         assert [text.decode() for text in back.reshape(-1)] == list(TEXTS.reshape(-1))
 
+        config = client.get_model_config("digits", as_json=True)["config"]
+        assert (config["name"], config["input"][0]["data_type"]) == ("digits", "TYPE_FP32")
+        [counted] = client.get_inference_statistics("digits").model_stats
+        assert (counted.name, counted.inference_count) == ("digits", 6)
+
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         client.async_infer("digits", [image()], lambda result, error: answers.put(result))
         assert np.array_equal(answers.get(timeout=60).as_numpy("logits"), logits)
