@@ -20,7 +20,7 @@ from PIL import Image
 from tests.chaos.inferpool_chaos import WAIT
 from tests.conftest import MakeChaos, Serve, in_both_engines
 from tests.explain.models import seven
-from tests.onnx_models import constant, value, write_model
+from tests.onnx_models import constant, value, write_identity, write_model
 from tests.people_model import write_people
 from tests.server import ROOT, Server, wait_until
 
@@ -40,6 +40,7 @@ def repository(models: Path, module_make_chaos: MakeChaos) -> Path:
     for name in ("digits", "diabetes", "next-word"):
         shutil.copytree(models / name, folder / name)
     write_spotlight(folder)
+    write_identity(folder, "scalar", ["FP32"], [])
     return write_people(folder)
 
 
@@ -216,6 +217,12 @@ def test_a_model_that_is_not_batched_is_explained_too(server: Server) -> None:
         )
         assert (found["value"], found["base"]) == (31.0, 1.0)
         assert [part["contribution"] for part in found["contributions"]] == pytest.approx([3, 6, 9, 12])
+
+
+def test_a_number_without_dimensions_is_a_column(server: Server) -> None:
+    [found] = explain(server, "/explain/scalar", json={"inputs": 5.0})
+    assert (found["value"], found["base"]) == (5.0, 0.0)
+    assert found["contributions"] == [{"input": "x0", "contribution": 5.0, "standard_error": 0.0}]
 
 
 def test_other_platforms_paths_give_the_same_answer(server: Server) -> None:

@@ -36,7 +36,7 @@ from inferpool.http.problems import STATUSES, as_problem
 from inferpool.http.v1.api import MODELS, V1_API
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import LOWEST_PRIORITY, Entry, Result
-from inferpool.tensors import check_outputs
+from inferpool.tensors import Tensors, check_outputs
 
 MOST_AT_ONCE: Final = 4
 """Explanations that a process makes at a time; each has a thread and the memory of a few batches."""
@@ -213,6 +213,7 @@ class Explanations:
             if not work.done():
                 await asyncio.wait([work])
             predictor.decoded(context)
+            context.input_bytes = 0  # from here on the request stands for its passes, each with its own bytes
 
     def _open(self, context: PredictContext, body: bytes, query: ExplainQuery) -> list[Subject]:
         """Decode a body, in a thread, as `Predictor.decode` does, and divide its rows into features."""
@@ -232,7 +233,8 @@ class Explanations:
         if options.version is not None and head.version is None and head.model is not None:
             served = context.served = predictor.resolver.find(head.model, options.version, context)
         tensors = opened.tensors(served)
-        rows = _rows_of(served, len(next(iter(tensors.values()), ())))
+        context.input_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        rows = _rows_of(served, tensors)
         if not 1 <= rows <= MOST_ROWS:
             raise InvalidInput(f"the request has {rows} rows; 1 to {MOST_ROWS} are explained at a time")
         if served.view.text is not None and served.view.text.input not in tensors:
@@ -305,9 +307,11 @@ async def _disconnected(request: Request) -> None:
             pass
 
 
-def _rows_of(served: ServedVersion, first_dimension: int) -> int:
+def _rows_of(served: ServedVersion, tensors: Tensors) -> int:
     """Return how many rows a request has that are explained one by one."""
-    return first_dimension if served.view.batching.enabled or served.view.text is not None else 1
+    if served.view.text is not None and served.view.text.input in tensors:
+        return len(tensors[served.view.text.input])
+    return served.rows(tensors) if served.view.batching.enabled else 1
 
 
 _ANSWER: Final = (

@@ -84,7 +84,7 @@ class Subject:
         rows = perturbed_rows(self._inputs, masks)
         for number in range(len(masks) * self.baselines):
             yield {
-                name: tensor[number] if self._apart else tensor[number : number + 1]
+                name: tensor[number, ...] if self._apart else tensor[number : number + 1]
                 for name, tensor in rows.items()
             } | self._fixed
 
