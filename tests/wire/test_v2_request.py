@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from inferpool.errors import InvalidInput, MalformedBody, RequestError
+from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody, RequestError
 from inferpool.tensors import ANY, Signature, TensorSpec
 from inferpool.wire.v2_request import RequestedOutput, parse_infer
 
@@ -253,3 +253,9 @@ def test_a_shape_with_too_many_sizes_is_refused_with_a_short_message() -> None:
     with pytest.raises(InvalidInput, match="at most 32 sizes") as caught:
         parse_infer(orjson.dumps({"inputs": [tensor]}), None)
     assert len(caught.value.detail) < 500
+
+
+def test_a_raw_text_is_bounded_as_others_are() -> None:
+    signature = Signature((TensorSpec("x", "BYTES", (ANY,)),), ())
+    with pytest.raises(BodyTooLarge, match='tensor "x" has 1 strings, which take 17825896 bytes of memory'):
+        parse_infer(b"a" * (17 * 2**20), 0).tensors(signature)

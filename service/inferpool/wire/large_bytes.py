@@ -77,6 +77,8 @@ def lines_as_list(content: bytes, name: bytes) -> bytes:
             expected=_MOST_LINES,
             got=lines,
         )
+    if not lines:
+        return b"".join((b'{"%b":[' % name, content, b"]}"))
     joined = BytesIO()
     joined.write(b'{"%b":[' % name)
     before = b""

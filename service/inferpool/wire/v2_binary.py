@@ -88,6 +88,7 @@ def from_raw(signature: Signature, body: bytes | memoryview) -> Tensors:
     if spec.datatype == "BYTES":
         if any(size not in (ANY, 1) for size in shape):
             raise _not_raw(spec)
+        _reserve_texts(spec, 1, len(body), UNLIMITED)
         texts = _texts(spec, (1,) * len(shape), _LENGTH.pack(len(body)) + body)
         return {spec.name: texts}
     if shape.count(ANY) > 1 and shape[0] == ANY:
