@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from inferpool import cli
 from inferpool.client.content import Sentences
+from inferpool.errors import Conflict
+from inferpool.predict_command.finished_chunks import Finished, FinishedChunks
 from inferpool.predict_command.rows_in import open_source
 
 from tests.server import Server, wait_until
@@ -145,6 +147,24 @@ def test_errors_of_every_row_end_the_run(
         predict(server, "diabetes", tmp_path / "narrow.npy", "-o", tmp_path / "out.csv", "--keep-errors") == 1
     )
     assert "every row of the first 40 has an error" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out.csv.parts")
+    (tmp_path / "none.csv").write_text(",".join(COLUMNS))
+    assert predict(server, "diabetes", tmp_path / "none.csv", "-o", tmp_path / "out.csv") == 1
+    assert "the file has no rows" in capsys.readouterr().err
+
+
+def test_another_run_does_not_mix_its_rows_with_those_of_an_earlier_one(tmp_path: Path) -> None:
+    chunk = Finished(0, {"y": np.ones(2)}, ["", ""])
+    first = FinishedChunks(tmp_path / "out.csv", {"model": "a"})
+    first.add(chunk)
+    with pytest.raises(Conflict, match="another run writes"):
+        FinishedChunks(tmp_path / "out.csv", {"model": "a"})
+    first.close()
+    with pytest.raises(Conflict, match="of a run with another file, model or option"):
+        FinishedChunks(tmp_path / "out.csv", {"model": "b"})
+    again = FinishedChunks(tmp_path / "out.csv", {"model": "a"})
+    assert again.starts() == {0}
+    again.close()
     assert not (tmp_path / "out.csv").exists()
 
 

@@ -57,18 +57,21 @@ class FinishedChunks:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             raise Conflict(f"another run writes {output}") from None
         self._lock.seek(0)
         text = self._lock.read()
         mine = json.dumps(plan, sort_keys=True)
         if text and text != mine and self.starts():
+            self._lock.close()
             raise Conflict(
                 f"{self.folder} is of a run with another file, model or option; repeat that one, or remove"
                 " the folder"
             )
-        self._lock.truncate(0)
-        self._lock.write(mine)
-        self._lock.flush()
+        if text != mine:
+            self._lock.truncate(0)
+            self._lock.write(mine)
+            self._lock.flush()
 
     def starts(self) -> set[int]:
         """The first rows of the chunks that are finished."""

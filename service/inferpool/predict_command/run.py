@@ -97,6 +97,8 @@ def predict_file(
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
+    if not rows:
+        raise InvalidInput("the file has no rows")
     errors = sum(bool(error) for chunk in store.read() for error in chunk.errors)
     write_output(output, store.read, with_errors=options.keep_errors)
     store.remove()
