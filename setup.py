@@ -34,8 +34,8 @@ HOT_PATH = [
         "native/api", "native/bodies", "openai/api", "platforms/api", "v1/api", "v2/api")),
     *(f"{SOURCE}/pool/{name}.py" for name in (
         "admission", "audit", "background_load", "batch", "completion", "device_accounts", "entry_queue",
-        "fair_shares", "instance", "instance_set", "latency_model", "ordered_queue", "pool", "ports", "retries",
-        "router", "splitting", "stats", "token_buckets", "waiting_entries")),
+        "fair_shares", "instance", "instance_set", "latency_model", "ordered_queue", "pool", "ports",
+        "retries", "router", "splitting", "stats", "token_buckets", "waiting_entries")),
     *(f"{SOURCE}/engine/{name}.py" for name in (
         "arena", "channel", "client", "client_router", "engine_port", "entry_blocks", "entry_sender",
         "event_loop", "full_queues", "lent_bodies", "pending_entry", "questions", "records",
