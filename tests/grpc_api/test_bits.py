@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -163,6 +164,9 @@ def test_a_message_that_is_too_large_is_refused(caller: Caller) -> None:
     most = 64 * 2**20
     error = caller.refused(raw_request("INT8", "x0", "INT8", (1, most), bytes(most)))
     assert error.code().name == "RESOURCE_EXHAUSTED"
+    with pytest.raises(grpc.RpcError) as raised:
+        caller.call("ModelReady", name="x" * 100_000)
+    assert raised.value.code().name == "RESOURCE_EXHAUSTED"
 
 
 def test_a_large_message_comes_back_whole(caller: Caller) -> None:

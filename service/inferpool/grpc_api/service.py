@@ -28,6 +28,8 @@ Call: TypeAlias = Callable[[bytes, Context], Awaitable[bytes]]
 
 PARSED_COPIES: Final = 16
 """How many times its own size a message of many small members takes once it is parsed."""
+MOST_SMALL_BYTES: Final = 64 * 1024
+"""Size of the largest message of a call that does not infer."""
 _LARGE_BYTES: Final = 256 * 1024
 """Typed contents of more bytes are translated in a thread, so that other calls go on."""
 _PASSED_ON: Final = frozenset({"authorization", "x-api-key", "x-request-id", "traceparent", "tracestate"})
@@ -72,16 +74,17 @@ class Service:
             "RepositoryModelUnload": self.repository_model_unload,
         }
         return {
-            "ModelInfer": self.unary(self.model_infer, asks_key=self._needs_key),
+            "ModelInfer": self.unary(self.model_infer, infers=True),
             **{name: self.unary(call) for name, call in calls.items()},
         }
 
-    def unary(self, call: Call, *, asks_key: bool = False) -> grpc.RpcMethodHandler[Any, Any]:
+    def unary(self, call: Call, *, infers: bool = False) -> grpc.RpcMethodHandler[Any, Any]:
         """Return a handler that reads one message within the budget, and answers it by `call`.
 
         On the wire, a call with one message is the same as a stream of one message. Of a stream, the server
-        decides itself when to read. With `asks_key`, the message of a client without a key is not read.
+        decides itself when to read. Calls that do not infer have small messages.
         """
+        asks_key = infers and self._needs_key
 
         async def answer(_: Any, context: Context) -> bytes:
             try:
@@ -92,6 +95,10 @@ class Service:
                     data = await received.read(context.read)
                     if data is grpc.aio.EOF:
                         raise MalformedBody("the call has no message; send one")
+                    if not infers and len(data) > MOST_SMALL_BYTES:
+                        raise BodyTooLarge(
+                            f"the message has {len(data)} bytes; this call takes {MOST_SMALL_BYTES}"
+                        )
                     return await call(data, context)
                 finally:
                     received.close()
