@@ -11,12 +11,14 @@ from typing import Any
 
 import grpc
 import pytest
+from inferpool.errors import ConfigError
 from inferpool.grpc_api.client_line import _address
 from inferpool.grpc_api.message_budget import MessageBudget
 from inferpool.grpc_api.messages import message
 from inferpool.grpc_api.rest_client import RestAnswer
 from inferpool.grpc_api.service import Service
 from inferpool.grpc_api.tls_credentials import TlsCredentials
+from inferpool.http.access.make_gate import check_exposure
 from inferpool.http.access.tls import TlsFiles
 from inferpool.http.problems import GRPC_STATUSES, STATUSES
 from inferpool.settings import Settings
@@ -273,6 +275,13 @@ def test_a_port_that_is_taken_ends_the_start(serve: Serve, make_chaos: MakeChaos
         port = taken.getsockname()[1]
         with pytest.raises(AssertionError, match="--grpc-port choose another address"):
             serve(make_chaos("m"), "--grpc-port", str(port))
+
+
+def test_grpc_is_exposed_although_http_has_a_unix_socket(tmp_path: Path) -> None:
+    settings = Settings(host="0.0.0.0", unix_socket=tmp_path / "s", admin_routes="on")
+    check_exposure(settings)
+    with pytest.raises(ConfigError, match=r"everyone who reaches 0\.0\.0\.0"):
+        check_exposure(settings.model_copy(update={"grpc_port": 8001}))
 
 
 def test_the_port_is_a_port() -> None:

@@ -42,8 +42,10 @@ def check_exposure(settings: Settings) -> None:
     """Warn if anyone on the network may use the server; raises ConfigError if anyone may administer it."""
     if has_keys(settings) or settings.tls_client_ca_file is not None:
         return
-    if settings.unix_socket is not None or _is_local(settings.host):
+    if _is_local(settings.host):
         return
+    if settings.unix_socket is not None and settings.grpc_port is None:
+        return  # gRPC listens on `host`, whatever HTTP does
     if settings.admin_routes == "on":
         raise ConfigError(
             f"admin_routes is on, and everyone who reaches {settings.host} could use them; set --keys-file,"
