@@ -88,8 +88,10 @@ def test_memory_of_a_picture_in_short_json_is_counted(serve: Serve, models: Path
         models / "digits", "--in-flight-bytes", str(64 * 2**20), "--memory-bytes", str(256 * 2**20)
     )
     for path, body in (("/predict/digits", {"inputs": [text]}), ("/predict", {"inputs": text})):
-        answer = server.post(path, json=body)
-        assert answer.json()["code"] == "body_too_large", answer.text
+        for spaces in (0, 40_000, 200_000):
+            content = json.dumps(body) + " " * spaces
+            answer = server.post(path, content=content, headers={"content-type": "application/json"})
+            assert answer.json()["code"] == "body_too_large", answer.text
 
 
 def test_the_unregistered_name_of_jpeg_is_taken_too(bundled: Server) -> None:

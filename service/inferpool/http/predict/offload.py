@@ -83,8 +83,8 @@ class DecodeOffloader:
             return True
         if size > HEAVY_CSV_BYTES and head.content_type == CSV:
             return True
-        if size > HEAVY_BYTES:
-            return head.content_type.startswith(_DECODED)
+        if size > HEAVY_BYTES and head.content_type.startswith(_DECODED):
+            return True
         served = context.served
         if served is None:
             return _may_hold_pictures(context, data) and self._takes_pictures()
