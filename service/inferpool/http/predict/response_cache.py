@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import count
 from typing import Any, Final
-from zlib import crc32
 
 import numpy as np
 
@@ -30,8 +29,8 @@ _MOST_EXACT_NUMBERS: Final = 256
 """Tensors of at most so many numbers are a key themselves; larger ones are hashed to 256 bits."""
 _MOST_FORMS: Final = 4096
 """Combinations of tenant, outputs, datatype and shape that have a number; all others are hashed."""
-_SEEN_SLOTS: Final = 1 << 18
-"""Keys of which it is remembered that they have come once. Two may share a slot, which does no harm."""
+_MOST_SEEN: Final = 16 * 1024
+"""Twice as many keys at most are remembered to have come once, by their hashes, in two megabytes."""
 
 NOT_CACHED: Final = 0
 HIT: Final = 1
@@ -98,8 +97,8 @@ class VersionCache:
     """
 
     __slots__ = (
-        "_cache", "_forms", "_numbers", "_prefix", "_seen", "digest", "dropped", "flights", "hits", "kept",
-        "misses", "shared",
+        "_cache", "_forms", "_numbers", "_prefix", "_seen", "_seen_before", "digest", "dropped", "flights",
+        "hits", "kept", "misses", "shared",
     )  # fmt: skip
 
     def __init__(
@@ -111,7 +110,8 @@ class VersionCache:
         self._numbers = numbers
         self._prefix = next(numbers).to_bytes(8, "little")
         self._forms: dict[tuple[Any, ...], bytes] = {}
-        self._seen = bytearray(_SEEN_SLOTS)
+        self._seen: set[Any] = set()
+        self._seen_before: set[Any] = set()
         self.digest = digest
         self.flights: dict[bytes, Any] = {}
         self.kept: dict[bytes, _Kept] = {}
@@ -185,13 +185,14 @@ class VersionCache:
 
         Nothing is kept when a key comes for the first time, unless `again` says that it came several times.
         """
-        checksum = crc32(key)
-        slot = checksum & (_SEEN_SLOTS - 1)
-        mark = checksum >> 24
-        if again or self._seen[slot] == mark:
+        number: Any = hash(key)  # `bytes` keep theirs
+        if again or number in self._seen or number in self._seen_before:
             self._cache.keep(self, shelf, key, outputs)
-        else:
-            self._seen[slot] = mark
+            return
+        self._seen.add(number)
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen_before = self._seen
+            self._seen = set()
 
 
 class ResponseCache:
