@@ -25,6 +25,7 @@ from tests.grpc_api.calls import Caller, metadata_of, raw_request
 from tests.onnx_models import ELEMENTS, write_identity
 from tests.server import Server
 
+MOST_BYTES = 9 * 2**20
 CLIENTS = Path(__file__).parent / "clients"
 
 
@@ -36,7 +37,7 @@ def server(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         write_identity(folder, datatype, [datatype])
     (folder / "digits").symlink_to(ROOT / "models" / "digits")
     variables = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "0"}
-    server = Server(folder, ["--grpc-port", "0"], variables)
+    server = Server(folder, ["--grpc-port", "0", "--max-body-bytes", str(MOST_BYTES)], variables)
     server.wait_loaded()
     yield server
     server.kill()
@@ -84,7 +85,7 @@ def rest(server: Server, datatype: str, shape: tuple[int, int], data: bytes) -> 
     return answer.content[int(answer.headers["inference-header-content-length"]) :]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tensors())
 def test_raw_and_typed_contents_are_the_bits_of_rest(
     server: Server, caller: Caller, tensor: tuple[str, tuple[int, int], bytes]
@@ -114,7 +115,7 @@ def test_raw_and_typed_contents_are_the_bits_of_rest(
 DAMAGED = ("INVALID_ARGUMENT", "NOT_FOUND", "OK")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_message_is_the_fault_of_its_client(caller: Caller, data: st.DataObject) -> None:
     """Whatever the bytes are, nothing but the call itself fails."""
@@ -161,8 +162,7 @@ def test_errors_have_the_status_and_the_code_of_the_catalogue(caller: Caller) ->
 
 
 def test_a_message_that_is_too_large_is_refused(caller: Caller) -> None:
-    most = 64 * 2**20
-    error = caller.refused(raw_request("INT8", "x0", "INT8", (1, most), bytes(most)))
+    error = caller.refused(raw_request("INT8", "x0", "INT8", (1, MOST_BYTES), bytes(MOST_BYTES)))
     assert error.code().name == "RESOURCE_EXHAUSTED"
     with pytest.raises(grpc.RpcError) as raised:
         caller.call("ModelReady", name="x" * 100_000)
