@@ -153,7 +153,10 @@ CANDIDATES: Final = (
 
 
 class _prepared:
-    """The model with its shapes inferred and its graph tidied, as the quantisers want it; else as it is."""
+    """The model with its shapes inferred, as the quantisers want it; else as it is.
+
+    It is not optimised first: some fused operations, such as attention with a causal mask, have no INT8 form.
+    """
 
     def __init__(self, model: Path) -> None:
         self._model = model
@@ -168,7 +171,9 @@ class _prepared:
         # The package logs through the root logger, and advises what is done here.
         root.setLevel(logging.ERROR)
         try:
-            quant_pre_process(str(self._model), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(
+                str(self._model), str(prepared), skip_optimization=True, skip_symbolic_shape=True
+            )
         except Exception:  # noqa: BLE001 - it is advice, and fails for models that quantise well
             shutil.copyfile(self._model, prepared)
         finally:
