@@ -50,9 +50,8 @@ def main() -> None:
                 str(ROOT / "models" / model),
                 "--no-write",
             ]
-            done = subprocess.run(
-                [*command, "--data", str(data), *flags], capture_output=True, text=True, check=False
-            )
+            command += ["--data", str(data), *flags]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{model}: {done.stderr}")
             shown = " ".join(f"'{flag}'" if " " in flag else flag for flag in flags)

@@ -86,7 +86,12 @@ def to_int8_dynamic(model: Path, target: Path, batches: Sequence[Inputs]) -> Non
     """Round weights to INT8 per channel, and inputs of operations by what each run brings."""
     with _prepared(model) as prepared:
         quantize_dynamic(
-            prepared, target, weight_type=QuantType.QInt8, per_channel=True, reduce_range=_no_vnni()
+            prepared,
+            target,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=_no_vnni(),
+            nodes_to_exclude=_attention(prepared),
         )
     _check_changed(target, ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeLSTM"))
 
@@ -153,10 +158,7 @@ CANDIDATES: Final = (
 
 
 class _prepared:
-    """The model with its shapes inferred, as the quantisers want it; else as it is.
-
-    It is not optimised first: some fused operations, such as attention with a causal mask, have no INT8 form.
-    """
+    """The model with its shapes inferred and its graph tidied, as the quantisers want it; else as it is."""
 
     def __init__(self, model: Path) -> None:
         self._model = model
@@ -171,9 +173,7 @@ class _prepared:
         # The package logs through the root logger, and advises what is done here.
         root.setLevel(logging.ERROR)
         try:
-            quant_pre_process(
-                str(self._model), str(prepared), skip_optimization=True, skip_symbolic_shape=True
-            )
+            quant_pre_process(str(self._model), str(prepared), skip_symbolic_shape=True)
         except Exception:  # noqa: BLE001 - it is advice, and fails for models that quantise well
             shutil.copyfile(self._model, prepared)
         finally:
@@ -182,6 +182,12 @@ class _prepared:
 
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
+
+
+def _attention(file: Path) -> list[str]:
+    """Return the names of Attention nodes: the quantiser's form of them knows no causal mask."""
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    return [node.name for node in nodes if node.op_type == "Attention"]
 
 
 def _no_vnni() -> bool:
