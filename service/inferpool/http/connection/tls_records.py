@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from typing import Final
+from typing import Any, Final
 
 RECORD_BYTES: Final = 16 * 1024
 """The longest content of a record."""
@@ -70,12 +70,13 @@ class TlsRecords:
 
         Raises ssl.SSLError if the client breaks TLS.
         """
+        # Not typed: the types of the standard library say that `read` returns bytes, which compiled code checks.
+        tls: Any = self.object
         size, filled = len(memory), 0
         while filled < size and self.has_input():
             most = min(size - filled, _MORE_THAN_A_RECORD)
             try:
-                # The type of the standard library says that this returns bytes.
-                count: int = self.object.read(most, memory[filled:])  # type: ignore[assignment]
+                count: int = tls.read(most, memory[filled:])
             except ssl.SSLWantReadError:
                 self._holds_part = True
                 break
