@@ -70,7 +70,7 @@ class TlsRecords:
 
         Raises ssl.SSLError if the client breaks TLS.
         """
-        # Not typed: the types of the standard library say that `read` returns bytes, which compiled code checks.
+        # Not typed: the standard library says that `read` returns bytes, and compiled code checks types.
         tls: Any = self.object
         size, filled = len(memory), 0
         while filled < size and self.has_input():
