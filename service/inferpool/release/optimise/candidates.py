@@ -84,7 +84,7 @@ def to_fp16(model: Path, target: Path, batches: Sequence[Inputs]) -> None:
 
 def to_int8_dynamic(model: Path, target: Path, batches: Sequence[Inputs]) -> None:
     """Round weights to INT8 per channel, and inputs of operations by what each run brings."""
-    with _prepared(model, fused=False) as prepared:
+    with _prepared(model) as prepared:
         quantize_dynamic(
             prepared,
             target,
@@ -160,10 +160,8 @@ CANDIDATES: Final = (
 class _prepared:
     """The model with its shapes inferred and its graph tidied, as the quantisers want it; else as it is."""
 
-    def __init__(self, model: Path, *, fused: bool = True) -> None:
-        """With `fused` ONNX Runtime fuses operations first."""
+    def __init__(self, model: Path) -> None:
         self._model = model
-        self._fused = fused
         self._folder = tempfile.TemporaryDirectory(prefix="inferpool-")
 
     def __enter__(self) -> Path:
@@ -175,9 +173,7 @@ class _prepared:
         # The package logs through the root logger, and advises what is done here.
         root.setLevel(logging.ERROR)
         try:
-            quant_pre_process(
-                str(self._model), str(prepared), skip_optimization=not self._fused, skip_symbolic_shape=True
-            )
+            quant_pre_process(str(self._model), str(prepared), skip_symbolic_shape=True)
         except Exception:  # noqa: BLE001 - it is advice, and fails for models that quantise well
             shutil.copyfile(self._model, prepared)
         finally:
