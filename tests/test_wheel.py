@@ -55,6 +55,7 @@ HOT_PATH_TESTS = {
         "--ignore=tests/http/connection/test_slow_clients.py",
         "--ignore=tests/http/connection/test_socketio.py",
         "--ignore=tests/http/connection/test_thread_exits.py",
+        "--ignore=tests/http/connection/test_tls_connections.py",
         "--ignore=tests/http/predict/test_costly_bodies.py",
         "--ignore=tests/http/predict/test_memory_limit.py",
         "--ignore=tests/http/predict/test_rejections.py",
