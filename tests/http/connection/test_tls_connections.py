@@ -78,7 +78,7 @@ def server(
     files = ("--tls-certificate-file", str(folder / "tls.crt"), "--tls-key-file", str(folder / "tls.key"))
     module_make_chaos("wide", f"[batching]\nmax_rows = {LARGE_ROWS}\n", row=[14])
     repository = module_make_chaos("m", "[queue]\nmax_rows = 1000000\n", run_ms=1)
-    return module_serve(repository, *files, "--max-body-bytes", str(60 * 2**20))
+    return module_serve(repository, *files, "--max-body-bytes", str(60 * 2**20), "--measure-ms", "0")
 
 
 @pytest.fixture
