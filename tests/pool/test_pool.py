@@ -869,8 +869,8 @@ def test_an_instance_whose_run_does_not_stop_hangs_and_is_replaced(bench: Callab
     entry = made.busy()
     made.clock.ahead_s += 101
     made.pool.check_runs()
-    made.clock.ahead_s += GRACE_S + 1
     assert made.pool.hung() is None
+    made.clock.ahead_s += GRACE_S + 1
     made.pool.check_runs()
     result = made.outbox.take(1)[entry.id]
     assert isinstance(result.error, RunTimeout)

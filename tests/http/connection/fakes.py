@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -131,6 +132,10 @@ class FakeLoop:
         self.jobs.pop(index).run()
 
 
+_SOCKET = socket.socket()
+"""The socket of every fake transport: a real one, from which nothing ever comes."""
+
+
 class FakeTransport:
     """Keeps what is written."""
 
@@ -159,10 +164,7 @@ class FakeTransport:
         return self.buffered
 
     def get_extra_info(self, name: str, default: object = None) -> object | None:
-        return self if name == "socket" else default
-
-    def fileno(self) -> int:
-        return -1
+        return _SOCKET if name == "socket" else default
 
     def responses(self) -> list[tuple[int, str]]:
         """The status and the request id of each response."""

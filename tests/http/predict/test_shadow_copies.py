@@ -18,14 +18,13 @@ from inferpool.http.predict.request_metrics import RequestMetrics, RequestStats
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.predict.shadow_copies import (
-    LOWEST_PRIORITY,
     MOST_COPIES,
     ShadowCopies,
     ShadowTarget,
     compare,
 )
 from inferpool.observe.metrics import Metrics
-from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Result, VersionKey
+from inferpool.pool.ports import DEFAULT_PRIORITY, LOWEST_PRIORITY, Entry, Result, VersionKey
 from inferpool.repository.catalog import READY, BatchingView, VersionView
 from inferpool.repository.traffic_figures import shadow_figures
 from inferpool.tensors import Signature, TensorSpec
