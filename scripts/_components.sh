@@ -7,6 +7,7 @@ curl|curl|the commands of the documents
 docker-registry|docker-registry|models in a registry
 haproxy|haproxy|a rolling update behind a load balancer
 nginx|nginx-light|a rolling restart behind nginx
+openssl|openssl|TLS and encrypted keys
 mmdebstrap|mmdebstrap|the container images
 podman|podman|the container images
 runc|runc|the container images
