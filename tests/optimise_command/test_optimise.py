@@ -91,6 +91,17 @@ def test_the_fastest_good_form_becomes_a_version_with_its_provenance(
     assert sorted(each.name for each in model.iterdir()) == ["1", "2", "labels.txt", "model.toml"]
 
 
+def test_weights_in_files_of_their_own_come_along(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = model / "1" / "model.onnx"
+    onnx.save(onnx.load(file), file, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with_gains(monkeypatch, {"int8-static": (to_int8_static, 1.5)})
+    assert optimise(model) == 0
+    assert "int8-static is version 2" in capsys.readouterr().out
+    assert sorted(each.name for each in (model / "2").iterdir()) == ["model.onnx", "provenance.json"]
+
+
 def test_nothing_is_written_that_is_not_faster_or_fails_the_samples(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,6 @@ from inferpool.repository.layout import CONFIG_FILE
 from inferpool.settings import Settings
 from inferpool.tensors import Array
 
-MODEL_FILE: Final = "model.onnx"
 _SAMPLES: Final = "samples"
 _SEEN: Final = "inferpool_seen_"
 _ROWS_PER_REQUEST: Final = 32
@@ -65,7 +64,8 @@ def find_source(folder: Path, version: int | None) -> SourceModel:
 def with_form(source: SourceModel, file: Path, parent: Path, *, samples: bool = False) -> Path:
     """Make a copy of the model's folder in `parent` whose only version is `file`; returns the copy.
 
-    Golden samples come along with `samples` alone.
+    The files beside `file` are part of it: large weights are in files of their own. Golden samples come along
+    with `samples` alone.
     """
     copy = parent / source.folder.resolve().name
     left_out = {each.name for each in source.folder.iterdir() if each.is_dir() and each.name.isdecimal()}
@@ -78,7 +78,9 @@ def with_form(source: SourceModel, file: Path, parent: Path, *, samples: bool = 
 
     shutil.copytree(root, copy, ignore=ignored)
     (copy / str(source.number)).mkdir()
-    shutil.copyfile(file, copy / str(source.number) / MODEL_FILE)
+    for each in file.parent.iterdir():
+        if each.is_file():
+            shutil.copyfile(each, copy / str(source.number) / each.name)
     return copy
 
 
@@ -90,7 +92,8 @@ def record_inputs(
     A copy of the model returns its inputs as further outputs, so whatever turns requests into inputs is the
     server's own.
     """
-    recorder = parent / "recorder.onnx"
+    recorder = parent / "recorder" / "model.onnx"
+    recorder.parent.mkdir()
     graph_model = onnx.load(source.file)
     graph = graph_model.graph
     constants = {tensor.name for tensor in graph.initializer}

@@ -7,7 +7,6 @@ Runtime's own (`onnxruntime.quantization`).
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -167,15 +166,16 @@ class _prepared:
     def __enter__(self) -> Path:
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        prepared = Path(self._folder.name) / "prepared.onnx"
+        whole, prepared = (Path(self._folder.name) / name for name in ("whole.onnx", "prepared.onnx"))
+        onnx.save(onnx.load(self._model), whole)  # with the weights that are in files of their own
         root = logging.getLogger()
         level = root.level
         # The package logs through the root logger, and advises what is done here.
         root.setLevel(logging.ERROR)
         try:
-            quant_pre_process(str(self._model), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(str(whole), str(prepared), skip_symbolic_shape=True)
         except Exception:  # noqa: BLE001 - it is advice, and fails for models that quantise well
-            shutil.copyfile(self._model, prepared)
+            return whole
         finally:
             root.setLevel(level)
         return prepared
