@@ -41,7 +41,9 @@ def take_census(server: Server, requests: int) -> Census:
     def is_steady() -> bool:
         time.sleep(STEADY_S)
         counts.append(_count(server, requests))
-        return counts[-1].descriptors == counts[-2].descriptors
+        # A process that has just started has the name of its program, and is none of the kinds yet.
+        known = all(_name(pid).startswith("inferpool-") for pid in children(server))
+        return known and counts[-1].descriptors == counts[-2].descriptors
 
     wait_until(is_steady, "the number of descriptors is steady")
     return counts[-1]
