@@ -1,4 +1,4 @@
-"""What a server answers: predictions, or errors by the same classes that the server raises."""
+"""Answers of a server: predictions, or errors by the same classes that the server raises."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ Steps: TypeAlias = Generator[Attempt | Pause, Outcome, _T]
 
 
 class Options(NamedTuple):
-    """What a caller says beside the inputs; see `Client.predict`."""
+    """Options of a prediction beside its inputs; see `Client.predict`."""
 
     version: str | int | None = None
     outputs: Sequence[str] | None = None
@@ -109,7 +109,7 @@ class Options(NamedTuple):
 
 
 class Core:
-    """What a client keeps between requests: its headers, its patience, and the models that it knows."""
+    """State of a client between requests: headers, deadlines, retries, and the known models."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a client knows of a model: the names, datatypes and shapes of its inputs and outputs."""
+"""Metadata of a model: the names, datatypes and shapes of its inputs and outputs."""
 
 from __future__ import annotations
 

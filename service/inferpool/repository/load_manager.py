@@ -216,7 +216,8 @@ class LoadManager:
                 if lifecycle is not None and lifecycle.phase is not None and lifecycle.phase != job.phase:
                     self._follow(key, lifecycle.phase, now)
             job = self._jobs.get(job.id) or job
-            self._wake()
+            # The thread only has to look whether the job has ended: changes of the caller wake it themselves.
+            self._tell_threads()
         self._host.jobs_changed()
         return job
 
