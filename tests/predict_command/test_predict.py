@@ -211,3 +211,11 @@ def test_a_run_that_is_killed_goes_on_where_it_was(
     np.testing.assert_allclose(found, answer["outputs"]["progression"], rtol=1e-5)
     assert len(found) == len(rows)
     assert not parts.exists()
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "inferpool.client", None)
+    assert cli.main(["predict", "model", "rows.csv", "-o", str(tmp_path / "out.csv")]) == 1
+    assert "inferpool.client is missing: pip install 'inferpool[client]'" in capsys.readouterr().err

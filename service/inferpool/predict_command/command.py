@@ -100,7 +100,10 @@ def run_predict_command(flags: dict[str, Any], environ: Mapping[str, str]) -> in
 
 def _predict(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> str:
     """Predict; returns the line that says what was done."""
-    from inferpool.client import Client
+    try:
+        from inferpool.client import Client
+    except ImportError as missing:
+        raise ImportError(f"{missing.name} is missing: pip install 'inferpool[client]'") from missing
     from inferpool.predict_command.finished_chunks import FinishedChunks
     from inferpool.predict_command.rows_in import open_source
     from inferpool.predict_command.rows_out import check_output
