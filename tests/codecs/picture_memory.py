@@ -80,6 +80,8 @@ def pictures() -> dict[str, Callable[[], bytes]]:
         "WebP": lambda: file_of(flat, "WEBP"),
         "WebP with alpha": lambda: file_of(rgba, "WEBP", quality=1, method=0),
         "WebP lossless": lambda: file_of(clear, "WEBP", lossless=True, exact=True),
+        "AVIF": lambda: file_of(rgb, "AVIF", quality=1, speed=10),
+        "AVIF with alpha": lambda: file_of(rgba, "AVIF", quality=1, speed=10, subsampling="4:4:4"),
         "WebP turned": lambda: file_of(clear, "WEBP", lossless=True, exact=True, exif=turned),
     }
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.image_config import ImageConfig
+from inferpool.codecs.image_container import HAS_AVIF
 from inferpool.tensors import ANY, Array, Signature, TensorSpec
 from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", *(["AVIF"] if HAS_AVIF else []))
 
 
 def signature(*shape: int, datatype: str = "FP32") -> Signature:

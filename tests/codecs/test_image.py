@@ -141,7 +141,7 @@ def test_orientation_is_applied(format: str, orientation: int) -> None:
         b"II\0*" + b"\0" * 20,
     ],
 )
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_damaged_exif_is_ignored(format: str, exif: bytes) -> None:
     image = Image.fromarray(noise(5, 7))
     if format == "JPEG":

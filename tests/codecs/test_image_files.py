@@ -24,7 +24,7 @@ RGB = Image.fromarray(noise(4, 4))
 @pytest.mark.parametrize(("start", "signature", "name"), OTHER_FORMATS)
 def test_other_formats_are_refused_by_name(start: int, signature: bytes, name: str) -> None:
     with pytest.raises(
-        UnsupportedMediaType, match=f"is {name}; PNG, JPEG, WebP, GIF, BMP and TIFF are"
+        UnsupportedMediaType, match=f"is {name}; PNG, JPEG, WebP, GIF, BMP.* are taken"
     ) as refused:
         raw_codec(4, 4).decode(b"\0" * start + signature + b"\0" * 60)
     assert refused.value.members["expected"] == [*MEDIA_TYPES]
@@ -36,10 +36,9 @@ def test_a_body_that_is_not_a_picture_is_malformed(body: bytes) -> None:
         raw_codec(4, 4).decode(body)
 
 
-@pytest.mark.parametrize("format", ["AVIF", "PPM"])
-def test_pillow_never_gets_other_formats(format: str) -> None:
+def test_pillow_never_gets_other_formats() -> None:
     with pytest.raises(UnsupportedMediaType):
-        raw_codec(4, 4).decode(file_of(Image.fromarray(noise(4, 4)), format))
+        raw_codec(4, 4).decode(file_of(Image.fromarray(noise(4, 4)), "PPM"))
 
 
 @pytest.mark.parametrize(

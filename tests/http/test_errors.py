@@ -103,7 +103,7 @@ def test_a_format_that_the_model_does_not_take_is_refused(bundled: Server) -> No
     assert "application/json" in answer.json()["expected"]
     answer = bundled.post("/predict/digits", content=b"no picture", headers={"content-type": "image/png"})
     assert code_of(answer) == "malformed_body"
-    for other in (b"P6\n" + b"\0" * 30, b"\0\0\1\0" + b"\0" * 30, b"\0\0\0\x1cftypavif" + b"\0" * 30):
+    for other in (b"P6\n" + b"\0" * 30, b"\0\0\1\0" + b"\0" * 30, b"\0\0\0\x1cftypheic" + b"\0" * 30):
         answer = bundled.post("/predict/digits", content=other, headers={"content-type": "image/png"})
         assert code_of(answer) == "unsupported_media_type"
         assert answer.json()["expected"] == [*MEDIA_TYPES]

@@ -284,6 +284,8 @@ def read_picture(picture: Any) -> Part:
 def picture_type(file: Part) -> str:
     """Return the media type of a picture by its first bytes; that of any bytes if it is unknown."""
     start = bytes(file[:12])
+    if start[4:] in (b"ftypavif", b"ftypavis"):
+        return "image/avif"
     return next((kind for magic, kind in _PICTURE_TYPES if start.startswith(magic)), OCTET_STREAM)
 
 

@@ -25,6 +25,7 @@ from PIL import (
 )
 
 from inferpool.allowance import UNLIMITED, Allowance
+from inferpool.codecs.avif import decode_avif
 from inferpool.codecs.image_config import ImageConfig, find_input, input_size, pixel_values
 from inferpool.codecs.image_container import MEDIA_TYPES, PILLOW_BYTES, Container
 from inferpool.codecs.image_files import open_container
@@ -194,6 +195,8 @@ class ImageCodec:
             image: Image.Image | None = None
             if container.media_type == "image/webp":
                 image = decode_webp(container.pixels, container.width, container.height)
+            elif container.media_type == "image/avif":
+                image = decode_avif(container.pixels, container.width, container.height)
             if image is None:
                 file = _open_pixels(container)
                 self._check_size(*file.size)

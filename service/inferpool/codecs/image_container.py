@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal, TypeAlias
+
+import PIL
 
 from inferpool.errors import BodyTooLarge
 
+AVIF_LIBRARIES: Final = tuple(
+    str(path) for path in sorted((Path(PIL.__file__).parent.parent / "pillow.libs").glob("libavif-*.so*"))
+)
+"""The libraries for AVIF that Pillow's wheel brings: one, or none."""
+HAS_AVIF: Final = bool(AVIF_LIBRARIES)
 MediaType: TypeAlias = Literal[
-    "image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff"
+    "image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff", "image/avif"
 ]
-MEDIA_TYPES: Final[tuple[MediaType, ...]] = (
+_EVERYWHERE: Final[tuple[MediaType, ...]] = (
     "image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff",
 )  # fmt: skip
+MEDIA_TYPES: Final[tuple[MediaType, ...]] = (*_EVERYWHERE, "image/avif") if HAS_AVIF else _EVERYWHERE
 """The formats that are decoded."""
-TAKEN: Final = "PNG, JPEG, WebP, GIF, BMP and TIFF"
+TAKEN: Final = (
+    "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF" if HAS_AVIF else "PNG, JPEG, WebP, GIF, BMP and TIFF"
+)
 """Their names, for messages."""
 MAX_PARTS: Final = 65_536
 """The most chunks or segments before the pixels; libpng writes 8,192 for a PNG picture of 64 MiB."""
@@ -32,7 +43,7 @@ class Container:
         height: in pixels, before `orientation` is applied.
         orientation: the orientation of EXIF, from 1 (upright) to 8.
         pixels: the file without its metadata. For WebP it is the complete file, because Pillow does not read
-            the metadata of WebP.
+            the metadata of WebP. For AVIF it is a file written anew.
         pixel_bytes: the most bytes of memory that a pixel takes until the picture is upright and in the mode
             of the model; a test measures them for every kind of picture.
     """

@@ -15,7 +15,16 @@ import struct
 import zlib
 from typing import Final
 
-from inferpool.codecs.image_container import MEDIA_TYPES, PILLOW_BYTES, TAKEN, Container, copied, count_part
+from inferpool.codecs.avif_file import is_avif, open_avif
+from inferpool.codecs.image_container import (
+    HAS_AVIF,
+    MEDIA_TYPES,
+    PILLOW_BYTES,
+    TAKEN,
+    Container,
+    copied,
+    count_part,
+)
 from inferpool.codecs.simple_image_files import BMP_SIGNATURE, GIF_SIGNATURES, open_bmp, open_gif
 from inferpool.codecs.tiff_file import TIFF_SIGNATURES, open_tiff
 from inferpool.errors import BodyTooLarge, MalformedBody, RequestError, UnsupportedMediaType
@@ -28,7 +37,7 @@ OTHER_FORMATS: Final = (
     (0, b"\xff\x0a", "JPEG XL"),
     (4, b"JXL \r\n", "JPEG XL"),
     (4, b"jP  \r\n", "JPEG 2000"),
-    (4, b"ftypavif", "AVIF"),
+    *(() if HAS_AVIF else ((4, b"ftypavif", "AVIF"),)),
     (4, b"ftyphei", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
 )
@@ -81,6 +90,8 @@ def open_container(body: bytes) -> Container:
             container = open_bmp(body)
         elif body.startswith(TIFF_SIGNATURES):
             container = open_tiff(body, read_orientation(body))
+        elif HAS_AVIF and is_avif(body):
+            container = open_avif(body)
         else:
             raise _no_container(body)
     except struct.error:
