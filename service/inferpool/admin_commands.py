@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
@@ -47,6 +48,14 @@ def add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
         command.add_argument(
             "version", metavar="VERSION", nargs="?", type=int, help="one version; without it, all"
         )
+        if name == "load":
+            command.add_argument(
+                "--from",
+                dest="source",
+                metavar="SOURCE",
+                help="fetch the version from there first: a store (s3://bucket/models/digits/3) or a path of"
+                " the server's machine; the server's --load-from has the prefixes that are allowed",
+            )
         command.add_argument("--no-wait", action="store_true", help="print the job and do not wait for it")
     command = _add(
         commands, "jobs", "list the loads and unloads of a running server",
@@ -132,6 +141,8 @@ def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[s
     try:
         if command in ("load", "unload"):
             body = {} if flags["version"] is None else {"version": flags["version"]}
+            if flags.get("source") is not None:
+                body["from"] = _source(flags["source"])
             job = server.ask("POST", f"{_path(flags['model'])}/{command}", body)
             return _print_job(job) if flags["no_wait"] else _wait(server, job)
         if command == "jobs":
@@ -146,6 +157,11 @@ def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[s
         print(f"inferpool: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _source(text: str) -> str:
+    """A source as the server reads it: a path without `://` is one of this machine."""
+    return text if "://" in text else str(Path(text).absolute())
 
 
 def _jobs(server: _Server, job_id: str | None, *, cancel: bool) -> int:
@@ -269,9 +285,9 @@ def _show(job: Mapping[str, Any], shown: str) -> str:
 
 
 def _print_job(job: Mapping[str, Any]) -> int:
-    versions = ", ".join(map(str, job["versions"]))
+    versions = f"/{', '.join(map(str, job['versions']))}" if job["versions"] else ""
     why = f": {job['reason']}" if job["reason"] else ""
-    print(printable(f"{job['id']}  {job['kind']:<6}  {job['model']}/{versions}  {job['state']}{why}"))
+    print(printable(f"{job['id']}  {job['kind']:<6}  {job['model']}{versions}  {job['state']}{why}"))
     return 1 if job["state"] in ("failed", "cancelled") and job["kind"] == "load" else 0
 
 

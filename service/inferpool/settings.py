@@ -229,6 +229,12 @@ class Settings(BaseModel):
         description="Seconds for which a version goes on serving after a newer one has taken its place"
         ' (`versions.serve = "latest"`), so that a rollback takes no load.',
     )
+    load_from: tuple[str, ...] = Field(
+        default=(),
+        description="Prefixes of stores, and absolute paths of folders, from which `POST /models/MODEL/load`"
+        " may take versions, separated by commas: s3://bucket/models,https://models.example.com/,/srv/new."
+        " Whoever may write there can have the server load any files.",
+    )
     required_models: tuple[str, ...] = Field(
         default=(), description="Models that must be ready before the server is ready, separated by commas."
     )
@@ -305,6 +311,16 @@ class Settings(BaseModel):
         if wrong := [scope for scope in scopes if scope not in _PUBLIC_SCOPES]:
             raise ValueError(f'"{wrong[0]}" cannot be public; metrics, read and predict can')
         return scopes
+
+    @field_validator("load_from")
+    @classmethod
+    def _are_prefixes(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            if not re.fullmatch(r"(s3|gs|az|https?|hf|oci)://[^/@?#]+(/[^?#]*)?|/.*", prefix):
+                raise ValueError(
+                    f'"{prefix}" is no prefix of a store (s3://bucket/models) and no absolute path'
+                )
+        return prefixes
 
     @field_validator("jwt_algorithms")
     @classmethod

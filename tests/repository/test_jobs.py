@@ -76,3 +76,22 @@ def test_no_job_that_runs_is_said_to_be_done(
 def test_a_job_crosses_processes_unchanged() -> None:
     job = Job("x", "load", "a", None, (1, 2), phase=LOAD, phase_began=1.5, expected={LOAD: 2.0}, created=3.0)
     assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
+
+
+def test_a_fetch_goes_by_its_bytes_and_what_follows_by_the_last_load() -> None:
+    jobs = JobTable(lambda: 0.0)
+    job, is_new = jobs.begin_fetch("m", None, "s3://b/m", "key", 100.0)
+    assert is_new
+    assert jobs.begin_fetch("m", None, "s3://b/m", "key", 100.0) == (job, False)
+    assert jobs.begin_fetch("m", None, "s3://b/m", "other", 100.0)[1]
+    assert job.progress(101.0) == (0.0, None)
+    half = jobs.update(job, fetched=50, to_fetch=100)
+    assert half.progress(110.0) == (0.125, 10.0)
+    known = jobs.update(half, expected={"load": 5.0, "warm": 5.0})
+    assert known.progress(110.0) == (10 / 30, 20.0)
+    # The bytes are there, and the load has begun: the share goes on from where it was.
+    loading = jobs.update(
+        known, fetching=False, phase="load", phase_began=120.0, versions=(3,),
+        expected={"fetch": 20.0, "load": 5.0, "warm": 5.0},
+    )  # fmt: skip
+    assert loading.progress(122.5) == (0.75, 7.5)

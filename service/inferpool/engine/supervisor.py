@@ -483,6 +483,8 @@ class Supervisor:
         if values["action"] == "cancel":
             return self._store.engine_of_job(values["job"])
         version = values.get("version")
+        if version is None and values.get("source") is not None:
+            return SHARED  # the version that is to be fetched is a new one
         if values["action"] in ("load", "unload") and version is not None:
             name = self._store.engine_of_version(values["model"], version) or SHARED
             return name if name in self._engines else SHARED

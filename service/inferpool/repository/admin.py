@@ -16,10 +16,13 @@ class Admin(Protocol):
     def jobs(self) -> Sequence[Job]:
         """All jobs that run, and the last ones that have ended, oldest first."""
 
-    async def begin_load(self, model: str, version: int | None) -> Job:
+    async def begin_load(self, model: str, version: int | None, source: str | None = None) -> Job:
         """Load a version, or all that `model.toml` serves, beside those that serve.
 
-        Raises ModelNotFound or VersionNotFound if the folder has no such version.
+        With a `source`, which is a store or an absolute path, the version is fetched from there first.
+
+        Raises ModelNotFound or VersionNotFound if the folder has no such version; with a source InvalidInput,
+        Forbidden for one that is not allowed, or Conflict if the folder cannot take the version.
         """
 
     async def begin_unload(self, model: str, version: int | None) -> Job:

@@ -25,7 +25,7 @@ def answer_admin(repository: Repository, values: Mapping[str, Any]) -> dict[str,
 def _obey(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:
     action = values["action"]
     if action == "load":
-        return repository.begin_load(values["model"], values["version"]).to_json()
+        return repository.begin_load(values["model"], values["version"], values["source"]).to_json()
     if action == "unload":
         return repository.begin_unload(values["model"], values["version"]).to_json()
     if action == "label":

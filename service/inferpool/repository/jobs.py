@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from inferpool.errors import Reason
 from inferpool.pool.ports import VersionKey
-from inferpool.repository.lifecycle import PHASES, QUEUED, Phase
+from inferpool.repository.lifecycle import FETCH, PHASES, QUEUED, VERIFY, Phase
 
 JobKind: TypeAlias = Literal["load", "unload"]
 JobState: TypeAlias = Literal["running", "done", "failed", "cancelled"]
@@ -42,6 +42,12 @@ class Job:
         reason: why the job failed; empty if it did not.
         created: when the job was asked for, in seconds since 1970.
         ended: when it ended; 0 while it runs.
+        source: where the version comes from, without credentials; empty if the models folder has it.
+        source_key: tells sources apart whose texts without credentials are the same.
+        fetching: whether the version is still being fetched; `versions` is empty until then.
+        fetched: the bytes that have arrived.
+        to_fetch: the bytes that are expected; 0 if that is not known.
+        fetch_s: how long the fetch took.
     """
 
     id: str
@@ -57,6 +63,12 @@ class Job:
     reason: Reason = ""
     created: float = 0.0
     ended: float = 0.0
+    source: str = ""
+    source_key: str = ""
+    fetching: bool = False
+    fetched: int = 0
+    to_fetch: int = 0
+    fetch_s: float = 0.0
 
     def progress(self, now: float) -> tuple[float, float | None]:
         """The share that is done, from 0 to 1, and the seconds left, None if unknown, at `now`.
@@ -67,6 +79,8 @@ class Job:
         if self.state != RUNNING:
             return 1.0 if self.state == DONE else 0.0, 0.0
         total = sum(self.expected.values())
+        if self.fetching:
+            return self._fetch_progress(now, total)
         if self.phase not in PHASES or self.kind == "unload":
             return 0.0, None
         at = PHASES.index(self.phase)
@@ -78,6 +92,17 @@ class Job:
             share = done_s / total
             left_s = max(0.1, (total - done_s) + total * (len(self.versions) - self.loaded - 1))
         return min(0.99, (self.loaded + share) / max(1, len(self.versions))), left_s
+
+    def _fetch_progress(self, now: float, rest_s: float) -> tuple[float, float | None]:
+        """The share and the seconds left while the version is fetched, by the rate of the bytes so far."""
+        share = min(1.0, self.fetched / self.to_fetch) if self.to_fetch else 0.0
+        elapsed_s = max(0.0, now - self.phase_began)
+        if not share or not elapsed_s:
+            return 0.0, None
+        left_s = elapsed_s * (1 - share) / share + rest_s
+        if not rest_s:  # what follows the fetch is not known
+            return share * PHASES.index(VERIFY) / len(PHASES), None if share == 1 else left_s
+        return min(0.99, elapsed_s / (elapsed_s + left_s)), max(0.1, left_s)
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON values."""
@@ -155,8 +180,9 @@ class JobTable:
         expected: Mapping[str, float],
     ) -> Job:
         """A new job, or the one that runs for the same request already."""
+        wanted = (kind, model, asked, tuple(versions), False)
         for job in self.running():
-            if (job.kind, job.model, job.asked, job.versions) == (kind, model, asked, tuple(versions)):
+            if (job.kind, job.model, job.asked, job.versions, job.fetching) == wanted:
                 return job
         job = Job(
             secrets.token_hex(6), kind, model, asked, tuple(versions), phase=QUEUED if kind == "load" else "",
@@ -165,6 +191,21 @@ class JobTable:
         self._jobs[job.id] = job
         self._forget()
         return job
+
+    def begin_fetch(
+        self, model: str, asked: int | None, source: str, source_key: str, now: float
+    ) -> tuple[Job, bool]:
+        """A job for a version that has yet to be fetched, and True; or the one that runs already."""
+        for job in self.running():
+            if (job.model, job.asked, job.source_key) == (model, asked, source_key):
+                return job, False
+        job = Job(
+            secrets.token_hex(6), "load", model, asked, (), phase=FETCH, phase_began=now,
+            created=self._wall_clock(), source=source, source_key=source_key, fetching=True,
+        )  # fmt: skip
+        self._jobs[job.id] = job
+        self._forget()
+        return job, True
 
     def update(self, job: Job, **changes: Any) -> Job:
         """Replace a job by one with `changes`."""

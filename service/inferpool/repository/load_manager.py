@@ -32,6 +32,7 @@ from inferpool.repository.lifecycle import (
     BEGIN_LOAD,
     CANCEL_LOAD,
     FAILED,
+    FETCH,
     MEASURE,
     QUEUED,
     READY,
@@ -220,6 +221,63 @@ class LoadManager:
             self._tell_threads()
         self._host.jobs_changed()
         return job
+
+    def begin_fetch(
+        self, model: str, asked: int | None, source: str, source_key: str, most: int
+    ) -> tuple[Job, bool]:
+        """A job for a version that the caller has yet to fetch, and whether it is new.
+
+        Raises Conflict if `most` versions are being fetched already.
+        """
+        with self._changed:
+            now = self._clock()
+            busy = sum(job.fetching for job in self._jobs.running())
+            job, is_new = self._jobs.begin_fetch(model, asked, source, source_key, now)
+            if is_new and busy >= most:
+                self._jobs.end(job, CANCELLED, reason := f"{most} versions are being fetched already")
+                raise Conflict(f"{reason}; wait for one, or cancel it")
+            expected = {**self._times.expected(model)}
+            job = self._jobs.update(job, expected=expected) if is_new else job
+        self._host.jobs_changed()
+        return job, is_new
+
+    def tell_fetched(self, job_id: str, fetched: int, to_fetch: int) -> None:
+        """Take note of how far a fetch is."""
+        with self._changed:
+            job = self._jobs.get(job_id)
+            if job is None or not job.fetching or job.state != RUNNING:
+                return
+            self._jobs.update(job, fetched=fetched, to_fetch=to_fetch)
+        self._host.jobs_changed()
+
+    def is_fetching(self, job_id: str) -> bool:
+        """Whether a job waits for a fetch; False once it is cancelled."""
+        job = self._jobs.get(job_id)
+        return job is not None and job.fetching and job.state == RUNNING
+
+    def end_fetch(self, job_id: str, versions: Sequence[int], reason: Reason = "") -> None:
+        """Let a job load `versions`, which the caller wants; or fail it with a `reason`."""
+        with self._changed:
+            job = self._jobs.get(job_id)
+            if job is None or not job.fetching or job.state != RUNNING:
+                return
+            now = self._clock()
+            fetch_s = now - job.phase_began
+            job = self._jobs.update(
+                job, fetching=False, versions=tuple(versions), fetch_s=fetch_s, phase=QUEUED, phase_began=now,
+                expected={**job.expected, FETCH: fetch_s} if job.expected else {},
+            )  # fmt: skip
+            if reason:
+                log.error("%s: the version that was to be loaded from %s did not come: %s", job.model,
+                          job.source, reason)  # fmt: skip
+                self._jobs.end(job, JOB_FAILED, reason)
+            for number in versions:
+                key = VersionKey(job.model, number)
+                lifecycle = self._lifecycles.get(key)
+                if lifecycle is not None and lifecycle.phase is not None:
+                    self._follow(key, lifecycle.phase, now)
+            self._tell_threads()
+        self._host.jobs_changed()
 
     def cancel(self, job_id: str) -> Job | None:
         """End a job that runs; its versions go on being what they are. None if there is no such job.
@@ -445,7 +503,10 @@ class LoadManager:
             if job.kind == "load" and job.model == key.model and key.version in job.versions
         ]  # fmt: skip
         for job in about:
-            self._jobs.update(job, phase=phase, phase_began=now, expected=self._times.expected(job.model))
+            expected = self._times.expected(job.model)
+            if expected and job.fetch_s:
+                expected = {**expected, FETCH: job.fetch_s}
+            self._jobs.update(job, phase=phase, phase_began=now, expected=expected)
         return bool(about)
 
     def _take(self, load: _Load, lifecycle: VersionLifecycle, loaded: LoadedVersion) -> None:
@@ -518,6 +579,8 @@ class LoadManager:
 
     def _outcome_of(self, job: Job) -> tuple[JobState, Reason] | None:
         """How a job has ended; None if it runs on."""
+        if job.fetching:
+            return None
         lifecycles = self._lifecycles_of(job)
         if job.kind == "unload":
             if any(lifecycle.wanted is not None for lifecycle in lifecycles):

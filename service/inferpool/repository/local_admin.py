@@ -22,9 +22,9 @@ class LocalAdmin:
         """All jobs, as `Admin` says."""
         return self._repository.jobs()
 
-    async def begin_load(self, model: str, version: int | None) -> Job:
+    async def begin_load(self, model: str, version: int | None, source: str | None = None) -> Job:
         """Load, as `Admin` says. In a thread, because it looks at files."""
-        return await asyncio.to_thread(self._repository.begin_load, model, version)
+        return await asyncio.to_thread(self._repository.begin_load, model, version, source)
 
     async def begin_unload(self, model: str, version: int | None) -> Job:
         """Unload, as `Admin` says."""

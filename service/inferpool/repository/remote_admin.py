@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from inferpool.errors import (
     Conflict,
+    Forbidden,
     InternalError,
     InvalidInput,
     ModelNotFound,
@@ -25,7 +26,8 @@ from inferpool.repository.traffic import CanaryState, Traffic
 ANSWER_S: Final = 60.0
 """How long an engine may take to answer; looking at a folder takes much less."""
 _ERRORS: Final = {
-    kind.code: kind for kind in (Conflict, InvalidInput, ModelNotFound, VersionNotFound, NotFound, NotReady)
+    kind.code: kind
+    for kind in (Conflict, Forbidden, InvalidInput, ModelNotFound, VersionNotFound, NotFound, NotReady)
 }
 
 
@@ -43,9 +45,9 @@ class RemoteAdmin:
         """All jobs, as `Admin` says."""
         return self._catalog.jobs()
 
-    async def begin_load(self, model: str, version: int | None) -> Job:
+    async def begin_load(self, model: str, version: int | None, source: str | None = None) -> Job:
         """Load, as `Admin` says."""
-        return Job.from_json(await self._ask("load", model=model, version=version))
+        return Job.from_json(await self._ask("load", model=model, version=version, source=source))
 
     async def begin_unload(self, model: str, version: int | None) -> Job:
         """Unload, as `Admin` says."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from inferpool.backends.registry import backends_by_suffix, find_backend
 from inferpool.errors import (
@@ -67,6 +67,9 @@ from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import Driver, cuda_driver
 from inferpool.system.memory import chosen_limit, memory_use, release_freed_memory
 from inferpool.tensors import names_text
+
+if TYPE_CHECKING:
+    from inferpool.repository.version_fetches import VersionFetches
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +214,7 @@ class Repository:
             loads_at_once=1 if alone else min(MOST_LOADS, settings.threads or usable_cores()),
             first=settings.required_models,
         )
+        self._fetches: VersionFetches | None = None
         self._told: set[Reason] = set()
         # The name in the folder of the model that the setting `model_name` names.
         self._own_name: str | None = None
@@ -403,6 +407,8 @@ class Repository:
         """Finish the accepted requests and end every instance; False if `timeout_s` is too short."""
         self.begin_drain()
         self.watch.close()
+        if self._fetches is not None:
+            self._fetches.close()
         self._manager.stop()
         deadline = self._clock() + timeout_s
         ended = [pool.drain(max(0.0, deadline - self._clock())) for pool in self.router.pools()]
@@ -588,32 +594,71 @@ class Repository:
         """The versions that were shown once, and are no longer."""
         return sorted(self._removed)
 
-    def begin_load(self, model: str, version: int | None) -> Job:
+    def begin_load(self, model: str, version: int | None, source: str | None = None) -> Job:
         """Load a version, or all that `model.toml` serves, from the files that are there now.
 
-        A version that is loaded from the same files is not loaded again. Raises ModelNotFound or
-        VersionNotFound if the folder has no such version.
+        A version that is loaded from the same files is not loaded again. With a `source`, the version is
+        fetched from there first, which may be a store or an absolute path.
+
+        Raises ModelNotFound or VersionNotFound if the folder has no such version. With a source, it raises
+        InvalidInput, Forbidden for a source that is not allowed, or Conflict if the folder cannot take it.
         """
+        if source is not None:
+            return self._begin_fetch(model, version, source)
         with self._scanning:
-            self._skip = {
-                key for key in self._skip if key.model != model or version not in (None, key.version)
-            }
-            self.rescan(model)
-            declared = self._declared.get(model)
-            if declared is None or not (declared.found or declared.folder.origin):
-                raise ModelNotFound(f'no model is called "{model[:100]}"; {self._path} has none either')
-            versions = [version] if version is not None else declared.served or [1]
-            if version is not None and version not in declared.found:
-                have = names_text([*map(str, sorted(declared.found))])
-                raise VersionNotFound(f'"{model}" has no version {version}; {self._path} has {have}')
-            for number in versions:
-                key = VersionKey(model, number)
-                self._unloaded.discard(key)
-                if number not in declared.served:
-                    self._asked_for.add(key)
-            self._publish_model(model)
-            self._tell_wanted(model, retry=versions)
+            versions = self._ask_for(model, version)
             return self._manager.begin_job("load", model, version, versions)
+
+    def _ask_for(self, model: str, version: int | None) -> list[int]:
+        """Want a version, or all that `model.toml` serves; returns which. The caller holds the lock."""
+        self._skip = {key for key in self._skip if key.model != model or version not in (None, key.version)}
+        self.rescan(model)
+        declared = self._declared.get(model)
+        if declared is None or not (declared.found or declared.folder.origin):
+            raise ModelNotFound(f'no model is called "{model[:100]}"; {self._path} has none either')
+        versions = [version] if version is not None else declared.served or [1]
+        if version is not None and version not in declared.found:
+            have = names_text([*map(str, sorted(declared.found))])
+            raise VersionNotFound(f'"{model}" has no version {version}; {self._path} has {have}')
+        for number in versions:
+            key = VersionKey(model, number)
+            self._unloaded.discard(key)
+            if number not in declared.served:
+                self._asked_for.add(key)
+        self._publish_model(model)
+        self._tell_wanted(model, retry=versions)
+        return versions
+
+    def _begin_fetch(self, model: str, version: int | None, source: str) -> Job:
+        """Fetch a version in a thread, and load it then."""
+        from inferpool.repository.version_fetches import MOST_FETCHES, VersionFetches
+
+        with self._scanning:
+            fetches = self._fetches = self._fetches or VersionFetches(self._path, self._settings)
+        reference = fetches.check(source)
+        with self._scanning:
+            declared = self._declared.get(model)
+            known = None if declared is None else declared.folder
+            wanted = fetches.wanted_version(model, known, self._single_model(), version, source)
+            job, is_new = self._manager.begin_fetch(model, version, str(reference), wanted.key, MOST_FETCHES)
+
+        def load_it(rename: Callable[[], int]) -> None:
+            with self._scanning:
+                if self._manager.is_fetching(job.id):
+                    self._manager.end_fetch(job.id, self._ask_for(model, rename()))
+
+        if is_new:
+            tell, fail = self._manager.tell_fetched, self._manager.end_fetch
+            fetches.start(job.id, wanted, partial(tell, job.id), load_it, partial(fail, job.id, ()))
+        return job
+
+    def _single_model(self) -> str | None:
+        """The name of the only model if the models folder is that model's folder."""
+        for name, declared in self._declared.items():
+            folder = declared.folder.folder
+            if folder is not None and folder.resolve() == self._path.resolve():
+                return name
+        return None
 
     def begin_unload(self, model: str, version: int | None) -> Job:
         """Drain a version, or all of the model, and free its memory; it is not loaded again by itself.
@@ -645,6 +690,8 @@ class Repository:
         """End a job that runs; None if there is none with this id. Raises Conflict if it has ended."""
         with self._scanning:
             job = self._manager.cancel(job_id)
+            if self._fetches is not None:
+                self._fetches.cancel(job_id)
             if job is not None and job.kind == "unload":
                 self._unloaded -= {VersionKey(job.model, number) for number in job.versions}
             elif job is not None:

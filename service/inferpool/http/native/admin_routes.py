@@ -28,6 +28,28 @@ class VersionBody(_Body):
     version: int | None = Field(None, ge=1, description="All versions that `model.toml` serves without it.")
 
 
+class LoadBody(_Body):
+    """Which version is meant, and where it comes from."""
+
+    version: int | None = Field(
+        None,
+        ge=1,
+        lt=2**53,
+        description="All versions that `model.toml` serves without it; with `from`, the number that the"
+        " version gets, by default that of the source.",
+    )
+    source: str | None = Field(
+        None,
+        alias="from",
+        min_length=1,
+        max_length=4096,
+        description="A store (`s3://…`, `gs://…`, `az://…`, `https://…`, `hf://…`, `oci://…`) or an absolute"
+        " path of the server's machine, from which the version is fetched into the models folder. The setting"
+        " `load_from` has the prefixes that are allowed.",
+        examples=["s3://bucket/models/digits/3"],
+    )
+
+
 class LabelBody(_Body):
     """Which version a label is to name."""
 
@@ -35,11 +57,16 @@ class LabelBody(_Body):
 
 
 class JobOut(BaseModel):
-    """A load or an unload. `share` is what is done of it, `seconds_left` by what the last load took."""
+    """A load or an unload. `share` is what is done of it, `seconds_left` by what the last load took.
+
+    `source` is where the version comes from, if that is not the models folder; `versions` is empty until it
+    has come.
+    """
 
     id: str
     kind: Literal["load", "unload"]
     model: str
+    source: str | None
     versions: list[int]
     state: Literal["running", "done", "failed", "cancelled"]
     phase: str | None
@@ -79,6 +106,7 @@ def job_out(job: Job) -> JobOut:
         id=job.id,
         kind=job.kind,
         model=job.model,
+        source=job.source or None,
         versions=list(job.versions),
         state=job.state,
         phase=job.phase or None,
@@ -98,7 +126,11 @@ def add_admin(app: FastAPI, catalog: Catalog, admin: Admin) -> None:
 
 
 def _add_loads(app: FastAPI, admin: Admin) -> None:
-    accepted: dict[str, Any] = {"tags": ["admin"], "status_code": 202, "responses": _errors("403", "404")}
+    accepted: dict[str, Any] = {
+        "tags": ["admin"],
+        "status_code": 202,
+        "responses": _errors("403", "404", "409", "422"),
+    }
 
     async def answer(request: Request, response: Response, act: str, job: Awaitable[Job]) -> JobOut:
         begun = await audited(request, act, job, lambda job: f"job {job.id}")
@@ -107,13 +139,16 @@ def _add_loads(app: FastAPI, admin: Admin) -> None:
 
     @app.post("/models/{model}/load", summary="Load a model, or one version", **accepted)
     async def load_model(
-        request: Request, response: Response, model: str, body: VersionBody | None = None
+        request: Request, response: Response, model: str, body: LoadBody | None = None
     ) -> JobOut:
         """A version is loaded beside those that serve, and takes over when it is ready."""
-        version = None if body is None else body.version
-        return await answer(
-            request, response, _named("load", model, version), admin.begin_load(model, version)
-        )
+        version, source = (None, None) if body is None else (body.version, body.source)
+        act = _named("load", model, version)
+        if source is not None:
+            from inferpool.repository.stores.allowed_sources import parse_source
+
+            act += f" from {parse_source(source)}"
+        return await answer(request, response, act, admin.begin_load(model, version, source))
 
     @app.post("/models/{model}/unload", summary="Unload a model, or one version", **accepted)
     async def unload_model(

@@ -25,6 +25,8 @@ PART_BYTES: Final = 16 * 2**20
 """Large files are fetched in parts of this size."""
 TRIES: Final = 6
 """How often in a row a request may bring nothing."""
+LEAST_FREE_BYTES: Final = 2**28
+"""What a file of unknown size leaves free on the disk."""
 PAUSE_S: Final = 0.2
 MOST_PAUSE_S: Final = 5.0
 
@@ -148,6 +150,8 @@ class Downloader:
                     if end is not None and position + len(piece) > end:
                         raise StoreError(f"{file.path}: more bytes than the {file.size} that were announced")
                     self._write(download.descriptor, piece, position)
+                    if file.size is None and position % PART_BYTES + len(piece) >= PART_BYTES:
+                        self._cache.check_space(LEAST_FREE_BYTES)
                     position += len(piece)
                     self._progress.add(len(piece))
                     if self._stop.is_set():

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from inferpool.backends.registry import backends_by_suffix
 from inferpool.errors import StoreError, StoreUnreachable
+from inferpool.repository.stores.allowed_sources import FOLDER
 from inferpool.repository.stores.arrangement import Arrangement, arrange
 from inferpool.repository.stores.content_cache import Blob, ContentCache, locked
 from inferpool.repository.stores.downloader import Downloader
+from inferpool.repository.stores.folder_store import FolderStore
 from inferpool.repository.stores.progress import Progress
 from inferpool.repository.stores.reference import HUB, OBJECT_STORES, WEB, StoreReference
 from inferpool.repository.stores.registry_store import RegistryStore, keep_of_image
@@ -97,19 +99,11 @@ def _fetch(
     progress = Progress(str(reference))
     try:
         with contextlib.closing(open_store(reference)) as store:
-            for number in range(TRIES):
-                try:
-                    files = store.list_files()
-                    stamp = stamp_of(files)
-                    if state is not None and stamp and stamp == state.stamp:
-                        log.log(unchanged_level, _UNCHANGED, reference, _shown_time(state))
-                        return Fetched(folder.path, False, 0)
-                    arrangement, blobs = _contents(reference, store, files, contents, progress)
-                    break
-                except StoreChanged as error:
-                    if number == TRIES - 1:
-                        raise
-                    log.info("%s; it is listed again", error.detail)
+            known = "" if state is None else state.stamp
+            stamp, arrangement, blobs = fetch_contents(reference, store, contents, progress, known)
+            if state is not None and stamp and stamp == state.stamp:
+                log.log(unchanged_level, _UNCHANGED, reference, _shown_time(state))
+                return Fetched(folder.path, False, 0)
     except (StoreUnreachable, CredentialsRefused) as error:
         if state is None:
             raise
@@ -124,6 +118,31 @@ def _fetch(
         reference, len(wanted), size / 1e6, folder.path, time.monotonic() - began, progress.fetched,
     )  # fmt: skip
     return Fetched(folder.path, changed, progress.fetched)
+
+
+def fetch_contents(
+    reference: StoreReference,
+    store: Store,
+    contents: ContentCache,
+    progress: Progress,
+    known: str = "",
+) -> tuple[str, Arrangement, dict[str, Blob]]:
+    """Bring all files of a store into the cache: the stamp of the store, its layout and the contents.
+
+    A store whose stamp is `known` is not read, and has no files then. Raises StoreError.
+    """
+    for number in range(TRIES):
+        try:
+            files = store.list_files()
+            stamp = stamp_of(files)
+            if known and stamp == known:
+                return stamp, Arrangement(0, {}), {}
+            return stamp, *_contents(reference, store, files, contents, progress)
+        except StoreChanged as error:
+            if number == TRIES - 1:
+                raise
+            log.info("%s; it is listed again", error.detail)
+    raise AssertionError("the last try returns or raises")
 
 
 def _contents(
@@ -187,8 +206,12 @@ def _add(blobs: dict[str, Blob], file: RemoteFile, known: Sequence[Blob]) -> Non
             blobs[path] = blob
 
 
-def open_store(reference: StoreReference) -> Store:
-    """The store of a reference; raises StoreError if a package for it is not installed."""
+def open_store(reference: StoreReference, may_ask: Callable[[str], bool] | None = None) -> Store:
+    """The store of a reference; raises StoreError if a package for it is not installed.
+
+    With `may_ask`, a web server may redirect only to addresses for which that is true. Hubs, registries and
+    object stores send to servers of their own choice all the same.
+    """
     suffixes = tuple(backends_by_suffix())
     if reference.scheme in OBJECT_STORES:
         from inferpool.repository.stores.object_store import ObjectStore
@@ -197,7 +220,9 @@ def open_store(reference: StoreReference) -> Store:
     if reference.scheme in WEB:
         from inferpool.repository.stores.web_store import WebStore
 
-        return WebStore(reference, suffixes)
+        return WebStore(reference, suffixes, may_ask)
+    if reference.scheme == FOLDER:
+        return FolderStore(reference)
     if reference.scheme == HUB:
         from inferpool.repository.stores.hub_store import HubStore
 

@@ -1,7 +1,7 @@
 """The main of the process that fetches models, which `fetch_process` starts.
 
 Its standard input has what to fetch, as one line of JSON, and stays open as long as anybody waits; its
-standard output has the result.
+standard output has the result, and before that, for one version, lines that say how far the fetch is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from inferpool.errors import InferpoolError, StoreUnreachable
 from inferpool.observe.logs import configure_logs
 from inferpool.repository.stores.fetch import fetch
 from inferpool.repository.stores.reference import StoreReference, parse_repository
+from inferpool.repository.stores.version_fetch import WantedVersion, fetch_version
 
 _OOM_SCORE: Final = 1000
 _NICE: Final = 10
@@ -37,11 +38,16 @@ def main() -> int:
     for library in ("httpx", "httpcore"):
         logging.getLogger(library).setLevel(logging.WARNING)
     result: dict[str, Any]
-    reference = parse_repository(asked["reference"])
-    assert isinstance(reference, StoreReference)
+    reference: object = "the source"
     try:
-        done = fetch(reference, Path(asked["cache"]), not_since=asked["not_since"])
-        result = {"path": str(done.path), "changed": done.changed}
+        if "version" in asked:
+            done = fetch_version(WantedVersion.from_json(asked["version"]), _report)
+            result = done._asdict()
+        else:
+            reference = parse_repository(asked["reference"])
+            assert isinstance(reference, StoreReference)
+            fetched = fetch(reference, Path(asked["cache"]), not_since=asked["not_since"])
+            result = {"path": str(fetched.path), "changed": fetched.changed}
     except InferpoolError as error:
         result = {"error": error.detail, "unreachable": isinstance(error, StoreUnreachable)}
     except OSError as error:
@@ -55,6 +61,11 @@ def main() -> int:
     print(json.dumps(result), flush=True)  # noqa: T201
     # Threads of libraries need not end first.
     os._exit("error" in result)
+
+
+def _report(fetched: int, expected: int) -> None:
+    """Tell the parent how far the fetch is."""
+    print(json.dumps({"fetched": fetched, "expected": expected}), flush=True)  # noqa: T201
 
 
 def _end_with_parent() -> None:

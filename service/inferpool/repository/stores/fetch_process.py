@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -65,12 +66,7 @@ def fetch_models(
         "log_level": settings.log_level,
         "log_format": settings.log_format,
     }
-    # A session of its own: a terminal's Ctrl-C is for the server, which then ends this process.
-    process = subprocess.Popen(
-        [sys.executable, "-m", _MODULE],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    with process:
+    with _start() as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -85,10 +81,62 @@ def fetch_models(
         except BaseException:
             process.kill()
             raise
+    result = _result(answer, str(reference), process)
+    return FetchedModels(Path(result["path"]), result["changed"])
+
+
+class VersionFetch:
+    """A process that fetches one version."""
+
+    def __init__(self, wanted: Mapping[str, Any], settings: Settings) -> None:
+        """`wanted` is a `WantedVersion` as JSON."""
+        self._asked = {
+            "version": wanted, "log_level": settings.log_level, "log_format": settings.log_format,
+        }  # fmt: skip
+        self._process = _start()
+
+    def wait(self, tell: Callable[[int, int], None]) -> dict[str, Any]:
+        """Wait for the end, and return the result; `tell` is called as by `fetch_version`.
+
+        Raises StoreError.
+        """
+        process, line = self._process, b""
+        with process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps(self._asked).encode() + b"\n")
+                    process.stdin.flush()
+                for line in process.stdout:
+                    if line.startswith(b'{"fetched"'):
+                        told = json.loads(line)
+                        tell(told["fetched"], told["expected"])
+            finally:
+                process.kill()
+        return _result(line, "the source", process)
+
+    def cancel(self) -> None:
+        """End the process; `wait` raises StoreError."""
+        self._process.kill()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # A session of its own: a terminal's Ctrl-C is for the server, which then ends this process.
+    return subprocess.Popen(
+        [sys.executable, "-m", _MODULE],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def _result(answer: bytes, shown: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """The result that a process has printed; raises StoreError if it says so, or has none."""
     try:
         result: dict[str, Any] = json.loads(answer)
     except ValueError:
-        raise StoreUnreachable(f"{reference}: the fetch ended with status {process.returncode}") from None
+        raise StoreUnreachable(f"{shown}: the fetch ended with status {process.returncode}") from None
+    if "fetched" in result:
+        raise StoreUnreachable(f"{shown}: the fetch ended with status {process.returncode}")
     if "error" in result:
         raise (StoreUnreachable if result["unreachable"] else StoreError)(result["error"])
-    return FetchedModels(Path(result["path"]), result["changed"])
+    return result

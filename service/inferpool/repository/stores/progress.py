@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 log = logging.getLogger(__name__)
 
 EVERY_S: Final = 5.0
 """Seconds between two lines about one download."""
+TELL_S: Final = 0.25
+"""Seconds between two reports to whoever waits."""
 
 
 class Progress:
@@ -20,9 +23,14 @@ class Progress:
         fetched: bytes of content that have arrived, those that arrived twice included.
     """
 
-    def __init__(self, name: str) -> None:
-        """`name` is what is fetched, without credentials."""
+    def __init__(self, name: str, tell: Callable[[int, int], None] | None = None) -> None:
+        """`name` is what is fetched, without credentials.
+
+        `tell` is called now and then with the bytes that have arrived, and those that are expected.
+        """
         self._name = name
+        self._tell = tell
+        self._reported = 0.0
         self._lock = threading.Lock()
         self._began = self._told = time.monotonic()
         self._expected = 0
@@ -38,6 +46,9 @@ class Progress:
         with self._lock:
             self.fetched += size
             now = time.monotonic()
+            if self._tell is not None and now - self._reported >= TELL_S:
+                self._reported = now
+                self._tell(self.fetched, self._expected)
             if now - self._told < EVERY_S:
                 return
             self._told = now

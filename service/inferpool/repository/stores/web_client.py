@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,19 +30,30 @@ class WebClient:
         http: the client of httpx.
     """
 
-    def __init__(self, shown: str, credentials: tuple[str, str] | None = None, token: str = "") -> None:
-        """`shown` names the store in errors; `credentials` are a user and a password."""
+    def __init__(
+        self,
+        shown: str,
+        credentials: tuple[str, str] | None = None,
+        token: str = "",
+        may_ask: Callable[[str], bool] | None = None,
+    ) -> None:
+        """`shown` names the store in errors; `credentials` are a user and a password.
+
+        With `may_ask`, only addresses for which that is true are asked, whatever redirects to others.
+        """
         try:
             import httpx
         except ImportError as error:
             raise StoreError(f"{shown} needs the package httpx: {install_command('stores')}") from error
         self._shown = shown
         self._errors: type[Exception] = httpx.HTTPError
+        self._may_ask = may_ask
         self.http = httpx.Client(
             auth=credentials,
             timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             follow_redirects=True,
             max_redirects=10,
+            event_hooks={"request": [] if may_ask is None else [self._allow]},
             headers={
                 "User-Agent": f"inferpool/{__version__}",
                 # A content that the server compresses on the way has no parts that could be asked for.
@@ -54,6 +65,13 @@ class WebClient:
     def close(self) -> None:
         """End all connections."""
         self.http.close()
+
+    def _allow(self, request: httpx.Request) -> None:
+        if self._may_ask is not None and not self._may_ask(str(request.url)):
+            raise StoreError(
+                f"{self._shown} redirects to {request.url.host}, which is not below a prefix of the setting"
+                " load_from"
+            )
 
     def head(self, url: str) -> Mapping[str, str]:
         """The headers of a file. A server that answers no HEAD is asked for the file, without reading it."""

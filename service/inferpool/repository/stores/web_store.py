@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from inferpool.repository.stores.reference import StoreReference, is_archive
@@ -13,8 +13,13 @@ from inferpool.repository.stores.web_client import WebClient, netrc_credentials
 class WebStore:
     """The file that an address names. Credentials are those of the address, or of `.netrc`."""
 
-    def __init__(self, reference: StoreReference, suffixes: tuple[str, ...]) -> None:
-        """`suffixes` are those of model files; every other file is an archive."""
+    def __init__(
+        self,
+        reference: StoreReference,
+        suffixes: tuple[str, ...],
+        may_ask: Callable[[str], bool] | None = None,
+    ) -> None:
+        """`suffixes` are those of model files; every other file is an archive. `may_ask`: see `WebClient`."""
         url = urlsplit(reference.text)
         credentials = netrc_credentials(url.hostname or "")
         if url.username is not None:
@@ -22,7 +27,7 @@ class WebStore:
         self._url = urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, url.query, ""))
         self._reference = reference
         self._suffixes = suffixes
-        self._client = WebClient(str(reference), credentials)
+        self._client = WebClient(str(reference), credentials, may_ask=may_ask)
         self._conditions: dict[str, str] = {}
 
     def list_files(self) -> list[RemoteFile]:

@@ -107,7 +107,7 @@ class WorkingFolder:
         staging: Path,
     ) -> bool:
         if old is None or old.depth != new.depth or not self.path.is_dir():
-            _build(staging / "whole", files, cache)
+            build_folder(staging / "whole", files, cache)
             (staging / "whole").chmod(0o755)
             _put(staging / "whole", self.path, staging)
             return True
@@ -125,7 +125,7 @@ class WorkingFolder:
             if unit in files:
                 _link(cache.path(files[unit].sha256), made)
             else:
-                _build(made, {path[len(unit) + 1 :]: blob for path, blob in inside.items()}, cache)
+                build_folder(made, {path[len(unit) + 1 :]: blob for path, blob in inside.items()}, cache)
             _put(made, self.path / unit, staging)
         gone = before.keys() - after.keys()
         for number, unit in enumerate(sorted(gone)):
@@ -162,7 +162,8 @@ def _versions_first(unit: str) -> tuple[bool, str]:
     return not unit.rpartition("/")[2].isdecimal(), unit
 
 
-def _build(folder: Path, files: Mapping[str, Blob], cache: ContentCache) -> None:
+def build_folder(folder: Path, files: Mapping[str, Blob], cache: ContentCache) -> None:
+    """Make `folder` of contents of the cache, by their paths in it; each is a link where that is possible."""
     folder.mkdir()
     for path, blob in files.items():
         target = folder / path
