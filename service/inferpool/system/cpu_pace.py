@@ -28,6 +28,8 @@ _DEBT_S: Final = 0.1
 _SHORTEST_PAUSE_S: Final = 0.0005
 _LONGEST_PAUSE_S: Final = 0.1
 """The longest pause: background threads go on even if other threads use the whole quota."""
+_PAUSE_S: Final = 20e-6
+"""A shorter pause, or none, would take the GIL back before the event loop has woken."""
 NICE: Final = 5
 """What is added to the nice value of background threads.
 
@@ -89,6 +91,12 @@ def quota_to_keep(root: Path = ROOT) -> float | None:
 
 PACE: Final = CpuPace(quota_to_keep())
 """The pace of this process. A quota is that of the whole process, so all its background threads share one."""
+
+
+def let_others_run() -> None:
+    """Release the GIL, and keep to the pace: background threads call this between pieces of work."""
+    PACE.step()
+    time.sleep(_PAUSE_S)
 
 
 def yield_to_others() -> None:

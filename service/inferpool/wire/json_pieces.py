@@ -6,14 +6,13 @@ after each piece. This module is not compiled: compiled loops do not let other t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 
 from inferpool.errors import InferpoolError
-from inferpool.system.cpu_pace import PACE
+from inferpool.system.cpu_pace import let_others_run
 from inferpool.tensors import Array, bf16_to_fp32
 from inferpool.wire.native_json import has_non_finite, write
 
@@ -23,8 +22,6 @@ PIECE_ELEMENTS: Final = 4096
 """Numbers that are written at a time; they take about a third of a millisecond."""
 _PIECE_STRINGS: Final = 512
 _JOINED_BYTES: Final = 1024 * 1024
-_PAUSE_S: Final = 20e-6
-"""A shorter pause, or none, would take the GIL back before the event loop has woken."""
 
 
 def write_answer(
@@ -130,8 +127,7 @@ def join_pieces(pieces: Iterable[Chunk], is_wanted: Callable[[], bool]) -> list[
             size = 0
             if not is_wanted():
                 raise InferpoolError("the client is gone or has been refused")
-        PACE.step()
-        time.sleep(_PAUSE_S)
+        let_others_run()
     if joined:
         parts.append(b"".join(joined))
     return parts

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from inferpool.system.cpu_pace import let_others_run
 from inferpool.tensors import DTYPES, JSON, Array, Signature, TensorSpec, bf16_to_fp32
 from inferpool.wire.json_pieces import Chunk, write_infer
 from inferpool.wire.native_json import has_non_finite, write
 from inferpool.wire.v2_binary import to_binary
-from inferpool.wire.v2_classification import classify
+from inferpool.wire.v2_classification import classify, empty_in_pieces
 from inferpool.wire.v2_request import RequestedOutput
 
 _ALIGNMENT: Final = 8
@@ -42,22 +43,30 @@ def encode_infer(
 
     `requested` are outputs that the model has, None for all of `outputs`. `labels` name the classes of a
     classification, by output. An empty `request_id` is left out. Large arrays are not copied: the parts are
-    views of them. With `join` the JSON is written in pieces, which it joins. Raises InvalidInput if a
-    classification is asked of an output without numbers, and ModelFailed if an output cannot be written.
+    views of them. With `join`, which joins them, the JSON is written in pieces, beside the event loop. Raises
+    InvalidInput if a classification is asked of an output without numbers, and ModelFailed if an output cannot
+    be written.
     """
     if requested is None:
         requested = [RequestedOutput(name) for name in outputs]
     entries: list[dict[str, Any]] = []
     parts: list[bytes | memoryview] = []
+    classes: list[Array] = []
     binary_any = False
     for wanted in requested:
         spec = signature.outputs_by_name.get(wanted.name)
         tensor, datatype = _output(outputs[wanted.name], spec)
         if wanted.classification:
             tensor = classify(
-                wanted.name, tensor, datatype, wanted.classification, labels.get(wanted.name, ())
+                wanted.name,
+                tensor,
+                datatype,
+                wanted.classification,
+                labels.get(wanted.name, ()),
+                None if join is None else let_others_run,
             )
             datatype = "BYTES"
+            classes.append(tensor)
         entry: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": tensor.shape}
         if binary_default if wanted.binary_data is None else wanted.binary_data:
             part = to_binary(tensor)
@@ -74,6 +83,9 @@ def encode_infer(
     if request_id:
         answer["id"] = request_id
     header = [write(answer)] if join is None else join(write_infer(answer))
+    if join is not None:
+        for strings in classes:
+            empty_in_pieces(strings)
     if not binary_any:
         return [*header, *filter(len, parts)], None
     length = sum(map(len, header))
