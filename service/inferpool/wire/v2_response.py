@@ -44,8 +44,8 @@ def encode_infer(
     `requested` are outputs that the model has, None for all of `outputs`. `labels` name the classes of a
     classification, by output. An empty `request_id` is left out. Large arrays are not copied: the parts are
     views of them. With `join`, which joins them, the JSON is written in pieces, beside the event loop. Raises
-    InvalidInput if a classification is asked of an output without numbers, and ModelFailed if an output cannot
-    be written.
+    InvalidInput if a classification is asked of an output without numbers, and ModelFailed if an output
+    cannot be written.
     """
     if requested is None:
         requested = [RequestedOutput(name) for name in outputs]
