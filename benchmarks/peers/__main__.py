@@ -125,7 +125,7 @@ def python_of(peer: Peer) -> Path:
 
 def version_of(peer: Peer, python: Path) -> str:
     """Return the version of a peer for the tables."""
-    if peer.name == "inferpool":
+    if peer.is_own:
         return own_version()
     found = versions(python, (peer.distribution,))
     return (

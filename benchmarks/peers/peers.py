@@ -54,19 +54,26 @@ class Peer:
     """Dependencies taken at any version."""
     batches: bool = True
     adapter: str = ""
+    flags: tuple[str, ...] = ()
+    """More arguments of Inferpool's own command line."""
 
     def command(
         self, python: Path, model: Path, kind: str, port: int, rows: int, workers: int, queue: int
     ) -> list[str]:
         """The command that starts the server with this model."""
-        if self.name == "inferpool":
-            flags = ["--queue-ms", "500"] if queue else []
+        if self.is_own:
+            flags = [*self.flags, *(("--queue-ms", "500") if queue else ())]
             folder = model.parents[1]
             return [str(python), "-m", "inferpool", "serve", str(folder), "--port", str(port), *flags]
         script = self.adapter or f"{self.name.replace('-', '_')}_server.py"
         told = {"model": model, "kind": kind, "port": port, "rows": rows, "workers": workers, "queue": queue}
         words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
         return [str(python), str(ADAPTERS / script), *words]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this is Inferpool itself."""
+        return self.name.startswith("inferpool")
 
     @property
     def distribution(self) -> str:
@@ -92,6 +99,14 @@ PEERS = {
                 "json": plain_json("/predict"), "jpeg": jpeg("/predict"), "text": text_json("/predict"),
                 "v2": v2(OWN_V2, "x"), "binary": v2_binary(OWN_V2, "x"),
             },
+        ),
+        Peer(
+            "inferpool-process", "Inferpool, engine apart", "`--engine process`",
+            {
+                "json": plain_json("/predict"), "jpeg": jpeg("/predict"), "text": text_json("/predict"),
+                "v2": v2(OWN_V2, "x"), "binary": v2_binary(OWN_V2, "x"),
+            },
+            flags=("--engine", "process"),
         ),
         Peer(
             "mosec", "Mosec", "Rust front; wait of 1 ms, the least it takes; orjson",

@@ -11,9 +11,9 @@ from benchmarks.peers.results import Results
 OWN = "inferpool"
 IN_PROCESS = "in-process"
 BATCHING = [
-    peer.name for peer in PEERS.values() if peer.batches and peer.name != OWN and "floor" not in peer.name
+    peer.name for peer in PEERS.values() if peer.batches and not peer.is_own and "floor" not in peer.name
 ]
-OTHERS = [name for name in PEERS if name != OWN and "floor" not in name]
+OTHERS = [name for name, peer in PEERS.items() if not peer.is_own and "floor" not in name]
 
 
 class Target(NamedTuple):
