@@ -1,9 +1,10 @@
-"""The memory that decoding one body may allocate: decoders ask for memory before they use it."""
+"""What decoding one body may use: memory, which decoders ask for first, and pictures of other hosts."""
 
 from __future__ import annotations
 
 from typing import Final
 
+from inferpool.errors import InvalidInput
 from inferpool.tensors import Signature
 
 
@@ -31,6 +32,13 @@ class Allowance:
 
     def give_back(self, size: int) -> None:
         """Return `size` of the bytes that `take` reserved: they are free again."""
+
+    def fetch_picture(self, url: str) -> bytes:
+        """Return the file at `url`; its bytes are taken, and the caller gives them back.
+
+        Raises InvalidInput with the reason if it cannot be fetched, and what `take` raises.
+        """
+        raise InvalidInput("URLs of pictures are not fetched; send the picture itself")
 
 
 UNLIMITED: Final = Allowance(2**63 - 1)

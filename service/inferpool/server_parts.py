@@ -17,6 +17,7 @@ from inferpool.http.explain.routes import ExplanationLimits
 from inferpool.http.platforms.routes import route_aliases
 from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.memory_monitor import CachedMemory, MemoryMonitor, System
+from inferpool.http.predict.picture_urls import PictureUrls
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.response_cache import ResponseCache
@@ -70,7 +71,7 @@ def make_server_parts(
     `system` and `derive` are for the `MemoryMonitor`, `release` and `lend` are for the `Predictor`. `rates`
     is memory that all `processes` share, for the rates of tenants. `rollouts` ends canaries.
 
-    Raises ConfigError if keys or tenants cannot be read.
+    Raises ConfigError if keys or tenants cannot be read, or if `image_urls` has a value that cannot be used.
     """
     metrics.show_only(partial(is_shown, catalog))
     metrics.add_source(partial(traffic_readings, catalog, metrics), published=False)
@@ -88,6 +89,8 @@ def make_server_parts(
         lend=lend,
         cache=cache,
     )
+    if settings.image_urls:
+        predictor.fetch_pictures(PictureUrls(settings.image_urls))
     memory = MemoryMonitor(
         system, predictor.budget, metrics, derive=derive, share=processes, cache=CachedMemory(cache, catalog)
     )

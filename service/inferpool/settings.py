@@ -301,6 +301,12 @@ class Settings(BaseModel):
         description="Proxies whose X-Forwarded-For the log believes: addresses and networks, separated by"
         " commas, and unix for whoever uses a Unix socket.",
     )
+    image_urls: tuple[str, ...] = Field(
+        default=(),
+        description="Hosts whose pictures requests may name by their URLs, separated by commas:"
+        " images.example.com for https, http://images.local:9000, and networks such as 10.0.0.0/8 in which"
+        " their addresses may be although they are private.",
+    )
     access_log: bool = Field(
         default=False, description="Log every predict request, not only those that end with status 500."
     )

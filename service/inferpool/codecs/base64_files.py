@@ -1,4 +1,4 @@
-"""Reads pictures that stand in JSON: as base64 (RFC 4648, section 4), or as a data URL (RFC 2397)."""
+"""Reads pictures that stand in JSON: as base64 (RFC 4648, section 4), as data URLs (RFC 2397) or URLs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from inferpool.errors import InvalidInput
 from inferpool.tensors import name_text, value_text
 
 _DATA_URL: Final = re.compile(r"data:[\w.+-]{1,40}/[\w.+-]{1,40};base64,", re.IGNORECASE)
+_WEB: Final = ("http://", "https://")
 _LINE_ENDS: Final = str.maketrans("", "", "\r\n")
 _PIECE_CHARACTERS: Final = 256 * 1024
 """Characters that are decoded at a time; they take half a millisecond."""
@@ -23,24 +24,33 @@ _COPIES: Final = 3
 def read_base64(name: str, texts: Sequence[str], allowance: Allowance) -> Iterator[bytes]:
     """Return the files in `texts`, which a request has sent for the input `name`, one after the other.
 
-    Raises InvalidInput with the index of a text that is no base64, and what `Allowance.take` raises.
+    Raises InvalidInput with the index of a text that is no base64 and no URL that is fetched, and what
+    `Allowance.take` and `Allowance.fetch_picture` raise.
     """
     allowance.take(_COPIES * max(map(len, texts), default=0), "reading the base64 of a picture")
     for index, text in enumerate(texts):
         found = _DATA_URL.match(text)
+        fetched = 0
         try:
-            yield _decode(text, found.end() if found else 0)
+            if text[:8].lower().startswith(_WEB):
+                file = allowance.fetch_picture(text)
+                fetched = len(file)
+            else:
+                file = _decode(text, found.end() if found else 0)
         except ValueError as error:
-            reason = (
-                "URLs of pictures are not fetched; send the picture itself"
-                if text[:8].lower().startswith(("http://", "https://"))
-                else f"it takes a picture in base64, or a data URL: {error}"
-            )
-            raise InvalidInput(
-                f"tensor {name_text(name)} at [{index}] is {value_text(text)}; {reason}",
-                tensor=name,
-                index=[index],
+            raise _refusal(
+                name, index, text, f"it takes a picture in base64, or a data URL: {error}"
             ) from None
+        except InvalidInput as refusal:
+            raise _refusal(name, index, text, refusal.detail) from None
+        yield file
+        allowance.give_back(fetched)
+
+
+def _refusal(name: str, index: int, text: str, reason: str) -> InvalidInput:
+    return InvalidInput(
+        f"tensor {name_text(name)} at [{index}] is {value_text(text)}; {reason}", tensor=name, index=[index]
+    )
 
 
 def _decode(text: str, start: int) -> bytes:

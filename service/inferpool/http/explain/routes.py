@@ -25,7 +25,6 @@ from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.openapi_parts import BINARY, REQUEST_HEADERS, Document, error_responses
 from inferpool.http.predict.api import InferenceApi, Options
-from inferpool.http.predict.budget import BodyAllowance
 from inferpool.http.predict.compression import decompress
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.predictor import Predictor
@@ -219,7 +218,7 @@ class Explanations:
         """Decode a body, in a thread, as `Predictor.decode` does, and divide its rows into features."""
         predictor, head, served = self._predictor, context.head, context.served
         assert served is not None  # `admit` found it
-        allowance = BodyAllowance(predictor.budget, context, predictor.max_body_bytes, served.signature)
+        allowance = predictor.allowance(context)
         plain = decompress(body, head.content_encoding, allowance) if head.content_encoding else body
         opened = context.api.open(head, plain, allowance)
         options = opened.options

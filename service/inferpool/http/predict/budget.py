@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
 from inferpool.allowance import Allowance
-from inferpool.errors import BodyTooLarge, InferpoolError, Overloaded
+from inferpool.errors import BodyTooLarge, DeadlineExceeded, InferpoolError, InvalidInput, Overloaded
 from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.picture_urls import MOST_S, PictureUrls
 from inferpool.system.cpu_pace import PACE
 from inferpool.tensors import Signature
 
@@ -259,17 +261,30 @@ class ByteBudget:
 
 
 class BodyAllowance(Allowance):
-    """Grants memory of the budget to the thread that decodes one body."""
+    """Grants memory of the budget, and pictures of others, to the thread that decodes one body."""
 
-    __slots__ = ("_budget", "_context")
+    __slots__ = ("_budget", "_context", "_deadline", "_pictures", "_until")
 
     def __init__(
-        self, budget: ByteBudget, context: PredictContext, most_bytes: int, signature: Signature | None
+        self,
+        budget: ByteBudget,
+        context: PredictContext,
+        most_bytes: int,
+        signature: Signature | None,
+        pictures: PictureUrls | None = None,
+        deadline: Callable[[PredictContext], float] | None = None,
     ) -> None:
-        """Take the memory from `budget`, for the request `context`."""
+        """Take the memory from `budget`, for the request `context`.
+
+        `pictures` fetches those whose URLs a body has, until the `deadline` of the request, which is a moment
+        of `time.monotonic`; None if the server fetches none.
+        """
         super().__init__(most_bytes, signature)
         self._budget = budget
         self._context = context
+        self._pictures = pictures
+        self._deadline = deadline
+        self._until = 0.0
 
     def take(self, size: int, what: str) -> None:
         """Reserve `size` bytes; see `ByteBudget.take_decoded`."""
@@ -279,3 +294,18 @@ class BodyAllowance(Allowance):
     def give_back(self, size: int) -> None:
         """Release `size` bytes."""
         self._budget.give_back_decoded(self._context, size)
+
+    def fetch_picture(self, url: str) -> bytes:
+        """Return the file at `url`; see `PictureUrls.fetch`. Raises DeadlineExceeded, too."""
+        if self._pictures is None or self._deadline is None:
+            return super().fetch_picture(url)
+        now = time.monotonic()
+        # The body may have a timeout, so the deadline is known only now.
+        deadline = self._deadline(self._context)
+        self._until = self._until or now + MOST_S
+        try:
+            return self._pictures.fetch(url, self, min(deadline, self._until))
+        except InvalidInput:
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded("the deadline passed while a picture was fetched") from None
+            raise

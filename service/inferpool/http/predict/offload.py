@@ -34,6 +34,8 @@ FILE_THREADS: Final = min(32, usable_cores())
 
 Each of them takes a core; the memory of what they decode is bounded by the budget.
 """
+URL_THREADS: Final = 16
+"""Threads that read the JSON of one client whose strings may be URLs: they mostly wait for other hosts."""
 COUNTED_ANSWER_BYTES: Final = 16 * 1024
 """Answers of more bytes, by the rows of their requests, are estimated."""
 HEAVY_ANSWER_BYTES: Final = 256 * 1024
@@ -55,7 +57,11 @@ _LONG_STRING: Final = re.compile(rb'"[^"\[\]{}]{24,}')
 
 
 class DecodeOffloader:
-    """Decides where a body is decoded."""
+    """Decides where a body is decoded.
+
+    Attributes:
+        fetches_pictures: whether strings of JSON may be URLs of pictures, which take time to fetch.
+    """
 
     def __init__(self, catalog: Catalog) -> None:
         """Start no thread before the first body needs one; `catalog` tells which models take text."""
@@ -66,6 +72,8 @@ class DecodeOffloader:
         self._text_threads = FairThreads(TEXT_THREADS, "text")
         self._json_threads = FairThreads(JSON_THREADS, "json")
         self._file_threads = FairThreads(FILE_THREADS, "file")
+        self._url_threads = FairThreads(URL_THREADS, "url")
+        self.fetches_pictures = False
         self._answer_threads = FairThreads(ANSWER_THREADS, "answer")
         self._huge_answers = FairThreads(1, "huge-answer")
 
@@ -73,6 +81,8 @@ class DecodeOffloader:
         """Return whether decoding a body would keep the event loop from its other work for too long."""
         head = context.head
         if head.content_encoding or head.content_type in _UNPACKED:
+            return True
+        if self.fetches_pictures and self._may_hold_urls(context):
             return True
         size = len(data)
         if size > HEAVY_TEXT_BYTES and self._may_be_text(context):
@@ -113,6 +123,8 @@ class DecodeOffloader:
             context.offloaded_text = True
             self._text_bytes += context.offloaded_bytes
             return self._text_threads.of(client)
+        if self.fetches_pictures and self._may_hold_urls(context):
+            return self._url_threads.of(client)
         is_json = _is_heavy_json(context, size) or _holds_strings(context, size)
         return (self._json_threads if is_json else self._file_threads).of(client)
 
@@ -127,6 +139,12 @@ class DecodeOffloader:
         if context.offloaded_text:
             self._text_bytes -= context.offloaded_bytes
         context.offloaded_bytes, context.offloaded_text = 0, False
+
+    def _may_hold_urls(self, context: PredictContext) -> bool:
+        """Return whether a body is JSON for a model that takes pictures, or that only the body names."""
+        if context.head.content_type not in MEANT_AS_JSON:
+            return False
+        return self._takes_pictures() if context.served is None else context.served.view.image is not None
 
     def _takes_pictures(self) -> bool:
         """Return whether any model takes pictures."""

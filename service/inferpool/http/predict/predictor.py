@@ -47,6 +47,7 @@ from inferpool.http.predict.offload import (
     HEAVY_BINARY_BYTES,
     DecodeOffloader,
 )
+from inferpool.http.predict.picture_urls import PictureUrls
 from inferpool.http.predict.recorder import CLIENT_GONE, RequestRecorder
 from inferpool.http.predict.resolver import Resolver
 from inferpool.http.predict.response import Response, compressed, server_timing
@@ -113,6 +114,7 @@ class Predictor:
         self.max_body_bytes = max_body_bytes
         self.budget = ByteBudget(in_flight_bytes)
         self._small_body = Allowance(max_body_bytes)
+        self._pictures: PictureUrls | None = None
         self.in_flight = InFlight()
         self.offloader = DecodeOffloader(catalog)
         self.resolver = Resolver(catalog, metrics, cache)
@@ -177,7 +179,7 @@ class Predictor:
             raise InferpoolError("the client is gone or has been refused")
         began = self.clock()
         head = context.head
-        allowance = self._small_body if not context.offloaded_bytes else self._allowance(context)
+        allowance = self._small_body if not context.offloaded_bytes else self.allowance(context)
         plain = decompress(data, head.content_encoding, allowance) if head.content_encoding else data
         body = context.api.open(head, plain, allowance)
         options = context.options = body.options
@@ -533,12 +535,19 @@ class Predictor:
         name = self.resolver.model_of(context)
         self._recorder.ended(context, status, code, size, self.clock(), None, name)
 
-    def _allowance(self, context: PredictContext) -> Allowance:
-        """Return what the thread that decodes the body may allocate."""
+    def fetch_pictures(self, pictures: PictureUrls) -> None:
+        """Take URLs of `pictures` in JSON bodies from now on."""
+        self._pictures = pictures
+        self.offloader.fetches_pictures = True
+
+    def allowance(self, context: PredictContext) -> Allowance:
+        """Return what the thread that decodes the body may allocate and fetch."""
         served = context.served
-        return BodyAllowance(
-            self.budget, context, self.max_body_bytes, None if served is None else served.signature
-        )
+        signature = None if served is None else served.signature
+        pictures = self._pictures
+        if pictures is None:
+            return BodyAllowance(self.budget, context, self.max_body_bytes, signature)
+        return BodyAllowance(self.budget, context, self.max_body_bytes, signature, pictures, self.deadline)
 
     def _reserve_answer(
         self, context: PredictContext, served: ServedVersion, tensors: Tensors, rows: int, client: str
