@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from tests.repository.switching import FLAGS, prepare, switch
 def test_thousands_of_requests_survive_every_switch(serve: Serve, tmp_path: Path, engine: str) -> None:
     prepare(tmp_path)
     server = serve(tmp_path, *FLAGS, "--engine", engine)
-    report = asyncio.run(switch(server, tmp_path, requests=3000, least_switches=4))
+    report = switch(server, tmp_path, requests=3000, least_switches=4)
     assert report.faults == []
     assert report.requests >= 3000
     assert len(report.versions) >= 4
