@@ -38,6 +38,8 @@ class Quality:
     slowest_ms: float
     live_slowest_ms: float
     live_p99_ms: float
+    late_p99_ms: float
+    """How late the client itself began its requests."""
 
 
 def good_requests() -> list[tuple[str, bytes]]:
@@ -62,6 +64,7 @@ async def measure(port: int, seconds: float) -> Quality:
         idle.put_nowait((await Client.connect(port), time.perf_counter()))
     took: list[float] = []
     live: list[float] = []
+    late: list[float] = []
     failures: list[str] = []
 
     async def one(number: int) -> None:
@@ -100,12 +103,15 @@ async def measure(port: int, seconds: float) -> Quality:
     began = time.perf_counter()
     tasks = []
     for number in range(int(seconds * RATE)):
-        await asyncio.sleep(max(0.0, began + number / RATE - time.perf_counter()))
+        due = began + number / RATE
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        late.append(time.perf_counter() - due)
         tasks.append(asyncio.create_task(one(number)))
     await asyncio.gather(*tasks)
     looking.cancel()
     took.sort()
     live.sort()
+    late.sort()
     return Quality(
         requests=len(took),
         failures=failures,
@@ -114,6 +120,7 @@ async def measure(port: int, seconds: float) -> Quality:
         slowest_ms=_share(took, 1),
         live_slowest_ms=_share(live, 1),
         live_p99_ms=_share(live, 0.99),
+        late_p99_ms=_share(late, 0.99),
     )
 
 

@@ -39,7 +39,8 @@ class Outcome(NamedTuple):
             lines.append(
                 f"{name:9} {quality.requests} good requests, {len(quality.failures)} failed,"
                 f" p50 {quality.p50_ms} ms, p99 {quality.p99_ms} ms, slowest {quality.slowest_ms} ms;"
-                f" /health/live p99 {quality.live_p99_ms} ms, slowest {quality.live_slowest_ms} ms"
+                f" /health/live p99 {quality.live_p99_ms} ms, slowest {quality.live_slowest_ms} ms;"
+                f" the client itself was late by {quality.late_p99_ms} ms (p99)"
             )
         lines.append(f"memory    at most {self.peak_bytes >> 20} MiB")
         lines.append(
