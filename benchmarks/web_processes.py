@@ -41,7 +41,8 @@ def main() -> int:
     given = parser.parse_args()
     counts = [int(count) for count in given.counts.split(",")]
     cores = sorted(os.sched_getaffinity(0))
-    need = 2 * max(counts) + 1
+    most = max(counts)
+    need = most + 1 + (most + 1) // 2  # one wrk keeps two web processes busy
     if len(cores) < need:
         print(f"{need} cores are needed, and there are {len(cores)}", file=sys.stderr)
         return 1
