@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ class Caller:
         return self.method("ModelInfer").future(
             request, timeout=timeout, wait_for_ready=True, metadata=self._metadata
         )
+
+    def stream(self, requests: Iterator[Any], timeout: float = CALL_S) -> Any:
+        """Begin a `ModelStreamInfer`: an iterator over its responses."""
+        method = self.channel.stream_stream(
+            f"/{SERVICE}/ModelStreamInfer",
+            lambda request: request.SerializeToString(),
+            message("ModelStreamInferResponse").FromString,
+        )
+        return method(requests, timeout=timeout, wait_for_ready=True, metadata=self._metadata)
 
     def infer(self, request: Any, timeout: float = CALL_S) -> Any:
         """The response of a `ModelInfer`."""

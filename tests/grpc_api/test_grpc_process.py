@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,55 @@ def test_calls_of_a_client_that_hangs_up_leave_the_queue(guarded: Guarded) -> No
     running.cancel()
     # The run that nobody waits for is stopped.
     assert caller.infer(rows_request("m", 1)).model_name == "m"
+    caller.close()
+
+
+def test_a_stream_that_its_client_breaks_off_leaves_the_queue(guarded: Guarded) -> None:
+    caller = guarded.caller("predict")
+    ended = threading.Event()
+
+    def requests() -> Iterator[Any]:
+        yield rows_request("m", 1)
+        yield rows_request("m", chaos.WAIT)
+        guarded.server.wait_for_metric("in_flight_requests", at_least=1)
+        yield rows_request("m", 1, 1, 1)
+        ended.wait()
+
+    stream = caller.stream(requests())
+    assert next(stream).infer_response.model_name == "m"
+    guarded.server.wait_for_metric("queue_rows", at_least=3, model="m")
+    stream.cancel()
+    ended.set()
+    guarded.server.wait_for_metric("queue_rows", at_most=0, model="m")
+    guarded.server.wait_for_metric("in_flight_requests", at_most=0)
+    assert caller.infer(rows_request("m", 1)).model_name == "m"
+    caller.close()
+
+
+def test_a_stream_has_one_deadline_and_goes_on_after_an_error(guarded: Guarded) -> None:
+    caller = guarded.caller("predict")
+    wrong = rows_request("m", 1)
+    wrong.id, wrong.inputs[0].name = "wrong", "y"
+    stream = caller.stream(iter([rows_request("m", 1), wrong, rows_request("m", 2)]))
+    first, second, third = stream
+    assert (second.infer_response.id, second.infer_response.model_name) == ("wrong", "m")
+    assert '"y"' in second.error_message
+    assert not first.error_message
+    assert not third.error_message
+    stream = caller.stream(iter([rows_request("m", chaos.WAIT)]), timeout=1)
+    # The refusal of the request itself may be faster than the end of the call.
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stream)
+    assert raised.value.code().name == "DEADLINE_EXCEEDED"
+    assert caller.infer(rows_request("m", 1)).model_name == "m"
+    caller.close()
+
+
+def test_a_stream_needs_a_key(guarded: Guarded) -> None:
+    caller = Caller(guarded.server)
+    with pytest.raises(grpc.RpcError) as raised:
+        next(caller.stream(iter([rows_request("m", 1)])))
+    assert raised.value.code().name == "UNAUTHENTICATED"
     caller.close()
 
 

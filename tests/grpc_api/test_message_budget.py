@@ -65,6 +65,18 @@ def test_a_slow_message_reserves_the_most_and_small_ones_go_on(monkeypatch: pyte
     asyncio.run(run())
 
 
+def test_streams_hold_the_largest_message_each_and_half_of_all_bytes_together() -> None:
+    most = 2**20
+    budget = MessageBudget(64 * most, most)
+    held = [budget.take_for_stream() for _ in range(16)]
+    assert held == [budget.most] * 16
+    with pytest.raises(Overloaded, match="another stream"):
+        budget.take_for_stream()
+    assert budget.take(2 * budget.most)
+    budget.give_for_stream(held.pop())
+    assert budget.take_for_stream() == budget.most
+
+
 def test_without_room_no_message_is_received() -> None:
     async def run() -> None:
         budget = MessageBudget(0, MOST)

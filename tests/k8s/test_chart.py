@@ -30,6 +30,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "models": {"claim": "weights"},
         "cache": {"claim": "found-out"},
         "keysSecret": "keys",
+        "grpc": {"enabled": True},
         "priorityClassName": "high",
         "openshift": True,
         "autoscaling": {"enabled": True, "minReplicas": 3},
@@ -68,7 +69,7 @@ def test_without_values_the_chart_is_the_minimal_overlay() -> None:
 
 @pytest.mark.skipif(kustomize() is None, reason="needs kustomize 5, or a kubectl that has it")
 def test_values_do_what_components_do(tmp_path: Path) -> None:
-    names = ["models-volume", "cache-volume", "keys", "hpa", "ingress"]
+    names = ["models-volume", "cache-volume", "keys", "grpc", "hpa", "ingress"]
     overlay = _plain(render_with(tmp_path / "k8s", "minimal", names))
     chart = _plain(
         template(
@@ -76,6 +77,7 @@ def test_values_do_what_components_do(tmp_path: Path) -> None:
                 "models": {"claim": "inferpool-models"},
                 "cache": {"claim": "inferpool-cache"},
                 "keysSecret": "inferpool-keys",
+                "grpc": {"enabled": True},
                 "autoscaling": {"enabled": True},
                 "ingress": {"enabled": True},
                 "monitoring": {"enabled": True},

@@ -126,6 +126,8 @@ def test_the_other_components_combine(tmp_path: Path) -> None:
     ports = {port["name"]: port for port in only(manifests, "Service")["spec"]["ports"]}
     assert ports["grpc"]["port"] == settings.grpc_port
     assert {"name": "grpc", "containerPort": settings.grpc_port} in server["ports"]
+    assert server["readinessProbe"]["grpc"] == {"port": settings.grpc_port}
+    assert "httpGet" not in server["readinessProbe"]
     assert {"port": "grpc"} in only(manifests, "NetworkPolicy")["spec"]["ingress"][0]["ports"]
     assert spec["priorityClassName"] == only(manifests, "PriorityClass")["metadata"]["name"]
     service, ingress = only(manifests, "Service"), only(manifests, "Ingress")["spec"]

@@ -240,15 +240,15 @@ def _read_properties(
 
 def _frame(reader: _Reader, item: _Item, data: tuple[int, int]) -> tuple[bytes, int]:
     """Return the OBUs that make the pixels of an item: one frame; and the bytes that a pixel takes."""
-    body, place = reader.body, data if item.method == 1 else (0, len(reader.body))
+    body, whole = reader.body, data if item.method == 1 else (0, len(reader.body))
     if item.method > 1 or not item.extents:
         raise MalformedBody("the AVIF picture has no pixels of its own")
     pieces, size = [], 0
     for offset, length in item.extents:
-        start = place[0] + offset
-        stop = start + length if length else place[1]
+        start = whole[0] + offset
+        stop = start + length if length else whole[1]
         size += stop - start
-        if not place[0] <= start <= stop <= place[1] or size > len(body):
+        if not whole[0] <= start <= stop <= whole[1] or size > len(body):
             raise MalformedBody("the AVIF picture is damaged or cut short: its pixels are outside the file")
         pieces.append(body[start:stop])
     found = b"".join(pieces)

@@ -34,6 +34,7 @@ class MessageBudget:
         self._most = COPIES * most_bytes
         # The largest message is received if it is the only large one.
         self._total = self._free = max(total_bytes, self._most + SMALL_BYTES)
+        self._streams = 0
 
     def take(self, size: int, leave: int = 0) -> bool:
         """Reserve `size` bytes; False if they are not free, or if less than `leave` would stay free."""
@@ -49,6 +50,26 @@ class MessageBudget:
     def give(self, size: int) -> None:
         """Free `size` bytes that are reserved."""
         self._free += size
+
+    def take_for_stream(self) -> int:
+        """Reserve what the largest message of a stream takes, and return it.
+
+        Raises Overloaded if all streams would then hold more than half of all bytes.
+        """
+        if self._streams + self._most > max(self._total // 2, self._most) or not self.take(
+            self._most, leave=SMALL_BYTES
+        ):
+            raise Overloaded(
+                f"the server has no room for another stream, each of which takes {self._most} bytes; end one,"
+                " or send the requests one by one"
+            )
+        self._streams += self._most
+        return self._most
+
+    def give_for_stream(self, size: int) -> None:
+        """Free what a stream has reserved."""
+        self._streams -= size
+        self.give(size)
 
     @property
     def most(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -16,6 +16,7 @@ from inferpool.errors import BodyTooLarge, InferpoolError, InternalError, Malfor
 from inferpool.grpc_api.client_line import ClientLines
 from inferpool.grpc_api.message_budget import MessageBudget, ReceivedMessage
 from inferpool.grpc_api.messages import message
+from inferpool.grpc_api.request_stream import RequestStream, stream_error, stream_response
 from inferpool.grpc_api.rest_client import Part, RestAnswer, RestClient
 from inferpool.grpc_api.translation import model_path, to_message, to_rest
 from inferpool.grpc_api.wire_format import split_raw
@@ -75,6 +76,7 @@ class Service:
         }
         return {
             "ModelInfer": self.unary(self.model_infer, infers=True),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.model_stream_infer),
             **{name: self.unary(call) for name, call in calls.items()},
         }
 
@@ -143,6 +145,35 @@ class Service:
         if not translated.raw_outputs and len(answer.body) > _LARGE_BYTES:
             return await asyncio.to_thread(to_message, answer.body, header_length, raw=False)
         return to_message(answer.body, header_length, raw=translated.raw_outputs)
+
+    async def model_stream_infer(self, _: Any, context: Context) -> AsyncIterator[bytes]:
+        """Infer each message of a stream; the responses come in the order of the requests."""
+        try:
+            if self._needs_key and not _has_key(context):
+                raise await self._refusal_without_key(context)
+            stream = RequestStream(self._budget, context, self._stream_answer)
+        except InferpoolError as error:
+            await abort(context, error)
+            raise AssertionError("abort raises") from None
+        try:
+            async for response in stream.responses():
+                yield response
+        finally:
+            await stream.close()
+
+    async def _stream_answer(self, data: bytes, context: Context) -> bytes:
+        """Return the response to one message of a stream, which has the error if there is one."""
+        try:
+            return stream_response(await self.model_infer(data, context))
+        except InferpoolError as error:
+            return stream_error(data, error.detail)
+        except MemoryError:
+            return stream_error(data, "memory ran out while the request was translated")
+        except Exception as error:
+            if isinstance(error, grpc.aio.AbortError | grpc.aio.BaseError):
+                raise
+            log.exception("a request in a stream of gRPC has failed")
+            return stream_error(data, "the server failed on this request; its log has the cause")
 
     async def server_live(self, data: bytes, context: Context) -> bytes:
         """Whether the server answers."""

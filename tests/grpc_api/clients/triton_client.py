@@ -60,6 +60,7 @@ def main(address: str) -> None:
         client.async_infer("digits", [image()], lambda result, error: answers.put(result))
         assert np.array_equal(answers.get(timeout=60).as_numpy("logits"), logits)
 
+        stream(client, logits)
         for model, expected in (("nobody", "StatusCode.NOT_FOUND"), ("BYTES", "StatusCode.INVALID_ARGUMENT")):
             with pytest.raises(InferenceServerException) as raised:
                 client.infer(model, [image()])
@@ -67,11 +68,45 @@ def main(address: str) -> None:
     asyncio.run(from_asyncio(address, logits))
 
 
+def stream(client: Any, logits: np.ndarray) -> None:
+    """A stream has its responses in order, and survives requests that fail."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    for number in range(100):
+        model = "digits" if number % 10 else "nobody"
+        row = ROWS[number % 3 : number % 3 + 1]
+        client.async_stream_infer(
+            model, [image(row)], request_id=str(number), enable_empty_final_response=number % 2 == 1
+        )
+    for number in range(100):
+        result, error = answers.get(timeout=60)
+        assert (error is None) == bool(number % 10), error
+        if error is None:
+            assert result.get_response().id == str(number)
+            assert result.get_response().parameters["triton_final_response"].bool_param
+            np.testing.assert_allclose(result.as_numpy("logits")[0], logits[number % 3], rtol=1e-4, atol=1e-5)
+        else:
+            assert "nobody" in error.message()
+    client.stop_stream()
+    # Another one, which the client breaks off.
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.async_stream_infer("digits", [image()])
+    assert answers.get(timeout=60)[1] is None
+    client.stop_stream(cancel_requests=True)
+
+
 async def from_asyncio(address: str, logits: np.ndarray) -> None:
     async with triton_aio.InferenceServerClient(address) as client:
         answers = await asyncio.gather(
             *(client.infer("digits", [image(ROWS[n : n + 1])]) for n in range(len(ROWS)))
         )
+
+        async def requests() -> Any:
+            for number in range(3):
+                yield {"model_name": "digits", "inputs": [image()], "request_id": str(number)}
+
+        ids = [result.get_response().id async for result, _ in client.stream_infer(requests())]
+        assert ids == ["0", "1", "2"]
         found = np.concatenate([answer.as_numpy("logits") for answer in answers])
         np.testing.assert_allclose(found, logits, rtol=1e-5)
 

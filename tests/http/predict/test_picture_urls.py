@@ -106,8 +106,8 @@ def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[tuple[st
     def resolve(host: str, port: int, **_: object) -> list[tuple[Any, ...]]:
         return [(0, 0, 0, "", (address, port)) for address in addresses]
 
-    def connect(place: tuple[str, int], timeout: float) -> socket.socket:
-        tried.append(place)
+    def connect(target: tuple[str, int], timeout: float) -> socket.socket:
+        tried.append(target)
         raise ConnectionRefusedError
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
@@ -231,11 +231,11 @@ def test_the_certificate_of_a_host_is_verified(tmp_path: Path) -> None:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
-        place = f"127.0.0.1:{server.server_port}"
-        known = PictureUrls([place], authority.client_context())
-        assert fetch(known, f"https://{place}/x.png") == PICTURE.read_bytes()
+        target = f"127.0.0.1:{server.server_port}"
+        known = PictureUrls([target], authority.client_context())
+        assert fetch(known, f"https://{target}/x.png") == PICTURE.read_bytes()
         with pytest.raises(InvalidInput, match="certificate"):
-            fetch(PictureUrls([place]), f"https://{place}/x.png")
+            fetch(PictureUrls([target]), f"https://{target}/x.png")
     finally:
         server.shutdown()
         thread.join()

@@ -1,8 +1,8 @@
 """Fetches pictures by their URLs, from hosts that the operator has named and from no others.
 
 A caller must not reach through the server what only the server can reach. So a host is named together with
-its scheme and port, and each address of it must be public or in a network that is named too. The connection goes
-to the very address that was checked, and no redirect is followed.
+its scheme and port, and each address of it must be public or in a network that is named too. The connection
+goes to the very address that was checked, and no redirect is followed.
 """
 
 from __future__ import annotations
@@ -132,10 +132,10 @@ class PictureUrls:
     def _addresses(self, origin: Origin) -> list[Address]:
         host = origin.host.strip("[]")
         try:
-            found = socket.getaddrinfo(host, origin.port, type=socket.SOCK_STREAM)
+            answers = socket.getaddrinfo(host, origin.port, type=socket.SOCK_STREAM)
         except UnicodeError:
-            found = []
-        addresses = [ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found]
+            answers = []
+        addresses = [ipaddress.ip_address(str(found[0]).partition("%")[0]) for *_, found in answers]
         # An address that stands in the list itself was named.
         allowed = [address for address in addresses if _is_literal(host) or self._is_allowed(address)]
         if not allowed:
