@@ -22,7 +22,6 @@ from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.control import ControlSocket, Message
 from inferpool.engine.engine_memory import EngineMemory, engine_system
 from inferpool.engine.engine_port import EnginePort
-from inferpool.engine.restart_policy import SHARED
 from inferpool.engine.spawn import begin_child, name_process
 from inferpool.errors import ConfigError, LoadError, Reason
 from inferpool.observe.build_info import build_info
@@ -37,6 +36,7 @@ from inferpool.repository.repository import Repository
 from inferpool.repository.stores.polling import locate
 from inferpool.repository.version_source import held_from_json
 from inferpool.settings import Settings
+from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import CPU, cuda_driver
 from inferpool.system.memory import chosen_limit, keep_freed_memory, release_freed_memory
 
@@ -60,6 +60,12 @@ class Engine:
         metrics_file, plans_file = start.descriptors
         kept = unpack(plans_file).catalog
         os.close(plans_file)
+        device = kept["device"]
+        if device == CPU and kept["share"] > 1:
+            # Each engine of the CPU has its part of the cores.
+            cores = max(1, (settings.threads or usable_cores()) // kept["share"])
+            settings = settings.model_copy(update={"threads": cores})
+        self._device: str = device
         info = build_info(describe_backends())
         control.send("hello", {"info": info})
         regions = None if facts["slot"] is None else Regions(metrics_file, facts["slot"])
@@ -88,7 +94,8 @@ class Engine:
             moves=kept["moves"],
             traffic=kept["traffic"],
             on_hung=self._end,
-            takes_new=facts["engine"] == SHARED,
+            takes_new=kept["takes_new"],
+            device=device,
             until_seen=self._await_seen,
             origin=origin,
         )
@@ -116,6 +123,12 @@ class Engine:
             return
         if message.kind == "seen":
             self._seen.set()
+            return
+        if message.kind == "decisions":
+            (told,) = message.descriptors
+            decided = unpack(told).catalog
+            os.close(told)
+            self._repository.take_decisions(decided["moves"], decided["traffic"])
             return
         if message.kind == "rescan":
             self._repository.watch.look()
@@ -173,8 +186,7 @@ class Engine:
             gc.freeze()
             self._frozen = True
         self._watch_gpus()
-        # A later load may use a GPU that no model uses yet.
-        self._memory.settle(bound_data=self._settings.devices == (CPU,) or not cuda_driver().gpus())
+        self._memory.settle(bound_data=self._device == CPU)
         self._control.send("loaded", {"backends": self._repository.backends()})
 
     def _watch_gpus(self) -> None:
@@ -184,7 +196,9 @@ class Engine:
         models, live = self._repository.models(), self._repository.live
         keys = [version.key for model in models.values() for version in model.versions.values()]
         used = {instance.device for key in keys for instance in live(key).instances}
-        if used - {CPU} and (readings := gpu_readings(cuda_driver().gpus())) is not None:
+        # Another engine has each other GPU.
+        gpus = [gpu for gpu in cuda_driver().gpus() if gpu.device == self._device]
+        if used - {CPU} and (readings := gpu_readings(gpus)) is not None:
             self._metrics.add_source(readings)
             self._gpus_watched = True
 

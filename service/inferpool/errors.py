@@ -43,6 +43,7 @@ error can be pickled, because it may cross a process boundary.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar, Final, NamedTuple, TypeAlias
 
 Reason: TypeAlias = str
@@ -283,6 +284,15 @@ class ConfigError(LoadError):
 
 class LoadCancelled(LoadError):
     """Somebody has cancelled the load, or the version is no longer wanted."""
+
+
+class RunsElsewhere(LoadError):
+    """A version has no instance on the device of this engine; another engine loads it."""
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        """`devices` are those on which the version runs."""
+        super().__init__(f"it runs on {', '.join(devices)}, which another engine has")
+        self.devices = devices
 
 
 class StoreError(LoadError):

@@ -24,7 +24,7 @@ from inferpool.repository.stores.reference import StoreReference
 from inferpool.repository.trust.digital_signature import check_signers
 from inferpool.settings import Settings, service_links, with_memory
 from inferpool.system.cpu import usable_cores
-from inferpool.system.gpus import CPU
+from inferpool.system.gpus import AUTO, CPU, cuda_driver
 from inferpool.system.install_hints import install_command
 from inferpool.system.listeners import address_of, listen, listen_unix, remove_socket_file, socket_file
 
@@ -142,7 +142,12 @@ def _supervise(listener: socket.socket, repository: str, settings: Settings) -> 
     derive = not settings.in_flight_bytes
     webs = settings.web_processes or web_processes(usable_cores(), settings.devices)
     resolved = with_memory(settings).model_copy(update={"web_processes": webs})
-    replace_process(listener, repository, {**resolved.model_dump(mode="json"), "derive": derive})
+    devices = settings.devices
+    if tuple(devices) == (AUTO,):
+        # CUDA's library is gone from the supervisor, which executes Python anew.
+        devices = tuple(gpu.device for gpu in cuda_driver().gpus()) or (CPU,)
+    more = {"derive": derive, "engine_devices": devices}
+    replace_process(listener, repository, {**resolved.model_dump(mode="json"), **more})
 
 
 def web_processes(cores: int, devices: Sequence[str], dev: Path = Path("/dev")) -> int:

@@ -162,6 +162,11 @@ class Settings(BaseModel):
         description="Where models run: in-process (in the process that answers requests), or process (in"
         " processes of their own, so that a model that crashes ends no request).",
     )
+    engines_per_device: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=1,
+        description="Engines for each device, if `engine` is process. Each has all versions of its device:"
+        " with 2, one goes on while the other is replaced after a crash, for twice the memory.",
+    )
     web_processes: Annotated[int, Field(ge=0, le=256)] = Field(
         default=0,
         description="Processes that read requests and write answers; 0 takes one for every"
@@ -390,6 +395,11 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _processes_fit(self) -> Settings:
+        if self.engine == "in-process" and self.engines_per_device > 1:
+            raise ValueError(
+                f"engines_per_device is {self.engines_per_device}, and engine is in-process, which has none;"
+                " set --engine process, or --engines-per-device 1"
+            )
         if self.engine == "in-process" and self.web_processes > 1:
             raise ValueError(
                 f"web_processes is {self.web_processes}, and engine is in-process, which allows 1; set"

@@ -168,6 +168,7 @@ class WebServer(Server):
         client = self._clients.get(engine)
         running, confirmed = ([], []) if client is None else client.detach(epoch, blame=blame)
         self._catalog.engine_down(engine)
+        self._route()  # other engines may have the versions
         self._control.send(
             "crashed",
             {
@@ -192,13 +193,14 @@ class WebServer(Server):
         self._catalogs.put_nowait(None)
 
     def _route(self) -> None:
-        clients: dict[VersionKey, EngineClient] = {}
+        clients: dict[VersionKey, list[EngineClient]] = {}
         for model in self._catalog.models().values():
             for version in model.versions.values():
-                client = self._clients.get(self._catalog.engine_of(version.key) or "")
+                names = self._catalog.engines_of(version.key)
+                found = [self._clients[name] for name in names if name in self._clients]
                 # Once the supervisor knows that this is seen, a version that drains gets no more requests.
-                if client is not None and version.state not in (DRAINING, UNLOADED):
-                    clients[version.key] = client
+                if found and version.state not in (DRAINING, UNLOADED):
+                    clients[version.key] = found
         self._router.route(clients)
 
     async def _take_catalogs(self) -> None:

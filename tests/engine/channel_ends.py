@@ -194,7 +194,7 @@ class Web:
         self.loop = HandLoop()
         self.results = KeptResults()
         self.lost: list[tuple[int, str]] = []
-        self.routes: dict[VersionKey, EngineClient] | None = None
+        self.routes: dict[VersionKey, Sequence[EngineClient]] | None = None
         self.client = EngineClient(
             self.results,
             self.loop,
@@ -218,7 +218,7 @@ class Web:
 
     def route(self) -> None:
         """Tell the client where versions are: with itself, or as `routes` says."""
-        self.client.reroute({KEY: self.client} if self.routes is None else self.routes)
+        self.client.reroute({KEY: [self.client]} if self.routes is None else self.routes)
 
     def attach(self, engine: Engine) -> None:
         """Join the client and an engine."""

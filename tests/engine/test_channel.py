@@ -535,13 +535,13 @@ def test_entries_move_with_their_version_to_another_engine() -> None:
     web.crash(first)
     # The successor does not have the version, whose engine is still being started.
     second.inbox.refusal = NotReady("elsewhere")
-    web.routes = {KEY: own.client}
+    web.routes = {KEY: [own.client]}
     web.client.offer(entry_of(3, {"x": floats(1, 4)}))
     web.attach(second)
     web.loop.turn()
     web.loop.until(lambda: all(each.refusal for each in web.client._blocks.pending.values()))
     own.attach(third)
-    web.client.reroute({KEY: own.client})
+    web.client.reroute({KEY: [own.client]})
     assert web.used == 0
     own.loop.turn()
     suspect = third.inbox.take(1)
@@ -583,13 +583,13 @@ def test_an_entry_whose_version_is_nowhere_gets_the_refusal() -> None:
     first.inbox.wait(2)
     web.crash(first)
     second.inbox.refusal = NotReady("failed twice")
-    web.routes = {KEY: Web(1).client}  # whose engine is still being started
+    web.routes = {KEY: [Web(1).client]}  # whose engine is still being started
     web.attach(second)
     web.loop.turn()
     web.loop.until(lambda: all(each.refusal for each in web.client._blocks.pending.values()))
     second.inbox.refusal = None
     web.client.cancel(KEY, 2, "deadline")
-    web.client.reroute({KEY: web.client})
+    web.client.reroute({KEY: [web.client]})
     web.loop.turn()
     second.inbox.take(1)
     web.crash(second)

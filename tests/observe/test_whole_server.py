@@ -151,7 +151,7 @@ def test_no_counter_goes_back_when_processes_are_killed(serve: Serve, make_chaos
         assert after["inferpool_requests_total", "m", "1", "422"] == 10 + 5 * round_
         assert after["inferpool_batch_rows_sum", "m", "1"] == 2 * (60 + 40 * round_)
         assert after["inferpool_web_restarts_total",] == round_
-        assert after["inferpool_engine_restarts_total", "shared"] == round_
+        assert after["inferpool_engine_restarts_total", "cpu"] == round_
         before = after
     later = server.get("/v2/models/m/stats").json()["model_stats"][0]
     assert later["inference_count"] == stats["inference_count"] + 160
@@ -174,7 +174,7 @@ def test_crashes_and_replays_are_counted(serve: Serve, make_chaos: MakeChaos) ->
     assert (reply.status_code, reply.json()["code"]) == (500, "model_crashed")
     assert server.metric("replayed_entries_total", model="m") == 1
     assert server.metric("crashed_entries_total", model="m") == 1
-    wait_until(lambda: server.metric("engine_restarts_total", engine="shared") == 2, "two restarts")
+    wait_until(lambda: server.metric("engine_restarts_total", engine="cpu") == 2, "two restarts")
 
 
 def test_gauges_are_those_of_all_processes(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:

@@ -75,6 +75,11 @@ class Host:
 
     def count_load(self, key: VersionKey, outcome: str) -> None: ...
 
+    def leave(self, key: VersionKey, lifecycle: VersionLifecycle) -> None: ...
+
+    def is_elsewhere(self, key: VersionKey) -> bool:
+        return False
+
 
 class Loads:
     """A manager that was told to serve models, and its host."""

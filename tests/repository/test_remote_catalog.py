@@ -137,7 +137,9 @@ def server() -> Server:
 def test_it_shows_what_the_supervisor_and_the_engine_tell(server: Server) -> None:
     assert server.catalog.models() == {"m": ModelView("m", "", {1: ready()}, {})}
     engine = EngineView("cpu", 7, 0)
-    assert server.catalog.live(KEY) == instances("ready", "ready", waiting_rows=3, engine=engine)
+    assert server.catalog.live(KEY) == instances(
+        "ready", "ready", waiting_rows=3, engine=engine, engines=(engine,)
+    )
     assert server.catalog.engine_of(KEY) == "cpu"
     health = server.catalog.health()
     assert (health.ready, health.status, dict(health.problems)) == (True, "ok", {})
@@ -174,6 +176,30 @@ def test_while_an_engine_is_restarted_its_versions_take_requests_and_are_not_rea
     assert server.catalog.models()["m"].versions[1].load_s == 1.0
 
 
+def test_of_two_engines_one_may_be_restarted_or_fail(server: Server) -> None:
+    server.engine("cpu-2", UP, {KEY: instances("ready", waiting_rows=2)})
+    server.take("cpu-2", ready())
+    server.refresh()
+    assert server.catalog.engines_of(KEY) == ["cpu", "cpu-2"]
+    live = server.catalog.live(KEY)
+    assert (len(live.instances), live.waiting_rows, len(live.engines)) == (3, 5, 2)
+    assert server.catalog.health().status == "ok"
+    server.engine("cpu", DOWN)
+    server.refresh()
+    health = server.catalog.health()
+    assert (health.ready, health.problems) == (True, {"m/1": f"cpu: {RESTARTING}"})
+    states = [instance.state for instance in server.catalog.live(KEY).instances]
+    assert sorted(states) == [NOT_ANSWERING, NOT_ANSWERING, "ready"]
+    server.engine("cpu", UP, {})
+    server.take("cpu", VersionView(KEY, FAILED, "weights.bin has changed"))
+    server.refresh()
+    health = server.catalog.health()
+    assert (health.ready, health.problems) == (True, {"m/1": "cpu: weights.bin has changed"})
+    assert server.catalog.engines_of(KEY) == ["cpu-2"]
+    server.engine("cpu-2", DOWN)
+    assert server.catalog.health().ready is False
+
+
 def test_an_engine_that_does_not_answer_is_a_problem_and_later_not_ready(server: Server) -> None:
     server.engine("cpu", UP, None)
     server.refresh()
@@ -201,7 +227,7 @@ def test_a_silent_engine_costs_the_others_nothing(server: Server) -> None:
 def test_a_version_that_has_failed_keeps_others_and_readiness(server: Server) -> None:
     server.take("cpu", ready(), VersionView(VersionKey("n", 1), LOADING))
     assert server.catalog.health().status == "loading"
-    server.store.fail("n", 1, "loading took longer than 10 s")
+    server.store.fail(("n", 1), "loading took longer than 10 s", "cpu")
     server.push()
     health = server.catalog.health()
     assert (health.ready, health.problems) == (True, {"n/1": "loading took longer than 10 s"})

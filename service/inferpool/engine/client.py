@@ -108,6 +108,20 @@ class EngineClient:
         return self._sender.epoch if self._sender.channel is not None else 0
 
     @property
+    def is_attached(self) -> bool:
+        """Whether there is an engine that entries are sent to."""
+        return self._sender.channel is not None
+
+    @property
+    def rows(self) -> int:
+        """The rows of the entries that have not ended."""
+        return self._blocks.rows
+
+    def has_lent(self, entry: Entry) -> bool:
+        """Whether the inputs of an entry lie in memory that `lend` has returned."""
+        return self._blocks.has_lent(entry)
+
+    @property
     def is_over(self) -> bool:
         """Whether the client is closed, and nobody reads outputs in its arena."""
         return self._closed and not self._blocks.held
@@ -205,18 +219,21 @@ class EngineClient:
         if results:
             self._results.put(results)
 
-    def reroute(self, clients: Mapping[VersionKey, EngineClient]) -> None:
-        """Take note of which client has which version now.
+    def reroute(self, clients: Mapping[VersionKey, Sequence[EngineClient]]) -> None:
+        """Take note of which clients have which version now.
 
         A version may move to another engine while this one is replaced. Entries that this engine does not
         have move with their version. An entry that an engine has refused because it lacks the version is sent
-        to the version's engine, or gets the refusal if there is none.
+        to an engine of the version, or gets the refusal if there is none.
+
+        If the version is in other engines, too, entries that wait for this one move there at once. Suspects
+        stay: a request that ends engines must not end two that do the same.
         """
         results: list[Result] = []
         for entry_id, pending in list(self._pending.items()):
             if pending.sent or not pending.wanted:
                 continue
-            target = clients.get(pending.entry.key)
+            target = self._target(pending, clients.get(pending.entry.key, ()))
             if target is self:
                 if pending.refusal is not None and self._sender.channel is not None:
                     self._sender.offer(pending)  # it may be refused again
@@ -237,6 +254,18 @@ class EngineClient:
             self._blocks.free(entry_id, pending)
         if results:
             self._results.put(results)
+
+    def _target(self, pending: PendingEntry, clients: Sequence[EngineClient]) -> EngineClient | None:
+        """The client that is to have an entry; None if no engine has its version."""
+        here = self in clients
+        if here and (pending.crashes or len(clients) == 1):
+            return self
+        others = [client for client in clients if client is not self and client.is_attached]
+        if others:
+            return least_busy(others)
+        if here or not clients:
+            return self if here else None
+        return clients[0]
 
     def close(self) -> None:
         """Close the channel. Entries without a result get none."""
@@ -375,3 +404,12 @@ class EngineClient:
         channel.close()
         for then in self._questions.take_all():
             self._loop.call_soon(then, None)
+
+
+def least_busy(clients: Sequence[EngineClient]) -> EngineClient:
+    """The client with the fewest rows that have not ended, the first one of several."""
+    best = clients[0]
+    for client in clients:
+        if client.rows < best.rows:
+            best = client
+    return best

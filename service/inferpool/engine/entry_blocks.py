@@ -31,15 +31,17 @@ class EntryBlocks:
         arena: the arena; None until its descriptor has come.
         pending: the entries without a result, or with a run that still reads the block, by id.
         held: the entries whose outputs are read in their blocks, by id.
+        rows: the rows of all entries in `pending`.
     """
 
-    __slots__ = ("_identity", "_lent", "_loop", "arena", "held", "pending")
+    __slots__ = ("_identity", "_lent", "_loop", "arena", "held", "pending", "rows")
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self.arena: Arena | None = None
         self.pending: dict[int, PendingEntry] = {}
         self.held: dict[int, PendingEntry] = {}
+        self.rows = 0
         self._identity = (0, 0)
         self._lent: LentBodies | None = None
 
@@ -142,11 +144,13 @@ class EntryBlocks:
     def free(self, entry_id: int, pending: PendingEntry) -> None:
         """Free the block of an entry that has ended."""
         del self.pending[entry_id]
+        self.rows -= pending.entry.rows
         self._free_memory(pending)
 
     def hold(self, entry_id: int, pending: PendingEntry) -> None:
         """Keep the block of an entry that has its result: the outputs are read there until `release`."""
         del self.pending[entry_id]
+        self.rows -= pending.entry.rows
         self.held[entry_id] = pending
 
     def release(self, entry_id: int) -> None:
@@ -205,6 +209,11 @@ class EntryBlocks:
             self._lent = LentBodies(self.arena, self._loop)
         return self._lent.lend(nbytes, tensors_at)
 
+    def has_lent(self, entry: Entry) -> bool:
+        """Whether the inputs of an entry lie in memory that `lend` has returned."""
+        lent = self._lent
+        return lent is not None and any(lent.has(tensor) for tensor in entry.inputs.values())
+
     def _take_body(self, lent: LentBodies, entry: Entry, layout: Layout) -> PendingEntry | None:
         """Make the memory of a body the block of its entry, if the inputs lie there as they have to."""
         taken = lent.take(layout, entry.inputs, entry.rows)
@@ -220,6 +229,7 @@ class EntryBlocks:
         self.mark_waiting(pending)
         entry.inputs = {}
         self.pending[entry.id] = pending
+        self.rows += entry.rows
         return pending
 
     def _free_memory(self, pending: PendingEntry) -> None:

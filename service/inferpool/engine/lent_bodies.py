@@ -91,6 +91,10 @@ class LentBodies:
             self._bytes -= lent.nbytes
             self._arena.free(lent.offset, lent.nbytes)
 
+    def has(self, tensor: Any) -> bool:
+        """Whether a tensor lies in a block that is lent."""
+        return bool(self._lent) and _owner_of(tensor).ctypes.data - self._address in self._lent
+
     def take(self, layout: Layout, tensors: Tensors, rows: int) -> tuple[object, int, int] | None:
         """Take over the block in which tensors of a plain layout are, if they lie there as `write` puts them.
 

@@ -1,7 +1,6 @@
 """Decides what becomes of an engine that has died, and of the versions that it ran or loaded.
 
-Plain rules with a clock that the caller gives. The names of engines: `SHARED` for the engine that all models
-share, and `model/version` for an engine that has one version only.
+Plain rules with a clock that the caller gives. An engine has all versions of a device, or one version only.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from typing import Final, TypeAlias
 Version: TypeAlias = tuple[str, int]
 """The name of a model and the number of a version."""
 
-SHARED: Final = "shared"
-"""The name of the engine of all models that have none of their own."""
 CRASHES: Final = 3
 """A version that crashes its engine so often within `WINDOW_S` gets an engine of its own."""
 WINDOW_S: Final = 600.0
@@ -49,7 +46,7 @@ class RestartPolicy:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._crashes: dict[tuple[str, Version], deque[float]] = {}
-        self._load_crashes: dict[Version, int] = {}
+        self._load_crashes: dict[tuple[str, Version], int] = {}
         self._loaded: set[Version] = set()
         self._pauses: dict[str, float] = {}
 
@@ -59,25 +56,28 @@ class RestartPolicy:
         how: str,
         lived_s: float,
         *,
+        own: Version | None = None,
         running: Collection[Version] = (),
         confirmed: Collection[Version] = (),
         loading: Collection[Version] = (),
     ) -> Decision:
         """Decide after `engine` died, as `how` says, `lived_s` seconds after its start.
 
-        `running` are the versions of which it ran batches, and `loading` those that it was loading. In a
-        version of `confirmed` a request ran that had been running at an earlier crash, so it is to blame.
+        `own` is the version of an engine that has one only, None for the engine of a device. `running` are
+        the versions of which it ran batches, and `loading` those that it was loading. In a version of
+        `confirmed` a request ran that had been running at an earlier crash, so it is to blame.
         """
-        if engine == SHARED:
+        if own is None:
             # A load that has worked before is a suspect like a run. A new one is isolated at once.
             suspects = sorted({*running, *(version for version in loading if version in self._loaded)})
             crashed = [version for version in suspects if self._count(engine, version) >= CRASHES]
             new = sorted({*loading} - self._loaded - {*crashed})
             blamed = bool(running or loading)
             return Decision((*crashed, *new), {}, self._pause(engine, blamed=blamed, lived_s=lived_s))
-        version = version_of(engine)
+        version = own
         if version in loading:
-            crashes = self._load_crashes[version] = self._load_crashes.get(version, 0) + 1
+            key = (engine, version)
+            crashes = self._load_crashes[key] = self._load_crashes.get(key, 0) + 1
             if crashes >= LOAD_CRASHES:
                 return Decision((), {version: f"its load ended the engine {crashes} times; the last {how}"})
             return Decision()
@@ -90,9 +90,9 @@ class RestartPolicy:
             return Decision((), {}, min(MOST_PAUSE_S, FIRST_PAUSE_S * 2 ** (crashes - 1)))
         return Decision((), {}, self._pause(engine, blamed=False, lived_s=lived_s))
 
-    def loaded(self, version: Version) -> None:
-        """Take note that a version has loaded: a later crash of its load counts anew."""
-        self._load_crashes.pop(version, None)
+    def loaded(self, engine: str, version: Version) -> None:
+        """Take note that `engine` has loaded a version: a later crash of its load there counts anew."""
+        self._load_crashes.pop((engine, version), None)
         self._loaded.add(version)
 
     def _count(self, engine: str, version: Version) -> int:
@@ -112,14 +112,3 @@ class RestartPolicy:
         pause_s = min(MOST_PAUSE_S, 2 * self._pauses.get(engine, FIRST_PAUSE_S / 2))
         self._pauses[engine] = pause_s
         return pause_s
-
-
-def own_engine(version: Version) -> str:
-    """The name of the engine that has `version` only."""
-    return f"{version[0]}/{version[1]}"
-
-
-def version_of(engine: str) -> Version:
-    """The version of an engine that has one only; raises ValueError for the shared engine."""
-    model, _, number = engine.rpartition("/")
-    return model, int(number)

@@ -24,6 +24,10 @@ class SupervisedEngine:
     """An engine, or the place of one that is being started again.
 
     Attributes:
+        device: the device whose instances it has.
+        number: 1 for the first engine of the device; the others wait until that one has loaded.
+        parent: the engine that has lost the only version of this one to it; None if this one has all versions
+            of its device.
         epoch: which process this is in the engine's life; a late answer of an earlier one is ignored.
         only: the versions that the engine takes; None for all but `skip`.
         skip_later: the versions that the process after the next one does not take either.
@@ -35,13 +39,15 @@ class SupervisedEngine:
         answers: whether it has all the versions that its predecessor had.
         rescan_due: whether an administrator has asked for a look at the models folder, which no process has
             taken note of yet.
-        asked: the questions of administrators that are not answered: the web process and the number of each.
         hung: the versions of which a run did not stop, for which the engine ends itself.
     """
 
-    def __init__(self, name: str, only: list[Version] | None = None) -> None:
+    def __init__(self, name: str, device: str, number: int = 1) -> None:
         self.name = name
-        self.only = only
+        self.device = device
+        self.number = number
+        self.parent: str | None = None
+        self.only: list[Version] | None = None
         self.skip: set[Version] = set()
         self.skip_later: set[Version] = set()
         self.child: Child | None = None
@@ -55,7 +61,6 @@ class SupervisedEngine:
         self.answers = False
         self.blameless = False
         self.rescan_due = False
-        self.asked: set[tuple[int, int]] = set()
         self.hung: set[Version] = set()
 
 

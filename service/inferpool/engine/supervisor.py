@@ -2,7 +2,7 @@
 
     supervisor ─┬─ web process 1 … N     read requests, write answers
                 ├─ a process for gRPC    passes requests on to web processes; with --grpc-port alone
-                ├─ engine 1 … M          hold models, and run them
+                ├─ engine 1 … M          hold models, and run them: one or several for each device
                 └─ a spare engine        takes the place of the next engine that ends
 
 The supervisor reads no request and loads no library: it has nothing that could crash. It runs one loop,
@@ -22,14 +22,16 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NoReturn
 
+from inferpool.engine.admin_relay import AdminRelay
 from inferpool.engine.arena import ARENA_PARTS, make_arena
 from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
 from inferpool.engine.child_loop import ChildLoop, reap
 from inferpool.engine.control import Message
+from inferpool.engine.device_engines import device_engines, own_engine
 from inferpool.engine.grpc_keeper import GrpcKeeper
 from inferpool.engine.liveness import Liveness
-from inferpool.engine.restart_policy import SHARED, Decision, RestartPolicy, Version, own_engine
+from inferpool.engine.restart_policy import Decision, RestartPolicy, Version
 from inferpool.engine.spare_engine import LEAST_SPARE_BYTES, SpareEngine
 from inferpool.engine.spawn import Child, name_process, spawn
 from inferpool.engine.supervised import Crash, SupervisedEngine, SupervisedWeb
@@ -75,14 +77,24 @@ class Supervisor:
         self._repository = repository
         # Whether the bytes that requests may hold follow from the memory there is.
         self._derive = settings["derive"]
-        self._settings = {name: value for name, value in settings.items() if name != "derive"}
+        self._settings = {
+            name: value for name, value in settings.items() if name not in ("derive", "engine_devices")
+        }
         self._clock = time.monotonic
         self._loop = ChildLoop(self._clock)
         self._policy = RestartPolicy(self._clock)
         self._liveness = Liveness(settings["silence_timeout_s"], 2 * PUBLISH_S)
         self._store = CatalogStore()
         self._webs = {number: SupervisedWeb(number) for number in range(1, settings["web_processes"] + 1)}
-        self._engines: dict[str, SupervisedEngine] = {SHARED: SupervisedEngine(SHARED)}
+        self._engines: dict[str, SupervisedEngine] = {
+            name: SupervisedEngine(name, device, number)
+            for name, device, number in device_engines(
+                settings["engine_devices"], settings["engines_per_device"]
+            )
+        }
+        self._admin = AdminRelay(self._store, self._engines, self._answer_admin, self._allow)
+        self._decisions: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+        """The labels and the traffic that engines were told last."""
         self._crashes: dict[str, Crash] = {}
         self._memory_bytes = chosen_limit(settings["memory_bytes"]).limit
         self._spare = SpareEngine(self._loop, spawn_engine)
@@ -128,8 +140,7 @@ class Supervisor:
         self._publish()
         for web in self._webs.values():
             self._start_web(web)
-        for engine in list(self._engines.values()):
-            self._start_engine(engine)
+        self._start_engines()
         if self._grpc is not None:
             self._grpc.start()
         while self._status is None:
@@ -190,7 +201,7 @@ class Supervisor:
             self._report_loaded()
             self._report_seen()
         elif message.kind == "admin":
-            self._administer(web, values)
+            self._admin.ask(web.number, values, draining=self._draining)
         elif message.kind == "crashed":
             crash = self._crashes.get(values["engine"])
             if crash is not None and web.number in crash.reports:
@@ -220,7 +231,7 @@ class Supervisor:
             if web.number in engine.connected and engine.child is not None:
                 engine.child.control.send("disconnect", {"web": web.number}, wait=False)
             engine.connected.discard(web.number)
-            engine.asked = {asked for asked in engine.asked if asked[0] != web.number}
+        self._admin.web_ended(web.number)
         for name in list(self._crashes):
             self._crash_reported(name, web.number)
         if self._draining:
@@ -245,6 +256,25 @@ class Supervisor:
             self._start_web(web)
 
     # Engines.
+
+    def _start_engines(self) -> None:
+        """Start the engines of devices, but for those that measurements of an earlier one would disturb."""
+        loaded = {engine.device for engine in self._engines.values() if engine.number == 1 and engine.loaded}
+        for engine in list(self._engines.values()):
+            if engine.parent is None and not engine.epoch and (engine.number == 1 or engine.device in loaded):
+                self._start_engine(engine)
+
+    def _need_devices(self, devices: Iterable[str]) -> None:
+        """Start engines for devices that versions run on, and that the settings do not name."""
+        missing = [
+            device for device in devices
+            if all(engine.device != device for engine in self._engines.values())
+        ]  # fmt: skip
+        for name, device, number in device_engines(missing, self._settings["engines_per_device"]):
+            self._engines[name] = SupervisedEngine(name, device, number)
+        if missing:
+            log.info("engines for %s start: versions run there", ", ".join(missing))
+            self._start_engines()
 
     def _start_engine(self, engine: SupervisedEngine) -> None:
         """Start the process; `_tell_engine` says what it is to load."""
@@ -284,6 +314,9 @@ class Supervisor:
                 "held": store.held,
                 "only": self._versions_for(engine),
                 "skip": sorted(engine.skip),
+                "device": engine.device,
+                "takes_new": engine.parent is None,
+                "share": self._settings["engines_per_device"] if engine.parent is None else 1,
             },
             {},
         )
@@ -307,7 +340,7 @@ class Supervisor:
         """What an engine is to load; a successor takes no versions that were added to the folder since."""
         if engine.only is not None or engine.epoch == 1:
             return engine.only
-        there = self._store.versions("ready", "loading", "failed")
+        there = self._store.versions_for(engine.name)
         return [version for version in there if version not in engine.skip]
 
     def _publish(self) -> None:
@@ -359,7 +392,7 @@ class Supervisor:
             or self._engines.get(engine.name) is not engine
         ):
             return
-        takes_over = engine.epoch > 1 or engine.name != SHARED
+        takes_over = engine.epoch > 1 or engine.parent is not None
         if engine.child is None or (takes_over and not engine.answers):
             arena = self._arena(web, engine)
             web.child.control.send("expect", {"engine": engine.name}, [arena], wait=False)
@@ -399,16 +432,14 @@ class Supervisor:
         elif message.kind == "loaded":
             engine.loaded = True
             self._answer_again(engine)
+            self._start_engines()
             if self._memory_bytes >= LEAST_SPARE_BYTES:
                 self._spare.plan(values["backends"])
             if engine.epoch == 1 or not self._reported:
                 self._to_report = self._catalog_number
                 self._report_loaded()
         elif message.kind == "answer":
-            # A question of an earlier web process has no answer: its number may be another question's now.
-            if (values["web"], values["id"]) in engine.asked:
-                engine.asked.discard((values["web"], values["id"]))
-                self._answer_admin(values["web"], values)
+            self._admin.take_answer(engine.name, values)
         elif message.kind == "await_seen":
             self._unseen.append((engine, engine.epoch, self._catalog_number))
             self._report_seen()
@@ -434,13 +465,16 @@ class Supervisor:
             for number, view in model["versions"].items():
                 version = (name, int(number))
                 if view["state"] == "ready":
-                    self._policy.loaded(version)
+                    self._policy.loaded(engine.name, version)
         loads = {(name, number) for name, number in parcel.catalog["loads"]}
         for version in [version for version in engine.loading if version not in loads]:
             del engine.loading[version]
         self._catalog_changed()
         self._answer_again(engine)
-        if engine.name != SHARED and all(
+        self._tell_decisions(engine)
+        self._need_devices(parcel.catalog["devices"])
+        self._admin.take_jobs(engine.name, parcel.catalog["jobs"])
+        if engine.parent is not None and all(
             view["state"] == "unloaded"
             for model in parcel.catalog["models"].values()
             for view in model["versions"].values()
@@ -450,45 +484,44 @@ class Supervisor:
 
     # The admin side.
 
-    def _administer(self, web: SupervisedWeb, values: Mapping[str, Any]) -> None:
-        """Pass what an administrator asks to the engine that has the model; the engine answers."""
-        engine = self._engines.get(self._engine_for(values) or "")
-        if engine is None or engine.child is None or not engine.told or self._draining:
-            refusal = "the engine of the model is being started or ended; try again later"
-            self._answer_admin(web.number, {"id": values["id"], "error": refusal, "code": "not_ready"})
-            return
-        if values["action"] == "load":
-            model, version = values["model"], values["version"]
+    def _allow(self, model: str, version: int | None) -> None:
+        """Let engines load what has failed or crashed before, because an administrator asks for it."""
+        for engine in self._engines.values():
             for every in (engine.skip, engine.skip_later):
-                every -= {key for key in every if key[0] == model and version in (None, key[1])}
-            self._store.allow(model, version)
-            self._catalog_changed()
-        engine.asked.add((web.number, values["id"]))
-        engine.child.control.send("admin", {**values, "web": web.number}, wait=False)
+                every -= {
+                    key for key in every
+                    if key[0] == model and version in (None, key[1]) and not self._own(key, engine.name)
+                }  # fmt: skip
+        self._store.allow(model, version)
+        self._catalog_changed()
+
+    def _own(self, version: Version, parent: str) -> SupervisedEngine | None:
+        """The engine that has taken a version from `parent`."""
+        return next(
+            (engine for engine in self._engines.values()
+             if engine.parent == parent and version in (engine.only or ())),
+            None,
+        )  # fmt: skip
 
     def _answer_admin(self, web: int, answer: Mapping[str, Any]) -> None:
         child = self._webs[web].child
         if child is not None:
             child.control.send("answer", answer, wait=False)
 
-    def _refuse_asked(self, engine: SupervisedEngine) -> None:
-        """Answer what administrators have asked of an engine that has ended."""
-        refusal = "the engine ended before it answered; see /models, and try again"
-        for web, number in engine.asked:
-            self._answer_admin(web, {"id": number, "error": refusal, "code": "not_ready"})
-        engine.asked.clear()
-
-    def _engine_for(self, values: Mapping[str, Any]) -> str | None:
-        """The name of the engine that is to do something, the shared one for a model that no engine has."""
-        if values["action"] == "cancel":
-            return self._store.engine_of_job(values["job"])
-        version = values.get("version")
-        if version is None and values.get("source") is not None:
-            return SHARED  # the version that is to be fetched is a new one
-        if values["action"] in ("load", "unload") and version is not None:
-            name = self._store.engine_of_version(values["model"], version) or SHARED
-            return name if name in self._engines else SHARED
-        return self._store.engine_of_model(values["model"]) or SHARED
+    def _tell_decisions(self, told_by: SupervisedEngine) -> None:
+        """Tell all engines of labels and traffic that one has decided about: any may have to, later."""
+        decisions = (dict(self._store.moves), dict(self._store.traffic))
+        if decisions == self._decisions:
+            return
+        self._decisions = decisions
+        others = [engine for engine in self._engines.values() if engine is not told_by and engine.told]
+        for engine in others:
+            if engine.child is not None:
+                kept = pack({"moves": decisions[0], "traffic": decisions[1]}, {})
+                try:
+                    engine.child.control.send("decisions", {}, [kept], wait=False)
+                finally:
+                    os.close(kept)
 
     def _report_seen(self) -> None:
         """Tell the engines that wait for it that all web processes have seen their catalogs."""
@@ -511,24 +544,20 @@ class Supervisor:
 
     def _is_restored(self, engine: SupervisedEngine) -> bool:
         """Whether no version that was ready before still loads in `engine`."""
-        shown = False
-        for model in self._store.catalog["models"].values():
-            for view in model["versions"].values():
-                if view["engine"] == engine.name:
-                    shown = True
-                    if view["reloading"]:
-                        return False
-        return shown
+        mine = [
+            view for model in self._store.catalog["models"].values() for view in model["versions"].values()
+            if engine.name in (view["engine"], *view["engines"])
+        ]  # fmt: skip
+        return bool(mine) and not any(engine.name in view["absent"] for view in mine)
 
     def _load_timed_out(self, engine: SupervisedEngine, epoch: int, version: Version, began: float) -> None:
         if engine.epoch != epoch or engine.loading.get(version) != began or engine.child is None:
             return
-        name = own_engine(version)
         reason = f"loading took longer than --load-timeout-s ({self._settings['load_timeout_s']:g} s)"
-        log.error("%s has failed: %s", name, reason)
+        log.error("%s/%d has failed: %s", *version, reason)
         del engine.loading[version]
-        self._fail(version, reason)
-        if engine.name == name:
+        self._fail(engine, version, reason)
+        if engine.parent is not None:
             self._remove_engine(engine)
         else:
             engine.skip.add(version)
@@ -541,8 +570,9 @@ class Supervisor:
         if engine is not None and engine.epoch == epoch and engine.child is not None:
             engine.child.kill()
 
-    def _fail(self, version: Version, reason: str) -> None:
-        self._store.fail(*version, reason)
+    def _fail(self, engine: SupervisedEngine, version: Version, reason: str) -> None:
+        """Show a version as failed in an engine, and in the one that the engine has it from."""
+        self._store.fail(version, reason, *filter(None, (engine.name, engine.parent)))
         self._catalog_changed()
 
     def _engine_ended(self, engine: SupervisedEngine) -> None:
@@ -556,7 +586,7 @@ class Supervisor:
                 self._exit_status = 1
             self._end_if_drained()
             return
-        self._refuse_asked(engine)
+        self._admin.engine_ended(engine.name)
         if self._engines.get(engine.name) is not engine:
             self._forget_engine(engine)
             return
@@ -571,7 +601,7 @@ class Supervisor:
         engine.loading.clear()
         engine.skip |= engine.skip_later
         for version in engine.skip_later:
-            self._store.move(version, own_engine(version))
+            self._store.move(version, engine.name, self._own_name(version, engine))
         engine.skip_later.clear()
         engine.loaded = engine.answers = False
         webs = [self._webs[number] for number in engine.connected]
@@ -623,6 +653,7 @@ class Supervisor:
             engine.name,
             crash.how,
             crash.lived_s,
+            own=engine.only[0] if engine.only is not None else None,
             running=crash.running,
             confirmed=crash.confirmed,
             loading=crash.loading,
@@ -632,26 +663,30 @@ class Supervisor:
     def _apply(self, engine: SupervisedEngine, crash: Crash, decision: Decision) -> None:
         for version, reason in decision.fail.items():
             log.error("%s/%d has failed: %s", *version, reason)
-            self._fail(version, reason)
-        if engine.name != SHARED and decision.fail:
+            self._fail(engine, version, reason)
+        if engine.parent is not None and decision.fail:
             self._remove_engine(engine)
             return
         for version in decision.isolate:
-            name = own_engine(version)
+            name = self._own_name(version, engine)
             if name not in self._engines:
                 log.error("%s/%d gets an engine of its own", *version)
                 # The next process still answers the requests that wait for a version that it can load.
                 if version in crash.loading:
                     engine.skip.add(version)
-                    self._store.move(version, name)
+                    self._store.move(version, engine.name, name)
                 else:
                     engine.skip_later.add(version)
-                self._engines[name] = own = SupervisedEngine(name, [version])
+                self._engines[name] = own = SupervisedEngine(name, engine.device)
+                own.only, own.parent = [version], engine.name
                 self._start_engine(own)
         if decision.pause_s:
             self._loop.after(decision.pause_s, lambda: self._go_on(engine))
         else:
             self._go_on(engine)
+
+    def _own_name(self, version: Version, engine: SupervisedEngine) -> str:
+        return own_engine(version, engine.name, first=engine.name == next(iter(self._engines)))
 
     def _go_on(self, engine: SupervisedEngine) -> None:
         """Let the process that replaces an engine load; it may have been started before the decision."""
@@ -682,7 +717,7 @@ class Supervisor:
     def _set_facts(self, engine: SupervisedEngine) -> None:
         pid = 0 if engine.child is None else engine.child.pid
         self._store.set_engine(
-            engine.name, EngineFacts(pid, max(0, engine.epoch - 1), engine.child is not None)
+            engine.name, EngineFacts(pid, max(0, engine.epoch - 1), engine.child is not None, engine.parent)
         )
 
     # The catalog.
@@ -709,6 +744,9 @@ class Supervisor:
         """Log what is served once all web processes serve it, so that the line is true for each client."""
         health = self._health
         if not self._to_report or health is None:
+            return
+        if any(engine.parent is None and engine.epoch <= 1 and not engine.loaded
+               for engine in self._engines.values()):  # fmt: skip
             return
         if all(web.child is None or web.seen >= self._to_report for web in self._webs.values()):
             self._to_report = 0

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-from inferpool.engine.restart_policy import SHARED
 from inferpool.observe.families import CPU_SECONDS
 from inferpool.observe.regions import Region, make_regions, read_beat
 
@@ -29,7 +28,7 @@ class SupervisorMetrics:
         self.file = make_regions(self.grpc_slot + 1)
         self._region = Region(self.file, 0)
         self._free = list(range(1 + webs, 1 + webs + ENGINE_SLOTS))
-        self._slots = {SHARED: self._free.pop(0)}
+        self._slots: dict[str, int] = {}
         # From the start: a rate misses the first event of a new series.
         self._region.numbers("web_restarts_total", (), 1)
 

@@ -223,6 +223,7 @@ class LiveView:
         tensorrt: the state of the upgrade to TensorRT; None if none was asked for.
         loading_s: for how many seconds it has been loading; 0 once it is loaded.
         engine: the engine that runs it; None in the server's own process.
+        engines: all engines that run it, or did when they were restarted; one for each device.
         phase: what a load of it does at the moment, also one beside a version that serves; None without one.
     """
 
@@ -237,6 +238,7 @@ class LiveView:
     tensorrt: str | None = None
     loading_s: float = 0.0
     engine: EngineView | None = None
+    engines: Sequence[EngineView] = ()
     phase: str | None = None
 
 

@@ -41,7 +41,7 @@ JsonObject: TypeAlias = dict[str, Any]
 
 NO_CODECS: Final = Codecs()
 
-_NOT_SENT: Final = ("image", "text", "classes", "engine")
+_NOT_SENT: Final = ("image", "text", "classes", "engine", "engines")
 """The fields of views that the receiver fills in."""
 
 

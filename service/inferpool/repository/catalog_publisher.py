@@ -33,6 +33,7 @@ class CatalogPublisher:
             "traffic": self._repository.traffic(),
             "jobs": [job.to_json() for job in self._repository.jobs()],
             "loads": [list(key) for key in self._repository.loading()],
+            "devices": self._repository.devices_elsewhere(),
             "removed": [list(key) for key in self._repository.removed()],
         }
         files = {

@@ -25,11 +25,14 @@ def answer_admin(repository: Repository, values: Mapping[str, Any]) -> dict[str,
 def _obey(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:
     action = values["action"]
     if action == "load":
-        return repository.begin_load(values["model"], values["version"], values["source"]).to_json()
+        return repository.begin_load(
+            values["model"], values["version"], values["source"], values["job_id"]
+        ).to_json()
     if action == "unload":
-        return repository.begin_unload(values["model"], values["version"]).to_json()
+        return repository.begin_unload(values["model"], values["version"], values["job_id"]).to_json()
     if action == "label":
-        kept = repository.move_label(values["model"], values["label"], values["version"])
+        # The web process has looked whether the version is ready in any engine.
+        kept = repository.move_label(values["model"], values["label"], values["version"], checked=True)
         repository.await_seen()
         return {"kept": kept}
     if action == "rollback":

@@ -13,12 +13,14 @@ from inferpool.pool.ports import VersionKey
 from inferpool.repository.lifecycle import FETCH, PHASES, QUEUED, VERIFY, Phase
 
 JobKind: TypeAlias = Literal["load", "unload"]
-JobState: TypeAlias = Literal["running", "done", "failed", "cancelled"]
+JobState: TypeAlias = Literal["running", "done", "failed", "cancelled", "elsewhere"]
 
 RUNNING: Final[JobState] = "running"
 DONE: Final[JobState] = "done"
 JOB_FAILED: Final[JobState] = "failed"
 CANCELLED: Final[JobState] = "cancelled"
+ELSEWHERE: Final[JobState] = "elsewhere"
+"""The versions run on another device, whose engine has a job of the same id. Clients never see this state."""
 
 MOST_JOBS: Final = 100
 """How many jobs that have ended are kept; the oldest is forgotten first."""
@@ -178,15 +180,17 @@ class JobTable:
         versions: Sequence[int],
         now: float,
         expected: Mapping[str, float],
+        job_id: str | None = None,
     ) -> Job:
-        """A new job, or the one that runs for the same request already."""
+        """A new job, whose id may be given, or the one that runs for the same request already."""
         wanted = (kind, model, asked, tuple(versions), False)
         for job in self.running():
             if (job.kind, job.model, job.asked, job.versions, job.fetching) == wanted:
                 return job
         job = Job(
-            secrets.token_hex(6), kind, model, asked, tuple(versions), phase=QUEUED if kind == "load" else "",
-            phase_began=now, expected=expected, created=self._wall_clock(),
+            job_id or secrets.token_hex(6), kind, model, asked, tuple(versions),
+            phase=QUEUED if kind == "load" else "", phase_began=now, expected=expected,
+            created=self._wall_clock(),
         )  # fmt: skip
         self._jobs[job.id] = job
         self._forget()

@@ -14,12 +14,13 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Final, Literal, Protocol, TypeAlias
 
-from inferpool.errors import Conflict, InferpoolError, LoadCancelled, Reason
+from inferpool.errors import Conflict, InferpoolError, LoadCancelled, Reason, RunsElsewhere
 from inferpool.pool.ports import VersionKey
 from inferpool.repository import health
 from inferpool.repository.jobs import (
     CANCELLED,
     DONE,
+    ELSEWHERE,
     JOB_FAILED,
     RUNNING,
     Job,
@@ -71,6 +72,12 @@ class Host(Protocol):
 
     def show(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
         """Publish what a version is now."""
+
+    def leave(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
+        """Publish that a version runs on another device, and is not loaded here."""
+
+    def is_elsewhere(self, key: VersionKey) -> bool:
+        """Whether the last load has left a version to the engine of another device."""
 
     def jobs_changed(self) -> None:
         """Publish the jobs."""
@@ -205,11 +212,21 @@ class LoadManager:
         # Without the lock: an engine publishes the jobs while a thread with the lock waits to publish.
         return list(self._jobs)
 
-    def begin_job(self, kind: JobKind, model: str, asked: int | None, versions: Sequence[int]) -> Job:
-        """A job for versions whose lifecycles the caller has changed; the same one if it runs already."""
+    def begin_job(
+        self,
+        kind: JobKind,
+        model: str,
+        asked: int | None,
+        versions: Sequence[int],
+        job_id: str | None = None,
+    ) -> Job:
+        """A job for versions whose lifecycles the caller has changed; the same one if it runs already.
+
+        `job_id` is the id of a new job; None makes one.
+        """
         with self._changed:
             now = self._clock()
-            job = self._jobs.begin(kind, model, asked, versions, now, self._times.expected(model))
+            job = self._jobs.begin(kind, model, asked, versions, now, self._times.expected(model), job_id)
             # The load may have begun, and entered a phase that takes long, before there was a job to show it.
             for number in versions:
                 key = VersionKey(model, number)
@@ -449,6 +466,8 @@ class LoadManager:
             timer.start()
         try:
             loaded = self._host.load(load.key, load.source, partial(self._enter, load, lifecycle))
+        except RunsElsewhere as error:
+            self._leave(load, lifecycle, error.detail)
         except InferpoolError as error:
             self._fail(load, lifecycle, error.detail)
         except BaseException as error:
@@ -531,14 +550,25 @@ class LoadManager:
                 self._host.show(load.key, lifecycle)
                 self._wake()
 
+    def _leave(self, load: _Load, lifecycle: VersionLifecycle, reason: Reason) -> None:
+        """Leave a version to the engine of another device."""
+        with self._changed:
+            if load.claim():
+                self._end_load(load, None)
+                lifecycle.load_failed(reason)
+                self._host.leave(load.key, lifecycle)
+                self._wake()
+
     def _give_up(self, load: _Load, lifecycle: VersionLifecycle) -> None:
         """Fail a version that is still loading. Nothing can end its thread, whose result is thrown away."""
         limit_s = self._load_timeout_s
         self._fail(load, lifecycle, f"loading takes longer than {limit_s:g} s; --load-timeout-s allows more")
 
-    def _end_load(self, load: _Load, outcome: Outcome) -> None:
+    def _end_load(self, load: _Load, outcome: Outcome | None) -> None:
+        """End a load, which counts only with an outcome."""
         self._times.ended(load.key, self._clock(), ok=outcome == "ready")
-        self._host.count_load(load.key, outcome)
+        if outcome is not None:
+            self._host.count_load(load.key, outcome)
         del self._loads[load.key]
         self._tell_threads()
 
@@ -590,11 +620,17 @@ class LoadManager:
                 for lifecycle in lifecycles
             )
             return (DONE, "") if gone else None
+        if job.versions and all(
+            self._host.is_elsewhere(VersionKey(job.model, number)) for number in job.versions
+        ):
+            return ELSEWHERE, ""
         if any(lifecycle.wanted is None for lifecycle in lifecycles) or not lifecycles:
             return CANCELLED, "the version is no longer wanted"
         if not all(lifecycle.settled for lifecycle in lifecycles):
             return None
-        reasons = [lifecycle.reason for lifecycle in lifecycles if not lifecycle.succeeded]
+        keys = [VersionKey(job.model, number) for number in job.versions]
+        here = [self._lifecycles.get(key) for key in keys if not self._host.is_elsewhere(key)]
+        reasons = [lifecycle.reason for lifecycle in here if lifecycle and not lifecycle.succeeded]
         return (JOB_FAILED, "; ".join(filter(None, reasons))) if reasons else (DONE, "")
 
 

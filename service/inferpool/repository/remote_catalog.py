@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from inferpool.engine.catalog_merge import codecs_key
 from inferpool.errors import LoadError, Reason
 from inferpool.pool.ports import VersionKey
-from inferpool.pool.stats import InstanceState
+from inferpool.pool.stats import BatchCount, InstanceState
 from inferpool.repository.catalog import FAILED, READY, EngineView, Health, LiveView, ModelView, VersionView
 from inferpool.repository.catalog_json import (
     NO_CODECS,
@@ -70,7 +70,7 @@ class RemoteCatalog:
         self._asks: dict[str, Ask] = {}
         self._silent_since: dict[str, float] = {}
         self._engines: Mapping[str, Mapping[str, Any]] = {}
-        self._live: dict[VersionKey, LiveView] = {}
+        self._live: dict[VersionKey, dict[str, LiveView]] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._jobs: tuple[Job, ...] = ()
 
@@ -80,11 +80,15 @@ class RemoteCatalog:
 
     def live(self, key: VersionKey) -> LiveView:
         """The facts about a version that change, as the last `refresh` found them; empty if none did."""
-        live = replace(self._live.get(key, LiveView()), engine=self._engine_view(key))
-        if live.instances and self._engine_fault(key)[0] is not None:
-            silent = [InstanceState(instance.device, NOT_ANSWERING) for instance in live.instances]
-            return replace(live, instances=silent)
-        return live
+        told = self._live.get(key, {})
+        views = [
+            _not_answering(told[name]) if self._fault_of(key, name) is not None else told[name]
+            for name in self.engines_of(key)
+            if name in told
+        ]
+        return replace(
+            combine(views), engine=self._engine_view(self.engine_of(key)), engines=self._engine_views(key)
+        )
 
     def health(self) -> Health:
         """Whether every required model can answer, as the last `refresh` found it."""
@@ -105,6 +109,17 @@ class RemoteCatalog:
         known = self._versions.get(key)
         engine: str | None = None if known is None else known.sent["engine"]
         return engine
+
+    def engines_of(self, key: VersionKey) -> Sequence[str]:
+        """The names of the engines that have a version ready, or had when they were restarted.
+
+        Of a version that is not ready, the engine that has it, or had it last.
+        """
+        known = self._versions.get(key)
+        if known is None:
+            return ()
+        engines: Sequence[str] = known.sent["engines"]
+        return engines or [name for name in [known.sent["engine"]] if name is not None]
 
     async def refresh(self) -> None:
         """Ask all engines for the facts that change; waits for `ASK_TIMEOUT_S` at most."""
@@ -163,24 +178,42 @@ class RemoteCatalog:
         ):
             self._models = MappingProxyType(models)
 
-    def _engine_view(self, key: VersionKey) -> EngineView | None:
-        engine = self.engine_of(key)
+    def _engine_view(self, engine: str | None) -> EngineView | None:
         facts = self._engines.get(engine or "")
         return None if facts is None else EngineView(engine or "", facts["pid"], facts["restarts"])
 
+    def _engine_views(self, key: VersionKey) -> Sequence[EngineView]:
+        return tuple(filter(None, map(self._engine_view, self.engines_of(key))))
+
     def _engine_fault(self, key: VersionKey) -> tuple[Reason | None, bool]:
-        """What is wrong with the engine of a version, and whether the version can answer all the same."""
+        """What is wrong with the engines of a version, and whether the version can answer all the same."""
         known = self._versions.get(key)
         if known is None or known.view.state != READY:
             return None, True
-        engine = known.sent["engine"]
-        if known.sent["reloading"] or engine not in self._asks:
-            return RESTARTING, False
+        engines = self.engines_of(key)
+        faults = {name: self._fault_of(key, name) for name in engines} | known.sent["faults"]
+        wrong = {name: fault for name, fault in faults.items() if fault is not None}
+        reachable = any(self._answers(key, name) for name in engines)
+        if len(faults) == 1:
+            return next(iter(wrong.values()), None), reachable
+        return "; ".join(f"{name}: {fault}" for name, fault in wrong.items()) or None, reachable
+
+    def _fault_of(self, key: VersionKey, engine: str) -> Reason | None:
+        """What is wrong with one of the engines of a version that is ready."""
+        known = self._versions.get(key)
+        if known is None or known.view.state != READY:
+            return None
+        if engine in known.sent["absent"] or engine not in self._asks:
+            return RESTARTING
         since = self._silent_since.get(engine)
-        if since is None:
-            return None, True
-        silent_s = self._clock() - since
-        return f"its engine has not answered for {silent_s:.0f} s", silent_s < SILENT_S
+        return None if since is None else f"its engine has not answered for {self._clock() - since:.0f} s"
+
+    def _answers(self, key: VersionKey, engine: str) -> bool:
+        """Whether an engine can run a version, although it may not answer questions at the moment."""
+        if self._fault_of(key, engine) == RESTARTING:
+            return False
+        since = self._silent_since.get(engine)
+        return since is None or self._clock() - since < SILENT_S
 
     async def _ask_all(self) -> None:
         try:
@@ -202,14 +235,47 @@ class RemoteCatalog:
             log.exception("engine %s gave an answer that cannot be read", engine)
         else:
             self._silent_since.pop(engine, None)
-            self._live.update(
-                (key, live) for key, live in found.items() if self.engine_of(key) in (engine, None)
-            )
+            for key, live in found.items():
+                told = self._live.setdefault(key, {})
+                told[engine] = live
+                for name in [name for name in told if name not in self.engines_of(key) and name != engine]:
+                    del told[name]
+
+
+def combine(views: Sequence[LiveView]) -> LiveView:
+    """The facts about a version in several engines: the instances of all, and the rows that wait anywhere."""
+    if not views:
+        return LiveView()
+    if len(views) == 1:
+        return views[0]
+    batches: dict[int, BatchCount] = {}
+    for view in views:
+        for rows, runs, compute_s in view.batches:
+            _, ran, ran_s = batches.get(rows, (rows, 0, 0.0))
+            batches[rows] = BatchCount(rows, ran + runs, ran_s + compute_s)
+    stopped = (view.batching_stopped for view in views)
+    return replace(
+        views[0],
+        instances=tuple(instance for view in views for instance in view.instances),
+        waiting_rows=sum(view.waiting_rows for view in views),
+        oldest_age_s=max(view.oldest_age_s for view in views),
+        wait_s=max(view.wait_s for view in views),
+        batching_stopped=next(filter(None, stopped), None),
+        batches=tuple(sorted(batches.values())),
+        loading_s=max(view.loading_s for view in views),
+        phase=next(filter(None, (view.phase for view in views)), None),
+    )
+
+
+def _not_answering(live: LiveView) -> LiveView:
+    return replace(
+        live, instances=[InstanceState(instance.device, NOT_ANSWERING) for instance in live.instances]
+    )
 
 
 def _same_view(one: JsonObject, other: JsonObject) -> bool:
     """Whether two versions that were sent have the same view, on whatever engines they are."""
-    others = ("engine", "reloading")
+    others = ("engine", "engines", "absent", "faults", "reloading")
     return {k: v for k, v in one.items() if k not in others} == {
         k: v for k, v in other.items() if k not in others
     }

@@ -24,6 +24,7 @@ from inferpool.errors import (
     LoadError,
     ModelNotFound,
     Reason,
+    RunsElsewhere,
     VersionNotFound,
 )
 from inferpool.observe.metrics import Metrics
@@ -149,6 +150,7 @@ class Repository:
         moves: Mapping[str, Mapping[str, tuple[int | None, int | None]]] | None = None,
         origin: Origin | None = None,
         traffic: Mapping[str, Mapping[str, Any] | None] | None = None,
+        device: str | None = None,
     ) -> None:
         """Look for models in `path`; raises ConfigError if there are none.
 
@@ -174,6 +176,8 @@ class Repository:
             moves: the labels that were moved in an earlier engine, as `moves` returned them.
             origin: the store that the files come from; None if the folder is the user's.
             traffic: how requests were shared out in an earlier engine, as `traffic` returned that.
+            device: the only device on which instances are made; None for all. Versions without any there are
+                not shown.
         """
         self.router = PoolRouter()
         self._path = path
@@ -189,7 +193,10 @@ class Repository:
             plans=plans,
             on_drop=on_change or (lambda: None),
             on_hung=on_hung,
+            device=device,
         )
+        # The devices of the versions that run on others only.
+        self._elsewhere: dict[VersionKey, Sequence[str]] = {}
         self._clock = clock
         self._loaded: dict[VersionKey, LoadedVersion] = {}
         self._publishing = threading.RLock()
@@ -319,6 +326,10 @@ class Repository:
 
     async def refresh(self) -> None:
         """Do nothing: `live` and `health` are always up to date."""
+
+    def devices_elsewhere(self) -> list[str]:
+        """The devices of the versions that this process does not load, because it has another device."""
+        return sorted({device for devices in list(self._elsewhere.values()) for device in devices})
 
     def plans(self) -> Mapping[str, str]:
         """The measured plans of the versions, by which another process can load them without measuring."""
@@ -594,11 +605,14 @@ class Repository:
         """The versions that were shown once, and are no longer."""
         return sorted(self._removed)
 
-    def begin_load(self, model: str, version: int | None, source: str | None = None) -> Job:
+    def begin_load(
+        self, model: str, version: int | None, source: str | None = None, job_id: str | None = None
+    ) -> Job:
         """Load a version, or all that `model.toml` serves, from the files that are there now.
 
         A version that is loaded from the same files is not loaded again. With a `source`, the version is
-        fetched from there first, which may be a store or an absolute path.
+        fetched from there first, which may be a store or an absolute path. `job_id` is the id of a new job
+        that fetches nothing; None makes one.
 
         Raises ModelNotFound or VersionNotFound if the folder has no such version. With a source, it raises
         InvalidInput, Forbidden for a source that is not allowed, or Conflict if the folder cannot take it.
@@ -607,7 +621,7 @@ class Repository:
             return self._begin_fetch(model, version, source)
         with self._scanning:
             versions = self._ask_for(model, version)
-            return self._manager.begin_job("load", model, version, versions)
+            return self._manager.begin_job("load", model, version, versions, job_id)
 
     def _ask_for(self, model: str, version: int | None) -> list[int]:
         """Want a version, or all that `model.toml` serves; returns which. The caller holds the lock."""
@@ -660,10 +674,10 @@ class Repository:
                 return name
         return None
 
-    def begin_unload(self, model: str, version: int | None) -> Job:
+    def begin_unload(self, model: str, version: int | None, job_id: str | None = None) -> Job:
         """Drain a version, or all of the model, and free its memory; it is not loaded again by itself.
 
-        Raises ModelNotFound or VersionNotFound.
+        `job_id` is the id of a new job; None makes one. Raises ModelNotFound or VersionNotFound.
         """
         with self._scanning:
             view = self._models.get(model)
@@ -684,7 +698,7 @@ class Repository:
                 if lifecycle is not None and lifecycle.actual == lifecycle_rules.FAILED:
                     lifecycle.unloaded()
                     self.show(key, lifecycle)
-            return self._manager.begin_job("unload", model, version, versions)
+            return self._manager.begin_job("unload", model, version, versions, job_id)
 
     def cancel_job(self, job_id: str) -> Job | None:
         """End a job that runs; None if there is none with this id. Raises Conflict if it has ended."""
@@ -700,11 +714,36 @@ class Repository:
                         self._unloaded.add(VersionKey(job.model, number))
             return job
 
-    def move_label(self, model: str, label: str, version: int | None) -> bool:
+    def take_decisions(
+        self,
+        moves: Mapping[str, Mapping[str, tuple[int | None, int | None]]],
+        traffic: Mapping[str, Mapping[str, Any] | None],
+    ) -> None:
+        """Take the labels and the traffic that another engine has decided about.
+
+        They are as `moves` and `traffic` return them.
+        """
+        with self._scanning:
+            for model in {*moves, *traffic}:
+                declared = self._declared.get(model)
+                labels = {label: LabelMove(*move) for label, move in moves.get(model, {}).items()}
+                if model in traffic:
+                    self._traffic[model] = traffic_from_json(traffic[model])
+                if labels:
+                    self._moves[model] = labels
+                if declared is None:
+                    continue
+                if labels != declared.moves:
+                    declared.moves |= labels
+                    declared.served = _served(declared.config, declared.found, declared.labels())
+                self._publish_model(model)
+                self._tell_wanted(model, look=False)
+
+    def move_label(self, model: str, label: str, version: int | None, *, checked: bool = False) -> bool:
         """Let a label name `version`, in one step; None removes it. Returns whether a restart keeps that.
 
         Raises ModelNotFound, InvalidInput for a word that cannot be a label, or Conflict if the version is
-        here and not ready.
+        here and not ready. If that is `checked`, another engine may be the one that is ready.
         """
         check_label(label)
         with self._scanning:
@@ -712,7 +751,7 @@ class Repository:
             if view is None or declared is None:
                 raise ModelNotFound(f'no model is called "{model[:100]}"')
             target = view.versions.get(version or 0)
-            if target is not None and target.state != READY:
+            if target is not None and target.state != READY and not checked:
                 raise Conflict(
                     f'"{label}" cannot name version {version} of "{model}", which is {target.state}; load it'
                     " first"
@@ -814,9 +853,14 @@ class Repository:
         if self._on_loading is not None:
             self._on_loading(key)
         self._load_sources[key] = source
-        return self._loader.load(
-            key, source.file, source.folder, source.config, enter, beside=bool(self._loaded)
-        )
+        self._elsewhere.pop(key, None)
+        try:
+            return self._loader.load(
+                key, source.file, source.folder, source.config, enter, beside=bool(self._loaded)
+            )
+        except RunsElsewhere as error:
+            self._elsewhere[key] = error.devices
+            raise
 
     def fits_beside(self, source: VersionSource, others: Sequence[VersionSource]) -> bool:
         """Whether a version may load while `others` do: there is memory, and its backend can.
@@ -898,12 +942,28 @@ class Repository:
                 self._publish(VersionView(key, LOADING, beside=self._was_ready))
             elif key in self._forgotten:
                 self._forgotten.discard(key)
+                self._elsewhere.pop(key, None)
                 self._manager.forget(key)
                 self._remove(key)
+            elif lifecycle.actual == lifecycle_rules.FAILED and key in self._elsewhere:
+                self._remove(key, gone=False)
             elif lifecycle.actual == lifecycle_rules.FAILED:
                 self._publish(VersionView(key, FAILED, lifecycle.reason))
             else:
                 self._publish(VersionView(key, UNLOADED, "it was unloaded, or its load was cancelled"))
+
+    def leave(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
+        """Show a version no longer that the engine of another device shows, and unload what is here of it."""
+        if lifecycle.actual == lifecycle_rules.READY:
+            self._manager.unwant(key)
+        with self._publishing:
+            self._remove(key, gone=False)
+            if self._on_change is not None:
+                self._on_change()  # the other engine may have to be started
+
+    def is_elsewhere(self, key: VersionKey) -> bool:
+        """Whether the last load has left a version to the engine of another device."""
+        return key in self._elsewhere
 
     def jobs_changed(self) -> None:
         """Publish the jobs."""
@@ -934,13 +994,17 @@ class Repository:
                 replace(model, versions=dict(sorted({**model.versions, key.version: view}.items())))
             )
 
-    def _remove(self, key: VersionKey) -> None:
-        """Show a version no longer, and its model neither if that was the last version."""
+    def _remove(self, key: VersionKey, *, gone: bool = True) -> None:
+        """Show a version no longer, and its model neither if that was the last version.
+
+        Unless it is `gone`, another engine shows it.
+        """
         with self._publishing:
             model = self._models.get(key.model)
             if model is None or key.version not in model.versions:
                 return
-            self._removed.add(key)
+            if gone:
+                self._removed.add(key)
             versions = {number: view for number, view in model.versions.items() if number != key.version}
             self._set_model(replace(model, versions=versions))
 

@@ -106,6 +106,8 @@ class Gpu(BaseModel):
 class Version(BaseModel):
     """A version of a model; `gpu` is null on the CPU, `engine` if the server itself runs the model.
 
+    `engines` are all processes that run it: one for each device of its instances, or several.
+
     `digest` is the SHA-256 of the model file; with external data, of the names and digests of all its files.
     It is null while the version is not loaded. `phase` is what a load does at the moment, also one beside a
     version that serves; null without a load.
@@ -127,6 +129,7 @@ class Version(BaseModel):
     row_cost: list[Cost] | None
     instances: list[InstanceOut]
     engine: EngineOut | None
+    engines: list[EngineOut]
     gpu: Gpu | None
     threads: int
     queue_rows: int
@@ -263,6 +266,7 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
             for item in live.instances
         ],
         engine=None if live.engine is None else EngineOut(**asdict(live.engine)),
+        engines=[EngineOut(**asdict(engine)) for engine in live.engines],
         gpu=_gpu(view.gpu, live),
         threads=view.threads,
         queue_rows=live.waiting_rows,

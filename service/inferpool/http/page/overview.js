@@ -261,11 +261,16 @@ function engines(versions) {
   const by = new Map();
   for (const { model, version } of versions) {
     if (!version.instances.length) continue;
-    const name = version.engine?.name ?? "";
-    const engine = by.get(name) ?? { ...version.engine, devices: new Set(), versions: [] };
-    version.instances.forEach((instance) => engine.devices.add(instance.device));
-    engine.versions.push(`${model.name}/${version.version}`);
-    by.set(name, engine);
+    const several = version.engines.length > 1;
+    for (const process of several ? version.engines : [version.engine]) {
+      const name = process?.name ?? "";
+      const engine = by.get(name) ?? { ...process, devices: new Set(), versions: [] };
+      // Of engines that share a version, each is called by its device.
+      const devices = several ? [name.split("-")[0]] : version.instances.map((each) => each.device);
+      devices.forEach((device) => engine.devices.add(device));
+      engine.versions.push(`${model.name}/${version.version}`);
+      by.set(name, engine);
+    }
   }
   const cards = status.server.cards;
   return h(

@@ -20,7 +20,7 @@ from inferpool.backends.registry import backends_by_suffix, find_backend
 from inferpool.backends.row_verdict import Evidence
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
-from inferpool.errors import LoadError, Reason, UnfitForGpu
+from inferpool.errors import LoadError, Reason, RunsElsewhere, UnfitForGpu
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.audit import Audit, Compare
@@ -129,12 +129,15 @@ class Loader:
         plans: Mapping[str, str] | None = None,
         on_drop: Callable[[], None] = lambda: None,
         on_hung: Callable[[VersionKey, Reason], None] | None = None,
+        device: str | None = None,
     ) -> None:
         """`driver` is the GPU driver; None is this machine's. `on_hung` is told of runs that do not stop.
 
-        See `RunWatcher` for the latter. The others are those of `PlanCache`.
+        See `RunWatcher` for the latter. Only instances on `device` are made; None makes those on all devices.
+        The others are those of `PlanCache`.
         """
         self._settings = settings
+        self._device = device
         self._outbox = outbox
         self._metrics = metrics
         self._clock = clock
@@ -168,13 +171,15 @@ class Loader:
         `enter` is told each phase when it begins, and may raise LoadCancelled to end the load. `beside` says
         that other versions serve meanwhile: the load leaves them the cores and the memory that they need.
 
-        Raises LoadError, whose detail is the reason that `/models` shows.
+        Raises LoadError, whose detail is the reason that `/models` shows, or RunsElsewhere.
         """
         began = self._clock()
         work = at_low_priority if beside else call_directly
         enter(VERIFY)
-        self._check_size(file, beside=beside)
         backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
+        if self._device is not None:
+            self._check_device(backend, file, config)
+        self._check_size(file, beside=beside)
         files = work(partial(open_files, file, folder, config, backend, self._settings))
         try:
             loaded = self._load(
@@ -205,11 +210,16 @@ class Loader:
         work = at_low_priority if beside else call_directly
         config, folder, backend = source.config, source.folder, source.backend
         devices = self._devices(source)
+        first = devices[0]
+        if self._device is not None:
+            devices = (self._device,)
         options = self._options(source, devices[0])
         enter(LOAD)
         copies, model, unfit = work(partial(self._first_copy, source, options))
         try:
             if unfit is not None:
+                if self._device not in (None, first):
+                    raise RunsElsewhere([first])  # as its only copy, on the CPU
                 devices, options = (CPU,), _for_cpu(options)
             check_tensors(config, folder, model.signature)
             codec_source = read_codec_source(config, folder, model.signature)
@@ -345,12 +355,21 @@ class Loader:
     def _wanted(self, config: ModelConfig) -> tuple[str, ...]:
         return config.instances.devices or self._settings.devices
 
+    def _check_device(self, backend: Backend, file: Path, config: ModelConfig) -> None:
+        """Raise RunsElsewhere if no instance of a version is on the device of this engine."""
+        devices = self._choose(backend, file, config)
+        if self._device not in devices:
+            raise RunsElsewhere(devices)
+
+    def _choose(self, backend: Backend, file: Path, config: ModelConfig) -> tuple[str, ...]:
+        return choose_devices(
+            self._wanted(config), self._driver, lambda: backend.gpu_unavailable_reason(file)
+        )
+
     def _devices(self, source: _Source) -> tuple[str, ...]:
         """The devices of the instances; raises LoadError if the model cannot run on the devices asked for."""
         wanted = self._wanted(source.config)
-        devices = choose_devices(
-            wanted, self._driver, lambda: source.backend.gpu_unavailable_reason(source.file)
-        )
+        devices = self._choose(source.backend, source.file, source.config)
         if devices == (CPU,) and wanted != devices and self._driver.gpus():
             log.warning(
                 "%s is served on the CPU although there is a GPU: %s",

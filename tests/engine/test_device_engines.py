@@ -1,0 +1,22 @@
+"""Which engines a server has for its devices."""
+
+from __future__ import annotations
+
+from inferpool.engine.device_engines import device_engines, own_engine
+
+
+def test_each_device_has_its_engines_the_first_ones_first() -> None:
+    assert device_engines(["cpu"], 1) == [("cpu", "cpu", 1)]
+    assert device_engines(["cuda:0", "cuda:1"], 2) == [
+        ("cuda:0", "cuda:0", 1),
+        ("cuda:1", "cuda:1", 1),
+        ("cuda:0-2", "cuda:0", 2),
+        ("cuda:1-2", "cuda:1", 2),
+    ]
+
+
+def test_no_two_engines_of_one_version_have_the_same_name() -> None:
+    parents = [engine.name for engine in device_engines(["cpu", "cuda:0", "cuda:1"], 3)]
+    names = [own_engine(("m", 1), parent, first=parent == parents[0]) for parent in parents]
+    assert names[0] == "m/1"
+    assert len({*names, *parents}) == 2 * len(parents)

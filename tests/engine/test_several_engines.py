@@ -1,0 +1,128 @@
+"""Versions in several engines: one for each device, or several for one device."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos import inferpool_chaos as chaos
+from tests.conftest import MakeChaos, Serve
+from tests.engine.processes import ENGINE, find
+from tests.engine.test_processes import ONE_WEB, ROW, SUM, Load
+from tests.server import Server, wait_until
+
+ON = (*ONE_WEB, "--admin-routes", "on")
+
+
+def version(server: Server, model: str) -> dict[str, Any]:
+    [found] = server.get(f"/models/{model}").json()["versions"]
+    return dict(found)
+
+
+def engines(server: Server, model: str) -> dict[str, int]:
+    """The process of each engine of a model."""
+    return {engine["name"]: engine["pid"] for engine in version(server, model)["engines"]}
+
+
+def has_ended(server: Server, job: str) -> bool:
+    return bool(server.get(job).json()["state"] != "running")
+
+
+def test_while_one_of_two_engines_is_replaced_the_other_one_answers(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    gate.touch()
+    server = serve(make_chaos("m", run_ms=2, gate=str(gate)), *ONE_WEB, "--engines-per-device", "2")
+    assert sorted(engines(server, "m")) == ["cpu", "cpu-2"]
+    assert len(version(server, "m")["instances"]) == 2
+    load = Load(server)
+
+    async def kill(engine: str) -> None:
+        gate.unlink()
+        os.mkfifo(gate)  # the successor cannot load until somebody opens this
+        await load.answered(50)
+        os.kill(engines(server, "m")[engine], signal.SIGKILL)
+        problems = {"m/1": f"{engine}: its engine is being restarted"}
+        await asyncio.to_thread(
+            wait_until, lambda: server.get("/health").json()["problems"] == problems, "one engine is down"
+        )
+        assert server.get("/health").json()["status"] == "degraded"
+        assert server.get("/health/ready").status_code == 200
+        await load.answered(50)
+        await asyncio.to_thread(chaos.open_gate, gate)
+        await asyncio.to_thread(
+            wait_until, lambda: server.get("/health").json()["status"] == "ok", "both engines are up"
+        )
+
+    async def kill_each() -> None:
+        await kill("cpu")
+        await kill("cpu-2")
+
+    asyncio.run(load.run(kill_each()))
+    assert set(load.statuses) == {200}
+    assert load.lost == 0
+    assert server.metric("engine_restarts_total", engine="cpu") == 1
+    assert server.metric("engine_restarts_total", engine="cpu-2") == 1
+    assert server.metric("instances", model="m", state="ready") == 2
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def two_devices(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    """A server of a GPU that is not there; one model is configured for the CPU."""
+    module_make_chaos("there", "[instances]\ndevices = ['cpu']\n", run_ms=1)
+    repository = module_make_chaos("nowhere")
+    return module_serve(repository, *ON, "--devices", "cuda:0")
+
+
+def test_a_model_for_a_device_that_the_settings_do_not_name_gets_an_engine_there(two_devices: Server) -> None:
+    server = two_devices
+    wait_until(lambda: version(server, "there")["state"] == "ready", "the engine of the CPU has loaded")
+    assert list(engines(server, "there")) == ["cpu"]
+    nowhere = version(server, "nowhere")
+    assert (nowhere["state"], nowhere["engine"]["name"]) == ("failed", "cuda:0")
+    assert "cuda:0" in nowhere["reason"]
+    assert len(find(server, ENGINE)) == 2
+    assert server.post("/predict/there", json=ROW).json()["outputs"]["sum"] == SUM
+
+
+def test_the_engine_of_a_device_ends_alone(two_devices: Server) -> None:
+    server = two_devices
+    wait_until(lambda: version(server, "there")["state"] == "ready", "the engine of the CPU has loaded")
+    load = Load(server, "there", clients=2)
+    before = engines(server, "there")
+    card = version(server, "nowhere")["engine"]["pid"]
+
+    async def kill() -> None:
+        await load.answered(10)
+        os.kill(card, signal.SIGKILL)
+        await asyncio.to_thread(
+            wait_until,
+            lambda: server.metric("engine_restarts_total", engine="cuda:0") == 1,
+            "the engine of the card has ended",
+        )
+        await load.answered(10)
+
+    asyncio.run(load.run(kill()))
+    assert set(load.statuses) == {200}
+    assert engines(server, "there") == before
+    assert server.metric("engine_restarts_total", engine="cpu") == 0
+
+
+def test_an_administrator_loads_and_unloads_in_the_engine_that_has_the_device(two_devices: Server) -> None:
+    server = two_devices
+    for action, state in (("unload", "unloaded"), ("load", "ready")):
+        job = server.post(f"/models/there/{action}")
+        assert job.status_code == 202, job.text
+        where = job.headers["location"]
+        wait_until(partial(has_ended, server, where), "the job has ended")
+        assert server.get(where).json()["state"] == "done"
+        assert version(server, "there")["state"] == state
+    assert server.post("/predict/there", json=ROW).json()["outputs"]["sum"] == SUM
