@@ -85,7 +85,7 @@ LIBRARIES = {
     "obstore": ("repository/stores/object_store",),
     "httpx": ("repository/stores", "client"),
     "pyarrow": ("codecs/arrow_table", "client/content", "predict_command", "evaluate_command"),
-    "tqdm": ("client/slices",),
+    "tqdm": ("client/slices", "import_command/command"),
 }
 """Who may import what; the names are how paths below `service/inferpool/` begin."""
 

@@ -67,7 +67,7 @@ def test_columns_of_strings_are_inputs_by_name_and_answers_that_differ_write_not
 @pytest.mark.parametrize(
     ("name", "content", "problem", "status"),
     [
-        ("model.h5", b"", "--from says what it is", 2),
+        ("model.dat", b"", "--from says what it is", 2),
         ("model.pkl", pickle.dumps([1, 2]), "list is no classifier", 1),
         ("model.pkl", b"no pickle", "cannot be converted", 1),
     ],

@@ -155,8 +155,9 @@ def test_help_of_check_lists_nothing_that_only_serving_needs(capsys: pytest.Capt
 
 
 FOREIGN = {
-    "model.pkl": "skl2onnx",
-    "model.joblib": "skl2onnx",
+    "model.pkl": "inferpool import FILE --example",
+    "model.joblib": "inferpool import FILE --example",
+    "model.ubj": "inferpool import FILE --example",
     "model.h5": 'model.export("model.onnx", format="onnx")',
     "model.keras": 'model.export("model.onnx", format="onnx")',
     "model.safetensors": "optimum-cli export onnx",

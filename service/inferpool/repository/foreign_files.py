@@ -7,10 +7,8 @@ from typing import Final
 
 from inferpool.errors import Reason
 
-_SCIKIT_LEARN: Final = (
-    "a pickled Python object. Convert a scikit-learn model with skl2onnx: to_onnx(model, X[:1],"
-    ' options={"zipmap": False}), and write its SerializeToString() to model.onnx'
-)
+_IMPORT: Final = "Convert it: inferpool import {} --example ROWS.csv --to NAME"
+_SCIKIT_LEARN: Final = f"a pickled Python object. {_IMPORT.format('FILE')}"
 _KERAS: Final = 'a Keras model. Convert it in Keras: model.export("model.onnx", format="onnx")'
 _WEIGHTS: Final = (
     "weights of PyTorch without the model. Load them in Python, call model.eval(), and export the model:"
@@ -37,11 +35,8 @@ _REMEDIES: Final = {
         "a TensorFlow Lite model. Convert it with tf2onnx: python -m tf2onnx.convert --tflite FILE"
         " --output model.onnx"
     ),
-    ".ubj": (
-        "an XGBoost model. Convert it with onnxmltools:"
-        ' convert_xgboost(model, initial_types=[("x", FloatTensorType([None, FEATURES]))])'
-    ),
-    ".cbm": 'a CatBoost model. Convert it in CatBoost: model.save_model("model.onnx", format="onnx")',
+    ".ubj": f"an XGBoost model. {_IMPORT.format('FILE')}",
+    ".cbm": f"a CatBoost model. {_IMPORT.format('FILE')}",
     ".engine": (
         "a TensorRT engine, which runs on one kind of GPU only. Serve the ONNX file that it was built from,"
         " and write tensorrt = true below [gpu] in model.toml"

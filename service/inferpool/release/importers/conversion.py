@@ -1,0 +1,65 @@
+"""What the scripts of this folder share: the example, and the three files that they write.
+
+The scripts import this module by its bare name: their environments do not have the package `inferpool`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+def read_arrays(example: Path) -> dict[str, Array]:
+    """Return the arrays of an example by name."""
+    with np.load(example, allow_pickle=False) as loaded:
+        return {name: loaded[name] for name in loaded.files}
+
+
+def write_about(
+    out: Path,
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, Array],
+    *,
+    framework: str,
+    converter: str,
+    kind: str,
+    classes: Sequence[Any] | None = None,
+    scores: str | None = None,
+    activation: str = "none",
+) -> None:
+    """Write `imported.npz` and `imported.json` into the folder `out`.
+
+    `outputs` are the framework's answers to `inputs`. `scores` names the output with a score for each class,
+    which `activation` makes probabilities of.
+    """
+    arrays = {f"in:{name}": value for name, value in inputs.items()}
+    arrays |= {f"out:{name}": value for name, value in outputs.items()}
+    np.savez(out / "imported.npz", **arrays)  # type: ignore[arg-type]  # numpy's types want a flag there
+    about = {
+        "framework": framework,
+        "converter": converter,
+        "kind": kind,
+        "classes": None if classes is None else [str(name) for name in classes],
+        "scores": scores,
+        "activation": activation,
+    }
+    (out / "imported.json").write_text(json.dumps(about))
+
+
+def match_names(arrays: dict[str, Array], names: Sequence[str]) -> dict[str, Array]:
+    """Return the arrays of an example in the order of a model's inputs; a single array needs no name.
+
+    Raises SystemExit if the example has other names.
+    """
+    if len(arrays) == len(names) == 1:
+        return {names[0]: next(iter(arrays.values()))}
+    if sorted(arrays) != sorted(names):
+        raise SystemExit(f"the model takes {', '.join(names)}; the example has {', '.join(arrays)}")
+    return {name: arrays[name] for name in names}
