@@ -53,8 +53,8 @@ class VersionLifecycle:
             caller's clock.
     """
 
-    __slots__ = ("_cancelling", "_tried", "actual", "loading", "phase", "reason", "served", "wanted",
-                 "warm_until")  # fmt: skip
+    __slots__ = ("_again", "_cancelling", "_tried", "actual", "loading", "phase", "reason", "served",
+                 "wanted", "warm_until")  # fmt: skip
 
     def __init__(self) -> None:
         self.wanted: Hashable | None = None
@@ -66,6 +66,7 @@ class VersionLifecycle:
         self.warm_until = 0.0
         self._tried: Hashable | None = None
         self._cancelling = False
+        self._again = False
 
     # The wanted state.
 
@@ -74,6 +75,10 @@ class VersionLifecycle:
         self.wanted = source
         if retry:
             self._tried = None
+
+    def load_again(self) -> None:
+        """Load the source that serves once more, beside itself."""
+        self._again = True
 
     def unwant(self, warm_until: float = 0.0) -> None:
         """Serve the version no more; if it is ready, it goes on until `warm_until`."""
@@ -99,6 +104,8 @@ class VersionLifecycle:
             return None
         if self.wanted is None:
             return BEGIN_DRAIN if self.actual == READY and now >= self.warm_until else None
+        if self.wanted == self.served and self._again:
+            return BEGIN_LOAD
         if self.wanted in (self._tried, self.served):
             return None
         return BEGIN_LOAD
@@ -122,6 +129,7 @@ class VersionLifecycle:
         assert self.loading is None, "one load of a version at a time"
         assert self.wanted is not None
         self.loading, self.phase, self._cancelling = self.wanted, QUEUED, False
+        self._again = False
         self._tried = (
             None  # if this load is given up for the source that failed before, that one is tried again
         )

@@ -163,6 +163,14 @@ class LoadManager:
             if changes:
                 self._wake()
 
+    def load_again(self, key: VersionKey) -> None:
+        """Load a version that serves once more, from the same source."""
+        with self._changed:
+            lifecycle = self._lifecycles.get(key)
+            if lifecycle is not None:
+                lifecycle.load_again()
+                self._wake()
+
     def unwant(self, key: VersionKey, keep_s: float = 0.0) -> None:
         """Serve a version no more, after `keep_s` seconds in which it goes on serving."""
         with self._changed:

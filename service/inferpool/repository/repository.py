@@ -46,6 +46,7 @@ from inferpool.repository.catalog import (
 from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.codec_factory import CodecSource
 from inferpool.repository.config import ModelConfig, check_label, read_config
+from inferpool.repository.idle_measuring import LOOK_S, IdleMeasuring
 from inferpool.repository.jobs import Job
 from inferpool.repository.label_moves import LabelMove, apply_moves, keep_moves, read_moves
 from inferpool.repository.layout import CONFIG_FILE, ModelFolder, name_single, scan
@@ -65,8 +66,10 @@ from inferpool.repository.version_source import HeldSource, VersionSource, read_
 from inferpool.repository.watch import FolderWatch, Origin
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
+from inferpool.system.cpu_wait import waited_share
 from inferpool.system.gpus import Driver, cuda_driver
 from inferpool.system.memory import chosen_limit, memory_use, release_freed_memory
+from inferpool.system.priority import at_low_priority
 from inferpool.tensors import names_text
 
 if TYPE_CHECKING:
@@ -222,6 +225,9 @@ class Repository:
             first=settings.required_models,
         )
         self._fetches: VersionFetches | None = None
+        self._idle_measuring = IdleMeasuring()
+        self._watches_idleness = False
+        self._remeasured: VersionKey | None = None
         self._told: set[Reason] = set()
         # The name in the folder of the model that the setting `model_name` names.
         self._own_name: str | None = None
@@ -853,10 +859,19 @@ class Repository:
         if self._on_loading is not None:
             self._on_loading(key)
         self._load_sources[key] = source
+        remeasure = key == self._remeasured
+        if remeasure:
+            self._remeasured = None
         self._elsewhere.pop(key, None)
         try:
             return self._loader.load(
-                key, source.file, source.folder, source.config, enter, beside=bool(self._loaded)
+                key,
+                source.file,
+                source.folder,
+                source.config,
+                enter,
+                beside=bool(self._loaded),
+                remeasure=remeasure,
             )
         except RunsElsewhere as error:
             self._elsewhere[key] = error.devices
@@ -895,8 +910,42 @@ class Repository:
             if batching.enabled
             else f"unbatched: {batching.reason}",
         )
+        if self._idle_measuring.measured(key, loaded.waited, self._clock()):
+            log.info(
+                "%s/%d was measured while others had the cores for %.0f %% of the time; it is measured again"
+                " when the machine is idle",
+                *key,
+                100 * loaded.waited,
+            )
+            self._look_for_idleness()
         if before is not None:
             threading.Thread(target=self._end, args=(key, before), daemon=True).start()
+
+    def _look_for_idleness(self) -> None:
+        """Measure doubtful versions again in a thread, until there is none any more."""
+        if not self._watches_idleness:
+            self._watches_idleness = True
+            threading.Thread(target=self._await_idleness, name="idle", daemon=True).start()
+
+    def _await_idleness(self) -> None:
+        while not self._draining:
+            time.sleep(LOOK_S)
+            with self._publishing:
+                if not self._idle_measuring.waits:
+                    self._watches_idleness = False
+                    return
+            self.measure_if_idle(self._clock())
+
+    def measure_if_idle(self, now: float) -> None:
+        """Load a version again that was measured on a busy machine, if the machine is idle at last."""
+        batches = sum(count.runs for loaded in list(self._loaded.values()) for count in loaded.pool.batches())
+        work = (batches, self._manager.loading(), self._manager.is_loading)
+        due = self._idle_measuring.due(now, work, lambda: at_low_priority(waited_share))
+        source = None if due is None else self._served_sources.get(due)
+        if due is not None and source is not None and self.fits_beside(source, ()):
+            log.info("%s/%d is measured again, as the machine is idle", *due)
+            self._remeasured = due
+            self._manager.load_again(due)
 
     def discard(self, loaded: LoadedVersion) -> None:
         """Free a version that was loaded in vain."""
@@ -909,6 +958,7 @@ class Repository:
             self._until_seen()
             time.sleep(ON_THEIR_WAY_S)
         loaded = self._loaded.pop(key, None)
+        self._idle_measuring.forget(key)
         self._codec_sources.pop(key, None)
         self._served_sources.pop(key, None)
         if loaded is not None:

@@ -54,6 +54,7 @@ from inferpool.repository.load.planner import TRUST, Planner, PrepareRun, prepar
 from inferpool.repository.load.text_padding import make_padding, make_texts
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
+from inferpool.system.cpu_wait import CpuWait
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
 from inferpool.system.memory import memory_limit, release_freed_memory
 from inferpool.system.priority import at_low_priority, call_directly
@@ -75,13 +76,15 @@ LEAST_QUEUE_ROWS = 64
 class LoadedVersion:
     """A version that is ready: its view for the web side, its pool and its copies in memory.
 
-    `codec_source` has what the codecs of `view` were made from, until nobody needs it any more.
+    `codec_source` has what the codecs of `view` were made from, until nobody needs it any more. `waited` is
+    the share of the time in which the thread that measured the version waited for a core.
     """
 
     view: VersionView
     pool: Pool
     copies: ModelCopies
     codec_source: CodecSource | None
+    waited: float = 0.0
 
     def close(self) -> None:
         """Free the models' memory. The instances have ended."""
@@ -96,6 +99,7 @@ class _Source(NamedTuple):
     config: ModelConfig
     backend: Backend
     files: LoadFiles
+    remeasure: bool
 
 
 class _Content(NamedTuple):
@@ -165,11 +169,13 @@ class Loader:
         enter: Callable[[Phase], None] = lambda phase: None,
         *,
         beside: bool = False,
+        remeasure: bool = False,
     ) -> LoadedVersion:
         """Load `file` as version `key`; `folder` has its samples and labels.
 
         `enter` is told each phase when it begins, and may raise LoadCancelled to end the load. `beside` says
         that other versions serve meanwhile: the load leaves them the cores and the memory that they need.
+        `remeasure` ignores the plan that is kept.
 
         Raises LoadError, whose detail is the reason that `/models` shows, or RunsElsewhere.
         """
@@ -183,7 +189,10 @@ class Loader:
         files = work(partial(open_files, file, folder, config, backend, self._settings))
         try:
             loaded = self._load(
-                key, _Source(files.file, files.folder, config, backend, files), enter, beside=beside
+                key,
+                _Source(files.file, files.folder, config, backend, files, remeasure),
+                enter,
+                beside=beside,
             )
             if loaded.copies.tensorrt is None:
                 files.close()
@@ -277,7 +286,7 @@ class Loader:
             digest=_digest(source.files),
             samples=shown_samples(samples),
         )
-        return LoadedVersion(view, pool, copies, codec_source)
+        return LoadedVersion(view, pool, copies, codec_source, plan.waited)
 
     def _check_size(self, file: Path, *, beside: bool) -> None:
         """Raise LoadError for a file that cannot fit into memory, before all of it is read."""
@@ -425,7 +434,7 @@ class Loader:
         # A plan depends on what model.toml says of the tensors.
         runtime = " ".join((source.backend.describe(), *map(repr, described), *self._measured_on(options)))
         plan_file = self._cache.locate(source.files, content.samples, constraints, runtime)
-        known = self._cache.find(plan_file)
+        known = None if source.remeasure else self._cache.find(plan_file)
         if known is not None:
             return known, plan_file
 
@@ -434,7 +443,10 @@ class Loader:
 
         graph = source.backend.read_rows(source.file, options) if constraints.batching else UNREAD
         prepare = prepare_run if options.device == CPU else _prepare_gpu_run()
+        wait = CpuWait()
         plan = Planner(load, constraints, self._clock, prepare, enter).make(model, content.rows, graph)
+        if options.device == CPU and constraints.budget_s:
+            plan = replace(plan, waited=wait.share())
         self._cache.keep(plan_file, plan)
         return plan, plan_file
 

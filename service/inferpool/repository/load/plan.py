@@ -28,6 +28,7 @@ class Plan:
         row_cost: what a row costs by its elements; None if all rows cost the same, or no other size runs.
         row_bytes: bytes of the inputs of a row that was measured; 0 if none was.
         shapes: what the model's file says of shapes, though runs show it to be otherwise.
+        waited: the share of the time in which the thread that measured waited for a core.
     """
 
     batched: bool
@@ -42,6 +43,7 @@ class Plan:
     row_cost: RowCost | None = None
     row_bytes: int = 0
     shapes: ShapeCorrections = NO_CORRECTIONS
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
