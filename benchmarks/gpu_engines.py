@@ -3,9 +3,13 @@
     python benchmarks/gpu_engines.py [--device cuda:0] [--seconds S] [--webs 1,2,4,8] [--out FOLDER]
 
 For each number of web processes, clients send single rows to a small network, whose runs take less time than
-the rest of a request. Then an engine is killed under load. At last a request asks a PyTorch model for a row
-of a table that is not there: on a card, a kernel's assertion fails, and no later call of that process can
-use the card. Every request of the clients has to be answered with 200 meanwhile, or this script fails.
+the rest of a request. Then engines end under load, while other clients ask for the same network on the CPU,
+whose engine must not end:
+- `killed`: the engine of the device is killed;
+- `one of two`: two engines have the device, and one after the other is killed; the server stays ready;
+- `lost card`: a request asks a PyTorch model for a row of a table that is not there. On a card, a kernel's
+  assertion fails, and no later call of that process can use the card.
+Every request of the clients has to be answered with 200 meanwhile, or this script fails.
 """
 
 from __future__ import annotations
@@ -29,12 +33,15 @@ from benchmarks.gpu_load import Answered, load, request
 from benchmarks.gpu_models import rows, small
 from tests.server import Server, wait_until
 
+ENDS = ("killed", "one of two", "lost card")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement")
     parser.add_argument("--webs", default="1,2,4,8", help="numbers of web processes; none: no rates")
+    parser.add_argument("--ends", default="", help="which ends of engines; all, if there are none")
     parser.add_argument("--processes", type=int, default=6, help="processes of clients")
     parser.add_argument("--connections", type=int, default=32, help="connections of each of them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -49,9 +56,12 @@ def main() -> None:
             flags = ["--engine", "process", "--web-processes", webs]
             report[f"{webs} web"] = rate(repository, folder, flags, options)
             save(report, options)
-        for name, end in (("killed", kill_engine), ("lost card", ask_beyond_table)):
-            if name == "killed" or options.device != "cpu":
-                report[name] = ended(repository, folder, end, options)
+        acts = (kill_engine, kill_each, ask_beyond_table)
+        for name, end, engines in zip(ENDS, acts, (1, 2, 1), strict=True):
+            if options.ends and name not in options.ends.split(","):
+                continue
+            if name != "lost card" or options.device != "cpu":
+                report[name] = ended(repository, folder, end, engines, options)
                 save(report, options)
 
 
@@ -63,12 +73,14 @@ def save(report: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def make_models(repository: Path) -> None:
-    """Write the small network, and a table in which a request can ask for a row that is not there."""
+    """Write the small network twice, and a table in which a request can ask for a row that is not there."""
     import torch
 
-    file = repository / "small" / "1" / "model.onnx"
-    file.parent.mkdir(parents=True)
-    small(file)
+    for name in ("small", "on_cpu"):
+        file = repository / name / "1" / "model.onnx"
+        file.parent.mkdir(parents=True)
+        small(file, single=name == "on_cpu")
+    (repository / "on_cpu" / "model.toml").write_text('[instances]\ndevices = ["cpu"]\n')
 
     (repository / "table" / "1").mkdir(parents=True)
     program = torch.jit.trace(torch.nn.Embedding(16, 4).eval(), torch.zeros(2, 3, dtype=torch.int64))
@@ -79,7 +91,7 @@ def make_models(repository: Path) -> None:
 
 
 def start(repository: Path, folder: str, flags: list[str], device: str) -> Server:
-    """A server that has loaded both models."""
+    """A server that has loaded all models."""
     environ = {"INFERPOOL_CACHE_DIR": f"{folder}/cache"}
     server = Server(repository, ["--devices", device, "--trust", "--queue-ms", "60000", *flags], environ)
     server.wait_for(r"\d+ models$", 120)
@@ -111,11 +123,45 @@ def send(server: Server, seconds: float, options: argparse.Namespace) -> Answere
     return load(server.port, sent, options.processes, options.connections, seconds)
 
 
+class CpuClient(threading.Thread):
+    """Asks the network on the CPU for one row after the other, until `stop`."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.answered = 0
+        self.wrong: list[str] = []
+        self._server = server
+        self._ends = threading.Event()
+
+    def run(self) -> None:
+        """Ask."""
+        body = {"inputs": [[0.5] * rows("small", 1).shape[1]]}
+        while not self._ends.is_set():
+            answer = self._server.post("/predict/on_cpu", json=body)
+            if answer.status_code == 200:
+                self.answered += 1
+            else:
+                self.wrong.append(answer.text)
+
+    def stop(self) -> int:
+        """How many requests were answered; raises RuntimeError if one was not."""
+        self._ends.set()
+        self.join()
+        if self.wrong:
+            raise RuntimeError(f"{len(self.wrong)} requests on the CPU failed: {self.wrong[0]}")
+        return self.answered
+
+
 def ended(
-    repository: Path, folder: str, end: Callable[[Server], dict[str, Any]], options: argparse.Namespace
+    repository: Path,
+    folder: str,
+    end: Callable[[Server], dict[str, Any]],
+    engines: int,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """The clients' figures while `end` ends an engine; raises RuntimeError if a request fails."""
-    server = start(repository, folder, ["--engine", "process", "--web-processes", "2"], options.device)
+    """The clients' figures while `end` ends engines; raises RuntimeError if a request fails."""
+    flags = ["--engine", "process", "--web-processes", "2", "--engines-per-device", str(engines)]
+    server = start(repository, folder, flags, options.device)
     try:
         found: dict[str, Any] = {}
         faults: list[Exception] = []
@@ -126,42 +172,66 @@ def ended(
             except Exception as error:  # noqa: BLE001 - raised again below
                 faults.append(error)
 
+        wait_until(lambda: len(engines_of(server, "small")) == engines, "all engines have loaded")
         if server.get("/health/ready").status_code != 200:
             raise RuntimeError(f"not all models are ready: {server.get('/models').text}")
+        others = {} if options.device == "cpu" else engines_of(server, "on_cpu")
         before = server.metric("engine_restarts_total")
+        on_cpu = CpuClient(server)
+        on_cpu.start()
         thread = threading.Thread(target=clients)
         thread.start()
         wait_until(lambda: server.metric("requests_total", model="small", code="200") > 2000, "load")
         began = time.perf_counter()
         seen = end(server)
-        wait_until(lambda: server.metric("engine_restarts_total") > before, "a restart")
-        wait_until(lambda: server.get("/health/ready").status_code == 200, "ready again")
-        seen["ready_again_s"] = time.perf_counter() - began
+        wait_until(lambda: server.metric("engine_restarts_total") >= before + engines, "a restart")
+        wait_until(lambda: server.get("/health").json()["status"] == "ok", "all engines again")
+        seen["whole_again_s"] = time.perf_counter() - began
         thread.join()
+        seen["answered_on_cpu"] = on_cpu.stop()
         if faults:
             raise faults[0]
+        if others and engines_of(server, "on_cpu") != others:
+            raise RuntimeError(
+                f"the engines of the CPU were {others}, and are {engines_of(server, 'on_cpu')}"
+            )
         return found | seen
     finally:
         server.kill()
 
 
+def engines_of(server: Server, model: str) -> dict[str, int]:
+    """The processes of a model's engines, by the names of the engines."""
+    [version] = server.get(f"/models/{model}").json()["versions"]
+    return {engine["name"]: engine["pid"] for engine in version["engines"]}
+
+
 def kill_engine(server: Server) -> dict[str, Any]:
-    """Kill the engine."""
-    os.kill(engine_of(server), signal.SIGKILL)
+    """Kill the engine of the device."""
+    for pid in engines_of(server, "small").values():
+        os.kill(pid, signal.SIGKILL)
     return {}
+
+
+def kill_each(server: Server) -> dict[str, Any]:
+    """Kill one engine after the other; raises RuntimeError if the server is not ready meanwhile."""
+    statuses: list[int] = []
+    for name, pid in engines_of(server, "small").items():
+        before = server.metric("engine_restarts_total", engine=name)
+        os.kill(pid, signal.SIGKILL)
+        while server.metric("engine_restarts_total", engine=name) == before:
+            statuses.append(server.get("/health/ready").status_code)
+        while server.get("/health").json()["status"] != "ok":
+            statuses.append(server.get("/health/ready").status_code)
+    if set(statuses) - {200}:
+        raise RuntimeError(f"/health/ready said {set(statuses)}")
+    return {"looks_at_readiness": len(statuses)}
 
 
 def ask_beyond_table(server: Server) -> dict[str, Any]:
     """Ask for a row that is not there; returns the status of that answer."""
     answer = server.post("/predict/table", json={"inputs": [[1, 2, 1_000_000]]})
     return {"status": answer.status_code, "answer": answer.json()}
-
-
-def engine_of(server: Server) -> int:
-    """The process of the engine that has a model."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    named = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return next(pid for pid, command in named.items() if b"inferpool.engine" in command)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -178,7 +248,7 @@ def table(report: dict[str, Any]) -> str:
                 f" | {each['web_share']:.2f} | {each['web_us_request']:.0f} | {each['instances_share']:.0%}"
                 f" | {each['alone_median_ms']:.3f} |"
             )
-    ends = [f"- {name}: {json.dumps(report[name])}" for name in ("killed", "lost card") if name in report]
+    ends = [f"- {name}: {json.dumps(report[name])}" for name in ENDS if name in report]
     return "\n".join([*lines, *ends])
 
 
