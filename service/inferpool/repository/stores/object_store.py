@@ -53,8 +53,9 @@ class ObjectStore:
         self._reference = reference
         self._suffixes = suffixes
         makers: dict[str, Callable[..., Any]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
-        config = s3_config(os.environ) if reference.scheme == "s3" else {}
-        plain = reference.scheme == "s3" and config.get("endpoint", "").startswith("http://")
+        configs = {"s3": s3_config, "gs": gs_config}
+        config = configs[reference.scheme](os.environ) if reference.scheme in configs else {}
+        plain = any(config.get(name, "").startswith("http://") for name in ("endpoint", "base_url"))
         try:
             self._store = makers[reference.scheme](
                 reference.host,
@@ -172,6 +173,15 @@ def s3_config(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
     if environ.get("AWS_REGION"):
         config["region"] = environ["AWS_REGION"]
     return config
+
+
+def gs_config(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
+    """The emulator that the variable of Google's own libraries names, if there is one; it takes no keys."""
+    emulator = environ.get("STORAGE_EMULATOR_HOST", "")
+    if not emulator:
+        return {}
+    address = emulator if "://" in emulator else f"http://{emulator}"
+    return {"base_url": address, "skip_signature": "true"}
 
 
 def _profile(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
