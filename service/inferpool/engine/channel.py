@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Final
 
-from inferpool.engine.records import MOST_BYTES, ProtocolError
+from inferpool.engine.records import HEAD, HEAD_BYTES, MOST_BYTES, ProtocolError, check_length
 
 _BUFFER_BYTES: Final = 256 * 1024
 
@@ -57,3 +57,41 @@ class Incoming:
             larger[:kept] = self._view[:kept]
             self.buffer = larger
             self._view = memoryview(larger)
+
+
+class RecordReader:
+    """Reads complete records from what has arrived. Subclasses take them.
+
+    Attributes:
+        incoming: what has arrived.
+    """
+
+    __slots__ = ("incoming",)
+
+    def __init__(self) -> None:
+        self.incoming = Incoming()
+
+    def read_records(self) -> None:
+        """Take all complete records; raises ProtocolError for what is no record."""
+        incoming = self.incoming
+        buffer = incoming.buffer
+        at = incoming.start
+        stop = incoming.stop
+        length = 0
+        while stop - at >= HEAD_BYTES:
+            length, kind = HEAD.unpack_from(buffer, at)
+            check_length(length)
+            if stop - at < length:
+                break
+            self.take_record(kind, at, length)
+            at += length
+            length = 0
+        if at == stop:
+            incoming.start = incoming.stop = 0
+        else:
+            incoming.start = at
+            incoming.make_room(length)
+
+    def take_record(self, kind: int, at: int, length: int) -> None:
+        """Take the record of `length` bytes at `at` in the buffer; raises ProtocolError if it is none."""
+        raise NotImplementedError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import selectors
 import socket
@@ -13,58 +12,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from inferpool.engine.arena import ALIGNMENT, HEADER_BYTES, ArenaView
+from inferpool.engine.arena import ArenaView
 from inferpool.engine.channel import CLOSED, NOTHING
-from inferpool.engine.records import (
-    ALONE,
-    ASK,
-    ASK_FIELDS,
-    CANCEL,
-    CANCEL_FIELDS,
-    ENDED,
-    ENDED_FIELDS,
-    GIVE,
-    GIVE_FIELDS,
-    HEAD,
-    HEAD_BYTES,
-    HELLO,
-    LAYOUT,
-    LAYOUT_FIELDS,
-    MOST_ID,
-    MOST_ROWS,
-    MOST_TENANT,
-    OFFER,
-    OFFER_FIELDS,
-    PART_FIELDS,
-    REASONS,
-    REPLAY,
-    REPLY,
-    SUSPECT,
-    ProtocolError,
-    check_hello,
-    check_length,
-    json_record,
-    read_json,
-)
-from inferpool.engine.tensor_layouts import (
-    MOST_LAYOUTS,
-    read,
-    read_layout,
-)
+from inferpool.engine.offer_reader import EntryTaker, OfferReader
+from inferpool.engine.records import ENDED, ENDED_FIELDS, REPLAY, SUSPECT, ProtocolError
 from inferpool.engine.web_connection import Offered, WebConnection
 from inferpool.errors import InferpoolError, InternalError, Overloaded, QueueFull
-from inferpool.pool.ports import Entry, Inbox, Part, Result
+from inferpool.pool.ports import Inbox, Result
 
 log = logging.getLogger(__name__)
 
 MOST_UNREAD_BYTES: Final = 64 * 1024 * 1024
 """A web process that leaves so many bytes of records unread is given up."""
-_ID_BITS: Final = 40
-"""An entry's id here is its id in the web process, with the number of the connection before these bits."""
-_MOST_PARTS: Final = 1 << 20
 
 
-class EnginePort:
+class EnginePort(EntryTaker):
     """Reads entries from web processes and offers them to the pools; the outbox of these pools.
 
     One thread reads from all web processes. `put` and `ended` come from the instances' threads; `connect` and
@@ -93,6 +55,7 @@ class EnginePort:
         # What other threads want of the reader's thread.
         self._calls: deque[Callable[[], None]] = deque()
         self._connections: dict[int, WebConnection] = {}
+        self._readers: dict[int, OfferReader] = {}
         self._serial = 0
         self._offered: dict[int, Offered] = {}
         # For the reader's thread: what waits because of suspects, or because the queue was full.
@@ -223,14 +186,14 @@ class EnginePort:
     def _read_all(self) -> None:
         while not (self._closing and not self._flush_all()):
             for key, events in self._selector.select(1.0 if self._closing else None):
-                connection = key.data
-                if connection is None:
+                reader = key.data
+                if reader is None:
                     self._woken()
                     continue
                 if events & selectors.EVENT_WRITE:
-                    self._write(connection)
+                    self._write(reader.connection)
                 if events & selectors.EVENT_READ:
-                    self._readable(connection)
+                    self._readable(reader)
             if self._gated:
                 self._release_held()
         for connection in list(self._connections.values()):
@@ -263,7 +226,7 @@ class EnginePort:
         if connection.closed:
             self._drop(connection)
         else:
-            self._selector.modify(connection.socket, events, connection)
+            self._selector.modify(connection.socket, events, self._readers[connection.serial])
 
     def _write(self, connection: WebConnection) -> None:
         with connection.lock:
@@ -289,8 +252,10 @@ class EnginePort:
         self._disconnect(web)
         self._serial += 1
         connection = WebConnection(web, epoch, self._serial, channel, arena, self._most_unread_bytes)
+        reader = OfferReader(connection, self)
         self._connections[connection.serial] = connection
-        self._selector.register(channel, selectors.EVENT_READ, connection)
+        self._readers[connection.serial] = reader
+        self._selector.register(channel, selectors.EVENT_READ, reader)
         with connection.lock:
             connection.send()
 
@@ -303,6 +268,7 @@ class EnginePort:
         """Close a connection, and cancel its entries. Runs may go on, and keep the arena mapped."""
         if self._connections.pop(connection.serial, None) is None:
             return
+        del self._readers[connection.serial]
         with connection.lock:
             connection.closed = True
             connection.outgoing = bytearray()
@@ -319,17 +285,18 @@ class EnginePort:
             if offered.connection is connection and not offered.answered and inbox is not None:
                 inbox.cancel(offered.entry.key, entry_id, "disconnected")
 
-    def _readable(self, connection: WebConnection) -> None:
+    def _readable(self, reader: OfferReader) -> None:
+        connection = reader.connection
         if connection.serial not in self._connections:
             return
-        count = connection.incoming.receive(connection.socket)
+        count = reader.incoming.receive(connection.socket)
         if count == NOTHING:
             return
         if count == CLOSED:
             self._drop(connection)
             return
         try:
-            self._read_records(connection)
+            reader.read_records()
         except ProtocolError as wrong:
             log.error("web process %d broke the protocol of its channel: %s", connection.web, wrong)
             self._drop(connection)
@@ -343,166 +310,6 @@ class EnginePort:
                 unusual = connection.send()
             if unusual:
                 self._watch(connection)
-
-    def _read_records(self, connection: WebConnection) -> None:
-        incoming = connection.incoming
-        buffer = incoming.buffer
-        at = incoming.start
-        stop = incoming.stop
-        length = 0
-        while stop - at >= HEAD_BYTES:
-            length, kind = HEAD.unpack_from(buffer, at)
-            check_length(length)
-            if stop - at < length:
-                break
-            if kind == OFFER and connection.greeted:
-                self._read_offer(connection, buffer, at, length)
-            else:
-                self._read_other(connection, kind, bytes(buffer[at : at + length]))
-            at += length
-            length = 0
-        if at == stop:
-            incoming.start = incoming.stop = 0
-        else:
-            incoming.start = at
-            incoming.make_room(length)
-
-    def _read_offer(self, connection: WebConnection, buffer: bytearray, at: int, length: int) -> None:
-        if length < OFFER_FIELDS.size:
-            raise ProtocolError(f"an offer of {length} bytes came")
-        (
-            _, _, flags, id_bytes, priority, number, rows, parts, web_id, offset, nbytes, outputs_at,
-            input_bytes, arrived, deadline, row_load, tenant, share, rank,
-        ) = OFFER_FIELDS.unpack_from(buffer, at)  # fmt: skip
-        arena = connection.arena
-        end = at + length
-        at += OFFER_FIELDS.size
-        if (
-            not 0 < web_id < MOST_ID
-            or rows > MOST_ROWS
-            or not arena.has_block(offset, nbytes)
-            or not HEADER_BYTES <= outputs_at <= nbytes
-            or outputs_at & (ALIGNMENT - 1)
-            or at + id_bytes > end
-            or not deadline > -math.inf
-            or not 0 <= row_load < math.inf
-            or not -math.inf < arrived < math.inf
-            or tenant >= MOST_TENANT
-            or not 0 < share < math.inf
-        ):
-            raise ProtocolError(f"an offer of entry {web_id} with impossible numbers came")
-        entry_id = connection.serial << _ID_BITS | web_id
-        if entry_id in self._offered or entry_id in self._held or entry_id in self._suspects:
-            raise ProtocolError(f"entry {web_id} came again, before its end")
-        request_id = buffer[at : at + id_bytes].decode("utf-8", "replace") if id_bytes else ""
-        at += id_bytes
-        if parts:
-            entry = self._entry_of_parts(
-                connection, bytes(buffer[at:end]), parts, entry_id, (offset, outputs_at), input_bytes,
-                (arrived, deadline), priority, row_load, request_id,
-            )  # fmt: skip
-            for part in entry.parts:
-                _mark(part.entry, tenant, share, rank)
-            if entry.rows != rows:
-                raise ProtocolError(f"entry {web_id} has {rows} rows, and parts of {entry.rows} rows")
-        else:
-            layout = connection.layouts.get(number)
-            if layout is None or at != end:
-                raise ProtocolError(f"an offer of entry {web_id} with an unknown layout came")
-            # Objects of the entry's own are made in one call each: this runs for every request.
-            entry = Entry(
-                entry_id,
-                layout.key,
-                read(arena.map, offset + HEADER_BYTES, offset + outputs_at, layout, rows),
-                rows,
-                entry_id if flags & ALONE else layout.group,
-                input_bytes,
-                arrived,
-                deadline,
-                priority,
-                layout.outputs,
-                row_load,
-                request_id,
-            )
-            entry.mark = arena.memory
-            entry.mark_at = offset
-        _mark(entry, tenant, share, rank)
-        offered = Offered(connection, web_id, entry, flags, offset + outputs_at, offset + nbytes)
-        if flags & SUSPECT:
-            self._suspects[entry_id] = offered
-            self._gated = True
-        elif self._gated:
-            self._held[entry_id] = offered
-        else:
-            self._offer(entry_id, offered)
-
-    def _entry_of_parts(
-        self,
-        connection: WebConnection,
-        record: bytes,
-        count: int,
-        entry_id: int,
-        block: tuple[int, int],
-        input_bytes: int,
-        times: tuple[float, float],
-        priority: int,
-        row_load: float,
-        request_id: str,
-    ) -> Entry:
-        """Return the entry whose parts are in `record`; `block` is its offset and where inputs end in it."""
-        offset, inputs_end = block
-        arrived, deadline = times
-        arena = connection.arena
-        parts: list[Part] = []
-        at = total = 0
-        if count > _MOST_PARTS:
-            raise ProtocolError(f"an entry of {count} parts came")
-        for _ in range(count):
-            if at + PART_FIELDS.size > len(record):
-                raise ProtocolError("an offer without all parts came")
-            flags, number, rows, _, web_id, start, nbytes, part_load = PART_FIELDS.unpack_from(record, at)
-            at += PART_FIELDS.size
-            layout = connection.layouts.get(number)
-            part_id = connection.serial << _ID_BITS | web_id
-            if (
-                layout is None
-                or not 0 < web_id < MOST_ID
-                or not 0 < rows <= MOST_ROWS
-                or start & (ALIGNMENT - 1)
-                or start < HEADER_BYTES
-                or at + 4 * rows > len(record)
-                or not 0 <= part_load < math.inf
-            ):
-                raise ProtocolError("an offer with an impossible part came")
-            indices = memoryview(record[at : at + 4 * rows]).cast("I").tolist()
-            at += 4 * rows
-            total += rows
-            inputs = read(arena.map, offset + start, offset + inputs_end, layout, rows)
-            entry = Entry(
-                part_id, layout.key, inputs, rows, part_id if flags & ALONE else layout.group, nbytes,
-                arrived, deadline, priority, layout.outputs, part_load, request_id,
-            )  # fmt: skip
-            entry.part_of = entry_id
-            entry.mark = arena.memory
-            entry.mark_at = offset
-            parts.append(Part(entry, indices))
-        if at != len(record):
-            raise ProtocolError("an offer with bytes after its parts came")
-        rows_seen = {index for part in parts for index in part.row_indices}
-        if len(rows_seen) != total or max(rows_seen) != total - 1:
-            raise ProtocolError("an offer with parts that are not its rows came")
-        if len({part.entry.id for part in parts} | {entry_id}) != count + 1:
-            raise ProtocolError("an offer with two parts of one id came")
-        first = parts[0].entry
-        if any(part.entry.key != first.key for part in parts):
-            raise ProtocolError("an offer with parts for several versions came")
-        whole = Entry(
-            entry_id, first.key, {}, total, first.group, input_bytes, arrived, deadline, priority,
-            first.outputs, row_load, request_id, tuple(parts),
-        )  # fmt: skip
-        whole.mark = arena.memory
-        whole.mark_at = offset
-        return whole
 
     def _offer(self, entry_id: int, offered: Offered) -> bool:
         """Offer an entry to the pools, or answer its refusal. False if the queue has no room for a replay."""
@@ -577,46 +384,24 @@ class EnginePort:
         if unusual:
             self._watch(connection)
 
-    def _read_other(self, connection: WebConnection, kind: int, record: bytes) -> None:
-        if not connection.greeted:
-            if kind != HELLO:
-                raise ProtocolError(f"a record of kind {kind} came before the greeting")
-            check_hello(record, connection.web, connection.epoch, connection.arena.size)
-            connection.greeted = True
-        elif kind == LAYOUT:
-            if len(record) < LAYOUT_FIELDS.size:
-                raise ProtocolError("a layout without a number came")
-            _, _, number = LAYOUT_FIELDS.unpack_from(record)
-            if number >= MOST_LAYOUTS:
-                raise ProtocolError(f"a layout with the number {number} came")
-            connection.layouts[number] = read_layout(record[LAYOUT_FIELDS.size :])
-        elif kind == CANCEL:
-            self._cancel(connection, record)
-        elif kind == GIVE:
-            self._take_memory(connection, record)
-        elif kind == ASK:
-            if len(record) < ASK_FIELDS.size:
-                raise ProtocolError("a question without a number came")
-            _, _, number = ASK_FIELDS.unpack_from(record)
-            question = read_json(record[ASK_FIELDS.size :])
-            answer: object = None
-            try:
-                if self._reply is not None:
-                    answer = self._reply(question)
-            except Exception:
-                log.exception("a question of web process %d could not be answered", connection.web)
-            with connection.lock:
-                connection.outgoing += json_record(ASK_FIELDS, REPLY, number, answer)
-        else:
-            raise ProtocolError(f"a record of kind {kind} came from a web process")
+    # What readers ask for, in the reader's thread.
 
-    def _cancel(self, connection: WebConnection, record: bytes) -> None:
-        if len(record) != CANCEL_FIELDS.size:
-            raise ProtocolError(f"a record of {len(record)} bytes came, expected {CANCEL_FIELDS.size}")
-        _, _, number, web_id = CANCEL_FIELDS.unpack(record)
-        if number >= len(REASONS):
-            raise ProtocolError(f"a cancellation for the reason {number} came")
-        entry_id = connection.serial << _ID_BITS | web_id
+    def has(self, entry_id: int) -> bool:
+        """Whether an entry has come that has not ended."""
+        return entry_id in self._offered or entry_id in self._held or entry_id in self._suspects
+
+    def take(self, entry_id: int, offered: Offered) -> None:
+        """Offer an entry to the pools, unless it has to wait because of suspects."""
+        if offered.flags & SUSPECT:
+            self._suspects[entry_id] = offered
+            self._gated = True
+        elif self._gated:
+            self._held[entry_id] = offered
+        else:
+            self._offer(entry_id, offered)
+
+    def cancel(self, entry_id: int, reason: str) -> None:
+        """Drop an entry for which nobody waits any more, unless it has ended."""
         held = self._held.pop(entry_id, None) or self._suspects.pop(entry_id, None)
         if held is not None:
             self._refuse(held, InferpoolError("cancelled"))
@@ -624,30 +409,8 @@ class EnginePort:
         offered = self._offered.get(entry_id)
         inbox = self._inbox
         if offered is not None and inbox is not None and not offered.answered:
-            inbox.cancel(offered.entry.key, entry_id, REASONS[number])
+            inbox.cancel(offered.entry.key, entry_id, reason)
 
-    def _take_memory(self, connection: WebConnection, record: bytes) -> None:
-        """Write the outputs of an entry into the memory that the web process gives."""
-        if len(record) != GIVE_FIELDS.size:
-            raise ProtocolError(f"a record of {len(record)} bytes came, expected {GIVE_FIELDS.size}")
-        _, _, web_id, offset, nbytes = GIVE_FIELDS.unpack(record)
-        with connection.lock:
-            large = connection.large.pop(web_id, None)
-            if large is None:
-                raise ProtocolError(f"memory for outputs of entry {web_id} came, which needs none")
-            offered, result, size = large
-            if not nbytes:
-                error = Overloaded(f"there is no memory for {size} bytes of outputs; try again later")
-                connection.append_error(web_id, error, False, result)
-                return
-            if nbytes < size or not connection.arena.has_block(offset, nbytes):
-                raise ProtocolError(f"memory of {nbytes} bytes at {offset} came for outputs of {size} bytes")
-            offered.outputs_at, offered.outputs_end = offset, offset + nbytes
-            connection.append_result(offered, result, False)
-
-
-def _mark(entry: Entry, tenant: int, share: float, rank: int) -> None:
-    """Make an entry one of a tenant's."""
-    entry.tenant = tenant
-    entry.share = share
-    entry.rank = rank
+    def answer(self, question: object) -> object:
+        """The reply to a question of a web process; None if there is none."""
+        return None if self._reply is None else self._reply(question)

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from inferpool.engine.channel import CLOSED, NOTHING, Incoming
+from inferpool.engine.channel import CLOSED, NOTHING, Incoming, RecordReader
 from inferpool.engine.entry_blocks import EntryBlocks
 from inferpool.engine.entry_sender import EntrySender
 from inferpool.engine.event_loop import Loop
@@ -22,8 +22,6 @@ from inferpool.engine.records import (
     ENDED_FIELDS,
     ERROR,
     ERROR_FIELDS,
-    HEAD,
-    HEAD_BYTES,
     HELLO,
     INLINE,
     LAYOUT,
@@ -37,7 +35,6 @@ from inferpool.engine.records import (
     RUNS_ON,
     ProtocolError,
     check_hello,
-    check_length,
     read_error,
     read_json,
 )
@@ -56,14 +53,15 @@ What is known of a version that moves between engines comes by way of the superv
 """
 LOOK_AGAIN_S: Final = 0.05
 """Pause before an entry that was refused is offered again."""
+_NOWHERE: Final[list[Result]] = []
 
 
-class ResultReceiver:
+class ResultReceiver(RecordReader):
     """What one engine after another sends to a web process."""
 
     __slots__ = (
-        "_blocks", "_clock", "_epoch", "_full", "_greeted", "_incoming", "_layouts", "_loop", "_questions",
-        "_refused", "_sender", "_web",
+        "_blocks", "_clock", "_epoch", "_full", "_greeted", "_layouts", "_loop", "_questions",
+        "_refused", "_results", "_sender", "_web",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +76,7 @@ class ResultReceiver:
         refused: Callable[[], None],
     ) -> None:
         """`web` is the number of the web process; `refused` is called if the engine lacks a version."""
+        super().__init__()
         self._web = web
         self._loop = loop
         self._clock = clock
@@ -88,14 +87,15 @@ class ResultReceiver:
         self._refused = refused
         self._epoch = 0
         self._greeted = False
-        self._incoming = Incoming()
         self._layouts: dict[int, Layout] = {}
+        # Where the present call of `receive` puts results.
+        self._results = _NOWHERE
 
     def connect(self, epoch: int) -> None:
         """Expect the greeting of the engine of `epoch`."""
         self._epoch = epoch
         self._greeted = False
-        self._incoming = Incoming()
+        self.incoming = Incoming()
         self._layouts = {}
 
     def receive(self, channel: socket.socket, results: list[Result]) -> str | None:
@@ -103,46 +103,34 @@ class ResultReceiver:
 
         Returns why the channel can be used no more; None if it can.
         """
-        count = self._incoming.receive(channel)
+        count = self.incoming.receive(channel)
         if count == NOTHING:
             return None
         if count == CLOSED:
             return "the engine closed the channel"
+        self._results = results
         try:
-            self._read_records(results)
+            self.read_records()
             return None
         except ProtocolError as wrong:
             broken = str(wrong)
         except Exception:
             log.exception("the records of an engine could not be read")
             broken = "the records of the engine could not be read"
+        finally:
+            self._results = _NOWHERE  # outputs must not outlive their responses here
         log.error("the engine broke the protocol of its channel, which is closed: %s", broken)
         return broken
 
-    def _read_records(self, results: list[Result]) -> None:
-        incoming = self._incoming
-        buffer = incoming.buffer
-        at = incoming.start
-        stop = incoming.stop
-        length = 0
-        while stop - at >= HEAD_BYTES:
-            length, kind = HEAD.unpack_from(buffer, at)
-            check_length(length)
-            if stop - at < length:
-                break
-            if kind == RESULT and self._greeted:
-                self._read_result(buffer, at, length, results)
-            else:
-                self._read_other(kind, bytes(buffer[at : at + length]), results)
-            at += length
-            length = 0
-        if at == stop:
-            incoming.start = incoming.stop = 0
+    def take_record(self, kind: int, at: int, length: int) -> None:
+        """Take a record, as `RecordReader` says."""
+        if kind == RESULT and self._greeted:
+            self._read_result(at, length)
         else:
-            incoming.start = at
-            incoming.make_room(length)
+            self._read_other(kind, bytes(self.incoming.buffer[at : at + length]))
 
-    def _read_result(self, buffer: bytearray, at: int, length: int, results: list[Result]) -> None:
+    def _read_result(self, at: int, length: int) -> None:
+        buffer = self.incoming.buffer
         if length < RESULT_FIELDS.size:
             raise ProtocolError(f"a result of {length} bytes came")
         _, _, flags, number, rows, entry_id, queue_s, compute_s, batch_rows, offset, size = (
@@ -178,7 +166,7 @@ class ResultReceiver:
                 outputs = read(arena.map, offset, offset + size, layout, rows)
                 held = True
         if pending.wanted:
-            results.append(Result(entry_id, outputs, None, queue_s, compute_s, batch_rows))
+            self._results.append(Result(entry_id, outputs, None, queue_s, compute_s, batch_rows))
         self._full.ended(pending.entry)
         if flags & RUNS_ON:
             pending.wanted = False
@@ -188,7 +176,7 @@ class ResultReceiver:
         else:
             blocks.free(entry_id, pending)
 
-    def _read_other(self, kind: int, record: bytes, results: list[Result]) -> None:
+    def _read_other(self, kind: int, record: bytes) -> None:
         blocks = self._blocks
         if not self._greeted:
             if kind != HELLO:
@@ -204,7 +192,7 @@ class ResultReceiver:
                 raise ProtocolError(f"a layout with the number {number} came")
             self._layouts[number] = layout
         elif kind == ERROR:
-            self._read_error(record, results)
+            self._read_error(record)
         elif kind == NEED:
             _, _, entry_id, size = _unpack(NEED_FIELDS, record)
             self._sender.give(entry_id, blocks.give(entry_id, size))
@@ -221,7 +209,7 @@ class ResultReceiver:
         else:
             raise ProtocolError(f"a record of kind {kind} came from an engine")
 
-    def _read_error(self, record: bytes, results: list[Result]) -> None:
+    def _read_error(self, record: bytes) -> None:
         _, _, flags, entry_id, queue_s, compute_s, batch_rows = _unpack(ERROR_FIELDS, record, more=True)
         pending = self._blocks.pending.get(entry_id)
         if pending is None or not pending.sent or pending.runs_on:
@@ -246,7 +234,7 @@ class ResultReceiver:
         else:
             self._full.ended(pending.entry)
         if pending.wanted:
-            results.append(Result(entry_id, None, error, queue_s, compute_s, batch_rows))
+            self._results.append(Result(entry_id, None, error, queue_s, compute_s, batch_rows))
         if flags & RUNS_ON:
             pending.wanted = False
             pending.runs_on = True

@@ -7,7 +7,6 @@ import socket
 import threading
 
 from inferpool.engine.arena import ArenaView
-from inferpool.engine.channel import Incoming
 from inferpool.engine.records import (
     ERROR,
     ERROR_FIELDS,
@@ -21,7 +20,7 @@ from inferpool.engine.records import (
     error_body,
     hello,
 )
-from inferpool.engine.tensor_layouts import Layout, LayoutTable, encode, write
+from inferpool.engine.tensor_layouts import LayoutTable, encode, write
 from inferpool.errors import InferpoolError, InternalError
 from inferpool.pool.ports import Entry, Result
 
@@ -74,9 +73,6 @@ class WebConnection:
         serial: the number of the connection; no two connections of an engine have the same.
         socket: the socket.
         arena: the arena of the web process.
-        greeted: whether its HELLO has come.
-        incoming: what it has sent. For the reader's thread.
-        layouts: the layouts of its entries by number. For the reader's thread.
         most_unread: how many bytes of records it may leave unread.
         lock: guards all below.
         outgoing: what it has not been sent yet.
@@ -87,8 +83,8 @@ class WebConnection:
     """
 
     __slots__ = (
-        "arena", "closed", "epoch", "greeted", "incoming", "large", "layouts", "lock", "most_unread",
-        "outgoing", "output_layouts", "serial", "socket", "waits_to_write", "web",
+        "arena", "closed", "epoch", "large", "lock", "most_unread", "outgoing", "output_layouts", "serial",
+        "socket", "waits_to_write", "web",
     )  # fmt: skip
 
     def __init__(
@@ -100,9 +96,6 @@ class WebConnection:
         self.serial = serial
         self.socket = channel
         self.arena = arena
-        self.greeted = False
-        self.incoming = Incoming()
-        self.layouts: dict[int, Layout] = {}
         self.lock = threading.Lock()
         self.outgoing = bytearray(hello(web, epoch, arena.size))
         self.output_layouts = LayoutTable()
