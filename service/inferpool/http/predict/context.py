@@ -45,7 +45,7 @@ class PredictContext:
         texts: the tokens of a text input, by the entries that run them.
         entry: the entry that a queue has accepted, until its response is written.
         cache_key: stands for its inputs in the response cache; None if its answer is not cached.
-        cache_status: index of the value of Cache-Status in `CACHE_STATUSES`; `NOT_CACHED` for none.
+        cache_status: index of its header in `CACHE_HEADERS`; `NOT_CACHED` for none.
         flight: the `Flight` that it shares with equal requests; None without one.
         leads: whether equal requests may wait for its run.
     """

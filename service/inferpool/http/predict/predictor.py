@@ -51,7 +51,7 @@ from inferpool.http.predict.picture_urls import PictureUrls
 from inferpool.http.predict.recorder import CLIENT_GONE, RequestRecorder
 from inferpool.http.predict.resolver import Resolver
 from inferpool.http.predict.response import Response, compressed, server_timing
-from inferpool.http.predict.response_cache import CACHE_STATUSES, ResponseCache
+from inferpool.http.predict.response_cache import CACHE_HEADERS, ResponseCache
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.predict.shadow_copies import ShadowCopies
@@ -407,7 +407,7 @@ class Predictor:
             (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
         ]
         if context.cache_status:
-            headers.append((b"cache-status", CACHE_STATUSES[context.cache_status]))
+            headers.append(CACHE_HEADERS[context.cache_status])
         size = sum(map(len, encoded.parts))
         if self._recorder.follows_all or head.trace is not None:
             self._recorder.ended(context, 200, "ok", size, now, result)

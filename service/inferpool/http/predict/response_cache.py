@@ -30,19 +30,23 @@ _MOST_EXACT_NUMBERS: Final = 256
 _MOST_FORMS: Final = 4096
 """Combinations of tenant, outputs, datatype and shape that have a number; all others are hashed."""
 _MOST_SEEN: Final = 16 * 1024
-"""Twice as many keys at most are remembered to have come once, by their hashes, in two megabytes."""
+"""So many keys at most are remembered to have come once, by their hashes, a power of two.
+
+A key is remembered until another comes with the same last bits. A table of fixed size takes 650 KB at most,
+and is quicker than a set that grows.
+"""
 
 NOT_CACHED: Final = 0
 HIT: Final = 1
 MISS: Final = 2
 SHARED: Final = 3
-CACHE_STATUSES: Final = (
-    b"",
-    b"inferpool; hit",
-    b"inferpool; fwd=miss",
-    b"inferpool; fwd=miss; collapsed",
+CACHE_HEADERS: Final = (
+    (b"cache-status", b""),
+    (b"cache-status", b"inferpool; hit"),
+    (b"cache-status", b"inferpool; fwd=miss"),
+    (b"cache-status", b"inferpool; fwd=miss; collapsed"),
 )
-"""Values of Cache-Status (RFC 9211): of an answer that was cached, of a run, and of a run that was shared."""
+"""Cache-Status (RFC 9211): of an answer that was cached, of a run, and of a run that was shared."""
 
 HASHED_BYTES: Final = 64 * 1024
 """Larger bodies for a cached model are decoded, and their tensors hashed, in a background thread."""
@@ -83,6 +87,25 @@ class _Shelf:
         self.used = 0
 
 
+class _Form:
+    """What all requests whose keys begin with `prefix` have in common.
+
+    The next request is usually of the form of the last one, and comparing forms is quicker than hashing one.
+    """
+
+    __slots__ = ("dtype", "name", "prefix", "shape", "tenant", "wanted")
+
+    def __init__(
+        self, tenant: str, wanted: tuple[str, ...] | None, name: str, dtype: Any, shape: Any, prefix: bytes
+    ) -> None:
+        self.tenant = tenant
+        self.wanted = wanted
+        self.name = name
+        self.dtype = dtype
+        self.shape = shape
+        self.prefix = prefix
+
+
 class VersionCache:
     """The cached outputs of one version as it was loaded.
 
@@ -97,8 +120,8 @@ class VersionCache:
     """
 
     __slots__ = (
-        "_cache", "_forms", "_numbers", "_prefix", "_seen", "_seen_before", "digest", "dropped", "flights",
-        "hits", "kept", "misses", "shared",
+        "_cache", "_forms", "_last_form", "_numbers", "_prefix", "_seen", "digest", "dropped",
+        "flights", "hits", "kept", "misses", "shared",
     )  # fmt: skip
 
     def __init__(
@@ -110,8 +133,8 @@ class VersionCache:
         self._numbers = numbers
         self._prefix = next(numbers).to_bytes(8, "little")
         self._forms: dict[tuple[Any, ...], bytes] = {}
-        self._seen: set[Any] = set()
-        self._seen_before: set[Any] = set()
+        self._last_form: _Form | None = None
+        self._seen: list[int] = [0] * _MOST_SEEN
         self.digest = digest
         self.flights: dict[bytes, Any] = {}
         self.kept: dict[bytes, _Kept] = {}
@@ -137,15 +160,27 @@ class VersionCache:
         if not apart and len(tensors) == 1:
             for name, array in tensors.items():
                 tensor: Any = array
-                dtype = tensor.dtype
+                dtype, shape = tensor.dtype, tensor.shape
+                last = self._last_form
+                if (
+                    last is not None
+                    and dtype is last.dtype
+                    and wanted is last.wanted
+                    and tenant == last.tenant
+                    and name == last.name
+                    and shape == last.shape
+                ):
+                    data: bytes = tensor.tobytes()
+                    return last.prefix + data
                 if tensor.size <= _MOST_EXACT_NUMBERS and not dtype.hasobject:
-                    form = (tenant, wanted, name, dtype, tensor.shape)
+                    form = (tenant, wanted, name, dtype, shape)
                     prefix = self._forms.get(form)
                     if prefix is None and len(self._forms) < _MOST_FORMS:
                         # Another thread may have been quicker.
                         prefix = self._forms.setdefault(form, next(self._numbers).to_bytes(8, "little"))
                     if prefix is not None:
-                        data: bytes = tensor.tobytes()
+                        self._last_form = _Form(tenant, wanted, name, dtype, shape, prefix)
+                        data = tensor.tobytes()
                         return prefix + data
         return self._hashed_key(tenant, wanted, apart or (((), tensors),), on_loop=on_loop)
 
@@ -185,14 +220,12 @@ class VersionCache:
 
         Nothing is kept when a key comes for the first time, unless `again` says that it came several times.
         """
-        number: Any = hash(key)  # `bytes` keep theirs
-        if again or number in self._seen or number in self._seen_before:
+        number = hash(key)  # `bytes` keep theirs
+        place = number & (_MOST_SEEN - 1)
+        if again or self._seen[place] == number:
             self._cache.keep(self, shelf, key, outputs)
             return
-        self._seen.add(number)
-        if len(self._seen) >= _MOST_SEEN:
-            self._seen_before = self._seen
-            self._seen = set()
+        self._seen[place] = number
 
 
 class ResponseCache:
