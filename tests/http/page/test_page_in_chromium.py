@@ -62,6 +62,8 @@ def server(
     for name in ("samples", "labels.txt", "model.toml"):
         source = models / "digits" / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, digits / name)
+    with (digits / "model.toml").open("a") as file:
+        file.write("\n[cache]\nenabled = true\n")
     hostile = repository / HOSTILE.replace("/", "")
     shutil.copytree(digits, hostile)
     (hostile / "labels.txt").write_text("\n".join(f"{HOSTILE}{number}" for number in range(10)) + "\n")
@@ -115,6 +117,14 @@ def open_page(browser: Browser, server: Server, keys: KeyFile) -> Iterator[Open]
     for context in contexts:
         context.close()
     assert faults == []
+
+
+def check(page: Page, what: str) -> None:
+    """Let axe look at the page, which must not be wider than the screen."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text())
+    assert page.evaluate(VIOLATIONS) == [], what
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), what
 
 
 def fill_in(page: Page, name: str, samples: int = 1) -> None:
@@ -195,6 +205,59 @@ def test_an_administrator_unloads_and_loads_a_version(open_page: Open) -> None:
     expect(jobs.get_by_role("rowheader")).to_have_text(["load digits 2", "unload digits 2"])
 
 
+def test_an_administrator_tries_a_version_and_rolls_it_back(
+    open_page: Open, server: Server, keys: KeyFile, models: Path
+) -> None:
+    page = open_page("#/digits/1", key="all", viewport={"width": 360, "height": 740}, color_scheme="dark")
+    traffic, told = page.locator("#traffic"), page.get_by_role("status")
+    sample = json.loads((models / "digits" / "samples" / "held_out.json").read_text())
+
+    def press(button: str, says: str) -> None:
+        page.get_by_role("button", name=button).click()
+        if page.get_by_role("dialog").is_visible():
+            page.get_by_role("dialog").get_by_role("button", name=button.split(" canary")[0]).click()
+        expect(told).to_contain_text(says)
+        page.get_by_role("button", name="Dismiss").click()
+
+    def send(times: int) -> None:
+        for _ in range(times):
+            body = {"inputs": sample["inputs"]}
+            assert server.post("/predict/digits", json=body, headers=keys.bearer("user")).status_code == 200
+
+    press("Give to version 1", "Label stable: done.")
+    send(4)
+    expect(page.locator("#stats")).to_contain_text("2 cached, 0 shared")
+    page.get_by_role("link", name="Version 2").click()
+    page.get_by_label("Share in %").fill("101")
+    press("Start as canary", "Canary 2: ")
+    page.get_by_label("Share in %").fill("50")
+    press("Start as canary", "Canary 2: done.")
+    expect(traffic).to_contain_text("Canary: version 2 answers 50 %")
+    send(1)
+    expect(traffic.get_by_role("table").get_by_role("rowheader")).to_have_count(2)
+    check(page, "the figures of a canary")
+    press("End canary and shadow", "End the traffic: done.")
+    expect(traffic).to_be_hidden()
+    page.get_by_label("Share in %").fill("100")
+    press("Start as shadow", "Shadow 2: done.")
+    expect(traffic).to_contain_text("Shadow: version 2 gets copies of 100 %")
+    body = {"inputs": [[[[0.5] * 8] * 8]]}
+    assert server.post("/predict/digits", json=body, headers=keys.bearer("user")).status_code == 200
+    expect(traffic.get_by_role("table").get_by_role("rowheader")).to_have_text(["logits"])
+    expect(traffic).to_contain_text("1, 0 failed")
+    check(page, "the figures of a shadow")
+    press("End canary and shadow", "End the traffic: done.")
+    press("Give to version 2", "Label stable: done.")
+    expect(page.locator("#labels")).to_contain_text("stable → 2")
+    press("Roll back", "Roll back digits: done.")
+    expect(page.locator("#labels")).to_contain_text("stable → 1")
+    page.get_by_role("link", name="All models", exact=True).first.click()
+    expect(page.get_by_role("table", name="Processes that run models")).to_contain_text("digits/2")
+    refused = page.get_by_role("table", name="Refused and failed requests")
+    server.post("/predict/digits/2", json={"inputs": [1]}, headers=keys.bearer("user"))
+    expect(refused.get_by_role("row").filter(has_text="digits/2")).to_contain_text("422 invalid input")
+
+
 def test_markup_in_names_and_reasons_is_shown_as_text(open_page: Open) -> None:
     page = open_page(key="user")
     expect(page.get_by_role("table", name="Models").get_by_role("link", name=HOSTILE)).to_be_visible()
@@ -252,24 +315,17 @@ def test_axe_finds_no_obstacle_and_nothing_is_wider_than_the_screen(
     open_page: Open, options: dict[str, Any]
 ) -> None:
     page = open_page(key="all", **options)
-    axe = files("axe_playwright_python").joinpath("axe.min.js").read_text()
-
-    def check(what: str) -> None:
-        page.evaluate(axe)
-        assert page.evaluate(VIOLATIONS) == [], what
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), what
-
     expect(page.get_by_role("heading", name="Models", exact=True)).to_be_visible()
     page.get_by_role("button", name="Dismiss").click()
-    check("all models")
+    check(page, "all models")
     page.locator("#key").click()
-    check("the dialog for the key")
+    check(page, "the dialog for the key")
     page.keyboard.press("Escape")
     page.get_by_role("table", name="Models").get_by_role("link", name="digits").click()
     fill_in(page, "held_out.json")
     page.get_by_role("button", name="Predict").click()
     expect(page.get_by_role("table", name="Predictions")).to_be_visible()
-    check("a model")
+    check(page, "a model")
 
 
 def test_the_poll_rests_while_nothing_changes_and_stops_while_nobody_looks(open_page: Open) -> None:

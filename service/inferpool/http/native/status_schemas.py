@@ -47,7 +47,7 @@ class FiguresOut(BaseModel):
     """What was counted of a version since the server started, and what waits now.
 
     `requests` is by HTTP status, `dropped` by reason, and `reasons` counts batches by why they were no
-    larger.
+    larger. `cache` counts requests to a model with a cache by outcome: `hit`, `miss` or `shared`.
     """
 
     requests: dict[str, int]
@@ -57,6 +57,7 @@ class FiguresOut(BaseModel):
     batches: list[BatchesOut]
     reasons: dict[str, int]
     dropped: dict[str, int]
+    cache: dict[str, int]
     replayed: int
     crashed: int
     queue_oldest_ms: float
@@ -139,6 +140,7 @@ def _figures(key: VersionKey, catalog: Catalog, numbers: Numbers, histograms: Hi
         ],
         reasons=_by(numbers["batches_total"], labels, 3),
         dropped=_by(numbers["dropped_entries_total"], labels, 2),
+        cache=_by(numbers["cache_requests_total"], labels, 2),
         replayed=int(numbers["replayed_entries_total"].get(labels, 0)),
         crashed=int(numbers["crashed_entries_total"].get(labels, 0)),
         queue_oldest_ms=round(1000 * live.oldest_age_s, 3),

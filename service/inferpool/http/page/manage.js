@@ -100,6 +100,7 @@ async function change(text, method, path, json) {
     notice(`${text}: ${error.message}`);
   }
   idle = 0;
+  changed = performance.now();
   poll();
 }
 

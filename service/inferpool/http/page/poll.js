@@ -2,6 +2,7 @@
 
 const POLL_MS = 3000; // between two looks while something changes
 const JOB_MS = 1000; // while a job runs
+const CHANGE_MS = 3000; // after a change: what was told before is up to a second old
 const IDLE_MS = 10000; // while nothing does
 const MOST_MS = 60000; // while the server does not answer
 const HISTORY_MS = 300000;
@@ -14,6 +15,7 @@ let wanted = null; // the sentence of a server that wants a key, or another one
 let paused = false;
 let failures = 0;
 let idle = 0;
+let changed = -CHANGE_MS;
 let timer = 0;
 let round = 0;
 const history = new Map(); // of each "model/version": [{time, requests, errors, counts}]
@@ -56,7 +58,7 @@ async function poll() {
 
 function pause() {
   if (failures) return Math.min(MOST_MS, POLL_MS * 2 ** failures);
-  if (jobs?.some((job) => job.state === "running")) return JOB_MS;
+  if (jobs?.some((job) => job.state === "running") || performance.now() - changed < CHANGE_MS) return JOB_MS;
   return idle >= 5 ? IDLE_MS : POLL_MS;
 }
 

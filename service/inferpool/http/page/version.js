@@ -78,7 +78,8 @@ function top(model, version) {
 
 function stats(model, version) {
   const now = recent(model, version);
-  const { requests, batches, queue_wait_ms: wait, duration } = version.figures;
+  const { requests, batches, cache, queue_wait_ms: wait, duration } = version.figures;
+  const { hit = 0, shared = 0 } = cache;
   const runs = batches.reduce((total, line) => total + line.runs, 0);
   const rows = batches.reduce((total, line) => total + line.rows * line.runs, 0);
   const failed = Object.entries(requests)
@@ -93,12 +94,14 @@ function stats(model, version) {
   return h(
     "dl",
     { class: "stats" },
-    item("Requests per second", now.rate == null ? "–" : figure(now.rate), `${count(sum(requests))} since start`),
+    item("Requests/s", now.rate == null ? "–" : figure(now.rate), `${count(sum(requests))} since start`),
     item("p50, last minute", ms(now.p50), since(0.5)),
     item("p99, last minute", ms(now.p99), since(0.99)),
     item("Queue", plural(version.queue_rows, "row"), wait ? `${ms(wait)} of work` : "nothing waits"),
     item("Rows per batch", runs ? figure(rows / runs) : "–", plural(runs, "batch").replace("batchs", "batches")),
     item("Failed", count(failed), `${count(refused)} refused`),
+    sum(cache) > 0 &&
+      item("Without a run", share((hit + shared) / sum(cache)), `${count(hit)} cached, ${count(shared)} shared`),
   );
 }
 
@@ -152,7 +155,12 @@ function latency(version) {
   return [
     h("h2", null, "Latency by rows"),
     lines.length > 0 &&
-      h("p", { class: "quiet small" }, "The time of a batch in the model, as measured when it was loaded and since."),
+      h(
+        "p",
+        { class: "quiet small" },
+        "The time of a batch in the model, as measured when it was loaded and since. ",
+        "Batches of like sizes are one line.",
+      ),
     lines.length
       ? table(
           "Time of a batch in the model",
@@ -246,7 +254,7 @@ function traffic({ traffic: { canary, shadow } }) {
     h(
       "tr",
       null,
-      head(`${name}: version ${side.version}`),
+      head(`${side.version}, ${name}`),
       cell(count(side.requests)),
       cell(count(side.failures)),
       cell(ms(side.p50_ms)),
