@@ -9,6 +9,7 @@ numbers there are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -30,6 +31,11 @@ KERNEL: Final = "kernel"
 PERMUTATION: Final = "permutation"
 OCCLUSION: Final = "occlusion"
 METHODS: Final = (KERNEL, PERMUTATION, OCCLUSION)
+
+_MOST_KEPT: Final = 8
+"""Designs that are kept for the next explanation."""
+_MOST_KEPT_ELEMENTS: Final = 1 << 17
+"""Designs of more elements, coalitions times features, are not kept; one of so many takes a megabyte."""
 
 
 class TooFewPasses(Exception):
@@ -80,11 +86,10 @@ def estimate(
         return _occlusion(value, features, evaluate)
     if features == 1:
         return Estimate(np.array([value - base]), np.zeros(1), exact=True, complete=True)
-    rng = np.random.default_rng(seed)
     # With few features, all coalitions give the exact values, and cost no more.
     if method == KERNEL or all_coalitions(features) <= most:
-        return _kernel(base, value, features, most, rng, evaluate)
-    return _permutation(base, value, features, most, rng, evaluate)
+        return _kernel(base, value, features, most, seed, evaluate)
+    return _permutation(base, value, features, most, np.random.default_rng(seed), evaluate)
 
 
 def _occlusion(value: float, features: int, evaluate: Evaluate) -> Estimate:
@@ -122,37 +127,76 @@ def _permutation(
     return Estimate(of_pairs.mean(axis=0), errors, exact=False, complete=ended == pairs)
 
 
-def _kernel(
-    base: float, value: float, features: int, most: int, rng: np.random.Generator, evaluate: Evaluate
-) -> Estimate:
+def _kernel(base: float, value: float, features: int, most: int, seed: int, evaluate: Evaluate) -> Estimate:
     """Fit the additive model that KernelSHAP defines; its coefficients are the Shapley values."""
-    chosen = choose(features, most, rng)
-    found = evaluate(chosen.masks)
+    is_small = features * most <= _MOST_KEPT_ELEMENTS
+    design = (_kept_design if is_small else _new_design)(features, most, seed)
+    masks, strata = design.chosen
+    found = evaluate(masks)
     count = len(found) // 2 * 2
     needed = least_coalitions(KERNEL, features)
     if count < needed:
         raise TooFewPasses(needed)
-    chosen = Coalitions(chosen.masks[:count], chosen.strata[:count])
-    contributions, errors = _fit(chosen, found[:count] - base, value - base)
-    exact = count == all_coalitions(features)
-    return Estimate(contributions, errors, exact, complete=count == len(chosen.masks) == len(found))
+    complete = count == len(masks) == len(found)
+    if count < len(masks):
+        design = _design_of(Coalitions(masks[:count], strata[:count]))
+    contributions, errors = _fit(design, found[:count] - base, value - base)
+    return Estimate(contributions, errors, count == all_coalitions(features), complete=complete)
 
 
-def _fit(chosen: Coalitions, gains: Array, step: float) -> tuple[Array, Array]:
-    """Return coefficients whose sum is `step`, and their standard errors, from the `gains` of coalitions.
+class _Design(NamedTuple):
+    """What the fit of some coalitions needs and no output changes.
 
     A coalition and its complement weigh the same, so only the difference of the two matters: a row of the fit
     is a pair, with 1/2 for a feature that the first of the two keeps, and -1/2 for the others.
+
+    Attributes:
+        chosen: the coalitions.
+        rows: the pairs, `[pairs, features]`.
+        weighted: the rows, times the weight of each.
+        inverse: that of the products of the rows, `[features, features]`.
+        numbers: the strata that there are.
+        number_at: the index in `numbers` of the stratum of each row.
+        counts: how many rows each stratum has.
     """
+
+    chosen: Coalitions
+    rows: Array
+    weighted: Array
+    inverse: Array
+    numbers: Array
+    number_at: Array
+    counts: Array
+
+
+def _new_design(features: int, most: int, seed: int) -> _Design:
+    return _design_of(choose(features, most, np.random.default_rng(seed)))
+
+
+_kept_design = lru_cache(_MOST_KEPT)(_new_design)
+"""Most requests ask for as many passes as the one before, with the same seed.
+
+Making the coalitions takes as long as running them does in a small model.
+"""
+
+
+def _design_of(chosen: Coalitions) -> _Design:
     rows = chosen.masks[0::2] - 0.5
-    halves = (gains[0::2] - gains[1::2]) / 2
-    pairs, features = rows.shape
+    features = rows.shape[1]
     numbers, number_at = np.unique(chosen.strata[0::2], return_inverse=True)
     counts = np.bincount(number_at)
     weights = np.array([kernel_weight(features, int(number)) for number in numbers])
     weighted = rows * (weights / counts)[number_at][:, None]
     # Adding the same to all products changes nothing, because the sum of the coefficients is given.
     inverse = np.linalg.inv(weighted.T @ rows + 1.0)
+    return _Design(chosen, rows, weighted, inverse, numbers, number_at, counts)
+
+
+def _fit(design: _Design, gains: Array, step: float) -> tuple[Array, Array]:
+    """Return coefficients whose sum is `step`, and their standard errors, from the `gains` of coalitions."""
+    _, rows, weighted, inverse, numbers, number_at, counts = design
+    halves = (gains[0::2] - gains[1::2]) / 2
+    pairs, features = rows.shape
     pull = inverse.sum(axis=1)
     free = inverse @ (halves @ weighted)
     fitted = free + pull * ((step - free.sum()) / pull.sum())
