@@ -12,6 +12,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +21,23 @@ from typing import Any, NamedTuple
 import pytest
 from inferpool.observe.families import FAMILIES
 
-from tests.chaos.inferpool_chaos import CRASH, DIE, RAISE
+from tests.certificates import Authority
+from tests.chaos.inferpool_chaos import CRASH, DIE, RAISE, WAIT, WRONG_ROWS
 from tests.clients import Client
 from tests.engine.processes import WEB, find
 from tests.http.access.keys import KeyFile
 from tests.observe.prometheus import FOLDER, ROOT, Prometheus, needs_prometheus
 from tests.onnx_models import write_shift
-from tests.server import START_S, Server
+from tests.server import START_S, Server, free_port
 
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "inferpool.json").read_text())
 LOAD_S = 14
 CRASHING = "inferpool-crashing"
 """The job of the server whose processes end."""
+TROUBLED = "inferpool-troubled"
+"""The job of the server whose models are slow, hang, load for ever or mix rows."""
+GONE = "inferpool-gone"
+"""The job of a server that does not exist."""
 SLOW_S = 0.25
 """The rules take requests that last longer for slow."""
 PAUSE_S = 0.03
@@ -40,8 +47,8 @@ GPU_PANELS = {
 }  # fmt: skip
 """Panels about GPUs, which are empty on a machine without one."""
 
-UNUSED_PANELS = {"Days until the certificate expires", "Requests by the cache"}
-"""Panels about TLS and about models with a cache, which the server of these tests has not."""
+UNUSED_PANELS = {"Requests by the cache"}
+"""Panels about models with a cache, which the servers of these tests have not."""
 
 
 class Sent(NamedTuple):
@@ -108,6 +115,53 @@ class Load:
         await client.close()
 
 
+@contextmanager
+def troubled(folder: Path, environ: dict[str, str]) -> Iterator[Server]:
+    """A server under load in which much goes wrong, but no process ends."""
+    alone = "[batching]\nenabled = false\n[instances]\ncount = 1\n"
+    models = {
+        "slow": ({"run_ms": 400}, alone),
+        "full": ({"run_ms": 400}, alone + "[queue]\nmax_rows = 1\n"),
+        # Models load one after the other, so the one that does not end comes last.
+        "hung": ({"run_gate": str(folder / "run-gate")}, alone),
+        "waits": ({"gate": str(folder / "load-gate")}, alone),
+        "mixing": ({"run_ms": 500}, "[batching]\nmax_rows = 8\n[instances]\ncount = 1\n"),
+    }
+    for gate in ("run-gate", "load-gate"):
+        os.mkfifo(folder / gate)
+    for name, (settings, toml) in models.items():
+        (folder / "models" / name / "1").mkdir(parents=True)
+        (folder / "models" / name / "1" / "model.chaos").write_text(json.dumps(settings))
+        (folder / "models" / name / "model.toml").write_text(toml)
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    Authority(folder).issue(certificate, key, days=2)
+    tls = ("--tls-certificate-file", str(certificate), "--tls-key-file", str(key))
+    server = Server(folder / "models", (*tls, "--run-timeout-s", "1", "--required-models", "slow"), environ)
+    ends = threading.Event()
+
+    def send(model: str, *rows: list[float]) -> None:
+        server.post(f"/predict/{model}", json={"inputs": rows})
+
+    def keep_sending(model: str) -> None:
+        while not ends.is_set():
+            send(model, [1.0] * 4)
+            ends.wait(10 * PAUSE_S)  # each request has a TLS handshake
+
+    with ThreadPoolExecutor(16) as clients:
+        try:
+            for name in models.keys() - {"waits"}:
+                server.wait_for_metric("model_state", at_least=1, model=name, state="ready")
+            for model in ["slow"] * 6 + ["full"] * 4:
+                clients.submit(keep_sending, model)
+            clients.submit(send, "hung", [WAIT] * 4)
+            for _ in range(4):
+                clients.submit(send, "mixing", [WRONG_ROWS] * 4)
+            yield server
+        finally:
+            ends.set()
+            server.kill()
+
+
 class Watched(NamedTuple):
     """The Prometheus that watched a server under load, and the load."""
 
@@ -149,29 +203,35 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterat
         reply = server.request("PUT", "/models/rolled/traffic", json=traffic, headers=keys.bearer("unused"))
         assert reply.status_code == 200, reply.text
     (folder / "prometheus").mkdir()
-    targets = {CRASHING: f"127.0.0.1:{crashing.port}"}
-    prometheus = Prometheus(folder / "prometheus", f"127.0.0.1:{server.port}", targets)
-    # Counters that rise at once must be scraped at 0 first.
-    for name in ("engine_restarts", "web_restarts", "replayed_entries", "crashed_entries"):
-        zero = f'inferpool_{name}_total{{job="{CRASHING}"}} == 0'
-        prometheus.wait(partial(prometheus.has, zero), "a first scrape", START_S)
-    prometheus.wait(lambda: prometheus.value("sum(up)") == 2, "a first scrape", START_S)
-    load = Load(server.port)
-    try:
-        # Keys that cannot be read again, a request that ends two engines, a web process that is killed.
-        keys.path.write_text("no TOML")
-        assert crashing.post("/predict/fragile", json={"inputs": [[CRASH] * 4]}).status_code == 500
-        os.kill(find(crashing, WEB)[0], signal.SIGKILL)
-        prometheus.wait(lambda: time.time() > load.began + LOAD_S, "the load lasts", LOAD_S + START_S)
-        prometheus.wait(lambda: prometheus.has('ALERTS{alertstate="firing"}'), "an alert fires", START_S)
-        load.stop()
-        prometheus.wait(lambda: prometheus.value("time() - min(timestamp(up))") < 1, "a last scrape", START_S)
-        yield Watched(prometheus, load)
-    finally:
-        load.stop()
-        prometheus.close()
-        server.kill()
-        crashing.kill()
+    (folder / TROUBLED).mkdir()
+    with troubled(folder / TROUBLED, environ) as third:
+        targets = {
+            CRASHING: f"127.0.0.1:{crashing.port}", TROUBLED: third.url, GONE: f"127.0.0.1:{free_port()}",
+        }  # fmt: skip
+        prometheus = Prometheus(folder / "prometheus", f"127.0.0.1:{server.port}", targets)
+        # Counters that rise at once must be scraped at 0 first.
+        for name in ("engine_restarts", "web_restarts", "replayed_entries", "crashed_entries"):
+            zero = f'inferpool_{name}_total{{job="{CRASHING}"}} == 0'
+            prometheus.wait(partial(prometheus.has, zero), "a first scrape", START_S)
+        prometheus.wait(lambda: prometheus.value("sum(up)") == 3, "a first scrape", START_S)
+        load = Load(server.port)
+        try:
+            # Keys that cannot be read again, a request that ends two engines, a web process that is killed.
+            keys.path.write_text("no TOML")
+            assert crashing.post("/predict/fragile", json={"inputs": [[CRASH] * 4]}).status_code == 500
+            os.kill(find(crashing, WEB)[0], signal.SIGKILL)
+            prometheus.wait(lambda: time.time() > load.began + LOAD_S, "the load lasts", LOAD_S + START_S)
+            prometheus.wait(lambda: prometheus.has('ALERTS{alertstate="firing"}'), "an alert fires", START_S)
+            load.stop()
+            prometheus.wait(
+                lambda: prometheus.value("time() - min(timestamp(up))") < 1, "a last scrape", START_S
+            )
+            yield Watched(prometheus, load)
+        finally:
+            load.stop()
+            prometheus.close()
+            server.kill()
+            crashing.kill()
 
 
 pytestmark = needs_prometheus
@@ -249,7 +309,7 @@ def test_recorded_ratios_are_those_of_the_load(watched: Watched) -> None:
 
 
 def test_exactly_the_expected_alerts_fire(watched: Watched) -> None:
-    """A failed model, a lost instance, failures, and a required model that does not exist; no other alert."""
+    """Each trouble that the servers have fires its alert, and nothing fires any other alert."""
     prometheus = watched.prometheus
     expected = {
         ("InferpoolModelFailed", "broken"), ("InferpoolModelUnavailable", "broken"),
@@ -258,6 +318,10 @@ def test_exactly_the_expected_alerts_fire(watched: Watched) -> None:
         ("InferpoolNotReady", None), ("InferpoolServerNotReady", None), ("InferpoolKeysStale", None),
         ("InferpoolEngineRestarts", None), ("InferpoolWebRestarts", None),
         ("InferpoolRequestsCrash", "fragile"), ("InferpoolRequestsReplayed", "fragile"),
+        ("InferpoolLatencyBurnFast", "slow"), ("InferpoolLatencyBurnSlowly", "slow"),
+        ("InferpoolQueueOld", "slow"), ("InferpoolRefusing", "full"), ("InferpoolInstanceHung", "hung"),
+        ("InferpoolModelLoadsLong", "waits"), ("InferpoolBatchingStopped", "mixing"),
+        ("InferpoolCertificateExpires", None), ("InferpoolServerDown", None),
     }  # fmt: skip
     # The three failures of "mortal" are too few to call anybody.
 
@@ -267,11 +331,31 @@ def test_exactly_the_expected_alerts_fire(watched: Watched) -> None:
             (labels["alertname"], labels.get("model"))
             for labels, _ in alerts
             # On a busy machine requests do take longer.
-            if not labels["alertname"].startswith("InferpoolLatency")
+            if not labels["alertname"].startswith("InferpoolLatency") or labels["model"] == "slow"
         }
 
-    prometheus.wait(lambda: firing() >= expected, "every alert that is due fires", START_S)
+    with suppress(AssertionError):  # the next line tells more
+        prometheus.wait(lambda: firing() >= expected, "every alert that is due fires", START_S)
     assert firing() == expected
+
+
+def test_alerts_for_which_no_machine_is_brought_to_its_limit(watched: Watched) -> None:
+    """With bounds that every server exceeds, their expressions give one sample each server."""
+    prometheus, load = watched
+    rules = {rule["name"]: rule["query"] for rule in prometheus.rules()}
+    for name in ("InferpoolMemoryHigh", "InferpoolWebBusy"):
+        expression = rules[name].replace("> 0.9", "> 0")
+        assert expression != rules[name]
+        found = {labels["job"] for labels, _ in prometheus.query(expression, load.ended)}
+        assert found == {"inferpool", CRASHING, TROUBLED}, name
+    # Nothing was scraped an hour before.
+    assert prometheus.value(rules["InferpoolAbsent"], load.began - 3600) == 1
+    assert prometheus.query(rules["InferpoolAbsent"], load.ended) == []
+    # These machines may have no GPU. tests/gpu has a GPU that leaves nodes to the CPU.
+    provoked = {labels["alertname"] for labels, _ in prometheus.query('ALERTS{alertstate="firing"}')}
+    alerts = {rule["name"] for rule in prometheus.rules() if rule["type"] == "alerting"}
+    others = {"InferpoolMemoryHigh", "InferpoolWebBusy", "InferpoolAbsent", "InferpoolGpuFallback"}
+    assert alerts - provoked <= others
 
 
 def test_exemplars_are_traces_of_the_load(watched: Watched) -> None:
