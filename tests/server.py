@@ -63,16 +63,17 @@ class Server:
         environ: Mapping[str, str] = {},
         module: str = "inferpool",
         python: str = sys.executable,
+        cwd: Path | None = None,
     ) -> None:
-        """Run the server that is installed for the interpreter `python`."""
+        """Run the server that is installed for the interpreter `python`, in the folder `cwd`."""
         own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}:{PATCHES}"}
         command = [python, "-m", module, "serve", str(repository), "--port", "0", *flags]
-        self._start(command, {**own, **environ})
+        self._start(command, {**own, **environ}, cwd)
 
-    def _start(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+    def _start(self, command: Sequence[str], environ: Mapping[str, str], cwd: Path | None = None) -> None:
         """Run `command` and wait until it listens; `environ` adds to this process's."""
         self.process = subprocess.Popen(
-            command, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True
+            command, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True, cwd=cwd
         )
         # Each request has a connection of its own, as with `httpx.get`, and needs no new client. Without
         # `verify=False` a client loads the certificates of the machine, for plain HTTP.

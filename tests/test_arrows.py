@@ -18,10 +18,12 @@ RANKS = {
     "__main__": 10, "cli": 9, "admin_commands": 8, "app": 8, "engine_process": 8, "launch": 8.5,
     "grpc_process": 8, "predict_command": 8.5, "evaluate_command": 8.7,
     "import_command": 8.8, "optimise_command": 8.8,
+    "profile_command": 8.8, "sample_commands": 8.1,
     "sign_commands": 8, "web_process": 8, "server": 7, "server_parts": 7, "grpc_api": 6.5, "http": 6,
     "release": 6, "repository": 5, "client": 5, "engine": 4.5, "codecs": 4.2, "wire": 4, "pool": 4,
     "backends": 3, "allowance": 2, "pixel_table": 2,
-    "platforms": 2, "explain": 2, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
+    "platforms": 2, "explain": 2, "drift": 2,
+    "privacy": 1.5, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
     "errors": 0, "__init__": 0,
 }  # fmt: skip
 """A module imports from its own folder, or from a part of a lower rank."""
@@ -84,7 +86,15 @@ LIBRARIES = {
     "tokenizers": ("codecs/text",),
     "obstore": ("repository/stores/object_store",),
     "httpx": ("repository/stores", "client"),
-    "pyarrow": ("codecs/arrow_table", "client/content", "predict_command", "evaluate_command"),
+    "pyarrow": (
+        "codecs/arrow_table",
+        "client/content",
+        "predict_command",
+        "evaluate_command",
+        "sample_commands",
+    ),
+    "cryptography": ("privacy/keys",),
+    "datasketches": ("drift/build",),
     "tqdm": ("client/slices", "import_command/command"),
 }
 """Who may import what; the names are how paths below `service/inferpool/` begin."""

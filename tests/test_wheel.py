@@ -83,8 +83,7 @@ INTERPRETED = {
     *("http/connection/protocol", "http/connection/slow_client", "http/connection/tls_handshake"),
     *("http/connection/unread_responses",),
     *("http/predict/compression", "http/predict/fair_threads", "http/predict/memory_monitor"),
-    "http/predict/picture_urls",
-    *("http/predict/shadow_copies",),
+    *("http/predict/observations", "http/predict/picture_urls", "http/predict/shadow_copies"),
     *("pool/buckets", "pool/hot_swap", "pool/log_limits", "pool/padding", "pool/redaction", "pool/row_cost"),
     *("pool/run_limits", "pool/run_watcher"),
     *(

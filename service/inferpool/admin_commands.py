@@ -26,7 +26,7 @@ _LOOK_S: Final = 0.2
 """Pause between two looks at a job."""
 _BAR: Final = 24
 """Characters of the progress bar."""
-_WHERE: Final = (
+WHERE: Final = (
     f"The server is --url, or {URL_VARIABLE}, or {DEFAULT_URL}. Its key is read from {KEY_VARIABLE}, never"
     " from the command line, which other users of the machine can see."
 )
@@ -130,14 +130,16 @@ def _share(text: str) -> float:
 def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, description: str
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=description, epilog=_WHERE, allow_abbrev=False)
+    command = commands.add_parser(name, help=text, description=description, epilog=WHERE, allow_abbrev=False)
     command.add_argument("--url", help=f"the address of the server, or unix:PATH [{URL_VARIABLE}]")
     return command
 
 
 def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[str, str]) -> int:
     """Run a command; the exit status is 0, or 1 if the server cannot be reached, refuses, or a job fails."""
-    server = _Server(flags["url"] or environ.get(URL_VARIABLE) or DEFAULT_URL, environ.get(KEY_VARIABLE))
+    server = RunningServer(
+        flags["url"] or environ.get(URL_VARIABLE) or DEFAULT_URL, environ.get(KEY_VARIABLE)
+    )
     try:
         if command in ("load", "unload"):
             body = {} if flags["version"] is None else {"version": flags["version"]}
@@ -164,7 +166,7 @@ def _source(text: str) -> str:
     return text if "://" in text else str(Path(text).absolute())
 
 
-def _jobs(server: _Server, job_id: str | None, *, cancel: bool) -> int:
+def _jobs(server: RunningServer, job_id: str | None, *, cancel: bool) -> int:
     if job_id is None:
         if cancel:
             raise AdminError("--cancel needs the id of a job; `inferpool jobs` lists them")
@@ -177,7 +179,7 @@ def _jobs(server: _Server, job_id: str | None, *, cancel: bool) -> int:
     return _wait(server, server.ask("GET", path))
 
 
-def _labels(server: _Server, model: str, label: str | None, remove: str | None) -> int:
+def _labels(server: RunningServer, model: str, label: str | None, remove: str | None) -> int:
     path = _path(model)
     if remove is not None:
         server.ask("DELETE", f"{path}/labels/{quote(remove, safe='')}")
@@ -193,7 +195,7 @@ def _labels(server: _Server, model: str, label: str | None, remove: str | None) 
     return 0
 
 
-def _traffic(server: _Server, flags: Mapping[str, Any]) -> int:
+def _traffic(server: RunningServer, flags: Mapping[str, Any]) -> int:
     path = f"/models/{quote(flags['model'], safe='')}/traffic"
     body: dict[str, Any] = {}
     if flags["canary"] is not None:
@@ -257,7 +259,7 @@ def _path(model: str) -> str:
     return f"/models/{quote(model, safe='')}"
 
 
-def _wait(server: _Server, job: dict[str, Any]) -> int:
+def _wait(server: RunningServer, job: dict[str, Any]) -> int:
     """Show the progress of a job until it has ended."""
     shown = ""
     while job["state"] == "running":
@@ -291,7 +293,7 @@ def _print_job(job: Mapping[str, Any]) -> int:
     return 1 if job["state"] in ("failed", "cancelled") and job["kind"] == "load" else 0
 
 
-class _Server:
+class RunningServer:
     """A running server."""
 
     def __init__(self, url: str, key: str | None) -> None:

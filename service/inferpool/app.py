@@ -10,6 +10,7 @@ from pathlib import Path
 from inferpool.backends.registry import describe_backends
 from inferpool.http.access.trusted_proxies import make_proxies
 from inferpool.http.predict.memory_monitor import this_system
+from inferpool.http.predict.observations import Taker
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import build_info
@@ -33,14 +34,18 @@ SPANS_TIMEOUT_S = 2.0
 
 
 def serve(
-    listener: socket.socket, repository_name: str, settings: Settings, log_lines: LineHandler
+    listener: socket.socket,
+    repository_name: str,
+    settings: Settings,
+    log_lines: LineHandler,
+    taker: Taker | None = None,
 ) -> tuple[int, bool]:
     """Serve the models in `repository_name` in this process until a signal ends it.
 
     That is a path, or a reference to a store, whose models are in their folder already.
 
     Returns the exit status, and whether a thread still loads or runs a model. The status is 0 if every
-    accepted request was answered. `log_lines` writes the access log.
+    accepted request was answered. `log_lines` writes the access log. `taker` takes every request.
 
     Raises:
         ConfigError: there is nothing to serve, or the variables `OTEL_*` ask for spans that cannot be
@@ -71,6 +76,7 @@ def serve(
         system,
         derive=derive,
         rollouts=RolloutWatch(repository, metrics, admin),
+        taker=taker,
     )
     server = InProcessServer(repository, *parts)
     server.run(sockets=[listener])

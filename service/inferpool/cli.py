@@ -20,8 +20,10 @@ from inferpool.import_command.command import add_import_command, run_import_comm
 from inferpool.optimise_command.command import add_optimise_command, run_optimise_command
 from inferpool.platforms import REPOSITORY_VARIABLE, find_repository, platform_settings
 from inferpool.predict_command.command import add_predict_command, run_predict_command
+from inferpool.profile_command.command import add_profile_command, run_profile_command
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.repository.stores.reference import StoreReference, parse_repository
+from inferpool.sample_commands import add_sample_commands, run_sample_command
 from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, FETCH_SETTINGS, Settings, add_flags, read_settings
 from inferpool.sign_commands import SIGN_COMMANDS, add_sign_commands, run_sign_command
 from inferpool.system.files import printable
@@ -58,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_evaluate_command(flags, os.environ)
     if command in ("optimise", "optimize"):
         return run_optimise_command(flags, os.environ)
+    if command == "profile":
+        return run_profile_command(flags, os.environ)
+    if command == "samples":
+        return run_sample_command(flags, os.environ)
     if command in SIGN_COMMANDS:
         return run_sign_command(command, flags, os.environ)
     argument, config = flags.pop("repository"), flags.pop("config", None)
@@ -188,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     add_import_command(commands)
     add_evaluate_command(commands)
     add_optimise_command(commands)
+    add_profile_command(commands)
     _add_key(commands)
+    add_sample_commands(commands)
     add_sign_commands(commands)
     add_admin_commands(commands)
     return parser

@@ -34,6 +34,7 @@ from inferpool.http.connection.forwarded import ForwardedProtocol
 from inferpool.http.connection.protocol import PredictProtocol
 from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.memory_monitor import MemoryMonitor
+from inferpool.http.predict.observations import Observations
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.build_info import hot_path
 from inferpool.observe.gpu_metrics import gpu_readings
@@ -82,8 +83,12 @@ class Server(uvicorn.Server):
         settings: Settings,
         key_sources: Sequence[KeySource] = (),
         rollouts: RolloutWatch | None = None,
+        observations: Observations | None = None,
     ) -> None:
-        """`rollouts` ends canaries; None if another process of the server does."""
+        """`rollouts` ends canaries; None if another process of the server does.
+
+        `observations` has samples that are to be written before the end.
+        """
         config = uvicorn.Config(
             application,
             # Named, not "auto": uvicorn would fall back without a word if one of the two were missing,
@@ -110,6 +115,7 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._key_sources = key_sources
         self._rollouts = rollouts
+        self._observations = observations
         self._certificates: Certificates | None = None
         self._draining: asyncio.Task[None] | None = None
         self._acceptor: Acceptor | None = None
@@ -137,6 +143,8 @@ class Server(uvicorn.Server):
                 self._settings.admin_socket.unlink()
         if self._rollouts is not None:
             self._rollouts.close()
+        if self._observations is not None:
+            await asyncio.to_thread(self._observations.close)
         self._metrics.stop_publishing()
         self._memory.close()
         for source in self._key_sources:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
+from inferpool.errors import ConfigError
 from inferpool.http.access.cors import make_cors
 from inferpool.http.access.make_gate import KeySource, make_gate
 from inferpool.http.access.tenants_file import make_tenants
@@ -17,6 +19,7 @@ from inferpool.http.explain.routes import ExplanationLimits
 from inferpool.http.platforms.routes import route_aliases
 from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.memory_monitor import CachedMemory, MemoryMonitor, System
+from inferpool.http.predict.observations import Observations, Taker
 from inferpool.http.predict.picture_urls import PictureUrls
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.recorder import RequestRecorder
@@ -24,13 +27,17 @@ from inferpool.http.predict.response_cache import ResponseCache
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Inbox, VersionKey
+from inferpool.privacy.keys import KEYS_VARIABLE, SampleKeys, read_keys
+from inferpool.privacy.store import SampleStore, StoreLimits
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog
 from inferpool.repository.catalog_readings import is_shown
+from inferpool.repository.drift_figures import drift_readings
 from inferpool.repository.rollout import RolloutWatch
 from inferpool.repository.traffic_figures import traffic_readings
 from inferpool.settings import Settings
 
+_DAY_S: Final = 86_400
 CACHE_SHARE: Final = 16
 """Cached outputs take at most this share of the memory."""
 
@@ -47,6 +54,7 @@ class ServerParts(NamedTuple):
     settings: Settings
     key_sources: Sequence[KeySource]
     rollouts: RolloutWatch | None
+    observations: Observations
 
 
 def make_server_parts(
@@ -65,17 +73,22 @@ def make_server_parts(
     lend: Callable[[VersionKey, int, int], memoryview | None] | None = None,
     rates: memoryview[float] | None = None,
     rollouts: RolloutWatch | None = None,
+    taker: Taker | None = None,
 ) -> ServerParts:
     """Make the parts of a server for what `catalog` serves, whose entries `inbox` takes.
 
     `system` and `derive` are for the `MemoryMonitor`, `release` and `lend` are for the `Predictor`. `rates`
     is memory that all `processes` share, for the rates of tenants. `rollouts` ends canaries.
+    `taker` takes every request, for a program that makes a profile.
 
-    Raises ConfigError if keys or tenants cannot be read, or if `image_urls` has a value that cannot be used.
+    Raises ConfigError if keys or tenants cannot be read, samples cannot be kept where they are to be, or
+    `image_urls` has a value that cannot be used.
     """
     metrics.show_only(partial(is_shown, catalog))
     metrics.add_source(partial(traffic_readings, catalog, metrics), published=False)
     cache = ResponseCache(min(settings.cache_bytes, system.limit.limit // CACHE_SHARE) // processes, metrics)
+    metrics.add_source(partial(drift_readings, catalog, metrics), published=False)
+    observations = Observations(metrics, *_sample_store(settings), taker)
     predictor = Predictor(
         catalog,
         inbox,
@@ -88,6 +101,7 @@ def make_server_parts(
         release=release,
         lend=lend,
         cache=cache,
+        observations=observations,
     )
     if settings.image_urls:
         predictor.fetch_pictures(PictureUrls(settings.image_urls))
@@ -107,7 +121,7 @@ def make_server_parts(
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
     explanations = ExplanationLimits(settings.explain_max_passes, settings.explain_max_ms / 1000)
-    application = make_application(catalog, shared, read_batcher, metrics, admin, explanations)
+    application = make_application(catalog, shared, read_batcher, metrics, admin, explanations, observations)
     return ServerParts(
         application,
         predictor.in_flight,
@@ -118,4 +132,19 @@ def make_server_parts(
         settings,
         [*key_sources, *tenant_sources],
         rollouts,
+        observations,
     )
+
+
+def _sample_store(settings: Settings) -> tuple[SampleStore | None, SampleKeys | None]:
+    """Return the store of samples and its keys, if the settings name a place; raises ConfigError."""
+    if settings.samples_dir is None:
+        return None, None
+    keys = read_keys(settings.samples_keys_file, os.environ.get(KEYS_VARIABLE))
+    if keys is None:
+        raise ConfigError(
+            f"samples_dir is set, and no keys are: set samples_keys_file, or {KEYS_VARIABLE}; `inferpool"
+            " samples new-key` makes a key"
+        )
+    limits = StoreLimits(settings.samples_count, settings.samples_bytes, settings.samples_days * _DAY_S)
+    return SampleStore(settings.samples_dir, keys, limits), keys

@@ -248,6 +248,24 @@ class Settings(BaseModel):
         description="TOML file of tenants: their shares, rates and priorities; it is read again when it"
         " changes. Keys say to which tenant a request belongs.",
     )
+    samples_dir: Path | None = Field(
+        default=None,
+        description="Folder for encrypted samples of requests, of models whose `model.toml` has `[samples]`.",
+    )
+    samples_keys_file: Path | None = Field(
+        default=None,
+        description="File of the keys that encrypt samples, which `inferpool samples new-key` writes; without"
+        " it, the variable INFERPOOL_SAMPLES_KEYS has its content.",
+    )
+    samples_bytes: Annotated[int, Field(ge=2**16, le=2**50)] = Field(
+        default=64 * 1024 * 1024, description="Bytes of samples that are held; the oldest ones make room."
+    )
+    samples_count: Annotated[int, Field(ge=1, le=10**9)] = Field(
+        default=100_000, description="Samples that are held; the oldest ones make room."
+    )
+    samples_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] = Field(
+        default=30.0, description="Days after which a sample is deleted."
+    )
     keys_file: Path | None = Field(
         default=None,
         description="File of keys, which `inferpool key new` writes. With it every request but those for"
@@ -421,9 +439,9 @@ def _origin(text: str) -> str:
     return origin.removesuffix(_USUAL_PORTS.get(scheme, "-"))
 
 
-_NOT_SETTINGS = ("CONFIG", "COMPILED", "REPOSITORY", "URL", "KEY")
+_NOT_SETTINGS = ("CONFIG", "COMPILED", "REPOSITORY", "URL", "KEY", "SAMPLES_KEYS")
 """Variables with our prefix that are not settings: the paths of the file and of the models, a switch of
-setup.py, and what the commands for a running server need."""
+setup.py, what the commands for a running server need, and keys, which no list of settings may show."""
 _OTHER_SPELLINGS: Final = {"model_name": ("--model_name",)}
 """How platforms spell a flag."""
 

@@ -79,7 +79,7 @@ def test_commands_of_a_page_run(
         if block.serves:
             started = with_port(block.source, GRPC_PORT)
             repository, *flags = shlex.split(started.partition(f"{COMMAND} serve ")[2])
-            server = Server(folder / repository, flags, environ)
+            server = Server(folder / repository, flags, environ, cwd=folder)
             stopped_at_the_end.callback(server.kill)
             server.wait_loaded()
             continue

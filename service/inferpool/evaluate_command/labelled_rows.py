@@ -81,7 +81,7 @@ def _arrays(path: Path, target: str) -> LabelledRows:
 
 
 def _table(path: Path, target: str, slices: Sequence[str], ignored: Sequence[str]) -> LabelledRows:
-    table = _read_table(path)
+    table = read_table(path)
     for name in (target, *slices, *ignored):
         if name not in table.column_names:
             raise InvalidInput(f'{path.name} has no column "{name}"; it has {", ".join(table.column_names)}')
@@ -99,7 +99,8 @@ def _table(path: Path, target: str, slices: Sequence[str], ignored: Sequence[str
     return LabelledRows(inputs, targets, groups, _digest(path))
 
 
-def _read_table(path: Path) -> Any:
+def read_table(path: Path) -> Any:
+    """The table in CSV, Parquet or JSON lines; raises InvalidInput, or OSError."""
     try:
         import pyarrow as pa
         from pyarrow import csv, json, parquet

@@ -46,6 +46,7 @@ from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
 from inferpool.http.page.routes import add_page
 from inferpool.http.platforms.routes import add_platforms
+from inferpool.http.predict.observations import Observations
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_id import request_id_from
 from inferpool.http.predict.response import server_timing
@@ -140,8 +141,12 @@ def make_application(
     metrics: Metrics,
     admin: Admin,
     explanations: ExplanationLimits,
+    observations: Observations,
 ) -> Application:
-    """The application that serves the models of `catalog`, and changes them through `admin`."""
+    """The application that serves the models of `catalog`, and changes them through `admin`.
+
+    `observations` has the samples of requests.
+    """
     app = Application(
         title="Inferpool",
         version=__version__,
@@ -159,7 +164,7 @@ def make_application(
     _add_docs_page(app)
     add_page(app)
     metrics.process_registry()  # so that the first page of metrics holds up no request
-    add_native(app, catalog, metrics, admin)
+    add_native(app, catalog, metrics, admin, observations)
     add_v2(app, catalog, shared.predictor, admin)
     add_v1(app, catalog)
     add_platforms(app, catalog)

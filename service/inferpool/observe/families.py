@@ -175,6 +175,18 @@ FAMILIES: Final = {
         Family("shadow_changed_labels_ratio", "gauge", _VERSION,
                "Share of rows whose best label is another one than in the answer that was sent.",
                combine="max"),
+        Family("drift_distance_largest", "gauge", (*_VERSION, "measure"),
+               "Largest distance of a field of the last window from the version's profile: psi, ks or js.",
+               combine="max"),
+        Family("drift_distance", "gauge", ("model", "version", "field", "measure"),
+               "Distance of a field that `[drift] series` names, likewise.", combine="max"),
+        Family("samples_total", "counter", ("outcome",),
+               "Requests that were chosen as samples, by outcome: written, dropped because there was no room,"
+               " left_out because they are too large, or failed if the store has failed."),
+        Family("samples_held", "gauge", (), "Samples in the store.", combine="max"),
+        Family("samples_bytes", "gauge", (), "Bytes of the samples in the store.", combine="max"),
+        Family("samples_stopped", "gauge", (),
+               "1 while no samples are kept because the store has failed, else 0.", combine="max"),
         Family("build_info", "info", (),
                "Versions of Inferpool and its runtimes, and whether the hot path is compiled."),
     )
@@ -206,6 +218,9 @@ SHADOW_OUTPUT: Final = "shadow_output"
 """Of an output of a shadow: the number of the trial, largest difference, sum of differences, numbers that
 were compared, and numbers of which one only is finite."""
 
+DRIFT: Final = "drift"
+"""Of a field of a version: the last two windows, each with its number, a tag of the profile, and counts."""
+
 HIDDEN: Final = {
     REQUEST_STATS: 5,
     BATCH_RUNS: 2,
@@ -213,5 +228,6 @@ HIDDEN: Final = {
     TRIAL: 3 + len(TRIAL_BOUNDS),
     SHADOW: 10,
     SHADOW_OUTPUT: 5,
+    DRIFT: 46,
 }
 """Numbers per series of the metrics that only processes of the server read, by name."""

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from inferpool.client import Client
 from inferpool.errors import LoadError
+from inferpool.http.predict.observations import Taker
 from inferpool.observe.logs import configure_logs
 from inferpool.settings import Settings
 from inferpool.system.listeners import listen_unix
@@ -33,10 +34,13 @@ INTERRUPTED: Final = 130
 _T = TypeVar("_T")
 
 
-def run_with_model(path: Path, settings: Settings, use: Callable[[Client, str], _T]) -> _T:
+def run_with_model(
+    path: Path, settings: Settings, use: Callable[[Client, str], _T], taker: Taker | None = None
+) -> _T:
     """Load the model in `path`, call `use` with a client and the model's name, and return its result.
 
-    `use` runs in a thread of its own, because the server takes the signals in the main thread. Raises what
+    `use` runs in a thread of its own, because the server takes the signals in the main thread. `taker`
+    takes every request that the server has answered. Raises what
     `use` raises, and LoadError if the model cannot be served.
     """
     from inferpool import app
@@ -60,7 +64,7 @@ def run_with_model(path: Path, settings: Settings, use: Callable[[Client, str], 
         thread = threading.Thread(target=work, name="predict", daemon=True)
         with listen_unix(socket_path, 0o600) as listener:
             thread.start()
-            app.serve(listener, str(path), settings, log_lines)
+            app.serve(listener, str(path), settings, log_lines, taker)
             thread.join(_END_S)
     if thread.is_alive():
         # A signal has ended the server. Python would wait for the threads that wait for its answers.

@@ -124,6 +124,8 @@ class VersionView:
         beside: whether it loads although the server is ready already, which stays ready meanwhile.
         cache_digest: stands for all that its outputs depend on beside the inputs; None if its answers are not
             cached.
+        sampling: the table `[samples]` of `model.toml`; empty if no samples are kept.
+        drift: the `profile` of the version and the table `[drift]` as `config`; empty without a profile.
     """
 
     key: VersionKey
@@ -146,6 +148,8 @@ class VersionView:
     samples: tuple[SampleView, ...] = ()
     beside: bool = False
     cache_digest: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    drift: Mapping[str, Any] = field(default_factory=dict, compare=False)
     sample_rows: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 

@@ -103,6 +103,8 @@ def version_from_json(sent: JsonObject, codecs: Codecs = NO_CODECS) -> VersionVi
         samples=tuple(SampleView(**sample) for sample in sent["samples"]),
         beside=sent["beside"],
         cache_digest=sent["cache_digest"],
+        sampling=sent["sampling"],
+        drift=sent["drift"],
         sample_rows=sent["sample_rows"],
     )
 

@@ -14,7 +14,9 @@ from inferpool.backends.base import CpuNodes
 from inferpool.codecs.image_config import ImageConfig
 from inferpool.codecs.labels import LabelsConfig
 from inferpool.codecs.text_config import TextConfig
+from inferpool.drift.config import DriftConfig
 from inferpool.errors import ConfigError, InvalidInput, Reason
+from inferpool.privacy.config import SamplesConfig
 from inferpool.system.files import printable, read_file
 from inferpool.system.gpus import check_devices
 from inferpool.tensors import DTYPES, Signature, names_text, shape_text
@@ -232,6 +234,8 @@ class ModelConfig(BaseModel):
     gpu: GpuConfig = GpuConfig()
     queue: QueueConfig = QueueConfig()
     cache: CacheConfig = CacheConfig()
+    samples: SamplesConfig = SamplesConfig()
+    drift: DriftConfig = DriftConfig()
     image: ImageConfig | None = None
     text: TextConfig | None = None
     labels: LabelsConfig | None = None

@@ -54,6 +54,8 @@ ROUTE_SCOPES: Final[Mapping[str, int]] = {
     "GET /models/{model}/traffic": READ,
     "PUT /models/{model}/traffic": ADMIN,
     "DELETE /models/{model}/traffic": ADMIN,
+    "GET /samples": ADMIN,
+    "DELETE /samples": ADMIN,
     "GET /jobs": ADMIN,
     "GET /jobs/{job}": ADMIN,
     "DELETE /jobs/{job}": ADMIN,

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from inferpool.http.accept_headers import accepts_gzip
 from inferpool.http.native.admin_routes import add_admin
 from inferpool.http.native.api import NATIVE_API
+from inferpool.http.native.sample_routes import add_samples
 from inferpool.http.native.schemas import (
     HealthOut,
     LiveOut,
@@ -27,17 +28,21 @@ from inferpool.http.native.status_route import add_status
 from inferpool.http.native.traffic_routes import add_traffic
 from inferpool.http.openapi_parts import error_responses
 from inferpool.http.predict.compression import gzipped
+from inferpool.http.predict.observations import Observations
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, find_model
 
 
-def add_native(app: FastAPI, catalog: Catalog, metrics: Metrics, admin: Admin) -> None:
+def add_native(
+    app: FastAPI, catalog: Catalog, metrics: Metrics, admin: Admin, observations: Observations
+) -> None:
     """Give `app` the native routes."""
     # The admin routes come first: `/models/{model}/{version}` matches their paths too, and a request
     # with a wrong method must be told of the admin route's.
     add_admin(app, catalog, admin)
     add_traffic(app, catalog, metrics, admin)
+    add_samples(app, observations)
     _add_models(app, catalog, metrics)
     add_status(app, catalog, metrics)
     _add_health(app, catalog)
@@ -73,7 +78,7 @@ def _add_models(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
     )
     async def read_version(model: str, version: str) -> VersionDetail:
         await catalog.refresh()
-        return version_out(find_model(catalog, model).version(version), catalog)
+        return version_out(find_model(catalog, model).version(version), catalog, metrics)
 
     @app.get(
         "/models/{model}/{version}/samples",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 import orjson
@@ -12,6 +14,7 @@ from inferpool.http.native.bodies import media_types
 from inferpool.http.native.traffic_schemas import TrafficOut, traffic_out
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.catalog import Catalog, GpuView, Health, LiveView, ModelView, VersionView
+from inferpool.repository.drift_figures import DriftFigures, drift_figures
 from inferpool.tensors import TensorSpec
 
 _MOST_NAMES: Final = 100
@@ -137,15 +140,43 @@ class Version(BaseModel):
     media_types: list[str]
 
 
+class FieldDriftOut(BaseModel):
+    """How far a field of the requests is from the version's profile; `ks` is null for categories.
+
+    `rows` is about how many rows were counted.
+    """
+
+    field: str
+    rows: int
+    psi: float
+    ks: float | None
+    js: float
+
+
+class DriftOut(BaseModel):
+    """The drift of the last window: its length and end, and the fields with enough rows, farthest first.
+
+    `epsilon` is that of the noise in the counts of each field. `ended` is null before the first window.
+    """
+
+    window_s: float
+    epsilon: float
+    ended: datetime | None
+    fields: list[FieldDriftOut]
+
+
 class VersionDetail(Version):
     """A version with its measured latency by batch size, and the names of its first 100 classes.
 
-    `classes` is how many classes it has; null if its classes have no names.
+    `classes` is how many classes it has; null if its classes have no names. `drift` is null without a
+    profile. `sampled` is the share of its requests of which samples are kept, if the server keeps any.
     """
 
     latency: list[Latency]
     classes: int | None
     class_names: list[str]
+    drift: DriftOut | None
+    sampled: float
 
 
 class Model(BaseModel):
@@ -231,11 +262,11 @@ def model_out(model: ModelView, catalog: Catalog, metrics: Metrics) -> ModelDeta
         default=default.key.version if default is not None else None,
         labels=dict(model.labels),
         traffic=traffic_out(model, metrics),
-        versions=[version_out(view, catalog) for _, view in sorted(model.versions.items())],
+        versions=[version_out(view, catalog, metrics) for _, view in sorted(model.versions.items())],
     )
 
 
-def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
+def version_out(view: VersionView, catalog: Catalog, metrics: Metrics) -> VersionDetail:
     """The response body for a version, with all details."""
     live = catalog.live(view.key)
     batching = view.batching
@@ -278,6 +309,8 @@ def version_out(view: VersionView, catalog: Catalog) -> VersionDetail:
         ],
         classes=None if view.classes is None else len(view.classes.names),
         class_names=[] if view.classes is None else list(view.classes.names[:_MOST_NAMES]),
+        drift=_drift(drift_figures(view, metrics, time.time())),
+        sampled=view.sampling.get("share", 0.0),
     )
 
 
@@ -285,6 +318,26 @@ def samples_out(view: VersionView) -> SamplesOut:
     """The response body for the golden samples of a version."""
     return SamplesOut(
         samples=[SampleOut(name=sample.name, inputs=orjson.loads(sample.inputs)) for sample in view.samples]
+    )
+
+
+def _drift(figures: DriftFigures | None) -> DriftOut | None:
+    if figures is None:
+        return None
+    return DriftOut(
+        window_s=figures.window_s,
+        epsilon=figures.epsilon,
+        ended=None if figures.ended is None else datetime.fromtimestamp(figures.ended, UTC),
+        fields=[
+            FieldDriftOut(
+                field=each.name,
+                rows=each.rows,
+                psi=round(each.distances.psi, 4),
+                ks=None if each.distances.ks is None else round(each.distances.ks, 4),
+                js=round(each.distances.js, 4),
+            )
+            for each in sorted(figures.fields, key=lambda each: -each.distances.psi)
+        ],
     )
 
 

@@ -48,13 +48,15 @@ class PredictContext:
         cache_status: index of its header in `CACHE_HEADERS`; `NOT_CACHED` for none.
         flight: the `Flight` that it shares with equal requests; None without one.
         leads: whether equal requests may wait for its run.
+        observation: the `Observation` of it, if it is a sample or counted; None for most requests.
+        sentences: the sentences of a text input, if samples have them.
     """
 
     __slots__ = (
         "abandoned", "answer_bytes", "api", "began", "cache_key", "cache_status", "caller", "client",
-        "decode_s", "decoded_bytes", "entry", "flight", "head", "input_bytes", "leads",
+        "decode_s", "decoded_bytes", "entry", "flight", "head", "input_bytes", "leads", "observation",
         "offloaded_bytes", "offloaded_text", "open_answer", "options", "peer", "recorded", "request_id",
-        "reserved_bytes", "served", "tenant", "texts",
+        "reserved_bytes", "sentences", "served", "tenant", "texts",
     )  # fmt: skip
 
     def __init__(self, api: InferenceApi, head: RequestHead, began: float) -> None:
@@ -78,9 +80,12 @@ class PredictContext:
         self.cache_status = NOT_CACHED
         self.flight: Any = None
         self.leads = False
+        self.observation: Any = None
+        self.sentences: Any = None
 
     def free(self) -> None:
         """Drop what the body has become. An idle connection keeps its last request, outside the budget."""
         self.options = _NO_OPTIONS
         self.texts = ()
+        self.observation = self.sentences = None
         self.cache_key = None

@@ -41,6 +41,7 @@ from inferpool.http.predict.budget import BodyAllowance, ByteBudget
 from inferpool.http.predict.compression import decompress
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.in_flight import InFlight
+from inferpool.http.predict.observations import Observations
 from inferpool.http.predict.offload import (
     COUNTED_ANSWER_BYTES,
     HEAVY_ANSWER_BYTES,
@@ -100,6 +101,7 @@ class Predictor:
         release: Callable[[VersionKey, int], None] | None = None,
         lend: Callable[[VersionKey, int, int], memoryview | None] | None = None,
         cache: ResponseCache | None = None,
+        observations: Observations | None = None,
     ) -> None:
         """`release` is called with the version and the id of an entry when nobody reads its outputs any more.
 
@@ -108,7 +110,7 @@ class Predictor:
         `lend` returns memory for a body of a version, of so many bytes, whose tensors begin at some byte: an
         engine finds them there without a copy. None if no engine is another process.
 
-        `cache` keeps the outputs of models whose answers are cached.
+        `cache` keeps the outputs of models whose answers are cached, and `observations` samples and counts.
         """
         self.clock = clock
         self.max_body_bytes = max_body_bytes
@@ -117,7 +119,7 @@ class Predictor:
         self._pictures: PictureUrls | None = None
         self.in_flight = InFlight()
         self.offloader = DecodeOffloader(catalog)
-        self.resolver = Resolver(catalog, metrics, cache)
+        self.resolver = Resolver(catalog, metrics, cache, observations)
         self.tenants: Tenants | None = None
         self._inbox = inbox
         self._release_outputs = release
@@ -204,6 +206,8 @@ class Predictor:
             tensors = body.texts[0].tensors
         elif text is not None:
             if text.input in tensors:
+                if served.observer is not None:
+                    served.observer.keep_text(context, tensors[text.input])
                 context.texts = text.encode(tensors[text.input], apart=not served.view.batching.enabled)
                 tensors = context.texts[0].tensors
             else:
@@ -254,6 +258,8 @@ class Predictor:
         if context.tenant is not None:
             context.tenant.take_rows(entry.rows, now)
         on_result = then
+        if served.observer is not None and entry.rows:
+            served.observer.begin(context, tensors, now)
         if cache is not None and self._flights.join(cache, context, entry, then):
             context.entry = entry
             self.in_flight.accepted += 1
@@ -273,6 +279,7 @@ class Predictor:
             if not self._follow(context):
                 raise
             context.cache_key = None  # it is a key of the other version
+            context.observation = None
             return self.submit(context, tensors, then, client)
         except BaseException:
             self._results.unsubscribe(entry.id)
@@ -409,6 +416,8 @@ class Predictor:
         if context.cache_status:
             headers.append(CACHE_HEADERS[context.cache_status])
         size = sum(map(len, encoded.parts))
+        if context.observation is not None and result.outputs is not None:
+            context.observation.observer.end(context, result.outputs)
         if self._recorder.follows_all or head.trace is not None:
             self._recorder.ended(context, 200, "ok", size, now, result)
         return Response(200, headers, encoded.parts, size, size >= _MIN_GZIP_BYTES and head.accepts_gzip())

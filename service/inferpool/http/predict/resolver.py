@@ -8,6 +8,7 @@ from typing import Final
 from inferpool.errors import InvalidInput
 from inferpool.http.predict.canary_choice import CanaryChoice, trial_metrics
 from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.observations import Observations
 from inferpool.http.predict.request_head import NO_NAMES
 from inferpool.http.predict.request_metrics import (
     RequestMetrics,
@@ -46,11 +47,21 @@ class Resolver:
         on_choice_headers: called when these names have changed, in any thread.
     """
 
-    def __init__(self, catalog: Catalog, metrics: Metrics, cache: ResponseCache | None = None) -> None:
-        """Find what `catalog` serves, and count its requests in `metrics`; `cache` has their outputs."""
+    def __init__(
+        self,
+        catalog: Catalog,
+        metrics: Metrics,
+        cache: ResponseCache | None = None,
+        observations: Observations | None = None,
+    ) -> None:
+        """Find what `catalog` serves, and count its requests in `metrics`; `cache` has their outputs.
+
+        `observations` keeps samples of them.
+        """
         self._catalog = catalog
         self._metrics = metrics
         self._cache = cache or ResponseCache(0, metrics)
+        self._observations = observations
         self._resolved = _Resolved({})
         self._served: dict[VersionKey, ServedVersion] = {}
         self._stats: dict[VersionKey, RequestStats] = {}
@@ -150,6 +161,8 @@ class Resolver:
             if model is None or key.version not in model.versions:
                 self._served.pop(key, None)  # a tokenizer may have many megabytes
         self._cache.keep_only(models)
+        if self._observations is not None:
+            self._observations.keep_only(models)
         headers = NO_NAMES
         for model in models.values():
             if model.traffic is not None:
@@ -189,14 +202,20 @@ class Resolver:
     def _in_trial(self, view: VersionView, number: int) -> ServedVersion:
         stats = self._stats_of(view.key)
         metrics = trial_metrics(self._metrics, view.key, stats, number)
-        return ServedVersion(view, metrics, self._cache.of(view))
+        return self._make(view, metrics)
+
+    def _make(self, view: VersionView, metrics: RequestMetrics) -> ServedVersion:
+        served = ServedVersion(view, metrics, self._cache.of(view))
+        if self._observations is not None:
+            served.observer = self._observations.of(view)
+        return served
 
     def _look_up(self, model: str, version: str | None) -> ServedVersion:
         view = find_ready(self._catalog, model, version)
         served = self._served.get(view.key)
         if served is None or served.view is not view:
             metrics = self._request_metrics(view.key)
-            served = self._served[view.key] = ServedVersion(view, metrics, self._cache.of(view))
+            served = self._served[view.key] = self._make(view, metrics)
         return served
 
     def _request_metrics(self, key: VersionKey) -> RequestMetrics:

@@ -78,6 +78,7 @@ class ServedVersion:
         row_answer_bytes: bytes that the answer to one row takes, as tensors and as JSON.
         shadow: the `ShadowTarget` that gets copies of the requests; None if there is none.
         cache: the outputs of earlier requests; None if the model's answers are not cached.
+        observer: the `VersionObserver` that takes samples and counts values; None if nothing is observed.
     """
 
     def __init__(self, view: VersionView, metrics: RequestMetrics, cache: VersionCache | None = None) -> None:
@@ -87,6 +88,7 @@ class ServedVersion:
         self.version = str(view.key.version)
         self.metrics = metrics
         self.shadow: Any = None
+        self.observer: Any = None
         self.cache = cache
         specs = view.signature.inputs
         self.optional = frozenset(spec.name for spec in specs if spec.optional)

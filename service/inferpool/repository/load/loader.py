@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inferpool import __version__
 from inferpool.backends.base import Backend, DeviceModel, GpuOptions, LoadedModel, LoadOptions, TensorHint
@@ -20,6 +20,7 @@ from inferpool.backends.registry import backends_by_suffix, find_backend
 from inferpool.backends.row_verdict import Evidence
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
+from inferpool.drift.profile_file import check_series, read_profile
 from inferpool.errors import LoadError, Reason, RunsElsewhere, UnfitForGpu
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
@@ -30,6 +31,7 @@ from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Outbox, VersionKey
 from inferpool.pool.run_watcher import RunWatcher
+from inferpool.privacy.config import kept_fields
 from inferpool.repository.catalog import READY, BatchingView, VersionView
 from inferpool.repository.codec_factory import CodecSource, make_codecs, read_codec_source
 from inferpool.repository.config import ModelConfig, check_tensors
@@ -58,7 +60,7 @@ from inferpool.system.cpu_wait import CpuWait
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
 from inferpool.system.memory import memory_limit, release_freed_memory
 from inferpool.system.priority import at_low_priority, call_directly
-from inferpool.tensors import Tensors
+from inferpool.tensors import Signature, Tensors
 
 if TYPE_CHECKING:
     from inferpool.repository.load.gpu.gpu_copies import GpuCopies
@@ -282,6 +284,8 @@ class Loader:
             classes=classes,
             gpu=copies.gpu,
             cache_digest=_cache_digest(source) if config.cache.enabled else None,
+            sampling=_sampling(config, model.signature if text is None else text.signature, image, text),
+            drift=_drift(source),
             sample_rows=kept_rows(samples) if text is None else {},
             digest=_digest(source.files),
             samples=shown_samples(samples),
@@ -572,6 +576,31 @@ def _batching_view(
     return BatchingView(
         plan.batched, reason, plan.max_rows, config.batching.max_delay_ms, remedy, plan.evidence
     )
+
+
+def _sampling(
+    config: ModelConfig, signature: Signature, image: ImageCodec | None, text: TextCodec | None
+) -> dict[str, Any]:
+    """Return the table `[samples]` if samples are to be kept; raises ConfigError if it does not fit."""
+    if not config.samples.share:
+        return {}
+    tokens = () if text is None else tuple(spec.name for spec in signature.inputs)
+    pixels = None if image is None else image.input
+    kept_fields(config.samples, signature, pixels, None if text is None else text.input, tokens)
+    sampling: dict[str, Any] = config.samples.model_dump(mode="json")
+    return sampling
+
+
+def _drift(source: _Source) -> dict[str, Any]:
+    """Return the profile of the version and the table `[drift]`; raises ConfigError if one is wrong."""
+    config = source.config.drift
+    if not config.enabled or source.folder is None:
+        return {}
+    profile = read_profile(source.file.parent)
+    if profile is None:
+        return {}
+    check_series(config.series, profile)
+    return {"config": config.model_dump(mode="json"), "profile": profile.model_dump(mode="json")}
 
 
 def _cache_digest(source: _Source) -> str:

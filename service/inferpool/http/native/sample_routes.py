@@ -1,0 +1,186 @@
+"""The routes of samples: an administrator lists, exports and deletes what is kept of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Final, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from inferpool.errors import InternalError, InvalidInput, NotFound
+from inferpool.http.access.audit import audited
+from inferpool.http.native.api import NATIVE_API
+from inferpool.http.openapi_parts import error_responses
+from inferpool.http.predict.observations import Observations
+from inferpool.privacy.store import Choice, Listed, SampleStore
+from inferpool.tensors import Array
+
+MOST_LISTED: Final = 1000
+MOST_BYTES: Final = 2 * 1024 * 1024
+"""Bytes of samples in one answer, which ends after the sample that reaches them."""
+
+T = TypeVar("T")
+
+
+class SampleQuery(BaseModel):
+    """Which samples are meant: those for which everything that is given holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = Field(None, max_length=128, description="The id of a request.")
+    tenant: str | None = Field(None, max_length=1000, description="To whom the key of a request belongs.")
+    model: str | None = Field(None, max_length=1000, description="The name of a model.")
+    version: int | None = Field(None, ge=1, le=2**31 - 1, description="The number of a version.")
+    older_than_s: float | None = Field(
+        None, ge=0, le=1e10, allow_inf_nan=False, description="The least age in seconds."
+    )
+
+    def choice(self) -> Choice:
+        """The same for the store."""
+        before = None if self.older_than_s is None else time.time() - self.older_than_s
+        return Choice(self.id, self.tenant, self.model, self.version, before)
+
+
+class ListQuery(SampleQuery):
+    """Which samples are meant, and from where on."""
+
+    after: int = Field(0, ge=0, le=2**62, description="Where the last answer has ended, its `next`.")
+    limit: int = Field(100, ge=1, le=MOST_LISTED, description="Samples of an answer at most.")
+    rows: bool = Field(False, description="Whether to send what was kept, and not only about it.")
+
+
+class FieldOut(BaseModel):
+    """A field that was kept, one value or list a row."""
+
+    name: str
+    values: list[Any]
+
+
+class KeptSampleOut(BaseModel):
+    """A sample. `id`, `tenant` and fields are null if the key that encrypted it is gone.
+
+    `created` is in seconds since 1970. `inputs` and `outputs` are null unless `rows` is asked for.
+    """
+
+    number: int
+    id: str | None
+    tenant: str | None
+    model: str
+    version: int
+    created: float
+    rows: int
+    bytes: int
+    key: str
+    inputs: list[FieldOut] | None
+    outputs: list[FieldOut] | None
+
+
+class KeptSamplesOut(BaseModel):
+    """Some samples, oldest first; `next` is where the next answer begins, null at the end."""
+
+    samples: list[KeptSampleOut]
+    held: int
+    bytes: int
+    next: int | None
+
+
+class DeletedOut(BaseModel):
+    """How many samples were deleted."""
+
+    deleted: int
+
+
+def add_samples(app: FastAPI, observations: Observations) -> None:
+    """Give `app` the routes of samples."""
+
+    @app.get(
+        "/samples", tags=["admin"], summary="Samples of requests", responses=_errors("403", "404", "422")
+    )
+    async def list_samples(request: Request, query: Annotated[ListQuery, Query()]) -> KeptSamplesOut:
+        """With `rows`, what was kept of them; each such answer leaves a line in the log."""
+        store = _store(observations)
+
+        def read() -> KeptSamplesOut:
+            found = store.read(query.choice(), query.after, query.limit, MOST_BYTES)
+            totals = store.totals()
+            samples = [_sample_out(each, with_rows=query.rows) for each in found]
+            following = found[-1].number if found else None
+            return KeptSamplesOut(samples=samples, held=totals.held, bytes=totals.nbytes, next=following)
+
+        work = asyncio.to_thread(_guarded, read)
+        if not query.rows:
+            return await work
+        act = f"read samples{_described(query)}"
+        return await audited(request, act, work, lambda found: f"{len(found.samples)} samples")
+
+    @app.delete("/samples", tags=["admin"], summary="Delete samples", responses=_errors("403", "404", "422"))
+    async def delete_samples(request: Request, query: Annotated[SampleQuery, Query()]) -> DeletedOut:
+        """All samples for which everything that is given holds; `older_than_s=0` means all."""
+        store, choice = _store(observations), query.choice()
+        if choice == Choice():
+            raise InvalidInput("name what to delete: id, tenant, model, version or older_than_s", field="id")
+
+        def delete() -> DeletedOut:
+            return DeletedOut(deleted=store.delete(choice))
+
+        work = asyncio.to_thread(_guarded, delete)
+        act = f"delete samples{_described(query)}"
+        return await audited(request, act, work, lambda found: f"{found.deleted} samples")
+
+
+def _store(observations: Observations) -> SampleStore:
+    if observations.store is None:
+        raise NotFound("this server keeps no samples; see --samples-dir")
+    return observations.store
+
+
+def _guarded(work: Callable[[], T]) -> T:
+    """Do work on the store, in a thread; raises InternalError if the disk fails."""
+    try:
+        return work()
+    except (sqlite3.Error, OSError) as error:
+        raise InternalError("the store of samples has failed; the log says why") from error
+
+
+def _described(query: SampleQuery) -> str:
+    """What a line of the log says of a query: neither ids nor tenants of those who sent requests."""
+    given = query.model_dump(exclude_none=True, include={"model", "version", "older_than_s"})
+    parts = [f" {name}={value!r:.100}" for name, value in given.items()]
+    parts += [f" by {name}" for name in ("id", "tenant") if getattr(query, name) is not None]
+    return "".join(parts)
+
+
+def _sample_out(listed: Listed, *, with_rows: bool) -> KeptSampleOut:
+    sample = listed.sample
+    shown = sample if with_rows else None
+    return KeptSampleOut(
+        number=listed.number,
+        id=None if sample is None else sample.request_id,
+        tenant=None if sample is None else sample.tenant,
+        model=listed.model,
+        version=listed.version,
+        created=listed.created,
+        rows=listed.rows,
+        bytes=listed.nbytes,
+        key=listed.key,
+        inputs=None if shown is None else [_field_out(name, array) for name, array in shown.inputs.items()],
+        outputs=None if shown is None else [_field_out(name, array) for name, array in shown.outputs.items()],
+    )
+
+
+def _field_out(name: str, array: Array) -> FieldOut:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        plain = array.astype(object)
+        plain[~np.isfinite(array)] = None  # JSON has no such numbers
+        return FieldOut(name=name, values=plain.tolist())
+    return FieldOut(name=name, values=array.tolist())
+
+
+def _errors(*statuses: str) -> dict[int | str, dict[str, Any]]:
+    documented = error_responses("Problem", NATIVE_API.problem_type.decode())
+    return {int(status): documented[status] for status in statuses}

@@ -1,0 +1,117 @@
+"""A thread beside the event loop that takes at most a small share of a core, whatever it is given.
+
+`BackgroundWorker` handles all it is given as soon as it can. This one rests after its work, so that what it
+does for some requests cannot slow down others: what it cannot do in its share is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, TypeVar
+
+Item = TypeVar("Item")
+log = logging.getLogger(__name__)
+
+SHARE: Final = 0.01
+"""The share of a core that the thread may take."""
+GATHER_S: Final = 0.1
+"""How long items are gathered: waking a thread costs more than handing over an item."""
+AT_ONCE: Final = 16
+"""Items handled in one call."""
+LONGEST_REST_S: Final = 5.0
+MOST_WAITING: Final = 256
+MOST_WAITING_BYTES: Final = 16 * 1024 * 1024
+
+
+class PacedWorker(Generic[Item]):
+    """Passes items in order to `handle` in a thread of its own. `offer` never blocks, and has one caller."""
+
+    def __init__(
+        self, name: str, handle: Callable[[Sequence[Item]], None], tick: Callable[[], None], tick_s: float
+    ) -> None:
+        """Start the thread `name`, which also calls `tick` about every `tick_s` seconds.
+
+        If `handle` or `tick` raises, the error is logged, and the items are lost.
+        """
+        self._handle = handle
+        self._tick = tick
+        self._tick_s = tick_s
+        self._name = name
+        self._items: deque[tuple[Item, int]] = deque()
+        # Two counts with one writer each, in place of one with a lock.
+        self._offered_bytes = self._taken_bytes = 0
+        self._woken = False
+        self._wake = threading.Event()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def has_room(self) -> bool:
+        """Whether an item may be offered."""
+        return (
+            len(self._items) < MOST_WAITING and self._offered_bytes - self._taken_bytes < MOST_WAITING_BYTES
+        )
+
+    def offer(self, item: Item, nbytes: int) -> bool:
+        """Queue `item` of `nbytes` for the thread; False if there is no room for it."""
+        if not self.has_room():
+            return False
+        self._offered_bytes += nbytes
+        self._items.append((item, nbytes))
+        if not self._woken:
+            self._woken = True
+            self._wake.set()
+        return True
+
+    def close(self, timeout_s: float) -> bool:
+        """Handle the waiting items and end the thread; False if that takes longer than `timeout_s`."""
+        self._closed.set()
+        self._wake.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        next_tick = time.monotonic() + self._tick_s
+        while not self._closed.is_set():
+            if self._wake.wait(max(0.0, next_tick - time.monotonic())):
+                self._wake.clear()
+                self._closed.wait(GATHER_S)
+                # An item that is offered after this line wakes the thread again.
+                self._woken = False
+                while self._items and not self._closed.is_set():
+                    self._work(self._handle_some)
+            if time.monotonic() >= next_tick:
+                self._work(self._tick)
+                next_tick = time.monotonic() + self._tick_s
+        while self._items:
+            self._safely(self._handle_some)
+        self._safely(self._tick)
+
+    def _work(self, work: Callable[[], None]) -> None:
+        """Do a piece of work, and rest until it has taken no more than the thread's share."""
+        began = time.thread_time()
+        self._safely(work)
+        used_s = time.thread_time() - began
+        self._closed.wait(min(LONGEST_REST_S, used_s * (1 / SHARE - 1)))
+
+    def _safely(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            log.exception("%s: an error was ignored", self._name)
+
+    def _handle_some(self) -> None:
+        items: list[Item] = []
+        nbytes = 0
+        while self._items and len(items) < AT_ONCE:
+            item, size = self._items.popleft()
+            items.append(item)
+            nbytes += size
+        try:
+            self._handle(items)
+        finally:
+            self._taken_bytes += nbytes

@@ -1,0 +1,228 @@
+"""Keeps samples in an encrypted SQLite database, of bounded size, from which each can be deleted.
+
+Ids of requests and names of tenants are never part of a path or of a query's text: they are looked up by
+their tokens. All web processes of a server share the database; SQLite serialises them. The database is in a
+folder of its own, which belongs to this user alone, so nobody else can put links there.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from inferpool.errors import ConfigError
+from inferpool.privacy.keys import SampleKeys
+from inferpool.privacy.sample import Sample, from_bytes
+
+FOLDER: Final = "inferpool-samples"
+FILE: Final = "samples.sqlite3"
+_BUSY_S: Final = 5.0
+_PAGE_BYTES: Final = 4096
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS samples (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, token BLOB NOT NULL, tenant BLOB NOT NULL, model TEXT NOT NULL,
+    version INTEGER NOT NULL, created REAL NOT NULL, rows INTEGER NOT NULL, key TEXT NOT NULL,
+    body BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS by_token ON samples (token);
+CREATE INDEX IF NOT EXISTS by_tenant ON samples (tenant);
+CREATE INDEX IF NOT EXISTS by_age ON samples (created);
+CREATE TABLE IF NOT EXISTS totals (one INTEGER PRIMARY KEY CHECK (one = 1), held INTEGER, bytes INTEGER);
+INSERT OR IGNORE INTO totals VALUES (1, 0, 0);
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON samples BEGIN
+    UPDATE totals SET held = held + 1, bytes = bytes + length(NEW.body); END;
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON samples BEGIN
+    UPDATE totals SET held = held - 1, bytes = bytes - length(OLD.body); END;
+"""
+_EXPIRED_AT_ONCE: Final = 256
+"""Samples deleted for room in one statement, oldest first."""
+
+
+class StoreLimits(NamedTuple):
+    """The most samples, the most bytes of them, and their greatest age in seconds."""
+
+    samples: int
+    nbytes: int
+    age_s: float
+
+
+class Totals(NamedTuple):
+    """How many samples there are, and their bytes."""
+
+    held: int
+    nbytes: int
+
+
+class Listed(NamedTuple):
+    """A sample in the store; `sample` is None if its key is gone or its bytes were changed."""
+
+    number: int
+    model: str
+    version: int
+    created: float
+    rows: int
+    nbytes: int
+    key: str
+    sample: Sample | None
+
+
+class Choice(NamedTuple):
+    """Which samples are meant: those for which all that is set holds."""
+
+    request_id: str | None = None
+    tenant: str | None = None
+    model: str | None = None
+    version: int | None = None
+    before: float | None = None
+
+
+class SampleStore:
+    """The samples of a server. Each method may be called in any thread, and waits for the disk."""
+
+    def __init__(self, folder: Path, keys: SampleKeys, limits: StoreLimits) -> None:
+        """Open, or make, the store in `folder`; raises ConfigError if it cannot be used."""
+        self._keys = keys
+        self._limits = limits
+        own = folder / FOLDER
+        self._file = own / FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own.mkdir(mode=0o700, exist_ok=True)
+            status = own.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+                raise ConfigError(
+                    f"samples_dir: {own} must be a folder of this user that no other user may enter; it has"
+                    f" the mode {stat.filemode(status.st_mode)}"
+                )
+            with closing(self._connect()) as database:
+                # So that deletes are overwritten, and a crash leaves no half of a sample.
+                database.execute("PRAGMA journal_mode = WAL")
+                database.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"samples_dir: {own}: {error}") from error
+
+    def add(self, samples: Sequence[Sample]) -> Totals:
+        """Keep `samples`, and delete the oldest ones for room; raises sqlite3.Error, such as a full disk."""
+        keys, limits, now = self._keys, self._limits, time.time()
+        rows = []
+        for sample in samples:
+            token = keys.token("id", sample.request_id)
+            about = _about(sample.model, sample.version, sample.created, sample.rows, keys.current)
+            body = keys.encrypt(sample.to_bytes(), about)
+            rows.append(
+                (token, keys.token("tenant", sample.tenant), sample.model, sample.version, sample.created,
+                 sample.rows, keys.current, body)
+            )  # fmt: skip
+        with closing(self._connect()) as database, database:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany(
+                "INSERT INTO samples (token, tenant, model, version, created, rows, key, body)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                rows,
+            )
+            database.execute("DELETE FROM samples WHERE created < ?", (now - limits.age_s,))
+            while (totals := _totals(database)).held > limits.samples or totals.nbytes > limits.nbytes:
+                most = (
+                    1
+                    if totals.held <= limits.samples
+                    else min(_EXPIRED_AT_ONCE, totals.held - limits.samples)
+                )
+                database.execute(
+                    "DELETE FROM samples WHERE number IN"
+                    " (SELECT number FROM samples ORDER BY number LIMIT ?)",
+                    (most,),
+                )
+        return totals
+
+    def expire(self) -> Totals:
+        """Delete the samples that are too old; raises sqlite3.Error."""
+        with closing(self._connect()) as database, database:
+            database.execute("DELETE FROM samples WHERE created < ?", (time.time() - self._limits.age_s,))
+            return _totals(database)
+
+    def delete(self, choice: Choice) -> int:
+        """Delete the samples that `choice` means, overwrite their bytes, and return how many there were.
+
+        Raises sqlite3.Error, and ValueError if `choice` names nothing.
+        """
+        if choice == Choice():
+            raise ValueError("nothing says which samples are to be deleted")
+        where, values = self._where(choice)
+        with closing(self._connect()) as database:
+            with database:
+                count = database.execute(f"DELETE FROM samples{where}", values).rowcount
+            # The log still has the pages as they were.
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return count
+
+    def read(self, choice: Choice, after: int, most: int, most_bytes: int) -> list[Listed]:
+        """At most `most` samples of `choice` after a number, oldest first; empty at the end.
+
+        It ends after the sample with which the bodies have `most_bytes`. Raises sqlite3.Error.
+        """
+        where, values = self._where(choice)
+        query = (
+            "SELECT number, model, version, created, rows, key, body FROM samples"
+            f"{where}{' AND' if where else ' WHERE'} number > ? ORDER BY number LIMIT ?"
+        )
+        found: list[Listed] = []
+        with closing(self._connect()) as database:
+            for row in database.execute(query, (*values, after, most)):
+                found.append(self._opened(*row))
+                most_bytes -= len(row[-1])
+                if most_bytes <= 0:
+                    break
+        return found
+
+    def totals(self) -> Totals:
+        """How many samples there are, and their bytes; raises sqlite3.Error."""
+        with closing(self._connect()) as database:
+            return _totals(database)
+
+    def _opened(
+        self, number: int, model: str, version: int, created: float, rows: int, key: str, body: bytes
+    ) -> Listed:
+        content = self._keys.decrypt(key, body, _about(model, version, created, rows, key))
+        sample = None if content is None else from_bytes(content)
+        return Listed(number, model, version, created, rows, len(body), key, sample)
+
+    def _where(self, choice: Choice) -> tuple[str, list[object]]:
+        parts: list[str] = []
+        values: list[object] = []
+        for column, kind, text in (("token", "id", choice.request_id), ("tenant", "tenant", choice.tenant)):
+            if text is not None:
+                names = self._keys.names
+                tokens = ", ".join("?" * len(names))
+                parts.append(f"{column} IN ({tokens})")
+                values += [self._keys.token(kind, text, name) for name in names]
+        for condition, value in (
+            ("model = ?", choice.model),
+            ("version = ?", choice.version),
+            ("created < ?", choice.before),
+        ):
+            if value is not None:
+                parts.append(condition)
+                values.append(value)
+        return (" WHERE " + " AND ".join(parts) if parts else ""), values
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._file, timeout=_BUSY_S, isolation_level=None)
+        database.execute("PRAGMA secure_delete = ON")
+        database.execute("PRAGMA synchronous = NORMAL")
+        # Twice the samples: pages of indices, and pages that deletes have left half empty.
+        pages = 256 + 2 * self._limits.nbytes // _PAGE_BYTES
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        return database
+
+
+def _totals(database: sqlite3.Connection) -> Totals:
+    return Totals(*database.execute("SELECT held, bytes FROM totals").fetchone())
+
+
+def _about(model: str, version: int, created: float, rows: int, key: str) -> bytes:
+    return f"{model}\0{version}\0{created!r}\0{rows}\0{key}".encode()

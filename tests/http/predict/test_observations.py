@@ -1,0 +1,137 @@
+"""Samples and drift through a real server of two web processes: what is kept, who may read it, what fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from inferpool.drift.build import ProfileBuilder
+from inferpool.drift.profile_file import PROFILE_FILE, profile_bytes
+from inferpool.evaluate_command.labelled_rows import read_labelled
+from inferpool.privacy.keys import add_key
+from inferpool.privacy.store import FILE, FOLDER
+
+from tests.conftest import Serve
+from tests.onnx_models import write_shift
+from tests.server import Server, wait_until
+
+KEPT = """\
+[samples]
+share = 1.0
+fields = {"x" = "keep", "y[0]" = {round = 1000}}
+[drift]
+window_s = 1
+requests_per_s = 10000
+series = ["inputs.x[0]"]
+"""
+PROCESS = ("--engine", "process", "--web-processes", "2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("observed")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, module_serve: Serve) -> Server:
+    """A server of one model that keeps samples and has a profile, and of one that does not."""
+    write_shift(folder / "models", "kept", 1, 100.0)
+    write_shift(folder / "models", "other", 1, 100.0)
+    (folder / "models" / "kept" / "model.toml").write_text(KEPT)
+    builder = ProfileBuilder()
+    numbers = np.random.default_rng(0).normal(size=4000)
+    builder.add({"inputs.x[0]": numbers, "outputs.y[0]": numbers + 100}, len(numbers))
+    (folder / "models" / "kept" / "1" / PROFILE_FILE).write_bytes(
+        profile_bytes(builder.profile("made up")[0])
+    )
+    builder.close()
+    add_key(folder / "keys", "first")
+    flags = ("--samples-dir", str(folder / "store"), "--samples-keys-file", str(folder / "keys"))
+    return module_serve(folder / "models", *PROCESS, *flags, "--admin-socket", str(folder / "admin"))
+
+
+@pytest.fixture(scope="module")
+def admin(server: Server, folder: Path) -> Iterator[httpx.Client]:
+    with httpx.Client(
+        transport=httpx.HTTPTransport(uds=str(folder / "admin")), base_url="http://x"
+    ) as client:
+        yield client
+
+
+def predict(server: Server, model: str, rows: list[float], request_id: str) -> None:
+    inputs = {"inputs": {"x": [[number, 5.0] for number in rows]}}
+    answer = server.post(f"/predict/{model}", json=inputs, headers={"x-request-id": request_id})
+    assert answer.status_code == 200, answer.text
+
+
+def kept_ids(admin: httpx.Client) -> list[str]:
+    return [each["id"] for each in admin.get("/samples").json()["samples"]]
+
+
+def test_named_fields_of_one_model_are_kept_exported_and_deleted(
+    server: Server, folder: Path, admin: httpx.Client
+) -> None:
+    hostile = "../../etc/passwd;'--%00"
+    for number in range(6):
+        predict(server, "kept", [1.5, 2.5], f"visit-{number}")
+        predict(server, "other", [1.5], f"other-{number}")
+    predict(server, "kept", [7.0], hostile)
+    wait_until(lambda: len(kept_ids(admin)) == 7, "the samples of both processes are written")
+    assert sorted(kept_ids(admin)) == sorted([*(f"visit-{number}" for number in range(6)), hostile])
+    [found] = admin.get("/samples", params={"id": "visit-3", "rows": True}).json()["samples"]
+    assert found["inputs"] == [{"name": "x", "values": [[1.5, 5.0], [2.5, 5.0]]}]
+    assert found["outputs"] == [{"name": "y[0]", "values": [0.0, 0.0]}], "rounded"
+    for method in ("GET", "DELETE"):
+        assert server.request(method, "/samples?model=kept").status_code == 403
+    environ = {**os.environ, "INFERPOOL_URL": f"unix:{folder / 'admin'}"}
+    command = [sys.executable, "-m", "inferpool", "samples", "export", "--model", "kept", "--target", "y[0]"]
+    subprocess.run([*command, str(folder / "kept.csv")], env=environ, check=True, capture_output=True)
+    rows = read_labelled(folder / "kept.csv", None)
+    assert rows.inputs.column_names == ["x[0]", "x[1]"]
+    assert rows.inputs.column(0).to_pylist() == [1.5, 2.5] * 6 + [7.0]
+    assert rows.targets == [0.0] * 13
+    assert admin.delete("/samples").status_code == 422
+    assert admin.delete("/samples", params={"id": hostile}).json() == {"deleted": 1}
+    assert admin.delete("/samples", params={"model": "kept"}).json() == {"deleted": 6}
+    assert kept_ids(admin) == []
+    log = "\n".join(line["message"] for line in server.log)
+    assert "audit: delete samples by id: 1 samples" in log
+    assert "etc/passwd" not in log
+    assert (folder / "keys").read_text().split()[1] not in log
+
+
+def test_drift_is_told_by_models_and_metrics_with_all_processes_together(server: Server) -> None:
+    def drift() -> dict:
+        # In one window, so that the rows of both processes are told together.
+        for number in range(8):
+            predict(server, "kept", [3.0 + number / 10] * 60, f"drift-{number}")
+        return server.get("/models/kept").json()["versions"][0]["drift"]
+
+    wait_until(lambda: len(drift()["fields"]) == 2, "a window with enough rows has ended")
+    [field] = [each for each in drift()["fields"] if each["field"] == "inputs.x[0]"]
+    assert field["psi"] > 1
+    assert 0.8 < field["ks"] <= 1
+    wait_until(
+        lambda: bool(drift()) and server.metric("drift_distance_largest", model="kept", measure="psi") > 1,
+        "the metric has it",
+    )
+    assert server.get("/models/other").json()["versions"][0]["drift"] is None
+    assert server.metric("drift_distance", model="other") == 0
+
+
+def test_requests_are_answered_while_the_store_fails(server: Server, folder: Path) -> None:
+    """A database that is no database stands for every failure of a disk."""
+    store = folder / "store" / FOLDER
+    for file in store.iterdir():
+        file.unlink()
+    (store / FILE).write_bytes(os.urandom(8192))
+    predict(server, "kept", [1.0], "lost")
+    wait_until(lambda: server.metric("samples_stopped") == 1, "the failure is told")
+    predict(server, "kept", [1.0], "answered")
+    assert server.get("/health/ready").status_code == 200
