@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -201,6 +202,10 @@ def read_error(reply: Reply) -> InferpoolError:
     document: Any = None
     with suppress(orjson.JSONDecodeError):
         document = orjson.loads(reply.body)
+    if isinstance(document, dict) and isinstance(document.get("error"), dict):
+        # The routes of OpenAI's API have its error object.
+        inner = document["error"]
+        document = {"detail": inner.get("message"), "code": inner.get("code")}
     code = document.get("code") if isinstance(document, dict) else None
     retry_after_s = read_retry_after(reply.headers.get("retry-after"))
     if not isinstance(document, dict) or not isinstance(code, str):
@@ -242,3 +247,18 @@ def _classes() -> dict[str, type[InferpoolError]]:
 
 
 _CLASSES: Final = _classes()
+
+
+def read_vectors(reply: Reply, count: int) -> Array:
+    """Return the vectors of an answer of `/v1/embeddings` in base64, FP32, [count, width].
+
+    Raises UnexpectedAnswer if it has no vector for each text.
+    """
+    try:
+        data = orjson.loads(reply.body)["data"]
+        vectors = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in data]
+        if len(vectors) == count:
+            return np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        pass
+    raise UnexpectedAnswer(f"the answer of /v1/embeddings is not Inferpool's: it has no {count} vectors")

@@ -26,6 +26,7 @@ from inferpool.client.transport import (
     read_failure,
     timeouts,
 )
+from inferpool.tensors import Array
 
 _T = TypeVar("_T")
 
@@ -135,6 +136,22 @@ class AsyncClient:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         return join_predictions([each for each in found if each is not None])
+
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[str],
+        *,
+        input_type: str | None = None,
+        version: str | int | None = None,
+        timeout_s: float | None = None,
+    ) -> Array:
+        """Return a vector for each text, FP32, [texts, width], by the model's own pooling.
+
+        `input_type` is "query" or "document" for models that tell them apart. Raises InferpoolError.
+        """
+        options = Options(version, timeout_s=timeout_s)
+        return await self._run(self._core.embed(model, texts, input_type, options))
 
     async def metadata(self, model: str, version: str | int | None = None) -> Metadata:
         """Return the inputs and outputs of a model; raises InferpoolError."""

@@ -26,6 +26,7 @@ from inferpool.client.answer import (
     is_repeatable,
     read_error,
     read_prediction,
+    read_vectors,
 )
 from inferpool.client.backoff import Backoff, read_retry_after
 from inferpool.client.content import (
@@ -54,6 +55,7 @@ from inferpool.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from inferpool.tensors import Array
 
 GRACE_S: Final = 0.5
 """How much longer than its deadline a client waits for the answer, which says more than that time is up."""
@@ -159,6 +161,20 @@ class Core:
         if not isinstance(found, list):
             raise UnexpectedAnswer('the answer of /models is not Inferpool\'s: it has no list "models"')
         return found
+
+    def embed(
+        self, model: str, texts: Sequence[str], input_type: str | None, options: Options
+    ) -> Steps[Array]:
+        """Return a vector for each text, FP32, [texts, width]; raises the errors of `Client.embed`."""
+        body: dict[str, Any] = {"model": model, "input": [*texts], "encoding_format": "base64"}
+        if options.version is not None:
+            body["version"] = str(options.version)
+        if input_type is not None:
+            body["input_type"] = input_type
+        encoded = Encoded(JSON_TYPE, [orjson.dumps(body)])
+        deadline = self._deadline(options.timeout_s)
+        reply = yield from self._send("/v1/embeddings", encoded, [], options, deadline)
+        return read_vectors(reply, len(texts))
 
     def ready(self, model: str | None) -> Steps[bool]:
         """Return whether the server, or one of its models, answers predictions now; asks once."""

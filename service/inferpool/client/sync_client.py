@@ -27,6 +27,7 @@ from inferpool.client.transport import (
     read_failure,
     timeouts,
 )
+from inferpool.tensors import Array
 
 _T = TypeVar("_T")
 
@@ -141,6 +142,21 @@ class Client:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
         return join_predictions(found)
+
+    def embed(
+        self,
+        model: str,
+        texts: Sequence[str],
+        *,
+        input_type: str | None = None,
+        version: str | int | None = None,
+        timeout_s: float | None = None,
+    ) -> Array:
+        """Return a vector for each text, FP32, [texts, width], by the model's own pooling.
+
+        `input_type` is "query" or "document" for models that tell them apart. Raises InferpoolError.
+        """
+        return self._run(self._core.embed(model, texts, input_type, Options(version, timeout_s=timeout_s)))
 
     def metadata(self, model: str, version: str | int | None = None) -> Metadata:
         """Return the inputs and outputs of a model; raises InferpoolError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +15,12 @@ from inferpool.predict_command.command import local_settings
 from inferpool.settings import CHECK_SETTINGS, add_flags
 from inferpool.system.files import printable
 
-TASKS: Final = ("classification", "regression", "next-word")
+RETRIEVAL: Final = "retrieval"
+TASKS: Final = ("classification", "regression", "next-word", RETRIEVAL)
 _LEAST_SLICE_ROWS: Final = 2
+_FLAGS_OF_ROWS: Final = {
+    "target": "--target", "output": "--output", "slices": "--slice", "ignored": "--ignore",
+}  # fmt: skip
 
 
 def add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,7 +30,8 @@ def add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         help="measure how good a model's answers are",
         description="Ask MODEL about every row of --data, whose right answers are known, and print the"
         " metrics of its task with 95 %% intervals. --report writes them as JSON, and as a page with plots."
-        " DATA is CSV, Parquet, JSON lines, npz, or a folder that has a folder of pictures for each class.",
+        " DATA is CSV, Parquet, JSON lines, npz, a folder that has a folder of pictures for each class, or a"
+        " folder with queries, documents and which of them are relevant.",
         allow_abbrev=False,
     )
     command.add_argument("model", metavar="MODEL", type=Path, help="path of a model")
@@ -35,7 +40,10 @@ def add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     )
     command.add_argument("--target", metavar="NAME", help="column or array of the right answers [target]")
     command.add_argument(
-        "--task", choices=TASKS, help="what the model does [classification if it has labels, else regression]"
+        "--task",
+        choices=TASKS,
+        help="what the model does [classification if it has labels, retrieval if the data are queries and"
+        " documents, else regression]",
     )
     command.add_argument("--output", metavar="NAME", help="the output with the answers [the first that fits]")
     command.add_argument("--version", dest="model_version", metavar="VERSION", help="a version, or its label")
@@ -94,7 +102,13 @@ def _evaluate(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
         import sklearn  # noqa: F401 - without it the model would run in vain
 
         from inferpool.evaluate_command.labelled_rows import read_labelled
-        from inferpool.evaluate_command.model_answers import ask_model
+        from inferpool.evaluate_command.model_answers import Answered, ask_model
+        from inferpool.evaluate_command.retrieval import (
+            Searched,
+            ask_for_vectors,
+            is_retrieval,
+            read_retrieval,
+        )
     except ImportError as missing:
         raise ImportError(f"{missing.name} is missing: pip install 'inferpool[evaluate]'") from missing
     from inferpool.release.evaluate.metrics import estimate, estimate_differences
@@ -103,11 +117,28 @@ def _evaluate(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
     path: Path = chosen["model"]
     if not path.exists():
         raise ConfigError(f"{path} does not exist")
-    rows = read_labelled(chosen["data"], chosen["target"], chosen["slices"], chosen["ignored"])
-    settings = local_settings(flags, environ)
-    asked = {"task": chosen["task"], "output": chosen["output"], "progress": sys.stderr.isatty()}
-    found = ask_model(path, chosen["model_version"], rows, settings, **asked)
-    metrics, count = metrics_of(found.answers, found.task), len(rows.targets)
+    settings, progress = local_settings(flags, environ), sys.stderr.isatty()
+    rows: Any
+    ask: Callable[[Path, str | None], Answered | Searched]
+    if chosen["task"] == RETRIEVAL or (chosen["task"] is None and is_retrieval(chosen["data"])):
+        for name, flag in _FLAGS_OF_ROWS.items():
+            if chosen[name]:
+                raise ConfigError(f"{flag} means nothing for queries and documents; leave it out")
+        rows = read_retrieval(chosen["data"])
+        count, slices, what = len(rows.queries), {}, "queries"
+
+        def ask(model: Path, version: str | None) -> Answered | Searched:
+            return ask_for_vectors(model, version, rows, settings, progress=progress)
+    else:
+        rows = read_labelled(chosen["data"], chosen["target"], chosen["slices"], chosen["ignored"])
+        count, slices, what = len(rows.targets), rows.slices, "rows"
+        asked = {"task": chosen["task"], "output": chosen["output"], "progress": progress}
+
+        def ask(model: Path, version: str | None) -> Answered | Searched:
+            return ask_model(model, version, rows, settings, **asked)
+
+    found = ask(path, chosen["model_version"])
+    metrics = metrics_of(found.answers, found.task)
     report: dict[str, Any] = {
         "model": found.model,
         "version": found.version,
@@ -118,15 +149,13 @@ def _evaluate(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "inferpool": __version__,
         "metrics": estimate(metrics, count),
-        "slices": {name: _by_value(found, values) for name, values in rows.slices.items()},
+        "slices": {name: _by_value(found, values) for name, values in slices.items()},
     }
-    lines = [f"{found.model} {found.version}, {found.task}, {count} rows", *metric_lines(report["metrics"])]
+    lines = [f"{found.model} {found.version}, {found.task}, {count} {what}", *metric_lines(report["metrics"])]
     if chosen["against"] is not None:
         other_path = Path(chosen["against"])
         is_path = other_path.exists()
-        other = ask_model(
-            other_path if is_path else path, None if is_path else chosen["against"], rows, settings, **asked
-        )
+        other = ask(other_path if is_path else path, None if is_path else chosen["against"])
         differences = estimate_differences(metrics, metrics_of(other.answers, other.task), count)
         report["against"] = {"model": other.model, "version": other.version, "differences": differences}
         lines += [f"larger than {other.model} {other.version} by", *metric_lines(differences)]
@@ -140,8 +169,16 @@ def _evaluate(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
 
 def metrics_of(answers: Any, task: str) -> Mapping[str, Any]:
     """Return the metrics of `answers` by name."""
-    from inferpool.release.evaluate.metrics import NumberAnswers, class_metrics, number_metrics
+    from inferpool.release.evaluate.metrics import (
+        NumberAnswers,
+        RankedAnswers,
+        class_metrics,
+        number_metrics,
+        ranked_metrics,
+    )
 
+    if isinstance(answers, RankedAnswers):
+        return ranked_metrics(answers)
     if isinstance(answers, NumberAnswers):
         return number_metrics(answers)
     return class_metrics(answers, perplexity=task == "next-word")

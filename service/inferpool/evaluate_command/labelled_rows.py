@@ -77,7 +77,7 @@ def _arrays(path: Path, target: str) -> LabelledRows:
     if targets.ndim != 1 or not arrays or {len(each) for each in arrays.values()} != {len(targets)}:
         raise InvalidInput(f'{path.name} needs inputs with as many rows as "{target}", which is [rows]')
     inputs = next(iter(arrays.values())) if len(arrays) == 1 else arrays
-    return LabelledRows(inputs, targets.tolist(), {}, _digest(path))
+    return LabelledRows(inputs, targets.tolist(), {}, file_digest(path))
 
 
 def _table(path: Path, target: str, slices: Sequence[str], ignored: Sequence[str]) -> LabelledRows:
@@ -96,7 +96,7 @@ def _table(path: Path, target: str, slices: Sequence[str], ignored: Sequence[str
         raise InvalidInput(f'{path.name} has no columns beside "{target}"')
     is_text = len(table.column_names) == 1 and str(table.schema.types[0]) in ("string", "large_string")
     inputs = table.column(0).to_pylist() if is_text else table
-    return LabelledRows(inputs, targets, groups, _digest(path))
+    return LabelledRows(inputs, targets, groups, file_digest(path))
 
 
 def read_table(path: Path) -> Any:
@@ -119,6 +119,7 @@ def read_table(path: Path) -> Any:
     raise InvalidInput(f"{path.name}: expected .csv, .parquet, .jsonl, .ndjson, .npz or a folder of folders")
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, as hex; raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

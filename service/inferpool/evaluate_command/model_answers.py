@@ -22,7 +22,8 @@ from inferpool.tensors import Array
 CLASSIFICATION: Final = "classification"
 REGRESSION: Final = "regression"
 NEXT_WORD: Final = "next-word"
-TASKS: Final = (CLASSIFICATION, REGRESSION, NEXT_WORD)
+RETRIEVAL: Final = "retrieval"
+TASKS: Final = (CLASSIFICATION, REGRESSION, NEXT_WORD, RETRIEVAL)
 
 
 class Answered(NamedTuple):
@@ -58,7 +59,7 @@ def ask_model(
     """
 
     def use(client: Client, model: str) -> tuple[str, str, Prediction]:
-        number = version or _only_version(client, model)
+        number = version or only_version(client, model)
         return model, number, client.predict_many(model, rows.inputs, version=version, progress=progress)
 
     model, number, prediction = run_with_model(path, settings, use)
@@ -74,7 +75,7 @@ def ask_model(
     )
 
 
-def _only_version(client: Client, model: str) -> str:
+def only_version(client: Client, model: str) -> str:
     """Return the version that answers if none is named."""
     for each in client.models():
         if each["name"] == model:

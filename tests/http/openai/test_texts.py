@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import onnxruntime
 import openai
 import pytest
+from inferpool import AsyncClient, Client
+from inferpool.errors import ModelNotFound
 from inferpool.http.problems import STATUSES
 from inferpool.tensors import Array
 
@@ -104,6 +107,22 @@ def test_the_client_of_openai_gets_the_vectors(client: openai.OpenAI, alone: Alo
         assert_close(vector, unit(alone(text)["pooled"][0]))
     assert answer.model == "whole"
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(len(t.split()) + 2 for t in TEXTS)
+
+
+def test_the_clients_of_inferpool_get_the_vectors(server: Server, alone: Alone) -> None:
+    expected = np.stack([unit(alone(text)["pooled"][0]) for text in TEXTS])
+
+    async def from_asyncio() -> Array:
+        async with AsyncClient(server.url) as client:
+            return await client.embed("whole", TEXTS, version="1")
+
+    with Client(server.url) as client:
+        assert_close(client.embed("whole", TEXTS), expected)
+        query, document = (client.embed("mean", ["w1"], input_type=kind) for kind in ("query", "document"))
+        assert not np.allclose(query, document)
+        with pytest.raises(ModelNotFound):
+            client.embed("nobody", TEXTS)
+    assert_close(asyncio.run(from_asyncio()), expected)
 
 
 def test_a_text_alone_and_token_ids_give_the_same(client: openai.OpenAI, alone: Alone) -> None:

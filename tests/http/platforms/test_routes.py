@@ -122,6 +122,36 @@ def test_the_native_route_takes_and_gives_tables(people: Server) -> None:
     assert answer.json()["outputs"] == {"twice": [[41.0], [60.0]], "town": ["Bern", "Zug"]}
 
 
+def test_missing_values_are_nan_in_numbers_and_errors_in_strings(people: Server) -> None:
+    """An empty cell is an empty string, and null is none."""
+    for content, kind in (
+        ({"records": [{"age": None, "city": "Bern"}]}, JSON),
+        (b"age,city\n,Bern\n", "text/csv"),
+        ({"dataframe_split": {"columns": ["age", "city"], "data": [[None, "Bern"]]}}, JSON),
+    ):
+        answer = invoke(people, content, kind, "/predict/people").json()
+        assert answer["outputs"] == {"twice": [[None]], "town": ["Bern"]}
+        assert answer["non_finite"] == ["twice"]
+    answer = invoke(people, b"age,city\n1,\n", "text/csv", "/predict/people").json()
+    assert answer["outputs"] == {"twice": [[2.0]], "town": [""]}
+    refused = people.post("/predict/people", json={"records": [{"age": 1, "city": None}]})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_input")
+    assert "city" in refused.json()["detail"]
+
+
+def test_strings_of_pandas_come_in_an_archive_of_numpy(people: Server) -> None:
+    """As text they are taken. As objects they would need pickle, and the error says what to send."""
+    ages, cities = np.array([[1], [2]], np.float32), np.array(["Bern", "Zürich"], object)
+    for column, status in ((cities.astype(str), 200), (cities, 422)):
+        file = io.BytesIO()
+        np.savez(file, age=ages, city=column)
+        answer = people.post(
+            "/predict/people", content=file.getvalue(), headers={"content-type": "application/x-npz"}
+        )
+        assert answer.status_code == status, answer.text
+        assert "Zürich" in answer.text or "dtype" in answer.text
+
+
 def test_pyarrow_writes_what_the_server_reads(people: Server) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pa.Table.from_pylist(PEOPLE)

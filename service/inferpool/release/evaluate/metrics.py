@@ -20,6 +20,9 @@ from inferpool.tensors import Array
 RESAMPLES: Final = 200
 SEED: Final = 0
 CALIBRATION_BINS: Final = 10
+RANKS: Final = 10
+"""How many documents of a search count."""
+_DEPTHS: Final = (1, 5, 10)
 _SHARES: Final = ("accuracy", "top_5_accuracy")
 _MOST_AUC_CLASSES: Final = 50
 """With more classes there is no area under the ROC curve: it takes a sort for each class and resample."""
@@ -58,6 +61,23 @@ class NumberAnswers(NamedTuple):
 
     truth: Array
     predicted: Array
+
+
+class RankedAnswers(NamedTuple):
+    """Which documents a model of embeddings found for queries.
+
+    Attributes:
+        grades: how relevant the document at each rank is, 0 if it is not, FP64, [queries, `RANKS`].
+        relevant: how many documents are relevant to each query, INT64, [queries].
+        ideal: the discounted gain of the best order, FP64, [queries].
+    """
+
+    grades: Array
+    relevant: Array
+    ideal: Array
+
+
+Answers: TypeAlias = ClassAnswers | NumberAnswers | RankedAnswers
 
 
 class CalibrationBin(NamedTuple):
@@ -120,6 +140,30 @@ def number_metrics(answers: NumberAnswers) -> dict[str, Metric]:
 
         found["r2"] = r_squared
     return found
+
+
+def ranked_metrics(answers: RankedAnswers) -> dict[str, Metric]:
+    """Return the metrics of a search: means over the queries.
+
+    The gain of a document is its grade, divided by the logarithm of its rank plus one, to the base two
+    (K. Järvelin and J. Kekäläinen, ACM TOIS 20, 2002).
+    """
+    hits = answers.grades > 0
+    found: dict[str, Metric] = {}
+    for depth in _DEPTHS:
+        found[f"recall_at_{depth}"] = _mean(hits[:, :depth].sum(axis=1) / answers.relevant)
+    for depth in _DEPTHS:
+        found[f"precision_at_{depth}"] = _mean(hits[:, :depth].sum(axis=1) / depth)
+    first = hits.argmax(axis=1)
+    found["mrr_at_10"] = _mean(np.where(hits.any(axis=1), 1 / (1 + first), 0))
+    found["ndcg_at_10"] = _mean(discounted_gain(answers.grades) / answers.ideal)
+    return found
+
+
+def discounted_gain(grades: Array) -> Array:
+    """Return the discounted gain of grades in their order, [queries, ranks] to [queries]."""
+    gains: Array = grades @ (1 / np.log2(np.arange(grades.shape[1]) + 2))
+    return gains
 
 
 def estimate(metrics: Mapping[str, Metric], rows: int) -> dict[str, Estimate]:

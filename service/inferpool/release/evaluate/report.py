@@ -13,9 +13,11 @@ from typing import Any, Final
 import numpy as np
 
 from inferpool.release.evaluate.metrics import (
+    Answers,
     ClassAnswers,
     Estimate,
     NumberAnswers,
+    RankedAnswers,
     are_probabilities,
     calibration,
     calibration_error,
@@ -35,6 +37,14 @@ METRIC_TITLES: Final = {
     "mae": "mean absolute error",
     "mean_error": "mean error",
     "r2": "R²",
+    "recall_at_1": "recall@1",
+    "recall_at_5": "recall@5",
+    "recall_at_10": "recall@10",
+    "precision_at_1": "precision@1",
+    "precision_at_5": "precision@5",
+    "precision_at_10": "precision@10",
+    "mrr_at_10": "mean reciprocal rank@10",
+    "ndcg_at_10": "normalized discounted cumulative gain@10",
 }
 """Each metric by its name in JSON, in the order of tables."""
 _MOST_SHOWN_CLASSES: Final = 40
@@ -54,9 +64,7 @@ figure svg { max-width: 100%; height: auto; display: block; }
 """
 
 
-def write_report(
-    folder: Path, report: Mapping[str, Any], answers: ClassAnswers | NumberAnswers
-) -> tuple[Path, Path]:
+def write_report(folder: Path, report: Mapping[str, Any], answers: Answers) -> tuple[Path, Path]:
     """Write `report`, which is JSON but for its estimates, and the plots of `answers` into `folder`.
 
     Returns the JSON and the HTML file; raises OSError.
@@ -87,9 +95,11 @@ def _interval(estimate: Estimate) -> str:
     return f"{number(estimate.low)} to {number(estimate.high)}"
 
 
-def _details(answers: ClassAnswers | NumberAnswers) -> dict[str, Any]:
+def _details(answers: Answers) -> dict[str, Any]:
     if isinstance(answers, NumberAnswers):
         return {}
+    if isinstance(answers, RankedAnswers):
+        return {"first_relevant_rank": _first_ranks(answers)}
     found: dict[str, Any] = {"classes": list(answers.names)}
     if len(answers.names) <= _MOST_SHOWN_CLASSES:
         found["confusion"] = confusion(answers).tolist()
@@ -130,9 +140,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _page(
-    report: Mapping[str, Any], details: Mapping[str, Any], answers: ClassAnswers | NumberAnswers
-) -> str:
+def _page(report: Mapping[str, Any], details: Mapping[str, Any], answers: Answers) -> str:
     title = f"{report['model']} {report['version']}"
     facts = (
         f"{report['rows']} rows of {report['data']} (SHA-256 {report['data_digest'][:16]}…),"
@@ -202,7 +210,7 @@ def _text(text: str) -> str:
     return html.escape(text)
 
 
-def _plots(details: Mapping[str, Any], answers: ClassAnswers | NumberAnswers) -> list[tuple[str, str]]:
+def _plots(details: Mapping[str, Any], answers: Answers) -> list[tuple[str, str]]:
     """Return headings and plots as SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -221,9 +229,10 @@ def _plots(details: Mapping[str, Any], answers: ClassAnswers | NumberAnswers) ->
     return found
 
 
-def _drawings(
-    details: Mapping[str, Any], answers: ClassAnswers | NumberAnswers
-) -> list[tuple[str, Any, Any]]:
+def _drawings(details: Mapping[str, Any], answers: Answers) -> list[tuple[str, Any, Any]]:
+    if isinstance(answers, RankedAnswers):
+        ranks = details["first_relevant_rank"]
+        return [("Rank of the first relevant document", lambda axes: _draw_ranks(axes, ranks), (6.5, 3.2))]
     if isinstance(answers, NumberAnswers):
         return [
             ("Predicted beside true", lambda axes: _draw_points(axes, answers), (5.5, 5.0)),
@@ -289,6 +298,22 @@ def _draw_points(axes: Any, answers: NumberAnswers) -> None:
     axes.plot(ends, ends, color="grey", linewidth=1, linestyle="--")
     axes.scatter(truth, predicted, s=10, alpha=0.5, linewidths=0)
     axes.set(xlabel="true", ylabel="predicted")
+
+
+def _first_ranks(answers: RankedAnswers) -> dict[str, int]:
+    """Return how many queries have their first relevant document at each rank, from 1, or at none."""
+    hits = answers.grades > 0
+    first = np.where(hits.any(axis=1), hits.argmax(axis=1), hits.shape[1])
+    counts = np.bincount(first, minlength=hits.shape[1] + 1)
+    return {
+        **{str(rank + 1): int(count) for rank, count in enumerate(counts[:-1])},
+        "none": int(counts[-1]),
+    }
+
+
+def _draw_ranks(axes: Any, ranks: Mapping[str, int]) -> None:
+    axes.bar(list(ranks), list(ranks.values()))
+    axes.set(xlabel="rank", ylabel="queries")
 
 
 def _draw_errors(axes: Any, answers: NumberAnswers) -> None:
