@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from inferpool.observe import paced_worker
-from inferpool.observe.paced_worker import MOST_WAITING, MOST_WAITING_BYTES, SHARE, PacedWorker
+from inferpool.observe.paced_worker import MOST_WAITING, SHARE, PacedWorker
 
 from tests.server import wait_until
 
@@ -20,12 +20,12 @@ def test_items_come_in_order_and_the_last_ones_at_the_end() -> None:
     found: list[int] = []
     worker: PacedWorker[int] = PacedWorker("paced", found.extend, nothing, 60.0)
     for number in range(100):
-        assert worker.offer(number, 1)
+        assert worker.offer(number)
     assert worker.close(60.0)
     assert found == list(range(100))
 
 
-def test_what_waits_is_bounded_in_items_and_bytes() -> None:
+def test_what_waits_is_bounded() -> None:
     blocked, free = threading.Event(), threading.Event()
 
     def handle(items: Sequence[int]) -> None:
@@ -33,17 +33,9 @@ def test_what_waits_is_bounded_in_items_and_bytes() -> None:
         free.wait()
 
     worker: PacedWorker[int] = PacedWorker("paced", handle, nothing, 60.0)
-    worker.offer(0, MOST_WAITING_BYTES)
+    assert worker.offer(0)
     blocked.wait()
-    assert not worker.offer(1, 1), "the bytes are taken until they are handled"
-    free.set()
-    wait_until(worker.has_room, "the bytes are free again")
-    free.clear()
-    blocked.clear()
-    assert worker.offer(0, 1)
-    blocked.wait()
-    taken = sum(worker.offer(number, 1) for number in range(2 * MOST_WAITING))
-    assert taken == MOST_WAITING
+    assert sum(worker.offer(number) for number in range(2 * MOST_WAITING)) == MOST_WAITING
     free.set()
     assert worker.close(60.0)
 
@@ -61,7 +53,7 @@ def test_the_thread_rests_for_its_share_and_outlives_errors() -> None:
     worker: PacedWorker[int] = PacedWorker("paced", handle, nothing, 60.0)
     for _ in range(3):
         for number in range(paced_worker.AT_ONCE):
-            worker.offer(number, 1)
+            worker.offer(number)
     wait_until(lambda: len(used) == 3, "all are handled")
     # A busy machine makes rests longer, never shorter.
     assert used[-1] - used[0] >= 2 * 0.001 * (1 / SHARE - 1) * 0.9

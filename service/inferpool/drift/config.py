@@ -15,7 +15,7 @@ class DriftConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = Field(default=True, description="`false` compares nothing, although there is a profile.")
-    window_s: Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)] = Field(
+    window_s: Annotated[float, Field(ge=5, le=86_400, allow_inf_nan=False)] = Field(
         default=600.0, description="Seconds whose rows are counted together and compared with the profile."
     )
     requests_per_s: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] = Field(

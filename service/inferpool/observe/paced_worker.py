@@ -24,7 +24,6 @@ AT_ONCE: Final = 16
 """Items handled in one call."""
 LONGEST_REST_S: Final = 5.0
 MOST_WAITING: Final = 256
-MOST_WAITING_BYTES: Final = 16 * 1024 * 1024
 
 
 class PacedWorker(Generic[Item]):
@@ -41,9 +40,7 @@ class PacedWorker(Generic[Item]):
         self._tick = tick
         self._tick_s = tick_s
         self._name = name
-        self._items: deque[tuple[Item, int]] = deque()
-        # Two counts with one writer each, in place of one with a lock.
-        self._offered_bytes = self._taken_bytes = 0
+        self._items: deque[Item] = deque()
         self._woken = False
         self._wake = threading.Event()
         self._closed = threading.Event()
@@ -52,16 +49,13 @@ class PacedWorker(Generic[Item]):
 
     def has_room(self) -> bool:
         """Whether an item may be offered."""
-        return (
-            len(self._items) < MOST_WAITING and self._offered_bytes - self._taken_bytes < MOST_WAITING_BYTES
-        )
+        return len(self._items) < MOST_WAITING
 
-    def offer(self, item: Item, nbytes: int) -> bool:
-        """Queue `item` of `nbytes` for the thread; False if there is no room for it."""
+    def offer(self, item: Item) -> bool:
+        """Queue `item` for the thread; False if too many wait."""
         if not self.has_room():
             return False
-        self._offered_bytes += nbytes
-        self._items.append((item, nbytes))
+        self._items.append(item)
         if not self._woken:
             self._woken = True
             self._wake.set()
@@ -105,13 +99,4 @@ class PacedWorker(Generic[Item]):
             log.exception("%s: an error was ignored", self._name)
 
     def _handle_some(self) -> None:
-        items: list[Item] = []
-        nbytes = 0
-        while self._items and len(items) < AT_ONCE:
-            item, size = self._items.popleft()
-            items.append(item)
-            nbytes += size
-        try:
-            self._handle(items)
-        finally:
-            self._taken_bytes += nbytes
+        self._handle([self._items.popleft() for _ in range(min(AT_ONCE, len(self._items)))])

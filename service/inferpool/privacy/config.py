@@ -55,7 +55,7 @@ class SamplesConfig(BaseModel):
     max_rows: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=64, description="Rows of a request that are kept at most."
     )
-    max_request_bytes: Annotated[int, Field(ge=1, le=16 * 2**20)] = Field(
+    max_request_bytes: Annotated[int, Field(ge=1, le=2**20)] = Field(
         default=256 * 1024, description="A sample that would take more bytes is not kept."
     )
 

@@ -120,30 +120,33 @@ class SampleStore:
             )  # fmt: skip
         with closing(self._connect()) as database, database:
             database.execute("BEGIN IMMEDIATE")
+            database.execute("DELETE FROM samples WHERE created < ?", (now - limits.age_s,))
+            # First, because a database that is as large as it may be takes no sample more.
+            self._make_room(database, len(rows), sum(len(row[-1]) for row in rows))
             database.executemany(
                 "INSERT INTO samples (token, tenant, model, version, created, rows, key, body)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 rows,
             )
-            database.execute("DELETE FROM samples WHERE created < ?", (now - limits.age_s,))
-            while (totals := _totals(database)).held > limits.samples or totals.nbytes > limits.nbytes:
-                most = (
-                    1
-                    if totals.held <= limits.samples
-                    else min(_EXPIRED_AT_ONCE, totals.held - limits.samples)
-                )
-                database.execute(
-                    "DELETE FROM samples WHERE number IN"
-                    " (SELECT number FROM samples ORDER BY number LIMIT ?)",
-                    (most,),
-                )
+            return self._make_room(database, 0, 0)
+
+    def _make_room(self, database: sqlite3.Connection, count: int, nbytes: int) -> Totals:
+        """Delete the oldest samples until there is room for `count` more with `nbytes`; returns the rest."""
+        most = self._limits.samples - count
+        most_bytes = self._limits.nbytes - nbytes
+        while (totals := _totals(database)).held and (totals.held > most or totals.nbytes > most_bytes):
+            some = min(_EXPIRED_AT_ONCE, max(1, totals.held - most))
+            database.execute(
+                "DELETE FROM samples WHERE number IN (SELECT number FROM samples ORDER BY number LIMIT ?)",
+                (some,),
+            )
         return totals
 
     def expire(self) -> Totals:
         """Delete the samples that are too old; raises sqlite3.Error."""
         with closing(self._connect()) as database, database:
             database.execute("DELETE FROM samples WHERE created < ?", (time.time() - self._limits.age_s,))
-            return _totals(database)
+            return self._make_room(database, 0, 0)
 
     def delete(self, choice: Choice) -> int:
         """Delete the samples that `choice` means, overwrite their bytes, and return how many there were.

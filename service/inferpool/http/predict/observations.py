@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -45,6 +46,8 @@ RETRY_S: Final = 60.0
 """How long no samples are kept after the disk has failed."""
 TICK_S: Final = 1.0
 EXPIRE_S: Final = 600.0
+MOST_HELD_BYTES: Final = 16 * 1024 * 1024
+"""Bytes that observations hold, from the first copy until they are written; then no more are begun."""
 CLOSE_S: Final = 2.0
 """How long the process may take at its end to write the samples that wait."""
 
@@ -64,10 +67,12 @@ class Observation:
         texts: its sentences, if they are kept.
         outputs: rows of the outputs.
         ended: when it was answered, in seconds since 1970.
+        nbytes: bytes of what was copied, which count until nobody has the observation any more.
     """
 
     __slots__ = (
-        "ended", "inputs", "is_counted", "is_sample", "observer", "outputs", "request_id", "tenant", "texts"
+        "ended", "inputs", "is_counted", "is_sample", "nbytes", "observer", "outputs", "request_id",
+        "tenant", "texts",
     )  # fmt: skip
 
     def __init__(self, observer: VersionObserver, *, is_sample: bool, is_counted: bool) -> None:
@@ -79,6 +84,16 @@ class Observation:
         self.texts: Array | None = None
         self.outputs: Tensors = {}
         self.ended = 0.0
+        self.nbytes = 0
+
+    def add_bytes(self, nbytes: int) -> None:
+        """Count bytes that were copied."""
+        self.nbytes += nbytes
+        self.observer.observations.hold(nbytes)
+
+    def __del__(self) -> None:
+        # A request may end without an answer anywhere, and an observation in two threads.
+        self.observer.observations.hold(-self.nbytes)
 
 
 class VersionObserver:
@@ -86,6 +101,7 @@ class VersionObserver:
 
     Attributes:
         key: the version.
+        observations: those of the process.
         facts: what its fields are named by.
         rules: which fields of samples are kept; empty if none are.
         names: the output with labels, and their names; None without labels.
@@ -98,7 +114,7 @@ class VersionObserver:
         self.key = view.key
         self.facts = facts_of(view)
         self.names = self.facts.labels
-        self._observations = observations
+        self.observations = observations
         self._text = "" if view.text is None else view.text.input
         self.rules: Mapping[str, FieldRules] = {}
         self._threshold = self._most_rows = self._most_bytes = 0
@@ -123,16 +139,19 @@ class VersionObserver:
     @property
     def is_needed(self) -> bool:
         """Whether anything is to be done."""
-        return bool(self._threshold) or self.counts is not None or self._observations.taker is not None
+        return bool(self._threshold) or self.counts is not None or self.observations.taker is not None
 
     def keep_text(self, context: PredictContext, sentences: Array) -> None:
         """Remember the sentences of a request, which may be in any thread, if samples have them."""
-        if self._keeps_text:
-            context.sentences = sentences[: self._most_rows].copy()
+        if not self._keeps_text or not is_chosen(self._choice_key, context.request_id, self._threshold):
+            return
+        kept = sentences[: self._most_rows]
+        if sum(map(len, kept.flat)) <= self._most_bytes:
+            context.sentences = kept.copy()
 
     def begin(self, context: PredictContext, tensors: Tensors, now: float) -> None:
         """Decide whether to observe a request at the moment `now`, and copy what is needed of its inputs."""
-        observations = self._observations
+        observations = self.observations
         is_counted = observations.taker is not None
         if self.counts is not None and now >= self._next_count:
             is_counted = True
@@ -142,9 +161,7 @@ class VersionObserver:
             is_sample = observations.may_write()
             if not is_sample:
                 observations.dropped.add()
-        if not (is_sample or is_counted) or not (
-            observations.taker is not None or observations.worker.has_room()
-        ):
+        if not (is_sample or is_counted) or not (observations.taker is not None or observations.has_room()):
             return
         observation = Observation(self, is_sample=is_sample, is_counted=is_counted)
         parts = [rows.tensors for rows in context.texts] if context.texts else [tensors]
@@ -164,10 +181,10 @@ class VersionObserver:
         copied = {name: self._copy(observation, name, array) for name, array in outputs.items()}
         observation.outputs = {name: array for name, array in copied.items() if array is not None}
         observation.ended = time.time()
-        self._observations.take(observation)
+        self.observations.take(observation)
 
     def _rows_of(self, observation: Observation) -> int:
-        if self._observations.taker is not None:
+        if self.observations.taker is not None:
             return 1_000_000
         return max(
             self._most_rows if observation.is_sample else 0,
@@ -181,11 +198,13 @@ class VersionObserver:
         if not observation.is_counted and name not in self.rules:
             return None
         rows = self._rows_of(observation)
-        if self._observations.taker is None and len(array):
+        if self.observations.taker is None and len(array):
             rows = min(rows, max(1, MOST_COUNTED_BYTES // max(1, array.nbytes // len(array))))
             if array.nbytes // len(array) > MOST_COUNTED_BYTES:
                 return None
-        return array[:rows].copy()
+        copy = array[:rows].copy()
+        observation.add_bytes(copy.nbytes)
+        return copy
 
     def sample_of(self, observation: Observation, keys: SampleKeys) -> Sample | None:
         """The sample of an observed request, after the rules; None if it is too large, or has no rows."""
@@ -259,6 +278,9 @@ class Observations:
         self._stopped_until = 0.0
         self._next_expiry = 0.0
         self._warned: set[str] = set()
+        self._holding = threading.Lock()
+        self._held_bytes = 0
+        self._making = threading.Lock()
         self._worker: PacedWorker[Observation] | None = None
         if store is not None:
             metrics.add_source(self._readings)
@@ -272,6 +294,10 @@ class Observations:
 
     def of(self, view: VersionView) -> VersionObserver | None:
         """The observer of a version; None if it has nothing to do. May be called in any thread."""
+        with self._making:
+            return self._find(view)
+
+    def _find(self, view: VersionView) -> VersionObserver | None:
         known = self._observers.get(view.key)
         if known is not None and _is_alike(known[0], view):
             return known[1]  # else what the window has counted by now would be lost
@@ -303,16 +329,23 @@ class Observations:
 
     def may_write(self) -> bool:
         """Whether a sample may be kept now: the disk takes it, and few wait."""
-        return not self._stopped_until and self.worker.has_room()
+        return not self._stopped_until and self.has_room()
+
+    def has_room(self) -> bool:
+        """Whether another request may be observed: few wait, and what is copied is bounded."""
+        return self._held_bytes < MOST_HELD_BYTES and self.worker.has_room()
+
+    def hold(self, nbytes: int) -> None:
+        """Count bytes that observations hold, in any thread."""
+        with self._holding:
+            self._held_bytes += nbytes
 
     def take(self, observation: Observation) -> None:
         """Take an observed request that has been answered."""
         if self.taker is not None:
             self.taker(observation)
             return
-        nbytes = sum(array.nbytes for part in observation.inputs for array in part.values())
-        nbytes += sum(array.nbytes for array in observation.outputs.values())
-        if not self.worker.offer(observation, nbytes + 512) and observation.is_sample:
+        if not self.worker.offer(observation) and observation.is_sample:
             self.dropped.add()
 
     def close(self) -> None:
