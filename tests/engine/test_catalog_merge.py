@@ -202,7 +202,16 @@ def test_a_version_in_two_engines_is_ready_while_either_is(two: CatalogStore) ->
     assert shown(two, "m", 1)[::2] == ("ready", True)
     two.take("cuda:0", report(m={1: view()}), {})
     assert engines_of(two) == (["cuda:0", "cuda:1"], ["cuda:1"], {})
-    assert two.versions_for("cuda:1") == [("m", 1)]
+
+
+def test_a_successor_loads_what_its_engine_had_or_loaded_and_nothing_of_another_device(
+    two: CatalogStore,
+) -> None:
+    two.take("cuda:0", report(m={1: view(), 2: view()}, n={1: view()}), {})
+    two.take("cuda:1", report(m={1: view(), 2: view("loading")}), {})
+    assert two.versions_for("cuda:1") == [("m", 1), ("m", 2), ("n", 1)]
+    two.set_engine("cuda:1", DOWN)
+    assert two.versions_for("cuda:1") == [("m", 1), ("m", 2)]
 
 
 def test_a_version_that_fails_in_one_engine_goes_on_in_the_other(two: CatalogStore) -> None:

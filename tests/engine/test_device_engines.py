@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from inferpool.engine.device_engines import device_engines, own_engine
+import pytest
+from inferpool.engine.device_engines import device_engines, is_device, own_engine
 
 
 def test_each_device_has_its_engines_the_first_ones_first() -> None:
@@ -20,3 +21,10 @@ def test_no_two_engines_of_one_version_have_the_same_name() -> None:
     names = [own_engine(("m", 1), parent, first=parent == parents[0]) for parent in parents]
     assert names[0] == "m/1"
     assert len({*names, *parents}) == 2 * len(parents)
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:0\n", "cuda:0-2", "cuda:9999", "../cpu"])
+def test_what_an_engine_calls_a_device_has_to_be_one(name: str) -> None:
+    assert is_device("cpu")
+    assert is_device("cuda:12")
+    assert not is_device(name)

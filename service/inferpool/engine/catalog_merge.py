@@ -201,6 +201,8 @@ class CatalogStore:
         self._moves: dict[str, Any] = {}
         self._traffic: dict[str, Any] = {}
         self._orphans: dict[str, JsonObject] = {}
+        # The versions that engines had which have ended.
+        self._had: dict[str, set[tuple[str, int]]] = {}
         self._catalog: JsonObject = {"models": {}, "engines": {}, "jobs": []}
 
     @property
@@ -260,15 +262,13 @@ class CatalogStore:
         ]
 
     def versions_for(self, engine: str) -> list[tuple[str, int]]:
-        """The versions that the successor of an engine has to load, as model names and numbers."""
-        views = self._catalog["models"]
-        return [
-            (name, number)
-            for name, number in self.versions("ready", "loading", "failed")
-            if engine in (*(view := views[name]["versions"][str(number)])["engines"], view["engine"])
-            or not view["engines"]
-            or engine in view["faults"]
-        ]
+        """The versions that the successor of an engine has to load, as model names and numbers.
+
+        These are those that it had, loaded, or could not load; all if it has ended before it told anything.
+        """
+        had = self._had.get(engine)
+        there = self.versions("ready", "loading", "failed")
+        return there if had is None else [version for version in there if version in had]
 
     def take(self, engine: str, catalog: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Take the catalog of an engine in place of its last one, with the files that are new."""
@@ -294,11 +294,18 @@ class CatalogStore:
         """Forget an engine that is not replaced."""
         self._engines.pop(engine, None)
         self._drop_report(engine)
+        self._had.pop(engine, None)
         self._merge()
 
     def _drop_report(self, engine: str) -> None:
         report = self._reports.pop(engine, None)
         if report is not None:
+            self._had[engine] = {
+                (name, int(number))
+                for name, model in report["models"].items()
+                for number, view in model["versions"].items()
+                if view["state"] in ("ready", "loading", "failed")
+            }
             self._orphans.update((job["id"], job) for job in report.get("jobs", ()))
             for job_id in list(self._orphans)[:-MOST_ORPHANS]:
                 del self._orphans[job_id]

@@ -8,6 +8,7 @@ server's first engine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,11 @@ class DeviceEngine(NamedTuple):
     name: str
     device: str
     number: int
+
+
+def is_device(name: str) -> bool:
+    """Whether `name` is the CPU or a GPU: what an engine tells may be wrong, because models run there."""
+    return name == "cpu" or re.fullmatch(r"cuda:\d{1,3}", name) is not None
 
 
 def device_engines(devices: Sequence[str], per_device: int) -> list[DeviceEngine]:

@@ -28,7 +28,7 @@ from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
 from inferpool.engine.child_loop import ChildLoop, reap
 from inferpool.engine.control import Message
-from inferpool.engine.device_engines import device_engines, own_engine
+from inferpool.engine.device_engines import device_engines, is_device, own_engine
 from inferpool.engine.grpc_keeper import GrpcKeeper
 from inferpool.engine.liveness import Liveness
 from inferpool.engine.restart_policy import Decision, RestartPolicy, Version
@@ -268,7 +268,7 @@ class Supervisor:
         """Start engines for devices that versions run on, and that the settings do not name."""
         missing = [
             device for device in devices
-            if all(engine.device != device for engine in self._engines.values())
+            if is_device(device) and all(engine.device != device for engine in self._engines.values())
         ]  # fmt: skip
         for name, device, number in device_engines(missing, self._settings["engines_per_device"]):
             self._engines[name] = SupervisedEngine(name, device, number)
