@@ -6,24 +6,22 @@ to import.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import joblib
 import lightgbm
 import numpy as np
-import onnxruntime
 import pandas as pd
 import pytest
 import xgboost
 from inferpool import cli
-from inferpool.release import importers
 from sklearn.datasets import load_iris
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+from tests.import_command.scripts import difference, script
 
 
 def houses() -> tuple[pd.DataFrame, pd.Series]:
@@ -44,23 +42,6 @@ def as_example(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     """The arrays that `--example` makes of a CSV with the rows of `frame`."""
     cities = np.array(["" if city is np.nan else city for city in frame.city], np.str_)
     return {"size": frame["size"].to_numpy(), "city": cities, "zone": frame.zone.to_numpy(float)}
-
-
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(importers.__file__).parent))
-    return importlib.import_module(name)
-
-
-def difference(out: Path) -> float:
-    """The largest difference of ONNX Runtime's answers from those of the framework."""
-    session = onnxruntime.InferenceSession(out / "model.onnx")
-    with np.load(out / "imported.npz") as loaded:
-        rows = {name[3:]: loaded[name] for name in loaded.files if name.startswith("in:")}
-        expected = {name[4:]: loaded[name] for name in loaded.files if name.startswith("out:")}
-    answers = session.run(list(expected), {
-        name: array.astype(object) if array.dtype.kind == "U" else array for name, array in rows.items()
-    })  # fmt: skip
-    return max(float(np.abs(a - b).max()) for a, b in zip(answers, expected.values(), strict=True))
 
 
 def test_strings_categories_and_missing_values_go_through_the_command(

@@ -43,9 +43,7 @@ def test_a_classifier_keeps_its_classes_and_becomes_another_version_the_next_tim
     assert (target / "2" / "model.onnx").read_bytes() == (target / "1" / "model.onnx").read_bytes()
 
 
-def test_columns_of_strings_are_inputs_by_name_and_answers_that_differ_write_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_that_differ_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = np.random.default_rng(0)
     frame = pd.DataFrame({
         "area": source.uniform(20, 200, 60), "city": source.choice(["Bern", "Basel"], 60),
@@ -59,9 +57,6 @@ def test_columns_of_strings_are_inputs_by_name_and_answers_that_differ_write_not
     assert cli.main([*arguments, "--to", str(target), "--tolerance", "1e-9"]) == 1
     assert 'output "prediction" differs from scikit-learn' in capsys.readouterr().err
     assert not target.exists()
-    assert cli.main([*arguments, "--to", str(target), "--tolerance", "0.01"]) == 0
-    sample = json.loads((target / "samples" / "imported.json").read_text())
-    assert sorted(sample["inputs"]) == ["area", "city"]
 
 
 @pytest.mark.parametrize(

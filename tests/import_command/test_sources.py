@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inferpool.errors import InvalidInput
+from inferpool.errors import ConfigError, InvalidInput
 from inferpool.import_command.comparison import compare_answers
 from inferpool.import_command.example import read_example
 from inferpool.import_command.frameworks import BY_SUFFIX, SCRIPTS, recognise_source
@@ -23,6 +23,32 @@ def test_every_suffix_has_a_script_whose_packages_can_be_read(tmp_path: Path) ->
         (tmp_path / f"model{suffix}").touch()
         found = recognise_source(str(tmp_path / f"model{suffix}"), None, weights=False, trusted=True)
         assert (found.framework, found.name) == (framework, f"model{suffix}")
+
+
+def test_a_module_of_pytorch_is_trusted_by_a_flag_and_named_with_its_function(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.touch()
+    (tmp_path / "net.pt").touch()
+    found = recognise_source(f"{file}:build", None, weights=True, trusted=True)
+    assert (found.path, found.function, found.name) == (file, "build", "net.py:build")
+    for source, weights, trusted, problem in (
+        (f"{file}:build", True, False, "net.py:build runs the code in it: .* add --trust"),
+        (str(tmp_path / "net.pt"), False, False, "is a pickle, which can run code: .* add --trust"),
+        (str(tmp_path / "net.pt"), True, True, "--weights are for a module of PyTorch"),
+        (str(file), False, True, "name the function"),
+        (f"{file}x:build", False, True, "is no file"),
+        (str(tmp_path), False, True, "no SavedModel of TensorFlow"),
+        (str(tmp_path / "no.cbm"), False, True, "is no file"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            recognise_source(source, None, weights=weights, trusted=trusted)
+
+
+def test_a_saved_model_is_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "saved_model.pb").touch()
+    for source in (tmp_path, tmp_path / "saved_model.pb"):
+        found = recognise_source(str(source), None, weights=False, trusted=False)
+        assert (found.path, found.framework) == (tmp_path, "tensorflow")
 
 
 def test_an_empty_cell_is_a_missing_number_or_an_empty_string(tmp_path: Path) -> None:

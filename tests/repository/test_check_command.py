@@ -158,10 +158,11 @@ FOREIGN = {
     "model.pkl": "inferpool import FILE --example",
     "model.joblib": "inferpool import FILE --example",
     "model.ubj": "inferpool import FILE --example",
-    "model.h5": 'model.export("model.onnx", format="onnx")',
-    "model.keras": 'model.export("model.onnx", format="onnx")',
+    "model.h5": "inferpool import FILE --example",
+    "model.keras": "inferpool import FILE --example",
+    "saved_model.pb": "inferpool import FOLDER --example",
     "model.safetensors": "optimum-cli export onnx",
-    "model.pth": "torch.onnx.export",
+    "model.pth": "inferpool import FILE.py:FUNCTION --weights",
     "model.ONNX": "rename it to model.onnx",
 }
 

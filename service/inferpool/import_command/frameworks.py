@@ -14,14 +14,19 @@ SCRIPTS: Final = {
     "xgboost": "xgboost_model.py",
     "lightgbm": "lightgbm_model.py",
     "catboost": "catboost_model.py",
+    "keras": "keras_model.py",
+    "keras-tensorflow": "keras_tensorflow.py",
+    "tensorflow": "saved_model.py",
     "torch": "torch_program.py",
+    "torch-module": "torch_module.py",
 }
 """The script in `release/importers` for each value of `--from`."""
 
 BY_SUFFIX: Final = {
     ".joblib": "scikit-learn", ".pkl": "scikit-learn", ".pickle": "scikit-learn",
     ".json": "xgboost", ".ubj": "xgboost", ".txt": "lightgbm", ".cbm": "catboost",
-    ".pt2": "torch",
+    ".keras": "keras", ".h5": "keras", ".hdf5": "keras",
+    ".pt2": "torch", ".pt": "torch-module", ".pth": "torch-module",
 }  # fmt: skip
 """The framework whose files usually end so."""
 

@@ -9,10 +9,10 @@ from inferpool.errors import Reason
 
 _IMPORT: Final = "Convert it: inferpool import {} --example ROWS.csv --to NAME"
 _SCIKIT_LEARN: Final = f"a pickled Python object. {_IMPORT.format('FILE')}"
-_KERAS: Final = 'a Keras model. Convert it in Keras: model.export("model.onnx", format="onnx")'
+_KERAS: Final = f"a Keras model. {_IMPORT.format('FILE')}"
 _WEIGHTS: Final = (
-    "weights of PyTorch without the model. Load them in Python, call model.eval(), and export the model:"
-    ' torch.onnx.export(model, (x,), "model.onnx", dynamic_shapes=({0: torch.export.Dim("rows")},))'
+    "weights of PyTorch without the model. Convert them with the function that returns the module: inferpool"
+    " import FILE.py:FUNCTION --weights WEIGHTS --trust --example ROWS.npz --to NAME"
 )
 _REMEDIES: Final = {
     ".pkl": _SCIKIT_LEARN,
@@ -28,8 +28,8 @@ _REMEDIES: Final = {
         " --model FOLDER OUTPUT"
     ),
     ".pb": (
-        "a TensorFlow model. Convert it with tf2onnx: python -m tf2onnx.convert --saved-model FOLDER"
-        " --output model.onnx"
+        "a TensorFlow model. Convert the folder of a SavedModel:"
+        " inferpool import FOLDER --example ROWS.npz --to NAME"
     ),
     ".tflite": (
         "a TensorFlow Lite model. Convert it with tf2onnx: python -m tf2onnx.convert --tflite FILE"

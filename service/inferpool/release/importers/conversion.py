@@ -54,12 +54,28 @@ def write_about(
 
 
 def match_names(arrays: dict[str, Array], names: Sequence[str]) -> dict[str, Array]:
-    """Return the arrays of an example in the order of a model's inputs; a single array needs no name.
+    """Return the arrays of an example in the order of a model's inputs.
 
-    Raises SystemExit if the example has other names.
+    A single array needs no name, and columns of numbers become the single input, [rows, columns]. Raises
+    SystemExit if the example has other names.
     """
-    if len(arrays) == len(names) == 1:
-        return {names[0]: next(iter(arrays.values()))}
+    if len(names) == 1 and names[0] not in arrays:
+        if len(arrays) == 1:
+            return {names[0]: next(iter(arrays.values()))}
+        if all(array.ndim == 1 and array.dtype.kind in "fiub" for array in arrays.values()):
+            return {names[0]: np.column_stack(list(arrays.values()))}
     if sorted(arrays) != sorted(names):
         raise SystemExit(f"the model takes {', '.join(names)}; the example has {', '.join(arrays)}")
     return {name: arrays[name] for name in names}
+
+
+def find_scores(outputs: Mapping[str, Array]) -> tuple[str, str]:
+    """Return the output that may have a score for each class, and the activation that makes probabilities.
+
+    It is the first one with several columns. Rows that add up to 1 are probabilities already.
+    """
+    for name, values in outputs.items():
+        if values.ndim == 2 and values.shape[1] > 1 and values.dtype.kind == "f":
+            probable = (values >= 0).all() and np.allclose(values.sum(axis=1), 1, atol=1e-3)
+            return name, "none" if probable else "softmax"
+    return next(iter(outputs)), "none"

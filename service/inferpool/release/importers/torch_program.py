@@ -17,49 +17,33 @@ program, or its batches are of one size: `dynamic_shapes={"x": {0: torch.export.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from conversion import find_scores, match_names, read_arrays, write_about
 
 
 def main(source: Path, example: Path, out: Path) -> None:
     """Convert `source`; exits with a message if the example does not fit."""
     program = torch.export.load(source)
-    names = list(program.graph_signature.user_inputs)
-    with np.load(example, allow_pickle=False) as loaded:
-        arrays = {name: loaded[name] for name in loaded.files}
-    if len(arrays) == len(names) == 1:
-        arrays = {names[0]: next(iter(arrays.values()))}
-    if sorted(arrays) != sorted(names):
-        sys.exit(f"the program takes {', '.join(names)}; the example has {', '.join(arrays)}")
-    inputs = [torch.from_numpy(arrays[name]) for name in names]
+    arrays = match_names(read_arrays(example), list(program.graph_signature.user_inputs))
     with torch.no_grad():
-        answered: Any = program.module()(*inputs)
+        answered: Any = program.module()(*map(torch.from_numpy, arrays.values()))
     values = list(answered) if isinstance(answered, list | tuple) else [answered]
     converted = torch.onnx.export(program, dynamo=True, verbose=False)
     if converted is None:
         sys.exit("the exporter returned nothing")
     converted.save(out / "model.onnx")
-    outputs = [each.name for each in converted.model.graph.outputs]
-    named = {f"in:{name}": arrays[name] for name in names}
-    np.savez(
-        out / "imported.npz",
-        **named,
-        **{f"out:{name}": value.numpy() for name, value in zip(outputs, values, strict=True)},
-    )
-    about = {
-        "framework": f"torch {torch.__version__}",
-        "converter": f"torch.onnx of torch {torch.__version__}",
-        "kind": "exported program",
-        "classes": None,
-        "scores": outputs[0],
-        "activation": "softmax",
-    }
-    (out / "imported.json").write_text(json.dumps(about))
+    names = [each.name for each in converted.model.graph.outputs]
+    outputs = {name: value.numpy() for name, value in zip(names, values, strict=True)}
+    scores, activation = find_scores(outputs)
+    version = torch.__version__
+    write_about(
+        out, arrays, outputs, framework=f"torch {version}", converter=f"torch.onnx of torch {version}",
+        kind="exported program", scores=scores, activation=activation,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
