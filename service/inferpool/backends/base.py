@@ -233,12 +233,15 @@ class Backend(ABC):
         runs_code: whether a file can run code while it is loaded. `LoadOptions.trusted` then also says that
             the digest of the file is one of those that `model.toml` lists.
         loads_at_once: whether several threads may load files at the same time.
+        starts_threads_first: whether a load on the CPU starts all threads of the runs, one less than
+            `LoadOptions.threads`, before it does anything that takes long.
     """
 
     name: str
     suffixes: tuple[str, ...]
     runs_code: bool = False
     loads_at_once: bool = False
+    starts_threads_first: bool = False
 
     @abstractmethod
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:

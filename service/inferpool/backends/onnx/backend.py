@@ -30,6 +30,7 @@ class OnnxBackend(Backend):
     name = "onnx"
     suffixes = (".onnx",)
     loads_at_once = True
+    starts_threads_first = True
 
     def load(self, file: Path, options: LoadOptions) -> LoadedModel:
         """Load `file` on `options.device`; raises LoadError, or OutOfMemory on a GPU."""

@@ -59,7 +59,7 @@ from inferpool.system.cpu import usable_cores
 from inferpool.system.cpu_wait import CpuWait
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
 from inferpool.system.memory import memory_limit, release_freed_memory
-from inferpool.system.priority import at_low_priority, call_directly
+from inferpool.system.priority import at_falling_priority, at_low_priority, call_directly
 from inferpool.tensors import Signature, Tensors
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class Loader:
             if options.device == CPU:
                 if plan.threads != 1:
                     copies.drop(model)
-                    model = copies.load(replace(options, threads=plan.threads))
+                    model = _load_last(copies, replace(options, threads=plan.threads), backend, beside=beside)
                 copies.share(model, plan.instances)
             else:
                 padding = self._prepare_gpus(copies, model, source, devices, options, plan, content, padding)
@@ -546,6 +546,18 @@ def _prepare_gpu_run() -> PrepareRun:
     from inferpool.repository.load.gpu.replayed_runs import prepare_replayed_run
 
     return prepare_replayed_run
+
+
+def _load_last(copies: ModelCopies, options: LoadOptions, backend: Backend, *, beside: bool) -> LoadedModel:
+    """Load the copy that serves. The threads of its runs have the usual priority, and the load a low one."""
+    load = partial(copies.load, options)
+    if not (beside and backend.starts_threads_first):
+        return load()
+    model, is_usual = at_falling_priority(load, options.threads - 1)
+    if is_usual:
+        return model
+    copies.drop(model)
+    return load()
 
 
 def _for_cpu(options: LoadOptions) -> LoadOptions:
