@@ -82,9 +82,10 @@ class _Field:
         self._missing += len(values) - len(finite)
         self._sketch.update(finite)
         if self._counts is not None:
-            # Few different numbers are categories: quantiles of them would share bins.
+            # Few different integers are categories: quantiles would share bins. Other numbers are not,
+            # because the same row may give others in another batch, or on another machine.
             self._count(map(number_text, finite.tolist()))
-            if len(self._counts) > MOST_VALUES:
+            if len(self._counts) > MOST_VALUES or bool((finite != np.floor(finite)).any()):
                 self._counts = None
 
     def _count(self, texts: Any) -> None:
