@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inferpool.errors import Conflict
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.jobs import DONE, JOB_FAILED, RUNNING, Job, JobTable, LoadTimes
 from inferpool.repository.lifecycle import LOAD, MEASURE, PHASES, QUEUED, VERIFY
@@ -80,10 +81,13 @@ def test_a_job_crosses_processes_unchanged() -> None:
 
 def test_a_fetch_goes_by_its_bytes_and_what_follows_by_the_last_load() -> None:
     jobs = JobTable(lambda: 0.0)
-    job, is_new = jobs.begin_fetch("m", None, "s3://b/m", "key", 100.0)
+    job, is_new = jobs.begin_fetch("m", None, "s3://b/m", "key", 100.0, 2)
     assert is_new
-    assert jobs.begin_fetch("m", None, "s3://b/m", "key", 100.0) == (job, False)
-    assert jobs.begin_fetch("m", None, "s3://b/m", "other", 100.0)[1]
+    assert jobs.begin_fetch("m", None, "s3://b/m", "key", 100.0, 2) == (job, False)
+    assert jobs.begin_fetch("m", None, "s3://b/m", "other", 100.0, 2)[1]
+    with pytest.raises(Conflict, match="2 versions are being fetched already"):
+        jobs.begin_fetch("n", None, "s3://b/n", "third", 100.0, 2)
+    assert jobs.begin_fetch("m", None, "s3://b/m", "key", 100.0, 2) == (job, False)
     assert job.progress(101.0) == (0.0, None)
     half = jobs.update(job, fetched=50, to_fetch=100)
     assert half.progress(110.0) == (0.125, 10.0)

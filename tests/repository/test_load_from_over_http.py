@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from inferpool.admin_commands import run_admin_command
 
 from tests.conftest import Serve
 from tests.onnx_models import write_shift
@@ -92,7 +94,7 @@ def test_a_version_comes_from_a_web_server_shows_how_far_it_is_and_is_one_job(
     assert answer(server, "m") == ("2", 3.0)
     assert (folder / "m" / "2" / "more.bin").stat().st_size == 200_000
     assert (folder / "m" / "2" / "model.onnx").stat().st_nlink == 1
-    assert not list(folder.glob(".incoming-*"))
+    assert not list(folder.glob(".inferpool-*"))
     # The same files again are no fault; a version never changes.
     assert ended(server, load(server, "m", **{"from": source}).json())["state"] == "done"
     web.files["/models/two.tar"] = tar_of({"m/2/model.onnx": b"other"}, "w")
@@ -119,7 +121,7 @@ def test_a_cancelled_fetch_leaves_nothing_and_the_next_one_goes_on(
     assert (reply.status_code, reply.json()["state"]) == (200, "cancelled")
     web.on_get = lambda: None
     go_on.set()
-    wait_until(lambda: not list(folder.glob(".incoming-*")), "nothing is left")
+    wait_until(lambda: not list(folder.glob(".inferpool-*")), "nothing is left")
     assert not (folder / "m" / "5").exists()
     assert ended(server, load(server, "m", **body).json())["state"] == "done"
     assert answer(server, "m") == ("5", 6.0)
@@ -144,6 +146,19 @@ def test_a_new_model_comes_from_a_folder_with_what_lies_beside_its_versions(
     (secret / "model.onnx").symlink_to("/etc/passwd")
     failed = ended(server, load(server, "link", **{"from": str(new / "link")}).json())
     assert "is no plain file" in failed["reason"]
+
+
+def test_the_command_waits_and_shows_where_the_version_comes_from(
+    server: Server, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shift(new / "by-command", "m", 9, 9.0)
+    flags = {"url": server.url, "model": "m", "version": None, "no_wait": False}
+    assert run_admin_command("load", {**flags, "source": str(new / "by-command")}, {}) == 0
+    assert re.search(r"  load    m/9  done$", capsys.readouterr().out.strip())
+    assert answer(server, "m") == ("9", 10.0)
+    assert run_admin_command("load", {**flags, "source": "/etc"}, {}) == 1
+    assert "not below a prefix from which versions may be loaded" in capsys.readouterr().err
+    server.wait_for(f"audit: load m from file://{new}/by-command: job")
 
 
 def test_sources_that_are_not_allowed_are_refused(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
 
-from inferpool.errors import Reason
+from inferpool.errors import Conflict, Reason
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.lifecycle import FETCH, PHASES, QUEUED, VERIFY, Phase
 
@@ -197,12 +197,18 @@ class JobTable:
         return job
 
     def begin_fetch(
-        self, model: str, asked: int | None, source: str, source_key: str, now: float
+        self, model: str, asked: int | None, source: str, source_key: str, now: float, most: int
     ) -> tuple[Job, bool]:
-        """A job for a version that has yet to be fetched, and True; or the one that runs already."""
-        for job in self.running():
+        """A job for a version that has yet to be fetched, and True; or the one that runs already.
+
+        Raises Conflict if `most` versions are being fetched already.
+        """
+        running = self.running()
+        for job in running:
             if (job.model, job.asked, job.source_key) == (model, asked, source_key):
                 return job, False
+        if sum(job.fetching for job in running) >= most:
+            raise Conflict(f"{most} versions are being fetched already; wait for one, or cancel it")
         job = Job(
             secrets.token_hex(6), "load", model, asked, (), phase=FETCH, phase_began=now,
             created=self._wall_clock(), source=source, source_key=source_key, fetching=True,

@@ -255,14 +255,9 @@ class LoadManager:
         Raises Conflict if `most` versions are being fetched already.
         """
         with self._changed:
-            now = self._clock()
-            busy = sum(job.fetching for job in self._jobs.running())
-            job, is_new = self._jobs.begin_fetch(model, asked, source, source_key, now)
-            if is_new and busy >= most:
-                self._jobs.end(job, CANCELLED, reason := f"{most} versions are being fetched already")
-                raise Conflict(f"{reason}; wait for one, or cancel it")
-            expected = {**self._times.expected(model)}
-            job = self._jobs.update(job, expected=expected) if is_new else job
+            job, is_new = self._jobs.begin_fetch(model, asked, source, source_key, self._clock(), most)
+            if is_new:
+                job = self._jobs.update(job, expected=self._times.expected(model))
         self._host.jobs_changed()
         return job, is_new
 

@@ -710,7 +710,7 @@ class Repository:
         """End a job that runs; None if there is none with this id. Raises Conflict if it has ended."""
         with self._scanning:
             job = self._manager.cancel(job_id)
-            if self._fetches is not None:
+            if self._fetches is not None and job is not None and job.fetching:
                 self._fetches.cancel(job_id)
             if job is not None and job.kind == "unload":
                 self._unloaded -= {VersionKey(job.model, number) for number in job.versions}

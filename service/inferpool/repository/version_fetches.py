@@ -62,10 +62,14 @@ class VersionFetches:
         folder = self._path if single is not None else self._path / model
         if known is not None and known.folder is not None:
             folder = known.folder
+        try:
+            cache = store_cache(self._settings).absolute()
+        except StoreError as error:
+            raise Conflict(error.detail) from None
         repository = self._path.absolute()
         return WantedVersion(
             source, self._settings.load_from, model, version, str(repository), str(folder.absolute()),
-            str(store_cache(self._settings).absolute()),
+            str(cache),
             str(repository / f"{INCOMING}{secrets.token_hex(6)}"),
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ UNUSED_S: Final = 24 * 3600.0
 """How long what has arrived of a version that nobody asks for again is kept."""
 MADE: Final = "made"
 """The name in the staging folder of what is to be renamed."""
-INCOMING: Final = ".incoming-"
+INCOMING: Final = ".inferpool-incoming-"
 """How the names of staging folders begin; no model's name does."""
 _VERSION: Final = re.compile(r"([1-9]\d*)/")
 _PARTIAL: Final = ("partial", "blobs", "index")
