@@ -355,6 +355,8 @@ def test_alerts_for_which_no_machine_is_brought_to_its_limit(watched: Watched) -
     provoked = {labels["alertname"] for labels, _ in prometheus.query('ALERTS{alertstate="firing"}')}
     alerts = {rule["name"] for rule in prometheus.rules() if rule["type"] == "alerting"}
     others = {"InferpoolMemoryHigh", "InferpoolWebBusy", "InferpoolAbsent", "InferpoolGpuFallback"}
+    # A window of drift takes too long here. tests/http/predict/test_observations.py has the metrics of both.
+    others |= {"InferpoolDrift", "InferpoolSamplesStopped"}
     assert alerts - provoked <= others
 
 
