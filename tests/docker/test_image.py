@@ -22,7 +22,7 @@ from tests.conftest import Serve
 from tests.docker import images
 from tests.docker.containers import CONFINED, Container, run_once
 from tests.onnx_models import write_model
-from tests.server import free_port
+from tests.server import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 MISSING = images.missing()
@@ -319,5 +319,31 @@ def test_the_image_starts_as_each_platform_starts_it(image: str, platform: str, 
         answer = container.post(predict, json=instances)
         assert (answer.status_code, answer.json()) == (200, predictions)
         assert container.healthcheck() == 0
+    finally:
+        container.kill()
+
+
+def test_an_image_of_models_of_kserve_may_come_late(image: str, tmp_path: Path) -> None:
+    """A container beside the server makes a link to its own models, when the server has started already."""
+    mounts, models, port = tmp_path / "mnt", tmp_path / "modelcar", free_port()
+    for folder in (tmp_path, mounts, models):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)
+    shutil.copy(DIABETES / "1" / "model.onnx", models / "model.onnx")
+    options = [
+        f"--volume={mounts}:/mnt:ro", f"--volume={models}:/proc-of-modelcar:ro",
+        "--env=MODEL_INIT_MODE=async", f"--env=PORT={port}", "--user=1000680000:0",
+    ]  # fmt: skip
+    container = OnPlatform(image, options, ["serve", "--model_name=service"])
+    try:
+        assert container.get("/v2/health/live").status_code == 200
+        assert container.get("/v1/models/service").status_code == 503
+        (mounts / "models").symlink_to("/proc-of-modelcar")
+        container.wait_loaded()
+        wait_until(lambda: container.get("/v1/models/service").status_code == 200, "the model is ready")
+        answer = container.post("/v2/models/service/infer", json={
+            "inputs": [{"name": "features", "shape": [1, 10], "datatype": "FP32", "data": PATIENT}],
+        })  # fmt: skip
+        assert answer.json()["outputs"][0]["data"] == [pytest.approx(210.57, abs=0.01)]
     finally:
         container.kill()
