@@ -10,18 +10,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from inferpool.backends.registry import backends_by_suffix, find_backend
+from inferpool.backends.registry import backends_by_suffix
 from inferpool.errors import (
     ConfigError,
     Conflict,
     InferpoolError,
-    LoadError,
     ModelNotFound,
     Reason,
     RunsElsewhere,
@@ -46,6 +45,13 @@ from inferpool.repository.catalog import (
 from inferpool.repository.catalog_readings import catalog_readings
 from inferpool.repository.codec_factory import CodecSource
 from inferpool.repository.config import ModelConfig, check_label, read_config
+from inferpool.repository.declared_model import (
+    DeclaredModel,
+    config_stamp,
+    label_fault,
+    none_served,
+    served_versions,
+)
 from inferpool.repository.idle_measuring import LOOK_S, IdleMeasuring
 from inferpool.repository.jobs import Job
 from inferpool.repository.label_moves import LabelMove, apply_moves, keep_moves, read_moves
@@ -53,6 +59,7 @@ from inferpool.repository.layout import CONFIG_FILE, ModelFolder, name_single, s
 from inferpool.repository.lifecycle import Phase, VersionLifecycle
 from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.repository.load_manager import LoadManager, Outcome
+from inferpool.repository.load_room import fits_beside
 from inferpool.repository.settled_sources import SettledSources
 from inferpool.repository.traffic import (
     ENDED,
@@ -68,7 +75,7 @@ from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.cpu_wait import waited_share
 from inferpool.system.gpus import Driver, cuda_driver
-from inferpool.system.memory import chosen_limit, memory_use, release_freed_memory
+from inferpool.system.memory import memory_use, release_freed_memory
 from inferpool.system.priority import at_low_priority
 from inferpool.tensors import names_text
 
@@ -84,43 +91,11 @@ ON_THEIR_WAY_S: Final = 0.1
 """How long requests to a version may be on their way from another process that has sent its last one."""
 MOST_LOADS: Final = 4
 """How many versions load at once while a server starts."""
-COPIES_DURING_LOAD: Final = 3
-"""Bytes of memory for each byte of a version's files while it loads: runtimes parse and repack weights."""
 MOUNT_POLL_S: Final = 0.2
 """Pause between two looks for models that are not there yet."""
 MOST_DEFAULTS: Final = 10
 """How many earlier default versions of a model are remembered for a rollback."""
 STABLE: Final = "stable"
-
-
-@dataclass(slots=True)
-class _Declared:
-    """What the folder says of a model.
-
-    Attributes:
-        folder: where it is on disk.
-        config: its `model.toml`.
-        fault: why its `model.toml` cannot be read; None if it can.
-        served: the versions that are to be served.
-        moves: the labels that were moved while a server ran.
-        stamp: tells whether the `model.toml` on disk is another one.
-    """
-
-    folder: ModelFolder
-    config: ModelConfig
-    fault: Reason | None
-    served: list[int]
-    moves: dict[str, LabelMove] = field(default_factory=dict)
-    stamp: object = None
-
-    @property
-    def found(self) -> set[int]:
-        """The versions that are on disk, whether they can be loaded or not."""
-        return {*self.folder.files, *self.folder.faults}
-
-    def labels(self) -> dict[str, int]:
-        """The label of each version, whether it is served or not."""
-        return apply_moves(self.config.versions.labels, self.moves)
 
 
 class Repository:
@@ -462,7 +437,7 @@ class Repository:
                 if (
                     known is not None
                     and settled is not None
-                    and not settled.is_config_settled(name, _stamp(folder), known.stamp)
+                    and not settled.is_config_settled(name, config_stamp(folder), known.stamp)
                 ):
                     waits = True
                     continue
@@ -478,7 +453,7 @@ class Repository:
             self._told.add(sentence)
             log.warning("%s", sentence)
 
-    def _declare(self, model: ModelFolder, known: _Declared | None = None) -> _Declared:
+    def _declare(self, model: ModelFolder, known: DeclaredModel | None = None) -> DeclaredModel:
         """What the folder says of a model now; `known` is what it said before."""
         fault: Reason | None = None
         config = ModelConfig()
@@ -494,12 +469,12 @@ class Repository:
         # Where the folder cannot be written, only this process knows its moves.
         moves = read_moves(model.folder) | self._moves.get(model.name, {})
         found = {*model.files, *model.faults}
-        served = _served(config, found, apply_moves(config.versions.labels, moves))
+        served = served_versions(config, found, apply_moves(config.versions.labels, moves))
         if self._only is not None:
             # A version that was served stays served, even if a newer one is there now.
             taken = {key.version for key in self._only if key.model == model.name}
             served = sorted({*served, *(taken & found)})
-        return _Declared(model, config, fault, served, moves, _stamp(model))
+        return DeclaredModel(model, config, fault, served, moves, config_stamp(model))
 
     def _tell_wanted(
         self,
@@ -557,13 +532,13 @@ class Repository:
                 self.show(key, lifecycle)
         return None if waits else ends
 
-    def _source(self, declared: _Declared, version: int) -> VersionSource | Reason:
+    def _source(self, declared: DeclaredModel, version: int) -> VersionSource | Reason:
         """What a version is loaded from, or why it cannot be."""
         folder = declared.folder
         held = self._held.get(VersionKey(folder.name, version))
         reason = (declared.fault if held is None else None) or folder.faults.get(version)
         if not declared.served and version not in folder.files:
-            reason = reason or _none_served(folder, declared.config)
+            reason = reason or none_served(folder, declared.config)
         if reason:
             return reason
         if version not in folder.files:
@@ -741,7 +716,7 @@ class Repository:
                     continue
                 if labels != declared.moves:
                     declared.moves |= labels
-                    declared.served = _served(declared.config, declared.found, declared.labels())
+                    declared.served = served_versions(declared.config, declared.found, declared.labels())
                 self._publish_model(model)
                 self._tell_wanted(model, look=False)
 
@@ -767,7 +742,7 @@ class Repository:
             declared.moves[label] = LabelMove(version, configured)
             self._moves[model] = dict(declared.moves)
             kept = keep_moves(declared.folder.folder, declared.moves)
-            declared.served = _served(declared.config, declared.found, declared.labels())
+            declared.served = served_versions(declared.config, declared.found, declared.labels())
             traffic = self._traffic.get(model)
             canary = None if traffic is None else traffic.running
             if traffic is not None and canary is not None and label == STABLE and version != canary.stable:
@@ -878,16 +853,8 @@ class Repository:
             raise
 
     def fits_beside(self, source: VersionSource, others: Sequence[VersionSource]) -> bool:
-        """Whether a version may load while `others` do: there is memory, and its backend can.
-
-        PyTorch cannot load two files at once: what it traces is state of the process.
-        """
-        backend = _backend_name(source)
-        if backend in map(_backend_name, others) and not _loads_at_once(backend):
-            return False
-        memory = chosen_limit(self._settings.memory_bytes)
-        needed = sum(size for each in (source, *others) for _, size, _ in each.files)
-        return COPIES_DURING_LOAD * needed <= memory.limit - memory.held()
+        """Whether a version may load while `others` do: there is memory, and its backend can."""
+        return fits_beside(source, others, self._settings.memory_bytes)
 
     def serve(self, key: VersionKey, loaded: LoadedVersion) -> None:
         """Let requests reach a version that is loaded, in place of what was loaded of it before."""
@@ -1091,15 +1058,15 @@ class Repository:
         if self._on_change is not None:
             self._on_change()
 
-    def _model_view(self, declared: _Declared, versions: Mapping[int, VersionView]) -> ModelView:
+    def _model_view(self, declared: DeclaredModel, versions: Mapping[int, VersionView]) -> ModelView:
         """A model as the folder has it, with these versions."""
         name, shown = declared.folder.name, {*declared.served, *versions}
         labels = {label: version for label, version in declared.labels().items() if version in shown}
-        fault = _label_fault(name, declared, sorted(shown)) or (declared.fault if versions else None)
+        fault = label_fault(name, declared, sorted(shown)) or (declared.fault if versions else None)
         config, aliases = declared.config, declared.folder.aliases
         return ModelView(name, config.description, versions, labels, fault, self._traffic.get(name), aliases)
 
-    def _first_view(self, declared: _Declared) -> ModelView:
+    def _first_view(self, declared: DeclaredModel) -> ModelView:
         """A model before any of its versions is loaded."""
         name = declared.folder.name
         model = self._model_view(declared, {})
@@ -1119,19 +1086,6 @@ class Repository:
         return key not in self._skip and (self._only is None or key in self._only)
 
 
-def _backend_name(source: VersionSource) -> str:
-    """The name of the backend that loads a version."""
-    return source.config.backend or backends_by_suffix().get(source.file.suffix, "")
-
-
-def _loads_at_once(backend: str) -> bool:
-    """Whether several threads may load files by a backend at the same time."""
-    try:
-        return find_backend(backend).loads_at_once
-    except LoadError:
-        return True  # the load will say so
-
-
 def _same(one: VersionView | None, other: VersionView) -> bool:
     """Whether two views of a version that is not ready, or of one load, are the same."""
     return one is not None and other.signature is one.signature and (one.state, one.reason, one.labels) == (
@@ -1142,45 +1096,3 @@ def _same(one: VersionView | None, other: VersionView) -> bool:
 def _names(labels: Mapping[str, int], version: int) -> tuple[str, ...]:
     """The labels that name a version."""
     return tuple(label for label, labelled in labels.items() if labelled == version)
-
-
-def _stamp(model: ModelFolder) -> object:
-    """Tells whether a `model.toml` is another one, and when it was changed."""
-    if model.folder is None:
-        return None
-    try:
-        status = (model.folder / CONFIG_FILE).stat()
-    except OSError:
-        return None
-    return (status.st_size, status.st_mtime)
-
-
-def _label_fault(model: str, declared: _Declared, served: list[int]) -> Reason | None:
-    """Which labels name a version that is not served, and what to do; None if there are none."""
-    stale = {label: version for label, version in declared.labels().items() if version not in served}
-    if not stale or not served:
-        return None
-    labels = ", ".join(f'"{label}" names version {version}' for label, version in stale.items())
-    have = ", ".join(map(str, served))
-    return (
-        f"{model}/model.toml: versions.labels: {labels}, which is not served; correct the label"
-        f" or remove it (served: {have})"
-    )
-
-
-def _none_served(model: ModelFolder, config: ModelConfig) -> Reason:
-    found = sorted([*model.files, *model.faults])
-    if found:
-        have = ", ".join(map(str, found))
-        return (
-            f"{model.name}/model.toml: versions.serve: {config.versions.serve} is not there; there is {have}"
-        )
-    reason = f"{model.name} has no version: expected {model.name}/1/model.onnx"
-    return "; ".join((reason, *model.skipped))
-
-
-def _served(config: ModelConfig, found: Collection[int], labels: Mapping[str, int]) -> list[int]:
-    wanted = config.versions.serve
-    if wanted == "latest":
-        return sorted({max(found, default=0), *labels.values()} & set(found))
-    return sorted(found) if wanted == "all" else sorted(set(wanted) & set(found))
