@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from inferpool.errors import ConfigError, InvalidInput
 from inferpool.import_command.comparison import compare_answers
+from inferpool.import_command.conversion_run import Converted
 from inferpool.import_command.example import read_example
 from inferpool.import_command.frameworks import BY_SUFFIX, SCRIPTS, recognise_source
-from inferpool.import_command.model_folder import make_sample
+from inferpool.import_command.model_folder import make_sample, write_model
 from inferpool.release import importers
 from inferpool.release.build import missing_packages
 
@@ -103,3 +104,11 @@ def test_a_sample_has_null_for_what_is_missing_and_fewer_rows_if_they_are_large(
     monkeypatch.setattr("inferpool.import_command.model_folder.MOST_SAMPLE_BYTES", 9)
     with pytest.raises(InvalidInput, match="too large"):
         make_sample(inputs, {"y": np.array([1, 2, 3, 4])}, 0.5)
+
+
+def test_names_of_classes_need_scores(tmp_path: Path) -> None:
+    about = {"kind": "Ridge", "framework": "X", "converter": "Y", "scores": None, "activation": "none"}
+    rows = {"a": np.zeros((1, 1))}
+    converted = Converted(tmp_path / "model.onnx", about, rows, rows)
+    with pytest.raises(InvalidInput, match="no scores of classes, which --labels could name"):
+        write_model(tmp_path / "m", converted, ["cat", "dog"], "m.pkl", "rows.csv", 1e-4)

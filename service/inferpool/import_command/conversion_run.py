@@ -76,9 +76,9 @@ def _run(
     path = f"{source.path.absolute()}{':' if source.function else ''}{source.function}"
     command = script_command(script, [path, str(work / "example.npz"), str(work), *options])
     if command[0] != sys.executable:
-        # Beforehand, because uv shows the progress of its downloads, and the script's own output is hidden.
-        subprocess.run([command[0], "sync", "--quiet" if not sys.stderr.isatty() else "--no-config",
-                        "--script", str(script)], check=False)  # fmt: skip
+        # Beforehand, because uv shows the progress of its downloads, and the output of the script is hidden.
+        quiet = [] if sys.stderr.isatty() else ["--quiet"]
+        subprocess.run([command[0], "sync", *quiet, "--script", str(script)], check=False)
     with (work / "script.log").open("w+b") as log:
         running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         try:

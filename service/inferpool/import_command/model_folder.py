@@ -28,19 +28,24 @@ def write_model(
     example: str,
     tolerance: float,
 ) -> None:
-    """Write the model's folder with its first version. `names` are those of the classes, if it has any."""
+    """Write the model's folder with its first version. `names` are those of the classes, if it has any.
+
+    Raises InvalidInput if there are names and no scores.
+    """
     about = converted.about
     (folder / "1").mkdir(parents=True)
     for each in converted.file.parent.glob("model.onnx*"):  # large weights are in a file of their own
         shutil.copyfile(each, folder / "1" / each.name)
     kind = f"{about['kind']} of {about['framework']}, from {source}"
-    table = [f"description = {json.dumps(kind)}"]
+    table = [f"description = {json.dumps(kind, ensure_ascii=False)}"]
+    if names and about["scores"] is None:
+        raise InvalidInput("the model answers no scores of classes, which --labels could name")
     if names:
         (folder / "labels.txt").write_text("".join(f"{each}\n" for each in names), "utf-8")
         table += [
             "",
             "[labels]",
-            f"output = {json.dumps(about['scores'])}",
+            f"output = {json.dumps(about['scores'], ensure_ascii=False)}",
             f'activation = "{about["activation"]}"',
         ]
     (folder / "model.toml").write_text("\n".join(table) + "\n", "utf-8")

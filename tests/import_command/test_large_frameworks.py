@@ -1,0 +1,86 @@
+"""Models of CatBoost and TensorFlow, imported in environments that uv makes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from inferpool import cli
+
+from tests.import_command.record import CODE, digest, needs_to_run
+
+CATBOOST = """
+import numpy as np, catboost
+rows = np.random.default_rng(0).random((40, 3))
+rows[::7, 1] = np.nan
+names = np.array(["low", "middle", "high"])[(rows[:, 0] * 3).astype(int)]
+options = {"iterations": 5, "verbose": 0, "allow_writing_files": False}
+catboost.CatBoostClassifier(**options).fit(rows, names).save_model("kind.cbm")
+model = catboost.CatBoostRegressor(loss_function="Poisson", **options).fit(rows, rows[:, 0] * 9)
+model.save_model("count.cbm")
+np.save("rows.npy", rows)
+"""
+TENSORFLOW = """
+import os
+os.environ["KERAS_BACKEND"] = "tensorflow"
+import keras, numpy as np
+tokens, age = keras.Input((None,), dtype="int32", name="tokens"), keras.Input((2,), name="age")
+read = keras.layers.Bidirectional(keras.layers.GRU(3))(keras.layers.Embedding(20, 4)(tokens))
+both = keras.layers.Concatenate()([read, age])
+model = keras.Model([tokens, age], keras.layers.Dense(3, name="kind")(both))
+model.save("kind.keras")
+model.export("saved", verbose=False)
+source = np.random.default_rng(0)
+np.savez("rows.npz", tokens=source.integers(0, 20, (5, 7)), age=source.random((5, 2)))
+"""
+
+
+@pytest.fixture
+def uv() -> str:
+    needs_to_run()
+    beside = Path(sys.executable).with_name("uv")
+    return str(beside) if beside.exists() else "uv"
+
+
+def make(uv: str, packages: list[str], code: str, folder: Path) -> None:
+    """Run `code` in `folder` with the packages of a framework."""
+    wanted = [part for package in packages for part in ("--with", package)]
+    subprocess.run([uv, "run", "--no-project", *wanted, "python", "-c", code], cwd=folder, check=True)
+
+
+@pytest.mark.timeout(1200)
+def test_catboost(uv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(uv, ["catboost>=1.2.8", "numpy>=1.26"], CATBOOST, tmp_path)
+    rows = ["--example", str(tmp_path / "rows.npy")]
+    assert cli.main(["import", str(tmp_path / "kind.cbm"), *rows, "--to", str(tmp_path / "m" / "kind")]) == 0
+    assert (
+        cli.main(["import", str(tmp_path / "count.cbm"), *rows, "--to", str(tmp_path / "m" / "count")]) == 0
+    )
+    assert capsys.readouterr().out.count("40 rows differ from CatBoost") == 2
+    assert (tmp_path / "m" / "kind" / "labels.txt").read_text().split() == ["high", "low", "middle"]
+
+
+@pytest.mark.timeout(1200)
+def test_tensorflow(uv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(uv, ["tensorflow-cpu>=2.18", "keras>=3.12"], TENSORFLOW, tmp_path)
+    rows = ["--example", str(tmp_path / "rows.npz")]
+    chosen = [str(tmp_path / "kind.keras"), "--from", "keras-tensorflow"]
+    assert cli.main(["import", *chosen, *rows, "--to", str(tmp_path / "m" / "kind")]) == 0
+    assert cli.main(["import", str(tmp_path / "saved"), *rows, "--to", str(tmp_path / "m" / "saved")]) == 0
+    said = capsys.readouterr().out
+    assert "5 rows differ from Keras" in said
+    assert "5 rows differ from TensorFlow" in said
+    sample = json.loads((tmp_path / "m" / "kind" / "samples" / "imported.json").read_text())
+    assert (sorted(sample["inputs"]), list(sample["outputs"])) == (["age", "tokens"], ["kind"])
+
+
+@pytest.mark.parametrize("folder", CODE)
+def test_a_change_of_a_script_makes_the_tests_run_again(folder: str, tmp_path: Path) -> None:
+    for each in CODE:
+        (tmp_path / each).mkdir(parents=True)
+    before = digest(tmp_path)
+    (tmp_path / folder / "new.py").write_text("")
+    assert digest(tmp_path) != before
