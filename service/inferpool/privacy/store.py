@@ -7,12 +7,13 @@ folder of its own, which belongs to this user alone, so nobody else can put link
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import stat
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -99,7 +100,7 @@ class SampleStore:
                     f"samples_dir: {own} must be a folder of this user that no other user may enter; it has"
                     f" the mode {stat.filemode(status.st_mode)}"
                 )
-            with closing(self._connect()) as database:
+            with _locked(own), closing(self._connect()) as database:
                 # So that deletes are overwritten, and a crash leaves no half of a sample.
                 database.execute("PRAGMA journal_mode = WAL")
                 database.executescript(_SCHEMA)
@@ -221,6 +222,17 @@ class SampleStore:
         pages = 256 + 2 * self._limits.nbytes // _PAGE_BYTES
         database.execute(f"PRAGMA max_page_count = {pages}")
         return database
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of the server out: two cannot change the mode of a database at once."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _totals(database: sqlite3.Connection) -> Totals:

@@ -130,7 +130,7 @@ def add_samples(app: FastAPI, observations: Observations) -> None:
             )
         else:
             _, body = await work
-        return Response(body, media_type=JSON_TYPE)
+        return Response(body, headers={"cache-control": "no-store"}, media_type=JSON_TYPE)
 
     @app.delete("/samples", tags=["admin"], summary="Delete samples", responses=_errors("403", "404", "422"))
     async def delete_samples(request: Request, query: Annotated[SampleQuery, Query()]) -> DeletedOut:

@@ -42,6 +42,8 @@ MOST_COUNTED_ROWS: Final = 64
 """Rows of a request that are counted for drift."""
 MOST_COUNTED_BYTES: Final = 1024 * 1024
 """Of a larger tensor fewer rows are counted, because the event loop copies them."""
+MOST_STRINGS: Final = 4096
+"""A tensor of more strings is not copied, because the event loop looks at the length of each."""
 RETRY_S: Final = 60.0
 """How long no samples are kept after the disk has failed."""
 TICK_S: Final = 1.0
@@ -202,8 +204,16 @@ class VersionObserver:
             rows = min(rows, max(1, MOST_COUNTED_BYTES // max(1, array.nbytes // len(array))))
             if array.nbytes // len(array) > MOST_COUNTED_BYTES:
                 return None
-        copy = array[:rows].copy()
-        observation.add_bytes(copy.nbytes)
+        copy: Array = array[:rows].copy()
+        nbytes = copy.nbytes
+        if copy.dtype.kind == "O":
+            # An array refers to its strings, each of which may be as large as a body.
+            if copy.size > MOST_STRINGS:
+                return None
+            nbytes += sum(len(text) if isinstance(text, (str, bytes)) else 64 for text in copy.flat)
+        if nbytes > MOST_COUNTED_BYTES and self.observations.taker is None:
+            return None
+        observation.add_bytes(nbytes)
         return copy
 
     def sample_of(self, observation: Observation, keys: SampleKeys) -> Sample | None:
@@ -255,6 +265,7 @@ class Observations:
         worker: the thread.
         dropped: counts samples that were chosen, and not kept because there was no room.
         taker: takes every request; None but in a program that makes a profile.
+        held_bytes: bytes of what is copied of requests now.
     """
 
     def __init__(
@@ -279,7 +290,7 @@ class Observations:
         self._next_expiry = 0.0
         self._warned: set[str] = set()
         self._holding = threading.Lock()
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._making = threading.Lock()
         self._worker: PacedWorker[Observation] | None = None
         if store is not None:
@@ -333,12 +344,12 @@ class Observations:
 
     def has_room(self) -> bool:
         """Whether another request may be observed: few wait, and what is copied is bounded."""
-        return self._held_bytes < MOST_HELD_BYTES and self.worker.has_room()
+        return self.held_bytes < MOST_HELD_BYTES and self.worker.has_room()
 
     def hold(self, nbytes: int) -> None:
         """Count bytes that observations hold, in any thread."""
         with self._holding:
-            self._held_bytes += nbytes
+            self.held_bytes += nbytes
 
     def take(self, observation: Observation) -> None:
         """Take an observed request that has been answered."""
