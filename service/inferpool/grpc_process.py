@@ -100,6 +100,7 @@ class GrpcProcess:
         drain = await self._drain
         await asyncio.sleep(drain["settle_s"])
         health.end()
+        service.end_streams()
         await server.stop(drain["timeout_s"])
         beats.cancel()
         web.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 
@@ -79,9 +80,9 @@ def frame_of(data: bytes) -> bytes:
 def test_several_frames_in_one_picture_are_refused() -> None:
     frame = frame_of(avif(9, 9))
     configuration = b"\x81\0\x0c\0"
-    assert open_avif(_write(9, 9, [(configuration, frame, None)], premultiplied=False)).width == 9
+    assert open_avif(_write(9, 9, [(configuration, [frame], None)], premultiplied=False)).width == 9
     with pytest.raises(UnsupportedMediaType, match="layers"):
-        open_avif(_write(9, 9, [(configuration, 2 * frame, None)], premultiplied=False))
+        open_avif(_write(9, 9, [(configuration, [frame, frame], None)], premultiplied=False))
 
 
 def test_a_file_of_many_parts_is_refused() -> None:
@@ -97,6 +98,16 @@ def test_pixels_outside_the_file_are_malformed() -> None:
     # Of the only item: its number, a reference, a count of extents, and where the first one begins.
     with pytest.raises(MalformedBody, match="outside"):
         open_avif(data[: at + 8] + b"\xff\xff\xff\0" + data[at + 12 :])
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_damage_is_one_of_three_errors(seed: int) -> None:
+    source = np.random.default_rng(seed)
+    data = bytearray(avif(9, 9, 4, orientation=7))
+    for _ in range(source.integers(1, 4)):
+        data[source.integers(len(data))] = source.choice([0, 1, 127, 255])
+    with contextlib.suppress(MalformedBody, UnsupportedMediaType, BodyTooLarge):
+        raw_codec(9, 9).decode(bytes(data[: source.integers(40, len(data) + 400)]))
 
 
 def test_a_picture_of_several_tiles_is_refused() -> None:

@@ -264,12 +264,23 @@ def test_a_process_that_is_killed_comes_back_and_a_drain_answers_its_calls(
     wait_until(lambda: process_of(server) not in (None, pid), "another process has taken its place")
     assert caller.infer(rows_request("m", 1)).model_name == "m"
 
+    ended = threading.Event()
+
+    def requests() -> Iterator[Any]:
+        yield rows_request("m", 1)
+        ended.wait()
+
+    idle = caller.stream(requests())
+    assert next(idle).infer_response.model_name == "m"
     last = caller.begin(rows_request("m", chaos.WAIT))
     server.wait_for_metric("in_flight_requests", at_least=1)
     server.process.send_signal(signal.SIGTERM)
     server.wait_for("SIGTERM: draining")
     chaos.open_gate(gate)
     assert last.result().model_name == "m"
+    # A stream without a request in flight ends as if its client had ended it.
+    assert list(idle) == []
+    ended.set()
     assert server.process.wait(60) == 0
     caller.close()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 from inferpool.codecs.image_container import PILLOW_BYTES, Container
 from inferpool.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
@@ -23,10 +23,16 @@ _FTYP_BYTES: Final = 256
 """A brand behind so many bytes does not count."""
 _MOST_PARTS: Final = 1024
 """The most boxes, items and OBUs together; a file with one picture has about thirty."""
+_MOST_PROPERTIES: Final = 64
+"""Of a picture; further ones are not read."""
+_MOST_AUXILIARIES: Final = 8
+"""Pictures beside the first one, of which one may be its transparency; further ones are not read."""
 _ALPHA: Final = b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha\0"
 _HEAD_BYTES: Final = 512
 """The headers of a file that is written here are shorter."""
 _SEQUENCE, _FRAME_HEADER, _TILES, _FRAME = 1, 3, 4, 6
+_HEADER_BYTES: Final = 16
+"""As much of a sequence header as is read here."""
 _KEPT: Final = frozenset((_SEQUENCE, _FRAME_HEADER, _TILES, _FRAME))
 """Types of the OBUs that make the pixels."""
 _MOST_DECODED_BYTES: Final = 16
@@ -37,6 +43,10 @@ _REDUCED_HEADER: Final = 0x08
 """The bit of a sequence header that says that it is a short one, for a still picture."""
 _ORIENTATIONS: Final = ((1, 4, 2), (8, 5, 7), (3, 2, 4), (6, 7, 5))
 """The EXIF orientation: by quarter turns to the left, then not mirrored, by the first axis, by the second."""
+
+
+_Frame: TypeAlias = list[bytes | memoryview]
+"""The OBUs of a picture, in pieces."""
 
 
 @dataclass(slots=True)
@@ -108,9 +118,10 @@ def open_avif(body: bytes) -> Container:
         if kind not in boxes:
             raise MalformedBody(f"the AVIF picture has no {kind.decode()} in its headers")
     at = boxes[b"pitm"][0]
-    primary = reader.number(at + 4, 4 if body[at] else 2)
+    primary = reader.number(at + 4, 4 if reader.number(at, 1) else 2)
     references = _references(reader, *boxes[b"iref"]) if b"iref" in boxes else []
     auxiliary = [source for kind, source, target in references if kind == b"auxl" and target == primary]
+    auxiliary = auxiliary[:_MOST_AUXILIARIES]
     items = {identity: _Item() for identity in (primary, *auxiliary)}
     _read_kinds(reader, *boxes[b"iinf"], items)
     _read_places(reader, *boxes[b"iloc"], items)
@@ -144,7 +155,7 @@ def open_avif(body: bytes) -> Container:
             premultiplied = (b"prem", primary, identity) in references
             break
     turn, mirror = found(colour, b"irot") or b"\0", found(colour, b"imir")
-    orientation = _ORIENTATIONS[turn[0] & 3][0 if mirror is None else 1 + (mirror[0] & 1)]
+    orientation = _ORIENTATIONS[turn[0] & 3][1 + (mirror[0] & 1) if mirror else 0]
     return Container(
         "image/avif",
         width,
@@ -229,7 +240,7 @@ def _read_properties(
                 if item is not None:
                     item.properties += [
                         reader.number(at + i * (1 + wide), 1 + wide) & (0x7FFF if wide else 0x7F)
-                        for i in range(numbers)
+                        for i in range(min(numbers, _MOST_PROPERTIES - len(item.properties)))
                     ]
                 at += numbers * (1 + wide)
     for item in items.values():
@@ -238,21 +249,21 @@ def _read_properties(
     return properties
 
 
-def _frame(reader: _Reader, item: _Item, data: tuple[int, int]) -> tuple[bytes, int]:
+def _frame(reader: _Reader, item: _Item, data: tuple[int, int]) -> tuple[_Frame, int]:
     """Return the OBUs that make the pixels of an item: one frame; and the bytes that a pixel takes."""
     body, whole = reader.body, data if item.method == 1 else (0, len(reader.body))
     if item.method > 1 or not item.extents:
         raise MalformedBody("the AVIF picture has no pixels of its own")
-    pieces, size = [], 0
+    view, pieces, size = memoryview(body), [], 0
     for offset, length in item.extents:
         start = whole[0] + offset
         stop = start + length if length else whole[1]
         size += stop - start
         if not whole[0] <= start <= stop <= whole[1] or size > len(body):
             raise MalformedBody("the AVIF picture is damaged or cut short: its pixels are outside the file")
-        pieces.append(body[start:stop])
-    found = b"".join(pieces)
-    kept: list[bytes] = []
+        pieces.append(view[start:stop])
+    found = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+    kept: _Frame = []
     kinds, at, decoded_bytes = [], 0, _MOST_DECODED_BYTES
     while at < len(found):
         reader.count()
@@ -266,18 +277,18 @@ def _frame(reader: _Reader, item: _Item, data: tuple[int, int]) -> tuple[bytes, 
         if kind in _KEPT:
             kinds.append(kind)
             if kind == _SEQUENCE:
-                decoded_bytes = _decoded_bytes(found[start:stop])
+                decoded_bytes = _decoded_bytes(bytes(found[start : start + _HEADER_BYTES]))
             # Without its extension, which only layers need, and with its size.
             kept += [bytes((kind << 3 | 2,)), _as_leb128(length), found[start:stop]]
         at = stop
     if kinds.count(_FRAME) + kinds.count(_FRAME_HEADER) != 1 or kinds.count(_SEQUENCE) != 1:
         raise UnsupportedMediaType("the AVIF picture has layers; save it without, or as PNG")
-    return b"".join(kept), decoded_bytes
+    return kept, decoded_bytes
 
 
 def _decoded_bytes(header: bytes) -> int:
     """Return the bytes of a decoded pixel and of its copies, as a sequence header has them at most."""
-    bits = int.from_bytes(header[:16].ljust(16, b"\0"), "big")
+    bits = int.from_bytes(header.ljust(_HEADER_BYTES, b"\0"), "big")
 
     def read(at: int, size: int) -> int:
         return bits >> 128 - at - size & (1 << size) - 1
@@ -293,7 +304,7 @@ def _decoded_bytes(header: bytes) -> int:
     return 2 * planes * (1 + deep) + deep * (1 + planes)
 
 
-def _leb128(data: bytes, at: int) -> tuple[int, int]:
+def _leb128(data: memoryview, at: int) -> tuple[int, int]:
     """Return the number at `at`, and where it ends."""
     value = 0
     for index, byte in enumerate(data[at : at + 8]):
@@ -318,7 +329,7 @@ def _box(kind: bytes, *parts: bytes) -> bytes:
 
 
 def _write(
-    width: int, height: int, parts: Sequence[tuple[bytes, bytes, bytes | None]], *, premultiplied: bool
+    width: int, height: int, parts: Sequence[tuple[bytes, _Frame, bytes | None]], *, premultiplied: bool
 ) -> bytes:
     """Return an AVIF file of one picture: the configuration, frame and colours of it, and of its alpha."""
     empty = bytes(4)
@@ -356,8 +367,10 @@ def _write(
     at = len(ftyp) + 12 + sum(map(len, head)) + places_bytes + 8
     places = []
     for number, (_, frame, _) in enumerate(parts, 1):
-        places.append(struct.pack(">HHHII", number, 0, 1, at, len(frame)))
-        at += len(frame)
+        size = sum(map(len, frame))
+        places.append(struct.pack(">HHHII", number, 0, 1, at, size))
+        at += size
     iloc = _box(b"iloc", empty, b"\x44\0", count, *places)
-    frames = [frame for _, frame, _ in parts]
-    return b"".join((ftyp, _box(b"meta", empty, *head, iloc), _box(b"mdat", *frames)))
+    meta = _box(b"meta", empty, *head, iloc)
+    mdat = struct.pack(">I4s", 8 + at - len(ftyp) - len(meta) - 8, b"mdat")
+    return b"".join((ftyp, meta, mdat, *(piece for _, frame, _ in parts for piece in frame)))

@@ -54,7 +54,13 @@ class RequestStream:
         while (task := await self._answers.get()) is not None:
             yield await task
             self._room.release()
-        await self._reader
+        await asyncio.wait([self._reader])
+        if not self._reader.cancelled():
+            self._reader.result()
+
+    def end(self) -> None:
+        """Read no more requests, because the server ends; those that were read are answered."""
+        self._reader.cancel()
 
     async def close(self) -> None:
         """Drop what is not answered, and free the memory."""

@@ -59,6 +59,12 @@ class Service:
         self._budget = budget
         self._lines = lines
         self._needs_key = needs_key
+        self._streams: set[RequestStream] = set()
+
+    def end_streams(self) -> None:
+        """Read no more requests from streams, because the server ends."""
+        for stream in self._streams:
+            stream.end()
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Return the handler of each call."""
@@ -155,10 +161,12 @@ class Service:
         except InferpoolError as error:
             await abort(context, error)
             raise AssertionError("abort raises") from None
+        self._streams.add(stream)
         try:
             async for response in stream.responses():
                 yield response
         finally:
+            self._streams.discard(stream)
             await stream.close()
 
     async def _stream_answer(self, data: bytes, context: Context) -> bytes:
