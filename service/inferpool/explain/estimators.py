@@ -158,6 +158,8 @@ class _Design(NamedTuple):
         numbers: the strata that there are.
         number_at: the index in `numbers` of the stratum of each row.
         counts: how many rows each stratum has.
+        members: which rows each stratum has, 1 or 0, `[strata, pairs]`.
+        spread: what the square of a deviation in each stratum counts for; 0 if nothing was sampled.
     """
 
     chosen: Coalitions
@@ -167,6 +169,8 @@ class _Design(NamedTuple):
     numbers: Array
     number_at: Array
     counts: Array
+    members: Array
+    spread: Array
 
 
 def _new_design(features: int, most: int, seed: int) -> _Design:
@@ -189,12 +193,29 @@ def _design_of(chosen: Coalitions) -> _Design:
     weighted = rows * (weights / counts)[number_at][:, None]
     # Adding the same to all products changes nothing, because the sum of the coefficients is given.
     inverse = np.linalg.inv(weighted.T @ rows + 1.0)
-    return _Design(chosen, rows, weighted, inverse, numbers, number_at, counts)
+    members = (number_at == np.arange(len(numbers))[:, None]).astype(np.float64)
+    spread = np.array(
+        [
+            _spread(features, number, count)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+        ]
+    )
+    return _Design(chosen, rows, weighted, inverse, numbers, number_at, counts, members, spread)
+
+
+def _spread(features: int, stratum: int, count: int) -> float:
+    """Return the factor from squares of deviations in a stratum to the variance of what `count` pairs add."""
+    size = pairs_in(features, stratum)
+    if count >= size:
+        return 0.0
+    left_over = 1 - count / size if is_enumerated(count, size) else 1.0
+    return left_over * count / (count - 1) if count > 1 else left_over
 
 
 def _fit(design: _Design, gains: Array, step: float) -> tuple[Array, Array]:
     """Return coefficients whose sum is `step`, and their standard errors, from the `gains` of coalitions."""
-    _, rows, weighted, inverse, numbers, number_at, counts = design
+    rows, weighted, inverse = design.rows, design.weighted, design.inverse
+    number_at, counts = design.number_at, design.counts
     halves = (gains[0::2] - gains[1::2]) / 2
     pairs, features = rows.shape
     pull = inverse.sum(axis=1)
@@ -203,16 +224,9 @@ def _fit(design: _Design, gains: Array, step: float) -> tuple[Array, Array]:
     # What each pair of a sampled stratum moves the coefficients by; its scatter is that of the sampling.
     projection = inverse - np.outer(pull, pull) / pull.sum()
     moves = (weighted * (halves - rows @ fitted)[:, None]) @ projection
-    variance = np.zeros(features)
-    for index, number in enumerate(numbers):
-        count, size = int(counts[index]), pairs_in(features, int(number))
-        if count >= size:
-            continue
-        own = moves[number_at == index]
-        if count > 1:
-            own = (own - own.mean(axis=0)) * np.sqrt(count / (count - 1))
-        left_over = 1 - count / size if is_enumerated(count, size) else 1.0
-        variance += (own**2).sum(axis=0) * left_over
+    # A stratum of one pair has no scatter of its own: its whole move counts.
+    means = np.where(counts[:, None] > 1, (design.members @ moves) / counts[:, None], 0.0)
+    variance: Array = ((moves - means[number_at]) ** 2 * design.spread[number_at][:, None]).sum(axis=0)
     # The fit follows what was sampled, so its residuals are too small.
     if pairs >= features:
         variance *= pairs / (pairs - features + 1)

@@ -77,18 +77,21 @@ class Passes:
         prediction raises.
         """
         waiting: deque[_Pass] = deque()
+        # A pass that has been read ends with the offer of the next one, which wakes the loop once for both.
+        read: _Pass | None = None
         try:
             for tensors in batches:
                 if self._left_s(until) <= 0:
                     break
-                waiting.append(self._send(_Pass(tensors), until))
+                waiting.append(self._send(_Pass(tensors), until, read))
+                read = None
                 if len(waiting) < IN_FLIGHT:
                     continue
                 outputs = self._outputs(waiting[0], until)
                 if outputs is None:
                     return
                 yield outputs
-                self._end(waiting.popleft())
+                read = waiting.popleft()
             while waiting:
                 outputs = self._outputs(waiting[0], until)
                 if outputs is None:
@@ -96,6 +99,8 @@ class Passes:
                 yield outputs
                 self._end(waiting.popleft())
         finally:
+            if read is not None:
+                self._end(read)
             for each in waiting:
                 self._end(each)
 
@@ -110,8 +115,8 @@ class Passes:
     def _left_s(self, until: float) -> float:
         return until - self._predictor.clock()
 
-    def _send(self, each: _Pass, until: float) -> _Pass:
-        self._loop.call_soon_threadsafe(self._offer, each, each.future, until)
+    def _send(self, each: _Pass, until: float, read: _Pass | None = None) -> _Pass:
+        self._loop.call_soon_threadsafe(self._offer, each, each.future, until, read)
         return each
 
     def _outputs(self, each: _Pass, until: float) -> Tensors | None:
@@ -144,7 +149,9 @@ class Passes:
 
     # On the event loop.
 
-    def _offer(self, each: _Pass, future: Future[Result], until: float) -> None:
+    def _offer(self, each: _Pass, future: Future[Result], until: float, read: _Pass | None) -> None:
+        if read is not None:
+            self._drop(read)
         if self._gone.is_set():
             future.set_exception(ClientGone("the client is gone"))
             return
