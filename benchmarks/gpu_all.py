@@ -86,7 +86,7 @@ def steps(device: str, out: Path) -> list[Step]:
             200,
             "gpu-resnet50-*.md",
         ),
-        Step("engines", ("benchmarks/gpu_engines.py", "--seconds", "3", "--webs", "2,4", *at), 180),
+        Step("engines", ("benchmarks/gpu_engines.py", "--seconds", "3", "--webs", "2,4", *at), 300),
         Step("slots", ("benchmarks/gpu_slots.py", "--out", str(out)), 40),
         Step("buckets", ("benchmarks/gpu_buckets.py", *at), 60),
         Step(
