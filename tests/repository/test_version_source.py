@@ -12,6 +12,7 @@ from inferpool.repository.layout import scan
 from inferpool.repository.version_source import VersionSource, held_from_json, held_json, read_source
 
 CONFIG = """
+[text]
 [labels]
 top_k = 2
 [batching]
@@ -40,6 +41,9 @@ def test_a_source_comes_back_from_json(folder: Path) -> None:
     before = source(folder)
     held = held_from_json(json.loads(json.dumps(held_json(before))))
     assert (held.config, held.files) == (before.config, before.files)
+    # A table that is not there means something else than one with defaults: the model takes single texts.
+    assert held.config.text is not None
+    assert not held.config.text.scores.model_fields_set
     assert held.changed_file(source(folder)) is None
 
 

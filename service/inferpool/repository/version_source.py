@@ -87,7 +87,8 @@ class HeldSource:
 
 def held_json(source: VersionSource) -> dict[str, Any]:
     """A source as JSON, for `held_from_json`."""
-    return {"config": source.config.model_dump(mode="json"), "files": source.files}
+    # Without defaults: some keys mean something else if they are given, even with the default as value.
+    return {"config": source.config.model_dump(mode="json", exclude_unset=True), "files": source.files}
 
 
 def held_from_json(table: Mapping[str, Any]) -> HeldSource:
