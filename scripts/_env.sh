@@ -33,6 +33,11 @@ runtime() {
   if [[ -e /proc/driver/nvidia/version ]] || nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi
 }
 
+# containers: print the program that builds and reads images. The command `docker` may be there without an engine.
+containers() {
+  if docker info >/dev/null 2>&1; then echo docker; else echo podman; fi
+}
+
 # --- .venv-test ---------------------------------------------------------------------------------------------
 
 # need EXTRA...: install the project into .venv-test, editable, with these extras.

@@ -201,6 +201,11 @@ class Settings(BaseModel):
         description="Folder for measurements, models from stores and the environments of build scripts; by"
         " default in the user's cache folder.",
     )
+    plans_dir: Path | None = Field(
+        default=None,
+        description="Folder that is only read, with measurements that another start on an equal machine has"
+        " kept in its cache folder: those in an image, for example.",
+    )
     trust: bool = Field(
         default=False,
         description="Load model files that can run code when loaded (.pt, .pt2), from any source.",

@@ -90,27 +90,28 @@ def _build_base() -> str:
     return name
 
 
-def build(target: str, base: str, models: str = "") -> str:
-    """Build a target of the Dockerfile, with a folder of models in the image or without; return its name."""
-    name = f"localhost/inferpool-tests:{'-'.join(filter(None, (target, models)))}"
+def build(target: str, base: str, models: str = "", plans: str = "") -> str:
+    """Build a target of the Dockerfile by scripts/image; return its name.
+
+    `models` is a folder of models for the image, which are measured for each number of cores in `plans`.
+    """
+    name = f"localhost/inferpool-tests:{'-'.join(filter(None, (target, models, plans and 'plans')))}"
     with one_at_a_time(), tempfile.NamedTemporaryFile("w", suffix=".conf") as secret:
         secret.write(_pip_conf())
         secret.flush()
-        podman(
-            "build",
-            # The OCI format has no HEALTHCHECK.
-            "--format=docker",
+        command = [
+            str(ROOT / "scripts" / "image"),
+            target,
             "--isolation=chroot",
             "--network=host",
             f"--secret=id=pip,src={secret.name}",
             f"--build-arg=PYTHON_IMAGE={base}",
             f"--build-arg=MODELS={models}",
-            f"--file={ROOT / 'docker' / 'Dockerfile'}",
-            f"--target={target}",
+            f"--build-arg=PLANS={plans}",
             f"--tag={name}",
-            ROOT,
-            timeout_s=1000,
-        )
+        ]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
+        assert run.returncode == 0, f"{run.stdout}{run.stderr}"
     return name
 
 

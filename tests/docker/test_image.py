@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -35,6 +36,7 @@ pytestmark = [
 WIDTH = 1024
 RUN_STEPS = 200
 Run = Callable[..., Container]
+LIST_DISTRIBUTIONS = "from importlib.metadata import *\nfor d in distributions(): print(d.name, d.version)"
 
 
 @pytest.fixture(scope="session")
@@ -199,12 +201,15 @@ def test_a_server_that_still_starts_can_be_stopped(image: str) -> None:
         images.podman("rm", "--force", "--time=0", name)
 
 
-def test_an_image_may_contain_models(base: str) -> None:
-    """An image built with `--build-arg MODELS=models` needs no volume."""
-    container = Container(images.build("cpu", base, "models"), None)
+def test_an_image_may_contain_models_and_their_plans(base: str) -> None:
+    """An image built with MODELS and PLANS needs no volume, and its first start measures nothing."""
+    container = Container(images.build("cpu", base, "models", plans="1"), None)
     try:
         container.wait_loaded()
         assert container.get("/health/ready").status_code == 200
+        # What is measured cannot be kept in a read-only container, and the log says so.
+        assert not any("measurements are not kept" in line["message"] for line in container.log)
+        assert container.get("/models/digits").json()["versions"][0]["latency"]
     finally:
         container.kill()
 
@@ -213,13 +218,68 @@ def test_the_image_has_the_pinned_packages_and_no_compiler(image: str) -> None:
     """The image contains exactly the packages of the lock and the server."""
     found = run_once(image, "sh", "-c", "command -v cc c++ gcc g++ clang ld as make || true")
     assert found == ""
-    script = "from importlib.metadata import *; print(*(f'{d.name}=={d.version}' for d in distributions()))"
-    listed = run_once(image, "/opt/inferpool/bin/python3", "-c", script)
-    installed = set(listed.lower().replace("_", "-").split())
+    listed = run_once(image, "/opt/inferpool/bin/python3", "-c", LIST_DISTRIBUTIONS).lower().replace("_", "-")
+    installed = {line.replace(" ", "==") for line in listed.splitlines()}
     lock = (ROOT / "docker" / "requirements-cpu.txt").read_text()
     pinned = set(re.findall(r"^[\w.-]+==[\w.]+", lock, re.MULTILINE))
     assert installed - pinned == {f"inferpool=={__version__}"}
     assert len(installed) > 10
+
+
+def test_the_image_has_neither_pip_nor_programs_that_gain_rights(image: str) -> None:
+    """No program is set-uid or set-gid, and nothing can install packages into the image."""
+    found = run_once(image, "find", "/", "-xdev", "-type", "f", "-perm", "/6000")
+    assert found == ""
+    found = run_once(
+        image,
+        "find",
+        "/",
+        "-xdev",
+        "(",
+        "-iname",
+        "pip",
+        "-o",
+        "-iname",
+        "pip-*",
+        "-o",
+        "-name",
+        "ensurepip",
+        ")",
+    )
+    assert found == ""
+
+
+def test_the_image_lists_its_packages(image: str) -> None:
+    """scripts/sbom writes a list with every Python distribution and every Debian package of the image."""
+    written = subprocess.run([ROOT / "scripts" / "sbom", image], capture_output=True, text=True, check=True)
+    sbom = json.loads(written.stdout)
+    assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.6")
+    listed = {
+        (part["name"].lower().replace("_", "-"), part["version"])
+        for part in sbom["components"]
+        if "version" in part
+    }
+    debian = run_once(image, "dpkg-query", "--show", "--showformat", "${Package} ${Version}\n").splitlines()
+    python = run_once(image, "/opt/inferpool/bin/python3", "-c", LIST_DISTRIBUTIONS).splitlines()
+    installed = {tuple(line.lower().replace("_", "-").split()) for line in python}
+    installed |= {tuple(line.split()) for line in debian}
+    assert len(installed) > 100
+    assert installed - listed == set()
+    names = [part["name"] for part in sbom["components"]]
+    assert "python" in names
+    assert "pip" not in names
+
+
+def test_the_labels_say_what_is_in_the_image(image: str) -> None:
+    """The labels of OCI name the version, the commit and the licence, whose text is in the image."""
+    text = images.podman("image", "inspect", "--format={{json .Config.Labels}}", image)
+    labels = {name.rpartition(".")[2]: value for name, value in json.loads(text).items()}
+    assert labels["version"] == __version__
+    assert labels["licenses"] == "Apache-2.0"
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["revision"])
+    licence = run_once(image, "cat", "/usr/share/doc/inferpool/LICENSE")
+    assert licence.strip() == (ROOT / "LICENSE").read_text().strip()
 
 
 def test_the_hot_path_of_the_image_is_compiled(image: str) -> None:

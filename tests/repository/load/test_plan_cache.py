@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from inferpool.backends.row_verdict import Evidence
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.row_cost import CostPoint, RowCost
 from inferpool.repository.load.declared_shapes import ShapeCorrections
+from inferpool.repository.load.load_files import LoadFiles
 from inferpool.repository.load.plan import Plan
 from inferpool.repository.load.plan_cache import PlanCache
 
@@ -52,3 +54,34 @@ def test_a_plan_that_was_found_is_passed_on_until_it_is_dropped(tmp_path: Path) 
     cache.drop(tmp_path / "plan.json")
     assert drops == [None]
     assert not cache.plans()
+
+
+def test_a_folder_that_is_only_read_has_plans_until_they_are_dropped(tmp_path: Path) -> None:
+    """The plans of an image serve a container with an empty cache; a wrong one does not come back."""
+    seeded, folder = tmp_path / "image", tmp_path / "cache"
+    target = folder / "plan.json"
+    PlanCache(seeded).keep(seeded / "plan.json", PLAN)
+    cache = PlanCache(folder, seeded)
+    assert cache.find(target) == PLAN
+    cache.drop(target)
+    assert cache.find(target) is None
+    # An engine that is started later knows of it.
+    assert PlanCache(folder, seeded, plans=cache.plans()).find(target) is None
+    assert (seeded / "plan.json").exists()
+    newer = replace(PLAN, max_rows=4)
+    PlanCache(folder, seeded).keep(target, newer)
+    assert PlanCache(folder, seeded).find(target) == newer
+
+
+def test_the_threads_of_a_model_are_guessed_before_it_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "m" / "1" / "model.onnx"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    files, cache = LoadFiles(file, None, trusted=False), PlanCache(tmp_path / "cache")
+    assert cache.guess_threads(files, 4) == 1
+    cache.keep_threads(files, 4, 3)
+    assert PlanCache(tmp_path / "cache").guess_threads(files, 4) == 3
+    assert PlanCache(tmp_path / "cache").guess_threads(files, 2) == 1
+    assert PlanCache(tmp_path / "cache", remeasure=True).guess_threads(files, 4) == 1
+    file.write_bytes(b"another")
+    assert PlanCache(tmp_path / "cache").guess_threads(files, 4) == 1

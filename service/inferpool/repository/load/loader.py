@@ -148,7 +148,13 @@ class Loader:
         self._metrics = metrics
         self._clock = clock
         self._driver = driver or cuda_driver()
-        self._cache = PlanCache(settings.cache_dir, remeasure=remeasure, plans=plans, on_drop=on_drop)
+        self._cache = PlanCache(
+            settings.cache_dir,
+            settings.plans_dir,
+            remeasure=remeasure,
+            plans=plans,
+            on_drop=on_drop,
+        )
         self._watcher = RunWatcher(clock, settings.run_timeout_s, on_hung)
         self._accounts = DeviceAccounts()
         self._cores = settings.threads or usable_cores()
@@ -225,6 +231,9 @@ class Loader:
         if self._device is not None:
             devices = (self._device,)
         options = self._options(source, devices[0])
+        # Beside other versions the first copy is loaded at a low priority, which its threads would keep.
+        if options.device == CPU and not beside and not source.remeasure:
+            options = replace(options, threads=self._cache.guess_threads(source.files, self._cores))
         enter(LOAD)
         copies, model, unfit = work(partial(self._first_copy, source, options))
         try:
@@ -244,13 +253,23 @@ class Loader:
                 rows.insert(0, text.made_up_rows(text.unit))
             files = [folder / "samples" / sample.name for sample in samples] if folder is not None else []
             content = _Content(text, image, rows, files)
-            plan, plan_file = work(partial(self._plan, source, model, options, content, enter))
+            constraints = self._constraints(config, model, options, content)
+            plan_file = work(partial(self._locate_plan, source, constraints, options, content))
+            plan = None if source.remeasure else self._cache.find(plan_file)
+            if plan is None:
+                if options.threads != 1:
+                    options = replace(options, threads=1)
+                    copies.drop(model)
+                    model = work(partial(copies.load, options))
+                plan = work(partial(self._make_plan, source, model, options, constraints, content, enter))
+                self._cache.keep(plan_file, plan)
             enter(WARM)
             padding = make_padding(text, model, batched=plan.batched) if text is not None else None
             if options.device == CPU:
-                if plan.threads != 1:
+                if plan.threads != options.threads:
                     copies.drop(model)
                     model = _load_last(copies, replace(options, threads=plan.threads), backend, beside=beside)
+                    self._cache.keep_threads(source.files, self._cores, plan.threads)
                 copies.share(model, plan.instances)
             else:
                 padding = self._prepare_gpus(copies, model, source, devices, options, plan, content, padding)
@@ -412,17 +431,10 @@ class Loader:
             sha256=frozenset(digest.lower() for digest in config.sha256 or ()),
         )
 
-    def _plan(
-        self,
-        source: _Source,
-        model: LoadedModel,
-        options: LoadOptions,
-        content: _Content,
-        enter: Callable[[Phase], None],
-    ) -> tuple[Plan, Path | None]:
-        """The plan that was kept for this model on this machine, or a new one, and where it is kept."""
-        config, text = source.config, content.text
-        constraints = PlanConstraints(
+    def _constraints(
+        self, config: ModelConfig, model: LoadedModel, options: LoadOptions, content: _Content
+    ) -> PlanConstraints:
+        return PlanConstraints(
             cores=self._cores,
             budget_s=self._settings.measure_ms / 1000,
             batching=config.batching.enabled,
@@ -430,17 +442,31 @@ class Loader:
             instances=config.instances.count,
             threads=config.instances.threads,
             gpu=options.device != CPU,
-            weighed=text is None,
+            weighed=content.text is None,
         )
+
+    def _locate_plan(
+        self, source: _Source, constraints: PlanConstraints, options: LoadOptions, content: _Content
+    ) -> Path | None:
+        """Where the plan for this model on this machine is kept; see `PlanCache.locate`."""
+        config, text = source.config, content.text
         described: tuple[object, ...] = (*config.inputs, *config.outputs)
         if text is not None:
             described = (*described, text.fills, config.text, text.vocabulary_size)
         # A plan depends on what model.toml says of the tensors.
         runtime = " ".join((source.backend.describe(), *map(repr, described), *self._measured_on(options)))
-        plan_file = self._cache.locate(source.files, content.samples, constraints, runtime)
-        known = None if source.remeasure else self._cache.find(plan_file)
-        if known is not None:
-            return known, plan_file
+        return self._cache.locate(source.files, content.samples, constraints, runtime)
+
+    def _make_plan(
+        self,
+        source: _Source,
+        model: LoadedModel,
+        options: LoadOptions,
+        constraints: PlanConstraints,
+        content: _Content,
+        enter: Callable[[Phase], None],
+    ) -> Plan:
+        """Measure `model`, which has one thread a run, and copies of it."""
 
         def load(threads: int) -> LoadedModel:
             return source.backend.load(source.file, replace(options, threads=threads))
@@ -451,8 +477,7 @@ class Loader:
         plan = Planner(load, constraints, self._clock, prepare, enter).make(model, content.rows, graph)
         if options.device == CPU and constraints.budget_s:
             plan = replace(plan, waited=wait.share())
-        self._cache.keep(plan_file, plan)
-        return plan, plan_file
+        return plan
 
     def _measured_on(self, options: LoadOptions) -> list[str]:
         """The facts about a GPU that measurements and engines depend on; none on the CPU."""

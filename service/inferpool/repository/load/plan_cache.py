@@ -29,8 +29,14 @@ log = logging.getLogger(__name__)
 _MOST_BYTES: Final = 16 * 2**20
 """Bytes of a kept plan; the shapes of a model with many outputs take most of them."""
 
+_END_BYTES: Final = 64 * 1024
+"""Bytes at each end of a model file by which the number of threads is guessed."""
+
 _NOWHERE: Final = Path(os.devnull)
 """The folder of a user without a home: no file can be made in it, and plans are kept in memory only."""
+
+_DROPPED: Final = ""
+"""In place of a plan that was wrong, so that a folder that is only read does not bring it back."""
 
 _FORMAT = "4"
 """Raised whenever plans are made by other rules, so that no plan made by the old ones is found."""
@@ -42,6 +48,7 @@ class PlanCache:
     def __init__(
         self,
         folder: Path | None = None,
+        read_only: Path | None = None,
         *,
         remeasure: bool = False,
         plans: Mapping[str, str] | None = None,
@@ -49,10 +56,12 @@ class PlanCache:
     ) -> None:
         """Keep plans in `folder`, or in the user's cache folder, and in memory.
 
+        `read_only` is a folder with plans of other starts; the plans in `folder` are newer.
         `remeasure` ignores the plans that are kept. `plans` are those that another process has measured, as
         `plans` returned them. `on_drop` is called when a plan has turned out to be wrong.
         """
         self._folder = folder
+        self._read_only = read_only
         self._remeasure = remeasure
         self._plans = dict(plans or {})
         self._on_drop = on_drop
@@ -79,7 +88,7 @@ class PlanCache:
         if self._remeasure or target is None:
             return None
         try:
-            text = self._plans.get(target.name) or _read(target)
+            text = self._read(target)
             table = json.loads(text)
             measured = tuple(Measurement(*line) for line in table.pop("table"))
             fault = table.pop("fault")
@@ -105,28 +114,71 @@ class PlanCache:
 
     def keep(self, target: Path | None, plan: Plan) -> None:
         """Keep `plan` in `target`. If that fails (a read-only file system), the next start measures again."""
-        if target is None:
-            return
-        self._plans[target.name] = json.dumps(asdict(plan))
-        text = self._plans[target.name].encode()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = target.with_suffix(f".{os.getpid()}.part")
-            unfinished.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-            unfinished.replace(target)
-        except (OSError, RuntimeError, ValueError) as error:
-            log.info("measurements are not kept: %s", error)
+        if target is not None:
+            self._write(target, json.dumps(asdict(plan)))
 
     def drop(self, target: Path | None) -> None:
         """Forget the plan in `target`, which has turned out to be wrong: the next start makes it again."""
         if target is None:
             return
-        self._plans.pop(target.name, None)
+        if self._read_only is None:
+            self._plans.pop(target.name, None)
+        else:
+            self._plans[target.name] = _DROPPED
         self._on_drop()
         try:
             target.unlink(missing_ok=True)
         except OSError as error:
             log.warning("the kept measurement in %s is wrong, and cannot be removed: %s", target, error)
+
+    def guess_threads(self, files: LoadFiles, cores: int) -> int:
+        """The threads of the plan that is likely to be found once the model is loaded; 1 if nothing is known.
+
+        Only then is the file of the plan known. A wrong guess costs a second load.
+        """
+        target = self._guess_file(files, cores)
+        try:
+            return 1 if target is None or self._remeasure else max(1, int(self._read(target)))
+        except (OSError, ValueError):
+            return 1
+
+    def keep_threads(self, files: LoadFiles, cores: int, threads: int) -> None:
+        """Keep what `guess_threads` returns at the next start."""
+        target = self._guess_file(files, cores)
+        if target is not None:
+            self._write(target, str(threads))
+
+    def _guess_file(self, files: LoadFiles, cores: int) -> Path | None:
+        try:
+            ends = _ends(files.file)
+            digest = hashlib.sha256(f"{_machine()}\n{cores}\n".encode() + ends).hexdigest()
+            return cache_folder(self._folder) / f"{_model_name(files)}-{digest[:24]}.threads"
+        except (OSError, RuntimeError):
+            return None
+
+    def _write(self, target: Path, text: str) -> None:
+        """Write a text to be kept, with its digest. If that fails, it is kept in memory alone."""
+        self._plans[target.name] = text
+        encoded = text.encode()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = target.with_suffix(f".{os.getpid()}.part")
+            unfinished.write_bytes(hashlib.sha256(encoded).hexdigest().encode() + b"\n" + encoded)
+            unfinished.replace(target)
+        except (OSError, RuntimeError, ValueError) as error:
+            log.info("measurements are not kept: %s", error)
+
+    def _read(self, target: Path) -> str:
+        """The JSON of the plan for `target`; raises OSError, and ValueError if it is damaged."""
+        text = self._plans.get(target.name)
+        if text:
+            return text
+        try:
+            return _read(target)
+        except (FileNotFoundError, NotADirectoryError):
+            if self._read_only is None or text == _DROPPED:
+                raise
+            return _read(self._read_only / target.name)
 
     def beside(self, files: LoadFiles) -> Path | None:
         """The folder for what a backend derives from a model; None if the user has no cache folder."""
@@ -170,6 +222,15 @@ def _read(target: Path) -> str:
     if digest.decode("ascii") != hashlib.sha256(text).hexdigest():
         raise ValueError("it is damaged")
     return text.decode()
+
+
+def _ends(file: Path) -> bytes:
+    """The size of a file, and its first and last bytes: enough to guess which model it is."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        first = stream.read(_END_BYTES)
+        stream.seek(max(0, size - _END_BYTES))
+        return b"%d\n%b%b" % (size, first, stream.read(_END_BYTES))
 
 
 def _row_cost(kept: dict[str, Any] | None) -> RowCost | None:
