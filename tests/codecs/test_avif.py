@@ -100,7 +100,7 @@ def test_pixels_outside_the_file_are_malformed() -> None:
         open_avif(data[: at + 8] + b"\xff\xff\xff\0" + data[at + 12 :])
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(60))
 def test_damage_is_one_of_three_errors(seed: int) -> None:
     source = np.random.default_rng(seed)
     data = bytearray(avif(9, 9, 4, orientation=7))

@@ -18,7 +18,7 @@ from inferpool.http.predict.picture_urls import PictureUrls
 
 from tests.certificates import Authority
 from tests.conftest import Serve
-from tests.server import Server
+from tests.server import Server, wait_until
 
 PICTURE = Path("models/digits/samples/7.png")
 
@@ -286,8 +286,7 @@ def test_a_slow_host_keeps_no_other_request_waiting(server: Server, origin: str)
     waiting = [threading.Thread(target=ask) for _ in range(4)]
     for thread in waiting:
         thread.start()
-    while len(Host.asked) < 4:
-        time.sleep(0.01)
+    wait_until(lambda: len(Host.asked) == 4, "the host is asked four times")
     assert server.post("/predict/digits", json={"inputs": f"{origin}/7.png"}).status_code == 200
     late = server.post("/predict/digits", json={"inputs": f"{origin}/slow", "parameters": {"timeout_ms": 50}})
     assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
