@@ -221,11 +221,11 @@ class VersionCache:
         Nothing is kept when a key comes for the first time, unless `again` says that it came several times.
         """
         number = hash(key)  # `bytes` keep theirs
-        place = number & (_MOST_SEEN - 1)
-        if again or self._seen[place] == number:
+        index = number & (_MOST_SEEN - 1)
+        if again or self._seen[index] == number:
             self._cache.keep(self, shelf, key, outputs)
             return
-        self._seen[place] = number
+        self._seen[index] = number
 
 
 class ResponseCache:
