@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -52,8 +53,20 @@ Coverage adds a third to the CPU time of a server's start.
 
 
 def pytest_configure() -> None:
-    """Let servers know SIGHUP, even if `nohup` started the run and has all its children ignore it."""
+    """Let servers know SIGHUP, even if `nohup` started the run and has all its children ignore it.
+
+    The garbage collector rests until all tests are found: it would traverse thousands of them, and their
+    modules, again and again.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out whatever stays until the end of the run."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,16 @@
 """`python -m inferpool` is the `inferpool` command."""
 
-from inferpool.cli import main
+from __future__ import annotations
+
+from inferpool.system.imports import no_collections
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    with no_collections():
+        from inferpool import cli
+    return cli.main()
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

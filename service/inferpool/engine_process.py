@@ -237,7 +237,3 @@ def main() -> int:
     # The usual exit destroys what a thread that loads or runs still uses, and a native library then aborts.
     logging.shutdown()
     os._exit(status)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

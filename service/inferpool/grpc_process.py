@@ -155,7 +155,3 @@ def main() -> int:
         control.send("refused", {"reason": error.detail})
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -25,6 +25,7 @@ from inferpool.repository.trust.digital_signature import check_signers
 from inferpool.settings import Settings, service_links, with_memory
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, cuda_driver
+from inferpool.system.imports import no_collections
 from inferpool.system.install_hints import install_command
 from inferpool.system.listeners import address_of, listen, listen_unix, remove_socket_file, socket_file
 
@@ -88,7 +89,8 @@ def serve(repository: Path | StoreReference, settings: Settings, reason: Reason 
             name = repository.text if isinstance(repository, StoreReference) else str(repository)
             if settings.engine == "process":
                 _supervise(listener, name, settings)
-            from inferpool import app
+            with no_collections():
+                from inferpool import app
 
             status, is_busy = app.serve(listener, name, settings, log_lines)
             report_stopped(status)

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final
 
+import inferpool.http.framework  # noqa: F401
 from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.client import EngineClient
 from inferpool.engine.client_router import ClientRouter
@@ -326,7 +327,3 @@ def main() -> int:
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)
     return server.exit_status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -20,6 +20,7 @@ from inferpool.engine.control import ControlSocket, control_pair
 
 SUPERVISED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that only the supervisor answers. A terminal or a service manager sends them to all processes."""
+RUNNER: Final = "inferpool.child_process"
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 
@@ -54,7 +55,7 @@ class Child(NamedTuple):
 
 
 def spawn(module: str, oom_score: int) -> Child:
-    """Start `python -m module` with a control socket.
+    """Start a process that runs `main` of `module`, with a control socket.
 
     If memory runs out, the kernel ends processes with a larger `oom_score` (0 to 1000) first. The parent sets
     the score: until a child did, the kernel would end others for the memory that the child's start takes.
@@ -67,6 +68,7 @@ def spawn(module: str, oom_score: int) -> Child:
             sys.executable,
             *_interpreter_flags(),
             "-m",
+            RUNNER,
             module,
             str(theirs.fileno()),
             str(os.getpid()),

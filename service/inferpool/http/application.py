@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
@@ -41,6 +42,7 @@ from inferpool.http.asgi import (
 )
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
+from inferpool.http.deferred_route import DeferredRoute
 from inferpool.http.explain.routes import ExplanationLimits, add_explain
 from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
@@ -126,8 +128,13 @@ class Application(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document of the whole API, with the models that are ready now."""
-        # FastAPI caches its own document, which is slow to make and does not change.
-        document = complete(super().openapi(), self.catalog)
+        # FastAPI's own document is slow to make and does not change.
+        if self.openapi_schema is None:
+            routes = [route.api_route() for route in self.routes if isinstance(route, DeferredRoute)]
+            self.openapi_schema = get_openapi(
+                title=self.title, version=self.version, description=self.description, routes=routes
+            )
+        document = complete(self.openapi_schema, self.catalog)
         if self.shared.root_path:
             document["servers"] = [{"url": self.shared.root_path.decode()}]
         gate = self.shared.gate
@@ -156,6 +163,7 @@ def make_application(
         redoc_url=None,
         responses={},
     )
+    app.router.route_class = DeferredRoute  # type: ignore[assignment]
     app.predictor = shared.predictor
     app.shared = shared
     app.read_batcher = read_batcher

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from inferpool.errors import InvalidInput
+from inferpool.http.body_model import BodyModel
 
 USUAL_PASSES: Final = 1100
 """Enough for the exact values of ten features, which have 1022 coalitions."""
 AUTO: Final = "auto"
 
 
-class ExplainQuery(BaseModel):
+class ExplainQuery(BodyModel):
     """What is explained, and how."""
 
     model_config = ConfigDict(extra="forbid")

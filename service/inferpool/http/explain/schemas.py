@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
+
+from inferpool.http.body_model import BodyModel
 
 
-class Additivity(BaseModel):
+class Additivity(BodyModel):
     """Whether `base` and the contributions add up to `value`, within 1 % of it."""
 
     sum: float
@@ -15,7 +17,7 @@ class Additivity(BaseModel):
     holds: bool
 
 
-class HeatMap(BaseModel):
+class HeatMap(BodyModel):
     """What the patches of a picture contribute, row by row; `patch` is the side of a patch in pixels."""
 
     height: int
@@ -25,7 +27,7 @@ class HeatMap(BaseModel):
     standard_errors: list[list[float | None]]
 
 
-class Contribution(BaseModel):
+class Contribution(BodyModel):
     """What a column, a word or a token contributes.
 
     A column has `input`, the `index` in the row of this input if it has several values, and the name of its
@@ -44,7 +46,7 @@ class Contribution(BaseModel):
     standard_error: float | None = Field(description="Of the sampling; null if it is not known.")
 
 
-class ExplanationOut(BaseModel):
+class ExplanationOut(BodyModel):
     """The explanation of a row: how `base`, the number with the baseline, becomes `value`, its own."""
 
     output: str
@@ -64,7 +66,7 @@ class ExplanationOut(BaseModel):
     heat_map: HeatMap | None = None
 
 
-class ExplanationsOut(BaseModel):
+class ExplanationsOut(BodyModel):
     """The explanations of all rows of a request."""
 
     model: str

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from inferpool.http.access.audit import audited
+from inferpool.http.body_model import BodyModel
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.openapi_parts import error_responses
 from inferpool.repository.admin import Admin, job_not_found
@@ -18,7 +19,7 @@ from inferpool.repository.catalog import Catalog, find_model
 from inferpool.repository.jobs import Job
 
 
-class _Body(BaseModel):
+class _Body(BodyModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -56,7 +57,7 @@ class LabelBody(_Body):
     version: int = Field(ge=1)
 
 
-class JobOut(BaseModel):
+class JobOut(BodyModel):
     """A load or an unload. `share` is what is done of it, `seconds_left` by what the last load took.
 
     `source` is where the version comes from, if that is not the models folder; `versions` is empty until it
@@ -77,13 +78,13 @@ class JobOut(BaseModel):
     ended: datetime | None
 
 
-class JobsOut(BaseModel):
+class JobsOut(BodyModel):
     """All jobs that run, and the last ones that have ended, oldest first."""
 
     jobs: list[JobOut]
 
 
-class LabelOut(BaseModel):
+class LabelOut(BodyModel):
     """What a label names; `kept` tells whether a restart of the server keeps that."""
 
     model: str
@@ -92,7 +93,7 @@ class LabelOut(BaseModel):
     kept: bool
 
 
-class RollbackOut(BaseModel):
+class RollbackOut(BodyModel):
     """The version that answers again."""
 
     model: str

@@ -28,7 +28,7 @@ MOST_BYTES: Final = 256 * 1024
 T = TypeVar("T")
 
 
-class SampleQuery(BaseModel):
+class SampleQuery(BodyModel):
     """Which samples are meant: those for which everything that is given holds."""
 
     model_config = ConfigDict(extra="forbid")
@@ -55,14 +55,14 @@ class ListQuery(SampleQuery):
     rows: bool = Field(False, description="Whether to send what was kept, and not only about it.")
 
 
-class FieldOut(BaseModel):
+class FieldOut(BodyModel):
     """A field that was kept, one value or list a row."""
 
     name: str
     values: list[Any]
 
 
-class KeptSampleOut(BaseModel):
+class KeptSampleOut(BodyModel):
     """A sample. `id`, `tenant` and fields are null if the key that encrypted it is gone.
 
     `created` is in seconds since 1970. `inputs` and `outputs` are null unless `rows` is asked for.
@@ -81,7 +81,7 @@ class KeptSampleOut(BaseModel):
     outputs: list[FieldOut] | None
 
 
-class KeptSamplesOut(BaseModel):
+class KeptSamplesOut(BodyModel):
     """Some samples, oldest first; `next` is where the next answer begins, null at the end."""
 
     samples: list[KeptSampleOut]
@@ -90,7 +90,7 @@ class KeptSamplesOut(BaseModel):
     next: int | None
 
 
-class DeletedOut(BaseModel):
+class DeletedOut(BodyModel):
     """How many samples were deleted."""
 
     deleted: int

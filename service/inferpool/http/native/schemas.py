@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel
 
+from inferpool.http.body_model import BodyModel
 from inferpool.http.native.bodies import media_types
 from inferpool.http.native.traffic_schemas import TrafficOut, traffic_out
 from inferpool.observe.metrics import Metrics
@@ -21,7 +21,7 @@ _MOST_NAMES: Final = 100
 """Names of classes that a response has; a model may have many thousands."""
 
 
-class Tensor(BaseModel):
+class Tensor(BodyModel):
     """An input or output: -1 is a dimension of any size, a shape of null is of any rank."""
 
     name: str
@@ -30,7 +30,7 @@ class Tensor(BaseModel):
     optional: bool = False
 
 
-class Batching(BaseModel):
+class Batching(BodyModel):
     """Whether rows of several requests run together, and the reason.
 
     `evidence` tells whether reading the graph or running the model has shown that they may.
@@ -43,7 +43,7 @@ class Batching(BaseModel):
     max_delay_ms: float
 
 
-class InstanceOut(BaseModel):
+class InstanceOut(BodyModel):
     """One loaded copy with its own thread.
 
     It is `lost` if its thread has ended, `hung` if its run does not stop, and `not_answering` if its engine
@@ -54,7 +54,7 @@ class InstanceOut(BaseModel):
     state: Literal["ready", "lost", "hung", "not_answering"]
 
 
-class EngineOut(BaseModel):
+class EngineOut(BodyModel):
     """The process that runs a version, and how many processes it has replaced since the server started."""
 
     name: str
@@ -62,7 +62,7 @@ class EngineOut(BaseModel):
     restarts: int
 
 
-class Latency(BaseModel):
+class Latency(BodyModel):
     """The measured latency of batches with about this many rows.
 
     A row that is smaller than those that were measured at load counts as less than one.
@@ -73,7 +73,7 @@ class Latency(BaseModel):
     runs: int
 
 
-class Cost(BaseModel):
+class Cost(BodyModel):
     """The cost of a row of so many elements: alone, and in rows of the size that `latency` counts.
 
     `compute_ms` is null if nothing was measured: the cost then grows like the elements.
@@ -84,7 +84,7 @@ class Cost(BaseModel):
     rows: float
 
 
-class Rounding(BaseModel):
+class Rounding(BodyModel):
     """The largest differences of the outputs from those in FP32, over this many rows."""
 
     absolute: float
@@ -93,7 +93,7 @@ class Rounding(BaseModel):
     rows: int
 
 
-class Gpu(BaseModel):
+class Gpu(BodyModel):
     """How a version runs on GPUs: its nodes on the CPU, and the sizes to which batches are padded."""
 
     cpu_nodes: dict[str, int]
@@ -106,7 +106,7 @@ class Gpu(BaseModel):
     tensorrt: str | None
 
 
-class Version(BaseModel):
+class Version(BodyModel):
     """A version of a model; `gpu` is null on the CPU, `engine` if the server itself runs the model.
 
     `engines` are all processes that run it: one for each device of its instances, or several.
@@ -140,7 +140,7 @@ class Version(BaseModel):
     media_types: list[str]
 
 
-class FieldDriftOut(BaseModel):
+class FieldDriftOut(BodyModel):
     """How far a field of the requests is from the version's profile; `ks` is null for categories.
 
     `rows` is about how many rows were counted.
@@ -153,7 +153,7 @@ class FieldDriftOut(BaseModel):
     js: float
 
 
-class DriftOut(BaseModel):
+class DriftOut(BodyModel):
     """The drift of the last window: its length and end, and the fields with enough rows, farthest first.
 
     `epsilon` is that of the noise in the counts of each field. `ended` is null before the first window.
@@ -179,7 +179,7 @@ class VersionDetail(Version):
     sampled: float
 
 
-class Model(BaseModel):
+class Model(BodyModel):
     """A model and its versions; `default` answers requests that name no version, unless a canary does."""
 
     name: str
@@ -196,26 +196,26 @@ class ModelDetail(Model):
     versions: list[VersionDetail]  # type: ignore[assignment]
 
 
-class SampleOut(BaseModel):
+class SampleOut(BodyModel):
     """A golden sample: the name of its file, and inputs as a request has them."""
 
     name: str
     inputs: Any
 
 
-class SamplesOut(BaseModel):
+class SamplesOut(BodyModel):
     """The golden samples of a version that are small enough to be shown."""
 
     samples: list[SampleOut]
 
 
-class Models(BaseModel):
+class Models(BodyModel):
     """Every model in the repository."""
 
     models: list[Model]
 
 
-class HealthOut(BaseModel):
+class HealthOut(BodyModel):
     """The health of the server; the keys of `problems` are `model/version`."""
 
     status: Literal["ok", "degraded", "loading", "draining", "unavailable"]
@@ -223,19 +223,19 @@ class HealthOut(BaseModel):
     problems: dict[str, str]
 
 
-class LiveOut(BaseModel):
+class LiveOut(BodyModel):
     """Whether the process answers: it does if this arrives."""
 
     live: bool = True
 
 
-class ReadyOut(BaseModel):
+class ReadyOut(BodyModel):
     """Whether every required model can answer."""
 
     ready: bool
 
 
-class Problem(BaseModel):
+class Problem(BodyModel):
     """An error (RFC 9457). Clients match `code`, which is stable; further members give details."""
 
     type: str

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel
-
 from inferpool import __version__
+from inferpool.http.body_model import BodyModel
 from inferpool.http.native.schemas import (
     HealthOut,
     Latency,
@@ -24,7 +23,7 @@ Numbers = Mapping[str, Mapping[Labels, float]]
 Histograms = Mapping[str, Mapping[Labels, list[float]]]
 
 
-class HistogramOut(BaseModel):
+class HistogramOut(BodyModel):
     """Durations in seconds: how many were at most each of `bounds`, but not of the one before.
 
     `counts` has one number more than `bounds`, for those above all bounds.
@@ -35,7 +34,7 @@ class HistogramOut(BaseModel):
     sum: float
 
 
-class BatchesOut(BaseModel):
+class BatchesOut(BodyModel):
     """Batches of exactly `rows` rows: how many ran, and for how long in total."""
 
     rows: int
@@ -43,7 +42,7 @@ class BatchesOut(BaseModel):
     compute_ms: float
 
 
-class FiguresOut(BaseModel):
+class FiguresOut(BodyModel):
     """What was counted of a version since the server started, and what waits now.
 
     `requests` is by HTTP status, `dropped` by reason, and `reasons` counts batches by why they were no
@@ -77,7 +76,7 @@ class ModelStatus(Model):
     versions: list[VersionStatus]  # type: ignore[assignment]
 
 
-class CardOut(BaseModel):
+class CardOut(BodyModel):
     """A GPU; a figure is null if its driver does not tell it."""
 
     device: str
@@ -88,7 +87,7 @@ class CardOut(BaseModel):
     power_watts: float | None
 
 
-class ServerOut(BaseModel):
+class ServerOut(BodyModel):
     """The figures of the server itself.
 
     `refused_keys` and `refused_connections` are by reason. `memory_held` is a share of the limit in whole
@@ -105,7 +104,7 @@ class ServerOut(BaseModel):
     cards: list[CardOut]
 
 
-class StatusOut(BaseModel):
+class StatusOut(BodyModel):
     """The health of the server, its models, and the figures of all its processes."""
 
     server: ServerOut

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from inferpool.http.body_model import BodyModel
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.catalog import ModelView
 from inferpool.repository.rollout_policy import TrialCounts
@@ -13,7 +14,7 @@ from inferpool.repository.traffic import BY_REQUEST, Canary, Shadow
 from inferpool.repository.traffic_figures import shadow_figures, trial_counts
 
 
-class _Body(BaseModel):
+class _Body(BodyModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -48,7 +49,7 @@ class TrafficBody(_Body):
     shadow: ShadowBody | None = None
 
 
-class TrialOut(BaseModel):
+class TrialOut(BodyModel):
     """What one of the two versions has done: errors that clients cause are not counted.
 
     The times are those in the queue and in the model, without the client's connection.
@@ -61,7 +62,7 @@ class TrialOut(BaseModel):
     p99_ms: float | None
 
 
-class CanaryOut(BaseModel):
+class CanaryOut(BodyModel):
     """A canary, and how it compares with the stable version."""
 
     version: int
@@ -74,7 +75,7 @@ class CanaryOut(BaseModel):
     stable: TrialOut
 
 
-class OutputDifferenceOut(BaseModel):
+class OutputDifferenceOut(BodyModel):
     """How the numbers of an output differ from those that were sent.
 
     `non_finite` counts numbers of which one only is finite; the other figures are without them.
@@ -87,7 +88,7 @@ class OutputDifferenceOut(BaseModel):
     non_finite: int
 
 
-class ShadowOut(BaseModel):
+class ShadowOut(BodyModel):
     """A shadow, and how its answers compare with those that were sent.
 
     `unlike` counts answers with other outputs or shapes, `dropped` copies for which the server was too busy.
@@ -108,7 +109,7 @@ class ShadowOut(BaseModel):
     outputs: list[OutputDifferenceOut]
 
 
-class TrafficOut(BaseModel):
+class TrafficOut(BodyModel):
     """How the requests for a model are shared out: null for what there is not."""
 
     canary: CanaryOut | None

@@ -9,20 +9,20 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel
 
+from inferpool.http.body_model import BodyModel
 from inferpool.http.v1.api import MODELS
 from inferpool.repository.catalog import READY, Catalog, VersionView, find_model, find_ready
 
 
-class V1Error(BaseModel):
+class V1Error(BodyModel):
     """An error of `/v1`. Clients match `code`, which is stable."""
 
     error: str
     code: str
 
 
-class OpenAiModel(BaseModel):
+class OpenAiModel(BodyModel):
     """A model as OpenAI lists it. `created` is 0, because no file says when a model was made."""
 
     id: str
@@ -31,7 +31,7 @@ class OpenAiModel(BaseModel):
     owned_by: Literal["inferpool"] = "inferpool"
 
 
-class V1Models(BaseModel):
+class V1Models(BodyModel):
     """The names of the models, and the same as a list of OpenAI's."""
 
     models: list[str]
@@ -39,7 +39,7 @@ class V1Models(BaseModel):
     data: list[OpenAiModel]
 
 
-class V1Status(BaseModel):
+class V1Status(BodyModel):
     """The state of a version, in TensorFlow Serving's words."""
 
     version: str

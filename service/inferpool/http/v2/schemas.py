@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from inferpool import __version__
+from inferpool.http.body_model import BodyModel
 
 EXTENSIONS = (
     "binary_tensor_data",
@@ -24,28 +25,28 @@ EXTENSIONS = (
 """The extensions of Triton that `/v2` implements, by Triton's names."""
 
 
-class Error(BaseModel):
+class Error(BodyModel):
     """An error of `/v2`. Clients match `code`, which is stable."""
 
     error: str
     code: str
 
 
-class Server(BaseModel):
+class Server(BodyModel):
     """The server and the protocol extensions that it has."""
 
     name: str = "inferpool"
     version: str = __version__
-    extensions: list[str] = list(EXTENSIONS)
+    extensions: list[str] = Field(default=list(EXTENSIONS))
 
 
-class Live(BaseModel):
+class Live(BodyModel):
     """Whether the process answers: it does if this arrives."""
 
     live: bool = True
 
 
-class Ready(BaseModel):
+class Ready(BodyModel):
     """Whether every required model can answer; if not, `error` has the reason."""
 
     ready: bool
@@ -53,20 +54,20 @@ class Ready(BaseModel):
     code: str | None = None
 
 
-class ModelReady(BaseModel):
+class ModelReady(BodyModel):
     """Whether the model can answer; otherwise the response is an error."""
 
     name: str
     ready: bool = True
 
 
-class ModelNames(BaseModel):
+class ModelNames(BodyModel):
     """The names of the models in the repository."""
 
     models: list[str]
 
 
-class Metadata(BaseModel):
+class Metadata(BodyModel):
     """An input or output: -1 is a dimension of any size; the shape is `[-1]` if the rank is open."""
 
     name: str
@@ -74,7 +75,7 @@ class Metadata(BaseModel):
     shape: list[int]
 
 
-class ModelMetadata(BaseModel):
+class ModelMetadata(BodyModel):
     """The inputs and outputs of a model."""
 
     name: str
@@ -84,7 +85,7 @@ class ModelMetadata(BaseModel):
     outputs: list[Metadata]
 
 
-class ConfigInput(BaseModel):
+class ConfigInput(BodyModel):
     """An input; if requests are batched, `dims` leaves out the rows."""
 
     name: str
@@ -93,7 +94,7 @@ class ConfigInput(BaseModel):
     optional: bool
 
 
-class ConfigOutput(BaseModel):
+class ConfigOutput(BodyModel):
     """An output; if requests are batched, `dims` leaves out the rows."""
 
     name: str
@@ -101,7 +102,7 @@ class ConfigOutput(BaseModel):
     dims: list[int]
 
 
-class InstanceGroup(BaseModel):
+class InstanceGroup(BodyModel):
     """The instances on one device."""
 
     name: str
@@ -110,26 +111,26 @@ class InstanceGroup(BaseModel):
     gpus: list[int]
 
 
-class SpecificVersions(BaseModel):
+class SpecificVersions(BodyModel):
     """The versions that are served, by number."""
 
     versions: list[int]
 
 
-class VersionPolicy(BaseModel):
+class VersionPolicy(BodyModel):
     """Which versions are served."""
 
     specific: SpecificVersions
 
 
-class DynamicBatching(BaseModel):
+class DynamicBatching(BodyModel):
     """How rows of several requests are gathered; without preferred sizes all are equally good."""
 
     preferred_batch_size: list[int]
     max_queue_delay_microseconds: int
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(BodyModel):
     """A model's configuration in Triton's terms; `max_batch_size` 0 means that it is not batched."""
 
     name: str
@@ -143,14 +144,14 @@ class ModelConfig(BaseModel):
     dynamic_batching: DynamicBatching | None = None
 
 
-class Duration(BaseModel):
+class Duration(BodyModel):
     """A count and the total duration; both are 0 if the step is not measured."""
 
     count: int
     ns: int
 
 
-class InferenceStats(BaseModel):
+class InferenceStats(BodyModel):
     """Requests by outcome, and the phases of those that succeeded.
 
     `compute_input` is for reading and checking tensors, `compute_infer` for the runs of the batches, and
@@ -165,7 +166,7 @@ class InferenceStats(BaseModel):
     compute_output: Duration
 
 
-class BatchStats(BaseModel):
+class BatchStats(BodyModel):
     """Batches of one size; gathering and scattering are measured per request only."""
 
     batch_size: int
@@ -174,7 +175,7 @@ class BatchStats(BaseModel):
     compute_output: Duration
 
 
-class VersionStats(BaseModel):
+class VersionStats(BodyModel):
     """The statistics of a version since the server started.
 
     `last_inference` is in milliseconds since 1970, or 0 before the first; `inference_count` counts rows,
@@ -190,13 +191,13 @@ class VersionStats(BaseModel):
     batch_stats: list[BatchStats]
 
 
-class Statistics(BaseModel):
+class Statistics(BodyModel):
     """The statistics of several versions."""
 
     model_stats: list[VersionStats]
 
 
-class IndexEntry(BaseModel):
+class IndexEntry(BodyModel):
     """A version in the repository, with its state."""
 
     name: str
@@ -205,7 +206,7 @@ class IndexEntry(BaseModel):
     reason: str
 
 
-class IndexQuery(BaseModel):
+class IndexQuery(BodyModel):
     """Which versions to list."""
 
     ready: bool = Field(False, description="List only versions that can answer.")

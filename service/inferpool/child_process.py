@@ -1,0 +1,20 @@
+"""Runs a child of the supervisor: `python -m inferpool.child_process MODULE DESCRIPTOR PARENT`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from inferpool.system.imports import no_collections
+
+
+def main() -> int:
+    """Run `MODULE.main()`, which finds its own arguments behind the program's name."""
+    with no_collections():
+        module = importlib.import_module(sys.argv.pop(1))
+    status: int = module.main()
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
