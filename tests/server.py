@@ -27,17 +27,24 @@ PATCHES = ROOT / "tests" / "servers" / "site"
 START_S = 120
 """How long a server may take to start, and a condition to come true, on a busy machine."""
 POLL_S = 0.02
-"""Pause between two looks at a condition."""
+"""Pause between the first looks at a condition."""
+LONGEST_POLL_S = 0.1
+POLL_SHARE = 0.1
+"""Later looks pause for this share of what was waited; each look takes time that what is waited for needs."""
 COVERAGE_VARIABLES = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 """A Python process that starts with one of these variables measures its coverage."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
-    """Wait until `condition()` holds, looking every 20 ms; fails with `what` after `timeout_s` seconds."""
-    deadline = time.monotonic() + timeout_s
+    """Wait until `condition()` holds; fails with `what` after `timeout_s` seconds.
+
+    It is looked at every 20 ms in the beginning, and every 100 ms after a second.
+    """
+    began = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(POLL_S)
+        waited = time.monotonic() - began
+        assert waited < timeout_s, f"not within {timeout_s:g} s: {what}"
+        time.sleep(min(LONGEST_POLL_S, max(POLL_S, POLL_SHARE * waited)))
 
 
 def free_port() -> int:

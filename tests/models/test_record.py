@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.models import record
-from tests.models.record import CODE, MODELS, ROOT, digest, needs_to_run
+from tests.models.record import MODELS, ROOT, TEST_FILES, digest, needs_to_run
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +22,15 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
     shutil.copy(ROOT / ".gitignore", root)
     shutil.copy(ROOT / "README.md", root)
-    for folder in ("docs", "models", *CODE):
-        shutil.copytree(ROOT / folder, root / folder)
+    for folder in ("docs", "models", "tests/models", "tests/backends/torch", "service/inferpool"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return root
+
+
+@pytest.fixture(scope="module")
+def before(copy: Path) -> dict[str, str]:
+    """The digests of all models, of the copy as it is."""
+    return {model: digest(model, copy) for model in MODELS}
 
 
 @pytest.mark.parametrize(
@@ -33,22 +42,65 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "models/cifar10/README.md",
             "models/cifar10/model.toml",
         ),
-        *(
-            "tests/models/test_cifar10.py",
-            "tests/models/built.py",
-            "tests/backends/torch/test_aotinductor.py",
-        ),
+        *("tests/models/test_cifar10.py", "tests/models/built.py"),
         *("service/inferpool/backends/onnx/backend.py", "service/inferpool/codecs/image.py"),
         *("service/inferpool/release/build.py", "service/inferpool/repository/load/loader.py"),
     ],
 )
-def test_a_changed_file_is_noticed(copy: Path, file: str) -> None:
-    before = digest("cifar10", copy)
+def test_a_changed_file_is_noticed(copy: Path, before: dict[str, str], file: str) -> None:
+    with changed(copy, file):
+        assert digest("cifar10", copy) != before["cifar10"]
+    assert digest("cifar10", copy) == before["cifar10"]
+
+
+@pytest.mark.parametrize(
+    ("file", "models"),
+    [
+        ("tests/backends/torch/test_aotinductor.py", {"aotinductor"}),
+        ("tests/backends/torch/networks.py", {"aotinductor"}),
+        ("service/inferpool/backends/torch/backend.py", {"aotinductor"}),
+        ("tests/models/test_text.py", {"minilm", "news", "next-word", "sentiment"}),
+        ("models/minilm/build.py", {"minilm", "news"}),
+        ("service/inferpool/backends/onnx/gpu/fp16.py", set()),
+        ("service/inferpool/release/importers/scikit_learn.py", set()),
+        ("service/inferpool/codecs/text.py", set(MODELS)),
+    ],
+)
+def test_only_the_models_that_depend_on_a_file_change(
+    copy: Path, before: dict[str, str], file: str, models: set[str]
+) -> None:
+    with changed(copy, file):
+        assert {model for model in MODELS if digest(model, copy) != before[model]} == models
+
+
+@contextlib.contextmanager
+def changed(copy: Path, file: str) -> Iterator[None]:
+    """Let `file` have one more line within the block."""
     content = (copy / file).read_bytes()
     (copy / file).write_bytes(content + b"\n")
-    assert digest("cifar10", copy) != before
-    (copy / file).write_bytes(content)
-    assert digest("cifar10", copy) == before
+    try:
+        yield
+    finally:
+        (copy / file).write_bytes(content)
+
+
+def test_the_build_command_imports_no_other_module_of_its_folder() -> None:
+    """The digests have this one alone of the folder."""
+    code = (
+        "import sys, inferpool.release.build;"
+        " print(*[name for name in sys.modules if name.startswith('inferpool.release.')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["inferpool.release.build"]
+
+
+def test_the_tests_of_models_import_no_file_of_another_model() -> None:
+    """A digest has the file of its own model's tests, and of the others what several share."""
+    for file in {ROOT / name for name in TEST_FILES.values()}:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.startswith("tests.models.test_")], file
 
 
 def test_a_changed_example_of_the_documents_is_noticed(copy: Path) -> None:
