@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import inferpool.http.framework  # noqa: F401
+import inferpool.http.fastapi_import  # noqa: F401
 from inferpool.backends.registry import describe_backends
 from inferpool.http.access.trusted_proxies import make_proxies
 from inferpool.http.predict.memory_monitor import this_system

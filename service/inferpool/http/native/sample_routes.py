@@ -10,10 +10,11 @@ from typing import Annotated, Any, Final, TypeVar
 
 import orjson
 from fastapi import FastAPI, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from inferpool.errors import InternalError, InvalidInput, NotFound
 from inferpool.http.access.audit import audited
+from inferpool.http.body_model import BodyModel
 from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.openapi_parts import error_responses
