@@ -42,12 +42,12 @@ def test_while_one_of_two_engines_is_replaced_the_other_one_answers(
     server = serve(make_chaos("m", run_ms=2, gate=str(gate)), *ONE_WEB, "--engines-per-device", "2")
     assert sorted(engines(server, "m")) == ["cpu", "cpu-2"]
     assert len(version(server, "m")["instances"]) == 2
-    load = Load(server)
+    load = Load(server, clients=4)
 
     async def kill(engine: str) -> None:
         gate.unlink()
         os.mkfifo(gate)  # the successor cannot load until somebody opens this
-        await load.answered(50)
+        await load.answered(20)
         os.kill(engines(server, "m")[engine], signal.SIGKILL)
         problems = {"m/1": f"{engine}: its engine is being restarted"}
         await asyncio.to_thread(
@@ -55,7 +55,7 @@ def test_while_one_of_two_engines_is_replaced_the_other_one_answers(
         )
         assert server.get("/health").json()["status"] == "degraded"
         assert server.get("/health/ready").status_code == 200
-        await load.answered(50)
+        await load.answered(20)
         await asyncio.to_thread(chaos.open_gate, gate)
         await asyncio.to_thread(
             wait_until, lambda: server.get("/health").json()["status"] == "ok", "both engines are up"
