@@ -15,7 +15,7 @@ class DeferredRoute(Route):
     """Finds requests as FastAPI's route does; the first request, or the OpenAPI document, makes that route.
 
     FastAPI reads the annotations of an endpoint, and builds validators of its parameters and of its response.
-    For all routes together that takes a sixth of a server's start; few servers are asked for many of them.
+    For all routes together that takes a tenth of a server's start; few servers are asked for many of them.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
