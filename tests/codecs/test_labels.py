@@ -105,6 +105,19 @@ def test_pieces_of_json_are_those_of_the_predictions(
     assert written == orjson.dumps(made.predictions({"y": logits}))
 
 
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(2, 4), st.just(3)), elements=st.floats(width=32)),
+    st.sampled_from(["none", "softmax", "sigmoid"]),
+    st.sampled_from([None, 0.25]),
+)
+def test_a_row_alone_has_the_labels_that_it_has_among_others(
+    logits: Array, activation: str, threshold: float | None
+) -> None:
+    labels = codec(activation=activation, threshold=threshold, top_k=2)
+    together = labels.predictions({"y": logits})
+    assert together == [labels.predictions({"y": row[None]})[0] for row in logits]
+
+
 def test_rows_of_any_length_are_sorted_alike() -> None:
     rows = np.random.default_rng(0).integers(0, 40, (5, 300)).astype(np.float32)
     rows[:, 7] = np.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
@@ -36,7 +37,8 @@ _MOST_FILE_BYTES: Final = 64 * 2**20
 """Bytes of a file of names: a million names of 64 bytes."""
 _SORTED_COLUMNS: Final = 128
 """Rows of up to so many scores are sorted completely. In longer ones, finding the best first is faster."""
-
+_ACTIVATED: Final = (np.dtype(np.float32), np.dtype(np.float64))
+"""Scores of these types are activated as they are."""
 
 LABELS_FILE: Final = "labels.txt"
 """The usual file of the names, in the model's folder."""
@@ -104,7 +106,10 @@ class LabelsCodec:
         there is a threshold. Raises ModelFailed if the model has left the dimensions of the output open, and
         the output does not hold one score a label.
         """
-        order, best, wanted = self._best(self._checked(outputs))
+        logits = self._checked(outputs)
+        if len(logits) == 1 and logits.shape[1] <= _SORTED_COLUMNS:
+            return [self._of_row(self._activate(logits)[0])]
+        order, best, wanted = self._best(logits)
         finite = np.isfinite(best)
         return [
             [
@@ -113,6 +118,22 @@ class LabelsCodec:
                 if is_wanted
             ]
             for row in zip(order.tolist(), best.tolist(), finite.tolist(), wanted.tolist(), strict=True)
+        ]
+
+    def _of_row(self, scores: Array) -> list[Prediction]:
+        """Return the best labels of one row.
+
+        Most requests have one row, of which numpy would take longer to call than to work.
+        """
+        # The sort is stable, and puts NaN last.
+        order = np.negative(scores).argsort(kind="stable")[: self._count].tolist()
+        values = scores.tolist()
+        names, threshold = self.names, self._threshold
+        return [
+            {"label": names[index], "score": score if math.isfinite(score) else None}
+            for index in order
+            for score in (values[index],)
+            if threshold is None or score >= threshold
         ]
 
     def write_predictions(self, outputs: Tensors) -> Iterator[bytes]:
@@ -186,7 +207,9 @@ class LabelsCodec:
 
 def activate(logits: Array, activation: str) -> Array:
     """Turn `logits`, [rows, labels], into scores in FP32 or FP64, as `labels.activation` says."""
-    scores = logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
+    scores = logits
+    if logits.dtype not in _ACTIVATED:
+        scores = logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
     if activation == "none":
         return scores
     # Scores that are not finite are answered as such, so numpy need not warn.
@@ -275,9 +298,10 @@ def _best(scores: Array, count: int) -> Array:
 
 def _softmax(logits: Array) -> Array:
     """Return the softmax of each row, after subtracting its maximum, so that nothing overflows."""
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores: Array = raised / raised.sum(axis=1, keepdims=True)
-    return scores
+    # Not the methods of arrays, which call these by way of Python.
+    raised: Array = np.exp(logits - np.maximum.reduce(logits, axis=1, keepdims=True))
+    raised /= np.add.reduce(raised, axis=1, keepdims=True)
+    return raised
 
 
 def _sigmoid(logits: Array) -> Array:
