@@ -11,7 +11,7 @@ from inferpool.import_command.comparison import compare_answers
 from inferpool.import_command.conversion_run import Converted
 from inferpool.import_command.example import read_example
 from inferpool.import_command.frameworks import BY_SUFFIX, SCRIPTS, recognise_source
-from inferpool.import_command.model_folder import make_sample, write_model
+from inferpool.import_command.imported_model import make_sample, write_model
 from inferpool.release import importers
 from inferpool.release.build import missing_packages
 
@@ -99,9 +99,9 @@ def test_a_sample_has_null_for_what_is_missing_and_fewer_rows_if_they_are_large(
     assert sample == (
         b'{"inputs":{"a":[[0.1],[null],[3.0]],"b":["x","","y"]},"outputs":{"y":[1,2,3]},"tolerance":0.5}\n'
     )
-    monkeypatch.setattr("inferpool.import_command.model_folder.MOST_SAMPLE_BYTES", len(sample) - 1)
+    monkeypatch.setattr("inferpool.import_command.imported_model.MOST_SAMPLE_BYTES", len(sample) - 1)
     assert b'"y":[1,2]}' in make_sample(inputs, {"y": np.array([1, 2, 3, 4])}, 0.5)
-    monkeypatch.setattr("inferpool.import_command.model_folder.MOST_SAMPLE_BYTES", 9)
+    monkeypatch.setattr("inferpool.import_command.imported_model.MOST_SAMPLE_BYTES", 9)
     with pytest.raises(InvalidInput, match="too large"):
         make_sample(inputs, {"y": np.array([1, 2, 3, 4])}, 0.5)
 

@@ -93,7 +93,7 @@ def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str,
     from inferpool.import_command.comparison import compare_answers
     from inferpool.import_command.conversion_run import run_conversion
     from inferpool.import_command.example import read_example
-    from inferpool.import_command.model_folder import add_version, write_model, write_sample
+    from inferpool.import_command.imported_model import add_version, write_model, write_sample
 
     example = read_example(chosen["example"])
     options = [] if weights is None else ["--weights", str(weights.absolute())]
