@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import resource
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inferpool.engine.arena import ALIGNMENT, Arena, ArenaView, make_arena
+from inferpool.engine.event_loop import Loop
 from inferpool.errors import Overloaded
 
 MIB = 1024 * 1024
@@ -58,6 +62,7 @@ def test_blocks_never_overlap_and_all_memory_comes_back(steps: list[int]) -> Non
         elif blocks:
             arena.free(*blocks.pop((-step - 1) % len(blocks)))
         assert arena.used == sum(arena.block_size(size) for _, size in blocks)
+        assert 0 <= arena.unused <= arena.size - arena.used
     for block in blocks:
         arena.free(*block)
     assert arena.used == 0
@@ -93,6 +98,71 @@ def test_the_memory_of_freed_pages_goes_back_to_the_system() -> None:
         assert resident(descriptor) <= 24 * MIB
     arena.trim()
     assert resident(descriptor) == 0
+    os.close(descriptor)
+
+
+class Timers:
+    """The loop of an arena: callbacks with their delays, which are called by hand."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[float, Callable[..., object]]] = []
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> None:
+        assert not args
+        self.waiting.append((delay, callback))
+
+    def run(self) -> None:
+        """Call what waits, and what that plans for less than a second later."""
+        self.waiting, now = [], self.waiting
+        while now:
+            for _, callback in now:
+                callback()
+            now = [timer for timer in self.waiting if timer[0] < 1]
+            self.waiting = [timer for timer in self.waiting if timer[0] >= 1]
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def test_blocks_that_come_and_go_use_the_same_pages_until_they_are_no_longer_needed() -> None:
+    timers = Timers()
+    descriptor = make_arena(2048 * MIB)
+    arena = Arena(descriptor, cast("Loop", timers))
+    block, count = 600 * 1024, 128
+    content = bytes(block)
+
+    def burst() -> None:
+        blocks = [arena.allocate(block) for _ in range(count)]
+        for offset in blocks:
+            arena.map[offset : offset + block] = content
+        for offset in blocks:
+            arena.free(offset, block)
+
+    burst()
+    before = page_faults()
+    for _ in range(4):
+        burst()
+        timers.run()
+        assert len(timers.waiting) == 1
+    # Each block has 150 pages.
+    assert page_faults() - before < count * 150 // 2
+    assert resident(descriptor) >= count * block
+    timers.run()
+    assert resident(descriptor) == arena.unused <= 16 * MIB
+    assert not timers.waiting  # nothing wakes a server that nobody asks
+    os.close(descriptor)
+
+
+def test_freed_pages_never_hold_more_than_their_share_of_the_arena() -> None:
+    descriptor = make_arena(768 * MIB)
+    arena = Arena(descriptor, cast("Loop", Timers()))
+    blocks = [arena.allocate(4 * MIB) for _ in range(25)]
+    for offset in blocks:
+        arena.map[offset : offset + 4 * MIB] = bytes(4 * MIB)
+    for offset in blocks:
+        arena.free(offset, 4 * MIB)
+    assert resident(descriptor) == arena.unused == 64 * MIB
     os.close(descriptor)
 
 

@@ -50,7 +50,7 @@ class EntryBlocks:
         try:
             status = os.fstat(descriptor)
             if self.arena is None:
-                self.arena = Arena(descriptor)
+                self.arena = Arena(descriptor, self._loop)
                 self._identity = (status.st_dev, status.st_ino)
             elif self._identity != (status.st_dev, status.st_ino):
                 raise ValueError("the successor of an engine came with another arena")
