@@ -84,7 +84,7 @@ def test_counters_are_those_of_the_clients_whichever_process_answers(
     assert {line["process"] for line in server.log if line["message"] == "predict"} == {"web-1", "web-2"}
     assert {line["process"] for line in server.log} == {
         "supervisor",
-        "engine shared",
+        "engine cpu",
         "web-1",
         "web-2",
     }

@@ -221,5 +221,5 @@ def test_a_run_that_does_not_stop_ends_its_engine_and_nothing_else(
             answer = server.post(f"/predict/{model}", json={"inputs": row})
             assert answer.json()["outputs"]["sum"] == chaos.expected(np.array(row)).tolist()
         server.wait_for("ended with status 70")
-    assert any("engine shared ends: m/1: 1 of " in line["message"] for line in server.log)
+    assert any("engine cpu ends: m/1: 1 of " in line["message"] for line in server.log)
     assert server.stop() == 0
