@@ -253,6 +253,16 @@ def test_jobs_of_one_id_are_one_job(two: CatalogStore) -> None:
     assert states("elsewhere", "elsewhere") == [("done", "")]  # the version is ready in a third engine
 
 
+def test_a_version_whose_engine_ends_while_it_fetches_has_not_come(store: CatalogStore) -> None:
+    job = {"id": "1", "kind": "load", "state": "running", "created": 1, "model": "m", "versions": [],
+           "ended": 0, "reason": "", "fetching": True}  # fmt: skip
+    store.take("cpu", {**report(m={1: view()}), "jobs": [job]}, {})
+    store.set_engine("cpu", DOWN)
+    (ended,) = store.catalog["jobs"]
+    assert (ended["state"], ended["fetching"]) == ("failed", False)
+    assert "load it again" in ended["reason"]
+
+
 def test_the_oldest_engine_decides_about_labels(two: CatalogStore) -> None:
     told = report(m={1: view()})
     two.take("cuda:0", {**told, "moves": {"m": {"stable": (1, None)}}}, {})

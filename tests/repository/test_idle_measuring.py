@@ -82,6 +82,19 @@ def test_a_version_that_serves_no_longer_is_forgotten() -> None:
     assert not idle.waits
 
 
+def test_a_version_may_be_unloaded_while_the_machine_is_asked() -> None:
+    idle = IdleMeasuring()
+    idle.measured(A1, 0.5, 0.0)
+    idle.due(0.0, work=1, waited_share=quiet)
+
+    def unload() -> float:
+        idle.forget(A1)
+        return 0.0
+
+    assert idle.due(PAUSE_S + IDLE_S, work=1, waited_share=unload) is None
+    assert not idle.waits
+
+
 def test_a_lifecycle_loads_what_it_serves_once_more_and_goes_on_serving() -> None:
     lifecycle = VersionLifecycle()
     lifecycle.want("source")

@@ -359,6 +359,9 @@ class CatalogStore:
 
 def _orphan_state(job: JsonObject, versions: Mapping[str, Any]) -> JsonObject:
     """How a job ended whose engine has ended meanwhile: by what has become of its versions."""
+    if job.get("fetching"):
+        reason = "the engine that fetched the version has ended; load it again"
+        return {"state": "failed", "reason": reason, "phase": "", "ended": time.time(), "fetching": False}
     views = [versions.get(str(number), {"state": "unloaded"}) for number in job["versions"]]
     ended = {"phase": "", "ended": time.time()}
     if job["kind"] == "unload":

@@ -39,7 +39,10 @@ class _Doubtful:
 
 
 class IdleMeasuring:
-    """The versions whose measurements are doubtful, and when the next one is measured again."""
+    """The versions whose measurements are doubtful, and when the next one is measured again.
+
+    `due` may be called in another thread than the other methods.
+    """
 
     def __init__(self) -> None:
         self._doubtful: dict[VersionKey, _Doubtful] = {}
@@ -78,10 +81,13 @@ class IdleMeasuring:
             return None
         if now - self._idle_since < IDLE_S:
             return None
-        ready = [key for key, doubtful in self._doubtful.items() if doubtful.not_before <= now]
+        found = list(self._doubtful.items())
+        ready = [(key, doubtful) for key, doubtful in found if doubtful.not_before <= now]
         if not ready or waited_share() >= BUSY_SHARE:
             return None
-        doubtful = self._doubtful[ready[0]]
+        key, doubtful = ready[0]
+        if self._doubtful.get(key) is not doubtful:
+            return None  # it was unloaded or loaded meanwhile
         doubtful.tries += 1
         doubtful.not_before = now + PAUSE_S * 2**doubtful.tries
-        return ready[0]
+        return key

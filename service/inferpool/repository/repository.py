@@ -890,9 +890,10 @@ class Repository:
 
     def _look_for_idleness(self) -> None:
         """Measure doubtful versions again in a thread, until there is none any more."""
-        if not self._watches_idleness:
-            self._watches_idleness = True
-            threading.Thread(target=self._await_idleness, name="idle", daemon=True).start()
+        with self._publishing:  # the thread may be about to end
+            if not self._watches_idleness:
+                self._watches_idleness = True
+                threading.Thread(target=self._await_idleness, name="idle", daemon=True).start()
 
     def _await_idleness(self) -> None:
         while not self._draining:
