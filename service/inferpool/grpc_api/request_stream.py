@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -37,7 +38,7 @@ class RequestStream:
         self,
         budget: MessageBudget,
         context: grpc.aio.ServicerContext[Any, Any],
-        answer: Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Awaitable[bytes]],
+        answer: Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Coroutine[Any, Any, bytes]],
     ) -> None:
         """Reserve the memory. `answer` returns the response to a request. Raises Overloaded."""
         self._budget = budget
@@ -48,13 +49,14 @@ class RequestStream:
         self._room = asyncio.Semaphore(MOST_WAITING)
         self._tasks: set[asyncio.Task[bytes]] = set()
         self._reader = asyncio.get_running_loop().create_task(self._read())
+        # Nothing of a task that is cancelled before its first step runs, not even `finally`.
+        self._reader.add_done_callback(lambda _: self._answers.put_nowait(None))
 
     async def responses(self) -> AsyncIterator[bytes]:
         """The responses, in the order of the requests, until the client sends no more."""
         while (task := await self._answers.get()) is not None:
             yield await task
             self._room.release()
-        await asyncio.wait([self._reader])
         if not self._reader.cancelled():
             self._reader.result()
 
@@ -72,28 +74,23 @@ class RequestStream:
         self._held = 0
 
     async def _read(self) -> None:
-        try:
-            while await self._room.acquire() and (data := await self._context.read()) is not grpc.aio.EOF:
-                size = COPIES * len(data)
-                has_room = self._budget.take(size)
-                task = asyncio.get_running_loop().create_task(
-                    self._run(data, size if has_room else 0), name="request of a stream"
-                )
-                del data
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-                self._answers.put_nowait(task)
-                if not has_room:
-                    # It lives on the memory of the stream, so the next message has to wait.
-                    await asyncio.wait([task])
-        finally:
-            self._answers.put_nowait(None)
+        while await self._room.acquire() and (data := await self._context.read()) is not grpc.aio.EOF:
+            size = COPIES * len(data)
+            has_room = self._budget.take(size)
+            task = asyncio.get_running_loop().create_task(
+                self._answer(data, self._context), name="request of a stream"
+            )
+            del data
+            self._tasks.add(task)
+            task.add_done_callback(partial(self._free, size if has_room else 0))
+            self._answers.put_nowait(task)
+            if not has_room:
+                # It lives on the memory of the stream, so the next message has to wait.
+                await asyncio.wait([task])
 
-    async def _run(self, data: bytes, size: int) -> bytes:
-        try:
-            return await self._answer(data, self._context)
-        finally:
-            self._budget.give(size)
+    def _free(self, size: int, task: asyncio.Task[bytes]) -> None:
+        self._tasks.discard(task)
+        self._budget.give(size)
 
 
 def stream_response(response: bytes) -> bytes:
