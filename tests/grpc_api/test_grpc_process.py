@@ -166,10 +166,17 @@ def test_a_stream_has_one_deadline_and_goes_on_after_an_error(guarded: Guarded) 
     caller.close()
 
 
-def test_a_stream_needs_a_key(guarded: Guarded) -> None:
-    caller = Caller(guarded.server)
+@pytest.mark.parametrize("key", [None, "infp_nobody"])
+def test_a_stream_needs_a_key_before_its_first_message(guarded: Guarded, key: str | None) -> None:
+    caller, sent = Caller(guarded.server, key), threading.Event()
+
+    def requests() -> Iterator[Any]:
+        sent.wait(60)
+        yield from ()
+
     with pytest.raises(grpc.RpcError) as raised:
-        next(caller.stream(iter([rows_request("m", 1)])))
+        next(caller.stream(requests(), timeout=30))
+    sent.set()
     assert raised.value.code().name == "UNAUTHENTICATED"
     caller.close()
 

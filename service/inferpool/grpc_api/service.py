@@ -46,6 +46,9 @@ _EXTENSIONS: Final = (
 _LONGEST_S: Final = 10_000_000.0
 """A longer deadline is none."""
 _OK: Final = 200
+_NOT_FOUND: Final = 404
+_NO_ROUTE: Final = "/v2/streams"
+"""A path without a route, for which any key will do."""
 
 
 class Service:
@@ -155,8 +158,10 @@ class Service:
     async def model_stream_infer(self, _: Any, context: Context) -> AsyncIterator[bytes]:
         """Infer each message of a stream; the responses come in the order of the requests."""
         try:
-            if self._needs_key and not _has_key(context):
-                raise await self._refusal_without_key(context)
+            if self._needs_key:
+                if not _has_key(context):
+                    raise await self._refusal_without_key(context)
+                await self._check_key(context)
             stream = RequestStream(self._budget, context, self._stream_answer)
         except InferpoolError as error:
             await abort(context, error)
@@ -293,6 +298,14 @@ class Service:
             raise RestError(answer, metadata)
         context.set_trailing_metadata(tuple(metadata))
         return answer
+
+    async def _check_key(self, context: Context) -> None:
+        """Raise the refusal of a wrong key: a stream holds memory before it has messages."""
+        try:
+            await self.ask(context, "GET", _NO_ROUTE)
+        except RestError as error:
+            if error.status != _NOT_FOUND:
+                raise
 
     async def _refusal_without_key(self, context: Context) -> InferpoolError:
         """Let a web process refuse and count a request without a key, whose message is not read."""
