@@ -154,6 +154,8 @@ def test_another_host_scheme_or_port_is_refused(url: str, monkeypatch: pytest.Mo
         "https://images.example/x.png HTTP/1.1\r\nX-Key: 1",
         "https://images.example/\u00e9.png",
         "https://im\u0430ges.example/x.png",
+        "https://images.example/\u017f.png",
+        "http\u017f://images.example/x.png",
         "https://images.example/" + 9000 * "x",
         "https://",
     ],
@@ -168,6 +170,7 @@ def test_a_url_that_could_be_read_in_two_ways_is_refused(url: str) -> None:
     [
         *("127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"),
         *("::1", "fe80::1", "fd00::1", "::ffff:a00:1", "64:ff9b::a00:1", "2002:a00:1::", "2001:0:1::1"),
+        *("64:ff9b:1::a00:1", "fec0::1", "::7f00:2"),
     ],
 )
 def test_a_private_address_is_refused_unless_its_network_is_named(

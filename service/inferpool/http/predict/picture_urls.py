@@ -32,13 +32,15 @@ _PIECE_BYTES: Final = 256 * 1024
 _URL: Final = re.compile(
     r"(?P<scheme>https?)://(?P<host>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(?P<port>:[0-9]{1,5})?"
     r"(?P<path>/[!-\"$-\[\]-~]*)?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 """No user, no fragment, no backslash, nothing but printable ASCII: there is one way to read such a URL."""
 _PORTS: Final = {"http": 80, "https": 443}
 _OK: Final = 200
 _REDIRECTS: Final = range(300, 400)
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
+_LOCAL: Final = tuple(map(ipaddress.ip_network, ("64:ff9b:1::/48", "fec0::/10", "::/96")))
+"""NAT64 and sites of an own network, and IPv4 in the oldest form; Python takes them for public ones."""
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -172,7 +174,7 @@ def _is_public(address: Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return _is_public(inner)
-        if address.teredo is not None:
+        if address.teredo is not None or any(address in network for network in _LOCAL):
             return False
     return address.is_global and not address.is_multicast
 
@@ -233,9 +235,12 @@ def _read(response: HTTPResponse, most: int, allowance: Allowance) -> bytes:
     if length is not None and length > most:
         raise _too_large(most)
     size = most if length is None else length
-    # Twice, because the pieces are joined.
+    # Twice, because a buffer that grows is copied. A list of pieces of a byte each would take much more.
     allowance.take(2 * size, "fetching a picture")
-    file = b"".join(_pieces(response, most))
+    buffer = io.BytesIO()
+    for piece in _pieces(response, most):
+        buffer.write(piece)
+    file = buffer.getvalue()
     if length is not None and len(file) < length:
         raise InvalidInput("its host ended the connection before the end of the picture")
     allowance.give_back(2 * size - len(file))
