@@ -49,14 +49,16 @@ class AllowedSources:
 
     def allowed(self, source: StoreReference) -> StoreReference:
         """The source to read, without links in its path; raises Forbidden unless it may be read."""
+        asked = source
         if source.scheme == FOLDER:
             source = StoreReference(FOLDER, "", os.path.realpath(source.path), text=source.text)
             parts: list[str] | None = source.path.strip("/").split("/")
         else:
-            parts = _parts(f"{source.host}/{source.path}" + (f"/{source.file}" if source.file else ""))
+            path = f"{source.host}/{source.path}" + (f"/{source.file}" if source.file else "")
+            parts = _parts(source.scheme, path)
         if not self._covers(source.scheme, parts):
             raise Forbidden(
-                f"{source} is not below a prefix from which versions may be loaded; the server's setting"
+                f"{asked} is not below a prefix from which versions may be loaded; the server's setting"
                 " load_from (--load-from) has those prefixes"
             )
         return source
@@ -70,7 +72,9 @@ class AllowedSources:
             return False
         host = url.hostname or ""
         host = f"[{host}]" if ":" in host else host
-        return "@" not in url.netloc and self._covers(url.scheme, _parts(f"{host}{port}{url.path}"))
+        return "@" not in url.netloc and self._covers(
+            url.scheme, _parts(url.scheme, f"{host}{port}{url.path}")
+        )
 
     def _covers(self, scheme: str, parts: list[str] | None) -> bool:
         return parts is not None and any(
@@ -86,12 +90,14 @@ def _split_prefix(prefix: str) -> tuple[str, list[str]]:
     scheme = scheme.lower()
     host, _, path = rest.strip("/").partition("/")
     host = host.lower() if scheme in WEB else host
-    return scheme, _parts(f"{host}/{path}" if path else host) or [""]
+    return scheme, _parts(scheme, f"{host}/{path}" if path else host) or [""]
 
 
-def _parts(path: str) -> list[str] | None:
+def _parts(scheme: str, path: str) -> list[str] | None:
     """The parts of a path as a server may read them; None if a part could lead somewhere else."""
-    parts = [unquote(part) for part in path.strip("/").split("/")]
+    parts = path.strip("/").split("/")
+    if scheme in WEB:  # elsewhere, a percent sign stands for itself
+        parts = [unquote(part) for part in parts]
     if any(part in ("", ".", "..") or "/" in part or "\\" in part or "%" in part for part in parts):
         return None
     return parts
