@@ -23,15 +23,21 @@ in_each_pod() {
 }
 
 back() {
-  echo "$model: version $from answers again in all pods" >&2
+  missed=
   for pod in $pods; do
-    # A pod that has gone meanwhile starts with the labels of model.toml. The label also ends the canary.
+    # The label also ends the canary.
     kubectl --namespace "$NAMESPACE" exec "$pod" -- inferpool labels "$model" "stable=$from" \
-      --url "unix:$SOCKET" || true
+      --url "unix:$SOCKET" || missed="$missed $pod"
   done
+  if [ -z "$missed" ]; then
+    echo "$model: version $from answers again in all pods" >&2
+  else
+    # A pod that has gone meanwhile starts with the labels of model.toml.
+    echo "$model: version $from answers again, but in these pods version $to may still answer:$missed" >&2
+  fi
   exit 1
 }
-trap 'trap - EXIT; back' INT TERM
+trap back HUP INT TERM
 
 in_each_pod labels "$model" "stable=$from" || exit 1
 in_each_pod load "$model" "$to" || back

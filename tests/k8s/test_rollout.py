@@ -115,3 +115,21 @@ def test_a_version_without_a_fault_takes_the_label(pods: list[Server], sockets: 
     assert done.returncode == 0, done.stderr
     assert "version 2 answers in all pods" in done.stderr
     assert versions(pods[1], "good") == {"2"}
+
+
+def test_a_pod_that_cannot_be_rolled_back_is_named(tmp_path: Path) -> None:
+    program = tmp_path / "kubectl"
+    # The second pod cannot be reached any more once it is to load.
+    program.write_text("""\
+#!/bin/sh
+case $* in
+*" get pods "*) echo pod/one pod/two ;;
+*" load "*) case $* in *pod/two*) touch "$SOCKETS/gone"; exit 1 ;; esac ;;
+*pod/two*) [ ! -e "$SOCKETS/gone" ] ;;
+esac
+""")
+    program.chmod(0o755)
+    done = roll_out(tmp_path, "", "good", "1", "2")
+    assert done.returncode == 1
+    assert done.stderr.endswith("may still answer: pod/two\n")
+    assert "in all pods" not in done.stderr
