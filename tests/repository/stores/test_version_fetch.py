@@ -114,6 +114,7 @@ def test_a_version_is_chosen(
         (["m/1/model.onnx", "m/2/model.onnx"], 3, "has no version 3; it has 1, 2"),
         (["a/1/model.onnx", "b/1/model.onnx"], None, "has no model m; it has a, b"),
         (["m/model.toml"], None, "has no version of m"),
+        ([f"m/{10**20}/model.onnx"], None, "has version 100000000000000000000; the largest"),
     ],
 )
 def test_what_the_source_lacks_is_said(paths: list[str], version: int | None, says: str) -> None:

@@ -35,6 +35,8 @@ MADE: Final = "made"
 """The name in the staging folder of what is to be renamed."""
 INCOMING: Final = ".inferpool-incoming-"
 """How the names of staging folders begin; no model's name does."""
+MOST_VERSION: Final = 2**53 - 1
+"""The largest number of a version that is fetched: JSON has no larger ones that every reader takes."""
 _VERSION: Final = re.compile(r"([1-9]\d*)/")
 _PARTIAL: Final = ("partial", "blobs", "index")
 
@@ -146,6 +148,8 @@ def choose_version(
     last = source.path.rpartition("/")[2]
     if version is None and found == {1} and re.fullmatch(r"[1-9]\d{0,8}", last):
         number = int(last)  # s3://bucket/digits/3 has the files of a version, and the number above them
+    if number > MOST_VERSION:
+        raise StoreError(f"{source} has version {number}; the largest number is {MOST_VERSION}")
     taken = {}
     for path, blob in inside.items():
         match = _VERSION.match(path)
