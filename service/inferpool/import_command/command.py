@@ -28,20 +28,24 @@ def add_import_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "import",
         help="convert a trained model into a version",
         description="Convert SOURCE, a trained model of scikit-learn, XGBoost, LightGBM, CatBoost, Keras,"
-        " TensorFlow or PyTorch, to ONNX by the packages of its framework. Compare the answers to the rows of"
-        " --example with those of the framework, and write some as golden samples. Nothing is written if they"
-        " differ.",
+        " TensorFlow, PyTorch or Hugging Face, to ONNX by the packages of its framework. Compare the answers"
+        " to the rows of --example with those of the framework, and write some as golden samples. Nothing is"
+        " written if they differ.",
         epilog="Loading a pickle runs the code in it: import files of people whom you trust.",
         allow_abbrev=False,
     )
     command.add_argument(
         "source",
         metavar="SOURCE",
-        help="the trained model: a file, a SavedModel's folder, or FILE.py:FUNCTION",
+        help="the trained model: a file, a folder of TensorFlow or Hugging Face, or FILE.py:FUNCTION",
     )
     command.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="the model's folder")
     command.add_argument(
-        "--example", required=True, type=Path, metavar="FILE", help="rows without answers: CSV, npy or npz"
+        "--example",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="rows without answers: CSV, npy, npz, or texts in .txt",
     )
     command.add_argument("--from", dest="framework", choices=sorted(SCRIPTS), help="[by SOURCE's suffix]")
     command.add_argument(

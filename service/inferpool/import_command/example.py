@@ -1,4 +1,4 @@
-"""The rows of `--example`: CSV, npy or npz."""
+"""The rows of `--example`: CSV, npy or npz, or texts, one a line."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ def read_example(path: Path) -> dict[str, Array]:
             raise InvalidInput(f"{path.name} has no arrays of numbers or strings: {error}") from None
     elif suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
-            head, *lines = [row for row in csv.reader(file) if row] or [[]]
-        for number, line in enumerate(lines, 2):
-            if len(line) != len(head):
-                raise InvalidInput(f"{path.name}: row {number} has {len(line)} cells; expected {len(head)}")
-        found = {name: read_column([line[at] for line in lines]) for at, name in enumerate(head)}
+            head, *rows = [row for row in csv.reader(file) if row] or [[]]
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(head):
+                raise InvalidInput(f"{path.name}: row {number} has {len(row)} cells; expected {len(head)}")
+        found = {name: read_column([row[at] for row in rows]) for at, name in enumerate(head)}
+    elif suffix == ".txt":
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        found = {"text": np.array(lines, np.str_)}
     else:
-        raise InvalidInput(f"{path.name}: expected .csv, .npy or .npz")
+        raise InvalidInput(f"{path.name}: expected .csv, .npy, .npz or .txt")
     if not found or not all(array.ndim and len(array) for array in found.values()):
         raise InvalidInput(f"{path.name} has no rows")
-    rows = {name: len(array) for name, array in found.items()}
-    if len(set(rows.values())) > 1:
-        raise InvalidInput(f"{path.name}: arrays differ in their number of rows: {rows}")
+    counts = {name: len(array) for name, array in found.items()}
+    if len(set(counts.values())) > 1:
+        raise InvalidInput(f"{path.name}: arrays differ in their number of rows: {counts}")
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from inferpool.errors import ConfigError
+from inferpool.release.importers.hugging_face_folder import FolderError, read_folder
 
 SCRIPTS: Final = {
     "scikit-learn": "scikit_learn.py",
@@ -19,6 +20,7 @@ SCRIPTS: Final = {
     "tensorflow": "saved_model.py",
     "torch": "torch_program.py",
     "torch-module": "torch_module.py",
+    "hugging-face": "hugging_face.py",
 }
 """The script in `release/importers` for each value of `--from`."""
 
@@ -31,6 +33,7 @@ BY_SUFFIX: Final = {
 """The framework whose files usually end so."""
 
 SAVED_MODEL: Final = "saved_model.pb"
+HUGGING_FACE: Final = "config.json"
 _FUNCTION: Final = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
@@ -39,7 +42,8 @@ class Source:
     """What is imported.
 
     Attributes:
-        path: The file of the model, the folder of a SavedModel, or the file of Python that builds the model.
+        path: The file of the model, the folder of a SavedModel or of Hugging Face, or the file of Python that
+            builds the model.
         framework: A key of `SCRIPTS`.
         function: The function of the file that returns a PyTorch module; empty for every other source.
     """
@@ -83,8 +87,17 @@ def _find(text: str, framework: str | None) -> Source:
     if path.name == SAVED_MODEL and path.is_file():
         path = path.absolute().parent
     if path.is_dir():
+        if framework == "hugging-face" or (framework is None and (path / HUGGING_FACE).is_file()):
+            try:
+                read_folder(path)  # before packages are fetched for a folder that cannot be converted
+            except FolderError as error:
+                raise ConfigError(f"{path} cannot be imported: {error}") from None
+            return Source(path, "hugging-face")
         if not (path / SAVED_MODEL).is_file():
-            raise ConfigError(f"{path} is no SavedModel of TensorFlow: it has no {SAVED_MODEL}")
+            raise ConfigError(
+                f"{path} is no SavedModel of TensorFlow: it has no {SAVED_MODEL}, nor the"
+                f" {HUGGING_FACE} of Hugging Face"
+            )
         return Source(path, framework or "tensorflow")
     if not path.is_file():
         raise ConfigError(f"{path} is no file")

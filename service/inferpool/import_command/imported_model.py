@@ -36,8 +36,13 @@ def write_model(
     (folder / "1").mkdir(parents=True)
     for each in converted.file.parent.glob("model.onnx*"):  # large weights are in a file of their own
         shutil.copyfile(each, folder / "1" / each.name)
+    tokenizer = converted.file.with_name("tokenizer.json")
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, folder / tokenizer.name)
     kind = f"{about['kind']} of {about['framework']}, from {source}"
     table = [f"description = {json.dumps(kind, ensure_ascii=False)}"]
+    if about["tables"]:
+        table += ["", about["tables"].rstrip()]
     if names and about["scores"] is None:
         raise InvalidInput("the model answers no scores of classes, which --labels could name")
     if names:
@@ -105,6 +110,8 @@ def write_card(
         f"- **Compared**: the answers to {rows} rows of {example} differ from the framework's by at most"
         f" {tolerance:g}, or {tolerance:g} of the answer; the first {min(rows, SAMPLE_ROWS)} are golden"
         " samples.",
+        *([f"- **Licence**: {about['licence']}"] if about["licence"] else []),
+        *(f"- {note}" for note in about["notes"]),
         "",
     ]
     return "\n".join(lines)

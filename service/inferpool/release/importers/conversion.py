@@ -33,11 +33,15 @@ def write_about(
     classes: Sequence[Any] | None = None,
     scores: str | None = None,
     activation: str = "none",
+    tables: str = "",
+    licence: str = "",
+    notes: Sequence[str] = (),
 ) -> None:
     """Write `imported.npz` and `imported.json` into the folder `out`.
 
     `outputs` are the framework's answers to `inputs`. `scores` names the output with a score for each class,
-    which `activation` makes probabilities of.
+    which `activation` makes probabilities of. `tables` are further tables of `model.toml`; `licence` and
+    `notes`, a sentence each, are for the card.
     """
     arrays = {f"in:{name}": value for name, value in inputs.items()}
     arrays |= {f"out:{name}": value for name, value in outputs.items()}
@@ -49,6 +53,9 @@ def write_about(
         "classes": None if classes is None else [str(name) for name in classes],
         "scores": scores,
         "activation": activation,
+        "tables": tables,
+        "licence": licence,
+        "notes": list(notes),
     }
     (out / "imported.json").write_text(json.dumps(about))
 
