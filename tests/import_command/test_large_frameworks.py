@@ -1,4 +1,4 @@
-"""Models of CatBoost and TensorFlow, imported in environments that uv makes."""
+"""Models of CatBoost and TensorFlow, imported in environments that uv makes, and folders of Hugging Face."""
 
 from __future__ import annotations
 
@@ -75,6 +75,21 @@ def test_tensorflow(uv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "5 rows differ from TensorFlow" in said
     sample = json.loads((tmp_path / "m" / "kind" / "samples" / "imported.json").read_text())
     assert (sorted(sample["inputs"]), list(sample["outputs"])) == (["age", "tokens"], ["kind"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("task", ["classification", "tokens", "answers", "embeddings", "next", "pictures"])
+def test_hugging_face(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs_to_run()
+    from tests.import_command.hugging_face_models import write  # imports PyTorch, only where it is needed
+
+    example = write(task, tmp_path / task)
+    told = ["import", str(tmp_path / task), "--example", str(example), "--to", str(tmp_path / "m" / task)]
+    assert cli.main(told) == 0
+    assert "rows differ from" in capsys.readouterr().out
+    assert (tmp_path / "m" / task / "samples" / "imported.json").exists()
+    if task in ("classification", "pictures"):
+        assert (tmp_path / "m" / task / "labels.txt").read_text().split() == ["bad", "fine", "good"]
 
 
 @pytest.mark.parametrize("folder", CODE)
