@@ -27,7 +27,8 @@ import importlib, pathlib, sys
 root = pathlib.Path("service")
 for file in sorted(root.glob("inferpool/**/*.py")):
     name = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-    if not name.endswith("__main__"):
+    # The scripts of importers run in environments of their own, with frameworks that are not here.
+    if not name.endswith("__main__") and not name.startswith("inferpool.release.importers."):
         importlib.import_module(name)
 import inferpool
 loaded = [name for name in sys.modules if name.startswith("inferpool.")]

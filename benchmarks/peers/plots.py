@@ -14,7 +14,7 @@ from benchmarks.peers.peers import PEERS
 from benchmarks.peers.results import Results
 from benchmarks.peers.workloads import Workload
 
-MARKERS = "osD^v<>PX*dp"
+MARKERS = "osD^v<>PX*dph"
 
 
 def plot(results: Results, workload: Workload, file: Path) -> None:

@@ -36,6 +36,7 @@ from inferpool.repository.drift_figures import drift_readings
 from inferpool.repository.rollout import RolloutWatch
 from inferpool.repository.traffic_figures import traffic_readings
 from inferpool.settings import Settings
+from inferpool.system.memory import COPIES, COPIES_APART
 
 _DAY_S: Final = 86_400
 CACHE_SHARE: Final = 16
@@ -106,7 +107,13 @@ def make_server_parts(
     if settings.image_urls:
         predictor.fetch_pictures(PictureUrls(settings.image_urls))
     memory = MemoryMonitor(
-        system, predictor.budget, metrics, derive=derive, share=processes, cache=CachedMemory(cache, catalog)
+        system,
+        predictor.budget,
+        metrics,
+        derive=derive,
+        share=processes,
+        copies=COPIES if lend is None else COPIES_APART,
+        cache=CachedMemory(cache, catalog),
     )
     gate, key_sources = make_gate(settings, time.monotonic, metrics)
     predictor.tenants, tenant_sources = make_tenants(settings.tenants_file, gate.enabled, metrics, rates)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from inferpool.errors import ConfigError
 from inferpool.system.gpus import AUTO, check_devices
-from inferpool.system.memory import chosen_limit, in_flight_bytes
+from inferpool.system.memory import COPIES, COPIES_APART, chosen_limit, in_flight_bytes
 
 ENV_PREFIX = "INFERPOOL_"
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]\\]+)(:[0-9]{1,5})?")
@@ -527,7 +527,8 @@ def read_settings(
 def with_memory(settings: Settings) -> Settings:
     """The settings, with the bytes that follow from the memory there is in place of zeros."""
     limit = chosen_limit(settings.memory_bytes)
-    in_flight = settings.in_flight_bytes or in_flight_bytes(limit.limit, limit.held())
+    copies = COPIES_APART if settings.engine == "process" else COPIES
+    in_flight = settings.in_flight_bytes or in_flight_bytes(limit.limit, limit.held(), copies)
     return settings.model_copy(
         update={"in_flight_bytes": in_flight, "queue_bytes": settings.queue_bytes or max(1, in_flight // 2)}
     )

@@ -63,7 +63,7 @@ EARLY_S: Final = 5.0
 CLOSE_S: Final = 10.0
 """How long web processes may take to close their connections after the drain timeout."""
 PUBLISH_S: Final = 1.0
-LEAST_ARENA_BYTES: Final = 256 * 2**20
+LEAST_ARENA_BYTES: Final = 64 * 2**20
 PAGE_BYTES: Final = 4096
 END_S: Final = 2.0
 """How long an engine may take to end after its own drain timeout."""

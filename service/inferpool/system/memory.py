@@ -29,6 +29,8 @@ LEAST_MARGIN_BYTES: Final = 32 * 2**20
 COPIES: Final = 2
 """Bytes of memory for each byte that a request reserves: a batch is a copy of its requests' tensors, and the
 outputs of a run exist before they are counted."""
+COPIES_APART: Final = 3
+"""The same if engines are processes of their own: bodies are received into memory that they share, too."""
 LEAST_IN_FLIGHT_BYTES: Final = 1 * 2**20
 """Bytes that requests may hold even if the models leave no memory; small requests are still answered."""
 MOST_IN_FLIGHT_BYTES: Final = 4096 * 2**20
@@ -104,10 +106,10 @@ def chosen_limit(memory_bytes: int) -> MemoryLimit:
     return MemoryLimit(memory_bytes) if memory_bytes else memory_limit()
 
 
-def in_flight_bytes(limit: int, held: int) -> int:
+def in_flight_bytes(limit: int, held: int, copies: int = COPIES) -> int:
     """Bytes that requests may hold together in a process that holds `held` of `limit` bytes without them."""
     room = limit - held - max(LEAST_MARGIN_BYTES, limit // 10)
-    return max(LEAST_IN_FLIGHT_BYTES, min(MOST_IN_FLIGHT_BYTES, room // COPIES))
+    return max(LEAST_IN_FLIGHT_BYTES, min(MOST_IN_FLIGHT_BYTES, room // copies))
 
 
 def memory_use(root: Path = ROOT) -> MemoryUse:

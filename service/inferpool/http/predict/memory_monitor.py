@@ -24,6 +24,7 @@ from inferpool.http.predict.response_cache import ResponseCache
 from inferpool.observe.metrics import Metrics, Sample
 from inferpool.repository.catalog import Catalog
 from inferpool.system.memory import (
+    COPIES,
     LEAST_IN_FLIGHT_BYTES,
     LEAST_MARGIN_BYTES,
     MemoryLimit,
@@ -113,14 +114,17 @@ class MemoryMonitor:
         *,
         derive: bool,
         share: int = 1,
+        copies: int = COPIES,
         cache: CachedMemory | None = None,
     ) -> None:
         """`derive` sets the limit of `budget`; otherwise only the memory of a request alone is bounded.
 
-        `share` is the number of processes that share the memory for requests. `cache` counts as memory beside
+        `share` is the number of processes that share the memory for requests, each byte of which takes
+        `copies` bytes. `cache` counts as memory beside
         that of requests.
         """
         self._share = share
+        self._copies = copies
         self._cache = cache
         self._system = system
         self._budget = budget
@@ -249,7 +253,7 @@ class MemoryMonitor:
         if self._cache is not None:
             # All that may be cached, in every process, is reserved from the beginning.
             held += self._share * max(0, self._cache.reserved() - self._cache.used())
-        room = max(LEAST_IN_FLIGHT_BYTES, in_flight_bytes(limit, held) // self._share)
+        room = max(LEAST_IN_FLIGHT_BYTES, in_flight_bytes(limit, held, self._copies) // self._share)
         if self._derive:
             budget.limit = room
             budget.most = budget.shared
