@@ -64,7 +64,7 @@ LOADS = (Load(1, 1), Load(8, 1), Load(32, 1), Load(4, 32))
 
 
 class Figures(NamedTuple):
-    """What a server did under a load."""
+    """The answers of a server under a load, and what they took."""
 
     sentences_per_s: float
     p50_ms: float

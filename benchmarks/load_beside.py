@@ -1,4 +1,4 @@
-"""What the load of a large model costs the requests for another one: p99, and CPU, in interleaved rounds.
+"""Measures p99 and CPU time of requests for one model while a large one is loaded, in interleaved rounds.
 
     python benchmarks/load_beside.py [--serve="--engine process"] [--rounds 6] [--seconds 10]
 

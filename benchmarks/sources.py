@@ -3,7 +3,7 @@
     python benchmarks/sources.py FOLDER [NAME ...]
 
 Trains each model twice, writes the file of its framework, and runs `inferpool import`, `evaluate` and
-`optimise` on it. What they print goes into the card of the model in FOLDER. It needs keras, onnxscript,
+`optimise` on it. Their output goes into the card of the model in FOLDER. It needs keras, onnxscript,
 scikit-learn and torch. The data are those that need no download:
 
 - `digits`: scikit-learn's scans of 8×8, enlarged to the layout of MNIST, which is not to be had;

@@ -1,4 +1,4 @@
-"""What a canary and a shadow cost a small request: CPU time of the server, in interleaved rounds.
+"""Measures the CPU time that a canary and a shadow add to a small request, in interleaved rounds.
 
     python benchmarks/traffic_rules.py [--rounds 10] [--requests 4000] [--serve="--engine in-process"]
 

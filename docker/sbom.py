@@ -56,7 +56,7 @@ def join(version: str, target: str, files: list[dict[str, Any]]) -> dict[str, An
 
 
 def _dependencies(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the components of each file depend on; the root of a file is no component of the image."""
+    """The dependencies of the components of each file, without its root, which is no part of the image."""
     known = {component["bom-ref"] for file in files for component in file["components"]}
     return [line for file in files for line in file["dependencies"] if line["ref"] in known]
 

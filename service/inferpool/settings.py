@@ -138,7 +138,7 @@ class Settings(BaseModel):
     in_flight_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
         default=0,
         description="Bytes that the requests of all models together may hold; 0 takes half of the memory that"
-        " loaded models leave, up to 4 GiB.",
+        " loaded models leave, or a third if `engine` is process, up to 4 GiB.",
     )
     cache_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
         default=64 * 1024 * 1024,

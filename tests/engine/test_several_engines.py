@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.chaos import inferpool_chaos as chaos
@@ -117,14 +117,22 @@ def test_the_engine_of_a_device_ends_alone(two_devices: Server) -> None:
     assert server.metric("engine_restarts_total", engine="cpu") == 0
 
 
+def ask_once_the_engine_is_there(server: Server, path: str) -> httpx.Response:
+    """Post until the answer is not 503: another test may have ended the engine just before."""
+    answers: list[httpx.Response] = []
+
+    def is_taken() -> bool:
+        answers.append(server.post(path))
+        return answers[-1].status_code != 503
+
+    wait_until(is_taken, "the engine is there")
+    return answers[-1]
+
+
 def test_an_administrator_loads_and_unloads_in_the_engine_that_has_the_device(two_devices: Server) -> None:
     server = two_devices
     for action, state in (("unload", "unloaded"), ("load", "ready")):
-        job = server.post(f"/models/there/{action}")
-        while job.status_code == 503:
-            # The engine that takes the place of one that another test has ended is not there yet.
-            time.sleep(float(job.headers["retry-after"]))
-            job = server.post(f"/models/there/{action}")
+        job = ask_once_the_engine_is_there(server, f"/models/there/{action}")
         assert job.status_code == 202, job.text
         where = job.headers["location"]
         wait_until(partial(has_ended, server, where), "the job has ended")

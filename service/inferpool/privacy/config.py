@@ -50,7 +50,7 @@ class SamplesConfig(BaseModel):
         max_length=256,
         description='Inputs and outputs that are kept, by name, and how: `"keep"`, `"hash"`, `"drop"`,'
         ' `{round = 10}` or `{epsilon = 1.0}`. `"name[3]"` is a column, `"*"` all other numbers but'
-        " pixels and tokens. Whatever is not named is not kept.",
+        " pixels and tokens. Other fields are not kept.",
     )
     max_rows: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=64, description="Rows of a request that are kept at most."

@@ -19,6 +19,7 @@ from inferpool.http.predict.memory_monitor import (
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.observe.metrics import Metrics
 from inferpool.system.memory import (
+    COPIES_APART,
     LEAST_IN_FLIGHT_BYTES,
     MOST_IN_FLIGHT_BYTES,
     MemoryLimit,
@@ -80,6 +81,12 @@ def look(monitor: MemoryMonitor, machine: FakeMachine, times: int = 2) -> None:
 )
 def test_requests_get_half_of_what_models_and_margin_leave(limit: int, held: int, expected: float) -> None:
     assert in_flight_bytes(limit, held) / MIB == pytest.approx(expected, abs=0.1)
+
+
+def test_requests_get_a_third_if_bodies_are_received_into_shared_memory_too() -> None:
+    machine, budget = FakeMachine(256, 64), ByteBudget(1)
+    MemoryMonitor(machine.system, budget, Metrics({}), derive=True, copies=COPIES_APART)
+    assert budget.limit / MIB == pytest.approx((256 - 64 - 32) / 3, abs=0.1)
 
 
 def test_the_budget_follows_from_what_is_held_once_the_models_are_loaded() -> None:
