@@ -128,7 +128,7 @@ class Engine:
             (told,) = message.descriptors
             decided = unpack(told).catalog
             os.close(told)
-            self._repository.take_decisions(decided["moves"], decided["traffic"])
+            self._repository.routing.take(decided["moves"], decided["traffic"])
             return
         if message.kind == "rescan":
             self._repository.watch.look()

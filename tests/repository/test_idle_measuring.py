@@ -10,7 +10,7 @@ import pytest
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey
-from inferpool.repository import repository as repository_module
+from inferpool.repository import idle_measuring
 from inferpool.repository.idle_measuring import BUSY_SHARE, IDLE_S, MOST_TRIES, PAUSE_S, IdleMeasuring
 from inferpool.repository.lifecycle import BEGIN_LOAD, VersionLifecycle
 from inferpool.repository.repository import Repository
@@ -124,11 +124,11 @@ def test_the_new_plan_takes_over_and_is_kept(tmp_path: Path, monkeypatch: pytest
         before = repository.loaded(A1)
         assert before.waited == 0.8
         monkeypatch.setattr(CpuWait, "share", lambda self: 0.01)
-        monkeypatch.setattr(repository_module, "waited_share", lambda: 0.0)
+        monkeypatch.setattr(idle_measuring, "waited_share", lambda: 0.0)
         now = time.monotonic() + PAUSE_S
-        repository.measure_if_idle(now)
+        repository.idle.look(now)
         assert repository.loaded(A1) is before
-        repository.measure_if_idle(now + IDLE_S)
+        repository.idle.look(now + IDLE_S)
         wait_until(lambda: repository.loaded(A1) is not before, "the version is measured again")
         assert repository.loaded(A1).waited == 0.01
         [kept] = (tmp_path / "cache").glob("a-*.json")

@@ -61,7 +61,8 @@ class Host:
     def fits_beside(self, source: VersionSource, others: Sequence[VersionSource]) -> bool:
         return self.room
 
-    def show(self, key: VersionKey, lifecycle: VersionLifecycle) -> None: ...
+    def show(self, key: VersionKey, lifecycle: VersionLifecycle) -> bool:
+        return False
 
     def serve(self, key: VersionKey, loaded: object) -> None: ...
 
@@ -75,7 +76,7 @@ class Host:
 
     def count_load(self, key: VersionKey, outcome: str) -> None: ...
 
-    def leave(self, key: VersionKey, lifecycle: VersionLifecycle) -> None: ...
+    def leave(self, key: VersionKey) -> None: ...
 
     def is_elsewhere(self, key: VersionKey) -> bool:
         return False
@@ -88,7 +89,7 @@ class Loads:
         self.host = Host()
         self.host.room = room
         self.settled = threading.Event()
-        self.manager = LoadManager(self.host, time.monotonic, time.time, None, **options)
+        self.manager = LoadManager(self.host, self.host, time.monotonic, time.time, None, **options)
         for name in models:
             self.want(name)
         self.manager.start(self.settled.set)

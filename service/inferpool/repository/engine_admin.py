@@ -24,30 +24,31 @@ def answer_admin(repository: Repository, values: Mapping[str, Any]) -> dict[str,
 
 def _obey(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:
     action = values["action"]
+    jobs, routing = repository.admin_jobs, repository.routing
     if action == "load":
-        return repository.begin_load(
+        return jobs.begin_load(
             values["model"], values["version"], values["source"], values["job_id"]
         ).to_json()
     if action == "unload":
-        return repository.begin_unload(values["model"], values["version"], values["job_id"]).to_json()
+        return jobs.begin_unload(values["model"], values["version"], values["job_id"]).to_json()
     if action == "label":
         # The web process has looked whether the version is ready in any engine.
-        kept = repository.move_label(values["model"], values["label"], values["version"], checked=True)
+        kept = routing.move_label(values["model"], values["label"], values["version"], checked=True)
         repository.await_seen()
         return {"kept": kept}
     if action == "rollback":
-        version = repository.rollback(values["model"])
+        version = routing.rollback(values["model"])
         repository.await_seen()
         return {"version": version}
     if action == "traffic":
-        repository.set_traffic(values["model"], traffic_from_json(values["traffic"]))
+        routing.set_traffic(values["model"], traffic_from_json(values["traffic"]))
         repository.await_seen()
         return {}
     if action == "end_canary":
-        ended = repository.end_canary(values["model"], values["number"], values["state"], values["reason"])
+        ended = routing.end_canary(values["model"], values["number"], values["state"], values["reason"])
         repository.await_seen()
         return {"ended": ended}
-    job = repository.cancel_job(values["job"])
+    job = jobs.cancel(values["job"])
     if job is None:
         raise job_not_found(values["job"])
     return job.to_json()

@@ -1,4 +1,4 @@
-"""Decides when a version is measured again that was measured while the machine was busy.
+"""Measures versions again, on an idle machine, that were measured while the machine was busy.
 
 A plan of a busy machine gives the same answers, but its times are too long, and its instances and batches may
 be badly chosen. Such a version is loaded once more, beside itself, when nothing else happens. The new plan
@@ -7,11 +7,18 @@ takes over in one step, as a new version does.
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from inferpool.pool.ports import VersionKey
+from inferpool.system.cpu_wait import waited_share
+from inferpool.system.priority import at_low_priority
+
+log = logging.getLogger(__name__)
 
 BUSY_SHARE: Final = 0.1
 """The share of waiting from which a measurement counts as that of a busy machine."""
@@ -91,3 +98,64 @@ class IdleMeasuring:
         doubtful.tries += 1
         doubtful.not_before = now + PAUSE_S * 2**doubtful.tries
         return key
+
+
+class IdleWatch:
+    """A thread that has versions measured again. It runs while any measurement is doubtful."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        work: Callable[[], object],
+        measure_again: Callable[[VersionKey], None],
+    ) -> None:
+        """Watch nothing yet.
+
+        Args:
+            work: what differs if the server had anything to do since it was last asked.
+            measure_again: begins another load of a version that serves.
+        """
+        self._clock = clock
+        self._work = work
+        self._measure_again = measure_again
+        self._measuring = IdleMeasuring()
+        self._lock = threading.Lock()
+        self._runs = False
+        self._stopped = False
+
+    def measured(self, key: VersionKey, waited: float) -> None:
+        """Take note of a version that is ready, and of the share of waiting while it was measured."""
+        if self._measuring.measured(key, waited, self._clock()):
+            log.info(
+                "%s/%d was measured while others had the cores for %.0f %% of the time; it is measured again"
+                " when the machine is idle",
+                *key,
+                100 * waited,
+            )
+            with self._lock:  # the thread may be about to end
+                if not self._runs:
+                    self._runs = True
+                    threading.Thread(target=self._run, name="idle", daemon=True).start()
+
+    def forget(self, key: VersionKey) -> None:
+        """Take note of a version that serves no longer."""
+        self._measuring.forget(key)
+
+    def stop(self) -> None:
+        """Have nothing measured again any more."""
+        self._stopped = True
+
+    def _run(self) -> None:
+        while not self._stopped:
+            time.sleep(LOOK_S)
+            with self._lock:
+                if not self._measuring.waits:
+                    self._runs = False
+                    return
+            self.look(self._clock())
+
+    def look(self, now: float) -> None:
+        """Have a version measured again if the machine is idle at last."""
+        due = self._measuring.due(now, self._work(), lambda: at_low_priority(waited_share))
+        if due is not None:
+            self._measure_again(due)

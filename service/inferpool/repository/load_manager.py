@@ -52,8 +52,8 @@ DRAIN: Final = "drain"
 """The phase of a job that waits until a version has answered its last request."""
 
 
-class Host(Protocol):
-    """Does what the manager decides. All methods are called in threads of the manager."""
+class Versions(Protocol):
+    """Loads and frees versions, as the manager decides. All methods are called in threads of the manager."""
 
     def load(self, key: VersionKey, source: VersionSource, enter: Callable[[Phase], None]) -> LoadedVersion:
         """Load a version; `enter` is told each phase, and raises LoadCancelled. Raises LoadError."""
@@ -70,10 +70,17 @@ class Host(Protocol):
     def retire(self, key: VersionKey) -> None:
         """Take requests away from a version, wait until its last one is answered, and free its memory."""
 
-    def show(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
-        """Publish what a version is now."""
+    def count_load(self, key: VersionKey, outcome: Outcome) -> None:
+        """Count a load that has ended."""
 
-    def leave(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
+
+class Views(Protocol):
+    """Publishes what the manager has done."""
+
+    def show(self, key: VersionKey, lifecycle: VersionLifecycle) -> bool:
+        """Publish what a version is now; returns whether it has vanished for good."""
+
+    def leave(self, key: VersionKey) -> None:
         """Publish that a version runs on another device, and is not loaded here."""
 
     def is_elsewhere(self, key: VersionKey) -> bool:
@@ -84,9 +91,6 @@ class Host(Protocol):
 
     def await_seen(self) -> None:
         """Wait until all that send requests know what is published now."""
-
-    def count_load(self, key: VersionKey, outcome: Outcome) -> None:
-        """Count a load that has ended."""
 
 
 class _Load:
@@ -120,7 +124,8 @@ class LoadManager:
 
     def __init__(
         self,
-        host: Host,
+        versions: Versions,
+        views: Views,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         load_timeout_s: float | None,
@@ -133,7 +138,8 @@ class LoadManager:
         A load fails after `load_timeout_s`; None if the caller sees to it that none takes too long. The
         models named in `first` load before all others.
         """
-        self._host = host
+        self._versions = versions
+        self._views = views
         self._clock = clock
         self._load_timeout_s = load_timeout_s
         self._loads_at_once = loads_at_once
@@ -187,14 +193,28 @@ class LoadManager:
             lifecycle = self._lifecycles.setdefault(key, VersionLifecycle())
             changes = lifecycle.wanted != source or lifecycle.reason != reason
             lifecycle.fail(source, reason)
-            self._host.show(key, lifecycle)
+            self._show(key, lifecycle)
             if changes:
                 self._wake()
 
-    def forget(self, key: VersionKey) -> None:
-        """Forget a version that is neither loaded nor wanted."""
-        # Without the lock, which the manager holds while it waits to publish.
-        self._lifecycles.pop(key, None)
+    def unload_failed(self, key: VersionKey) -> None:
+        """Take note that nobody wants a version which may have failed."""
+        lifecycle = self._lifecycles.get(key)
+        if lifecycle is not None and lifecycle.actual == FAILED:
+            lifecycle.unloaded()
+            self._show(key, lifecycle)
+
+    def show(self, key: VersionKey) -> None:
+        """Publish what a version is, because what is wanted of it has changed."""
+        lifecycle = self._lifecycles.get(key)
+        if lifecycle is not None:
+            self._show(key, lifecycle)
+
+    def _show(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
+        """Publish what a version is, and forget it if it has vanished."""
+        # No lock is needed, and a caller may not have it: the manager holds it while it waits to publish.
+        if self._views.show(key, lifecycle):
+            self._lifecycles.pop(key, None)
 
     def lifecycle(self, key: VersionKey) -> VersionLifecycle | None:
         """The lifecycle of a version, only to be read; None if the manager does not know the version."""
@@ -244,7 +264,7 @@ class LoadManager:
             job = self._jobs.get(job.id) or job
             # The thread only has to look whether the job has ended: changes of the caller wake it themselves.
             self._tell_threads()
-        self._host.jobs_changed()
+        self._views.jobs_changed()
         return job
 
     def begin_fetch(
@@ -258,7 +278,7 @@ class LoadManager:
             job, is_new = self._jobs.begin_fetch(model, asked, source, source_key, self._clock(), most)
             if is_new:
                 job = self._jobs.update(job, expected=self._times.expected(model))
-        self._host.jobs_changed()
+        self._views.jobs_changed()
         return job, is_new
 
     def tell_fetched(self, job_id: str, fetched: int, to_fetch: int) -> None:
@@ -268,7 +288,7 @@ class LoadManager:
             if job is None or not job.fetching or job.state != RUNNING:
                 return
             self._jobs.update(job, fetched=fetched, to_fetch=to_fetch)
-        self._host.jobs_changed()
+        self._views.jobs_changed()
 
     def is_fetching(self, job_id: str) -> bool:
         """Whether a job waits for a fetch; False once it is cancelled."""
@@ -297,7 +317,7 @@ class LoadManager:
                 if lifecycle is not None and lifecycle.phase is not None:
                     self._follow(key, lifecycle.phase, now)
             self._tell_threads()
-        self._host.jobs_changed()
+        self._views.jobs_changed()
 
     def cancel(self, job_id: str) -> Job | None:
         """End a job that runs; its versions go on being what they are. None if there is no such job.
@@ -320,7 +340,7 @@ class LoadManager:
                     lifecycle.unwant()
             job = self._jobs.end(job, CANCELLED, "somebody has cancelled it")
             self._wake()
-        self._host.jobs_changed()
+        self._views.jobs_changed()
         return job
 
     # The thread.
@@ -362,12 +382,12 @@ class LoadManager:
                 due = any(self._outcome_of(job) is not None for job in self._jobs.running())
             if due:
                 # Whoever learns that a job is done may use what it has done, in any process.
-                self._host.await_seen()
+                self._views.await_seen()
             with self._changed:
                 ended = self._end_jobs()
                 settled = not acted and self._is_settled(now)
             if ended:
-                self._host.jobs_changed()
+                self._views.jobs_changed()
             if settled and self._on_settled is not None:
                 self._on_settled()
             with self._changed:
@@ -390,7 +410,7 @@ class LoadManager:
                 self._cancel_load(key, lifecycle)
             else:
                 lifecycle.drain_begun()
-                self._host.show(key, lifecycle)
+                self._show(key, lifecycle)
                 threading.Thread(target=self._retire, args=(key, lifecycle), daemon=True).start()
         return acted
 
@@ -407,7 +427,7 @@ class LoadManager:
         return (
             len(others) < self._loads_at_once
             and not any(load.waits or load.measures for load in others)
-            and self._host.fits_beside(source, [load.source for load in others])
+            and self._versions.fits_beside(source, [load.source for load in others])
         )
 
     def _pause(self, now: float) -> float | None:
@@ -447,7 +467,7 @@ class LoadManager:
         lifecycle.load_begun()
         load = self._loads[key] = _Load(key, source, now)
         self._times.entered(key, QUEUED, now)
-        self._host.show(key, lifecycle)
+        self._show(key, lifecycle)
         self._threads += 1
         threading.Thread(target=self._load, args=(load, lifecycle), daemon=True).start()
 
@@ -459,7 +479,7 @@ class LoadManager:
             self._end_load(load, "cancelled")
             lifecycle.cancelled()
             log.info("%s/%d: the load is cancelled", *key)
-            self._host.show(key, lifecycle)
+            self._show(key, lifecycle)
 
     def _load(self, load: _Load, lifecycle: VersionLifecycle) -> None:
         timer: threading.Timer | None = None
@@ -468,7 +488,7 @@ class LoadManager:
             timer.daemon = True
             timer.start()
         try:
-            loaded = self._host.load(load.key, load.source, partial(self._enter, load, lifecycle))
+            loaded = self._versions.load(load.key, load.source, partial(self._enter, load, lifecycle))
         except RunsElsewhere as error:
             self._leave(load, lifecycle, error.detail)
         except InferpoolError as error:
@@ -501,7 +521,7 @@ class LoadManager:
             self._times.entered(load.key, phase, now)
             changed = self._follow(load.key, phase, now)
         if changed:
-            self._host.jobs_changed()
+            self._views.jobs_changed()
 
     def _await_quiet(self, load: _Load) -> None:
         """Wait until no other load runs but those that take too long; the caller holds the lock."""
@@ -536,13 +556,13 @@ class LoadManager:
             claimed = load.claim()
             if claimed:
                 self._end_load(load, "ready")
-                self._host.serve(load.key, loaded)
+                self._versions.serve(load.key, loaded)
                 lifecycle.loaded()
-                self._host.show(load.key, lifecycle)
+                self._show(load.key, lifecycle)
                 self._wake()
         if not claimed:
             log.warning("%s/%d is loaded, too late", *load.key)
-            self._host.discard(loaded)
+            self._versions.discard(loaded)
 
     def _fail(self, load: _Load, lifecycle: VersionLifecycle, reason: Reason) -> None:
         with self._changed:
@@ -550,7 +570,7 @@ class LoadManager:
                 self._end_load(load, "failed")
                 log.error("%s/%d has failed: %s", *load.key, reason)
                 lifecycle.load_failed(reason)
-                self._host.show(load.key, lifecycle)
+                self._show(load.key, lifecycle)
                 self._wake()
 
     def _leave(self, load: _Load, lifecycle: VersionLifecycle, reason: Reason) -> None:
@@ -559,7 +579,9 @@ class LoadManager:
             if load.claim():
                 self._end_load(load, None)
                 lifecycle.load_failed(reason)
-                self._host.leave(load.key, lifecycle)
+                if lifecycle.actual == READY:
+                    self.unwant(load.key)
+                self._views.leave(load.key)
                 self._wake()
 
     def _give_up(self, load: _Load, lifecycle: VersionLifecycle) -> None:
@@ -571,18 +593,18 @@ class LoadManager:
         """End a load, which counts only with an outcome."""
         self._times.ended(load.key, self._clock(), ok=outcome == "ready")
         if outcome is not None:
-            self._host.count_load(load.key, outcome)
+            self._versions.count_load(load.key, outcome)
         del self._loads[load.key]
         self._tell_threads()
 
     def _retire(self, key: VersionKey, lifecycle: VersionLifecycle) -> None:
         try:
-            self._host.retire(key)
+            self._versions.retire(key)
         except Exception:
             log.exception("unloading %s/%d", *key)
         with self._changed:
             lifecycle.drained()
-            self._host.show(key, lifecycle)
+            self._show(key, lifecycle)
             self._wake()
 
     # The ends of jobs.
@@ -624,7 +646,7 @@ class LoadManager:
             )
             return (DONE, "") if gone else None
         if job.versions and all(
-            self._host.is_elsewhere(VersionKey(job.model, number)) for number in job.versions
+            self._views.is_elsewhere(VersionKey(job.model, number)) for number in job.versions
         ):
             return ELSEWHERE, ""
         if any(lifecycle.wanted is None for lifecycle in lifecycles) or not lifecycles:
@@ -632,7 +654,7 @@ class LoadManager:
         if not all(lifecycle.settled for lifecycle in lifecycles):
             return None
         keys = [VersionKey(job.model, number) for number in job.versions]
-        here = [self._lifecycles.get(key) for key in keys if not self._host.is_elsewhere(key)]
+        here = [self._lifecycles.get(key) for key in keys if not self._views.is_elsewhere(key)]
         reasons = [lifecycle.reason for lifecycle in here if lifecycle and not lifecycle.succeeded]
         return (JOB_FAILED, "; ".join(filter(None, reasons))) if reasons else (DONE, "")
 

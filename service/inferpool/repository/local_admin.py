@@ -24,31 +24,31 @@ class LocalAdmin:
 
     async def begin_load(self, model: str, version: int | None, source: str | None = None) -> Job:
         """Load, as `Admin` says. In a thread, because it looks at files."""
-        return await asyncio.to_thread(self._repository.begin_load, model, version, source)
+        return await asyncio.to_thread(self._repository.admin_jobs.begin_load, model, version, source)
 
     async def begin_unload(self, model: str, version: int | None) -> Job:
         """Unload, as `Admin` says."""
-        return await asyncio.to_thread(self._repository.begin_unload, model, version)
+        return await asyncio.to_thread(self._repository.admin_jobs.begin_unload, model, version)
 
     async def cancel_job(self, job_id: str) -> Job:
         """Cancel, as `Admin` says."""
-        job = await asyncio.to_thread(self._repository.cancel_job, job_id)
+        job = await asyncio.to_thread(self._repository.admin_jobs.cancel, job_id)
         if job is None:
             raise job_not_found(job_id)
         return job
 
     async def move_label(self, model: str, label: str, version: int | None) -> bool:
         """Move a label, as `Admin` says."""
-        return await asyncio.to_thread(self._repository.move_label, model, label, version)
+        return await asyncio.to_thread(self._repository.routing.move_label, model, label, version)
 
     async def rollback(self, model: str) -> int:
         """Roll back, as `Admin` says."""
-        return await asyncio.to_thread(self._repository.rollback, model)
+        return await asyncio.to_thread(self._repository.routing.rollback, model)
 
     async def set_traffic(self, model: str, traffic: Traffic | None) -> None:
         """Share requests out, as `Admin` says."""
-        await asyncio.to_thread(self._repository.set_traffic, model, traffic)
+        await asyncio.to_thread(self._repository.routing.set_traffic, model, traffic)
 
     async def end_canary(self, model: str, number: int, state: CanaryState, reason: Reason) -> bool:
         """End a canary, as `Admin` says."""
-        return await asyncio.to_thread(self._repository.end_canary, model, number, state, reason)
+        return await asyncio.to_thread(self._repository.routing.end_canary, model, number, state, reason)
