@@ -37,6 +37,7 @@ from inferpool.repository.stores.polling import locate
 from inferpool.repository.version_source import held_from_json
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
+from inferpool.system.every_second import EverySecond
 from inferpool.system.gpus import CPU, cuda_driver
 from inferpool.system.memory import chosen_limit, keep_freed_memory, release_freed_memory
 
@@ -107,9 +108,11 @@ class Engine:
 
     def run(self) -> int:
         """Serve until the supervisor says that it is over; returns the exit status."""
-        self._metrics.start_publishing()
+        self._metrics.publish()
+        EverySecond(
+            {"publishing the gauges": self._metrics.publish, "looking at the memory": self._memory.look}
+        ).start()
         self._publish()
-        self._memory.start()
         self._repository.start(self._loaded, lambda reason: self._control.send("refused", {"reason": reason}))
         while True:
             message = self._control.wait()

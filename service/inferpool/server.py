@@ -43,6 +43,7 @@ from inferpool.repository.catalog_readings import uses_gpus
 from inferpool.repository.rollout import RolloutWatch
 from inferpool.settings import Settings
 from inferpool.system.connection_counts import ConnectionCounts, make_counts
+from inferpool.system.every_second import EverySecond
 from inferpool.system.gpus import CPU, cuda_driver
 from inferpool.system.listeners import address_of, listen_internally
 from inferpool.wire import json_numbers
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
     from inferpool.repository.repository import Repository  # a web process imports no loader
 
 log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+"""How often the date of responses is renewed, which has whole seconds."""
 
 CLOSE_TIMEOUT_S = 5
 """How long connections may take to close once every request on them is answered."""
@@ -104,9 +108,10 @@ class Server(uvicorn.Server):
             timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._ending = asyncio.Event()
         super().__init__(config)
         self.exit_status = 0
-        self.loop: asyncio.AbstractEventLoop | None = None
         self._in_flight = in_flight
         self._results = results
         self._read_batcher = read_batcher
@@ -128,7 +133,10 @@ class Server(uvicorn.Server):
         self.loop = asyncio.get_running_loop()
         self._results.attach(self.loop)
         self._metrics.add_source(web_busy(self._metrics, threading.get_ident(), self.name))
-        self._memory.start()
+        every_second = EverySecond(
+            {"looking at the memory": self._memory.look, "publishing the gauges": self._metrics.publish}
+        )
+        every_second.start()
         for source in self._key_sources:
             source.start(self.loop)
         self.begin(sockets or [])
@@ -145,7 +153,7 @@ class Server(uvicorn.Server):
             self._rollouts.close()
         if self._observations is not None:
             await asyncio.to_thread(self._observations.close)
-        self._metrics.stop_publishing()
+        await asyncio.to_thread(every_second.close)
         self._memory.close()
         for source in self._key_sources:
             source.close()
@@ -198,11 +206,26 @@ class Server(uvicorn.Server):
             self._metrics,
         )
 
-    async def on_tick(self, counter: int) -> bool:
-        """Tell the other processes how many connections there are; uvicorn calls this all the time."""
-        if self._acceptor is not None:
-            self._acceptor.update()
-        return await super().on_tick(counter)
+    async def main_loop(self) -> None:
+        """Renew the date of responses once a second until the server ends.
+
+        uvicorn's own loop looks ten times a second whether it should end.
+        """
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._ending.wait()
+
+    @property
+    def should_exit(self) -> bool:
+        """Whether the server is to end, as uvicorn asks it; any thread may set it."""
+        return self._should_exit
+
+    @should_exit.setter
+    def should_exit(self, value: bool) -> None:
+        self._should_exit = value
+        if value and self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._ending.set)
 
     async def wait_informed(self) -> None:
         """Wait until this process knows what is served."""

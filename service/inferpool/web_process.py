@@ -90,7 +90,7 @@ class WebServer(Server):
         """Listen to the supervisor."""
         assert self.loop is not None
         self.loop.add_reader(self._control.fileno(), self._hear)
-        self._metrics.start_publishing()
+        self._metrics.publish()
         self._updates = self.loop.create_task(self._take_catalogs())
 
     async def wait_informed(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import os
 import threading
@@ -22,10 +21,6 @@ from inferpool.system.memory import (
     stack_bytes,
 )
 
-log = logging.getLogger(__name__)
-
-LOOK_S: Final = 1.0
-"""Pause between two looks at the memory."""
 LEAST_TRIM_S: Final = 20.0
 """Pause after a trim; it doubles with each trim that gives back little, up to `MOST_TRIM_S`."""
 MOST_TRIM_S: Final = 600.0
@@ -57,7 +52,7 @@ def engine_system(limit: MemoryLimit) -> EngineSystem:
 
 
 class EngineMemory:
-    """A thread that looks at the memory of the engine once a second.
+    """The memory of the engine, which has to be looked at about once a second.
 
     The kernel ends a process if memory runs out, and each request in it has to run again. An allocation that
     fails costs one request only.
@@ -75,10 +70,6 @@ class EngineMemory:
         self._trimmed_at = -math.inf
         self._pause_s = LEAST_TRIM_S
         self._working = threading.Lock()
-
-    def start(self) -> None:
-        """Start the thread, which ends with the process."""
-        threading.Thread(target=self._run, name="memory", daemon=True).start()
 
     def settle(self, *, bound_data: bool) -> None:
         """Take note that models have been loaded.
@@ -123,11 +114,3 @@ class EngineMemory:
         # Each thread that has started since maps a stack, which it hardly touches.
         more = max(0, threading.active_count() - self._threads) + SPARE_THREADS
         self._system.limit_data(self._system.limit - others + self._untouched + more * stack_bytes())
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(LOOK_S)
-            try:
-                self.look()
-            except Exception:
-                log.exception("looking at the memory failed")

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PUBLISH_S: Final = 1.0
-"""How often a process writes its gauges for the others, in seconds."""
-
 STALE_S: Final = 5.0
 """Age at which the gauges of a process that no longer writes them are left out, in seconds."""
 
@@ -144,7 +141,6 @@ class Metrics:
         self._cpu_base = 0.0
         self._cpu_s = 0.0
         self._publishing = threading.Lock()
-        self._closed = threading.Event()
         if regions is not None:
             self._cpu_base = self.left_behind(CPU_SECONDS)
             self._take_over(regions)
@@ -299,16 +295,6 @@ class Metrics:
                     shared_number[0] = number
             regions.own.beat(time.monotonic())
 
-    def start_publishing(self) -> None:
-        """Publish now, and then every `PUBLISH_S` in a thread of its own; nothing if this is the server."""
-        if self._regions is not None:
-            self._publish_safely()
-            threading.Thread(target=self._publish_often, name="metrics", daemon=True).start()
-
-    def stop_publishing(self) -> None:
-        """Publish no more: the sources may no longer be called."""
-        self._closed.set()
-
     def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics and their content type: OpenMetrics if `accept` asks for it, else text."""
         # Imported late: only a process that answers requests shows metrics.
@@ -441,16 +427,6 @@ class Metrics:
             for numbers in reader.series(CPU_SECONDS).values():
                 seconds += counted(numbers[0])
         return pids, seconds
-
-    def _publish_often(self) -> None:
-        while not self._closed.wait(PUBLISH_S):
-            self._publish_safely()
-
-    def _publish_safely(self) -> None:
-        try:
-            self.publish()
-        except Exception:
-            log.exception("the gauges of this process could not be published")
 
     def _shared(self, name: str, labels: Labels, count: int) -> memoryview[float] | None:
         """The numbers of a series in this process's region. The caller holds the lock."""

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 0.25
 """Pause between two looks at the counts."""
+IDLE_S: Final = 1.0
+"""Pause before a look while there is no canary."""
 
 
 class RolloutWatch:
@@ -40,12 +42,15 @@ class RolloutWatch:
             self._task.cancel()
 
     async def _look_often(self) -> None:
+        pause_s = IDLE_S
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(pause_s)
+            pause_s = IDLE_S
             for model in list(self._catalog.models().values()):
                 traffic = model.traffic
                 if traffic is None or traffic.running is None:
                     continue
+                pause_s = LOOK_S
                 try:
                     await self._look(model, traffic)
                 except InferpoolError as error:

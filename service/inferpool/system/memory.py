@@ -88,7 +88,7 @@ def memory_limit(root: Path = ROOT) -> MemoryLimit:
     `root` contains `proc` and `sys`. Sources: the kernel's documents cgroup-v2.rst (memory.max, memory.high)
     and cgroup-v1/memory.rst (memory.limit_in_bytes).
     """
-    machine = _kib_of(root / "proc/meminfo", "MemTotal") or _UNLIMITED
+    machine = _bytes_of(_read(root / "proc/meminfo"), b"MemTotal") or _UNLIMITED
     tightest = MemoryLimit(machine)
     for version, folder in own_cgroups("memory", root):
         for name in ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",):
@@ -114,19 +114,16 @@ def in_flight_bytes(limit: int, held: int, copies: int = COPIES) -> int:
 
 def memory_use(root: Path = ROOT) -> MemoryUse:
     """Return the memory that this process takes now; zeros if the kernel does not say."""
-    status = root / "proc/self/status"
-    anonymous = _kib_of(status, "RssAnon")
-    held = anonymous + _kib_of(status, "RssShmem") if anonymous else _kib_of(status, "VmRSS")
-    return MemoryUse(held, _kib_of(status, "VmData"))
+    status = _read(root / "proc/self/status")
+    anonymous = _bytes_of(status, b"RssAnon")
+    held = anonymous + _bytes_of(status, b"RssShmem") if anonymous else _bytes_of(status, b"VmRSS")
+    return MemoryUse(held, _bytes_of(status, b"VmData"))
 
 
 def family_held(parent: int, root: Path = ROOT) -> int:
     """Bytes that `parent` and its children hold, without memory that they share; 0 if unknown."""
-    try:
-        children = (root / f"proc/{parent}/task/{parent}/children").read_text().split()
-    except OSError:
-        return 0
-    return sum(_kib_of(root / f"proc/{pid}/status", "RssAnon") for pid in (parent, *children))
+    children = _read(root / f"proc/{parent}/task/{parent}/children").decode().split()
+    return sum(_bytes_of(_read(root / f"proc/{pid}/status"), b"RssAnon") for pid in (parent, *children))
 
 
 def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
@@ -184,12 +181,25 @@ def stack_bytes() -> int:
     return _STACK_BYTES if soft == resource.RLIM_INFINITY else soft
 
 
-def _kib_of(file: Path, field: str) -> int:
-    """The bytes of a line `field: N kB` of a file in `proc`; 0 if there is none."""
+def _read(file: Path) -> bytes:
+    """The first 64 KiB of a file in `proc`; nothing if it cannot be read.
+
+    An idle process reads some of them every second, and a file object would cost it more than reading.
+    """
     try:
-        for line in file.read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * _KIB
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0
+        opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(opened, 2**16)
+    except OSError:  # the process has ended
+        return b""
+    finally:
+        os.close(opened)
+
+
+def _bytes_of(status: bytes, field: bytes) -> int:
+    """The bytes of the line `field: N kB`; 0 if there is none."""
+    _, found, rest = (b"\n" + status).partition(b"\n" + field + b":")
+    words = rest[:40].split(maxsplit=1)
+    return int(words[0]) * _KIB if found and words and words[0].isdigit() else 0

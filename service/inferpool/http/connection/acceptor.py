@@ -16,6 +16,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Protocol
 
 from inferpool.http.access.tls import LOOK_S, Certificates
@@ -183,11 +184,20 @@ class Acceptor:
 
     def _started(self, starting: asyncio.Task[Any]) -> None:
         self._starting.pop(starting, None)
+        self.update()
+
+    def _make_counted(self, entered: _Entered | None) -> Any:
+        protocol = self._make_protocol()
+        protocol.ended = partial(self._left, entered)
+        return protocol
+
+    def _left(self, entered: _Entered | None) -> None:
+        if entered is not None:
+            entered.leave()
+        self.update()
 
     async def _start(self, connection: socket.socket, client: str, entered: _Entered | None) -> None:
-        make_protocol = self._make_protocol
-        if entered is not None:
-            make_protocol = lambda: _counted(self._make_protocol(), entered)  # noqa: E731
+        make_protocol = partial(self._make_counted, entered)
         try:
             if self._certificates is None:
                 await self._loop.connect_accepted_socket(make_protocol, connection)
@@ -257,11 +267,6 @@ class Acceptor:
         assert self._certificates is not None
         self._certificates.look()
         self._look = self._loop.call_later(LOOK_S, self._look_at_certificates)
-
-
-def _counted(protocol: AcceptedConnection, entered: _Entered) -> AcceptedConnection:
-    protocol.ended = entered.leave
-    return protocol
 
 
 def _counted_address(text: str) -> str:

@@ -43,8 +43,6 @@ MIB: Final = 2**20
 HEAP_SHARE: Final = 32
 """Bodies that are announced and not received take a part of the heap: this share of the limit, divided by the
 requests in flight. With 1,000 requests that is a quarter of the limit in total."""
-LOOK_S: Final = 1.0
-"""Pause between two looks at the memory."""
 LEAST_TRIM_S: Final = 20.0
 """Pause after a trim; it doubles with each trim that gives back little, up to `MOST_TRIM_S`.
 
@@ -100,10 +98,10 @@ def this_system(memory_bytes: int) -> System:
 
 
 class MemoryMonitor:
-    """A thread that looks at the memory of the process once a second.
+    """The memory of the process, which has to be looked at about once a second.
 
-    It gives freed memory back once a burst is over. It then measures what the process holds without requests,
-    and sets the budget accordingly.
+    A look gives freed memory back once a burst is over. It then measures what the process holds without
+    requests, and sets the budget accordingly.
     """
 
     def __init__(
@@ -140,22 +138,13 @@ class MemoryMonitor:
         self._trim_s = metrics.value("memory_trim_seconds_total")
         self._trimmed = metrics.value("memory_trimmed_bytes_total")
         self._working = threading.Lock()
-        self._closed = threading.Event()
-        self._worker = threading.Thread(target=self._run, name="memory", daemon=True)
         metrics.add_source(self._readings)
         if cache is not None:
             metrics.add_source(cache.readings)
         self._set_budget()
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._worker.start()
-
     def close(self) -> None:
-        """End the thread, and allow all allocations again."""
-        self._closed.set()
-        if self._worker.is_alive():
-            self._worker.join()
+        """Allow all allocations again."""
         if self._bounds_data:
             self._system.limit_data(None)
 
@@ -212,13 +201,6 @@ class MemoryMonitor:
                     self._pause_s = LEAST_TRIM_S
                 elif self._quiet:  # what requests hold meanwhile says nothing of the next trim
                     self._pause_s = min(MOST_TRIM_S, 2 * self._pause_s)
-
-    def _run(self) -> None:
-        while not self._closed.wait(LOOK_S):
-            try:
-                self.look()
-            except Exception:
-                log.exception("looking at the memory failed")
 
     def _trim(self) -> int:
         """Give freed memory back and derive the budget anew; returns the bytes given back."""
