@@ -84,6 +84,13 @@ def test_a_canary_without_a_fault_is_promoted_by_itself(server: Server, client: 
     assert begun.json()["canary"]["state"] == "running"
     assert server.metric("canary_share", model="good", version="2") == 0.5
     found = send_until_it_ends(client, "good", [1.0, 2.0])
+    for _ in range(2):
+        if found["state"] == "promoted":
+            break
+        # One sound canary in a hundred may be called slower, and more of them on a busy machine.
+        assert "requests took more than" in found["reason"], found
+        assert client.put("/models/good/traffic", json={"canary": canary}).status_code == 200
+        found = send_until_it_ends(client, "good", [1.0, 2.0])
     assert (found["state"], found["canary"]["failures"]) == ("promoted", 0), found
     assert min(found["canary"]["requests"], found["stable"]["requests"]) >= 60
     assert found["canary"]["p99_ms"] > 0
