@@ -44,7 +44,13 @@ class Host:
     def _gate(self, name: str, phase: Phase) -> threading.Event:
         return self._passed.setdefault((name, phase), threading.Event())
 
-    def load(self, key: VersionKey, source: VersionSource, enter: Callable[[Phase], None]) -> Any:
+    def load(
+        self,
+        key: VersionKey,
+        source: VersionSource,
+        enter: Callable[[Phase], None],
+        is_over: Callable[[], bool],
+    ) -> Any:
         self.begun.append(key.model)
         for phase in (VERIFY, LOAD, MEASURE, WARM):
             enter(phase)

@@ -55,8 +55,17 @@ DRAIN: Final = "drain"
 class Versions(Protocol):
     """Loads and frees versions, as the manager decides. All methods are called in threads of the manager."""
 
-    def load(self, key: VersionKey, source: VersionSource, enter: Callable[[Phase], None]) -> LoadedVersion:
-        """Load a version; `enter` is told each phase, and raises LoadCancelled. Raises LoadError."""
+    def load(
+        self,
+        key: VersionKey,
+        source: VersionSource,
+        enter: Callable[[Phase], None],
+        is_over: Callable[[], bool],
+    ) -> LoadedVersion:
+        """Load a version; `enter` is told each phase, and raises LoadCancelled. Raises LoadError.
+
+        `is_over` says whether nobody waits for the load any more.
+        """
 
     def fits_beside(self, source: VersionSource, others: Sequence[VersionSource]) -> bool:
         """Whether a version may begin to load while `others` load."""
@@ -114,6 +123,10 @@ class _Load:
     def claim(self) -> bool:
         """Whether the caller decides what becomes of the version: true once."""
         return self._claim.acquire(blocking=False)
+
+    def is_over(self) -> bool:
+        """Whether it is decided what becomes of the version: the load is cancelled or takes too long."""
+        return self._claim.locked()
 
 
 class LoadManager:
@@ -488,7 +501,8 @@ class LoadManager:
             timer.daemon = True
             timer.start()
         try:
-            loaded = self._versions.load(load.key, load.source, partial(self._enter, load, lifecycle))
+            enter = partial(self._enter, load, lifecycle)
+            loaded = self._versions.load(load.key, load.source, enter, load.is_over)
         except RunsElsewhere as error:
             self._leave(load, lifecycle, error.detail)
         except InferpoolError as error:

@@ -16,9 +16,10 @@ from inferpool.repository.catalog import LiveView
 from inferpool.repository.codec_factory import CodecSource
 from inferpool.repository.idle_measuring import IdleWatch
 from inferpool.repository.lifecycle import Phase
-from inferpool.repository.load.loader import LoadedVersion, Loader
+from inferpool.repository.load.loader import LoadedVersion
 from inferpool.repository.load_manager import Outcome
 from inferpool.repository.load_room import fits_beside
+from inferpool.repository.measured_loads import MeasuredLoads
 from inferpool.repository.published_views import PublishedViews
 from inferpool.repository.version_source import VersionSource
 from inferpool.system.memory import memory_use, release_freed_memory
@@ -40,7 +41,7 @@ class LoadedVersions:
 
     def __init__(
         self,
-        loader: Loader,
+        loads: MeasuredLoads,
         views: PublishedViews,
         idle: IdleWatch,
         metrics: Metrics,
@@ -54,13 +55,13 @@ class LoadedVersions:
         """Load nothing yet.
 
         Args:
-            on_loading: called when a version begins to load.
+            on_loading: called when a version begins to load in this process.
             until_seen: waits until all that send requests know what is published; None if they look before
                 each request.
             keeps_codec_sources: whether `codec_sources` is asked for.
         """
         self.router = PoolRouter()
-        self._loader = loader
+        self._loads = loads
         self._views = views
         self._idle = idle
         self._metrics = metrics
@@ -116,24 +117,30 @@ class LoadedVersions:
 
     # What the manager asks for.
 
-    def load(self, key: VersionKey, source: VersionSource, enter: Callable[[Phase], None]) -> LoadedVersion:
+    def load(
+        self,
+        key: VersionKey,
+        source: VersionSource,
+        enter: Callable[[Phase], None],
+        is_over: Callable[[], bool],
+    ) -> LoadedVersion:
         """Load a version; other versions go on serving."""
-        if self._on_loading is not None:
-            self._on_loading(key)
         self._load_sources[key] = source
         remeasure = key == self._remeasured
         if remeasure:
             self._remeasured = None
         self._views.elsewhere.pop(key, None)
         try:
-            return self._loader.load(
+            return self._loads.load(
                 key,
-                source.file,
-                source.folder,
-                source.config,
+                source,
                 enter,
+                is_over,
+                self._on_loading or (lambda key: None),
                 beside=bool(self._loaded),
                 remeasure=remeasure,
+                # A server that starts has little to answer, and the process would take time from its start.
+                apart=self._views.was_ready and bool(self._loaded),
             )
         except RunsElsewhere as error:
             self._views.elsewhere[key] = error.devices

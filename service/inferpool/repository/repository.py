@@ -30,6 +30,7 @@ from inferpool.repository.jobs import Job
 from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.repository.load_manager import LoadManager
 from inferpool.repository.loaded_versions import LoadedVersions
+from inferpool.repository.measured_loads import MeasuredLoads
 from inferpool.repository.published_views import PublishedViews
 from inferpool.repository.routing_decisions import RoutingDecisions, moves_from_json
 from inferpool.repository.traffic import traffic_from_json
@@ -94,8 +95,8 @@ class Repository:
             only: the versions to serve; None for all. Other versions are not shown, and one that is not found
                 has failed.
             skip: versions that are neither served nor shown.
-            on_loading: called when a version begins to load, in a thread. With it, the caller sees to it that
-                no load takes longer than the setting `load_timeout_s`.
+            on_loading: called when a version begins to load in this process, in a thread. With it, the caller
+                sees to it that no load takes longer than the setting `load_timeout_s`.
             on_change: called after every change of what `models` or `plans` returns, in a thread.
             plans: the plans of an earlier engine with the same versions.
             on_hung: called when a run does not stop, with the version and a sentence, in a thread. It is
@@ -139,7 +140,7 @@ class Repository:
             device=device,
         )
         self._loaded = LoadedVersions(
-            self._loader,
+            MeasuredLoads(self._loader, settings, clock, device),
             self._views,
             self.idle,
             metrics,

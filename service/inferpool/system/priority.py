@@ -13,6 +13,8 @@ from typing import Any, Final, TypeVar
 LOW_PRIORITY: Final = 15
 """The nice value of such work: next to a thread of the usual priority it gets a thirtieth of a core."""
 
+LOWEST_NICE: Final = 19
+
 T = TypeVar("T")
 _LOOK_S: Final = 0.001
 """Pause between two looks for the threads that work has started."""
@@ -76,6 +78,19 @@ def at_falling_priority(work: Callable[[], T], starts: int) -> tuple[T, bool]:
     if failure:
         raise failure[0]
     return result[0], not any(_is_low(started) for started in _threads() - before - {own})
+
+
+def run_only_on_idle_cores(pid: int) -> None:
+    """Let a process run only while no other one wants its core, as far as the system allows it.
+
+    Any thread of usual priority that wakes takes the core at once. The process must hold no lock that such
+    a thread waits for. Source: sched(7), SCHED_IDLE.
+    """
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, LOWEST_NICE)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _threads() -> set[int]:

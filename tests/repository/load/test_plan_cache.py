@@ -9,7 +9,6 @@ from inferpool.backends.row_verdict import Evidence
 from inferpool.pool.latency_model import Measurement
 from inferpool.pool.row_cost import CostPoint, RowCost
 from inferpool.repository.load.declared_shapes import ShapeCorrections
-from inferpool.repository.load.load_files import LoadFiles
 from inferpool.repository.load.plan import Plan
 from inferpool.repository.load.plan_cache import PlanCache
 
@@ -77,11 +76,11 @@ def test_the_threads_of_a_model_are_guessed_before_it_is_loaded(tmp_path: Path) 
     file = tmp_path / "m" / "1" / "model.onnx"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"weights")
-    files, cache = LoadFiles(file, None, trusted=False), PlanCache(tmp_path / "cache")
-    assert cache.guess_threads(files, 4) == 1
-    cache.keep_threads(files, 4, 3)
-    assert PlanCache(tmp_path / "cache").guess_threads(files, 4) == 3
-    assert PlanCache(tmp_path / "cache").guess_threads(files, 2) == 1
-    assert PlanCache(tmp_path / "cache", remeasure=True).guess_threads(files, 4) == 1
+    cache = PlanCache(tmp_path / "cache")
+    assert cache.guess_threads(file, 4) is None
+    cache.keep_threads(file, 4, 3)
+    assert PlanCache(tmp_path / "cache").guess_threads(file, 4) == 3
+    assert PlanCache(tmp_path / "cache").guess_threads(file, 2) is None
+    assert PlanCache(tmp_path / "cache", remeasure=True).guess_threads(file, 4) is None
     file.write_bytes(b"another")
-    assert PlanCache(tmp_path / "cache").guess_threads(files, 4) == 1
+    assert PlanCache(tmp_path / "cache").guess_threads(file, 4) is None

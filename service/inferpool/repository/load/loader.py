@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from inferpool import __version__
 from inferpool.backends.base import Backend, DeviceModel, GpuOptions, LoadedModel, LoadOptions, TensorHint
 from inferpool.backends.registry import backends_by_suffix, find_backend
 from inferpool.backends.row_verdict import Evidence
 from inferpool.codecs.image import ImageCodec
+from inferpool.codecs.labels import LabelsCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.drift.profile_file import check_series, read_profile
 from inferpool.errors import LoadError, Reason, RunsElsewhere, UnfitForGpu
@@ -41,6 +42,7 @@ from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.comparison import compare_answers
 from inferpool.repository.load.declared_shapes import corrected, without_names
 from inferpool.repository.load.golden_samples import (
+    GoldenSample,
     check_samples,
     kept_rows,
     raw_inputs,
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
     from inferpool.repository.load.gpu.gpu_copies import GpuCopies
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BATCH_BYTES = 64 * 1024 * 1024
 """Bytes of inputs that a batch of rows of any size may have, in any case."""
@@ -94,7 +98,12 @@ class LoadedVersion:
 
 
 class _Source(NamedTuple):
-    """The sources from which a version is loaded."""
+    """The sources from which a version is loaded.
+
+    Attributes:
+        remeasure: whether the plan that is kept is ignored.
+        measures: whether a plan is made if none is kept.
+    """
 
     file: Path
     folder: Path | None
@@ -102,6 +111,7 @@ class _Source(NamedTuple):
     backend: Backend
     files: LoadFiles
     remeasure: bool
+    measures: bool
 
 
 class _Content(NamedTuple):
@@ -118,6 +128,26 @@ class _Content(NamedTuple):
     image: ImageCodec | None
     rows: list[Tensors]
     samples: list[Path]
+
+
+class _Planned(NamedTuple):
+    """A model in memory, and the plan by which it is to be served."""
+
+    copies: ModelCopies
+    model: LoadedModel
+    unfit: str | None
+    devices: tuple[str, ...]
+    options: LoadOptions
+    content: _Content
+    samples: list[GoldenSample]
+    codec_source: CodecSource
+    classes: LabelsCodec | None
+    plan: Plan
+    plan_file: Path | None
+
+
+class NotMeasured(Exception):
+    """There is no plan for a version, and the load was to make none."""
 
 
 class Loader:
@@ -168,6 +198,46 @@ class Loader:
         """The names of the backends with which this process has loaded versions."""
         return list(self._backends)
 
+    def knows_plan(self, file: Path) -> bool:
+        """Whether a plan for a model is likely to be kept; only a load tells for certain."""
+        return self._cache.guess_threads(file, self._cores) is not None
+
+    def take_plans(self, plans: Mapping[str, str]) -> None:
+        """Know the plans that another process has made, as its `plans` returned them."""
+        self._cache.take(plans)
+
+    def is_for_cpu(self, file: Path, config: ModelConfig) -> bool:
+        """Whether all instances of a version would be on the CPU, and this process makes those."""
+        try:
+            backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
+            return self._device in (None, CPU) and self._choose(backend, file, config) == (CPU,)
+        except LoadError:
+            return False
+
+    def measure(
+        self,
+        key: VersionKey,
+        file: Path,
+        folder: Path | None,
+        config: ModelConfig,
+        enter: Callable[[Phase], None] = lambda phase: None,
+        *,
+        remeasure: bool = False,
+    ) -> None:
+        """Have a plan for `file`, which `plans` then has; the arguments are those of `load`.
+
+        Nothing stays in memory. Raises LoadError.
+        """
+        enter(VERIFY)
+        backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
+        self._check_size(file, beside=False)
+        files = open_files(file, folder, config, backend, self._settings)
+        try:
+            source = _Source(files.file, files.folder, config, backend, files, remeasure, measures=True)
+            self._find_plan(key, source, enter, beside=False).copies.close()
+        finally:
+            files.close()
+
     def load(
         self,
         key: VersionKey,
@@ -178,12 +248,14 @@ class Loader:
         *,
         beside: bool = False,
         remeasure: bool = False,
+        measures: bool = True,
     ) -> LoadedVersion:
         """Load `file` as version `key`; `folder` has its samples and labels.
 
         `enter` is told each phase when it begins, and may raise LoadCancelled to end the load. `beside` says
         that other versions serve meanwhile: the load leaves them the cores and the memory that they need.
-        `remeasure` ignores the plan that is kept.
+        `remeasure` ignores the plan that is kept. Without `measures`, a version that has no plan raises
+        NotMeasured.
 
         Raises LoadError, whose detail is the reason that `/models` shows, or RunsElsewhere.
         """
@@ -198,7 +270,7 @@ class Loader:
         try:
             loaded = self._load(
                 key,
-                _Source(files.file, files.folder, config, backend, files, remeasure),
+                _Source(files.file, files.folder, config, backend, files, remeasure, measures),
                 enter,
                 beside=beside,
             )
@@ -225,17 +297,76 @@ class Loader:
     ) -> LoadedVersion:
         """Load a version from files that were checked."""
         work = at_low_priority if beside else call_directly
-        config, folder, backend = source.config, source.folder, source.backend
+        config, backend = source.config, source.backend
+        planned = self._find_plan(key, source, enter, beside=beside)
+        copies, model, plan, options = planned.copies, planned.model, planned.plan, planned.options
+        text, image, codec_source = planned.content.text, planned.content.image, planned.codec_source
+        try:
+            enter(WARM)
+            padding = make_padding(text, model, batched=plan.batched) if text is not None else None
+            if options.device == CPU:
+                if plan.threads != options.threads:
+                    copies.drop(model)
+                    last = partial(copies.load, replace(options, threads=plan.threads))
+                    model = _load_quietly(last, copies.drop, backend, plan.threads) if beside else last()
+                copies.share(model, plan.instances)
+            else:
+                padding = self._prepare_gpus(source, planned, padding)
+            if image is not None and copies.takes_pixels:
+                image = image.without_normalisation()
+                codec_source = replace(codec_source, takes_pixels=True)
+            enter(CHECK_SAMPLES)
+            for loaded in dict(copies.models).values():
+                work(partial(check_samples, planned.samples, loaded))
+            pool = self._pool(key, config, plan, padding, copies, planned.plan_file)
+            for device, loaded in copies.models:
+                pool.start_instance(loaded, device)
+            copies.finish()
+        except BaseException:
+            copies.close()
+            raise
+        self._backends[backend.name] = None
+        view = VersionView(
+            key=key,
+            state=READY,
+            reason=planned.unfit or "",
+            backend=" ".join(filter(None, (backend.describe(), model.form))),
+            signature=corrected(model.signature if text is None else text.signature, plan.shapes),
+            batching=_batching_view(plan, padding, config, backend, model),
+            threads=plan.threads,
+            timeout_s=config.timeout_ms / 1000 if config.timeout_ms else None,
+            image=image,
+            text=text,
+            padding=padding,
+            row_cost=plan.row_cost,
+            classes=planned.classes,
+            gpu=copies.gpu,
+            cache_digest=_cache_digest(source) if config.cache.enabled else None,
+            sampling=_sampling(config, model.signature if text is None else text.signature, image, text),
+            drift=_drift(source),
+            sample_rows=kept_rows(planned.samples) if text is None else {},
+            digest=_digest(source.files),
+            samples=shown_samples(planned.samples),
+        )
+        return LoadedVersion(view, pool, copies, codec_source, plan.waited)
+
+    def _find_plan(
+        self, key: VersionKey, source: _Source, enter: Callable[[Phase], None], *, beside: bool
+    ) -> _Planned:
+        """Load a first copy of a model, and find or make its plan."""
+        work = at_low_priority if beside else call_directly
+        config, folder = source.config, source.folder
         devices = self._devices(source)
         first = devices[0]
         if self._device is not None:
             devices = (self._device,)
         options = self._options(source, devices[0])
-        # Beside other versions the first copy is loaded at a low priority, which its threads would keep.
-        if options.device == CPU and not beside and not source.remeasure:
-            options = replace(options, threads=self._cache.guess_threads(source.files, self._cores))
+        guess = None
+        if options.device == CPU and not source.remeasure:
+            guess = self._cache.guess_threads(source.file, self._cores)
+            options = replace(options, threads=guess or 1)
         enter(LOAD)
-        copies, model, unfit = work(partial(self._first_copy, source, options))
+        copies, model, unfit = self._load_first(source, options, beside=beside)
         try:
             if unfit is not None:
                 if self._device not in (None, first):
@@ -257,59 +388,33 @@ class Loader:
             plan_file = work(partial(self._locate_plan, source, constraints, options, content))
             plan = None if source.remeasure else self._cache.find(plan_file)
             if plan is None:
+                if not source.measures:
+                    raise NotMeasured
                 if options.threads != 1:
                     options = replace(options, threads=1)
                     copies.drop(model)
                     model = work(partial(copies.load, options))
                 plan = work(partial(self._make_plan, source, model, options, constraints, content, enter))
                 self._cache.keep(plan_file, plan)
-            enter(WARM)
-            padding = make_padding(text, model, batched=plan.batched) if text is not None else None
-            if options.device == CPU:
-                if plan.threads != options.threads:
-                    copies.drop(model)
-                    model = _load_last(copies, replace(options, threads=plan.threads), backend, beside=beside)
-                    self._cache.keep_threads(source.files, self._cores, plan.threads)
-                copies.share(model, plan.instances)
-            else:
-                padding = self._prepare_gpus(copies, model, source, devices, options, plan, content, padding)
-            if image is not None and copies.takes_pixels:
-                image = image.without_normalisation()
-                codec_source = replace(codec_source, takes_pixels=True)
-            enter(CHECK_SAMPLES)
-            for loaded in dict(copies.models).values():
-                work(partial(check_samples, samples, loaded))
-            pool = self._pool(key, config, plan, padding, copies, plan_file)
-            for device, loaded in copies.models:
-                pool.start_instance(loaded, device)
-            copies.finish()
+            if options.device == CPU and plan.threads != guess:
+                self._cache.keep_threads(source.file, self._cores, plan.threads)
         except BaseException:
             copies.close()
             raise
-        self._backends[backend.name] = None
-        view = VersionView(
-            key=key,
-            state=READY,
-            reason=unfit or "",
-            backend=" ".join(filter(None, (backend.describe(), model.form))),
-            signature=corrected(model.signature if text is None else text.signature, plan.shapes),
-            batching=_batching_view(plan, padding, config, backend, model),
-            threads=plan.threads,
-            timeout_s=config.timeout_ms / 1000 if config.timeout_ms else None,
-            image=image,
-            text=text,
-            padding=padding,
-            row_cost=plan.row_cost,
-            classes=classes,
-            gpu=copies.gpu,
-            cache_digest=_cache_digest(source) if config.cache.enabled else None,
-            sampling=_sampling(config, model.signature if text is None else text.signature, image, text),
-            drift=_drift(source),
-            sample_rows=kept_rows(samples) if text is None else {},
-            digest=_digest(source.files),
-            samples=shown_samples(samples),
+        return _Planned(
+            copies, model, unfit, devices, options, content, samples, codec_source, classes, plan, plan_file
         )
-        return LoadedVersion(view, pool, copies, codec_source, plan.waited)
+
+    def _load_first(
+        self, source: _Source, options: LoadOptions, *, beside: bool
+    ) -> tuple[ModelCopies, LoadedModel, str | None]:
+        """The same as `_first_copy`, at the priority that becomes the load."""
+        load = partial(self._first_copy, source, options)
+        if not beside:
+            return load()
+        if options.device != CPU or options.threads == 1:
+            return at_low_priority(load)
+        return _load_quietly(load, lambda first: first[0].close(), source.backend, options.threads)
 
     def _check_size(self, file: Path, *, beside: bool) -> None:
         """Raise LoadError for a file that cannot fit into memory, before all of it is read."""
@@ -345,20 +450,11 @@ class Loader:
         copies = ModelCopies(source.backend, source.file)
         return copies, copies.load(options), unfit
 
-    def _prepare_gpus(
-        self,
-        copies: ModelCopies,
-        model: LoadedModel,
-        source: _Source,
-        devices: tuple[str, ...],
-        options: LoadOptions,
-        plan: Plan,
-        content: _Content,
-        padding: Padding | None,
-    ) -> Padding | None:
-        """Exchange `model` for a copy for each instance on each GPU; returns the padding of texts there."""
+    def _prepare_gpus(self, source: _Source, planned: _Planned, padding: Padding | None) -> Padding | None:
+        """Exchange the model for a copy for each instance on each GPU; returns the padding of texts there."""
         from inferpool.repository.load.gpu.gpu_copies import GpuCopies, GpuInputs
 
+        copies, model, options, content = planned.copies, planned.model, planned.options, planned.content
         assert isinstance(copies, GpuCopies)
         # Asked for even if the measured copy cannot capture, because the reason is the answer then.
         graphs = source.config.gpu.graphs and isinstance(model, DeviceModel)
@@ -376,8 +472,8 @@ class Loader:
             return self._cache.engine_folder(source.files, [version, *measured])
 
         copies.prepare(
-            devices,
-            plan,
+            planned.devices,
+            planned.plan,
             options.with_gpu(graphs=graphs, normalisation=normalise),
             GpuInputs(content.rows, texts, rounded),
             find_folder if source.config.gpu.tensorrt else None,
@@ -573,15 +669,17 @@ def _prepare_gpu_run() -> PrepareRun:
     return prepare_replayed_run
 
 
-def _load_last(copies: ModelCopies, options: LoadOptions, backend: Backend, *, beside: bool) -> LoadedModel:
-    """Load the copy that serves. The threads of its runs have the usual priority, and the load a low one."""
-    load = partial(copies.load, options)
-    if not (beside and backend.starts_threads_first):
+def _load_quietly(load: Callable[[], T], drop: Callable[[T], None], backend: Backend, threads: int) -> T:
+    """Load a copy that serves at a low priority. The `threads` of its runs have the usual one.
+
+    `drop` frees a copy whose threads have got the low priority.
+    """
+    if not backend.starts_threads_first:
         return load()
-    model, is_usual = at_falling_priority(load, options.threads - 1)
+    loaded, is_usual = at_falling_priority(load, threads - 1)
     if is_usual:
-        return model
-    copies.drop(model)
+        return loaded
+    drop(loaded)
     return load()
 
 

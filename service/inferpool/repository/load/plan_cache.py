@@ -131,28 +131,32 @@ class PlanCache:
         except OSError as error:
             log.warning("the kept measurement in %s is wrong, and cannot be removed: %s", target, error)
 
-    def guess_threads(self, files: LoadFiles, cores: int) -> int:
-        """The threads of the plan that is likely to be found once the model is loaded; 1 if nothing is known.
+    def take(self, plans: Mapping[str, str]) -> None:
+        """Know plans that another process has made, as `plans` returned them there."""
+        self._plans.update(plans)
+
+    def guess_threads(self, file: Path, cores: int) -> int | None:
+        """The threads of the plan that is likely to be found once the model is loaded; None if there is none.
 
         Only then is the file of the plan known. A wrong guess costs a second load.
         """
-        target = self._guess_file(files, cores)
+        target = self._guess_file(file, cores)
         try:
-            return 1 if target is None or self._remeasure else max(1, int(self._read(target)))
+            return None if target is None or self._remeasure else max(1, int(self._read(target)))
         except (OSError, ValueError):
-            return 1
+            return None
 
-    def keep_threads(self, files: LoadFiles, cores: int, threads: int) -> None:
-        """Keep what `guess_threads` returns at the next start."""
-        target = self._guess_file(files, cores)
+    def keep_threads(self, file: Path, cores: int, threads: int) -> None:
+        """Keep what `guess_threads` returns at the next load."""
+        target = self._guess_file(file, cores)
         if target is not None:
             self._write(target, str(threads))
 
-    def _guess_file(self, files: LoadFiles, cores: int) -> Path | None:
+    def _guess_file(self, file: Path, cores: int) -> Path | None:
         try:
-            ends = _ends(files.file)
+            ends = _ends(file)
             digest = hashlib.sha256(f"{_machine()}\n{cores}\n".encode() + ends).hexdigest()
-            return cache_folder(self._folder) / f"{_model_name(files)}-{digest[:24]}.threads"
+            return cache_folder(self._folder) / f"{file.parent.parent.name}-{digest[:24]}.threads"
         except (OSError, RuntimeError):
             return None
 
