@@ -73,9 +73,10 @@ any process may end at any time is tested with the sources. The tests of INTERPR
 
 
 INTERPRETED = {
-    *("engine/admin_relay", "engine/catalog_merge", "engine/catalog_parcel", "engine/child_loop"),
-    *("engine/control", "engine/device_engines", "engine/engine_memory", "engine/grpc_keeper"),
-    "engine/liveness",
+    *("engine/admin_relay", "engine/catalog_distribution", "engine/catalog_merge", "engine/catalog_parcel"),
+    *("engine/child_loop", "engine/control", "engine/device_engines", "engine/engine_failures"),
+    *("engine/engine_keeper", "engine/engine_memory", "engine/grpc_keeper", "engine/liveness"),
+    *("engine/process_connections", "engine/web_keeper"),
     *("engine/restart_policy", "engine/spare_engine", "engine/spawn", "engine/supervised"),
     *("engine/supervisor", "engine/supervisor_metrics"),
     *("http/connection/acceptor", "http/connection/body_receiver", "http/connection/forwarded"),

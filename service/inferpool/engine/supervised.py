@@ -20,6 +20,18 @@ class SupervisedWeb:
         """The number of the last catalog that the process serves by."""
 
 
+class Crash:
+    """What is known about the death of an engine, until all reports are in."""
+
+    def __init__(self, how: str, lived_s: float, loading: set[Version], reports: set[int]) -> None:
+        self.how = how
+        self.lived_s = lived_s
+        self.loading = loading
+        self.reports = reports
+        self.running: set[Version] = set()
+        self.confirmed: set[Version] = set()
+
+
 class SupervisedEngine:
     """An engine, or the place of one that is being started again.
 
@@ -40,6 +52,7 @@ class SupervisedEngine:
         rescan_due: whether an administrator has asked for a look at the models folder, which no process has
             taken note of yet.
         hung: the versions of which a run did not stop, for which the engine ends itself.
+        crash: what is known about the death of its last process; None once it is decided what follows.
     """
 
     def __init__(self, name: str, device: str, number: int = 1) -> None:
@@ -62,15 +75,4 @@ class SupervisedEngine:
         self.blameless = False
         self.rescan_due = False
         self.hung: set[Version] = set()
-
-
-class Crash:
-    """What is known about the death of an engine, until all reports are in."""
-
-    def __init__(self, how: str, lived_s: float, loading: set[Version], reports: set[int]) -> None:
-        self.how = how
-        self.lived_s = lived_s
-        self.loading = loading
-        self.reports = reports
-        self.running: set[Version] = set()
-        self.confirmed: set[Version] = set()
+        self.crash: Crash | None = None
