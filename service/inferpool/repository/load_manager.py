@@ -2,8 +2,8 @@
 
 While a server starts, several versions load at once. They are measured one after the other, while no other
 load runs, so that measurements do not disturb one another. Later, one version loads at a time. A load that
-does not end delays the others for `health.PATIENCE_S` only. All decisions are made by `VersionLifecycle`;
-this module has the threads.
+does not end delays the others for `health.PATIENCE_S` only. All decisions are made by `VersionLifecycle`, and
+`JobTracker` knows the jobs; this module has the threads.
 """
 
 from __future__ import annotations
@@ -12,32 +12,19 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
-from inferpool.errors import Conflict, InferpoolError, LoadCancelled, Reason, RunsElsewhere
+from inferpool.errors import InferpoolError, LoadCancelled, Reason, RunsElsewhere
 from inferpool.pool.ports import VersionKey
 from inferpool.repository import health
-from inferpool.repository.jobs import (
-    CANCELLED,
-    DONE,
-    ELSEWHERE,
-    JOB_FAILED,
-    RUNNING,
-    Job,
-    JobKind,
-    JobState,
-    JobTable,
-    LoadTimes,
-)
+from inferpool.repository.job_tracker import JobTracker
+from inferpool.repository.jobs import Job, JobKind
 from inferpool.repository.lifecycle import (
     BEGIN_LOAD,
     CANCEL_LOAD,
     FAILED,
-    FETCH,
     MEASURE,
-    QUEUED,
     READY,
-    UNLOADED,
     Phase,
     VersionLifecycle,
 )
@@ -48,8 +35,6 @@ log = logging.getLogger(__name__)
 
 Outcome: TypeAlias = Literal["ready", "failed", "cancelled"]
 """How a load ends."""
-DRAIN: Final = "drain"
-"""The phase of a job that waits until a version has answered its last request."""
 
 
 class Versions(Protocol):
@@ -160,8 +145,7 @@ class LoadManager:
         self._changed = threading.Condition(threading.RLock())
         self._lifecycles: dict[VersionKey, VersionLifecycle] = {}
         self._loads: dict[VersionKey, _Load] = {}
-        self._jobs = JobTable(wall_clock)
-        self._times = LoadTimes()
+        self._jobs = JobTracker(self._lifecycles, views.is_elsewhere, clock, wall_clock)
         self._on_settled: Callable[[], None] | None = None
         self._unsettled = False
         # Counts what the thread may have to act on. It lets go of the lock between its look and its wait.
@@ -251,7 +235,7 @@ class LoadManager:
     def jobs(self) -> list[Job]:
         """All jobs that run, and the last ones that have ended, oldest first."""
         # Without the lock: an engine publishes the jobs while a thread with the lock waits to publish.
-        return list(self._jobs)
+        return self._jobs.jobs()
 
     def begin_job(
         self,
@@ -261,20 +245,9 @@ class LoadManager:
         versions: Sequence[int],
         job_id: str | None = None,
     ) -> Job:
-        """A job for versions whose lifecycles the caller has changed; the same one if it runs already.
-
-        `job_id` is the id of a new job; None makes one.
-        """
+        """Begin a job, as `JobTracker.begin` says."""
         with self._changed:
-            now = self._clock()
-            job = self._jobs.begin(kind, model, asked, versions, now, self._times.expected(model), job_id)
-            # The load may have begun, and entered a phase that takes long, before there was a job to show it.
-            for number in versions:
-                key = VersionKey(model, number)
-                lifecycle = self._lifecycles.get(key)
-                if lifecycle is not None and lifecycle.phase is not None and lifecycle.phase != job.phase:
-                    self._follow(key, lifecycle.phase, now)
-            job = self._jobs.get(job.id) or job
+            job = self._jobs.begin(kind, model, asked, versions, job_id)
             # The thread only has to look whether the job has ended: changes of the caller wake it themselves.
             self._tell_threads()
         self._views.jobs_changed()
@@ -283,75 +256,38 @@ class LoadManager:
     def begin_fetch(
         self, model: str, asked: int | None, source: str, source_key: str, most: int
     ) -> tuple[Job, bool]:
-        """A job for a version that the caller has yet to fetch, and whether it is new.
-
-        Raises Conflict if `most` versions are being fetched already.
-        """
+        """Begin a job that fetches a version first, as `JobTracker.begin_fetch` says."""
         with self._changed:
-            job, is_new = self._jobs.begin_fetch(model, asked, source, source_key, self._clock(), most)
-            if is_new:
-                job = self._jobs.update(job, expected=self._times.expected(model))
+            job, is_new = self._jobs.begin_fetch(model, asked, source, source_key, most)
         self._views.jobs_changed()
         return job, is_new
 
     def tell_fetched(self, job_id: str, fetched: int, to_fetch: int) -> None:
         """Take note of how far a fetch is."""
         with self._changed:
-            job = self._jobs.get(job_id)
-            if job is None or not job.fetching or job.state != RUNNING:
-                return
-            self._jobs.update(job, fetched=fetched, to_fetch=to_fetch)
-        self._views.jobs_changed()
+            changed = self._jobs.tell_fetched(job_id, fetched, to_fetch)
+        if changed:
+            self._views.jobs_changed()
 
     def is_fetching(self, job_id: str) -> bool:
         """Whether a job waits for a fetch; False once it is cancelled."""
-        job = self._jobs.get(job_id)
-        return job is not None and job.fetching and job.state == RUNNING
+        return self._jobs.is_fetching(job_id)
 
     def end_fetch(self, job_id: str, versions: Sequence[int], reason: Reason = "") -> None:
         """Let a job load `versions`, which the caller wants; or fail it with a `reason`."""
         with self._changed:
-            job = self._jobs.get(job_id)
-            if job is None or not job.fetching or job.state != RUNNING:
-                return
-            now = self._clock()
-            fetch_s = now - job.phase_began
-            job = self._jobs.update(
-                job, fetching=False, versions=tuple(versions), fetch_s=fetch_s, phase=QUEUED, phase_began=now,
-                expected={**job.expected, FETCH: fetch_s} if job.expected else {},
-            )  # fmt: skip
-            if reason:
-                log.error("%s: the version that was to be loaded from %s did not come: %s", job.model,
-                          job.source, reason)  # fmt: skip
-                self._jobs.end(job, JOB_FAILED, reason)
-            for number in versions:
-                key = VersionKey(job.model, number)
-                lifecycle = self._lifecycles.get(key)
-                if lifecycle is not None and lifecycle.phase is not None:
-                    self._follow(key, lifecycle.phase, now)
-            self._tell_threads()
-        self._views.jobs_changed()
+            changed = self._jobs.end_fetch(job_id, versions, reason)
+            if changed:
+                self._tell_threads()
+        if changed:
+            self._views.jobs_changed()
 
     def cancel(self, job_id: str) -> Job | None:
-        """End a job that runs; its versions go on being what they are. None if there is no such job.
-
-        Raises Conflict if the job has ended, or if a version drains already.
-        """
+        """End a job that runs, as `JobTracker.cancel` says."""
         with self._changed:
-            job = self._jobs.get(job_id)
+            job = self._jobs.cancel(job_id)
             if job is None:
                 return None
-            if job.state != RUNNING:
-                raise Conflict(f"job {job_id} has ended: {job.state}")
-            known = self._lifecycles_of(job)
-            if job.kind == "unload" and any(lifecycle.actual != READY for lifecycle in known):
-                raise Conflict(f"job {job_id} cannot be cancelled: {job.model} is being unloaded already")
-            for lifecycle in known:
-                if lifecycle.served is not None:
-                    lifecycle.want(lifecycle.served)
-                else:
-                    lifecycle.unwant()
-            job = self._jobs.end(job, CANCELLED, "somebody has cancelled it")
             self._wake()
         self._views.jobs_changed()
         return job
@@ -392,12 +328,12 @@ class LoadManager:
                 now = self._clock()
                 changes = self._changes
                 acted = self._act(now)
-                due = any(self._outcome_of(job) is not None for job in self._jobs.running())
+                due = self._jobs.is_any_due
             if due:
                 # Whoever learns that a job is done may use what it has done, in any process.
                 self._views.await_seen()
             with self._changed:
-                ended = self._end_jobs()
+                ended = self._jobs.end_due()
                 settled = not acted and self._is_settled(now)
             if ended:
                 self._views.jobs_changed()
@@ -479,7 +415,7 @@ class LoadManager:
         _tell_late(self._loads.values(), now)
         lifecycle.load_begun()
         load = self._loads[key] = _Load(key, source, now)
-        self._times.entered(key, QUEUED, now)
+        self._jobs.load_begun(key)
         self._show(key, lifecycle)
         self._threads += 1
         threading.Thread(target=self._load, args=(load, lifecycle), daemon=True).start()
@@ -530,10 +466,8 @@ class LoadManager:
                 raise LoadCancelled("the load was cancelled")
             if self._loads.get(load.key) is not load:
                 return
-            now = self._clock()
             lifecycle.entered(phase)
-            self._times.entered(load.key, phase, now)
-            changed = self._follow(load.key, phase, now)
+            changed = self._jobs.load_entered(load.key, phase)
         if changed:
             self._views.jobs_changed()
 
@@ -551,19 +485,6 @@ class LoadManager:
             self._changed.wait(min(other.patience_from for other in busy) + health.PATIENCE_S - now)
         load.waits = False
         load.patience_from = self._clock()
-
-    def _follow(self, key: VersionKey, phase: str, now: float) -> bool:
-        """Let the jobs that are about a version show its phase; returns whether there are any."""
-        about = [
-            job for job in self._jobs.running()
-            if job.kind == "load" and job.model == key.model and key.version in job.versions
-        ]  # fmt: skip
-        for job in about:
-            expected = self._times.expected(job.model)
-            if expected and job.fetch_s:
-                expected = {**expected, FETCH: job.fetch_s}
-            self._jobs.update(job, phase=phase, phase_began=now, expected=expected)
-        return bool(about)
 
     def _take(self, load: _Load, lifecycle: VersionLifecycle, loaded: LoadedVersion) -> None:
         with self._changed:
@@ -605,7 +526,7 @@ class LoadManager:
 
     def _end_load(self, load: _Load, outcome: Outcome | None) -> None:
         """End a load, which counts only with an outcome."""
-        self._times.ended(load.key, self._clock(), ok=outcome == "ready")
+        self._jobs.load_ended(load.key, ok=outcome == "ready")
         if outcome is not None:
             self._versions.count_load(load.key, outcome)
         del self._loads[load.key]
@@ -620,57 +541,6 @@ class LoadManager:
             lifecycle.drained()
             self._show(key, lifecycle)
             self._wake()
-
-    # The ends of jobs.
-
-    def _end_jobs(self) -> bool:
-        """End the jobs whose versions are through; returns whether any job has changed."""
-        changed = False
-        for job in self._jobs.running():
-            ended = self._outcome_of(job)
-            if ended is not None:
-                self._jobs.end(job, *ended)
-                changed = True
-            elif job.kind == "load":
-                through = sum(lifecycle.settled for lifecycle in self._lifecycles_of(job))
-                if through != job.loaded:
-                    self._jobs.update(job, loaded=through)
-                    changed = True
-            elif job.phase != DRAIN:
-                self._jobs.update(job, phase=DRAIN, phase_began=self._clock())
-                changed = True
-        return changed
-
-    def _lifecycles_of(self, job: Job) -> list[VersionLifecycle]:
-        """The lifecycles of a job's versions that are known."""
-        found = [self._lifecycles.get(VersionKey(job.model, number)) for number in job.versions]
-        return [lifecycle for lifecycle in found if lifecycle is not None]
-
-    def _outcome_of(self, job: Job) -> tuple[JobState, Reason] | None:
-        """How a job has ended; None if it runs on."""
-        if job.fetching:
-            return None
-        lifecycles = self._lifecycles_of(job)
-        if job.kind == "unload":
-            if any(lifecycle.wanted is not None for lifecycle in lifecycles):
-                return CANCELLED, "a later request wants the version"
-            gone = all(
-                lifecycle.actual in (UNLOADED, FAILED) and lifecycle.loading is None
-                for lifecycle in lifecycles
-            )
-            return (DONE, "") if gone else None
-        if job.versions and all(
-            self._views.is_elsewhere(VersionKey(job.model, number)) for number in job.versions
-        ):
-            return ELSEWHERE, ""
-        if any(lifecycle.wanted is None for lifecycle in lifecycles) or not lifecycles:
-            return CANCELLED, "the version is no longer wanted"
-        if not all(lifecycle.settled for lifecycle in lifecycles):
-            return None
-        keys = [VersionKey(job.model, number) for number in job.versions]
-        here = [self._lifecycles.get(key) for key in keys if not self._views.is_elsewhere(key)]
-        reasons = [lifecycle.reason for lifecycle in here if lifecycle and not lifecycle.succeeded]
-        return (JOB_FAILED, "; ".join(filter(None, reasons))) if reasons else (DONE, "")
 
 
 def _is_late(load: _Load, now: float) -> bool:
