@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Entry, Result, VersionKey
 from inferpool.repository.config import read_config
-from inferpool.repository.load.loader import Loaded, Loader
+from inferpool.repository.load.loader import LoadedVersion, Loader
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.memory import keep_freed_memory
@@ -106,7 +106,7 @@ class Pooled:
         loader = Loader(settings, self.outbox, Metrics({}), time.monotonic)
         self.key = VersionKey(file.parents[1].name, 1)
         folder = file.parents[1]
-        self.loaded: Loaded = loader.load(self.key, file, folder, read_config(folder / "model.toml"))
+        self.loaded: LoadedVersion = loader.load(self.key, file, folder, read_config(folder / "model.toml"))
         (spec,) = self.loaded.view.signature.inputs
         self.inputs = {spec.name: np.random.default_rng(0).random((entry_rows, *shape), np.float32)}
         self.rows = entry_rows

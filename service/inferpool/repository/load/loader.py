@@ -5,41 +5,28 @@ The loader finds everything that can be wrong with a version before the version 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from inferpool import __version__
 from inferpool.backends.base import Backend, DeviceModel, GpuOptions, LoadedModel, LoadOptions, TensorHint
 from inferpool.backends.registry import backends_by_suffix, find_backend
-from inferpool.backends.row_verdict import Evidence
 from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.labels import LabelsCodec
 from inferpool.codecs.text import TextCodec
-from inferpool.drift.profile_file import check_series, read_profile
 from inferpool.errors import LoadError, Reason, RunsElsewhere, UnfitForGpu
 from inferpool.observe.metrics import Metrics
-from inferpool.pool.admission import Limits
-from inferpool.pool.audit import Audit, Compare
-from inferpool.pool.device_accounts import DeviceAccounts
-from inferpool.pool.latency_model import LatencyModel, Measurement
 from inferpool.pool.padding import Padding
 from inferpool.pool.pool import Pool
 from inferpool.pool.ports import Outbox, VersionKey
-from inferpool.pool.run_watcher import RunWatcher
-from inferpool.privacy.config import kept_fields
-from inferpool.repository.catalog import READY, BatchingView, VersionView
+from inferpool.repository.catalog import READY, VersionView
 from inferpool.repository.codec_factory import CodecSource, make_codecs, read_codec_source
 from inferpool.repository.config import ModelConfig, check_tensors
 from inferpool.repository.lifecycle import CHECK_SAMPLES, LOAD, VERIFY, WARM, Phase
 from inferpool.repository.load.batching_check import UNREAD
-from inferpool.repository.load.batching_remedies import find_remedy
-from inferpool.repository.load.comparison import compare_answers
 from inferpool.repository.load.declared_shapes import corrected, without_names
 from inferpool.repository.load.golden_samples import (
     GoldenSample,
@@ -49,20 +36,27 @@ from inferpool.repository.load.golden_samples import (
     read_samples,
     shown_samples,
 )
-from inferpool.repository.load.list_outputs import ListsAsTables
 from inferpool.repository.load.load_files import LoadFiles, open_files
 from inferpool.repository.load.model_copies import ModelCopies
 from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.repository.load.plan_cache import PlanCache
-from inferpool.repository.load.planner import TRUST, Planner, PrepareRun, prepare_run
+from inferpool.repository.load.planner import Planner, PrepareRun, prepare_run
+from inferpool.repository.load.pool_factory import PoolFactory
 from inferpool.repository.load.text_padding import make_padding, make_texts
+from inferpool.repository.load.view_facts import (
+    batching_view,
+    cache_digest,
+    drift,
+    sampling,
+    shown_digest,
+)
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.cpu_wait import CpuWait
 from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
 from inferpool.system.memory import memory_limit, release_freed_memory
 from inferpool.system.priority import at_falling_priority, at_low_priority, call_directly
-from inferpool.tensors import Signature, Tensors
+from inferpool.tensors import Tensors
 
 if TYPE_CHECKING:
     from inferpool.repository.load.gpu.gpu_copies import GpuCopies
@@ -70,12 +64,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-BATCH_BYTES = 64 * 1024 * 1024
-"""Bytes of inputs that a batch of rows of any size may have, in any case."""
-
-LEAST_QUEUE_ROWS = 64
-"""Rows that may wait however slow the model is, because a burst of single requests is no overload."""
 
 
 @dataclass(slots=True)
@@ -174,8 +162,6 @@ class Loader:
         """
         self._settings = settings
         self._device = device
-        self._outbox = outbox
-        self._metrics = metrics
         self._clock = clock
         self._driver = driver or cuda_driver()
         self._cache = PlanCache(
@@ -185,8 +171,7 @@ class Loader:
             plans=plans,
             on_drop=on_drop,
         )
-        self._watcher = RunWatcher(clock, settings.run_timeout_s, on_hung)
-        self._accounts = DeviceAccounts()
+        self._pools = PoolFactory(settings, outbox, metrics, clock, on_hung)
         self._cores = settings.threads or usable_cores()
         self._backends: dict[str, None] = {}
 
@@ -318,7 +303,9 @@ class Loader:
             enter(CHECK_SAMPLES)
             for loaded in dict(copies.models).values():
                 work(partial(check_samples, planned.samples, loaded))
-            pool = self._pool(key, config, plan, padding, copies, planned.plan_file)
+            pool = self._pools.make(
+                key, config, plan, padding, copies, partial(self._cache.drop, planned.plan_file)
+            )
             for device, loaded in copies.models:
                 pool.start_instance(loaded, device)
             copies.finish()
@@ -326,13 +313,14 @@ class Loader:
             copies.close()
             raise
         self._backends[backend.name] = None
+        content_signature = model.signature if text is None else text.signature
         view = VersionView(
             key=key,
             state=READY,
             reason=planned.unfit or "",
             backend=" ".join(filter(None, (backend.describe(), model.form))),
-            signature=corrected(model.signature if text is None else text.signature, plan.shapes),
-            batching=_batching_view(plan, padding, config, backend, model),
+            signature=corrected(content_signature, plan.shapes),
+            batching=batching_view(plan, padding, config, backend, model),
             threads=plan.threads,
             timeout_s=config.timeout_ms / 1000 if config.timeout_ms else None,
             image=image,
@@ -341,11 +329,11 @@ class Loader:
             row_cost=plan.row_cost,
             classes=planned.classes,
             gpu=copies.gpu,
-            cache_digest=_cache_digest(source) if config.cache.enabled else None,
-            sampling=_sampling(config, model.signature if text is None else text.signature, image, text),
-            drift=_drift(source),
+            cache_digest=cache_digest(config, backend, source.files) if config.cache.enabled else None,
+            sampling=sampling(config, content_signature, image, text),
+            drift=drift(config, None if source.folder is None else source.file.parent),
             sample_rows=kept_rows(planned.samples) if text is None else {},
-            digest=_digest(source.files),
+            digest=shown_digest(source.files),
             samples=shown_samples(planned.samples),
         )
         return LoadedVersion(view, pool, copies, codec_source, plan.waited)
@@ -594,66 +582,6 @@ class Loader:
             ),
         ]
 
-    def _pool(
-        self,
-        key: VersionKey,
-        config: ModelConfig,
-        plan: Plan,
-        padding: Padding | None,
-        copies: ModelCopies,
-        plan_file: Path | None,
-    ) -> Pool:
-        row_load, cost = 1, plan.row_cost
-        if padding is not None:
-            row_load = math.ceil(padding.longest / padding.unit)
-        elif cost is not None:
-            row_load = math.ceil(max(1.0, cost.points[-1].load))
-        limits = Limits(
-            batch_rows=plan.max_rows,
-            queue_rows=config.queue.max_rows or LEAST_QUEUE_ROWS * row_load,
-            queue_bytes=config.queue.max_bytes or self._settings.queue_bytes,
-            queue_s=math.inf if config.queue.max_rows else self._settings.queue_ms / 1000,
-            least_rows=LEAST_QUEUE_ROWS * row_load,
-            delay_s=config.batching.max_delay_ms / 1000,
-            # Rows of one size are bounded by their number.
-            batch_bytes=math.inf if cost is None else max(BATCH_BYTES, plan.max_rows * plan.row_bytes),
-        )
-        return Pool(
-            key,
-            limits,
-            LatencyModel((*_smaller_rows(plan), *plan.table)),
-            self._outbox,
-            self._metrics,
-            self._clock,
-            batched=plan.batched,
-            padding=padding,
-            max_joined_bytes=self._settings.in_flight_bytes,
-            buckets=copies.buckets,
-            audit=Audit(_comparison(copies.models[0][1])) if plan.evidence is Evidence.RUNS else None,
-            forget_plan=partial(self._cache.drop, plan_file),
-            watcher=self._watcher,
-            accounts=self._accounts,
-        )
-
-
-def _digest(files: LoadFiles) -> str:
-    """The digest that people are shown; "" if the files of a model that is loaded cannot be read again."""
-    try:
-        return files.digest()
-    except OSError:
-        return ""
-
-
-def _comparison(model: LoadedModel) -> Compare:
-    """How audits compare two answers of `model`: as the check at load does."""
-    tables = ListsAsTables(model)
-
-    def compare(answer: Tensors, alone: Tensors, others: Sequence[Tensors]) -> Reason | None:
-        answer, alone, *others = map(tables.as_tables, (answer, alone, *others))
-        return compare_answers(tables.signature, answer, alone, others, tables.rounding)
-
-    return compare
-
 
 def _gpu_copies(source: _Source) -> GpuCopies:
     """The copies of a model on GPUs; raises LoadError if this installation has no code for GPUs."""
@@ -686,64 +614,3 @@ def _load_quietly(load: Callable[[], T], drop: Callable[[T], None], backend: Bac
 def _for_cpu(options: LoadOptions) -> LoadOptions:
     """The same options for the CPU."""
     return replace(options.with_gpu(fp16=False, graphs=False), device=CPU)
-
-
-def _smaller_rows(plan: Plan) -> list[Measurement]:
-    """The times of rows that cost less than those that batches were measured with."""
-    if plan.row_cost is None or not plan.table:
-        return []
-    own = plan.table[0].seconds
-    return [
-        Measurement(point.load, point.load * own, TRUST) for point in plan.row_cost.points if point.load < 1
-    ]
-
-
-def _batching_view(
-    plan: Plan, padding: Padding | None, config: ModelConfig, backend: Backend, model: LoadedModel
-) -> BatchingView:
-    reason = "; ".join(filter(None, (plan.reason, padding.reason if padding is not None else "")))
-    remedy = None
-    if plan.fault is not None:
-        fault = plan.fault
-        remedy = find_remedy(
-            fault.obstacle, fault.tensor, is_input=fault.is_input, backend=backend.name, form=model.form
-        )
-    return BatchingView(
-        plan.batched, reason, plan.max_rows, config.batching.max_delay_ms, remedy, plan.evidence
-    )
-
-
-def _sampling(
-    config: ModelConfig, signature: Signature, image: ImageCodec | None, text: TextCodec | None
-) -> dict[str, Any]:
-    """Return the table `[samples]` if samples are to be kept; raises ConfigError if it does not fit."""
-    if not config.samples.share:
-        return {}
-    tokens = () if text is None else tuple(spec.name for spec in signature.inputs)
-    pixels = None if image is None else image.input
-    kept_fields(config.samples, signature, pixels, None if text is None else text.input, tokens)
-    sampling: dict[str, Any] = config.samples.model_dump(mode="json")
-    return sampling
-
-
-def _drift(source: _Source) -> dict[str, Any]:
-    """Return the profile of the version and the table `[drift]`; raises ConfigError if one is wrong."""
-    config = source.config.drift
-    if not config.enabled or source.folder is None:
-        return {}
-    profile = read_profile(source.file.parent)
-    if profile is None:
-        return {}
-    check_series(config.series, profile)
-    return {"config": config.model_dump(mode="json"), "profile": profile.model_dump(mode="json")}
-
-
-def _cache_digest(source: _Source) -> str:
-    """Return a digest of the model's files, its configuration and this release, on which outputs depend."""
-    facts = (
-        __version__,
-        source.backend.describe(),
-        source.config.model_dump_json(),
-        source.files.model_digest(),
-    )
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
