@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from inferpool import __version__
-from inferpool.errors import ConfigError, InferpoolError
+from inferpool.command_output import print_lines
+from inferpool.errors import ConfigError
 from inferpool.predict_command.command import local_settings
 from inferpool.settings import CHECK_SETTINGS, add_flags
-from inferpool.system.files import printable
 
 RETRIEVAL: Final = "retrieval"
 TASKS: Final = ("classification", "regression", "next-word", RETRIEVAL)
@@ -87,13 +87,7 @@ def run_evaluate_command(flags: dict[str, Any], environ: Mapping[str, str]) -> i
         "report",
     )
     chosen = {name: flags.pop(name) for name in names}
-    try:
-        for line in _evaluate(chosen, flags, environ):
-            print(printable(line))
-        return 0
-    except (InferpoolError, OSError, ValueError, TypeError, ImportError) as error:
-        print(f"inferpool: {printable(str(error))}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return print_lines(lambda: _evaluate(chosen, flags, environ))
 
 
 def _evaluate(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from inferpool.command_output import print_failure
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.import_command.frameworks import SCRIPTS, recognise_source
 from inferpool.repository.layout import is_model_name
@@ -71,8 +72,7 @@ def run_import_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int
             print(printable(line))
         return 0
     except (InferpoolError, OSError, ValueError, ImportError) as error:
-        print(f"inferpool: {printable(str(error))}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return print_failure(error)
 
 
 def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> list[str]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from inferpool import __version__
+from inferpool.command_output import print_lines
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.predict_command.command import local_settings
 from inferpool.settings import CHECK_SETTINGS, add_flags
 from inferpool.system.cpu import usable_cores
-from inferpool.system.files import printable
 
 if TYPE_CHECKING:
     # These need the extra `optimise`, which other commands do not.
@@ -90,13 +90,7 @@ def run_optimise_command(flags: dict[str, Any], environ: Mapping[str, str]) -> i
     names = ("model", "data", "goal", "target", "task", "ignored", "model_version", "no_write",
              "calibration_rows", "seed")  # fmt: skip
     chosen = {name: flags.pop(name) for name in names}
-    try:
-        for line in _optimise(chosen, flags, environ):
-            print(printable(line))
-        return 0
-    except (InferpoolError, OSError, ValueError, TypeError, ImportError) as error:
-        print(f"inferpool: {printable(str(error))}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return print_lines(lambda: _optimise(chosen, flags, environ))
 
 
 def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> list[str]:

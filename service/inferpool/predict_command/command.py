@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from inferpool.command_output import print_failure
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, Settings, add_flags, read_settings
-from inferpool.system.files import printable
 
 if TYPE_CHECKING:
     # It needs the extra `client`, which other commands do not.
@@ -93,9 +93,7 @@ def run_predict_command(flags: dict[str, Any], environ: Mapping[str, str]) -> in
         print(_predict(chosen, flags, environ), file=sys.stderr)
         return 0
     except (InferpoolError, OSError, ValueError, ImportError) as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        print(f"inferpool: {printable(f'{error}{notes}')}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return print_failure(error)
 
 
 def _predict(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> str:

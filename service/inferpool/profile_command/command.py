@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from inferpool.errors import ConfigError, InferpoolError
+from inferpool.command_output import print_lines
+from inferpool.errors import ConfigError
 from inferpool.predict_command.command import local_settings
 from inferpool.settings import CHECK_SETTINGS, add_flags
-from inferpool.system.files import printable
 
 if TYPE_CHECKING:
     from inferpool.client import Client
@@ -58,13 +58,7 @@ def add_profile_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
 def run_profile_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int:
     """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
     chosen = {name: flags.pop(name) for name in ("model", "data", "ignored", "model_version")}
-    try:
-        for line in _profile(chosen, flags, environ):
-            print(printable(line))
-        return 0
-    except (InferpoolError, OSError, ValueError, TypeError, ImportError) as error:
-        print(f"inferpool: {printable(str(error))}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return print_lines(lambda: _profile(chosen, flags, environ))
 
 
 def _profile(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
