@@ -3,7 +3,10 @@
 An editable installation builds the C modules only and runs the Python sources. Without a C compiler a wheel
 has no compiled code: the server answers the same, more slowly, and says so in its log.
 
-Only the build reads INFERPOOL_COMPILED: 0 leaves out mypyc, 1 makes a failed compilation an error.
+Only the build reads these variables:
+
+- INFERPOOL_COMPILED: 0 leaves out mypyc, 1 makes a failed compilation an error.
+- INFERPOOL_OPT_LEVEL: how much the C compiler optimises the hot path. Tests save time by 0.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ millions of elements in `wire` stay interpreted, because compiled loops would no
 C_MODULES = ("http/connection/_socketio", "wire/_json_numbers")
 
 COMPILED = os.environ.get("INFERPOOL_COMPILED", "")
+OPT_LEVEL = os.environ.get("INFERPOOL_OPT_LEVEL", "2")
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -108,7 +112,7 @@ def compiled_hot_path() -> list[Extension]:
     # another's functions: the functions are hidden, so that calls are direct and can be inlined.
     extensions = mypycify(
         ["--config-file=", "--ignore-missing-imports", *HOT_PATH],
-        opt_level="2", debug_level="0", multi_file=True, group_name="inferpool",
+        opt_level=OPT_LEVEL, debug_level="0", multi_file=True, group_name="inferpool",
     )  # fmt: skip
     # mypy leaves millions of objects; looking through them when the build ends would take as long as mypyc.
     gc.freeze()

@@ -124,7 +124,8 @@ def build_wheel(folder: Path, compiled: str) -> Path:
     shutil.copytree(ROOT / "service", source / "service", ignore=ignored)
     run = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)],
-        env=plain_environ(INFERPOOL_COMPILED=compiled), capture_output=True, text=True, check=False,
+        env=plain_environ(INFERPOOL_COMPILED=compiled, INFERPOOL_OPT_LEVEL="0"),
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     [file] = folder.glob("*.whl")

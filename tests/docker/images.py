@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.record import has_changed
+
 ROOT = Path(__file__).parents[2]
 BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 TOOLS = ("apt-get", "mmdebstrap", "podman", "runc")
@@ -94,6 +96,7 @@ def build(target: str, base: str, models: str = "", plans: str = "") -> str:
     """Build a target of the Dockerfile by scripts/image; return its name.
 
     `models` is a folder of models for the image, which are measured for each number of cores in `plans`.
+    While nothing of the image has changed, the C compiler does not optimise its wheel: that saves time.
     """
     name = f"localhost/inferpool-tests:{'-'.join(filter(None, (target, models, plans and 'plans')))}"
     with one_at_a_time(), tempfile.NamedTemporaryFile("w", suffix=".conf") as secret:
@@ -108,6 +111,7 @@ def build(target: str, base: str, models: str = "", plans: str = "") -> str:
             f"--build-arg=PYTHON_IMAGE={base}",
             f"--build-arg=MODELS={models}",
             f"--build-arg=PLANS={plans}",
+            *([] if has_changed("image") else ["--build-arg=OPT_LEVEL=0"]),
             f"--tag={name}",
         ]
         run = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)

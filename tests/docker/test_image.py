@@ -23,6 +23,7 @@ from tests.conftest import Serve
 from tests.docker import images
 from tests.docker.containers import CONFINED, Container, run_once
 from tests.onnx_models import write_model
+from tests.record import has_changed, needs_to_run
 from tests.server import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,17 @@ def base() -> str:
 
 @pytest.fixture(scope="session")
 def image(base: str) -> str:
-    return images.build("cpu", base)
+    """The image as users build it; while nothing of it has changed, without the list of its packages."""
+    return images.build("cpu" if has_changed("image") else "cpu-without-plans", base)
+
+
+@pytest.fixture
+def only_after_a_change() -> None:
+    """Skip the tests of what the image alone decides while nothing of the image has changed."""
+    needs_to_run("image")
+
+
+only_after_a_change_of_the_image = pytest.mark.usefixtures("only_after_a_change")
 
 
 @pytest.fixture
@@ -98,6 +109,7 @@ def test_the_models_of_a_volume_answer(run: Run) -> None:
         assert answer.json()["predictions"][0][0]["label"] == "7"
 
 
+@only_after_a_change_of_the_image
 def test_the_image_has_the_locale_of_text_models(run: Run, tmp_path: Path) -> None:
     """A model that changes the case of letters, as TF-IDF pipelines do, loads and answers."""
     value = helper.make_tensor_value_info
@@ -125,6 +137,7 @@ def test_the_server_runs_without_root_and_without_capabilities(run: Run) -> None
     assert any("measurements are not kept" in line["message"] for line in container.log)
 
 
+@only_after_a_change_of_the_image
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="needs a second core, outside the quota")
 def test_the_quota_limits_the_threads(run: Run, serve: Serve) -> None:
     """With a quota of one core a run has one thread; outside the container it has a thread per core."""
@@ -135,6 +148,7 @@ def test_the_quota_limits_the_threads(run: Run, serve: Serve) -> None:
     assert threads == [1, len(os.sched_getaffinity(0))]
 
 
+@only_after_a_change_of_the_image
 def test_measurements_are_kept_in_a_volume(image: str, tmp_path: Path) -> None:
     """The server writes its measurements into a folder mounted at /cache, for the next container."""
     tmp_path.chmod(0o777)
@@ -185,6 +199,7 @@ def test_sigterm_drains(run: Run, tmp_path: Path) -> None:
         assert json.loads(reply.body)["outputs"]["y"] == [[float(number)] * WIDTH]
 
 
+@only_after_a_change_of_the_image
 def test_a_server_that_still_starts_can_be_stopped(image: str) -> None:
     """SIGTERM ends a server that does not handle signals yet, because tini is process 1."""
     [entrypoint] = json.loads(
@@ -201,6 +216,7 @@ def test_a_server_that_still_starts_can_be_stopped(image: str) -> None:
         images.podman("rm", "--force", "--time=0", name)
 
 
+@only_after_a_change_of_the_image
 def test_an_image_may_contain_models_and_their_plans(base: str) -> None:
     """An image built with MODELS and PLANS needs no volume, and its first start measures nothing."""
     container = Container(images.build("cpu", base, "models", plans="1"), None)
@@ -214,6 +230,7 @@ def test_an_image_may_contain_models_and_their_plans(base: str) -> None:
         container.kill()
 
 
+@only_after_a_change_of_the_image
 def test_the_image_has_the_pinned_packages_and_no_compiler(image: str) -> None:
     """The image contains exactly the packages of the lock and the server."""
     found = run_once(image, "sh", "-c", "command -v cc c++ gcc g++ clang ld as make || true")
@@ -226,6 +243,7 @@ def test_the_image_has_the_pinned_packages_and_no_compiler(image: str) -> None:
     assert len(installed) > 10
 
 
+@only_after_a_change_of_the_image
 def test_the_image_has_neither_pip_nor_programs_that_gain_rights(image: str) -> None:
     """No program is set-uid or set-gid, and nothing can install packages into the image."""
     names = ("-iname", "pip", "-o", "-iname", "pip-*", "-o", "-name", "ensurepip")
@@ -235,6 +253,7 @@ def test_the_image_has_neither_pip_nor_programs_that_gain_rights(image: str) -> 
     assert run_once(image, *search, options=everywhere) == ""
 
 
+@only_after_a_change_of_the_image
 def test_the_image_lists_its_packages(image: str) -> None:
     """scripts/sbom writes a list with every Python distribution and every Debian package of the image."""
     written = subprocess.run([ROOT / "scripts" / "sbom", image], capture_output=True, text=True, check=True)
@@ -256,6 +275,7 @@ def test_the_image_lists_its_packages(image: str) -> None:
     assert "pip" not in names
 
 
+@only_after_a_change_of_the_image
 def test_the_labels_say_what_is_in_the_image(image: str) -> None:
     """The labels of OCI name the version, the commit and the licence, whose text is in the image."""
     text = images.podman("image", "inspect", "--format={{json .Config.Labels}}", image)
@@ -278,6 +298,7 @@ def test_the_hot_path_of_the_image_is_compiled(image: str) -> None:
     assert said.strip().endswith(".so")
 
 
+@only_after_a_change_of_the_image
 def test_the_documented_size_is_right(image: str, base: str) -> None:
     """The size that the image adds to its base differs from the page on containers by a tenth at most."""
     sizes = [int(images.podman("image", "inspect", "--format", "{{.Size}}", name)) for name in (image, base)]
@@ -303,6 +324,7 @@ DIABETES = ROOT / "models" / "diabetes"
 PATIENT = [59, 2, 32.1, 101, 157, 93.2, 38, 4, 4.8598, 87]
 
 
+@only_after_a_change_of_the_image
 @pytest.mark.parametrize("platform", ["sagemaker", "vertex", "azure", "kserve", "cloud-run"])
 def test_the_image_starts_as_each_platform_starts_it(image: str, platform: str, tmp_path: Path) -> None:
     """No argument but what the platform gives: it is ready on its port, and answers on its path."""
@@ -369,6 +391,7 @@ def test_the_image_starts_as_each_platform_starts_it(image: str, platform: str, 
         container.kill()
 
 
+@only_after_a_change_of_the_image
 def test_an_image_of_models_of_kserve_may_come_late(image: str, tmp_path: Path) -> None:
     """A container beside the server makes a link to its own models, when the server has started already."""
     mounts, models, port = tmp_path / "mnt", tmp_path / "modelcar", free_port()

@@ -18,6 +18,7 @@ import pytest
 
 from tests.docs import pages
 from tests.docs.pages import ELLIPSIS, PAGES, ROOT, RUNNABLE, Block
+from tests.record import COSTLY, needs_to_run
 from tests.server import Server, free_port
 
 COMMAND = ".venv/bin/inferpool"
@@ -67,6 +68,8 @@ def test_commands_of_a_page_run(
     page: Path, bundled: Server, folder: Path, cache_dir: Path, stopped_at_the_end: ExitStack
 ) -> None:
     """Blocks run from the top of the page; a block that serves is asked by the blocks below it."""
+    if pages.name(page) in COSTLY:
+        needs_to_run(pages.name(page))
     environ = {
         "INFERPOOL_CACHE_DIR": str(cache_dir),
         "INFERPOOL_MEASURE_MS": "200",

@@ -10,6 +10,10 @@ import json
 import sys
 from pathlib import Path
 
+from tests.record import needs_to_run
+
+needs_to_run("frameworks", whole_module=True)
+
 import joblib
 import lightgbm
 import numpy as np

