@@ -147,6 +147,7 @@ class LoadedModel(ABC):
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         """Compute `outputs` (None: all of them) from `inputs`; raises whatever the runtime raises.
 
+        A model of PyTorch also takes names of gradients, and then nothing else among `outputs`.
         The inputs already match the signature; optional inputs may be absent. The caller does not
         change `inputs` afterwards and owns the returned tensors.
         """

@@ -34,24 +34,24 @@ def mean_row(rows: Array, is_bf16: bool) -> Array:
     """Return one baseline: the mean of `rows`, in their datatype; of strings and flags, the first row."""
     if rows.dtype.kind not in "iuf":
         return rows[:1]
-    return _as_datatype(_numbers(rows, is_bf16).mean(axis=0, keepdims=True), rows.dtype, is_bf16)
+    return as_datatype(as_numbers(rows, is_bf16).mean(axis=0, keepdims=True), rows.dtype, is_bf16)
 
 
 def mean_colour(own: Array, layout: str, is_bf16: bool) -> Array:
     """Return one baseline: a picture in the mean colour of `own`, whose axes are `layout`."""
-    numbers = _numbers(own, is_bf16)
+    numbers = as_numbers(own, is_bf16)
     mean = numbers.mean(axis=(layout.index("H"), layout.index("W")), keepdims=True)
-    return _as_datatype(np.broadcast_to(mean, own.shape)[None], own.dtype, is_bf16)
+    return as_datatype(np.broadcast_to(mean, own.shape)[None], own.dtype, is_bf16)
 
 
 def blurred(own: Array, layout: str, is_bf16: bool) -> Array:
     """Return one baseline: the picture `own`, out of focus, so that shapes larger than an eighth remain."""
-    numbers = _numbers(own, is_bf16)
+    numbers = as_numbers(own, is_bf16)
     for axis in (layout.index("H"), layout.index("W")):
         reach = max(1, own.shape[axis] // _BLURRED_SHARE)
         for _ in range(_BLURS):
             numbers = _window_mean(numbers, axis, reach)
-    return _as_datatype(numbers[None], own.dtype, is_bf16)
+    return as_datatype(numbers[None], own.dtype, is_bf16)
 
 
 def _window_mean(numbers: Array, axis: int, reach: int) -> Array:
@@ -67,11 +67,13 @@ def _window_mean(numbers: Array, axis: int, reach: int) -> Array:
     return means
 
 
-def _numbers(values: Array, is_bf16: bool) -> Array:
+def as_numbers(values: Array, is_bf16: bool) -> Array:
+    """Return numbers of an input as FP64; `is_bf16` says that they are the bits of BF16."""
     return (bf16_to_fp32(values) if is_bf16 else values).astype(np.float64)
 
 
-def _as_datatype(numbers: Array, dtype: np.dtype[np.generic], is_bf16: bool) -> Array:
+def as_datatype(numbers: Array, dtype: np.dtype[np.generic], is_bf16: bool) -> Array:
+    """Return FP64 numbers in the datatype of an input, the nearest ones that it has."""
     if is_bf16:
         return fp64_to_bf16(numbers)
     return (np.rint(numbers) if dtype.kind in "iu" else numbers).astype(dtype)

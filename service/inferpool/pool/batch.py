@@ -130,7 +130,8 @@ class Run:
     Attributes:
         outcomes: one per slice; several for a slice whose rows ran one by one.
         compute_s: seconds that the batch ran.
-        clean: whether the batch ran undivided and without an error.
+        clean: whether the batch ran undivided and without an error, and computed no gradients, which take
+            longer than outputs.
         wrong_rows: the output that did not have the batch's rows; None if all outputs had them.
         undivided: the entries that have no outcome, because they have to run with all their rows at once.
     """

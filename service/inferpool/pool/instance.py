@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from inferpool.backends.base import DeviceLost, LoadedModel, ran_out_of_memory
+from inferpool.backends.gradient import are_gradients
 from inferpool.errors import InferpoolError, ModelFailed, ModelRejected, Overloaded, Reason
 from inferpool.pool.batch import (
     RUNS,
@@ -130,7 +131,9 @@ class Instance:
             run = self._isolate(batch, error)
             run.compute_s = self._clock() - started
             return run
-        return Run(outcomes, self._clock() - started, True)
+        wanted = batch.slices[0].entry.outputs
+        clean = wanted is None or not are_gradients(wanted)
+        return Run(outcomes, self._clock() - started, clean)
 
     def stop(self) -> None:
         """Ask the run to end; the pool has said why in `batch`. Called under the pool's lock, any thread."""

@@ -27,6 +27,7 @@ from tests.backends.torch.networks import (
 )
 from tests.clients import Client, with_clients
 from tests.conftest import Serve
+from tests.explain.models import seven
 from tests.server import Server
 
 IMAGES: Final = ("FP32", [-1, 1, 8, 8])
@@ -194,6 +195,31 @@ def test_the_same_network_answers_the_same_in_every_format(server: Server) -> No
         (answers[name],) = reply.json()["outputs"].values()
     for name, answer in answers.items():
         np.testing.assert_allclose(answer, answers["digits_onnx"], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["digits_scripted", "digits_traced", "digits_exported"])
+def test_pixels_contribute_what_captum_says(server: Server, name: str) -> None:
+    path = f"/explain/{name}?method=integrated-gradients&baseline=zeros&target=7"
+    answer = server.post(path, json={"inputs": [seven().tolist()]})
+    [found] = answer.json()["explanations"]
+    amounts = [part["contribution"] for part in found["contributions"]]
+    captum = json.loads((ROOT / "tests/explain/captum_values.json").read_text())
+    np.testing.assert_allclose(amounts, captum["digits"], atol=1e-5)
+    assert found["additivity"]["holds"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("collatz", [[27]], "is INT64"),
+        ("digits_onnx", seven()[None].tolist(), "onnxruntime runs this one"),
+    ],
+)
+def test_gradients_are_refused_if_there_are_none(server: Server, name: str, row: Any, said: str) -> None:
+    answer = server.post(f"/explain/{name}?method=integrated-gradients", json={"inputs": row})
+    text = answer.json()["detail"]
+    assert (answer.status_code, said in text) == (422, True), text
+    assert "kernel, permutation or occlusion" in text
 
 
 @pytest.mark.parametrize(

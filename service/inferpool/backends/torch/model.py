@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from inferpool.backends.base import LoadedModel, LoadOptions, Rejection
+from inferpool.backends.gradient import are_gradients
 from inferpool.backends.torch.run_errors import find_rejection
 from inferpool.backends.torch.signature import (
     TensorMeta,
@@ -127,6 +128,8 @@ class TorchModel(LoadedModel):
         """Run the model; raises what PyTorch raises, and OtherOutputs if there are more or fewer of them."""
         specs = self.signature.inputs_by_name
         torch.set_num_threads(self._threads)
+        if outputs is not None and are_gradients(outputs):
+            return self._differentiate(inputs, outputs)
         with torch.inference_mode():
             feeds = {
                 name: to_tensor(array, specs[name].datatype, copy=self._copies)
@@ -144,6 +147,15 @@ class TorchModel(LoadedModel):
                     raise OtherOutputs(f"the model returned no output {name_text(name)}")
                 arrays[name] = to_array(leaf) if isinstance(leaf, torch.Tensor) else to_json(leaf)
         return arrays
+
+    def _differentiate(self, inputs: Tensors, names: Sequence[str]) -> Tensors:
+        # Here, because few models are ever asked for gradients.
+        from inferpool.backends.torch.gradients import differentiate
+
+        specs = self.signature.inputs_by_name
+        feeds = {name: to_tensor(array, specs[name].datatype, copy=False) for name, array in inputs.items()}
+        found = differentiate(self._forward, feeds, names, self._paths)
+        return {name: to_array(tensor) for name, tensor in found.items()}
 
     def rejection(self, error: Exception) -> Rejection | None:
         """The operation that has refused its inputs, and PyTorch's reason; None for another fault."""

@@ -26,8 +26,14 @@ _MARK: Final = re.compile(r"^( *)~+ <--- HERE$")
 _CALL: Final = re.compile(r"torch\.(\w+)\(")
 
 
+class NotDifferentiable(Exception):
+    """The gradients of an output cannot be computed; the text is the reason."""
+
+
 def find_rejection(error: Exception) -> Rejection | None:
     """The operation that has refused the inputs of a run, and its reason; None for another fault."""
+    if isinstance(error, NotDifferentiable):
+        return Rejection("", str(error))
     if not isinstance(error, _REFUSALS) or isinstance(error, NotImplementedError | torch.OutOfMemoryError):
         return None
     reason = short_reason(error)

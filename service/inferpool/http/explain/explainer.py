@@ -18,6 +18,8 @@ from inferpool.explain.estimators import (
     estimate,
     least_coalitions,
 )
+from inferpool.explain.integrated_gradients import INTEGRATED_GRADIENTS, integrate
+from inferpool.http.explain.gradients import gradient_bytes, sum_gradients
 from inferpool.http.explain.options import AUTO, ExplainQuery
 from inferpool.http.explain.passes import IN_FLIGHT, Passes
 from inferpool.http.explain.subject import Subject
@@ -86,13 +88,22 @@ class Explainer:
         value, base = float(first[0]), float(first[1])
         coalitions = max(0, most // subject.baselines - 2)
         method = self._method(subject, coalitions)
+        steps: int | None = None
         try:
-            found = estimate(
-                method, base, value, subject.features, coalitions, self._query.seed,
-                lambda masks: self._evaluate(subject, target, masks, until),
-            )  # fmt: skip
+            if method == INTEGRATED_GRADIENTS:
+                found, steps = integrate(
+                    value - base, _tolerance(value), subject.baselines, most - 2 * subject.baselines,
+                    sum_gradients(self._served, subject, target, self._passes, until),
+                )  # fmt: skip
+            else:
+                found = estimate(
+                    method, base, value, subject.features, coalitions, self._query.seed,
+                    lambda masks: self._evaluate(subject, target, masks, until),
+                )  # fmt: skip
         except TooFewPasses as error:
-            needed = (error.needed + 2) * subject.baselines
+            needed = error.needed + 2 * subject.baselines
+            if method != INTEGRATED_GRADIENTS:
+                needed = (error.needed + 2) * subject.baselines
             if needed > most:
                 raise InvalidInput(
                     f"{subject.features} {subject.kind} need {needed} passes by the method {method}, and each"
@@ -102,7 +113,7 @@ class Explainer:
                     got=most,
                 ) from None
             raise _too_late(needed, self._passes.rows - before) from None
-        return self._answer(subject, target, method, base, value, found, self._passes.rows - before)
+        return self._answer(subject, target, method, base, value, found, self._passes.rows - before, steps)
 
     def _method(self, subject: Subject, coalitions: int) -> str:
         if self._query.method != AUTO:
@@ -145,6 +156,7 @@ class Explainer:
         value: float,
         found: Estimate,
         passes: int,
+        steps: int | None,
     ) -> Explanation:
         total = base + float(found.contributions.sum())
         difference = abs(total - value)
@@ -163,10 +175,12 @@ class Explainer:
             "additivity": {
                 "sum": total,
                 "difference": difference,
-                "holds": difference <= ADDITIVE_WITHIN * max(abs(value), _LEAST_SCALE),
+                "holds": difference <= _tolerance(value),
             },
             "kind": subject.kind,
         }
+        if steps is not None:
+            document["steps"] = steps
         # NaN, an error that is not known, becomes null.
         if subject.grid is None:
             document["contributions"] = [
@@ -191,14 +205,21 @@ class Explainer:
         return Explanation(document, lambda: draw_heat_map(grey, found.contributions[numbers]))
 
 
+def _tolerance(value: float) -> float:
+    """Return how far the sum of contributions may be from an output of `value`."""
+    return ADDITIVE_WITHIN * max(abs(value), _LEAST_SCALE)
+
+
 def coalitions_per_entry(served: ServedVersion, subject: Subject) -> int:
     """Return how many coalitions an entry has: the plan's largest batch, if memory allows."""
     rows = min(served.view.batching.max_rows, MOST_ENTRY_BYTES // subject.row_bytes)
     return max(1, rows // subject.baselines)
 
 
-def working_bytes(served: ServedVersion, subjects: list[Subject], passes: int) -> int:
+def working_bytes(served: ServedVersion, subjects: list[Subject], passes: int, method: str) -> int:
     """Return about how many bytes an explanation holds beside the request."""
+    if method == INTEGRATED_GRADIENTS:
+        return max(gradient_bytes(served, subject) for subject in subjects)
     most = 0
     for subject in subjects:
         entry = coalitions_per_entry(served, subject) * subject.baselines

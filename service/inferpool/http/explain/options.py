@@ -7,11 +7,15 @@ from typing import Annotated, Final, Literal
 from pydantic import ConfigDict, Field
 
 from inferpool.errors import InvalidInput
+from inferpool.explain.integrated_gradients import INTEGRATED_GRADIENTS
 from inferpool.http.body_model import BodyModel
 
 USUAL_PASSES: Final = 1100
 """Enough for the exact values of ten features, which have 1022 coalitions."""
 AUTO: Final = "auto"
+CONTINUOUS: Final = ("FP16", "BF16", "FP32", "FP64")
+"""The datatypes of inputs and outputs that have gradients."""
+OTHER_METHODS: Final = "choose the method kernel, permutation or occlusion"
 
 
 class ExplainQuery(BodyModel):
@@ -19,10 +23,11 @@ class ExplainQuery(BodyModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    method: Literal["auto", "kernel", "permutation", "occlusion"] = Field(
+    method: Literal["auto", "kernel", "permutation", "occlusion", "integrated-gradients"] = Field(
         default=AUTO,
         description="`kernel` and `permutation` estimate Shapley values, `occlusion` leaves out one feature"
-        " at a time; `auto` is `kernel` if there are enough passes for it.",
+        " at a time, `integrated-gradients` sums up the gradients of a PyTorch model; `auto` is `kernel` if"
+        " there are enough passes for it.",
     )
     target: Annotated[str, Field(max_length=1000)] | None = Field(
         default=None,
@@ -31,10 +36,10 @@ class ExplainQuery(BodyModel):
     output: Annotated[str, Field(max_length=1000)] | None = Field(
         default=None, description="The output; by default that of the labels, else the first with numbers."
     )
-    scale: Literal["scores", "outputs"] = Field(
-        default="scores",
+    scale: Literal["scores", "outputs"] | None = Field(
+        default=None,
         description="Whether the number of an output with labels is its score, as in `predictions`, or the"
-        " output itself.",
+        " output itself; by default `scores`, for `integrated-gradients` always `outputs`.",
     )
     baseline: (
         Literal["samples-mean", "samples", "zeros", "mean-colour", "blur", "mask", "unknown", "padding"]
@@ -52,6 +57,13 @@ class ExplainQuery(BodyModel):
     patch: Annotated[int, Field(ge=1, le=16_384)] | None = Field(
         default=None, description="The side of a patch of a picture, in pixels; by default an eighth."
     )
+
+    @property
+    def takes_scores(self) -> bool:
+        """Whether the score of a label is explained, and not the output itself."""
+        if self.scale is None:
+            return self.method != INTEGRATED_GRADIENTS
+        return self.scale == "scores"
 
     def passes_of(self, most: int) -> int:
         """Return how many passes the request may take; raises InvalidInput if it asks for over `most`."""

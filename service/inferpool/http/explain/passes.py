@@ -37,10 +37,11 @@ class ClientGone(InferpoolError):
 class _Pass:
     """An entry between its offer and its result."""
 
-    __slots__ = ("entry", "future", "tensors")
+    __slots__ = ("entry", "future", "gradients", "tensors")
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, gradients: tuple[str, ...]) -> None:
         self.tensors = tensors
+        self.gradients = gradients
         self.entry: Entry | None = None
         self.future: Future[Result] = Future()
 
@@ -70,9 +71,12 @@ class Passes:
         self._offered: set[_Pass] = set()
         self._gone = threading.Event()
 
-    def run(self, batches: Iterable[Tensors], until: float) -> Generator[Tensors]:
+    def run(
+        self, batches: Iterable[Tensors], until: float, gradients: tuple[str, ...] = ()
+    ) -> Generator[Tensors]:
         """Yield the outputs of each batch of rows, in order; ends early at `until`, by the predictor's clock.
 
+        With names of `gradients`, yield those in place of the outputs.
         The outputs of a batch are valid until the next ones are asked for. Raises ClientGone, and what a
         prediction raises.
         """
@@ -83,7 +87,7 @@ class Passes:
             for tensors in batches:
                 if self._left_s(until) <= 0:
                     break
-                waiting.append(self._send(_Pass(tensors), until, read))
+                waiting.append(self._send(_Pass(tensors, gradients), until, read))
                 read = None
                 if len(waiting) < IN_FLIGHT:
                     continue
@@ -165,7 +169,9 @@ class Passes:
         self._drop(each)  # an entry that was refused by its engine is offered again
         self._offered.add(each)
         try:
-            each.entry = self._predictor.submit_pass(self._context, each.tensors, until, arrived)
+            each.entry = self._predictor.submit_pass(
+                self._context, each.tensors, until, arrived, each.gradients
+            )
         except Exception as error:  # noqa: BLE001 - every error is the thread's to handle
             self._offered.discard(each)
             future.set_exception(error)

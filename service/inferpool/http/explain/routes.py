@@ -16,6 +16,7 @@ from inferpool.errors import BodyTooLarge, InferpoolError, InvalidInput, NotFoun
 from inferpool.http.access.gate import model_forbidden
 from inferpool.http.asgi import peer_of
 from inferpool.http.explain.explainer import Explainer, Explanation, working_bytes
+from inferpool.http.explain.gradients import check_gradients
 from inferpool.http.explain.options import ExplainQuery
 from inferpool.http.explain.passes import ClientGone, Passes
 from inferpool.http.explain.schemas import ExplanationsOut
@@ -174,7 +175,7 @@ class Explanations:
             )
             served = context.served
             assert served is not None  # `_decode` found it
-            predictor.budget.reserve(context, working_bytes(served, subjects, most))
+            predictor.budget.reserve(context, working_bytes(served, subjects, most, query.method))
             made = await self._run(request, context, query, subjects, most, until)
             return await self._encode(request, context, query, made)
         finally:
@@ -241,6 +242,7 @@ class Explanations:
         if options.outputs is not None:
             check_outputs(served.signature, options.outputs)
         target = Target(served, query, options.outputs)
+        check_gradients(served, target, query)
         # The passes run behind all predictions, and give only the output that is explained.
         context.options = Options(
             id=options.id, outputs=(target.output,), timeout_ms=options.timeout_ms, priority=LOWEST_PRIORITY

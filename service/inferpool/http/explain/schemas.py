@@ -56,8 +56,9 @@ class ExplanationOut(BodyModel):
     value: float
     base: float
     baseline: str = Field(description="What replaced the features that were left out.")
-    method: Literal["kernel", "permutation", "occlusion"]
+    method: Literal["kernel", "permutation", "occlusion", "integrated-gradients"]
     passes: int = Field(description="Rows that the model ran.")
+    steps: int | None = Field(None, description="Of integrated gradients: the points on the path.")
     exact: bool = Field(description="Whether the contributions are the exact Shapley values.")
     complete: bool = Field(description="Whether all passes were run before time was up.")
     additivity: Additivity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -19,7 +19,8 @@ from inferpool.explain.features import (
     perturbed_rows,
     usual_side,
 )
-from inferpool.http.explain.options import ExplainQuery
+from inferpool.explain.integrated_gradients import INTEGRATED_GRADIENTS, PathPoints
+from inferpool.http.explain.options import CONTINUOUS, OTHER_METHODS, ExplainQuery
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.pixel_table import Normalisation
 from inferpool.tensors import Array, Tensors, TensorSpec, name_text, names_text
@@ -61,8 +62,12 @@ class Subject:
         grid: Grid | None = None,
         *,
         apart: bool = False,
+        bf16: frozenset[str] = frozenset(),
     ) -> None:
-        """`fixed` holds the inputs that stay; `apart` says that a row is all that the model takes at once."""
+        """`fixed` holds the inputs that stay; `apart` says that a row is all that the model takes at once.
+
+        The inputs in `bf16` are bits of BF16.
+        """
         self.kind = kind
         self.baseline = baseline
         self.names = names
@@ -71,6 +76,7 @@ class Subject:
         self._inputs = inputs
         self._fixed = fixed
         self._apart = apart
+        self._bf16 = bf16
         each = list(inputs.values())
         self.row_bytes = max(1, sum(own.own.nbytes for own in each))
         self.baselines = len(each[0].baseline)
@@ -88,6 +94,36 @@ class Subject:
                 for name, tensor in rows.items()
             } | self._fixed
 
+    @property
+    def varied_inputs(self) -> Iterable[str]:
+        """The names of the inputs whose elements are features."""
+        return self._inputs.keys()
+
+    def path_rows(self, points: PathPoints) -> Tensors:
+        """Return the rows at points between the baselines and the row."""
+        rows: Tensors = {}
+        for name, each in self._inputs.items():
+            is_bf16 = name in self._bf16
+            baseline = baselines.as_numbers(each.baseline, is_bf16)[points.baselines]
+            own = baselines.as_numbers(each.own, is_bf16)
+            positions = points.positions.reshape(-1, *[1] * each.own.ndim)
+            numbers = baselines.as_datatype(baseline + positions * (own - baseline), each.own.dtype, is_bf16)
+            rows[name] = numbers[0] if self._apart else numbers
+        return rows | self._fixed
+
+    def path_contributions(self, points: PathPoints, gradients: Tensors) -> Array:
+        """Return what the gradients at some points of the path add to each feature, FP64 `[features]`."""
+        total = np.zeros(self.features)
+        for name, each in self._inputs.items():
+            is_bf16 = name in self._bf16
+            baseline = baselines.as_numbers(each.baseline, is_bf16)[points.baselines]
+            lengths = baselines.as_numbers(each.own, is_bf16) - baseline
+            slopes = gradients[name].reshape(lengths.shape) * points.weights.reshape(-1, *[1] * each.own.ndim)
+            amounts = (slopes * lengths).sum(axis=0)
+            features = np.broadcast_to(each.features, each.own.shape)
+            total += np.bincount(features.reshape(-1), amounts.reshape(-1), self.features)
+        return total
+
 
 def make_subjects(
     served: ServedVersion, tensors: Tensors, columns: Sequence[str], query: ExplainQuery
@@ -99,6 +135,7 @@ def make_subjects(
     view = served.view
     text = view.text
     if text is not None and text.input in tensors:
+        _check_continuous({text.input: "a text"}, query)
         texts = tensors[text.input].tolist()
         return [_text(text, tuple(each) if text.pairs else each, query) for each in texts]
     apart = not view.batching.enabled
@@ -106,6 +143,8 @@ def make_subjects(
     varied = {name: tensor for name, tensor in tensors.items() if name not in served.optional}
     if text is None and len(fixed) == len(tensors):
         fixed, varied = {}, fixed
+    specs = served.signature.inputs_by_name
+    _check_continuous({name: specs[name].datatype for name in varied}, query)
     rows = 1 if apart else served.rows(tensors)
     subjects = []
     for row in range(rows):
@@ -118,6 +157,19 @@ def make_subjects(
             subject = _columns(served, own, fixed, columns, query, apart)
         subjects.append(subject)
     return subjects
+
+
+def _check_continuous(datatypes: Mapping[str, str], query: ExplainQuery) -> None:
+    """Raise InvalidInput if gradients are wanted by an input that has none; `datatypes` are by name."""
+    if query.method != INTEGRATED_GRADIENTS:
+        return
+    for name, datatype in datatypes.items():
+        if datatype not in CONTINUOUS:
+            raise InvalidInput(
+                f"tensor {name_text(name)} is {datatype}, and gradients need floating-point numbers;"
+                f" {OTHER_METHODS}",
+                tensor=name,
+            )
 
 
 def _text(codec: TextCodec, text: Text, query: ExplainQuery) -> Subject:
@@ -197,6 +249,9 @@ def _picture(
     apart: bool,
 ) -> Subject:
     pixels = own[picture.input]
+    if query.method == INTEGRATED_GRADIENTS and picture.is_among(own):
+        # A point between two pictures is between the 256 values of pixels.
+        pixels = picture.normalise(pixels) if apart else picture.normalise(pixels[None])[0]
     is_raw = pixels.dtype == np.uint8 and served.signature.inputs_by_name[picture.input].datatype != "UINT8"
     layout = "HWC" if is_raw else picture.layout
     is_bf16 = not is_raw and served.signature.inputs_by_name[picture.input].datatype == "BF16"
@@ -233,7 +288,7 @@ def _picture(
     grid = Grid(side, numbers, _grey(unit, layout))
     return Subject(
         PATCHES, wanted, {picture.input: VariedInput(pixels, baseline, features)}, fixed, (), grid,
-        apart=apart,
+        apart=apart, bf16=frozenset((picture.input,) if is_bf16 else ()),
     )  # fmt: skip
 
 
@@ -277,7 +332,8 @@ def _columns(
         features = features + (len(names) - (int(features.max()) + 1 if features.size else 0))
         baseline = _baseline_of(wanted, tensor, samples.get(name), specs[name])
         inputs[name] = VariedInput(tensor, baseline, features)
-    return Subject(COLUMNS, wanted, inputs, fixed, names, apart=apart)
+    bf16 = frozenset(name for name in inputs if specs[name].datatype == "BF16")
+    return Subject(COLUMNS, wanted, inputs, fixed, names, apart=apart, bf16=bf16)
 
 
 def _baseline_of(wanted: str, own: Array, rows: Array | None, spec: TensorSpec) -> Array:

@@ -37,7 +37,7 @@ class Target:
                 field="output",
             )
         self._labels = classes if classes is not None and classes.output == self.output else None
-        self.is_score = self._labels is not None and query.scale == "scores"
+        self.is_score = self._labels is not None and query.takes_scores
         self.index = -1
         self.label: str | None = None
 

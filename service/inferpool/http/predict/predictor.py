@@ -508,15 +508,24 @@ class Predictor:
             self.in_flight.release()
 
     def submit_pass(
-        self, context: PredictContext, tensors: Tensors, deadline: float, then: Callable[[Result], None]
+        self,
+        context: PredictContext,
+        tensors: Tensors,
+        deadline: float,
+        then: Callable[[Result], None],
+        gradients: tuple[str, ...] = (),
     ) -> Entry:
         """Put rows in the queue that are not the request's own, by its options, and return their entry.
 
+        `gradients` are names of gradients that are computed in place of outputs, in a run of their own.
         `then` is called once with the result, on the event loop, unless `end_pass` is called before; call
         that once the outputs are read. Raises what `submit` raises.
         """
         now = self.clock()
         entry = self._entry(context, tensors, now, deadline)
+        if gradients:
+            entry.outputs = gradients
+            entry.group = entry.id
         tenant = context.tenant
         if tenant is not None:
             tenant.take_rows(entry.rows, now)

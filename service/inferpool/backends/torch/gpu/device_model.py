@@ -13,6 +13,7 @@ import torch
 from inferpool.backends.base import REPLAYED, DeviceModel, LoadOptions, Rejection
 from inferpool.backends.cuda.capture_gate import DEVICE_GATE
 from inferpool.backends.cuda.staging import stage
+from inferpool.backends.gradient import are_gradients
 from inferpool.backends.torch.gpu.cuda_graphs import (
     CudaRecorder,
     Recorder,
@@ -21,6 +22,7 @@ from inferpool.backends.torch.gpu.cuda_graphs import (
     record_obstacle,
 )
 from inferpool.backends.torch.gpu.normaliser import TorchNormaliser
+from inferpool.backends.torch.gradients import differentiate
 from inferpool.backends.torch.model import Runnable, StartedModel, to_array
 from inferpool.backends.torch.run_errors import find_rejection
 from inferpool.errors import LoadError, OutOfMemory, Reason, Verdict, short_reason
@@ -174,12 +176,16 @@ class TorchDeviceModel(DeviceModel):
         assert self._runnable is not None  # no run follows the close
         try:
             with torch.inference_mode(), self._on_stream():
-                recorded = self._recordings.get((rows, *shapes.items()))
+                wants_gradients = outputs is not None and are_gradients(outputs)
+                recorded = None if wants_gradients else self._recordings.get((rows, *shapes.items()))
                 if recorded is None:
                     buffers = {name: self._buffer(name, shape) for name, shape in shapes.items()}
                     used = self._fill(buffers, parts)
                     feeds = {name: buffer.device for name, buffer in buffers.items()}
                     with DEVICE_GATE.work():
+                        if outputs is not None and wants_gradients:
+                            found = differentiate(self._runnable.forward, feeds, outputs, self._paths)
+                            return {name: to_array(tensor[:used]) for name, tensor in found.items()}
                         leaves = self._runnable.forward(feeds)
                 else:
                     used = self._fill(recorded[0], parts)
