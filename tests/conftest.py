@@ -125,17 +125,25 @@ def server_module(request: pytest.FixtureRequest) -> str:
 
 ENGINES = {
     "in-process": {"INFERPOOL_ENGINE": "in-process"},
-    "process": {"INFERPOOL_ENGINE": "process", "INFERPOOL_WEB_PROCESSES": "2"},
+    "process": {"INFERPOOL_ENGINE": "process", "INFERPOOL_WEB_PROCESSES": "1"},
+    "processes": {"INFERPOOL_ENGINE": "process", "INFERPOOL_WEB_PROCESSES": "2"},
 }
-"""The two ways to run a server, as variables. Tests of what may differ take both: see `in_both_engines`."""
+"""The ways to run a server, as variables. Tests of what may differ take two of them."""
 
-in_both_engines = pytest.mark.parametrize("engine_variables", ENGINES, indirect=True, scope="module")
-"""Marks tests whose servers run in both ways."""
+in_both_engines = pytest.mark.parametrize(
+    "engine_variables", ["in-process", "process"], indirect=True, scope="module"
+)
+"""Marks tests whose servers run in one process, and with an engine of its own."""
+
+in_one_and_several_processes = pytest.mark.parametrize(
+    "engine_variables", ["in-process", "processes"], indirect=True, scope="module"
+)
+"""The same, with two web processes, for what these share. The second one costs a second of CPU time."""
 
 
 @pytest.fixture(scope="module")
 def engine_variables(request: pytest.FixtureRequest) -> Mapping[str, str]:
-    """The variables of servers; none, and so the usual way, unless a test is marked `in_both_engines`."""
+    """The variables of servers; none, and so the usual way, unless a test is marked with one of these."""
     return ENGINES[request.param] if hasattr(request, "param") else {}
 
 
@@ -185,13 +193,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.fixture(scope="session")
+def bundled_servers() -> Iterator[dict[tuple[str, ...], Server]]:
+    """The servers that `bundled` has started."""
+    servers: dict[tuple[str, ...], Server] = {}
+    yield servers
+    for server in servers.values():
+        server.kill()
+
+
 @pytest.fixture(scope="module")
-def bundled(models: Path, cache_dir: Path, server_module: str) -> Iterator[Server]:
-    """A server of the models that come with the project."""
-    server = Server(models, (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, server_module)
-    server.wait_loaded()
-    yield server
-    server.kill()
+def bundled(
+    models: Path, cache_dir: Path, server_module: str, bundled_servers: dict[tuple[str, ...], Server]
+) -> Server:
+    """A server of the models that come with the project, for all modules: leave it as you find it."""
+    variables = (os.environ.get(name, "") for name in COVERAGE_VARIABLES)
+    key = (server_module, *variables)
+    if key not in bundled_servers:
+        server = Server(models, (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, server_module)
+        bundled_servers[key] = server
+        server.wait_loaded()
+    return bundled_servers[key]
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def server(
     make = chaos_in(tmp_path_factory.mktemp("repository"))
     make("plain")
     repository = make("cached", CACHED, run_gate=str(gate))
-    flags = ("--keys-file", str(keys.path), "--web-processes", "1")
+    flags = ("--keys-file", str(keys.path))
     return module_serve(repository, *flags)
 
 

@@ -13,11 +13,11 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import Serve, in_both_engines
+from tests.conftest import Serve, in_one_and_several_processes
 from tests.onnx_models import write_shift
 from tests.server import Server, wait_until
 
-pytestmark = in_both_engines
+pytestmark = in_one_and_several_processes
 
 STABLE = "[versions]\nlabels = {stable = 1}\n"
 

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from inferpool.observe.spans import make_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -26,6 +27,7 @@ from tests.conftest import MakeChaos, Serve
 from tests.server import ROOT, wait_until
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+OTHER_TRACE = "1af7651916cd43dd8448eb211c80319c"
 SAMPLED = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
 ROWS = {"inputs": [[1, 2, 3, 4], [5, 6, 7, 8]]}
 PHASES = ["receive", "queue", "compute", "respond"]
@@ -96,15 +98,46 @@ def attributes(span: Span) -> dict[str, Any]:
     return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes}
 
 
-def test_a_request_becomes_a_span_with_a_child_for_each_phase(
-    serve: Serve, make_chaos: MakeChaos, collector: Collector
-) -> None:
+class Sent(NamedTuple):
+    """What a server that has ended has sent and logged; `traces` are the spans of its requests by model."""
+
+    requests: list[ExportTraceServiceRequest]
+    traces: dict[str, list[list[Span]]]
+    log: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def sent(module_serve: Serve, module_make_chaos: MakeChaos) -> Iterator[Sent]:
+    """Requests with and without a trace, that succeed and that fail, each kind to a model of its own."""
+    for name in ("traced", "untraced"):
+        module_make_chaos(name, run_ms=20)
+    repository = module_make_chaos("failing")
+    collector = Collector()
+    try:
+        server = module_serve(repository, "--access-log", OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
+        headers = {**SAMPLED, "X-Request-Id": "mine"}
+        assert server.post("/predict/traced", json=ROWS, headers=headers).status_code == 200
+        for _ in range(3):
+            server.post("/predict/untraced", json=ROWS)
+        server.post("/predict/untraced", json=ROWS, headers={"traceparent": f"00-{OTHER_TRACE}-{CALLER}-00"})
+        server.post("/predict/failing", json={"inputs": [[RAISE] * 4]})
+        server.post("/predict/failing", json={"inputs": [[1]]})
+        assert server.stop() == 0
+        spans = collector.spans()
+        traces: dict[str, list[list[Span]]] = {}
+        for root in (span for span in spans if span.name == "predict"):
+            children = [span for span in spans if span.parent_span_id == root.span_id]
+            children.sort(key=lambda span: PHASES.index(span.name))
+            traces.setdefault(attributes(root)["inferpool.model"], []).append([root, *children])
+        assert sum(len(trace) for found in traces.values() for trace in found) == len(spans)
+        yield Sent(collector.requests, traces, server.log)
+    finally:
+        collector.close()
+
+
+def test_a_request_becomes_a_span_with_a_child_for_each_phase(sent: Sent) -> None:
     """The span is a child of the client's span; its phases follow one another and fill it."""
-    server = serve(make_chaos("m", run_ms=20), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
-    headers = {**SAMPLED, "X-Request-Id": "mine"}
-    assert server.post("/predict/m", json=ROWS, headers=headers).status_code == 200
-    assert server.stop() == 0
-    root, *children = sorted(collector.spans(), key=lambda span: span.name != "predict")
+    [[root, *children]] = sent.traces["traced"]
     assert (root.trace_id.hex(), root.parent_span_id.hex()) == (TRACE, CALLER)
     assert root.kind == Span.SPAN_KIND_SERVER
     assert root.status.code == Status.STATUS_CODE_UNSET
@@ -115,9 +148,8 @@ def test_a_request_becomes_a_span_with_a_child_for_each_phase(
     assert found.pop("inferpool.batch_rows") in (1, 2)
     assert found == {
         "http.request.method": "POST", "http.response.status_code": 200, "inferpool.request_id": "mine",
-        "inferpool.model": "m", "inferpool.version": 1, "inferpool.rows": 2,
+        "inferpool.model": "traced", "inferpool.version": 1, "inferpool.rows": 2,
     }  # fmt: skip
-    children.sort(key=lambda span: PHASES.index(span.name))
     assert [span.name for span in children] == PHASES
     for span in children:
         assert (span.trace_id, span.parent_span_id) == (root.trace_id, root.span_id)
@@ -129,65 +161,47 @@ def test_a_request_becomes_a_span_with_a_child_for_each_phase(
     assert edges[-1] == root.end_time_unix_nano
     compute = children[2]
     assert compute.end_time_unix_nano - compute.start_time_unix_nano >= 20e6
-    (resource,) = [each.resource for request in collector.requests for each in request.resource_spans]
-    assert {each.key: each.value.string_value for each in resource.attributes}["service.name"] == "inferpool"
+    resources = [each.resource for request in sent.requests for each in request.resource_spans]
+    for resource in resources:
+        values = {each.key: each.value.string_value for each in resource.attributes}
+        assert values["service.name"] == "inferpool"
 
 
-def test_a_request_without_a_trace_begins_one(
-    serve: Serve, make_chaos: MakeChaos, collector: Collector
-) -> None:
+def test_a_request_without_a_trace_begins_one(sent: Sent) -> None:
     """Each request begins a trace, whose id its log line has; a request that is not sampled has no spans."""
-    server = serve(make_chaos("m"), "--access-log", OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
-    for _ in range(3):
-        server.post("/predict/m", json=ROWS)
-    server.post("/predict/m", json=ROWS, headers={"traceparent": f"00-{TRACE}-{CALLER}-00"})
-    server.stop()
-    roots = [span for span in collector.spans() if not span.parent_span_id]
-    logged = {line["trace_id"] for line in server.log if line.get("logger") == "inferpool.access"}
-    assert {span.trace_id.hex() for span in roots} | {TRACE} == logged
+    traces = sent.traces["untraced"]
+    logged = {line["trace_id"] for line in sent.log if line.get("model") == "untraced" and "trace_id" in line}
+    assert {root.trace_id.hex() for root, *_ in traces} | {OTHER_TRACE} == logged
+    assert not any(root.parent_span_id for root, *_ in traces)
     assert len(logged) == 4
-    assert len(collector.spans()) == 15
+    assert [len(trace) for trace in traces] == [5] * 3
 
 
-def test_spans_of_failed_requests_are_errors(
-    serve: Serve, make_chaos: MakeChaos, collector: Collector
-) -> None:
+def test_spans_of_failed_requests_are_errors(sent: Sent) -> None:
     """The span of a 5xx is an error with its code; that of a 4xx is not, and has one phase only."""
-    server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint)
-    server.post("/predict/m", json={"inputs": [[RAISE] * 4]})
-    server.post("/predict/m", json={"inputs": [[1]]})
-    server.stop()
-    roots = {attributes(span)["http.response.status_code"]: span for span in collector.spans()
-             if span.name == "predict"}  # fmt: skip
-    assert roots[500].status.code == Status.STATUS_CODE_ERROR
-    assert attributes(roots[500])["error.type"] == "model_failed"
-    assert roots[422].status.code == Status.STATUS_CODE_UNSET
-    assert attributes(roots[422])["error.type"] == "invalid_input"
-    of_422 = [span.name for span in collector.spans() if span.parent_span_id == roots[422].span_id]
-    assert of_422 == ["receive"]
+    traces = {attributes(trace[0])["http.response.status_code"]: trace for trace in sent.traces["failing"]}
+    assert traces[500][0].status.code == Status.STATUS_CODE_ERROR
+    assert attributes(traces[500][0])["error.type"] == "model_failed"
+    assert traces[422][0].status.code == Status.STATUS_CODE_UNSET
+    assert attributes(traces[422][0])["error.type"] == "invalid_input"
+    assert [span.name for span in traces[422][1:]] == ["receive"]
 
 
-@pytest.mark.parametrize(
-    ("environ", "headers"),
-    [
-        ({"OTEL_TRACES_SAMPLER": "always_off"}, SAMPLED),
-        ({"OTEL_TRACES_EXPORTER": "none"}, SAMPLED),
-        ({"OTEL_SDK_DISABLED": "true"}, SAMPLED),
-    ],
-    ids=["sampler", "exporter", "disabled"],
-)
-def test_requests_that_are_not_sampled_send_no_spans(
-    environ: dict[str, str],
-    headers: dict[str, str],
-    serve: Serve,
-    make_chaos: MakeChaos,
-    collector: Collector,
+def test_a_sampler_that_is_always_off_sends_no_spans(
+    serve: Serve, make_chaos: MakeChaos, collector: Collector
 ) -> None:
     """OpenTelemetry's own variables decide which spans are sent."""
-    server = serve(make_chaos("m"), OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, **environ)
-    assert server.post("/predict/m", json=ROWS, headers=headers).status_code == 200
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_TRACES_SAMPLER": "always_off"}
+    server = serve(make_chaos("m"), **environ)
+    assert server.post("/predict/m", json=ROWS, headers=SAMPLED).status_code == 200
     assert server.stop() == 0
     assert collector.spans() == []
+
+
+@pytest.mark.parametrize("environ", [{"OTEL_TRACES_EXPORTER": "none"}, {"OTEL_SDK_DISABLED": "true"}])
+def test_opentelemetrys_own_variables_switch_spans_off(environ: dict[str, str]) -> None:
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    assert make_spans({**endpoint, **environ}) is None
 
 
 def test_an_unreachable_collector_costs_no_request(serve: Serve, make_chaos: MakeChaos) -> None:
