@@ -28,22 +28,42 @@ from tests.server import ROOT, Server, wait_until
 PROCESS = ("--engine", "process", "--web-processes", "2")
 ROW = json.dumps({"inputs": [[1, 2, 3, 4], [1, 2, 3, 5]]}).encode()
 WRONG = json.dumps({"inputs": [[1]]}).encode()
+RESTARTS: list[tuple[str, ...]] = [
+    ("inferpool_web_restarts_total",), ("inferpool_engine_restarts_total", "cpu"),
+]  # fmt: skip
 COUNTERS = re.compile(r"_(total|count|bucket|sum)$")
 
 
-async def ask(server: Server, good: int, wrong: int, clients: int = 32) -> None:
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of the model `waiting` wait for it if their row says so."""
+    gate = tmp_path_factory.mktemp("gate") / "gate"
+    os.mkfifo(gate)
+    return gate
+
+
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos, gate: Path) -> Server:
+    """A server of several processes, with a model for each test."""
+    for name in ("counted", "killed", "crashing"):
+        module_make_chaos(name)
+    return module_serve(module_make_chaos("waiting", run_gate=str(gate)), *PROCESS, "--access-log")
+
+
+async def ask(server: Server, model: str, good: int, wrong: int, clients: int = 32) -> None:
     """Send requests over connections of both web processes; each has been answered at the end."""
     # The second process may start later than the server is ready; each has a line about its memory then.
     both = {"web-1", "web-2"}
     wait_until(lambda: both <= {line.get("process") for line in server.log}, "both web processes serve")
     connected = [await Client.connect(server.port) for _ in range(clients)]
     # Connections spread as they are accepted, so each sends a request first.
+    path = f"/predict/{model}"
     for client in connected:
-        assert (await client.post("/predict/m", ROW)).status == 200
+        assert (await client.post(path, ROW)).status == 200
     for number in range(good - clients):
-        assert (await connected[number % clients].post("/predict/m", ROW)).status == 200
+        assert (await connected[number % clients].post(path, ROW)).status == 200
     for number in range(wrong):
-        assert (await connected[number % clients].post("/predict/m", WRONG)).status == 422
+        assert (await connected[number % clients].post(path, WRONG)).status == 422
     for client in connected:
         await client.close()
 
@@ -63,25 +83,27 @@ def each_web(server: Server, read: Callable[[], object], times: int = 12) -> lis
     return [read() for _ in range(times)]
 
 
-def test_counters_are_those_of_the_clients_whichever_process_answers(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    server = serve(make_chaos("m"), *PROCESS, "--access-log")
-    asyncio.run(ask(server, 100, 30))
+def test_counters_are_those_of_the_clients_whichever_process_answers(server: Server) -> None:
+    asyncio.run(ask(server, "counted", 100, 30))
 
     def counts() -> tuple[float, ...]:
         return (
-            server.metric("requests_total", model="m", code="200"),
-            server.metric("requests_total", model="m", code="422"),
-            server.metric("request_duration_seconds_count", model="m"),
-            server.metric("queue_duration_seconds_count", model="m"),
-            server.metric("batch_rows_sum", model="m"),
+            server.metric("requests_total", model="counted", code="200"),
+            server.metric("requests_total", model="counted", code="422"),
+            server.metric("request_duration_seconds_count", model="counted"),
+            server.metric("queue_duration_seconds_count", model="counted"),
+            server.metric("batch_rows_sum", model="counted"),
         )
 
     assert set(each_web(server, counts)) == {(100, 30, 130, 100, 200)}
+
     # Both have answered requests, so no process can know the sums alone.
-    wait_until(lambda: sum(line["message"] == "predict" for line in server.log) == 130, "all lines")
-    assert {line["process"] for line in server.log if line["message"] == "predict"} == {"web-1", "web-2"}
+    def lines() -> list[str]:
+        return [line["process"] for line in server.log if line.get("model") == "counted"]
+
+    wait_until(lambda: len(lines()) >= 130, "all lines")
+    assert len(lines()) == 130
+    assert set(lines()) == {"web-1", "web-2"}
     assert {line["process"] for line in server.log} == {
         "supervisor",
         "engine cpu",
@@ -97,7 +119,7 @@ def test_counters_are_those_of_the_clients_whichever_process_answers(
     assert min(busy.values()) > 0
 
     def stats() -> tuple[object, ...]:
-        (found,) = server.get("/v2/models/m/stats").json()["model_stats"]
+        (found,) = server.get("/v2/models/counted/stats").json()["model_stats"]
         inference = found["inference_stats"]
         return (
             found["inference_count"], found["execution_count"] > 0, inference["success"]["count"],
@@ -108,7 +130,7 @@ def test_counters_are_those_of_the_clients_whichever_process_answers(
     assert set(each_web(server, stats)) == {(200, True, 100, 30, True, 200)}
 
     def status() -> tuple[object, ...]:
-        [model] = server.get("/status").json()["models"]
+        [model] = [model for model in server.get("/status").json()["models"] if model["name"] == "counted"]
         figures = model["versions"][0]["figures"]
         return (
             figures["requests"], sum(figures["duration"]["counts"]), sum(figures["reasons"].values()) > 0,
@@ -119,74 +141,13 @@ def test_counters_are_those_of_the_clients_whichever_process_answers(
     assert all(each == ({"200": 100, "422": 30}, 130, True, 200) for each in told), told
 
 
-def test_no_counter_goes_back_when_processes_are_killed(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m"), *PROCESS)
-    asyncio.run(ask(server, 60, 10))
-    before = counters(server)
-    stats = server.get("/v2/models/m/stats").json()["model_stats"][0]
-    assert before["inferpool_requests_total", "m", "1", "200"] == 60
-    for round_ in (1, 2):
-        web, engine = find(server, WEB), find(server, ENGINE)
-        killed = {web[0], engine[0]}
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
-
-        def back(killed: set[int] = killed) -> bool:
-            living = find(server, WEB)
-            return (
-                len(living) == 2
-                and not killed & {*living, *find(server, ENGINE)}
-                and server.get("/health/ready").status_code == 200
-                and server.get("/metrics").is_success
-            )
-
-        wait_until(partial(_is_true, back), "the server is whole again")
-        asyncio.run(ask(server, 40, 5))
-        for _ in range(8):
-            after = counters(server)
-            fell = {name: (value, after.get(name)) for name, value in before.items()
-                    if after.get(name, -1.0) < value}  # fmt: skip
-            assert not fell
-        assert after["inferpool_requests_total", "m", "1", "200"] == 60 + 40 * round_
-        assert after["inferpool_requests_total", "m", "1", "422"] == 10 + 5 * round_
-        assert after["inferpool_batch_rows_sum", "m", "1"] == 2 * (60 + 40 * round_)
-        assert after["inferpool_web_restarts_total",] == round_
-        assert after["inferpool_engine_restarts_total", "cpu"] == round_
-        before = after
-    later = server.get("/v2/models/m/stats").json()["model_stats"][0]
-    assert later["inference_count"] == stats["inference_count"] + 160
-    assert later["execution_count"] >= stats["execution_count"] + 2
-    assert later["inference_stats"]["fail"]["count"] == 20
-
-
-def _is_true(condition: Callable[[], bool]) -> bool:
-    """Whether the condition holds; a web process that is killed meanwhile cannot tell."""
-    try:
-        return condition()
-    except Exception:  # noqa: BLE001 - of whatever library
-        return False
-
-
-def test_crashes_and_replays_are_counted(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m"), *PROCESS)
-    assert server.metric("replayed_entries_total", model="m") == 0
-    reply = server.post("/predict/m", json={"inputs": [[chaos.CRASH, 0, 0, 0]]})
-    assert (reply.status_code, reply.json()["code"]) == (500, "model_crashed")
-    assert server.metric("replayed_entries_total", model="m") == 1
-    assert server.metric("crashed_entries_total", model="m") == 1
-    wait_until(lambda: server.metric("engine_restarts_total", engine="cpu") == 2, "two restarts")
-
-
-def test_gauges_are_those_of_all_processes(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
+def test_gauges_are_those_of_all_processes(server: Server, gate: Path) -> None:
     """Requests that one web process holds are seen by the other; memory and descriptors are of all."""
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    server = serve(make_chaos("m", run_gate=str(gate)), *PROCESS)
 
     async def hold() -> None:
         clients = [await Client.connect(server.port) for _ in range(6)]
         body = json.dumps({"inputs": [[chaos.WAIT, 2, 3, 4]]}).encode()
-        asked = [asyncio.create_task(client.post("/predict/m", body)) for client in clients]
+        asked = [asyncio.create_task(client.post("/predict/waiting", body)) for client in clients]
 
         def seen() -> bool:
             return set(each_web(server, lambda: server.metric("in_flight_requests"), 6)) == {6.0}
@@ -212,6 +173,63 @@ def test_gauges_are_those_of_all_processes(serve: Serve, make_chaos: MakeChaos, 
     assert found["process_cpu_seconds_total"] > 1
     assert found["inferpool_shared_memory_bytes"] > 4096
     assert not [name for name in found if name.startswith("python_gc")]
+
+
+def test_crashes_and_replays_are_counted(server: Server) -> None:
+    before = server.metric("engine_restarts_total", engine="cpu")
+    assert server.metric("replayed_entries_total", model="crashing") == 0
+    reply = server.post("/predict/crashing", json={"inputs": [[chaos.CRASH, 0, 0, 0]]})
+    assert (reply.status_code, reply.json()["code"]) == (500, "model_crashed")
+    assert server.metric("replayed_entries_total", model="crashing") == 1
+    assert server.metric("crashed_entries_total", model="crashing") == 1
+    wait_until(lambda: server.metric("engine_restarts_total", engine="cpu") == before + 2, "two restarts")
+
+
+def test_no_counter_goes_back_when_processes_are_killed(server: Server) -> None:
+    asyncio.run(ask(server, "killed", 60, 10))
+    before = counters(server)
+    restarts = [before.get(name, 0.0) for name in RESTARTS]
+    stats = server.get("/v2/models/killed/stats").json()["model_stats"][0]
+    assert before["inferpool_requests_total", "killed", "1", "200"] == 60
+    for round_ in (1, 2):
+        web, engine = find(server, WEB), find(server, ENGINE)
+        killed = {web[0], engine[0]}
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+        def back(killed: set[int] = killed) -> bool:
+            living = find(server, WEB)
+            return (
+                len(living) == 2
+                and not killed & {*living, *find(server, ENGINE)}
+                and server.get("/health/ready").status_code == 200
+                and server.get("/metrics").is_success
+            )
+
+        wait_until(partial(_is_true, back), "the server is whole again")
+        asyncio.run(ask(server, "killed", 40, 5))
+        for _ in range(8):
+            after = counters(server)
+            fell = {name: (value, after.get(name)) for name, value in before.items()
+                    if after.get(name, -1.0) < value}  # fmt: skip
+            assert not fell
+        assert after["inferpool_requests_total", "killed", "1", "200"] == 60 + 40 * round_
+        assert after["inferpool_requests_total", "killed", "1", "422"] == 10 + 5 * round_
+        assert after["inferpool_batch_rows_sum", "killed", "1"] == 2 * (60 + 40 * round_)
+        assert [after[name] for name in RESTARTS] == [count + round_ for count in restarts]
+        before = after
+    later = server.get("/v2/models/killed/stats").json()["model_stats"][0]
+    assert later["inference_count"] == stats["inference_count"] + 160
+    assert later["execution_count"] >= stats["execution_count"] + 2
+    assert later["inference_stats"]["fail"]["count"] == 20
+
+
+def _is_true(condition: Callable[[], bool]) -> bool:
+    """Whether the condition holds; a web process that is killed meanwhile cannot tell."""
+    try:
+        return condition()
+    except Exception:  # noqa: BLE001 - of whatever library
+        return False
 
 
 WRITER = """
