@@ -73,7 +73,7 @@ LIBRARIES = {
     "starlette": ("http", "app", "server", "cli"),
     "uvicorn": ("http", "app", "server", "cli"),
     "onnxruntime": ("backends/onnx", "release/optimise"),
-    "torch": ("backends/torch", "release/importers"),
+    "torch": ("backends/torch", "release/importers", "release/pruning"),
     "grpc": ("grpc_api", "grpc_process"),
     "google": ("grpc_api",),
     "grpc_health": ("grpc_api",),

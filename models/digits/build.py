@@ -99,15 +99,11 @@ def to_picture(image: Array) -> Image.Image:
     return Image.fromarray(np.round(image * (255 / FULL_INK)).astype(np.uint8))
 
 
-def train(images: Array, labels: Array, seed: int) -> dict[str, Array]:
-    """Train the network and return its weights by name, as arrays; the same seed gives the same weights."""
+def new_network() -> torch.nn.Sequential:
+    """Return the network with weights of chance."""
     # Not at the top: whoever wants the held-out fifth alone needs no torch.
-    import torch
     from torch import nn
 
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)  # a sum split over threads is rounded differently on each machine
-    torch.use_deterministic_algorithms(True)
     network = nn.Sequential()
     network.add_module("conv1", nn.Conv2d(1, 16, 3, padding=1))
     network.add_module("relu1", nn.ReLU())
@@ -119,14 +115,38 @@ def train(images: Array, labels: Array, seed: int) -> dict[str, Array]:
     network.add_module("dense1", nn.Linear(32 * 4 * 4, 64))
     network.add_module("relu3", nn.ReLU())
     network.add_module("dense2", nn.Linear(64, 10))
+    return network
 
+
+def train(images: Array, labels: Array, seed: int) -> dict[str, Array]:
+    """Train the network and return its weights by name, as arrays; the same seed gives the same weights."""
+    import torch
+
+    torch.manual_seed(seed)
+    network = new_network()
+    learn(network, images, labels, EPOCHS, rate=4e-3)
+    return weights_of(network)
+
+
+def weights_of(network: torch.nn.Module) -> dict[str, Array]:
+    """Return the weights by name, as arrays."""
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+def learn(network: torch.nn.Module, images: Array, labels: Array, epochs: int, rate: float) -> None:
+    """Train a network in place, at learning rates of at most `rate`."""
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(1)  # a sum split over threads is rounded differently on each machine
+    torch.use_deterministic_algorithms(True)
     rows, targets = torch.from_numpy(to_rows(images)), torch.from_numpy(labels)
     steps_per_epoch = -(-len(rows) // BATCH_ROWS)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=4e-3, epochs=EPOCHS, steps_per_epoch=steps_per_epoch
+        optimizer, max_lr=rate, epochs=epochs, steps_per_epoch=steps_per_epoch
     )
-    bar = tqdm(range(EPOCHS), desc="training", unit="epoch")
+    bar = tqdm(range(epochs), desc="training", unit="epoch")
     for _ in bar:
         total_loss = 0.0
         for picked in torch.randperm(len(rows)).split(BATCH_ROWS):
@@ -138,7 +158,33 @@ def train(images: Array, labels: Array, seed: int) -> dict[str, Array]:
             schedule.step()
             total_loss += loss.item() * len(picked)
         bar.set_postfix(loss=f"{total_loss / len(rows):.4f}")
-    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+def load_network(version: Path) -> torch.nn.Module:
+    """Return the network of a version, a folder, for `inferpool optimise --fine-tune`."""
+    import torch
+
+    network = new_network()
+    stored = onnx.load(version / "model.onnx").graph.initializer
+    network.load_state_dict(
+        {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in stored}
+    )
+    return network
+
+
+def fine_tune(network: torch.nn.Module, epochs: int, seed: int) -> None:
+    """Train a network without some of its channels on the training part, at half the usual rate."""
+    import torch
+
+    if epochs:
+        images, _, labels, _ = split()
+        torch.manual_seed(seed)
+        learn(network, images, labels, epochs, rate=2e-3)
+
+
+def export_network(network: torch.nn.Module, file: Path) -> None:
+    """Write a network as ONNX."""
+    file.write_bytes(to_onnx(weights_of(network)).SerializeToString())
 
 
 def shifted(rows: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 from inferpool import cli
+from inferpool.optimise_command import structured_forms
+from inferpool.optimise_command.structured_forms import make_structured
 from inferpool.release.optimise import candidates, timing
-from inferpool.release.optimise.candidates import Candidate, to_int8_static
+from inferpool.release.optimise.candidates import CANDIDATES, Candidate, prune, to_int8_static
 from inferpool.release.optimise.timing import Timing
 from onnx import numpy_helper
 
@@ -37,6 +39,49 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+BUILD_SCRIPT = """
+import onnx
+import torch
+from onnx import helper, numpy_helper
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(64, 128), torch.nn.Linear(128, 3, bias=False)
+
+    def forward(self, rows):
+        return self.second(torch.relu(self.first(rows)))
+
+def load_network(version):
+    stored = onnx.load(version / "model.onnx").graph.initializer
+    first, bias, second = (torch.from_numpy(numpy_helper.to_array(each).copy()) for each in stored)
+    network = Network()
+    network.load_state_dict({"first.weight": first.T, "first.bias": bias, "second.weight": second.T})
+    return network
+
+def fine_tune(network, epochs, seed):
+    if network.first.out_features == 16:
+        raise ValueError("too few")
+    with torch.no_grad():
+        if network.first.out_features == 96:
+            network.second.weight.neg_()  # a planted form: as fast as can be, and wrong
+        network.first.weight += 1e-6 * (epochs + torch.randn_like(network.first.weight))
+
+def export_network(network, file):
+    names = {"w1": network.first.weight.T, "b1": network.first.bias, "w2": network.second.weight.T}
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w1", "b1"], ["b"]), helper.make_node("Relu", ["b"], ["c"]),
+         helper.make_node("MatMul", ["c", "w2"], ["y"])],
+        "network",
+        [helper.make_tensor_value_info("x", 1, ["rows", 64])],
+        [helper.make_tensor_value_info("y", 1, ["rows", 3])],
+        [numpy_helper.from_array(value.detach().numpy().copy(), name) for name, value in names.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), file)
+"""
+"""Its network has 128 channels, of which the second half counts for nothing."""
+
+
 def damage(model: Path, target: Path, batches: Sequence[Any]) -> None:
     """A planted form: as fast as can be, and wrong."""
     loaded = onnx.load(model)
@@ -49,12 +94,16 @@ def fail(model: Path, target: Path, batches: Sequence[Any]) -> None:
     raise candidates.Unfit("nothing to change")
 
 
-def with_gains(monkeypatch: pytest.MonkeyPatch, forms: dict[str, tuple[Any, float]]) -> None:
+def with_gains(
+    monkeypatch: pytest.MonkeyPatch,
+    forms: dict[str, tuple[Any, float]],
+    structured: dict[str, float] | None = None,
+) -> None:
     """Have these forms, each as much faster than the original as told: a busy machine decides nothing."""
-    monkeypatch.setattr(
-        candidates, "CANDIDATES", tuple(Candidate(name, each[0]) for name, each in forms.items())
-    )
-    gains = {name: each[1] for name, each in forms.items()} | {"original": 1.0}
+    known = {each.name: each for each in CANDIDATES}
+    made = (known.get(name) or Candidate(name, each[0]) for name, each in forms.items())
+    monkeypatch.setattr(candidates, "CANDIDATES", tuple(made))
+    gains = {name: each[1] for name, each in forms.items()} | {"original": 1.0} | (structured or {})
 
     def told(files: dict[str, Path], *_: object) -> tuple[dict[str, Timing], dict[str, str]]:
         return {name: Timing(dict.fromkeys(timing.SIZES, 1.0), [gains[name]] * 9) for name in files}, {}
@@ -105,9 +154,13 @@ def test_weights_in_files_of_their_own_come_along(
 def test_nothing_is_written_that_is_not_faster_or_fails_the_samples(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_gains(monkeypatch, {"int8-static": (to_int8_static, 1.04)})
-    assert optimise(model) == 0
-    assert "not faster" in capsys.readouterr().out
+    (model / "build.py").write_text("raise AssertionError('nobody asked for it')\n")
+    forms = {"int8-static": (to_int8_static, 1.04), "unstructured-50": (prune, 9.0)}
+    with_gains(monkeypatch, forms)
+    assert optimise(model, "--goal", "accuracy -100pp") == 0
+    shown = capsys.readouterr().out
+    assert "not faster" in shown
+    assert "reported only" in shown
     (model / "samples").mkdir()
     session = ort.InferenceSession(model / "1" / "model.onnx", providers=["CPUExecutionProvider"])
     answer = session.run(None, {"x": rows(1)})[0].tolist()
@@ -126,3 +179,44 @@ def test_a_version_that_would_answer_at_once_is_not_made(
     assert optimise(model) == 2
     assert "labels = {stable = 1}" in capsys.readouterr().err
     assert cli.main(["optimise", str(model), "--data", "none.npz", "--goal", "speed +1"]) == 2
+
+
+def test_a_form_with_fewer_channels_is_trained_on_by_the_build_script(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = model / "1" / "model.onnx"
+    network = onnx.load(file)
+    for tensor in network.graph.initializer:
+        values = numpy_helper.to_array(tensor).copy()
+        values[(Ellipsis, slice(64, None)) if tensor.name != "w2" else slice(64, None)] *= 1e-3
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(network, file)
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    best = session.run(None, {"x": rows(200)})[0].argmax(axis=1)
+    np.savez(model.parent / "data.npz", x=rows(200), target=best)
+    made: dict[str, bytes] = {}
+
+    def make(*given: Any) -> tuple[dict[str, Path], dict[str, str]]:
+        files, reasons = make_structured(*given)
+        made.update({name: file.read_bytes() for name, file in files.items()})
+        return files, reasons
+
+    monkeypatch.setattr(structured_forms, "make_structured", make)
+    monkeypatch.setattr(structured_forms, "PERCENTS", (25, 50, 51, 95))
+    with_gains(monkeypatch, {}, {"structured-25": 9.0, "structured-50": 1.5, "structured-51": 1.0})
+    assert optimise(model, "--fine-tune", "1") == 2
+    assert "it loads the network and trains it" in capsys.readouterr().err
+    (model / "build.py").write_text(BUILD_SCRIPT)
+    assert optimise(model, "--fine-tune", "1") == 0
+    assert "structured-50 is version 2" in capsys.readouterr().out
+    written = json.loads((model / "2" / "provenance.json").read_text())
+    assert {each["form"]: each["verdict"] for each in written["forms"]} == {
+        "original": "",
+        "structured-25": "worse than accuracy -3pp",
+        "structured-50": "good",
+        "structured-51": "not faster",
+        "structured-95": "cannot be made: ValueError: too few",
+    }
+    assert written["fine_tuning"]["epochs"] == 1
+    # Of 128 channels 64 stay in both, so the second is the first, made again from the same seed.
+    assert (model / "2" / "model.onnx").read_bytes() == made["structured-50"] == made["structured-51"]

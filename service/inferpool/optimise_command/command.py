@@ -17,6 +17,7 @@ from inferpool import __version__
 from inferpool.command_output import print_lines
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.predict_command.command import local_settings
+from inferpool.repository.layout import BUILD_SCRIPT
 from inferpool.settings import CHECK_SETTINGS, add_flags
 from inferpool.system.cpu import usable_cores
 
@@ -54,7 +55,7 @@ def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         "optimise",
         aliases=["optimize"],
         help="make a model faster, as far as its answers stay good",
-        description="Make other forms of the ONNX model in MODEL (fused, FP16, INT8, INT4, pruned),"
+        description="Make other forms of the ONNX model in MODEL (fused, FP16, INT8, INT4, fewer channels),"
         " time each on this machine, and evaluate it with --data. The fastest form that keeps --goal and is"
         " at least 5 %% faster than the original becomes a new version; else nothing is written.",
         allow_abbrev=False,
@@ -81,14 +82,24 @@ def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument(
         "--calibration-rows", type=int, default=256, metavar="N", help="rows that show INT8 its ranges [256]"
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="chooses those rows [0]")
+    command.add_argument(
+        "--fine-tune",
+        dest="epochs",
+        type=int,
+        metavar="EPOCHS",
+        help="also make forms with fewer channels, trained on for so many epochs by MODEL/build.py,"
+        " whose code this runs",
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="chooses those rows, and is given to build.py [0]"
+    )
     add_flags(command, CHECK_SETTINGS)
 
 
 def run_optimise_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int:
     """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
     names = ("model", "data", "goal", "target", "task", "ignored", "model_version", "no_write",
-             "calibration_rows", "seed")  # fmt: skip
+             "calibration_rows", "epochs", "seed")  # fmt: skip
     chosen = {name: flags.pop(name) for name in names}
     return print_lines(lambda: _optimise(chosen, flags, environ))
 
@@ -99,6 +110,7 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
     try:
         from inferpool.evaluate_command.labelled_rows import read_labelled
         from inferpool.optimise_command.model_folders import find_source, record_inputs, take_rows
+        from inferpool.optimise_command.structured_forms import MOST_EPOCHS, find_build_script
         from inferpool.release.optimise import goal
     except ImportError as missing:
         raise ImportError(f"{missing.name} is missing: pip install 'inferpool[cpu,optimise]'") from missing
@@ -107,6 +119,10 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
     if not chosen["model"].is_dir():
         raise ConfigError(f"{chosen['model']} is no folder")
     source = find_source(chosen["model"], chosen["model_version"])
+    if chosen["epochs"] is not None:
+        find_build_script(chosen["model"])
+        if not 0 <= chosen["epochs"] <= MOST_EPOCHS:
+            raise ConfigError(f"--fine-tune {chosen['epochs']}: expected 0 to {MOST_EPOCHS} epochs")
     if source.newer_answers and not chosen["no_write"]:
         raise ConfigError(
             f"version {source.newest + 1} would answer requests as soon as it is written: add"
@@ -144,8 +160,10 @@ def _measured(
     chosen: Mapping[str, Any],
 ) -> tuple[dict[str, Path], list[_Row]]:
     """Make, time and evaluate every form; returns the files that were made, and a row for each form."""
+    from inferpool.optimise_command import structured_forms
     from inferpool.release.optimise import candidates, timing
 
+    names = [_ORIGINAL, *(each.name for each in candidates.CANDIDATES)]
     files, reasons = {_ORIGINAL: source.file}, {}
     for candidate in candidates.CANDIDATES:
         _say(f"making {candidate.name}")
@@ -155,10 +173,19 @@ def _measured(
             files[candidate.name] = file
         except Exception as error:  # noqa: BLE001 - the tools raise errors of all kinds
             reasons[candidate.name] = f"cannot be made: {_first_line(error)}"
+    if chosen["epochs"] is not None:
+        _say("pruning and fine-tuning")
+        work = _new(parent, "structured")
+        made, failed = structured_forms.make_structured(
+            source, batches[0], work, chosen["epochs"], chosen["seed"]
+        )
+        files |= made
+        reasons |= failed
+        names += map(structured_forms.form_name, structured_forms.PERCENTS)
     _say("timing")
     sized = timing.batches_of(batches)
-    timed, failed = timing.time_forms(files, _ORIGINAL, sized, usable_cores())
-    reasons |= {name: f"cannot run: {_first_line(reason)}" for name, reason in failed.items()}
+    timed, unusable = timing.time_forms(files, _ORIGINAL, sized, usable_cores())
+    reasons |= {name: f"cannot run: {_first_line(reason)}" for name, reason in unusable.items()}
     answered = {}
     for name in timed:
         _say(f"evaluating {name}")
@@ -169,9 +196,13 @@ def _measured(
             if name == _ORIGINAL:
                 raise
             reasons[name] = f"cannot be served: {error}"
-    names = (_ORIGINAL, *(each.name for each in candidates.CANDIDATES))
-    return files, [
+    table = [
         _judge(name, files.get(name), timed.get(name), answered, goal, reasons.get(name)) for name in names
+    ]
+    never = {each.name for each in candidates.CANDIDATES if each.reported_only}
+    return files, [
+        row._replace(verdict="reported only") if row.verdict == _GOOD and row.name in never else row
+        for row in table
     ]
 
 
@@ -275,6 +306,7 @@ def _write(
         "goal": chosen["goal"],
         "seed": chosen["seed"],
         "calibration_rows": chosen["calibration_rows"],
+        "fine_tuning": _fine_tuning(source, chosen["epochs"]),
         "source": {"version": source.number, "sha256": _digest(source.file)},
         "data": {"name": chosen["data"].name, "sha256": rows.digest, "rows": len(rows.targets)},
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
@@ -288,6 +320,12 @@ def _write(
         (made / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=1, allow_nan=False) + "\n", "utf-8")
         made.rename(target)
     return target
+
+
+def _fine_tuning(source: SourceModel, epochs: int | None) -> dict[str, Any] | None:
+    if epochs is None:
+        return None
+    return {"epochs": epochs, "build_script_sha256": _digest(source.folder / BUILD_SCRIPT)}
 
 
 def _as_json(row: _Row) -> dict[str, Any]:

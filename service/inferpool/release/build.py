@@ -116,13 +116,17 @@ def _command(script: BuildScript, options: Sequence[str]) -> list[str]:
     return script_command(script.file, options, f"{script.name}: the build script")
 
 
-def script_command(file: Path, options: Sequence[str], what: str = "this") -> list[str]:
+def script_command(
+    file: Path, options: Sequence[str], what: str = "this", *, also: Path | None = None
+) -> list[str]:
     """Return the command that runs the script `file`: by this Python, or by uv if packages are missing.
+
+    The script imports `also`, if there is one: the packages of both are there.
 
     Raises:
         ConfigError: the metadata of the script cannot be read, or uv is needed and was not found.
     """
-    missing = missing_packages(file)
+    missing = [*missing_packages(file), *(missing_packages(also) if also else [])]
     if not missing:
         return [sys.executable, str(file), *options]
     needed = f"{what} needs {', '.join(missing)}, not installed here"
@@ -131,7 +135,8 @@ def script_command(file: Path, options: Sequence[str], what: str = "this") -> li
         hint = install_command("build")
         raise ConfigError(f"{needed}; uv can install that, but was not found: run {hint}")
     sys.stderr.write(f"{needed}. uv installs that now; this can take minutes, and gigabytes, once ...\n")
-    return [uv, "run", "--script", str(file), *options]
+    more = ["--with-requirements", str(also)] if also else []
+    return [uv, "run", *more, "--script", str(file), *options]
 
 
 def _find_uv() -> str | None:

@@ -17,7 +17,7 @@ CHANGED = {
     "int8-dynamic": "MatMulInteger",
     "int8-static": "QuantizeLinear",
     "int4": "MatMulNBits",
-    "pruned": "MatMul",
+    "unstructured-50": "MatMul",
 }
 """An operation that each form of the network of these tests has."""
 
@@ -62,7 +62,7 @@ def test_a_form_answers_nearly_the_same_and_is_the_same_file_again(candidate: ob
         for file in (model, files[0])
     )
     scale = np.abs(before).max()
-    worst = {"pruned": 0.6, "int4": 0.2}.get(candidate.name, 0.1)  # type: ignore[attr-defined]
+    worst = {"unstructured-50": 0.6, "int4": 0.2}.get(candidate.name, 0.1)  # type: ignore[attr-defined]
     assert np.abs(after - before).max() < worst * scale
     operations = {node.op_type for node in onnx.load(files[0]).graph.node}
     if candidate.name != "graph":  # type: ignore[attr-defined]  # what is fused is the runtime's choice

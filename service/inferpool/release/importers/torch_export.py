@@ -38,6 +38,8 @@ def export_module(
     called: dict[str, Any] = {"kwargs": rows, "dynamic_shapes": shapes}
     if in_order:
         called = {"args": tuple(rows.values()), "dynamic_shapes": (tuple(shapes.values()),)}
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     try:
         program = torch.onnx.export(
             module, dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs), **called
@@ -45,6 +47,7 @@ def export_module(
         if program is None:
             sys.exit("the exporter returned nothing")
         program.optimize()
+        ClearMetadataAndDocStringPass()(program.model)  # they have the paths of this machine
         program.save(out / "model.onnx")
     except Exception as error:  # noqa: BLE001  # whatever the exporter raises, the file cannot be made
         cause: BaseException = error
