@@ -22,7 +22,7 @@ RANKS = {
     "profile_command": 8.8, "sample_commands": 8.1,
     "sign_commands": 8, "web_process": 8, "server": 7, "server_parts": 7, "grpc_api": 6.5, "http": 6,
     "release": 6, "repository": 5, "client": 5, "engine": 4.5, "codecs": 4.2, "wire": 4, "pool": 4,
-    "backends": 3, "allowance": 2, "pixel_table": 2,
+    "backends": 3, "allowance": 2, "gradient_names": 1, "pixel_table": 2,
     "command_output": 2, "platforms": 2, "explain": 2, "drift": 2,
     "privacy": 1.5, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
     "errors": 0, "__init__": 0,

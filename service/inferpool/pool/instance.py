@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from inferpool.backends.base import DeviceLost, LoadedModel, ran_out_of_memory
-from inferpool.backends.gradient import are_gradients
 from inferpool.errors import InferpoolError, ModelFailed, ModelRejected, Overloaded, Reason
+from inferpool.gradient_names import are_gradients
 from inferpool.pool.batch import (
     RUNS,
     Batch,

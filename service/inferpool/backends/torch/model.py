@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from inferpool.backends.base import LoadedModel, LoadOptions, Rejection
-from inferpool.backends.gradient import are_gradients
+from inferpool.backends.torch.autograd import differentiate
 from inferpool.backends.torch.run_errors import find_rejection
 from inferpool.backends.torch.signature import (
     TensorMeta,
@@ -35,6 +35,7 @@ from inferpool.backends.torch.signature import (
     varying_structures,
 )
 from inferpool.errors import LoadError, UnfitForGpu, short_reason
+from inferpool.gradient_names import are_gradients
 from inferpool.system.gpus import CPU
 from inferpool.tensors import JSON, ROUNDING, Array, Signature, Tensors, TensorSpec, name_text
 
@@ -149,9 +150,6 @@ class TorchModel(LoadedModel):
         return arrays
 
     def _differentiate(self, inputs: Tensors, names: Sequence[str]) -> Tensors:
-        # Here, because few models are ever asked for gradients.
-        from inferpool.backends.torch.gradients import differentiate
-
         specs = self.signature.inputs_by_name
         feeds = {name: to_tensor(array, specs[name].datatype, copy=False) for name, array in inputs.items()}
         found = differentiate(self._forward, feeds, names, self._paths)

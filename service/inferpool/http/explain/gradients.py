@@ -8,9 +8,9 @@ from typing import Final
 
 import numpy as np
 
-from inferpool.backends.gradient import Gradient
 from inferpool.errors import InvalidInput, ModelRejected
 from inferpool.explain.integrated_gradients import INTEGRATED_GRADIENTS, PathPoints
+from inferpool.gradient_names import Gradient
 from inferpool.http.explain.options import CONTINUOUS, OTHER_METHODS, ExplainQuery
 from inferpool.http.explain.passes import Passes
 from inferpool.http.explain.subject import Subject

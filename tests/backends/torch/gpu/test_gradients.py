@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from inferpool.backends.gradient import Gradient
 from inferpool.backends.torch.gpu.device_model import TorchDeviceModel
 from inferpool.backends.torch.model import InputTensors, OutputTree, Runnable, StartedModel
+from inferpool.gradient_names import Gradient
 from inferpool.tensors import TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 2))

@@ -13,7 +13,7 @@ import torch
 from inferpool.backends.base import REPLAYED, DeviceModel, LoadOptions, Rejection
 from inferpool.backends.cuda.capture_gate import DEVICE_GATE
 from inferpool.backends.cuda.staging import stage
-from inferpool.backends.gradient import are_gradients
+from inferpool.backends.torch.autograd import differentiate
 from inferpool.backends.torch.gpu.cuda_graphs import (
     CudaRecorder,
     Recorder,
@@ -22,10 +22,10 @@ from inferpool.backends.torch.gpu.cuda_graphs import (
     record_obstacle,
 )
 from inferpool.backends.torch.gpu.normaliser import TorchNormaliser
-from inferpool.backends.torch.gradients import differentiate
 from inferpool.backends.torch.model import Runnable, StartedModel, to_array
 from inferpool.backends.torch.run_errors import find_rejection
 from inferpool.errors import LoadError, OutOfMemory, Reason, Verdict, short_reason
+from inferpool.gradient_names import are_gradients
 from inferpool.pixel_table import Normalisation, run_shapes
 from inferpool.system.gpus import check_cuda, cuda_driver
 from inferpool.tensors import Array, Signature, Tensors, TensorSpec, name_text

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from inferpool.backends.gradient import read_gradient
-from inferpool.backends.torch.model import Forward, InputTensors
 from inferpool.backends.torch.run_errors import NotDifferentiable
 from inferpool.backends.torch.signature import TreePath
 from inferpool.errors import short_reason
+from inferpool.gradient_names import read_gradient
 from inferpool.tensors import name_text
 
 
 def differentiate(
-    forward: Forward, feeds: InputTensors, names: Sequence[str], paths: Mapping[str, TreePath]
+    forward: Callable[[dict[str, torch.Tensor]], Mapping[TreePath, Any]],
+    feeds: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    paths: Mapping[str, TreePath],
 ) -> dict[str, torch.Tensor]:
     """Return the gradients of these `names`, which are all of one output, as FP32 or FP64.
 
