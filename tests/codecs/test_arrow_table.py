@@ -122,6 +122,12 @@ def test_damaged_bodies_are_refused(form: str) -> None:
                 read(damaged, Counted(2**26))
 
 
+@pytest.mark.parametrize("body", [b"this is not Arrow at all", b"ARROW1\0\0" + b"\xff" * 100])
+def test_what_is_no_arrow_is_called_that(body: bytes) -> None:
+    with pytest.raises(MalformedBody, match="not an Arrow stream or file, or it is cut off"):
+        read_arrow(body, UNLIMITED)
+
+
 def test_without_pyarrow_the_answer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrow_table, "pa", None)
     with pytest.raises(UnsupportedMediaType, match=r"inferpool\[tables\]"):

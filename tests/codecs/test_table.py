@@ -77,6 +77,8 @@ def test_a_model_with_one_input_takes_the_columns_as_features() -> None:
     # A column with the name of the input is the input.
     whole = {"features": [[1, 2, 3], [4, 5, 6]]}
     assert of_json("list", whole, FEATURES)["features"].tolist() == expected
+    # Records without rows have no names; they are a request without rows.
+    assert of_json("records", [], FEATURES)["features"].shape == (0, 3)
 
 
 def test_a_model_of_sentences_takes_one_column() -> None:

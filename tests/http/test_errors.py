@@ -91,7 +91,7 @@ def test_wrong_methods_and_unknown_paths_have_codes(bundled: Server) -> None:
     assert answer.headers["allow"] == "POST"
     answer = bundled.post("/models", json={})
     assert code_of(answer) == "method_not_allowed"
-    assert answer.headers["allow"] == "GET"
+    assert answer.headers["allow"] == "GET, HEAD"
     assert code_of(bundled.get("/nowhere")) == "not_found"
     assert code_of(bundled.get("/models/nobody")) == "model_not_found"
     assert code_of(bundled.get("/models/diabetes/9")) == "version_not_found"

@@ -45,6 +45,7 @@ DAMAGES = [b"", b"\0" * 100, b"[1, 2]", b"{" * 10**6, b"7", b'{"table": 1}', os.
         (f"sha256 = {['no digest'] * 10_000}", "9995 more faults"),
         (f"[versions]\nserve = {[0] * 20_000}", "versions.serve"),
         ('[versions.labels]\n"\\u001b[31mred" = 1', "cannot be a label"),
+        ('[versions.labels]\n".." = 1', "another meaning in a path"),
         (f"description = {json.dumps('x' * 10_001)}", "description"),
         (f'"{"k" * 100_000}" = 1', "unknown key"),
         ('"\\u001b[2J" = 1', r"\x1b[2J: unknown key"),

@@ -136,6 +136,42 @@ def test_what_is_not_there_is_not_found(server: Server) -> None:
     assert server.get("/jobs/none").status_code == 404
 
 
+def test_a_body_is_json_whatever_curl_calls_it(server: Server) -> None:
+    path = "/models/first/labels/curl"
+    for kind in ("application/x-www-form-urlencoded", ""):
+        reply = server.request("PUT", path, content=b'{"version": 1}', headers={"content-type": kind})
+        assert reply.status_code == 200, reply.text
+    assert server.request("DELETE", path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "code", "said"),
+    [
+        (b'{"version": 1}', "text/plain", "unsupported_media_type", "Content-Type: application/json"),
+        (b'{"version"', "application/json", "malformed_body", "not JSON"),
+        (b"\x1f\x8b", "application/json", "malformed_body", "not JSON"),
+        (b"", "application/json", "malformed_body", "empty"),
+        (b"[]", "application/json", "malformed_body", "a list"),
+        (b'{"version": "1"}', "application/json", "invalid_input", r"\"version\" is \"1\""),
+    ],
+)
+def test_a_wrong_body_is_refused_with_its_fault(
+    server: Server, content: bytes, kind: str, code: str, said: str
+) -> None:
+    reply = server.request("PUT", "/models/first/labels/x", content=content, headers={"content-type": kind})
+    assert reply.json()["code"] == code
+    assert said in reply.text
+
+
+def test_a_refused_method_is_told_every_method_of_the_path(server: Server) -> None:
+    for path, methods in (
+        ("/models/first/traffic", "DELETE, GET, HEAD, PUT"),
+        ("/models/first/labels/x", "DELETE, PUT"),
+        ("/jobs/x", "DELETE, GET, HEAD"),
+    ):
+        assert server.request("PATCH", path).headers["allow"] == methods
+
+
 def test_a_label_moves_only_to_a_version_that_is_ready(server: Server, folder: Path) -> None:
     for version in (1, 2):
         write_shift(folder, "labelled", version, float(version))

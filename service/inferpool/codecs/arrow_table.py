@@ -90,8 +90,8 @@ def read_arrow(data: bytes, allowance: Allowance) -> Table:
     stream = memoryview(data)[len(_FILE_MAGIC) :] if data.startswith(_FILE_MAGIC) else memoryview(data)
     try:
         size = _arrow_bytes(stream)
-    except (struct.error, ValueError, IndexError) as error:
-        raise MalformedBody(f"the body is not an Arrow stream or file: {error}") from None
+    except (struct.error, ValueError, IndexError):
+        raise MalformedBody("the body is not an Arrow stream or file, or it is cut off") from None
     allowance.take(size, "the columns of the body")
     try:
         with pa.ipc.open_stream(pa.py_buffer(stream)) as reader:
@@ -184,7 +184,7 @@ def _arrow_bytes(stream: memoryview) -> int:
         root = _Flat(message, _unpack("<I", message, 0))
         body_bytes = root.number(3, "<q")
         if len(message) < length or not 0 <= body_bytes <= len(stream) - position:
-            raise ValueError("it is cut off")
+            raise ValueError("the stream is cut off")
         header, kind = root.table(2), root.number(1, "<B")
         if kind == _DICTIONARY_BATCH and header is not None:
             header = header.table(1)

@@ -190,6 +190,8 @@ def _features(spec: TensorSpec, table: Table) -> Array:
     """The columns in their order as the only input of a model, `[n, k]`, or `[n]` for one column."""
     is_flat = spec.shape is not None and len(spec.shape) == 1
     width = ANY if spec.shape is None else 1 if is_flat else spec.shape[1]
+    if not table.columns and not table.rows and not is_flat:  # records without rows have no names either
+        return np.empty((0, max(width, 0)), spec.dtype)
     if width not in (ANY, len(table.columns)):
         raise InvalidInput(
             f"the table has {len(table.columns)} columns, and none is called {name_text(spec.name)}, which is"

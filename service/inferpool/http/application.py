@@ -13,13 +13,13 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from inferpool import __version__
 from inferpool.errors import (
     Forbidden,
     InferpoolError,
     InternalError,
-    InvalidInput,
     MalformedBody,
     MethodNotAllowed,
     NotFound,
@@ -44,6 +44,7 @@ from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.deferred_route import DeferredRoute
 from inferpool.http.explain.routes import ExplanationLimits, add_explain
+from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON
 from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
 from inferpool.http.page.routes import add_page
@@ -55,6 +56,7 @@ from inferpool.http.predict.response import server_timing
 from inferpool.http.problems import STATUSES, Headers, as_problem, problem_headers
 from inferpool.http.v1.routes import add_v1
 from inferpool.http.v2.routes import add_v2
+from inferpool.http.validation_errors import refusal_of
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog
@@ -62,6 +64,8 @@ from inferpool.repository.catalog import Catalog
 DESCRIPTION = """Serves exported models. `GET /models` lists the models, their inputs and outputs;
 `POST /predict/{model}` predicts. Errors are `application/problem+json` with a stable `code`."""
 
+_WITH_BODIES = ("POST", "PUT")
+_CONTENT_TYPE = b"content-type"
 _SHOWN_CHARACTERS = 200
 """Characters of a request's path that an error text repeats."""
 
@@ -108,6 +112,8 @@ class Application(FastAPI):
             if scope["method"] == "HEAD":
                 # The routes answer HEAD as GET; the server omits the body, because its own scope says HEAD.
                 scope = {**scope, "method": "GET"}
+            elif scope["method"] in _WITH_BODIES:
+                scope = {**scope, "headers": _announced_as_json(scope["headers"])}
             send = _signed(scope, send, self.predictor)
             try:
                 if ADMIN_SOCKET in scope["state"]:
@@ -223,17 +229,28 @@ def _translated(request: Request, error: Exception) -> Exception:
     """The errors of FastAPI and Starlette as errors of this project; any other error unchanged."""
     path = request.url.path[:_SHOWN_CHARACTERS]
     if isinstance(error, RequestValidationError):
-        return InvalidInput("; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors()))
+        return refusal_of(error)
     if isinstance(error, HTTPException):
         if error.status_code == 404:
             return NotFound(f"no route matches {path}; /docs lists the routes")
         if error.status_code == 405:
-            allow = (error.headers or {}).get("Allow", "GET")
+            allow = ", ".join(_methods(request))
             return MethodNotAllowed(f"{path} does not take {request.method}; use {allow}", allow=allow)
-        return (
-            MalformedBody(str(error.detail)) if error.status_code < 500 else InternalError(str(error.detail))
-        )
+        if error.status_code < 500:
+            return MalformedBody("the body is not JSON in UTF-8; send it without a Content-Encoding")
+        return InternalError(str(error.detail))
     return error
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods that the path of a request takes; a route knows only its own."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] != Match.NONE:
+            methods.update(getattr(route, "methods", None) or ())
+    if "GET" in methods or not methods:  # without any it is a file
+        methods.update(("GET", "HEAD"))
+    return sorted(methods)
 
 
 def _crossing(send: Send, headers: Headers) -> Send:
@@ -261,6 +278,15 @@ async def _answer_preflight(cors: CorsPolicy, origin: bytes, scope: Scope, send:
         headers = [(b"content-type", api.problem_type), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _announced_as_json(headers: Headers) -> Headers:
+    """`headers`, with the media type of JSON in place of none, or of what curl sends by default."""
+    given = next((value for name, value in headers if name == _CONTENT_TYPE), b"").decode("latin-1")
+    if given.partition(";")[0].strip().lower() not in MEANT_AS_JSON:
+        return headers
+    kept = [header for header in headers if header[0] != _CONTENT_TYPE]
+    return [*kept, (_CONTENT_TYPE, JSON_TYPE.encode())]
 
 
 def _signed(scope: Scope, send: Send, predictor: Predictor) -> Send:

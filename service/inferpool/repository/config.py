@@ -52,10 +52,10 @@ def label_fault(label: str) -> Reason | None:
             f"{label[:_MOST_CHARACTERS]!r} cannot be a label: expected at most {_MOST_CHARACTERS}"
             " characters, and none that cannot be seen"
         )
-    if not label or label.isdigit() or "/" in label or label in RESERVED_LABELS:
+    if not label.strip(".") or label.isdigit() or "/" in label or label in RESERVED_LABELS:
         return (
             f'"{label}" cannot be a label, because it has another meaning in a path; choose a word'
-            f" without digits only or a slash, other than {', '.join(sorted(RESERVED_LABELS))}"
+            f" of more than digits or dots, without a slash, other than {', '.join(sorted(RESERVED_LABELS))}"
         )
     return None
 

@@ -87,6 +87,9 @@ def test_errors_name_what_is_wrong(server: Server) -> None:
     answer = server.post("/v1/models/same:predict", content=b"x", headers={"content-type": "text/csv"})
     assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
     assert server.get("/v1/models/same:predict").status_code == 405
+    # Some clients encode the colon.
+    encoded = server.post("/v1/models/same%3Apredict", json={"instances": [[1.0, 2.0]]})
+    assert encoded.json() == {"predictions": [[1.0, 2.0]]}
 
 
 def test_models_and_their_states(server: Server) -> None:

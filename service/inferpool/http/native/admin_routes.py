@@ -130,7 +130,7 @@ def _add_loads(app: FastAPI, admin: Admin) -> None:
     accepted: dict[str, Any] = {
         "tags": ["admin"],
         "status_code": 202,
-        "responses": _errors("403", "404", "409", "422"),
+        "responses": _errors("400", "403", "404", "409", "415", "422"),
     }
 
     async def answer(request: Request, response: Response, act: str, job: Awaitable[Job]) -> JobOut:
@@ -179,7 +179,7 @@ def _add_labels(app: FastAPI, catalog: Catalog, admin: Admin) -> None:
         "/models/{model}/labels/{label}",
         tags=["admin"],
         summary="Let a label name a version that is ready",
-        responses=_errors("403", "404", "409", "422"),
+        responses=_errors("400", "403", "404", "409", "415", "422"),
     )
     async def set_label(request: Request, model: str, label: str, body: LabelBody) -> LabelOut:
         act = f"label {model}/{label} = {body.version}"

@@ -35,7 +35,7 @@ def add_traffic(app: FastAPI, catalog: Catalog, metrics: Metrics, admin: Admin) 
         "/models/{model}/traffic",
         tags=["admin"],
         summary="Share the requests that name no version out: a canary, a shadow, or both",
-        responses=_errors("403", "404", "409", "422"),
+        responses=_errors("400", "403", "404", "409", "415", "422"),
     )
     async def set_traffic(request: Request, model: str, body: TrafficBody) -> TrafficOut:
         """Takes the place of what was set before. Counts begin at zero."""

@@ -34,7 +34,7 @@ from inferpool.wire.v1_response import write_outputs, write_predictions
 
 MODELS: Final = "/v1/models"
 
-_PREDICT: Final = re.compile(r"/v1/models/([^/]+?)(?:/(?:versions|labels)/([^/]+?))?:predict")
+_PREDICT: Final = re.compile(r"/v1/models/([^/]+?)(?:/(?:versions|labels)/([^/]+?))?(?::|%3[Aa])predict")
 _JSON_HEADERS: Final = [(b"content-type", JSON_TYPE.encode())]
 
 
@@ -44,7 +44,10 @@ class V1Api(InferenceApi):
     problem_type = JSON_TYPE.encode()
 
     def target(self, path: str) -> Target | None:
-        """Match `/v1/models/{model}:predict`, also with `/versions/{version}` or `/labels/{label}`."""
+        """Match `/v1/models/{model}:predict`, also with `/versions/{version}` or `/labels/{label}`.
+
+        The colon may be percent-encoded.
+        """
         found = _PREDICT.fullmatch(path) if path.startswith(MODELS) else None
         if found is None:
             return None
