@@ -11,7 +11,7 @@ from inferpool.explain.integrated_gradients import PathPoints, integrate, path_p
 from inferpool.tensors import Array
 
 
-@given(st.integers(2, 60), st.integers(1, 5), st.integers(1, 20))
+@given(st.sampled_from([2, 3, 30, 50, 100, 400]), st.integers(1, 5), st.integers(1, 20))
 def test_points_integrate_polynomials_whatever_the_pieces_are(steps: int, baselines: int, size: int) -> None:
     pieces = list(path_points(steps, baselines).pieces(size))
     assert sum(len(piece.positions) for piece in pieces) == steps * baselines

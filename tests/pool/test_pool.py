@@ -22,6 +22,7 @@ from inferpool.errors import (
     QueueFull,
     RunTimeout,
 )
+from inferpool.gradient_names import Gradient
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.audit import FIRST_AUDITS, Audit
@@ -538,6 +539,23 @@ def test_what_may_wait_follows_what_was_measured_last(bench: Callable[..., Bench
     made.go()
     assert entry.id not in made.outbox.take(1)
     assert made.pool.limits.queue_rows == 2 * 8, "a batch for each, however long it takes"
+
+
+def test_what_may_wait_does_not_follow_runs_that_compute_gradients(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench()
+    name = Gradient("sum", 0, "x", by_rows=True).name
+    monkeypatch.setattr(made.model, "run", lambda inputs, outputs: dict.fromkeys(outputs, inputs["x"]))
+    measured = sum(line.runs for line in made.pool.latency.table())
+    entry = made.offer(1, 2, outputs=(name,))
+    outputs = made.outbox.take(1)[entry.id].outputs
+    assert outputs is not None
+    assert outputs[name].shape == (2, 4)
+    made.offer(1, 2, outputs=("sum",))
+    made.outbox.take(1)
+    wait_until(lambda: made.ran() == 2, "both runs are counted")
+    assert sum(line.runs for line in made.pool.latency.table()) == measured + 1
 
 
 def test_drain_finishes_what_was_accepted_and_takes_no_more(bench: Callable[..., Bench]) -> None:

@@ -9,6 +9,7 @@ close to the integral; more points on the path bring it closer. The points and w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -43,13 +44,28 @@ class PathPoints(NamedTuple):
 
 
 def path_points(steps: int, baselines: int) -> PathPoints:
-    """Return the points of the Gauss-Legendre rule: `steps` for each of the baselines."""
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    """Return the points of the Gauss-Legendre rule: `steps` for each of the baselines.
+
+    `steps` is at most `USUAL_STEPS`, or a multiple of it: then the path has as many equal parts.
+    """
+    parts = max(1, steps // USUAL_STEPS)
+    nodes, weights = _rule(steps // parts)
+    positions = (np.arange(parts)[:, None] + (1 + nodes) / 2).reshape(-1) / parts
     return PathPoints(
-        np.repeat((1 + nodes) / 2, baselines),
+        np.repeat(positions, baselines),
         np.tile(np.arange(baselines), steps),
-        np.repeat(weights / (2 * baselines), baselines),
+        np.repeat(np.tile(weights, parts) / (2 * parts * baselines), baselines),
     )
+
+
+@lru_cache(USUAL_STEPS)
+def _rule(points: int) -> tuple[Array, Array]:
+    """Return the points and weights of the rule for the integral from -1 to 1.
+
+    Time and memory grow with the third and the second power of `points`.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    return nodes, weights
 
 
 def integrate(

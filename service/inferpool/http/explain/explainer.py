@@ -219,7 +219,7 @@ def coalitions_per_entry(served: ServedVersion, subject: Subject) -> int:
 def working_bytes(served: ServedVersion, subjects: list[Subject], passes: int, method: str) -> int:
     """Return about how many bytes an explanation holds beside the request."""
     if method == INTEGRATED_GRADIENTS:
-        return max(gradient_bytes(served, subject) for subject in subjects)
+        return max(gradient_bytes(served, subject, passes) for subject in subjects)
     most = 0
     for subject in subjects:
         entry = coalitions_per_entry(served, subject) * subject.baselines

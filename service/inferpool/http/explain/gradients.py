@@ -60,10 +60,11 @@ def points_per_entry(served: ServedVersion, subject: Subject) -> int:
     return max(1, rows)
 
 
-def gradient_bytes(served: ServedVersion, subject: Subject) -> int:
+def gradient_bytes(served: ServedVersion, subject: Subject, passes: int) -> int:
     """Return about how many bytes the points and gradients of an explanation take, beside the request."""
     # The rows of an entry, as they are sent, as FP64 on the way there and back, and as gradients.
-    return 4 * 8 * subject.row_bytes * (points_per_entry(served, subject) + 1)
+    rows = 4 * 8 * subject.row_bytes * (points_per_entry(served, subject) + 1)
+    return rows + 4 * 8 * passes
 
 
 def sum_gradients(
@@ -81,17 +82,16 @@ def sum_gradients(
 
     def sum_up(points: PathPoints) -> Array | None:
         total = np.zeros(subject.features)
-        pieces = list(points.pieces(size))
-        batches: Iterator[Tensors] = (subject.path_rows(piece) for piece in pieces)
+        batches: Iterator[Tensors] = (subject.path_rows(piece) for piece in points.pieces(size))
         done = 0
         try:
             with closing(passes.run(batches, until, tuple(names.values()))) as results:
-                for piece, found in zip(pieces, results, strict=False):
+                for piece, found in zip(points.pieces(size), results, strict=False):
                     total += subject.path_contributions(piece, {name: found[names[name]] for name in names})
-                    done += 1
+                    done += len(piece.positions)
         except ModelRejected as error:
             raise ModelRejected(f"{error.detail}; {OTHER_METHODS}") from error
-        if done < len(pieces):
+        if done < len(points.positions):
             return None
         if not np.isfinite(total).all():
             raise ModelRejected(
