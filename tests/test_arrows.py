@@ -24,7 +24,7 @@ RANKS = {
     "release": 6, "repository": 5, "client": 5, "engine": 4.5, "codecs": 4.2, "wire": 4, "pool": 4,
     "backends": 3, "allowance": 2, "gradient_names": 1, "pixel_table": 2,
     "command_output": 2, "platforms": 2, "explain": 2, "drift": 2,
-    "privacy": 1.5, "settings": 2, "observe": 2, "tensors": 1, "system": 1,
+    "privacy": 1.5, "settings": 2, "settings_sources": 2.2, "observe": 2, "tensors": 1, "system": 1,
     "errors": 0, "__init__": 0,
 }  # fmt: skip
 """A module imports from its own folder, or from a part of a lower rank."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from inferpool.errors import ConfigError
 from inferpool.platforms import MOUNT_WAIT_S, Location, find_repository, platform_settings
-from inferpool.settings import read_settings
+from inferpool.settings_sources import read_settings
 
 ALL = {
     "INFERPOOL_REPOSITORY": "/named",

@@ -20,7 +20,8 @@ from inferpool.backends.torch.row_analysis.rules import RULES as ATEN_RULES
 from inferpool.http.problems import GRPC_STATUSES, STATUSES
 from inferpool.observe.families import FAMILIES
 from inferpool.repository.config import ModelConfig
-from inferpool.settings import Settings, add_flags
+from inferpool.settings import Settings
+from inferpool.settings_sources import add_flags
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 

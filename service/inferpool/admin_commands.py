@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
-from inferpool.settings import ENV_PREFIX
+from inferpool.settings_sources import ENV_PREFIX
 from inferpool.system.files import printable
 
 COMMANDS: Final = ("load", "unload", "jobs", "labels", "traffic", "rollback")

@@ -24,7 +24,8 @@ from inferpool.profile_command.command import add_profile_command, run_profile_c
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.repository.stores.reference import StoreReference, parse_repository
 from inferpool.sample_commands import add_sample_commands, run_sample_command
-from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, FETCH_SETTINGS, Settings, add_flags, read_settings
+from inferpool.settings import Settings
+from inferpool.settings_sources import CHECK_SETTINGS, ENV_PREFIX, FETCH_SETTINGS, add_flags, read_settings
 from inferpool.sign_commands import SIGN_COMMANDS, add_sign_commands, run_sign_command
 from inferpool.system.files import printable
 

@@ -22,7 +22,8 @@ from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.stores.reference import StoreReference
 from inferpool.repository.trust.digital_signature import check_signers
-from inferpool.settings import Settings, service_links, with_memory
+from inferpool.settings import Settings, with_memory
+from inferpool.settings_sources import service_links
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, cuda_driver
 from inferpool.system.imports import no_collections

@@ -22,7 +22,7 @@ from inferpool.admin_commands import (
     RunningServer,
 )
 from inferpool.errors import InferpoolError
-from inferpool.settings import ENV_PREFIX
+from inferpool.settings_sources import ENV_PREFIX
 from inferpool.system.files import printable
 
 _CHOICE: Final = ("id", "tenant", "model", "version", "older_than_s")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from inferpool.errors import InferpoolError, LoadError, Reason
-from inferpool.settings import ENV_PREFIX
+from inferpool.settings_sources import ENV_PREFIX
 from inferpool.system.files import printable
 
 SIGN_COMMANDS: Final = ("sign", "verify")

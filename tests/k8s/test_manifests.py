@@ -16,7 +16,8 @@ import pytest
 import yaml
 from inferpool.observe.families import FAMILIES
 from inferpool.server import BODY_GRACE_S, CLOSE_TIMEOUT_S
-from inferpool.settings import Settings, read_settings
+from inferpool.settings import Settings
+from inferpool.settings_sources import read_settings
 
 from tests.conftest import ROOT, Serve
 from tests.k8s.manifests import (

@@ -15,7 +15,7 @@ from inferpool.errors import ConfigError
 from inferpool.repository.config import read_config
 from inferpool.repository.load.plan import Plan
 from inferpool.repository.load.plan_cache import PlanCache
-from inferpool.settings import read_settings
+from inferpool.settings_sources import read_settings
 from inferpool.system.files import printable, read_file
 
 from tests.conftest import MakeChaos, Serve

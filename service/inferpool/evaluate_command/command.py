@@ -13,7 +13,7 @@ from inferpool import __version__
 from inferpool.command_output import print_lines
 from inferpool.errors import ConfigError
 from inferpool.predict_command.command import local_settings
-from inferpool.settings import CHECK_SETTINGS, add_flags
+from inferpool.settings_sources import CHECK_SETTINGS, add_flags
 
 RETRIEVAL: Final = "retrieval"
 TASKS: Final = ("classification", "regression", "next-word", RETRIEVAL)

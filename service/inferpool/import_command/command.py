@@ -14,7 +14,7 @@ from inferpool.command_output import print_failure
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.import_command.frameworks import SCRIPTS, recognise_source
 from inferpool.repository.layout import is_model_name
-from inferpool.settings import CHECK_SETTINGS, add_flags
+from inferpool.settings_sources import CHECK_SETTINGS, add_flags
 from inferpool.system.files import printable
 
 _STEPS: Final = 3

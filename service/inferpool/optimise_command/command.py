@@ -18,7 +18,7 @@ from inferpool.command_output import print_lines
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.predict_command.command import local_settings
 from inferpool.repository.layout import BUILD_SCRIPT
-from inferpool.settings import CHECK_SETTINGS, add_flags
+from inferpool.settings_sources import CHECK_SETTINGS, add_flags
 from inferpool.system.cpu import usable_cores
 
 if TYPE_CHECKING:

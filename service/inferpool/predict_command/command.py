@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from inferpool.command_output import print_failure
 from inferpool.errors import ConfigError, InferpoolError
-from inferpool.settings import CHECK_SETTINGS, ENV_PREFIX, Settings, add_flags, read_settings
+from inferpool.settings import Settings
+from inferpool.settings_sources import CHECK_SETTINGS, ENV_PREFIX, add_flags, read_settings
 
 if TYPE_CHECKING:
     # It needs the extra `client`, which other commands do not.

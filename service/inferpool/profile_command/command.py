@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from inferpool.command_output import print_lines
 from inferpool.errors import ConfigError
 from inferpool.predict_command.command import local_settings
-from inferpool.settings import CHECK_SETTINGS, add_flags
+from inferpool.settings_sources import CHECK_SETTINGS, add_flags
 
 if TYPE_CHECKING:
     from inferpool.client import Client

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from inferpool.errors import ConfigError
 from inferpool.http.access.cors import CorsPolicy, is_preflight, make_cors
-from inferpool.settings import read_settings
+from inferpool.settings_sources import read_settings
 
 from tests.conftest import MakeChaos, Serve
 from tests.server import Server

@@ -25,7 +25,7 @@ from inferpool.http.access.caller import ADMIN, METRICS, PREDICT, READ, Caller
 from inferpool.http.access.jwks import LEAST_PAUSE_S, JwksWatch, parse_key_set
 from inferpool.http.access.tokens import MOST_TOKENS, TokenVerifier
 from inferpool.observe.metrics import Metrics
-from inferpool.settings import read_settings
+from inferpool.settings_sources import read_settings
 
 from tests.conftest import MakeChaos, Serve
 from tests.http.access.keys import KeyFile

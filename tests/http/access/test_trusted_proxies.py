@@ -11,7 +11,7 @@ from inferpool.http.access.gate import Gate
 from inferpool.http.access.refusals import Refusals
 from inferpool.http.access.trusted_proxies import TrustedProxies, make_proxies
 from inferpool.observe.metrics import Metrics
-from inferpool.settings import read_settings
+from inferpool.settings_sources import read_settings
 
 PROXIES = TrustedProxies(["10.0.0.0/8", "2001:db8::/32"])
 

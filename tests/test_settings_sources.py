@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from inferpool.errors import ConfigError
-from inferpool.settings import read_settings, service_links
+from inferpool.settings_sources import read_settings, service_links
 
 
 def test_flags_override_variables_which_override_the_file_which_overrides_defaults(tmp_path: Path) -> None:
