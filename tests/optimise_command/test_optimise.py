@@ -16,11 +16,19 @@ from inferpool import cli
 from inferpool.optimise_command import structured_forms
 from inferpool.optimise_command.structured_forms import make_structured
 from inferpool.release.optimise import candidates, timing
-from inferpool.release.optimise.candidates import CANDIDATES, Candidate, prune, to_int8_static
+from inferpool.release.optimise.candidates import (
+    CANDIDATES,
+    Candidate,
+    optimise_graph,
+    prune,
+    to_int8_static,
+)
 from inferpool.release.optimise.timing import Timing
 from onnx import numpy_helper
 
+from tests.evaluate_command.test_retrieval import write
 from tests.release.optimise.test_candidates import rows, write_network
+from tests.text_models import write_encoder
 
 
 @pytest.fixture
@@ -138,6 +146,18 @@ def test_the_fastest_good_form_becomes_a_version_with_its_provenance(
     assert optimise(model) == 0
     assert (model / "2" / "model.onnx").read_bytes() == first
     assert sorted(each.name for each in model.iterdir()) == ["1", "2", "labels.txt", "model.toml"]
+
+
+def test_a_model_of_embeddings_is_judged_by_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = "[text]\nmax_tokens = 128\n[text.embeddings]\npooling = 'mean'\n"
+    write_encoder(tmp_path, "encoder", config)
+    with_gains(monkeypatch, {"planted": (damage, 9.0), "graph": (optimise_graph, 1.5)})
+    data = str(write(tmp_path / "data"))
+    goal = ["--goal", "mrr_at_10 -1pp", "--no-write"]
+    assert cli.main(["optimise", str(tmp_path / "encoder"), "--data", data, *goal]) == 0
+    assert "graph is the best form" in capsys.readouterr().out
 
 
 def test_weights_in_files_of_their_own_come_along(

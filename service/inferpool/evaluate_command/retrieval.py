@@ -44,12 +44,17 @@ class RetrievalData(NamedTuple):
 
 
 class Searched(NamedTuple):
-    """What a model's vectors have found; the attributes are those of `Answered`."""
+    """What a model's vectors have found; the attributes are those of `Answered`, and `vectors`.
+
+    Attributes:
+        vectors: the vectors of the queries, and then of the documents, [texts, width].
+    """
 
     model: str
     version: str
     task: str
     answers: RankedAnswers
+    vectors: Array
 
 
 def is_retrieval(path: Path) -> bool:
@@ -112,7 +117,8 @@ def ask_for_vectors(
         return model, number, queries, documents
 
     model, number, queries, documents = run_with_model(path, settings, use)
-    return Searched(model, number, RETRIEVAL, rank(queries, documents, data.grades))
+    found = rank(queries, documents, data.grades)
+    return Searched(model, number, RETRIEVAL, found, np.concatenate([queries, documents]))
 
 
 def rank(queries: Array, documents: Array, grades: Sequence[Mapping[int, float]]) -> RankedAnswers:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from inferpool import __version__
 from inferpool.command_output import print_lines
 from inferpool.errors import ConfigError, InferpoolError
+from inferpool.evaluate_command.command import RETRIEVAL, metrics_of
 from inferpool.predict_command.command import local_settings
 from inferpool.repository.layout import BUILD_SCRIPT
 from inferpool.settings_sources import CHECK_SETTINGS, add_flags
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     # These need the extra `optimise`, which other commands do not.
     from inferpool.evaluate_command.labelled_rows import LabelledRows
     from inferpool.evaluate_command.model_answers import Answered
+    from inferpool.evaluate_command.retrieval import Searched
     from inferpool.optimise_command.model_folders import SourceModel
     from inferpool.release.evaluate.metrics import Estimate
     from inferpool.release.optimise.goal import Goal
@@ -70,7 +72,7 @@ def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     )
     command.add_argument("--target", metavar="NAME", help="column or array of the right answers [target]")
     command.add_argument(
-        "--task", choices=("classification", "regression", "next-word"), help="as for `evaluate`"
+        "--task", choices=("classification", "regression", "next-word", "retrieval"), help="as for `evaluate`"
     )
     command.add_argument(
         "--ignore", dest="ignored", metavar="COLUMN", action="append", default=[], help="as for `evaluate`"
@@ -108,7 +110,7 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
     import numpy as np
 
     try:
-        from inferpool.evaluate_command.labelled_rows import read_labelled
+        from inferpool.evaluate_command.retrieval import is_retrieval
         from inferpool.optimise_command.model_folders import find_source, record_inputs, take_rows
         from inferpool.optimise_command.structured_forms import MOST_EPOCHS, find_build_script
         from inferpool.release.optimise import goal
@@ -128,7 +130,9 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
             f"version {source.newest + 1} would answer requests as soon as it is written: add"
             f" `labels = {{stable = {source.number}}}` to [versions] in model.toml, or give --no-write"
         )
-    rows = read_labelled(chosen["data"], chosen["target"], (), chosen["ignored"])
+    if chosen["task"] is None and is_retrieval(chosen["data"]):
+        chosen["task"] = RETRIEVAL
+    rows = _read(chosen)
     settings = local_settings(flags, environ)
     count = min(len(rows.targets), max(1, chosen["calibration_rows"]))
     picked = np.sort(np.random.default_rng(chosen["seed"]).permutation(len(rows.targets))[:count])
@@ -148,6 +152,18 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
             return [*lines, f"{best.name} is the best form; nothing is written"]
         written = _write(source, files[best.name], best, table, chosen, rows)
         return [*lines, f"{best.name} is version {source.newest + 1}: {written}"]
+
+
+def _read(chosen: Mapping[str, Any]) -> LabelledRows:
+    """Read the data; the rows of a search are its texts, which have no targets of their own."""
+    from inferpool.evaluate_command.labelled_rows import LabelledRows, read_labelled
+    from inferpool.evaluate_command.retrieval import read_retrieval
+
+    if chosen["task"] != RETRIEVAL:
+        return read_labelled(chosen["data"], chosen["target"], (), chosen["ignored"])
+    search = read_retrieval(chosen["data"])
+    texts = [*search.queries, *search.documents]
+    return LabelledRows(texts, texts, {}, search.digest)
 
 
 def _measured(
@@ -186,7 +202,7 @@ def _measured(
     sized = timing.batches_of(batches)
     timed, unusable = timing.time_forms(files, _ORIGINAL, sized, usable_cores())
     reasons |= {name: f"cannot run: {_first_line(reason)}" for name, reason in unusable.items()}
-    answered = {}
+    answered: dict[str, Answered | Searched] = {}
     for name in timed:
         _say(f"evaluating {name}")
         asked = _new(parent, f"asked-{name}")
@@ -227,10 +243,14 @@ def _ask(
     rows: LabelledRows,
     settings: Settings,
     chosen: Mapping[str, Any],
-) -> Answered:
+) -> Answered | Searched:
     from inferpool.evaluate_command.model_answers import ask_model
+    from inferpool.evaluate_command.retrieval import ask_for_vectors, read_retrieval
     from inferpool.optimise_command.model_folders import with_form
 
+    if chosen["task"] == RETRIEVAL:
+        search = read_retrieval(chosen["data"])
+        return ask_for_vectors(with_form(source, file, parent), None, search, settings)
     return ask_model(with_form(source, file, parent), None, rows, settings, task=chosen["task"])
 
 
@@ -238,14 +258,13 @@ def _judge(
     name: str,
     file: Path | None,
     timing: Timing | None,
-    answered: Mapping[str, Answered],
+    answered: Mapping[str, Answered | Searched],
     goal: Goal,
     reason: str | None,
 ) -> _Row:
     """Compare one form with the original."""
     import numpy as np
 
-    from inferpool.evaluate_command.command import metrics_of
     from inferpool.release.evaluate.metrics import estimate_differences
 
     size = file.stat().st_size if file is not None and file.is_file() else 0
@@ -255,7 +274,8 @@ def _judge(
     before, after = (metrics_of(each.answers, each.task) for each in (original, own))
     if goal.metric not in before:
         raise ConfigError(f"the evaluation has no {goal.metric}; it has {', '.join(before)}")
-    count = len(original.answers.truth)
+    answers: Any = original.answers
+    count = len(answers.relevant if original.task == RETRIEVAL else answers.truth)
     ones = np.ones(count)
     value = after[goal.metric](ones) if goal.metric in after else float("nan")
     largest = float(np.abs(_numbers(own) - _numbers(original)).max())
@@ -273,7 +293,9 @@ def _judge(
     return _Row(name, size, timing, value, difference, largest, verdict)
 
 
-def _numbers(answered: Answered) -> Any:
+def _numbers(answered: Any) -> Any:
+    if hasattr(answered, "vectors"):
+        return answered.vectors
     answers: Any = answered.answers
     return answers.scores if hasattr(answers, "scores") else answers.predicted
 

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from inferpool.errors import LoadError
-from inferpool.release.optimise.timing import ROUNDS, SIZES, Timing, batches_of, time_forms
+from inferpool.release.optimise import timing
+from inferpool.release.optimise.timing import (
+    ROUNDS,
+    SIZES,
+    SLOW_ROUNDS,
+    Timing,
+    batches_of,
+    time_forms,
+)
 
 from tests.release.optimise.test_candidates import write_network
 
@@ -29,6 +37,22 @@ def test_a_form_has_times_for_each_size_and_a_gain_for_each_round(tmp_path: Path
     assert found["same"].gains == pytest.approx([1.0] * ROUNDS)
     with pytest.raises(LoadError, match="cannot be timed"):
         time_forms({"original": broken}, "original", batches, 1)
+
+
+def test_a_form_that_cannot_win_is_timed_in_a_few_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.onnx"
+    write_network(file)
+    seconds: dict[int, float] = {}
+    # By the order in which the models are run first.
+    monkeypatch.setattr(
+        timing, "_run_s", lambda model, *_: seconds.setdefault(id(model), 0.1 * 3 ** len(seconds))
+    )
+    batches = batches_of([{"x": np.zeros((1, 64), np.float32)}])
+    found, _ = time_forms(dict.fromkeys(("original", "slow"), file), "original", batches, 1)
+    assert found["original"].gains == pytest.approx([1.0] * ROUNDS)
+    assert found["slow"].gains == pytest.approx([1 / 3] * SLOW_ROUNDS)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,10 @@ from typing import Final, NamedTuple
 from inferpool.errors import ConfigError
 from inferpool.release.evaluate.metrics import Estimate
 
-_LARGER_IS_BETTER: Final = ("accuracy", "top_5_accuracy", "f1", "auc", "r2")
+_LARGER_IS_BETTER: Final = (
+    *("accuracy", "top_5_accuracy", "f1", "auc", "r2", "mrr_at_10", "ndcg_at_10"),
+    *(f"{share}_at_{depth}" for share in ("recall", "precision") for depth in (1, 5, 10)),
+)
 _SMALLER_IS_BETTER: Final = ("log_loss", "perplexity", "rmse", "mae")
 _GOAL: Final = re.compile(r"\s*(\w+)\s*([+-])\s*(\d+(?:\.\d+)?)\s*(pp|%)?\s*")
 
