@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from inferpool.pool.ports import VersionKey
 from inferpool.repository.lifecycle import VERIFY, WARM, Phase
@@ -50,6 +52,7 @@ class MeasuredLoads:
 
         Raises LoadError.
         """
+        began = self._clock()
         phases = LoadPhases(enter)
         apart = apart and self._may_measure_apart(source)
         if apart and (remeasure or not self._loader.knows_plan(source.file)):
@@ -58,13 +61,14 @@ class MeasuredLoads:
                 remeasure = False
             apart = False  # once is enough, even if the file has changed meanwhile
         begin_here(key)
+        load = partial(self._load_here, key, source, phases, beside=beside)
         try:
-            return self._load_here(
-                key, source, phases, beside=beside, remeasure=remeasure, measures=not apart
-            )
+            loaded = load(remeasure=remeasure, measures=not apart)
         except NotMeasured:
             self._measure(key, source, phases, is_over, remeasure=False)
-        return self._load_here(key, source, phases, beside=beside, remeasure=False, measures=True)
+            loaded = load(remeasure=False, measures=True)
+        loaded.view = replace(loaded.view, load_s=self._clock() - began)
+        return loaded
 
     def _load_here(
         self,
@@ -112,9 +116,11 @@ class MeasuredLoads:
             self._device,
             remeasure,
         )
-        plans = measure_apart(request, self._loader.plans(), phases.enter, is_over, self._clock)
+        known = self._loader.plans()
+        plans = measure_apart(request, known, phases.enter, is_over, self._clock)
         if plans is None:
             return False
-        self._loader.take_plans(plans)
+        # A plan that was known may have turned out to be wrong meanwhile.
+        self._loader.take_plans({name: text for name, text in plans.items() if known.get(name) != text})
         phases.enter(WARM)
         return True
