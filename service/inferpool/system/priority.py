@@ -93,6 +93,12 @@ def run_only_on_idle_cores(pid: int) -> None:
             os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
+def run_at_low_priority(pid: int) -> None:
+    """Give a process the low priority, with which it gets a little of a core that others want."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, LOW_PRIORITY)
+
+
 def _threads() -> set[int]:
     """The threads of this process, as the system numbers them."""
     try:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import pytest
 from inferpool.repository.lifecycle import LOAD, MEASURE, PHASES, PROVE, VERIFY, WARM, Phase
+from inferpool.repository.load import measuring_process
 from inferpool.repository.load.measuring_process import (
     LEAST_SHARE,
     PATIENCE_S,
@@ -11,9 +15,12 @@ from inferpool.repository.load.measuring_process import (
     WORTH_BYTES,
     CoreShare,
     LoadPhases,
+    MeasureRequest,
     has_room,
     is_worth_a_process,
+    measure_apart,
 )
+from inferpool.system.priority import run_at_low_priority, run_only_on_idle_cores
 
 
 def test_a_process_is_worth_its_start_for_large_models_and_long_measurements() -> None:
@@ -48,3 +55,18 @@ def test_each_phase_is_told_once_and_in_order() -> None:
         phases.enter(phase)
     assert told == [VERIFY, LOAD, PROVE, MEASURE, WARM]
     assert sorted(told, key=PHASES.index) == told
+
+
+def test_a_process_that_finds_no_idle_core_begins_again_at_a_low_priority(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: dict[object, Mapping[str, str] | None] = {
+        run_only_on_idle_cores: None,
+        run_at_low_priority: {"a": "plan"},
+    }
+    monkeypatch.setattr(
+        measuring_process, "_try", lambda request, plans, waiting, lower, share: made.pop(lower)
+    )
+    request = MeasureRequest("m", 1, "model.onnx", None, {}, {"load_timeout_s": 600.0}, None, remeasure=False)
+    assert measure_apart(request, {}, lambda phase: None, lambda: False, lambda: 0.0) == {"a": "plan"}
+    assert not made

@@ -2,8 +2,8 @@
 
 In the process that serves, this work takes the interpreter's lock and slots of the allocator from requests.
 A thread of low priority that holds the lock even delays them until it gets a core. The process of its own
-shares nothing with requests but the machine, gets only cores that nothing else wants, and gives its memory
-back when it ends. A file that crashes its runtime ends this process alone.
+shares nothing with requests but the machine, gets only cores that nothing else wants while there are any,
+and gives its memory back when it ends. A file that crashes its runtime ends this process alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from inferpool.engine.spawn import Child, spawn
 from inferpool.errors import LoadCancelled, LoadError
 from inferpool.repository.lifecycle import PHASES, WARM, Phase
 from inferpool.repository.load_room import COPIES_DURING_LOAD
-from inferpool.system.priority import run_only_on_idle_cores
+from inferpool.system.priority import run_at_low_priority, run_only_on_idle_cores
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ LOOK_S: Final = 0.1
 END_S: Final = 5.0
 """How long a process that has closed its socket may take to end."""
 PATIENCE_S: Final = 5.0
-"""The process is given up if its threads wait for cores for so long, and hardly run meanwhile."""
+"""The process begins again at a higher priority if its threads wait so long for cores, and hardly run."""
 LEAST_SHARE: Final = 0.05
 """The share of a core that its threads get at least while they wait for `PATIENCE_S`."""
 
@@ -117,19 +117,66 @@ def measure_apart(
 ) -> Mapping[str, str] | None:
     """Have the plan of a version made by a new process; returns all plans that it knows then.
 
-    None if there can be no process, or if it gets no core: the caller measures by itself. `plans` are those
-    that the caller knows. `enter` is told the phases up to the measuring, and the process goes on once it
-    returns. `is_over` says whether nobody waits for the load any more.
+    None if there can be no process: the caller measures by itself. `plans` are those that the caller knows.
+    `enter` is told the phases up to the measuring, and the process goes on once it returns. `is_over` says
+    whether nobody waits for the load any more.
 
     Raises LoadCancelled, and LoadError if the version cannot be loaded, ends the process or takes too long.
     """
+    waiting = _Waiting(enter, is_over, clock, clock() + float(request.settings["load_timeout_s"]))
     try:
-        child = spawn(MODULE, OOM_SCORE)
+        made = _try(request, plans, waiting, run_only_on_idle_cores, CoreShare())
+        if made is None:
+            # Only a privileged process could raise the priority of the first one.
+            log.info("%s/%d: no core is idle; the measuring begins again", request.model, request.version)
+            made = _try(request, plans, waiting, run_at_low_priority, None)
     except OSError as error:
         log.warning("%s/%d is measured beside requests: %s", request.model, request.version, error)
         return None
+    return made
+
+
+class _Waiting:
+    """What a process that measures is waited for with; the arguments are those of `measure_apart`.
+
+    Attributes:
+        ends: when the process has taken too long, by the clock.
+    """
+
+    def __init__(
+        self,
+        enter: Callable[[Phase], None],
+        is_over: Callable[[], bool],
+        clock: Callable[[], float],
+        ends: float,
+    ) -> None:
+        self.clock = clock
+        self.ends = ends
+        self.is_over = is_over
+        self._enter = enter
+
+    def enter(self, phase: Phase) -> None:
+        """Tell a phase, unless the caller enters it. Waiting for other loads takes none of the time."""
+        began = self.clock()
+        if PHASES.index(phase) < PHASES.index(WARM):
+            self._enter(phase)
+        self.ends += self.clock() - began
+
+
+def _try(
+    request: MeasureRequest,
+    plans: Mapping[str, str],
+    waiting: _Waiting,
+    lower: Callable[[int], None],
+    share: CoreShare | None,
+) -> Mapping[str, str] | None:
+    """Have a process measure, whose priority `lower` sets; None if it is starved, as `share` judges.
+
+    Raises OSError if there can be no process, and what `measure_apart` does.
+    """
+    child = spawn(MODULE, OOM_SCORE)
     try:
-        run_only_on_idle_cores(child.pid)
+        lower(child.pid)
         log.info("%s/%d is measured by process %d", request.model, request.version, child.pid)
         parcel = pack({"request": request._asdict(), "plans": dict(plans)}, {})
         try:
@@ -137,22 +184,15 @@ def measure_apart(
         finally:
             os.close(parcel)
         limit_s = float(request.settings["load_timeout_s"])
-        return _follow(child, request, enter, is_over, clock, limit_s)
+        return _follow(child, waiting, share, limit_s)
     finally:
         child.kill()
         reap(child)
 
 
 def _follow(
-    child: Child,
-    request: MeasureRequest,
-    enter: Callable[[Phase], None],
-    is_over: Callable[[], bool],
-    clock: Callable[[], float],
-    limit_s: float,
+    child: Child, waiting: _Waiting, share: CoreShare | None, limit_s: float
 ) -> Mapping[str, str] | None:
-    ends = clock() + limit_s
-    share = CoreShare()
     ready = select.poll()
     ready.register(child.control, select.POLLIN)
     while True:
@@ -163,22 +203,15 @@ def _follow(
                 f"loading ended its process, which {_how_it_ended(child)}; nothing else was harmed"
             ) from None
         if message is not None and message.kind == "phase":
-            began = clock()
-            if PHASES.index(message.values["phase"]) < PHASES.index(WARM):
-                enter(message.values["phase"])
-            ends += clock() - began  # it may have waited for other loads
+            waiting.enter(message.values["phase"])
             child.control.send("go_on")
         elif message is not None:
             return _result(message)
-        elif is_over():
+        elif waiting.is_over():
             raise LoadCancelled("the load was cancelled")
-        elif clock() >= ends:
+        elif waiting.clock() >= waiting.ends:
             raise LoadError(f"loading takes longer than {limit_s:g} s; --load-timeout-s allows more")
-        elif share.is_starved(*core_times(child.pid)):
-            log.warning(
-                "%s/%d is measured beside requests: no core is left for a process of its own",
-                request.model, request.version,
-            )  # fmt: skip
+        elif share is not None and share.is_starved(*core_times(child.pid)):
             return None
         else:
             ready.poll(1000 * LOOK_S)
