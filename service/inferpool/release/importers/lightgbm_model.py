@@ -25,31 +25,11 @@ from typing import Any
 
 import lightgbm
 import numpy as np
-import onnx
 import onnxmltools
-from onnxmltools.convert.common.data_types import FloatTensorType
+from boosted_trees import convert_pipeline, input_types, write_trees
 from onnxmltools.convert.lightgbm.operator_converters.LightGbm import convert_lightgbm
-from skl2onnx import update_registered_converter
-from skl2onnx.common.shape_calculator import (
-    calculate_linear_classifier_output_shapes,
-    calculate_linear_regressor_output_shapes,
-)
-from tabular import (
-    FEATURES,
-    ML_OPSET,
-    PICKLES,
-    add_categories,
-    as_frame,
-    as_inputs,
-    convert_estimator,
-    load_pickle,
-    match_categories,
-    read_columns,
-    rename_outputs,
-    write_table,
-)
+from tabular import FEATURES, PICKLES, as_frame, as_inputs, load_pickle, match_categories, read_columns
 
-OPSETS = {"": 17, "ai.onnx.ml": ML_OPSET}
 CLASSIFIERS = ("binary", "multiclass", "multiclassova")
 
 
@@ -62,8 +42,11 @@ def main(source: Path, example: Path, out: Path) -> None:
     elif isinstance(model, lightgbm.LGBMModel):
         convert(model.booster_, getattr(model, "classes_", None), example, out)
     else:
-        register()
-        convert_estimator(model, example, out, OPSETS)
+        convert_pipeline(
+            model, example, out, trees=(lightgbm.LGBMClassifier, lightgbm.LGBMRegressor),
+            names=("LightGbmLGBMClassifier", "LightGbmLGBMRegressor"), convert=convert_lightgbm,
+            regressor_options={"split": None},
+        )  # fmt: skip
 
 
 def convert(booster: Any, classes: Any, example: Path, out: Path) -> None:
@@ -76,22 +59,15 @@ def convert(booster: Any, classes: Any, example: Path, out: Path) -> None:
     columns = read_columns(example, booster.feature_name())
     categories = categories_of(booster, list(columns))
     columns = match_categories(columns, categories)
-    apart = bool(categories)
-    rows = as_frame(columns, categories) if apart else as_inputs(columns, apart=False)[FEATURES]
+    rows = as_frame(columns, categories) if categories else as_inputs(columns, apart=False)[FEATURES]
     answers = booster.predict(rows)
     if objective[0] == "binary":
         answers = np.column_stack([1 - answers, answers])
-    types = [(FEATURES, FloatTensorType([None, len(columns)]))]
-    converted = onnxmltools.convert_lightgbm(booster, initial_types=types, zipmap=False)
-    rename_outputs(converted, classifier=classifier)
-    if apart:
-        add_categories(converted, columns, categories)
-    onnx.save(converted, out / "model.onnx")
+    converted = onnxmltools.convert_lightgbm(booster, initial_types=input_types(columns), zipmap=False)
     if classifier and classes is None:
         classes = range(answers.shape[1])
-    write_table(
-        out, columns, answers, apart=apart,
-        framework=f"LightGBM {lightgbm.__version__}", converter=f"onnxmltools {onnxmltools.__version__}",
+    write_trees(
+        converted, out, columns, categories, answers, framework=f"LightGBM {lightgbm.__version__}",
         kind=objective[0], classes=classes if classifier else None,
     )  # fmt: skip
 
@@ -112,18 +88,6 @@ def categories_of(booster: Any, names: list[str]) -> dict[str, list[Any]]:
             "the model has columns of categories besides those of its data frame: fit it with the latter"
         )
     return {names[at]: known for at, known in zip(columns, listed, strict=True)}
-
-
-def register() -> None:
-    """Teach the converter of pipelines the models of LightGBM."""
-    update_registered_converter(
-        lightgbm.LGBMClassifier, "LightGbmLGBMClassifier", calculate_linear_classifier_output_shapes,
-        convert_lightgbm, options={"nocl": [True, False], "zipmap": [True, False, "columns"]},
-    )  # fmt: skip
-    update_registered_converter(
-        lightgbm.LGBMRegressor, "LightGbmLGBMRegressor", calculate_linear_regressor_output_shapes,
-        convert_lightgbm, options={"split": None},
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

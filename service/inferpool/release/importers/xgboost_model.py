@@ -24,32 +24,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxmltools
 import xgboost
-from onnxmltools.convert.common.data_types import FloatTensorType
+from boosted_trees import convert_pipeline, input_types, write_trees
 from onnxmltools.convert.xgboost.operator_converters.XGBoost import convert_xgboost
-from skl2onnx import update_registered_converter
-from skl2onnx.common.shape_calculator import (
-    calculate_linear_classifier_output_shapes,
-    calculate_linear_regressor_output_shapes,
-)
-from tabular import (
-    FEATURES,
-    ML_OPSET,
-    PICKLES,
-    add_categories,
-    as_frame,
-    as_inputs,
-    convert_estimator,
-    load_pickle,
-    match_categories,
-    read_columns,
-    rename_outputs,
-    write_table,
-)
-
-OPSETS = {"": 17, "ai.onnx.ml": ML_OPSET}
+from tabular import FEATURES, PICKLES, as_frame, as_inputs, load_pickle, match_categories, read_columns
 
 
 def main(source: Path, example: Path, out: Path) -> None:
@@ -61,8 +40,10 @@ def main(source: Path, example: Path, out: Path) -> None:
     if isinstance(model, xgboost.XGBModel):
         convert(model, example, out)
     else:
-        register()
-        convert_estimator(model, example, out, OPSETS)
+        convert_pipeline(
+            model, example, out, trees=(xgboost.XGBClassifier, xgboost.XGBRegressor),
+            names=("XGBoostXGBClassifier", "XGBoostXGBRegressor"), convert=convert_xgboost,
+        )  # fmt: skip
 
 
 def with_interface(booster: Any, saved: bytes) -> Any:
@@ -82,26 +63,19 @@ def convert(model: Any, example: Path, out: Path) -> None:
     known = categories_of(booster)
     categories = {name: known[at] for at, name in enumerate(columns) if at in known}
     columns = match_categories(columns, categories)
-    apart = bool(categories)
     rows: Any = as_frame(columns, categories) if names else as_inputs(columns, apart=False)[FEATURES]
     if names:
         rows.columns = names
-    if apart:
+    if categories:
         model.set_params(enable_categorical=True)
     elif booster.feature_types and "c" in booster.feature_types:
         model.set_params(enable_categorical=True, feature_types=booster.feature_types)
     classifier = isinstance(model, xgboost.XGBClassifier)
     answers = model.predict_proba(rows) if classifier else model.predict(rows)
     booster.feature_names = None  # the converter takes positions only
-    types = [(FEATURES, FloatTensorType([None, len(columns)]))]
-    converted = onnxmltools.convert_xgboost(model, initial_types=types)
-    rename_outputs(converted, classifier=classifier)
-    if apart:
-        add_categories(converted, columns, categories)
-    onnx.save(converted, out / "model.onnx")
-    write_table(
-        out, columns, answers, apart=apart,
-        framework=f"XGBoost {xgboost.__version__}", converter=f"onnxmltools {onnxmltools.__version__}",
+    converted = onnxmltools.convert_xgboost(model, initial_types=input_types(columns))
+    write_trees(
+        converted, out, columns, categories, answers, framework=f"XGBoost {xgboost.__version__}",
         kind=type(model).__name__, classes=model.classes_ if classifier else None,
     )  # fmt: skip
 
@@ -127,17 +101,6 @@ def categories_of(booster: Any) -> dict[int, list[Any]]:
         else:
             found[at] = values
     return found
-
-
-def register() -> None:
-    """Teach the converter of pipelines the models of XGBoost."""
-    update_registered_converter(
-        xgboost.XGBClassifier, "XGBoostXGBClassifier", calculate_linear_classifier_output_shapes,
-        convert_xgboost, options={"nocl": [True, False], "zipmap": [True, False, "columns"]},
-    )  # fmt: skip
-    update_registered_converter(
-        xgboost.XGBRegressor, "XGBoostXGBRegressor", calculate_linear_regressor_output_shapes, convert_xgboost
-    )
 
 
 if __name__ == "__main__":
