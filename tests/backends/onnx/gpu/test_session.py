@@ -33,7 +33,7 @@ from PIL import Image
 from tests.backends.cuda.test_memory import library, opened  # noqa: F401 - fixtures
 from tests.backends.onnx.gpu.test_cuda_graphs import GraphSession, value
 from tests.fake_gpu import FakeDriver
-from tests.pool.test_pool import Outbox
+from tests.pool.bench import Outbox
 
 KEY = VersionKey("m", 1)
 node = helper.make_node

@@ -27,7 +27,7 @@ from inferpool.settings import Settings
 
 from tests.backends.cuda.test_memory import library, opened  # noqa: F401 - fixtures
 from tests.fake_gpu import FakeBackend, FakeDriver, FakeModel, expected
-from tests.pool.test_pool import Outbox
+from tests.pool.bench import Outbox
 from tests.server import ROOT
 
 DIGITS = ROOT / "models" / "digits" / "1" / "model.onnx"

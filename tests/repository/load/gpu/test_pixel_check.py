@@ -24,7 +24,7 @@ from inferpool.tensors import ANY, TensorSpec
 from PIL import Image
 
 from tests.fake_gpu import PICTURES, FakeBackend, FakeCard, FakeDriver, expected
-from tests.pool.test_pool import Outbox
+from tests.pool.bench import Outbox
 from tests.server import PATCHES, ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"

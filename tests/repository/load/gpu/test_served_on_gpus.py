@@ -20,7 +20,7 @@ from inferpool.system.gpus import cuda_driver
 
 from tests.conftest import Serve
 from tests.fake_gpu import FakeBackend, FakeCard, FakeDriver, expected
-from tests.pool.test_pool import Outbox
+from tests.pool.bench import Outbox
 from tests.server import PATCHES, ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"

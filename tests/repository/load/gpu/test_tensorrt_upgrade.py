@@ -27,7 +27,7 @@ from inferpool.settings import Settings
 from inferpool.tensors import Signature, TensorSpec
 
 from tests.fake_gpu import FakeBackend, FakeCard, FakeDriver, FakeModel, expected
-from tests.pool.test_pool import Outbox
+from tests.pool.bench import Outbox
 from tests.server import PATCHES, ROOT, Server
 
 FAKE = ROOT / "tests" / "fake_gpu"
