@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.chaos import inferpool_chaos as chaos
 
-PAUSE_S = 0.04
+PAUSE_S = 0.1
 """Pause of a client after each request; without one the clients would fill the machine."""
 
 

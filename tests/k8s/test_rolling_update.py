@@ -55,7 +55,7 @@ def test_a_rolling_update_under_load_fails_no_request(
     """
     load = Load([proxy.requests, proxy.connections], clients=4)
     try:
-        load.more(200)
+        load.more(100)
         for number, server in enumerate(servers):
             if number == 0:
                 proxy.withdraw(number)
@@ -68,7 +68,7 @@ def test_a_rolling_update_under_load_fails_no_request(
             _start(serve, repository, server.port)
             proxy.restore(number)
             proxy.wait_for(number, "UP")
-            load.more(200)
+            load.more(100)
     finally:
         answers = load.stop()
     assert set(answers) == {"200"}, answers

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,12 +14,14 @@ import pytest
 from benchmarks.fairness import Load, percentile, run_loads
 from tests.conftest import Serve
 from tests.http.access.keys import KeyFile
-from tests.server import Server
+from tests.server import Server, wait_until
 
 BODY = json.dumps({"inputs": {"x": [[1.0] * 4]}}).encode()
 PAGE = "https://app.example.com"
 ROWS = json.dumps({"inputs": {"x": [[1.0] * 4] * 8}}).encode()
 
+SHARED_RUNS = 24
+"""Runs of a model that two tenants want, after which their shares are compared."""
 TENANTS = """
 [tenants.slow]
 requests_per_s = 1
@@ -37,27 +40,34 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
     return file
 
 
-@pytest.fixture(scope="module", params=["in-process", "process"])
-def server(
-    request: pytest.FixtureRequest,
-    module_serve: Serve,
-    tmp_path_factory: pytest.TempPathFactory,
-    keys: KeyFile,
-) -> Server:
-    folder = tmp_path_factory.mktemp("repository")
-    (folder / "m" / "1").mkdir(parents=True)
-    (folder / "m" / "1" / "model.chaos").write_text('{"run_ms": 100}')
-    (folder / "m" / "model.toml").write_text("[batching]\nmax_rows = 4\n")
-    for name in ("a", "b"):
-        (folder / name / "1").mkdir(parents=True)
-        (folder / name / "1" / "model.chaos").write_text('{"run_ms": 100}')
-        (folder / name / "model.toml").write_text("[batching]\nmax_rows = 1\n")
-    limits = folder.parent / f"{request.param}-tenants.toml"
-    limits.write_text(TENANTS)
-    processes = () if request.param == "in-process" else ("--engine", "process", "--web-processes", "2")
-    flags = ("--keys-file", str(keys.path), "--tenants-file", str(limits), "--queue-ms", "2000", *processes)
-    flags += ("--cors-allow-origin", PAGE)
-    return module_serve(folder, *flags)
+def start(serve: Serve, folder: Path, keys: KeyFile, *processes: str) -> Server:
+    """Start a server whose tenants have limits, in an empty folder."""
+    for name, rows in (("m", 4), ("a", 1), ("b", 1)):
+        (folder / "models" / name / "1").mkdir(parents=True)
+        (folder / "models" / name / "1" / "model.chaos").write_text('{"run_ms": 100}')
+        (folder / "models" / name / "model.toml").write_text(f"[batching]\nmax_rows = {rows}\n")
+    (folder / "tenants.toml").write_text(TENANTS)
+    flags = ("--keys-file", str(keys.path), "--tenants-file", str(folder / "tenants.toml"))
+    return serve(folder / "models", *flags, "--queue-ms", "2000", "--cors-allow-origin", PAGE, *processes)
+
+
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory, keys: KeyFile) -> Server:
+    """A server with two web processes, which share the limits, and an engine."""
+    flags = ("--engine", "process", "--web-processes", "2")
+    return start(module_serve, tmp_path_factory.mktemp("processes"), keys, *flags)
+
+
+@pytest.fixture(scope="module")
+def one_process(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory, keys: KeyFile) -> Server:
+    return start(module_serve, tmp_path_factory.mktemp("process"), keys)
+
+
+@pytest.fixture(params=["server", "one_process"])
+def each_server(request: pytest.FixtureRequest) -> Server:
+    """Both, for limits that have two implementations."""
+    server: Server = request.getfixturevalue(request.param)
+    return server
 
 
 def total(server: Server, keys: KeyFile, name: str, **labels: str) -> float:
@@ -70,30 +80,30 @@ def total(server: Server, keys: KeyFile, name: str, **labels: str) -> float:
 
 
 def test_a_rate_holds_for_all_processes_and_says_exactly_when_to_come_back(
-    server: Server, keys: KeyFile
+    each_server: Server, keys: KeyFile
 ) -> None:
     began = time.monotonic()
     # Each on a connection of its own, so that all web processes see some.
-    answers = [server.post("/predict/m", content=BODY, headers=keys.bearer("slow")) for _ in range(8)]
+    answers = [each_server.post("/predict/m", content=BODY, headers=keys.bearer("slow")) for _ in range(8)]
     taken = sum(answer.status_code == 200 for answer in answers)
     assert 1 <= taken <= 1 + (time.monotonic() - began), "a request a second, for both processes together"
-    while (refused := server.post("/predict/m", content=BODY, headers=keys.bearer("slow"))).is_success:
+    while (refused := each_server.post("/predict/m", content=BODY, headers=keys.bearer("slow"))).is_success:
         pass
     assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
     wait_ms = refused.json()["retry_after_ms"]
     assert refused.headers["retry-after"] == str(math.ceil(wait_ms / 1000))
     assert 0 < wait_ms <= 1000
     time.sleep(wait_ms / 1000)  # as a client would
-    assert server.post("/predict/m", content=BODY, headers=keys.bearer("slow")).status_code == 200
-    assert total(server, keys, "tenant_requests_total", tenant="slow", code="429") >= 8 - taken
+    assert each_server.post("/predict/m", content=BODY, headers=keys.bearer("slow")).status_code == 200
+    assert total(each_server, keys, "tenant_requests_total", tenant="slow", code="429") >= 8 - taken
 
 
-def test_rows_have_a_rate_too(server: Server, keys: KeyFile) -> None:
-    assert server.post("/predict/m", content=ROWS, headers=keys.bearer("narrow")).status_code == 200
-    refused = server.post("/v2/models/m/infer", content=_v2(8), headers=keys.bearer("narrow"))
+def test_rows_have_a_rate_too(each_server: Server, keys: KeyFile) -> None:
+    assert each_server.post("/predict/m", content=ROWS, headers=keys.bearer("narrow")).status_code == 200
+    refused = each_server.post("/v2/models/m/infer", content=_v2(8), headers=keys.bearer("narrow"))
     assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
-    assert total(server, keys, "tenant_rows_total", tenant="narrow") == 8
-    assert total(server, keys, "tenant_compute_seconds_total", tenant="narrow") > 0
+    assert total(each_server, keys, "tenant_rows_total", tenant="narrow") == 8
+    assert total(each_server, keys, "tenant_compute_seconds_total", tenant="narrow") > 0
 
 
 def test_the_passes_of_an_explanation_are_rows_of_its_tenant(server: Server, keys: KeyFile) -> None:
@@ -142,27 +152,30 @@ def test_a_flood_stays_alone(server: Server, keys: KeyFile) -> None:
 
 def test_a_device_is_shared_by_time_whatever_the_models(server: Server, keys: KeyFile) -> None:
     # Each keeps a model busy all the time; "one" wants the other model, too. By version, it would get half.
-    async def flood(tenant: str, model: str, until: asyncio.Event) -> int:
-        count = 0
+    counts = {("one", "a"): 0, ("one", "b"): 0, ("two", "b"): 0}
+
+    async def flood(tenant: str, model: str, until: asyncio.Event) -> None:
         async with httpx.AsyncClient(base_url=server.url, headers=keys.bearer(tenant), timeout=60) as client:
 
             async def ask() -> None:
-                nonlocal count
                 while not until.is_set():
                     answer = await client.post(f"/predict/{model}", content=BODY)
-                    count += answer.status_code == 200
+                    # What is answered after the end was alone in its queue.
+                    counts[tenant, model] += answer.status_code == 200 and not until.is_set()
 
             await asyncio.gather(*(ask() for _ in range(8)))
-        return count
 
-    async def run() -> list[int]:
+    async def run() -> None:
         until = asyncio.Event()
-        floods = [flood(*each, until) for each in (("one", "a"), ("one", "b"), ("two", "b"))]
-        tasks = [asyncio.create_task(each) for each in floods]
-        await asyncio.sleep(3)  # a load lasts for a time
+        tasks = [asyncio.create_task(flood(*each, until)) for each in counts]
+        await asyncio.to_thread(
+            wait_until,
+            lambda: counts["one", "b"] + counts["two", "b"] >= SHARED_RUNS,
+            "the model that both want has run often",
+        )
         until.set()
-        return await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks)
 
-    of_a, of_b, of_other = asyncio.run(run())
-    assert of_a > 0
-    assert of_other > 2 * of_b, "its use of model a counts"
+    asyncio.run(run())
+    assert counts["one", "a"] > 0
+    assert counts["two", "b"] > 2 * counts["one", "b"], "its use of model a counts"
