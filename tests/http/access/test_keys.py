@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -26,7 +27,7 @@ from inferpool.http.access.refusals import EVERY_S, MOST_PEERS, Refusals
 from inferpool.observe.metrics import Metrics
 from inferpool.settings import Settings
 
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve, chaos_in
 from tests.http.access.keys import MARK, KeyFile
 from tests.server import Server, wait_until
 
@@ -172,12 +173,25 @@ def test_refused_requests_are_counted_by_what_their_key_lacks(guarded: Server, k
     assert 'model="m",version="",code="401"' not in text, "no model has failed"
 
 
-def test_a_new_key_and_a_revoked_key_take_effect_without_a_restart(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    file = KeyFile(tmp_path / "keys.toml")
-    first = file.add("first", "predict")
-    server = serve(make_chaos("m"), "--keys-file", str(file.path))
+class Changed(NamedTuple):
+    """A server whose file of keys the tests change."""
+
+    server: Server
+    file: KeyFile
+
+
+@pytest.fixture(scope="module")
+def changed(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Changed:
+    folder = tmp_path_factory.mktemp("changed")
+    file = KeyFile(folder / "keys.toml")
+    for name, scopes in (("first", ["predict"]), ("all", ["predict", "metrics"])):
+        file.add(name, *scopes)
+    return Changed(module_serve(chaos_in(folder / "models")("m"), "--keys-file", str(file.path)), file)
+
+
+def test_a_new_key_and_a_revoked_key_take_effect_without_a_restart(changed: Changed) -> None:
+    server, file = changed
+    first = file.keys["first"]
     with httpx.Client(base_url=server.url, timeout=30) as client:  # one connection, whose head is cached
 
         def status(key: str) -> int:
@@ -207,12 +221,9 @@ def test_a_new_key_and_a_revoked_key_take_effect_without_a_restart(
         wait_until(lambda: status(third) == 401, "the key expires although its head is cached", life_s + 1)
 
 
-def test_a_broken_file_keeps_the_keys_and_is_reported(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    file = KeyFile(tmp_path / "keys.toml")
-    key = {"x-api-key": file.add("all", "predict", "metrics")}
-    server = serve(make_chaos("m"), "--keys-file", str(file.path))
+def test_a_broken_file_keeps_the_keys_and_is_reported(changed: Changed) -> None:
+    server, file = changed
+    key = {"x-api-key": file.keys["all"]}
 
     def stale() -> bool:
         return 'inferpool_stale_keys{source="keys_file"} 1' in server.get("/metrics", headers=key).text
@@ -233,47 +244,33 @@ def test_a_broken_file_keeps_the_keys_and_is_reported(
     assert MARK not in json.dumps(server.log)
 
 
-def test_a_mounted_secret_is_read_again_when_kubernetes_changes_its_link(
+def test_every_web_process_reads_the_keys_again_when_kubernetes_changes_a_link(
     serve: Serve, make_chaos: MakeChaos, tmp_path: Path
 ) -> None:
     mount = tmp_path / "mount"
-    keys = {}
+    files, keys = {}, {}
     for name in ("one", "two"):
         folder = mount / f"..2026_{name}"
         folder.mkdir(parents=True)
-        keys[name] = {"x-api-key": KeyFile(folder / "keys.toml").add(name, "predict")}
+        files[name] = KeyFile(folder / "keys.toml")
+        keys[name] = {"x-api-key": files[name].add(name, "predict")}
     (mount / "..data").symlink_to("..2026_one")
     (mount / "keys.toml").symlink_to("..data/keys.toml")
-    server = serve(make_chaos("m"), "--keys-file", str(mount / "keys.toml"))
-    assert server.post("/predict/m", json=BODY, headers=keys["one"]).status_code == 200
-    (mount / "..data_tmp").symlink_to("..2026_two")
-    (mount / "..data_tmp").replace(mount / "..data")  # as the kubelet does it
-    for name, status in (("two", 200), ("one", 401)):
-        wait_until(
-            lambda name=name, status=status: (  # type: ignore[misc]
-                server.post("/predict/m", json=BODY, headers=keys[name]).status_code == status
-            ),
-            "the other file is read",
-        )
-
-
-def test_every_web_process_reads_the_keys_again(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
-    file = KeyFile(tmp_path / "keys.toml")
-    first = {"x-api-key": file.add("first", "predict")}
-    server = serve(
-        make_chaos("m"), "--engine", "process", "--web-processes", "2", "--keys-file", str(file.path)
-    )
+    flags = ("--engine", "process", "--web-processes", "2", "--keys-file", str(mount / "keys.toml"))
+    server = serve(make_chaos("m"), *flags)
 
     def statuses(headers: dict[str, str]) -> set[int]:
         # Each on a connection of its own: the web processes take turns.
         return {server.post("/predict/m", json=BODY, headers=headers).status_code for _ in range(12)}
 
-    assert statuses(first) == {200}
+    assert statuses(keys["one"]) == {200}
     assert statuses({}) == {401}
-    second = {"x-api-key": file.add("second", "predict")}
-    wait_until(lambda: statuses(second) == {200}, "all web processes accept the new key")
-    file.path.write_text("# all are revoked\n")
-    wait_until(lambda: statuses(second) == {401} == statuses(first), "all web processes refuse the keys")
+    (mount / "..data_tmp").symlink_to("..2026_two")
+    (mount / "..data_tmp").replace(mount / "..data")  # as the kubelet does it
+    wait_until(lambda: statuses(keys["two"]) == {200}, "all web processes accept the new key")
+    wait_until(lambda: statuses(keys["one"]) == {401}, "all web processes refuse the old key")
+    files["two"].path.write_text("# all are revoked\n")
+    wait_until(lambda: statuses(keys["two"]) == {401}, "all web processes refuse the keys")
 
 
 @pytest.mark.parametrize("engine", ["in-process", "process"])
@@ -306,10 +303,7 @@ def test_a_server_that_others_reach_warns_without_keys_and_refuses_admin_routes(
             check_exposure(Settings(host=host, admin_routes="on"))
 
 
-def test_the_warning_is_in_the_log_of_a_server_that_listens_everywhere(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    serve(make_chaos("m"), "--host", "0.0.0.0").wait_for("everyone who reaches 0.0.0.0 may use every model")
+def test_a_server_that_listens_everywhere_does_not_start_with_open_admin_routes(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "inferpool", "serve", tmp_path, "--host", "0.0.0.0", "--admin-routes", "on"],
         capture_output=True, text=True, check=False, timeout=60,
