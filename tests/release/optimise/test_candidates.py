@@ -81,3 +81,23 @@ def test_a_model_without_weights_has_no_such_forms(tmp_path: Path) -> None:
     for make in (to_int8_dynamic, prune):
         with pytest.raises(Unfit):
             make(model, tmp_path / "form.onnx", [])
+
+
+def test_products_beside_attention_without_names_are_quantised(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).normal(0, 0.1, (64, 64)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Attention", ["a", "a", "a"], ["y"], q_num_heads=4, kv_num_heads=4),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 5, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 5, 64])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model, form = tmp_path / "model.onnx", tmp_path / "form.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11), model)
+    to_int8_dynamic(model, form, [])
+    found = {node.op_type for node in onnx.load(form).graph.node}
+    assert {"MatMulInteger", "Attention"} <= found

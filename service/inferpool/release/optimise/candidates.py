@@ -169,7 +169,11 @@ class _prepared:
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         whole, prepared = (Path(self._folder.name) / name for name in ("whole.onnx", "prepared.onnx"))
-        onnx.save(onnx.load(self._model), whole)  # with the weights that are in files of their own
+        loaded = onnx.load(self._model)
+        for number, node in enumerate(loaded.graph.node):
+            # Nodes are excluded by their names: all that have none would be excluded with one of them.
+            node.name = node.name or f"{node.op_type}_{number}"
+        onnx.save(loaded, whole)  # with the weights that are in files of their own
         root = logging.getLogger()
         level = root.level
         # The package logs through the root logger, and advises what is done here.
