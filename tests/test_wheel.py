@@ -33,7 +33,10 @@ MIXED = "test_clients_that_mix_requests_of_all_kinds_get_their_own_responses"
 HOT_PATH_TESTS = {
     "engine": [
         "tests/engine/test_arena.py",
+        "tests/engine/test_broken_channels.py",
         "tests/engine/test_channel.py",
+        "tests/engine/test_lent_bodies.py",
+        "tests/engine/test_successors.py",
         "tests/engine/test_tensor_layouts.py",
         "tests/observe/test_regions.py",
         f"{WHOLE_SERVER}::test_counters_are_those_of_the_clients_whichever_process_answers",

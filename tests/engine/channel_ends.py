@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import socket
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from inferpool.engine.arena import make_arena
 from inferpool.engine.client import MOST_ENTRIES, EngineClient, Suspects
 from inferpool.engine.engine_port import EnginePort
@@ -256,3 +258,19 @@ def entry_of(entry_id: int, inputs: Tensors, rows: int = 1, **more: Any) -> Entr
     """An entry that arrives now."""
     given = {"group": None, "nbytes": 8, "arrived": time.monotonic(), **more}
     return Entry(entry_id, KEY, inputs, rows, **given)
+
+
+def floats(*shape: int) -> Any:
+    return np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def receive_floats(web: Web, tensor: Any, tensors_at: int = 0) -> memoryview:
+    """Memory of the arena with the body that ends with a tensor."""
+    memory = web.client.lend(tensors_at + tensor.nbytes, tensors_at)
+    assert memory is not None
+    memory[tensors_at:] = tensor.tobytes()
+    return memory
+
+
+def view_of(body: memoryview, tensor: Any, tensors_at: int = 0) -> Any:
+    return np.frombuffer(body, tensor.dtype, offset=tensors_at).reshape(tensor.shape)

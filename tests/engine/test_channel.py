@@ -1,30 +1,22 @@
-"""The channel between a web process and an engine: what crosses, what is bounded, what a crash leaves."""
+"""The channel between a web process and an engine: what crosses, and what is bounded."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from struct import pack
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from inferpool.engine import records
 from inferpool.engine.records import MOST_TENANT
 from inferpool.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidInput,
-    ModelCrashed,
     NotReady,
     Overloaded,
     QueueFull,
@@ -32,34 +24,7 @@ from inferpool.errors import (
 from inferpool.pool.ports import Entry, Part, Result, VersionKey
 from inferpool.pool.splitting import split_entry
 
-from tests.engine.channel_ends import KEY, MIB, OPEN, Engine, Web, entry_of
-
-
-@pytest.fixture(autouse=True)
-def close_all() -> Iterator[None]:
-    """Close what a test has made."""
-    yield
-    for each in reversed(OPEN.copy()):
-        each.close()
-
-
-@pytest.fixture
-def engine() -> Engine:
-    return Engine()
-
-
-@pytest.fixture
-def web(engine: Engine) -> Web:
-    made = Web()
-    made.attach(engine)
-    return made
-
-
-def floats(*shape: int) -> Any:
-    return np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
-
-
-# What crosses.
+from tests.engine.channel_ends import KEY, MIB, Engine, Web, entry_of, floats
 
 
 def test_an_entry_crosses_with_all_that_the_pool_needs(web: Web, engine: Engine) -> None:
@@ -248,9 +213,6 @@ def test_questions_get_their_replies_and_none_when_the_engine_ends(web: Web, eng
     assert replies[2] is None
 
 
-# How entries end.
-
-
 def test_a_deadline_is_answered_at_once_and_the_block_waits_for_the_engine(web: Web, engine: Engine) -> None:
     for entry_id in (1, 2):
         web.client.offer(entry_of(entry_id, {"x": floats(1, 4)}))
@@ -343,120 +305,6 @@ def test_an_engine_that_will_not_come_is_answered_for(engine: Engine) -> None:
     assert web.used == 0
 
 
-# Crashes.
-
-
-def test_waiting_entries_run_in_the_successor_and_running_ones_alone_one_at_a_time() -> None:
-    web, first, second = Web(), Engine(), Engine()
-    web.attach(first)
-    for entry_id in range(1, 7):
-        web.client.offer(entry_of(entry_id, {"x": floats(1, 4) + entry_id}))
-    web.loop.turn()
-    first.inbox.wait(6)
-    first.answer(first.inbox.take(1))
-    web.until(1)
-    for entry_id in (2, 3):
-        first.run(first.inbox.take(entry_id))
-    assert web.crash(first) == ([KEY], [])
-    web.client.offer(entry_of(7, {"x": floats(1, 4) + 7}))
-    web.attach(second)
-    web.loop.turn()
-    for suspect in (2, 3):
-        entry = second.inbox.take(suspect)
-        assert not second.inbox.entries
-        assert (entry.inputs["x"] == floats(1, 4) + suspect).all()
-        second.answer(entry)
-        web.until(suspect)
-    for entry_id in (4, 5, 6, 7):
-        second.answer(second.inbox.take(entry_id))
-    web.until(*range(1, 8))
-    for entry_id in range(1, 8):
-        assert (web.results.outputs(entry_id)["x"] == floats(1, 4) + entry_id).all()
-    assert web.used == 0
-
-
-def test_an_entry_that_runs_in_two_crashes_is_not_run_again(caplog: pytest.LogCaptureFixture) -> None:
-    web = Web()
-    engines = [Engine() for _ in range(3)]
-    web.attach(engines[0])
-    web.client.offer(entry_of(1, {"x": floats(1, 4)}, request_id="poison"))
-    web.client.offer(entry_of(2, {"x": floats(1, 4)}))
-    web.loop.turn()
-    for entry_id in (1, 2):
-        engines[0].run(engines[0].inbox.take(entry_id))
-    assert web.crash(engines[0]) == ([KEY], [])
-    web.attach(engines[1])
-    web.loop.turn()
-    engines[1].run(engines[1].inbox.take(1))
-    assert web.crash(engines[1]) == ([KEY], [KEY])
-    assert isinstance(web.results.error(1), ModelCrashed)
-    assert "poison" in caplog.text
-    assert "x <f4 ['rows', 4]" in caplog.text
-    web.attach(engines[2])
-    web.loop.turn()
-    engines[2].answer(engines[2].inbox.take(2))
-    web.until(2)
-    assert web.used == 0
-
-
-def test_a_crash_with_another_cause_is_not_held_against_the_entries() -> None:
-    web = Web()
-    engines = [Engine() for _ in range(4)]
-    for engine in engines[:3]:
-        web.attach(engine)
-        if engine is engines[0]:
-            web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-        web.loop.turn()
-        engine.run(engine.inbox.take(1))
-        engine.port.disconnect(0)
-        web.loop.until(lambda: web.lost and web.lost[-1][0] == web.epoch)
-        web.client.detach(web.epoch, blame=False)
-    web.attach(engines[3])
-    web.loop.turn()
-    engines[3].answer(engines[3].inbox.take(1))
-    web.until(1)
-
-
-def test_a_suspect_waits_until_the_entries_of_other_web_processes_have_ended() -> None:
-    web, other, first, second = Web(), Web(1), Engine(), Engine()
-    web.attach(first)
-    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-    web.loop.turn()
-    first.run(first.inbox.take(1))
-    other.attach(second)
-    other.client.offer(entry_of(50, {"x": floats(1, 4)}))
-    other.loop.turn()
-    busy = second.inbox.take(50)
-    web.crash(first)
-    web.attach(second)
-    web.loop.until(lambda: second.port.unanswered == 2)
-    other.client.offer(entry_of(51, {"x": floats(1, 4)}))
-    other.loop.turn()
-    other.loop.until(lambda: second.port.unanswered == 3)
-    assert not second.inbox.entries
-    second.answer(busy)
-    suspect = second.inbox.take(1)
-    assert not second.inbox.entries
-    second.answer(suspect)
-    second.answer(second.inbox.take(51))
-    web.until(1)
-    other.until(50, 51)
-
-
-def test_entries_wait_for_an_engine_that_is_expected() -> None:
-    web, engine = Web(), Engine()
-    with pytest.raises(NotReady):
-        web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-    web.client.expect(os.dup(web.arena))
-    web.client.refuse_early(KEY, 0)
-    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-    web.attach(engine)
-    web.loop.turn()
-    engine.answer(engine.inbox.take(1))
-    web.until(1)
-    assert (web.results.outputs(1)["x"] == floats(1, 4)).all()
-
-
 def test_a_queue_that_was_full_refuses_early_until_an_entry_ends(web: Web, engine: Engine) -> None:
     web.client.offer(entry_of(1, {"x": floats(1, 4)}))
     web.loop.turn()
@@ -473,137 +321,6 @@ def test_a_queue_that_was_full_refuses_early_until_an_entry_ends(web: Web, engin
     web.client.refuse_early(KEY, 0)
 
 
-def test_a_full_queue_does_not_refuse_what_was_accepted_before_the_crash() -> None:
-    web, first, second = Web(), Engine(), Engine()
-    web.attach(first)
-    for entry_id in (1, 2):
-        web.client.offer(entry_of(entry_id, {"x": floats(1, 4)}))
-    web.loop.turn()
-    first.inbox.wait(2)
-    web.crash(first)
-    web.attach(second)
-    web.loop.turn()
-    entry = second.inbox.take(1)
-    second.inbox.take(2)
-    web.crash(second)
-
-    third = Engine()
-    offer = third.inbox.offer
-
-    def offer_one(entry: Entry) -> None:
-        if third.inbox.entries:
-            raise QueueFull("full")
-        offer(entry)
-
-    third.inbox.offer = offer_one  # type: ignore[method-assign]
-    web.attach(third)
-    web.loop.turn()
-    for entry_id in (1, 2):
-        entry = third.inbox.take(entry_id)
-        third.answer(entry)
-        web.until(entry_id)
-    assert {each.error for each in web.results.by_entry.values()} == {None}
-
-
-def test_blocks_of_answered_entries_are_free_when_the_engine_that_read_them_is_dead() -> None:
-    web, engine = Web(), Engine()
-    web.attach(engine)
-    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-    web.loop.turn()
-    entry = engine.inbox.take(1)
-    engine.run(entry)
-    web.client.cancel(KEY, 1, "deadline")
-    engine.port.put([Result(entry.id, None, DeadlineExceeded("late"), 0.0, runs_on=True)])
-    web.loop.turn()
-    assert web.used > 0
-    web.crash(engine)
-    assert web.used == 0
-
-
-def test_entries_move_with_their_version_to_another_engine() -> None:
-    """After a crash the version runs in an engine of its own, whose client has another arena."""
-    web, own = Web(), Web(1)
-    first, second, third = Engine(), Engine(), Engine()
-    web.attach(first)
-    parts = [Part(entry_of(12, {"x": floats(1, 3)}, group=(3,)), [0])]
-    for entry_id in (1, 2):
-        web.client.offer(entry_of(entry_id, {"x": floats(1, 4) + entry_id, "s": np.array(["ä"], object)}))
-    web.client.offer(split_entry(11, parts))
-    web.loop.turn()
-    first.run(first.inbox.take(1))
-    first.inbox.wait(2)
-    web.crash(first)
-    # The successor does not have the version, whose engine is still being started.
-    second.inbox.refusal = NotReady("elsewhere")
-    web.routes = {KEY: [own.client]}
-    web.client.offer(entry_of(3, {"x": floats(1, 4)}))
-    web.attach(second)
-    web.loop.turn()
-    web.loop.until(lambda: all(each.refusal for each in web.client._blocks.pending.values()))
-    own.attach(third)
-    web.client.reroute({KEY: [own.client]})
-    assert web.used == 0
-    own.loop.turn()
-    suspect = third.inbox.take(1)
-    assert not third.inbox.entries
-    assert (suspect.inputs["x"] == floats(1, 4) + 1).all()
-    assert suspect.inputs["s"].tolist() == ["ä"]
-    third.answer(suspect)
-    third.answer(third.inbox.take(2))
-    split = third.inbox.take(11)
-    assert (split.parts[0].entry.inputs["x"] == floats(1, 3)).all()
-    third.answer(split, {"y": floats(1)})
-    third.answer(third.inbox.take(3))
-    own.until(1, 2, 3, 11)
-    assert own.used == 0
-    assert not web.results.by_entry
-
-
-def test_an_entry_that_its_engine_goes_on_refusing_gets_the_refusal() -> None:
-    """The version may have failed to load in the successor; nobody tells the web process anything more."""
-    web, first, second = Web(), Engine(), Engine()
-    web.attach(first)
-    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-    web.loop.turn()
-    first.inbox.wait(1)
-    web.crash(first)
-    second.inbox.refusal = NotReady("failed")
-    web.attach(second)
-    web.until(1)
-    assert web.results.error(1).detail == "failed"
-    assert web.used == 0
-
-
-def test_an_entry_whose_version_is_nowhere_gets_the_refusal() -> None:
-    web, first, second = Web(), Engine(), Engine()
-    web.attach(first)
-    for entry_id in (1, 2):
-        web.client.offer(entry_of(entry_id, {"x": floats(1, 4)}))
-    web.loop.turn()
-    first.inbox.wait(2)
-    web.crash(first)
-    second.inbox.refusal = NotReady("failed twice")
-    web.routes = {KEY: [Web(1).client]}  # whose engine is still being started
-    web.attach(second)
-    web.loop.turn()
-    web.loop.until(lambda: all(each.refusal for each in web.client._blocks.pending.values()))
-    second.inbox.refusal = None
-    web.client.cancel(KEY, 2, "deadline")
-    web.client.reroute({KEY: [web.client]})
-    web.loop.turn()
-    second.inbox.take(1)
-    web.crash(second)
-    third = Engine()
-    third.inbox.refusal = NotReady("failed thrice")
-    web.attach(third)
-    web.loop.turn()
-    web.loop.until(lambda: all(each.refusal for each in web.client._blocks.pending.values()))
-    web.client.reroute({})
-    assert web.results.error(1).detail == "failed thrice"
-    assert isinstance(web.results.error(2), DeadlineExceeded)
-    assert web.used == 0
-
-
 def test_attaching_out_of_turn_is_refused(web: Web) -> None:
     for epoch in (1, 2):
         channel, other = socket.socketpair()
@@ -617,9 +334,6 @@ def test_attaching_out_of_turn_is_refused(web: Web) -> None:
         web.client.attach(1, channel, os.dup(web.arena))
     other.close()
     assert web.client.detach(99) == ([], [])
-
-
-# Web processes that end or do not read.
 
 
 def test_the_entries_of_a_web_process_that_ends_are_dropped(engine: Engine) -> None:
@@ -673,250 +387,6 @@ def test_results_wait_for_a_web_process_that_reads_slowly(web: Web, engine: Engi
     web.until(*range(1, count + 1))
     assert web.used == 0
 
-
-# Records that are none.
-
-
-# Bodies that are received in the arena.
-
-
-def receive_floats(web: Web, tensor: Any, tensors_at: int = 0) -> memoryview:
-    """Memory of the arena with the body that ends with a tensor."""
-    memory = web.client.lend(tensors_at + tensor.nbytes, tensors_at)
-    assert memory is not None
-    memory[tensors_at:] = tensor.tobytes()
-    return memory
-
-
-def view_of(body: memoryview, tensor: Any, tensors_at: int = 0) -> Any:
-    return np.frombuffer(body, tensor.dtype, offset=tensors_at).reshape(tensor.shape)
-
-
-@pytest.mark.parametrize("tensors_at", [0, 1, 64, 100, 5001])
-def test_the_engine_reads_a_body_where_it_was_received(web: Web, engine: Engine, tensors_at: int) -> None:
-    tensor = floats(5, 20_000)
-    body = receive_floats(web, tensor, tensors_at)
-    taken = web.used
-    web.client.offer(entry_of(1, {"x": view_of(body, tensor, tensors_at)}, 5, nbytes=tensor.nbytes))
-    assert web.used == taken
-    web.loop.turn()
-    entry = engine.inbox.take(1)
-    assert (entry.inputs["x"] == tensor).all()
-    body[tensors_at] = 1
-    assert entry.inputs["x"][0, 0] != tensor[0, 0]
-    engine.answer(entry, {"y": floats(1)})
-    web.until(1)
-    assert web.used == taken  # the body may still be read
-    del body
-    web.loop.turn()
-    assert web.used == 0
-
-
-def test_several_tensors_stay_in_their_body_if_they_are_aligned(web: Web, engine: Engine) -> None:
-    first, second, third = floats(2, 16_000), np.arange(32, dtype=np.int64), floats(2, 3)
-    body = receive_floats(web, np.frombuffer(b"".join(map(bytes, (first, second, third))), np.uint8))
-    inputs = {
-        "a": view_of(body[: first.nbytes], first),
-        "b": view_of(body[first.nbytes :][: second.nbytes], second),
-        "c": view_of(body[first.nbytes + second.nbytes :], third),
-    }
-    taken = web.used
-    web.client.offer(entry_of(1, inputs, 2, nbytes=first.nbytes))
-    assert web.used == taken
-    web.loop.turn()
-    entry = engine.inbox.take(1)
-    for name, tensor in zip("abc", (first, second, third), strict=True):
-        assert (entry.inputs[name] == tensor).all()
-    engine.answer(entry, {"y": floats(400, 100)})  # more than there is behind the body
-    web.until(1)
-    assert (web.results.outputs(1)["y"] == floats(400, 100)).all()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensor: tensor[::-1],
-        lambda tensor: tensor[:, :-1],
-        lambda tensor: tensor.T,
-        lambda tensor: tensor.reshape(-1)[1:],
-        lambda tensor: tensor.astype(">f4"),
-        lambda tensor: tensor + 1,
-        lambda tensor: np.frombuffer(memoryview(tensor).cast("B")[4:], np.float32),
-    ],
-)
-def test_a_tensor_that_lies_otherwise_in_a_body_is_copied(web: Web, engine: Engine, change: Any) -> None:
-    tensor = floats(200, 200)
-    changed = change(view_of(receive_floats(web, tensor), tensor))
-    expected = changed.copy()
-    web.client.offer(entry_of(1, {"x": changed}, len(changed), nbytes=tensor.nbytes))
-    web.loop.turn()
-    entry = engine.inbox.take(1)
-    changed[...] = 0 if changed.flags.writeable else changed
-    assert (entry.inputs["x"] == expected).all()
-    engine.answer(entry, {"y": floats(1)})
-    web.until(1)
-    del changed
-    web.loop.turn()
-    assert web.used == 0
-
-
-def test_a_body_is_the_block_of_one_entry_only(web: Web, engine: Engine) -> None:
-    tensor = floats(1, 20_000)
-    body = receive_floats(web, tensor)
-    for entry_id in (1, 2):
-        web.client.offer(entry_of(entry_id, {"x": view_of(body, tensor)}, nbytes=tensor.nbytes))
-    body[0] = 1
-    del body
-    web.loop.turn()
-    first, second = engine.inbox.take(1), engine.inbox.take(2)
-    assert first.inputs["x"][0, 0] != 0
-    assert (second.inputs["x"] == tensor).all()
-    for entry, value in ((first, 1), (second, 2)):
-        engine.answer(entry, {"y": np.full((1, 20_000), value, np.float32)})
-    web.until(1, 2)
-    assert [web.results.outputs(number)["y"][0, 0] for number in (1, 2)] == [1, 2]
-    for number in (1, 2):
-        web.client.release(KEY, number)
-    web.loop.turn()
-    assert web.used == 0
-
-
-def test_a_body_survives_the_engine_that_read_it(web: Web, engine: Engine) -> None:
-    tensor = floats(1, 20_000)
-    body = receive_floats(web, tensor)
-    web.client.offer(entry_of(1, {"x": view_of(body, tensor)}, nbytes=tensor.nbytes))
-    del body
-    web.loop.turn()
-    engine.run(engine.inbox.take(1))
-    web.loop.turn()
-    assert web.client.lend(tensor.nbytes, 0) is not None
-    web.crash(engine)
-    other = Engine()
-    web.attach(other)
-    web.loop.turn()
-    entry = other.inbox.take(1)
-    assert (entry.inputs["x"] == tensor).all()
-    other.answer(entry, {"y": floats(1)})
-    web.until(1)
-    web.loop.turn()
-    assert web.used == 0
-
-
-def test_memory_for_bodies_is_bounded_and_comes_back_from_any_thread(web: Web, engine: Engine) -> None:
-    bodies = []
-    while (body := web.client.lend(MIB, 0)) is not None:
-        bodies.append(body)
-    assert len(bodies) == 5  # a third of 16 MiB
-    assert web.client.lend(1000, 0) is None
-    web.client.offer(entry_of(1, {"x": floats(1, MIB)}))
-    del body
-    thread = threading.Thread(target=bodies.clear)
-    thread.start()
-    thread.join()
-    web.loop.turn()
-    engine.answer(engine.inbox.take(1), {"y": floats(1)})
-    web.until(1)
-    assert web.used == 0
-
-
-def hello_of(web: Web) -> bytes:
-    return records.hello(0, web.epoch, os.fstat(web.arena).st_size)
-
-
-def broken_by(web: Web, data: bytes) -> str:
-    """The reason with which the client leaves the channel after `data` came."""
-    other = web.attach_socket()
-    other.sendall(hello_of(web) + data)
-    web.loop.until(lambda: web.lost and web.lost[-1][0] == web.epoch)
-    web.client.detach(web.epoch)
-    other.close()
-    return web.lost[-1][1]
-
-
-def test_a_result_cannot_make_the_web_process_read_other_memory() -> None:
-    web = Web()
-    first = web.attach_socket()
-    first.close()
-    web.client.detach(web.epoch)
-    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-    web.client.offer(entry_of(2, {"x": floats(1, 4)}))
-    layout = records.json_record(
-        records.LAYOUT_FIELDS,
-        *(records.LAYOUT, 0),
-        {"model": "m", "version": 1, "group": "", "outputs": None, "tensors": [["y", "<f4", True, [4]]]},
-    )
-
-    def result(offset: int, size: int, rows: int = 1, entry: int = 1, number: int = 0) -> bytes:
-        fields = (records.RESULT, 0, number, rows, entry, 0.0, 0.0, 1, offset, size)
-        return records.RESULT_FIELDS.pack(records.RESULT_FIELDS.size, *fields)
-
-    for data in (
-        *(
-            result(0, 16),
-            result(0, 1 << 40),
-            result(1 << 63, 16),
-            result(128, 16),
-            result((1 << 64) - 16, 32),
-        ),
-        *(result(0, 16, number=3), result(0, 16, rows=1 << 30), result(0, 16, entry=77)),
-    ):
-        reason = broken_by(web, layout + data)
-        assert reason != "the engine closed the channel", reason
-    assert not web.results.by_entry
-
-
-KINDS = st.integers(0, 12)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.lists(
-        st.one_of(
-            st.binary(max_size=80),
-            st.tuples(KINDS, st.binary(max_size=100)).map(
-                lambda each: pack("<IB", len(each[1]) + 5, each[0]) + each[1]
-            ),
-            st.tuples(
-                st.sampled_from([(3, 84), (4, 16), (5, 56), (6, 36), (7, 24), (8, 32), (9, 16), (10, 12)]),
-                st.binary(min_size=100, max_size=200),
-            ).map(lambda each: pack("<IB", each[0][1], each[0][0]) + each[1][: each[0][1] - 5]),
-        ),
-        max_size=5,
-    ),
-    st.booleans(),
-)
-def test_random_bytes_end_a_channel_and_nothing_else(pieces: list[bytes], greeted: bool) -> None:
-    data = b"".join(pieces)
-    # To a web process.
-    web = Web(arena_bytes=MIB)
-    other = web.attach_socket()
-    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-    other.sendall((hello_of(web) if greeted else b"") + data)
-    other.shutdown(socket.SHUT_WR)
-    web.loop.until(lambda: web.lost)
-    web.client.detach(web.epoch)
-    other.close()
-    # To an engine.
-    engine = Engine()
-    channel, other = socket.socketpair()
-    engine.port.connect(0, 1, other, os.dup(web.arena))
-    channel.sendall((records.hello(0, 1, os.fstat(web.arena).st_size) if greeted else b"") + data)
-    channel.shutdown(socket.SHUT_WR)
-    channel.settimeout(20)
-    while channel.recv(65536):
-        pass
-    channel.close()
-    # Both still serve.
-    web.attach(engine)
-    web.client.offer(entry_of(2, {"x": floats(1, 4)}))
-    web.loop.turn()
-    engine.answer(engine.inbox.take(2))
-    web.until(2)
-    web.close()
-    engine.close()
-
-
-# A second process.
 
 ECHO = """
 import socket, sys, threading, time
@@ -972,19 +442,3 @@ def test_tensors_are_bit_equal_after_a_visit_to_another_process() -> None:
     assert web.used == 0
     child.communicate()
     assert child.returncode == 0
-
-
-def test_an_entry_that_is_refused_twice_is_offered_again() -> None:
-    """What the web process knows of versions may come later than both refusals."""
-    web, first, second = Web(), Engine(), Engine()
-    web.attach(first)
-    web.client.offer(entry_of(1, {"x": floats(1, 4)}))
-    web.loop.turn()
-    first.inbox.wait(1)
-    web.crash(first)
-    second.inbox.refusal = NotReady("not yet")
-    web.attach(second)
-    web.loop.until(lambda: web.loop.later)
-    second.inbox.refusal = None
-    web.loop.until(lambda: second.inbox.entries)
-    assert not web.results.by_entry

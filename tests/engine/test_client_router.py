@@ -9,11 +9,7 @@ import pytest
 from inferpool.engine.client_router import ClientRouter
 from inferpool.errors import NotReady, Overloaded
 
-from tests.engine.channel_ends import KEY, MIB, Engine, Web, entry_of
-from tests.engine.test_channel import close_all, floats, receive_floats
-
-__all__ = ["close_all"]
-"""A fixture, which closes what a test has made."""
+from tests.engine.channel_ends import KEY, MIB, Engine, Web, entry_of, floats, receive_floats
 
 
 def _is_idle(web: Web) -> bool:
