@@ -84,7 +84,7 @@ class Explainer:
         ends = np.array([[True] * subject.features, [False] * subject.features])
         first = self._evaluate(subject, target, ends, until)
         if len(first) < 2:
-            raise _too_late(2 * subject.baselines, 0)
+            raise _too_late(2 * subject.baselines, 0, self._query.method)
         value, base = float(first[0]), float(first[1])
         coalitions = max(0, most // subject.baselines - 2)
         method = self._method(subject, coalitions)
@@ -112,7 +112,7 @@ class Explainer:
                     expected=needed,
                     got=most,
                 ) from None
-            raise _too_late(needed, self._passes.rows - before) from None
+            raise _too_late(needed, self._passes.rows - before, method) from None
         return self._answer(subject, target, method, base, value, found, self._passes.rows - before, steps)
 
     def _method(self, subject: Subject, coalitions: int) -> str:
@@ -230,8 +230,11 @@ def working_bytes(served: ServedVersion, subjects: list[Subject], passes: int, m
     return most
 
 
-def _too_late(needed: int, ran: int) -> DeadlineExceeded:
+def _too_late(needed: int, ran: int, method: str) -> DeadlineExceeded:
+    advice = "larger patches or the method occlusion"
+    if method == INTEGRATED_GRADIENTS:
+        advice = "fewer passes"
     return DeadlineExceeded(
         f"time was up after {ran} passes of the explanation, which needs {needed}; allow more time, or choose"
-        " larger patches or the method occlusion"
+        f" {advice}"
     )
