@@ -185,7 +185,10 @@ class TorchDeviceModel(DeviceModel):
                     with DEVICE_GATE.work():
                         if outputs is not None and wants_gradients:
                             found = differentiate(self._runnable.forward, feeds, outputs, self._paths)
-                            return {name: to_array(tensor[:used]) for name, tensor in found.items()}
+                            return {
+                                name: to_array(tensor if rows is None else tensor[:used])
+                                for name, tensor in found.items()
+                            }
                         leaves = self._runnable.forward(feeds)
                 else:
                     used = self._fill(recorded[0], parts)
