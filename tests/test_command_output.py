@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
+from inferpool.cli import main
 from inferpool.command_output import print_failure, print_lines
 from inferpool.errors import ConfigError, InvalidInput
 
@@ -32,6 +34,19 @@ def test_a_failure_is_one_line_and_a_status(
 ) -> None:
     assert print_lines(lambda: failing(error)) == status
     assert capsys.readouterr().err == f"inferpool: {error}\n"
+
+
+def test_an_error_of_a_file_is_its_name_and_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_failure(FileNotFoundError(2, "No such file or directory", "rows.csv")) == 1
+    assert capsys.readouterr().err == "inferpool: rows.csv: No such file or directory\n"
+
+
+def test_a_folder_that_is_not_there_is_not_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fetch", str(tmp_path / "none")]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"inferpool: {tmp_path / 'none'} does not exist\n")
 
 
 def test_the_notes_of_an_error_are_printed_behind_it(capsys: pytest.CaptureFixture[str]) -> None:

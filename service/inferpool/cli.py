@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, get_args
 
 from inferpool import __version__
 from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
-from inferpool.errors import InferpoolError
+from inferpool.errors import ConfigError, InferpoolError
 from inferpool.evaluate_command.command import add_evaluate_command, run_evaluate_command
 from inferpool.import_command.command import add_import_command, run_import_command
 from inferpool.optimise_command.command import add_optimise_command, run_optimise_command
@@ -91,7 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if command == "fetch":
             logs.configure_logs(settings.log_level, settings.log_format)
-            print(_local(repository, settings))
+            path = _local(repository, settings)
+            if not path.exists():
+                raise ConfigError(f"{path} does not exist")
+            print(path)
             return 0
         if command == "check":
             from inferpool import app

@@ -25,5 +25,8 @@ def print_failure(error: Exception) -> int:
     That is 2 if the arguments or settings are wrong, else 1.
     """
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    print(f"inferpool: {printable(f'{error}{notes}')}", file=sys.stderr)
+    said = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        said = f"{error.filename}: {error.strerror}"  # without the number of the error
+    print(f"inferpool: {printable(said + notes)}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1

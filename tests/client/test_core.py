@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inferpool import errors
-from inferpool.client.answer import Reply, ServerUnreachable, UnexpectedAnswer, read_error
+from inferpool.client.answer import Reply, ServerUnreachable, UnexpectedAnswer, read_error, read_prediction
 from inferpool.client.backoff import Backoff
 from inferpool.client.content import recognise
 from inferpool.client.core import Attempt, Core, Failure, Options, Pause
@@ -40,6 +40,12 @@ def answer() -> Reply:
         {"inference-header-content-length": str(len(header)), "x-request-id": "r"},
         header + np.float32(7).tobytes(),
     )
+
+
+def test_an_output_that_the_model_lacks_is_named() -> None:
+    with pytest.raises(UnexpectedAnswer, match='has no output "z"; it has "y"'):
+        read_prediction(answer(), "m", ["y", "z"])
+    assert read_prediction(answer(), "m", ["y"]).outputs.keys() == {"y"}
 
 
 def refusal(status: int = 503, code: str = "overloaded", retry_after: str = "2") -> Reply:

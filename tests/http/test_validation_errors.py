@@ -12,9 +12,9 @@ NUMBER = "Input should be a valid integer"
 
 
 def fault(
-    kind: str, *place: int | str, message: str = "", came: Any = None, **context: Any
+    kind: str, *location: int | str, message: str = "", came: Any = None, **context: Any
 ) -> dict[str, Any]:
-    return {"type": kind, "loc": place, "msg": message, "input": came, "ctx": context}
+    return {"type": kind, "loc": location, "msg": message, "input": came, "ctx": context}
 
 
 @pytest.mark.parametrize(

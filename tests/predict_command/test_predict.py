@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from inferpool import cli
 from inferpool.client.content import Sentences
-from inferpool.errors import Conflict
+from inferpool.errors import Conflict, InvalidInput
 from inferpool.predict_command.finished_chunks import Finished, FinishedChunks
 from inferpool.predict_command.rows_in import open_source
 
@@ -84,6 +84,22 @@ def test_every_format_gives_the_same_rows(
     found = [float(row["progression"]) for row in read_csv(output)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert {path.name for path in tmp_path.iterdir()} == {file.name, output.name}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.csv", b"age,sex\n\xff,1\n", "rows.csv is not UTF-8: it has the byte 0xff"),
+        ("rows.txt", b"fine\n\xc3", "rows.txt is not UTF-8: it has the byte 0xc3"),
+        ("rows.csv", b"age\n" + b"9" * 200_000 + b"\n", "rows.csv is not CSV"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidInput, match=said):
+        list(open_source(tmp_path / name, 1).chunks())
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".npz"])

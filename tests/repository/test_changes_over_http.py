@@ -142,6 +142,8 @@ def test_a_body_is_json_whatever_curl_calls_it(server: Server) -> None:
         reply = server.request("PUT", path, content=b'{"version": 1}', headers={"content-type": kind})
         assert reply.status_code == 200, reply.text
     assert server.request("DELETE", path).status_code == 200
+    server.wait_for(r"audit: remove label first/curl: done")
+    assert not [line["message"] for line in server.log if "Warning" in line["message"]]
 
 
 @pytest.mark.parametrize(

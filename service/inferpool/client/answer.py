@@ -15,7 +15,7 @@ from inferpool import errors
 from inferpool.allowance import UNLIMITED
 from inferpool.client.backoff import read_retry_after
 from inferpool.errors import InferpoolError, Refused, RequestError
-from inferpool.tensors import DTYPES, Array, TensorSpec, bf16_to_fp32, element_count
+from inferpool.tensors import DTYPES, Array, TensorSpec, bf16_to_fp32, element_count, names_text
 from inferpool.wire.npy import decode_npy, decode_npz
 from inferpool.wire.v2_binary import read_binary
 
@@ -129,10 +129,15 @@ def read_prediction(reply: Reply, model: str, outputs: Sequence[str] | None) -> 
             _read_json(prediction, orjson.loads(reply.body))
         else:
             raise ValueError(f"its type is {kind or 'not given'}")
-        if outputs is not None:
-            prediction.outputs = {name: prediction.outputs[name] for name in outputs}
     except (InferpoolError, KeyError, TypeError, ValueError) as error:
         raise UnexpectedAnswer(f"the answer is not Inferpool's: {error}") from error
+    if outputs is not None:
+        missing = [name for name in outputs if name not in prediction.outputs]
+        if missing:
+            raise UnexpectedAnswer(
+                f"the answer has no output {names_text(missing)}; it has {names_text(prediction.outputs)}"
+            )
+        prediction.outputs = {name: prediction.outputs[name] for name in outputs}
     return prediction
 
 

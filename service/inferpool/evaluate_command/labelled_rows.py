@@ -106,6 +106,7 @@ def read_table(path: Path) -> Any:
         from pyarrow import csv, json, parquet
     except ImportError:
         raise InvalidInput("tables need pyarrow: pip install 'inferpool[evaluate]'") from None
+    path.stat()  # pyarrow would put its own words around the error
     try:
         match path.suffix.lower():
             case ".csv":

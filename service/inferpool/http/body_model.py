@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 from pydantic import BaseModel, ConfigDict
+
+# FastAPI gives the parameters of its routes such aliases, and keeps pydantic's warning from the log while it
+# analyses them. It does not expect that validators are built later.
+warnings.filterwarnings("ignore", "The 'alias' attribute with value '(body|query)' was provided")
 
 
 class BodyModel(BaseModel):

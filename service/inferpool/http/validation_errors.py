@@ -17,13 +17,13 @@ def refusal_of(error: RequestValidationError) -> InferpoolError:
     """Return the error that the client gets; its members name the first field that is wrong."""
     faults = error.errors()
     first = faults[0]
-    kind, place = first["type"], tuple(first["loc"])
+    kind, location = first["type"], tuple(first["loc"])
     if kind == "json_invalid":
-        position, reason = place[-1], first.get("ctx", {}).get("error", "")
+        position, reason = location[-1], first.get("ctx", {}).get("error", "")
         return MalformedBody(f"the body is not JSON: {reason} at character {position}", position=position)
-    if place == _WHOLE_BODY:
+    if location == _WHOLE_BODY:
         return _wrong_body(kind, first["input"])
-    return InvalidInput("; ".join(map(_described, faults)), field=_field(place))
+    return InvalidInput("; ".join(map(_described, faults)), field=_field(location))
 
 
 def _wrong_body(kind: str, came: Any) -> InferpoolError:
@@ -36,8 +36,8 @@ def _wrong_body(kind: str, came: Any) -> InferpoolError:
     return MalformedBody(f"the body is {value_text(came)}; send a JSON object")
 
 
-def _field(place: tuple[int | str, ...]) -> str:
-    return ".".join(map(str, place[1:]))
+def _field(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location[1:]))
 
 
 def _described(fault: dict[str, Any]) -> str:

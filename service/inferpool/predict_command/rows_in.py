@@ -71,7 +71,18 @@ def open_source(path: Path, rows_per_request: int | None) -> Source:
     stat = path.stat()
     fingerprint = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     rows, chunks = opener(path, rows_per_request)
-    return Source(chunks, rows, fingerprint)
+    return Source(lambda: _readable(path, chunks()), rows, fingerprint)
+
+
+def _readable(path: Path, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The chunks of a file, whose text and form may be found to be wrong anywhere in it."""
+    try:
+        yield from chunks
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InvalidInput(f"{path.name} is not UTF-8: it has the byte 0x{byte:02x}; convert it") from None
+    except csv.Error as error:
+        raise InvalidInput(f"{path.name} is not CSV: {error}") from None
 
 
 _Opened = tuple[int | None, Callable[[], Iterator[Chunk]]]
