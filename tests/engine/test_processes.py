@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,14 +83,50 @@ class Load:
             await again.close()
 
 
+@pytest.fixture(scope="module")
+def shared(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    """A server whose processes the tests kill: it is whole again after each of them.
+
+    Each test has a model of its own, because crashes are counted for all models that run at that time.
+    """
+    for name in ("killed", "crashing", "lost", "alive"):
+        module_make_chaos(name, run_ms=2)
+    module_make_chaos("bad")
+    return module_serve(module_make_chaos("wide", row=[40_000], run_ms=2), *PROCESS)
+
+
+def test_connections_spread_over_web_processes(shared: Server) -> None:
+    web = find(shared, WEB)
+    idle = [open_sockets(pid) for pid in web]
+
+    async def connect() -> list[int]:
+        clients = [await Client.connect(shared.port) for _ in range(32)]
+        # Every connection is accepted once it has an answer.
+        for client in clients:
+            assert (await client.post("/predict/alive", json.dumps(ROW).encode())).status == 200
+        shares = [open_sockets(pid) - before for pid, before in zip(web, idle, strict=True)]
+        assert sum(shares) == 32
+        for client in clients:
+            await client.close()
+        return shares
+
+    # Both take turns by the millisecond. A busy machine may favour one for a round, and not for eight.
+    rounds = []
+    for _ in range(8):
+        wait_until(lambda: [open_sockets(pid) for pid in web] == idle, "earlier connections are closed")
+        rounds.append(asyncio.run(connect()))
+    assert min(map(sum, zip(*rounds, strict=True))) >= 8 * 12, rounds
+
+
 def test_every_route_answers_and_each_process_loads_only_its_own_libraries(
-    serve: Serve, models: Path
+    serve: Serve, models: Path, tmp_path: Path
 ) -> None:
-    server = serve(models, *PROCESS)
+    (tmp_path / "diabetes").symlink_to(models / "diabetes", target_is_directory=True)
+    server = serve(tmp_path, *PROCESS)
     assert server.post("/predict/diabetes", json={"inputs": [[0.1] * 10]}).status_code == 200
     assert server.get("/health").json()["status"] == "ok"
     assert server.get("/v2/models/diabetes").json()["name"] == "diabetes"
-    assert len(server.get("/models").json()["models"]) >= 4
+    assert [model["name"] for model in server.get("/models").json()["models"]] == ["diabetes"]
     assert server.metric("requests_total", model="diabetes", code="200") == 1
     assert server.metric("model_state", model="diabetes", state="ready") == 1
     assert server.metric("instances", model="diabetes") >= 1
@@ -123,58 +160,32 @@ def test_mains_import_nothing_that_others_need(module: str, unwanted: tuple[str,
     assert run.stderr.split() == []
 
 
-def test_connections_spread_over_web_processes(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m"), *PROCESS)
-    web = find(server, WEB)
-    idle = [open_sockets(pid) for pid in web]
-
-    async def connect() -> list[int]:
-        clients = [await Client.connect(server.port) for _ in range(32)]
-        # Every connection is accepted once it has an answer.
-        for client in clients:
-            assert (await client.post("/predict/m", json.dumps(ROW).encode())).status == 200
-        shares = [open_sockets(pid) - before for pid, before in zip(web, idle, strict=True)]
-        assert sum(shares) == 32
-        for client in clients:
-            await client.close()
-        return shares
-
-    # Both take turns by the millisecond. A busy machine may favour one for a round, and not for eight.
-    rounds = []
-    for _ in range(8):
-        wait_until(lambda: [open_sockets(pid) for pid in web] == idle, "earlier connections are closed")
-        rounds.append(asyncio.run(connect()))
-    assert min(map(sum, zip(*rounds, strict=True))) >= 8 * 12, rounds
-
-
-def test_an_engine_that_is_killed_under_load_fails_no_request(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=2), *PROCESS)
-    load = Load(server)
+def test_an_engine_that_is_killed_under_load_fails_no_request(shared: Server) -> None:
+    load = Load(shared, "killed")
+    before = shared.metric("engine_restarts_total")
 
     async def kill_twice() -> None:
         for _ in range(2):
             await load.answered(50)
-            (pid,) = await asyncio.to_thread(find, server, ENGINE)
+            (pid,) = await asyncio.to_thread(find, shared, ENGINE)
             os.kill(pid, signal.SIGKILL)
             await load.answered(50)
 
     asyncio.run(load.run(kill_twice()))
     assert set(load.statuses) == {200}
     assert load.lost == 0
-    assert server.metric("engine_restarts_total") == 2
-    assert server.get("/health/ready").status_code == 200
+    assert shared.metric("engine_restarts_total") == before + 2
+    assert shared.get("/health/ready").status_code == 200
 
 
-def test_a_request_that_crashes_its_engine_twice_is_refused_and_others_are_answered(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    server = serve(make_chaos("m", run_ms=2), *ONE_WEB)
-    load = Load(server)
+def test_a_request_that_crashes_its_engine_twice_is_refused_and_others_are_answered(shared: Server) -> None:
+    load = Load(shared, "crashing")
 
     async def poison() -> None:
         await load.answered(50)
-        client = await Client.connect(server.port)
-        reply = await client.post("/predict/m", json.dumps({"inputs": [[chaos.CRASH, 0, 0, 0]]}).encode())
+        client = await Client.connect(shared.port)
+        body = json.dumps({"inputs": [[chaos.CRASH, 0, 0, 0]]}).encode()
+        reply = await client.post("/predict/crashing", body)
         assert (reply.status, json.loads(reply.body)["code"]) == (500, "model_crashed")
         await client.close()
         await load.answered(50)
@@ -182,45 +193,19 @@ def test_a_request_that_crashes_its_engine_twice_is_refused_and_others_are_answe
     asyncio.run(load.run(poison()))
     assert set(load.statuses) == {200}
     assert load.lost == 0
-    (line,) = [line for line in server.log if "twice" in line["message"] and "request" in line["message"]]
+    (line,) = [line for line in shared.log if re.search("crashing/1 .* request .* twice", line["message"])]
     assert str(chaos.CRASH) not in line["message"]
 
 
-def test_a_version_that_crashes_again_and_again_gets_an_engine_of_its_own(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    make_chaos("bad")
-    server = serve(make_chaos("m", run_ms=2), *ONE_WEB)
-    load = Load(server)
-
-    async def poison() -> None:
-        await load.answered(50)
-        body = json.dumps({"inputs": [[chaos.CRASH, 0, 0, 0]]}).encode()
-        client = await Client.connect(server.port)
-        for _ in range(2):  # each request ends two engines
-            assert (await client.post("/predict/bad", body)).status == 500
-        await client.close()
-        await asyncio.to_thread(wait_until, lambda: len(find(server, ENGINE)) == 2, "it has its own engine")
-
-    asyncio.run(load.run(poison()))
-    assert set(load.statuses) == {200}
-    assert load.lost == 0
-    wait_until(lambda: server.post("/predict/bad", json=ROW).status_code == 200, "the other version answers")
-    assert server.post("/predict/m", json=ROW).json()["outputs"]["sum"] == SUM
-    assert server.stop() == 0
-
-
-def test_an_engine_that_has_lost_its_device_ends_and_fails_no_other_request(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
+def test_an_engine_that_has_lost_its_device_ends_and_fails_no_other_request(shared: Server) -> None:
     """As after a fault on a GPU: every later call of the process fails, so that another one has to run."""
-    server = serve(make_chaos("m", run_ms=2), *ONE_WEB)
-    load = Load(server)
+    load = Load(shared, "lost")
+    before = shared.metric("engine_restarts_total")
 
     async def lose() -> None:
         await load.answered(50)
-        client = await Client.connect(server.port)
-        reply = await client.post("/predict/m", json.dumps({"inputs": [[chaos.LOSE, 0, 0, 0]]}).encode())
+        client = await Client.connect(shared.port)
+        reply = await client.post("/predict/lost", json.dumps({"inputs": [[chaos.LOSE, 0, 0, 0]]}).encode())
         assert (reply.status, json.loads(reply.body)["code"]) == (500, "model_crashed")
         await client.close()
         await load.answered(50)
@@ -228,14 +213,11 @@ def test_an_engine_that_has_lost_its_device_ends_and_fails_no_other_request(
     asyncio.run(load.run(lose()))
     assert set(load.statuses) == {200}
     assert load.lost == 0
-    assert server.metric("engine_restarts_total") == 2
-    assert any("cpu is lost: an earlier run has broken it" in line["message"] for line in server.log)
+    assert shared.metric("engine_restarts_total") == before + 2
+    assert any("cpu is lost: an earlier run has broken it" in line["message"] for line in shared.log)
 
 
-def test_large_binary_bodies_are_answered_whatever_engine_reads_them(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    server = serve(make_chaos("m", row=[40_000], run_ms=2), *ONE_WEB)
+def test_large_binary_bodies_are_answered_whatever_engine_reads_them(shared: Server) -> None:
     rows = np.random.default_rng(1).integers(0, 9, (3, 40_000)).astype(np.float32)
     fields = {
         "name": "x",
@@ -248,18 +230,18 @@ def test_large_binary_bodies_are_answered_whatever_engine_reads_them(
     np.save(array, rows)
     length = ("inference-header-content-length", str(len(header)))
     bodies = [
-        ("/v2/models/m/infer", dict([length]), header + rows.tobytes()),
-        ("/v2/models/m/infer", {length[0]: "0"}, rows[:1].tobytes()),
-        ("/predict/m", {"content-type": "application/x-npy"}, array.getvalue()),
+        ("/v2/models/wide/infer", dict([length]), header + rows.tobytes()),
+        ("/v2/models/wide/infer", {length[0]: "0"}, rows[:1].tobytes()),
+        ("/predict/wide", {"content-type": "application/x-npy"}, array.getvalue()),
     ]
 
     async def ask(client: Client, number: int) -> None:
         for turn, (path, headers, body) in enumerate(bodies * 5):
             if (number, turn) == (0, 4):
-                os.kill(find(server, ENGINE)[0], signal.SIGKILL)
+                os.kill(find(shared, ENGINE)[0], signal.SIGKILL)
             reply = await client.post(path, body, headers)
             assert reply.status == 200, reply.body
-            if path == "/predict/m":
+            if path == "/predict/wide":
                 found = json.loads(reply.body)["outputs"]["sum"]
             elif length[0] in reply.headers:
                 found = np.frombuffer(reply.body[int(reply.headers[length[0]]) :]).tolist()
@@ -268,7 +250,55 @@ def test_large_binary_bodies_are_answered_whatever_engine_reads_them(
             assert len(found) >= 1
             assert found == chaos.expected(rows).tolist()[: len(found)]
 
-    asyncio.run(with_clients(server.port, 4, ask))
+    asyncio.run(with_clients(shared.port, 4, ask))
+
+
+def test_a_web_process_that_is_killed_costs_only_its_own_clients(shared: Server) -> None:
+    load = Load(shared, "alive")
+    before = find(shared, WEB)
+
+    async def kill() -> None:
+        await load.answered(50)
+        before.sort(key=open_sockets)  # the last one has most clients
+        os.kill(before[1], signal.SIGKILL)
+        await asyncio.to_thread(
+            wait_until, lambda: len(set(find(shared, WEB)) - {before[1]}) == 2, "there is another web process"
+        )
+        await load.answered(50)
+        assert before[0] in find(shared, WEB)
+
+    asyncio.run(load.run(kill()))
+    assert set(load.statuses) == {200}
+    # A client loses one connection at most.
+    assert 1 <= load.lost <= 8
+    assert shared.metric("web_restarts_total") == 1
+
+
+def test_a_version_that_crashes_again_and_again_gets_an_engine_of_its_own(shared: Server) -> None:
+    load = Load(shared, "alive")
+
+    async def crash() -> None:
+        await load.answered(50)
+        body = json.dumps({"inputs": [[chaos.CRASH, 0, 0, 0]]}).encode()
+        client = await Client.connect(shared.port)
+        for _ in range(2):  # each request ends two engines
+            assert (await client.post("/predict/bad", body)).status == 500
+        await client.close()
+        await asyncio.to_thread(wait_until, lambda: len(find(shared, ENGINE)) == 2, "it has its own engine")
+
+    asyncio.run(load.run(crash()))
+    assert set(load.statuses) == {200}
+    assert load.lost == 0
+    wait_until(lambda: shared.post("/predict/bad", json=ROW).status_code == 200, "the other version answers")
+    assert shared.post("/predict/alive", json=ROW).json()["outputs"]["sum"] == SUM
+
+
+def test_everything_ends_with_the_supervisor(shared: Server) -> None:
+    """The last test of this server."""
+    pids = children(shared)
+    assert len(pids) >= 3  # a spare engine may have started, too
+    shared.process.kill()
+    wait_until(lambda: not any(map(lives, pids)), "all children end")
 
 
 def test_a_run_that_does_not_stop_ends_its_engine_and_fails_no_other_request(
@@ -276,6 +306,7 @@ def test_a_run_that_does_not_stop_ends_its_engine_and_fails_no_other_request(
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
+    make_chaos("other")
     server = serve(make_chaos("m", run_ms=2, run_gate=str(gate)), *ONE_WEB, "--run-timeout-s", "2")
     load = Load(server)
 
@@ -293,28 +324,10 @@ def test_a_run_that_does_not_stop_ends_its_engine_and_fails_no_other_request(
     assert load.lost == 0
     # Another instance may have answered them before this run counts as hung.
     server.wait_for_metric("engine_restarts_total", at_least=1)
-
-
-def test_a_web_process_that_is_killed_costs_only_its_own_clients(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=2), *PROCESS)
-    load = Load(server)
-    before = find(server, WEB)
-
-    async def kill() -> None:
-        await load.answered(50)
-        before.sort(key=open_sockets)  # the last one has most clients
-        os.kill(before[1], signal.SIGKILL)
-        await asyncio.to_thread(
-            wait_until, lambda: len(set(find(server, WEB)) - {before[1]}) == 2, "there is another web process"
-        )
-        await load.answered(50)
-        assert before[0] in find(server, WEB)
-
-    asyncio.run(load.run(kill()))
-    assert set(load.statuses) == {200}
-    # A client loses one connection at most.
-    assert 1 <= load.lost <= 8
-    assert server.metric("web_restarts_total") == 1
+    server.wait_for("ended with status 70")
+    assert any("engine cpu ends: m/1: 1 of " in line["message"] for line in server.log)
+    assert server.post("/predict/other", json=ROW).json()["outputs"]["sum"] == SUM
+    assert server.stop() == 0
 
 
 def test_a_web_process_that_starts_while_the_engine_loads_keeps_requests_for_it(
@@ -345,14 +358,6 @@ def test_a_web_process_that_starts_while_the_engine_loads_keeps_requests_for_it(
     asyncio.run(ask())
     assert server.metric("web_restarts_total") == 2
     assert server.stop() == 0
-
-
-def test_everything_ends_with_the_supervisor(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m"), *ONE_WEB)
-    pids = children(server)
-    assert len(pids) >= 2  # a spare engine may have started, too
-    server.process.kill()
-    wait_until(lambda: not any(map(lives, pids)), "all children end")
 
 
 def test_a_hangup_outlives_the_engine_that_was_to_look_and_what_an_admin_asked_is_refused(
@@ -443,21 +448,6 @@ def test_a_run_that_does_not_end_holds_up_the_end_no_longer_than_the_drain_timeo
     moments = {line["message"]: datetime.fromisoformat(line["time"]) for line in server.log}
     drained = moments["a model was still running when the drain timeout ended"] - moments["SIGTERM: draining"]
     assert 1 <= drained.total_seconds() < 30  # one for the requests, one for the model; the run has no end
-
-
-def test_a_load_without_end_fails_its_version_only(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    make_chaos("endless", gate=str(gate))
-    server = serve(make_chaos("good"), *ONE_WEB, "--load-timeout-s", "1")
-    wait_until(
-        lambda: server.get("/models/endless").json()["versions"][0]["state"] == "failed", "it has failed"
-    )
-    assert "--load-timeout-s" in server.get("/models/endless").json()["versions"][0]["reason"]
-    wait_until(lambda: server.post("/predict/good", json=ROW).status_code == 200, "the other model answers")
-    assert server.stop() == 0
 
 
 def test_sigterm_while_an_engine_is_stuck_in_a_load_ends_with_the_usual_status(

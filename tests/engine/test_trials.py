@@ -20,13 +20,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve, chaos_in
 from tests.engine.processes import ENGINE, WEB, find
 from tests.server import Server, wait_until
 
 GOOD = {"inputs": [[1.0, 2.0, 3.0, 4.0]]}
 LEAST, MOST = -(2**63), 2**63 - 1
-PAUSE_S = 0.01
+PAUSE_S = 0.03
 
 
 def info(name: str, kind: int, shape: list[int | str]) -> onnx.ValueInfoProto:
@@ -189,6 +189,25 @@ def unharmed(module_serve: Serve, weights: dict[str, Path]) -> Server:
     return module_serve(repository, "--engine", "process", "--web-processes", "1")
 
 
+@pytest.fixture(scope="module")
+def replaced(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> tuple[Server, Path]:
+    """A server whose processes the tests replace, and its repository: all models are ready afterwards."""
+    repository = tmp_path_factory.mktemp("replaced")
+    chaos_in(repository)("good")
+    write_outside(repository)
+    folder = save(
+        repository,
+        "named",
+        [helper.make_node("Identity", ["x"], ["y"])],
+        [info("x", TensorProto.FLOAT, ["batch", 2])],
+        [info("y", TensorProto.FLOAT, ["batch", 2])],
+    ).parent
+    (folder / "model.toml").write_text("[labels]\ntop_k = 1\n")
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    flags = ("--engine", "process", "--web-processes", "1", "--admin-routes", "on")
+    return module_serve(repository, *flags), repository
+
+
 def test_a_recurrent_network_without_steps_costs_nobody_else_anything(unharmed: Server) -> None:
     with good_requests(unharmed):
         bodies: list[dict[str, Any]] = [
@@ -284,10 +303,9 @@ def test_a_model_that_keeps_crashing_even_in_an_engine_of_its_own_fails_with_the
 
 
 def test_while_its_engine_restarts_a_model_takes_requests_and_health_tells(
-    start: Any, repository: Path
+    replaced: tuple[Server, Path],
 ) -> None:
-    write_ratio(repository)
-    server = start()
+    server, _ = replaced
     [version] = server.get("/models/good").json()["versions"]
     seen: list[dict[str, Any]] = []
 
@@ -301,18 +319,19 @@ def test_while_its_engine_restarts_a_model_takes_requests_and_health_tells(
 
     os.kill(version["engine"]["pid"], 9)
     wait_until(watch, "the server is ready again")
-    assert seen[0]["problems"] == dict.fromkeys(("good/1", "ratio/1"), "its engine is being restarted")
+    models = ("good/1", "named/1", "outside/1")
+    assert seen[0]["problems"] == dict.fromkeys(models, "its engine is being restarted")
     [after] = server.get("/models/good").json()["versions"]
-    assert after["engine"]["restarts"] == 1
+    assert after["engine"]["restarts"] == version["engine"]["restarts"] + 1
     assert after["engine"]["pid"] != version["engine"]["pid"]
 
 
 def test_an_engine_that_replaces_another_loads_nothing_that_was_written_since(
-    start: Any, repository: Path
+    replaced: tuple[Server, Path],
 ) -> None:
-    folder = write_outside(repository)
+    server, repository = replaced
+    folder = repository / "outside" / "1"
     weights = folder / "weights.bin"
-    server = start("--admin-routes", "on")
     body = {"inputs": [[1.0] * 64]}
 
     def version() -> dict[str, Any]:
@@ -344,16 +363,18 @@ def test_an_engine_that_replaces_another_loads_nothing_that_was_written_since(
         wait_until(lambda: version()["state"] == "ready", "the new content is loaded")
         assert version()["batching"]["max_rows"] == 1
         assert server.post("/predict/outside", json=body).json()["outputs"] == {"y": [[0.0] * 64]}
-    assert server.stop() == 0
 
 
 def test_a_file_that_kills_or_blocks_the_loader_is_a_failed_version(
-    start: Any, make_chaos: MakeChaos
+    start: Any, make_chaos: MakeChaos, tmp_path: Path
 ) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
     make_chaos("bad", load_crashes=True)
     make_chaos("blocking", load_holds=True)
-    make_chaos("next")  # loads after these two
-    server = start("--load-timeout-s", "4")
+    make_chaos("endless", gate=str(gate))
+    make_chaos("next")  # loads after these three
+    server = start("--load-timeout-s", "3")
 
     def state(model: str) -> tuple[str, str]:
         [version] = server.get(f"/models/{model}").json()["versions"]
@@ -362,33 +383,27 @@ def test_a_file_that_kills_or_blocks_the_loader_is_a_failed_version(
     def has_failed(model: str) -> bool:
         return state(model)[0] == "failed"
 
-    for model, expected in (("bad", "ended the engine 2 times"), ("blocking", "--load-timeout-s (4 s)")):
+    for model, expected in (
+        ("bad", "ended the engine 2 times"), ("blocking", "--load-timeout-s (3 s)"),
+        ("endless", "--load-timeout-s (3 s)"),
+    ):  # fmt: skip
         wait_until(partial(has_failed, model), f"the version of {model} has failed")
         assert expected in state(model)[1]
     assert "SIGSEGV" in state("bad")[1]
     wait_until(lambda: server.get("/health/ready").status_code == 200, "the server is ready")
     health = server.get("/health").json()
-    reasons = {f"{model}/1": state(model)[1] for model in ("bad", "blocking")}
+    reasons = {f"{model}/1": state(model)[1] for model in ("bad", "blocking", "endless")}
     assert (health["status"], health["problems"]) == ("degraded", reasons)
     for model in ("good", "next"):
         assert server.post(f"/predict/{model}", json=GOOD).status_code == 200
-    for model in ("bad", "blocking"):
+    for model in ("bad", "blocking", "endless"):
         refused = server.post(f"/predict/{model}", json=GOOD)
         assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
 
 
-def test_labels_that_change_on_disk_change_no_prediction(start: Any, repository: Path) -> None:
+def test_labels_that_change_on_disk_change_no_prediction(replaced: tuple[Server, Path]) -> None:
     """Not even after the only web process has been replaced."""
-    folder = save(
-        repository,
-        "named",
-        [helper.make_node("Identity", ["x"], ["y"])],
-        [info("x", TensorProto.FLOAT, ["batch", 2])],
-        [info("y", TensorProto.FLOAT, ["batch", 2])],
-    ).parent
-    (folder / "model.toml").write_text("[labels]\ntop_k = 1\n")
-    (folder / "labels.txt").write_text("cat\ndog\n")
-    server = start()
+    server, repository = replaced
 
     def label() -> str:
         answer = server.post("/predict/named", json={"inputs": [[1.0, 2.0]]})
@@ -396,17 +411,17 @@ def test_labels_that_change_on_disk_change_no_prediction(start: Any, repository:
         return str(answer.json()["predictions"][0][0]["label"])
 
     assert label() == "dog"
-    (folder / "labels.txt").write_text("written\nsince\n")
+    (repository / "named" / "labels.txt").write_text("written\nsince\n")
     before = find(server, WEB)
     [process] = before
     os.kill(process, 9)
 
-    def replaced() -> bool:
+    def is_replaced() -> bool:
         now = find(server, WEB)
         with contextlib.suppress(httpx.TransportError):
             return len(now) == 1 and now != before and server.get("/health/ready").is_success
         return False
 
-    wait_until(replaced, "the web process is replaced")
+    wait_until(is_replaced, "the web process is replaced")
     assert {label() for _ in range(10)} == {"dog"}
     assert server.stop() == 0
