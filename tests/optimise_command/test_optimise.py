@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -238,5 +239,6 @@ def test_a_form_with_fewer_channels_is_trained_on_by_the_build_script(
         "structured-95": "cannot be made: ValueError: too few",
     }
     assert written["fine_tuning"]["epochs"] == 1
+    assert written["fine_tuning"]["tools"]["torch-pruning"] == version("torch-pruning")
     # Of 128 channels 64 stay in both, so the second is the first, made again from the same seed.
     assert (model / "2" / "model.onnx").read_bytes() == made["structured-50"] == made["structured-51"]

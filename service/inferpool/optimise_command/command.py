@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 PROVENANCE_FILE: Final = "provenance.json"
 _ORIGINAL: Final = "original"
 _GOOD: Final = "good"
+_STRUCTURED: Final = "structured"
 _TOOLS: Final = ("onnx", "onnxruntime", "numpy")
 
 
@@ -150,7 +151,7 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
             return [*lines, "nothing is written: no form is faster and within the goal"]
         if chosen["no_write"]:
             return [*lines, f"{best.name} is the best form; nothing is written"]
-        written = _write(source, files[best.name], best, table, chosen, rows)
+        written = _write(source, files[best.name], best, table, chosen, rows, parent / _STRUCTURED)
         return [*lines, f"{best.name} is version {source.newest + 1}: {written}"]
 
 
@@ -191,7 +192,7 @@ def _measured(
             reasons[candidate.name] = f"cannot be made: {_first_line(error)}"
     if chosen["epochs"] is not None:
         _say("pruning and fine-tuning")
-        work = _new(parent, "structured")
+        work = _new(parent, _STRUCTURED)
         made, failed = structured_forms.make_structured(
             source, batches[0], work, chosen["epochs"], chosen["seed"]
         )
@@ -319,6 +320,7 @@ def _write(
     table: Sequence[_Row],
     chosen: Mapping[str, Any],
     rows: LabelledRows,
+    structured: Path,
 ) -> Path:
     """Write the form as a version; the folder appears complete."""
     target = source.folder / str(source.newest + 1)
@@ -328,7 +330,7 @@ def _write(
         "goal": chosen["goal"],
         "seed": chosen["seed"],
         "calibration_rows": chosen["calibration_rows"],
-        "fine_tuning": _fine_tuning(source, chosen["epochs"]),
+        "fine_tuning": _fine_tuning(source, chosen["epochs"], structured),
         "source": {"version": source.number, "sha256": _digest(source.file)},
         "data": {"name": chosen["data"].name, "sha256": rows.digest, "rows": len(rows.targets)},
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
@@ -344,10 +346,13 @@ def _write(
     return target
 
 
-def _fine_tuning(source: SourceModel, epochs: int | None) -> dict[str, Any] | None:
+def _fine_tuning(source: SourceModel, epochs: int | None, structured: Path) -> dict[str, Any] | None:
+    from inferpool.optimise_command.structured_forms import read_tools
+
     if epochs is None:
         return None
-    return {"epochs": epochs, "build_script_sha256": _digest(source.folder / BUILD_SCRIPT)}
+    digest = _digest(source.folder / BUILD_SCRIPT)
+    return {"epochs": epochs, "build_script_sha256": digest, "tools": read_tools(structured)}
 
 
 def _as_json(row: _Row) -> dict[str, Any]:

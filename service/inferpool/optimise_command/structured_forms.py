@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -28,6 +28,7 @@ PERCENTS: Final = (25, 50)
 """Of the channels of each layer, how many are removed."""
 MOST_EPOCHS: Final = 1000
 _SCRIPT: Final = "structured_pruning.py"
+_RESULT: Final = "result.json"
 
 
 def form_name(percent: int) -> str:
@@ -64,8 +65,7 @@ def make_structured(
         also=build,
     )
     fault = _run(command, work / "script.log")
-    failures = work / "failures.json"
-    reasons = json.loads(failures.read_text()) if failures.is_file() else {}
+    reasons = _result(work).get("failures", {})
     files, failed = {}, {}
     for percent in PERCENTS:
         file, name = work / str(percent) / "model.onnx", form_name(percent)
@@ -75,6 +75,18 @@ def make_structured(
         else:
             failed[name] = f"cannot be made: {reason or 'no file was written'}"
     return files, failed
+
+
+def read_tools(work: Path) -> dict[str, str]:
+    """Return the versions of the packages that made the forms in `work`."""
+    tools: dict[str, str] = _result(work).get("tools", {})
+    return tools
+
+
+def _result(work: Path) -> dict[str, Any]:
+    file = work / _RESULT
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
 def _run(command: list[str], log: Path) -> str | None:

@@ -13,12 +13,14 @@
     structured_pruning.py BUILD.py VERSION.onnx ROWS.npz OUT EPOCHS SEED PERCENT…
 
 Imports the build script, which runs its code. For each PERCENT, `OUT/PERCENT/model.onnx` is written, or
-`OUT/failures.json` has the reason. ROWS.npz has the inputs of some rows as `in:NAME`, and what the version
-answers to them as `out:NAME`. Torch-Pruning finds the layers that depend on each other.
+`OUT/result.json` has the reason; it also has the versions of the tools. ROWS.npz has the inputs of some rows
+as `in:NAME`, and what the version answers to them as `out:NAME`. Torch-Pruning finds the layers that depend
+on each other.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -45,6 +47,7 @@ STATED_DIFFERENCE: Final = 1e-3
 """Of the largest answer: `load_network` returns another network if its answers differ by more."""
 WIDTH: Final = 16
 """Channels that one instruction computes: 24 take longer than 32 in convolutions of ONNX Runtime."""
+_TOOLS: Final = ("torch", "torch-pruning", "onnx")
 _FUNCTIONS: Final = ("load_network", "fine_tune")
 
 
@@ -63,8 +66,7 @@ class Version:
     def __init__(self, file: Path, rows: Path) -> None:
         self.folder = file.parent
         graph = onnx.load(file, load_external_data=False).graph
-        constants = {tensor.name for tensor in graph.initializer}
-        inputs = [each for each in graph.input if each.name not in constants]
+        inputs = inputs_of(graph)
         self.inputs = [each.name for each in inputs]
         self.outputs = [each.name for each in graph.output]
         self.varying = {
@@ -76,6 +78,12 @@ class Version:
         with np.load(rows, allow_pickle=False) as loaded:
             self.rows = {name: loaded[f"in:{name}"] for name in self.inputs}
             self.answers = {name: loaded[f"out:{name}"] for name in self.outputs}
+
+
+def inputs_of(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs of a graph; old files list their weights among them."""
+    constants = {tensor.name for tensor in graph.initializer}
+    return [each for each in graph.input if each.name not in constants]
 
 
 class InOrder(torch.nn.Module):  # type: ignore[misc]  # the package has no types here
@@ -91,7 +99,7 @@ class InOrder(torch.nn.Module):  # type: ignore[misc]  # the package has no type
 
 
 def main(script: Path, version: Version, out: Path, epochs: int, seed: int, percents: list[int]) -> None:
-    """Make each form; whatever fails, the reason is in `failures.json`."""
+    """Make each form; whatever fails, the reason is in `result.json`."""
     torch.use_deterministic_algorithms(True)
     failures = {}
     for percent in percents:
@@ -105,7 +113,8 @@ def main(script: Path, version: Version, out: Path, epochs: int, seed: int, perc
         except BaseException as error:  # noqa: BLE001 - the code of others raises anything, and may exit
             text = " ".join(str(error).split())[:400]
             failures[percent] = text if isinstance(error, SystemExit) else f"{type(error).__name__}: {text}"
-    (out / "failures.json").write_text(json.dumps(failures))
+    tools = {name: importlib.metadata.version(name) for name in _TOOLS}
+    (out / "result.json").write_text(json.dumps({"failures": failures, "tools": tools}))
 
 
 def import_script(file: Path) -> ModuleType:
@@ -144,8 +153,10 @@ def make(build: ModuleType, version: Version, folder: Path, epochs: int, seed: i
         export_module(
             InOrder(network), version.rows, version.outputs, folder, varying=version.varying, in_order=True
         )
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    named = [each.name for each in graph.input], [each.name for each in graph.output]
+    made = onnx.load(folder / "model.onnx")
+    if len(list(folder.iterdir())) > 1:
+        onnx.save(made, folder / "model.onnx")  # a form is one file
+    named = [each.name for each in inputs_of(made.graph)], [each.name for each in made.graph.output]
     if named != (version.inputs, version.outputs):
         sys.exit(f"the exported file has inputs and outputs {named}, not {version.inputs, version.outputs}")
 
