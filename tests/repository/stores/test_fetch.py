@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from inferpool.errors import StoreError, StoreUnreachable
+from inferpool.errors import Forbidden, StoreError, StoreUnreachable
 from inferpool.repository.stores import content_cache, downloader, fetch
 from inferpool.repository.stores.fetch import Fetched
 from inferpool.repository.stores.reference import StoreReference, parse_repository
+from inferpool.repository.stores.version_fetch import MADE, WantedVersion, fetch_version
 
 from tests.repository.stores.archives import files_below, tar_of
 from tests.repository.stores.web_server import WebServer, web_server
@@ -245,12 +246,12 @@ def test_a_single_model_file_is_served_under_its_name(server: WebServer, tmp_pat
     }
 
 
-def test_a_model_of_the_hub(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server answers as the hub's interface does: a revision, pages of its files, and the files."""
-    monkeypatch.setenv("HF_ENDPOINT", f"http://{server.address}")
-    monkeypatch.setenv("HF_TOKEN", "hf_hidden")
-    server.required = "Bearer hf_hidden"
-    tokenizer, commit = b'{"version": "1.0"}', "c" * 40
+def put_on_hub(server: WebServer, tokenizer: bytes) -> str:
+    """Let the server answer as the hub's interface does: a revision, pages of its files, and the files.
+
+    Returns the path of the tokenizer.
+    """
+    commit = "c" * 40
     git = hashlib.sha1(b"blob %d\0" % len(tokenizer) + tokenizer, usedforsecurity=False).hexdigest()
     large = {"oid": hashlib.sha256(MODEL).hexdigest(), "size": len(MODEL)}
     tree = f"/api/models/me/small/tree/{commit}?recursive=true"
@@ -268,6 +269,15 @@ def test_a_model_of_the_hub(server: WebServer, tmp_path: Path, monkeypatch: pyte
     }
     server.files[f"/me/small/resolve/{commit}/onnx/model.onnx"] = MODEL
     server.files[f"/me/small/resolve/{commit}/tokenizer.json"] = tokenizer
+    return f"/me/small/resolve/{commit}/tokenizer.json"
+
+
+def test_a_model_of_the_hub(server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{server.address}")
+    monkeypatch.setenv("HF_TOKEN", "hf_hidden")
+    server.required = "Bearer hf_hidden"
+    tokenizer = b'{"version": "1.0"}'
+    path = put_on_hub(server, tokenizer)
     server.cuts, server.cut_after = 2, 5000
     result = fetched("hf://me/small", tmp_path)
     assert result.path.name == "small"
@@ -275,7 +285,7 @@ def test_a_model_of_the_hub(server: WebServer, tmp_path: Path, monkeypatch: pyte
     assert fetched("hf://me/small", tmp_path).fetched_bytes == 0
     chosen = fetched("hf://me/small/onnx/model.onnx", tmp_path)
     assert (chosen.fetched_bytes, files_below(chosen.path)) == (0, files_below(result.path))
-    server.files[f"/me/small/resolve/{commit}/tokenizer.json"] = tokenizer.replace(b"1", b"2")
+    server.files[path] = tokenizer.replace(b"1", b"2")
     with pytest.raises(StoreError, match=r"tokenizer\.json: it arrived damaged"):
         fetched("hf://me/small", tmp_path / "other")
 
@@ -344,3 +354,34 @@ def test_a_registry_gives_a_token_for_a_password(
         "1/model.onnx": MODEL
     }
     assert b"hidden" not in b"".join(files_below(tmp_path / "c").values())
+
+
+def laid_out(source: str, prefix: str, model: str, tmp_path: Path) -> dict[str, bytes]:
+    """The files of version 3 of a new model that is loaded from a source below `prefix`."""
+    repository, staging = tmp_path / "models", tmp_path / "models" / ".inferpool-incoming-1"
+    repository.mkdir(parents=True)
+    wanted = WantedVersion(
+        source, (prefix,), model, 3, str(repository), str(repository / model), str(tmp_path / "cache"),
+        str(staging),
+    )  # fmt: skip
+    result = fetch_version(wanted, lambda fetched, expected: None)
+    assert (result.version, result.target) == (3, str(repository / model))
+    return files_below(staging / MADE)
+
+
+def test_a_version_is_loaded_from_the_hub(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{server.address}")
+    put_on_hub(server, b"{}")
+    assert laid_out("hf://me/small", "hf://me", "texts", tmp_path) == {
+        "3/model.onnx": MODEL, "tokenizer.json": b"{}"
+    }  # fmt: skip
+    with pytest.raises(Forbidden, match="hf://me/small is not below a prefix"):
+        laid_out("hf://me/small", "hf://you", "texts", tmp_path / "other")
+
+
+def test_a_version_is_loaded_from_a_registry(server: WebServer, tmp_path: Path) -> None:
+    layers_of(server, (MODEL, titled("digits/3/model.onnx")), (b"old", titled("digits/1/model.onnx")))
+    team = f"oci://{server.address}/a"
+    assert laid_out(f"{team}/digits:v1", team, "digits", tmp_path) == {"3/model.onnx": MODEL}

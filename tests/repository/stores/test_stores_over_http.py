@@ -124,6 +124,27 @@ def test_s3_is_served_watched_and_fetched_once(serve: Serve, s3: Started, tmp_pa
     again.wait_for("unchanged since .*, 0 bytes fetched")
 
 
+def test_a_version_is_loaded_from_s3(serve: Serve, s3: Started, tmp_path: Path) -> None:
+    httpx.put(f"http://{s3.address}/new").raise_for_status()
+    config = {"endpoint": f"http://{s3.address}", "access_key_id": "key", "secret_access_key": SECRET}
+    store = S3Store("new", config=config, client_options={"allow_http": True})
+    for version in (2, 3):
+        obstore.put(store, f"team/m/{version}/model.onnx", shift(tmp_path, version, float(version)))
+    write_shift(tmp_path / "models", "m", 1, 1.0)
+    variables = {**s3_variables(s3), "INFERPOOL_CACHE_DIR": str(tmp_path / "cache")}
+    server = serve(
+        tmp_path / "models", "--engine", "in-process", "--admin-routes", "on", "--load-from", "s3://new/team",
+        **variables,
+    )  # fmt: skip
+    job = server.post("/models/m/load", json={"from": "s3://new/team/m/2"}).json()
+    wait_until(lambda: server.get(f"/jobs/{job['id']}").json()["state"] == "done", "the job ends")
+    assert answer(server, "m") == ("2", 3.0)
+    assert not (tmp_path / "models" / "m" / "3").exists()
+    reply = server.post("/models/m/load", json={"from": "s3://new/others/m/3"})
+    assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
+    assert SECRET not in json.dumps(server.log)
+
+
 @pytest.fixture
 def gs() -> Iterator[str]:
     """The address of a server for Google Cloud Storage with an empty bucket `models`."""

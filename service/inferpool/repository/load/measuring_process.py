@@ -39,6 +39,8 @@ PROCESS_BYTES: Final = 256 * 2**20
 """Memory of the process beside the model: the interpreter and a runtime."""
 LOOK_S: Final = 0.1
 """Pause between two looks whether anybody still waits for the load."""
+SHARE_LOOKS: Final = 10
+"""Every so many of them, the times of the process are read as well, which takes longer."""
 END_S: Final = 5.0
 """How long a process that has closed its socket may take to end."""
 PATIENCE_S: Final = 5.0
@@ -193,6 +195,7 @@ def _try(
 def _follow(
     child: Child, waiting: _Waiting, share: CoreShare | None, limit_s: float
 ) -> Mapping[str, str] | None:
+    looks = 0
     ready = select.poll()
     ready.register(child.control, select.POLLIN)
     while True:
@@ -211,9 +214,10 @@ def _follow(
             raise LoadCancelled("the load was cancelled")
         elif waiting.clock() >= waiting.ends:
             raise LoadError(f"loading takes longer than {limit_s:g} s; --load-timeout-s allows more")
-        elif share is not None and share.is_starved(*core_times(child.pid)):
-            return None
         else:
+            looks += 1
+            if looks % SHARE_LOOKS == 0 and share is not None and share.is_starved(*core_times(child.pid)):
+                return None
             ready.poll(1000 * LOOK_S)
 
 
