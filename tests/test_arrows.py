@@ -101,7 +101,10 @@ LIBRARIES = {
 """Who may import what; the names are how paths below `service/inferpool/` begin."""
 
 SEAM = ("inferpool.pool.pool", "inferpool.pool.router", "inferpool.pool.instance", "inferpool.backends",
-        "inferpool.repository.repository", "inferpool.repository.load", "onnxruntime", "torch")  # fmt: skip
+        "inferpool.repository.repository", "inferpool.repository.load",
+        "inferpool.repository.folder_contents", "inferpool.repository.wanted_versions",
+        "inferpool.repository.admin_jobs", "inferpool.repository.routing_decisions",
+        "onnxruntime", "torch")  # fmt: skip
 """The packages that the web side never imports."""
 
 
