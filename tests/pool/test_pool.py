@@ -236,12 +236,14 @@ def test_what_may_wait_follows_what_was_measured_last(bench: Callable[..., Bench
     entry = made.busy()
     made.go()
     made.outbox.take(1)
+    assert made.ran() == 1  # takes the pool's lock: the bounds follow the run after its result is out
     assert 2 * 8 * 5 <= made.pool.limits.queue_rows < 2 * 8 * 6
     for _ in range(200):
         made.pool.latency.observe(8, 30)
     made.offer(1)
     made.go()
     assert entry.id not in made.outbox.take(1)
+    assert made.ran() == 2
     assert made.pool.limits.queue_rows == 2 * 8, "a batch for each, however long it takes"
 
 
