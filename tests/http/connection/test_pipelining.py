@@ -78,7 +78,17 @@ def sums(*marks: float) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of the model `stuck` wait for it if their row says so."""
+    gate = tmp_path_factory.mktemp("gate") / "gate"
+    os.mkfifo(gate)
+    return gate
+
+
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos, gate: Path) -> Server:
+    module_make_chaos("slow", run_ms=200)
+    module_make_chaos("stuck", run_gate=str(gate), config="[batching]\nenabled = false")
     return module_serve(module_make_chaos("m", run_ms=1), "--max-body-bytes", "100000")
 
 
@@ -204,10 +214,10 @@ def test_the_limit_of_a_head_is_the_same_however_it_is_cut_into_pieces(wire: Wir
             assert other.answer()[0] == status
 
 
-def test_a_client_that_ends_its_side_gets_its_answers(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=200), "--measure-ms", "0")
-    whole = request(1) + LIVE + request(2)
-    for sent, count in ((request(1), 1), (whole, 3), (whole + request(3)[:-5], 3), (whole + "POST /pre", 3)):
+def test_a_client_that_ends_its_side_gets_its_answers(server: Server) -> None:
+    first, second, third = (request(mark, path="/predict/slow") for mark in (1, 2, 3))
+    whole = first + LIVE + second
+    for sent, count in ((first, 1), (whole, 3), (whole + third[:-5], 3), (whole + "POST /pre", 3)):
         with Wire(server) as wire:
             wire.send(sent)
             wire.socket.shutdown(socket.SHUT_WR)
@@ -224,15 +234,12 @@ def test_a_client_that_ends_its_side_gets_its_answers(serve: Serve, make_chaos: 
 
 
 def test_a_client_that_is_gone_is_noticed_though_it_might_only_have_ended_its_side(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+    server: Server, gate: Path
 ) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    server = serve(make_chaos("m", run_gate=str(gate), config="[batching]\nenabled = false"))
     with Wire(server) as first, Wire(server) as second:
-        first.send(request(chaos.WAIT))
+        first.send(request(chaos.WAIT, path="/predict/stuck"))
         server.wait_for_metric("in_flight_requests", at_least=1)
-        second.send(request(2))
+        second.send(request(2, path="/predict/stuck"))
         server.wait_for_metric("in_flight_requests", at_least=2)
     # The run of the first request has not ended.
     server.wait_for_metric("in_flight_requests", at_most=0)
