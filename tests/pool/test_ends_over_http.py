@@ -67,6 +67,14 @@ def endless(tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
+@pytest.fixture(scope="module")
+def turning(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server of the same model, with more time for the end than a test has."""
+    repository = tmp_path_factory.mktemp("turning")
+    onnx_models.save(turns(), repository / "turns" / "1")
+    return module_serve(repository, "--drain-timeout-s", "3600")
+
+
 def ask(server: Server, count: int, **parameters: float) -> httpx.Response:
     """Ask for a sum of `count` ones."""
     return server.post("/predict/turns", json={"inputs": [count], "parameters": parameters})
@@ -84,9 +92,8 @@ def hang_up(server: Server, model: str, rows: object) -> socket.socket:
     return connection
 
 
-def test_the_deadline_holds_while_the_model_runs(serve: Serve, endless: Path) -> None:
-    server = serve(endless)
-    server.wait_loaded()
+def test_the_deadline_holds_while_the_model_runs(turning: Server) -> None:
+    server = turning
     began = time.monotonic()
     reply = ask(server, ENDLESS, timeout_ms=500)
     assert (reply.status_code, reply.json()["code"]) == (504, "deadline_exceeded")
@@ -97,9 +104,8 @@ def test_the_deadline_holds_while_the_model_runs(serve: Serve, endless: Path) ->
     assert server.get("/health").json()["status"] == "ok"
 
 
-def test_a_run_ends_when_its_client_has_gone(serve: Serve, endless: Path) -> None:
-    server = serve(endless)
-    server.wait_loaded()
+def test_a_run_ends_when_its_client_has_gone(turning: Server) -> None:
+    server = turning
     with hang_up(server, "turns", [ENDLESS]):
         server.wait_for_metric("in_flight_requests", at_least=1)
         before = server.metric("instance_busy_seconds_total")
@@ -108,6 +114,15 @@ def test_a_run_ends_when_its_client_has_gone(serve: Serve, endless: Path) -> Non
         )  # it grows during the run
     server.wait_for_metric("dropped_entries_total", at_least=1, reason="disconnected")
     assert ask(server, 7).json()["outputs"]["total"] == [7]
+
+
+def test_a_second_signal_ends_the_server_while_a_model_runs(turning: Server) -> None:
+    """The second signal does not wait for the drain timeout. This is the last test of this server."""
+    with hang_up(turning, "turns", [ENDLESS]):
+        turning.wait_for_metric("in_flight_requests", at_least=1)
+        turning.process.send_signal(signal.SIGTERM)
+        turning.wait_for("draining")
+        assert turning.stop(START_S) == 1
 
 
 def test_a_run_that_takes_too_long_is_answered_so(serve: Serve, endless: Path) -> None:
@@ -191,35 +206,3 @@ def test_sigterm_ends_a_run_that_does_not_end(serve: Serve, endless: Path) -> No
         assert server.stop() == 1
         reply = connection.makefile("rb").read()
     assert reply == b"" or b'"draining"' in reply
-
-
-def test_a_second_signal_ends_the_server_while_a_model_runs(serve: Serve, endless: Path) -> None:
-    """The second signal does not wait for the drain timeout."""
-    server = serve(endless, "--drain-timeout-s", "3600")
-    server.wait_loaded()
-    with hang_up(server, "turns", [ENDLESS]):
-        server.wait_for_metric("in_flight_requests", at_least=1)
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_for("draining")
-        assert server.stop(START_S) == 1
-
-
-def test_a_run_that_does_not_stop_ends_its_engine_and_nothing_else(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    """The request is answered when its time is up; requests of the other model wait for the next engine."""
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    make_chaos("m", run_gate=str(gate))
-    server = serve(make_chaos("other"), "--engine", "process", "--run-timeout-s", "0.5")
-    server.wait_loaded()
-    reply = server.post("/predict/m", json={"inputs": [[chaos.WAIT, 2, 3, 4]]})
-    assert (reply.status_code, reply.json()["code"]) == (504, "run_timeout")
-    row = [[1.0, 2.0, 3.0, 4.0]]
-    for _ in range(2):
-        for model in ("m", "other"):
-            answer = server.post(f"/predict/{model}", json={"inputs": row})
-            assert answer.json()["outputs"]["sum"] == chaos.expected(np.array(row)).tolist()
-        server.wait_for("ended with status 70")
-    assert any("engine cpu ends: m/1: 1 of " in line["message"] for line in server.log)
-    assert server.stop() == 0

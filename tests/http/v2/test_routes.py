@@ -286,13 +286,20 @@ def test_an_output_that_is_not_a_tensor_is_returned_as_json_text(server: Server)
     assert [json.loads(text) for text in output["data"]] == [[1.0, 2.5]] * 2
 
 
-def test_the_document_has_an_example_that_runs_for_every_model(serve: Serve, tmp_path: Path) -> None:
-    repository = tmp_path / "models"
+@pytest.fixture(scope="module")
+def identities(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server of models that return their inputs."""
+    repository = tmp_path_factory.mktemp("models")
+    write_identity(repository, "words", ["BYTES"])
     write_identity(repository, "many", ["FP32", "INT8", "BOOL", "BYTES", "FP64"])
     write_identity(repository, "scalar", ["UINT64"], ())
     write_identity(repository, "a b+c", ["FP16"])
     write_identity(repository, "brain", ["BF16"])
-    server = serve(repository)
+    return module_serve(repository)
+
+
+def test_the_document_has_an_example_that_runs_for_every_model(identities: Server) -> None:
+    server = identities
     paths = server.get("/openapi.json").json()["paths"]
     ran = []
     for path, item in paths.items():
@@ -305,10 +312,7 @@ def test_the_document_has_an_example_that_runs_for_every_model(serve: Serve, tmp
     assert {"/predict/brain", "/v2/models/brain/infer"} <= set(ran)
 
 
-def test_more_strings_than_fit_are_refused_before_they_are_read(serve: Serve, tmp_path: Path) -> None:
-    repository = tmp_path / "models"
-    write_identity(repository, "words", ["BYTES"])
-    server = serve(repository)
+def test_more_strings_than_fit_are_refused_before_they_are_read(identities: Server) -> None:
     count = 500_000
     content = b"\1\0\0\0a" * count
     described = {
@@ -319,7 +323,7 @@ def test_more_strings_than_fit_are_refused_before_they_are_read(serve: Serve, tm
         "parameters": {"binary_data_size": len(content)},
     }
     head = json.dumps({"inputs": [described]}).encode()
-    answer = server.post(
+    answer = identities.post(
         "/v2/models/words/infer",
         content=head + content,
         headers={"inference-header-content-length": str(len(head))},
