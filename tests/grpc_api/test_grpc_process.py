@@ -259,7 +259,7 @@ def test_a_process_that_is_killed_comes_back_and_a_drain_answers_its_calls(
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    flags = ("--engine", engine, *(("--web-processes", "2") if engine == "process" else ()))
+    flags = ("--engine", engine, *(("--web-processes", "1") if engine == "process" else ()))
     server = serve(make_chaos("m", run_gate=str(gate)), *FLAGS, *flags)
     caller = Caller(server)
     assert caller.infer(rows_request("m", 1)).model_name == "m"

@@ -8,7 +8,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -36,12 +36,42 @@ def put_version(repository: Path, model: str, version: int, **settings: Any) -> 
     (folder / "model.chaos").write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize("engine", ["in-process", "process"])
-def test_a_load_that_waits_is_one_job_shows_its_phase_and_is_cancelled(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path, engine: str
-) -> None:
+class Served(NamedTuple):
+    """A server and its repository."""
+
+    server: Server
+    repository: Path
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of the model `drains` wait for it if their row says so."""
+    gate = tmp_path_factory.mktemp("gate") / "gate"
+    os.mkfifo(gate)
+    return gate
+
+
+@pytest.fixture(scope="module")
+def process(module_serve: Serve, module_make_chaos: MakeChaos, gate: Path) -> Served:
+    """A server with an engine, and a model for each test."""
+    module_make_chaos("a")
+    module_make_chaos("ends")
+    repository = module_make_chaos("drains", "[versions]\nserve = [1, 2]", run_gate=str(gate))
+    put_version(repository, "drains", 2)
+    return Served(module_serve(repository, *ON, "--engine", "process", "--web-processes", "1"), repository)
+
+
+@pytest.fixture
+def in_process(serve: Serve, make_chaos: MakeChaos) -> Served:
     repository = make_chaos("a")
-    server = serve(repository, *ON, "--engine", engine)
+    return Served(serve(repository, *ON, "--engine", "in-process"), repository)
+
+
+@pytest.mark.parametrize("served", ["in_process", "process"])
+def test_a_load_that_waits_is_one_job_shows_its_phase_and_is_cancelled(
+    request: pytest.FixtureRequest, tmp_path: Path, served: str
+) -> None:
+    server, repository = request.getfixturevalue(served)
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     put_version(repository, "a", 2, gate=str(gate))
@@ -72,27 +102,24 @@ def test_a_load_that_waits_is_one_job_shows_its_phase_and_is_cancelled(
 
 
 def test_an_engine_that_ends_during_an_unload_leaves_the_version_unloaded(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+    process: Served,
 ) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    repository = make_chaos("a", run_gate=str(gate))
-    put_version(repository, "a", 2)
-    (repository / "a" / "model.toml").write_text("[versions]\nserve = [1, 2]")
-    server = serve(repository, *ON, "--engine", "process")
+    server = process.server
 
     async def scenario() -> None:
         client = await Client.connect(server.port)
-        client.send("/predict/a/1", json.dumps({"inputs": [[chaos.WAIT, 2, 3, 4]]}).encode())
+        client.send("/predict/drains/1", json.dumps({"inputs": [[chaos.WAIT, 2, 3, 4]]}).encode())
         await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
-        begun = (await asyncio.to_thread(server.post, "/models/a/unload", json={"version": 1})).json()
+        begun = (await asyncio.to_thread(server.post, "/models/drains/unload", json={"version": 1})).json()
         await asyncio.to_thread(
-            wait_until, lambda: server.get("/models/a/1").json()["state"] == "draining", "the version drains"
+            wait_until,
+            lambda: server.get("/models/drains/1").json()["state"] == "draining",
+            "the version drains",
         )
         [engine] = find(server, ENGINE)
         os.kill(engine, signal.SIGKILL)
         await asyncio.to_thread(
-            wait_until, lambda: server.get("/models/a/1").json()["state"] == "unloaded", "it is unloaded"
+            wait_until, lambda: server.get("/models/drains/1").json()["state"] == "unloaded", "it is unloaded"
         )
         await asyncio.to_thread(
             wait_until, lambda: job(server, begun["id"])["state"] == "done", "the job is done"
@@ -102,21 +129,19 @@ def test_an_engine_that_ends_during_an_unload_leaves_the_version_unloaded(
 
     asyncio.run(scenario())
     body = {"inputs": [[1, 2, 3, 4]]}
-    wait_until(lambda: server.post("/predict/a/2", json=body).status_code == 200, "the other one answers")
-    assert server.post("/predict/a/1", json=body).status_code == 503
-    assert server.stop() == 0
+    wait_until(
+        lambda: server.post("/predict/drains/2", json=body).status_code == 200, "the other one answers"
+    )
+    assert server.post("/predict/drains/1", json=body).status_code == 503
 
 
-def test_a_load_that_ends_its_engine_fails_its_job_and_no_request(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    repository = make_chaos("a")
-    server = serve(repository, *ON, "--engine", "process")
-    put_version(repository, "a", 2, load_crashes=True)
-    begun = server.post("/models/a/load", json={"version": 2}).json()
+def test_a_load_that_ends_its_engine_fails_its_job_and_no_request(process: Served) -> None:
+    server, repository = process
+    put_version(repository, "ends", 2, load_crashes=True)
+    begun = server.post("/models/ends/load", json={"version": 2}).json()
 
     def is_over() -> bool:
-        reply = server.post("/predict/a", json={"inputs": [[1, 2, 3, 4]]})
+        reply = server.post("/predict/ends", json={"inputs": [[1, 2, 3, 4]]})
         assert (reply.status_code, reply.json().get("version")) == (200, "1"), reply.text
         assert server.get("/health/live").status_code == 200
         return bool(job(server, begun["id"])["state"] != "running")
