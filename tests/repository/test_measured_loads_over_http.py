@@ -76,7 +76,7 @@ def test_a_file_that_ends_its_loader_fails_its_version_only(
     module_make_chaos("fatal", load_crashes=True)
     job = ended(server, begin(server, "fatal"))
     assert job["state"] == "failed"
-    assert "loading ended its process, which was ended by signal 11" in job["reason"]
+    assert "loading ended its process, which was ended by SIGSEGV" in job["reason"]
     assert server.get("/models/fatal/1").json()["state"] == "failed"
     assert_answers(server, "kind")
 

@@ -396,7 +396,7 @@ class Loader:
     def _load_first(
         self, source: _Source, options: LoadOptions, *, beside: bool
     ) -> tuple[ModelCopies, LoadedModel, str | None]:
-        """The same as `_first_copy`, at the priority that becomes the load."""
+        """The same as `_first_copy`; beside others at a low priority, which no thread of a run keeps."""
         load = partial(self._first_copy, source, options)
         if not beside:
             return load()

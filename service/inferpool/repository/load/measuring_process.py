@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -240,7 +241,11 @@ def _how_it_ended(child: Child) -> str:
         status = child.process.wait(END_S)
     except subprocess.TimeoutExpired:
         return "answers no more"
-    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    if status == -signal.SIGKILL:
+        return "was ended by SIGKILL, as the kernel does if memory runs out"
+    if -status in set(signal.Signals):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
 
 
 def core_times(pid: int) -> tuple[float, float]:
