@@ -29,7 +29,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,7 +56,6 @@ def main() -> None:
     options = parser.parse_args()
     file = options.out / "optimise.md"
     tables = read_tables(file) if options.names else {}
-    tools = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "onnx", "numpy", "torch-pruning"))
     with tempfile.TemporaryDirectory() as temporary:
         for model in options.names or CASES:
             if not (ROOT / "models" / model / "1" / "model.onnx").exists():
@@ -82,6 +81,12 @@ def main() -> None:
                 f"```text\n{done.stdout.rstrip()}\n```"
             )
             print(model, done.stdout, sep="\n", flush=True)
+            write(file, tables)
+
+
+def write(file: Path, tables: Mapping[str, str]) -> None:
+    """Write the tables of all models."""
+    tools = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "onnx", "numpy", "torch-pruning"))
     head = (
         "# Forms of models\n\n"
         f"`python benchmarks/optimise.py`; {os.cpu_count()} cores of {processor()}, Python"

@@ -174,19 +174,17 @@ class _prepared:
             # Nodes are excluded by their names: all that have none would be excluded with one of them.
             node.name = node.name or f"{node.op_type}_{number}"
         onnx.save(loaded, whole)  # with the weights that are in files of their own
-        root = logging.getLogger()
-        level = root.level
-        # The package logs through the root logger, and advises what is done here.
-        root.setLevel(logging.ERROR)
+        # The package logs through the root logger, and advises what is done here or cannot be.
+        self._level = logging.getLogger().level
+        logging.getLogger().setLevel(logging.ERROR)
         try:
             quant_pre_process(str(whole), str(prepared), skip_symbolic_shape=True)
         except Exception:  # noqa: BLE001 - it is advice, and fails for models that quantise well
             return whole
-        finally:
-            root.setLevel(level)
         return prepared
 
     def __exit__(self, *_: object) -> None:
+        logging.getLogger().setLevel(self._level)
         self._folder.cleanup()
 
 
