@@ -14,7 +14,7 @@ from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client
 from tests.conftest import MakeChaos, Serve
 
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", "10000"))
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "5000"))
 """Requests in all; `scripts/test --full` sends 100,000."""
 CLIENTS = 48
 MIB = 1024 * 1024
