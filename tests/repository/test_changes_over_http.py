@@ -230,6 +230,9 @@ def test_clients_of_triton_load_and_unload(server: Server, folder: Path) -> None
     assert "triton" not in {line["name"] for line in ready}
     index = {line["name"]: line for line in server.post("/v2/repository/index").json()}
     assert index["triton"]["state"] == "UNAVAILABLE"
+    for act in ("load", "unload"):
+        reply = server.post(f"/v2/repository/models/triton/{act}", json={"parameters": 5})
+        assert (reply.status_code, reply.json()["code"]) == (422, "invalid_input")
     reply = server.post("/v2/repository/models/nothing/load")
     assert (reply.status_code, "nothing" in reply.json()["error"]) == (404, True)
     (folder / "broken" / "1").mkdir(parents=True)
@@ -244,7 +247,7 @@ def test_every_act_leaves_a_line(server: Server, folder: Path) -> None:
     load(server, "audited", 1)
     server.wait_for(r"audit: load audited/1: job [0-9a-f]+$")
     server.post("/models/audited/rollback")
-    server.wait_for(r"audit: rollback audited: refused: .*no version is ready but the present one")
+    server.wait_for(r"audit: rollback audited: refused: .*no version from before the present one is ready")
 
 
 @pytest.mark.parametrize("engine", ["in-process", "process"])

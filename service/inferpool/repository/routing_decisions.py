@@ -181,7 +181,8 @@ class RoutingDecisions:
                 target = max((number for number in ready if number < now), default=None)
             if target is None:
                 raise Conflict(
-                    f'"{model}" cannot be rolled back: no version is ready but the present one; load one'
+                    f'"{model}" cannot be rolled back: no version from before the present one is ready;'
+                    " load one"
                 )
             self.move_label(model, STABLE, target)
             # The version that was rolled back is no version to roll back to.

@@ -109,7 +109,9 @@ class Resolver:
         models = list(known) if among is None else [model for model in known if model in among]
         if len(models) != 1:
             raise InvalidInput(
-                f'the body must name a "model": {names_text(models)} are served', field="model"
+                f"the request must name a model: {names_text(models)} are served; a path names it, or a"
+                ' JSON body with "model"',
+                field="model",
             )
         return next(iter(models))
 

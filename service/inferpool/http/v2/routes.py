@@ -33,8 +33,8 @@ from inferpool.http.v2.schemas import (
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, ModelView, VersionView, find_model, find_ready
 from inferpool.repository.jobs import DONE, RUNNING, Job
-from inferpool.tensors import value_text
-from inferpool.wire.native_json import read_object
+from inferpool.tensors import name_text, value_text
+from inferpool.wire.native_json import read_object, wrong_field
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -230,10 +230,10 @@ def _add_loads(app: FastAPI, admin: Admin) -> None:
     )
     async def load_v2_model(request: Request, model: str) -> None:
         """The versions that serve go on serving meanwhile. A later request for the same load joins it."""
-        given = await _read_body(request, '{"parameters": {}}')
-        for name in given.get("parameters") or {}:
+        for name in await _read_parameters(request):
             raise InvalidInput(
-                f'the parameter "{name}" is not supported; change the models folder instead', field=name
+                f"the parameter {name_text(name)} is not supported; change the models folder instead",
+                field=name,
             )
         await _wait(request, admin, f"load {model}", admin.begin_load(model, None))
 
@@ -246,7 +246,7 @@ def _add_loads(app: FastAPI, admin: Admin) -> None:
     )
     async def unload_v2_model(request: Request, model: str) -> None:
         """Its memory is free when the response arrives."""
-        await _read_body(request, '{"parameters": {}}')
+        await _read_parameters(request)
         await _wait(request, admin, f"unload {model}", admin.begin_unload(model, None))
 
 
@@ -263,6 +263,13 @@ async def _wait(request: Request, admin: Admin, act: str, begun: Awaitable[Job])
         return job
 
     await audited(request, act, ended(), lambda job: f"job {job.id} is done")
+
+
+async def _read_parameters(request: Request) -> dict[str, Any]:
+    parameters = (await _read_body(request, '{"parameters": {}}')).get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise wrong_field("parameters", parameters, "an object")
+    return parameters or {}
 
 
 async def _read_body(request: Request, example: str) -> dict[str, Any]:
