@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.server import Server, wait_until
 from tests.wire.test_mutations import mutated
 
-CASES = int(os.environ.get("FUZZ_CASES", "10000"))
+CASES = int(os.environ.get("FUZZ_CASES", "5000"))
 """Requests in all; `scripts/test --full` sends 100,000."""
 CLIENTS = 8
 SEED = int(os.environ.get("FUZZ_SEED", "4"))

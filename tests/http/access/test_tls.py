@@ -23,11 +23,12 @@ import httpx
 import numpy as np
 import pytest
 from cryptography import x509
-from inferpool.errors import Forbidden, Unauthorized
+from inferpool.errors import ConfigError, Forbidden, Unauthorized
 from inferpool.http.access.caller import METRICS, PREDICT, READ
 from inferpool.http.access.certificate_expiry import expiry_of
 from inferpool.http.access.client_certificates import CertificateCallers
 from inferpool.http.access.gate import Gate
+from inferpool.http.access.tls import TlsFiles, make_context
 from inferpool.settings import Settings
 from pydantic import ValidationError
 
@@ -43,6 +44,8 @@ from tests.servers import few_handshakes
 BODY = {"inputs": [[1, 0, 0, 0]]}
 LARGE_ROWS = 300_000
 RENEWALS = 4
+ANSWERS = 40
+"""Requests that are answered, at least, at each renewal: twice as many as a connection has."""
 
 
 class Site:
@@ -77,21 +80,35 @@ class Site:
         return all(self.shown_serial() == serial for _ in range(4))
 
 
-MODES = {"in-process": (), "process": ("--engine", "process", "--web-processes", "2")}
-
-
-@pytest.fixture(scope="module", params=MODES)
-def site(
-    request: pytest.FixtureRequest, module_serve: Serve, tmp_path_factory: pytest.TempPathFactory
-) -> Site:
-    made = Site(tmp_path_factory.mktemp("tls"))
-    repository = tmp_path_factory.mktemp("repository")
+def start_site(serve: Serve, folder: Path, *processes: str) -> Site:
+    made = Site(folder)
+    repository = folder / "repository"
     (repository / "m" / "1").mkdir(parents=True)
     (repository / "m" / "1" / "model.chaos").write_text('{"run_ms": 1}')
     (repository / "m" / "model.toml").write_text(f"[batching]\nmax_rows = {LARGE_ROWS}\n")
     flags = ("--host", "::", "--max-body-bytes", "20000000")
-    made.server = module_serve(repository, *made.flags, *flags, *MODES[request.param])
+    made.server = serve(repository, *made.flags, *flags, *processes)
     return made
+
+
+@pytest.fixture(scope="module")
+def site(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A server in one process: a web process speaks TLS in the same way."""
+    return start_site(module_serve, tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def site_of_processes(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A server with two web processes, each of which reads the files, and an engine."""
+    flags = ("--engine", "process", "--web-processes", "2")
+    return start_site(module_serve, tmp_path_factory.mktemp("processes"), *flags)
+
+
+@pytest.fixture(params=["site", "site_of_processes"])
+def each_site(request: pytest.FixtureRequest) -> Site:
+    """Both, for what their processes do in different ways."""
+    site: Site = request.getfixturevalue(request.param)
+    return site
 
 
 @pytest.fixture
@@ -120,6 +137,7 @@ def test_the_usual_clients_are_answered_by_name_and_by_both_kinds_of_address(sit
         capture_output=True, text=True, check=True, timeout=30,
     )  # fmt: skip
     assert json.loads(run.stdout)["outputs"]["sum"] == sums(1)
+    site.server.wait_for("everyone who reaches :: may use every model")
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.*deprecated:DeprecationWarning")
@@ -147,10 +165,10 @@ def test_a_client_that_prefers_http_2_speaks_http_1(site: Site) -> None:
         assert wire.answer()[0] == 200
 
 
-def test_large_bodies_and_answers_arrive_whole(site: Site) -> None:
+def test_large_bodies_and_answers_arrive_whole(each_site: Site) -> None:
     sent = rows(LARGE_ROWS)
     expected = chaos.expected(np.load(io.BytesIO(sent)))
-    with site.client() as client:
+    with each_site.client() as client:
         for body, encoding in ((sent, {}), (gzip.compress(sent, 1), {"content-encoding": "gzip"})):
             headers = {"content-type": "application/x-npy", "accept": "application/x-npy", **encoding}
             answer = client.post("/predict/m", content=body, headers=headers)
@@ -226,7 +244,7 @@ def test_a_client_that_distrusts_the_server_disturbs_nobody(site: Site) -> None:
     assert not [line for line in site.server.log if line["level"] in ("error", "raw", "critical")]
 
 
-def test_renewed_certificates_are_shown_and_no_request_fails(site: Site) -> None:
+def test_renewed_certificates_are_shown_and_no_request_fails(each_site: Site) -> None:
     failures: list[str] = []
     answered = 0
     stop = threading.Event()
@@ -235,7 +253,7 @@ def test_renewed_certificates_are_shown_and_no_request_fails(site: Site) -> None
         nonlocal answered
         while not stop.is_set():
             try:
-                with site.wire() as wire:
+                with each_site.wire() as wire:
                     for mark in range(20 if keep else 1):
                         wire.send(request(mark))
                         status, _, body = wire.answer()
@@ -245,38 +263,39 @@ def test_renewed_certificates_are_shown_and_no_request_fails(site: Site) -> None
                 failures.append(repr(error))
 
     threads = [threading.Thread(target=ask, args=(keep,)) for keep in (True, False)]
-    with site.wire() as old:
+    with each_site.wire() as old:
         for thread in threads:
             thread.start()
         try:
             for _ in range(RENEWALS):
-                serial = site.authority.issue(site.certificate, site.key)
-                wait_until(partial(site.shows, serial), "the new certificate is shown")
+                goal = answered + ANSWERS
+                serial = each_site.authority.issue(each_site.certificate, each_site.key)
+                wait_until(partial(each_site.shows, serial), "the new certificate is shown")
+                wait_until(lambda goal=goal: answered >= goal, "requests are answered meanwhile")  # type: ignore[misc]
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
         assert failures == []
-        assert answered > 20 * RENEWALS
         old.send(request(5))  # a connection of the first certificate goes on
         assert old.answer()[0] == 200
 
 
-def test_a_broken_renewal_changes_nothing_but_the_log(site: Site) -> None:
-    serial = x509.load_pem_x509_certificate(site.certificate.read_bytes()).serial_number
+def test_a_broken_renewal_changes_nothing_but_the_log(each_site: Site) -> None:
+    serial = x509.load_pem_x509_certificate(each_site.certificate.read_bytes()).serial_number
 
     def shown() -> set[int]:
-        return {site.shown_serial() for _ in range(8)}
+        return {each_site.shown_serial() for _ in range(8)}
 
     # The web processes may take the last renewal one after the other.
     wait_until(lambda: shown() == {serial}, "every web process has the renewed certificate")
-    right = site.key.read_bytes()
-    site.authority.issue(site.certificate.with_name("other.crt"), site.key)  # another's key
-    site.server.wait_for(
+    right = each_site.key.read_bytes()
+    each_site.authority.issue(each_site.certificate.with_name("other.crt"), each_site.key)  # another's key
+    each_site.server.wait_for(
         "the renewed TLS files cannot be used, the old ones stay in use: .* the private key is not that of"
     )
     assert shown() == {serial}
-    site.key.write_bytes(right)
+    each_site.key.write_bytes(right)
 
 
 def test_files_of_a_mounted_secret_are_renewed_by_a_switch_of_their_folder(
@@ -466,26 +485,12 @@ def test_handshakes_that_are_never_finished_keep_nobody_out(
             wire.send(request(1))
             assert wire.answer()[0] == 200
         site.server.wait_for("TLS handshakes are not finished; the oldest are given up")
-        began = time.monotonic()
         for one in stalled:
             with contextlib.suppress(ConnectionError):
-                one.stream.read()  # each one ends
-        assert time.monotonic() - began < few_handshakes.HANDSHAKE_S + 5
+                one.stream.read()  # each one ends, before the socket's own time is up
 
 
-def test_idle_clients_do_not_delay_the_end(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
-    site = Site(tmp_path)
-    site.server = serve(make_chaos("m"), *site.flags)
-    with site.wire() as wire:
-        wire.send(request(1))
-        assert wire.answer()[0] == 200
-        began = time.monotonic()
-        assert site.server.stop() == 0
-        assert time.monotonic() - began < 3
-        assert not [line for line in site.server.log if line["level"] == "error"]
-
-
-def test_files_that_are_not_fit_for_tls_are_named(tmp_path: Path, make_chaos: MakeChaos) -> None:
+def test_files_that_are_not_fit_for_tls_are_named(tmp_path: Path) -> None:
     site = Site(tmp_path)
     other, encrypted, empty = tmp_path / "other.key", tmp_path / "encrypted.key", tmp_path / "empty.pem"
     site.authority.issue(tmp_path / "other.crt", other)
@@ -494,20 +499,33 @@ def test_files_that_are_not_fit_for_tls_are_named(tmp_path: Path, make_chaos: Ma
         ["openssl", "pkey", "-in", site.key, "-aes256", "-passout", "pass:secret", "-out", encrypted],
         check=True,
     )
-    repository = str(make_chaos("m"))
-    certificate = ("--tls-certificate-file", str(site.certificate))
-    cases = {
-        (*certificate, "--tls-key-file", str(other)): "the private key is not that of the certificate",
-        (*certificate, "--tls-key-file", str(encrypted)): "the private key of TLS is encrypted",
-        (*certificate, "--tls-key-file", str(tmp_path / "missing")): "No such file",
-        certificate: "must be a certificate and its private key in PEM format",
-        ("--tls-key-file", str(site.key)): "tls_key_file is set, and tls_certificate_file is not",
-        (*site.flags, "--tls-client-ca-file", str(empty)): "no certificate in PEM format is in the file",
-    }
-    for flags, expected in cases.items():
-        run = subprocess.run(
-            [sys.executable, "-m", "inferpool", "serve", repository, "--port", "0", *flags],
-            capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert run.returncode in (1, 2)
-        assert expected in run.stderr
+    for key, client_ca, expected in (
+        (other, None, "the private key is not that of the certificate"),
+        (tmp_path / "missing", None, "No such file"),
+        (None, None, "must be a certificate and its private key in PEM format"),
+        (site.key, empty, "no certificate in PEM format is in the file"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            make_context(TlsFiles(site.certificate, key, client_ca))
+    with pytest.raises(ValidationError, match="tls_key_file is set, and tls_certificate_file is not"):
+        Settings(tls_key_file=site.key)
+    # A key with a password is no reason to ask for that at the terminal.
+    run = subprocess.run(
+        [sys.executable, "-m", "inferpool", "serve", str(ROOT / "models"), "--port", "0",
+         "--tls-certificate-file", str(site.certificate), "--tls-key-file", str(encrypted)],
+        capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert run.returncode in (1, 2)
+    assert "the private key of TLS is encrypted" in run.stderr
+
+
+def test_idle_clients_do_not_delay_the_end(site: Site) -> None:
+    """The last test of this server."""
+    with site.wire() as wire:
+        wire.send(request(1))
+        assert wire.answer()[0] == 200
+        before = len(site.server.log)
+        began = time.monotonic()
+        assert site.server.stop() == 0
+        assert time.monotonic() - began < Settings().drain_timeout_s
+        assert not [line for line in site.server.log[before:] if line["level"] == "error"]
