@@ -1,4 +1,4 @@
-"""The record of what costly tests last passed with: imports, pages that export models, variants of the image.
+"""The record of what costly tests last passed with: of imports, PyTorch, benchmarks, the image, some pages.
 
 `scripts/test` skips these tests if nothing that they depend on has changed since they passed. A change of a
 file, of a package, or of Python makes them run again. `scripts/test --full` skips none. To run those whose
@@ -76,6 +76,29 @@ COSTLY: Final = {
             "service/inferpool/release/evaluate/**/*.py",
         ),
         ("joblib", "onnx", "onnxruntime", "scikit-learn", "skl2onnx"),
+    ),
+    # Their answers through a server, and random programs whose rows may depend on one another.
+    "torch": Costly(
+        (
+            *("tests/backends/torch/test_over_http.py", "tests/backends/torch/test_lists.py"),
+            *("tests/backends/torch/row_analysis",),
+        ),
+        (
+            *("service/inferpool/backends/**/*.py", "service/inferpool/repository/load/**/*.py"),
+            "tests/backends/torch/**/*.py",
+        ),
+        ("numpy", "torch"),
+    ),
+    "memory-of-pictures": Costly(
+        ("tests/codecs/test_image_memory.py",),
+        (
+            *("service/inferpool/codecs/**/*.py", "service/inferpool/http/predict/budget.py"),
+            *("tests/codecs/picture_memory.py", "tests/codecs/test_image_memory.py"),
+        ),
+        ("numpy", "pillow"),
+    ),
+    "benchmarks": Costly(
+        ("tests/benchmarks",), ("benchmarks/**/*.py", "benchmarks/**/*.lua", "tests/benchmarks/*.py")
     ),
     "image": Costly(
         ("tests/docker/test_image.py",),

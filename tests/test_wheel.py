@@ -27,51 +27,52 @@ pytestmark = [
     ),
 ]
 
+CONNECTION = "tests/http/connection"
+ROUTES = "tests/http/access/test_route_scopes.py"
+REFUSED = "test_every_route_refuses_no_key_wrong_keys_expired_keys_and_keys_with_other_scopes"
 WHOLE_SERVER = "tests/observe/test_whole_server.py"
-BATCHED_READS = "tests/http/connection/test_batched_reads.py"
-MIXED = "test_clients_that_mix_requests_of_all_kinds_get_their_own_responses"
-HOT_PATH_TESTS = {
-    "engine": [
-        "tests/engine/test_arena.py",
-        "tests/engine/test_broken_channels.py",
-        "tests/engine/test_channel.py",
-        "tests/engine/test_lent_bodies.py",
-        "tests/engine/test_successors.py",
-        "tests/engine/test_tensor_layouts.py",
-        "tests/observe/test_regions.py",
-        f"{WHOLE_SERVER}::test_counters_are_those_of_the_clients_whichever_process_answers",
-        f"{WHOLE_SERVER}::test_crashes_and_replays_are_counted",
-    ],
-    "wire": ["tests/wire"],
-    "pool": [
-        "tests/pool",
-        "--ignore=tests/pool/test_soak.py",
-        "--ignore-glob=tests/pool/*_over_http.py",
-    ],
-    "http": [
-        "tests/http/connection",
-        "tests/http/predict",
-        "tests/http/access/test_route_scopes.py",
-        "--ignore=tests/http/connection/test_idle_connections.py",
-        "--ignore=tests/http/connection/test_listeners.py",
-        "--ignore=tests/http/connection/test_slow_client_timer.py",
-        "--ignore=tests/http/connection/test_slow_clients.py",
-        "--ignore=tests/http/connection/test_socketio.py",
-        "--ignore=tests/http/connection/test_thread_exits.py",
-        "--ignore=tests/http/connection/test_tls_connections.py",
-        "--ignore=tests/http/predict/test_costly_bodies.py",
-        "--ignore=tests/http/predict/test_memory_limit.py",
-        "--ignore=tests/http/predict/test_rejections.py",
-        f"--deselect={BATCHED_READS}::{MIXED}[inferpool]",
-    ],
-}
+HOT_PATH_TESTS = [
+    *(f"tests/engine/test_{name}.py" for name in ("arena", "broken_channels", "channel", "lent_bodies")),
+    *(f"tests/engine/test_{name}.py" for name in ("successors", "tensor_layouts")),
+    "tests/observe/test_regions.py",
+    f"{WHOLE_SERVER}::test_counters_are_those_of_the_clients_whichever_process_answers",
+    f"{WHOLE_SERVER}::test_crashes_and_replays_are_counted",
+    *("tests/wire", "tests/pool", "tests/http/connection", "tests/http/predict"),
+    f"{ROUTES}::{REFUSED}[POST /predict/{{model}}]",
+    f"{ROUTES}::{REFUSED}[POST /v2/models/{{model}}/infer]",
+    "--ignore=tests/pool/test_soak.py",
+    "--ignore-glob=tests/pool/*_over_http.py",
+    *(
+        f"--ignore={CONNECTION}/test_{name}.py"
+        for name in ("idle_connections", "listeners", "slow_client_timer", "slow_clients", "socketio")
+    ),
+    *(f"--ignore={CONNECTION}/test_{name}.py" for name in ("thread_exits", "tls_connections")),
+    *(
+        f"--ignore=tests/http/predict/test_{name}.py"
+        for name in ("costly_bodies", "memory_limit", "rejections")
+    ),
+    *(
+        f"--deselect={CONNECTION}/test_{name}"
+        for name in (
+            "batched_reads.py::test_clients_that_mix_requests_of_all_kinds_get_their_own_responses[inferpool]",
+            "batched_reads.py::test_the_refusal_of_a_large_request_arrives",
+            "batched_reads.py::test_without_descriptors_the_loop_goes_on_reading",
+            "head_cache.py::test_a_request_with_a_cached_head_is_admitted_like_any_other",
+            "pipelining.py::test_a_client_that_ends_its_side_gets_its_answers",
+            "pipelining.py::test_a_client_that_is_gone_is_noticed_though_it_might_only_have_ended_its_side",
+            "pipelining.py::test_bodies_in_flight_are_bounded_for_all_together",
+            "pipelining.py::test_large_bodies_leave_room_for_small_ones",
+        )
+    ),
+]
 """The tests of the modules that a wheel compiles. Their other run imports the sources.
 
 They show what compiling can break: the types and bounds of values, the calls between compiled and
 interpreted code, and the protocols of the client and of the engine. Left out are tests of what a wheel does
-not change: the sockets in C, the watch over slow clients, listeners, what runtimes refuse, and the memory
-that bodies, threads and connections take. Of servers of several processes, one answers and one crashes; that
-any process may end at any time is tested with the sources. The tests of INTERPRETED are left out as well.
+not change: the sockets in C, the watch over slow clients, listeners, what runtimes refuse, the memory that
+bodies, threads and connections take, and tests that start a server for themselves alone. Of servers of
+several processes, one answers and one crashes; that any process may end at any time is tested with the
+sources. The tests of INTERPRETED are left out as well.
 """
 
 
@@ -103,11 +104,11 @@ INTERPRETED = {
 """The modules beside the hot path that setup.py leaves to the interpreter, on purpose: see HOT_PATH there."""
 
 
-def arguments(part: str) -> list[str]:
-    """Return pytest's arguments for the tests of one part, with few examples of each property."""
+def arguments() -> list[str]:
+    """Return pytest's arguments for these tests, with few examples of each property."""
     files = [Path("tests", module).with_name(f"test_{Path(module).name}.py") for module in INTERPRETED]
     ignored = [f"--ignore={file}" for file in sorted(files) if (ROOT / file).exists()]
-    return [*HOT_PATH_TESTS[part], *ignored, "--hypothesis-profile=few"]
+    return [*HOT_PATH_TESTS, *ignored, "--hypothesis-profile=few"]
 
 
 def plain_environ(**own: str) -> dict[str, str]:
@@ -261,11 +262,10 @@ def test_the_wheel_serves_with_its_hot_path_compiled(python: Path, models: Path,
         server.kill()
 
 
-@pytest.mark.parametrize("part", HOT_PATH_TESTS)
-def test_the_compiled_hot_path_passes_its_tests(python: Path, part: str) -> None:
+def test_the_compiled_hot_path_passes_its_tests(python: Path) -> None:
     """The tests run in another process, with the compiled modules of the wheel in place of the sources."""
     run = subprocess.run(
-        [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=.", *arguments(part)],
+        [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=.", *arguments()],
         cwd=ROOT, env=plain_environ(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.record import needs_to_run
 from tests.server import ROOT
 
 
 @pytest.mark.timeout(240)
 def test_all_steps_are_reported_and_their_figures_are_kept(tmp_path: Path) -> None:
+    needs_to_run("benchmarks")
     script = [sys.executable, "benchmarks/gpu_all.py", "--device", "cpu", "--out", str(tmp_path)]
     ran = subprocess.run(
         [*script, "--steps", "facts,served,precision"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -23,6 +23,7 @@ from benchmarks.peers.processes import Server, ServerError
 from benchmarks.peers.results import Results
 from benchmarks.peers.targets import targets
 from benchmarks.peers.workloads import WORKLOADS
+from tests.record import needs_to_run
 
 ROOT = Path(__file__).parents[2]
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk: apt-get install wrk")
@@ -38,6 +39,7 @@ def peers(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results of one short round with Inferpool and plain FastAPI."""
+    needs_to_run("benchmarks")
     out = tmp_path_factory.mktemp("peers")
     words = [
         "--workloads",

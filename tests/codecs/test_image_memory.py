@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.record import needs_to_run
 
 SLACK_BYTES = 4 * 2**20
 """Buffers of a fixed size, and what the allocator keeps."""
@@ -17,6 +18,7 @@ SLACK_BYTES = 4 * 2**20
 
 @pytest.mark.timeout(300)
 def test_decoding_takes_no_more_memory_than_it_asks_for() -> None:
+    needs_to_run("memory-of-pictures")
     # glibc then returns large blocks at once, so that every picture begins with the same memory.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     run = subprocess.run(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tests.backends.torch.networks import configure, described, save_scripted
 from tests.clients import Client, with_clients
 from tests.onnx_models import ELEMENTS, model, put, value, value_of
+from tests.record import needs_to_run
 from tests.server import Server
 
 
@@ -136,6 +137,7 @@ def test_which_structures_vary() -> None:
 
 @pytest.fixture(scope="module")
 def server(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    needs_to_run("torch")
     repository = tmp_path_factory.mktemp("lists")
     for name in ("rows", "large", "halves"):
         file = save_scripted(repository / name / "1" / "model.pt", MODULES[name]().eval())

@@ -28,6 +28,7 @@ from tests.backends.torch.networks import (
 from tests.clients import Client, with_clients
 from tests.conftest import Serve
 from tests.explain.models import seven
+from tests.record import needs_to_run
 from tests.server import Server
 
 IMAGES: Final = ("FP32", [-1, 1, 8, 8])
@@ -73,6 +74,7 @@ def modules() -> dict[str, nn.Module]:
 def server(
     modules: dict[str, nn.Module], cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
+    needs_to_run("torch")
     repository = tmp_path_factory.mktemp("torch")
 
     def at(name: str, suffix: str = "pt2") -> Path:
@@ -297,8 +299,10 @@ def test_files_are_served_when_they_are_trusted_by_their_digests(serve: Serve, t
     )
     configure(listed, f'sha256 = ["{sha256(listed).upper()}"]')
     takes_four = described(input=("FP32", [-1, 4]))
+    linear = nn.Linear(4, 2)
     first, second = (
-        save_scripted(tmp_path / "m" / version / "model.pt", nn.Linear(4, 2)) for version in ("1", "2")
+        save_scripted(tmp_path / "m" / version / "model.pt", module)
+        for version, module in (("1", nn.Linear(4, 2)), ("2", linear))
     )
     configure(first, takes_four)
     server = serve(tmp_path)
@@ -324,6 +328,9 @@ def test_files_are_served_when_they_are_trusted_by_their_digests(serve: Serve, t
     configure(first, f"{line}\n{takes_four}")
     both = serve(tmp_path)
     assert [both.get(f"/models/m/{version}").json()["state"] for version in ("1", "2")] == ["ready"] * 2
+    answer = both.post("/predict/m", json={"inputs": [[0.0] * 4, [1.0] * 4]})
+    bias, _ = answer.json()["outputs"]["output_0"]
+    np.testing.assert_allclose(bias, linear.bias.detach(), rtol=1e-6)
 
 
 def test_a_server_without_pytorch_serves_the_rest(serve: Serve, tmp_path: Path) -> None:

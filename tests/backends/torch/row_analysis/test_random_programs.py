@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from inferpool.backends.row_verdict import Independence
@@ -14,9 +15,16 @@ from torch._export.serde.serialize import serialize
 
 from tests.backends.torch.networks import export
 from tests.backends.torch.row_analysis.random_programs import Network, random_networks, rows_are_independent
+from tests.record import needs_to_run
 
 PROGRAMS = int(os.environ.get("ROW_ANALYSIS_PROGRAMS", "30"))
 """How many programs are exported; `scripts/test --full` exports more."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_after_a_change() -> None:
+    needs_to_run("torch")
+
 
 seen: Counter[tuple[bool, str]] = Counter()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from inferpool.backends.row_analysis.dims import ONE, Dim
@@ -14,9 +15,16 @@ from inferpool.backends.torch.row_analysis.script import analyse_graph
 
 from tests.backends.torch.networks import quiet
 from tests.backends.torch.row_analysis.random_programs import Network, random_networks, rows_are_independent
+from tests.record import needs_to_run
 
 SCRIPTS = int(os.environ.get("ROW_ANALYSIS_SCRIPTS", "150"))
 """How many networks are traced."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_after_a_change() -> None:
+    needs_to_run("torch")
+
 
 seen: Counter[tuple[bool, str]] = Counter()
 
