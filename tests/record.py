@@ -85,7 +85,7 @@ COSTLY: Final = {
         ),
         (
             *("service/inferpool/backends/**/*.py", "service/inferpool/repository/load/**/*.py"),
-            "tests/backends/torch/**/*.py",
+            *("tests/backends/torch/**/*.py", "service/inferpool/explain/**/*.py", "tests/explain/**/*.py"),
         ),
         ("numpy", "torch"),
     ),
