@@ -58,8 +58,6 @@ HOT_PATH_TESTS = [
             "batched_reads.py::test_the_refusal_of_a_large_request_arrives",
             "batched_reads.py::test_without_descriptors_the_loop_goes_on_reading",
             "head_cache.py::test_a_request_with_a_cached_head_is_admitted_like_any_other",
-            "pipelining.py::test_a_client_that_ends_its_side_gets_its_answers",
-            "pipelining.py::test_a_client_that_is_gone_is_noticed_though_it_might_only_have_ended_its_side",
             "pipelining.py::test_bodies_in_flight_are_bounded_for_all_together",
             "pipelining.py::test_large_bodies_leave_room_for_small_ones",
         )
