@@ -28,6 +28,7 @@ from inferpool.repository.config import ModelConfig, check_tensors
 from inferpool.repository.lifecycle import CHECK_SAMPLES, LOAD, VERIFY, WARM, Phase
 from inferpool.repository.load.batching_check import UNREAD
 from inferpool.repository.load.declared_shapes import corrected, without_names
+from inferpool.repository.load.device_choice import DeviceChoice
 from inferpool.repository.load.golden_samples import (
     GoldenSample,
     check_samples,
@@ -53,7 +54,7 @@ from inferpool.repository.load.view_facts import (
 from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.cpu_wait import CpuWait
-from inferpool.system.gpus import AUTO, CPU, Driver, choose_devices, cuda_driver, gpu_index, gpu_support
+from inferpool.system.gpus import AUTO, CPU, Driver, cuda_driver, gpu_support
 from inferpool.system.memory import memory_limit, release_freed_memory
 from inferpool.system.priority import at_falling_priority, at_low_priority, call_directly
 from inferpool.tensors import Tensors
@@ -161,9 +162,8 @@ class Loader:
         The others are those of `PlanCache`.
         """
         self._settings = settings
-        self._device = device
         self._clock = clock
-        self._driver = driver or cuda_driver()
+        self._devices = DeviceChoice(settings.devices, driver or cuda_driver(), device)
         self._cache = PlanCache(
             settings.cache_dir,
             settings.plans_dir,
@@ -195,7 +195,7 @@ class Loader:
         """Whether all instances of a version would be on the CPU, and this process makes those."""
         try:
             backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
-            return self._device in (None, CPU) and self._choose(backend, file, config) == (CPU,)
+            return self._devices.own in (None, CPU) and self._devices.choose(backend, file, config) == (CPU,)
         except LoadError:
             return False
 
@@ -248,8 +248,7 @@ class Loader:
         work = at_low_priority if beside else call_directly
         enter(VERIFY)
         backend = find_backend(config.backend or backends_by_suffix().get(file.suffix, ""))
-        if self._device is not None:
-            self._check_device(backend, file, config)
+        self._devices.check_own(backend, file, config)
         self._check_size(file, beside=beside)
         files = work(partial(open_files, file, folder, config, backend, self._settings))
         try:
@@ -344,10 +343,10 @@ class Loader:
         """Load a first copy of a model, and find or make its plan."""
         work = at_low_priority if beside else call_directly
         config, folder = source.config, source.folder
-        devices = self._devices(source)
+        devices = self._devices.choose_aloud(source.backend, source.file, config)
         first = devices[0]
-        if self._device is not None:
-            devices = (self._device,)
+        if self._devices.own is not None:
+            devices = (self._devices.own,)
         options = self._options(source, devices[0])
         guess = None
         if options.device == CPU and not source.remeasure:
@@ -357,7 +356,7 @@ class Loader:
         copies, model, unfit = self._load_first(source, options, beside=beside)
         try:
             if unfit is not None:
-                if self._device not in (None, first):
+                if self._devices.own not in (None, first):
                     raise RunsElsewhere([first])  # as its only copy, on the CPU
                 devices, options = (CPU,), _for_cpu(options)
             check_tensors(config, folder, model.signature)
@@ -428,7 +427,7 @@ class Loader:
             try:
                 return copies, copies.load(options), None
             except UnfitForGpu as error:
-                if AUTO not in self._wanted(source.config):
+                if AUTO not in self._devices.wanted(source.config):
                     raise
                 log.warning("%s is served on the CPU: %s", source.file, error.detail)
                 unfit = f"on the CPU, though there is a GPU: {error.detail}"
@@ -456,7 +455,7 @@ class Loader:
         )
 
         def find_folder(device: str, version: str) -> Path:
-            measured = self._measured_on(replace(options, device=device))
+            measured = self._devices.measured_on(replace(options, device=device))
             return self._cache.engine_folder(source.files, [version, *measured])
 
         copies.prepare(
@@ -467,32 +466,6 @@ class Loader:
             find_folder if source.config.gpu.tensorrt else None,
         )
         return padding if copies.buckets is None else rounded
-
-    def _wanted(self, config: ModelConfig) -> tuple[str, ...]:
-        return config.instances.devices or self._settings.devices
-
-    def _check_device(self, backend: Backend, file: Path, config: ModelConfig) -> None:
-        """Raise RunsElsewhere if no instance of a version is on the device of this engine."""
-        devices = self._choose(backend, file, config)
-        if self._device not in devices:
-            raise RunsElsewhere(devices)
-
-    def _choose(self, backend: Backend, file: Path, config: ModelConfig) -> tuple[str, ...]:
-        return choose_devices(
-            self._wanted(config), self._driver, lambda: backend.gpu_unavailable_reason(file)
-        )
-
-    def _devices(self, source: _Source) -> tuple[str, ...]:
-        """The devices of the instances; raises LoadError if the model cannot run on the devices asked for."""
-        wanted = self._wanted(source.config)
-        devices = self._choose(source.backend, source.file, source.config)
-        if devices == (CPU,) and wanted != devices and self._driver.gpus():
-            log.warning(
-                "%s is served on the CPU although there is a GPU: %s",
-                source.file,
-                source.backend.gpu_unavailable_reason(source.file),
-            )
-        return devices
 
     def _options(self, source: _Source, device: str) -> LoadOptions:
         config, folder = source.config, source.folder
@@ -538,7 +511,9 @@ class Loader:
         if text is not None:
             described = (*described, text.fills, config.text, text.vocabulary_size)
         # A plan depends on what model.toml says of the tensors.
-        runtime = " ".join((source.backend.describe(), *map(repr, described), *self._measured_on(options)))
+        runtime = " ".join(
+            (source.backend.describe(), *map(repr, described), *self._devices.measured_on(options))
+        )
         return self._cache.locate(source.files, content.samples, constraints, runtime)
 
     def _make_plan(
@@ -562,25 +537,6 @@ class Loader:
         if options.device == CPU and constraints.budget_s:
             plan = replace(plan, waited=wait.share())
         return plan
-
-    def _measured_on(self, options: LoadOptions) -> list[str]:
-        """The facts about a GPU that measurements and engines depend on; none on the CPU."""
-        if options.device == CPU:
-            return []
-        gpu = self._driver.gpus()[gpu_index(options.device)]
-        return [
-            gpu.name,
-            *map(
-                str,
-                (
-                    gpu.memory_bytes,
-                    options.gpu.tf32,
-                    options.gpu.fp16,
-                    options.gpu.memory_bytes,
-                    options.gpu.graphs,
-                ),
-            ),
-        ]
 
 
 def _gpu_copies(source: _Source) -> GpuCopies:
