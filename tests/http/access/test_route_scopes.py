@@ -98,10 +98,10 @@ def test_every_route_refuses_no_key_wrong_keys_expired_keys_and_keys_with_other_
 
 
 @pytest.mark.parametrize("route", [route for route, scope in ROUTE_SCOPES.items() if scope != PUBLIC])
-@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"])
-def test_no_other_method_of_a_path_is_open(client: httpx.Client, route: str, method: str) -> None:
-    answer = ask(client, f"{method} {route.split(' ')[1]}", {})
-    assert answer.status_code in (400, 401), answer.text
+def test_no_other_method_of_a_path_is_open(client: httpx.Client, route: str) -> None:
+    for method in ("GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"):
+        answer = ask(client, f"{method} {route.split(' ')[1]}", {})
+        assert answer.status_code in (400, 401), (method, answer.text)
 
 
 ODD = [
@@ -114,9 +114,13 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "HEAD"])
 @pytest.mark.parametrize("target", ODD)
-def test_an_odd_spelling_of_a_path_opens_nothing(guarded: Server, method: str, target: str) -> None:
+def test_an_odd_spelling_of_a_path_opens_nothing(guarded: Server, target: str) -> None:
+    for method in ("GET", "POST", "HEAD"):
+        opens_nothing(guarded, method, target)
+
+
+def opens_nothing(guarded: Server, method: str, target: str) -> None:
     head = f"{method} {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=30) as connection:
         connection.sendall(head.encode())
