@@ -36,7 +36,7 @@ def put_version(repository: Path, model: str, version: int, **settings: Any) -> 
     (folder / "model.chaos").write_text(json.dumps(settings))
 
 
-class Served(NamedTuple):
+class RunningServer(NamedTuple):
     """A server and its repository."""
 
     server: Server
@@ -52,19 +52,21 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def process(module_serve: Serve, module_make_chaos: MakeChaos, gate: Path) -> Served:
+def process(module_serve: Serve, module_make_chaos: MakeChaos, gate: Path) -> RunningServer:
     """A server with an engine, and a model for each test."""
     module_make_chaos("a")
     module_make_chaos("ends")
     repository = module_make_chaos("drains", "[versions]\nserve = [1, 2]", run_gate=str(gate))
     put_version(repository, "drains", 2)
-    return Served(module_serve(repository, *ON, "--engine", "process", "--web-processes", "1"), repository)
+    return RunningServer(
+        module_serve(repository, *ON, "--engine", "process", "--web-processes", "1"), repository
+    )
 
 
 @pytest.fixture
-def in_process(serve: Serve, make_chaos: MakeChaos) -> Served:
+def in_process(serve: Serve, make_chaos: MakeChaos) -> RunningServer:
     repository = make_chaos("a")
-    return Served(serve(repository, *ON, "--engine", "in-process"), repository)
+    return RunningServer(serve(repository, *ON, "--engine", "in-process"), repository)
 
 
 @pytest.mark.parametrize("served", ["in_process", "process"])
@@ -102,7 +104,7 @@ def test_a_load_that_waits_is_one_job_shows_its_phase_and_is_cancelled(
 
 
 def test_an_engine_that_ends_during_an_unload_leaves_the_version_unloaded(
-    process: Served,
+    process: RunningServer,
 ) -> None:
     server = process.server
 
@@ -135,7 +137,7 @@ def test_an_engine_that_ends_during_an_unload_leaves_the_version_unloaded(
     assert server.post("/predict/drains/1", json=body).status_code == 503
 
 
-def test_a_load_that_ends_its_engine_fails_its_job_and_no_request(process: Served) -> None:
+def test_a_load_that_ends_its_engine_fails_its_job_and_no_request(process: RunningServer) -> None:
     server, repository = process
     put_version(repository, "ends", 2, load_crashes=True)
     begun = server.post("/models/ends/load", json={"version": 2}).json()
