@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import inferpool.http.fastapi_import  # noqa: F401
@@ -18,6 +19,7 @@ from inferpool.observe.build_info import build_info
 from inferpool.observe.logs import AccessLog, LineHandler
 from inferpool.observe.metrics import Metrics
 from inferpool.observe.spans import make_spans
+from inferpool.pool.router import PoolRouter
 from inferpool.repository.catalog import Catalog
 from inferpool.repository.local_admin import LocalAdmin
 from inferpool.repository.repository import Repository
@@ -26,7 +28,7 @@ from inferpool.repository.stores.polling import locate
 from inferpool.server import InProcessServer
 from inferpool.server_parts import make_server_parts
 from inferpool.settings import Settings, with_memory
-from inferpool.system.memory import keep_freed_memory
+from inferpool.system.memory import release_freed_memory
 
 GIL_SWITCH_S = 0.001
 """How long a thread that runs Python may keep the event loop waiting; Python's own default is 5 ms."""
@@ -52,9 +54,7 @@ def serve(
         ConfigError: there is nothing to serve, or the variables `OTEL_*` ask for spans that cannot be
             sent, or keys cannot be read.
     """
-    keep_freed_memory()
     sys.setswitchinterval(GIL_SWITCH_S)
-    system = this_system(settings.memory_bytes)
     derive = not settings.in_flight_bytes
     settings = with_memory(settings)
     spans = make_spans()
@@ -62,6 +62,7 @@ def serve(
     metrics = Metrics(build_info(describe_backends()))
     path, origin = locate(repository_name, settings)
     repository = Repository(path, settings, results, metrics, time.monotonic, origin=origin)
+    system = this_system(settings.memory_bytes)._replace(trim=partial(_trim, repository.router))
     recorder = RequestRecorder(
         AccessLog(log_lines, every=settings.access_log), spans, make_proxies(settings.trusted_proxies)
     )
@@ -84,6 +85,12 @@ def serve(
     if spans is not None:
         spans.close(SPANS_TIMEOUT_S)
     return server.exit_status, repository.is_busy
+
+
+def _trim(router: PoolRouter) -> bool:
+    """Give memory that runtimes keep, and freed memory, back to the kernel; False if there was none."""
+    router.release_memory()
+    return release_freed_memory()
 
 
 def load_all(path: Path, settings: Settings, *, remeasure: bool = False) -> Catalog:

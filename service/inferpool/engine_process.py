@@ -101,7 +101,9 @@ class Engine:
             origin=origin,
         )
         self._memory = EngineMemory(
-            engine_system(chosen_limit(settings.memory_bytes)), lambda: not self._port.unanswered
+            engine_system(chosen_limit(settings.memory_bytes)),
+            lambda: not self._port.unanswered,
+            self._repository.router.release_memory,
         )
         self._publisher = CatalogPublisher(self._repository)
         self._port.start(self._repository.router, lambda question: answer_ask(self._repository, question))
@@ -218,6 +220,7 @@ def _prepare(backends: list[str]) -> None:
 
 def main() -> int:
     """Run an engine that `inferpool.engine.spawn` has started."""
+    keep_freed_memory()
     control = begin_child(SPARE_NAME)
     try:
         start = control.wait()
@@ -227,7 +230,6 @@ def main() -> int:
         name_process(NAME)
         settings = Settings.model_validate(start.values["settings"])
         configure_logs(settings.log_level, settings.log_format, process=f"engine {start.values['engine']}")
-        keep_freed_memory()
         sys.setswitchinterval(GIL_SWITCH_S)
         try:
             engine = Engine(control, start, settings)

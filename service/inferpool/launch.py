@@ -29,6 +29,7 @@ from inferpool.system.gpus import AUTO, CPU, cuda_driver
 from inferpool.system.imports import no_collections
 from inferpool.system.install_hints import install_command
 from inferpool.system.listeners import address_of, listen, listen_unix, remove_socket_file, socket_file
+from inferpool.system.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from inferpool.http.access.tls import Certificates
@@ -53,6 +54,7 @@ def serve(repository: Path | StoreReference, settings: Settings, reason: Reason 
             `OTEL_*` ask for spans that cannot be sent, or keys cannot be read.
         StoreError: there are no models in the store, or it does not answer.
     """
+    keep_freed_memory()
     log_lines = configure_logs(settings.log_level, settings.log_format)
     links = service_links(os.environ)
     if links:

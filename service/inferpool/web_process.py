@@ -270,13 +270,13 @@ async def _ask(client: EngineClient, question: Mapping[str, Any]) -> Mapping[str
 
 def main() -> int:
     """Run a web process that `inferpool.engine.spawn` has started."""
+    keep_freed_memory()
     control = begin_child("inferpool-web")
     start = control.wait()
     facts = start.values
     listener, counts, metrics_file, rates, *forwarded = start.descriptors
     settings = Settings.model_validate(facts["settings"])
     log_lines = configure_logs(settings.log_level, settings.log_format, process=f"web-{facts['web']}")
-    keep_freed_memory()
     sys.setswitchinterval(GIL_SWITCH_S)
     try:
         spans = make_spans()

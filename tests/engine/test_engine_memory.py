@@ -13,7 +13,7 @@ class FakeMachine:
     """An engine and the other processes of its server; the test sets their memory, in MiB."""
 
     def __init__(self, held: int, others: int) -> None:
-        self.held, self.others, self.freeable = held, others, 0
+        self.held, self.others, self.freeable, self.kept = held, others, 0, 0
         self.bounds: list[int | None] = []
         self.now = 0.0
         self.idle = True
@@ -27,11 +27,15 @@ class FakeMachine:
             self.limit_data,
             lambda: self.now,
         )
-        return EngineMemory(system, lambda: self.idle)
+        return EngineMemory(system, lambda: self.idle, self.release)
 
     def limit_data(self, most_bytes: int | None) -> bool:
         self.bounds.append(most_bytes)
         return True
+
+    def release(self) -> None:
+        self.freeable += self.kept
+        self.kept = 0
 
     def trim(self) -> bool:
         self.held -= self.freeable

@@ -163,6 +163,12 @@ class LoadedModel(ABC):
         does nothing. A runtime that cannot stop a run does nothing either.
         """
 
+    def release_memory(self) -> None:  # noqa: B027 - most runtimes keep none
+        """Free memory that the runtime keeps for later runs and that no run uses.
+
+        Any thread may call this at any moment before `close`. The next runs take longer.
+        """
+
     def lost(self) -> Reason | None:
         """Why this process cannot use the device any more; None if it can. Asked after a run has raised.
 

@@ -58,10 +58,16 @@ class EngineMemory:
     fails costs one request only.
     """
 
-    def __init__(self, system: EngineSystem, is_idle: Callable[[], bool]) -> None:
-        """`is_idle` tells whether no request is in the engine."""
+    def __init__(
+        self, system: EngineSystem, is_idle: Callable[[], bool], release: Callable[[], None]
+    ) -> None:
+        """`is_idle` tells whether no request is in the engine.
+
+        `release` makes runtimes free the memory that they keep for later runs.
+        """
         self._system = system
         self._is_idle = is_idle
+        self._release = release
         self._bounds_data = False
         self._untouched = 0
         self._threads = 0
@@ -99,14 +105,19 @@ class EngineMemory:
             if self._bounds_data:
                 self._bound(use)
             self._idle_looks = self._idle_looks + 1 if self._is_idle() else 0
+            if self._idle_looks < IDLE_LOOKS:
+                return
+            self._base = min(self._base, use.held)
             excess = use.held - self._base
-            if self._idle_looks < IDLE_LOOKS or excess < max(LEAST_MARGIN_BYTES // 2, system.limit // 64):
+            if excess < LEAST_MARGIN_BYTES // 2:
                 return
             if system.clock() >= self._trimmed_at + self._pause_s:
                 gc.collect()
+                self._release()
                 system.trim()
                 self._trimmed_at = system.clock()
-                freed = use.held - system.use().held
+                self._base = system.use().held  # the web processes keep some of the memory that is shared
+                freed = use.held - self._base
                 self._pause_s = LEAST_TRIM_S if freed >= excess // 4 else min(MOST_TRIM_S, 2 * self._pause_s)
 
     def _bound(self, use: MemoryUse) -> None:

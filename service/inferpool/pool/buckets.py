@@ -176,6 +176,10 @@ class BucketedModel(LoadedModel):
         """Give back the model's memory."""
         self._model.close()
 
+    def release_memory(self) -> None:
+        """Free what the model's runtime keeps for later runs."""
+        self._model.release_memory()
+
 
 def _rows(part: Tensors) -> int:
     return len(next(iter(part.values())))

@@ -120,6 +120,10 @@ class InstanceSet:
         """Return the instances that hang."""
         return list(self._hung)
 
+    def models(self) -> list[LoadedModel]:
+        """Return the models of the instances, each once; those of instances that hang are left out."""
+        return list({id(each.model): each.model for each in self._instances}.values())
+
     def running(self) -> list[Instance]:
         """Return the instances that run a batch, those that hang included."""
         return [each for each in (*self._instances, *self._hung) if each.batch is not None]

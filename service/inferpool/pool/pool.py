@@ -156,6 +156,13 @@ class Pool:
                 instance.counted_s = max(run_s, instance.counted_s)
             return self._instances.states()
 
+    def release_memory(self) -> None:
+        """Free memory that runtimes keep for later runs."""
+        with self._lock:
+            models = self._instances.models()
+        for model in models:
+            model.release_memory()
+
     def hung(self) -> Reason | None:
         """Say which share of the instances hang, and since when; None if none does."""
         return hung_reason(self.instances())

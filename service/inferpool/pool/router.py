@@ -36,6 +36,11 @@ class PoolRouter:
         """Return every pool, in the order in which they were added; those that take no entries come last."""
         return [*self._pools.values(), *self._leaving]
 
+    def release_memory(self) -> None:
+        """Free memory that runtimes keep for later runs."""
+        for pool in self.pools():
+            pool.release_memory()
+
     def offer(self, entry: Entry) -> None:
         """Accept `entry`, or raise QueueFull, DeadlineExceeded, NotReady or Draining."""
         pool = self._pool(entry.key)

@@ -21,6 +21,7 @@ from inferpool.http.predict.observations import Taker
 from inferpool.observe.logs import configure_logs
 from inferpool.settings import Settings
 from inferpool.system.listeners import listen_unix
+from inferpool.system.memory import keep_freed_memory
 
 _LOOK_S: Final = 0.05
 """Pause between two looks at a model that loads."""
@@ -47,6 +48,7 @@ def run_with_model(
 
     results: list[_T] = []
     faults: list[BaseException] = []
+    keep_freed_memory()
     log_lines = configure_logs(settings.log_level, "console")
     with tempfile.TemporaryDirectory(prefix="inferpool-") as folder:
         socket_path = Path(folder) / "socket"

@@ -16,6 +16,7 @@ from inferpool.system.cgroups import ROOT, own_cgroups
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
 _LARGEST_KEPT_BYTES: Final = 32 * 2**20
 """The largest M_MMAP_THRESHOLD that glibc allows."""
 _KEPT_BYTES: Final = 128 * 2**20
@@ -133,6 +134,10 @@ def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
     body or batch of that size then costs page faults, which for a request of 600 KB take longer than
     everything else. Source: mallopt(3).
 
+    All threads share one heap. Of the heaps that glibc gives to threads it never returns the last free block
+    before that block has grown to the bytes that are kept, whatever `release_freed_memory` asks for. So call
+    this before the first thread starts.
+
     What is kept is no other block's. So at most a 32nd of the memory limit is kept at the end of each heap,
     and blocks of a 64th are returned.
 
@@ -144,7 +149,9 @@ def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
     limit = memory_limit().limit
     block = min(_LARGEST_KEPT_BYTES, limit // 64)
     return bool(
-        mallopt(_M_MMAP_THRESHOLD, block) and mallopt(_M_TRIM_THRESHOLD, min(most_bytes, limit // 32))
+        mallopt(_M_ARENA_MAX, 1)
+        and mallopt(_M_MMAP_THRESHOLD, block)
+        and mallopt(_M_TRIM_THRESHOLD, min(most_bytes, limit // 32))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from inferpool.backends.base import LoadedModel, LoadOptions, Rejection
 from inferpool.backends.onnx.run_errors import find_rejection, refuse_empty
 from inferpool.errors import LoadError
 from inferpool.system.install_hints import install_command
-from inferpool.tensors import JSON, Array, Signature, Tensors, names_text
+from inferpool.tensors import ANY, JSON, Array, Signature, Tensors, names_text
 
 # Since 1.29 the runtime stores a device id and a queue of events on disk, and sends the events.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -58,6 +59,18 @@ class OnnxModel(LoadedModel):
         options = self._runs.get(thread)
         if options is not None:
             options.terminate = True
+
+    def release_memory(self) -> None:
+        """Free what the session's arena keeps, which is as much as its largest run took.
+
+        The runtime frees memory only at the end of a run. This run is told to end before its first operation,
+        so what the model computes costs nothing, and cannot fail.
+        """
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        options.terminate = True
+        with contextlib.suppress(Exception):  # the run ends with an error, as it is told to
+            self._session.run(self._all_outputs, _least_inputs(self.signature), options)
 
     def _begin_run(self) -> Any:
         """The options of a run that begins; without options, the session would make its own at each run."""
@@ -117,6 +130,16 @@ class BrainFloatModel(OnnxModel):
             name: _to_bits(value) if name in self._bf16_outputs else value.numpy()
             for name, value in zip(names, binding.get_outputs(), strict=True)
         }
+
+
+def _least_inputs(signature: Signature) -> Tensors:
+    """Inputs of the least size that the signature allows. The system gives their memory when it is read."""
+    inputs: Tensors = {}
+    for spec in signature.inputs:
+        shape = [1 if size == ANY else size for size in spec.shape or ()]
+        is_text = spec.datatype == "BYTES"
+        inputs[spec.name] = np.full(shape, "", spec.dtype) if is_text else np.zeros(shape, spec.dtype)
+    return inputs
 
 
 def session_settings(options: LoadOptions) -> Any:

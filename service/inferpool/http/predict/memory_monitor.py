@@ -52,6 +52,8 @@ heap: 60 ms after a burst of 500 MiB.
 SHORT_TRIM_S: Final = 5.0
 """Pause after a trim while more than three quarters of the memory are taken."""
 MOST_TRIM_S: Final = 600.0
+_QUIET_BYTES: Final = 8 * MIB
+"""Requests that hold more are part of a burst, or of the next one, whatever the limit is."""
 _SPARE_THREADS: Final = 8
 """Threads whose stacks the data limit leaves room for until the next look."""
 
@@ -193,7 +195,7 @@ class MemoryMonitor:
             self._set_data_limit()
             short = held > limit - limit // 4
             pause_s = min(self._pause_s, SHORT_TRIM_S) if short else self._pause_s
-            if excess < max(LEAST_MARGIN_BYTES // 2, limit // 64 if self._quiet else limit // 16):
+            if excess < max(LEAST_MARGIN_BYTES // 2, 0 if self._quiet else limit // 16):
                 return
             if (self._quiet >= 2 or short) and system.clock() >= self._trimmed_at + pause_s:
                 freed = self._trim()
@@ -222,7 +224,7 @@ class MemoryMonitor:
 
     def _is_quiet(self, used: int) -> bool:
         """Whether requests that hold `used` bytes hold next to nothing."""
-        return used <= self._system.limit.limit // 64
+        return used <= min(_QUIET_BYTES, self._system.limit.limit // 64)
 
     def _held(self) -> int:
         """Return what the process holds, without the response cache."""
