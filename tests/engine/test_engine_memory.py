@@ -82,3 +82,17 @@ def test_memory_is_given_back_once_a_burst_is_over_and_not_all_the_time() -> Non
     machine.now += 1
     memory.look()
     assert machine.held == 110
+
+
+def test_what_runtimes_keep_goes_back_too_and_what_stays_is_not_asked_for_again() -> None:
+    machine = FakeMachine(held=100, others=0)
+    memory = machine.memory()
+    memory.settle(bound_data=True)
+    machine.held, machine.kept = 300, 180
+    for _ in range(2):
+        memory.look()
+    assert machine.held == 120
+    machine.now += LEAST_TRIM_S
+    machine.held, machine.kept = 130, 10
+    memory.look()
+    assert machine.held == 130, "that is not worth a trim"

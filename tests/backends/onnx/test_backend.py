@@ -21,6 +21,7 @@ from inferpool.backends.base import LoadedModel, LoadOptions
 from inferpool.backends.onnx.backend import OnnxBackend
 from inferpool.backends.onnx.signature import DATATYPES
 from inferpool.errors import LoadError
+from inferpool.system.memory import memory_use
 from inferpool.tensors import ANY, DTYPES, JSON, Array, TensorSpec
 from onnx import TensorProto, helper
 
@@ -532,3 +533,17 @@ def test_the_runtime_starts_its_threads_and_nothing_else(tmp_path: Path, threads
     assert (watched.stderr, watched.returncode) == ("", 0)
     assert watched.stdout.split() == [str(threads - 1), "0"]
     assert not list(home.rglob("*"))
+
+
+def test_memory_that_the_runtime_keeps_for_later_runs_can_be_released(tmp_path: Path) -> None:
+    nodes = [node("Expand", ["one", "x"], ["middle"]), node("ReduceMax", ["middle"], ["y"])]
+    one = constant("one", "FP32", np.ones(1, np.float32))
+    built = model(nodes, [value("x", "INT64", [1])], [value("y", "FP32", [1])], [one])
+    loaded = load(built, tmp_path)
+    loaded.run({"x": np.array([1])})  # the runtime keeps what the first run took
+    before = memory_use().held
+    loaded.run({"x": np.array([32 * 2**20])})
+    assert memory_use().held - before > 100 * 2**20
+    loaded.release_memory()
+    assert memory_use().held - before < 50 * 2**20
+    assert loaded.run({"x": np.array([2])})["y"] == 1

@@ -134,6 +134,20 @@ def test_memory_is_trimmed_once_the_burst_is_over_and_not_during_it() -> None:
     assert machine.trims == 1, "there is nothing to give back"
 
 
+def test_a_burst_that_is_small_beside_the_limit_is_trimmed_too_and_only_once_it_is_over() -> None:
+    machine = FakeMachine(24 * 1024, 70)
+    monitor, budget = make_monitor(machine)
+    context = PredictContext(NATIVE_API, RequestHead("m", None, []), 0.0)
+    budget.reserve(context, 50 * MIB)
+    machine.held, machine.freed = 120, 70
+    look(monitor, machine, 3)
+    assert machine.trims == 0
+    budget.release(context)
+    machine.held, machine.freed = 70, 120
+    look(monitor, machine, 2)
+    assert (machine.trims, machine.freed) == (1, 0)
+
+
 def test_memory_is_trimmed_during_a_burst_if_it_is_short() -> None:
     machine = FakeMachine(512, 50)
     monitor, budget = make_monitor(machine)
