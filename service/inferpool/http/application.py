@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from inferpool import __version__
@@ -60,6 +62,8 @@ from inferpool.http.validation_errors import refusal_of
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = """Serves exported models. `GET /models` lists the models, their inputs and outputs;
 `POST /predict/{model}` predicts. Errors are `application/problem+json` with a stable `code`."""
@@ -130,7 +134,13 @@ class Application(FastAPI):
                 # Before the routes: none of them, nor a part of the framework, reads a body for a stranger.
                 await _error_response(error, scope)(scope, receive, send)
                 return
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            except ClientDisconnect:
+                pass  # its body will never be whole, and nobody reads an answer
+            except Exception:
+                # The client has its answer. uvicorn would log this without the id, and close the connection.
+                log.exception("request %s failed", scope["state"]["request_id"])
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document of the whole API, with the models that are ready now."""

@@ -71,3 +71,10 @@ def test_a_library_that_ends_its_thread_ends_one_version_or_one_request(serve: S
     answer = server.post("/predict/b", json={"inputs": ["leave" * 1000]})
     assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
     assert server.post("/predict/b", json={"inputs": ["stay"]}).status_code == 200
+    # The replaced library cannot explain: a defect of a route is logged with the id of the request.
+    defect = server.post("/explain/b", json={"inputs": ["stay"]}, headers={"x-request-id": "explained"})
+    assert (defect.status_code, defect.json()["code"]) == (500, "internal_error")
+    server.wait_for("^request explained failed$")
+    assert not [
+        line for line in server.log if line.get("logger") == "uvicorn.error" and "ASGI" in line["message"]
+    ]
