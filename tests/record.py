@@ -100,6 +100,11 @@ COSTLY: Final = {
     "benchmarks": Costly(
         ("tests/benchmarks",), ("benchmarks/**/*.py", "benchmarks/**/*.lua", "tests/benchmarks/*.py")
     ),
+    # pip fetches the requirements of the build into an environment of its own.
+    "build-by-pip": Costly(
+        ("tests/test_wheel.py::test_pip_builds_the_same_wheel_without_compiling",),
+        ("pyproject.toml", "setup.py", "service/**/*.c"),
+    ),
     "image": Costly(
         ("tests/docker/test_image.py",),
         (

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.docker import images
 from tests.docker.containers import has_this_python
+from tests.record import needs_to_run
 from tests.server import Server
 
 HAS_COMPILER = shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -186,6 +187,7 @@ def test_the_wheel_has_one_package_and_its_licence(wheel: Path) -> None:
 
 def test_pip_builds_the_same_wheel_without_compiling(wheel: Path, tmp_path: Path) -> None:
     """The build requirements are complete; without mypyc the wheel has the same sources and the C modules."""
+    needs_to_run("build-by-pip")
     sources: set[str] = set()
     libraries: set[str] = set()
     with zipfile.ZipFile(build_wheel(tmp_path, "0")) as archive:
