@@ -116,7 +116,7 @@ def test_readiness_goes_first_and_work_is_finished(
 def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
     serve: Serve, make_chaos: MakeChaos
 ) -> None:
-    server = serve(make_chaos("m"), "--drain-settle-s", "4")
+    server = serve(make_chaos("m"), "--drain-settle-s", "8")
     body = json.dumps(ROW).encode()
 
     async def scenario() -> None:

@@ -27,7 +27,7 @@ from inferpool.http.access.refusals import EVERY_S, MOST_PEERS, Refusals
 from inferpool.observe.metrics import Metrics
 from inferpool.settings import Settings
 
-from tests.conftest import MakeChaos, Serve, chaos_in
+from tests.conftest import WITHOUT_SPARE, MakeChaos, Serve, chaos_in
 from tests.http.access.keys import MARK, KeyFile
 from tests.server import Server, wait_until
 
@@ -257,7 +257,7 @@ def test_every_web_process_reads_the_keys_again_when_kubernetes_changes_a_link(
     (mount / "..data").symlink_to("..2026_one")
     (mount / "keys.toml").symlink_to("..data/keys.toml")
     flags = ("--engine", "process", "--web-processes", "2", "--keys-file", str(mount / "keys.toml"))
-    server = serve(make_chaos("m"), *flags)
+    server = serve(make_chaos("m"), *flags, **WITHOUT_SPARE)
 
     def statuses(headers: dict[str, str]) -> set[int]:
         # Each on a connection of its own: the web processes take turns.

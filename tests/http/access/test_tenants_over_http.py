@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from benchmarks.fairness import Load, percentile, run_loads
-from tests.conftest import Serve
+from tests.conftest import WITHOUT_SPARE, Serve
 from tests.http.access.keys import KeyFile
 from tests.server import Server, wait_until
 
@@ -48,7 +48,8 @@ def start(serve: Serve, folder: Path, keys: KeyFile, *processes: str) -> Server:
         (folder / "models" / name / "model.toml").write_text(f"[batching]\nmax_rows = {rows}\n")
     (folder / "tenants.toml").write_text(TENANTS)
     flags = ("--keys-file", str(keys.path), "--tenants-file", str(folder / "tenants.toml"))
-    return serve(folder / "models", *flags, "--queue-ms", "2000", "--cors-allow-origin", PAGE, *processes)
+    others = ("--queue-ms", "2000", "--cors-allow-origin", PAGE, *processes)
+    return serve(folder / "models", *flags, *others, **WITHOUT_SPARE)
 
 
 @pytest.fixture(scope="module")

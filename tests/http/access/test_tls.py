@@ -34,7 +34,7 @@ from pydantic import ValidationError
 
 from tests.certificates import Authority
 from tests.chaos import inferpool_chaos as chaos
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import WITHOUT_SPARE, MakeChaos, Serve
 from tests.http.access.keys import KeyFile
 from tests.http.connection.test_pipelining import Wire, request, sums
 from tests.http.connection.tls_client import TlsClient
@@ -87,7 +87,7 @@ def start_site(serve: Serve, folder: Path, *processes: str) -> Site:
     (repository / "m" / "1" / "model.chaos").write_text('{"run_ms": 1}')
     (repository / "m" / "model.toml").write_text(f"[batching]\nmax_rows = {LARGE_ROWS}\n")
     flags = ("--host", "::", "--max-body-bytes", "20000000")
-    made.server = serve(repository, *made.flags, *flags, *processes)
+    made.server = serve(repository, *made.flags, *flags, *processes, **WITHOUT_SPARE)
     return made
 
 
