@@ -44,9 +44,10 @@ def test_digits_from_64_clients_are_right_batched_and_answered_once(
     pictures, labels = held_out
     bodies = [as_png(picture) for picture in pictures]
     before = bundled.metric("requests_total", model="digits")
+    good = bundled.metric("requests_total", model="digits", code="200")
     batches = bundled.metric("batch_rows_count", model="digits")
     rows = bundled.metric("batch_rows_sum", model="digits")
-    rounds = 4
+    rounds = 2
 
     answers: list[dict[str, Any]] = [{}] * (rounds * len(bodies))
 
@@ -84,7 +85,7 @@ def test_digits_from_64_clients_are_right_batched_and_answered_once(
         np.testing.assert_allclose(served, alone, atol=1e-5)
 
     assert bundled.metric("requests_total", model="digits") - before == len(answers)
-    assert bundled.metric("requests_total", model="digits", code="200") - before == len(answers)
+    assert bundled.metric("requests_total", model="digits", code="200") - good == len(answers)
     assert bundled.metric("batch_rows_sum", model="digits") - rows == len(answers)
     mean_rows = len(answers) / (bundled.metric("batch_rows_count", model="digits") - batches)
     assert mean_rows > 4
