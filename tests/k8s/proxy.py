@@ -16,6 +16,7 @@ from tests.server import free_port
 HAPROXY = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 # No retries and no redispatch: a request that a server refuses or drops must be visible.
+# Without `timeout check`, a check has 250 ms, and a busy machine takes both servers out of service.
 CONFIG = """
 global
   stats socket {folder}/admin.sock level admin
@@ -23,6 +24,7 @@ defaults
   timeout connect 5s
   timeout client 60s
   timeout server 60s
+  timeout check 20s
   retries 0
   option httpchk GET /health/ready
   http-check expect status 200
