@@ -43,7 +43,7 @@ from inferpool.repository.catalog_readings import uses_gpus
 from inferpool.repository.rollout import RolloutWatch
 from inferpool.settings import Settings
 from inferpool.system.connection_counts import ConnectionCounts, make_counts
-from inferpool.system.every_second import EverySecond
+from inferpool.system.every_second import EverySecond, until_next
 from inferpool.system.gpus import CPU, cuda_driver
 from inferpool.system.listeners import address_of, listen_internally
 from inferpool.wire import json_numbers
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
     from inferpool.repository.repository import Repository  # a web process imports no loader
 
 log = logging.getLogger(__name__)
-
-TICK_S = 1.0
-"""How often the date of responses is renewed, which has whole seconds."""
 
 CLOSE_TIMEOUT_S = 5
 """How long connections may take to close once every request on them is answered."""
@@ -213,7 +210,7 @@ class Server(uvicorn.Server):
         """
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_S):
+                async with asyncio.timeout(until_next(time.monotonic())):
                     await self._ending.wait()
 
     @property

@@ -45,6 +45,7 @@ from inferpool.engine.web_keeper import WebKeeper
 from inferpool.observe.logs import configure_logs, report_stopped
 from inferpool.pool.token_buckets import MEMORY_BYTES
 from inferpool.system.connection_counts import make_counts
+from inferpool.system.every_second import until_next
 from inferpool.system.listeners import listen_internally, remove_socket_file, socket_file
 from inferpool.system.memory import chosen_limit
 
@@ -266,7 +267,7 @@ class Supervisor:
         now = self._clock()
         self._metrics.publish(now, self._connections.arenas())
         self._end_silent(now)
-        self._loop.after(PUBLISH_S, self._publish)
+        self._loop.after(until_next(now), self._publish)
 
     def _end_silent(self, now: float) -> None:
         """End processes that show no sign of life; what they had goes to their successors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Final
 
 from inferpool.errors import InferpoolError, Reason
@@ -13,13 +14,12 @@ from inferpool.repository.catalog import DRAINING, FAILED, UNLOADED, Catalog, Mo
 from inferpool.repository.rollout_policy import Decision, decide
 from inferpool.repository.traffic import PROMOTED, ROLLED_BACK, CanaryState, Traffic
 from inferpool.repository.traffic_figures import trial_counts
+from inferpool.system.every_second import until_next
 
 log = logging.getLogger(__name__)
 
 LOOK_S: Final = 0.25
-"""Pause between two looks at the counts."""
-IDLE_S: Final = 1.0
-"""Pause before a look while there is no canary."""
+"""Pause between two looks at the counts of a canary; without one there is a look each second."""
 
 
 class RolloutWatch:
@@ -42,15 +42,15 @@ class RolloutWatch:
             self._task.cancel()
 
     async def _look_often(self) -> None:
-        pause_s = IDLE_S
+        running = False
         while True:
-            await asyncio.sleep(pause_s)
-            pause_s = IDLE_S
+            await asyncio.sleep(LOOK_S if running else until_next(time.monotonic()))
+            running = False
             for model in list(self._catalog.models().values()):
                 traffic = model.traffic
                 if traffic is None or traffic.running is None:
                     continue
-                pause_s = LOOK_S
+                running = True
                 try:
                     await self._look(model, traffic)
                 except InferpoolError as error:

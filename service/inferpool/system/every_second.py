@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
 log = logging.getLogger(__name__)
 
 PAUSE_S: Final = 1.0
+LATER_S: Final = 0.004
+"""The thread comes so much later than the event loop's own second, and does not wait for the interpreter's lock."""
+
+
+def until_next(now: float) -> float:
+    """Seconds until a whole second of the machine's monotonic clock, at which `now` is.
+
+    All processes then wake up at the same moments, so that an idle machine wakes up once for all of them. A
+    timer that was a little early has had its second.
+    """
+    left = PAUSE_S - now % PAUSE_S
+    return left if left > PAUSE_S / 2 else left + PAUSE_S
 
 
 class EverySecond:
-    """Calls functions one after the other, rests for `PAUSE_S` seconds, and calls them again.
+    """Calls functions one after the other, rests until the next second, and calls them again.
 
     An error of one is logged, and does not keep the others from being called.
     """
@@ -37,7 +50,7 @@ class EverySecond:
             self._worker.join()
 
     def _run(self) -> None:
-        while not self._open.acquire(timeout=PAUSE_S):
+        while not self._open.acquire(timeout=until_next(time.monotonic() - LATER_S)):
             for what, work in self._works.items():
                 try:
                     work()
