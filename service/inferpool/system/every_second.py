@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 PAUSE_S: Final = 1.0
 LATER_S: Final = 0.004
-"""The thread comes so much later than the event loop's own second, and does not wait for the interpreter's lock."""
+"""How much later than the event loop the thread comes, to find the interpreter's lock free."""
 
 
 def until_next(now: float) -> float:
