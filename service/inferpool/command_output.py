@@ -1,4 +1,4 @@
-"""What a command prints that ends by itself: the lines of its result, or why it failed."""
+"""Prints the result of a command that ends by itself, or the reason of its failure."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class CatalogDistribution:
         self._to_report = 0
         self._reported = False
         self._health: Mapping[str, Any] | None = None
-        """What the web process said of the server that was the last to take a catalog."""
+        """The state of the server, as told by the web process that took a catalog last."""
 
     def changed(self) -> None:
         """Send what has changed in the store to all web processes."""

@@ -1,4 +1,4 @@
-"""What follows when an engine dies, or a load in it does not end.
+"""Deals with engines that die, and with loads that do not end.
 
 Web processes report what the engine ran. `RestartPolicy` decides with that which versions have failed, which
 get engines of their own, and when a successor goes on.

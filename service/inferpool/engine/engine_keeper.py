@@ -155,7 +155,10 @@ class EngineKeeper:
             engine.child.control.send("rescan", wait=False)
 
     def _versions_for(self, engine: SupervisedEngine) -> list[Version] | None:
-        """What an engine is to load; a successor takes no versions that were added to the folder since."""
+        """Return the versions that an engine is to load; None stands for all.
+
+        A successor takes no versions that were added to the folder since its first predecessor.
+        """
         if engine.only is not None or engine.epoch == 1:
             return engine.only
         there = self._store.versions_for(engine.name)

@@ -21,7 +21,7 @@ class SupervisedWeb:
 
 
 class Crash:
-    """What is known about the death of an engine, until all reports are in."""
+    """The facts about the death of an engine, collected until all reports are in."""
 
     def __init__(self, how: str, lived_s: float, loading: set[Version], reports: set[int]) -> None:
         self.how = how

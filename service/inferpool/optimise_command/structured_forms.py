@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from inferpool.optimise_command.model_folders import SourceModel
 
 PERCENTS: Final = (25, 50)
-"""Of the channels of each layer, how many are removed."""
+"""The shares of the channels of each layer that are removed."""
 MOST_EPOCHS: Final = 1000
 _SCRIPT: Final = "structured_pruning.py"
 _RESULT: Final = "result.json"
