@@ -1,4 +1,4 @@
-"""The record of what costly tests last passed with: of imports, PyTorch, benchmarks, the image, some pages.
+"""The record of what costly tests last passed with: the compiled hot path, imports, PyTorch, the image.
 
 `scripts/test` skips these tests if nothing that they depend on has changed since they passed. A change of a
 file, of a package, or of Python makes them run again. `scripts/test --full` skips none. To run those whose
@@ -50,6 +50,7 @@ IMPORT: Final = (
     "tests/import_command/**/*.py",
 )
 PAGES: Final = ("tests/docs/test_commands.py", "tests/docs/pages.py")
+HOT_PATH_FOLDERS: Final = ("engine", "http", "observe", "pool", "wire")
 COMMANDS_OF_A_PAGE: Final = "tests/docs/test_commands.py::test_commands_of_a_page_run"
 
 COSTLY: Final = {
@@ -99,6 +100,17 @@ COSTLY: Final = {
     ),
     "benchmarks": Costly(
         ("tests/benchmarks",), ("benchmarks/**/*.py", "benchmarks/**/*.lua", "tests/benchmarks/*.py")
+    ),
+    # A second run of the tests of the modules that a wheel compiles.
+    "compiled-hot-path": Costly(
+        ("tests/test_wheel.py::test_the_compiled_hot_path_passes_its_tests",),
+        (
+            *("pyproject.toml", "setup.py", "service/**/*.c", "service/inferpool/*.py"),
+            *(f"service/inferpool/{folder}/**/*.py" for folder in HOT_PATH_FOLDERS),
+            *(f"tests/{folder}/**/*.py" for folder in (*HOT_PATH_FOLDERS, "chaos", "servers")),
+            *("tests/conftest.py", "tests/server.py", "tests/test_wheel.py"),
+        ),
+        ("mypy", "numpy", "onnxruntime", "orjson"),
     ),
     # pip fetches the requirements of the build into an environment of its own.
     "build-by-pip": Costly(

@@ -264,6 +264,7 @@ def test_the_wheel_serves_with_its_hot_path_compiled(python: Path, models: Path,
 
 def test_the_compiled_hot_path_passes_its_tests(python: Path) -> None:
     """The tests run in another process, with the compiled modules of the wheel in place of the sources."""
+    needs_to_run("compiled-hot-path")
     run = subprocess.run(
         [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=.", *arguments()],
         cwd=ROOT, env=plain_environ(), capture_output=True, text=True, check=False,
