@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import Any, Final, TypeAlias
 
@@ -109,45 +108,53 @@ class Signature:
         outputs: the outputs by their names in responses.
         substitute_input: the name of an input that replaces all others, or None. A request sends either
             this input alone or the others.
+        inputs_by_name: the inputs by name.
+        outputs_by_name: the outputs by name.
+        single_input: the input of a body without input names: the only one required, or None if there are
+            several.
+        shared_symbols: dimensions that must be equal: by symbol, the input names and axes of its dimensions.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     substitute_input: str | None = None
+    inputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False, compare=False)
+    outputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False, compare=False)
+    single_input: TensorSpec | None = field(init=False, repr=False, compare=False)
+    shared_symbols: Mapping[str, tuple[tuple[str, int], ...]] = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def inputs_by_name(self) -> Mapping[str, TensorSpec]:
-        """The inputs by name."""
-        return {spec.name: spec for spec in self.inputs}
-
-    @cached_property
-    def outputs_by_name(self) -> Mapping[str, TensorSpec]:
-        """The outputs by name."""
-        return {spec.name: spec for spec in self.outputs}
-
-    @cached_property
-    def single_input(self) -> TensorSpec | None:
-        """The input of a body without input names: the only one required, or None if there are several."""
-        if self.substitute_input is not None:
-            return self.inputs_by_name[self.substitute_input]
-        required = [spec for spec in self.inputs if not spec.optional]
-        if len(self.inputs) == 1:
-            return self.inputs[0]
-        return required[0] if len(required) == 1 else None
-
-    @cached_property
-    def shared_symbols(self) -> Mapping[str, tuple[tuple[str, int], ...]]:
-        """Dimensions that must be equal: by symbol, the input names and axes of its dimensions."""
-        axes: dict[str, list[tuple[str, int]]] = {}
-        for spec in self.inputs:
-            for axis, symbol in enumerate(spec.symbols):
-                if symbol:
-                    axes.setdefault(symbol, []).append((spec.name, axis))
-        return {symbol: tuple(found) for symbol, found in axes.items() if len(found) > 1}
+    def __post_init__(self) -> None:
+        """Look up once what every request needs. A cached property would be computed at each access."""
+        inputs_by_name = {spec.name: spec for spec in self.inputs}
+        for name, value in (
+            ("inputs_by_name", inputs_by_name),
+            ("outputs_by_name", {spec.name: spec for spec in self.outputs}),
+            ("single_input", _single_input(self.inputs, inputs_by_name, self.substitute_input)),
+            ("shared_symbols", _shared_symbols(self.inputs)),
+        ):
+            object.__setattr__(self, name, value)
 
     def is_optional(self, spec: TensorSpec) -> bool:
         """Whether a request may omit this input."""
         return spec.optional or self.substitute_input is not None
+
+
+def _single_input(
+    inputs: Collection[TensorSpec], by_name: Mapping[str, TensorSpec], substitute: str | None
+) -> TensorSpec | None:
+    if substitute is not None:
+        return by_name.get(substitute)
+    required = inputs if len(inputs) == 1 else [spec for spec in inputs if not spec.optional]
+    return next(iter(required)) if len(required) == 1 else None
+
+
+def _shared_symbols(inputs: Iterable[TensorSpec]) -> Mapping[str, tuple[tuple[str, int], ...]]:
+    axes: dict[str, list[tuple[str, int]]] = {}
+    for spec in inputs:
+        for axis, symbol in enumerate(spec.symbols):
+            if symbol:
+                axes.setdefault(symbol, []).append((spec.name, axis))
+    return {symbol: tuple(found) for symbol, found in axes.items() if len(found) > 1}
 
 
 def shape_text(shape: tuple[int, ...] | None) -> str:
@@ -217,7 +224,8 @@ def _cut(name: str) -> str:
 
 def check_tensor(spec: TensorSpec, tensor: Array) -> None:
     """Raise InvalidInput unless `tensor` has the datatype, rank and fixed dimensions of `spec`."""
-    if tensor.dtype != spec.dtype:
+    dtype = spec.dtype
+    if tensor.dtype is not dtype and tensor.dtype != dtype:
         is_text = tensor.dtype == DTYPES["BYTES"]
         came = "BYTES" if is_text else str(tensor.dtype)
         raise InvalidInput(
@@ -230,17 +238,20 @@ def check_tensor(spec: TensorSpec, tensor: Array) -> None:
     if expected is None:
         return
     shape = tensor.shape
-    if len(shape) == len(expected) and expected[:1] == (ANY,) and shape[1:] == expected[1:]:
-        return  # the usual case, only the rows are open: cheaper than the loop below
-    if len(shape) != len(expected) or any(
-        want not in (ANY, got) for want, got in zip(expected, shape, strict=True)
-    ):
+    if not _fits(expected, shape):
         raise InvalidInput(
             f'tensor "{spec.name}" has shape {shape_text(shape)}, the model takes {shape_text(expected)}',
             tensor=spec.name,
             expected=list(expected),
             got=list(shape),
         )
+
+
+def _fits(expected: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor of this shape has the rank and the fixed dimensions that are expected."""
+    if len(shape) != len(expected):
+        return False
+    return all(want == ANY or want == shape[axis] for axis, want in enumerate(expected))
 
 
 def check_inputs(signature: Signature, tensors: Mapping[str, Array]) -> None:

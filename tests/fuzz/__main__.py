@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from tests.fuzz import json_cases, socket_cases
+from tests.fuzz import json_cases, response_cases, socket_cases
 from tests.fuzz.leaks import check_leaks
 
-NAMES = ("inferpool.wire._json_numbers", "inferpool.http.connection._socketio")
+NAMES = (
+    "inferpool.wire._json_numbers", "inferpool.http.connection._socketio", "inferpool.http.predict._responses"
+)  # fmt: skip
 
 
 def load(name: str, folder: Path) -> ModuleType:
@@ -34,7 +36,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="how long to go on")
     parser.add_argument("--seed", type=int, help="begin with this case, as a failure names it")
     options = parser.parse_args()
-    numbers, sockets = (load(name, options.modules) for name in NAMES)
+    numbers, sockets, responses = (load(name, options.modules) for name in NAMES)
 
     # Imported now, so that it prepares the module that was just loaded.
     from inferpool.wire import json_numbers
@@ -53,6 +55,8 @@ def main() -> int:
                 json_cases.check_count(numbers, chance)
                 json_cases.check_odd_arguments(numbers, chance)
                 socket_cases.check_odd_arguments(sockets, chance)
+                response_cases.check_join(responses, chance)
+                response_cases.check_times(responses, chance)
             socket_cases.check_receive(sockets, chance)
             socket_cases.check_send(sockets, chance)
         except BaseException:

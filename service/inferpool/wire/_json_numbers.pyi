@@ -16,5 +16,8 @@ def most_numbers(body: bytes, /) -> int:
 def singles(memory: bytearray, start: int, count: int, real: bool, /) -> bytearray | None:
     """Return `count` numbers of 8 bytes as binary32, or None if one is out of range."""
 
+def has_null(text: bytes, /) -> bool:
+    """Return whether `null` is anywhere in `text`."""
+
 def prepare(powers: bytes, /) -> None:
     """Set the powers of five; must be called once, before any `scan`."""

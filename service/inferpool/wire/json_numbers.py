@@ -136,6 +136,11 @@ def extract_numbers(body: bytes, allowance: Allowance = UNLIMITED) -> dict[str, 
         return None
 
 
+def has_null(text: bytes) -> bool:
+    """Return whether `null` is anywhere in `text`."""
+    return _json_numbers.has_null(text) if AVAILABLE else b"null" in text
+
+
 def read_extracted(spec: TensorSpec, value: Any) -> Array:
     """Return `value`, from the fields of `extract_numbers`, as a tensor in the datatype of `spec`.
 

@@ -189,7 +189,7 @@ def encode_response(
     if predictions is not None:
         answer["predictions"] = predictions
     encoded = write(answer)
-    if b"null" in encoded:
+    if json_numbers.has_null(encoded):
         non_finite = [name for name, value in outputs.items() if has_non_finite(value)]
         if non_finite:
             answer["non_finite"] = non_finite

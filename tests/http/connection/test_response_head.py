@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inferpool.http.connection.response_head import ResponsePrefix, response_head
+from inferpool.http.connection import response_head as heads
+from inferpool.http.connection.response_head import ResponsePrefix, response_head, whole_response
+from inferpool.http.predict import response as responses
 from inferpool.http.predict.response import server_timing
 
 BYTES = st.binary(max_size=40)
@@ -35,3 +42,43 @@ def test_no_header_ends_its_line_or_the_head(headers: list[tuple[bytes, bytes]])
     whole = [b"%b: %b" % header for header in headers if not {*b"".join(header)} & {*b"\r\n\0"}]
     assert head.split(b"\r\n") == [b"HTTP/1.1 200 OK", *whole, b"content-length: 0", b"", b""]
     assert head.count(b"\n") == len(whole) + 3
+
+
+HEADERS = st.lists(
+    st.tuples(st.sampled_from((b"x", b"x\nx")), st.text("a\r\n\0: ").map(str.encode)), max_size=20
+)
+
+
+@given(HEADERS, st.booleans(), st.integers(0, 2**40), st.lists(BYTES, max_size=20))
+def test_c_and_python_make_the_same_response(
+    headers: list[tuple[bytes, bytes]], closes: bool, size: int, parts: list[bytes]
+) -> None:
+    made = whole_response(b"HTTP/1.1 200 OK\r\n", headers, closes, size, parts)
+    views = [memoryview(part) for part in parts]
+    assert whole_response(b"HTTP/1.1 200 OK\r\n", headers, closes, size, views) == made
+    with mock.patch.object(heads, "_responses", None):
+        assert whole_response(b"HTTP/1.1 200 OK\r\n", headers, closes, size, parts) == made
+
+
+@given(SECONDS, SECONDS, st.integers(0, 10_000_000).map(lambda halves: halves / 2_000_000))
+def test_c_and_python_round_times_alike(queue_s: float, compute_s: float, total_s: float) -> None:
+    with mock.patch.object(responses, "_responses", None):
+        expected = server_timing(queue_s, compute_s, total_s)
+    assert server_timing(queue_s, compute_s, total_s) == expected
+    assert server_timing(math.nextafter(total_s, 0.0), math.inf, -math.inf).endswith(b"total;dur=0.000")
+
+
+def test_c_takes_nothing_but_bytes() -> None:
+    module: Any = pytest.importorskip("inferpool.http.predict._responses")
+    assert module.join(b"", [("name", "value")], b"", 0, []) is None
+    assert module.join(b"", [], b"", 0, [memoryview(b"")]) is None
+    calls: list[tuple[Any, ...]] = [
+        (b"", [], b"", 0), ("", [], b"", 0, []), (b"", (), b"", 0, []), (b"", [], b"", "", [])
+    ]  # fmt: skip
+    for wrong in calls:
+        with pytest.raises(TypeError):
+            module.join(*wrong)
+    with pytest.raises(TypeError):
+        module.server_timing(0.0, 0.0)
+    with pytest.raises(TypeError):
+        module.server_timing(0.0, 0.0, "")

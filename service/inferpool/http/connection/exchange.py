@@ -28,7 +28,7 @@ from inferpool.http.connection.exchange_state import (
     WAITING,
     WRITING,
 )
-from inferpool.http.connection.response_head import response_head
+from inferpool.http.connection.response_head import response_head, whole_response
 from inferpool.http.predict.api import Data
 from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.context import PredictContext
@@ -407,9 +407,8 @@ class Exchange:
         headers = response.headers
         if shared.cors is not None:
             headers = [*headers, *shared.cors.headers(self._context.head.origin)]
-        head = response_head(prefix, headers, not self.keep_alive, response.size)
         if response.size > _JOINED_BYTES:
-            transport.write(head)
+            transport.write(response_head(prefix, headers, not self.keep_alive, response.size))
             lent = self._predictor.lends_outputs
             for part in response.parts:
                 # A transport keeps what the socket does not take at once. A view of memory that an engine
@@ -417,7 +416,7 @@ class Exchange:
                 transport.write(bytes(part) if lent and not isinstance(part, bytes) else part)
             self._written()
             return
-        data = b"".join((head, *response.parts))
+        data = whole_response(prefix, headers, not self.keep_alive, response.size, response.parts)
         if shared.writes.collecting and connection.descriptor >= 0 and not transport.get_write_buffer_size():
             tls = connection.tls
             shared.writes.add(connection.descriptor, data if tls is None else tls.encrypt(data), self)

@@ -1,12 +1,26 @@
-"""The head of a response: the lines that all responses of one second share, and the response's own."""
+"""The head of a response: the lines that all responses of one second share, and the response's own.
+
+`_responses`, a module in C, puts small responses together; without it, Python does.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from inferpool.http.predict.api import Data
 from inferpool.http.problems import Headers
+
+try:
+    from inferpool.http.predict import _responses
+except ImportError:  # there was no C compiler at installation
+    _responses = None  # type: ignore[assignment]
+
+_LENGTH: Final = b"content-length: "
+_LAST: Final = b"connection: close\r\ncontent-length: "
+"""The last line of a head without its number; a response may be the last one on its connection."""
 
 
 class ResponsePrefix:
@@ -51,5 +65,14 @@ def response_head(prefix: bytes, headers: Headers, closes: bool, size: int) -> b
     # A number is found in a tenth of the time that bytes are.
     if lines.count(b"\n") != len(pairs) or lines.count(b"\r") != len(pairs) or 0 in lines:
         lines = b"".join([b"%b: %b\r\n" % header for header in headers if not splits(header)])
-    last = b"connection: close\r\ncontent-length: " if closes else b"content-length: "
-    return b"".join([prefix, lines, last, str(size).encode(), b"\r\n\r\n"])
+    return b"".join([prefix, lines, _LAST if closes else _LENGTH, str(size).encode(), b"\r\n\r\n"])
+
+
+def whole_response(prefix: bytes, headers: Headers, closes: bool, size: int, parts: Sequence[Data]) -> bytes:
+    """Return the head that `response_head` returns, with the `parts` of the body behind it."""
+    if _responses is not None and isinstance(parts, list):
+        last = _LAST if closes else _LENGTH
+        whole = _responses.join(prefix, headers, last, size, cast("list[bytes]", parts))
+        if whole is not None:
+            return whole
+    return b"".join((response_head(prefix, headers, closes, size), *parts))

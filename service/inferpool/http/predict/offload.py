@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Final
 
@@ -12,7 +13,7 @@ from inferpool.http.predict.api import Data
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.fair_threads import FairThreads
 from inferpool.http.predict.response_cache import HASHED_BYTES
-from inferpool.repository.catalog import Catalog
+from inferpool.repository.catalog import Catalog, ModelView
 from inferpool.system.cpu import usable_cores
 
 HEAVY_BYTES: Final = 32 * 1024
@@ -66,6 +67,8 @@ class DecodeOffloader:
     def __init__(self, catalog: Catalog) -> None:
         """Start no thread before the first body needs one; `catalog` tells which models take text."""
         self._catalog = catalog
+        self._models: Mapping[str, ModelView] | None = None
+        self._any_takes_pictures = False
         # Separate threads, so that nothing else waits while a long text is encoded, or a picture decoded. The
         # event loop's own threads write `/metrics`.
         self._text_bytes = 0
@@ -97,7 +100,7 @@ class DecodeOffloader:
             return True
         served = context.served
         if served is None:
-            return _may_hold_pictures(context, data) and self._takes_pictures()
+            return self._takes_pictures() and _may_hold_pictures(context, data)
         image = served.view.image
         if image is None:
             return False
@@ -148,8 +151,12 @@ class DecodeOffloader:
 
     def _takes_pictures(self) -> bool:
         """Return whether any model takes pictures."""
-        defaults = (model.default for model in self._catalog.models().values())
-        return any(view is not None and view.image is not None for view in defaults)
+        models = self._catalog.models()
+        if models is not self._models:  # each change of the catalog makes another mapping
+            defaults = [model.default for model in models.values()]
+            self._any_takes_pictures = any(view is not None and view.image is not None for view in defaults)
+            self._models = models
+        return self._any_takes_pictures
 
     def _may_be_text(self, context: PredictContext) -> bool:
         """Return whether the model takes text; if the body has to name the model, whether any model does."""

@@ -606,7 +606,9 @@ class Predictor:
         rows = served.rows(tensors)
         entry_id = next(self._entry_ids)
         size = context.input_bytes if not context.texts else 0
-        size = size or sum(map(_bytes_of, tensors.values()))
+        if not size:
+            for tensor in tensors.values():
+                size += _bytes_of(tensor)
         group, row_load = served.group(entry_id, tensors, rows)
         entry = Entry(
             entry_id,

@@ -105,6 +105,8 @@ class Resolver:
         if name is not None:
             return name
         known = known_models(self._catalog)
+        if among is None and len(known) == 1:
+            return next(iter(known))
         # A key for some models must not tell which others there are.
         models = list(known) if among is None else [model for model in known if model in among]
         if len(models) != 1:

@@ -185,7 +185,12 @@ class ServedVersion:
         """
         if not self.view.batching.enabled:
             return 0 if self._empty is not None and self._without_rows(tensors) else 1
-        counts = [len(tensor) for name, tensor in tensors.items() if name not in self.optional]
+        optional = self.optional
+        counts = (
+            [len(tensor) for name, tensor in tensors.items() if name not in optional]
+            if optional
+            else [len(tensor) for tensor in tensors.values()]
+        )
         rows = counts[0]
         if rows > MOST_ROWS:
             raise _too_many_rows(rows)
