@@ -18,6 +18,15 @@ from inferpool.wire.json_numbers import FallBack
 from tests.wire.conftest import any_shape, outcome
 
 
+@pytest.mark.parametrize(
+    "text", [b"", b"nul", b"n", b"[nul]", b"n\0ull", b"[1,nulnull]", b"null", b"nnull", b"a null "]
+)
+def test_null_is_found_wherever_it_is(text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert json_numbers.has_null(text) == (b"null" in text)
+    monkeypatch.setattr(json_numbers, "AVAILABLE", False)
+    assert json_numbers.has_null(text) == (b"null" in text)
+
+
 def test_ci_has_the_module() -> None:
     if not json_numbers.AVAILABLE and "CI" not in os.environ:
         pytest.skip("the project was installed without a C compiler")

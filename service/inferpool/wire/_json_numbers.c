@@ -128,28 +128,17 @@ static inline const char *read_digits(const char *at, uint64_t *value) {
     return at;
 }
 
-/* The number in eight digits, the first of which is in the lowest byte, without their '0' (Lemire, section 5). */
-static inline uint64_t from_eight(uint64_t eight) {
-    eight = eight * 10 + (eight >> 8);
-    return (((eight & 0x000000FF000000FF) * 0x000F424000000064) +
-            (((eight >> 16) & 0x000000FF000000FF) * 0x0000271000000001)) >> 32;
-}
-
-/* The same for a fraction, which may be long: up to eight digits at a time. */
+/* The same for a fraction, which may be long: eight digits at a time if there are so many (Lemire, section 5). */
 static inline const char *read_fraction(const char *at, const char *end, uint64_t *value) {
-    static const uint32_t shifts[8] = {1, 10, 100, 1000, 10000, 100000, 1000000, 10000000};
     while (end - at >= 8) {
         uint64_t eight;
         memcpy(&eight, at, sizeof eight);
-        /* Marks bytes that are no digits. A carry or borrow of such a byte reaches only those after it. */
-        uint64_t others = ((eight + 0x4646464646464646) | (eight - 0x3030303030303030)) & 0x8080808080808080;
-        eight &= 0x0F0F0F0F0F0F0F0F;
-        if (others) {
-            int digits = __builtin_ctzll(others) / 8;
-            if (digits) *value = *value * shifts[digits] + from_eight(eight << (64 - 8 * digits));
-            return at + digits;
-        }
-        *value = *value * 100000000 + from_eight(eight);
+        if (((eight + 0x4646464646464646) | (eight - 0x3030303030303030)) & 0x8080808080808080) break;
+        eight -= 0x3030303030303030;
+        eight = eight * 10 + (eight >> 8);
+        eight = (((eight & 0x000000FF000000FF) * 0x000F424000000064) +
+                 (((eight >> 16) & 0x000000FF000000FF) * 0x0000271000000001)) >> 32;
+        *value = *value * 100000000 + eight;
         at += 8;
     }
     return read_digits(at, value);
@@ -577,7 +566,7 @@ static PyObject *singles(PyObject *module, PyObject *const *arguments, Py_ssize_
 
 PyDoc_STRVAR(has_null_doc,
              "has_null(text)\n--\n\n"
-             "Return whether `null` is anywhere in the bytes `text`. It takes a tenth of the time of `in`.");
+             "Return whether `null` is anywhere in the bytes `text`. `in` takes seven instructions a byte.");
 
 static PyObject *has_null(PyObject *module, PyObject *given) {
     (void)module;

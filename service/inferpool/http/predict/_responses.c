@@ -1,6 +1,6 @@
 /* Puts small responses together: the head from its lines, the body behind it, and the times of Server-Timing.
 
-   Purpose. Formatting a head in Python takes a tenth of a small request's instructions. response.py, and response_head.py
+   Purpose. Formatting a head in Python takes a twelfth of a small request's instructions. response.py, and response_head.py
    of http/connection, are the only callers, and work without this module.
 
    GIL. Everything is done with the GIL held, and only objects that cannot change are read: bytes, and the items of
