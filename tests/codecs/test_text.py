@@ -64,10 +64,12 @@ def test_rows_match_the_tokenizer(tokenizer_file: Path, sentences: list[list[str
     assert [rows.indices for rows in apart] == [[index] for index in range(len(sentences))]
 
 
-@pytest.mark.parametrize("datatype", ["INT32", "INT64"])
+@pytest.mark.parametrize("datatype", ["INT32", "INT64", "FP32"])
 def test_tensors_have_the_models_datatypes(tokenizer_file: Path, datatype: str) -> None:
     (rows,) = codec(tokenizer_file, signature(datatype=datatype)).encode(array("w1"), apart=False)
-    assert {str(tensor.dtype) for tensor in rows.tensors.values()} == {datatype.lower()}
+    assert {str(tensor.dtype) for tensor in rows.tensors.values()} == {
+        {"FP32": "float32"}.get(datatype, datatype.lower())
+    }
 
 
 def test_inputs_that_the_model_lacks_are_left_out(tokenizer_file: Path) -> None:
@@ -89,6 +91,45 @@ def test_truncation_is_taken_from_the_file_unless_it_is_set(tmp_path: Path, toke
     (cut,) = codec(tmp_path / "own.json", max_tokens=5).encode(long, apart=False)
     assert cut.tensors["input_ids"].shape == (1, 5)
     assert codec(tokenizer_file).max_tokens == 512
+
+
+@pytest.mark.parametrize("direction", ["right", "left"])
+def test_rows_of_a_model_of_one_length_are_those_of_a_tokenizer_that_pads(
+    tmp_path: Path, direction: str
+) -> None:
+    by_hand = make_tokenizer()
+    by_hand.enable_truncation(9)
+    by_hand.enable_padding(direction=direction, pad_id=0, pad_type_id=1)
+    by_hand.save(str(tmp_path / "tokenizer.json"))
+    by_hand.enable_truncation(6)
+    by_hand.enable_padding(direction=direction, pad_id=0, pad_type_id=1, length=6)
+    made = codec(tmp_path / "tokenizer.json", signature(shape=(-1, 6)))
+    texts = ["w1", "w1 w2 w3 w4 w5 w6 w7", "w1 w2"]
+    expected = by_hand.encode_batch(texts)
+    (rows,) = made.encode(array(*texts), apart=False)
+    assert (rows.indices, made.max_tokens, made.unit) == ([0, 1, 2], 6, 6)
+    parts = ("ids", "attention_mask", "type_ids")
+    for name, part in zip(NAMES, parts, strict=True):
+        assert rows.tensors[name].tolist() == [getattr(each, part) for each in expected]
+    found = made.encode_texts(texts, "texts", apart=True)
+    assert (found.lengths, found.truncated, len(found.groups)) == ([3, 6, 4], [1], 3)
+    words = made.words(texts[2])
+    assert words.tensors["input_ids"][0].tolist() == expected[2].ids
+    shift = 2 if direction == "left" else 0
+    assert words.word_of == list(np.roll([-1, 0, 1, -1, -1, -1], shift))
+    listed = made.rows_of_tokens([[5], [6, 7]], "input", apart=False)
+    padded = [[0] * 5 + [5], [0] * 4 + [6, 7]] if direction == "left" else [[5] + [0] * 5, [6, 7] + [0] * 4]
+    assert listed.groups[0].tensors["input_ids"].tolist() == padded
+
+
+def test_tokens_that_are_pooled_are_not_padded_on_the_left(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.enable_padding(direction="left")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    inputs = (TensorSpec("input_ids", "INT64", (-1, 6)),)
+    vectors = Signature(inputs, (TensorSpec("y", "FP32", (-1, 6, 3)),))
+    with pytest.raises(ConfigError, match=r"text\.embeddings\.pooling: the tokenizer pads on the left"):
+        codec(tmp_path / "tokenizer.json", vectors, embeddings={"pooling": "mean"})
 
 
 @pytest.mark.parametrize(
@@ -129,7 +170,9 @@ def test_bytes_that_are_not_utf8_are_malformed(tokenizer_file: Path) -> None:
         (signature("input_ids"), {"mask": "x"}, "text.mask: no input"),
         (signature("input_ids", "extra"), {}, 'also needs "extra"'),
         (signature(datatype="FP64"), {}, "INT64 or INT32"),
-        (signature(shape=(-1, 128)), {}, "rows, tokens"),
+        (signature(shape=(-1, 8, 2)), {}, "rows, tokens"),
+        (signature(shape=(-1, 8)), {"max_tokens": 9}, "rows of 8 tokens only"),
+        (signature(shape=(-1, 2)), {}, "no room"),
         (signature("input_ids", "text"), {}, "text.input"),
         (signature(), {"max_tokens": 2}, "no room"),
     ],
@@ -163,6 +206,7 @@ def test_made_up_rows_have_no_special_tokens(tokenizer_file: Path) -> None:
         ("attention_mask", [[1]], "1 tokens a row"),
         ("token_type_ids", [[0, -1]], "is -1; it takes 0 to 1"),
         ("input_ids", [[5, 204]], "0 to 203"),
+        ("input_ids", [[5, float("nan")]], r"at \[0, 1\] is nan; it takes 0 to 203"),
     ],
 )
 def test_tensors_that_could_not_come_from_sentences_are_refused(

@@ -1,8 +1,9 @@
 """Encodes sentences as rows of token ids, as `[text]` in a model.toml says, by Hugging Face's `tokenizers`.
 
 A row is a sentence, or a pair of texts if the model takes pairs. Every row is encoded by itself, with the
-special tokens of the tokenizer's file, and truncated as the file says. Nothing is padded here: rows of equal
-length are returned together. The pool pads rows of different lengths if that changes no answer.
+special tokens of the tokenizer's file, and truncated as the file says. Rows of equal length are returned
+together. The pool pads rows of different lengths if that changes no answer. For a model that takes one number
+of tokens only, every row is padded here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from inferpool.codecs.text_tokenizer import (
     set_truncation,
     take_padding,
 )
-from inferpool.errors import BodyTooLarge, InvalidInput, MalformedBody, Reason
+from inferpool.errors import BodyTooLarge, ConfigError, InvalidInput, MalformedBody, Reason
 from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec, name_text, value_text
 
 MOST_CHARACTERS: Final = 1_000_000
@@ -85,7 +86,7 @@ class Words(NamedTuple):
     Attributes:
         tensors: the row.
         spans: where each word is.
-        word_of: the number of the word of each token; -1 for special tokens.
+        word_of: the number of the word of each token; -1 for special tokens and padding.
     """
 
     tensors: Tensors
@@ -100,10 +101,11 @@ class TextCodec:
         input: the name under which clients send sentences.
         signature: the model's, with the input for sentences first, as a substitute for all others.
         max_tokens: the largest number of tokens in a row.
+        fixed: the only number of tokens in a row that the model takes; None if it takes any.
         ids: the name of the input of token ids.
         mask: the name of the input that is 1 for tokens and 0 for padding, or None.
         fills: the padding value of every input that a sentence becomes, by name.
-        unit: the length of the rows with which batching is proven and measured; a power of two.
+        unit: the length of the rows with which batching is proven and measured: `fixed`, or a power of two.
         vocabulary_size: the number of tokens in the vocabulary.
         pairs: whether a row is a pair of texts.
         media_types: the media types of bodies that are one sentence.
@@ -128,16 +130,18 @@ class TextCodec:
         self.vectors: Final[VectorOutput | Reason] = find_vectors(config, signature)
         self.scores: Final[ScoreOutput | Reason] = find_scores(config, signature)
         self._ids, self._mask, self._types = find_inputs(config, signature)
+        tokens = (self._ids.shape or (ANY, ANY))[1]
+        self.fixed: Final = None if tokens == ANY else tokens
         with name_file(config):
             self._highest_type: Final = highest_type(self._tokenizer)
-            self.max_tokens: Final = set_truncation(config, self._tokenizer)
-            pad_id, pad_type = take_padding(self._tokenizer)
+            self.max_tokens: Final = set_truncation(config, self._tokenizer, self.fixed)
+            self._padding: Final = take_padding(self._tokenizer)
             added = self._tokenizer.get_added_tokens_decoder()
             self._special = {token for token, of in added.items() if of.special}
             self.vocabulary_size: Final[int] = self._tokenizer.get_vocab_size(with_added_tokens=True)
             # This is not the size minus one, because a vocabulary may have gaps.
             known = self._tokenizer.get_vocab(with_added_tokens=True).values()
-            self._highest: Final[int] = max(pad_id, *known, 0)
+            self._highest: Final[int] = max(self._padding.id, *known, 0)
             # A tokenizer that cannot encode at all must fail here, not at the first request.
             self._joiner: PairJoiner | None = None
             if config.pairs:
@@ -145,14 +149,20 @@ class TextCodec:
             else:
                 self._tokenizer.encode_batch_fast([PROBE])
         self.ids: Final = self._ids.name
-        self.fills: Final = {self.ids: pad_id}
+        self.fills: Final[dict[str, int]] = {self.ids: self._padding.id}
         self.mask: Final = None if self._mask is None else self._mask.name
         if self.mask is not None:
             self.fills[self.mask] = 0
         if self._types is not None:
-            self.fills[self._types.name] = pad_type
-        # With a power of two, the costs of rows add up without rounding.
-        self.unit: Final = 1 << (min(MEASURED_TOKENS, self.max_tokens).bit_length() - 1)
+            self.fills[self._types.name] = self._padding.type
+        # With a power of two, the costs of rows add up without rounding. Rows of one length have one cost.
+        self.unit: Final = self.fixed or 1 << (min(MEASURED_TOKENS, self.max_tokens).bit_length() - 1)
+        pools = isinstance(self.vectors, VectorOutput) and self.vectors.pooled
+        if self.fixed is not None and self._padding.on_left and pools:
+            raise ConfigError(
+                "text.embeddings.pooling: the tokenizer pads on the left, where the vectors of tokens are"
+                ' pooled; set the "direction" of "padding" in its file to "Right"'
+            )
         sentences = TensorSpec(self.input, "BYTES", (ANY, 2) if config.pairs else (ANY,))
         self.signature: Final = replace(
             signature, inputs=(sentences, *signature.inputs), substitute_input=self.input
@@ -252,9 +262,9 @@ class TextCodec:
                 )
         lengths = [len(ids) for ids in texts]
         groups = []
-        for indices in _by_length(lengths, apart):
-            rows = np.array([texts[index] for index in indices])
-            groups.append(Rows(indices, self._tensors(rows, np.zeros_like(rows))))
+        for indices in self._by_length(lengths, apart):
+            rows = [texts[index] for index in indices]
+            groups.append(Rows(indices, self._tensors(rows, [[0] * len(row) for row in rows])))
         return TextRows(groups, lengths, [])
 
     def words(self, text: Text) -> Words:
@@ -265,6 +275,9 @@ class TextCodec:
         if self._joiner is not None:
             encoding = self._joiner.cut(encoding)
         spans, word_of = _words_of(sentences, encoding)
+        if self.fixed is not None:
+            padding = [-1] * (self.fixed - len(word_of))
+            word_of = padding + word_of if self._padding.on_left else word_of + padding
         return Words(self._rows([encoding]), spans, word_of)
 
     def substitute(self, kind: str) -> int | None:
@@ -288,7 +301,7 @@ class TextCodec:
         size = self._tokenizer.get_vocab_size(with_added_tokens=False)
         words = np.array([token for token in range(size) if token not in self._special] or [0])
         ids = np.random.default_rng(_SEED).choice(words, (count, tokens))
-        return self._tensors(ids, np.zeros_like(ids))
+        return self._tensors(ids.tolist(), np.zeros_like(ids).tolist())
 
     def check(self, tensors: Tensors) -> None:
         """Raise InvalidInput, with the tensor, if the model's own inputs could not come from sentences.
@@ -377,21 +390,39 @@ class TextCodec:
     def _groups(self, lengths: list[int], encodings: Sequence[Any], apart: bool) -> list[Rows]:
         return [
             Rows(indices, self._rows([encodings[index] for index in indices]))
-            for indices in _by_length(lengths, apart)
+            for indices in self._by_length(lengths, apart)
         ]
 
-    def _rows(self, encodings: list[Any]) -> Tensors:
-        ids = np.array([encoding.ids for encoding in encodings])
-        types = np.array([encoding.type_ids for encoding in encodings]) if self._types is not None else ids
-        return self._tensors(ids, types)
+    def _by_length(self, lengths: list[int], apart: bool) -> list[list[int]]:
+        """Return the indices of texts whose rows have one length; with `apart` one by one."""
+        return _by_length(lengths if self.fixed is None else [self.fixed] * len(lengths), apart)
 
-    def _tensors(self, ids: Array, types: Array) -> Tensors:
-        tensors = {self._ids.name: ids.astype(self._ids.dtype)}
+    def _rows(self, encodings: list[Any]) -> Tensors:
+        ids = [encoding.ids for encoding in encodings]
+        return self._tensors(ids, [each.type_ids for each in encodings] if self._types is not None else ids)
+
+    def _tensors(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> Tensors:
+        """Return the rows of `ids`, which have one length unless the model takes rows of a fixed one."""
+        padding = self._padding
+        filled = self._filled(ids, padding.id)
+        tensors = {self._ids.name: filled.astype(self._ids.dtype)}
         if self._mask is not None:
-            tensors[self._mask.name] = np.ones(ids.shape, self._mask.dtype)
+            fixed = self.fixed is not None
+            mask = self._filled([[1] * len(row) for row in ids], 0) if fixed else np.ones(filled.shape)
+            tensors[self._mask.name] = mask.astype(self._mask.dtype)
         if self._types is not None:
-            tensors[self._types.name] = types.astype(self._types.dtype)
+            tensors[self._types.name] = self._filled(types, padding.type).astype(self._types.dtype)
         return tensors
+
+    def _filled(self, rows: Any, fill: int) -> Array:
+        """Return `rows` as an array; rows of a fixed length are filled up with `fill`."""
+        if self.fixed is None:
+            return np.asarray(rows)
+        filled = np.full((len(rows), self.fixed), fill)
+        for target, row in zip(filled, rows, strict=True):
+            first = self.fixed - len(row) if self._padding.on_left else 0
+            target[first : first + len(row)] = row
+        return filled
 
 
 def _by_length(lengths: list[int], apart: bool) -> list[list[int]]:
@@ -450,7 +481,7 @@ def _check_range(name: str, values: Array, highest: int) -> None:
     """Raise InvalidInput for the first of `values` that is not from 0 to `highest`."""
     if not values.size or (values.min() >= 0 and values.max() <= highest):
         return
-    index = np.argwhere((values < 0) | (values > highest))[0].tolist()
+    index = np.argwhere(~((values >= 0) & (values <= highest)))[0].tolist()  # also one that is not a number
     got = str(values[tuple(index)])
     raise InvalidInput(
         f"tensor {name_text(name)} at {index} is {got}; it takes 0 to {highest}",

@@ -7,9 +7,10 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from inferpool.errors import ConfigError
-from inferpool.tensors import ANY, Signature, TensorSpec, names_text, shape_text
+from inferpool.tensors import Signature, TensorSpec, names_text, shape_text
 
-_IDS: Final = ("INT64", "INT32")
+_IDS: Final = ("INT64", "INT32", "FP32")
+"""Keras gives an input FP32 if its layer names no dtype, also that of an `Embedding`."""
 _FLAGS: Final = ("INT64", "INT32", "BOOL", "FP32")
 
 
@@ -71,7 +72,9 @@ class TextConfig(BaseModel):
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
         default=None,
         description="Longer sentences are truncated to this many tokens.",
-        json_schema_extra={"unset": "from the tokenizer's file, else 512"},
+        json_schema_extra={
+            "unset": "from the model if it takes one length, else from the tokenizer's file, else 512"
+        },
     )
     pairs: bool = Field(
         default=False, description="A row is a pair of texts, `[first, second]`, as cross-encoders take it."
@@ -104,6 +107,9 @@ def find_inputs(
     mask = _find_input("mask", config, signature, _FLAGS)
     types = _find_input("types", config, signature, _IDS)
     given = {spec.name for spec in (ids, mask, types) if spec is not None}
+    sizes = {spec.shape[1] for spec in (ids, mask, types) if spec is not None and spec.shape is not None}
+    if len(sizes) > 1:
+        raise ConfigError(f"text: {names_text(given)} differ in their number of tokens; they must be equal")
     missing = [spec.name for spec in signature.inputs if not spec.optional and spec.name not in given]
     if missing:
         raise ConfigError(f"text: the model also needs {names_text(missing)}, which sentences do not give")
@@ -124,8 +130,6 @@ def _find_input(
         return None
     if spec.datatype not in datatypes:
         raise ConfigError(f'text.{key}: "{name}" is {spec.datatype}; it must be {" or ".join(datatypes)}')
-    if spec.shape is None or len(spec.shape) != 2 or spec.shape[1] != ANY:
-        raise ConfigError(
-            f'text.{key}: "{name}" is {shape_text(spec.shape)}; it must be [rows, tokens] of any size'
-        )
+    if spec.shape is None or len(spec.shape) != 2 or spec.shape[1] == 0:
+        raise ConfigError(f'text.{key}: "{name}" is {shape_text(spec.shape)}; it must be [rows, tokens]')
     return spec

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from inferpool.codecs.text_config import TextConfig
 from inferpool.errors import ConfigError, LoadError
@@ -81,10 +81,32 @@ def name_file(config: TextConfig) -> Iterator[None]:
         raise ConfigError(f"text.tokenizer: {config.tokenizer} is not a tokenizer: {error}") from error
 
 
-def set_truncation(config: TextConfig, tokenizer: Any) -> int:
-    """Let `tokenizer` truncate sentences; return the largest number of tokens of a sentence."""
+class PaddingToken(NamedTuple):
+    """The token that fills up rows.
+
+    Attributes:
+        id: its number.
+        type: its type id.
+        on_left: whether it comes before the tokens of the text.
+    """
+
+    id: int
+    type: int
+    on_left: bool
+
+
+def set_truncation(config: TextConfig, tokenizer: Any, fixed: int | None) -> int:
+    """Let `tokenizer` truncate sentences; return the largest number of tokens of a sentence.
+
+    It is `fixed` if the model takes one number of tokens only.
+    """
     own = tokenizer.truncation or {}
-    most: int = config.max_tokens or own.get("max_length") or DEFAULT_MAX_TOKENS
+    if fixed is not None and config.max_tokens not in (None, fixed):
+        raise ConfigError(
+            f"text.max_tokens: {config.max_tokens}, but the model takes rows of {fixed} tokens only; leave"
+            " out the key"
+        )
+    most: int = fixed or config.max_tokens or own.get("max_length") or DEFAULT_MAX_TOKENS
     added: int = tokenizer.num_special_tokens_to_add(config.pairs)
     if most <= added:
         raise ConfigError(
@@ -111,11 +133,11 @@ def highest_type(tokenizer: Any) -> int:
     return highest
 
 
-def take_padding(tokenizer: Any) -> tuple[int, int]:
-    """Switch padding off; return the id and the type id of the padding token, 0 if there is none."""
+def take_padding(tokenizer: Any) -> PaddingToken:
+    """Switch padding off; return the padding token, with the id 0 if there is none."""
     own = tokenizer.padding
     tokenizer.no_padding()
     if own:
-        return own["pad_id"], own["pad_type_id"]
+        return PaddingToken(own["pad_id"], own["pad_type_id"], own["direction"] == "left")
     found = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
-    return next((token for token in found if token is not None), 0), 0
+    return PaddingToken(next((token for token in found if token is not None), 0), 0, on_left=False)

@@ -20,8 +20,9 @@ from jsonschema import Draft202012Validator
 
 from tests.clients import Client, with_clients
 from tests.conftest import ROOT
+from tests.onnx_models import write_model
 from tests.server import Server
-from tests.text_models import WORDS, Alone, write_encoder
+from tests.text_models import WORDS, Alone, make_tokenizer, write_encoder
 
 TABLE = "[text]\nmax_tokens = 128\n"
 SENTENCES = [" ".join(random.Random(n).choices(WORDS, k=1 + 7 * n % 50)) for n in range(48)]
@@ -34,6 +35,15 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_encoder(folder, "leaky", TABLE, mask=False)
     write_encoder(folder, "apart", TABLE + "[batching]\nenabled = false\n", ids=onnx.TensorProto.INT32)
     write_encoder(folder, "too-long", "[text]\n")
+    # What Keras makes of an `Embedding` whose texts have one length: six tokens, in floating point.
+    rows = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", 6])
+        for name in ("input_ids", "seen")
+    ]
+    node = onnx.helper.make_node("Identity", ["input_ids"], ["seen"])
+    six = write_model(folder, "six", onnx.helper.make_graph([node], "six", rows[:1], rows[1:])).parent.parent
+    (six / "model.toml").write_text("[text]\n")
+    make_tokenizer().save(str(six / "tokenizer.json"))
     broken = write_encoder(folder, "broken").parent.parent
     (broken / "tokenizer.json").write_text('{"model": {}}')
     return folder
@@ -60,6 +70,16 @@ def check_rows(outputs: dict[str, Any], sentences: list[str], model: Alone) -> N
         np.testing.assert_allclose(pooled, want["pooled"][0], atol=1e-5)
         np.testing.assert_allclose(np.array(tokens)[:length], want["tokens"][0], atol=1e-5)
         assert not np.array(tokens)[length:].any(), "a row's own tokens are followed by zeros only"
+
+
+def test_a_model_of_one_length_gets_rows_that_are_filled_up(server: Server) -> None:
+    answer = server.post("/predict/six", json={"inputs": ["w1", "w1 w2 w3 w4 w5 w6"]})
+    assert answer.json()["outputs"]["seen"] == [[2, 5, 3, 0, 0, 0], [2, 5, 6, 7, 8, 3]], answer.text
+    (version,) = server.get("/models/six").json()["versions"]
+    assert "every row has the 6 tokens that the model takes" in version["batching"]["reason"]
+    found = server.post("/explain/six?target=2", json={"inputs": ["w1 w2"]}).json()["explanations"][0]
+    assert [each["word"] for each in found["contributions"]] == ["w1", "w2"]
+    assert found["additivity"]["holds"]
 
 
 @pytest.mark.parametrize("name", ["masked", "leaky", "apart"])

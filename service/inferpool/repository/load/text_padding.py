@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from inferpool.backends.base import LoadedModel
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import LoadError, short_reason
@@ -20,6 +22,8 @@ def make_padding(text: TextCodec, model: LoadedModel, *, batched: bool) -> Paddi
             " model.toml to what the model takes, or bring the tokenizer that it was trained with"
         ) from error
     padding = Padding(text.fills, text.ids, text.unit, text.max_tokens, mask=text.mask)
+    if text.fixed is not None:
+        return replace(padding, reason=f"every row has the {text.fixed} tokens that the model takes")
     return check_padding(model, text.made_up_rows(text.unit), padding) if batched else padding
 
 
