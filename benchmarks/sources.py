@@ -238,9 +238,10 @@ def join_sections(folder: Path) -> str:
     packages = ", ".join(f"{each} {version(each)}" for each in ("onnxruntime", "onnx", "torch", "keras"))
     found = [folder / f"{name}.md" for name in READERS if (folder / f"{name}.md").is_file()]
     sections = [file.read_text("utf-8").replace("\n## ", "\n### ").replace("# ", "## ", 1) for file in found]
-    missing = [f"`{name}`" for name in READERS if not (folder / f"{name}.md").is_file()]
+    models = [f"{name}-{framework}" for name in READERS for framework in FRAMEWORKS]
+    missing = [f"`{model}`" for model in models if not any(f"## {model}\n" in each for each in sections)]
     if missing:
-        sections.append(f"The cases {', '.join(missing)} of the script were not run for this page.\n")
+        sections.append(f"The models {', '.join(missing)} of the script were not run for this page.\n")
     return (
         "# Models of tutorials, by Keras and by PyTorch\n\n"
         f"`python benchmarks/sources.py FOLDER --data DATA`, {datetime.now(UTC):%Y-%m-%d};"
