@@ -27,7 +27,7 @@ SOURCE = "service/inferpool"
 HOT_PATH = [
     *(f"{SOURCE}/http/connection/{name}.py" for name in (
         "batched_reads", "batched_writes", "connection", "deferred_calls", "exchange", "exchange_state",
-        "fast_path", "head_cache", "response_head", "shared", "tls_records", "tls_transport")),
+        "fast_path", "head_cache", "head_fault", "response_head", "shared", "tls_records", "tls_transport")),
     *(f"{SOURCE}/http/predict/{name}.py" for name in (
         "api", "body_buffer", "budget", "context", "in_flight", "no_rows", "offload", "predictor", "recorder",
         "request_head", "request_id", "request_metrics", "resolver", "response", "results",

@@ -38,6 +38,7 @@ REMEDIES: Final = {
     "version_not_found": "See `GET /models/MODEL` for the versions and labels.",
     "method_not_allowed": "Use a method that `Allow` lists.",
     "malformed_request": "Send a request that follows HTTP/1.1; the connection is closed.",
+    "unsupported_transfer_coding": "Send `Transfer-Encoding: chunked` alone, without other codings.",
     "head_too_large": "Send fewer or shorter headers: 64 KiB is the most.",
     "too_slow": "Send the body faster: 64 KiB a minute is the least.",
     "body_too_large": "Stay below `limit` bytes or characters, or `max_pixels` pixels.",

@@ -8,6 +8,7 @@ The tree, by the party at fault:
     │   ├── BodyTooLarge          larger than the server accepts
     │   ├── TooSlow               it arrives too slowly
     │   ├── MalformedRequest      not HTTP/1.1
+    │   ├── UnsupportedTransferCoding  a transfer coding beside chunked
     │   ├── HeadTooLarge          a request line and headers larger than the server accepts
     │   ├── UnsupportedMediaType  a format that this model or route does not take
     │   ├── InvalidInput          a tensor or a field that the model does not take
@@ -119,6 +120,12 @@ class MalformedRequest(RequestError):
     """The data is not an HTTP/1.1 request, so the rest of the connection cannot be understood."""
 
     code = "malformed_request"
+
+
+class UnsupportedTransferCoding(RequestError):
+    """The body has a transfer coding beside `chunked`, so the rest of the connection cannot be understood."""
+
+    code = "unsupported_transfer_coding"
 
 
 class HeadTooLarge(RequestError):

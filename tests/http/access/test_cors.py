@@ -156,7 +156,7 @@ def test_answers_and_errors_can_be_read_by_the_page_alone(server: Server) -> Non
 
 def test_refused_heads_can_be_read_too(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = f"POST /predict/m HTTP/1.1\r\norigin: {PAGE}\r\nx-large: {'x' * 70_000}\r\n\r\n"
+        head = f"POST /predict/m HTTP/1.1\r\nhost: x\r\norigin: {PAGE}\r\nx-large: {'x' * 70_000}\r\n\r\n"
         connection.sendall(head.encode())
         received = connection.recv(65536)
     assert received.startswith(b"HTTP/1.1 431")

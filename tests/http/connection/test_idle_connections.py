@@ -78,7 +78,9 @@ def test_an_idle_connection_does_not_keep_the_bytes_of_a_body() -> None:
     transport = FakeTransport()
     protocol.connection_made(cast("Any", transport))
     body = b'{"inputs": [[1, 2]]}'
-    protocol.data_received(b"POST /predict/m HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    protocol.data_received(
+        b"POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
     assert not protocol._chunks
     harness.loop.settle()
     harness.inbox.run(*harness.inbox.waiting)

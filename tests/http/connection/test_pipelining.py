@@ -71,6 +71,13 @@ def request(*marks: float, path: str = "/predict/m", version: str = "1.1", heade
     return f"POST {path} HTTP/{version}\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n{body}"
 
 
+def chunked(codings: str, path: str = "/predict/m") -> str:
+    """A request whose body has these transfer codings, or says so."""
+    body = request(1).partition("\r\n\r\n")[2]
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: {codings}"
+    return f"{head}\r\n\r\n{len(body):x}\r\n{body}\r\n0\r\n\r\n"
+
+
 def sums(*marks: float) -> list[float]:
     rows = np.zeros((len(marks), 4))
     rows[:, 0] = marks
@@ -145,19 +152,42 @@ FAULTS = {
     "method": ("nonsense\r\n\r\n", 400, "malformed_request"),
     "version": ("GET / HTTP/9.9\r\n\r\n", 400, "malformed_request"),
     "header": (
-        "POST /predict/m HTTP/1.1\r\nx-request-id: mine\r\nno colon\r\n\r\n",
+        "POST /predict/m HTTP/1.1\r\nhost: x\r\nx-request-id: mine\r\nno colon\r\n\r\n",
         400,
         "malformed_request",
     ),
-    "space": ("POST /predict/m HTTP/1.1\r\nX-Request-Id: mine\r\na : b\r\n\r\n", 400, "malformed_request"),
-    "length": ("POST /predict/m HTTP/1.1\r\ncontent-length: -1\r\n\r\n", 400, "malformed_request"),
+    "space": (
+        "POST /predict/m HTTP/1.1\r\nhost: x\r\nX-Request-Id: mine\r\na : b\r\n\r\n",
+        400,
+        "malformed_request",
+    ),
+    "length": (
+        "POST /predict/m HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        400,
+        "malformed_request",
+    ),
     "smuggled": (
-        "POST /predict/m HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        chunked("chunked").replace("transfer", "content-length: 5\r\ntransfer"),
         400,
         "malformed_request",
     ),
-    "large": (f"GET /models HTTP/1.1\r\nx: {'y' * 70_000}\r\n\r\n", 431, "head_too_large"),
-    "many": ("GET /models HTTP/1.1\r\n" + "a: b\r\n" * 12_000 + "\r\n", 431, "head_too_large"),
+    "no host": (request(1).replace("host: x\r\n", "x-request-id: mine\r\n"), 400, "malformed_request"),
+    "no host, not a prediction": (LIVE.replace("host: x\r\n", ""), 400, "malformed_request"),
+    "two hosts": (request(1, headers="Host: x\r\n"), 400, "malformed_request"),
+    "invalid host": (LIVE.replace("host: x", "host: a b"), 400, "malformed_request"),
+    "coding": (chunked("gzip, chunked"), 501, "unsupported_transfer_coding"),
+    "coding, not a prediction": (
+        chunked("gzip, chunked", "/models").replace("\r\nhost", "\r\nx-request-id: mine\r\nhost"),
+        501,
+        "unsupported_transfer_coding",
+    ),
+    "chunked twice": (chunked("chunked, chunked"), 400, "malformed_request"),
+    "chunked before another": (chunked("chunked, gzip"), 400, "malformed_request"),
+    "no chunked": (chunked("gzip"), 400, "malformed_request"),
+    "chunked of HTTP/1.0": (chunked("chunked").replace("1.1", "1.0"), 400, "malformed_request"),
+    "HTTP/2.0": (request(1, version="2.0"), 400, "malformed_request"),
+    "large": (f"GET /models HTTP/1.1\r\nhost: x\r\nx: {'y' * 70_000}\r\n\r\n", 431, "head_too_large"),
+    "many": ("GET /models HTTP/1.1\r\nhost: x\r\n" + "a: b\r\n" * 12_000 + "\r\n", 431, "head_too_large"),
 }
 
 
@@ -177,12 +207,12 @@ def test_what_is_no_request_is_answered_after_the_answers_that_are_owed_before_i
     assert headers["content-type"] == "application/problem+json"
     assert headers["x-request-id"] == problem["request_id"]
     assert headers["connection"] == "close"
-    assert (problem["request_id"] == "mine") is (fault in ("header", "space"))
+    assert (problem["request_id"] == "mine") is ("mine" in sent)
     assert wire.ended(), "what follows is not read"
 
 
 def test_a_malformed_request_to_v2_gets_an_error_of_v2(wire: Wire) -> None:
-    wire.send("POST /v2/models/m/infer HTTP/1.1\r\nno colon\r\n\r\n")
+    wire.send("POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\nno colon\r\n\r\n")
     status, headers, body = wire.answer()
     assert (status, headers["content-type"]) == (400, "application/json")
     assert json.loads(body).keys() == {"error", "code"}
@@ -201,7 +231,7 @@ def test_a_chunk_that_is_none_is_an_error_of_its_request_alone(wire: Wire) -> No
 
 @pytest.mark.parametrize("piece", [1000, 8192, 30_000, 10**6])
 def test_the_limit_of_a_head_is_the_same_however_it_is_cut_into_pieces(wire: Wire, piece: int) -> None:
-    line = "GET /health/live HTTP/1.1\r\n"
+    line = "GET /health/live HTTP/1.1\r\nhost: x\r\n"
     for extra, status in ((0, 200), (1, 431)):
         left = MOST_HEAD_BYTES - len(line) - len("\r\n") + extra
         headers = "x: " + "y" * (left - 5) + "\r\n"

@@ -44,7 +44,7 @@ def test_a_request_that_nobody_has_read_yet_keeps_its_connection() -> None:
             is_read_paused=lambda: False,
         )
         SlowClientTimer(connection, KEEP_ALIVE_S, lambda: None).start()
-        client_side.sendall(b"POST /predict/m HTTP/1.1\r\n")
+        client_side.sendall(b"POST /predict/m HTTP/1.1\r\nhost: x\r\n")
         loop.advance(KEEP_ALIVE_S + 1)
         assert not transport.closed
         server_side.recv(100)

@@ -83,6 +83,7 @@ class PredictProtocol(HttpToolsProtocol):
         self._most_head_bytes = shared.most_head_bytes
         self._root_path = shared.root_path
         self._aliases = shared.aliases
+        self._head_checker = shared.head_checker
         self._chunks: list[bytes] = []
         self._parsed_something = False
         self._upgraded = self._tunnel = self._eof = False
@@ -302,6 +303,10 @@ class PredictProtocol(HttpToolsProtocol):
         if asks_upgrade and self.parser.get_method() != b"CONNECT":
             self._upgraded = True  # `_parse` goes on
             return
+        version = self.parser.get_http_version()
+        self._fault = self._head_checker.fault(self.headers, version)
+        if self._fault is not None:
+            raise self._fault  # the parser stops
         self.connection.in_head = False
         self._discarded_bytes = 0
         self.url = _own_target(self.url, self._root_path)
@@ -322,7 +327,7 @@ class PredictProtocol(HttpToolsProtocol):
             if asks_upgrade:
                 self.cycle.keep_alive = False
             return
-        self._begin(self._exchange(*found))
+        self._begin(self._exchange(*found, version))
 
     def on_body(self, body: bytes) -> None:
         """Pass on a chunk of the body."""
@@ -512,14 +517,14 @@ class PredictProtocol(HttpToolsProtocol):
             found = find_api((parse_url(url).path or b"").decode("latin-1"))
         return found
 
-    def _exchange(self, api: InferenceApi, target: Target) -> Exchange:
+    def _exchange(self, api: InferenceApi, target: Target, version: str) -> Exchange:
         head = RequestHead(*target, self.headers)
         head.came_to(b"POST", self.url)
         kept_names = self.connection.shared.predictor.resolver.choice_headers
         if kept_names:
             head.keep(kept_names, self.headers)
         context = PredictContext(api, head, self._clock())
-        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        keep_alive = version != "1.0" and self.parser.should_keep_alive()
         connection = self.connection
         caller = connection.shared.gate.check(
             self.headers, PREDICT, target.model, connection.client, connection.keyless

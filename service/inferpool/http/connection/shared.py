@@ -10,6 +10,7 @@ from inferpool.http.access.gate import Gate
 from inferpool.http.connection.batched_writes import WriteBatcher
 from inferpool.http.connection.deferred_calls import DeferredCalls
 from inferpool.http.connection.head_cache import HeadCache
+from inferpool.http.connection.head_fault import HeadChecker
 from inferpool.http.connection.response_head import ResponsePrefix
 from inferpool.http.connection.unread_responses import UnreadResponses
 from inferpool.http.predict.predictor import Predictor
@@ -26,6 +27,7 @@ class SharedState:
         predictor: answers predictions.
         gate: knows the keys.
         heads: request heads that have been parsed before.
+        head_checker: refuses heads that are invalid although the parser takes them.
         deferred: calls to make at the end of the loop's iteration.
         prefix: the first lines of responses.
         unread: the connections whose clients leave responses unread.
@@ -38,8 +40,8 @@ class SharedState:
     """
 
     __slots__ = (
-        "aliases", "cors", "deferred", "gate", "heads", "log_limiter", "most_head_bytes", "predictor",
-        "prefix", "root_path", "unread", "writes",
+        "aliases", "cors", "deferred", "gate", "head_checker", "heads", "log_limiter", "most_head_bytes",
+        "predictor", "prefix", "root_path", "unread", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +56,7 @@ class SharedState:
         self.predictor = predictor
         self.gate = gate
         self.heads = HeadCache()
+        self.head_checker = HeadChecker()
         gate.on_change(self.heads.clear)
         predictor.resolver.on_choice_headers = self.heads.clear
         self.deferred = DeferredCalls()
