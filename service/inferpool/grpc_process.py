@@ -69,6 +69,7 @@ class GrpcProcess:
             budget,
             ClientLines(with_certificates=bool(settings.tls_client_scopes)),
             needs_key=has_keys(settings) and not public,
+            has_tenants=has_keys(settings),
         )
         health = Health(service, budget)
         server = grpc.aio.server(

@@ -51,6 +51,7 @@ def guarded(
     module_serve: Serve, module_make_chaos: MakeChaos, tmp_path_factory: pytest.TempPathFactory
 ) -> Guarded:
     keys = with_every_scope(tmp_path_factory.mktemp("keys") / "keys.toml")
+    keys.add("rival", "predict", tenant="rival")
     repository = module_make_chaos("m", "[instances]\ncount = 1\n")
     server = module_serve(
         repository, *FLAGS, "--keys-file", str(keys.path), "--public-scopes", "metrics", "--access-log"
@@ -179,6 +180,34 @@ def test_a_stream_needs_a_key_before_its_first_message(guarded: Guarded, key: st
     sent.set()
     assert raised.value.code().name == "UNAUTHENTICATED"
     caller.close()
+
+
+def test_a_tenant_cannot_hold_all_streams(guarded: Guarded) -> None:
+    """Whoever has as many as it may is told so, and another tenant still gets one."""
+    greedy, other, done = guarded.caller("predict"), guarded.caller("rival"), threading.Event()
+
+    def requests() -> Iterator[Any]:
+        yield rows_request("m", 1)
+        done.wait(60)
+
+    def held(caller: Caller, streams: list[Any]) -> Any:
+        stream = caller.stream(requests())
+        streams.append(stream)
+        return next(stream).infer_response.model_name
+
+    streams: list[Any] = []
+    with pytest.raises(grpc.RpcError) as raised:  # noqa: PT012 - the count depends on the memory of the machine
+        for _ in range(10_000):
+            held(greedy, streams)
+    assert raised.value.code().name == "RESOURCE_EXHAUSTED"
+    assert metadata_of(raised.value)["code"] == "rate_limited"
+    assert "open streams" in raised.value.details()
+    assert held(other, streams) == "m"
+    done.set()
+    for stream in streams:
+        stream.cancel()
+    for caller in (greedy, other):
+        caller.close()
 
 
 def test_a_deadline_reaches_the_run(guarded: Guarded) -> None:

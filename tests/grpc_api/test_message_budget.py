@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from inferpool.errors import Overloaded, TooSlow
+from inferpool.errors import Overloaded, RateLimited, TooSlow
 from inferpool.grpc_api import message_budget
 from inferpool.grpc_api.message_budget import COPIES, FIRST_BYTES, SMALL_BYTES, MessageBudget, ReceivedMessage
 
@@ -68,13 +68,32 @@ def test_a_slow_message_reserves_the_most_and_small_ones_go_on(monkeypatch: pyte
 def test_streams_hold_the_largest_message_each_and_half_of_all_bytes_together() -> None:
     most = 2**20
     budget = MessageBudget(64 * most, most)
-    held = [budget.take_for_stream() for _ in range(16)]
+    held = [budget.take_for_stream(None) for _ in range(16)]
     assert held == [budget.most] * 16
     with pytest.raises(Overloaded, match="another stream"):
-        budget.take_for_stream()
+        budget.take_for_stream(None)
     assert budget.take(2 * budget.most)
-    budget.give_for_stream(held.pop())
-    assert budget.take_for_stream() == budget.most
+    budget.give_for_stream(held.pop(), None)
+    assert budget.take_for_stream(None) == budget.most
+
+
+def test_a_tenant_has_half_of_the_streams_at_most_and_at_least_one() -> None:
+    most = 2**20
+    budget = MessageBudget(64 * most, most)
+    for _ in range(8):
+        budget.take_for_stream("greedy")
+    with pytest.raises(RateLimited, match=r"has 8 open streams, and 8 is the most; end one") as raised:
+        budget.take_for_stream("greedy")
+    assert raised.value.members == {"limit": 8}
+    for tenant in ("", "other"):
+        assert budget.take_for_stream(tenant) == budget.most
+    budget.give_for_stream(budget.most, "greedy")
+    assert budget.take_for_stream("greedy") == budget.most
+    for _ in range(8):
+        budget.give_for_stream(budget.most, "greedy")
+    assert budget._streams == {"": 1, "other": 1}
+    small = MessageBudget(2 * most, most)
+    assert small.take_for_stream("greedy") == small.most
 
 
 def test_without_room_no_message_is_received() -> None:

@@ -29,7 +29,7 @@ async def answered(data: bytes, context: Any) -> bytes:
 def test_a_stream_that_ends_before_a_request_has_begun_frees_its_memory() -> None:
     async def run() -> None:
         budget, messages = MessageBudget(TOTAL, MOST), Messages()
-        stream: Any = RequestStream(budget, messages, answered)  # type: ignore[arg-type]
+        stream: Any = RequestStream(budget, messages, answered, "a")  # type: ignore[arg-type]
         messages.queue.put_nowait(bytes(MOST))
         await asyncio.sleep(0)  # the message is read, and the task of its answer has not begun
         await stream.close()
@@ -40,7 +40,7 @@ def test_a_stream_that_ends_before_a_request_has_begun_frees_its_memory() -> Non
 
 def test_a_stream_that_ends_before_it_has_read_has_no_responses() -> None:
     async def run() -> None:
-        stream = RequestStream(MessageBudget(TOTAL, MOST), Messages(), answered)  # type: ignore[arg-type]
+        stream = RequestStream(MessageBudget(TOTAL, MOST), Messages(), answered, None)  # type: ignore[arg-type]
         stream.end()
         async with asyncio.timeout(10):
             assert [response async for response in stream.responses()] == []

@@ -44,6 +44,17 @@ def test_both_formats_say_the_same(bundled: Server) -> None:
     assert samples[0] == samples[1]
 
 
+def test_no_version_is_answered_that_the_server_does_not_write(bundled: Server) -> None:
+    asked = {"Accept": "application/openmetrics-text;version=9.9.9;escaping=x"}
+    answer = bundled.get("/metrics", headers=asked)
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "# EOF" not in answer.text
+    asked["Accept"] += ",application/openmetrics-text;version=0.0.1;q=0.5"
+    answer = bundled.get("/metrics", headers=asked)
+    assert answer.headers["content-type"] == "application/openmetrics-text; version=0.0.1; charset=utf-8"
+    assert answer.text.endswith("# EOF\n")
+
+
 def test_the_page_is_compressed_if_the_scraper_accepts_it(bundled: Server) -> None:
     plain = bundled.get("/metrics", headers={"accept-encoding": "identity"})
     packed = bundled.get("/metrics", headers={"accept-encoding": "gzip"})

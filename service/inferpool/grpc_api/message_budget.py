@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from inferpool.errors import InferpoolError, Overloaded, TooSlow
+from inferpool.errors import InferpoolError, Overloaded, RateLimited, TooSlow
 
 FIRST_BYTES: Final = 64 * 1024
 """What a message reserves at first."""
@@ -34,7 +34,8 @@ class MessageBudget:
         self._most = COPIES * most_bytes
         # The largest message is received if it is the only large one.
         self._total = self._free = max(total_bytes, self._most + SMALL_BYTES)
-        self._streams = 0
+        self._streams: dict[str, int] = {}
+        self._most_streams = max(self._total // 2, self._most) // self._most
 
     def take(self, size: int, leave: int = 0) -> bool:
         """Reserve `size` bytes; False if they are not free, or if less than `leave` would stay free."""
@@ -51,24 +52,33 @@ class MessageBudget:
         """Free `size` bytes that are reserved."""
         self._free += size
 
-    def take_for_stream(self) -> int:
-        """Reserve what the largest message of a stream takes, and return it.
+    def take_for_stream(self, tenant: str | None) -> int:
+        """Reserve what the largest message of a stream of `tenant` takes, and return it.
 
-        Raises Overloaded if all streams would then hold more than half of all bytes.
+        Raises RateLimited if the tenant has half of all streams that there is room for; None means that the
+        server knows no tenants. Raises Overloaded if all streams would then hold more than half of all bytes.
         """
-        if self._streams + self._most > max(self._total // 2, self._most) or not self.take(
-            self._most, leave=SMALL_BYTES
-        ):
+        own = self._streams.get(tenant or "", 0)
+        most = max(1, self._most_streams // 2)
+        if tenant is not None and own >= most:
+            raise RateLimited(
+                f"the tenant has {own} open streams, and {most} is the most; end one, send the requests one"
+                " by one, or have the operator lower --max-body-bytes, so that more streams fit",
+                limit=most,
+            )
+        if sum(self._streams.values()) >= self._most_streams or not self.take(self._most, leave=SMALL_BYTES):
             raise Overloaded(
                 f"the server has no room for another stream, each of which takes {self._most} bytes; end one,"
                 " or send the requests one by one"
             )
-        self._streams += self._most
+        self._streams[tenant or ""] = own + 1
         return self._most
 
-    def give_for_stream(self, size: int) -> None:
-        """Free what a stream has reserved."""
-        self._streams -= size
+    def give_for_stream(self, size: int, tenant: str | None) -> None:
+        """Free what a stream of `tenant` has reserved."""
+        left = self._streams[tenant or ""] = self._streams[tenant or ""] - 1
+        if not left:
+            del self._streams[tenant or ""]
         self.give(size)
 
     @property

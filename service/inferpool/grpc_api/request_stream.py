@@ -39,10 +39,16 @@ class RequestStream:
         budget: MessageBudget,
         context: grpc.aio.ServicerContext[Any, Any],
         answer: Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Coroutine[Any, Any, bytes]],
+        tenant: str | None,
     ) -> None:
-        """Reserve the memory. `answer` returns the response to a request. Raises Overloaded."""
+        """Reserve the memory. `answer` returns the response to a request.
+
+        `tenant` is whose stream it is, None if the server knows no tenants. Raises Overloaded, or
+        RateLimited.
+        """
         self._budget = budget
-        self._held = budget.take_for_stream()
+        self._tenant = tenant
+        self._held = budget.take_for_stream(tenant)
         self._context = context
         self._answer = answer
         self._answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
@@ -70,8 +76,9 @@ class RequestStream:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._budget.give_for_stream(self._held)
-        self._held = 0
+        if self._held:
+            self._budget.give_for_stream(self._held, self._tenant)
+            self._held = 0
 
     async def _read(self) -> None:
         while await self._room.acquire() and (data := await self._context.read()) is not grpc.aio.EOF:

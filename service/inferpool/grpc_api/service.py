@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 import orjson
@@ -20,6 +21,7 @@ from inferpool.grpc_api.request_stream import RequestStream, stream_error, strea
 from inferpool.grpc_api.rest_client import Part, RestAnswer, RestClient
 from inferpool.grpc_api.translation import model_path, to_message, to_rest
 from inferpool.grpc_api.wire_format import split_raw
+from inferpool.http.connection.forwarded import TENANT
 from inferpool.http.problems import GRPC_STATUSES, problem_headers
 
 log = logging.getLogger(__name__)
@@ -55,13 +57,23 @@ class Service:
     """Answers the calls of `inference.GRPCInferenceService`."""
 
     def __init__(
-        self, web: RestClient, budget: MessageBudget, lines: ClientLines, *, needs_key: bool
+        self,
+        web: RestClient,
+        budget: MessageBudget,
+        lines: ClientLines,
+        *,
+        needs_key: bool,
+        has_tenants: bool = False,
     ) -> None:
-        """`needs_key` says that a request without a key is surely refused."""
+        """`needs_key` says that a request without a key is surely refused.
+
+        `has_tenants` says that the server has keys, so that requests belong to tenants.
+        """
         self._web = web
         self._budget = budget
         self._lines = lines
         self._needs_key = needs_key
+        self._has_tenants = has_tenants or needs_key
         self._streams: set[RequestStream] = set()
 
     def end_streams(self) -> None:
@@ -158,11 +170,10 @@ class Service:
     async def model_stream_infer(self, _: Any, context: Context) -> AsyncIterator[bytes]:
         """Infer each message of a stream; the responses come in the order of the requests."""
         try:
-            if self._needs_key:
-                if not _has_key(context):
-                    raise await self._refusal_without_key(context)
-                await self._check_key(context)
-            stream = RequestStream(self._budget, context, self._stream_answer)
+            if self._needs_key and not _has_key(context):
+                raise await self._refusal_without_key(context)
+            tenant = await self._find_tenant(context) if self._has_tenants else None
+            stream = RequestStream(self._budget, context, self._stream_answer, tenant)
         except InferpoolError as error:
             await abort(context, error)
             raise AssertionError("abort raises") from None
@@ -299,13 +310,19 @@ class Service:
         context.set_trailing_metadata(tuple(metadata))
         return answer
 
-    async def _check_key(self, context: Context) -> None:
-        """Raise the refusal of a wrong key: a stream holds memory before it has messages."""
+    async def _find_tenant(self, context: Context) -> str:
+        """Return the tenant of a call, "" for one without a key.
+
+        Raises the refusal of a wrong key: a stream holds memory before it has messages.
+        """
         try:
             await self.ask(context, "GET", _NO_ROUTE)
         except RestError as error:
-            if error.status != _NOT_FOUND:
+            if error.status == _NOT_FOUND:
+                return error.tenant
+            if self._needs_key or _has_key(context):
                 raise
+        return ""
 
     async def _refusal_without_key(self, context: Context) -> InferpoolError:
         """Let a web process refuse and count a request without a key, whose message is not read."""
@@ -322,6 +339,7 @@ class RestError(InferpoolError):
     Attributes:
         status: the status of HTTP.
         metadata: what the client gets with the error.
+        tenant: whose request it was; "" if the web process does not say.
     """
 
     def __init__(self, answer: RestAnswer, metadata: list[tuple[str, str]]) -> None:
@@ -335,6 +353,7 @@ class RestError(InferpoolError):
         self.code = code  # type: ignore[misc]
         self.status = answer.status
         self.metadata = metadata
+        self.tenant = unquote(answer.headers.get(TENANT, b"").decode("latin-1"))
 
 
 async def abort(context: Context, error: InferpoolError) -> None:

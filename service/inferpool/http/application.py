@@ -6,6 +6,7 @@ import logging
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -37,12 +38,14 @@ from inferpool.http.asgi import (
     Scope,
     Send,
     api_of,
+    caller_of,
     find_api,
     is_last,
     peer_of,
     refuse_method,
 )
 from inferpool.http.connection.batched_reads import ReadBatcher
+from inferpool.http.connection.forwarded import FORWARDED_FROM, TENANT
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.deferred_route import DeferredRoute
 from inferpool.http.explain.routes import ExplanationLimits, add_explain
@@ -307,6 +310,12 @@ def _signed(scope: Scope, send: Send, predictor: Predictor) -> Send:
 
     async def sign(message: Message) -> None:
         if message["type"] == "http.response.start":
+            state = scope["state"]
+            if FORWARDED_FROM in state and "caller" in state:
+                message["headers"] = [
+                    *message["headers"],
+                    (TENANT, quote(caller_of(scope).tenant, safe="").encode()),
+                ]
             message["headers"] = [
                 *message["headers"],
                 (b"x-request-id", request_id.encode("latin-1")),

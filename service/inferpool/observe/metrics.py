@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from inferpool.observe.exposition import choose_exposition
 from inferpool.observe.families import CPU_SECONDS, FAMILIES, HIDDEN, USUAL_STATUSES, Combine, Family
 from inferpool.observe.prometheus_text import (
     Exemplar,
@@ -298,12 +299,15 @@ class Metrics:
     def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics and their content type: OpenMetrics if `accept` asks for it, else text."""
         # Imported late: only a process that answers requests shows metrics.
-        from prometheus_client.exposition import choose_encoder
+        from prometheus_client.exposition import generate_latest as as_text
+        from prometheus_client.openmetrics.exposition import generate_latest as as_openmetrics
 
-        encode, content_type = choose_encoder(accept)
-        own = self._text(openmetrics=content_type.startswith("application/openmetrics-text"))
+        openmetrics, content_type = choose_exposition(accept)
+        own = self._text(openmetrics=openmetrics).encode()
         # The encoder comes last, because it writes the mark that ends an OpenMetrics page.
-        return own.encode() + encode(self.process_registry()), content_type
+        registry = self.process_registry()
+        encoded = as_openmetrics(registry) if openmetrics else as_text(registry)  # type: ignore[no-untyped-call]
+        return own + encoded, content_type
 
     def process_registry(self) -> CollectorRegistry:
         """The metrics of the process. The first call imports what `render` needs, which takes a while."""

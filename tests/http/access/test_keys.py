@@ -365,7 +365,9 @@ def test_no_output_has_a_secret(serve: Serve, make_chaos: MakeChaos, tmp_path: P
                 seen.append(str(answer.headers) + answer.text)
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
             # A head that the parser refuses, and one that is too long.
-            connection.sendall(f"POST /predict/m HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\nbad header\r\n\r\n".encode())
+            connection.sendall(
+                f"POST /predict/m HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\nbad header\r\n\r\n".encode()
+            )
             seen.append(connection.recv(65_536).decode())
     client.close()
     server.stop()

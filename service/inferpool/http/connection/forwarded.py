@@ -19,6 +19,8 @@ FORWARDED_FROM: Final = "forwarded_from"
 """The key in the state of a connection of the address of the client whose requests it carries."""
 CLIENT_CERTIFICATE: Final = "client_certificate"
 """The key in the state of a connection of what the client's certificate says, None without one."""
+TENANT: Final = b"inferpool-tenant"
+"""The header by which the process that passes requests on is told whose they are, percent-encoded."""
 MOST_LINE_BYTES: Final = 16 * 1024
 _CREDENTIALS: Final = struct.Struct("=3i")
 """Process, user and group of the other end, as the kernel tells them."""

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from inferpool.allowance import Allowance
 from inferpool.errors import BodyTooLarge, ConfigError, InvalidInput
+from inferpool.http.predict.host_lookups import HostLookups
 
 MOST_BYTES: Final = 16 * 2**20
 """The largest file that is fetched."""
@@ -65,6 +66,7 @@ class PictureUrls:
         self._origins: set[Origin] = set()
         self._networks: list[Network] = []
         self._given_tls = tls
+        self._lookups = HostLookups()
         for text in named:
             if "/" in text and "://" not in text:
                 try:
@@ -113,7 +115,7 @@ class PictureUrls:
     def _connect(self, origin: Origin, until: float) -> socket.socket:
         """Connect to an address of a host that was checked; raises OSError, and InvalidInput without one."""
         error: OSError | None = None
-        for address in self._addresses(origin):
+        for address in self._addresses(origin, until):
             try:
                 raw = socket.create_connection((str(address), origin.port), _left(until))
             except TimeoutError:
@@ -131,10 +133,10 @@ class PictureUrls:
                 raise
         raise error or OSError("no address")
 
-    def _addresses(self, origin: Origin) -> list[Address]:
+    def _addresses(self, origin: Origin, until: float) -> list[Address]:
         host = origin.host.strip("[]")
         try:
-            answers = socket.getaddrinfo(host, origin.port, type=socket.SOCK_STREAM)
+            answers = self._lookups.find(host, origin.port, until)
         except UnicodeError:
             answers = []
         addresses = [ipaddress.ip_address(str(found[0]).partition("%")[0]) for *_, found in answers]
