@@ -80,7 +80,34 @@ def test_the_oldest_engine_of_a_model_decides_about_all_else(server: Server) -> 
     assert server.ask("label") == ["cuda:0"]
     assert server.ask("traffic", 2, model="n") == ["cuda:1"]
     server.store.set_engine("cuda:0", EngineFacts(0, 1, False))
+    server.engines["cuda:0"].told = False
     assert server.ask("rollback", 3) == ["cuda:1"]
+
+
+def test_an_engine_that_is_about_to_load_a_version_unloads_it_too(server: Server) -> None:
+    engine = server.engines["cuda:1"]
+    server.store.set_engine("cuda:1", EngineFacts(0, 1, False))
+    engine.told = False
+    for number, model in enumerate(("m", "n"), 1):
+        assert server.ask("unload", number, model=model) == []
+        assert server.answers.pop() == (1, {"id": number, "error": NOT_UP, "code": "not_ready"})
+    engine.told = True
+    assert server.ask("unload", 3) == ["cuda:0", "cuda:1"]
+    assert server.ask("unload", 4, model="n") == ["cuda:1"]
+    engine.skip.add(("m", 1))
+    assert server.ask("unload", 5, version=1) == ["cuda:0"]
+
+
+def test_the_successor_of_the_oldest_engine_decides_once_it_is_told_what_was_decided(server: Server) -> None:
+    server.store.set_engine("cuda:0", EngineFacts(0, 1, False))
+    server.engines["cuda:0"].told = False
+    assert server.ask("label") == ["cuda:1"]
+    server.engines["cuda:0"].told = True
+    assert server.ask("label", 2) == ["cuda:0"]
+    server.store.set_engine("cuda:1", EngineFacts(0, 1, False))
+    server.engines["cuda:1"].told = False
+    assert server.ask("label", 3, model="n") == []
+    assert server.answers == [(1, {"id": 3, "error": NOT_UP, "code": "not_ready"})]
 
 
 def test_nobody_is_asked_unless_all_can_be(server: Server) -> None:
@@ -100,6 +127,33 @@ def test_a_question_ends_with_the_engine_or_the_web_process(server: Server) -> N
     server.relay.web_ended(1)
     server.answer("cuda:0", 2, result={})
     assert len(server.answers) == 1
+
+
+def test_an_engine_that_ends_before_it_unloads_has_a_successor_without_the_version(server: Server) -> None:
+    engine, channel = server.engines["cuda:1"], server.channels["cuda:1"]
+
+    def ask_and_end(number: int) -> None:
+        server.store.set_engine("cuda:1", EngineFacts(1, 0, True))
+        server.store.take("cuda:1", report(m={1: view()}, n={1: view()}), {})
+        assert server.ask("unload", number, version=1) == ["cuda:0", "cuda:1"]
+        server.store.set_engine("cuda:1", EngineFacts(0, 1, False))
+        server.relay.engine_ended("cuda:1")
+
+    ask_and_end(1)
+    engine.told = False
+    server.answer("cuda:0", 1, error="there is none", code="not_found")
+    assert server.store.versions_for("cuda:1") == [("m", 1), ("n", 1)]
+    engine.told = True
+    ask_and_end(2)
+    engine.told = False
+    server.answer("cuda:0", 2, result={})
+    assert server.store.versions_for("cuda:1") == [("n", 1)]
+    engine.told = True
+    ask_and_end(3)
+    channel.sent.clear()
+    server.answer("cuda:0", 3, result={})
+    [sent] = channel.sent
+    assert (sent["action"], sent["model"], sent["version"], sent["web"]) == ("unload", "m", 1, 0)
 
 
 def test_an_engine_of_one_version_loads_it_in_place_of_the_engine_before(server: Server) -> None:

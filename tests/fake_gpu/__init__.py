@@ -5,12 +5,14 @@ What a real card does (copies, kernels, memory) is not pretended: this holds wha
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from inferpool.backends.base import REPLAYED, Backend, DeviceModel, LoadedModel, LoadOptions
@@ -20,6 +22,8 @@ from inferpool.tensors import Signature, Tensors, TensorSpec
 
 PICTURES = "pictures "
 """The file of a model that takes pictures starts with this."""
+LOSE = -1007.0
+"""A row that begins with this makes the card useless to its process, as a kernel's fault does."""
 
 
 def expected(rows: np.ndarray) -> np.ndarray:
@@ -50,6 +54,7 @@ class FakeCard:
 
     def __init__(self, room_rows: int = 1000) -> None:
         self.room_rows = room_rows
+        self.is_lost = False
         self.batches: list[np.ndarray] = []
         self.refused: list[int] = []
 
@@ -72,8 +77,10 @@ class FakeModel(DeviceModel):
         leaks: bool = False,
         captures: str = "",
         pictures: str = "",
+        run_s: float = 0.0,
     ) -> None:
         self.engine = ""
+        self.run_s = run_s
         self.pictures = pictures
         if pictures:
             self.signature = Signature((TensorSpec("x", "FP32", (-1, 2, 2)),), self.signature.outputs)
@@ -90,9 +97,18 @@ class FakeModel(DeviceModel):
             self.takes_pixels = Verdict(True, "pixels are normalised on the card")
         self.pixels = 0
 
+    def lost(self) -> str | None:
+        return "CUDA: an illegal memory access (error 700)" if self.card.is_lost else None
+
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
         rows = self._numbers(inputs["x"])
         assert not self.closed
+        if self.run_s:
+            time.sleep(self.run_s)
+        if (rows.reshape(len(rows), -1)[:, 0] == LOSE).any():
+            self.card.is_lost = True
+        if self.card.is_lost:
+            raise RuntimeError("the card does not answer")
         if len(rows) > self.card.room_rows:
             self.card.refused.append(len(rows))
             raise OutOfMemory("the fake card is full")
@@ -143,8 +159,10 @@ class FakeModel(DeviceModel):
 class FakeBackend(Backend):
     """Loads `.fakegpu` files on any device. A file is empty, or says how the build of its plan ends.
 
-    The model of a file that starts with `PICTURES` takes pictures. The server finds this backend through
-    its entry point. Tests set the class attributes, and read `loaded`.
+    The model of a file that starts with `PICTURES` takes pictures. A file may also be JSON: a run then takes
+    `run_ms`; loading ends when the named pipe `gate` is opened for writing, and fails on those devices of
+    which the folder `fails` has a file. The server finds this backend through its entry point. Tests set the
+    class attributes, and read `loaded`.
     """
 
     name = "fakegpu"
@@ -173,9 +191,15 @@ class FakeBackend(Backend):
         if type(self).fails(options):
             raise OutOfMemory("the fake card has no room for it")
         card = self.cards.setdefault(options.device, FakeCard())
+        behaviour = _behaviour(file)
+        if "gate" in behaviour:
+            Path(behaviour["gate"]).read_bytes()
+        if "fails" in behaviour and Path(behaviour["fails"], options.device).exists():
+            raise LoadError(f"{options.device} has fallen off the bus")
         wish = file.read_text().removeprefix(PICTURES)
         pictures = "" if wish == file.read_text() else self.pictures
-        model = FakeModel(card, options, self.leaks, self.captures, pictures)
+        run_s = behaviour.get("run_ms", 0) / 1000
+        model = FakeModel(card, options, self.leaks, self.captures, pictures, run_s)
         if options.gpu.tensorrt is not None:
             model.engine = self._engine(wish, options.gpu.tensorrt.folder)
             if model.engine == "blind":
@@ -204,3 +228,9 @@ class FakeBackend(Backend):
 
     def describe(self) -> str:
         return "fakegpu 1.0"
+
+
+def _behaviour(file: Path) -> dict[str, Any]:
+    """The contents of a file that is JSON; empty for any other file."""
+    text = file.read_text()
+    return dict(json.loads(text)) if text.startswith("{") else {}

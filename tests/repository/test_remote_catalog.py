@@ -183,6 +183,7 @@ def test_of_two_engines_one_may_be_restarted_or_fail(server: Server) -> None:
     assert server.catalog.engines_of(KEY) == ["cpu", "cpu-2"]
     live = server.catalog.live(KEY)
     assert (len(live.instances), live.waiting_rows, len(live.engines)) == (3, 5, 2)
+    assert live.missing == ()
     assert server.catalog.health().status == "ok"
     server.engine("cpu", DOWN)
     server.refresh()
@@ -190,12 +191,14 @@ def test_of_two_engines_one_may_be_restarted_or_fail(server: Server) -> None:
     assert (health.ready, health.problems) == (True, {"m/1": f"cpu: {RESTARTING}"})
     states = [instance.state for instance in server.catalog.live(KEY).instances]
     assert sorted(states) == [NOT_ANSWERING, NOT_ANSWERING, "ready"]
+    assert server.catalog.live(KEY).missing == ("cpu",)
     server.engine("cpu", UP, {})
     server.take("cpu", VersionView(KEY, FAILED, "weights.bin has changed"))
     server.refresh()
     health = server.catalog.health()
     assert (health.ready, health.problems) == (True, {"m/1": "cpu: weights.bin has changed"})
     assert server.catalog.engines_of(KEY) == ["cpu-2"]
+    assert server.catalog.live(KEY).missing == ("cpu",)
     server.engine("cpu-2", DOWN)
     assert server.catalog.health().ready is False
 

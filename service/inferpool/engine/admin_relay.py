@@ -18,10 +18,18 @@ MOST_FETCHED: Final = 1000
 
 
 class _Question:
-    """A question that engines have not all answered."""
+    """A question that engines have not all answered.
 
-    def __init__(self, waits_for: list[str]) -> None:
+    Attributes:
+        values: what is asked.
+        waits_for: the engines that have yet to answer.
+        ended: the engines that have ended before they answered.
+    """
+
+    def __init__(self, values: Mapping[str, Any], waits_for: list[str]) -> None:
+        self.values = values
         self.waits_for = waits_for
+        self.ended: list[str] = []
         self.answers: list[Mapping[str, Any]] = []
 
 
@@ -58,7 +66,7 @@ class AdminRelay:
             self._loads(values["model"], values["version"])
         if values["action"] in ("load", "unload"):
             values = {**values, "job_id": secrets.token_hex(6)}  # the jobs of all engines are one job
-        self._questions[web, values["id"]] = _Question([engine.name for engine in engines])
+        self._questions[web, values["id"]] = _Question(values, [engine.name for engine in engines])
         for engine in engines:
             assert engine.child is not None  # as seen above
             engine.child.control.send("admin", {**values, "web": web}, wait=False)
@@ -74,13 +82,27 @@ class AdminRelay:
         if not question.waits_for:
             del self._questions[key]
             # An engine that is about to take a version, or to lose it, may not know it.
-            good = (answer for answer in question.answers if "error" not in answer)
-            self._answer(values["web"], next(good, question.answers[0]))
+            good = [answer for answer in question.answers if "error" not in answer]
+            if good and question.values["action"] == "unload":
+                for name in question.ended:
+                    self._unload_in_successor(name, question.values)
+            self._answer(values["web"], (good or question.answers)[0])
+
+    def _unload_in_successor(self, name: str, values: Mapping[str, Any]) -> None:
+        """Let no successor of an engine load what other engines unload."""
+        engine = self._engines.get(name)
+        if engine is None:
+            return
+        if engine.child is not None and engine.told:
+            engine.child.control.send("admin", {**values, "web": 0, "id": 0}, wait=False)
+        else:
+            self._store.leave_out(name, values["model"], values["version"])
 
     def engine_ended(self, engine: str) -> None:
-        """Answer what was asked of an engine that has ended."""
+        """Answer what was asked of an engine that has ended; its successor may have been started."""
         for (web, number), question in list(self._questions.items()):
             if engine in question.waits_for:
+                question.ended.append(engine)
                 refusal = {"web": web, "id": number, "error": ENDED, "code": "not_ready"}
                 self.take_answer(engine, refusal)
 
@@ -124,9 +146,30 @@ class AdminRelay:
         elif action == "load":
             found = []  # the first engine fetches it; see `take_jobs`
         elif action == "unload":
-            found = self._store.engines_showing(model, version)
+            # An engine that is being started would load the version, unless it is told, too.
+            found = [*self._store.engines_showing(model, version), *self._starting(model, version)]
         else:
-            decides = self._store.engine_of_model(model)
-            found = [] if decides is None else [decides]
+            found = self._deciders(model)
         found = [name for name in found if name in self._engines]
         return found or ([] if action == "cancel" else [next(iter(self._engines))])
+
+    def _deciders(self, model: str) -> list[str]:
+        """The engine that decides about a model: the oldest one that shows it, or is about to."""
+        starting = self._starting(model, None)
+        told = [name for name in starting if self._engines[name].told]
+        found = {*self._store.engines_showing(model, None), *told} or {*starting}
+        return [name for name in self._engines if name in found][:1]
+
+    def _starting(self, model: str, version: int | None) -> list[str]:
+        """The engines that have yet to show what they load, and may load a version, or any of a model."""
+        return [
+            name for name in self._store.engines_starting(model, version)
+            if name in self._engines and _may_take(self._engines[name], model, version)
+        ]  # fmt: skip
+
+
+def _may_take(engine: SupervisedEngine, model: str, version: int | None) -> bool:
+    """Whether an engine takes a version, or any of a model, if it is in the folder."""
+    if engine.only is not None:
+        return any(name == model and version in (None, number) for name, number in engine.only)
+    return (model, version) not in engine.skip

@@ -246,6 +246,14 @@ class CatalogStore:
             if found is not None and (version is None or str(version) in found["versions"])
         ]  # fmt: skip
 
+    def engines_starting(self, model: str, version: int | None) -> list[str]:
+        """The engines that have yet to show what they load, and may load a version, or any of the model."""
+        may_load = {name: self._had.get(name) for name in self._engines if name not in self._reports}
+        return [
+            name for name, had in may_load.items()
+            if had is None or any(key[0] == model and version in (None, key[1]) for key in had)
+        ]  # fmt: skip
+
     @property
     def held(self) -> list[tuple[str, int, JsonObject]]:
         """What the versions in the catalog were loaded from last: model, number and source."""
@@ -269,6 +277,12 @@ class CatalogStore:
         had = self._had.get(engine)
         there = self.versions("ready", "loading", "failed")
         return there if had is None else [version for version in there if version in had]
+
+    def leave_out(self, engine: str, model: str, version: int | None) -> None:
+        """Let the successor of an engine that has ended load a version, or all of a model, no more."""
+        self._had[engine] = {
+            key for key in self.versions_for(engine) if key[0] != model or version not in (None, key[1])
+        }
 
     def take(self, engine: str, catalog: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Take the catalog of an engine in place of its last one, with the files that are new."""

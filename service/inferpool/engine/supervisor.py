@@ -254,11 +254,11 @@ class Supervisor:
                 self._exit_status = 1
             self._end_if_drained()
             return
-        self._admin.engine_ended(engine.name)
         if self._engines.get(engine.name) is not engine:
             self._engine_keeper.forget(engine)
-            return
-        self._failures.ended(engine, how)
+        else:
+            self._failures.ended(engine, how)
+        self._admin.engine_ended(engine.name)
 
     # Gauges and silent processes.
 

@@ -101,6 +101,9 @@ FAMILIES: Final = {
                "CPU time of the thread of a web process that reads and answers requests; one second per"
                " second is its limit."),
         Family("instances", "gauge", (*_VERSION, "device", "state"), "Instances, by state."),
+        Family("missing_engines", "gauge", (*_VERSION, "engine"),
+               "1 for each engine of a ready version that cannot run it: the engine is being restarted, does"
+               " not answer, or could not load the version."),
         Family("ready", "gauge", (),
                "1 if every required model can answer, as `/health/ready` says, else 0.", combine="max"),
         Family("model_state", "gauge", (*_VERSION, "state"),

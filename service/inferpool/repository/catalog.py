@@ -228,6 +228,7 @@ class LiveView:
         loading_s: for how many seconds it has been loading; 0 once it is loaded.
         engine: the engine that runs it; None in the server's own process.
         engines: all engines that run it, or did when they were restarted; one for each device.
+        missing: those that cannot run it at the moment, or could not load it, while it is ready.
         phase: what a load of it does at the moment, also one beside a version that serves; None without one.
     """
 
@@ -243,6 +244,7 @@ class LiveView:
     loading_s: float = 0.0
     engine: EngineView | None = None
     engines: Sequence[EngineView] = ()
+    missing: Sequence[str] = ()
     phase: str | None = None
 
 

@@ -30,6 +30,8 @@ def catalog_readings(catalog: Catalog) -> Iterable[Sample]:
             counts = Counter((instance.device, instance.state) for instance in live.instances)
             for device_and_state, count in counts.items():
                 yield "instances", (*labels, *device_and_state), float(count)
+            for engine in live.missing:
+                yield "missing_engines", (*labels, engine), 1.0
 
 
 def is_shown(catalog: Catalog, name: str, version: str) -> bool:

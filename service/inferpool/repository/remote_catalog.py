@@ -87,7 +87,10 @@ class RemoteCatalog:
             if name in told
         ]
         return replace(
-            combine(views), engine=self._engine_view(self.engine_of(key)), engines=self._engine_views(key)
+            combine(views),
+            engine=self._engine_view(self.engine_of(key)),
+            engines=self._engine_views(key),
+            missing=tuple(self._faults_of(key)),
         )
 
     def health(self) -> Health:
@@ -191,12 +194,21 @@ class RemoteCatalog:
         if known is None or known.view.state != READY:
             return None, True
         engines = self.engines_of(key)
-        faults = {name: self._fault_of(key, name) for name in engines} | known.sent["faults"]
-        wrong = {name: fault for name, fault in faults.items() if fault is not None}
+        wrong = self._faults_of(key)
         reachable = any(self._answers(key, name) for name in engines)
-        if len(faults) == 1:
+        if len({*engines, *wrong}) == 1:
             return next(iter(wrong.values()), None), reachable
         return "; ".join(f"{name}: {fault}" for name, fault in wrong.items()) or None, reachable
+
+    def _faults_of(self, key: VersionKey) -> dict[str, Reason]:
+        """What is wrong with the engines of a version that is ready, by their names."""
+        known = self._versions.get(key)
+        if known is None or known.view.state != READY:
+            return {}
+        found = {name: self._fault_of(key, name) for name in self.engines_of(key)}
+        wrong = {name: fault for name, fault in found.items() if fault is not None}
+        wrong.update(known.sent["faults"])
+        return wrong
 
     def _fault_of(self, key: VersionKey, engine: str) -> Reason | None:
         """What is wrong with one of the engines of a version that is ready."""
