@@ -29,9 +29,9 @@ HOT_PATH = [
         "batched_reads", "batched_writes", "connection", "deferred_calls", "exchange", "exchange_state",
         "fast_path", "head_cache", "head_fault", "response_head", "shared", "tls_records", "tls_transport")),
     *(f"{SOURCE}/http/predict/{name}.py" for name in (
-        "api", "body_buffer", "budget", "context", "in_flight", "no_rows", "offload", "predictor", "recorder",
-        "request_head", "request_id", "request_metrics", "resolver", "response", "results",
-        "response_cache", "served_version", "single_flight", "canary_choice")),
+        "api", "body_buffer", "budget", "context", "in_flight", "large_answers", "no_rows", "offload",
+        "predictor", "recorder", "request_head", "request_id", "request_metrics", "resolver", "response",
+        "results", "response_cache", "served_version", "single_flight", "canary_choice")),
     *(f"{SOURCE}/http/{name}.py" for name in (
         "access/caller", "access/gate", "access/refusals", "access/tenants", "accept_headers",
         "native/api", "native/bodies", "openai/api", "platforms/api", "v1/api", "v2/api")),

@@ -13,6 +13,7 @@ from inferpool.http.connection import response_head as heads
 from inferpool.http.connection.response_head import ResponsePrefix, response_head, whole_response
 from inferpool.http.predict import response as responses
 from inferpool.http.predict.response import server_timing
+from inferpool.http.predict.response_cache import HIT, MISS, NOT_CACHED
 
 BYTES = st.binary(max_size=40)
 SECONDS = st.one_of(
@@ -32,6 +33,17 @@ def test_the_date_of_a_new_second_is_not_that_of_the_last() -> None:
     prefix = ResponsePrefix()
     first = prefix.of(200, [(b"date", b"now")])
     assert prefix.of(200, [(b"date", b"then")]) == first.replace(b"now", b"then")
+
+
+def test_each_answer_says_what_the_cache_did_for_it() -> None:
+    prefix = ResponsePrefix()
+    for date in (b"now", b"then"):
+        headers = [(b"date", date)]
+        lines = b"HTTP/1.1 200 OK\r\ndate: %b\r\n" % date
+        for _ in range(2):
+            assert prefix.of(200, headers, NOT_CACHED) == lines
+            assert prefix.of(200, headers, HIT) == lines + b"cache-status: inferpool; hit\r\n"
+            assert prefix.of(200, headers, MISS) == lines + b"cache-status: inferpool; fwd=miss\r\n"
 
 
 @given(

@@ -108,6 +108,19 @@ def test_a_model_that_is_not_cached_runs_every_request_and_says_nothing() -> Non
     assert told(client) == (200, "")
 
 
+def test_nobody_joins_a_request_that_the_queue_has_refused(cached: Cached) -> None:
+    for number in range(3):
+        cached.harness.inbox.full = True
+        assert told(cached.send(b'{"inputs": [[1, %d]]}' % number)) == (429, "")
+    (version,) = cached.harness.cache._versions.values()
+    assert not version.flights
+    cached.harness.inbox.full = False
+    client = cached.send()
+    cached.run()
+    assert told(client) == (200, MISS)
+    cached.assert_idle()
+
+
 def test_outputs_are_released_once_nobody_reads_them(cached: Cached) -> None:
     cached.send()
     unread = cached.harness.connect()

@@ -34,6 +34,7 @@ from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.offload import HEAVY_BYTES
 from inferpool.http.predict.response import Response, compressed
+from inferpool.http.predict.response_cache import NOT_CACHED
 from inferpool.pool.ports import Result
 from inferpool.tensors import Tensors
 
@@ -248,10 +249,14 @@ class Exchange:
             if context.leads:
                 self._predictor.land(context, result)
             if context.answer_bytes or context.open_answer:
-                threads = self._predictor.weigh_answer(context, result, self._connection.client)
+                threads = self._predictor.large_answers.weigh(context, result, self._connection.client)
                 if threads is not None:
                     self._connection.run_in_thread(
-                        self._predictor.encode_large, context, result, then=self._on_encoded, threads=threads
+                        self._predictor.large_answers.encode,
+                        context,
+                        result,
+                        then=self._on_encoded,
+                        threads=threads,
                     )
                     return
             response = self._predictor.encode(context, result)
@@ -403,7 +408,8 @@ class Exchange:
         if self._predictor.in_flight.closing and not connection.has_more_requests():
             self.keep_alive = False
         self._move(WRITING)
-        prefix = shared.prefix.of(response.status, connection.default_headers())
+        cached = self._context.cache_status if response.status == 200 else NOT_CACHED
+        prefix = shared.prefix.of(response.status, connection.default_headers(), cached)
         headers = response.headers
         if shared.cors is not None:
             headers = [*headers, *shared.cors.headers(self._context.head.origin)]

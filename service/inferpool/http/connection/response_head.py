@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from inferpool.http.predict.api import Data
+from inferpool.http.predict.response_cache import CACHE_HEADERS, NOT_CACHED
 from inferpool.http.problems import Headers
 
 try:
@@ -24,22 +25,36 @@ _LAST: Final = b"connection: close\r\ncontent-length: "
 
 
 class ResponsePrefix:
-    """Caches the status line and the headers that uvicorn puts on all responses, for each status.
+    """Caches the status line and the headers that many responses share, for each status.
+
+    Those are the headers that uvicorn puts on all responses, and what Cache-Status says of answers.
 
     uvicorn makes a new list of these headers every second, because of the date. A new list empties the cache.
     """
 
-    __slots__ = ("_headers", "_prefixes")
+    __slots__ = ("_answers", "_headers", "_prefixes")
 
     def __init__(self) -> None:
         self._headers: Headers = []
         self._prefixes: dict[int, bytes] = {}
+        self._answers: list[bytes] = [b""] * len(CACHE_HEADERS)
 
-    def of(self, status: int, headers: Headers) -> bytes:
-        """Return the first lines of a response: those of `status` and `headers`; other headers may follow."""
+    def of(self, status: int, headers: Headers, cached: int = NOT_CACHED) -> bytes:
+        """Return the first lines of a response: those of `status` and `headers`; other headers may follow.
+
+        `cached` is the index of another header of an answer, in `CACHE_HEADERS`.
+        """
         if headers is not self._headers:
             self._headers = headers
             self._prefixes.clear()
+            self._answers = [b""] * len(CACHE_HEADERS)
+        if cached != NOT_CACHED:
+            answer = self._answers[cached]
+            if not answer:
+                answer = self._answers[cached] = (
+                    self.of(status, headers) + b"%b: %b\r\n" % CACHE_HEADERS[cached]
+                )
+            return answer
         prefix = self._prefixes.get(status)
         if prefix is None:
             prefix = STATUS_LINE[status] + b"".join([b"%b: %b\r\n" % header for header in headers])

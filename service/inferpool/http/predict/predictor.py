@@ -8,8 +8,8 @@ does:
     predictor.submit(context, tensors, then)       `then` is called with the result
     predictor.land(context, result)                if it `leads` equal requests
     response = predictor.encode(context, result)   or `refuse(context, error)` for an error
-                                                   or, if `weigh_answer` names threads for it,
-    encoded = predictor.encode_large(context, …)   in one of them, and `respond` on the event loop
+                                                   or, if `large_answers.weigh` names threads for it,
+    answer = predictor.large_answers.encode(…)     in one of them, and `respond` on the event loop
     predictor.release(context)                     once the response is written
 """
 
@@ -19,7 +19,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Final
 
 from inferpool.allowance import Allowance
@@ -41,18 +40,14 @@ from inferpool.http.predict.budget import BodyAllowance, ByteBudget
 from inferpool.http.predict.compression import decompress
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.in_flight import InFlight
+from inferpool.http.predict.large_answers import EncodedAnswer, LargeAnswers
 from inferpool.http.predict.observations import Observations
-from inferpool.http.predict.offload import (
-    COUNTED_ANSWER_BYTES,
-    HEAVY_ANSWER_BYTES,
-    HEAVY_BINARY_BYTES,
-    DecodeOffloader,
-)
+from inferpool.http.predict.offload import COUNTED_ANSWER_BYTES, DecodeOffloader
 from inferpool.http.predict.picture_urls import PictureUrls
 from inferpool.http.predict.recorder import CLIENT_GONE, RequestRecorder
 from inferpool.http.predict.resolver import Resolver
-from inferpool.http.predict.response import Response, compressed, server_timing
-from inferpool.http.predict.response_cache import CACHE_HEADERS, ResponseCache
+from inferpool.http.predict.response import Response, server_timing
+from inferpool.http.predict.response_cache import ResponseCache
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.predict.shadow_copies import ShadowCopies
@@ -63,8 +58,6 @@ from inferpool.pool.ports import DEFAULT_PRIORITY, Entry, Inbox, Part, Result, V
 from inferpool.pool.splitting import split_entry
 from inferpool.repository.catalog import Catalog
 from inferpool.tensors import Array, Tensors, check_outputs
-from inferpool.wire.json_pieces import join_pieces
-from inferpool.wire.large_bytes import as_bytes
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +68,7 @@ _MIN_GZIP_BYTES: Final = 1024
 class Predictor:
     """Turns requests into entries and results into responses.
 
-    `decode` and `encode_large` may run in any thread, everything else runs on the event loop.
+    `decode` may run in any thread, everything else runs on the event loop.
 
     Attributes:
         clock: seconds of the clock that deadlines and times are measured with.
@@ -83,6 +76,7 @@ class Predictor:
         budget: the bytes that all requests hold.
         in_flight: how many requests there are.
         offloader: decides which bodies are decoded in a background thread.
+        large_answers: counts the bytes of large answers, and encodes them.
         resolver: finds versions.
         tenants: to whom keys belong; None while the server has no keys.
     """
@@ -126,6 +120,9 @@ class Predictor:
         self._lend = lend
         # Whether outputs may be views of memory that is used for others after `release`.
         self.lends_outputs = release is not None
+        self.large_answers = LargeAnswers(
+            self.budget, self.offloader, clock, lends_outputs=release is not None
+        )
         self._results = results
         self._recorder = recorder
         self._entry_ids = itertools.count(1)
@@ -251,7 +248,7 @@ class Predictor:
             ]
             entry = split_entry(next(self._entry_ids), parts)
         if served.open_answer or entry.rows * served.row_answer_bytes > COUNTED_ANSWER_BYTES:
-            self._reserve_answer(context, served, tensors, entry.rows, client)
+            self.large_answers.reserve(context, served, tensors, entry.rows, client)
         cache = None if context.cache_key is None or not entry.rows else served.cache
         if cache is not None and deadline <= now:
             raise DeadlineExceeded("the deadline passed before the request was queued")
@@ -276,6 +273,8 @@ class Predictor:
                 self._answer_no_rows(served, entry)
         except NotReady:
             self._results.unsubscribe(entry.id)
+            if cache is not None:
+                self._flights.withdraw(cache, context)
             if not self._follow(context):
                 raise
             context.cache_key = None  # it is a key of the other version
@@ -283,6 +282,8 @@ class Predictor:
             return self.submit(context, tensors, then, client)
         except BaseException:
             self._results.unsubscribe(entry.id)
+            if cache is not None:
+                self._flights.withdraw(cache, context)
             if context.tenant is not None:
                 context.tenant.give_rows_back(entry.rows)
             raise
@@ -336,54 +337,7 @@ class Predictor:
             return self.refuse(context, error, result)
         return self._respond(context, served, entry, result, encoded, self.clock() - began)
 
-    def weigh_answer(self, context: PredictContext, result: Result, client: str) -> Executor | None:
-        """Return the threads in which a large answer is to be encoded, None if it is not large.
-
-        Counts the bytes of an answer whose size was not known before. Raises Overloaded if there is no room.
-        """
-        served, outputs = context.served, result.outputs
-        if served is None or outputs is None:
-            return None
-        as_json = context.api.answers_json(context.head, context.options)
-        if context.open_answer:
-            size = served.measured_bytes(outputs, as_json)
-            if size > HEAVY_ANSWER_BYTES and size > context.answer_bytes:
-                self._bound_answer(size, "")
-                self.budget.reserve_answer(context, size - context.answer_bytes, client)
-        # An API that makes something else of the outputs takes as long for them as for JSON.
-        is_slow = as_json or context.options.request is not None
-        if context.answer_bytes <= (HEAVY_ANSWER_BYTES if is_slow else HEAVY_BINARY_BYTES):
-            return None
-        return self.offloader.begin_answer(context, client)
-
-    def encode_large(self, context: PredictContext, result: Result) -> LargeAnswer:
-        """Encode a large answer, compressed if the client accepts that; in a background thread."""
-        served, outputs = context.served, result.outputs
-        assert served is not None  # `weigh_answer` found both
-        assert outputs is not None
-        began = self.clock()
-        encoded: Encoded | None = None
-        failure: Exception | None = None
-        try:
-            encoded = context.api.encode(
-                context.head,
-                context.options,
-                context.request_id,
-                served,
-                outputs,
-                lambda pieces: join_pieces(pieces, lambda: not context.abandoned),
-            )
-            if self.lends_outputs:
-                # Here, and not on the event loop: views of memory that an engine lends are copied.
-                encoded = Encoded(encoded.headers, list(map(as_bytes, encoded.parts)))
-            if context.head.accepts_gzip():
-                packed = compressed(Response(200, encoded.headers, encoded.parts, 0))
-                encoded = Encoded(packed.headers, packed.parts)
-        except Exception as error:  # noqa: BLE001 - outputs that cannot be encoded fail this request alone
-            failure = error
-        return LargeAnswer(result, encoded, failure, self.clock() - began)
-
-    def respond(self, context: PredictContext, answer: LargeAnswer) -> Response:
+    def respond(self, context: PredictContext, answer: EncodedAnswer) -> Response:
         """Return the response for an answer that a thread has encoded."""
         served, entry, encoded = context.served, context.entry, answer.encoded
         if encoded is None or served is None or entry is None:
@@ -413,8 +367,6 @@ class Predictor:
             (b"x-request-id", context.request_id.encode("latin-1")),
             (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
         ]
-        if context.cache_status:
-            headers.append(CACHE_HEADERS[context.cache_status])
         size = sum(map(len, encoded.parts))
         if context.observation is not None and result.outputs is not None:
             context.observation.observer.end(context, result.outputs)
@@ -567,39 +519,6 @@ class Predictor:
             return BodyAllowance(self.budget, context, self.max_body_bytes, signature)
         return BodyAllowance(self.budget, context, self.max_body_bytes, signature, pictures, self.deadline)
 
-    def _reserve_answer(
-        self, context: PredictContext, served: ServedVersion, tensors: Tensors, rows: int, client: str
-    ) -> None:
-        """Reserve the bytes of a large answer; raises InvalidInput if it is too large, or Overloaded."""
-        options, text = context.options, served.view.text
-        context.open_answer = served.open_answer
-        tokens = 1
-        if text is not None:
-            parts = [part.tensors for part in context.texts] or [tensors]
-            tokens = max(part[text.ids].shape[1] for part in parts)
-            if not served.view.batching.enabled:
-                rows = sum(len(part[text.ids]) for part in parts)
-        elif not served.view.batching.enabled:
-            rows = max((len(tensor) for tensor in tensors.values() if tensor.ndim), default=1)
-        as_json = context.api.answers_json(context.head, options)
-        size = served.answer_bytes(rows, tokens, tensors, options.outputs, options.forms, as_json)
-        if size <= HEAVY_ANSWER_BYTES:
-            return
-        longest = f", the longest of {tokens} tokens" if text is not None else ""
-        self._bound_answer(size, f": {rows} rows{longest}")
-        self.budget.reserve_answer(context, size, client)
-
-    def _bound_answer(self, size: int, rows_text: str) -> None:
-        """Raise InvalidInput if an answer of `size` bytes would leave no memory for other requests."""
-        most = self.budget.answers_limit
-        if size > most:
-            raise InvalidInput(
-                f"the response would take about {size} bytes{rows_text}; the limit is {most} bytes; send"
-                " fewer rows at a time, or ask for fewer outputs",
-                expected=most,
-                got=size,
-            )
-
     def _entry(self, context: PredictContext, tensors: Tensors, now: float, deadline: float) -> Entry:
         served, options = context.served, context.options
         assert served is not None  # `decode` found it
@@ -628,20 +547,6 @@ class Predictor:
         if context.tenant is not None:
             context.tenant.mark(entry)
         return entry
-
-
-class LargeAnswer:
-    """A result that a thread has encoded: `encoded` outputs or an `error`, after `encode_s` seconds."""
-
-    __slots__ = ("encode_s", "encoded", "error", "result")
-
-    def __init__(
-        self, result: Result, encoded: Encoded | None, error: Exception | None, encode_s: float
-    ) -> None:
-        self.result = result
-        self.encoded = encoded
-        self.error = error
-        self.encode_s = encode_s
 
 
 def _bytes_of(tensor: Array) -> int:

@@ -58,7 +58,8 @@ class SingleFlight:
     ) -> bool:
         """Return whether `then` is called with cached outputs, or with those of a run that has begun.
 
-        Otherwise the caller offers `entry`, and then calls `lead`.
+        Otherwise others may join the request from now on. The caller offers `entry`, and then calls `lead`,
+        or `withdraw` if it is refused.
         """
         key = context.cache_key
         assert key is not None  # the caller has looked
@@ -69,8 +70,11 @@ class SingleFlight:
             self._results.subscribe(entry.id, then)
             self._results.put([Result(entry.id, outputs, None, 0.0)])
             return True
-        leader: PredictContext | None = cache.flights.get(key)
-        if leader is None or leader.entry is None or leader.entry.priority > entry.priority:
+        leader: PredictContext = cache.flights.setdefault(key, context)
+        if leader is context:
+            return False
+        if leader.entry is None or leader.entry.priority > entry.priority:
+            cache.flights[key] = context
             return False
         flight: Flight | None = leader.flight
         if flight is None:
@@ -82,13 +86,17 @@ class SingleFlight:
         return True
 
     def lead(self, cache: VersionCache, context: PredictContext) -> None:
-        """Let others join a request whose entry has been accepted; `land` is called with its result."""
-        key = context.cache_key
-        assert key is not None  # the caller has looked
+        """Take note that the entry of a request has been accepted; `land` is called with its result."""
         cache.misses.add()
-        cache.flights[key] = context
         context.cache_status = MISS
         context.leads = True
+
+    def withdraw(self, cache: VersionCache, context: PredictContext) -> None:
+        """Let nobody join a request whose entry has been refused."""
+        key = context.cache_key
+        assert key is not None  # the caller has looked
+        if cache.flights.get(key) is context:
+            del cache.flights[key]
 
     def land(self, context: PredictContext, result: Result) -> None:
         """Take the result of a leader, before it is encoded, and give it to the followers."""
@@ -104,8 +112,9 @@ class SingleFlight:
         assert entry is not None
         cache = served.cache
         assert cache is not None
-        if cache.flights.get(key) is context:
-            del cache.flights[key]
+        leader = cache.flights.pop(key, None)
+        if leader is not context and leader is not None:
+            cache.flights[key] = leader  # one of higher priority, which came later
         if outputs is not None:
             shelf = "" if context.tenant is None else context.tenant.name
             try:
