@@ -55,7 +55,7 @@ Base classes of interpreted classes stay interpreted, because mypyc forbids such
 millions of elements in `wire` stay interpreted, because compiled loops would not let other threads run.
 """
 
-C_MODULES = ("http/connection/_socketio", "http/predict/_responses", "wire/_json_numbers")
+C_MODULES = ("http/connection/_socketio", "wire/_json_numbers")
 
 COMPILED = os.environ.get("INFERPOOL_COMPILED", "")
 OPT_LEVEL = os.environ.get("INFERPOOL_OPT_LEVEL", "2")

@@ -1,4 +1,4 @@
-"""Checks of `_responses`: whatever the pieces are, C puts together what Python would."""
+"""Checks of `join` in `_socketio`: whatever the pieces are, C puts together what Python would."""
 
 from __future__ import annotations
 
@@ -21,15 +21,6 @@ def check_join(module: ModuleType, chance: random.Random) -> None:
         return
     lines = [b"%b: %b\r\n" % pair for pair in headers if not {*b"".join(pair)} & {*b"\r\n\0"}]
     assert whole == b"".join((prefix, *lines, b"length: %d\r\n\r\n" % size, *parts))
-
-
-def check_times(module: ModuleType, chance: random.Random) -> None:
-    """Compare times, many of them just half-way between two roundings, with Python's."""
-    times = [
-        chance.choice((chance.uniform(-1, 4000), chance.randrange(10**7) / 2_000_000, 1e300)) for _ in "123"
-    ]
-    shown = tuple(1000 * min(max(time, 0.0), 3600.0) for time in times)
-    assert module.server_timing(*times) == b"queue;dur=%.3f, compute;dur=%.3f, total;dur=%.3f" % shown
 
 
 def _piece(chance: random.Random) -> bytes:

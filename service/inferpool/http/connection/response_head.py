@@ -1,6 +1,6 @@
 """The head of a response: the lines that all responses of one second share, and the response's own.
 
-`_responses`, a module in C, puts small responses together; without it, Python does.
+`_socketio`, a module in C, puts small responses together; without it, Python does.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from inferpool.http.predict.response_cache import CACHE_HEADERS, NOT_CACHED
 from inferpool.http.problems import Headers
 
 try:
-    from inferpool.http.predict import _responses
-except ImportError:  # there was no C compiler at installation
-    _responses = None  # type: ignore[assignment]
+    from inferpool.http.connection import _socketio
+except ImportError:  # not on Linux, or there was no C compiler at installation
+    _socketio = None  # type: ignore[assignment]
 
 _LENGTH: Final = b"content-length: "
 _LAST: Final = b"connection: close\r\ncontent-length: "
@@ -85,9 +85,9 @@ def response_head(prefix: bytes, headers: Headers, closes: bool, size: int) -> b
 
 def whole_response(prefix: bytes, headers: Headers, closes: bool, size: int, parts: Sequence[Data]) -> bytes:
     """Return the head that `response_head` returns, with the `parts` of the body behind it."""
-    if _responses is not None and isinstance(parts, list):
+    if _socketio is not None and isinstance(parts, list):
         last = _LAST if closes else _LENGTH
-        whole = _responses.join(prefix, headers, last, size, cast("list[bytes]", parts))
+        whole = _socketio.join(prefix, headers, last, size, cast("list[bytes]", parts))
         if whole is not None:
             return whole
     return b"".join((response_head(prefix, headers, closes, size), *parts))

@@ -9,11 +9,6 @@ from inferpool.http.predict.api import Data
 from inferpool.http.predict.compression import gzipped
 from inferpool.http.problems import Headers
 
-try:
-    from inferpool.http.predict import _responses
-except ImportError:  # there was no C compiler at installation
-    _responses = None  # type: ignore[assignment]
-
 _LONGEST_S: Final = 3600.0
 """Server-Timing shows longer times as this one."""
 
@@ -52,8 +47,6 @@ def compressed(response: Response) -> Response:
 
 def server_timing(queue_s: float, compute_s: float, total_s: float) -> bytes:
     """Return the value of Server-Timing (W3C Server Timing), in milliseconds with three decimals."""
-    if _responses is not None:
-        return _responses.server_timing(queue_s, compute_s, total_s)
     return b"queue;dur=%.3f, compute;dur=%.3f, total;dur=%.3f" % (
         1000 * min(max(queue_s, 0.0), _LONGEST_S),
         1000 * min(max(compute_s, 0.0), _LONGEST_S),
