@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from inferpool.system.imports import no_collections
+from inferpool.system.imports import no_collections, without_plugins
 
 
 def main() -> int:
     """Run the command; returns its exit status."""
+    without_plugins()
     with no_collections():
         from inferpool import cli
     return cli.main()

@@ -8,7 +8,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import inferpool.http.fastapi_import  # noqa: F401
 from inferpool.backends.registry import describe_backends
 from inferpool.http.access.trusted_proxies import make_proxies
 from inferpool.http.predict.memory_monitor import this_system

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 
-from inferpool.system.imports import no_collections
+from inferpool.system.imports import no_collections, without_plugins
 
 
 def main() -> int:
     """Run `MODULE.main()`, which finds its own arguments behind the program's name."""
+    without_plugins()
     with no_collections():
         module = importlib.import_module(sys.argv.pop(1))
     status: int = module.main()

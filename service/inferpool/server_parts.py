@@ -6,17 +6,16 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from inferpool.errors import ConfigError
 from inferpool.http.access.cors import make_cors
 from inferpool.http.access.make_gate import KeySource, make_gate
 from inferpool.http.access.tenants_file import make_tenants
-from inferpool.http.application import Application, make_application
+from inferpool.http.application import Application
 from inferpool.http.connection.batched_reads import ReadBatcher
 from inferpool.http.connection.shared import SharedState
-from inferpool.http.explain.routes import ExplanationLimits
-from inferpool.http.platforms.routes import route_aliases
+from inferpool.http.platforms.api import INVOCATIONS
 from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.memory_monitor import CachedMemory, MemoryMonitor, System
 from inferpool.http.predict.observations import Observations, Taker
@@ -36,8 +35,13 @@ from inferpool.repository.drift_figures import drift_readings
 from inferpool.repository.rollout import RolloutWatch
 from inferpool.repository.traffic_figures import traffic_readings
 from inferpool.settings import Settings
+from inferpool.system.imports import late_imports
 from inferpool.system.memory import COPIES, COPIES_APART
 
+if TYPE_CHECKING:
+    from inferpool.http.routes import Routes
+
+_READY: Final = "/health/ready"
 _DAY_S: Final = 86_400
 CACHE_SHARE: Final = 16
 """Cached outputs take at most this share of the memory."""
@@ -123,12 +127,15 @@ def make_server_parts(
         make_cors(settings.cors_allow_origin),
         settings.max_head_bytes,
         settings.root_path,
-        route_aliases(settings.predict_route, settings.health_route),
+        _route_aliases(settings.predict_route, settings.health_route),
     )
     results.wrap_batches(shared.writes.begin, shared.writes.flush)
     read_batcher = ReadBatcher()
-    explanations = ExplanationLimits(settings.explain_max_passes, settings.explain_max_ms / 1000)
-    application = make_application(catalog, shared, read_batcher, metrics, admin, explanations, observations)
+    application = Application(
+        shared,
+        read_batcher,
+        partial(_make_routes, catalog, shared, metrics, admin, settings, observations),
+    )
     return ServerParts(
         application,
         predictor.in_flight,
@@ -141,6 +148,29 @@ def make_server_parts(
         rollouts,
         observations,
     )
+
+
+def _route_aliases(predict_route: str | None, health_route: str | None) -> dict[bytes, bytes]:
+    """The routes of this server that the paths of a platform mean."""
+    aliases = {predict_route: INVOCATIONS, health_route: _READY}
+    return {path.encode(): route.encode() for path, route in aliases.items() if path is not None}
+
+
+def _make_routes(
+    catalog: Catalog,
+    shared: SharedState,
+    metrics: Metrics,
+    admin: Admin,
+    settings: Settings,
+    observations: Observations,
+) -> Routes:
+    """Make the routes that are no predictions. Their imports take a while, so this is done late."""
+    with late_imports():
+        from inferpool.http.explain.routes import ExplanationLimits
+        from inferpool.http.routes import make_routes
+
+        limits = ExplanationLimits(settings.explain_max_passes, settings.explain_max_ms / 1000)
+        return make_routes(catalog, shared, metrics, admin, limits, observations)
 
 
 def _sample_store(settings: Settings) -> tuple[SampleStore | None, SampleKeys | None]:

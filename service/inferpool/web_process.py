@@ -16,7 +16,6 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final
 
-import inferpool.http.fastapi_import  # noqa: F401
 from inferpool.engine.catalog_parcel import unpack
 from inferpool.engine.client import EngineClient
 from inferpool.engine.client_router import ClientRouter

@@ -32,6 +32,8 @@ WAITING_ROW = {"inputs": [[chaos.WAIT, 2, 3, 4]]}
 SUM = [31.0]
 
 
+WITH_ROUTES = ("fastapi", "starlette", "email_validator", "opentelemetry", "prometheus_client")
+"""What the routes that are no predictions need."""
 PAUSE_S = 0.005
 """A client's pause between two requests, which leaves the cores to the processes that start meanwhile."""
 
@@ -148,7 +150,12 @@ def test_every_route_answers_and_each_process_loads_only_its_own_libraries(
         ("inferpool.launch", ("onnxruntime", "torch", "numpy", "fastapi", "prometheus_client", "asyncio")),
         # The command blocks signals for its start in the threads that it has; numpy starts some.
         ("inferpool.cli", ("onnxruntime", "torch", "numpy", "fastapi", "prometheus_client", "asyncio")),
-        ("inferpool.web_process", ("onnxruntime", "torch", "inferpool.repository.repository")),
+        # The first request for another route than predictions imports the routes, and FastAPI if needed.
+        (
+            "inferpool.web_process",
+            (*("onnxruntime", "torch", "inferpool.repository.repository"), *WITH_ROUTES),
+        ),
+        ("inferpool.app", ("onnxruntime", "torch", *WITH_ROUTES)),
         ("inferpool.engine_process", ("fastapi", "uvicorn", "starlette", "prometheus_client", "asyncio")),
     ],
 )

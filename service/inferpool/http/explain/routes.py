@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
-from fastapi import FastAPI, Query, Request, Response
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from inferpool.errors import BodyTooLarge, InferpoolError, InvalidInput, NotFound, QueueFull
 from inferpool.http.access.gate import model_forbidden
@@ -33,6 +33,7 @@ from inferpool.http.predict.recorder import CLIENT_GONE
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.problems import STATUSES, as_problem
+from inferpool.http.route_table import RouteTable
 from inferpool.http.v1.api import MODELS, V1_API
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import LOWEST_PRIORITY, Entry, Result
@@ -46,8 +47,6 @@ _RETRY_S: Final = 1.0
 _PNG: Final = "image/png"
 _STATUSES: Final = ("400", "403", "404", "413", "415", "422", "429", "500", "503", "504")
 
-Choices = Annotated[ExplainQuery, Query()]
-
 
 class ExplanationLimits(NamedTuple):
     """The `passes` and `seconds` that an explanation may take; 0 passes switch explanations off."""
@@ -56,7 +55,7 @@ class ExplanationLimits(NamedTuple):
     seconds: float
 
 
-def add_explain(app: FastAPI, predictor: Predictor, metrics: Metrics, limits: ExplanationLimits) -> None:
+def add_explain(app: RouteTable, predictor: Predictor, metrics: Metrics, limits: ExplanationLimits) -> None:
     """Give `app` the routes of explanations."""
     explanations = Explanations(predictor, metrics, limits)
 
@@ -65,6 +64,7 @@ def add_explain(app: FastAPI, predictor: Predictor, metrics: Metrics, limits: Ex
         errors = error_responses(name, api.problem_type.decode())
         return {
             "tags": ["explain"],
+            "query": ExplainQuery,
             "response_model": ExplanationsOut,
             "responses": {
                 **{status: errors[status] for status in _STATUSES},
@@ -76,29 +76,29 @@ def add_explain(app: FastAPI, predictor: Predictor, metrics: Metrics, limits: Ex
     native, v1 = documented(NATIVE_API), documented(V1_API)
 
     @app.post("/explain/{model}", summary="Explain an answer of a model's default version", **native)
-    async def explain_model(request: Request, query: Choices, model: str) -> Response:
+    async def explain_model(request: Request, query: ExplainQuery, model: str) -> Response:
         return await explanations.answer(request, NATIVE_API, query, model, None)
 
     @app.post("/explain/{model}/{version}", summary="Explain an answer of a version", **native)
-    async def explain_version(request: Request, query: Choices, model: str, version: str) -> Response:
+    async def explain_version(request: Request, query: ExplainQuery, model: str, version: str) -> Response:
         return await explanations.answer(request, NATIVE_API, query, model, version)
 
     @app.post("/explanations/{model}", summary="As TorchServe: the same as `/explain`", **native)
-    async def torchserve_explain(request: Request, query: Choices, model: str) -> Response:
+    async def torchserve_explain(request: Request, query: ExplainQuery, model: str) -> Response:
         return await explanations.answer(request, NATIVE_API, query, model, None)
 
     @app.post("/explanations/{model}/{version}", summary="As TorchServe, for a version", **native)
     async def torchserve_explain_version(
-        request: Request, query: Choices, model: str, version: str
+        request: Request, query: ExplainQuery, model: str, version: str
     ) -> Response:
         return await explanations.answer(request, NATIVE_API, query, model, version)
 
     @app.post(MODELS + "/{model}:explain", summary="As KServe, with the body of `/v1`", **v1)
-    async def v1_explain(request: Request, query: Choices, model: str) -> Response:
+    async def v1_explain(request: Request, query: ExplainQuery, model: str) -> Response:
         return await explanations.answer(request, V1_API, query, model, None)
 
     @app.post(MODELS + "/{model}/versions/{version}:explain", summary="As KServe, for a version", **v1)
-    async def v1_explain_version(request: Request, query: Choices, model: str, version: str) -> Response:
+    async def v1_explain_version(request: Request, query: ExplainQuery, model: str, version: str) -> Response:
         return await explanations.answer(request, V1_API, query, model, version)
 
 

@@ -7,13 +7,15 @@ from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from fastapi import FastAPI, Request, Response
 from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
 
 from inferpool.http.access.audit import audited
 from inferpool.http.body_model import BodyModel
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.openapi_parts import error_responses
+from inferpool.http.route_table import RouteTable
 from inferpool.repository.admin import Admin, job_not_found
 from inferpool.repository.catalog import Catalog, find_model
 from inferpool.repository.jobs import Job
@@ -119,14 +121,14 @@ def job_out(job: Job) -> JobOut:
     )
 
 
-def add_admin(app: FastAPI, catalog: Catalog, admin: Admin) -> None:
+def add_admin(app: RouteTable, catalog: Catalog, admin: Admin) -> None:
     """Give `app` the admin routes."""
     _add_loads(app, admin)
     _add_labels(app, catalog, admin)
     _add_jobs(app, admin)
 
 
-def _add_loads(app: FastAPI, admin: Admin) -> None:
+def _add_loads(app: RouteTable, admin: Admin) -> None:
     accepted: dict[str, Any] = {
         "tags": ["admin"],
         "status_code": 202,
@@ -174,7 +176,7 @@ def _add_loads(app: FastAPI, admin: Admin) -> None:
         return RollbackOut(model=model, version=version)
 
 
-def _add_labels(app: FastAPI, catalog: Catalog, admin: Admin) -> None:
+def _add_labels(app: RouteTable, catalog: Catalog, admin: Admin) -> None:
     @app.put(
         "/models/{model}/labels/{label}",
         tags=["admin"],
@@ -208,7 +210,7 @@ def _add_labels(app: FastAPI, catalog: Catalog, admin: Admin) -> None:
         return LabelOut(model=model, label=label, version=None, kept=kept)
 
 
-def _add_jobs(app: FastAPI, admin: Admin) -> None:
+def _add_jobs(app: RouteTable, admin: Admin) -> None:
     @app.get("/jobs", tags=["admin"], summary="The loads and unloads", responses=_errors("403"))
     async def read_jobs() -> JobsOut:
         return JobsOut(jobs=[job_out(job) for job in admin.jobs()])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from inferpool.http.accept_headers import accepts_gzip
 from inferpool.http.native.admin_routes import add_admin
@@ -29,13 +30,14 @@ from inferpool.http.native.traffic_routes import add_traffic
 from inferpool.http.openapi_parts import error_responses
 from inferpool.http.predict.compression import gzipped
 from inferpool.http.predict.observations import Observations
+from inferpool.http.route_table import RouteTable
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, find_model
 
 
 def add_native(
-    app: FastAPI, catalog: Catalog, metrics: Metrics, admin: Admin, observations: Observations
+    app: RouteTable, catalog: Catalog, metrics: Metrics, admin: Admin, observations: Observations
 ) -> None:
     """Give `app` the native routes."""
     # The admin routes come first: `/models/{model}/{version}` matches their paths too, and a request
@@ -49,7 +51,7 @@ def add_native(
     _add_metrics(app, catalog, metrics)
 
 
-def _add_models(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
+def _add_models(app: RouteTable, catalog: Catalog, metrics: Metrics) -> None:
     not_found: dict[int | str, dict[str, Any]] = {404: _documented_error("404")}
 
     @app.get("/models", tags=["models"], summary="Every model in the repository")
@@ -91,7 +93,7 @@ def _add_models(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
         return samples_out(find_model(catalog, model).version(version))
 
 
-def _add_health(app: FastAPI, catalog: Catalog) -> None:
+def _add_health(app: RouteTable, catalog: Catalog) -> None:
     @app.get(
         "/health",
         tags=["health"],
@@ -121,7 +123,7 @@ def _add_health(app: FastAPI, catalog: Catalog) -> None:
         return ReadyOut(ready=ready)
 
 
-def _add_metrics(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
+def _add_metrics(app: RouteTable, catalog: Catalog, metrics: Metrics) -> None:
     @app.get("/metrics", tags=["health"], summary="All metrics, for Prometheus", response_class=Response)
     async def read_metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics if Accept asks for it; gzip if Accept-Encoding allows that."""

@@ -6,11 +6,12 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
-from fastapi import FastAPI, Query, Request, Response
 from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
 
 from inferpool.errors import InternalError, InvalidInput, NotFound
 from inferpool.http.access.audit import audited
@@ -19,6 +20,7 @@ from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.openapi_parts import error_responses
 from inferpool.http.predict.observations import Observations
+from inferpool.http.route_table import RouteTable
 from inferpool.privacy.store import Choice, Listed, SampleStore
 from inferpool.tensors import Array
 
@@ -97,17 +99,18 @@ class DeletedOut(BodyModel):
     deleted: int
 
 
-def add_samples(app: FastAPI, observations: Observations) -> None:
+def add_samples(app: RouteTable, observations: Observations) -> None:
     """Give `app` the routes of samples."""
 
     @app.get(
         "/samples",
         tags=["admin"],
         summary="Samples of requests",
+        query=ListQuery,
         response_model=KeptSamplesOut,
         responses=_errors("403", "404", "422"),
     )
-    async def list_samples(request: Request, query: Annotated[ListQuery, Query()]) -> Response:
+    async def list_samples(request: Request, query: ListQuery) -> Response:
         """With `rows`, what was kept of them; each such answer leaves a line in the log."""
         store = _store(observations)
 
@@ -133,8 +136,14 @@ def add_samples(app: FastAPI, observations: Observations) -> None:
             _, body = await work
         return Response(body, headers={"cache-control": "no-store"}, media_type=JSON_TYPE)
 
-    @app.delete("/samples", tags=["admin"], summary="Delete samples", responses=_errors("403", "404", "422"))
-    async def delete_samples(request: Request, query: Annotated[SampleQuery, Query()]) -> DeletedOut:
+    @app.delete(
+        "/samples",
+        tags=["admin"],
+        summary="Delete samples",
+        query=SampleQuery,
+        responses=_errors("403", "404", "422"),
+    )
+    async def delete_samples(request: Request, query: SampleQuery) -> DeletedOut:
         """All samples for which everything that is given holds; `older_than_s=0` means all."""
         store, choice = _store(observations), query.choice()
         if choice == Choice():

@@ -7,13 +7,15 @@ import time
 from hashlib import sha256
 from typing import Final
 
-from fastapi import FastAPI, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from inferpool.http.accept_headers import accepts_gzip
 from inferpool.http.conditional import answer_unless_known
 from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.native.status_schemas import StatusOut, status_out
 from inferpool.http.predict.compression import gzipped
+from inferpool.http.route_table import RouteTable
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.catalog import Catalog
 
@@ -50,7 +52,7 @@ class Status:
         return answer_unless_known(request, body, packed, tag, headers)
 
 
-def add_status(app: FastAPI, catalog: Catalog, metrics: Metrics) -> None:
+def add_status(app: RouteTable, catalog: Catalog, metrics: Metrics) -> None:
     """Give `app` the route `/status`."""
     status = Status(catalog, metrics)
 

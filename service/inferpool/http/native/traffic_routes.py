@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Request
+from starlette.requests import Request
 
 from inferpool.errors import InvalidInput
 from inferpool.http.access.audit import audited
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.native.traffic_schemas import CanaryBody, TrafficBody, TrafficOut, traffic_out
 from inferpool.http.openapi_parts import error_responses
+from inferpool.http.route_table import RouteTable
 from inferpool.observe.metrics import Metrics
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, find_model
@@ -19,7 +20,7 @@ from inferpool.repository.traffic_rules import plan_traffic
 _NO_CANARY = CanaryBody(version=1, share=0.0)
 
 
-def add_traffic(app: FastAPI, catalog: Catalog, metrics: Metrics, admin: Admin) -> None:
+def add_traffic(app: RouteTable, catalog: Catalog, metrics: Metrics, admin: Admin) -> None:
     """Give `app` the traffic routes."""
 
     @app.get(

@@ -14,10 +14,12 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Final
 
-from fastapi import FastAPI, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from inferpool.http.accept_headers import accepts_gzip
 from inferpool.http.conditional import answer_unless_known
+from inferpool.http.route_table import RouteTable
 
 _STYLE: Final = "/* style */"
 _SCRIPT: Final = "/* script */"
@@ -27,7 +29,7 @@ _SCRIPTS: Final = ("elements", "requests", "poll", "overview", "version", "try",
 """The parts of the script in their order. They are one module: each may use the names of the others."""
 
 
-def add_page(app: FastAPI) -> None:
+def add_page(app: RouteTable) -> None:
     """Give `app` the page at `/`."""
     page, policy = make_page()
     packed, tag = gzip.compress(page, mtime=0), f'W/"{sha256(page).hexdigest()[:32]}"'

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Response
+from starlette.responses import Response
 
-from inferpool.http.platforms.api import INVOCATIONS
+from inferpool.http.route_table import RouteTable
 from inferpool.repository.catalog import Catalog
 
-READY = "/health/ready"
 
-
-def add_platforms(app: FastAPI, catalog: Catalog) -> None:
+def add_platforms(app: RouteTable, catalog: Catalog) -> None:
     """Give `app` the routes of platforms, except predictions."""
 
     @app.get("/ping", tags=["platforms"], summary="Whether the server can answer, as SageMaker asks",
@@ -21,9 +19,3 @@ def add_platforms(app: FastAPI, catalog: Catalog) -> None:
         """Status 200 without a body if every required model can answer, else 503."""
         await catalog.refresh()
         return Response(status_code=200 if catalog.health().ready else 503)
-
-
-def route_aliases(predict_route: str | None, health_route: str | None) -> dict[bytes, bytes]:
-    """The routes of this server that the paths of a platform mean."""
-    aliases = {predict_route: INVOCATIONS, health_route: READY}
-    return {path.encode(): route.encode() for path, route in aliases.items() if path is not None}

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastapi import FastAPI
-
 from inferpool.http.body_model import BodyModel
+from inferpool.http.route_table import RouteTable
 from inferpool.http.v1.api import MODELS
 from inferpool.repository.catalog import READY, Catalog, VersionView, find_model, find_ready
 
@@ -64,7 +63,7 @@ _UNABLE: dict[int | str, dict[str, Any]] = {
 }
 
 
-def add_v1(app: FastAPI, catalog: Catalog) -> None:
+def add_v1(app: RouteTable, catalog: Catalog) -> None:
     """Give `app` the routes of `/v1`, except predict."""
 
     @app.get(OPENAI_MODELS, include_in_schema=False)

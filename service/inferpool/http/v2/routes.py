@@ -7,8 +7,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
 
 from inferpool.errors import InvalidInput, LoadFailed, NotReady
 from inferpool.http.access.audit import audited
@@ -16,6 +17,7 @@ from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.predict.body_buffer import BodyBuffer
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_head import RequestHead
+from inferpool.http.route_table import RouteTable
 from inferpool.http.v2.descriptions import config_out, index_out, metadata_out, stats_out
 from inferpool.http.v2.schemas import (
     Error,
@@ -62,7 +64,7 @@ _LOOK_S: Final = 0.02
 """Pause between two looks at a job that a response waits for."""
 
 
-def add_v2(app: FastAPI, catalog: Catalog, predictor: Predictor, admin: Admin) -> None:
+def add_v2(app: RouteTable, catalog: Catalog, predictor: Predictor, admin: Admin) -> None:
     """Give `app` the routes of `/v2`, except infer."""
     _add_server(app, catalog)
     _add_models(app, catalog, predictor)
@@ -70,7 +72,7 @@ def add_v2(app: FastAPI, catalog: Catalog, predictor: Predictor, admin: Admin) -
     _add_loads(app, admin)
 
 
-def _add_server(app: FastAPI, catalog: Catalog) -> None:
+def _add_server(app: RouteTable, catalog: Catalog) -> None:
     # The protocol's own description writes this path with a slash at the end.
     @app.get("/v2/", include_in_schema=False)
     @app.get("/v2", tags=["v2"], summary="The server and the protocol extensions that it has")
@@ -97,7 +99,7 @@ def _add_server(app: FastAPI, catalog: Catalog) -> None:
         return Ready(ready=False, error=f"the server is {health.status}", code="not_ready")
 
 
-def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
+def _add_models(app: RouteTable, catalog: Catalog, predictor: Predictor) -> None:
     def find(model: str, version: str | None) -> tuple[ModelView, VersionView]:
         view = find_ready(catalog, model, version)
         return find_model(catalog, model), view
@@ -162,7 +164,7 @@ def _add_models(app: FastAPI, catalog: Catalog, predictor: Predictor) -> None:
 
 
 def _add_pair(
-    app: FastAPI,
+    app: RouteTable,
     name: str,
     suffix: str,
     answer: Callable[[str, str | None], Awaitable[BaseModel]],
@@ -200,7 +202,7 @@ def _add_pair(
         )
 
 
-def _add_repository(app: FastAPI, catalog: Catalog) -> None:
+def _add_repository(app: RouteTable, catalog: Catalog) -> None:
     @app.post(
         "/v2/repository/index",
         tags=["v2"],
@@ -220,7 +222,7 @@ def _add_repository(app: FastAPI, catalog: Catalog) -> None:
         return index_out(catalog.models().values(), ready)
 
 
-def _add_loads(app: FastAPI, admin: Admin) -> None:
+def _add_loads(app: RouteTable, admin: Admin) -> None:
     @app.post(
         "/v2/repository/models/{model}/load",
         tags=["v2"],
