@@ -46,7 +46,7 @@ def plain() -> RouteTable:
     @app.get("/names/{name}", response_model_exclude_none=True)
     async def greet(name: str, request: Request, response: Response) -> Named:
         response.status_code = 203
-        response.headers["location"] = request.url.path
+        response.headers["location"] = request.scope["raw_path"].decode()
         return Named(name=name)
 
     return app
