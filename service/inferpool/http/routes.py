@@ -20,7 +20,7 @@ from inferpool.http.access.admin_socket import ADMIN_SOCKET, LOCAL_ADMIN
 from inferpool.http.access.client_certificates import KEYLESS
 from inferpool.http.access.openapi import with_security
 from inferpool.http.access.route_scopes import RouteScopes
-from inferpool.http.asgi import Receive, Scope, Send, api_of, peer_of
+from inferpool.http.asgi import Message, Receive, Scope, Send, api_of, peer_of
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.deferred_route import DeferredRoute
 from inferpool.http.explain.routes import ExplanationLimits, add_explain
@@ -28,8 +28,9 @@ from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
 from inferpool.http.page.routes import add_page
 from inferpool.http.platforms.routes import add_platforms
+from inferpool.http.predict.body_buffer import too_large
 from inferpool.http.predict.observations import Observations
-from inferpool.http.problems import STATUSES, as_problem, problem_headers
+from inferpool.http.problems import STATUSES, Headers, as_problem, problem_headers
 from inferpool.http.route_table import RouteTable
 from inferpool.http.v1.routes import add_v1
 from inferpool.http.v2.routes import add_v2
@@ -82,6 +83,7 @@ class Routes(RouteTable):
                     peer_of(scope),
                     scope["state"].get(KEYLESS),
                 )
+            receive = _bounded(scope["headers"], receive, self._shared.predictor.max_body_bytes)
         except InferpoolError as error:
             # Before the routes: none of them, nor a part of the framework, reads a body for a stranger.
             await _error_response(error, scope)(scope, receive, send)
@@ -171,6 +173,24 @@ def _docs_page() -> HTMLResponse:
     )
 
 
+def _bounded(headers: Headers, receive: Receive, most: int) -> Receive:
+    """`receive` that takes at most `most` bytes of a body; raises BodyTooLarge if more are announced."""
+    announced = next((value for name, value in headers if name == b"content-length"), b"0")
+    if int(announced) > most:
+        raise too_large(most)
+    size = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > most:
+            raise too_large(most)
+        return message
+
+    return receive_bounded
+
+
 def _error_response(error: Exception, scope: Scope) -> Response:
     """The response for an error, in the form of the API that the path belongs to."""
     problem = as_problem(error)
@@ -185,6 +205,8 @@ def _translated(request: Request, error: Exception) -> Exception:
     """The errors of Starlette as errors of this project; any other error unchanged."""
     path = request.url.path[:_SHOWN_CHARACTERS]
     if isinstance(error, HTTPException):
+        if isinstance(error.__cause__, InferpoolError):
+            return error.__cause__  # FastAPI was reading a body
         if error.status_code == 404:
             return NotFound(f"no route matches {path}; /docs lists the routes")
         if error.status_code == 405:

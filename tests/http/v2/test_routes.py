@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,21 @@ def test_errors_are_in_the_protocols_form(
     assert code_of(answer) == code
     if code == "method_not_allowed":
         assert answer.headers["allow"] in ("GET, HEAD", "POST")
+
+
+@pytest.mark.parametrize("path", ["/v2/repository/index", "/explain/digits", "/v2/models/digits/load", "/no"])
+def test_a_body_that_is_announced_too_large_is_refused_at_once(bundled: Server, path: str) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", bundled.port)) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(1000).split(b" ")[1] == b"413"
+
+
+def test_a_compressed_query_is_refused_with_the_reason(bundled: Server) -> None:
+    body, headers = gzip.compress(b"{}"), {"content-encoding": "gzip"}
+    answer = bundled.post("/v2/repository/index", content=body, headers=headers)
+    assert code_of(answer) == "unsupported_media_type"
+    assert 'no Content-Encoding "gzip"' in answer.json()["error"]
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "1e3", "9" * 30, "100000"])

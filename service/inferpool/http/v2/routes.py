@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from inferpool.errors import InvalidInput, LoadFailed, NotReady
+from inferpool.errors import InvalidInput, LoadFailed, NotReady, UnsupportedMediaType
 from inferpool.http.access.audit import audited
 from inferpool.http.media_types import JSON_TYPE
-from inferpool.http.predict.body_buffer import BodyBuffer
+from inferpool.http.predict.body_buffer import BodyBuffer, too_large
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.route_table import RouteTable
@@ -279,6 +279,13 @@ async def _read_body(request: Request, example: str) -> dict[str, Any]:
 
     Clients of the protocol send none, or one without a Content-Type.
     """
+    head = RequestHead(None, None, request.scope["headers"])
+    if head.content_encoding not in ("", "identity"):
+        raise UnsupportedMediaType(
+            f'this route takes no Content-Encoding "{head.content_encoding[:40]}"; send the JSON as it is'
+        )
+    if (head.content_length or 0) > _MAX_QUERY_BYTES:
+        raise too_large(_MAX_QUERY_BYTES)
     body = BodyBuffer(RequestHead(None, None, ()), _MAX_QUERY_BYTES, _MAX_QUERY_BYTES)
     async for chunk in request.stream():
         body.add(chunk)
