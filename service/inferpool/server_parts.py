@@ -35,7 +35,7 @@ from inferpool.repository.drift_figures import drift_readings
 from inferpool.repository.rollout import RolloutWatch
 from inferpool.repository.traffic_figures import traffic_readings
 from inferpool.settings import Settings
-from inferpool.system.imports import late_imports
+from inferpool.system.imports import no_collections
 from inferpool.system.memory import COPIES, COPIES_APART
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _make_routes(
     observations: Observations,
 ) -> Routes:
     """Make the routes that are no predictions. Their imports take a while, so this is done late."""
-    with late_imports():
+    with no_collections():
         from inferpool.http.explain.routes import ExplanationLimits
         from inferpool.http.routes import make_routes
 

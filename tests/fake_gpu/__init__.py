@@ -105,7 +105,7 @@ class FakeModel(DeviceModel):
         assert not self.closed
         if self.run_s:
             time.sleep(self.run_s)
-        if (rows.reshape(len(rows), -1)[:, 0] == LOSE).any():
+        if len(rows) and (rows.reshape(len(rows), -1)[:, 0] == LOSE).any():
             self.card.is_lost = True
         if self.card.is_lost:
             raise RuntimeError("the card does not answer")

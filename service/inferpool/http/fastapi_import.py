@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from inferpool.system.imports import late_imports
+from inferpool.system.imports import no_collections
 
 # Models take this over from their base when they are defined.
 BaseModel.model_config["defer_build"] = True
 try:
-    with late_imports():
+    with no_collections():
         import fastapi  # noqa: F401
 finally:
     del BaseModel.model_config["defer_build"]

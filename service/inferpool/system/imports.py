@@ -29,14 +29,3 @@ def no_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def late_imports() -> Iterator[None]:
-    """As `no_collections`, for imports of a server that serves: no later collection traverses them either.
-
-    A collection stops all threads, and requests would wait for it.
-    """
-    with no_collections():
-        yield
-        gc.freeze()

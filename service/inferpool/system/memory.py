@@ -20,9 +20,6 @@ _M_ARENA_MAX: Final = -8
 _LARGEST_KEPT_BYTES: Final = 32 * 2**20
 """The largest M_MMAP_THRESHOLD that glibc allows."""
 _KEPT_BYTES: Final = 128 * 2**20
-_PIECE_BYTES: Final = 2 * 2**20
-"""The kernel takes this much back in less than 1 ms."""
-_MADV_DONTNEED: Final = 4
 _UNLIMITED: Final = 2**60
 """Version 1 writes about 2**63 if there is no limit."""
 _KIB: Final = 1024
@@ -161,44 +158,10 @@ def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
 def release_freed_memory() -> bool:
     """Give freed memory back to the kernel; False if there was none or the C library is not glibc.
 
-    `malloc_trim` keeps all other threads from allocating until it has given back everything, which takes
-    about 20 ms for 200 MB. So the large blocks are given back before, piece by piece. The interpreter's lock
-    is released meanwhile. Source: malloc_trim(3).
+    The interpreter's lock is released meanwhile. Source: malloc_trim(3).
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return False
-    released = release_freed_blocks()
-    return bool(trim(0)) or released > 0
-
-
-def release_freed_blocks(piece_bytes: int = _PIECE_BYTES) -> int:
-    """Give the freed blocks of at least this size back to the kernel, in pieces; returns their bytes.
-
-    Each piece is allocated, so that no other thread has it, and its pages are given back; then all are freed.
-    The first piece at or behind the end of the heap shows that no freed block is left: the heap has grown, or
-    the piece was mapped. Its pages were never touched.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-    libc.malloc.argtypes = [ctypes.c_size_t]
-    libc.sbrk.argtypes = [ctypes.c_ssize_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page = os.sysconf("SC_PAGESIZE")
-    end = libc.sbrk(0) or 0
-    pieces: list[int] = []
-    try:
-        while (piece := libc.malloc(piece_bytes)) is not None:
-            pieces.append(piece)
-            if piece + piece_bytes >= end:
-                break
-            first = -(-piece // page) * page
-            libc.madvise(first, (piece + piece_bytes - first) // page * page, _MADV_DONTNEED)
-    finally:
-        for piece in pieces:
-            libc.free(piece)
-    return max(0, len(pieces) - 1) * piece_bytes
+    return trim is not None and bool(trim(0))
 
 
 def limit_data(most_bytes: int | None) -> bool:
