@@ -31,7 +31,7 @@ PRICE = "median_house_value"
 
 
 class Data(NamedTuple):
-    """What a model is trained on, and what it is judged by.
+    """The rows that train a model, and those that judge it.
 
     Attributes:
         rows: the rows that are learnt from, as a network takes them; channels are last.

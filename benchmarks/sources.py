@@ -61,7 +61,7 @@ TABLES = {
 FRAMEWORKS = ("keras", "torch")
 EXPLAIN = "explain"
 TOLERANCE = 0.05
-"""Of the golden samples, also as a share of the value."""
+"""How far an answer may be from its golden sample, absolutely or as a share of the value."""
 SHOWN = 4
 
 

@@ -183,7 +183,7 @@ def test_a_stream_needs_a_key_before_its_first_message(guarded: Guarded, key: st
 
 
 def test_a_tenant_cannot_hold_all_streams(guarded: Guarded) -> None:
-    """Whoever has as many as it may is told so, and another tenant still gets one."""
+    """A tenant that has its share of the streams is refused one more; another tenant still gets one."""
     greedy, other, done = guarded.caller("predict"), guarded.caller("rival"), threading.Event()
 
     def requests() -> Iterator[Any]:

@@ -90,9 +90,17 @@ async def test_fastapi_does_not_analyse_a_route_that_takes_only_parts_of_its_pat
     assert route_of(plain)._route is None
 
 
-def test_a_start_builds_no_validators_of_openapi() -> None:
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import inferpool.http.fastapi_import",
+        "from inferpool.http import deferred_route as d; d.DeferredRoute('/', lambda:0, ['GET']).api_route()",
+        "from inferpool.http.routes import _docs_page; _docs_page()",
+    ],
+)
+def test_no_import_of_fastapi_builds_validators_of_openapi(first: str) -> None:
     code = (
-        "import inferpool.http.fastapi_import; from fastapi.openapi.models import Tag, OpenAPI;"
+        f"{first}; from fastapi.openapi.models import Tag, OpenAPI;"
         " assert not Tag.__pydantic_complete__;"
         " from pydantic import BaseModel; assert 'defer_build' not in BaseModel.model_config;"
         " OpenAPI(openapi='3.1.0', info={'title': 'a', 'version': '1'}, tags=[{'name': 't'}])"

@@ -61,10 +61,11 @@ class DeferredRoute(Route):
     def api_route(self) -> APIRoute:
         """FastAPI's route. The first call takes a while."""
         if self._route is None:
+            import inferpool.http.fastapi_import  # noqa: F401
+
+            # isort: split
             from fastapi import Query
             from fastapi.routing import APIRoute
-
-            import inferpool.http.fastapi_import  # noqa: F401
 
             if self._query is not None:
                 self.endpoint.__annotations__["query"] = Annotated[self._query, Query()]

@@ -1,4 +1,4 @@
-"""Imports FastAPI. Whoever needs FastAPI imports this module before all others that use it.
+"""Imports FastAPI. A function that needs FastAPI imports this module first.
 
 FastAPI has pydantic models of everything that an OpenAPI document can contain. Building their validators
 takes long, and only `/openapi.json` needs them. The first document builds them.

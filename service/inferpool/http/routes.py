@@ -160,9 +160,10 @@ def _add_docs(app: Routes) -> None:
 
 
 def _docs_page() -> HTMLResponse:
-    from fastapi.openapi.docs import get_swagger_ui_html
-
     import inferpool.http.fastapi_import  # noqa: F401
+
+    # isort: split
+    from fastapi.openapi.docs import get_swagger_ui_html
 
     return get_swagger_ui_html(
         title=TITLE,

@@ -201,7 +201,7 @@ class RemoteCatalog:
         return "; ".join(f"{name}: {fault}" for name, fault in wrong.items()) or None, reachable
 
     def _faults_of(self, key: VersionKey) -> dict[str, Reason]:
-        """What is wrong with the engines of a version that is ready, by their names."""
+        """Return the fault of each engine that cannot run a version that is ready, by the engine's name."""
         known = self._versions.get(key)
         if known is None or known.view.state != READY:
             return {}
