@@ -40,9 +40,10 @@ def take_census(server: Server, requests: int) -> Census:
 
     def is_steady() -> bool:
         time.sleep(STEADY_S)
-        counts.append(_count(server, requests))
-        # A process that has just started has the name of its program, and is none of the kinds yet.
+        # A process that has just started has the name of its program, and is none of the kinds yet. It must
+        # have its own before it is counted: a count without it has the supervisor's descriptors for it.
         known = all(_name(pid).startswith("inferpool-") for pid in children(server))
+        counts.append(_count(server, requests))
         return known and counts[-1].descriptors == counts[-2].descriptors
 
     wait_until(is_steady, "the number of descriptors is steady")
