@@ -56,3 +56,10 @@ class Overwrites(nn.Module):
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         x *= 2.0
         return (x * scale + x.mean(0, keepdim=True)).sum(1)
+
+
+class Hungry(nn.Module):
+    """Doubles a number of each row. Its gradients need more memory than a process can address."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :1].expand(x.shape[0], 1 << 50)[:, :1] * 2

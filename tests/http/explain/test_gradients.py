@@ -18,7 +18,7 @@ from PIL import Image
 from tests.backends.torch.networks import configure, described, digits, save_scripted
 from tests.conftest import ENGINES, Serve
 from tests.explain.models import seven
-from tests.explain.networks import ROW, Constant, Curved, Halved, Jumps, Overwrites
+from tests.explain.networks import ROW, Constant, Curved, Halved, Hungry, Jumps, Overwrites
 from tests.http.explain.test_explain import AS_PNG, PNG, error
 from tests.server import ROOT, Server
 
@@ -40,6 +40,7 @@ def server(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Ser
         ("curved", Curved(), four),
         ("constant", Constant(), four),
         ("jumps", Jumps(), four),
+        ("hungry", Hungry(), four),
         ("halved", Halved(), described(n=("INT64", [-1, 3]))),
         ("overwrites", Overwrites(), described(x=("FP32", [-1, 4]), scale=("FP32", [-1, 4]))),
     ):
@@ -131,6 +132,13 @@ def test_what_has_no_gradients_is_refused_with_what_is_possible(
     status, _, text = error(server, path, json=body)
     assert (status, said in text) == (422, True), text
     assert "passes" in said or "scores" in said or "kernel, permutation or occlusion" in text
+
+
+def test_gradients_for_which_memory_is_lacking_are_refused_like_a_prediction(server: Server) -> None:
+    assert server.post("/predict/hungry", json={"inputs": [ROW]}).status_code == 200
+    status, code, text = error(server, f"/explain/hungry{FROM_ZEROS}", json={"inputs": [ROW]})
+    assert (status, code) == (503, "overloaded")
+    assert "memory ran out while the model ran this request" in text
 
 
 def test_a_client_cannot_ask_for_gradients_as_outputs(server: Server) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from inferpool.backends.base import ran_out_of_memory
 from inferpool.backends.torch.run_errors import NotDifferentiable
 from inferpool.backends.torch.signature import TreePath
 from inferpool.errors import short_reason
@@ -45,6 +46,8 @@ def differentiate(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if ran_out_of_memory(error):
+                raise
             raise NotDifferentiable(
                 f"output {name_text(wanted.output)} has no gradients: {short_reason(error)}"
             ) from error

@@ -37,11 +37,12 @@ class ClientGone(InferpoolError):
 class _Pass:
     """An entry between its offer and its result."""
 
-    __slots__ = ("entry", "future", "gradients", "tensors")
+    __slots__ = ("entry", "future", "gradients", "ran", "tensors")
 
     def __init__(self, tensors: Tensors, gradients: tuple[str, ...]) -> None:
         self.tensors = tensors
         self.gradients = gradients
+        self.ran = False
         self.entry: Entry | None = None
         self.future: Future[Result] = Future()
 
@@ -128,6 +129,7 @@ class Passes:
         while True:
             try:
                 result = each.future.result(max(0.0, self._left_s(until)))
+                each.ran = result.batch_rows > 0
                 if result.error is not None:
                     raise result.error
             except (TimeoutError, DeadlineExceeded):
@@ -135,6 +137,8 @@ class Passes:
             except (NotReady, Draining):
                 raise
             except Refused as refusal:
+                if each.ran:  # a run lacked memory, and would again
+                    raise
                 # Predictions, or other requests of the tenant, come first. Later there may be room.
                 if self._left_s(until) <= refusal.retry_after_s:
                     return None
