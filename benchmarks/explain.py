@@ -1,39 +1,58 @@
 """Measures what explanations cost, and how much they slow predictions of the same model.
 
-    python benchmarks/explain.py [models] [--seconds 5] [--per-s 100] [--serve="..."]
+    python benchmarks/explain.py [models] [--rounds 7] [--seconds 4] [--share 0.4] [--per-s 0]
+        [--server-cores 0] [--client-cores 1] [--serve="--engine process"] [--skip-costs]
 
 starts a server with one web process and prints the CPU time of an explanation of `digits` with 1,000
-perturbations beside that of predictions of 1,000 rows, as JSON and as npy. Then it sends small predictions
-at a steady rate, in turns alone and beside explanations that follow one another without a pause, and prints
-p50 and p99 of the predictions, and the CPU time of the server for each.
+perturbations beside that of predictions of 1,000 rows, as JSON and as npy. Then a client of its own sends
+small predictions at random moments, at a share of the rate that one connection reaches (or `--per-s` of
+them), in turns alone and beside another client whose explanations follow one another without a pause. A time
+counts from the moment at which the request was due. It prints the medians of the rounds' p50 and p99, the
+median of the ratios of each pair of rounds, and the CPU time of the server.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 import json
 import math
+import multiprocessing
+import os
+import random
+import selectors
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import numpy as np
 from inferpool.wire.npy import encode_npy
 
-from benchmarks.fairness import Load, Outcome, percentile, run_loads, wait_ready
-from benchmarks.wrong_keys import PORT, cpu_s
+from benchmarks.fairness import percentile
+from benchmarks.load_beside import Admin
+from benchmarks.wrong_keys import cpu_s
 
-URL = f"http://127.0.0.1:{PORT}"
 MODEL = "digits"
 PERTURBATIONS = 1000
 REPEATS = 20
 """Explanations and predictions whose CPU time is measured together: the kernel counts in hundredths."""
+CONNECTIONS = 8
+
+
+class Round(NamedTuple):
+    """Times of the predictions and of the explanations of a round in seconds, and CPU time of the server."""
+
+    times: list[float]
+    explanations: list[float]
+    cpu_s: float
 
 
 def cost_ms(server: int, send: Callable[[], httpx.Response]) -> float:
@@ -70,70 +89,182 @@ def report_costs(server: int, client: httpx.Client) -> None:
         )
 
 
-class Explanations:
-    """Explanations that follow one another, from a thread, until `end`."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-        self._ends = threading.Event()
-        self._made = 0
-        self._thread = threading.Thread(target=self._send)
-        self._thread.start()
-
-    def _send(self) -> None:
-        with httpx.Client(base_url=URL, timeout=60) as client:
-            while not self._ends.is_set():
-                path = f"/explain/{MODEL}?passes={PERTURBATIONS + 2}"
-                self._made += client.post(path, content=self._body).status_code == 200
-
-    def end(self) -> int:
-        """Return how many were answered."""
-        self._ends.set()
-        self._thread.join()
-        return self._made
+def request_of(path: str, body: bytes) -> bytes:
+    """Return the bytes of a request."""
+    return b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(body), body)
 
 
-def report_latency(seconds: float, per_s: float) -> None:
-    """Print p50 and p99 of predictions alone and beside explanations, of five turns each."""
+def read_response(connection: socket.socket) -> bytes:
+    """Return the response that comes next, with its head."""
+    found = b""
+    while b"\r\n\r\n" not in found:
+        found += connection.recv(65_536)
+    head, _, body = found.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n", 1)[0])
+    while len(body) < length:
+        body += connection.recv(65_536)
+    assert head.startswith(b"HTTP/1.1 200"), head
+    return body
+
+
+def predict_always(port: int, cores: set[int], request: bytes, pipe: Connection) -> None:
+    """Send predictions for each `(seconds, rate, seed)` that comes by `pipe`; the times go back."""
+    os.sched_setaffinity(0, cores)
+    waiting: dict[socket.socket, float] = {}
+    free: list[socket.socket] = []
+    selector = selectors.SelectSelector()  # epoll waits for whole milliseconds
+    for _ in range(CONNECTIONS):
+        each = socket.create_connection(("127.0.0.1", port))
+        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        selector.register(each, selectors.EVENT_READ, each)
+        free.append(each)
+    while True:
+        seconds, rate, seed = pipe.recv()
+        choose, times = random.Random(seed), list[float]()
+        due = began = time.monotonic()
+        while waiting or due - began < seconds:
+            now = time.monotonic()
+            while free and due <= now and due - began < seconds:
+                connection = free.pop()
+                connection.sendall(request)
+                waiting[connection] = due
+                due += choose.expovariate(rate)
+            idle_s = max(0.0, due - now) if free and due - began < seconds else 1.0
+            for key, _ in selector.select(idle_s):
+                read_response(key.data)
+                times.append(time.monotonic() - waiting.pop(key.data))
+                free.append(key.data)
+        pipe.send(times)
+
+
+def explain_always(port: int, cores: set[int], request: bytes, pipe: Connection) -> None:
+    """Send explanations without a pause from one message of `pipe` to the next; their times go back."""
+    os.sched_setaffinity(0, cores)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        while True:
+            pipe.recv()
+            times = []
+            while not pipe.poll():
+                began = time.monotonic()
+                connection.sendall(request)
+                body = read_response(connection)
+                times.append(time.monotonic() - began)
+                found = json.loads(body)["explanations"][0]
+                assert found["complete"], found
+            pipe.recv()
+            pipe.send(times)
+
+
+def until_closed(target: Callable[..., None], *arguments: object) -> None:
+    """Run `target` until the other end of its pipe is closed."""
+    with contextlib.suppress(EOFError):
+        target(*arguments)
+
+
+def start(target: Callable[..., None], *arguments: object) -> Connection:
+    """Start `target` in a process of its own, and return the end of its pipe."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    context.Process(target=until_closed, args=(target, *arguments, other), daemon=True).start()
+    return pipe
+
+
+def capacity(port: int, request: bytes) -> float:
+    """Return how many predictions a second one connection gets."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        best = 0.0
+        for _ in range(4):
+            began, count = time.monotonic(), 0
+            while time.monotonic() - began < 0.5:
+                connection.sendall(request)
+                read_response(connection)
+                count += 1
+            best = max(best, count / (time.monotonic() - began))
+    return best
+
+
+def report_latency(server: int, port: int, options: argparse.Namespace) -> None:
+    """Print p50 and p99 of predictions alone and beside explanations."""
     rows = np.random.default_rng(0).random((1, 1, 8, 8)).tolist()
     body = json.dumps({"inputs": rows}).encode()
-    load = Load("predictions", "", per_s, 16)
-    found: dict[str, list[Outcome]] = {"alone": [], "beside": []}
-    made = 0
-    for _ in range(5):
-        for kind, outcomes in found.items():
-            beside = Explanations(body) if kind == "beside" else None
-            outcomes.append(
-                asyncio.run(run_loads(PORT, body, [load], seconds, f"/predict/{MODEL}"))[load.tenant]
-            )
-            made += beside.end() if beside is not None else 0
-    for kind, outcomes in found.items():
+    predict = request_of(f"/predict/{MODEL}", body)
+    explain = request_of(f"/explain/{MODEL}?passes={PERTURBATIONS + 2}", body)
+    rate = options.per_s or options.share * capacity(port, predict)
+    predictions = start(predict_always, port, options.client_cores, predict)
+    explanations = start(explain_always, port, options.client_cores, explain)
+
+    def run(is_beside: bool, seconds: float, seed: int) -> Round:
+        before = cpu_s(server)
+        if is_beside:
+            explanations.send("begin")
+        predictions.send((seconds, rate, seed))
+        times = predictions.recv()
+        used = cpu_s(server) - before
+        made = []
+        if is_beside:
+            explanations.send("end")
+            made = explanations.recv()
+        return Round(times, made, used)
+
+    run(False, 1.0, 0)
+    run(True, 1.0, 0)
+    rounds: dict[bool, list[Round]] = {False: [], True: []}
+    for number in range(options.rounds):
+        for is_beside in (False, True) if number % 2 else (True, False):
+            rounds[is_beside].append(run(is_beside, options.seconds, number))
+    print(f"{rate:.0f} predictions a second, {options.rounds} rounds of {options.seconds:g} s", flush=True)
+    for is_beside, found in rounds.items():
         p50, p99 = (
-            1000 * statistics.median(percentile(outcome.seconds, part) for outcome in outcomes)
-            for part in (0.5, 0.99)
+            1000 * statistics.median(percentile(each.times, part) for each in found) for part in (0.5, 0.99)
         )
-        more = f" {made} explanations" if kind == "beside" else ""
-        print(
-            f"{per_s:.0f} predictions a second, {kind}{more}: p50 {p50:.2f} ms, p99 {p99:.2f} ms", flush=True
+        cpu_us = 1e6 * statistics.median(each.cpu_s / len(each.times) for each in found)
+        made = [seconds for each in found for seconds in each.explanations]
+        more = f"; {len(made)} explanations of {1000 * statistics.median(made):.1f} ms" if made else ""
+        kind = "beside" if is_beside else "alone"
+        print(f"{kind:<6} p50 {p50:.3f} ms, p99 {p99:.3f} ms, CPU {cpu_us:.0f} us a prediction{more}")
+    for part in (0.5, 0.99):
+        ratios = sorted(
+            percentile(beside.times, part) / percentile(alone.times, part)
+            for alone, beside in zip(rounds[False], rounds[True], strict=True)
         )
+        text = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"p{100 * part:.0f} beside / alone: median {statistics.median(ratios):.3f} of {text}")
+
+
+def cores_of(text: str) -> set[int]:
+    """Return the cores that a text such as `0,1` names."""
+    return {int(part) for part in text.split(",")}
 
 
 def main() -> None:
     """Run the measurement, and print it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("repository", type=Path, nargs="?", default=Path("models"))
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--per-s", type=float, default=100.0)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--per-s", type=float, default=0.0)
+    everywhere = os.sched_getaffinity(0)
+    parser.add_argument("--server-cores", type=cores_of, default=everywhere)
+    parser.add_argument("--client-cores", type=cores_of, default=everywhere)
     parser.add_argument("--serve", default="", help="more flags of inferpool serve, as one text")
-    arguments = parser.parse_args()
-    flags = ["--port", str(PORT), "--log-level", "error", *shlex.split(arguments.serve)]
-    command = [sys.executable, "-m", "inferpool", "serve", str(arguments.repository), *flags]
+    parser.add_argument("--skip-costs", action="store_true")
+    options = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--port", str(port), "--log-level", "error", *shlex.split(options.serve)]
+    command = [sys.executable, "-m", "inferpool", "serve", str(options.repository), *flags]
+    os.sched_setaffinity(0, options.server_cores)
     server = subprocess.Popen(command)
+    os.sched_setaffinity(0, options.client_cores)
     try:
-        wait_ready(MODEL)
-        with httpx.Client(base_url=URL, timeout=60) as client:
-            report_costs(server.pid, client)
-        report_latency(arguments.seconds, arguments.per_s)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            Admin(port).await_ready(server)
+            if not options.skip_costs:
+                report_costs(server.pid, client)
+        report_latency(server.pid, port, options)
     finally:
         server.terminate()
         server.wait()

@@ -26,13 +26,16 @@ from inferpool.pool.batch import (
 )
 from inferpool.pool.buckets import BucketedModel
 from inferpool.pool.log_limits import LogLimiter
-from inferpool.pool.ports import Entry
+from inferpool.pool.ports import LOWEST_PRIORITY, Entry
 from inferpool.pool.redaction import redact_error, refusal_text
 from inferpool.system.cpu_pace import PACE
 from inferpool.tensors import Tensors
 
 PART_PAUSE_S: Final = 0.005
-"""The longest pause after a part of a large entry, in seconds; smaller entries may wait for the instance."""
+"""The longest pause after a part of a large entry, or after what nobody waits for, in seconds.
+
+Smaller entries may wait for the instance.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -238,12 +241,14 @@ class Instance:
             self.model.begin()
             while (batch := self._source.next_batch(self)) is not None:
                 _mark_running(batch)
-                is_part = batch.slices[-1].is_split
+                last = batch.slices[-1]
+                is_part = last.is_split or last.entry.priority == LOWEST_PRIORITY
                 self._source.finish(self, batch, self.run(batch))
                 # The thread waits between batches, and must not keep the last one in memory meanwhile.
                 batch = None
                 if is_part:
-                    # A large entry could keep a core busy for seconds, and use up the quota for all.
+                    # A large entry could keep a core busy for seconds, and use up the quota for all. So could
+                    # the passes of explanations.
                     PACE.step(PART_PAUSE_S)
         except BaseException:
             log.exception("%s on %s died", self.name, self.device)

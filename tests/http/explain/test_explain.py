@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inferpool.http.explain.turns import FIRST_ROWS
 from inferpool.tensors import Array
 from onnx import helper
 from PIL import Image
@@ -107,6 +108,26 @@ def cpu_s(process: int) -> float:
     """The CPU time of a process and its children, with their threads, whether they have ended or not."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return time.clock_gettime(~process << 3 | 2) + sum(cpu_s(int(child)) for child in children)
+
+
+def explained_digits(server: Server) -> tuple[int, bool, float]:
+    """Explain `digits` with 1000 perturbations: the passes, whether they are all, and the batches."""
+    before = server.metric("batches_total", model="digits")
+    body = {"inputs": np.random.default_rng(0).random((1, 1, 8, 8)).tolist()}
+    [found] = explain(server, "/explain/digits?passes=1002", json=body)
+    return found["passes"], found["complete"], server.metric("batches_total", model="digits") - before
+
+
+def wait_until_quiet(server: Server) -> None:
+    """Wait until explanations run in whole batches, because the last prediction was long ago."""
+    rows = server.get("/models/digits/1").json()["batching"]["max_rows"]
+    most = 1 + math.ceil(1000 / rows)
+
+    def is_quiet() -> bool:
+        _, complete, batches = explained_digits(server)
+        return complete and batches <= most
+
+    wait_until(is_quiet, "the passes run in whole batches")
 
 
 @pytest.mark.parametrize("method", ["auto", "kernel", "permutation", "occlusion"])
@@ -312,6 +333,26 @@ def test_passes_and_explanations_are_counted(server: Server) -> None:
     assert server.metric("requests_total", **labels) == predictions
 
 
+def test_beside_a_prediction_the_passes_run_in_small_parts_and_the_answer_tells_how_many_ran(
+    server: Server,
+) -> None:
+    body = json.dumps({"inputs": {"x": [[WAIT, 1.0, 2.0, 3.0]]}}).encode()
+    head = f"POST /predict/slow HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    counted = server.metric("explain_passes_total", model="digits")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+        client.sendall(head.encode() + body)
+        wait_until(lambda: server.metric("in_flight_requests") > 0, "the prediction runs")
+        passes, complete, batches = explained_digits(server)
+    ran = server.metric("explain_passes_total", model="digits") - counted
+    assert complete == (passes == 1002)
+    # A pass that still runs when time is up is counted, although the answer does without its result.
+    assert ran == passes if complete else ran >= passes
+    # At first 2 rows run together, then FIRST_ROWS, and from one part to the next at most twice as many.
+    assert batches >= 2 + math.floor(math.log2((passes - 2) / FIRST_ROWS + 1))
+    wait_until(lambda: server.metric("in_flight_requests") == 0, "nothing is in flight")
+    wait_until_quiet(server)
+
+
 def test_a_thousand_perturbations_cost_little_more_than_a_prediction_of_a_thousand_rows(
     server: Server,
 ) -> None:
@@ -328,6 +369,7 @@ def test_a_thousand_perturbations_cost_little_more_than_a_prediction_of_a_thousa
 
     def is_cheap() -> bool:
         # Whatever else a machine does only adds to the time.
+        wait_until_quiet(server)
         for path, body in zip(least, (one, many), strict=True):
             least[path] = min(least[path], *(cpu_ms(path, body) for _ in range(5)))
         explained, predicted = least.values()

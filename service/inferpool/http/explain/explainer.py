@@ -18,7 +18,7 @@ from inferpool.explain.estimators import (
     estimate,
     least_coalitions,
 )
-from inferpool.explain.integrated_gradients import INTEGRATED_GRADIENTS, integrate
+from inferpool.explain.integrated_gradients import INTEGRATED_GRADIENTS, USUAL_STEPS, integrate
 from inferpool.http.explain.gradients import gradient_bytes, sum_gradients
 from inferpool.http.explain.options import AUTO, ExplainQuery
 from inferpool.http.explain.passes import IN_FLIGHT, Passes
@@ -69,12 +69,16 @@ class Explainer:
         what a prediction raises.
         """
         explanations = []
-        for number, subject in enumerate(subjects):
-            left = len(subjects) - number
-            now = self._clock()
-            explanations.append(
-                self._explain(subject, (most - self._passes.rows) // left, now + (until - now) / left)
-            )
+        self._passes.turns.begin(until)
+        try:
+            for number, subject in enumerate(subjects):
+                left = len(subjects) - number
+                now = self._clock()
+                explanations.append(
+                    self._explain(subject, (most - self._passes.rows) // left, now + (until - now) / left)
+                )
+        finally:
+            self._passes.turns.end()
         return explanations
 
     def _explain(self, subject: Subject, most: int, until: float) -> Explanation:
@@ -88,6 +92,8 @@ class Explainer:
         value, base = float(first[0]), float(first[1])
         coalitions = max(0, most // subject.baselines - 2)
         method = self._method(subject, coalitions)
+        least = least_coalitions(method, subject.features) if method != INTEGRATED_GRADIENTS else USUAL_STEPS
+        self._passes.turns.least_rows = self._passes.rows + least * subject.baselines
         steps: int | None = None
         try:
             if method == INTEGRATED_GRADIENTS:
@@ -139,9 +145,11 @@ class Explainer:
         if not self._served.view.batching.enabled:
             yield from self._alone(subject, masks)
             return
-        size = coalitions_per_entry(self._served, subject)
-        for start in range(0, len(masks), size):
+        most, start = coalitions_per_entry(self._served, subject), 0
+        while start < len(masks):
+            size = max(1, self._passes.most_rows(most * subject.baselines) // subject.baselines)
             yield subject.rows(masks[start : start + size])
+            start += size
 
     def _alone(self, subject: Subject, masks: Array) -> Iterator[Tensors]:
         for number in range(len(masks)):

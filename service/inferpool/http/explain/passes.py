@@ -21,13 +21,17 @@ from inferpool.errors import (
     NotReady,
     Refused,
 )
+from inferpool.http.explain.turns import SharedTurn, Turns
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.predictor import Predictor
 from inferpool.pool.ports import Entry, Result
 from inferpool.tensors import Tensors
 
 IN_FLIGHT: Final = 2
-"""Entries of an explanation at a time: one runs, and one waits, so that no instance waits for the thread."""
+"""Entries of an explanation at a time: one runs, and one waits, so that no instance waits for the thread.
+
+Beside predictions it is one.
+"""
 
 
 class ClientGone(InferpoolError):
@@ -54,6 +58,7 @@ class Passes:
 
     Attributes:
         rows: how many rows the model has run.
+        turns: when the thread may work beside predictions; the thread begins and ends them.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Passes:
         predictor: Predictor,
         context: PredictContext,
         loop: asyncio.AbstractEventLoop,
+        shared: SharedTurn,
         on_result: Callable[[Entry, Result], None],
     ) -> None:
         """`on_result` is called on the loop for every entry that ran."""
@@ -71,6 +77,11 @@ class Passes:
         self._on_result = on_result
         self._offered: set[_Pass] = set()
         self._gone = threading.Event()
+        self.turns = Turns(shared, predictor.clock, self._gone)
+
+    def most_rows(self, most: int) -> int:
+        """Return how many rows the next batch has at most, if an entry may have `most`."""
+        return min(most, self.turns.size.rows) if self.turns.is_busy else most
 
     def run(
         self, batches: Iterable[Tensors], until: float, gradients: tuple[str, ...] = ()
@@ -84,19 +95,19 @@ class Passes:
         waiting: deque[_Pass] = deque()
         # A pass that has been read ends with the offer of the next one, which wakes the loop once for both.
         read: _Pass | None = None
+        rows = iter(batches)
         try:
-            for tensors in batches:
-                if self._left_s(until) <= 0:
-                    break
+            while self._left_s(until) > 0 and (tensors := next(rows, None)) is not None:
                 waiting.append(self._send(_Pass(tensors, gradients), until, read))
                 read = None
-                if len(waiting) < IN_FLIGHT:
+                if len(waiting) < (1 if self.turns.is_busy else IN_FLIGHT):
                     continue
                 outputs = self._outputs(waiting[0], until)
                 if outputs is None:
                     return
                 yield outputs
                 read = waiting.popleft()
+                self.turns.next_part(until, self.rows)
             while waiting:
                 outputs = self._outputs(waiting[0], until)
                 if outputs is None:
@@ -149,7 +160,9 @@ class Passes:
                 continue
             if result.outputs is None:
                 raise InternalError("the model returned nothing")
-            self.rows += each.entry.rows if each.entry is not None else 0
+            rows = each.entry.rows if each.entry is not None else 0
+            self.rows += rows
+            self.turns.size.ran(rows, result.compute_s)
             return result.outputs
 
     def _end(self, each: _Pass) -> None:

@@ -22,6 +22,7 @@ from inferpool.http.explain.passes import ClientGone, Passes
 from inferpool.http.explain.schemas import ExplanationsOut
 from inferpool.http.explain.subject import Subject, make_subjects
 from inferpool.http.explain.target import Target
+from inferpool.http.explain.turns import SharedTurn
 from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.openapi_parts import BINARY, REQUEST_HEADERS, Document, error_responses
@@ -37,6 +38,7 @@ from inferpool.http.route_table import RouteTable
 from inferpool.http.v1.api import MODELS, V1_API
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import LOWEST_PRIORITY, Entry, Result
+from inferpool.system.cpu_pace import yield_to_others
 from inferpool.tensors import Tensors, check_outputs
 
 MOST_AT_ONCE: Final = 4
@@ -110,8 +112,11 @@ class Explanations:
         self._predictor = predictor
         self._metrics = metrics
         self._limits = limits
-        self._threads = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="explain")
+        self._threads = ThreadPoolExecutor(
+            MOST_AT_ONCE, thread_name_prefix="explain", initializer=yield_to_others
+        )
         self._running = 0
+        self._shared = SharedTurn(predictor.clock, self._last_prediction)
 
     async def answer(
         self, request: Request, api: InferenceApi, query: ExplainQuery, model: str, version: str | None
@@ -143,6 +148,12 @@ class Explanations:
             predictor.budget.release(context)
             context.free()
         return response
+
+    def _last_prediction(self) -> float:
+        """Return when this or another process has answered a prediction; infinity while one runs here."""
+        if self._predictor.in_flight.accepted > self._running:
+            return math.inf
+        return self._predictor.resolver.last_success()
 
     def _count(self, context: PredictContext, status: int) -> None:
         served = context.served
@@ -268,7 +279,7 @@ class Explanations:
             if context.tenant is not None:
                 context.tenant.used(entry.rows, result)
 
-        passes = Passes(predictor, context, loop, on_result)
+        passes = Passes(predictor, context, loop, self._shared, on_result)
         explainer = Explainer(served, query, context.options.outputs, passes, predictor.clock)
         work = loop.run_in_executor(self._threads, explainer.explain, subjects, most, until)
         watch = asyncio.create_task(_disconnected(request))

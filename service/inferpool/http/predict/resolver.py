@@ -117,6 +117,13 @@ class Resolver:
             )
         return next(iter(models))
 
+    def last_success(self) -> float:
+        """Return when a process has last answered a prediction with outputs, by the predictor's clock."""
+        moments = [stats.last for stats in list(self._stats.values())]
+        for series in self._metrics.hidden_series(REQUEST_STATS).values():
+            moments += [numbers[4] for numbers in series]
+        return max(moments, default=0.0)
+
     def stats(self, key: VersionKey) -> RequestTotals:
         """Return how the requests for a version ended, in all processes of the server."""
         return request_totals(self._metrics, key.model, str(key.version), self._stats.get(key))
