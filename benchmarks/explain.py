@@ -1,14 +1,15 @@
 """Measures what explanations cost, and how much they slow predictions of the same model.
 
-    python benchmarks/explain.py [models] [--rounds 7] [--seconds 4] [--share 0.4] [--per-s 0]
-        [--server-cores 0] [--client-cores 1] [--serve="--engine process"] [--skip-costs]
+    python benchmarks/explain.py [models] [--rounds 12] [--seconds 2.5] [--share 0.25] [--per-s 0]
+        [--server-cores 1] [--client-cores 0] [--serve="--engine process"] [--skip-costs]
 
 starts a server with one web process and prints the CPU time of an explanation of `digits` with 1,000
 perturbations beside that of predictions of 1,000 rows, as JSON and as npy. Then a client of its own sends
 small predictions at random moments, at a share of the rate that one connection reaches (or `--per-s` of
 them), in turns alone and beside another client whose explanations follow one another without a pause. A time
-counts from the moment at which the request was due. It prints the medians of the rounds' p50 and p99, the
-median of the ratios of each pair of rounds, and the CPU time of the server.
+counts from the moment at which the request was due. Clients have the first core, and the server the others.
+It prints the medians of the rounds' p50 and p99, the median and the quartiles of the ratios of each pair of
+rounds, and the CPU time of the server.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ import numpy as np
 from inferpool.wire.npy import encode_npy
 
 from benchmarks.fairness import percentile
-from benchmarks.load_beside import Admin
+from benchmarks.load_beside import Admin, share_cores
 from benchmarks.wrong_keys import cpu_s
 
 MODEL = "digits"
@@ -213,23 +214,29 @@ def report_latency(server: int, port: int, options: argparse.Namespace) -> None:
     for number in range(options.rounds):
         for is_beside in (False, True) if number % 2 else (True, False):
             rounds[is_beside].append(run(is_beside, options.seconds, number))
-    print(f"{rate:.0f} predictions a second, {options.rounds} rounds of {options.seconds:g} s", flush=True)
-    for is_beside, found in rounds.items():
+    print_rounds({"alone": rounds[False], "beside": rounds[True]}, rate, options)
+    made = [seconds for each in rounds[True] for seconds in each.explanations]
+    print(f"{len(made)} explanations took {1000 * statistics.median(made):.0f} ms each")
+
+
+def print_rounds(kinds: Mapping[str, list[Round]], rate: float, options: argparse.Namespace) -> None:
+    """Print a table of two kinds of rounds, and the ratios of the second kind to the first one."""
+    print(f"{rate:.0f} predictions a second, {options.rounds} pairs of rounds of {options.seconds:g} s")
+    print(f"{'':8} {'p50 ms':>8} {'p99 ms':>8} {'CPU us':>8}")
+    for kind, found in kinds.items():
         p50, p99 = (
             1000 * statistics.median(percentile(each.times, part) for each in found) for part in (0.5, 0.99)
         )
         cpu_us = 1e6 * statistics.median(each.cpu_s / len(each.times) for each in found)
-        made = [seconds for each in found for seconds in each.explanations]
-        more = f"; {len(made)} explanations of {1000 * statistics.median(made):.1f} ms" if made else ""
-        kind = "beside" if is_beside else "alone"
-        print(f"{kind:<6} p50 {p50:.3f} ms, p99 {p99:.3f} ms, CPU {cpu_us:.0f} us a prediction{more}")
+        print(f"{kind:<8} {p50:8.3f} {p99:8.3f} {cpu_us:8.0f}")
+    (first, without), (second, added) = kinds.items()
     for part in (0.5, 0.99):
-        ratios = sorted(
-            percentile(beside.times, part) / percentile(alone.times, part)
-            for alone, beside in zip(rounds[False], rounds[True], strict=True)
-        )
-        text = " ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"p{100 * part:.0f} beside / alone: median {statistics.median(ratios):.3f} of {text}")
+        ratios = [
+            percentile(more.times, part) / percentile(less.times, part)
+            for less, more in zip(without, added, strict=True)
+        ]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        print(f"p{100 * part:.0f} {second} / {first}: {median:.3f}, quartiles {low:.3f} and {high:.3f}")
 
 
 def cores_of(text: str) -> set[int]:
@@ -241,16 +248,17 @@ def main() -> None:
     """Run the measurement, and print it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("repository", type=Path, nargs="?", default=Path("models"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=2.5)
+    parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--per-s", type=float, default=0.0)
-    everywhere = os.sched_getaffinity(0)
-    parser.add_argument("--server-cores", type=cores_of, default=everywhere)
-    parser.add_argument("--client-cores", type=cores_of, default=everywhere)
+    client, others = share_cores(argparse.Namespace(one_core=False))
+    parser.add_argument("--server-cores", type=cores_of, default=others)
+    parser.add_argument("--client-cores", type=cores_of, default=client)
     parser.add_argument("--serve", default="", help="more flags of inferpool serve, as one text")
     parser.add_argument("--skip-costs", action="store_true")
     options = parser.parse_args()
+    print("$", shlex.join(("scripts/bench", "explain", *sys.argv[1:])), flush=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
+from asyncio import AbstractEventLoop
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from inferpool.http.explain.passes import Passes
 from inferpool.http.explain.turns import (
     BUSY_S,
     FIRST_ROWS,
@@ -18,6 +23,10 @@ from inferpool.http.explain.turns import (
     SharedTurn,
     Turns,
 )
+from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.predictor import Predictor
+from inferpool.pool.ports import Result
+from inferpool.tensors import Tensors
 
 
 class Clock:
@@ -33,6 +42,31 @@ class Clock:
     def sleep(self, gone: threading.Event, seconds: float) -> None:
         self.slept.append(seconds)
         self.now += seconds
+
+
+class InstantLoop:
+    """An event loop that calls at once."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: object) -> None:
+        callback(*arguments)
+
+
+class InstantPredictor:
+    """A predictor whose passes have run as soon as they are offered."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.offered = self.ended = 0
+
+    def submit_pass(
+        self, _context: object, _tensors: Tensors, _until: float, arrived: Callable[[Result], None], _: object
+    ) -> SimpleNamespace:
+        self.offered += 1
+        arrived(Result(self.offered, {}, None, 0.0, 0.001, 1))
+        return SimpleNamespace(rows=1)
+
+    def end_pass(self, _entry: object) -> None:
+        self.ended += 1
 
 
 class Explaining:
@@ -114,6 +148,49 @@ def test_explanations_take_turns() -> None:
     explaining.turns.end()
     thread.join()
     assert began.is_set()
+
+
+def test_each_explanation_has_a_part_before_another_has_two() -> None:
+    explaining = Explaining(last_prediction=math.inf)
+    other = explaining.turns_of_another()
+    parts: list[str] = []
+
+    def explain() -> None:
+        other.begin(math.inf)
+        parts.append("other")
+        other.end()
+
+    explaining.turns.begin(math.inf)
+    parts.append("first")
+    thread = threading.Thread(target=explain)
+    thread.start()
+    while explaining.shared.waiting < 2:
+        thread.join(0.001)
+    explaining.part(0.001)
+    parts.append("first")
+    explaining.turns.end()
+    thread.join()
+    assert parts == ["first", "other", "first"]
+
+
+def test_once_predictions_begin_no_pass_is_left_to_run_during_a_rest() -> None:
+    explaining = Explaining(last_prediction=0.0)
+    predictor = InstantPredictor(explaining.clock)
+    passes = Passes(
+        cast("Predictor", predictor), cast("PredictContext", None), cast("AbstractEventLoop", InstantLoop()),
+        explaining.shared, lambda _entry, _result: None,
+    )  # fmt: skip
+    passes.turns.begin(math.inf)
+    offered = []
+    for number, _ in enumerate(passes.run([{}] * 6, math.inf)):
+        offered.append(predictor.offered - number)
+        if number == 1:
+            explaining.last_prediction = math.inf
+            explaining.clock.now += 2 * LOOK_S
+    passes.turns.end()
+    # Of those offered, one is the one that has been read.
+    assert offered == [2, 2, 1, 1, 1, 1]
+    assert predictor.ended == 6
 
 
 def test_a_turn_that_does_not_come_is_given_up_when_time_is_up_or_the_client_gone() -> None:

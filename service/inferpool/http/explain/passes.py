@@ -100,14 +100,17 @@ class Passes:
             while self._left_s(until) > 0 and (tensors := next(rows, None)) is not None:
                 waiting.append(self._send(_Pass(tensors, gradients), until, read))
                 read = None
-                if len(waiting) < (1 if self.turns.is_busy else IN_FLIGHT):
-                    continue
-                outputs = self._outputs(waiting[0], until)
-                if outputs is None:
-                    return
-                yield outputs
-                read = waiting.popleft()
-                self.turns.next_part(until, self.rows)
+                # Once there are predictions, no pass is left to run during a rest.
+                while len(waiting) >= (1 if self.turns.is_busy else IN_FLIGHT):
+                    if read is not None:
+                        self._end(read)
+                        read = None
+                    outputs = self._outputs(waiting[0], until)
+                    if outputs is None:
+                        return
+                    yield outputs
+                    read = waiting.popleft()
+                    self.turns.next_part(until, self.rows)
             while waiting:
                 outputs = self._outputs(waiting[0], until)
                 if outputs is None:

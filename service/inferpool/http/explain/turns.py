@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -47,10 +48,17 @@ class SharedTurn:
         self._clock = clock
         self._last_prediction = last_prediction
         self._sleep = sleep
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        # The first one has the turn. A plain lock would go back to the thread that has just released it.
+        self._queue: deque[threading.Event] = deque()
         self._free_at = -math.inf
         self._looked = -math.inf
         self._busy = False
+
+    @property
+    def waiting(self) -> int:
+        """How many threads have the turn or wait for it."""
+        return len(self._queue)
 
     def is_busy(self) -> bool:
         """Whether there are predictions."""
@@ -65,8 +73,14 @@ class SharedTurn:
 
         False if it is the moment `until` before, or the client is `gone`.
         """
-        while not self._turn.acquire(timeout=max(0.0, min(_GONE_S, until - self._clock()))):
+        mine = threading.Event()
+        with self._lock:
+            self._queue.append(mine)
+            if self._queue[0] is mine:
+                mine.set()
+        while not mine.wait(max(0.0, min(_GONE_S, until - self._clock()))):
             if gone.is_set() or self._clock() >= until:
+                self._leave_queue(mine)
                 return False
         rest_s = min(self._free_at - self._clock(), until - self._clock(), longest_s)
         if rest_s > 0:
@@ -76,7 +90,14 @@ class SharedTurn:
     def end_turn(self, rest_s: float) -> None:
         """Let other threads have their turn; the next part begins after `rest_s`."""
         self._free_at = self._clock() + rest_s
-        self._turn.release()
+        self._leave_queue(self._queue[0])
+
+    def _leave_queue(self, mine: threading.Event) -> None:
+        with self._lock:
+            had_turn = self._queue[0] is mine
+            self._queue.remove(mine)
+            if had_turn and self._queue:
+                self._queue[0].set()
 
 
 class PartSize:
@@ -152,7 +173,8 @@ class Turns:
         longest_s = LONGEST_REST_S
         missing = self.least_rows - rows
         if missing > 0:
-            parts = math.ceil(missing / self.size.rows)
+            # Before each part, every other explanation has one.
+            parts = math.ceil(missing / self.size.rows) * (1 + self._shared.waiting)
             longest_s = min(longest_s, MARGIN * (until - self._clock()) / parts - took_s)
         self._take(until, longest_s)
 
