@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 SEED = 0
-LEARNT_PICTURES, JUDGED_PICTURES = 1000, 200
+LEARNT_PICTURES, JUDGED_PICTURES = {"digits": 1000, "cifar10": 2000}, 200
 """Pictures of each class that are learnt from, and held out."""
 LEARNT_REVIEWS, JUDGED_REVIEWS = 5000, 1000
 """Reviews of each opinion that are learnt from, and held out."""
@@ -56,21 +56,22 @@ class Data(NamedTuple):
 
 def read_digits(folder: Path, work: Path) -> Data:
     """Read MNIST: `train/CLASS/*.png` and `test/CLASS/*.png`, 28×28 and grey."""
-    return _pictures(folder / "digits", work, "L", "MNIST as PNG")
+    return _pictures("digits", folder, work, "L", "MNIST as PNG")
 
 
 def read_cifar10(folder: Path, work: Path) -> Data:
     """Read CIFAR-10: `train/CLASS/*.jpg` and `test/CLASS/*.jpg`, 32×32 and in colour."""
-    return _pictures(folder / "cifar10", work, "RGB", "CIFAR-10 as JPEG")
+    return _pictures("cifar10", folder, work, "RGB", "CIFAR-10 as JPEG")
 
 
-def _pictures(folder: Path, work: Path, mode: str, what: str) -> Data:
+def _pictures(name: str, data: Path, work: Path, mode: str, what: str) -> Data:
+    folder = data / name
     labels = sorted(each.name for each in (folder / "train").iterdir() if each.is_dir())
     rows, answers, example = [], [], []
     held_out = work / "held-out"
     shutil.rmtree(held_out, ignore_errors=True)
     for number, label in enumerate(labels):
-        learnt = sorted((folder / "train" / label).iterdir())[:LEARNT_PICTURES]
+        learnt = sorted((folder / "train" / label).iterdir())[: LEARNT_PICTURES[name]]
         rows += [_pixels(file, mode) for file in learnt]
         answers += [number] * len(learnt)
         (held_out / label).mkdir(parents=True)

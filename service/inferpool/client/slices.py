@@ -34,8 +34,8 @@ def slice_rows(content: Content, rows_per_request: int | None, concurrency: int)
 
 
 @contextmanager
-def make_progress(wanted: bool, rows: int | None) -> Iterator[Progress]:
-    """Show a bar of tqdm if it is `wanted`, of how many rows, if that is known.
+def make_progress(wanted: bool, rows: int | None, unit: str = "row") -> Iterator[Progress]:
+    """Show a bar of tqdm if it is `wanted`, of how many rows or other units, if that is known.
 
     Raises ImportError if tqdm is not installed.
     """
@@ -46,5 +46,5 @@ def make_progress(wanted: bool, rows: int | None) -> Iterator[Progress]:
         from tqdm.auto import tqdm
     except ImportError as missing:
         raise ImportError("a progress bar needs tqdm: pip install 'inferpool[client]'") from missing
-    with tqdm(total=rows, unit="row") as bar:
+    with tqdm(total=rows, unit=unit) as bar:
         yield bar

@@ -177,6 +177,7 @@ def _measured(
     chosen: Mapping[str, Any],
 ) -> tuple[dict[str, Path], list[_Row]]:
     """Make, time and evaluate every form; returns the files that were made, and a row for each form."""
+    from inferpool.client.slices import make_progress
     from inferpool.optimise_command import structured_forms
     from inferpool.release.optimise import candidates, timing
 
@@ -201,7 +202,9 @@ def _measured(
         names += map(structured_forms.form_name, structured_forms.PERCENTS)
     _say("timing")
     sized = timing.batches_of(batches)
-    timed, unusable = timing.time_forms(files, _ORIGINAL, sized, usable_cores())
+    measurements = timing.ROUNDS * len(sized) * len(files)
+    with make_progress(sys.stderr.isatty(), measurements, "measurement") as bar:
+        timed, unusable = timing.time_forms(files, _ORIGINAL, sized, usable_cores(), done=bar.update)
     reasons |= {name: f"cannot run: {_first_line(reason)}" for name, reason in unusable.items()}
     answered: dict[str, Answered | Searched] = {}
     for name in timed:
@@ -249,10 +252,11 @@ def _ask(
     from inferpool.evaluate_command.retrieval import ask_for_vectors, read_retrieval
     from inferpool.optimise_command.model_folders import with_form
 
+    form, progress = with_form(source, file, parent), sys.stderr.isatty()
     if chosen["task"] == RETRIEVAL:
         search = read_retrieval(chosen["data"])
-        return ask_for_vectors(with_form(source, file, parent), None, search, settings)
-    return ask_model(with_form(source, file, parent), None, rows, settings, task=chosen["task"])
+        return ask_for_vectors(form, None, search, settings, progress=progress)
+    return ask_model(form, None, rows, settings, task=chosen["task"], progress=progress)
 
 
 def _judge(
@@ -287,11 +291,20 @@ def _judge(
     difference = estimate_differences(
         {goal.metric: after[goal.metric]}, {goal.metric: before[goal.metric]}, count
     )[goal.metric]
-    kept, faster = goal.holds(before[goal.metric](ones), difference), timing.is_faster
-    verdict = _GOOD if kept and faster else " and ".join(
-        ([] if faster else ["not faster"]) + ([] if kept else [f"worse than {goal.text}"])
-    )  # fmt: skip
+    kept = goal.holds(before[goal.metric](ones), difference)
+    faults = [] if timing.is_faster else [_not_faster(timing)]
+    faults += [] if kept else [f"worse than {goal.text}"]
+    verdict = " and ".join(faults) or _GOOD
     return _Row(name, size, timing, value, difference, largest, verdict)
+
+
+def _not_faster(timing: Timing) -> str:
+    from inferpool.release.optimise.timing import SIZES
+
+    missing = [str(size) for size in SIZES if size not in timing.run_ms]
+    if not missing:
+        return "not faster"
+    return f"not faster (too slow with fewer rows to time it with {' and '.join(missing)})"
 
 
 def _numbers(answered: Any) -> Any:
@@ -381,8 +394,9 @@ def _lines(table: Sequence[_Row], metric: str) -> list[str]:
     cells = [head]
     for row in table:
         timing, change = row.timing, row.difference
-        times = ["–"] * len(SIZES) if timing is None else [number(timing.run_ms[size]) for size in SIZES]
-        rate = "–" if timing is None else f"{1000 * SIZES[-1] / timing.run_ms[SIZES[-1]]:.0f}"
+        run_ms = {} if timing is None else timing.run_ms
+        times = [number(run_ms[size]) if size in run_ms else "–" for size in SIZES]
+        rate = f"{1000 * SIZES[-1] / run_ms[SIZES[-1]]:.0f}" if SIZES[-1] in run_ms else "–"
         cells.append([
             row.name,
             f"{row.size / 1e6:.2f}" if row.size else "–",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from inferpool.backends.onnx.backend import OnnxBackend
 from inferpool.errors import LoadError
 from inferpool.release.optimise import timing
 from inferpool.release.optimise.timing import (
+    LEAST_ROUNDS,
     ROUNDS,
     SIZES,
-    SLOW_ROUNDS,
     Timing,
     batches_of,
     time_forms,
@@ -34,25 +36,89 @@ def test_a_form_has_times_for_each_size_and_a_gain_for_each_round(tmp_path: Path
     )
     assert list(failed) == ["broken"]
     assert dict(found["same"].run_ms) == pytest.approx(dict.fromkeys(SIZES, 100))
-    assert found["same"].gains == pytest.approx([1.0] * ROUNDS)
+    assert found["same"].gains == pytest.approx([1.0] * LEAST_ROUNDS)
     with pytest.raises(LoadError, match="cannot be timed"):
         time_forms({"original": broken}, "original", batches, 1)
 
 
-def test_a_form_that_cannot_win_is_timed_in_a_few_rounds(
+def time_by(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: dict[str, dict[int, list[float]]]
+) -> tuple[dict[str, Timing], dict[str, str], list[tuple[str, int]], int]:
+    """Return the timings of forms that take these seconds in their rounds, the failures, all runs, and what
+    was told; a run of a size without seconds fails.
+    """
+    runs: list[tuple[str, int]] = []
+    rounds = {name: {size: iter(each) for size, each in own.items()} for name, own in seconds.items()}
+
+    class Model:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, batch: dict[str, Any]) -> None:
+            size = len(batch["x"])
+            runs.append((self.name, size))
+            if size not in seconds[self.name]:
+                raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(OnnxBackend, "load", lambda _, path, options: Model(path.name))
+    monkeypatch.setattr(
+        timing, "_run_s", lambda model, batch, clock: next(rounds[model.name][len(batch["x"])])
+    )
+    told: list[int] = []
+    batches = batches_of([{"x": np.zeros((1, 64), np.float32)}])
+    found, failed = time_forms(
+        {name: tmp_path / name for name in seconds}, "original", batches, 1, done=told.append
+    )
+    return found, failed, runs, sum(told)
+
+
+@pytest.mark.parametrize(
+    ("gains", "rounds"),
+    [
+        ([0.9] * 9, 3),
+        ([1.01] * 9, 5),
+        ([1.2, 0.9] * 4 + [1.2], 6),
+        ([1.2] * 7 + [0.9, 0.9], 9),
+        ([1.2, 1.2, 1.2, 1.2, 1.01, 1.01, 1.01, 1.01, 1.2], 9),
+    ],
+)
+def test_a_form_leaves_when_no_other_round_could_make_it_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gains: list[float], rounds: int
+) -> None:
+    seconds = {
+        "original": {size: [1.0] * ROUNDS for size in SIZES},
+        "form": {size: [1 / gain for gain in gains] for size in SIZES},
+    }
+    found, failed, runs, told = time_by(monkeypatch, tmp_path, seconds)
+    assert found["form"].gains == pytest.approx(gains[:rounds])
+    assert found["form"].is_faster is Timing({}, gains).is_faster
+    assert len(found["original"].gains) == rounds  # without forms to compare it is timed no more
+    assert sorted(runs) == sorted(
+        (name, size) for name in seconds for size in SIZES
+    )  # one run each to warm up
+    assert told == len(SIZES) * 2 * ROUNDS
+    assert failed == {}
+
+
+def test_the_largest_batch_is_spared_a_form_that_is_far_slower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "model.onnx"
-    write_network(file)
-    seconds: dict[int, float] = {}
-    # By the order in which the models are run first.
-    monkeypatch.setattr(
-        timing, "_run_s", lambda model, *_: seconds.setdefault(id(model), 0.1 * 3 ** len(seconds))
-    )
-    batches = batches_of([{"x": np.zeros((1, 64), np.float32)}])
-    found, _ = time_forms(dict.fromkeys(("original", "slow"), file), "original", batches, 1)
-    assert found["original"].gains == pytest.approx([1.0] * ROUNDS)
-    assert found["slow"].gains == pytest.approx([1 / 3] * SLOW_ROUNDS)
+    seconds = {
+        "original": {size: [1.0] * ROUNDS for size in SIZES},
+        "far": {1: [4.1] * ROUNDS, 8: [10.0] * ROUNDS, 64: []},
+        "one": {1: [0.5] * ROUNDS, 8: [10.0] * ROUNDS, 64: [0.1] * ROUNDS},
+        "large": {1: [1.0] * ROUNDS, 8: [1.0] * ROUNDS},
+        "once": {1: [4.1] + [1.5] * 8, 8: [4.1] + [1.5] * 8, 64: [1.5] * ROUNDS},
+    }
+    found, failed, runs, told = time_by(monkeypatch, tmp_path, seconds)
+    assert found["far"].run_ms == pytest.approx({1: 4100, 8: 10_000})
+    assert found["far"].gains == pytest.approx([41**-0.5] * LEAST_ROUNDS)
+    assert ("far", 64) not in runs
+    assert found["one"].is_faster
+    assert failed == {"large": "no memory is left"}
+    assert list(found) == ["original", "far", "one", "once"]
+    assert told == len(SIZES) * 5 * ROUNDS
+    assert found["once"].run_ms == pytest.approx({1: 1500, 8: 1500, 64: 1500})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -21,17 +21,22 @@ SIZES: Final = (1, 8, 64)
 ROUNDS: Final = 9
 _ROUND_S: Final = 0.03
 LEAST_GAIN: Final = 1.05
-SLOW_ROUNDS: Final = 3
-"""Rounds for a form that takes more than twice as long in all of them: it cannot win."""
+LEAST_ROUNDS: Final = 3
+"""No form leaves earlier: three rounds that are not faster than the original decide."""
+FAR_SLOWER: Final = 4
+"""How many times as long a form takes with each of two smaller batches if the largest tells nothing new."""
+_UNBEATABLE: Final = 1e6
+"""The gain that rounds to come are taken to have at best."""
 
 
 class Timing(NamedTuple):
     """How long runs of one form take.
 
     Attributes:
-        run_ms: for each number of rows, the time of a run: the median of all rounds.
+        run_ms: by the number of rows, the time of a run: the median of all rounds. The largest batch is
+            missing if the form was far slower with the smaller ones in every round.
         gains: for each of its rounds, how many times as fast as the original it was: the geometric mean of
-            all sizes.
+            all batches that it ran in the round.
     """
 
     run_ms: Mapping[int, float]
@@ -54,8 +59,12 @@ def time_forms(
     batches: Mapping[int, Tensors],
     threads: int,
     clock: Callable[[], float] = time.perf_counter,
+    done: Callable[[int], object] = lambda count: None,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Time each of `files`, one of which is the `original`, with `batches` by their number of rows.
+
+    A form leaves as soon as no result of the rounds that are left could make it faster than the original.
+    `done` is told how many of `ROUNDS` measurements for each file and batch are over.
 
     Returns the timings, and a reason for each file that cannot be loaded or run. Raises LoadError if the
     original is one of them.
@@ -64,39 +73,68 @@ def time_forms(
     failed: dict[str, str] = {}
     for name, file in files.items():
         try:
-            models[name] = model = OnnxBackend().load(file, LoadOptions(threads=threads))
-            for batch in batches.values():
-                model.run(batch)
+            models[name] = OnnxBackend().load(file, LoadOptions(threads=threads))
         except Exception as error:  # noqa: BLE001 - the runtime raises a type of its own for every fault
-            models.pop(name, None)
             failed[name] = str(error)
+            done(ROUNDS * len(batches))
+    times: dict[str, list[dict[int, float]]] = {name: [] for name in models}
     if original in failed:
         raise LoadError(f"the model cannot be timed: {failed[original]}")
-    times: dict[str, dict[int, list[float]]] = {name: {size: [] for size in batches} for name in models}
-    base = times[original]
-
-    def gains(name: str) -> list[float]:
-        own = times[name]
-        rounds = len(own[min(batches)])
-        return [
-            statistics.geometric_mean(base[size][number] / own[size][number] for size in batches)
-            for number in range(rounds)
-        ]
-
-    order = list(models)
     for number in range(ROUNDS):
-        if number == SLOW_ROUNDS:
-            order = [name for name in order if max(gains(name)) > 0.5]
+        for name in set(models) - {original}:
+            if not _may_be_faster(_gains(times[name], times[original])):
+                del models[name]
+                done((ROUNDS - number) * len(batches))
+        if number >= LEAST_ROUNDS and list(models) == [original]:
+            done((ROUNDS - number) * len(batches))
+            break
+        for name in models:
+            times[name].append({})
+        order = list(models)
         # Another one begins in each round, so that none always follows the same one.
         first = number % len(order)
         for size, batch in batches.items():
             for name in order[first:] + order[:first]:
-                times[name][size].append(_run_s(models[name], batch, clock))
-    found = {
-        name: Timing({size: 1000 * statistics.median(own[size]) for size in batches}, gains(name))
-        for name, own in times.items()
-    }
+                done(1)
+                if name in failed or _is_far_slower(times[name][number], times[original][number]):
+                    continue
+                try:
+                    if not any(size in each for each in times[name]):
+                        models[name].run(batch)  # The first run of a size also allocates its memory.
+                    times[name][number][size] = _run_s(models[name], batch, clock)
+                except Exception as error:
+                    if name == original:
+                        raise LoadError(f"the model cannot be timed: {error}") from error
+                    failed[name] = str(error)
+                    del models[name], times[name]
+                    done((ROUNDS - number - 1) * len(batches))
+    base = times[original]
+    found = {name: Timing(_medians(own, batches), _gains(own, base)) for name, own in times.items()}
     return found, failed
+
+
+def _gains(own: Sequence[Mapping[int, float]], base: Sequence[Mapping[int, float]]) -> list[float]:
+    """Return the gain of each round over the original's times in the same round."""
+    return [
+        statistics.geometric_mean(before[size] / took[size] for size in took)
+        for took, before in zip(own, base, strict=False)
+    ]
+
+
+def _may_be_faster(gains: Sequence[float]) -> bool:
+    """Whether a form with these gains would count as faster if all other rounds were as good as can be."""
+    return Timing({}, [*gains, *[_UNBEATABLE] * (ROUNDS - len(gains))]).is_faster
+
+
+def _is_far_slower(own: Mapping[int, float], base: Mapping[int, float]) -> bool:
+    """Whether the batches of a round show beyond doubt that a form is slower than the original."""
+    return len(own) > 1 and all(took > FAR_SLOWER * base[size] for size, took in own.items())
+
+
+def _medians(own: Sequence[Mapping[int, float]], sizes: Iterable[int]) -> dict[int, float]:
+    """Return the median of each size that was timed, in milliseconds."""
+    timed = {size: [took[size] for took in own if size in took] for size in sizes}
+    return {size: 1000 * statistics.median(each) for size, each in timed.items() if each}
 
 
 def _run_s(model: LoadedModel, batch: Tensors, clock: Callable[[], float]) -> float:
