@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
+from tests.http.connection.test_pipelining import check_host_is_required
 from tests.onnx_models import write_shift
 from tests.server import Server, free_port, wait_until
 
@@ -143,6 +144,9 @@ def test_the_admin_socket_needs_no_key_and_is_this_users_alone(
     assert loaded.returncode == 0, loaded.stderr
     assert server.post("/predict/digits", json={"inputs": [[1.0, 2.0]]}).json()["version"] == "2"
     assert server.post("/models/digits/load").status_code == 403
+    with socket.socket(socket.AF_UNIX) as bare:
+        bare.connect(str(path))
+        check_host_is_required(bare)
     server.wait_for("audit: load digits: job")
     assert any(line.get("key") == "admin-socket" for line in server.log)
     assert server.stop() == 0

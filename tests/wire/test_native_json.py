@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import struct
 from typing import Any
@@ -16,7 +17,7 @@ from inferpool.errors import InvalidInput, MalformedBody, ModelFailed
 from inferpool.tensors import ANY, DTYPES, Signature, TensorSpec
 from inferpool.wire.native_json import encode_response, parse_request
 
-from tests.wire.conftest import FLOATS, INTEGERS, WAYS, any_shape, predict, takes
+from tests.wire.conftest import FLOATS, INTEGERS, WAYS, any_shape, outcome, predict, takes
 
 
 def tensor_of(text: str, datatype: str, rank: int) -> Any:
@@ -406,6 +407,27 @@ class TestNames:
 
     def test_a_model_without_inputs_takes_none(self) -> None:
         assert parse_request(b'{"inputs":{}}').tensors(Signature((), ())) == {}
+
+
+KEYS = st.sampled_from(["inputs", "id", "outputs", "parameters", "model", "x", "timeout_ms"])
+VALUES = st.recursive(
+    st.sampled_from(["1", "[1]", "[[2]]", '"a"', "null", "[]"]),
+    lambda inner: st.lists(st.tuples(KEYS, inner), max_size=4).map(
+        lambda pairs: "{" + ",".join(f'"{key}":{value}' for key, value in pairs) + "}"
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.lists(st.tuples(KEYS, VALUES), max_size=6))
+def test_equal_keys_mean_the_same_in_each_way_of_reading(pairs: list[tuple[str, str]]) -> None:
+    """The last of equal keys counts, at any depth: the body means what Python's `json` reads."""
+    body = "{" + ",".join(f'"{key}":{value}' for key, value in pairs) + "}"
+    once = json.dumps(json.loads(body))
+    signature = takes("FP32", ANY)
+    expected = outcome(once.encode(), signature, "orjson")
+    for way in WAYS:
+        assert outcome(body.encode(), signature, way) == expected
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1))

@@ -2,7 +2,7 @@
 
 The first line has the names of the columns if the media type says so (`header=present`). If it says
 nothing, it has them if one of them is the name of an input, or if the model takes numbers and the line has
-a cell that is none.
+a cell that is none. The latter is a guess, and needs rows below the line: a line alone may be a wrong row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ import numpy as np
 from inferpool.allowance import Allowance
 from inferpool.codecs.table import Column, Table
 from inferpool.errors import InvalidInput, MalformedBody, UnsupportedMediaType
-from inferpool.tensors import Array, Signature, TensorSpec, bf16_to_fp32, name_text, shape_text, value_text
+from inferpool.tensors import (
+    Array,
+    Signature,
+    TensorSpec,
+    bf16_to_fp32,
+    name_text,
+    names_text,
+    shape_text,
+    value_text,
+)
 from inferpool.wire.columns import column_tensor
 from inferpool.wire.large_bytes import count, free, not_utf8_at
 
@@ -107,6 +116,13 @@ def read_csv(data: bytes, parameters: str, signature: Signature, allowance: Allo
     said = _HEADER.search(parameters)
     has_names = said[1].lower() == "present" if said is not None else _is_header(rows[0], signature)
     names = rows.pop(0) if has_names else None
+    if names and not rows and said is None and signature.inputs_by_name.keys().isdisjoint(names):
+        raise InvalidInput(
+            f"the only line of the table has cells that are no numbers and name no input: {names_text(names)}"
+            f"; the model takes {names_text(signature.inputs_by_name)}; send rows below the line, or the"
+            " parameter header=present for a table without rows",
+            field="columns",
+        )
     width = len(names if names is not None else rows[0])
     for index, row in enumerate(rows):
         if len(row) != width:

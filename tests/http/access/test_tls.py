@@ -36,7 +36,7 @@ from tests.certificates import Authority
 from tests.chaos import inferpool_chaos as chaos
 from tests.conftest import WITHOUT_SPARE, MakeChaos, Serve
 from tests.http.access.keys import KeyFile
-from tests.http.connection.test_pipelining import Wire, request, sums
+from tests.http.connection.test_pipelining import Wire, check_host_is_required, request, sums
 from tests.http.connection.tls_client import TlsClient
 from tests.server import ROOT, Server, wait_until
 from tests.servers import few_handshakes
@@ -217,6 +217,11 @@ def test_the_refusal_of_a_large_upload_arrives(site: Site) -> None:
                     wire.send(piece)
             assert wire.answer()[0] == 413
             assert wire.ended()
+
+
+def test_a_request_without_host_is_refused(site: Site) -> None:
+    with site.wire() as wire:
+        check_host_is_required(wire.socket)
 
 
 def test_plain_http_to_the_port_is_answered_with_what_to_do(site: Site) -> None:

@@ -20,7 +20,7 @@ from inferpool.system.connection_counts import ConnectionCounts, make_counts, se
 from inferpool.system.listeners import address_of, client_address, listen, listen_unix
 
 from tests.conftest import WITHOUT_SPARE, MakeChaos, Serve
-from tests.http.connection.test_pipelining import Wire, request, sums
+from tests.http.connection.test_pipelining import Wire, check_host_is_required, request, sums
 from tests.server import Server, wait_until
 
 MODES = {"in-process": (), "process": ("--engine", "process", "--web-processes", "2")}
@@ -98,6 +98,9 @@ def test_a_unix_socket_serves_curl_and_is_removed_at_the_end(
         half.sendall(request(1).encode())
         half.shutdown(socket.SHUT_WR)
         assert half.recv(1000).startswith((b"HTTP/1.1 200", b"HTTP/1.1 100"))
+    with socket.socket(socket.AF_UNIX) as bare:
+        bare.connect(str(path))
+        check_host_is_required(bare)
     assert server.stop() == 0
     assert not path.exists()
     assert not [line for line in server.log if line["level"] in ("error", "raw")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import ssl
 import threading
@@ -64,6 +65,16 @@ class Wire:
 
     def ended(self) -> bool:
         return self.stream.read(1) == b""
+
+
+def check_host_is_required(connection: socket.socket) -> None:
+    """Send a request without `Host` on an open connection; the response is 400 and names what to send."""
+    connection.settimeout(HANGS_S)
+    connection.sendall(LIVE.encode() + LIVE.replace("host: x\r\n", "").encode() + LIVE.encode())
+    with connection.makefile("rb") as stream:
+        answers = stream.read()
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", answers) == [b"200", b"400"]
+    assert b"Host" in answers
 
 
 def request(*marks: float, path: str = "/predict/m", version: str = "1.1", headers: str = "") -> str:

@@ -8,6 +8,7 @@ import io
 import json
 import platform
 import resource
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,41 @@ def test_an_invalid_form_is_refused(bundled: Server, content: bytes, boundary: s
     headers = {"content-type": f"multipart/form-data; {boundary}"}
     answer = bundled.post("/predict/diabetes", content=content, headers=headers)
     assert answer.json()["code"] == code, answer.text
+
+
+def test_a_compressed_body_may_have_several_members_and_name_identity(bundled: Server) -> None:
+    body = json.dumps({"inputs": [[0.5] * 10]}).encode()
+    one = gzip.compress(body)
+    several = gzip.compress(body[:10]) + gzip.compress(b"") + gzip.compress(body[10:])
+    for content, codings in (
+        (one, ["gzip"]), (several, ["gzip"]), (several, ["X-Gzip"]), (one, ["gzip, identity"]),
+        (one, ["identity", "gzip"]), (one, ["gzip", "identity"]),
+        (zlib.compress(body), ["identity,,Deflate"]),
+        (body, ["identity"]), (body, ["identity, identity"]), (body, [""]),
+    ):  # fmt: skip
+        headers = [("content-encoding", coding) for coding in codings]
+        answer = bundled.post("/predict/diabetes", content=content, headers=headers)
+        assert answer.status_code == 200, (codings, answer.text)
+    for content, codings, status in (
+        (one, ["gzip, gzip"], 415), (one, ["gzip", "br"], 415), (one + b"more", ["gzip"], 400),
+        (one + one[:-1], ["gzip"], 400), (2 * zlib.compress(body), ["deflate"], 400),
+        (one + 5000 * gzip.compress(b""), ["gzip"], 400),
+    ):  # fmt: skip
+        headers = [("content-encoding", coding) for coding in codings]
+        answer = bundled.post("/predict/diabetes", content=content, headers=headers)
+        assert answer.status_code == status, (codings, answer.text)
+
+
+def test_a_line_of_csv_that_is_no_row_is_refused(bundled: Server) -> None:
+    """A wrong cell must not turn the only row into names, and the answer into one of no rows."""
+    line = b"1,2,3,4,5,6,7,8,9,x"
+    answer = bundled.post("/predict/diabetes", content=line, headers={"content-type": "text/csv"})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
+    assert '"9", "x"' in answer.json()["detail"]
+    assert '"features"' in answer.json()["detail"]
+    headers = {"content-type": "text/csv; header=present"}
+    answer = bundled.post("/predict/diabetes", content=line, headers=headers)
+    assert answer.json()["outputs"] == {"progression": []}, "a table without rows that says so"
 
 
 def large(rows: int = 400) -> bytes:

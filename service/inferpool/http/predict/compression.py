@@ -12,6 +12,7 @@ from inferpool.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
 from inferpool.http.predict.api import Data
 from inferpool.wire.large_bytes import pieces
 
+_CODINGS: Final = ("gzip", "x-gzip", "deflate")
 _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
 
 _FREE_EXPANSION_BYTES: Final = 1024 * 1024
@@ -21,6 +22,9 @@ _PIECE_BYTES: Final = 256 * 1024
 _STEP_BYTES: Final = 512 * 1024
 """Memory for the output is reserved by so much at a time."""
 _GZIP: Final = 16 + zlib.MAX_WBITS
+_GZIP_STARTS_WITH: Final = 0x1F
+_MOST_MEMBERS: Final = 4096
+"""Each member costs a copy of the piece of input that follows it, so that short ones would cost much."""
 _FASTEST: Final = 1
 _TRIED_BYTES: Final = 16 * 1024
 """Bytes at the start of a response that are compressed to estimate whether the rest shrinks."""
@@ -32,12 +36,16 @@ them takes 20 times as long as sending them."""
 def decompress(data: Data, encoding: str, allowance: Allowance) -> Data:
     """Decompress a body whose Content-Encoding is gzip, deflate or none.
 
+    `identity` in the list is ignored: senders should leave it out (RFC 9110, 8.4.1), but it changes nothing.
     Raises BodyTooLarge as soon as the output exceeds `allowance.most_bytes`, UnsupportedMediaType for other
     encodings, MalformedBody for data that is damaged or cut off, and what `Allowance.take` raises.
     """
-    if encoding in ("", "identity"):
-        return data
-    if encoding not in ("gzip", "x-gzip", "deflate"):
+    if encoding not in _CODINGS:
+        found = [coding for part in encoding.split(",") if (coding := part.strip()) not in ("", "identity")]
+        encoding = ", ".join(found)
+        if not encoding:
+            return data
+    if encoding not in _CODINGS:
         raise UnsupportedMediaType(
             f'Content-Encoding "{encoding[:40]}" is not supported; use gzip or deflate',
             expected=["gzip", "deflate"],
@@ -68,19 +76,28 @@ def _inflate(
     stream = zlib.decompressobj(wbits)
     plain = BytesIO()
     size = reserved = 0
+    members = 1
     view = memoryview(data)
     for start in range(0, len(data), _PIECE_BYTES):
         rest: Data = view[start : start + _PIECE_BYTES]
-        while rest and not stream.eof:
+        while rest:
+            if stream.eof:
+                # Members of gzip may follow one another (RFC 1952, 2.2).
+                if encoding == "deflate" or rest[0] != _GZIP_STARTS_WITH:
+                    raise MalformedBody(f"the {encoding} data is followed by more")
+                members += 1
+                if members > _MOST_MEMBERS:
+                    raise MalformedBody(
+                        f"the {encoding} data has more than {_MOST_MEMBERS} members; compress it as one"
+                    )
+                stream = zlib.decompressobj(_GZIP)
             piece = stream.decompress(rest, _PIECE_BYTES)
             size += len(piece)
             if size > max_bytes:
                 raise _too_large(max_bytes)
             reserved += _reserve(size, reserved, allowance)
             plain.write(piece)
-            rest = stream.unconsumed_tail
-        if stream.eof and (stream.unused_data or start + _PIECE_BYTES < len(data)):
-            raise MalformedBody(f"the {encoding} data is followed by more")
+            rest = stream.unused_data if stream.eof else stream.unconsumed_tail
     # The rest of the output, if it did not fit into the last piece.
     while not stream.eof and (piece := stream.decompress(b"", _PIECE_BYTES)):
         size += len(piece)

@@ -23,7 +23,7 @@ class RequestHead:
         given_id: the client's id for the request, or None.
         content_type: the media type, lower-case, without parameters; "" if none was given.
         content_type_parameters: the parameters of the media type.
-        content_encoding: lower-case; "" if none was given.
+        content_encoding: lower-case, several headers as one list; "" if none was given.
         content_length: bytes of the body, or None if the client does not say.
         accept: the Accept header, unchanged; "" if none was given.
         accept_encoding: the Accept-Encoding header, unchanged; "" if none was given.
@@ -79,7 +79,10 @@ class RequestHead:
             elif name == b"inference-header-content-length":
                 self.header_length = int(value) if value.isdigit() and len(value) < 19 else -1
             elif name == b"content-encoding":
-                self.content_encoding = value.decode("latin-1").strip().lower()
+                coding = value.decode("latin-1").strip().lower()
+                self.content_encoding = (
+                    f"{self.content_encoding}, {coding}" if self.content_encoding else coding
+                )
             elif name == b"x-request-id":
                 self.given_id = given_request_id(value)
             elif name == b"x-timeout-ms":
