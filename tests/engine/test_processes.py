@@ -153,10 +153,14 @@ def test_every_route_answers_and_each_process_loads_only_its_own_libraries(
         # The first request for another route than predictions imports the routes, and FastAPI if needed.
         (
             "inferpool.web_process",
-            (*("onnxruntime", "torch", "inferpool.repository.repository"), *WITH_ROUTES),
+            (*("onnxruntime", "torch", "PIL", "inferpool.repository.repository"), *WITH_ROUTES),
         ),
-        ("inferpool.app", ("onnxruntime", "torch", *WITH_ROUTES)),
-        ("inferpool.engine_process", ("fastapi", "uvicorn", "starlette", "prometheus_client", "asyncio")),
+        # The first model that takes pictures imports Pillow.
+        ("inferpool.app", ("onnxruntime", "torch", "PIL", *WITH_ROUTES)),
+        (
+            "inferpool.engine_process",
+            ("PIL", "fastapi", "uvicorn", "starlette", "prometheus_client", "asyncio"),
+        ),
     ],
 )
 def test_mains_import_nothing_that_others_need(module: str, unwanted: tuple[str, ...]) -> None:

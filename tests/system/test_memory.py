@@ -101,3 +101,29 @@ assert release_freed_memory()
 assert memory_use().held < before + 40 * 2**20
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_load_beside_others_leaves_no_free_blocks_in_the_heap() -> None:
+    """So that giving memory back holds the heap's lock for a moment only."""
+    program = """
+import ctypes
+import numpy as np
+from inferpool.system.memory import keep_freed_memory, large_blocks_mapped, memory_use
+
+def take_and_free():
+    before = memory_use().held
+    blocks = [np.ones(4 * 2**20, np.uint8) for _ in range(64)]
+    kept = blocks[::8]
+    del blocks
+    return memory_use().held - before - len(kept) * 4 * 2**20
+
+with large_blocks_mapped():
+    pass
+assert keep_freed_memory()
+with large_blocks_mapped():
+    with large_blocks_mapped():
+        pass
+    assert take_and_free() < 8 * 2**20, "mappings go back when they are freed"
+assert take_and_free() > 100 * 2**20, "outside, the heap keeps what is freed"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

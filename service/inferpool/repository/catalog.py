@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, get_args
 
 from inferpool.backends.row_verdict import Evidence
-from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.labels import LabelsCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import ModelNotFound, NotReady, Reason, Verdict, VersionNotFound
@@ -21,6 +20,9 @@ from inferpool.pool.row_cost import RowCost
 from inferpool.pool.stats import BatchCount, InstanceState
 from inferpool.repository.traffic import Traffic
 from inferpool.tensors import Signature, names_text
+
+if TYPE_CHECKING:
+    from inferpool.codecs.image import ImageCodec
 
 State: TypeAlias = Literal["loading", "ready", "draining", "unloaded", "failed"]
 """The state of a version."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.image_config import ImageConfig
 from inferpool.codecs.labels import LABELS_FILE, LabelsCodec, LabelsConfig, parse_labels, read_labels_file
 from inferpool.codecs.text import TextCodec
@@ -20,6 +19,9 @@ from inferpool.codecs.text_tokenizer import read_tokenizer_file
 from inferpool.errors import ConfigError
 from inferpool.repository.config import ModelConfig
 from inferpool.tensors import Signature
+
+if TYPE_CHECKING:
+    from inferpool.codecs.image import ImageCodec
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,9 @@ def make_codecs(source: CodecSource, name: str) -> Codecs:
     image, text, classes = None, None, None
     try:
         if source.image is not None:
+            # Pillow is imported for models that take pictures, and for no others.
+            from inferpool.codecs.image import ImageCodec
+
             image = ImageCodec(source.image, source.signature)
             if source.takes_pixels:
                 image = image.without_normalisation()

@@ -6,9 +6,12 @@ cgroup's limit, without a word and with every request in it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,6 +23,8 @@ _M_ARENA_MAX: Final = -8
 _LARGEST_KEPT_BYTES: Final = 32 * 2**20
 """The largest M_MMAP_THRESHOLD that glibc allows."""
 _KEPT_BYTES: Final = 128 * 2**20
+_MAPPED_BYTES: Final = 1 * 2**20
+"""Blocks from this size on are mapped one by one within `large_blocks_mapped`."""
 _UNLIMITED: Final = 2**60
 """Version 1 writes about 2**63 if there is no limit."""
 _KIB: Final = 1024
@@ -148,17 +153,61 @@ def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
         return False
     limit = memory_limit().limit
     block = min(_LARGEST_KEPT_BYTES, limit // 64)
-    return bool(
+    kept = bool(
         mallopt(_M_ARENA_MAX, 1)
         and mallopt(_M_MMAP_THRESHOLD, block)
         and mallopt(_M_TRIM_THRESHOLD, min(most_bytes, limit // 32))
     )
+    if kept:
+        _mapping.usual_bytes = block
+    return kept
+
+
+class _Mapping:
+    """How many callers are within `large_blocks_mapped`.
+
+    Attributes:
+        usual_bytes: the size from which blocks are mapped outside; 0 before `keep_freed_memory`.
+    """
+
+    def __init__(self) -> None:
+        self.usual_bytes = 0
+        self._lock = threading.Lock()
+        self._callers = 0
+
+    def add(self, count: int) -> None:
+        """Count callers that enter or leave. The first one sets the threshold, the last one resets it."""
+        with self._lock:
+            self._callers += count
+            if self._callers == max(0, count) and self.usual_bytes > _MAPPED_BYTES:
+                block = _MAPPED_BYTES if count > 0 else self.usual_bytes
+                ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, block)
+
+
+_mapping: Final = _Mapping()
+
+
+@contextlib.contextmanager
+def large_blocks_mapped() -> Iterator[None]:
+    """Within the block, let each allocation of 1 MiB or more be a mapping, which goes back when it is freed.
+
+    A model that loads beside others uses this. Otherwise its weights leave hundreds of megabytes of free
+    blocks in the heap, and `release_freed_memory` holds the heap's lock while it gives them back: every
+    allocation of the threads that serve then waits for 10 to 20 ms. The load takes longer, because the pages
+    of each mapping are new. Without `keep_freed_memory`, nothing changes.
+    """
+    _mapping.add(1)
+    try:
+        yield
+    finally:
+        _mapping.add(-1)
 
 
 def release_freed_memory() -> bool:
     """Give freed memory back to the kernel; False if there was none or the C library is not glibc.
 
-    The interpreter's lock is released meanwhile. Source: malloc_trim(3).
+    The interpreter's lock is released meanwhile. The heap's lock is not: see `large_blocks_mapped`.
+    Source: malloc_trim(3).
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return trim is not None and bool(trim(0))

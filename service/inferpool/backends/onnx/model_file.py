@@ -2,17 +2,40 @@
 
 A session of ONNX Runtime reports the shape `[]` for a scalar and for a tensor of unknown rank alike, does not
 name the input whose type it refuses, and does not list its operations. The file has all of them. An ONNX file
-is a protobuf `ModelProto` (onnx.proto of the ONNX project). Only the messages on the way are parsed.
+is a protobuf `ModelProto` (onnx.proto of the ONNX project). Only the messages on the way are parsed, and
+weights are not read. The file is not mapped: if the page cache has large folios, one access to a mapping
+adds megabytes of the file to the resident memory of the process.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
-Field: TypeAlias = tuple[int, "int | memoryview"]
+
+class _Part(NamedTuple):
+    """A message that is still in the file.
+
+    Attributes:
+        file: the descriptor of the open file.
+        start: where the message starts in the file.
+        end: where the message ends.
+    """
+
+    file: int
+    start: int
+    end: int
+
+
+Message: TypeAlias = "memoryview | _Part"
+Field: TypeAlias = tuple[int, "int | Message"]
+
+_READ_BYTES: Final = 32 * 1024
+"""Bytes that one read takes from the file; messages that are not longer are read at once."""
+_HEADER_BYTES: Final = 20
+"""The most bytes of the key and the length of a field: two varints."""
 
 # Protobuf wire types: how the value of a field is stored.
 _VARINT: Final = 0
@@ -61,12 +84,13 @@ def graph_values(file: Path) -> list[GraphValue]:
     Nodes and weights are skipped. Raises OSError if the file cannot be read, and ValueError or IndexError if
     it is not valid protobuf.
     """
-    return [
-        _value(value, number == _GRAPH_INPUT)
-        for graph in _messages(_mapped(file), _MODEL_GRAPH)
-        for number, value in _fields(graph)
-        if number in (_GRAPH_INPUT, _GRAPH_OUTPUT) and isinstance(value, memoryview)
-    ]
+    with file.open("rb", buffering=0) as opened:
+        return [
+            _value(value, number == _GRAPH_INPUT)
+            for graph in _messages(_whole(opened.fileno()), _MODEL_GRAPH)
+            for number, value in _fields(graph)
+            if number in (_GRAPH_INPUT, _GRAPH_OUTPUT) and not isinstance(value, int)
+        ]
 
 
 def graph_operations(file: Path) -> set[str]:
@@ -74,38 +98,37 @@ def graph_operations(file: Path) -> set[str]:
 
     Raises OSError if the file cannot be read, and ValueError or IndexError if it is not valid protobuf.
     """
-    model = _mapped(file)
     found: set[str] = set()
-    for graph in _messages(model, _MODEL_GRAPH):
-        _add_operations(graph, _GRAPH_NODE, found)
-    for function in _messages(model, _MODEL_FUNCTION):
-        _add_operations(function, _FUNCTION_NODE, found)
+    with file.open("rb", buffering=0) as opened:
+        model = _whole(opened.fileno())
+        for graph in _messages(model, _MODEL_GRAPH):
+            _add_operations(graph, _GRAPH_NODE, found)
+        for function in _messages(model, _MODEL_FUNCTION):
+            _add_operations(function, _FUNCTION_NODE, found)
     return found
 
 
-def _mapped(file: Path) -> memoryview:
-    with file.open("rb") as opened:
-        # The file is unmapped with its last view.
-        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+def _whole(file: int) -> _Part:
+    return _Part(file, 0, os.fstat(file).st_size)
 
 
-def _add_operations(graph: memoryview, node_field: int, found: set[str]) -> None:
+def _add_operations(graph: Message, node_field: int, found: set[str]) -> None:
     for node in _messages(graph, node_field):
         for number, field in _fields(node):
             if isinstance(field, int):
                 continue
             if number == _NODE_OPERATION:
-                found.add(str(field, "utf-8"))
+                found.add(_text(field))
             elif number == _NODE_ATTRIBUTE:
                 for inner, body in _fields(field):
-                    if inner in _ATTRIBUTE_GRAPHS and isinstance(body, memoryview):
+                    if inner in _ATTRIBUTE_GRAPHS and not isinstance(body, int):
                         _add_operations(body, _GRAPH_NODE, found)
 
 
-def _value(value: memoryview, is_input: bool) -> GraphValue:
+def _value(value: Message, is_input: bool) -> GraphValue:
     name, element, ranked = "", 0, False
     for text in _messages(value, _VALUE_NAME):
-        name = str(text, "utf-8")
+        name = _text(text)
     for kind in _messages(value, _VALUE_TYPE):
         for tensor in _tensors(kind):
             for number, field in _fields(tensor):
@@ -115,7 +138,7 @@ def _value(value: memoryview, is_input: bool) -> GraphValue:
     return GraphValue(name, is_input, element, ranked)
 
 
-def _tensors(kind: memoryview) -> Iterator[memoryview]:
+def _tensors(kind: Message) -> Iterator[Message]:
     """The tensor type in a `TypeProto`, also inside an optional type."""
     yield from _messages(kind, _TYPE_TENSOR)
     for optional in _messages(kind, _TYPE_OPTIONAL):
@@ -123,29 +146,73 @@ def _tensors(kind: memoryview) -> Iterator[memoryview]:
             yield from _messages(element, _TYPE_TENSOR)
 
 
-def _messages(message: memoryview, wanted: int) -> Iterator[memoryview]:
+def _text(message: Message) -> str:
+    if isinstance(message, _Part):
+        message = memoryview(os.pread(message.file, message.end - message.start, message.start))
+    return str(message, "utf-8")
+
+
+def _messages(message: Message, wanted: int) -> Iterator[Message]:
     for number, value in _fields(message):
-        if number == wanted and isinstance(value, memoryview):
+        if number == wanted and not isinstance(value, int):
             yield value
 
 
-def _fields(message: memoryview) -> Iterator[Field]:
-    """The fields of a message: integers as int, length-delimited fields as a view."""
+def _fields(message: Message) -> Iterator[Field]:
+    """The fields of a message: integers as int, length-delimited fields as messages."""
+    if isinstance(message, _Part):
+        yield from _fields_in_file(message)
+        return
     offset, end = 0, len(message)
     while offset < end:
-        key, offset = _varint(message, offset)
-        kind = key & 7
+        number, kind, length, offset = _header(message, offset)
         if kind == _LENGTH_DELIMITED:
-            length, offset = _varint(message, offset)
-            yield key >> 3, message[offset : offset + length]
+            yield number, message[offset : offset + length]
             offset += length
         elif kind == _VARINT:
-            number, offset = _varint(message, offset)
-            yield key >> 3, number
-        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-            offset += 8 if kind == _EIGHT_BYTES else 4
+            yield number, length
         else:
-            raise ValueError(f"a protobuf field has wire type {kind}, which ONNX does not use")
+            offset += length
+
+
+def _fields_in_file(part: _Part) -> Iterator[Field]:
+    """The fields of a message in a file. Those that are longer than a read stay in the file."""
+    file, start, end = part
+    view, offset = memoryview(b""), 0
+    while start + offset < end:
+        if offset + _HEADER_BYTES > len(view) and start + len(view) < end:
+            start += offset
+            view, offset = memoryview(os.pread(file, min(_READ_BYTES, end - start), start)), 0
+        number, kind, length, offset = _header(view, offset)
+        if kind == _LENGTH_DELIMITED:
+            if length <= _READ_BYTES:
+                if offset + length > len(view) and start + len(view) < end:
+                    start += offset
+                    view, offset = memoryview(os.pread(file, min(_READ_BYTES, end - start), start)), 0
+                yield number, view[offset : offset + length]
+            else:
+                yield number, _Part(file, start + offset, min(end, start + offset + length))
+            offset += length
+        elif kind == _VARINT:
+            yield number, length
+        else:
+            offset += length
+
+
+def _header(message: memoryview, offset: int) -> tuple[int, int, int, int]:
+    """The number and the wire type of the field at `offset`, a size, and the offset after the header.
+
+    The size is the length of the value after the header, or the value of a varint.
+    """
+    key, offset = _varint(message, offset)
+    kind = key & 7
+    if kind in (_LENGTH_DELIMITED, _VARINT):
+        length, offset = _varint(message, offset)
+    elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
+        length = 8 if kind == _EIGHT_BYTES else 4
+    else:
+        raise ValueError(f"a protobuf field has wire type {kind}, which ONNX does not use")
+    return key >> 3, kind, length, offset
 
 
 def _varint(message: memoryview, offset: int) -> tuple[int, int]:

@@ -9,13 +9,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from inferpool.allowance import Allowance
-from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import InvalidInput, MalformedBody, RequestError
 from inferpool.system.cpu_pace import PACE
@@ -29,6 +28,9 @@ from inferpool.tensors import (
 )
 from inferpool.wire.large_bytes import as_bytes
 from inferpool.wire.npy import cast_to, decode_npy
+
+if TYPE_CHECKING:
+    from inferpool.codecs.image import ImageCodec
 
 _MAX_FIELDS: Final = 1024
 _PIECE_BYTES: Final = 256 * 1024

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from inferpool.backends.base import Backend, DeviceModel, GpuOptions, LoadedModel, LoadOptions, TensorHint
 from inferpool.backends.registry import backends_by_suffix, find_backend
-from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.labels import LabelsCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.errors import LoadError, Reason, RunsElsewhere, UnfitForGpu
@@ -55,11 +55,12 @@ from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.cpu_wait import CpuWait
 from inferpool.system.gpus import AUTO, CPU, Driver, cuda_driver, gpu_support
-from inferpool.system.memory import memory_limit, release_freed_memory
+from inferpool.system.memory import large_blocks_mapped, memory_limit, release_freed_memory
 from inferpool.system.priority import at_falling_priority, at_low_priority, call_directly
 from inferpool.tensors import Tensors
 
 if TYPE_CHECKING:
+    from inferpool.codecs.image import ImageCodec
     from inferpool.repository.load.gpu.gpu_copies import GpuCopies
 
 log = logging.getLogger(__name__)
@@ -252,12 +253,13 @@ class Loader:
         self._check_size(file, beside=beside)
         files = work(partial(open_files, file, folder, config, backend, self._settings))
         try:
-            loaded = self._load(
-                key,
-                _Source(files.file, files.folder, config, backend, files, remeasure, measures),
-                enter,
-                beside=beside,
-            )
+            with large_blocks_mapped() if beside else nullcontext():
+                loaded = self._load(
+                    key,
+                    _Source(files.file, files.folder, config, backend, files, remeasure, measures),
+                    enter,
+                    beside=beside,
+                )
             if loaded.copies.tensorrt is None:
                 files.close()
             else:

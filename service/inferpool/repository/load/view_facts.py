@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inferpool import __version__
 from inferpool.backends.base import Backend, LoadedModel
-from inferpool.codecs.image import ImageCodec
 from inferpool.codecs.text import TextCodec
 from inferpool.drift.profile_file import check_series, read_profile
 from inferpool.pool.padding import Padding
@@ -19,6 +18,9 @@ from inferpool.repository.load.batching_remedies import find_remedy
 from inferpool.repository.load.load_files import LoadFiles
 from inferpool.repository.load.plan import Plan
 from inferpool.tensors import Signature
+
+if TYPE_CHECKING:
+    from inferpool.codecs.image import ImageCodec
 
 
 def batching_view(
