@@ -52,16 +52,6 @@ Coverage adds a third to the CPU time of a server's start.
 """
 
 
-STARTED_AFRESH = (
-    *("engine/test_processes.py", "engine/test_idle.py", "kills", "http/predict/test_memory_limit.py"),
-    *("http/test_drain.py", "repository/test_jobs_over_http.py", "k8s", "docker", "attacks"),
-)
-"""Tests whose servers are started as a user starts them; those of others are forks: see `tests.preloaded`.
-
-These test starts, signals from the first moment on, what each process imports, and memory.
-"""
-
-
 def pytest_configure() -> None:
     """Let servers know SIGHUP, even if `nohup` started the run and has all its children ignore it.
 
@@ -103,12 +93,6 @@ def _is_covered(node: pytest.Item | pytest.Collector) -> bool:
     return (
         path.startswith(COVERED) and not path.startswith(NOT_COVERED) and not path.endswith("_over_http.py")
     )
-
-
-def _may_fork(node: pytest.Item | pytest.Collector) -> bool:
-    # The lines that a server passes while it imports count for coverage.
-    measured = any(name in os.environ for name in COVERAGE_VARIABLES)
-    return not measured and not _path(node).startswith(STARTED_AFRESH)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,39 +151,27 @@ def engine_variables(request: pytest.FixtureRequest) -> Mapping[str, str]:
 
 
 @pytest.fixture
-def serve(
-    request: pytest.FixtureRequest,
-    cache_dir: Path,
-    server_module: str,
-    engine_variables: Mapping[str, str],
-) -> Iterator[Serve]:
+def serve(cache_dir: Path, server_module: str, engine_variables: Mapping[str, str]) -> Iterator[Serve]:
     """Start servers: `serve(repository, *flags)`; they are stopped after the test."""
-    yield from _serving(cache_dir, server_module, engine_variables, fork=_may_fork(request.node))
+    yield from _serving(cache_dir, server_module, engine_variables)
 
 
 @pytest.fixture(scope="module")
-def module_serve(
-    request: pytest.FixtureRequest,
-    cache_dir: Path,
-    server_module: str,
-    engine_variables: Mapping[str, str],
-) -> Iterator[Serve]:
+def module_serve(cache_dir: Path, server_module: str, engine_variables: Mapping[str, str]) -> Iterator[Serve]:
     """Start servers as `serve` does; they are stopped after the last test of the module.
 
     A start costs a second of CPU time, or two with `--engine process`. Tests that leave a server as they
     found it share one.
     """
-    yield from _serving(cache_dir, server_module, engine_variables, fork=_may_fork(request.node))
+    yield from _serving(cache_dir, server_module, engine_variables)
 
 
-def _serving(
-    cache_dir: Path, server_module: str, engine_variables: Mapping[str, str], *, fork: bool
-) -> Iterator[Serve]:
+def _serving(cache_dir: Path, server_module: str, engine_variables: Mapping[str, str]) -> Iterator[Serve]:
     servers: list[Server] = []
 
     def start(repository: Path, *flags: str, wait: bool = True, **environ: str) -> Server:
         own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-        server = Server(repository, flags, {**own, **engine_variables, **environ}, server_module, fork=fork)
+        server = Server(repository, flags, {**own, **engine_variables, **environ}, server_module)
         servers.append(server)
         if wait:
             server.wait_loaded()

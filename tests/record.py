@@ -108,7 +108,7 @@ COSTLY: Final = {
             *("pyproject.toml", "setup.py", "service/**/*.c", "service/inferpool/*.py"),
             *(f"service/inferpool/{folder}/**/*.py" for folder in HOT_PATH_FOLDERS),
             *(f"tests/{folder}/**/*.py" for folder in (*HOT_PATH_FOLDERS, "chaos", "servers")),
-            *("tests/conftest.py", "tests/preloaded.py", "tests/server.py", "tests/test_wheel.py"),
+            *("tests/conftest.py", "tests/server.py", "tests/test_wheel.py"),
         ),
         ("mypy", "numpy", "onnxruntime", "orjson"),
     ),

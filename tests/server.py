@@ -21,8 +21,6 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests import preloaded
-
 ROOT = Path(__file__).parent.parent
 CHAOS = ROOT / "tests" / "chaos"
 PATCHES = ROOT / "tests" / "servers" / "site"
@@ -65,8 +63,6 @@ def free_port() -> int:
 class Server:
     """`inferpool serve` on a free port; a thread reads the log as it is written."""
 
-    _fork = False
-
     def __init__(
         self,
         repository: Path,
@@ -75,26 +71,16 @@ class Server:
         module: str = "inferpool",
         python: str = sys.executable,
         cwd: Path | None = None,
-        *,
-        fork: bool = False,
     ) -> None:
-        """Run the server that is installed for the interpreter `python`, in the folder `cwd`.
-
-        With `fork` it may be a fork of a process that has imported its modules; see `tests.preloaded`.
-        """
-        self._fork = fork
+        """Run the server that is installed for the interpreter `python`, in the folder `cwd`."""
         own = {"INFERPOOL_LOG_FORMAT": "json", "PYTHONPATH": f"{ROOT}:{CHAOS}:{PATCHES}"}
         command = [python, "-m", module, "serve", str(repository), "--port", "0", *flags]
         self._start(command, {**own, **environ}, cwd)
 
     def _start(self, command: Sequence[str], environ: Mapping[str, str], cwd: Path | None = None) -> None:
         """Run `command` and wait until it listens; `environ` adds to this process's."""
-        self.process = (
-            preloaded.start(command, environ, cwd)
-            if self._fork and preloaded.can_fork(command, environ)
-            else subprocess.Popen(
-                command, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True, cwd=cwd
-            )
+        self.process = subprocess.Popen(
+            command, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True, cwd=cwd
         )
         # Each request has a connection of its own, as with `httpx.get`, and needs no new client. Without
         # `verify=False` a client loads the certificates of the machine, for plain HTTP.
