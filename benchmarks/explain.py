@@ -1,15 +1,20 @@
 """Measures what explanations cost, and how much they slow predictions of the same model.
 
-    python benchmarks/explain.py [models] [--rounds 12] [--seconds 2.5] [--share 0.25] [--per-s 0]
-        [--server-cores 1] [--client-cores 0] [--serve="--engine process"] [--skip-costs]
+    python -m benchmarks.explain [models] [--rounds 12] [--seconds 2.5] [--share 0.25] [--per-s 0]
+        [--one-by-one] [--server-cores 1] [--client-cores 0] [--serve="--engine process"] [--skip-costs]
 
 starts a server with one web process and prints the CPU time of an explanation of `digits` with 1,000
 perturbations beside that of predictions of 1,000 rows, as JSON and as npy. Then a client of its own sends
 small predictions at random moments, at a share of the rate that one connection reaches (or `--per-s` of
-them), in turns alone and beside another client whose explanations follow one another without a pause. A time
-counts from the moment at which the request was due. Clients have the first core, and the server the others.
+them), in turns alone and beside another client whose explanations follow one another without a pause. A
+time counts from the moment at which the request was due, and includes what it waited for requests before it.
+With `--one-by-one`, one connection sends a request once the one before it is answered, and a time counts from
+the sending: a stall counts once, not for all that it holds up. Requests during which the hypervisor took a
+core are left out. Clients have the first core, and the server the others.
+
 It prints the medians of the rounds' p50 and p99, the median and the quartiles of the ratios of each pair of
-rounds, and the CPU time of the server.
+rounds, the CPU time of the server, and the p50 and p99 of all rounds together with a 95 % interval of their
+ratio (a bootstrap over the pairs).
 """
 
 from __future__ import annotations
@@ -37,8 +42,8 @@ import httpx
 import numpy as np
 from inferpool.wire.npy import encode_npy
 
-from benchmarks.fairness import percentile
-from benchmarks.load_beside import Admin, share_cores
+from benchmarks.load_beside import Admin, share_cores, stolen_ticks
+from benchmarks.percentiles import percentile, print_pooled
 from benchmarks.wrong_keys import cpu_s
 
 MODEL = "digits"
@@ -108,32 +113,46 @@ def read_response(connection: socket.socket) -> bytes:
     return body
 
 
+class Sending(NamedTuple):
+    """How predictions are sent in a round: for `seconds`, `rate` of them a second, at moments by `seed`."""
+
+    seconds: float
+    rate: float
+    seed: int
+    one_by_one: bool
+
+
 def predict_always(port: int, cores: set[int], request: bytes, pipe: Connection) -> None:
-    """Send predictions for each `(seconds, rate, seed)` that comes by `pipe`; the times go back."""
+    """Send predictions for each `Sending` that comes by `pipe`; the times go back."""
     os.sched_setaffinity(0, cores)
-    waiting: dict[socket.socket, float] = {}
-    free: list[socket.socket] = []
     selector = selectors.SelectSelector()  # epoll waits for whole milliseconds
+    connections: list[socket.socket] = []
     for _ in range(CONNECTIONS):
         each = socket.create_connection(("127.0.0.1", port))
         each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         selector.register(each, selectors.EVENT_READ, each)
-        free.append(each)
+        connections.append(each)
     while True:
-        seconds, rate, seed = pipe.recv()
-        choose, times = random.Random(seed), list[float]()
+        sending: Sending = pipe.recv()
+        choose, times = random.Random(sending.seed), list[float]()
+        free = connections[:1] if sending.one_by_one else connections[:]
+        waiting: dict[socket.socket, tuple[float, int]] = {}
         due = began = time.monotonic()
-        while waiting or due - began < seconds:
+        ends = began + sending.seconds
+        while waiting or due < ends:
             now = time.monotonic()
-            while free and due <= now and due - began < seconds:
+            while free and due <= now and due < ends:
                 connection = free.pop()
+                waiting[connection] = now if sending.one_by_one else due, stolen_ticks()
                 connection.sendall(request)
-                waiting[connection] = due
-                due += choose.expovariate(rate)
-            idle_s = max(0.0, due - now) if free and due - began < seconds else 1.0
+                due += choose.expovariate(sending.rate)
+            idle_s = max(0.0, due - now) if free and due < ends else 1.0
             for key, _ in selector.select(idle_s):
                 read_response(key.data)
-                times.append(time.monotonic() - waiting.pop(key.data))
+                answered = time.monotonic()
+                since, stolen = waiting.pop(key.data)
+                if stolen == stolen_ticks():
+                    times.append(answered - since)
                 free.append(key.data)
         pipe.send(times)
 
@@ -199,7 +218,7 @@ def report_latency(server: int, port: int, options: argparse.Namespace) -> None:
         before = cpu_s(server)
         if is_beside:
             explanations.send("begin")
-        predictions.send((seconds, rate, seed))
+        predictions.send(Sending(seconds, rate, seed, options.one_by_one))
         times = predictions.recv()
         used = cpu_s(server) - before
         made = []
@@ -237,6 +256,7 @@ def print_rounds(kinds: Mapping[str, list[Round]], rate: float, options: argpars
         ]
         low, median, high = statistics.quantiles(ratios, n=4)
         print(f"p{100 * part:.0f} {second} / {first}: {median:.3f}, quartiles {low:.3f} and {high:.3f}")
+    print_pooled([each.times for each in without], [each.times for each in added])
 
 
 def cores_of(text: str) -> set[int]:
@@ -252,9 +272,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.5)
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--per-s", type=float, default=0.0)
-    client, others = share_cores(argparse.Namespace(one_core=False))
+    parser.add_argument("--one-by-one", action="store_true", help="one connection, timed from the sending")
+    first, others = share_cores(argparse.Namespace(one_core=False))
     parser.add_argument("--server-cores", type=cores_of, default=others)
-    parser.add_argument("--client-cores", type=cores_of, default=client)
+    parser.add_argument("--client-cores", type=cores_of, default=first)
     parser.add_argument("--serve", default="", help="more flags of inferpool serve, as one text")
     parser.add_argument("--skip-costs", action="store_true")
     options = parser.parse_args()

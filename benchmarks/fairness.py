@@ -1,6 +1,6 @@
 """Two tenants on one server: one keeps to its share, the other asks for ten times its own.
 
-    python benchmarks/fairness.py models --model digits --body body.json [--serve="--engine process"]
+    python -m benchmarks.fairness models --model digits --body body.json [--serve="--engine process"]
 
 starts a server, measures how many requests it answers at most, and then sends open loads: both tenants at
 40 % of that, then one of them at 500 %, and then that one alone. It prints p50 and p99 of each tenant, and
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import random
 import shlex
 import subprocess
@@ -25,6 +24,8 @@ from typing import NamedTuple
 
 import httpx
 from inferpool.http.access.key_file import append_key, new_key
+
+from benchmarks.percentiles import percentile
 
 
 class Load(NamedTuple):
@@ -52,11 +53,6 @@ class Outcome:
         self.statuses: Counter[int] = Counter()
         self.seconds: list[float] = []
         self.took_s = 0.0
-
-
-def percentile(values: Sequence[float], part: float) -> float:
-    """Return the value that `part` of the values do not exceed."""
-    return sorted(values)[max(0, math.ceil(part * len(values)) - 1)]
 
 
 async def run_loads(

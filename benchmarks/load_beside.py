@@ -1,12 +1,14 @@
 """Measures p99 and CPU time of requests for one model while large ones are loaded, in interleaved rounds.
 
-    python benchmarks/load_beside.py [--serve="--engine process"] [--rounds 5] [--seconds 10]
+    python -m benchmarks.load_beside [--serve="--engine process"] [--rounds 5] [--seconds 10] [--one-by-one]
 
 starts a server with a small model on all cores but the first. A client, a process on the first core, sends
 requests at a fixed rate. In every second round new versions of a large model are loaded meanwhile. Their
 weights differ, so that each is proved and measured anew, and their files are written before the round. It
 prints the median of the rounds' p50, p95 and p99, those of each phase of the loads, and the CPU time of the
-threads of usual priority, which serve. Requests during which the hypervisor took a core are left out.
+threads of usual priority, which serve. A time counts from the moment at which the request was due; with
+`--one-by-one` from its sending, so that a stall counts once. Requests during which the hypervisor took a core
+are left out. At the end stand the p50 and p99 of all rounds together, with a 95 % interval of their ratio.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import bisect
 import contextlib
 import http.client
 import json
-import math
 import os
 import shlex
 import shutil
@@ -34,6 +35,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+from benchmarks.percentiles import percentile, print_pooled
 
 SIDE = 2048
 CLASSES = 16
@@ -158,13 +161,8 @@ def _fields(stat: Path) -> list[str]:
     return stat.read_text().rpartition(")")[2].split()
 
 
-def percentile(values: Sequence[float], part: float) -> float:
-    """The value that `part` of the values do not exceed."""
-    return sorted(values)[max(0, math.ceil(part * len(values)) - 1)]
-
-
-def ask(port: int, rate: float, seconds: float) -> None:
-    """Send `rate` requests a second; each time counts from the moment at which the request was due."""
+def ask(port: int, rate: float, seconds: float, one_by_one: bool) -> None:
+    """Send `rate` requests a second; a time counts from the moment at which the request was due, or sent."""
     body = json.dumps({"inputs": [[0.5] * 256]}).encode()
     request = b"POST /predict/small HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     times: list[tuple[float, float]] = []
@@ -176,9 +174,10 @@ def ask(port: int, rate: float, seconds: float) -> None:
         while due < ends:
             due += 1 / rate
             time.sleep(max(0.0, due - time.monotonic()))
+            since = time.monotonic() if one_by_one else due
             connection.sendall(request)
             reply = connection.recv(65_536)
-            times.append((due, time.monotonic() - due))
+            times.append((due, time.monotonic() - since))
             assert reply.startswith(b"HTTP/1.1 200"), reply
             stolen.append(stolen_ticks())
     # The kernel may count a tick a little later, in the next request.
@@ -277,8 +276,9 @@ def run_round(
     loads = Loads(port, numbers, publish)
     before = threads_cpu(server)
     client = subprocess.Popen(
-        [sys.executable, __file__, "--ask", str(port), "--rate", str(options.rate), "--seconds",
-         str(options.seconds)], stdout=subprocess.PIPE,
+        [sys.executable, "-m", "benchmarks.load_beside", "--ask", str(port), "--rate", str(options.rate),
+         "--seconds", str(options.seconds), *(["--one-by-one"] if options.one_by_one else [])],
+        stdout=subprocess.PIPE,
     )  # fmt: skip
     if options.real_time:
         run_in_real_time(client.pid)
@@ -319,10 +319,11 @@ def main() -> int:
         help="run the client and the threads that serve in"
         " real time, which other programs of the machine delay less; needs privileges",
     )
+    parser.add_argument("--one-by-one", action="store_true", help="time requests from their sending")
     parser.add_argument("--ask", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ask is not None:
-        ask(options.ask, options.rate, options.seconds)
+        ask(options.ask, options.rate, options.seconds, options.one_by_one)
         return 0
     with tempfile.TemporaryDirectory() as name, started(options, Path(name)) as (process, port):
         server = process.pid
@@ -345,6 +346,7 @@ def main() -> int:
         alone, beside = (statistics.median(percentiles(rounds[which], part)) for which in (False, True))
         print(f"p{100 * part:.0f}: {1000 * alone:.2f} ms alone, {1000 * beside:.2f} ms beside loads,"
               f" {100 * (beside / alone - 1):+.0f} %")  # fmt: skip
+    print_pooled(*([[took for _, took in each.times] for each in rounds[which]] for which in (False, True)))
     return 0
 
 

@@ -1,14 +1,13 @@
 """Measures how much samples of requests slow predictions.
 
-    python benchmarks/samples.py [models] [--sampled 0.1] [--rounds 14] [--seconds 2] [--share 0.25]
-        [--per-s 0] [--server-cores 1] [--client-cores 0]
+    python -m benchmarks.samples [models] [--sampled 0.1] [--rounds 14] [--seconds 2] [--share 0.25]
+        [--per-s 0] [--one-by-one] [--server-cores 1] [--client-cores 0]
 
 starts two servers with the model `digits`. One keeps samples of a share of the requests, with all inputs and
 outputs; the other one keeps none. A client sends small predictions at random moments to one server at a
-time, in turns; both rounds of a pair have the same moments. A time counts from the moment at which the
-request was due. The client has the first core, and the servers the others. It prints the medians of the
-rounds' p50 and p99, the median and the quartiles of the ratios of each pair, the CPU time of each server,
-and how many samples were written, and dropped because they would take more than their share of a core.
+time, in turns; both rounds of a pair have the same moments. Times are taken, and printed, as `explain.py`
+does. The client has the first core, and the servers the others. At the end stands how many samples were
+written, and dropped because they would take more than their share of a core.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ import numpy as np
 from benchmarks.explain import (
     MODEL,
     Round,
+    Sending,
     capacity,
     cores_of,
     predict_always,
@@ -92,7 +92,7 @@ def measure(servers: tuple[tuple[int, int], tuple[int, int]], options: argparse.
     def run(which: int, seconds: float, seed: int) -> Round:
         before = cpu_s(servers[which][0])
         pipe: Connection = pipes[which]
-        pipe.send((seconds, rate, seed))
+        pipe.send(Sending(seconds, rate, seed, options.one_by_one))
         times = pipe.recv()
         return Round(times, [], cpu_s(servers[which][0]) - before)
 
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--share", type=float, default=0.25, help="of the rate that one connection reaches")
     parser.add_argument("--per-s", type=float, default=0.0)
+    parser.add_argument("--one-by-one", action="store_true", help="one connection, timed from the sending")
     client, others = share_cores(argparse.Namespace(one_core=False))
     parser.add_argument("--server-cores", type=cores_of, default=others)
     parser.add_argument("--client-cores", type=cores_of, default=client)

@@ -1,6 +1,6 @@
 """Measures the cost of wrong keys, and how much they slow good requests.
 
-    python benchmarks/wrong_keys.py models --model digits --body body.json [--fresh] [--serve="..."]
+    python -m benchmarks.wrong_keys models --model digits --body body.json [--fresh] [--serve="..."]
 
 starts a server with one web process and sends it requests with a wrong key, one at a time on each of 32
 connections: first as many as the server refuses, then so many a second beside a small load of good requests.
@@ -27,7 +27,8 @@ from pathlib import Path
 
 from inferpool.http.access.key_file import append_key, new_key
 
-from benchmarks.fairness import Load, Outcome, percentile, run_loads, wait_ready
+from benchmarks.fairness import Load, Outcome, run_loads, wait_ready
+from benchmarks.percentiles import percentile
 
 PORT = 8199
 CONNECTIONS = 32

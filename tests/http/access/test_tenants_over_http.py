@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.fairness import Load, percentile, run_loads
+from benchmarks.fairness import Load, run_loads
+from benchmarks.percentiles import percentile
 from tests.conftest import WITHOUT_SPARE, Serve
 from tests.http.access.keys import KeyFile
 from tests.server import Server, wait_until
