@@ -16,6 +16,7 @@ from tests.docs.pages import ROOT
 GLOSSARY = ROOT / "docs" / "contribute" / "glossary.md"
 GIVEN_UP = re.compile(r"`(\w+)`( \(name\))?")
 PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+NAME = re.compile(r"\w+")
 WORD = re.compile(r"[A-Za-z]+")
 FOLDERS = ("service", "tests", "benchmarks", "models", "scripts", "docker", "docs", "k8s", ".ci")
 PROSE = {".md", ".c", ".h", ".toml", ".yaml", ".yml", ".sh", ""}
@@ -38,6 +39,7 @@ def given_up() -> tuple[set[str], set[str]]:
 WORDS, NAMES = given_up()
 
 
+@cache
 def is_given_up(word: str) -> bool:
     """Whether a word, or the word that it is the plural of, is given up."""
     return word.lower() in WORDS or word.lower().removesuffix("s") in WORDS
@@ -62,16 +64,20 @@ def files() -> list[Path]:
 
 
 @cache
-def may_be_given_up() -> re.Pattern[str]:
-    """Whatever may be a word, in any letters and among others, or a name that is given up."""
-    return re.compile(rf"(?i:{'|'.join(sorted(WORDS))})|\b(?:{'|'.join(sorted(NAMES))})\b")
+def names_one_given_up(name: str) -> bool:
+    """Whether a name, or a word of it, is given up."""
+    return (
+        name in NAMES
+        or any(map(is_given_up, PARTS.findall(name)))
+        or any(map(is_given_up, WORD.findall(name)))
+    )
 
 
 def hits_in_code(file: Path) -> Iterator[str]:
     """Where a Python file has a word that is given up, as `path:line: word`."""
     where = file.relative_to(ROOT)
     text = file.read_text(encoding="utf-8")
-    if not may_be_given_up().search(text):
+    if not any(map(names_one_given_up, set(NAME.findall(text)))):
         return  # the tokens of a file take milliseconds
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.NAME:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from inferpool.cli import main
 from inferpool.errors import ConfigError
 from inferpool.release.build import missing_packages
 
-from tests.conftest import ROOT, Serve
+from tests.conftest import ROOT
 from tests.models.built import build
+from tests.server import Server
 
 NEEDS = """\
 # /// script
@@ -44,6 +46,20 @@ def add_model(repository: Path, name: str, script: str, description: str = "") -
     (folder / "build.py").write_text(script)
     (folder / "model.toml").write_text(f'description = "{description}"\n')
     return folder
+
+
+Told = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Told:
+    """Run a command that starts no other program in this process; returns its status, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = main([*map(str, arguments)])
+        return (status, *capsys.readouterr())
+
+    return run
 
 
 def write_wheel(folder: Path, version: str) -> None:
@@ -134,21 +150,21 @@ def test_a_signal_ends_the_script_itself(tmp_path: Path) -> None:
         assert run.wait(60) == -signal.SIGTERM
 
 
-def test_without_a_name_it_lists_the_models(tmp_path: Path) -> None:
+def test_without_a_name_it_lists_the_models(tmp_path: Path, told: Told) -> None:
     add_model(tmp_path, "fresh", SCRIPT, "Not there yet")
     (add_model(tmp_path, "b", SCRIPT, "There") / "1").mkdir()
     (tmp_path / "no-script").mkdir()
     (tmp_path / "build.py").write_text("raise SystemExit('the repository itself is no model')")
-    run = build(tmp_path)
-    assert run.stdout.splitlines() == ["b      built      There", "fresh  not built  Not there yet"]
+    _, listed, _ = told("build", "--repository", tmp_path)
+    assert listed.splitlines() == ["b      built      There", "fresh  not built  Not there yet"]
     for name in ("nope", "../fresh", "no-script"):
-        run = build(tmp_path, name)
-        assert (run.returncode, run.stdout) == (1, "")
-        assert f'has no build script for "{name}"; there are "b", "fresh"' in run.stderr
+        status, output, errors = told("build", "--repository", tmp_path, name)
+        assert (status, output) == (1, "")
+        assert f'has no build script for "{name}"; there are "b", "fresh"' in errors
     for folder in ("no-script", "nowhere"):
-        run = build(tmp_path / folder)
-        assert run.returncode == 1
-        assert "has no models to build" in run.stderr
+        status, _, errors = told("build", "--repository", tmp_path / folder)
+        assert status == 1
+        assert "has no models to build" in errors
     run = subprocess.run(
         [sys.executable, "-m", "inferpool", "build", "digits"], cwd=tmp_path / "fresh",
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -160,16 +176,18 @@ def test_without_a_name_it_lists_the_models(tmp_path: Path) -> None:
     )
 
 
-def test_only_models_that_could_be_served_are_listed(tmp_path: Path) -> None:
+def test_only_models_that_could_be_served_are_listed(tmp_path: Path, told: Told) -> None:
     """Hidden folders, unprintable names, and folders called build.py are not models to build."""
     add_model(tmp_path, "good", SCRIPT, "Good")
     others = ("_hidden", ".hidden", "two\nlines", "\x1b[2Jclear", os.fsdecode(b"\xff"))
     for name in others:
         add_model(tmp_path, name, SCRIPT)
     (tmp_path / "folder" / "build.py").mkdir(parents=True)
-    assert build(tmp_path).stdout == "good  not built  Good\n"
+    assert told("build", "--repository", tmp_path) == (0, "good  not built  Good\n", "")
     for name in (*others, "folder"):
-        assert build(tmp_path, name).returncode == 1
+        status, _, errors = told("build", "--repository", tmp_path, name)
+        assert status == 1
+        assert 'there is "good"' in errors or 'there are "good"' in errors
         assert not (tmp_path / name / "ran.json").exists()
     run = subprocess.run(
         [sys.executable, "-m", "inferpool", "serve", str(tmp_path)],
@@ -186,17 +204,17 @@ def test_unprintable_characters_are_escaped_in_the_listing(tmp_path: Path) -> No
     assert listed == "a  not built  red \\x1b[31m\\nb  built  \\u202e \\x07é\n"
 
 
-def test_a_damaged_folder_does_not_affect_the_others(tmp_path: Path) -> None:
+def test_a_damaged_folder_does_not_affect_the_others(tmp_path: Path, told: Told) -> None:
     bad = add_model(tmp_path, "bad", "# /// script\n# dependencies = [\n# ///\n")
     (bad / "model.toml").write_text("descripton = 'misspelt'\n")
     add_model(tmp_path, "good", SCRIPT, "Good")
-    listed = build(tmp_path).stdout.splitlines()
+    listed = told("build", "--repository", tmp_path)[1].splitlines()
     assert listed[0].startswith("bad   not built  bad/model.toml: descripton: unknown key")
     assert listed[1] == "good  not built  Good"
     assert build(tmp_path, "good").returncode == 7
-    run = build(tmp_path, "bad")
-    assert run.returncode == 1
-    assert "bad/build.py: the metadata of the script cannot be read" in run.stderr
+    status, _, errors = told("build", "--repository", tmp_path, "bad")
+    assert status == 1
+    assert "bad/build.py: the metadata of the script cannot be read" in errors
 
 
 def test_the_projects_own_models_are_the_default() -> None:
@@ -251,8 +269,8 @@ def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
         assert isinstance(missing_packages(script), list)
 
 
-def test_the_log_names_the_command_for_each_model_that_is_not_built(serve: Serve, models: Path) -> None:
-    server = serve(models)
+def test_the_log_names_the_command_for_each_model_that_is_not_built(bundled: Server, models: Path) -> None:
+    server = bundled
     assert {model["name"] for model in server.get("/models").json()["models"]} == {
         "diabetes",
         "digits",
@@ -265,25 +283,27 @@ def test_the_log_names_the_command_for_each_model_that_is_not_built(serve: Serve
         said = [line for line in server.log if name in line["message"]]
         (line,) = said
         assert line["level"] == "info"
-        told = f"{name} is skipped until it is built: run (.+) build --repository {models} {name}"
-        assert re.fullmatch(told, line["message"])
+        message = f"{name} is skipped until it is built: run (.+) build --repository {models} {name}"
+        assert re.fullmatch(message, line["message"])
         assert server.post(f"/predict/{name}", json={"inputs": [[1]]}).json()["code"] == "model_not_found"
 
 
-def test_a_repository_without_a_built_model_says_how_to_build(tmp_path: Path) -> None:
+def test_a_repository_without_a_built_model_says_how_to_build(tmp_path: Path, told: Told) -> None:
     add_model(tmp_path / "my models", "fresh", SCRIPT)
+    how = rf"run .+ build --repository '{tmp_path}/my models' fresh"
     for path, words in (
         (tmp_path / "my models", "none of fresh is built yet"),
         (tmp_path / "my models/fresh", "is not built yet"),
     ):
-        for command in ("serve", "check"):
-            run = subprocess.run(
-                [sys.executable, "-m", "inferpool", command, str(path)],
-                cwd=ROOT, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert run.returncode == 1
-            assert words in run.stderr
-            assert re.search(rf"run .+ build --repository '{tmp_path}/my models' fresh", run.stderr)
+        run = subprocess.run(
+            [sys.executable, "-m", "inferpool", "serve", str(path)],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        status, _, errors = told("check", path)
+        assert (run.returncode, status) == (1, 1)
+        for said in (run.stderr, errors):
+            assert words in said
+            assert re.search(how, said)
 
 
 @pytest.mark.parametrize("found", [True, False])
@@ -308,11 +328,11 @@ def test_a_printed_command_works(tmp_path: Path, found: bool) -> None:
         "from inferpool.system.install_hints import *;"
         " print(uninstall_command('x'), '&&', install_command('text'))"
     )
-    told = subprocess.run(
+    hints = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
     )
     pip = f"{sys.executable} -m pip"
-    assert told.stdout.strip() == f"{pip} uninstall x && {pip} install 'inferpool[text]'"
+    assert hints.stdout.strip() == f"{pip} uninstall x && {pip} install 'inferpool[text]'"
 
 
 ASKED = """\
