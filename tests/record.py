@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -47,7 +48,7 @@ class Costly:
 IMPORT: Final = (
     "service/inferpool/import_command/**/*.py",
     "service/inferpool/release/importers/**/*.py",
-    "tests/import_command/**/*.py",
+    "tests/import_command/scripts.py",
 )
 PAGES: Final = ("tests/docs/test_commands.py", "tests/docs/pages.py")
 HOT_PATH_FOLDERS: Final = ("engine", "http", "observe", "pool", "wire")
@@ -55,10 +56,17 @@ COMMANDS_OF_A_PAGE: Final = "tests/docs/test_commands.py::test_commands_of_a_pag
 
 COSTLY: Final = {
     # Their packages take a gigabyte, which uv fetches.
-    "large-frameworks": Costly(("tests/import_command/test_large_frameworks.py",), IMPORT),
+    "large-frameworks": Costly(
+        ("tests/import_command/test_large_frameworks.py",),
+        (
+            *IMPORT,
+            "tests/import_command/test_large_frameworks.py",
+            "tests/import_command/hugging_face_models.py",
+        ),
+    ),
     "frameworks": Costly(
         ("tests/import_command/test_boosted_trees.py", "tests/import_command/test_networks.py"),
-        IMPORT,
+        (*IMPORT, "tests/import_command/test_boosted_trees.py", "tests/import_command/test_networks.py"),
         ("keras", "lightgbm", "onnx", "onnxmltools", "onnxruntime", "scikit-learn", "torch", "xgboost-cpu"),
     ),
     "docs/export-a-model.md": Costly(
@@ -163,15 +171,25 @@ def digest(name: str, root: Path = ROOT) -> str:
     costly = COSTLY[name]
     lines = [f"Python {sys.version_info.major}.{sys.version_info.minor}"]
     lines.append(f"engine {os.environ.get('INFERPOOL_ENGINE', '')}")
+    lines.append(f"tests {' '.join(costly.tests)}")
     lines += [f"{package} {version(package)}" for package in costly.packages]
     for file in sorted(set(files(name, root))):
-        lines.append(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}")
+        about = file.stat()
+        lines.append(
+            f"{file.relative_to(root)} {_digest_of_file(str(file), about.st_mtime_ns, about.st_size)}"
+        )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@cache
+def _digest_of_file(path: str, modified_ns: int, size: int) -> str:
+    """Return the SHA-256 of a file. Records share files, and a process of pytest asks for several records."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def files(name: str, root: Path = ROOT) -> Iterator[Path]:
     """Find the files that the tests `name` depend on."""
-    for pattern in (*COSTLY[name].files, "tests/record.py"):
+    for pattern in COSTLY[name].files:
         yield from root.glob(pattern)
 
 

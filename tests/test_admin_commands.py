@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import socket
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from inferpool import cli
 
 from tests.conftest import Serve
 from tests.http.connection.test_pipelining import check_host_is_required
@@ -46,15 +49,33 @@ def server(folder: Path, key: str, module_serve: Serve) -> Server:
     return module_serve(folder / "models", "--keys-file", str(folder / "keys.toml"))
 
 
+def variables(server: Server, key: str) -> dict[str, str]:
+    return {"INFERPOOL_URL": server.url, "INFERPOOL_KEY": key}
+
+
 def run(server: Server, key: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "INFERPOOL_URL": server.url, "INFERPOOL_KEY": key}
-    return subprocess.run(
-        [sys.executable, "-m", "inferpool", *arguments],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    """Run a command in this process: to start another one takes longer than all that commands do."""
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        for name, value in variables(server, key).items():
+            patch.setenv(name, value)
+        status = cli.main(list(arguments))
+    return subprocess.CompletedProcess(arguments, status, output.getvalue(), errors.getvalue())
+
+
+def test_a_command_is_a_program(server: Server, key: str) -> None:
+    """The other tests call the program's function."""
+    done = subprocess.run(
+        [sys.executable, "-m", "inferpool", "labels", "nothing"],
+        env={**os.environ, **variables(server, key)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == run(server, key, "labels", "nothing").stderr
+    assert 'no model is called "nothing"' in done.stderr
 
 
 def test_a_version_is_loaded_labelled_and_rolled_back(server: Server, key: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -60,6 +61,7 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+@cache
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, from its beginning."""
     text = page.read_text(encoding="utf-8")
@@ -79,12 +81,14 @@ def blocks(page: Path) -> list[Block]:
     return found[::-1]
 
 
+@cache
 def links(page: Path) -> list[str]:
     """The targets of the links of a page that stay in the repository."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     return [target for target in _LINK.findall(text) if "://" not in target]
 
 
+@cache
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))

@@ -88,10 +88,18 @@ def _validate(text: str) -> None:
     kind, api = manifest["kind"], manifest["apiVersion"]
     custom = SCHEMAS / f"{api.replace('/', '_')}_{kind}.json"
     if custom.exists():
-        jsonschema.validate(manifest, json.loads(custom.read_text()))
+        for error in _validator(custom).iter_errors(manifest):
+            raise error
     else:
         for version in (OLDEST, kubernetes_validate.latest_version()):
             kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@cache
+def _validator(file: Path) -> Any:
+    # `jsonschema.validate` checks the schema itself each time, which takes seconds for those of KServe.
+    schema = json.loads(file.read_text())
+    return jsonschema.validators.validator_for(schema)(schema)
 
 
 def only(manifests: Sequence[Manifest], kind: str) -> Manifest:

@@ -6,13 +6,11 @@ import asyncio
 import base64
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cohere
 import httpx
 import numpy as np
 import onnxruntime
-import openai
 import pytest
 from inferpool import AsyncClient, Client
 from inferpool.errors import ModelNotFound
@@ -22,6 +20,9 @@ from inferpool.tensors import Array
 from tests.conftest import Serve, in_both_engines
 from tests.server import Server
 from tests.text_models import Alone, make_tokenizer, write_encoder
+
+if TYPE_CHECKING:  # the tests import it themselves: it takes a second of each process that collects them
+    import openai
 
 pytestmark = in_both_engines
 
@@ -56,6 +57,8 @@ def server(module_serve: Serve, repository: Path) -> Server:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -137,6 +140,8 @@ def test_a_text_alone_and_token_ids_give_the_same(client: openai.OpenAI, alone: 
 
 
 def test_dimensions_cut_and_scale_where_the_model_says_so(client: openai.OpenAI, alone: Alone) -> None:
+    import openai
+
     whole = alone(TEXTS[0])["pooled"][0]
     for size in (4, 8, 16):
         answer = client.embeddings.create(model="whole", input=TEXTS[0], dimensions=size)
@@ -197,6 +202,8 @@ def test_truncation_is_reported_and_can_be_refused(server: Server, client: opena
 
 
 def test_errors_are_those_of_openai(server: Server, client: openai.OpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.NotFoundError) as missing:
         client.embeddings.create(model="nobody", input="w1")
     assert missing.value.code == "model_not_found"
@@ -228,6 +235,8 @@ def test_errors_are_those_of_openai(server: Server, client: openai.OpenAI) -> No
 
 
 def test_a_pair_model_reranks_for_the_clients_of_cohere(server: Server, cross: CrossEncoder) -> None:
+    import cohere
+
     query = "w1 w2"
     expected = [cross(query, text) for text in TEXTS]
     order = sorted(range(4), key=lambda index: -expected[index])

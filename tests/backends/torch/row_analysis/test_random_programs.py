@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from inferpool.backends.row_verdict import Independence
 from inferpool.backends.torch.row_analysis.exported import analyse
-from torch._export.serde.serialize import serialize
 
 from tests.backends.torch.networks import export
 from tests.backends.torch.row_analysis.random_programs import Network, random_networks, rows_are_independent
@@ -32,6 +31,8 @@ seen: Counter[tuple[bool, str]] = Counter()
 @settings(max_examples=PROGRAMS, deadline=None, suppress_health_check=list(HealthCheck))
 @given(random_networks())
 def test_no_mixing_program_is_called_independent(made: tuple[Network, torch.Tensor]) -> None:
+    from torch._export.serde.serialize import serialize  # late, because it takes a second
+
     network, x = made
     try:
         program = export(network, x)
