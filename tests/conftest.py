@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -87,7 +88,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _path(node: pytest.Item | pytest.Collector) -> str:
-    return str(node.path.relative_to(ROOT / "tests"))
+    return _below_tests(node.path)
+
+
+@functools.cache
+def _below_tests(path: Path) -> str:
+    return str(path.relative_to(ROOT / "tests"))
 
 
 def _is_covered(node: pytest.Item | pytest.Collector) -> bool:
@@ -126,12 +132,14 @@ def server_module(request: pytest.FixtureRequest) -> str:
 
 
 WITHOUT_SPARE = {"TESTS_SPARE_ENGINE": "none"}
-"""Variables for servers whose engines do not end: a spare engine takes half a second of CPU time."""
+"""Variables of all servers that `serve` starts: a spare engine takes half a second of CPU time."""
+WITH_SPARE = {"TESTS_SPARE_ENGINE": "usual"}
+"""Variables for the servers of tests in which a spare engine plays a part."""
 
 ENGINES = {
     "in-process": {"INFERPOOL_ENGINE": "in-process"},
-    "process": {"INFERPOOL_ENGINE": "process", "INFERPOOL_WEB_PROCESSES": "1", **WITHOUT_SPARE},
-    "processes": {"INFERPOOL_ENGINE": "process", "INFERPOOL_WEB_PROCESSES": "2", **WITHOUT_SPARE},
+    "process": {"INFERPOOL_ENGINE": "process", "INFERPOOL_WEB_PROCESSES": "1"},
+    "processes": {"INFERPOOL_ENGINE": "process", "INFERPOOL_WEB_PROCESSES": "2"},
 }
 """The ways to run a server, as variables. Tests of what may differ take two of them."""
 
@@ -172,7 +180,7 @@ def _serving(cache_dir: Path, server_module: str, engine_variables: Mapping[str,
     servers: list[Server] = []
 
     def start(repository: Path, *flags: str, wait: bool = True, **environ: str) -> Server:
-        own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
+        own = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200", **WITHOUT_SPARE}
         server = Server(repository, flags, {**own, **engine_variables, **environ}, server_module)
         servers.append(server)
         if wait:

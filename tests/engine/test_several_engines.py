@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 
 from tests.chaos import inferpool_chaos as chaos
-from tests.conftest import MakeChaos, Serve
-from tests.engine.processes import ENGINE, find
-from tests.engine.test_processes import ONE_WEB, ROW, SUM, Load
+from tests.clients import Client
+from tests.conftest import MakeChaos, Serve, chaos_in
+from tests.engine.processes import ENGINE, children, find, lives
+from tests.engine.test_processes import ONE_WEB, ROW, SUM, WAITING_ROW, Load
 from tests.server import Server, wait_until
 
 ON = (*ONE_WEB, "--admin-routes", "on")
@@ -35,12 +37,31 @@ def has_ended(server: Server, job: str) -> bool:
     return bool(server.get(job).json()["state"] != "running")
 
 
-def test_while_one_of_two_engines_is_replaced_the_other_one_answers(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    gate = tmp_path / "gate"
+class TwoEngines(NamedTuple):
+    """A server with two engines for the CPU, and the files at which its model waits if they are pipes.
+
+    Attributes:
+        gate: for loads.
+        run_gate: for marked runs.
+    """
+
+    server: Server
+    gate: Path
+    run_gate: Path
+
+
+@pytest.fixture(scope="module")
+def two_engines(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> TwoEngines:
+    folder = tmp_path_factory.mktemp("two_engines")
+    gate, run_gate = folder / "gate", folder / "run_gate"
     gate.touch()
-    server = serve(make_chaos("m", run_ms=2, gate=str(gate)), *ONE_WEB, "--engines-per-device", "2")
+    os.mkfifo(run_gate)
+    repository = chaos_in(folder / "repository")("m", run_ms=2, gate=str(gate), run_gate=str(run_gate))
+    return TwoEngines(module_serve(repository, *ONE_WEB, "--engines-per-device", "2"), gate, run_gate)
+
+
+def test_while_one_of_two_engines_is_replaced_the_other_one_answers(two_engines: TwoEngines) -> None:
+    server, gate, _ = two_engines
     assert sorted(engines(server, "m")) == ["cpu", "cpu-2"]
     assert len(version(server, "m")["instances"]) == 2
     load = Load(server, clients=4)
@@ -72,7 +93,27 @@ def test_while_one_of_two_engines_is_replaced_the_other_one_answers(
     assert server.metric("engine_restarts_total", engine="cpu") == 1
     assert server.metric("engine_restarts_total", engine="cpu-2") == 1
     assert server.metric("instances", model="m", state="ready") == 2
-    assert server.stop() == 0
+
+
+def test_an_interrupt_from_the_terminal_drains(two_engines: TwoEngines) -> None:
+    """A terminal sends SIGINT to every process of the server. The last test of this one."""
+    server = two_engines.server
+
+    async def scenario() -> None:
+        client = await Client.connect(server.port)
+        client.send("/predict/m", json.dumps(WAITING_ROW).encode())
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
+        pids = children(server)
+        for pid in (server.process.pid, *pids):
+            os.kill(pid, signal.SIGINT)
+        await asyncio.to_thread(server.wait_for, "SIGINT: draining")
+        await asyncio.to_thread(chaos.open_gate, two_engines.run_gate)
+        assert (await client.receive()).status == 200
+        await client.close()
+        assert server.process.wait(30) == 0
+        assert not any(map(lives, pids))
+
+    asyncio.run(scenario())
 
 
 @pytest.fixture(scope="module")

@@ -85,45 +85,22 @@ def test_sigterm_under_load_loses_no_accepted_request(serve: Serve, make_chaos: 
 
 
 @in_both_engines
-def test_readiness_goes_first_and_work_is_finished(
+def test_readiness_goes_first_later_clients_are_asked_to_go_then_refused_and_work_is_finished(
     serve: Serve, make_chaos: MakeChaos, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    server = serve(make_chaos("m", run_gate=str(gate)))
-
-    async def scenario() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as session:
-            accepted = asyncio.create_task(session.post("/predict/m", json=WAITING_ROW))
-            await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
-            server.process.terminate()
-            await asyncio.to_thread(wait_until, lambda: is_unready(server), "readiness goes")
-            assert (await session.get("/health/live")).status_code == 200
-            assert (await session.get("/health")).json()["status"] == "draining"
-            late = await session.post("/predict/m", json=ROW)
-            assert late.status_code == 503
-            assert late.json()["code"] == "draining"
-            assert late.headers["retry-after"]
-            assert not accepted.done()
-            await asyncio.to_thread(gate.write_bytes, b"")
-            assert (await accepted).status_code == 200
-
-    asyncio.run(scenario())
-    assert server.process.wait(30) == 0
-
-
-@in_both_engines
-def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    server = serve(make_chaos("m"), "--drain-settle-s", "8")
+    # One instance waits at the gate, and the other one answers.
+    repository = make_chaos("m", "[instances]\ncount = 2\n", run_gate=str(gate))
+    server = serve(repository, "--drain-settle-s", "8")
     body = json.dumps(ROW).encode()
 
     async def scenario() -> None:
-        idle, kept, late, unfinished = [await Client.connect(server.port) for _ in range(4)]
+        accepted, idle, kept, late, unfinished = [await Client.connect(server.port) for _ in range(5)]
+        accepted.send("/predict/m", json.dumps(WAITING_ROW).encode())
         # A client that never finishes its body does not hold up the end.
         unfinished.send("/predict/m", body[:-1], {"content-length": str(len(body))})
-        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 1)
+        await asyncio.to_thread(server.wait_for_metric, "in_flight_requests", 2)
         for client in (idle, kept):
             assert "connection" not in (await client.post("/predict/m", body)).headers
         server.process.terminate()
@@ -141,12 +118,20 @@ def test_while_it_settles_requests_are_answered_and_their_clients_asked_to_go(
         with pytest.raises(asyncio.IncompleteReadError) as ended:
             await idle.receive()
         assert ended.value.partial == b""
+
+        await asyncio.to_thread(server.wait_for, "the settle time is over")
+        refused = server.post("/predict/m", json=ROW)
+        assert (refused.status_code, refused.json()["code"]) == (503, "draining")
+        assert refused.headers["retry-after"]
+        assert server.get("/health/live").status_code == 200
+        assert server.get("/health").json()["status"] == "draining"
+        await asyncio.to_thread(chaos.open_gate, gate)
+        assert (await accepted.receive()).status == 200
         assert server.process.wait(30) == 0
-        for client in (idle, kept, late, unfinished):
+        for client in (accepted, idle, kept, late, unfinished):
             await client.close()
 
     asyncio.run(scenario())
-    server.wait_for("the settle time is over")
 
 
 @in_both_engines

@@ -8,8 +8,8 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import numpy as np
@@ -18,23 +18,41 @@ from inferpool.codecs.image_container import MEDIA_TYPES
 from inferpool.http.problems import STATUSES
 
 from tests.chaos import inferpool_chaos as chaos
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve, chaos_in
 from tests.server import Server
 
 ROW = {"inputs": {"features": [[1.0] * 10]}}
 
 
+class Limited(NamedTuple):
+    """A server, and the pipe for which the load of its model `slow` waits."""
+
+    server: Server
+    gate: Path
+
+
 @pytest.fixture(scope="module")
-def limited(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Server]:
-    """A server with a slow model `m`, for bodies of up to 10,000 bytes."""
-    folder = tmp_path_factory.mktemp("limited") / "m" / "1"
-    folder.mkdir(parents=True)
-    (folder / "model.chaos").write_text('{"run_ms": 20}')
-    environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-    server = Server(folder.parent.parent, ("--max-body-bytes", "10000"), environ)
-    server.wait_loaded()
-    yield server
-    server.kill()
+def still_loading(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Limited:
+    """A server with a slow model `m`, for bodies of up to 10,000 bytes; `bad` and `broken` fail."""
+    folder = tmp_path_factory.mktemp("limited")
+    gate = folder / "gate"
+    os.mkfifo(gate)
+    make = chaos_in(folder / "models")
+    make("m", run_ms=20)
+    make("good")
+    make("bad", config="nonsense = 1\n")
+    repository = make("slow", gate=str(gate))
+    (repository / "broken" / "1").mkdir(parents=True)
+    (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")
+    server = module_serve(repository, "--max-body-bytes", "10000", wait=False)
+    for name in ("good", "m"):
+        server.wait_for(f"{name}/1 is ready")
+    return Limited(server, gate)
+
+
+@pytest.fixture(scope="module")
+def limited(still_loading: Limited) -> Server:
+    return still_loading.server
 
 
 def code_of(answer: httpx.Response) -> str:
@@ -124,6 +142,28 @@ def test_strings_instead_of_numbers_are_named(bundled: Server) -> None:
     assert answer.json()["got"] == "BYTES"
 
 
+def test_a_model_that_is_loading_or_has_failed_is_not_ready(still_loading: Limited) -> None:
+    """The first test of this server."""
+    server, gate = still_loading
+    loading = server.post("/predict/slow", json={"inputs": [[1, 2, 3, 4]]})
+    assert code_of(loading) == "not_ready"
+    assert int(loading.headers["retry-after"]) >= 1
+    waiting = server.get("/v2/health/ready")
+    assert waiting.status_code == server.get("/health/ready").status_code == 503
+    assert waiting.json() == {"ready": False, "error": "the server is loading", "code": "not_ready"}
+    assert server.get("/health/live").status_code == 200
+    assert server.get("/v2/health/live").json() == {"live": True}
+    assert server.get("/health").json()["status"] == "loading"
+    chaos.open_gate(gate)
+    server.wait_loaded()
+    assert code_of(server.post("/predict/broken", json={"inputs": [[1]]})) == "not_ready"
+    assert server.get("/health/ready").status_code == 200
+    assert server.get("/v2/health/ready").json() == {"ready": True}
+    health = server.get("/health").json()
+    assert health["status"] == "degraded"
+    assert "broken/1" in health["problems"]
+
+
 def test_a_short_timeout_is_not_rounded_to_zero(limited: Server) -> None:
     body = {"inputs": [[1.0] * 4]}
     assert limited.post("/predict/m", json=body).status_code == 200
@@ -133,10 +173,9 @@ def test_a_short_timeout_is_not_rounded_to_zero(limited: Server) -> None:
         assert " 0.0 ms" not in answer.json()["detail"]
 
 
-def test_a_refused_request_counts_for_the_model_that_it_names(serve: Serve, make_chaos: MakeChaos) -> None:
+def test_a_refused_request_counts_for_the_model_that_it_names(limited: Server) -> None:
     """Alerts see requests to a model that cannot answer; names of unknown models do not become labels."""
-    make_chaos("good")
-    server = serve(make_chaos("bad", config="nonsense = 1\n"))
+    server = limited
     row = {"inputs": [[1.0] * 4]}
     for path, body in (
         ("/predict/bad", row),
@@ -177,6 +216,9 @@ def test_bodies_are_capped_before_and_after_decompression(limited: Server) -> No
         yield from (large[start : start + 1000] for start in range(0, len(large), 1000))
 
     assert code_of(limited.post("/predict/m", content=chunks())) == "body_too_large"
+    packed = gzip.compress(b" " * 20_000)
+    v2 = limited.post("/v2/models/m/infer", content=packed, headers={"content-encoding": "gzip"})
+    assert (v2.status_code, v2.json()["code"]) == (413, "body_too_large")
     for encoding, compress in (("gzip", gzip.compress), ("deflate", zlib.compress)):
         headers = {"content-encoding": encoding}
         assert limited.post("/predict/m", content=compress(small), headers=headers).status_code == 200
@@ -203,29 +245,3 @@ def test_a_model_that_raises_fails_that_request_alone(limited: Server) -> None:
     assert "marked" not in bad.text, "the response hides the cause"
     good = limited.post("/predict/m", json={"inputs": [[1.0, 2.0, 3.0, 4.0]]})
     assert good.json()["outputs"]["sum"] == chaos.expected(np.array([[1.0, 2.0, 3.0, 4.0]])).tolist()
-
-
-def test_a_model_that_is_loading_or_has_failed_is_not_ready(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    repository = make_chaos("good")
-    make_chaos("slow", gate=str(gate))
-    (repository / "broken" / "1").mkdir(parents=True)
-    (repository / "broken" / "1" / "model.onnx").write_bytes(b"not a model")
-    server = serve(repository, wait=False)
-    server.wait_for("good/1 is ready")
-    loading = server.post("/predict/slow", json={"inputs": [[1, 2, 3, 4]]})
-    assert code_of(loading) == "not_ready"
-    assert int(loading.headers["retry-after"]) >= 1
-    assert server.get("/health/ready").status_code == 503
-    assert server.get("/health/live").status_code == 200
-    assert server.get("/health").json()["status"] == "loading"
-    chaos.open_gate(gate)
-    server.wait_loaded()
-    assert code_of(server.post("/predict/broken", json={"inputs": [[1]]})) == "not_ready"
-    assert server.get("/health/ready").status_code == 200
-    health = server.get("/health").json()
-    assert health["status"] == "degraded"
-    assert "broken/1" in health["problems"]

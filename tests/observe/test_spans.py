@@ -23,7 +23,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from tests.chaos.inferpool_chaos import RAISE
 from tests.clients import Client, with_clients
-from tests.conftest import WITHOUT_SPARE, MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve
 from tests.server import ROOT, wait_until
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -249,7 +249,7 @@ def test_each_web_process_sends_the_spans_of_its_requests(
     serve: Serve, make_chaos: MakeChaos, collector: Collector
 ) -> None:
     flags = ("--engine", "process", "--web-processes", "2")
-    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, **WITHOUT_SPARE}
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
     server = serve(make_chaos("m"), *flags, **environ)
 
     first = 0

@@ -45,8 +45,13 @@ class Answers:
     longest_s: float = 0.0
 
 
-def ask_until(port: int, model: str, over: Callable[[], bool], answers: Answers) -> None:
-    """Send requests until `over`. The version V of `model` answers x + V to a row x."""
+def ask_until(
+    port: int, model: str, over: Callable[[], bool], answers: Answers, pause_s: float = 0.0
+) -> None:
+    """Send requests until `over`. The version V of `model` answers x + V to a row x.
+
+    The client pauses for `pause_s` between two rounds.
+    """
     connections = [socket.create_connection(("127.0.0.1", port), _WAIT_S) for _ in range(CONNECTIONS)]
     head = f"POST /predict/{model} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n".encode()
     number = 0
@@ -70,6 +75,8 @@ def ask_until(port: int, model: str, over: Callable[[], bool], answers: Answers)
                 answers.versions[version] += 1
             answers.requests += len(connections)
             answers.longest_s = max(answers.longest_s, time.monotonic() - began)
+            if pause_s:
+                time.sleep(pause_s)
     except OSError as error:
         answers.faults.append(f"a connection has ended: {error!r}")
     finally:

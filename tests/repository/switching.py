@@ -56,10 +56,10 @@ def prepare(folder: Path) -> None:
     write_shift(folder, MODEL, 1, 1.0)
 
 
-def switch(server: Server, folder: Path, requests: int, least_switches: int) -> Report:
-    """Send at least `requests` predictions while versions are switched."""
+def switch(server: Server, folder: Path, requests: int, least_switches: int, pause_s: float = 0.0) -> Report:
+    """Send at least `requests` predictions while versions are switched; see `ask_until` for `pause_s`."""
     answers, over = Answers(), threading.Event()
-    arguments = (server.port, MODEL, over.is_set, answers)
+    arguments = (server.port, MODEL, over.is_set, answers, pause_s)
     client = threading.Thread(target=ask_until, args=arguments)
     client.start()
     switches = 0

@@ -158,25 +158,35 @@ def holds_less(server: Server, bytes_: float) -> bool:
     return server.resident_bytes(spare=False) < bytes_
 
 
-@pytest.mark.parametrize("engine", ["in-process", "process"])
-def test_an_unloaded_model_gives_its_memory_back(serve: Serve, tmp_path: Path, engine: str) -> None:
-    side = 6400
-    weights_bytes = 4 * side * side  # 164 MB: what a process allocates besides is small beside it
-    weights = numpy_helper.from_array(np.ones((side, side), np.float32), "w")
+SIDE = 4500
+WEIGHTS_BYTES = 4 * SIDE * SIDE
+"""81 MB: what a process allocates besides is small beside it."""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of a large and a small model."""
+    weights = numpy_helper.from_array(np.ones((SIDE, SIDE), np.float32), "w")
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])], "big",
-        [value("x", "FP32", ["rows", side])], [value("y", "FP32", ["rows", side])], [weights],
+        [value("x", "FP32", ["rows", SIDE])], [value("y", "FP32", ["rows", SIDE])], [weights],
     )  # fmt: skip
-    write_model(tmp_path, "big", graph)
-    write_shift(tmp_path, "small", 1, 1.0)
-    server = serve(tmp_path, *ON, "--engine", engine)
+    folder = tmp_path_factory.mktemp("big")
+    write_model(folder, "big", graph)
+    write_shift(folder, "small", 1, 1.0)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["in-process", "process"])
+def test_an_unloaded_model_gives_its_memory_back(serve: Serve, big: Path, engine: str) -> None:
+    server = serve(big, *ON, "--engine", engine)
     # The first request that is no prediction imports what such requests need, and that stays.
     assert server.post("/v2/repository/models/small/unload").status_code == 200
     assert server.post("/v2/repository/models/small/load").status_code == 200
     for _ in range(2):
         held = server.resident_bytes(spare=False)
         assert server.post("/v2/repository/models/big/unload").status_code == 200
-        low = held - 0.94 * weights_bytes
+        low = held - 0.94 * WEIGHTS_BYTES
         wait_until(partial(holds_less, server, low), "the memory is given back")
         assert server.post("/v2/repository/models/big/load").status_code == 200
     assert server.resident_bytes(spare=False) < held + 30e6

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -124,14 +122,3 @@ def test_a_changed_model_toml_takes_effect(server: Server, folder: Path) -> None
     config.write_text("batch = 1\n")
     server.wait_for("batch: unknown key")
     assert answer(server, "configured") == ("2", 3.0)
-
-
-@pytest.mark.parametrize("engine", ["in-process", "process"])
-def test_a_hangup_has_the_folder_looked_at(serve: Serve, tmp_path: Path, engine: str) -> None:
-    write_shift(tmp_path, "first", 1, 1.0)
-    server = serve(tmp_path, "--engine", engine)
-    write_shift(tmp_path, "first", 2, 2.0)
-    write_shift(tmp_path, "second", 1, 3.0)
-    os.kill(server.process.pid, signal.SIGHUP)
-    wait_for_answer(server, ("2", 3.0), "first")
-    wait_for_answer(server, ("1", 4.0), "second")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import httpx
 import pytest
+from inferpool.cli import main
 from inferpool.errors import ConfigError, Forbidden, Unauthorized
 from inferpool.http.access.caller import ADMIN, PREDICT, READ, Caller
 from inferpool.http.access.gate import MOST_ACCEPTED, OFF, OPEN, Gate
@@ -27,7 +28,7 @@ from inferpool.http.access.refusals import EVERY_S, MOST_PEERS, Refusals
 from inferpool.observe.metrics import Metrics
 from inferpool.settings import Settings
 
-from tests.conftest import WITHOUT_SPARE, MakeChaos, Serve, chaos_in
+from tests.conftest import MakeChaos, Serve, chaos_in
 from tests.http.access.keys import MARK, KeyFile
 from tests.server import Server, wait_until
 
@@ -186,7 +187,8 @@ def changed(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Ch
     file = KeyFile(folder / "keys.toml")
     for name, scopes in (("first", ["predict"]), ("all", ["predict", "metrics"])):
         file.add(name, *scopes)
-    return Changed(module_serve(chaos_in(folder / "models")("m"), "--keys-file", str(file.path)), file)
+    flags = ("--keys-file", str(file.path), "--access-log", "--log-level", "debug")
+    return Changed(module_serve(chaos_in(folder / "models")("m"), *flags), file)
 
 
 def test_a_new_key_and_a_revoked_key_take_effect_without_a_restart(changed: Changed) -> None:
@@ -206,10 +208,7 @@ def test_a_new_key_and_a_revoked_key_take_effect_without_a_restart(changed: Chan
         append_key(file.path, record)
         wait_until(lambda: status(second) == 200, "the new key is accepted")
         assert status(first) == 200
-        subprocess.run(
-            [sys.executable, "-m", "inferpool", "key", "revoke", file.ids["first"], "--keys-file", file.path],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        assert main(["key", "revoke", file.ids["first"], "--keys-file", str(file.path)]) == 0
         wait_until(lambda: status(first) == 401, "the revoked key is refused")
         assert status(second) == 200
         for life_s in (4, 8, 16, 32):
@@ -244,6 +243,41 @@ def test_a_broken_file_keeps_the_keys_and_is_reported(changed: Changed) -> None:
     assert MARK not in json.dumps(server.log)
 
 
+def test_no_output_has_a_secret(changed: Changed) -> None:
+    """The last test of this server, whose log has the lines of the tests before."""
+    server, file = changed
+    good = file.add("admin", "predict", "read", "metrics", "admin")
+    lesser = file.add("lesser", "predict:other")
+    unknown = 401
+    # The file is read once for both.
+    lesser_key = {"x-api-key": lesser}
+    wait_until(lambda: server.get("/models", headers=lesser_key).status_code != unknown, "the keys are known")
+    seen = []
+    client = httpx.Client(base_url=server.url, timeout=30)
+    for key in (good, lesser, MARK, MARK + "." + MARK + "." + MARK):
+        for headers in ({"x-api-key": key}, {"authorization": f"Bearer {key}"}):
+            for method, path in (
+                ("POST", "/predict/m"), ("POST", "/predict"), ("GET", "/predict/m"), ("GET", "/models"),
+                ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/v2/models/m/stats"), ("GET", "/x"),
+                ("POST", "/v2/models/m/infer"), ("POST", "/models/m/load"), ("GET", "/health"),
+            ):  # fmt: skip
+                answer = client.request(method, path, json=BODY, headers=headers)
+                seen.append(str(answer.headers) + answer.text)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            # A head that the parser refuses, and one that is too long.
+            connection.sendall(
+                f"POST /predict/m HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\nbad header\r\n\r\n".encode()
+            )
+            seen.append(connection.recv(65_536).decode())
+    client.close()
+    server.stop()
+    seen.append(json.dumps(server.log))
+    assert len(seen) > 90
+    for secret in (good, lesser, MARK):
+        assert not [text for text in seen if secret in text]
+        assert not [text for text in seen if secret[-20:] in text]
+
+
 def test_every_web_process_reads_the_keys_again_when_kubernetes_changes_a_link(
     serve: Serve, make_chaos: MakeChaos, tmp_path: Path
 ) -> None:
@@ -257,7 +291,7 @@ def test_every_web_process_reads_the_keys_again_when_kubernetes_changes_a_link(
     (mount / "..data").symlink_to("..2026_one")
     (mount / "keys.toml").symlink_to("..data/keys.toml")
     flags = ("--engine", "process", "--web-processes", "2", "--keys-file", str(mount / "keys.toml"))
-    server = serve(make_chaos("m"), *flags, **WITHOUT_SPARE)
+    server = serve(make_chaos("m"), *flags)
 
     def statuses(headers: dict[str, str]) -> set[int]:
         # Each on a connection of its own: the web processes take turns.
@@ -343,39 +377,6 @@ def test_admin_routes_without_keys_are_for_programs_and_not_for_web_pages() -> N
     closed.use({hashlib.sha256(b"k").digest(): Caller("t", "k", ADMIN)})
     with pytest.raises(Forbidden, match="--admin-routes off"):
         closed.authorize([(b"x-api-key", b"k")], ADMIN, None, "")
-
-
-def test_no_output_has_a_secret(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
-    file = KeyFile(tmp_path / "keys.toml")
-    good = file.add("all", "predict", "read", "metrics", "admin")
-    lesser = file.add("lesser", "predict:other")
-    server = serve(
-        make_chaos("m"), "--keys-file", str(file.path), "--access-log", "--log-level", "debug",
-    )  # fmt: skip
-    seen = []
-    client = httpx.Client(base_url=server.url, timeout=30)
-    for key in (good, lesser, MARK, MARK + "." + MARK + "." + MARK):
-        for headers in ({"x-api-key": key}, {"authorization": f"Bearer {key}"}):
-            for method, path in (
-                ("POST", "/predict/m"), ("POST", "/predict"), ("GET", "/predict/m"), ("GET", "/models"),
-                ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/v2/models/m/stats"), ("GET", "/x"),
-                ("POST", "/v2/models/m/infer"), ("POST", "/models/m/load"), ("GET", "/health"),
-            ):  # fmt: skip
-                answer = client.request(method, path, json=BODY, headers=headers)
-                seen.append(str(answer.headers) + answer.text)
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-            # A head that the parser refuses, and one that is too long.
-            connection.sendall(
-                f"POST /predict/m HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\nbad header\r\n\r\n".encode()
-            )
-            seen.append(connection.recv(65_536).decode())
-    client.close()
-    server.stop()
-    seen.append(json.dumps(server.log))
-    assert len(seen) > 90
-    for secret in (good, lesser, MARK):
-        assert not [text for text in seen if secret in text]
-        assert not [text for text in seen if secret[-20:] in text]
 
 
 def test_a_gate_remembers_no_caller_after_the_keys_have_changed() -> None:

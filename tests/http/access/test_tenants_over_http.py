@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.fairness import Load, run_loads
 from benchmarks.percentiles import percentile
-from tests.conftest import WITHOUT_SPARE, Serve
+from tests.conftest import Serve
 from tests.http.access.keys import KeyFile
 from tests.server import Server, wait_until
 
@@ -50,7 +50,7 @@ def start(serve: Serve, folder: Path, keys: KeyFile, *processes: str) -> Server:
     (folder / "tenants.toml").write_text(TENANTS)
     flags = ("--keys-file", str(keys.path), "--tenants-file", str(folder / "tenants.toml"))
     others = ("--queue-ms", "2000", "--cors-allow-origin", PAGE, *processes)
-    return serve(folder / "models", *flags, *others, **WITHOUT_SPARE)
+    return serve(folder / "models", *flags, *others)
 
 
 @pytest.fixture(scope="module")

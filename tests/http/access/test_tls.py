@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -34,7 +34,7 @@ from pydantic import ValidationError
 
 from tests.certificates import Authority
 from tests.chaos import inferpool_chaos as chaos
-from tests.conftest import WITHOUT_SPARE, MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve, chaos_in
 from tests.http.access.keys import KeyFile
 from tests.http.connection.test_pipelining import Wire, check_host_is_required, request, sums
 from tests.http.connection.tls_client import TlsClient
@@ -44,6 +44,8 @@ from tests.servers import few_handshakes
 BODY = {"inputs": [[1, 0, 0, 0]]}
 LARGE_ROWS = 300_000
 RENEWALS = 4
+PAUSE_S = 0.01
+"""A client's pause between two requests, which leaves the cores to the server."""
 ANSWERS = 40
 """Requests that are answered, at least, at each renewal: twice as many as a connection has."""
 
@@ -68,9 +70,9 @@ class Site:
         url = f"https://localhost:{self.server.port}"
         return httpx.Client(base_url=url, verify=self.authority.client_context(), timeout=30)
 
-    def shown_serial(self) -> int:
+    def shown_serial(self, context: ssl.SSLContext | None = None) -> int:
         """The serial number of the certificate that the server shows to a new connection."""
-        with self.wire() as wire:
+        with Wire(self.server, context or self.authority.client_context()) as wire:
             assert isinstance(wire.socket, ssl.SSLSocket)
             shown: Any = wire.socket.getpeercert()
             return int(shown["serialNumber"], 16)
@@ -87,7 +89,7 @@ def start_site(serve: Serve, folder: Path, *processes: str) -> Site:
     (repository / "m" / "1" / "model.chaos").write_text('{"run_ms": 1}')
     (repository / "m" / "model.toml").write_text(f"[batching]\nmax_rows = {LARGE_ROWS}\n")
     flags = ("--host", "::", "--max-body-bytes", "20000000")
-    made.server = serve(repository, *made.flags, *flags, *processes, **WITHOUT_SPARE)
+    made.server = serve(repository, *made.flags, *flags, *processes)
     return made
 
 
@@ -264,6 +266,7 @@ def test_renewed_certificates_are_shown_and_no_request_fails(each_site: Site) ->
                         status, _, body = wire.answer()
                         assert status == 200, body
                         answered += 1
+                        stop.wait(PAUSE_S)
             except Exception as error:  # noqa: BLE001 - the test fails with its text
                 failures.append(repr(error))
 
@@ -303,45 +306,109 @@ def test_a_broken_renewal_changes_nothing_but_the_log(each_site: Site) -> None:
     each_site.key.write_bytes(right)
 
 
-def test_files_of_a_mounted_secret_are_renewed_by_a_switch_of_their_folder(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    """Kubernetes writes a new folder and moves the link `..data` to it."""
-    mounted = tmp_path / "secret"
-    mounted.mkdir()
-    site = Site(tmp_path)
-
-    def write(version: str) -> int:
-        folder = mounted / version
-        folder.mkdir()
-        serial = site.authority.issue(folder / "tls.crt", folder / "tls.key")
-        (mounted / "..tmp").symlink_to(version)
-        (mounted / "..tmp").rename(mounted / "..data")
-        return serial
-
-    site.serial = write("..2026_01")
-    for name in ("tls.crt", "tls.key"):
-        (mounted / name).symlink_to(f"..data/{name}")
-    site.server = serve(
-        make_chaos("m"), "--tls-certificate-file", str(mounted / "tls.crt"), "--tls-key-file",
-        str(mounted / "tls.key"),
-    )  # fmt: skip
-    assert site.shown_serial() == site.serial
-    serial = write("..2026_02")
-    wait_until(partial(site.shows, serial), "the new certificate is shown")
-
-
 def ask(site: Site, context: ssl.SSLContext) -> None:
     with Wire(site.server, context) as wire:
         wire.send(request(4))
         assert wire.answer()[0] == 200
 
 
-def test_clients_without_a_certificate_of_the_authority_are_refused(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    site = Site(tmp_path)
-    site.server = serve(make_chaos("m"), *site.flags, "--tls-client-ca-file", str(site.authority.file))
+class Guarded(NamedTuple):
+    """A server that demands certificates of its clients, or keys.
+
+    Attributes:
+        site: its certificate is in a mounted secret.
+        mounted: the folder of the secret.
+        key: what the reader has.
+        socket: the path at which administrators connect.
+    """
+
+    site: Site
+    mounted: Path
+    key: str
+    socket: Path
+
+    def renew(self, version: str) -> int:
+        """Write a new folder and move the link `..data` to it, as Kubernetes does; returns the serial."""
+        folder = self.mounted / version
+        folder.mkdir()
+        serial = self.site.authority.issue(folder / "tls.crt", folder / "tls.key")
+        (self.mounted / "..tmp").symlink_to(version)
+        (self.mounted / "..tmp").rename(self.mounted / "..data")
+        return serial
+
+
+@pytest.fixture(scope="module")
+def guarded(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Guarded:
+    folder = tmp_path_factory.mktemp("guarded")
+    mounted = folder / "secret"
+    mounted.mkdir()
+    keys = KeyFile(folder / "keys.toml")
+    made = Guarded(Site(folder), mounted, keys.add("reader", "read", tenant="reader"), folder / "admin.sock")
+    site = made.site
+    site.serial = made.renew("..2026_01")
+    site.certificate, site.key = mounted / "tls.crt", mounted / "tls.key"
+    for file in (site.certificate, site.key):
+        file.symlink_to(f"..data/{file.name}")
+    make = chaos_in(folder / "repository")
+    make("other")
+    site.server = module_serve(
+        make("m"), "--tls-certificate-file", str(site.certificate), "--tls-key-file", str(site.key),
+        "--tls-client-ca-file", str(site.authority.file), "--tls-client-scopes", "predict:m",
+        "--public-scopes", "metrics", "--keys-file", str(keys.path), "--admin-socket", str(made.socket),
+    )  # fmt: skip
+    return made
+
+
+def test_a_certificate_may_take_the_place_of_a_key(guarded: Guarded, tmp_path: Path) -> None:
+    """The first test of this server: its metrics count from the start."""
+    site, key = guarded.site, guarded.key
+    contexts = {}
+    for name in ("acme", "team/other", "not fit: for a label"):
+        certificate, own = tmp_path / "client.crt", tmp_path / "client.key"
+        site.authority.issue(certificate, own, name, names=())
+        contexts[name] = site.authority.client_context(certificate, own)
+    url = f"https://localhost:{site.server.port}"
+
+    def statuses(name: str, *headers: dict[str, str]) -> list[int]:
+        """Of predictions with these headers, on one connection, and of a look at the models."""
+        with httpx.Client(base_url=url, verify=contexts[name], timeout=30) as client:
+            answers = [client.post("/predict/m", json=BODY, headers=each) for each in headers]
+            return [*(answer.status_code for answer in answers), client.get("/models").status_code]
+
+    # Equal heads, which are cached, on connections with different certificates.
+    assert statuses("acme", {}, {}, {}) == [200, 200, 200, 403]
+    assert statuses("not fit: for a label", {}, {}) == [401, 401, 401]
+    assert statuses("team/other", {}, {}) == [200, 200, 403]
+    # A key counts more than the certificate.
+    assert statuses("acme", {"x-api-key": "wrong"}, {"x-api-key": "wrong"}, {}) == [401, 401, 200, 403]
+    assert statuses("acme", {"x-api-key": key}) == [403, 403]
+    # A head that the server knows from a client with more rights.
+    data = json.dumps(BODY).encode()
+    head = f"POST /predict/other HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    with socket.socket(socket.AF_UNIX) as local:
+        local.connect(str(guarded.socket))
+        for _ in range(2):
+            local.sendall(head.encode() + data)
+            assert local.recv(65_536).startswith(b"HTTP/1.1 200")
+    with Wire(site.server, contexts["acme"]) as wire:
+        wire.send(head.encode() + data)
+        assert wire.answer()[0] == 403
+    with httpx.Client(base_url=url, verify=contexts["acme"], timeout=30) as client:
+        metrics = client.get("/metrics").text
+        assert 'inferpool_tenant_requests_total{tenant="acme",code="200"} 4' in metrics
+        assert 'inferpool_tenant_requests_total{tenant="team/other",code="200"} 2' in metrics
+        with pytest.raises((OSError, AssertionError)):
+            ask(site, site.authority.client_context())
+        wait_until(
+            lambda: 'refused_connections_total{reason="handshake"} 1' in client.get("/metrics").text,
+            "the refused connection is counted",
+        )
+    expiry = metrics.partition("\ninferpool_tls_certificate_expiry_timestamp_seconds ")[2].split()[0]
+    assert float(expiry) == expiry_of(site.certificate.read_text())
+
+
+def test_clients_without_a_certificate_of_the_authority_are_refused(guarded: Guarded, tmp_path: Path) -> None:
+    site = guarded.site
     certificate, key = tmp_path / "client.crt", tmp_path / "client.key"
     site.authority.issue(certificate, key, "a client")
     ask(site, site.authority.client_context(certificate, key))
@@ -367,61 +434,16 @@ def test_clients_without_a_certificate_of_the_authority_are_refused(
     assert (run.returncode, "200" in run.stdout) == (0, True), run.stderr
 
 
-def test_a_certificate_may_take_the_place_of_a_key(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+def test_files_of_a_mounted_secret_are_renewed_by_a_switch_of_their_folder(
+    guarded: Guarded, tmp_path: Path
 ) -> None:
-    site = Site(tmp_path)
-    keys = KeyFile(tmp_path / "keys.toml")
-    key = keys.add("reader", "read", tenant="reader")
-    make_chaos("other")
-    site.server = serve(
-        make_chaos("m"), *site.flags, "--tls-client-ca-file", str(site.authority.file), "--tls-client-scopes",
-        "predict:m", "--public-scopes", "metrics", "--keys-file", str(keys.path),
-        "--admin-socket", str(tmp_path / "admin.sock"),
-    )  # fmt: skip
-    contexts = {}
-    for name in ("acme", "team/other", "not fit: for a label"):
-        certificate, own = tmp_path / "client.crt", tmp_path / "client.key"
-        site.authority.issue(certificate, own, name, names=())
-        contexts[name] = site.authority.client_context(certificate, own)
-    url = f"https://localhost:{site.server.port}"
-
-    def statuses(name: str, *headers: dict[str, str]) -> list[int]:
-        """Of predictions with these headers, on one connection, and of a look at the models."""
-        with httpx.Client(base_url=url, verify=contexts[name], timeout=30) as client:
-            answers = [client.post("/predict/m", json=BODY, headers=each) for each in headers]
-            return [*(answer.status_code for answer in answers), client.get("/models").status_code]
-
-    # Equal heads, which are cached, on connections with different certificates.
-    assert statuses("acme", {}, {}, {}) == [200, 200, 200, 403]
-    assert statuses("not fit: for a label", {}, {}) == [401, 401, 401]
-    assert statuses("team/other", {}, {}) == [200, 200, 403]
-    # A key counts more than the certificate.
-    assert statuses("acme", {"x-api-key": "wrong"}, {"x-api-key": "wrong"}, {}) == [401, 401, 200, 403]
-    assert statuses("acme", {"x-api-key": key}) == [403, 403]
-    # A head that the server knows from a client with more rights.
-    data = json.dumps(BODY).encode()
-    head = f"POST /predict/other HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
-    with socket.socket(socket.AF_UNIX) as local:
-        local.connect(str(tmp_path / "admin.sock"))
-        for _ in range(2):
-            local.sendall(head.encode() + data)
-            assert local.recv(65_536).startswith(b"HTTP/1.1 200")
-    with Wire(site.server, contexts["acme"]) as wire:
-        wire.send(head.encode() + data)
-        assert wire.answer()[0] == 403
-    with httpx.Client(base_url=url, verify=contexts["acme"], timeout=30) as client:
-        metrics = client.get("/metrics").text
-        assert 'inferpool_tenant_requests_total{tenant="acme",code="200"} 4' in metrics
-        assert 'inferpool_tenant_requests_total{tenant="team/other",code="200"} 2' in metrics
-        with pytest.raises((OSError, AssertionError)):
-            ask(site, site.authority.client_context())
-        wait_until(
-            lambda: 'refused_connections_total{reason="handshake"} 1' in client.get("/metrics").text,
-            "the refused connection is counted",
-        )
-    expiry = metrics.partition("\ninferpool_tls_certificate_expiry_timestamp_seconds ")[2].split()[0]
-    assert float(expiry) == expiry_of(site.certificate.read_text())
+    site = guarded.site
+    certificate, key = tmp_path / "client.crt", tmp_path / "client.key"
+    site.authority.issue(certificate, key, "a client")
+    context = site.authority.client_context(certificate, key)
+    assert site.shown_serial(context) == site.serial
+    serial = guarded.renew("..2026_02")
+    wait_until(lambda: site.shown_serial(context) == serial, "the new certificate is shown")
 
 
 def test_a_certificate_names_its_caller() -> None:
@@ -475,26 +497,6 @@ def test_the_expiry_of_a_certificate_is_read_from_its_file(tmp_path: Path) -> No
             expiry_of(text)
 
 
-@pytest.mark.parametrize("server_module", ["tests.servers.few_handshakes"], indirect=True, scope="module")
-def test_handshakes_that_are_never_finished_keep_nobody_out(
-    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
-) -> None:
-    site = Site(tmp_path)
-    site.server = serve(make_chaos("m"), *site.flags)
-    with contextlib.ExitStack() as stack:
-        stalled = [stack.enter_context(Wire(site.server)) for _ in range(4 * few_handshakes.MOST)]
-        for one in stalled[::2]:  # in the middle of their first message
-            with contextlib.suppress(OSError):
-                one.send(TlsClient(site.authority.client_context()).shake_hands()[:100])
-        with site.wire() as wire:
-            wire.send(request(1))
-            assert wire.answer()[0] == 200
-        site.server.wait_for("TLS handshakes are not finished; the oldest are given up")
-        for one in stalled:
-            with contextlib.suppress(ConnectionError):
-                one.stream.read()  # each one ends, before the socket's own time is up
-
-
 def test_files_that_are_not_fit_for_tls_are_named(tmp_path: Path) -> None:
     site = Site(tmp_path)
     other, encrypted, empty = tmp_path / "other.key", tmp_path / "encrypted.key", tmp_path / "empty.pem"
@@ -534,3 +536,24 @@ def test_idle_clients_do_not_delay_the_end(site: Site) -> None:
         assert site.server.stop() == 0
         assert time.monotonic() - began < Settings().drain_timeout_s
         assert not [line for line in site.server.log[before:] if line["level"] == "error"]
+
+
+@pytest.mark.parametrize("server_module", ["tests.servers.few_handshakes"], indirect=True, scope="module")
+def test_handshakes_that_are_never_finished_keep_nobody_out(
+    serve: Serve, make_chaos: MakeChaos, tmp_path: Path
+) -> None:
+    """The last test of the file: another kind of server ends those before."""
+    site = Site(tmp_path)
+    site.server = serve(make_chaos("m"), *site.flags)
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(Wire(site.server)) for _ in range(4 * few_handshakes.MOST)]
+        for one in stalled[::2]:  # in the middle of their first message
+            with contextlib.suppress(OSError):
+                one.send(TlsClient(site.authority.client_context()).shake_hands()[:100])
+        with site.wire() as wire:
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        site.server.wait_for("TLS handshakes are not finished; the oldest are given up")
+        for one in stalled:
+            with contextlib.suppress(ConnectionError):
+                one.stream.read()  # each one ends, before the socket's own time is up

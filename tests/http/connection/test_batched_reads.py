@@ -19,7 +19,8 @@ import pytest
 from inferpool.http.connection import batched_reads
 from inferpool.http.connection.connection import Connection
 
-from tests.conftest import MakeChaos, Serve
+from tests.chaos import inferpool_chaos as chaos
+from tests.conftest import Serve, chaos_in
 from tests.http.connection.fakes import Harness
 from tests.http.connection.test_pipelining import Wire, request, sums
 from tests.server import Server
@@ -41,14 +42,24 @@ CLIENTS = 24
 """More than are needed for their connections to join."""
 
 
-@pytest.fixture
-def server(serve: Serve, make_chaos: MakeChaos) -> Server:
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A marked run of the model `one-by-one` waits for it."""
+    gate = tmp_path_factory.mktemp("gate") / "gate"
+    os.mkfifo(gate)
+    return gate
+
+
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Server:
     """A server that is fast enough on a busy machine, where measurements would make its batches small.
 
-    Its queue has room for all that the clients send.
+    Its queue has room for all that the clients send. The model `one-by-one` runs one row at a time.
     """
+    make = chaos_in(tmp_path_factory.mktemp("repository"))
+    make("one-by-one", "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n", run_gate=str(gate))
     config = "[batching]\nmax_rows = 1024\n[queue]\nmax_rows = 1000000\n"
-    return serve(make_chaos("m", config, run_ms=2), "--max-body-bytes", "400000", "--measure-ms", "0")
+    return module_serve(make("m", config, run_ms=2), "--max-body-bytes", "400000", "--measure-ms", "0")
 
 
 def mixed(wire: Wire, rng: random.Random) -> None:
@@ -99,10 +110,64 @@ def mixed(wire: Wire, rng: random.Random) -> None:
     assert json.loads(answer)["outputs"]["sum"] == sums(*marks)
 
 
+@always_batched
+def test_a_client_that_disconnects_while_a_batch_runs_is_dropped_from_the_queue(
+    server: Server, gate: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(4)]
+        for wire in wires:
+            wire.send(request(1, path="/predict/one-by-one"))
+            assert wire.answer()[0] == 200
+        wires[0].send(request(chaos.WAIT, path="/predict/one-by-one"))
+        server.wait_for_metric("in_flight_requests", 1)
+        server.wait_for_metric("queue_rows", at_most=0, model="one-by-one")
+        for number in (1, 2, 3):
+            wires[number].send(request(number, path="/predict/one-by-one"))
+        server.wait_for_metric("in_flight_requests", 4)
+        wires[3].close()
+        server.wait_for_metric("dropped_entries_total", 1, model="one-by-one", reason="disconnected")
+        chaos.open_gate(gate)
+        for mark, wire in zip((chaos.WAIT, 1, 2), wires, strict=False):
+            assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(mark)
+
+
+@always_batched
+@pytest.mark.parametrize("headers", ["connection: close\r\n", "upgrade: x\r\nconnection: upgrade, close\r\n"])
+def test_the_refusal_of_a_large_request_arrives(server: Server, headers: str) -> None:
+    """The kernel resets a connection that is closed with unread bytes, and the client loses its response."""
+    with Wire(server) as wire:
+        for _ in range(2):
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        wire.send(request(*range(1500), path="/predict/nobody", headers=headers))
+        assert wire.answer()[0] in (400, 404)
+        assert wire.ended()
+
+
+@pytest.mark.parametrize("server_module", ["inferpool"], indirect=True, scope="module")
+def test_without_descriptors_the_loop_goes_on_reading(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(CLIENTS)]
+        for wire in wires:
+            wire.send(request(1))
+            assert wire.answer()[0] == 200
+        reader = server.web_process()
+        used = len(list(Path(f"/proc/{reader}/fd").iterdir()))
+        _, most = resource.prlimit(reader, resource.RLIMIT_NOFILE)
+        before = resource.prlimit(reader, resource.RLIMIT_NOFILE, (used, most))
+        for number, wire in enumerate(wires):
+            wire.send(request(number))
+        for number, wire in enumerate(wires):
+            assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
+        resource.prlimit(reader, resource.RLIMIT_NOFILE, before)
+
+
 @pytest.mark.parametrize(
     "server_module", ["inferpool", "tests.servers.always_batched_reads"], indirect=True, scope="module"
 )
 def test_clients_that_mix_requests_of_all_kinds_get_their_own_responses(server: Server) -> None:
+    """The last test of each server."""
     faults: list[BaseException] = []
 
     def client(seed: int) -> None:
@@ -127,63 +192,6 @@ def test_clients_that_mix_requests_of_all_kinds_get_their_own_responses(server: 
     assert not any(thread.is_alive() for thread in threads)
     assert not [line for line in server.log if line["level"] in ("error", "raw")]
     assert server.stop() == 0
-
-
-@pytest.mark.parametrize(
-    "server_module", ["tests.servers.always_batched_reads"], indirect=True, scope="module"
-)
-def test_a_client_that_disconnects_while_a_batch_runs_is_dropped_from_the_queue(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n"
-    server = serve(make_chaos("m", run_ms=500, config=config), "--measure-ms", "0")
-
-    with contextlib.ExitStack() as stack:
-        wires = [stack.enter_context(Wire(server)) for _ in range(4)]
-        for wire in wires:
-            wire.send(request(1))
-            assert wire.answer()[0] == 200
-        wires[0].send(request(0))
-        server.wait_for_metric("in_flight_requests", 1)
-        server.wait_for_metric("queue_rows", at_most=0)
-        for number in (1, 2, 3):
-            wires[number].send(request(number))
-        server.wait_for_metric("in_flight_requests", 4)
-        wires[3].close()
-        server.wait_for_metric("dropped_entries_total", 1, model="m", reason="disconnected")
-        for number, wire in enumerate(wires[:3]):
-            assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
-
-
-@pytest.mark.parametrize(
-    "server_module", ["tests.servers.always_batched_reads"], indirect=True, scope="module"
-)
-@pytest.mark.parametrize("headers", ["connection: close\r\n", "upgrade: x\r\nconnection: upgrade, close\r\n"])
-def test_the_refusal_of_a_large_request_arrives(server: Server, headers: str) -> None:
-    """The kernel resets a connection that is closed with unread bytes, and the client loses its response."""
-    with Wire(server) as wire:
-        for _ in range(2):
-            wire.send(request(1))
-            assert wire.answer()[0] == 200
-        wire.send(request(*range(1500), path="/predict/nobody", headers=headers))
-        assert wire.answer()[0] in (400, 404)
-        assert wire.ended()
-
-
-def test_without_descriptors_the_loop_goes_on_reading(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=2))
-    with contextlib.ExitStack() as stack:
-        wires = [stack.enter_context(Wire(server)) for _ in range(CLIENTS)]
-        for wire in wires:
-            wire.send(request(1))
-            assert wire.answer()[0] == 200
-        reader = server.web_process()
-        used = len(list(Path(f"/proc/{reader}/fd").iterdir()))
-        resource.prlimit(reader, resource.RLIMIT_NOFILE, (used, used))
-        for number, wire in enumerate(wires):
-            wire.send(request(number))
-        for number, wire in enumerate(wires):
-            assert json.loads(wire.answer()[2])["outputs"]["sum"] == sums(number)
 
 
 def test_connections_are_aborted_if_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:

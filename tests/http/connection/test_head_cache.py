@@ -157,7 +157,10 @@ def read_answers(connection: socket.socket, count: int) -> list[tuple[int, dict[
 
 @pytest.fixture(scope="module")
 def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
-    return module_serve(module_make_chaos("m", row=[1]))
+    config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n[queue]\nmax_rows = 1\n"
+    module_make_chaos("one-by-one", config, row=[1], run_ms=300)
+    module_make_chaos("slow", row=[1], run_ms=600)
+    return module_serve(module_make_chaos("m", row=[1]), "--measure-ms", "0")
 
 
 def test_the_same_head_again_and_again_answers_as_the_first_time(server: Server) -> None:
@@ -197,42 +200,14 @@ def test_a_request_without_a_cached_head_follows_on_the_same_connection(server: 
         assert connection.recv(1) == b""
 
 
-def test_a_request_with_a_cached_head_is_admitted_like_any_other(serve: Serve, make_chaos: MakeChaos) -> None:
-    config = "[instances]\ncount = 1\n[batching]\nmax_rows = 1\n[queue]\nmax_rows = 1\n"
-    server = serve(make_chaos("m", row=[1], run_ms=300, config=config), "--measure-ms", "0")
-    with contextlib.ExitStack() as stack:
-        connections = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(6)
-        ]
-        connections[0].sendall(request())
-        assert read_answers(connections[0], 1)[0][0] == 200
-        for connection in connections:
-            connection.sendall(request())
-        statuses = sorted(read_answers(connection, 1)[0][0] for connection in connections)
-        assert set(statuses) == {200, 429}
-        assert statuses.count(429) >= 4, "one runs, one waits"
-        connections[0].sendall(request())
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_for("draining")
-        # The line comes first: by the answer to this the loop has had its turn.
-        connections[2].sendall(b"GET /health/live HTTP/1.1\r\nhost: here\r\n\r\n")
-        assert read_answers(connections[2], 1)[0][0] == 200
-        connections[1].sendall(request())
-        assert read_answers(connections[1], 1)[0][0] == 503
-        assert read_answers(connections[0], 1)[0][0] == 200
-
-
-def test_known_heads_on_one_connection_are_answered_in_their_order(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    server = serve(make_chaos("m", row=[1], run_ms=600), "--measure-ms", "0")
+def test_known_heads_on_one_connection_are_answered_in_their_order(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(request())
+        connection.sendall(request(path="/predict/slow"))
         read_answers(connection, 1)
         # Each in a segment of its own, while the one before it runs.
         for value in range(3):
-            connection.sendall(request(b'{"inputs": [[%d]]}' % value))
+            connection.sendall(request(b'{"inputs": [[%d]]}' % value, path="/predict/slow"))
             if value == 0:
                 wait_until_running(server)
         sums = [answer["outputs"]["sum"] for _, _, answer in read_answers(connection, 3)]  # type: ignore[index]
@@ -260,6 +235,31 @@ def test_connections_of_http_1_0_are_closed_each_time(server: Server) -> None:
             connection.sendall(request().replace(b"HTTP/1.1", b"HTTP/1.0", 1))
             assert read_answers(connection, 1)[0][0] == 200
             assert connection.recv(1) == b""
+
+
+def test_a_request_with_a_cached_head_is_admitted_like_any_other(server: Server) -> None:
+    """The last test of this server."""
+    sent = request(path="/predict/one-by-one")
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(6)
+        ]
+        connections[0].sendall(sent)
+        assert read_answers(connections[0], 1)[0][0] == 200
+        for connection in connections:
+            connection.sendall(sent)
+        statuses = sorted(read_answers(connection, 1)[0][0] for connection in connections)
+        assert set(statuses) == {200, 429}
+        assert statuses.count(429) >= 4, "one runs, one waits"
+        connections[0].sendall(sent)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        # The line comes first: by the answer to this the loop has had its turn.
+        connections[2].sendall(b"GET /health/live HTTP/1.1\r\nhost: here\r\n\r\n")
+        assert read_answers(connections[2], 1)[0][0] == 200
+        connections[1].sendall(sent)
+        assert read_answers(connections[1], 1)[0][0] == 503
+        assert read_answers(connections[0], 1)[0][0] == 200
 
 
 def wait_until_running(server: Server) -> None:

@@ -19,11 +19,12 @@ from inferpool.system import listeners
 from inferpool.system.connection_counts import ConnectionCounts, make_counts, set_absent
 from inferpool.system.listeners import address_of, client_address, listen, listen_unix
 
-from tests.conftest import WITHOUT_SPARE, MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve
 from tests.http.connection.test_pipelining import Wire, check_host_is_required, request, sums
 from tests.server import Server, wait_until
 
 MODES = {"in-process": (), "process": ("--engine", "process", "--web-processes", "2")}
+"""Two web processes, which share the limit of connections."""
 BODY = json.dumps({"inputs": [[1, 0, 0, 0]]})
 MOST = 6
 
@@ -41,7 +42,6 @@ def server(module_serve: Serve, module_make_chaos: MakeChaos, flags: tuple[str, 
     return module_serve(
         repository, *flags, "--host", "::", "--root-path", "/models/served", "--keep-alive-s", "1",
         "--max-head-bytes", "2000", "--connections-per-address", str(MOST), "--access-log",
-        **WITHOUT_SPARE,
     )  # fmt: skip
 
 

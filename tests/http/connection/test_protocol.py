@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ GETS = ("/models", "/metrics", "/health/live", "/openapi.json", "/predict/m")
 @pytest.fixture(scope="module")
 def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
     # A busy machine may measure that one row at a time is best, and a large request has 60,000.
-    return module_serve(module_make_chaos("m", "[batching]\nmax_rows = 1024\n", run_ms=1))
+    module_make_chaos("slow", run_ms=20)
+    repository = module_make_chaos("m", "[batching]\nmax_rows = 1024\n", run_ms=1)
+    return module_serve(repository, "--drain-settle-s", "60", "--cors-allow-origin", "*")
 
 
 def test_a_head_without_end_is_refused(server: Server) -> None:
@@ -143,35 +146,6 @@ def test_a_target_may_be_an_absolute_uri_as_proxies_are_sent(server: Server, tar
         assert wire.status()[0] == 400
 
 
-def test_pipelined_requests_are_all_answered_while_the_server_settles(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
-    """Only the last answer says that the connection closes: after it a client expects no more."""
-    server = serve(make_chaos("m", run_ms=20), "--drain-settle-s", "60")
-    gets = "".join(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n" for path in GETS)
-    whole = request(1) + gets + request(2) + request(3)
-    with Wire(server) as mixed, Wire(server) as ends_with_get, Wire(server) as partial:
-        server.process.terminate()
-        server.wait_for("draining")
-        mixed.send(whole)
-        answers = [mixed.answer() for _ in range(len(GETS) + 3)]
-        assert [status for status, _, _ in answers] == [200, 200, 200, 200, 200, 405, 200, 200]
-        assert [headers.get("connection") == "close" for _, headers, _ in answers] == [False] * 7 + [True]
-        assert json.loads(answers[-1][2])["outputs"]["sum"] == sums(3)
-        assert mixed.ended()
-        ends_with_get.send(request(1) + gets)
-        answers = [ends_with_get.answer() for _ in range(len(GETS) + 1)]
-        assert [headers.get("connection") == "close" for _, headers, _ in answers] == [False] * 5 + [True]
-        assert ends_with_get.ended()
-        # The next request has only begun when this one is answered.
-        partial.send(request(1) + request(2)[:20])
-        assert "connection" not in partial.answer()[1]
-        partial.send(request(2)[20:])
-        status, headers, _ = partial.answer()
-        assert (status, headers["connection"]) == (200, "close")
-        assert partial.ended()
-
-
 def test_a_client_that_disconnects_in_the_middle_of_a_pipeline_causes_no_error(server: Server) -> None:
     before = len(server.log)
     pipeline = "".join(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n" for path in GETS)
@@ -191,8 +165,7 @@ def test_a_client_that_disconnects_in_the_middle_of_a_pipeline_causes_no_error(s
 SPLITTING = ("\r", "\n", "\0", "\x0b", "\x7f", "\x85", "\u00e9", "\r\n x: y")
 
 
-def test_nothing_that_is_echoed_splits_a_response(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m", run_ms=1), "--cors-allow-origin", "*")
+def test_nothing_that_is_echoed_splits_a_response(server: Server) -> None:
     for evil in (f"a{byte}set-cookie: b" for byte in SPLITTING):
         sent = [
             request(1, path=path, headers=f"{field}: {evil}\r\n")
@@ -207,3 +180,33 @@ def test_nothing_that_is_echoed_splits_a_response(serve: Serve, make_chaos: Make
                 assert status in (200, 400, 404, 405, 406, 422), text
                 assert "set-cookie" not in headers
                 assert headers["x-request-id"].isprintable()
+
+
+def test_pipelined_requests_are_all_answered_while_the_server_settles(server: Server) -> None:
+    """Only the last answer says that the connection closes: after it a client expects no more.
+
+    The last test of this server.
+    """
+    slow = partial(request, path="/predict/slow")
+    gets = "".join(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n" for path in GETS)
+    whole = slow(1) + gets + slow(2) + slow(3)
+    with Wire(server) as mixed, Wire(server) as ends_with_get, Wire(server) as cut:
+        server.process.terminate()
+        server.wait_for("draining")
+        mixed.send(whole)
+        answers = [mixed.answer() for _ in range(len(GETS) + 3)]
+        assert [status for status, _, _ in answers] == [200, 200, 200, 200, 200, 405, 200, 200]
+        assert [headers.get("connection") == "close" for _, headers, _ in answers] == [False] * 7 + [True]
+        assert json.loads(answers[-1][2])["outputs"]["sum"] == sums(3)
+        assert mixed.ended()
+        ends_with_get.send(slow(1) + gets)
+        answers = [ends_with_get.answer() for _ in range(len(GETS) + 1)]
+        assert [headers.get("connection") == "close" for _, headers, _ in answers] == [False] * 5 + [True]
+        assert ends_with_get.ended()
+        # The next request has only begun when this one is answered.
+        cut.send(slow(1) + slow(2)[:20])
+        assert "connection" not in cut.answer()[1]
+        cut.send(slow(2)[20:])
+        status, headers, _ = cut.answer()
+        assert (status, headers["connection"]) == (200, "close")
+        assert cut.ended()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve, chaos_in
 from tests.server import Server, wait_until
 
 pytestmark = pytest.mark.parametrize("server_module", ["tests.servers.short_timeouts"], indirect=True)
@@ -139,6 +139,12 @@ def test_drops_behind_a_running_request_do_not_cost_it_its_response(server: Serv
     assert [answer[:3] for answer in answers] == [b"", b"200", b"408"]
 
 
+@pytest.fixture(scope="module")
+def quick(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server without other clients: each test leaves it without connections."""
+    return module_serve(chaos_in(tmp_path_factory.mktemp("quick"))("m"))
+
+
 def sockets(server: Server) -> int:
     """Return how many sockets the process that reads requests has open."""
     count = 0
@@ -150,9 +156,9 @@ def sockets(server: Server) -> int:
 
 @pytest.mark.parametrize("path", ["/docs/files/swagger-ui-bundle.js", "/openapi.json"])
 def test_a_client_that_does_not_read_a_response_of_the_application_is_disconnected(
-    serve: Serve, make_chaos: MakeChaos, path: str
+    quick: Server, path: str
 ) -> None:
-    server = serve(make_chaos("m"))
+    server = quick
     count = sockets(server)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -163,14 +169,12 @@ def test_a_client_that_does_not_read_a_response_of_the_application_is_disconnect
         wait_until(lambda: sockets(server) <= count, "the connection is closed")
 
 
-def test_a_client_that_leaves_the_end_of_a_last_response_unread_is_disconnected(
-    serve: Serve, make_chaos: MakeChaos
-) -> None:
+def test_a_client_that_leaves_the_end_of_a_last_response_unread_is_disconnected(quick: Server) -> None:
     """How much the kernel takes is not known, so the connections differ in how much they leave unread.
 
     Some of them then leave a small rest to the server.
     """
-    server = serve(make_chaos("m"))
+    server = quick
     size = len(server.get("/openapi.json").content)
     count = sockets(server)
     with contextlib.ExitStack() as stack:

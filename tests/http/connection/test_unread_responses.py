@@ -16,9 +16,9 @@ ROWS = 200_000
 """Rows of the model "m" whose answer takes about 5 MB: their sums."""
 
 
-@pytest.fixture
-def server(serve: Serve, make_chaos: MakeChaos) -> Server:
-    return serve(make_chaos("m", row=[1]), "--in-flight-bytes", str(IN_FLIGHT_BYTES))
+@pytest.fixture(scope="module")
+def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
+    return module_serve(module_make_chaos("m", row=[1]), "--in-flight-bytes", str(IN_FLIGHT_BYTES))
 
 
 class Deaf(Wire):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import socket
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -248,19 +246,6 @@ def test_a_model_that_raises_or_is_not_ready_has_its_code(server: Server) -> Non
     assert index["broken"]["reason"]
     ready = server.post("/v2/repository/index", json={"ready": True}).json()
     assert [entry["name"] for entry in ready] == ["alone", "batched", "lists", "m"]
-
-
-def test_readiness_is_that_of_the_server(serve: Serve, make_chaos: MakeChaos, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    server = serve(make_chaos("slow", gate=str(gate)), wait=False)
-    waiting = server.get("/v2/health/ready")
-    assert waiting.status_code == server.get("/health/ready").status_code == 503
-    assert waiting.json() == {"ready": False, "error": "the server is loading", "code": "not_ready"}
-    assert server.get("/v2/health/live").json() == {"live": True}
-    chaos.open_gate(gate)
-    server.wait_loaded()
-    assert server.get("/v2/health/ready").json() == {"ready": True}
 
 
 def test_the_configuration_says_how_the_model_batches(server: Server) -> None:
