@@ -62,10 +62,13 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Run Python in a copy of the project without any folder named `gpu`; returns its output."""
+    """Run Python in a copy of the project without any folder named `gpu`; returns its output.
+
+    The copies of the sources are as old as these, so that their bytecode is valid, too.
+    """
     copy = tmp_path_factory.mktemp("without-gpu")
     for folder in ("service", "tests", "models/digits", "models/diabetes"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("gpu", "__pycache__"))
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("gpu"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     (copy / "tests" / Path(__file__).name).unlink()
     # Servers of the tests have the root on their path, and must not find the installed package.

@@ -63,7 +63,7 @@ def nginx(tmp_path: Path, servers: list[Server]) -> Iterator[int]:
     def answers() -> bool:
         assert process.poll() is None, (tmp_path / "errors").read_text()
         try:
-            return httpx.get(f"http://127.0.0.1:{port}/health/live").status_code == 200
+            return httpx.get(f"http://127.0.0.1:{port}/health/live", verify=False).status_code == 200
         except httpx.TransportError:
             return False
 

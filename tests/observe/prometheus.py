@@ -67,7 +67,7 @@ class Prometheus:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        self._client = httpx.Client(base_url=f"http://{address}", timeout=60)
+        self._client = httpx.Client(base_url=f"http://{address}", timeout=60, verify=False)
         self.wait(self._ready, "Prometheus is ready", START_S)
 
     def query(self, expression: str, at: float | None = None) -> list[tuple[Labels, float]]:

@@ -40,7 +40,7 @@ GONE = "inferpool-gone"
 """The job of a server that does not exist."""
 SLOW_S = 0.25
 """The rules take requests that last longer for slow."""
-PAUSE_S = 0.03
+PAUSE_S = 0.06
 """A client's pause between two requests: the rates are to be there, not to be high."""
 GPU_PANELS = {
     "Utilization", "GPU memory", "Padded rows", "Nodes on the CPU", "GPU temperature", "GPU power"
@@ -145,7 +145,7 @@ def troubled(folder: Path, environ: dict[str, str]) -> Iterator[Server]:
     def keep_sending(model: str) -> None:
         while not ends.is_set():
             send(model, [1.0] * 4)
-            ends.wait(10 * PAUSE_S)  # each request has a TLS handshake
+            ends.wait(5 * PAUSE_S)  # each request has a TLS handshake
 
     with ThreadPoolExecutor(16) as clients:
         try:
