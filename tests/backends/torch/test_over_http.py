@@ -29,7 +29,7 @@ from tests.clients import Client, with_clients
 from tests.conftest import Serve
 from tests.explain.models import seven
 from tests.record import needs_to_run
-from tests.server import Server
+from tests.server import Server, wait_until
 
 IMAGES: Final = ("FP32", [-1, 1, 8, 8])
 Inputs = dict[str, np.ndarray]
@@ -305,7 +305,7 @@ def test_files_are_served_when_they_are_trusted_by_their_digests(serve: Serve, t
         for version, module in (("1", nn.Linear(4, 2)), ("2", linear))
     )
     configure(first, takes_four)
-    server = serve(tmp_path)
+    server = serve(tmp_path, "--watch")  # one server, because PyTorch takes seconds to import
     assert view(server, "listed")["state"] == "ready"
     refused = view(server, "unlisted")
     assert refused["state"] == "failed"
@@ -314,23 +314,23 @@ def test_files_are_served_when_they_are_trusted_by_their_digests(serve: Serve, t
     for version in ("1", "2"):
         reason = server.get(f"/models/m/{version}").json()["reason"]
         assert f"write {line} at the top of model.toml (it trusts 1/model.pt, 2/model.pt)" in reason
-    server.stop()
     # What the refusal said to write; and only one of the two versions.
     configure(unlisted, f'sha256 = ["{sha256(unlisted)}"]')
     configure(first, f'sha256 = ["{sha256(first)}"]\n{takes_four}')
-    partly = serve(tmp_path)
-    assert view(partly, "unlisted")["state"] == "ready"
-    assert partly.get("/models/m/1").json()["state"] == "ready"
-    assert f"replace the line sha256 by {line}" in partly.get("/models/m/2").json()["reason"]
-    partly.stop()
-    shutil.rmtree(tmp_path / "listed")
-    shutil.rmtree(tmp_path / "unlisted")
+    states = {"unlisted/1": "ready", "m/1": "ready", "m/2": "failed"}
+    wait_until(lambda: states_of(server, *states) == states, "what is listed is served")
+    assert f"replace the line sha256 by {line}" in server.get("/models/m/2").json()["reason"]
     configure(first, f"{line}\n{takes_four}")
-    both = serve(tmp_path)
-    assert [both.get(f"/models/m/{version}").json()["state"] for version in ("1", "2")] == ["ready"] * 2
-    answer = both.post("/predict/m", json={"inputs": [[0.0] * 4, [1.0] * 4]})
+    states = {"m/1": "ready", "m/2": "ready"}
+    wait_until(lambda: states_of(server, *states) == states, "both versions are served")
+    answer = server.post("/predict/m", json={"inputs": [[0.0] * 4, [1.0] * 4]})
     bias, _ = answer.json()["outputs"]["output_0"]
     np.testing.assert_allclose(bias, linear.bias.detach(), rtol=1e-6)
+
+
+def states_of(server: Server, *versions: str) -> dict[str, str]:
+    """The states of versions, each named as `model/version`."""
+    return {version: server.get(f"/models/{version}").json()["state"] for version in versions}
 
 
 def test_a_server_without_pytorch_serves_the_rest(serve: Serve, tmp_path: Path) -> None:
