@@ -223,7 +223,8 @@ def bundled(
     variables = (os.environ.get(name, "") for name in COVERAGE_VARIABLES)
     key = (server_module, *variables)
     if key not in bundled_servers:
-        server = Server(models, (), {"INFERPOOL_CACHE_DIR": str(cache_dir)}, server_module)
+        environ = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
+        server = Server(models, (), environ, server_module)
         bundled_servers[key] = server
         server.wait_loaded()
     return bundled_servers[key]

@@ -53,7 +53,7 @@ def test_without_a_timeout_nothing_is_found() -> None:
 
 @pytest.fixture(scope="module")
 def server(module_serve: Serve, module_make_chaos: MakeChaos) -> Server:
-    flags = ("--engine", "process", "--web-processes", "2", "--silence-timeout-s", "3")
+    flags = ("--engine", "process", "--web-processes", "1", "--silence-timeout-s", "3")
     return module_serve(module_make_chaos("m"), *flags)
 
 

@@ -103,6 +103,26 @@ def test_a_canary_without_a_fault_is_promoted_by_itself(server: Server, client: 
     server.wait_for_metric("canaries_total", 1, 1, model="good", outcome="promoted")
 
 
+def test_every_web_process_serves_what_an_answer_has_promised(server: Server, folder: Path) -> None:
+    write_shift(folder, "many", 1, 1.0)
+    assert server.post("/v2/repository/models/many/load").status_code == 200
+
+    def versions() -> set[str]:
+        """Which versions answer on new connections, which the web processes share out."""
+        body = {"inputs": [[1.0, 2.0]]}
+        return {server.post("/predict/many", json=body).json()["version"] for _ in range(6)}
+
+    for version in (2, 3):
+        write_shift(folder, "many", version, float(version))
+        assert server.post("/v2/repository/models/many/load").status_code == 200
+        assert versions() == {str(version)}
+        assert server.post("/models/many/rollback").json()["version"] == version - 1
+        assert versions() == {str(version - 1)}
+        assert server.request("DELETE", "/models/many/labels/stable").status_code == 200
+        assert versions() == {str(version)}
+    shutil.rmtree(folder / "many")
+
+
 def test_a_canary_with_a_fault_is_rolled_back_by_itself(server: Server, client: httpx.Client) -> None:
     canary = {"version": 2, "share": 0.5, "requests": 100_000}
     assert client.put("/models/faulty/traffic", json={"canary": canary}).status_code == 200

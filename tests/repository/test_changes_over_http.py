@@ -328,24 +328,6 @@ def test_a_request_whose_version_goes_while_it_arrives_is_answered_by_the_next(
     assert json.loads(reply.body)["outputs"]["y"] == [[3.0, 4.0]]
 
 
-def test_every_web_process_serves_what_an_answer_has_promised(serve: Serve, tmp_path: Path) -> None:
-    write_shift(tmp_path, "many", 1, 1.0)
-    server = serve(tmp_path, *ON, "--engine", "process", "--web-processes", "2")
-
-    def versions() -> set[str]:
-        """Which versions answer on new connections, which the web processes share out."""
-        return {predict(server, "many")[1]["version"] for _ in range(6)}
-
-    for version in (2, 3):
-        write_shift(tmp_path, "many", version, float(version))
-        assert server.post("/v2/repository/models/many/load").status_code == 200
-        assert versions() == {str(version)}
-        assert server.post("/models/many/rollback").json()["version"] == version - 1
-        assert versions() == {str(version - 1)}
-        assert httpx.delete(f"{server.url}/models/many/labels/stable").status_code == 200
-        assert versions() == {str(version)}
-
-
 def test_the_client_of_triton_loads_lists_and_unloads(server: Server, folder: Path) -> None:
     write_shift(folder, "client", 1, 1.0)
     client = triton.InferenceServerClient(server.url.removeprefix("http://"))

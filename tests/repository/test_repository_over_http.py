@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from inferpool import cli
+from inferpool.observe import logs
 
 from tests.conftest import ROOT, MakeChaos, Serve
 from tests.server import Server
 
 
-def test_one_good_one_corrupt_and_one_misconfigured_model(serve: Serve, tmp_path: Path) -> None:
+def test_one_good_one_corrupt_and_one_misconfigured_model(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(ROOT / "models/diabetes", tmp_path / "r/good")
     shutil.copytree(ROOT / "models/diabetes", tmp_path / "r/corrupt")
     content = (tmp_path / "r/corrupt/1/model.onnx").read_bytes()
@@ -33,13 +37,12 @@ def test_one_good_one_corrupt_and_one_misconfigured_model(serve: Serve, tmp_path
     assert "batching.max_row" in reason
     assert '"max_rows"' in reason
     assert server.post("/predict/good", json={"inputs": [[1.0] * 10]}).status_code == 200
-    check = subprocess.run(
-        [sys.executable, "-m", "inferpool", "check", str(tmp_path / "r")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert check.returncode == 1
-    assert "2 of 3 versions have failed" in check.stdout
-    assert reason in check.stdout
+    monkeypatch.setattr(logs, "configure_logs", lambda *_: None)
+    capsys.readouterr()
+    assert cli.main(["check", str(tmp_path / "r")]) == 1
+    printed = capsys.readouterr().out
+    assert "2 of 3 versions have failed" in printed
+    assert reason in printed
 
 
 @pytest.fixture(scope="module")
