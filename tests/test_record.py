@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
-from tests import record
+from tests import record, test_wheel
 from tests.record import FULL
 
 MOST_CHANGED = 20
@@ -53,3 +54,29 @@ def test_tests_are_skipped_only_while_nothing_has_changed(monkeypatch: pytest.Mo
     monkeypatch.delenv(FULL)
     monkeypatch.setattr(record, "version", lambda package: "another")
     record.needs_to_run("frameworks")
+
+
+def imported_tests(file: Path) -> set[Path]:
+    """The modules of the tests that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.update({f"{node.module}.{alias.name}" for alias in node.names}, {str(node.module)})
+    paths = [Path(record.ROOT, *name.split(".")) for name in names if name.startswith("tests.")]
+    files = {file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")}
+    return {file for file in files if file.exists()}
+
+
+def test_the_record_of_the_hot_path_has_all_that_its_tests_import() -> None:
+    arguments = test_wheel.arguments()
+    ignored = {record.ROOT / each.partition("=")[2] for each in arguments if each.startswith("--ignore=")}
+    chosen = [record.ROOT / each.partition("::")[0] for each in arguments if not each.startswith("--")]
+    todo = {file for path in chosen for file in (path.rglob("*.py") if path.is_dir() else [path])} - ignored
+    needed: set[Path] = set()
+    while todo:
+        needed |= todo
+        todo = {found for file in todo for found in imported_tests(file)} - needed
+    # A change of the record's own code is another digest if it matters.
+    assert needed - {record.ROOT / "tests" / "record.py"} <= set(record.files("compiled-hot-path"))
