@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from inferpool import cli
+from inferpool import admin_commands, cli
 
 from tests.conftest import Serve
 from tests.http.connection.test_pipelining import check_host_is_required
@@ -67,15 +67,29 @@ def run(server: Server, key: str, *arguments: str) -> subprocess.CompletedProces
     return subprocess.CompletedProcess(arguments, status, output.getvalue(), errors.getvalue())
 
 
-def test_a_command_is_a_program(server: Server, key: str) -> None:
+def test_a_command_is_a_program_that_imports_no_settings(server: Server, key: str) -> None:
     """The other tests call the program's function."""
     done = subprocess.run(
-        [sys.executable, "-m", "inferpool", "labels", "nothing"],
+        [sys.executable, "-X", "importtime", "-m", "inferpool", "labels", "nothing"],
         env={**os.environ, **variables(server, key)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
+    lines = done.stderr.splitlines(keepends=True)
+    errors = "".join(line for line in lines if not line.startswith("import time:"))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == run(server, key, "labels", "nothing").stderr
-    assert 'no model is called "nothing"' in done.stderr
+    assert errors == run(server, key, "labels", "nothing").stderr
+    assert 'no model is called "nothing"' in errors
+    assert "pydantic" not in done.stderr
+
+
+@pytest.mark.parametrize("name", admin_commands.COMMANDS)
+def test_the_help_of_a_command_is_the_same_without_the_others(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for program in (cli.main, admin_commands.main):
+        with pytest.raises(SystemExit):
+            program([name, "--help"])
+    text = capsys.readouterr().out
+    assert text[: len(text) // 2] == text[len(text) // 2 :]
 
 
 def test_a_version_is_loaded_labelled_and_rolled_back(server: Server, key: str, folder: Path) -> None:

@@ -9,18 +9,17 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
-from inferpool.settings_sources import ENV_PREFIX
 from inferpool.system.files import printable
 
 COMMANDS: Final = ("load", "unload", "jobs", "labels", "traffic", "rollback")
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
-URL_VARIABLE: Final = f"{ENV_PREFIX}URL"
-KEY_VARIABLE: Final = f"{ENV_PREFIX}KEY"
+URL_VARIABLE: Final = "INFERPOOL_URL"
+KEY_VARIABLE: Final = "INFERPOOL_KEY"
 _TIMEOUT_S: Final = 70.0
 _LOOK_S: Final = 0.2
 """Pause between two looks at a job."""
@@ -133,6 +132,17 @@ def _add(
     command = commands.add_parser(name, help=text, description=description, epilog=WHERE, allow_abbrev=False)
     command.add_argument("--url", help=f"the address of the server, or unix:PATH [{URL_VARIABLE}]")
     return command
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of these commands; returns its exit status.
+
+    The parser of `inferpool` has the settings of servers as well. To import it takes longer than a command.
+    """
+    parser = argparse.ArgumentParser(prog="inferpool", allow_abbrev=False)
+    add_admin_commands(parser.add_subparsers(dest="command", required=True))
+    flags = vars(parser.parse_args(arguments))
+    return run_admin_command(flags.pop("command"), flags, os.environ)
 
 
 def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[str, str]) -> int:
