@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from inferpool.errors import ConfigError
@@ -18,7 +19,7 @@ from inferpool.repository.load.plan_cache import PlanCache
 from inferpool.settings_sources import read_settings
 from inferpool.system.files import printable, read_file
 
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import MakeChaos, Serve, chaos_in
 from tests.server import CHAOS, ROOT
 
 DAMAGES = [b"", b"\0" * 100, b"[1, 2]", b"{" * 10**6, b"7", b'{"table": 1}', os.urandom(1000)]
@@ -117,33 +118,48 @@ def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
         read_file(Path("/proc/self/status"), 10)
 
 
+@pytest.fixture(scope="module")
+def versions(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The versions of a server of a good model, and of models with a file of each kind in each place."""
+    folder = tmp_path_factory.mktemp("absurd") / "repository"
+    write = chaos_in(folder)
+    repository = write("good")
+    tables = {"labels": '[labels]\nfile = "file"', "tokenizer": '[text]\ntokenizer = "file"'}
+    targets = {"config": "model.toml", "sample": "samples/a.json", "model": "1/model.chaos"}
+    for make in KINDS:
+        kind = make.__name__
+        for name, table in tables.items():
+            write(f"{kind}-{name}", config=table)
+            make(repository / f"{kind}-{name}" / "file")
+        for name, target in targets.items():
+            write(f"{kind}-{name}")
+            file = repository / f"{kind}-{name}" / target
+            file.parent.mkdir(exist_ok=True)
+            file.unlink(missing_ok=True)
+            make(file)
+        if make is not make_huge:  # a runtime may have large weights
+            write(f"{kind}-weights")
+            make(repository / f"{kind}-weights" / "1" / "weights.bin")
+    server = module_serve(repository)
+    assert server.post("/predict/good", json={"inputs": [[1, 2, 3, 4]]}).status_code == 200
+    return {model["name"]: model["versions"][0] for model in server.get("/models").json()["models"]}
+
+
 @pytest.mark.parametrize("make", KINDS)
 def test_pipes_devices_and_endless_files_fail_one_model_and_the_others_are_served(
-    tmp_path: Path, serve: Serve, make_chaos: MakeChaos, make: Callable[[Path], None]
+    versions: dict[str, dict[str, Any]], make: Callable[[Path], None]
 ) -> None:
-    repository = make_chaos("good")
-    tables = {"labels": '[labels]\nfile = "file"', "tokenizer": '[text]\ntokenizer = "file"'}
-    for name, table in tables.items():
-        make_chaos(name, config=table)
-        make(repository / name / "file")
-    for name, target in (("config", "model.toml"), ("sample", "samples/a.json"), ("model", "1/model.chaos")):
-        make_chaos(name)
-        file = repository / name / target
-        file.parent.mkdir(exist_ok=True)
-        file.unlink(missing_ok=True)
-        make(file)
-    if make is not make_huge:  # a runtime may have large weights
-        make_chaos("weights")
-        make(repository / "weights" / "1" / "weights.bin")
-    server = serve(repository, wait=False)
-    server.wait_loaded()
-    models = {model["name"]: model["versions"][0] for model in server.get("/models").json()["models"]}
-    assert models.pop("good")["state"] == "ready"
-    assert len(models) >= 5
-    for name, version in models.items():
+    assert versions["good"]["state"] == "ready"
+    failed = {name: version for name, version in versions.items() if name.startswith(make.__name__)}
+    assert len(failed) >= 5
+    for name, version in failed.items():
         assert version["state"] == "failed", (name, version)
         assert 10 < len(version["reason"]) < 500
-    assert server.post("/predict/good", json={"inputs": [[1, 2, 3, 4]]}).status_code == 200
+
+
+def test_a_model_file_larger_than_the_memory_is_not_read(versions: dict[str, dict[str, Any]]) -> None:
+    reason = versions["make_huge-model"]["reason"]
+    assert reason.startswith(f"model.chaos has {2**40} bytes; expected at most")
 
 
 @pytest.mark.parametrize("damage", range(len(DAMAGES) + 3))
@@ -176,10 +192,3 @@ def test_names_cannot_control_the_terminal_that_shows_them(tmp_path: Path, make_
     assert r"sample \x1b]0;evil\x07.json" in ran.stdout
     assert r"sample \x1b]0;evil\x07.json" in ran.stderr
     assert "\x1b" not in ran.stdout + ran.stderr
-
-
-def test_a_model_file_larger_than_the_memory_is_not_read(make_chaos: MakeChaos, serve: Serve) -> None:
-    repository = make_chaos("m")
-    make_huge(repository / "m" / "1" / "model.chaos")
-    reason = serve(repository).get("/models/m").json()["versions"][0]["reason"]
-    assert reason.startswith(f"model.chaos has {2**40} bytes; expected at most")

@@ -208,7 +208,8 @@ def test_every_client_gets_the_answer_of_its_row_alone_from_batches(
     assert version["state"] == "ready", version["reason"]
     assert version["batching"]["enabled"], version["batching"]["reason"]
     right = expected(served.repository / name / "1" / "model.onnx", exported, {"LOCPATH": locales})
-    asyncio.run(with_clients(server.port, CLIENTS, partial(ask, name, exported, right)))
+    bodies = [json.dumps({"inputs": [row.tolist()]}).encode() for row in exported.rows]
+    asyncio.run(with_clients(server.port, CLIENTS, partial(ask, name, bodies, right)))
     several = [index for index, row in enumerate(exported.rows) if row.shape == exported.rows[0].shape]
     reply = server.post(
         f"/predict/{name}", json={"inputs": [exported.rows[index].tolist() for index in several]}
@@ -218,12 +219,11 @@ def test_every_client_gets_the_answer_of_its_row_alone_from_batches(
 
 
 async def ask(
-    name: str, exported: Exported, right: list[dict[str, Any]], client: Client, number: int
+    name: str, bodies: list[bytes], right: list[dict[str, Any]], client: Client, number: int
 ) -> None:
     for turn in range(ROUNDS):
         which = (number + turn) % len(right)
-        body = json.dumps({"inputs": [exported.rows[which].tolist()]}).encode()
-        reply = await client.post(f"/predict/{name}", body)
+        reply = await client.post(f"/predict/{name}", bodies[which])
         assert reply.status == 200, reply.body
         assert_alike(json.loads(reply.body)["outputs"], right[which])
 
