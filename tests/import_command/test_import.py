@@ -17,7 +17,7 @@ from tests.import_command.scripts import script
 
 
 def test_a_classifier_keeps_its_classes_and_becomes_another_version_the_next_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import joblib
     import pandas as pd
@@ -40,6 +40,8 @@ def test_a_classifier_keeps_its_classes_and_becomes_another_version_the_next_tim
     assert sample["outputs"]["scores"] == pytest.approx(model.predict_proba(features[:30:10]), abs=1e-6)
     data = pd.DataFrame(features, columns=list("abcd")).assign(target=names[kinds])
     data.to_csv(tmp_path / "data.csv", index=False)
+    # The intervals of the metrics, which take seconds, are no matter here.
+    monkeypatch.setattr("inferpool.release.evaluate.metrics.RESAMPLES", 2)
     assert cli.main(["evaluate", str(target), "--data", str(tmp_path / "data.csv")]) == 0
     right = model.score(features, names[kinds])
     assert re.search(rf"^accuracy +{right:.4g} ", capsys.readouterr().out, re.MULTILINE)
