@@ -253,8 +253,9 @@ def main() -> None:
             beside = median(plain) if plain else None
             if beside is not None:
                 print(row(f"{name}, plain session", beside))
-            print(row(f"{name}, first start", first, beside))
-            print(row(f"{name}, later starts", median(served), beside), flush=True)
+            processes = ", several processes" if arguments.engine == "process" else ""
+            print(row(f"{name}{processes}, first start", first, beside))
+            print(row(f"{name}{processes}, later starts", median(served), beside), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "service" / "inferpool"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = {
-    "__main__": 10, "cli": 9, "admin_commands": 8, "app": 8, "child_process": 8,
+    "__main__": 10, "cli": 9, "other_commands": 8.9, "admin_commands": 8, "app": 8, "child_process": 8,
     "engine_process": 8, "launch": 8.5,
     "grpc_process": 8, "predict_command": 8.5, "evaluate_command": 8.7,
     "import_command": 8.8, "optimise_command": 8.8,

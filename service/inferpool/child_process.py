@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-from inferpool.system.imports import no_collections, without_plugins
+from inferpool.system.imports import kept_imports, without_plugins
 
 
 def main() -> int:
     """Run `MODULE.main()`, which finds its own arguments behind the program's name."""
     without_plugins()
-    with no_collections():
+    with kept_imports():
         module = importlib.import_module(sys.argv.pop(1))
     status: int = module.main()
     return status

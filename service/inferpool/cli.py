@@ -13,20 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from inferpool import __version__
-from inferpool.admin_commands import COMMANDS, add_admin_commands, run_admin_command
 from inferpool.errors import ConfigError, InferpoolError
-from inferpool.evaluate_command.command import add_evaluate_command, run_evaluate_command
-from inferpool.import_command.command import add_import_command, run_import_command
-from inferpool.optimise_command.command import add_optimise_command, run_optimise_command
 from inferpool.platforms import REPOSITORY_VARIABLE, find_repository, platform_settings
-from inferpool.predict_command.command import add_predict_command, run_predict_command
-from inferpool.profile_command.command import add_profile_command, run_profile_command
 from inferpool.repository.layout import DEFAULT_REPOSITORY, build_command, is_unbuilt
 from inferpool.repository.stores.reference import StoreReference, parse_repository
-from inferpool.sample_commands import add_sample_commands, run_sample_command
 from inferpool.settings import Settings
 from inferpool.settings_sources import CHECK_SETTINGS, ENV_PREFIX, FETCH_SETTINGS, add_flags, read_settings
-from inferpool.sign_commands import SIGN_COMMANDS, add_sign_commands, run_sign_command
 from inferpool.system.files import printable
 
 if TYPE_CHECKING:
@@ -34,6 +26,7 @@ if TYPE_CHECKING:
     from inferpool.repository.catalog import Catalog, LiveView, VersionView
     from inferpool.tensors import Signature
 
+OWN_COMMANDS = ("serve", "check", "fetch", "build")
 _REPOSITORY = "path of the models, or their place in a store"
 _EPILOG = f"""\
 Flags override {ENV_PREFIX}* variables, variables override the file of --config, the file overrides defaults.
@@ -42,8 +35,9 @@ Flags override {ENV_PREFIX}* variables, variables override the file of --config,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
-    parser = _parser()
-    flags = vars(parser.parse_args(arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(whole=words[:1] != ["serve"])
+    flags = vars(parser.parse_args(words))
     command = flags.pop("command")
     if command == "key":
         try:
@@ -51,22 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (InferpoolError, ValueError) as error:
             print(f"inferpool: {printable(str(error))}", file=sys.stderr)
             return 1
-    if command in COMMANDS:
-        return run_admin_command(command, flags, os.environ)
-    if command == "predict":
-        return run_predict_command(flags, os.environ)
-    if command == "import":
-        return run_import_command(flags, os.environ)
-    if command == "evaluate":
-        return run_evaluate_command(flags, os.environ)
-    if command in ("optimise", "optimize"):
-        return run_optimise_command(flags, os.environ)
-    if command == "profile":
-        return run_profile_command(flags, os.environ)
-    if command == "samples":
-        return run_sample_command(flags, os.environ)
-    if command in SIGN_COMMANDS:
-        return run_sign_command(command, flags, os.environ)
+    if command not in OWN_COMMANDS:
+        from inferpool.other_commands import run_other_command
+
+        return run_other_command(command, flags, os.environ)
     argument, config = flags.pop("repository"), flags.pop("config", None)
     name, options = flags.pop("name", None), flags.pop("options", ())
     remeasure = flags.pop("remeasure", False)
@@ -125,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, whole: bool = True) -> argparse.ArgumentParser:
+    """The parser of all commands; without `whole`, of `serve` alone, which starts sooner without the rest."""
     parser = argparse.ArgumentParser(
         prog="inferpool", description="Serve exported models over HTTP.", allow_abbrev=False
     )
@@ -142,6 +125,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_repository(serve)
     add_flags(serve)
+    if whole:
+        _add_others(commands)
+    return parser
+
+
+def _add_others(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add every command but `serve`."""
+    from inferpool.other_commands import add_server_commands, add_work_commands
+
     check = commands.add_parser(
         "check",
         help="load every model, print its inputs, outputs and batching, and stop",
@@ -194,16 +186,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         help="options of the script (see NAME --help)",
     )
-    add_predict_command(commands)
-    add_import_command(commands)
-    add_evaluate_command(commands)
-    add_optimise_command(commands)
-    add_profile_command(commands)
+    add_work_commands(commands)
     _add_key(commands)
-    add_sample_commands(commands)
-    add_sign_commands(commands)
-    add_admin_commands(commands)
-    return parser
+    add_server_commands(commands)
 
 
 def _add_key(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from inferpool.backends.onnx.early_library import load_library_early
 from inferpool.engine.supervisor import replace_process
 from inferpool.errors import ConfigError, Reason
 from inferpool.http.access.make_gate import check_exposure, make_gate
@@ -26,7 +27,7 @@ from inferpool.settings import Settings, with_memory
 from inferpool.settings_sources import service_links
 from inferpool.system.cpu import usable_cores
 from inferpool.system.gpus import AUTO, CPU, cuda_driver
-from inferpool.system.imports import no_collections
+from inferpool.system.imports import kept_imports
 from inferpool.system.install_hints import install_command
 from inferpool.system.listeners import address_of, listen, listen_unix, remove_socket_file, socket_file
 from inferpool.system.memory import keep_freed_memory
@@ -92,7 +93,8 @@ def serve(repository: Path | StoreReference, settings: Settings, reason: Reason 
             name = repository.text if isinstance(repository, StoreReference) else str(repository)
             if settings.engine == "process":
                 _supervise(listener, name, settings)
-            with no_collections():
+            load_library_early()
+            with kept_imports():
                 from inferpool import app
 
             status, is_busy = app.serve(listener, name, settings, log_lines)

@@ -27,7 +27,6 @@ from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Inbox, VersionKey
 from inferpool.privacy.keys import KEYS_VARIABLE, SampleKeys, read_keys
-from inferpool.privacy.store import SampleStore, StoreLimits
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog
 from inferpool.repository.catalog_readings import is_shown
@@ -40,6 +39,7 @@ from inferpool.system.memory import COPIES, COPIES_APART
 
 if TYPE_CHECKING:
     from inferpool.http.routes import Routes
+    from inferpool.privacy.store import SampleStore
 
 _READY: Final = "/health/ready"
 _DAY_S: Final = 86_400
@@ -166,7 +166,7 @@ def _make_routes(
 ) -> Routes:
     """Make the routes that are no predictions. Their imports take a while, so this is done late."""
     with no_collections():
-        from inferpool.http.explain.routes import ExplanationLimits
+        from inferpool.http.explain.options import ExplanationLimits
         from inferpool.http.routes import make_routes
 
         limits = ExplanationLimits(settings.explain_max_passes, settings.explain_max_ms / 1000)
@@ -177,6 +177,8 @@ def _sample_store(settings: Settings) -> tuple[SampleStore | None, SampleKeys | 
     """Return the store of samples and its keys, if the settings name a place; raises ConfigError."""
     if settings.samples_dir is None:
         return None, None
+    from inferpool.privacy.store import SampleStore, StoreLimits  # imports sqlite3; few servers keep samples
+
     keys = read_keys(settings.samples_keys_file, os.environ.get(KEYS_VARIABLE))
     if keys is None:
         raise ConfigError(

@@ -8,9 +8,12 @@ Runtime, therefore still starts. Other packages may add backends under the entry
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import EntryPoints, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from inferpool.errors import LoadError
@@ -25,6 +28,7 @@ _BUILT_IN: Final = {
 """Name to module, class and suffixes."""
 
 ENTRY_POINT_GROUP: Final = "inferpool.backends"
+_GROUP_NAME: Final = ENTRY_POINT_GROUP.encode()
 
 
 def _added() -> EntryPoints:
@@ -34,9 +38,31 @@ def _added() -> EntryPoints:
 
 @lru_cache(maxsize=1)
 def _added_in(path: tuple[str, ...]) -> EntryPoints:
-    """The backends of the packages in `path`; to find them, Python reads files of every installed package."""
-    del path  # `entry_points` looks at `sys.path`, which this is
+    """The backends of the packages in `path`, which is `sys.path`."""
+    # Python would parse a file of every installed package, at every start. Hardly any server has a backend
+    # of another package.
+    if not any(_may_add(folder) for folder in path):
+        return EntryPoints()
     return entry_points(group=ENTRY_POINT_GROUP)
+
+
+def _may_add(folder: str) -> bool:
+    """Whether a package in `folder`, an item of `sys.path`, may have a backend; Python tells for certain."""
+    try:
+        with os.scandir(folder or ".") as found:
+            entries = list(found)
+    except NotADirectoryError:
+        return True  # an archive
+    except OSError:
+        return False
+    for entry in entries:
+        if entry.name.endswith((".dist-info", ".egg-info")):
+            with suppress(OSError):
+                if _GROUP_NAME in Path(entry.path, "entry_points.txt").read_bytes():
+                    return True
+        elif entry.name.endswith(".egg"):
+            return True
+    return False
 
 
 def backend_names() -> tuple[str, ...]:

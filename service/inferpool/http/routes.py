@@ -23,7 +23,8 @@ from inferpool.http.access.route_scopes import RouteScopes
 from inferpool.http.asgi import Message, Receive, Scope, Send, api_of, peer_of
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.deferred_route import DeferredRoute
-from inferpool.http.explain.routes import ExplanationLimits, add_explain
+from inferpool.http.explain.options import ExplanationLimits
+from inferpool.http.explain.routes import add_explain
 from inferpool.http.native.routes import add_native
 from inferpool.http.openapi import complete
 from inferpool.http.page.routes import add_page
@@ -129,7 +130,6 @@ def make_routes(
     app = Routes(catalog, shared)
     _add_docs(app)
     add_page(app)
-    metrics.process_registry()  # so that the first page of metrics holds up no request
     add_native(app, catalog, metrics, admin, observations)
     add_v2(app, catalog, shared.predictor, admin)
     add_v1(app, catalog)

@@ -305,12 +305,12 @@ class Metrics:
         openmetrics, content_type = choose_exposition(accept)
         own = self._text(openmetrics=openmetrics).encode()
         # The encoder comes last, because it writes the mark that ends an OpenMetrics page.
-        registry = self.process_registry()
+        registry = self._process_registry()
         encoded = as_openmetrics(registry) if openmetrics else as_text(registry)  # type: ignore[no-untyped-call]
         return own + encoded, content_type
 
-    def process_registry(self) -> CollectorRegistry:
-        """The metrics of the process. The first call imports what `render` needs, which takes a while."""
+    def _process_registry(self) -> CollectorRegistry:
+        """The metrics of the process."""
         from inferpool.observe.process_metrics import process_registry
 
         if self._registry is None:

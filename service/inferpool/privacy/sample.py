@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import orjson
@@ -59,6 +59,13 @@ class Sample:
             header.append(described)
         text = orjson.dumps(header)
         return b"".join((bytes((_FORM,)), len(text).to_bytes(4, "little"), text, *contents))
+
+
+class Totals(NamedTuple):
+    """How many samples a store has, and their bytes."""
+
+    held: int
+    nbytes: int
 
 
 def from_bytes(content: bytes) -> Sample:

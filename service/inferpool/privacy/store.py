@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from inferpool.errors import ConfigError
 from inferpool.privacy.keys import SampleKeys
-from inferpool.privacy.sample import Sample, from_bytes
+from inferpool.privacy.sample import Sample, Totals, from_bytes
 
 FOLDER: Final = "inferpool-samples"
 FILE: Final = "samples.sqlite3"
@@ -52,13 +52,6 @@ class StoreLimits(NamedTuple):
     age_s: float
 
 
-class Totals(NamedTuple):
-    """How many samples there are, and their bytes."""
-
-    held: int
-    nbytes: int
-
-
 class Listed(NamedTuple):
     """A sample in the store; `sample` is None if its key is gone or its bytes were changed."""
 
@@ -83,7 +76,13 @@ class Choice(NamedTuple):
 
 
 class SampleStore:
-    """The samples of a server. Each method may be called in any thread, and waits for the disk."""
+    """The samples of a server. Each method may be called in any thread, and waits for the disk.
+
+    Attributes:
+        failures: what methods raise if the disk fails; names them for modules that do not import sqlite3.
+    """
+
+    failures: Final = (sqlite3.Error, OSError)
 
     def __init__(self, folder: Path, keys: SampleKeys, limits: StoreLimits) -> None:
         """Open, or make, the store in `folder`; raises ConfigError if it cannot be used."""

@@ -16,7 +16,6 @@ from inferpool.backends.base import Backend, LoadedModel, LoadOptions
 from inferpool.backends.row_verdict import Independence, RowVerdict
 from inferpool.backends.torch.file_kind import Kind, kind_of
 from inferpool.backends.torch.process_env import prepare
-from inferpool.backends.torch.row_analysis.exported import analyse_program
 from inferpool.backends.torch.trust import check_trust
 from inferpool.errors import LoadError, Reason, short_reason
 from inferpool.system.gpus import CPU, gpu_support
@@ -70,6 +69,9 @@ class PyTorchBackend(Backend):
         try:
             kind = kind_of(file)
             if kind is Kind.PROGRAM:
+                # Every server asks this backend for its version, and few read a program.
+                from inferpool.backends.torch.row_analysis.exported import analyse_program
+
                 return analyse_program(file)
             if kind is Kind.SCRIPT:
                 check_trust(file, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
@@ -16,6 +16,13 @@ AUTO: Final = "auto"
 CONTINUOUS: Final = ("FP16", "BF16", "FP32", "FP64")
 """The datatypes of inputs and outputs that have gradients."""
 OTHER_METHODS: Final = "choose the method kernel, permutation or occlusion"
+
+
+class ExplanationLimits(NamedTuple):
+    """The `passes` and `seconds` that an explanation may take; 0 passes switch explanations off."""
+
+    passes: int
+    seconds: float
 
 
 class ExplainQuery(BodyModel):

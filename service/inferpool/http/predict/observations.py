@@ -9,11 +9,10 @@ they are given back. One thread of the process does everything else, in a small 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -31,10 +30,12 @@ from inferpool.pool.ports import VersionKey
 from inferpool.privacy.config import FieldRules, SamplesConfig, kept_fields
 from inferpool.privacy.keys import SampleKeys, is_chosen, threshold_of
 from inferpool.privacy.noise import CountNoise
-from inferpool.privacy.sample import LABEL, Sample, best_labels, redacted
-from inferpool.privacy.store import SampleStore, Totals
+from inferpool.privacy.sample import LABEL, Sample, Totals, best_labels, redacted
 from inferpool.repository.catalog import ModelView, VersionView
 from inferpool.tensors import Array, Tensors, bf16_to_fp32
+
+if TYPE_CHECKING:
+    from inferpool.privacy.store import SampleStore  # imports sqlite3, and few servers keep samples
 
 log = logging.getLogger(__name__)
 
@@ -389,7 +390,7 @@ class Observations:
         try:
             self._totals = self.store.add(samples)
             self._written.add(len(samples))
-        except (sqlite3.Error, OSError) as error:
+        except self.store.failures as error:
             self._failed.add(len(samples))
             self._stop(error)
 
@@ -408,15 +409,15 @@ class Observations:
             self._stopped_until = 0.0
         if self.store is not None and not self._stopped_until and now >= self._next_expiry:
             self._next_expiry = now + EXPIRE_S
-            self._try_store(self.store.expire)
+            self._try_store(self.store, self.store.expire)
         elif self.store is not None and not self._stopped_until:
             # Another process may have written or deleted some.
-            self._try_store(self.store.totals)
+            self._try_store(self.store, self.store.totals)
 
-    def _try_store(self, work: Callable[[], Totals]) -> None:
+    def _try_store(self, store: SampleStore, work: Callable[[], Totals]) -> None:
         try:
             self._totals = work()
-        except (sqlite3.Error, OSError) as error:
+        except store.failures as error:
             self._stop(error)
 
     def _publish(self, observer: VersionObserver, closed: ClosedWindow) -> None:

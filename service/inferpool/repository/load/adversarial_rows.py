@@ -12,7 +12,7 @@ alone; the caller leaves those out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from inferpool.errors import OutOfMemory
 from inferpool.repository.load.free_sizes import free_axes, resized
 from inferpool.tensors import Array, Signature, Tensors, TensorSpec, bf16_to_fp32, fp32_to_bf16
 
-_Rng = np.random.Generator
+if TYPE_CHECKING:
+    from numpy.random import Generator  # numpy imports its random numbers late; few starts draw any
 
 _HUGE: Final = {"FP16": 1e3}
 """By datatype, a factor so large that sums of its products stay finite; 1e6 for the others."""
@@ -106,7 +107,7 @@ def _longer(size: int) -> int:
     return size + size // 2 + 1
 
 
-def _makers(spec: TensorSpec, tensor: Array, top: int, rng: _Rng) -> Sequence[Callable[[Array], Array]]:
+def _makers(spec: TensorSpec, tensor: Array, top: int, rng: Generator) -> Sequence[Callable[[Array], Array]]:
     """Functions that make a row of one input, each of another kind, from an ordinary row."""
     if spec.datatype == "BF16":
 
@@ -123,7 +124,7 @@ def _makers(spec: TensorSpec, tensor: Array, top: int, rng: _Rng) -> Sequence[Ca
     return [_text_maker(number) for number in range(len(_TEXTS))]
 
 
-def _float_makers(datatype: str, dtype: np.dtype[Any], rng: _Rng) -> Sequence[Callable[[Array], Array]]:
+def _float_makers(datatype: str, dtype: np.dtype[Any], rng: Generator) -> Sequence[Callable[[Array], Array]]:
     huge = _HUGE.get(datatype, 1e6)
 
     def uniform(low: float, high: float) -> Callable[[Array], Array]:
@@ -161,7 +162,7 @@ def _float_makers(datatype: str, dtype: np.dtype[Any], rng: _Rng) -> Sequence[Ca
     )
 
 
-def _flag_makers(rng: _Rng) -> Sequence[Callable[[Array], Array]]:
+def _flag_makers(rng: Generator) -> Sequence[Callable[[Array], Array]]:
     return (
         np.zeros_like,
         np.ones_like,
@@ -171,7 +172,7 @@ def _flag_makers(rng: _Rng) -> Sequence[Callable[[Array], Array]]:
 
 
 def _integer_makers(
-    dtype: np.dtype[Any], tensor: Array, top: int, rng: _Rng
+    dtype: np.dtype[Any], tensor: Array, top: int, rng: Generator
 ) -> Sequence[Callable[[Array], Array]]:
     # Never the lowest integer: divided by -1 it ends the process.
     low = max(np.iinfo(dtype).min + 1, -top) if tensor.size and tensor.min() < 0 else 0
