@@ -143,8 +143,11 @@ class FakeTransport:
         self.written: list[bytes] = []
         self.buffered = 0
         self.closing = False
+        self.fault: Exception | None = None
 
     def write(self, data: bytes | memoryview) -> None:
+        if self.fault is not None:
+            raise self.fault
         self.written.append(bytes(data))
 
     def is_closing(self) -> bool:

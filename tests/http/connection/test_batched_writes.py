@@ -18,6 +18,7 @@ class Pending:
 
     def __init__(self, fault: Exception | None = None) -> None:
         self.rest: bytes | None = None
+        self.error: Exception | None = None
         self._fault = fault
 
     def sent(self, rest: bytes) -> None:
@@ -25,6 +26,9 @@ class Pending:
         self.rest = rest
         if self._fault is not None:
             raise self._fault
+
+    def not_sent(self, error: Exception) -> None:
+        self.error = error
 
 
 Pair = tuple[socket.socket, socket.socket]
@@ -116,3 +120,16 @@ def test_without_the_c_module_nothing_is_collected(monkeypatch: pytest.MonkeyPat
     own.begin()
     assert not own.collecting
     own.flush()
+
+
+def test_responses_whose_writing_fails_end_one_and_all(
+    pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(sockets: list[int], bodies: list[bytes]) -> list[int]:
+        raise OSError("on purpose")
+
+    monkeypatch.setattr(batched_writes, "_socketio", SimpleNamespace(send_all=fail))
+    writes = [Pending(), Pending(), Pending()]
+    write_together(pairs, [b"one", b"two", b"three"], writes)
+    assert [str(write.error) for write in writes] == ["on purpose"] * 3
+    assert [write.rest for write in writes] == [None] * 3

@@ -8,6 +8,7 @@ import logging
 import mmap
 import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -251,6 +252,61 @@ def test_what_ends_a_thread_is_answered_with_an_internal_error(
     send(exchange, HEAVY_BODY)
     harness.loop.run_job()
     assert client.transport.responses() == [(500, "r0")]
+    assert_idle(harness)
+
+
+@pytest.mark.parametrize("model", ["m", "nobody"])
+def test_a_response_that_cannot_be_written_closes_the_connection(
+    harness: Harness, caplog: pytest.LogCaptureFixture, model: str
+) -> None:
+    client = harness.connect()
+    client.transport.fault = OSError("on purpose")
+    exchange = client.begin(LENGTH, model=model)
+    waiting = client.begin(LENGTH)
+    send(exchange, BODY)
+    harness.loop.settle()
+    for entry_id in list(harness.inbox.waiting):
+        harness.inbox.run(entry_id)
+    harness.loop.settle()
+    assert (exchange.state, client.transport.closing) == (DONE, True)
+    (line,) = caplog.records
+    assert line.exc_info is not None
+    assert line.exc_info[1] is client.transport.fault
+    client.lose()  # as the event loop does with every connection that is closed
+    assert waiting.state == DONE
+    assert_idle(harness)
+
+
+class FaultyObserver:
+    """Fails to observe a request at its begin, or at its end."""
+
+    def __init__(self, *, begins: bool) -> None:
+        self._begins = begins
+
+    def begin(self, context: Any, tensors: object, now: float) -> None:
+        context.observation = SimpleNamespace(observer=self)
+        if not self._begins:
+            raise OSError("on purpose")
+
+    def end(self, context: object, outputs: object) -> None:
+        raise OSError("on purpose")
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_request_that_cannot_be_observed_is_answered(
+    harness: Harness, caplog: pytest.LogCaptureFixture, begins: bool
+) -> None:
+    client = harness.connect()
+    exchange = client.begin(LENGTH)
+    served = client.contexts[0].served
+    assert served is not None
+    served.observer = FaultyObserver(begins=begins)
+    send(exchange, BODY)
+    harness.loop.settle()
+    harness.inbox.run(*harness.inbox.waiting)
+    harness.loop.settle()
+    assert client.transport.responses() == [(200, "r0")]
+    assert [line.exc_info is not None for line in caplog.records] == [True]
     assert_idle(harness)
 
 

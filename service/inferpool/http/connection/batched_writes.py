@@ -22,6 +22,9 @@ class PendingWrite(Protocol):
     def sent(self, rest: bytes) -> None:
         """Take note that the socket has taken everything but `rest`."""
 
+    def not_sent(self, error: Exception) -> None:
+        """Take note that `error` has ended the writing; nobody knows how many bytes were written."""
+
 
 class WriteBatcher:
     """Collects the responses that the results of one batch become, and writes them together.
@@ -66,6 +69,10 @@ class WriteBatcher:
             taken = [0] if len(pending) == 1 else _socketio.send_all(sockets, bodies)
         except MemoryError:
             taken = [0] * len(pending)  # each transport writes its own
+        except Exception as error:  # noqa: BLE001 - each exchange logs it, and ends
+            for write in pending:
+                write.not_sent(error)
+            return
         for write, body, size in zip(pending, bodies, taken, strict=True):
             try:
                 write.sent(body[size:])

@@ -3,11 +3,15 @@
 An exchange has one state, and moves from state to state through `Exchange._move`. The connection and the
 predictor drive it with plain calls, without tasks and events. Each call that comes too late, because the
 client is gone or has been refused, finds another state than it expects and does nothing.
+
+Whatever raises in one of these calls ends the exchange: `Exchange._fail` responds with the error, and
+`Exchange._break_off` closes the connection if no response can be made or written.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from typing import Any, Final
 
@@ -37,6 +41,8 @@ from inferpool.http.predict.response import Response, compressed
 from inferpool.http.predict.response_cache import NOT_CACHED
 from inferpool.pool.ports import Result
 from inferpool.tensors import Tensors
+
+log = logging.getLogger(__name__)
 
 MOST_DISCARDED_BYTES: Final = 256 * 1024
 """Bytes of the body of a refused request that are read, so that the connection can stay open."""
@@ -97,13 +103,16 @@ class Exchange:
         """Begin the turn of this request: all earlier ones on the connection are answered."""
         if self._state == DONE:
             return  # the client disconnected just before
-        ready = self._state == READY
-        if not self._admit(0):
-            return
-        if ready:
-            self._decode(self._finish_body())
-        elif self._expects_100:
-            self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            ready = self._state == READY
+            if not self._admit(0):
+                return
+            if ready:
+                self._decode(self._finish_body())
+            elif self._expects_100:
+                self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
+            self._fail(error)
 
     def run(self, body: bytes) -> None:
         """Begin the turn of a request whose `body` is complete."""
@@ -123,7 +132,7 @@ class Exchange:
                 self._buffer().advance(size)
             else:
                 self._buffer().add(chunk)
-        except (InferpoolError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
             self._reject(error)
             return False
         return True
@@ -137,14 +146,17 @@ class Exchange:
             return None
         try:
             return self._buffer().remaining()
-        except MemoryError as error:
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
             self._reject(error)
             return None
 
     def end_body(self) -> None:
         """Take note that the body is complete."""
         if self._state == READING:
-            self._decode(self._finish_body())
+            try:
+                self._decode(self._finish_body())
+            except Exception as error:  # noqa: BLE001 - every error becomes a response
+                self._fail(error)
         elif self._state == WAITING:
             self._move(READY)
 
@@ -183,22 +195,33 @@ class Exchange:
         """Take note that the response was sent, encrypted if the connection is, except for its `rest`."""
         if self._state != WRITING:
             return
-        if rest:
-            tls = self._connection.tls
-            if tls is None:
-                self._connection.transport.write(rest)
-            else:
-                tls.write_records(rest)
-        self._written()
+        try:
+            if rest:
+                tls = self._connection.tls
+                if tls is None:
+                    self._connection.transport.write(rest)
+                else:
+                    tls.write_records(rest)
+            self._written()
+        except Exception as error:  # noqa: BLE001 - every error ends the connection
+            self._break_off(error)
+
+    def not_sent(self, error: Exception) -> None:
+        """Take note that `error` has ended the writing of the response, maybe in its middle."""
+        if self._state == WRITING:
+            self._break_off(error)
 
     def complete(self) -> None:
         """End the turn: the response is written and need not be waited for."""
         if self._state != WRITING:
             return
-        self._end()
-        if not self.keep_alive:
-            self._connection.close()
-        self._connection.completed()
+        try:
+            self._end()
+            if not self.keep_alive:
+                self._connection.close()
+            self._connection.completed()
+        except Exception as error:  # noqa: BLE001 - every error ends the connection
+            self._break_off(error)
 
     def count_unread(self, size: int) -> None:
         """Take note that `size` bytes of the response are not read yet."""
@@ -206,9 +229,13 @@ class Exchange:
 
     def lose(self) -> None:
         """End at once, without a response: the client is gone."""
-        if self._state != DONE:
+        if self._state == DONE:
+            return
+        try:
             self._predictor.abandon(self._context)
-            self._end()
+        except Exception:
+            log.exception("request %s could not be abandoned", self._context.request_id)
+        self._end()
 
     # From the predictor, threads and timers.
 
@@ -220,22 +247,24 @@ class Exchange:
             deadline = self._predictor.submit(
                 self._context, tensors, self._on_result, self._connection.client
             )
+            self._move(QUEUED)
+            if deadline < math.inf:
+                self._set_timer(deadline - self._predictor.clock())
         except Exception as error:  # noqa: BLE001 - every error becomes a response
-            self._refuse(error)
-            return
-        self._move(QUEUED)
-        if deadline < math.inf:
-            self._set_timer(deadline - self._predictor.clock())
+            self._fail(error)
 
     def _on_decoded(self, outcome: Any) -> None:
         """Go on with the tensors, or the error, that a thread has made of the body."""
-        self._predictor.decoded(self._context)
-        if self._context.abandoned:
-            self._predictor.release(self._context)
+        try:
+            self._predictor.decoded(self._context)
+            if self._context.abandoned:
+                self._predictor.release(self._context)
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
+            outcome = error
         if self._state != DECODING:
             return
         if isinstance(outcome, Exception):
-            self._refuse(outcome)
+            self._fail(outcome)
         else:
             self._submit(outcome)
 
@@ -265,43 +294,45 @@ class Exchange:
                     self._connection.run_in_thread(compressed, response, then=self._on_compressed)
                     return
                 response = compressed(response)
+            self._write(response)
         except Exception as error:  # noqa: BLE001 - every error becomes a response
-            self._refuse(error)
-            return
-        self._write(response)
+            self._fail(error)
 
     def _on_encoded(self, outcome: Any) -> None:
         """Write the large answer, or the error, that a thread has made."""
         predictor, context = self._predictor, self._context
-        predictor.offloader.end(context)
-        if context.abandoned:
-            predictor.release(context)
-        if self._state != ENCODING:
-            return
         try:
+            predictor.offloader.end(context)
+            if context.abandoned:
+                predictor.release(context)
+            if self._state != ENCODING:
+                return
             if isinstance(outcome, Exception):
                 raise outcome
-            response = predictor.respond(context, outcome)
+            self._write(predictor.respond(context, outcome))
         except Exception as error:  # noqa: BLE001 - every error becomes a response
-            self._refuse(error)
-            return
-        self._write(response)
+            self._fail(error)
 
     def _on_compressed(self, outcome: Any) -> None:
         """Write the response, or the error, that a thread has made."""
         if self._state != ENCODING:
             return
-        if isinstance(outcome, Exception):
-            self._refuse(outcome)
-        else:
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
             self._write(outcome)
+        except Exception as error:  # noqa: BLE001 - every error becomes a response
+            self._fail(error)
 
     def _on_deadline(self) -> None:
         """Give up what has not run yet."""
         if self._state == DECODING:
-            self._refuse(DeadlineExceeded("the deadline passed while the body was decoded"))
+            self._fail(DeadlineExceeded("the deadline passed while the body was decoded"))
         elif self._state == QUEUED:
-            self._predictor.expire(self._context)
+            try:
+                self._predictor.expire(self._context)
+            except Exception as error:  # noqa: BLE001 - every error becomes a response
+                self._fail(error)
 
     # The steps.
 
@@ -321,12 +352,12 @@ class Exchange:
         predictor.in_flight.requests += 1
         if self._error is not None:
             # Before every other reason: a stranger must not learn which models there are.
-            self._refuse(self._error)
+            self._fail(self._error)
             return False
         try:
             predictor.admit(self._context, size)
         except Exception as error:  # noqa: BLE001 - every error becomes a response
-            self._refuse(error)
+            self._fail(error)
             return False
         return True
 
@@ -345,7 +376,7 @@ class Exchange:
     def _reject(self, error: Exception) -> None:
         """Respond with `error` as soon as it is this request's turn, and receive no more of its body."""
         if self._state == READING:
-            self._refuse(error)
+            self._fail(error)
         else:
             # Without its traceback, whose frames refer to this exchange: a cycle would keep the head, of up
             # to 64 KiB, until the garbage collector runs.
@@ -362,7 +393,7 @@ class Exchange:
                 return
             tensors = predictor.decode(context, data)
         except Exception as error:  # noqa: BLE001 - every error becomes a response
-            self._refuse(error)
+            self._fail(error)
             return
         # Not at once, but after all connections have been read: an idle instance then takes the requests of
         # one iteration of the loop in one batch.
@@ -384,10 +415,34 @@ class Exchange:
     def _set_timer(self, left_s: float) -> None:
         self._timer = self._connection.loop.call_later(max(0.0, left_s), self._on_deadline)
 
-    def _refuse(self, error: Exception) -> None:
-        if self._state == READING:
-            self._spare_body()
-        self._write(self._predictor.refuse(self._context, error))
+    def _fail(self, error: Exception) -> None:
+        """Respond with `error`, or close the connection if a response has begun or cannot be made."""
+        state = self._state
+        if state < READING or state > ENCODING:
+            self._break_off(error)
+            return
+        try:
+            if state == READING:
+                self._spare_body()
+            response = self._predictor.refuse(self._context, error)
+            if state == QUEUED:
+                self._predictor.abandon(self._context)
+                self._move(ENCODING)
+            self._write(response)
+        except Exception as fault:  # noqa: BLE001 - the error must not leave the client without an end
+            self._break_off(fault)
+
+    def _break_off(self, error: Exception) -> None:
+        """Close the connection at once: `error` leaves no response to this request, or a part of one."""
+        context = self._context
+        log.error("request %s failed, and its connection is closed", context.request_id, exc_info=error)
+        try:
+            if self._state != DONE:
+                self._predictor.broke_off(context)
+                self.lose()
+        except Exception:
+            log.exception("what request %s holds could not be released", context.request_id)
+        self._connection.transport.abort()
 
     def _spare_body(self) -> None:
         """Read no more of the body if much of it is still to come, and close the connection instead."""
@@ -444,6 +499,6 @@ class Exchange:
         had_turn = self._state >= READING
         self._move(DONE)
         self._body = None  # the connection keeps its last exchange
-        self._predictor.release(self._context)
         if had_turn:
             self._predictor.in_flight.leave()
+        self._predictor.release(self._context)

@@ -150,7 +150,10 @@ class PredictProtocol(HttpToolsProtocol):
         try:
             self._parse(data)
         except HttpParserError:
-            self._refuse_malformed(data)
+            if self.transport.is_closing():
+                connection.reading_ended = True
+            else:
+                self._refuse_malformed(data)
         if connection.reading_ended:
             self._chunks.clear()
             return
@@ -327,7 +330,16 @@ class PredictProtocol(HttpToolsProtocol):
             if asks_upgrade:
                 self.cycle.keep_alive = False
             return
-        self._begin(self._exchange(*found, version))
+        try:
+            exchange = self._exchange(*found, version)
+        except InferpoolError:
+            raise
+        except Exception:
+            # The parser would make a malformed request of it, without a line in the log.
+            log.exception("a request could not be received, and its connection is closed")
+            self.transport.abort()
+            raise
+        self._begin(exchange)
 
     def on_body(self, body: bytes) -> None:
         """Pass on a chunk of the body."""

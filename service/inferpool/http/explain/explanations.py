@@ -83,10 +83,12 @@ class Explanations:
             status, code = STATUSES[problem.code], problem.code
             raise
         finally:
-            self._count(context, status)
-            predictor.record(context, status, code, size)
-            predictor.budget.release(context)
-            context.free()
+            try:
+                self._count(context, status)
+                predictor.record(context, status, code, size)
+            finally:
+                predictor.budget.release(context)
+                context.free()
         return response
 
     def _last_prediction(self) -> float:

@@ -174,21 +174,21 @@ class Passes:
     # On the event loop.
 
     def _offer(self, each: _Pass, future: Future[Result], until: float, read: _Pass | None) -> None:
-        if read is not None:
-            self._drop(read)
-        if self._gone.is_set():
-            future.set_exception(ClientGone("the client is gone"))
-            return
-
         def arrived(result: Result) -> None:
-            if each.entry is not None and result.outputs is not None:
-                self._on_result(each.entry, result)
-            if not future.done():
-                future.set_result(result)
+            try:
+                if each.entry is not None and result.outputs is not None:
+                    self._on_result(each.entry, result)
+            finally:
+                if not future.done():
+                    future.set_result(result)
 
-        self._drop(each)  # an entry that was refused by its engine is offered again
-        self._offered.add(each)
         try:
+            if read is not None:
+                self._drop(read)
+            if self._gone.is_set():
+                raise ClientGone("the client is gone")
+            self._drop(each)  # an entry that was refused by its engine is offered again
+            self._offered.add(each)
             each.entry = self._predictor.submit_pass(
                 self._context, each.tensors, until, arrived, each.gradients
             )

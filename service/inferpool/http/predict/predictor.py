@@ -19,7 +19,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from inferpool.allowance import Allowance
 from inferpool.errors import (
@@ -256,17 +256,17 @@ class Predictor:
             context.tenant.take_rows(entry.rows, now)
         on_result = then
         if served.observer is not None and entry.rows:
-            served.observer.begin(context, tensors, now)
-        if cache is not None and self._flights.join(cache, context, entry, then):
-            context.entry = entry
-            self.in_flight.accepted += 1
-            return deadline
-        if served.shadow is not None and entry.rows:
-            on_result = self._copies.follow(
-                served.shadow, entry.id, tensors, list(context.texts), context.options.outputs, then
-            )
-        self._results.subscribe(entry.id, on_result)
+            self._begin_observation(context, served.observer, tensors, now)
         try:
+            if cache is not None and self._flights.join(cache, context, entry, then):
+                context.entry = entry
+                self.in_flight.accepted += 1
+                return deadline
+            if served.shadow is not None and entry.rows:
+                on_result = self._copies.follow(
+                    served.shadow, entry.id, tensors, list(context.texts), context.options.outputs, then
+                )
+            self._results.subscribe(entry.id, on_result)
             if entry.rows:
                 self._inbox.offer(entry)
             else:
@@ -359,26 +359,43 @@ class Predictor:
         head = context.head
         now = self.clock()
         total_s = now - context.began
-        served.metrics.succeeded(entry.rows, context.decode_s, encode_s, total_s, now, result)
-        if context.tenant is not None:
-            context.tenant.succeeded(entry.rows, result)
         headers = [
             *encoded.headers,
             (b"x-request-id", context.request_id.encode("latin-1")),
             (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
         ]
         size = sum(map(len, encoded.parts))
+        compressible = size >= _MIN_GZIP_BYTES and head.accepts_gzip()
+        # What raises above is counted as an error, and nothing below raises: a request is counted once.
+        if context.tenant is not None:
+            context.tenant.succeeded(entry.rows, result)
+        served.metrics.succeeded(entry.rows, context.decode_s, encode_s, total_s, now, result)
         if context.observation is not None and result.outputs is not None:
-            context.observation.observer.end(context, result.outputs)
+            self._end_observation(context, result.outputs)
         if self._recorder.follows_all or head.trace is not None:
             self._recorder.ended(context, 200, "ok", size, now, result)
-        return Response(200, headers, encoded.parts, size, size >= _MIN_GZIP_BYTES and head.accepts_gzip())
+        return Response(200, headers, encoded.parts, size, compressible)
+
+    def _begin_observation(
+        self, context: PredictContext, observer: Any, tensors: Tensors, now: float
+    ) -> None:
+        """Observe a request if it is due; a fault leaves the request unobserved, and it runs all the same."""
+        try:
+            observer.begin(context, tensors, now)
+        except Exception:
+            context.observation = None
+            log.exception("request %s could not be observed", context.request_id)
+
+    def _end_observation(self, context: PredictContext, outputs: Tensors) -> None:
+        try:
+            context.observation.observer.end(context, outputs)
+        except Exception:
+            log.exception("request %s could not be observed", context.request_id)
 
     def refuse(self, context: PredictContext, error: Exception, result: Result | None = None) -> Response:
         """Return the response for an error; `result` is the one that carried the error, if any."""
         problem = as_problem(error)
         status = STATUSES[problem.code]
-        body = context.api.problem(problem, status, context.request_id)
         if isinstance(error, MemoryError):
             log.warning("memory ran out on request %s: %s", context.request_id, error)
         elif problem is not error:
@@ -395,6 +412,7 @@ class Predictor:
         metrics.failed(status, total_s, problem.code, by_server=status >= 500 and not missed)
         if context.tenant is not None:
             context.tenant.ended(status)
+        body = context.api.problem(problem, status, context.request_id)
         queue_s, compute_s = (result.queue_s, result.compute_s) if result is not None else (0.0, 0.0)
         headers = [
             (b"content-type", context.api.problem_type),
@@ -443,21 +461,28 @@ class Predictor:
             if (context.flight is None and not context.leads) or self._flights.abandon(context, entry):
                 self._inbox.cancel(entry.key, entry.id, "disconnected")
 
+    def broke_off(self, context: PredictContext) -> None:
+        """Take note that a fault of the server leaves a request without a response, or without its end."""
+        if not context.recorded:
+            self._recorder.ended(context, 500, InternalError.code, 0, self.clock(), None)
+
     def release(self, context: PredictContext) -> None:
         """Give back what the request holds: its response is written, or its client gone. May be repeated."""
+        entry = context.entry
+        if entry is not None:
+            # First, because a server that drains waits for it whatever raises below.
+            context.entry = None
+            self.in_flight.release()
         if context.offloaded_bytes:
             context.abandoned = True  # the body takes memory until the thread that has it is done
         else:
             self.budget.release(context)
             context.free()
-        entry = context.entry
         if entry is not None:
             if context.flight is not None:
                 self._flights.release(context)
             elif self._release_outputs is not None:
                 self._release_outputs(entry.key, entry.id)
-            context.entry = None
-            self.in_flight.release()
 
     def submit_pass(
         self,

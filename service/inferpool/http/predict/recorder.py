@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Final
 
@@ -12,6 +13,8 @@ from inferpool.observe.prometheus_text import Exemplar
 from inferpool.observe.request_record import RequestRecord
 from inferpool.observe.spans import Moments, Spans
 from inferpool.pool.ports import Result
+
+log = logging.getLogger(__name__)
 
 CLIENT_GONE: Final = 499
 """The status in the log of a request whose client disconnected; it is never sent."""
@@ -52,8 +55,24 @@ class RequestRecorder:
         """Record a request that ended at the moment `ended` of the predictor's clock; call once a request.
 
         `model` is the name of a model that the catalog has, if the request failed before a version was found.
+        A record that cannot be made is missing from the log, and the request is answered all the same.
         """
         context.recorded = True
+        try:
+            self._record(context, status, code, bytes_out, ended, result, model)
+        except Exception:
+            log.exception("request %s could not be recorded", context.request_id)
+
+    def _record(
+        self,
+        context: PredictContext,
+        status: int,
+        code: str,
+        bytes_out: int,
+        ended: float,
+        result: Result | None,
+        model: str | None,
+    ) -> None:
         trace = context.head.trace
         if self._spans is not None:
             trace = self._spans.sample(trace)

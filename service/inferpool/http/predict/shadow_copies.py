@@ -189,10 +189,15 @@ class ShadowCopies:
             return then
         if self._release is not None:
             # The memory of a body may be an engine's, and is used for others once the result has come.
-            if sum(tensor.nbytes for tensor in inputs.values()) > MOST_COPIED_BYTES:
-                target.dropped()
+            try:
+                if sum(tensor.nbytes for tensor in inputs.values()) > MOST_COPIED_BYTES:
+                    target.dropped()
+                    return then
+                inputs = {name: _owned(tensor) for name, tensor in inputs.items()}
+            except Exception:
+                log.exception("a request could not be copied for a shadow")
+                target.failed()
                 return then
-            inputs = {name: _owned(tensor) for name, tensor in inputs.items()}
         copied = _Copied(target, inputs, rows, wanted, then)
 
         def deliver(result: Result) -> None:
@@ -201,25 +206,32 @@ class ShadowCopies:
         return deliver
 
     def _deliver(self, copied: _Copied, result: Result) -> None:
-        outputs = result.outputs
-        has_room = outputs is not None and self._take(copied, outputs)
-        if has_room and outputs is not None:
-            # The memory of an engine's outputs is used for others once the answer is out.
-            lent = self._release is not None
-            copied.outputs = {name: _kept(value, lent) for name, value in outputs.items()}
-            copied.sent_s = result.queue_s + result.compute_s
-        copied.then(result)
-        if has_room:
-            self._results.later(lambda: self._send(copied))
-        elif outputs is not None:
-            copied.target.dropped()
+        is_taken = False
+        if result.outputs is not None:
+            # Whatever fails here, the request itself is answered.
+            try:
+                is_taken = self._take(copied, result, result.outputs)
+                if not is_taken:
+                    copied.target.dropped()
+            except Exception:
+                log.exception("a request could not be copied for a shadow")
+                copied.target.failed()
+        try:
+            copied.then(result)
+        finally:
+            if is_taken:
+                self._results.later(lambda: self._send(copied))
 
-    def _take(self, copied: _Copied, outputs: Tensors) -> bool:
-        """Count the bytes of a copy; False if there is no room."""
+    def _take(self, copied: _Copied, result: Result, outputs: Tensors) -> bool:
+        """Keep the outputs that a copy is compared with, and count its bytes; False if there is no room."""
         tensors = [copied.inputs, *(each.tensors for each in copied.rows[1:]), outputs]
         nbytes = sum(getattr(value, "nbytes", 64) for each in tensors for value in each.values())
         if self._copies >= MOST_COPIES or self._held_bytes + nbytes > MOST_HELD_BYTES:
             return False
+        # The memory of an engine's outputs is used for others once the answer is out.
+        lent = self._release is not None
+        copied.outputs = {name: _kept(value, lent) for name, value in outputs.items()}
+        copied.sent_s = result.queue_s + result.compute_s
         copied.nbytes = nbytes
         self._copies += 1
         self._held_bytes += nbytes

@@ -99,7 +99,33 @@ class SingleFlight:
             del cache.flights[key]
 
     def land(self, context: PredictContext, result: Result) -> None:
-        """Take the result of a leader, before it is encoded, and give it to the followers."""
+        """Take the result of a leader, before it is encoded, and give it to the followers.
+
+        If that fails, the leader is answered all the same, and followers without a result get an error.
+        """
+        try:
+            self._land(context, result)
+        except Exception:
+            log.exception("the answer of request %s could not be shared", context.request_id)
+            self._end_followers(context)
+
+    def _end_followers(self, context: PredictContext) -> None:
+        flight: Flight | None = context.flight
+        served, key = context.served, context.cache_key
+        cache = None if served is None else served.cache
+        if cache is not None and key is not None and cache.flights.get(key) is context:
+            del cache.flights[key]
+        if flight is None or flight.lender is not None:
+            return
+        context.flight = None
+        followers, flight.followers = flight.followers, {}
+        failed: list[Result] = []
+        for entry_id, follower in followers.items():
+            follower.flight = None
+            failed.append(Result(entry_id, None, InternalError("the answer could not be shared"), 0.0))
+        self._results.put(failed)
+
+    def _land(self, context: PredictContext, result: Result) -> None:
         flight: Flight | None = context.flight
         context.leads = False
         followers = None if flight is None else flight.followers
@@ -127,13 +153,13 @@ class SingleFlight:
             return
         cache.shared.add(len(followers))
         now, error = self._clock(), result.error
-        flight.lender = entry
-        flight.readers = 1 + len(followers)
-        flight.followers = {}
         shared: list[Result] = []
         for entry_id, follower in followers.items():
             began = now if follower.entry is None else follower.entry.arrived
             shared.append(Result(entry_id, outputs, error, max(0.0, now - began)))
+        flight.lender = entry
+        flight.readers = 1 + len(followers)
+        flight.followers = {}
         self._results.put(shared)
 
     def expire(self, context: PredictContext, entry: Entry) -> bool:
