@@ -25,7 +25,7 @@ RANKS = {
     "backends": 3, "allowance": 2, "gradient_names": 1, "pixel_table": 2,
     "command_output": 2, "platforms": 2, "explain": 2, "drift": 2,
     "privacy": 1.5, "settings": 2, "settings_sources": 2.2, "observe": 2, "tensors": 1, "system": 1,
-    "errors": 0, "__init__": 0,
+    "error_fields": 1, "errors": 0, "__init__": 0,
 }  # fmt: skip
 """A module imports from its own folder, or from a part of a lower rank."""
 

@@ -8,8 +8,13 @@ import pytest
 from inferpool.engine.admin_relay import ENDED, NOT_UP, AdminRelay
 from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
 from inferpool.engine.supervised import SupervisedEngine
+from inferpool.error_fields import error_fields
+from inferpool.errors import NotFound, NotReady
 
 from tests.engine.test_catalog_merge import report, view
+
+NOT_UP_ERROR = error_fields(NotReady(NOT_UP))
+NONE_ERROR = error_fields(NotFound("there is none"))
 
 
 class Channel:
@@ -67,7 +72,7 @@ def test_all_engines_of_a_version_load_and_unload_it_as_one_job(server: Server) 
     for action in ("load", "unload"):
         assert server.ask(action, version=1) == ["cuda:0", "cuda:1"]
         assert len({channel.sent[-1]["job_id"] for channel in server.channels.values()}) == 1
-        server.answer("cuda:0", error="no such version", code="not_found")
+        server.answer("cuda:0", error=error_fields(NotFound("no such version")))
         assert not server.answers
         server.answer("cuda:1", result={"id": "7"})
         assert server.answers.pop()[1]["result"] == {"id": "7"}
@@ -90,7 +95,7 @@ def test_an_engine_that_is_about_to_load_a_version_unloads_it_too(server: Server
     engine.told = False
     for number, model in enumerate(("m", "n"), 1):
         assert server.ask("unload", number, model=model) == []
-        assert server.answers.pop() == (1, {"id": number, "error": NOT_UP, "code": "not_ready"})
+        assert server.answers.pop() == (1, {"id": number, "error": NOT_UP_ERROR})
     engine.told = True
     assert server.ask("unload", 3) == ["cuda:0", "cuda:1"]
     assert server.ask("unload", 4, model="n") == ["cuda:1"]
@@ -107,13 +112,13 @@ def test_the_successor_of_the_oldest_engine_decides_once_it_is_told_what_was_dec
     server.store.set_engine("cuda:1", EngineFacts(0, 1, False))
     server.engines["cuda:1"].told = False
     assert server.ask("label", 3, model="n") == []
-    assert server.answers == [(1, {"id": 3, "error": NOT_UP, "code": "not_ready"})]
+    assert server.answers == [(1, {"id": 3, "error": NOT_UP_ERROR})]
 
 
 def test_nobody_is_asked_unless_all_can_be(server: Server) -> None:
     server.engines["cuda:1"].child = None
     assert server.ask("load") == []
-    assert server.answers == [(1, {"id": 1, "error": NOT_UP, "code": "not_ready"})]
+    assert server.answers == [(1, {"id": 1, "error": NOT_UP_ERROR})]
     assert not server.loads
     assert server.ask("cancel", 2, job="unknown") == []
 
@@ -121,8 +126,8 @@ def test_nobody_is_asked_unless_all_can_be(server: Server) -> None:
 def test_a_question_ends_with_the_engine_or_the_web_process(server: Server) -> None:
     server.ask("unload", version=1)
     server.relay.engine_ended("cuda:1")
-    server.answer("cuda:0", error="there is none", code="not_found")
-    assert [answer["error"] for _, answer in server.answers] == [ENDED]
+    server.answer("cuda:0", error=NONE_ERROR)
+    assert [answer["error"] for _, answer in server.answers] == [error_fields(NotReady(ENDED))]
     server.ask("label", 2)
     server.relay.web_ended(1)
     server.answer("cuda:0", 2, result={})
@@ -141,7 +146,7 @@ def test_an_engine_that_ends_before_it_unloads_has_a_successor_without_the_versi
 
     ask_and_end(1)
     engine.told = False
-    server.answer("cuda:0", 1, error="there is none", code="not_found")
+    server.answer("cuda:0", 1, error=NONE_ERROR)
     assert server.store.versions_for("cuda:1") == [("m", 1), ("n", 1)]
     engine.told = True
     ask_and_end(2)

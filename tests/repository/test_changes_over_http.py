@@ -209,7 +209,8 @@ def test_a_label_moves_only_to_a_version_that_is_ready(server: Server, folder: P
     reply = httpx.put(url, json={"version": 1})
     assert (reply.status_code, reply.json()["code"]) == (409, "conflict")
     assert predict(server, "labelled", "canary")[1]["version"] == "2"
-    assert httpx.put(f"{server.url}/models/labelled/labels/load", json={"version": 2}).status_code == 422
+    refused = httpx.put(f"{server.url}/models/labelled/labels/load", json={"version": 2})
+    assert (refused.status_code, refused.json()["field"]) == (422, "label")
     assert httpx.delete(url).status_code == 200
     assert predict(server, "labelled", "canary")[0] == 404
 

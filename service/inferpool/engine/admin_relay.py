@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from inferpool.engine.catalog_merge import CatalogStore
 from inferpool.engine.supervised import SupervisedEngine
+from inferpool.error_fields import error_fields
+from inferpool.errors import NotReady
 
 NOT_UP: Final = "the engine of the model is being started or ended; try again later"
 ENDED: Final = "the engine ended before it answered; see /models, and try again"
@@ -60,7 +62,7 @@ class AdminRelay:
         """Pass a question on to all engines that it is about; none gets it unless all can."""
         engines = [self._engines[name] for name in self._targets(values)]
         if draining or not engines or any(engine.child is None or not engine.told for engine in engines):
-            self._answer(web, {"id": values["id"], "error": NOT_UP, "code": "not_ready"})
+            self._answer(web, {"id": values["id"], "error": error_fields(NotReady(NOT_UP))})
             return
         if values["action"] == "load":
             self._loads(values["model"], values["version"])
@@ -103,7 +105,7 @@ class AdminRelay:
         for (web, number), question in list(self._questions.items()):
             if engine in question.waits_for:
                 question.ended.append(engine)
-                refusal = {"web": web, "id": number, "error": ENDED, "code": "not_ready"}
+                refusal = {"web": web, "id": number, "error": error_fields(NotReady(ENDED))}
                 self.take_answer(engine, refusal)
 
     def web_ended(self, web: int) -> None:

@@ -10,7 +10,8 @@ import json
 from struct import Struct
 from typing import Any, Final
 
-from inferpool.errors import InferpoolError, InternalError, Refused
+from inferpool.error_fields import error_fields, error_from_fields
+from inferpool.errors import InferpoolError
 
 MAGIC: Final = b"IPCH"
 PROTOCOL: Final = 2
@@ -125,40 +126,15 @@ def read_json(record: bytes) -> Any:
 
 def error_body(error: InferpoolError) -> bytes:
     """Return an error as JSON."""
-    fields: dict[str, object] = {"error": type(error).__name__, "detail": error.detail}
-    if error.members:
-        fields["members"] = error.members
-    if isinstance(error, Refused):
-        fields["retry_after_s"] = error.retry_after_s
-    return json.dumps(fields, default=str, separators=(",", ":")).encode()
+    return json.dumps(error_fields(error), default=str, separators=(",", ":")).encode()
 
 
 def read_error(body: bytes) -> InferpoolError:
     """Return the error that `error_body` has written; raises ProtocolError if `body` is something else."""
     fields = read_json(body)
-    if not isinstance(fields, dict) or not isinstance(fields.get("detail"), str):
-        raise ProtocolError("an error without a detail came")
-    kind = _error_kinds().get(str(fields.get("error")), InternalError)
-    members = fields.get("members", {})
-    if not isinstance(members, dict):
-        raise ProtocolError("an error with members that are no mapping came")
-    error = kind(fields["detail"])
-    error.members = members
-    after_s = fields.get("retry_after_s")
-    if isinstance(error, Refused) and isinstance(after_s, (int, float)):
-        error.retry_after_s = float(after_s)
-    return error
-
-
-_KINDS: Final[dict[str, type[InferpoolError]]] = {}
-
-
-def _error_kinds() -> dict[str, type[InferpoolError]]:
-    """Every error of the project by the name of its class."""
-    if not _KINDS:
-        waiting: list[type[InferpoolError]] = [InferpoolError]
-        while waiting:
-            kind = waiting.pop()
-            _KINDS[kind.__name__] = kind
-            waiting += kind.__subclasses__()
-    return _KINDS
+    if not isinstance(fields, dict):
+        raise ProtocolError("an error that is no object came")
+    try:
+        return error_from_fields(fields)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from None

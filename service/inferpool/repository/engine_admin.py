@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from inferpool.error_fields import error_fields
 from inferpool.errors import InferpoolError
 from inferpool.repository.admin import job_not_found
 from inferpool.repository.repository import Repository
@@ -15,11 +16,11 @@ from inferpool.repository.traffic import traffic_from_json
 
 
 def answer_admin(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Do in an engine what a web process has asked; returns the `result`, or the `error` with its `code`."""
+    """Do in an engine what a web process has asked; returns the `result`, or the `error`."""
     try:
         return {"result": _obey(repository, values)}
     except InferpoolError as error:
-        return {"error": error.detail, "code": error.code}
+        return {"error": error_fields(error)}
 
 
 def _obey(repository: Repository, values: Mapping[str, Any]) -> dict[str, Any]:

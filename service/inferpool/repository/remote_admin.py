@@ -7,17 +7,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from inferpool.errors import (
-    Conflict,
-    Forbidden,
-    InternalError,
-    InvalidInput,
-    ModelNotFound,
-    NotFound,
-    NotReady,
-    Reason,
-    VersionNotFound,
-)
+from inferpool.error_fields import error_from_fields
+from inferpool.errors import Conflict, NotReady, Reason
 from inferpool.repository.admin import job_not_found
 from inferpool.repository.jobs import Job
 from inferpool.repository.remote_catalog import RemoteCatalog
@@ -25,10 +16,6 @@ from inferpool.repository.traffic import CanaryState, Traffic
 
 ANSWER_S: Final = 60.0
 """How long an engine may take to answer; looking at a folder takes much less."""
-_ERRORS: Final = {
-    kind.code: kind
-    for kind in (Conflict, Forbidden, InvalidInput, ModelNotFound, VersionNotFound, NotFound, NotReady)
-}
 
 
 class RemoteAdmin:
@@ -100,6 +87,6 @@ class RemoteAdmin:
         finally:
             self._waiting.pop(number, None)
         if "error" in found:
-            raise _ERRORS.get(found["code"], InternalError)(found["error"])
+            raise error_from_fields(found["error"])
         result: dict[str, Any] = found["result"]
         return result
