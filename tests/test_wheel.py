@@ -90,7 +90,7 @@ INTERPRETED = {
     "http/predict/memory_monitor",
     *("http/predict/observations", "http/predict/picture_urls", "http/predict/shadow_copies"),
     *("pool/buckets", "pool/hot_swap", "pool/log_limits", "pool/padding", "pool/redaction", "pool/row_cost"),
-    *("pool/run_limits", "pool/run_watcher"),
+    *("pool/run_limits", "pool/run_stopper", "pool/run_watcher"),
     *(
         "wire/columns",
         "wire/json_pieces",

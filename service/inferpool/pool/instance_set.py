@@ -184,6 +184,11 @@ class InstanceSet:
         if self._idle and load > self._waking * batch_rows:
             self.wake_one()
 
+    def wake_some(self, count: int) -> None:
+        """Wake `count` of the instances that wait, or all if they are fewer."""
+        for _ in range(min(count, len(self._idle))):
+            self.wake_one()
+
     def wake_all(self) -> None:
         """Wake every instance that waits."""
         while self._idle:

@@ -17,7 +17,7 @@ from inferpool.errors import Draining, NotReady, Reason
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.admission import Limits
 from inferpool.pool.audit import Audit, AuditSample
-from inferpool.pool.batch import ABANDONED, PARTED, RUNS, TIMED_OUT, Batch, Outcome, RowSlice, Run
+from inferpool.pool.batch import RUNS, Batch, Outcome, Run
 from inferpool.pool.buckets import BatchBuckets
 from inferpool.pool.completion import Completion
 from inferpool.pool.device_accounts import DeviceAccount, DeviceAccounts
@@ -29,7 +29,7 @@ from inferpool.pool.log_limits import LogLimiter
 from inferpool.pool.padding import Padding
 from inferpool.pool.ports import Entry, Outbox, Result, VersionKey
 from inferpool.pool.retries import Retries
-from inferpool.pool.run_limits import HUNG, PART, STOP
+from inferpool.pool.run_stopper import RunStopper
 from inferpool.pool.run_watcher import RunWatcher
 from inferpool.pool.splitting import SplitRequest
 from inferpool.pool.stats import DROPPED, BatchCount, BatchStats, InstanceState, Waiting, hung_reason
@@ -89,13 +89,16 @@ class Pool:
         self._queue = Queue(limits, latency.seconds, latency.safety_factor)
         self._instances = InstanceSet(key, self, clock, self.log_limiter)
         self._retries = Retries()
-        self._completion = Completion(self._queue, self._retries, self._stats, clock, self._leave_runs)
         self._watcher = RunWatcher(clock, 0.0) if watcher is None else watcher
-        self._watcher.add(self)
+        self._run_stopper = RunStopper(
+            self._instances, self._queue.admission, self._retries, self._watcher, clock
+        )
+        self._completion = Completion(self._queue, self._retries, self._stats, clock, self._run_stopper.leave)
         self._device_accounts = DeviceAccounts() if accounts is None else accounts
         self._accounts: dict[str, DeviceAccount] = {}  # of the devices that instances were started on
         self._last_run = clock()
         self._closed = False
+        self._watcher.add(self)
 
     # The web side.
 
@@ -310,7 +313,7 @@ class Pool:
                     self._completion.end(outcome, batch, 0.0, results)
             if not len(self._instances):
                 results += self._completion.give_up("draining" if self._closed else "lost")
-            self._wake_for_retries()
+            self._instances.wake_some(len(self._retries))
         self._put(results)
         if batch is not None and batch.answered is not None:
             with self._lock:
@@ -323,97 +326,15 @@ class Pool:
 
         Returns when to ask again, in seconds of the pool's clock; infinity if there is nothing to wait for.
         """
-        watcher = self._watcher
-        soonest = math.inf
         results: list[Result] = []
-        hung = False
         with self._lock:
-            now = self._clock()
-            for instance in self._instances.running():
-                batch = instance.batch
-                if batch is None or self._instances.is_hung(instance):
-                    continue
-                nobody_waits = not batch.waiting_slices()
-                action, moment = watcher.limits.judge(
-                    now,
-                    instance.began,
-                    instance.expected_s,
-                    instance.stop_asked,
-                    nobody_waits,
-                    parts=len(batch.slices) > 1 or self._retries.can_put_off(batch),
-                )
-                if action == STOP:
-                    is_first = batch.stopped == RUNS
-                    self._stop_run(instance, ABANDONED if nobody_waits else TIMED_OUT)
-                    if is_first and len(batch.slices) == 1 and not nobody_waits:
-                        self._completion.time_out(batch.slices[0], batch, results)
-                elif action == PART:
-                    self._stop_run(instance, PARTED)
-                elif action == HUNG:
-                    hung = True
-                    self._hang(instance, batch, results)
-                soonest = min(soonest, moment)
-            reason = hung_reason(self._instances.states()) if hung else None
+            soonest, reason = self._run_stopper.check(self._completion, results, closed=self._closed)
         self._put(results)
-        if reason is not None and watcher.on_hung is not None:
-            watcher.on_hung(self.key, reason)
+        if reason is not None and self._watcher.on_hung is not None:
+            self._watcher.on_hung(self.key, reason)
         return soonest
 
-    # Under the lock: runs that end early.
-
-    def _stop_run(self, instance: Instance, why: int) -> None:
-        """Ask a run to stop."""
-        batch = instance.batch
-        if batch is None:
-            return
-        if instance.stop_asked == math.inf:
-            instance.stop_asked = self._clock()
-        if batch.stopped == RUNS:
-            batch.stopped = why
-            if why != ABANDONED:
-                log.warning(
-                    "%s: a batch of %d rows has run for %.0f s, and is stopped%s",
-                    instance.name, batch.rows, instance.stop_asked - instance.began,
-                    "; its requests run again, one by one" if why == PARTED else "",
-                )  # fmt: skip
-        instance.stop()
-
-    def _leave_runs(self, request_id: int) -> list[tuple[RowSlice, Batch]]:
-        """Tell the batches that run rows of a request that it has its result; returns what of it runs."""
-        found: list[tuple[RowSlice, Batch]] = []
-        for instance in self._instances.running():
-            batch = instance.batch
-            if batch is None:
-                continue
-            own = [each for each in batch.slices if (each.entry.part_of or each.entry.id) == request_id]
-            if not own:
-                continue
-            found += [(each, batch) for each in own]
-            batch.answer([each.entry.id for each in own])
-            if not batch.waiting_slices():
-                self._stop_run(instance, ABANDONED)
-                self._watcher.wake()
-        return found
-
-    def _hang(self, instance: Instance, batch: Batch, results: list[Result]) -> None:
-        """Go on without an instance whose run does not stop."""
-        log.error(
-            "%s on %s hangs: a run has taken %.0f s and does not stop",
-            instance.name, instance.device, self._clock() - instance.began,
-        )  # fmt: skip
-        ends = self._watcher.on_hung is not None
-        self._instances.hang(instance, replace=not (ends or self._closed))
-        self._queue.admission.bound_by_time(len(self._instances))
-        waiting = batch.waiting_slices()
-        if len(waiting) == 1 and len(batch.slices) == 1:
-            self._completion.time_out(waiting[0], batch, results)
-        elif not ends:
-            batch.answer([each.entry.id for each in waiting])
-            for row_slice in waiting:
-                self._completion.retry_timed_out(row_slice, batch, results)
-        if not len(self._instances) and not ends:
-            results += self._completion.give_up("draining" if self._closed else "lost")
-        self._wake_for_retries()
+    # Under the lock: the begin and the end of a run.
 
     def _end_run(self, instance: Instance) -> float:
         """Take note that an instance runs nothing; returns the seconds of its run that are counted."""
@@ -435,10 +356,6 @@ class Pool:
         instance.batch = batch
         if self._watcher.is_idle:
             self._watcher.wake()
-
-    def _wake_for_retries(self) -> None:
-        for _ in range(min(self._instances.idle_count, len(self._retries))):
-            self._instances.wake_one()
 
     # Under the lock: which batch runs next.
 
@@ -489,7 +406,7 @@ class Pool:
         self._stats.count_stop(kind)
         for entry in self._queue.sliced():
             self._completion.run_undivided(entry)
-        self._wake_for_retries()
+        self._instances.wake_some(len(self._retries))
 
     def _take_sample(self, instance: Instance, now: float) -> AuditSample | None:
         """Return the entry that `instance` runs again now; None if no audit is due."""
