@@ -14,7 +14,17 @@ from inferpool.errors import InferpoolError, Refused, UnsupportedMediaType
 from inferpool.http.accept_headers import read_weights
 from inferpool.http.media_types import CSV, JSON_TYPE, MEANT_AS_JSON, NPY, NPZ, PROBLEM_JSON
 from inferpool.http.native.bodies import open_body
-from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Join, Options, Target
+from inferpool.http.predict.api import (
+    Body,
+    Data,
+    Encoded,
+    InferenceApi,
+    Join,
+    Options,
+    Target,
+    encoded_json,
+    joined,
+)
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors
@@ -76,10 +86,7 @@ class NativeApi(InferenceApi):
             )
         if wanted == CSV:
             lines = write_csv(outputs, served.bf16, header=True)
-            return Encoded(
-                [(b"content-type", b"text/csv; header=present")],
-                [b"".join(lines)] if join is None else join(lines),
-            )
+            return Encoded([(b"content-type", b"text/csv; header=present")], joined(lines, join))
         view = served.view
         classes = view.classes
         labelled = classes is not None and classes.output in outputs
@@ -92,7 +99,7 @@ class NativeApi(InferenceApi):
                 classes.write_predictions(outputs) if classes is not None and labelled else None,
                 served.bf16,
             )
-            return Encoded([(b"content-type", JSON_TYPE.encode())], join(pieces))
+            return encoded_json(join(pieces))
         predictions = classes.predictions(outputs) if classes is not None and labelled else None
         body = encode_response(
             view.key.model,
@@ -102,7 +109,7 @@ class NativeApi(InferenceApi):
             predictions,
             served.bf16,
         )
-        return Encoded([(b"content-type", JSON_TYPE.encode())], [body])
+        return encoded_json([body])
 
     def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
         """The `application/problem+json` body (RFC 9457) of an error."""

@@ -11,13 +11,24 @@ from typing import Any, Final
 import orjson
 
 from inferpool.allowance import Allowance
-from inferpool.errors import InferpoolError, UnsupportedMediaType
-from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON
+from inferpool.errors import InferpoolError
+from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.openai.requests import EmbeddingsRequest, RerankRequest, ScoreRequest
-from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Join, Options, Target
+from inferpool.http.predict.api import (
+    Body,
+    Data,
+    Encoded,
+    InferenceApi,
+    Join,
+    Options,
+    Target,
+    encoded_json,
+    joined,
+    refuse_unless_json,
+)
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
-from inferpool.tensors import Tensors, name_text
+from inferpool.tensors import Tensors
 from inferpool.wire.large_bytes import as_bytes
 from inferpool.wire.native_json import read_object
 
@@ -27,7 +38,6 @@ RERANK: Final = ("/v1/rerank", "/v2/rerank", "/openai/v1/rerank")
 SCORE: Final = ("/v1/score", "/openai/v1/score")
 
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_JSON_HEADERS: Final = [(b"content-type", JSON_TYPE.encode())]
 
 
 class TextApi(InferenceApi):
@@ -45,11 +55,7 @@ class TextApi(InferenceApi):
 
     def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
         """Open a JSON body."""
-        if head.content_type not in MEANT_AS_JSON:
-            raise UnsupportedMediaType(
-                f"the body is {name_text(head.content_type)}, this route takes {JSON_TYPE}",
-                expected=[JSON_TYPE],
-            )
+        refuse_unless_json(head, "this route")
         return _TextBody(self.read(read_object(as_bytes(data), '{"model": "…", …}', allowance)))
 
     def answers_json(self, head: RequestHead, options: Options) -> bool:
@@ -67,7 +73,7 @@ class TextApi(InferenceApi):
     ) -> Encoded:
         """Write the answer that the request describes."""
         pieces = options.request.write(outputs, request_id)
-        return Encoded(_JSON_HEADERS, [b"".join(pieces)] if join is None else join(pieces))
+        return encoded_json(joined(pieces, join))
 
     def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
         """OpenAI's error object. `param` is the field or tensor that is wrong."""

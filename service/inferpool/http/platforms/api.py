@@ -26,6 +26,7 @@ from inferpool.http.predict.api import (
     Join,
     Options,
     Target,
+    joined,
 )
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
@@ -107,9 +108,7 @@ class PlatformApi(InferenceApi):
             return V1_API.encode(head, options, request_id, served, outputs, join)
         else:
             return NATIVE_API.encode(head, options, request_id, served, outputs, join)
-        return Encoded(
-            [(b"content-type", kind.encode())], [b"".join(pieces)] if join is None else join(pieces)
-        )
+        return Encoded([(b"content-type", kind.encode())], joined(pieces, join))
 
     def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
         """The `application/problem+json` body (RFC 9457) of an error."""

@@ -6,17 +6,20 @@ all APIs: admission, the queue, deadlines, ids, timing, metrics and logs.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
+from urllib.parse import unquote
 
 from inferpool.allowance import Allowance
 from inferpool.codecs.text import Rows
-from inferpool.errors import InferpoolError
+from inferpool.errors import InferpoolError, UnsupportedMediaType
+from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.http.problems import Headers
-from inferpool.tensors import Tensors
+from inferpool.tensors import Tensors, name_text
 from inferpool.wire.v2_request import RequestedOutput
 
 Data: TypeAlias = bytes | memoryview
@@ -37,6 +40,18 @@ class Target(NamedTuple):
 
     model: str | None
     version: str | None
+
+
+def match_target(pattern: re.Pattern[str], path: str) -> Target | None:
+    """Return the target in a path that matches `pattern`, whose groups are the model and the version.
+
+    None if the path does not match.
+    """
+    found = pattern.fullmatch(path)
+    if found is None:
+        return None
+    model, version = found.groups()
+    return Target(unquote(model), None if version is None else unquote(version))
 
 
 class Options:
@@ -119,6 +134,29 @@ class Encoded:
     def __init__(self, headers: Headers, parts: Sequence[Data]) -> None:
         self.headers = headers
         self.parts = parts
+
+
+_JSON_HEADERS: Final = [(b"content-type", JSON_TYPE.encode())]
+
+
+def encoded_json(parts: Sequence[Data]) -> Encoded:
+    """Return an answer in JSON."""
+    return Encoded(_JSON_HEADERS, parts)
+
+
+def joined(pieces: Iterable[Data], join: Join | None) -> list[bytes]:
+    """Return the parts of an answer that is written in `pieces`; a large one is joined by `join`."""
+    return [b"".join(pieces)] if join is None else join(pieces)
+
+
+def refuse_unless_json(head: RequestHead, place: str, *others: str) -> None:
+    """Raise UnsupportedMediaType if a body is not JSON; `place` is the API, which also takes `others`."""
+    if head.content_type in MEANT_AS_JSON:
+        return
+    taken = [JSON_TYPE, *others]
+    raise UnsupportedMediaType(
+        f"the body is {name_text(head.content_type)}, {place} takes {' and '.join(taken)}", expected=taken
+    )
 
 
 class InferenceApi(ABC):

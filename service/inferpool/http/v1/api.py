@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from typing import Final
-from urllib.parse import unquote
 
 import orjson
 
 from inferpool.allowance import Allowance
 from inferpool.codecs.base64_files import read_base64
-from inferpool.errors import InferpoolError, UnsupportedMediaType
-from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON
+from inferpool.errors import InferpoolError
+from inferpool.http.media_types import JSON_TYPE
 from inferpool.http.native.bodies import allow_rows
 from inferpool.http.predict.api import (
     BY_OUTPUTS,
@@ -24,10 +23,14 @@ from inferpool.http.predict.api import (
     Join,
     Options,
     Target,
+    encoded_json,
+    joined,
+    match_target,
+    refuse_unless_json,
 )
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
-from inferpool.tensors import Tensors, name_text
+from inferpool.tensors import Tensors
 from inferpool.wire.large_bytes import as_bytes
 from inferpool.wire.v1_request import InstancesRequest, parse_instances
 from inferpool.wire.v1_response import write_outputs, write_predictions
@@ -35,7 +38,6 @@ from inferpool.wire.v1_response import write_outputs, write_predictions
 MODELS: Final = "/v1/models"
 
 _PREDICT: Final = re.compile(r"/v1/models/([^/]+?)(?:/(?:versions|labels)/([^/]+?))?(?::|%3[Aa])predict")
-_JSON_HEADERS: Final = [(b"content-type", JSON_TYPE.encode())]
 
 
 class V1Api(InferenceApi):
@@ -48,11 +50,7 @@ class V1Api(InferenceApi):
 
         The colon may be percent-encoded.
         """
-        found = _PREDICT.fullmatch(path) if path.startswith(MODELS) else None
-        if found is None:
-            return None
-        model, version = found.groups()
-        return Target(unquote(model), None if version is None else unquote(version))
+        return match_target(_PREDICT, path) if path.startswith(MODELS) else None
 
     def json_bytes(self, head: RequestHead, size: int) -> int:
         """The whole body."""
@@ -60,10 +58,7 @@ class V1Api(InferenceApi):
 
     def open(self, head: RequestHead, data: Data, allowance: Allowance) -> Body:
         """Open a JSON body."""
-        if head.content_type not in MEANT_AS_JSON:
-            raise UnsupportedMediaType(
-                f"the body is {name_text(head.content_type)}, /v1 takes {JSON_TYPE}", expected=[JSON_TYPE]
-            )
+        refuse_unless_json(head, "/v1")
         body = as_bytes(data)
         allow_rows(body, allowance)
         return open_instances(parse_instances(body, allowance), allowance)
@@ -84,7 +79,7 @@ class V1Api(InferenceApi):
         """Encode the outputs by rows, or whole if the request had whole inputs."""
         by_outputs = options.answer == BY_OUTPUTS
         pieces: Iterable[Data] = (write_outputs if by_outputs else write_predictions)(outputs, served.bf16)
-        return Encoded(_JSON_HEADERS, [b"".join(pieces)] if join is None else join(pieces))
+        return encoded_json(joined(pieces, join))
 
     def problem(self, error: InferpoolError, status: int, request_id: str) -> bytes:
         """The protocol's error object, with the code for clients to match."""

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import re
 from typing import Final
-from urllib.parse import unquote
 
 import orjson
 
 from inferpool.allowance import Allowance
-from inferpool.errors import InferpoolError, UnsupportedMediaType
-from inferpool.http.media_types import JSON_TYPE, MEANT_AS_JSON, OCTET_STREAM
-from inferpool.http.predict.api import Body, Data, Encoded, InferenceApi, Join, Options, Target
+from inferpool.errors import InferpoolError
+from inferpool.http.media_types import JSON_TYPE, OCTET_STREAM
+from inferpool.http.predict.api import (
+    Body,
+    Data,
+    Encoded,
+    InferenceApi,
+    Join,
+    Options,
+    Target,
+    encoded_json,
+    match_target,
+    refuse_unless_json,
+)
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
-from inferpool.tensors import Tensors, name_text
+from inferpool.tensors import Tensors
 from inferpool.wire.v2_request import COPIED_JSON_BYTES, InferRequest, parse_infer
 from inferpool.wire.v2_response import encode_infer
 
 PREFIX: Final = "/v2"
 
 _INFER: Final = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-_JSON_HEADERS: Final = [(b"content-type", JSON_TYPE.encode())]
 
 
 class V2Api(InferenceApi):
@@ -31,11 +40,7 @@ class V2Api(InferenceApi):
 
     def target(self, path: str) -> Target | None:
         """Match `/v2/models/{model}/infer` and `/v2/models/{model}/versions/{version}/infer`."""
-        found = _INFER.fullmatch(path)
-        if found is None:
-            return None
-        model, version = found.groups()
-        return Target(unquote(model), None if version is None else unquote(version))
+        return match_target(_INFER, path)
 
     def json_bytes(self, head: RequestHead, size: int) -> int:
         """The bytes before the binary tensors, from the header; without it the whole body."""
@@ -50,11 +55,8 @@ class V2Api(InferenceApi):
         """Open JSON, JSON with binary tensors, or one raw tensor, depending on the header length."""
         json_length = head.json_length()
         # A client that sends the header length speaks this protocol, whatever its media type.
-        if json_length is None and head.content_type not in MEANT_AS_JSON:
-            raise UnsupportedMediaType(
-                f"the body is {name_text(head.content_type)}, /v2 takes {JSON_TYPE} and {OCTET_STREAM}",
-                expected=[JSON_TYPE, OCTET_STREAM],
-            )
+        if json_length is None:
+            refuse_unless_json(head, "/v2", OCTET_STREAM)
         return _InferBody(parse_infer(data, json_length, allowance))
 
     def answers_json(self, head: RequestHead, options: Options) -> bool:
@@ -87,7 +89,7 @@ class V2Api(InferenceApi):
             join,
         )
         if json_length is None:
-            return Encoded(_JSON_HEADERS, parts)
+            return encoded_json(parts)
         return Encoded(
             [
                 (b"content-type", OCTET_STREAM.encode()),
