@@ -71,9 +71,9 @@ def add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     command.add_argument("--remove", metavar="LABEL", help="a label to remove")
     _add_traffic(commands)
     _add_for_model(
-        commands, "rollback", "let the version answer that answered before",
-        "Let the version answer that answered before the present one: the label stable names it from then"
-        " on. If a canary runs, that ends the canary.",
+        commands, "rollback", "go back to the version that answered before",
+        "Go back to the version that answered before the present one: the label stable names it from then"
+        " on. A canary that runs is ended.",
     )  # fmt: skip
 
 

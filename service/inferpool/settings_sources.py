@@ -167,5 +167,14 @@ def _default_text(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
+_METAVARS: Final = {
+    "connections_per_address": "N",
+    "engines_per_device": "N",
+    "load_from": "PREFIXES",
+    "image_urls": "HOSTS",
+}
+"""What `--help` calls a value, if the last word of the setting's name says something else."""
+
+
 def _metavar(name: str, choices: Sequence[str] | None) -> str | None:
-    return None if choices else name.rsplit("_", 1)[-1].upper()
+    return None if choices else _METAVARS.get(name, name.rsplit("_", 1)[-1].upper())

@@ -103,6 +103,26 @@ def test_help_prints_the_settings_table(
     assert flags == {row[0].strip("`") for row in rows} | {"--config", "--help", "--model_name"}
 
 
+def test_help_says_what_each_command_and_each_option_is_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No text is a default in brackets alone, and none shows the doubled percent sign of its source."""
+    monkeypatch.setenv("COLUMNS", "400")
+    waiting, seen = [[]], 0
+    while waiting:
+        command: list[str] = waiting.pop()
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+        text = capsys.readouterr().out
+        assert "%%" not in text, command
+        assert not re.findall(r"^ +-.* {2,}\[[^]]*\]$", text, re.MULTILINE), command
+        listed = re.search(r"^  (?:COMMAND|ACTION)\b.*\n((?: {4}.*\n)+)", text, re.MULTILINE)
+        names = re.findall(r"^ {4}(\S+)", listed[1], re.MULTILINE) if listed else []
+        waiting += [[*command, name] for name in names]
+        seen += 1
+    assert seen > 25
+
+
 def test_the_table_of_components_is_the_folders() -> None:
     rows = pages.table(ROOT / "docs" / "deploy" / "kubernetes.md", "component")
     folders = {folder.name for folder in (ROOT / "k8s" / "components").iterdir()}

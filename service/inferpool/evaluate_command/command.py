@@ -29,7 +29,7 @@ def add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         "evaluate",
         help="measure how good a model's answers are",
         description="Ask MODEL about every row of --data, whose right answers are known, and print the"
-        " metrics of its task with 95 %% intervals. --report writes them as JSON, and as a page with plots."
+        " metrics of its task with 95 % intervals. --report writes them as JSON, and as a page with plots."
         " DATA is CSV, Parquet, JSON lines, npz, a folder that has a folder of pictures for each class, or a"
         " folder with queries, documents and which of them are relevant.",
         allow_abbrev=False,

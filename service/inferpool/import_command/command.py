@@ -29,9 +29,9 @@ def add_import_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "import",
         help="convert a trained model into a version",
         description="Convert SOURCE, a trained model of scikit-learn, XGBoost, LightGBM, CatBoost, Keras,"
-        " TensorFlow, PyTorch or Hugging Face, to ONNX by the packages of its framework. Compare the answers"
-        " to the rows of --example with those of the framework, and write some as golden samples. Nothing is"
-        " written if they differ.",
+        " TensorFlow, PyTorch or Hugging Face, to ONNX with the packages of its framework. Compare the"
+        " answers to the rows of --example with those of the framework, and write some as golden samples."
+        " Nothing is written if they differ.",
         epilog="Loading a pickle runs the code in it: import files of people whom you trust.",
         allow_abbrev=False,
     )
@@ -48,7 +48,9 @@ def add_import_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         metavar="FILE",
         help="rows without answers: CSV, npy, npz, or texts in .txt",
     )
-    command.add_argument("--from", dest="framework", choices=sorted(SCRIPTS), help="[by SOURCE's suffix]")
+    command.add_argument(
+        "--from", dest="framework", choices=sorted(SCRIPTS), help="framework of SOURCE [by its suffix]"
+    )
     command.add_argument(
         "--weights",
         type=Path,

@@ -60,7 +60,7 @@ def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         help="make a model faster, as far as its answers stay good",
         description="Make other forms of the ONNX model in MODEL (fused, FP16, INT8, INT4, fewer channels),"
         " time each on this machine, and evaluate it with --data. The fastest form that keeps --goal and is"
-        " at least 5 %% faster than the original becomes a new version; else nothing is written.",
+        " at least 5 % faster than the original becomes a new version; else nothing is written.",
         allow_abbrev=False,
     )
     command.add_argument("model", metavar="MODEL", type=Path, help="folder of a model")
@@ -79,7 +79,11 @@ def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         "--ignore", dest="ignored", metavar="COLUMN", action="append", default=[], help="as for `evaluate`"
     )
     command.add_argument(
-        "--version", dest="model_version", type=int, metavar="N", help="[the one that answers]"
+        "--version",
+        dest="model_version",
+        type=int,
+        metavar="N",
+        help="a version [the one that answers]",
     )
     command.add_argument("--no-write", action="store_true", help="print the table only")
     command.add_argument(

@@ -50,7 +50,7 @@ def add_predict_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
     )
     command.add_argument("--url", help="address of a server, or unix:PATH")
     command.add_argument(
-        "--key-file", type=Path, metavar="FILE", help="file with the key of the server alone"
+        "--key-file", type=Path, metavar="FILE", help="file that holds only the key of the server"
     )
     command.add_argument("--ca-file", type=Path, metavar="FILE", help="certificates to trust, for https")
     command.add_argument("--version", dest="model_version", metavar="VERSION", help="a version, or its label")

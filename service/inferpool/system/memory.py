@@ -175,13 +175,24 @@ class _Mapping:
         self._lock = threading.Lock()
         self._callers = 0
 
-    def add(self, count: int) -> None:
-        """Count callers that enter or leave. The first one sets the threshold, the last one resets it."""
+    def enter(self) -> None:
+        """Count a caller that enters; the first one lowers the threshold."""
         with self._lock:
-            self._callers += count
-            if self._callers == max(0, count) and self.usual_bytes > _MAPPED_BYTES:
-                block = _MAPPED_BYTES if count > 0 else self.usual_bytes
-                ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, block)
+            self._callers += 1
+            if self._callers == 1:
+                self._map_from(_MAPPED_BYTES)
+
+    def leave(self) -> None:
+        """Count a caller that leaves; the last one resets the threshold."""
+        with self._lock:
+            self._callers -= 1
+            if self._callers == 0:
+                self._map_from(self.usual_bytes)
+
+    def _map_from(self, size: int) -> None:
+        """Let blocks of `size` bytes or more be mapped, unless blocks of 1 MiB are mapped in any case."""
+        if self.usual_bytes > _MAPPED_BYTES:
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)
 
 
 _mapping: Final = _Mapping()
@@ -196,11 +207,11 @@ def large_blocks_mapped() -> Iterator[None]:
     allocation of the threads that serve then waits for 10 to 20 ms. The load takes longer, because the pages
     of each mapping are new. Without `keep_freed_memory`, nothing changes.
     """
-    _mapping.add(1)
+    _mapping.enter()
     try:
         yield
     finally:
-        _mapping.add(-1)
+        _mapping.leave()
 
 
 def release_freed_memory() -> bool:

@@ -188,7 +188,7 @@ def test_once_predictions_begin_no_pass_is_left_to_run_during_a_rest() -> None:
             explaining.last_prediction = math.inf
             explaining.clock.now += 2 * LOOK_S
     passes.turns.end()
-    # Of those offered, one is the one that has been read.
+    # Counts the pass that is being read, and the passes that are offered and not read yet.
     assert offered == [2, 2, 1, 1, 1, 1]
     assert predictor.ended == 6
 

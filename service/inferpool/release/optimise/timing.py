@@ -24,7 +24,7 @@ LEAST_GAIN: Final = 1.05
 LEAST_ROUNDS: Final = 3
 """No form leaves earlier: three rounds that are not faster than the original decide."""
 FAR_SLOWER: Final = 4
-"""How many times as long a form takes with each of two smaller batches if the largest tells nothing new."""
+"""A form is not timed with its largest batch if each smaller one takes more than so many times as long."""
 _UNBEATABLE: Final = 1e6
 """The gain that rounds to come are taken to have at best."""
 
@@ -127,7 +127,7 @@ def _may_be_faster(gains: Sequence[float]) -> bool:
 
 
 def _is_far_slower(own: Mapping[int, float], base: Mapping[int, float]) -> bool:
-    """Whether the batches of a round show beyond doubt that a form is slower than the original."""
+    """Whether several batches were timed, and each took over `FAR_SLOWER` times as long as the original's."""
     return len(own) > 1 and all(took > FAR_SLOWER * base[size] for size, took in own.items())
 
 
