@@ -149,13 +149,13 @@ def joined(pieces: Iterable[Data], join: Join | None) -> list[bytes]:
     return [b"".join(pieces)] if join is None else join(pieces)
 
 
-def refuse_unless_json(head: RequestHead, place: str, *others: str) -> None:
-    """Raise UnsupportedMediaType if a body is not JSON; `place` is the API, which also takes `others`."""
+def refuse_unless_json(head: RequestHead, route: str, *others: str) -> None:
+    """Raise UnsupportedMediaType if a body is not JSON, for a `route` that also takes `others`."""
     if head.content_type in MEANT_AS_JSON:
         return
     taken = [JSON_TYPE, *others]
     raise UnsupportedMediaType(
-        f"the body is {name_text(head.content_type)}, {place} takes {' and '.join(taken)}", expected=taken
+        f"the body is {name_text(head.content_type)}, {route} takes {' and '.join(taken)}", expected=taken
     )
 
 
