@@ -108,9 +108,10 @@ def test_help_says_what_each_command_and_each_option_is_for(
 ) -> None:
     """No text is a default in brackets alone, and none shows the doubled percent sign of its source."""
     monkeypatch.setenv("COLUMNS", "400")
-    waiting, seen = [[]], 0
+    waiting: list[list[str]] = [[]]
+    seen = 0
     while waiting:
-        command: list[str] = waiting.pop()
+        command = waiting.pop()
         with pytest.raises(SystemExit):
             cli.main([*command, "--help"])
         text = capsys.readouterr().out
