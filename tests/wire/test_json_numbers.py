@@ -137,6 +137,17 @@ class TestBody:
         assert json_numbers.extract_numbers(f'{{"inputs":["a",{lists}]}}'.encode()) is not None
         assert json_numbers.extract_numbers(f'{{"inputs":["a",{lists},[1]]}}'.encode()) is None
 
+    @pytest.mark.parametrize("lists", [1, 2, 3, 4, 5, 12, 13, 40])
+    @pytest.mark.parametrize("count", [1, 7, 63, 127, 128, 511, 512, 513, 2000])
+    def test_bodies_of_any_size_give_all_of_their_lists(self, lists: int, count: int) -> None:
+        """Small bodies and few lists are kept on the stack while they are read."""
+        values = {f"x{number}": [number + index / 8 for index in range(count)] for number in range(lists)}
+        fields = json_numbers.extract_numbers(orjson.dumps({"inputs": values}))
+        assert fields is not None
+        spec = TensorSpec("x", "FP64", (-1,))
+        found = {name: list(json_numbers.read_extracted(spec, own)) for name, own in fields["inputs"].items()}
+        assert found == values
+
     def test_a_body_with_few_numbers_and_much_else_is_read_by_orjson(self) -> None:
         """Putting the lists back into a megabyte of other values would hold the GIL for longer."""
         for text, taken in (("x" * 1000, True), ("x" * 2**20, False)):

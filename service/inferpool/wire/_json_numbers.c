@@ -48,8 +48,16 @@ enum {
     MOST_POWER = 128,          /* powers of ten from -MOST_POWER to MOST_POWER */
     MOST_DIGITS = 19,          /* every integer of so many digits fits in 64 bits */
     RELEASE_BYTES = 16 * 1024, /* reading a smaller body takes less time than waking another thread */
+    EXACT_POWER = 22,          /* the largest power of ten that binary64 holds without rounding */
+    STACK_BYTES = 12 * 1024,   /* of a remainder with its marks that needs no memory from the heap */
+    STACK_NUMBERS = 512,       /* likewise, of a small body */
+    STACK_LISTS = 4,
 };
 
+static const double exact_powers[EXACT_POWER + 1] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,
+                                                     1e8,  1e9,  1e10, 1e11, 1e12, 1e13, 1e14, 1e15,
+                                                     1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
+static const uint64_t small_powers[8] = {1, 10, 100, 1000, 10000, 100000, 1000000, 10000000};
 static uint64_t powers[2 * MOST_POWER + 1][2]; /* 128 leading bits of 5^q, the upper half first */
 static bool prepared = false;
 
@@ -72,7 +80,7 @@ typedef struct {
     size_t room; /* bytes that may still be copied; marks are not counted */
     Number *numbers;
     size_t numbers_taken, most_numbers;
-    List *lists;
+    List *lists; /* on the heap if there are more than the stack has room for */
     size_t lists_taken, lists_capacity;
     const char *mark;
     size_t mark_length;
@@ -88,6 +96,12 @@ static bool is_digit(char c) { return (unsigned char)(c - '0') < 10; }
 
 /* Sets `real` to w * 10^q, rounded to even; returns false if that needs more than one multiplication. */
 static inline bool to_real(uint64_t w, int q, bool negative, double *real) {
+    if (q <= 0 && q >= -EXACT_POWER && w >> 53 == 0) {
+        /* Both are binary64 without rounding, so a division rounds once (Clinger 1990). */
+        double quotient = (double)w / exact_powers[-q];
+        *real = negative ? -quotient : quotient;
+        return true;
+    }
     uint64_t bits = 0;
     if (w != 0) {
         if (q < -MOST_POWER || q > MOST_POWER) return false;
@@ -128,25 +142,37 @@ static inline const char *read_digits(const char *at, uint64_t *value) {
     return at;
 }
 
-/* The same for a fraction, which may be long: eight digits at a time if there are so many (Lemire, section 5). */
+/* The same for a fraction, eight digits at a time (Lemire, section 5), and then those that are left at once. */
 static inline const char *read_fraction(const char *at, const char *end, uint64_t *value) {
     while (end - at >= 8) {
         uint64_t eight;
         memcpy(&eight, at, sizeof eight);
-        if (((eight + 0x4646464646464646) | (eight - 0x3030303030303030)) & 0x8080808080808080) break;
-        eight -= 0x3030303030303030;
+        eight ^= 0x3030303030303030; /* digits become 0 to 9, all else becomes more */
+        uint64_t others = (((eight & 0x7F7F7F7F7F7F7F7F) + 0x7676767676767676) | eight) & 0x8080808080808080;
+        int digits = others ? __builtin_ctzll(others) >> 3 : 8;
+        if (!digits) return at;
+        eight <<= 64 - 8 * digits; /* zeros lead */
         eight = eight * 10 + (eight >> 8);
         eight = (((eight & 0x000000FF000000FF) * 0x000F424000000064) +
                  (((eight >> 16) & 0x000000FF000000FF) * 0x0000271000000001)) >> 32;
+        if (digits < 8) {
+            *value = *value * small_powers[digits] + eight;
+            return at + digits;
+        }
         *value = *value * 100000000 + eight;
         at += 8;
     }
     return read_digits(at, value);
 }
 
-/* Reads one number (RFC 8259, section 6) into `list`; returns NULL if there is none, or one beyond the limits. */
-static inline const char *read_number(Scan *scan, List *list, const char *at) {
-    const char *end = scan->end;
+/* Where the numbers of a list are written. Apart from `List`, so that compilers keep it in registers. */
+typedef struct {
+    Number *first, *next, *stop;
+    bool real;
+} Cursor;
+
+/* Reads one number (RFC 8259, section 6); returns NULL if there is none, or one beyond the limits. */
+static inline const char *read_number(Cursor *cursor, const char *at, const char *end) {
     bool negative = at < end && *at == '-';
     const char *first = at += negative;
     uint64_t w = 0;
@@ -184,16 +210,15 @@ static inline const char *read_number(Scan *scan, List *list, const char *at) {
         if (at == start || at - start > 4) return NULL;
         q += minus ? -(int)exponent : (int)exponent;
     }
-    if (list->first + list->count == scan->most_numbers) return NULL;
-    Number *number = scan->numbers + list->first + list->count;
+    Number *number = cursor->next;
+    if (number == cursor->stop) return NULL;
     if (!real && w > INT64_MAX) return NULL;
-    if (real && !list->real) {
-        list->real = true;
-        for (Number *before = scan->numbers + list->first; before < number; before++)
-            before->real = (double)before->integer;
+    if (real && !cursor->real) {
+        cursor->real = true;
+        for (Number *before = cursor->first; before < number; before++) before->real = (double)before->integer;
     }
-    list->count++;
-    if (!list->real)
+    cursor->next++;
+    if (!cursor->real)
         number->integer = negative ? -(int64_t)w : (int64_t)w;
     else if (!real)
         number->real = negative ? (double)-(int64_t)w : (double)(int64_t)w;
@@ -202,23 +227,28 @@ static inline const char *read_number(Scan *scan, List *list, const char *at) {
     return at;
 }
 
+/* Makes room for one more list than there is; returns false without memory. */
+static bool grow_lists(Scan *scan) {
+    size_t capacity = 2 * scan->lists_capacity + 8;
+    bool on_heap = scan->lists_capacity > STACK_LISTS;
+    List *lists = realloc(on_heap ? scan->lists : NULL, capacity * sizeof(List));
+    if (lists == NULL) return false;
+    if (!on_heap) memcpy(lists, scan->lists, scan->lists_taken * sizeof(List));
+    scan->lists = lists;
+    scan->lists_capacity = capacity;
+    return true;
+}
+
 /* Reads the list that opens at `at`; returns NULL if it is not a regular list of numbers. */
 static const char *read_list(Scan *scan, const char *at) {
     if (scan->lists_taken == MOST_LISTS) return NULL;
-    if (scan->lists_taken == scan->lists_capacity) {
-        size_t capacity = 2 * scan->lists_capacity + 8;
-        List *lists = realloc(scan->lists, capacity * sizeof(List));
-        if (lists == NULL) {
-            scan->no_memory = true;
-            return NULL;
-        }
-        scan->lists = lists;
-        scan->lists_capacity = capacity;
+    if (scan->lists_taken == scan->lists_capacity && !grow_lists(scan)) {
+        scan->no_memory = true;
+        return NULL;
     }
     List *list = &scan->lists[scan->lists_taken];
-    list->first = scan->numbers_taken;
-    list->count = 0;
-    list->real = false;
+    Number *first = scan->numbers + scan->numbers_taken;
+    Cursor cursor = {.first = first, .next = first, .stop = scan->numbers + scan->most_numbers, .real = false};
     list->rank = 0;
     const char *end = scan->end;
     size_t counts[MOST_RANK] = {0}; /* elements so far in each open list */
@@ -234,9 +264,9 @@ static const char *read_list(Scan *scan, const char *at) {
             memset(list->shape, 0, sizeof list->shape);
         } else if (depth != list->rank)
             return NULL;
-        size_t before = list->count;
+        Number *before = cursor.next;
         for (;;) {
-            at = read_number(scan, list, at);
+            at = read_number(&cursor, at, end);
             if (at == NULL) return NULL;
             if (at < end && *at == ',' && at + 1 < end && (is_digit(at[1]) || at[1] == '-')) {
                 at++;
@@ -249,7 +279,7 @@ static const char *read_list(Scan *scan, const char *at) {
             }
             break;
         }
-        counts[depth - 1] = list->count - before;
+        counts[depth - 1] = (size_t)(cursor.next - before);
         for (;;) { /* close lists, as far as they end here */
             if (at >= end || *at != ']') return NULL;
             depth--;
@@ -259,6 +289,9 @@ static const char *read_list(Scan *scan, const char *at) {
                 return NULL;
             at++;
             if (!depth) {
+                list->first = scan->numbers_taken;
+                list->count = (size_t)(cursor.next - first);
+                list->real = cursor.real;
                 scan->numbers_taken += list->count;
                 scan->lists_taken++;
                 return at;
@@ -275,14 +308,19 @@ static const char *read_list(Scan *scan, const char *at) {
 }
 
 static char *write_mark(Scan *scan, char *copy, size_t number) {
-    char text[MOST_MARK - 2];
-    int length = snprintf(text, sizeof text, "%zu\"]", number);
+    char digits[MOST_MARK], *digit = digits + sizeof digits;
+    do {
+        *--digit = (char)('0' + number % 10);
+        number /= 10;
+    } while (number);
     *copy++ = '[';
     *copy++ = '"';
     memcpy(copy, scan->mark, scan->mark_length);
     copy += scan->mark_length;
-    memcpy(copy, text, (size_t)length);
-    return copy + length;
+    while (digit < digits + sizeof digits) *copy++ = *digit++;
+    *copy++ = '"';
+    *copy++ = ']';
+    return copy;
 }
 
 /* Returns whether a number follows the brackets that open at `at`; `*inner` is set to the byte after them. */
@@ -332,18 +370,26 @@ static bool scan_body(Scan *scan) {
 }
 
 static PyObject *list_as_tuple(const List *list) {
-    PyObject *shape = PyTuple_New(list->rank);
-    if (shape == NULL) return NULL;
-    for (int axis = 0; axis < list->rank; axis++) {
+    PyObject *described = PyTuple_New(4), *shape = PyTuple_New(list->rank);
+    PyObject *first = PyLong_FromSize_t(list->first * sizeof(Number)), *count = PyLong_FromSize_t(list->count);
+    bool complete = described != NULL && shape != NULL && first != NULL && count != NULL;
+    for (int axis = 0; complete && axis < list->rank; axis++) {
         PyObject *size = PyLong_FromSize_t(list->shape[axis]);
-        if (size == NULL) {
-            Py_DECREF(shape);
-            return NULL;
-        }
-        PyTuple_SET_ITEM(shape, axis, size);
+        complete = size != NULL;
+        if (complete) PyTuple_SET_ITEM(shape, axis, size);
     }
-    return Py_BuildValue("(OnnN)", list->real ? Py_True : Py_False, (Py_ssize_t)(list->first * sizeof(Number)),
-                         (Py_ssize_t)list->count, shape);
+    if (!complete) {
+        Py_XDECREF(described);
+        Py_XDECREF(shape);
+        Py_XDECREF(first);
+        Py_XDECREF(count);
+        return NULL;
+    }
+    PyTuple_SET_ITEM(described, 0, Py_NewRef(list->real ? Py_True : Py_False));
+    PyTuple_SET_ITEM(described, 1, first);
+    PyTuple_SET_ITEM(described, 2, count);
+    PyTuple_SET_ITEM(described, 3, shape);
+    return described;
 }
 
 static PyObject *lists_as_list(const Scan *scan) {
@@ -389,23 +435,33 @@ static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t g
         if (PyErr_Occurred()) return NULL;
         if (most < state.most_numbers) state.most_numbers = most;
     }
+    /* A small body needs no memory but that of its result. */
+    char few_bytes[STACK_BYTES];
+    Number few_numbers[STACK_NUMBERS];
+    List few_lists[STACK_LISTS];
+    state.lists = few_lists;
+    state.lists_capacity = STACK_LISTS;
     /* A list may be shorter than its mark. */
-    char *remainder = malloc(state.room + MOST_LISTS * (state.mark_length + MOST_MARK));
-    bool complete = false;
-    PyObject *memory = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(state.most_numbers * sizeof(Number)));
-    if (remainder != NULL && memory != NULL) {
+    size_t most_bytes = state.room + MOST_LISTS * (state.mark_length + MOST_MARK);
+    char *remainder = most_bytes <= sizeof few_bytes ? few_bytes : malloc(most_bytes);
+    bool is_small = state.most_numbers <= STACK_NUMBERS, complete = false;
+    PyObject *memory =
+        is_small ? NULL : PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(state.most_numbers * sizeof(Number)));
+    if (remainder != NULL && (is_small || memory != NULL)) {
         state.copy = remainder;
-        state.numbers = (Number *)(void *)PyByteArray_AS_STRING(memory);
+        state.numbers = is_small ? few_numbers : (Number *)(void *)PyByteArray_AS_STRING(memory);
         PyThreadState *released = length > RELEASE_BYTES ? PyEval_SaveThread() : NULL;
         complete = scan_body(&state);
         if (released != NULL) PyEval_RestoreThread(released);
     }
     PyObject *result = NULL;
+    Py_ssize_t taken = (Py_ssize_t)(state.numbers_taken * sizeof(Number));
+    if (complete && is_small) memory = PyByteArray_FromStringAndSize((const char *)few_numbers, taken);
     if (remainder == NULL || state.no_memory)
         PyErr_NoMemory();
-    else if (memory != NULL && !complete)
+    else if (!PyErr_Occurred() && !complete)
         result = Py_NewRef(Py_None);
-    else if (memory != NULL && PyByteArray_Resize(memory, (Py_ssize_t)(state.numbers_taken * sizeof(Number))) == 0) {
+    else if (memory != NULL && (is_small || PyByteArray_Resize(memory, taken) == 0)) {
         PyObject *rest = PyBytes_FromStringAndSize(remainder, state.copy - remainder);
         PyObject *lists = rest != NULL ? lists_as_list(&state) : NULL;
         if (lists != NULL) result = PyTuple_Pack(3, rest, memory, lists);
@@ -413,8 +469,8 @@ static PyObject *scan(PyObject *module, PyObject *const *arguments, Py_ssize_t g
         Py_XDECREF(lists);
     }
     Py_XDECREF(memory);
-    free(remainder);
-    free(state.lists);
+    if (remainder != few_bytes) free(remainder);
+    if (state.lists != few_lists) free(state.lists);
     return result;
 }
 

@@ -126,7 +126,7 @@ def extract_numbers(body: bytes, allowance: Allowance = UNLIMITED) -> dict[str, 
     remainder, memory, lists = found
     if len(remainder) > COUNTED_BYTES:
         check_json(remainder, allowance)
-    numbers = [Numbers(memory, *described) for described in lists]
+    numbers = [Numbers(memory, floats, start, count, shape) for floats, start, count, shape in lists]
     if remainder in _ONLY_INPUTS:
         return {"inputs": numbers[0]}
     try:
