@@ -118,7 +118,8 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     substitute_input: str | None = None
-    inputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False, compare=False)
+    # Dictionaries, because compiled code looks into a mapping by calling its methods.
+    inputs_by_name: dict[str, TensorSpec] = field(init=False, repr=False, compare=False)
     outputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False, compare=False)
     single_input: TensorSpec | None = field(init=False, repr=False, compare=False)
     shared_symbols: Mapping[str, tuple[tuple[str, int], ...]] = field(init=False, repr=False, compare=False)
@@ -254,7 +255,7 @@ def _fits(expected: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return all(want == ANY or want == shape[axis] for axis, want in enumerate(expected))
 
 
-def check_inputs(signature: Signature, tensors: Mapping[str, Array]) -> None:
+def check_inputs(signature: Signature, tensors: Tensors) -> None:
     """Raise InvalidInput unless `tensors` are the inputs of `signature`; optional inputs may be missing."""
     by_name = signature.inputs_by_name
     for name, tensor in tensors.items():

@@ -69,6 +69,31 @@ def test_an_entry_crosses_with_all_that_the_pool_needs(web: Web, engine: Engine)
     assert web.used == 0
 
 
+def test_a_block_that_is_used_again_has_the_tensors_of_its_new_entry(web: Web, engine: Engine) -> None:
+    blocks = set()
+    for number, (name, tensor) in enumerate(
+        (
+            ("x", floats(1, 16)),
+            ("x", floats(1, 16) + 1),
+            ("x", floats(2, 8)),
+            ("x", floats(1, 16).astype(np.int32)),
+            ("y", floats(1, 16)),
+            ("x", floats(1, 16) + 2),
+        ),
+        1,
+    ):
+        web.client.offer(entry_of(number, {name: tensor}, len(tensor)))
+        web.loop.turn()
+        entry = engine.inbox.take(number)
+        assert list(entry.inputs) == [name]
+        found = entry.inputs[name]
+        assert (found.dtype, found.shape, found.tolist()) == (tensor.dtype, tensor.shape, tensor.tolist())
+        blocks.add(entry.mark_at)
+        engine.answer(entry)
+        web.until(number)
+    assert len(blocks) == 1
+
+
 def test_the_tenant_of_an_entry_and_of_its_parts_crosses(web: Web, engine: Engine) -> None:
     parts = [Part(entry_of(number, {"ids": floats(1, number)}), [number - 7]) for number in (7, 8)]
     single = entry_of(10, {"ids": floats(1, 3)})

@@ -46,6 +46,22 @@ def taken(queue: Queue, now: float = 0.0) -> list[int]:
     return [each.entry.id for each in queue.take(now, DeviceAccount()).slices]
 
 
+SLOTS = st.builds(
+    lambda priority, low_band, deadline, serial: QueueSlot(
+        entry(1, priority=priority, deadline=deadline), 0, False, low_band, serial
+    ),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from((1.0, 2.0, math.inf)),
+    st.integers(1, 4),
+)
+
+
+@given(SLOTS, SLOTS)
+def test_slots_are_compared_as_their_orders_are(one: QueueSlot, other: QueueSlot) -> None:
+    assert one.precedes(other) == (one.order < other.order)
+
+
 class QueueMachine(RuleBasedStateMachine):
     """Offers, removes and takes in any order; every entry is accounted for at every moment."""
 

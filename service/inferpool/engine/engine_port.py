@@ -120,7 +120,7 @@ class EnginePort(EntryTaker):
 
     def put(self, results: Sequence[Result]) -> None:
         """Send results to the web processes that wait for them, with one write for each web process."""
-        touched: list[WebConnection] = []
+        by_web: dict[WebConnection, list[tuple[Offered, Result, bool]]] = {}
         need_reader = False
         for result in results:
             offered = self._offered.get(result.entry_id)
@@ -131,13 +131,14 @@ class EnginePort(EntryTaker):
                 offered.answered = True
             else:
                 del self._offered[result.entry_id]
-            connection = offered.connection
+            own = by_web.get(offered.connection)
+            if own is None:
+                own = by_web[offered.connection] = []
+            own.append((offered, result, runs_on))
+        for connection, own in by_web.items():
             with connection.lock:
-                connection.append_result(offered, result, runs_on)
-            if connection not in touched:
-                touched.append(connection)
-        for connection in touched:
-            with connection.lock:
+                for offered, result, runs_on in own:
+                    connection.append_result(offered, result, runs_on)
                 if connection.send():
                     need_reader = True
         # Read last: the reader's thread sets this before it looks for entries that have not ended.

@@ -36,12 +36,30 @@ from inferpool.engine.tensor_layouts import MOST_LAYOUTS, Layout, read, read_lay
 from inferpool.engine.web_connection import Offered, WebConnection
 from inferpool.errors import Overloaded
 from inferpool.pool.ports import Entry, Part
+from inferpool.tensors import Array, Tensors
 
 log = logging.getLogger(__name__)
 
 ID_BITS: Final = 40
 """An entry's id here is its id in the web process, with the number of the connection before these bits."""
 _MOST_PARTS: Final = 1 << 20
+_MOST_BLOCKS: Final = 2048
+"""Blocks whose arrays are kept, each of about 300 bytes."""
+
+
+class BlockInputs:
+    """The only input of an entry in a block, an array that views the arena.
+
+    The web process uses a block again and again, mostly for inputs of the same layout. Making an array of the
+    memory costs more than reading all other fields of an offer.
+    """
+
+    __slots__ = ("layout", "rows", "tensor")
+
+    def __init__(self, layout: Layout, rows: int, tensor: Array) -> None:
+        self.layout = layout
+        self.rows = rows
+        self.tensor = tensor
 
 
 class EntryTaker:
@@ -71,7 +89,7 @@ class OfferReader(RecordReader):
         connection: the connection to the web process.
     """
 
-    __slots__ = ("_greeted", "_layouts", "_taker", "connection")
+    __slots__ = ("_greeted", "_inputs", "_layouts", "_taker", "connection")
 
     def __init__(self, connection: WebConnection, taker: EntryTaker) -> None:
         super().__init__()
@@ -79,6 +97,7 @@ class OfferReader(RecordReader):
         self._taker = taker
         self._greeted = False
         self._layouts: dict[int, Layout] = {}
+        self._inputs: dict[int, BlockInputs] = {}
 
     def take_record(self, kind: int, at: int, length: int) -> None:
         """Take a record, as `RecordReader` says."""
@@ -135,7 +154,7 @@ class OfferReader(RecordReader):
             entry = Entry(
                 entry_id,
                 layout.key,
-                read(arena.map, offset + HEADER_BYTES, offset + outputs_at, layout, rows),
+                self._read_inputs(layout, rows, offset, outputs_at),
                 rows,
                 entry_id if flags & ALONE else layout.group,
                 input_bytes,
@@ -151,6 +170,25 @@ class OfferReader(RecordReader):
         _mark(entry, tenant, share, rank)
         offered = Offered(connection, web_id, entry, flags, offset + outputs_at, offset + nbytes)
         self._taker.take(entry_id, offered)
+
+    def _read_inputs(self, layout: Layout, rows: int, offset: int, outputs_at: int) -> Tensors:
+        """Return the inputs in the block at `offset`, which end before `outputs_at` in it."""
+        single = layout.single
+        if single is None:
+            return read(self.connection.arena.map, offset + HEADER_BYTES, offset + outputs_at, layout, rows)
+        known = self._inputs.get(offset)
+        if (
+            known is not None
+            and known.layout is layout
+            and known.rows == rows
+            and HEADER_BYTES + single.nbytes * rows <= outputs_at
+        ):
+            return {single.name: known.tensor}
+        inputs = read(self.connection.arena.map, offset + HEADER_BYTES, offset + outputs_at, layout, rows)
+        if len(self._inputs) >= _MOST_BLOCKS:
+            self._inputs.clear()
+        self._inputs[offset] = BlockInputs(layout, rows, inputs[single.name])
+        return inputs
 
     def _entry_of_parts(
         self,

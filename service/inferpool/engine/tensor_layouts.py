@@ -122,7 +122,11 @@ class Layout:
         single = self.single
         if single is not None:
             only = tensors.get(single.name)
-            if not isinstance(only, np.ndarray) or only.dtype != single.dtype:
+            if not isinstance(only, np.ndarray):
+                return False
+            dtype: Any = only.dtype
+            # numpy has one object of each usual datatype, and compares objects slowly.
+            if dtype is not single.dtype and dtype != single.dtype:
                 return False
             sizes = only.shape
             return bool(sizes) and sizes[0] == rows and sizes[1:] == single.shape

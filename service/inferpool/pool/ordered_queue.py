@@ -26,10 +26,12 @@ class QueueSlot:
         low_band: whether the slot stands behind all small requests: it is large, or part of a large request,
             or a row that costs more than a full batch.
         is_live: False once the entry has been taken or dropped.
-        order: sorts slots into the order in which they are to run.
     """
 
-    __slots__ = ("entry", "is_large", "is_live", "load", "low_band", "order", "rows", "start")
+    __slots__ = (
+        "_deadline", "_priority", "_serial", "entry", "is_large", "is_live", "load", "low_band", "rows",
+        "start",
+    )  # fmt: skip
 
     def __init__(self, entry: Entry, start: int, is_large: bool, low_band: bool, serial: int) -> None:
         self.entry = entry
@@ -39,7 +41,24 @@ class QueueSlot:
         self.is_live = True
         self.rows = entry.rows - start
         self.load = self.rows * entry.row_load
-        self.order: Order = (entry.priority, low_band, entry.deadline, serial)
+        self._priority = entry.priority
+        self._deadline = entry.deadline
+        self._serial = serial
+
+    @property
+    def order(self) -> Order:
+        """Sorts slots into the order in which they are to run."""
+        return (self._priority, self.low_band, self._deadline, self._serial)
+
+    def precedes(self, other: QueueSlot) -> bool:
+        """Return whether this slot has the smaller `order`; no tuple has to be made to find out."""
+        if self._priority != other._priority:
+            return self._priority < other._priority
+        if self.low_band != other.low_band:
+            return other.low_band
+        if self._deadline != other._deadline:
+            return self._deadline < other._deadline
+        return self._serial < other._serial
 
     def kill(self) -> None:
         """Mark the slot as dead, and let go of its entry.
@@ -57,16 +76,19 @@ class OrderedQueue:
     heap.
     """
 
-    __slots__ = ("_heap", "_sorted")
+    __slots__ = ("_heap", "_last", "_sorted")
 
     def __init__(self) -> None:
         self._sorted: deque[QueueSlot] = deque()
+        self._last: QueueSlot | None = None  # of the deque, if that is not empty
         self._heap: list[tuple[Order, QueueSlot]] = []
 
     def push(self, slot: QueueSlot) -> None:
         """Add a slot."""
-        if not self._sorted or self._sorted[-1].order < slot.order:
+        last = self._last
+        if last is None or not self._sorted or last.precedes(slot):
             self._sorted.append(slot)
+            self._last = slot
         else:
             heappush(self._heap, (slot.order, slot))
 
@@ -77,13 +99,14 @@ class OrderedQueue:
             in_order.popleft()
         while heap and not heap[0][1].is_live:
             heappop(heap)
-        if heap and (not in_order or heap[0][0] < in_order[0].order):
+        if heap and (not in_order or heap[0][1].precedes(in_order[0])):
             return heap[0][1]
         return in_order[0] if in_order else None
 
     def sweep(self) -> None:
         """Let go of all dead slots."""
         self._sorted = deque(slot for slot in self._sorted if slot.is_live)
+        self._last = self._sorted[-1] if self._sorted else None
         self._heap = [item for item in self._heap if item[1].is_live]
         heapify(self._heap)
 

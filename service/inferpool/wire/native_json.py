@@ -43,7 +43,8 @@ TABLE_FIELDS: Final = ("dataframe_records", "dataframe_split", "records", "split
 _ROWS: Final = re.compile(rb'"(?:dataframe_records|dataframe_split|records|split|list|instances)"\s*:')
 _SEARCHED_BYTES: Final = 1024
 _PARAMETERS: Final = ("timeout_ms", "priority")
-_ORJSON_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+_WITH_ARRAYS: Final = orjson.OPT_SERIALIZE_NUMPY
+_WITH_ANY_KEYS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
 class PredictRequest:
@@ -231,7 +232,12 @@ def read_again(body: bytes | memoryview, allowance: Allowance, fault: InvalidInp
 def write(value: object) -> bytes:
     """Return `value` as strict JSON, numpy arrays included; raises ModelFailed if JSON cannot hold it."""
     try:
-        return orjson.dumps(value, default=_plain, option=_ORJSON_OPTIONS)
+        # The option for other keys than text slows down every object, and few models give such keys.
+        return orjson.dumps(value, default=_plain, option=_WITH_ARRAYS)
+    except TypeError:
+        pass
+    try:
+        return orjson.dumps(value, default=_plain, option=_WITH_ANY_KEYS)
     except TypeError as error:
         raise ModelFailed("an output of the model cannot be written as JSON") from error
 

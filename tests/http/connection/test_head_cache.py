@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import socket
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,38 @@ def test_a_cached_head_is_found_with_any_body_of_its_length() -> None:
     assert heads.find(request()[:-1]) is None, "the body is not all there"
     assert heads.find(request(path="/predict/n")) is None
     assert heads.find(b"\r\n" + request()) is None
+
+
+def test_a_head_that_comes_again_is_not_mistaken_for_another() -> None:
+    heads = HeadCache()
+    longer = b'{"inputs": [[1, 2]]}'
+    for body in (BODY, longer):
+        heads.remember(request(body), body, NATIVE_API, head(len(body)), EVERYONE)
+    for body in (BODY, BODY, longer, longer, BODY):
+        found = heads.find(request(body))
+        assert found is not None
+        assert (found[0].body_bytes, found[1]) == (len(body), body)
+        assert heads.find(request(body) + b"P") is None
+        assert heads.find(request(body)[:-1]) is None
+    assert heads.find(request().replace(b"\r\n\r\n", b"\r\nx-timeout-ms: 1\r\n\r\n")) is None
+    heads.clear()
+    assert heads.find(request()) is None
+
+
+def test_a_head_that_is_found_while_heads_are_forgotten_is_not_found_again() -> None:
+    heads = HeadCache()
+
+    class Clearing(bytes):
+        """A request during whose search another thread forgets all heads."""
+
+        def __getitem__(self, part: Any) -> Any:
+            if part.start is not None:
+                heads.clear()
+            return bytes(self)[part]
+
+    heads.remember(request(), BODY, NATIVE_API, head(), EVERYONE)
+    assert heads.find(Clearing(request())) is not None
+    assert heads.find(request()) is None
 
 
 def test_a_refused_head_is_found_until_the_keys_change_and_takes_no_place_of_others() -> None:

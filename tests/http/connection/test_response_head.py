@@ -27,6 +27,15 @@ def test_a_head_reads_as_it_should() -> None:
     assert server_timing(0, 0.0015, 1.2345678) == b"queue;dur=0.000, compute;dur=1.500, total;dur=1234.568"
 
 
+@given(SECONDS, SECONDS, SECONDS)
+def test_times_are_milliseconds_with_three_decimals(queue_s: float, compute_s: float, total_s: float) -> None:
+    found = [part.split(b";dur=") for part in server_timing(queue_s, compute_s, total_s).split(b", ")]
+    assert [name for name, _ in found] == [b"queue", b"compute", b"total"]
+    for (_, text), seconds in zip(found, (queue_s, compute_s, total_s), strict=True):
+        assert len(text.partition(b".")[2]) == 3
+        assert abs(float(text) - 1000 * min(max(seconds, 0), 3600)) < 0.000501
+
+
 def test_the_date_of_a_new_second_is_not_that_of_the_last() -> None:
     prefix = ResponsePrefix()
     first = prefix.of(200, [(b"date", b"now")])

@@ -51,12 +51,20 @@ class RefusedHead(NamedTuple):
 class HeadCache:
     """The heads known to a server; for the event loop alone."""
 
-    __slots__ = ("_by_bytes", "_refused", "_refused_but_key", "_without_length")
+    __slots__ = (
+        "_by_bytes", "_generation", "_last", "_last_bytes", "_last_generation", "_refused",
+        "_refused_but_key", "_without_length",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._by_bytes: dict[bytes, CachedHead] = {}
         # Keys lack the digits of Content-Length. The parser accepts no head that has this field twice.
         self._without_length: dict[bytes, CachedHead] = {}
+        # The head that was found last: often the next request has the same.
+        self._last: CachedHead | None = None
+        self._last_bytes = b""
+        # `clear` is called in any thread, perhaps while `find` is about to keep a head here.
+        self._generation = self._last_generation = 0
         # Apart, so that wrong keys, of which there may be any number, take no place of others.
         self._refused: dict[bytes, RefusedHead] = {}
         # Keys of this table lack the key of the client.
@@ -64,6 +72,12 @@ class HeadCache:
 
     def find(self, data: bytes) -> tuple[CachedHead, bytes] | None:
         """Return the head and body of `data`, or None unless it is one complete request with a known head."""
+        last = self._last
+        generation = self._generation
+        if last is not None and self._last_generation == generation and data.startswith(self._last_bytes):
+            # The head ends there, because an empty line is in it nowhere else.
+            end = len(self._last_bytes)
+            return (last, data[end:]) if len(data) - end == last.body_bytes else None
         end = data.find(_END) + 4
         if end > MOST_HEAD_BYTES:
             return None
@@ -72,7 +86,12 @@ class HeadCache:
         cached = self._by_bytes.get(head)
         if cached is None and head not in self._refused:
             cached = self._find_other_length(head, size)
-        return (cached, data[end:]) if cached is not None and size == cached.body_bytes else None
+        if cached is None or size != cached.body_bytes:
+            return None
+        self._last = cached
+        self._last_bytes = head
+        self._last_generation = generation
+        return cached, data[end:]
 
     def find_refused(self, data: bytes) -> tuple[RefusedHead, bytes | None] | None:
         """Return the head of `data` if it is one complete request like one that was refused, else None.
@@ -128,6 +147,7 @@ class HeadCache:
 
     def clear(self) -> None:
         """Forget every head: the keys in them may no longer be accepted."""
+        self._generation += 1
         self._by_bytes.clear()
         self._without_length.clear()
         self._refused.clear()

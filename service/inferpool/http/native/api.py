@@ -129,6 +129,8 @@ class NativeApi(InferenceApi):
 
 def wanted_type(accept: str) -> str:
     """The response format that an Accept header prefers; JSON if it names none of the formats."""
+    if not accept or accept == "*/*":  # most requests
+        return JSON_TYPE
     lower = accept.lower()
     if "application/x-np" not in lower and CSV not in lower:
         return JSON_TYPE

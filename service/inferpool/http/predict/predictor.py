@@ -335,14 +335,17 @@ class Predictor:
             )
         except Exception as error:  # noqa: BLE001 - outputs that cannot be encoded fail this request alone
             return self.refuse(context, error, result)
-        return self._respond(context, served, entry, result, encoded, self.clock() - began)
+        now = self.clock()
+        return self._respond(context, served, entry, result, encoded, now - began, now)
 
     def respond(self, context: PredictContext, answer: EncodedAnswer) -> Response:
         """Return the response for an answer that a thread has encoded."""
         served, entry, encoded = context.served, context.entry, answer.encoded
         if encoded is None or served is None or entry is None:
             return self.refuse(context, answer.error or InternalError("no answer was made"), answer.result)
-        response = self._respond(context, served, entry, answer.result, encoded, answer.encode_s)
+        response = self._respond(
+            context, served, entry, answer.result, encoded, answer.encode_s, self.clock()
+        )
         response.compressible = False
         self.budget.shrink_answer(context, response.size)
         return response
@@ -355,16 +358,17 @@ class Predictor:
         result: Result,
         encoded: Encoded,
         encode_s: float,
+        now: float,
     ) -> Response:
         head = context.head
-        now = self.clock()
         total_s = now - context.began
         headers = [
             *encoded.headers,
             (b"x-request-id", context.request_id.encode("latin-1")),
             (b"server-timing", server_timing(result.queue_s, result.compute_s, total_s)),
         ]
-        size = sum(map(len, encoded.parts))
+        parts = encoded.parts
+        size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         compressible = size >= _MIN_GZIP_BYTES and head.accepts_gzip()
         # What raises above is counted as an error, and nothing below raises: a request is counted once.
         if context.tenant is not None:
@@ -374,7 +378,7 @@ class Predictor:
             self._end_observation(context, result.outputs)
         if self._recorder.follows_all or head.trace is not None:
             self._recorder.ended(context, 200, "ok", size, now, result)
-        return Response(200, headers, encoded.parts, size, compressible)
+        return Response(200, headers, parts, size, compressible)
 
     def _begin_observation(
         self, context: PredictContext, observer: Any, tensors: Tensors, now: float

@@ -11,6 +11,8 @@ from inferpool.http.problems import Headers
 
 _LONGEST_S: Final = 3600.0
 """Server-Timing shows longer times as this one."""
+_WHOLE: Final = [b"%d" % number for number in range(1000)]
+_THOUSANDTHS: Final = [b".%03d" % number for number in range(1000)]
 
 
 class Response:
@@ -47,8 +49,23 @@ def compressed(response: Response) -> Response:
 
 def server_timing(queue_s: float, compute_s: float, total_s: float) -> bytes:
     """Return the value of Server-Timing (W3C Server Timing), in milliseconds with three decimals."""
+    if 0.0 <= queue_s < 0.999 and 0.0 <= compute_s < 0.999 and 0.0 <= total_s < 0.999:
+        # Formatting three floats takes three times as long as all of this.
+        queue, compute, total = round_us(queue_s), round_us(compute_s), round_us(total_s)
+        return b"".join(
+            (
+                b"queue;dur=", _WHOLE[queue // 1000], _THOUSANDTHS[queue % 1000],
+                b", compute;dur=", _WHOLE[compute // 1000], _THOUSANDTHS[compute % 1000],
+                b", total;dur=", _WHOLE[total // 1000], _THOUSANDTHS[total % 1000],
+            )
+        )  # fmt: skip
     return b"queue;dur=%.3f, compute;dur=%.3f, total;dur=%.3f" % (
         1000 * min(max(queue_s, 0.0), _LONGEST_S),
         1000 * min(max(compute_s, 0.0), _LONGEST_S),
         1000 * min(max(total_s, 0.0), _LONGEST_S),
     )
+
+
+def round_us(seconds: float) -> int:
+    """Return a time that is not negative in whole microseconds."""
+    return int(1e6 * seconds + 0.5)

@@ -21,7 +21,7 @@ class ResultDispatcher:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._subscribers: dict[int, Callable[[Result], None]] = {}
-        self._arrived: deque[Result] = deque()
+        self._arrived: deque[Sequence[Result]] = deque()
         self._woken = False
         self._begin: Callable[[], None] | None = None
         self._flush: Callable[[], None] | None = None
@@ -53,7 +53,7 @@ class ResultDispatcher:
 
     def put(self, results: Sequence[Result]) -> None:
         """Take the results of a batch from an instance's thread."""
-        self._arrived.extend(results)
+        self._arrived.append(results)
         if not self._woken and self._loop is not None:
             # Set before the call, because a delivery that runs at once clears it again.
             self._woken = True
@@ -64,7 +64,7 @@ class ResultDispatcher:
 
     def deliver(self, results: Sequence[Result]) -> None:
         """Call the subscribers of results that arrived together, at once. On the event loop only."""
-        self._arrived.extend(results)
+        self._arrived.append(results)
         self._deliver()
 
     def _deliver(self) -> None:
@@ -72,14 +72,14 @@ class ResultDispatcher:
         if self._begin is not None:
             self._begin()
         while self._arrived:
-            result = self._arrived.popleft()
-            then = self._subscribers.pop(result.entry_id, None)
-            if then is None:
-                continue
-            try:
-                then(result)
-            except Exception:
-                # The other results must be delivered all the same.
-                log.exception("the result of entry %d could not be delivered", result.entry_id)
+            for result in self._arrived.popleft():
+                then = self._subscribers.pop(result.entry_id, None)
+                if then is None:
+                    continue
+                try:
+                    then(result)
+                except Exception:
+                    # The other results must be delivered all the same.
+                    log.exception("the result of entry %d could not be delivered", result.entry_id)
         if self._flush is not None:
             self._flush()

@@ -186,6 +186,11 @@ class ServedVersion:
         if not self.view.batching.enabled:
             return 0 if self._empty is not None and self._without_rows(tensors) else 1
         optional = self.optional
+        if len(tensors) == 1 and not optional:  # most requests
+            rows = len(next(iter(tensors.values())))
+            if rows > MOST_ROWS:
+                raise _too_many_rows(rows)
+            return rows
         counts = (
             [len(tensor) for name, tensor in tensors.items() if name not in optional]
             if optional
@@ -220,7 +225,7 @@ class ServedVersion:
 
         The cost is in rows as they were measured at load. Raises InvalidInput for too many rows.
         """
-        if not rows or not self.optional.isdisjoint(tensors):
+        if not rows or (self.optional and not self.optional.isdisjoint(tensors)):
             # Without rows, or with an input that holds for the whole run, an entry runs alone.
             if rows > self.view.batching.max_rows:
                 raise InvalidInput(
