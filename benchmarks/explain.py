@@ -33,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -104,11 +104,11 @@ def read_response(connection: socket.socket) -> bytes:
     """Return the response that comes next, with its head."""
     found = b""
     while b"\r\n\r\n" not in found:
-        found += connection.recv(65_536)
+        found += received(connection)
     head, _, body = found.partition(b"\r\n\r\n")
     length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n", 1)[0])
     while len(body) < length:
-        body += connection.recv(65_536)
+        body += received(connection)
     assert head.startswith(b"HTTP/1.1 200"), head
     return body
 
@@ -122,39 +122,53 @@ class Sending(NamedTuple):
     one_by_one: bool
 
 
+def received(connection: socket.socket) -> bytes:
+    """Return what has come; raises ConnectionError if nothing more comes."""
+    if not (part := connection.recv(65_536)):
+        raise ConnectionError("the server has closed the connection")
+    return part
+
+
 def predict_always(port: int, cores: set[int], request: bytes, pipe: Connection) -> None:
     """Send predictions for each `Sending` that comes by `pipe`; the times go back."""
     os.sched_setaffinity(0, cores)
-    selector = selectors.SelectSelector()  # epoll waits for whole milliseconds
-    connections: list[socket.socket] = []
-    for _ in range(CONNECTIONS):
-        each = socket.create_connection(("127.0.0.1", port))
-        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        selector.register(each, selectors.EVENT_READ, each)
-        connections.append(each)
     while True:
         sending: Sending = pipe.recv()
-        choose, times = random.Random(sending.seed), list[float]()
-        free = connections[:1] if sending.one_by_one else connections[:]
-        waiting: dict[socket.socket, tuple[float, int]] = {}
-        due = began = time.monotonic()
-        ends = began + sending.seconds
-        while waiting or due < ends:
-            now = time.monotonic()
-            while free and due <= now and due < ends:
-                connection = free.pop()
-                waiting[connection] = now if sending.one_by_one else due, stolen_ticks()
-                connection.sendall(request)
-                due += choose.expovariate(sending.rate)
-            idle_s = max(0.0, due - now) if free and due < ends else 1.0
-            for key, _ in selector.select(idle_s):
-                read_response(key.data)
-                answered = time.monotonic()
-                since, stolen = waiting.pop(key.data)
-                if stolen == stolen_ticks():
-                    times.append(answered - since)
-                free.append(key.data)
-        pipe.send(times)
+        with contextlib.ExitStack() as stack:
+            # In each round anew: a server closes connections that are idle for long.
+            connections = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                for _ in range(1 if sending.one_by_one else CONNECTIONS)
+            ]
+            pipe.send(send_predictions(connections, request, sending))
+
+
+def send_predictions(connections: Sequence[socket.socket], request: bytes, sending: Sending) -> list[float]:
+    """Send a round of predictions; returns the seconds of those that met no stolen time."""
+    selector = selectors.SelectSelector()  # epoll waits for whole milliseconds
+    for each in connections:
+        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        selector.register(each, selectors.EVENT_READ, each)
+    choose, times, free = random.Random(sending.seed), list[float](), list(connections)
+    waiting: dict[socket.socket, tuple[float, int]] = {}
+    due = time.monotonic()
+    ends = due + sending.seconds
+    while waiting or due < ends:
+        now = time.monotonic()
+        while free and due <= now and due < ends:
+            connection = free.pop()
+            waiting[connection] = now if sending.one_by_one else due, stolen_ticks()
+            connection.sendall(request)
+            due += choose.expovariate(sending.rate)
+        idle_s = max(0.0, due - now) if free and due < ends else 1.0
+        for key, _ in selector.select(idle_s):
+            read_response(key.data)
+            answered = time.monotonic()
+            since, stolen = waiting.pop(key.data)
+            if stolen == stolen_ticks():
+                times.append(answered - since)
+            free.append(key.data)
+    return times
 
 
 def explain_always(port: int, cores: set[int], request: bytes, pipe: Connection) -> None:
