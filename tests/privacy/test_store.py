@@ -13,7 +13,7 @@ import pytest
 from inferpool.errors import ConfigError
 from inferpool.privacy.keys import SampleKeys, add_key, read_keys
 from inferpool.privacy.sample import Sample
-from inferpool.privacy.store import FOLDER, Choice, SampleStore, StoreLimits
+from inferpool.privacy.store import FILE, FOLDER, Choice, SampleStore, StoreLimits
 
 OLD, NEW = os.urandom(32), os.urandom(32)
 EVERY = Choice()
@@ -59,6 +59,14 @@ def test_the_files_show_nothing_of_a_sample_even_after_it_is_deleted(tmp_path: P
     assert b"marked" not in content()
     store.delete(Choice(request_id="marked-id"))
     assert token not in content()
+    store.add([sample("marked-id", age_s=2 * LIMITS.age_s)])
+    assert token in content()  # the connection that adds is open, and keeps a log
+    store.expire()
+    assert token not in content()
+    store.close()
+    assert [file.name for file in (tmp_path / FOLDER).iterdir()] == [FILE]
+    store.add([sample("later")])
+    assert ids(store) == ["later"]
     assert (tmp_path / FOLDER).stat().st_mode & 0o077 == 0
 
 

@@ -13,13 +13,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
+from inferpool.system.cpu_pace import yield_to_others
+
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 SHARE: Final = 0.01
 """The share of a core that the thread may take."""
-GATHER_S: Final = 0.1
-"""How long items are gathered: waking a thread costs more than handing over an item."""
+GATHER_S: Final = 1.0
+"""How long items are gathered, unless many wait: waking the thread and a transaction take more time than an
+item, and requests that come meanwhile wait, so there must be few such moments."""
 AT_ONCE: Final = 16
 """Items handled in one call."""
 LONGEST_REST_S: Final = 5.0
@@ -43,6 +46,7 @@ class PacedWorker(Generic[Item]):
         self._items: deque[Item] = deque()
         self._woken = False
         self._wake = threading.Event()
+        self._many_wait = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -56,6 +60,8 @@ class PacedWorker(Generic[Item]):
         if not self.has_room():
             return False
         self._items.append(item)
+        if len(self._items) == MOST_WAITING // 2:
+            self._many_wait.set()
         if not self._woken:
             self._woken = True
             self._wake.set()
@@ -64,16 +70,19 @@ class PacedWorker(Generic[Item]):
     def close(self, timeout_s: float) -> bool:
         """Handle the waiting items and end the thread; False if that takes longer than `timeout_s`."""
         self._closed.set()
+        self._many_wait.set()
         self._wake.set()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        yield_to_others()
         next_tick = time.monotonic() + self._tick_s
         while not self._closed.is_set():
             if self._wake.wait(max(0.0, next_tick - time.monotonic())):
                 self._wake.clear()
-                self._closed.wait(GATHER_S)
+                self._many_wait.wait(GATHER_S)
+                self._many_wait.clear()
                 # An item that is offered after this line wakes the thread again.
                 self._woken = False
                 while self._items and not self._closed.is_set():

@@ -11,6 +11,7 @@ import fcntl
 import os
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ from typing import Final, NamedTuple
 from inferpool.errors import ConfigError
 from inferpool.privacy.keys import SampleKeys
 from inferpool.privacy.sample import Sample, Totals, from_bytes
+from inferpool.system.cpu_pace import let_others_run
 
 FOLDER: Final = "inferpool-samples"
 FILE: Final = "samples.sqlite3"
@@ -78,6 +80,9 @@ class Choice(NamedTuple):
 class SampleStore:
     """The samples of a server. Each method may be called in any thread, and waits for the disk.
 
+    Samples are added by one connection, which stays open until `close`: opening one, and the checkpoint when
+    the last one closes, take more time than the samples.
+
     Attributes:
         failures: what methods raise if the disk fails; names them for modules that do not import sqlite3.
     """
@@ -88,6 +93,8 @@ class SampleStore:
         """Open, or make, the store in `folder`; raises ConfigError if it cannot be used."""
         self._keys = keys
         self._limits = limits
+        self._adding = threading.Lock()
+        self._kept: sqlite3.Connection | None = None
         own = folder / FOLDER
         self._file = own / FILE
         try:
@@ -118,7 +125,8 @@ class SampleStore:
                 (token, keys.token("tenant", sample.tenant), sample.model, sample.version, sample.created,
                  sample.rows, keys.current, body)
             )  # fmt: skip
-        with closing(self._connect()) as database, database:
+            let_others_run()
+        with self._adding, self._kept_connection() as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("DELETE FROM samples WHERE created < ?", (now - limits.age_s,))
             # First, because a database that is as large as it may be takes no sample more.
@@ -129,6 +137,18 @@ class SampleStore:
                 rows,
             )
             return self._make_room(database, 0, 0)
+
+    def close(self) -> None:
+        """Close the connection that adds samples; the next samples open another one."""
+        with self._adding:
+            if self._kept is not None:
+                self._kept.close()
+                self._kept = None
+
+    def _kept_connection(self) -> sqlite3.Connection:
+        if self._kept is None:
+            self._kept = self._connect(check_same_thread=False)  # `_adding` lets one thread in
+        return self._kept
 
     def _make_room(self, database: sqlite3.Connection, count: int, nbytes: int) -> Totals:
         """Delete the oldest samples until there is room for `count` more with `nbytes`; returns the rest."""
@@ -144,9 +164,13 @@ class SampleStore:
 
     def expire(self) -> Totals:
         """Delete the samples that are too old; raises sqlite3.Error."""
-        with closing(self._connect()) as database, database:
-            database.execute("DELETE FROM samples WHERE created < ?", (time.time() - self._limits.age_s,))
-            return self._make_room(database, 0, 0)
+        with closing(self._connect()) as database:
+            with database:
+                database.execute("DELETE FROM samples WHERE created < ?", (time.time() - self._limits.age_s,))
+                totals = self._make_room(database, 0, 0)
+            # The log still has the pages as they were, also those of samples that made room for others.
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return totals
 
     def delete(self, choice: Choice) -> int:
         """Delete the samples that `choice` means, overwrite their bytes, and return how many there were.
@@ -213,8 +237,10 @@ class SampleStore:
                 values.append(value)
         return (" WHERE " + " AND ".join(parts) if parts else ""), values
 
-    def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._file, timeout=_BUSY_S, isolation_level=None)
+    def _connect(self, *, check_same_thread: bool = True) -> sqlite3.Connection:
+        database = sqlite3.connect(
+            self._file, timeout=_BUSY_S, isolation_level=None, check_same_thread=check_same_thread
+        )
         database.execute("PRAGMA secure_delete = ON")
         database.execute("PRAGMA synchronous = NORMAL")
         # Twice the samples: pages of indices, and pages that deletes have left half empty.

@@ -32,6 +32,7 @@ from inferpool.privacy.keys import SampleKeys, is_chosen, threshold_of
 from inferpool.privacy.noise import CountNoise
 from inferpool.privacy.sample import LABEL, Sample, Totals, best_labels, redacted
 from inferpool.repository.catalog import ModelView, VersionView
+from inferpool.system.cpu_pace import let_others_run
 from inferpool.tensors import Array, Tensors, bf16_to_fp32
 
 if TYPE_CHECKING:
@@ -364,6 +365,8 @@ class Observations:
         """Write what waits, and end the thread."""
         if self._worker is not None and not self._worker.close(CLOSE_S):
             log.warning("samples that waited to be written are lost")
+        elif self.store is not None:
+            self.store.close()
 
     def _handle(self, observed: Sequence[Observation]) -> None:
         samples: list[Sample] = []
@@ -379,6 +382,8 @@ class Observations:
                     self._left_out.add()
                 else:
                     samples.append(sample)
+            # A request that comes meanwhile waits for the GIL until one observation is done, not for all.
+            let_others_run()
         if samples:
             self._write(samples)
 
