@@ -103,27 +103,33 @@ assert memory_use().held < before + 40 * 2**20
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_load_beside_others_leaves_no_free_blocks_in_the_heap() -> None:
-    """So that giving memory back holds the heap's lock for a moment only."""
+def test_a_load_leaves_no_large_free_blocks_in_the_heap() -> None:
+    """Beside other models no smaller ones either: giving memory back holds the heap's lock for a moment."""
     program = """
 import ctypes
 import numpy as np
 from inferpool.system.memory import keep_freed_memory, large_blocks_mapped, memory_use
 
-def take_and_free():
+def take_and_free(size):
     before = memory_use().held
-    blocks = [np.ones(4 * 2**20, np.uint8) for _ in range(64)]
+    blocks = [np.ones(size, np.uint8) for _ in range(2**28 // size)]
     kept = blocks[::8]
     del blocks
-    return memory_use().held - before - len(kept) * 4 * 2**20
+    return memory_use().held - before - len(kept) * size
 
-with large_blocks_mapped():
+SMALL, LARGE = 4 * 2**20, 16 * 2**20
+with large_blocks_mapped(beside=True):
     pass
 assert keep_freed_memory()
-with large_blocks_mapped():
-    with large_blocks_mapped():
+with large_blocks_mapped(beside=True):
+    with large_blocks_mapped(beside=False):
         pass
-    assert take_and_free() < 8 * 2**20, "mappings go back when they are freed"
-assert take_and_free() > 100 * 2**20, "outside, the heap keeps what is freed"
+    assert take_and_free(SMALL) < 8 * 2**20, "mappings go back when they are freed"
+with large_blocks_mapped(beside=False):
+    assert take_and_free(LARGE) < 8 * 2**20
+    with large_blocks_mapped(beside=True):
+        assert take_and_free(SMALL) < 8 * 2**20
+    assert take_and_free(SMALL) > 100 * 2**20, "the heap keeps what is freed of others"
+assert take_and_free(LARGE) > 100 * 2**20, "and outside of all"
 """
     subprocess.run([sys.executable, "-c", program], check=True)

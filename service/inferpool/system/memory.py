@@ -23,8 +23,10 @@ _M_ARENA_MAX: Final = -8
 _LARGEST_KEPT_BYTES: Final = 32 * 2**20
 """The largest M_MMAP_THRESHOLD that glibc allows."""
 _KEPT_BYTES: Final = 128 * 2**20
-_MAPPED_BYTES: Final = 1 * 2**20
-"""Blocks from this size on are mapped one by one within `large_blocks_mapped`."""
+_MAPPED_ALONE_BYTES: Final = 8 * 2**20
+"""Blocks from this size on are mapped one by one while a model loads; a smaller size makes loads slower."""
+_MAPPED_BESIDE_BYTES: Final = 1 * 2**20
+"""The same while a model loads beside others."""
 _UNLIMITED: Final = 2**60
 """Version 1 writes about 2**63 if there is no limit."""
 _KIB: Final = 1024
@@ -164,54 +166,54 @@ def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
 
 
 class _Mapping:
-    """How many callers are within `large_blocks_mapped`.
+    """The sizes from which the callers within `large_blocks_mapped` want blocks to be mapped.
 
     Attributes:
-        usual_bytes: the size from which blocks are mapped outside; 0 before `keep_freed_memory`.
+        usual_bytes: the size outside; 0 before `keep_freed_memory`.
     """
 
     def __init__(self) -> None:
         self.usual_bytes = 0
         self._lock = threading.Lock()
-        self._callers = 0
+        self._wanted: list[int] = []
 
-    def enter(self) -> None:
-        """Count a caller that enters; the first one lowers the threshold."""
+    def enter(self, size: int) -> None:
+        """Let blocks of `size` bytes or more be mapped, and smaller ones if another caller wants that."""
         with self._lock:
-            self._callers += 1
-            if self._callers == 1:
-                self._map_from(_MAPPED_BYTES)
+            self._wanted.append(size)
+            self._apply()
 
-    def leave(self) -> None:
-        """Count a caller that leaves; the last one resets the threshold."""
+    def leave(self, size: int) -> None:
+        """Take back what `enter` did."""
         with self._lock:
-            self._callers -= 1
-            if self._callers == 0:
-                self._map_from(self.usual_bytes)
+            self._wanted.remove(size)
+            self._apply()
 
-    def _map_from(self, size: int) -> None:
-        """Let blocks of `size` bytes or more be mapped, unless blocks of 1 MiB are mapped in any case."""
-        if self.usual_bytes > _MAPPED_BYTES:
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)
+    def _apply(self) -> None:
+        if self.usual_bytes:
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, min([self.usual_bytes, *self._wanted]))
 
 
 _mapping: Final = _Mapping()
 
 
 @contextlib.contextmanager
-def large_blocks_mapped() -> Iterator[None]:
-    """Within the block, let each allocation of 1 MiB or more be a mapping, which goes back when it is freed.
+def large_blocks_mapped(*, beside: bool) -> Iterator[None]:
+    """Within the block, let large allocations be mappings, each of which goes back when it is freed.
 
-    A model that loads beside others uses this. Otherwise its weights leave hundreds of megabytes of free
-    blocks in the heap, and `release_freed_memory` holds the heap's lock while it gives them back: every
-    allocation of the threads that serve then waits for 10 to 20 ms. The load takes longer, because the pages
-    of each mapping are new. Without `keep_freed_memory`, nothing changes.
+    For the load of a model. Otherwise the heap keeps the room that its largest weights took for a moment:
+    blocks of 8 MiB or more are mapped. If it loads `beside` others, blocks of 1 MiB are: its weights would
+    leave hundreds of megabytes of free blocks in the heap, and `release_freed_memory` holds the heap's lock
+    while it gives them back, for which every allocation of the threads that serve waits 10 to 20 ms. Such a
+    load takes longer, because the pages of each mapping are new. Without `keep_freed_memory`, nothing
+    changes.
     """
-    _mapping.enter()
+    size = _MAPPED_BESIDE_BYTES if beside else _MAPPED_ALONE_BYTES
+    _mapping.enter(size)
     try:
         yield
     finally:
-        _mapping.leave()
+        _mapping.leave(size)
 
 
 def release_freed_memory() -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -253,7 +252,7 @@ class Loader:
         self._check_size(file, beside=beside)
         files = work(partial(open_files, file, folder, config, backend, self._settings))
         try:
-            with large_blocks_mapped() if beside else nullcontext():
+            with large_blocks_mapped(beside=beside):
                 loaded = self._load(
                     key,
                     _Source(files.file, files.folder, config, backend, files, remeasure, measures),
