@@ -147,8 +147,7 @@ import os, sys, time
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        ends = time.process_time() + 0.5
-        while time.process_time() < ends: pass  # uses CPU time, to be counted
+    X time.process_time() < ends: pass  # uses CPU time, to be counted
         open("busy-" + str(os.getpid()), "w").close()
         time.sleep(600)
     os._exit(0)
@@ -162,7 +161,7 @@ def test_a_hidden_process_is_counted_and_ended(tmp_path: Path) -> None:
     server = Server([str(python), "-c", TWO], environ(python), tmp_path)
     server.wait(lambda: any(tmp_path.glob("busy-*")))
     hidden = int(next(tmp_path.glob("busy-*")).name.removeprefix("busy-"))
-    assert server.cpu_s() >= 0.5
+    assert server.cpu_s() >= 0.5  # of 0.6, which the kernel counts in hundredths
     assert server.pss_mib() > 1
     server.stop()
     assert not is_alive(hidden)

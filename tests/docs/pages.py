@@ -61,10 +61,13 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@cache
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, from its beginning."""
-    text = page.read_text(encoding="utf-8")
+    return _blocks_of(page, page.read_text(encoding="utf-8"))
+
+
+@cache
+def _blocks_of(page: Path, text: str) -> list[Block]:
     matches = list(_FENCE.finditer(text))
     found: list[Block] = []
     following: Block | None = None
@@ -81,17 +84,20 @@ def blocks(page: Path) -> list[Block]:
     return found[::-1]
 
 
-@cache
 def links(page: Path) -> list[str]:
     """The targets of the links of a page that stay in the repository."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     return [target for target in _LINK.findall(text) if "://" not in target]
 
 
-@cache
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
-    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    return _anchors_of(page.read_text(encoding="utf-8"))
+
+
+@cache
+def _anchors_of(page_text: str) -> set[str]:
+    text = _FENCE.sub("", page_text)
     return {
         re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).replace(" ", "-")
         for heading in _HEADING.findall(text)
