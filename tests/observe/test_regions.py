@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from inferpool.observe import regions as module
 from inferpool.observe.families import BATCH_RUNS
@@ -95,6 +95,7 @@ def write_at(file: int, offset: int, data: bytes) -> None:
     st.lists(st.tuples(st.integers(0, 2000) | st.integers(0, REGION_BYTES - 1), st.binary(max_size=200))),
     st.integers(0, 2**64 - 1) | st.integers(64, 4000),
 )
+@example([(150, b"\x00\xbd")], 152)  # a counter that has become negative
 @settings(deadline=None, max_examples=30)
 def test_damaged_regions_do_no_harm(damage: list[tuple[int, bytes]], end: int) -> None:
     """Whatever bytes a process leaves in its region, others render a page with their own numbers."""

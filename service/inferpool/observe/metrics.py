@@ -480,8 +480,8 @@ def _combine(series: dict[Labels, float], others: Mapping[Labels, memoryview[flo
         if len(numbers) != 1 or len(labels) != len(family.labels):
             continue
         number = numbers[0]
-        if not math.isfinite(number):
-            continue
+        if not math.isfinite(number) or (number < 0 and family.kind == "counter"):
+            continue  # the region is damaged
         before = series.get(labels)
         if before is None:
             series[labels] = number
