@@ -6,7 +6,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from tests.conftest import MakeChaos, Serve
+from tests.conftest import WITH_SPARE, MakeChaos, Serve
 from tests.engine.processes import children
 from tests.server import wait_until
 
@@ -24,7 +24,7 @@ def cpu_s(pid: int) -> float:
 
 
 def test_an_idle_server_uses_less_than_a_hundredth_of_a_core(serve: Serve, make_chaos: MakeChaos) -> None:
-    server = serve(make_chaos("m"), "--engine", "process", "--web-processes", "2")
+    server = serve(make_chaos("m"), "--engine", "process", "--web-processes", "2", **WITH_SPARE)
     server.wait_loaded()
     # Two web processes, an engine, and the spare engine that starts after it.
     wait_until(lambda: len(children(server)) == 4, "all processes run")
