@@ -137,7 +137,7 @@ def _add(
 def main(arguments: Sequence[str]) -> int:
     """Run one of these commands; returns its exit status.
 
-    The parser of `inferpool` has the settings of servers as well. To import it takes longer than a command.
+    The parser of `inferpool` has the settings of servers as well. Its imports take longer than a command.
     """
     parser = argparse.ArgumentParser(prog="inferpool", allow_abbrev=False)
     add_admin_commands(parser.add_subparsers(dest="command", required=True))

@@ -1,4 +1,4 @@
-"""Whatever raises between the queue and the last byte ends the request, and no client waits for ever."""
+"""A fault between the queue and the last byte ends the request: no client waits for ever."""
 
 from __future__ import annotations
 

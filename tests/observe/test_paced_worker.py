@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+import pytest
 from inferpool.observe import paced_worker
 from inferpool.observe.paced_worker import MOST_WAITING, SHARE, PacedWorker
 
@@ -37,6 +38,16 @@ def test_what_waits_is_bounded() -> None:
     blocked.wait()
     assert sum(worker.offer(number) for number in range(2 * MOST_WAITING)) == MOST_WAITING
     free.set()
+    assert worker.close(60.0)
+
+
+def test_items_are_not_gathered_for_long_if_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paced_worker, "GATHER_S", 3600.0)
+    handled = threading.Event()
+    worker: PacedWorker[int] = PacedWorker("paced", lambda _: handled.set(), nothing, 3600.0)
+    for number in range(MOST_WAITING // 2):
+        worker.offer(number)
+    assert handled.wait(60)
     assert worker.close(60.0)
 
 

@@ -33,7 +33,7 @@ def fields_of(request: object) -> dict[str, Any]:
 
 
 def tensors_by(parse: Callable[..., Any], rank: int, *arguments: None) -> Read:
-    """What a body becomes by `parse`: its fields, and its tensors for a model of one input."""
+    """Return a reader of the fields that `parse` finds, and of the tensors for a model of one input."""
     signature = any_shape("FP32", rank) if rank else takes("FP32", ANY)
 
     def read(body: bytes) -> Any:
@@ -45,7 +45,7 @@ def tensors_by(parse: Callable[..., Any], rank: int, *arguments: None) -> Read:
 
 
 def framed(body: bytes) -> Any:
-    """What a header becomes that announces tensors in binary form behind it."""
+    """Return what is read from a header that announces tensors in binary form behind it."""
     request = parse_infer(body + b"\0\0\x80\x3f" * 2, len(body))
     return fields_of(request), {
         name: bits(tensor) for name, tensor in request.tensors(takes("FP32", ANY)).items()
@@ -53,7 +53,7 @@ def framed(body: bytes) -> Any:
 
 
 def texts(kind: Callable[[dict[str, Any]], Any]) -> Read:
-    """What a body becomes for the routes of texts."""
+    """Return a reader of what the routes of texts find in a body."""
     return lambda body: {
         name: value
         for name, value in vars(kind(read_object(body, "{}"))).items()

@@ -202,9 +202,9 @@ def large_blocks_mapped(*, beside: bool) -> Iterator[None]:
     """Within the block, let large allocations be mappings, each of which goes back when it is freed.
 
     For the load of a model. Otherwise the heap keeps the room that its largest weights took for a moment:
-    blocks of 8 MiB or more are mapped. If it loads `beside` others, blocks of 1 MiB are: its weights would
-    leave hundreds of megabytes of free blocks in the heap, and `release_freed_memory` holds the heap's lock
-    while it gives them back, for which every allocation of the threads that serve waits 10 to 20 ms. Such a
+    blocks of 8 MiB or more are mapped. If it loads `beside` others, blocks of 1 MiB are. Otherwise its
+    weights would leave hundreds of megabytes of free blocks in the heap. `release_freed_memory` holds the
+    heap's lock while it gives them back: threads that serve would wait 10 to 20 ms for an allocation. Such a
     load takes longer, because the pages of each mapping are new. Without `keep_freed_memory`, nothing
     changes.
     """

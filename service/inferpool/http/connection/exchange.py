@@ -4,7 +4,7 @@ An exchange has one state, and moves from state to state through `Exchange._move
 predictor drive it with plain calls, without tasks and events. Each call that comes too late, because the
 client is gone or has been refused, finds another state than it expects and does nothing.
 
-Whatever raises in one of these calls ends the exchange: `Exchange._fail` responds with the error, and
+An exception in one of these calls ends the exchange: `Exchange._fail` responds with the error, and
 `Exchange._break_off` closes the connection if no response can be made or written.
 """
 

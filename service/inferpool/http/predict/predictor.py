@@ -370,7 +370,7 @@ class Predictor:
         parts = encoded.parts
         size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         compressible = size >= _MIN_GZIP_BYTES and head.accepts_gzip()
-        # What raises above is counted as an error, and nothing below raises: a request is counted once.
+        # An exception above makes the request an error. Nothing below raises, so a request is counted once.
         if context.tenant is not None:
             context.tenant.succeeded(entry.rows, result)
         served.metrics.succeeded(entry.rows, context.decode_s, encode_s, total_s, now, result)

@@ -208,7 +208,7 @@ class ShadowCopies:
     def _deliver(self, copied: _Copied, result: Result) -> None:
         is_taken = False
         if result.outputs is not None:
-            # Whatever fails here, the request itself is answered.
+            # A fault of the copy must not cost the request its answer.
             try:
                 is_taken = self._take(copied, result, result.outputs)
                 if not is_taken:
