@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import select
-import socket
 from collections.abc import Callable
 from typing import Any, Final, cast
 
@@ -33,6 +31,8 @@ from inferpool.http.connection.exchange_state import WRITING
 from inferpool.http.connection.fast_path import try_cached_head
 from inferpool.http.connection.forwarded import CLIENT_CERTIFICATE, FORWARDED_FROM
 from inferpool.http.connection.lingering_close import LingeringClose
+from inferpool.http.connection.raw_head import head_bytes, head_without_upgrade, malformed_head, own_target
+from inferpool.http.connection.reset_watch import watch_for_reset
 from inferpool.http.connection.shared import SharedState
 from inferpool.http.connection.slow_client import SlowClientTimer
 from inferpool.http.predict.api import InferenceApi, Target
@@ -48,14 +48,7 @@ _TLS_HELLO: Final = re.compile(rb"\x16\x03[\x00-\x04]")
 log = logging.getLogger(__name__)
 
 _MALFORMED: Final = "the data is not an HTTP/1.1 request; the connection is closed after this response"
-_LINE_BYTES: Final = 4
-"""Bytes of a header beside its name and value: a colon, a space and the end of the line."""
-_FIRST_LOOK_S: Final = 0.005
-_RAREST_LOOK_S: Final = 1.0
-_TCP_CLOSE: Final = 7
-"""The state of a socket that was reset, in the kernel's `tcp_states.h`."""
 _REQUEST_ID: Final = re.compile(rb"\r\nx-request-id:[ \t]*([!-~]{1,128})[ \t]*\r\n", re.IGNORECASE)
-_MOST_LOOKED_AT: Final = 32
 _REFUSAL_FIELDS: Final = (b"x-request-id", b"origin", b"x-forwarded-for")
 """The headers that matter for the response to a request that cannot be read to its end."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -194,7 +187,7 @@ class PredictProtocol(HttpToolsProtocol):
                 # A client that is gone answers this with a reset, and its request need not run. Others ignore
                 # it (RFC 9110, 15.2).
                 self.transport.write(_CONTINUE)
-            self._look_for_reset(_FIRST_LOOK_S)
+            watch_for_reset(self.connection)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -272,7 +265,7 @@ class PredictProtocol(HttpToolsProtocol):
                     return
                 rest = memoryview(rest)[upgrade.args[0] :]
             self._upgraded = False
-            head = _head_without_upgrade(self.parser, self.url, self.headers)
+            head = head_without_upgrade(self.parser, self.url, self.headers)
             self._new_parser()
             self.parser.feed_data(head)
             if not rest or self.connection.reading_ended:
@@ -298,7 +291,7 @@ class PredictProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Make an exchange of a prediction, and give every other request to the application."""
         most = self._most_head_bytes
-        if self._head_bytes > most and self._parsed_head_bytes() > most:
+        if self._head_bytes > most and head_bytes(self.parser, self.url, self.headers) > most:
             self._fault = self._head_too_large()
             raise self._fault  # the parser stops
         self._parsed_something = True
@@ -312,7 +305,7 @@ class PredictProtocol(HttpToolsProtocol):
             raise self._fault  # the parser stops
         self.connection.in_head = False
         self._discarded_bytes = 0
-        self.url = _own_target(self.url, self._root_path)
+        self.url = own_target(self.url, self._root_path)
         if self._aliases:
             path, mark, query = self.url.partition(b"?")
             self.url = self._aliases.get(path, path) + mark + query
@@ -370,7 +363,7 @@ class PredictProtocol(HttpToolsProtocol):
         if fault is None and connection.in_head and self.headers is not None:
             # The parser keeps a header until the next one begins, and that one may be at fault.
             found = _REQUEST_ID.search(
-                _malformed_head(data, b"%b %b HTTP/" % (self.parser.get_method(), self.url))
+                malformed_head(data, b"%b %b HTTP/" % (self.parser.get_method(), self.url))
             )
             if found is not None:
                 self.headers.append((b"x-request-id", found[1]))
@@ -498,26 +491,6 @@ class PredictProtocol(HttpToolsProtocol):
             if exchange.response_complete:
                 self.linger()
 
-    def _parsed_head_bytes(self) -> int:
-        """Return the bytes of the request line and the headers, however they were received."""
-        fields = sum(len(name) + len(value) + _LINE_BYTES for name, value in self.headers)
-        return len(self.parser.get_method()) + len(self.url) + len(b"  HTTP/1.1\r\n\r\n") + fields
-
-    def _look_for_reset(self, after_s: float) -> None:
-        """Look `after_s` seconds later, and ever more rarely, whether the client has reset the connection.
-
-        The event loop would notice only when it writes, because it does not read any more.
-        """
-        self.loop.call_later(after_s, self._check_reset, after_s)
-
-    def _check_reset(self, looked_s: float) -> None:
-        if self.connection.owner is None or self.transport.is_closing():
-            return
-        if _is_reset(self.transport.get_extra_info("socket")):
-            self.transport.abort()
-        else:
-            self._look_for_reset(min(_RAREST_LOOK_S, 4 * looked_s))
-
     def _find_api(self) -> tuple[InferenceApi, Target] | None:
         """Return the API of the request whose head is complete, or None if it is for the application."""
         if self.parser.get_method() != b"POST":
@@ -548,64 +521,3 @@ class PredictProtocol(HttpToolsProtocol):
             return Exchange(connection, context, keep_alive, expects_100=False, error=error)
         context.caller = caller
         return Exchange(connection, context, keep_alive, self.expect_100_continue)
-
-
-def _own_target(target: bytes, root_path: bytes) -> bytes:
-    """Return a request's target without the path below which a proxy offers the server, and a last slash.
-
-    So all routes of all APIs answer a path with a slash at its end as they answer the path without one. Only
-    the page /docs redirects: its links are relative.
-    """
-    path, mark, query = target.partition(b"?")
-    if not path.startswith(b"/"):
-        return target
-    if root_path and path.startswith(root_path) and path[len(root_path) :][:1] in (b"/", b""):
-        path = path[len(root_path) :] or b"/"
-    if path.endswith(b"/") and path not in (b"/", b"/docs/"):
-        path = path[:-1]
-    return path + mark + query
-
-
-def _is_reset(connection: Any) -> bool:
-    """Return whether the client has reset a connection, or has closed both sides of a Unix socket."""
-    if connection.family == socket.AF_UNIX:
-        poll = select.poll()
-        poll.register(connection.fileno(), 0)
-        return any(event & select.POLLHUP for _, event in poll.poll(0))
-    state: bytes = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    return state[0] == _TCP_CLOSE
-
-
-def _head_without_upgrade(parser: Any, url: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
-    """Return the head that `parser` has read, without the fields that ask for another protocol."""
-    lines = [b"%b %b HTTP/%b" % (parser.get_method(), url, parser.get_http_version().encode())]
-    for name, value in headers:
-        if name == b"connection":
-            options = [option.strip() for option in value.split(b",")]
-            value = b", ".join(option for option in options if option.lower() != b"upgrade")
-        if name != b"upgrade":
-            lines.append(b"%b: %b" % (name, value))
-    return b"\r\n".join((*lines, b"", b""))
-
-
-def _malformed_head(data: bytes, line: bytes) -> bytes:
-    """Return the first head in `data` that begins with `line` and that the parser does not take.
-
-    Empty if it is not found soon.
-    """
-    end = 0
-    for _ in range(_MOST_LOOKED_AT):
-        start = data.find(line, end)
-        if start < 0:
-            return b""
-        end = data.find(b"\r\n\r\n", start) + 4
-        head = data[start:end] if end > 3 else data[start:]
-        try:
-            HttpRequestParser(object()).feed_data(head)
-        except HttpParserUpgrade:
-            pass
-        except HttpParserError:
-            return head
-        if end <= 3:
-            return b""
-    return b""
