@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 import uuid
@@ -70,6 +71,22 @@ class LimitedServer(Server):
             yield
         finally:
             (self.cgroup / limit).write_text(before)
+
+    @contextlib.contextmanager
+    def beside(self, memory_bytes: int) -> Iterator[None]:
+        """Run a process in the cgroup that holds so much memory besides its own."""
+        hold = (
+            "import mmap, sys; held = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE);"
+            " held[:: mmap.PAGESIZE] = bytes(len(range(0, len(held), mmap.PAGESIZE)));"
+            " print(flush=True); sys.stdin.read()"
+        )
+        enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+        command = ["sh", "-c", enter, str(self.cgroup), sys.executable, "-S", "-c", hold, str(memory_bytes)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+            yield
+            process.communicate()
 
     def kill(self) -> None:
         """End the server and remove its cgroup."""

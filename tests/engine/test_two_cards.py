@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from tests.engine.processes import children, name
 from tests.engine.test_processes import ONE_WEB, ROW, SUM, Load
 from tests.engine.test_several_engines import engines, has_ended, version
 from tests.fake_gpu import LOSE
+from tests.observe.prometheus import Prometheus, needs_prometheus
 from tests.server import PATCHES, ROOT, Server, wait_until
 
 CARDS = ("cuda:0", "cuda:1")
@@ -55,11 +57,32 @@ class Cards(NamedTuple):
         return [self.server.metric("engine_restarts_total", engine=card) for card in CARDS]
 
     def descriptors(self) -> list[tuple[str, int]]:
-        """How many descriptors each process has that is not a spare, by the names of the processes."""
+        """How many descriptors each process has, by the names of the processes.
+
+        Connections of clients do not count: the server closes one a moment after its client.
+        """
         pids = [self.server.process.pid, *children(self.server)]
         names = {pid: name(pid) for pid in pids}
         assert "inferpool-spare" in names.values()
-        return sorted((names[pid], sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+        clients = _client_sockets(self.server.port)
+        return sorted((names[pid], sum(target not in clients for target in _targets(pid))) for pid in pids)
+
+
+def _targets(pid: int) -> list[str]:
+    """What the descriptors of a process are."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            found.append(str(link.readlink()))
+    return found
+
+
+def _client_sockets(port: int) -> set[str]:
+    """The accepted connections of a server, as descriptors are called; its listening socket is none."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {
+        f"socket:[{line[9]}]" for line in lines if int(line[1].split(":")[1], 16) == port and line[3] != "0A"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +93,7 @@ def cards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cards]:
     fallen.mkdir()
     for model, config, more in (
         ("m", "", {"gate": str(gate), "fails": str(fallen)}),
-        ("alone", "[instances]\ndevices = ['cuda:1']\n", {}),
+        ("alone", "[instances]\ndevices = ['cuda:1']\n", {"cpu_nodes": {"Unique": 1}}),
         ("cpu", "[instances]\ndevices = ['cpu']\n", {}),
     ):
         (folder / "repository" / model / "1").mkdir(parents=True)
@@ -159,6 +182,22 @@ def test_a_card_that_does_not_come_back_is_told_and_loaded_again_when_it_is_mend
     (cards.fallen / "cuda:1").unlink()
     assert act(server, "load", "m")["state"] == "done"
     assert sorted(engines(server, "m")) == [*CARDS]
+    cards.wait_for_problems()
+
+
+@needs_prometheus
+def test_an_engine_that_is_missing_and_nodes_on_the_cpu_have_their_alerts(
+    cards: Cards, tmp_path: Path
+) -> None:
+    server = cards.server
+    (cards.fallen / "cuda:1").touch()
+    cards.kill("cuda:1")
+    with Prometheus(tmp_path, f"127.0.0.1:{server.port}") as prometheus:
+        prometheus.wait_for_alert("InferpoolGpuFallback", model="alone")
+        prometheus.wait_for_alert("InferpoolEngineMissing", model="m", engine="cuda:1")
+        assert not prometheus.has('ALERTS{alertname="InferpoolGpuFallback",model!="alone"}')
+    (cards.fallen / "cuda:1").unlink()
+    assert act(server, "load", "m")["state"] == "done"
     cards.wait_for_problems()
 
 

@@ -161,8 +161,8 @@ class FakeBackend(Backend):
 
     The model of a file that starts with `PICTURES` takes pictures. A file may also be JSON: a run then takes
     `run_ms`; loading ends when the named pipe `gate` is opened for writing, and fails on those devices of
-    which the folder `fails` has a file. The server finds this backend through its entry point. Tests set the
-    class attributes, and read `loaded`.
+    which the folder `fails` has a file; `cpu_nodes` are said to run on the CPU. The server finds this backend
+    through its entry point. Tests set the class attributes, and read `loaded`.
     """
 
     name = "fakegpu"
@@ -200,6 +200,7 @@ class FakeBackend(Backend):
         pictures = "" if wish == file.read_text() else self.pictures
         run_s = behaviour.get("run_ms", 0) / 1000
         model = FakeModel(card, options, self.leaks, self.captures, pictures, run_s)
+        model.cpu_nodes = behaviour.get("cpu_nodes", {})
         if options.gpu.tensorrt is not None:
             model.engine = self._engine(wish, options.gpu.tensorrt.folder)
             if model.engine == "blind":

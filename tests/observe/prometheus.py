@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -31,14 +31,15 @@ Labels = dict[str, str]
 class Prometheus:
     """A process that scrapes targets and evaluates the rules, both every second."""
 
-    def __init__(self, folder: Path, target: str, others: Mapping[str, str] = {}) -> None:
+    def __init__(self, folder: Path, target: str | None, others: Mapping[str, str] = {}) -> None:
         """Scrape `target` (`host:port`) as the project's own job, and `others` by the names of their jobs.
 
-        `https://` before one of the others is for a server whose certificate nobody knows.
+        `https://` before one of the others is for a server whose certificate nobody knows. Without a target,
+        the job has none.
         """
         config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+        config["scrape_configs"][0]["static_configs"] = [{"targets": [] if target is None else [target]}]
         for job, other in others.items():
             scheme, _, address = other.rpartition("://")
             config["scrape_configs"].append(
@@ -103,9 +104,21 @@ class Prometheus:
             assert time.monotonic() < ends, f"not within {timeout_s} s: {what}"
             time.sleep(0.1)
 
+    def wait_for_alert(self, name: str, **labels: str) -> None:
+        """Wait until an alert with these labels fires."""
+        wanted = labels | {"alertname": name, "alertstate": "firing"}
+        selector = ",".join(f'{label}="{value}"' for label, value in wanted.items())
+        self.wait(lambda: self.has(f"ALERTS{{{selector}}}"), f"{name} fires", START_S)
+
     def has(self, expression: str) -> bool:
         """Whether an expression gives a number now."""
         return any(not math.isnan(number) for _, number in self.query(expression))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End it."""

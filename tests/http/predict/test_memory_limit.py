@@ -16,6 +16,7 @@ from tests.chaos.inferpool_chaos import HUNGRY
 from tests.clients import Client, with_clients
 from tests.conftest import MakeChaos
 from tests.limited import LimitedServer, missing
+from tests.observe.prometheus import Prometheus, needs_prometheus
 from tests.server import wait_until
 
 MIB = 2**20
@@ -145,3 +146,13 @@ def test_a_body_that_never_has_room_is_413(limited: Limited) -> None:
     assert answer.status_code == 413, answer.text
     assert answer.json()["limit"] < 60 * 10**6
     check_alive(server)
+
+
+@needs_prometheus
+def test_an_alert_fires_before_the_memory_is_used_up(limited: Limited, tmp_path: Path) -> None:
+    """A process beside the server takes what the alert leaves free, and the server still answers."""
+    server = limited(DIGITS, 256 * MIB)
+    take = int(0.94 * 256 * MIB - server.metric("memory_held_bytes"))
+    with Prometheus(tmp_path, f"127.0.0.1:{server.port}") as prometheus, server.beside(take):
+        prometheus.wait_for_alert("InferpoolMemoryHigh")
+        check_alive(server)

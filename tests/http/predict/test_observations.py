@@ -28,8 +28,9 @@ from inferpool.repository.catalog import VersionView
 from inferpool.tensors import Signature, TensorSpec
 
 from tests.conftest import Serve
+from tests.observe.prometheus import Prometheus, needs_prometheus
 from tests.onnx_models import write_shift
-from tests.server import Server, wait_until
+from tests.server import START_S, Server, wait_until
 
 KEPT = """\
 [samples]
@@ -161,13 +162,35 @@ def test_drift_is_told_by_models_and_metrics_with_all_processes_together(server:
     assert server.metric("drift_distance", model="other") == 0
 
 
-def test_requests_are_answered_while_the_store_fails(server: Server, folder: Path) -> None:
+def damage_store(folder: Path) -> None:
     """A database that is no database stands for every failure of a disk."""
     store = folder / "store" / FOLDER
     for file in store.iterdir():
         file.unlink()
     (store / FILE).write_bytes(os.urandom(8192))
+
+
+def test_requests_are_answered_while_the_store_fails(server: Server, folder: Path) -> None:
+    damage_store(folder)
     predict(server, "kept", [1.0], "lost")
     wait_until(lambda: server.metric("samples_stopped") == 1, "the failure is told")
     predict(server, "kept", [1.0], "answered")
     assert server.get("/health/ready").status_code == 200
+
+
+@needs_prometheus
+def test_drift_and_a_store_that_fails_have_their_alerts(server: Server, folder: Path, tmp_path: Path) -> None:
+    damage_store(folder)
+    sent = 0
+
+    def fires() -> bool:
+        nonlocal sent
+        sent += 1
+        predict(server, "kept", [3.0] * 60, f"far-{sent}")
+        return prometheus.has('ALERTS{alertname="InferpoolDrift",alertstate="firing",model="kept"}')
+
+    with Prometheus(tmp_path, f"127.0.0.1:{server.port}") as prometheus:
+        prometheus.wait(fires, "the alert about drift fires", START_S)
+        prometheus.wait_for_alert("InferpoolDrift", model="kept", version="1")
+        prometheus.wait_for_alert("InferpoolSamplesStopped")
+        assert not prometheus.has('ALERTS{model="other"}')
