@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
+from tests.browsers import SCREENS, check_page, chromium, new_page
 from tests.conftest import Serve
 from tests.http.access.keys import KeyFile
 from tests.server import Server
 
-if shutil.which("chromium") is None:
-    pytest.skip("needs chromium: apt-get install chromium", allow_module_level=True)
-pytest.importorskip("playwright", reason='needs playwright: pip install -e ".[test]"')
-
-from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
+# `tests.browsers` skips this module if there is no browser.
+from playwright.sync_api import Browser, Page, Request, Route, expect  # isort: skip
 
 HOSTILE = '<img src=x onerror="alert(1)">'
-TIMEOUT_MS = 60_000
-"""How long an expectation may take on a busy machine."""
 STEP_S = 5
 """Seconds by which the clock of the page is wound at once."""
 
 FOCUSED = "(each => each.id || each.textContent || each.value)(document.activeElement)"
-VIOLATIONS = """axe.run().then(found =>
-  found.violations.map(each => [each.id, each.nodes.map(node => node.html)]))"""
 HIDE = """hidden => {
   Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
   document.dispatchEvent(new Event('visibilitychange'));
 }"""
-"""What runs in the page: the name of what has the focus, what axe finds, and the tab shown or hidden."""
+"""What runs in the page: the name of what has the focus, and the tab shown or hidden."""
 
 Open: TypeAlias = Callable[..., Page]
-
-expect.set_options(timeout=TIMEOUT_MS)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +46,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
 def server(
     models: Path, keys: KeyFile, tmp_path_factory: pytest.TempPathFactory, module_serve: Serve
 ) -> Server:
-    """Two versions of the digits, and the same with markup as the names of model, classes and faults."""
+    """Two versions of the digits, the same with markup as names and faults, and a model of sentences."""
     repository = tmp_path_factory.mktemp("page")
     digits = repository / "digits"
     for name in ("1", "2"):
@@ -64,6 +56,7 @@ def server(
         (shutil.copytree if source.is_dir() else shutil.copy)(source, digits / name)
     with (digits / "model.toml").open("a") as file:
         file.write("\n[cache]\nenabled = true\n")
+    shutil.copytree(models / "next-word", repository / "next-word")
     hostile = repository / HOSTILE.replace("/", "")
     shutil.copytree(digits, hostile)
     (hostile / "labels.txt").write_text("\n".join(f"{HOSTILE}{number}" for number in range(10)) + "\n")
@@ -75,15 +68,8 @@ def server(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium without other hosts."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"),
-            # The sandbox does not work for root or in most containers; the page is our own.
-            args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
-        )
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -92,19 +78,10 @@ def open_page(browser: Browser, server: Server, keys: KeyFile) -> Iterator[Open]
     faults: list[str] = []
     contexts = []
 
-    def note(kind: str, text: str) -> None:
-        # Chromium writes a line for each answer with an error, which the page expects and shows.
-        if kind in ("error", "warning") and not text.startswith("Failed to load resource"):
-            faults.append(text)
-
     def start(address: str = "", key: str | None = None, **options: Any) -> Page:
         context = browser.new_context(**{"reduced_motion": "reduce", **options})
-        context.set_default_timeout(TIMEOUT_MS)
         contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: note(message.type, message.text))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("dialog", lambda dialog: faults.append(f"a dialog: {dialog.message}"))
+        page = new_page(context, faults)
         page.goto(f"{server.url}/{address}")
         if key is not None:
             page.locator("#key").click()
@@ -117,14 +94,6 @@ def open_page(browser: Browser, server: Server, keys: KeyFile) -> Iterator[Open]
     for context in contexts:
         context.close()
     assert faults == []
-
-
-def check(page: Page, what: str) -> None:
-    """Let axe look at the page, which must not be wider than the screen."""
-    if not page.evaluate("'axe' in window"):
-        page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text())
-    assert page.evaluate(VIOLATIONS) == [], what
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), what
 
 
 def fill_in(page: Page, name: str, samples: int = 1) -> None:
@@ -172,6 +141,75 @@ def test_a_golden_sample_is_answered_with_its_label(open_page: Open) -> None:
     page.get_by_label("Body", exact=True).fill('{"inputs": [1]}')
     page.get_by_role("button", name="Predict").click()
     expect(page.get_by_role("alert").filter(has_text="422")).to_be_visible()
+
+
+def test_a_version_tells_what_it_is_how_it_is_batched_and_how_long_it_takes(
+    open_page: Open, server: Server, keys: KeyFile, models: Path
+) -> None:
+    page = open_page("#/digits/1", key="user")
+    picture = (models / "digits" / "samples" / "7.png").read_bytes()
+    headers = keys.bearer("user") | {"content-type": "image/png"}
+    assert server.post("/predict/digits/1", content=picture, headers=headers).status_code == 200
+    told = server.get("/models/digits/1", headers=keys.bearer("user")).json()
+    about, batching = page.locator("#about"), page.locator("#batching")
+    expect(about).to_contain_text(told["digest"])
+    expect(about).to_contain_text("FP32 [any, 1, 8, 8]")
+    expect(about).to_contain_text(f"{len(told['instances'])} on cpu, ready")
+    assert told["batching"]["enabled"]
+    assert told["batching"]["reason"]
+    expect(batching).to_contain_text(f"up to {told['batching']['max_rows']} rows together")
+    expect(batching).to_contain_text("shown by reading the graph")
+    expect(batching).to_contain_text(told["batching"]["reason"])
+    sizes = page.get_by_role("table", name="Batches that ran, by their rows")
+    expect(sizes.get_by_role("rowheader").first).to_have_text("1")
+    status = server.get("/status", headers=keys.bearer("user")).json()
+    [model] = [model for model in status["models"] if model["name"] == "digits"]
+    reasons = page.get_by_role("table", name="Batches by the reason of their dispatch")
+    assert model["versions"][0]["figures"]["reasons"]
+    for reason in model["versions"][0]["figures"]["reasons"]:
+        expect(reasons.get_by_role("rowheader").filter(has_text=reason).first).to_be_visible()
+    times = page.get_by_role("table", name="Time of a batch in the model").get_by_role("rowheader")
+    expect(times).to_have_count(len({line["rows"] for line in told["latency"]}))
+    expect(page.locator("#stats")).to_contain_text("0 rows")
+    # This key may change nothing, and the page offers nothing.
+    manage = page.locator("#manage")
+    expect(manage).to_contain_text("need a key with the scope admin")
+    expect(manage.get_by_role("button")).to_have_text(["Enter a key"])
+
+
+def test_a_sentence_is_continued_with_the_words_that_the_server_answers(
+    open_page: Open, server: Server, keys: KeyFile
+) -> None:
+    page = open_page("#/next-word", key="user")
+    text = "the value of the"
+    page.get_by_role("radio", name="Sentence").check()
+    page.get_by_label("Sentence", exact=True).and_(page.locator("textarea")).fill(text)
+    page.get_by_role("button", name="Predict").click()
+    body = {"inputs": {"text": [text]}}
+    answer = server.post("/predict/next-word", json=body, headers=keys.bearer("user")).json()
+    [row] = answer["predictions"]
+    labels = page.get_by_role("table", name="Predictions").get_by_role("rowheader")
+    expect(labels).to_have_text([each["label"] for each in row])
+
+
+def test_cards_are_shown_with_their_load_and_memory(open_page: Open) -> None:
+    page = open_page(key="user")
+    card = {
+        "device": "cuda:0", "utilization": 0.5, "memory_used_bytes": 2**30, "memory_total_bytes": 2**34,
+        "temperature_celsius": 61.0, "power_watts": None,
+    }  # fmt: skip
+
+    def add_card(route: Route) -> None:
+        answer = route.fetch(headers={**route.request.headers, "if-none-match": ""})
+        status = answer.json()
+        status["server"]["cards"] = [card]
+        route.fulfill(response=answer, json=status)
+
+    expect(page.get_by_text("There is no graphics card.")).to_be_visible()
+    page.route("**/status", add_card)
+    row = page.get_by_role("table", name="Graphics cards").get_by_role("row").filter(has_text="cuda:0")
+    expect(row.get_by_role("cell")).to_have_text([re.compile("50 %"), re.compile("1.* of 1"), "–"])
+    check_page(page, "a card")
 
 
 def test_a_dropped_picture_is_classified(open_page: Open, models: Path) -> None:
@@ -235,7 +273,7 @@ def test_an_administrator_tries_a_version_and_rolls_it_back(
     expect(traffic).to_contain_text("Canary: version 2 answers 50 %")
     send(1)
     expect(traffic.get_by_role("table").get_by_role("rowheader")).to_have_count(2)
-    check(page, "the figures of a canary")
+    check_page(page, "the figures of a canary")
     press("End canary and shadow", "End the traffic: done.")
     expect(traffic).to_be_hidden()
     page.get_by_label("Share in %").fill("100")
@@ -245,7 +283,7 @@ def test_an_administrator_tries_a_version_and_rolls_it_back(
     assert server.post("/predict/digits", json=body, headers=keys.bearer("user")).status_code == 200
     expect(traffic.get_by_role("table").get_by_role("rowheader")).to_have_text(["logits"])
     expect(traffic).to_contain_text("1, 0 failed")
-    check(page, "the figures of a shadow")
+    check_page(page, "the figures of a shadow")
     press("End canary and shadow", "End the traffic: done.")
     press("Give to version 2", "Label stable: done.")
     expect(page.locator("#labels")).to_contain_text("stable → 2")
@@ -307,25 +345,22 @@ def test_everything_can_be_done_with_the_keyboard(open_page: Open, keys: KeyFile
     expect(page.locator("#run")).to_be_focused()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"color_scheme": "light"}, {"color_scheme": "dark", "viewport": {"width": 360, "height": 740}}],
-)
+@pytest.mark.parametrize("options", SCREENS)
 def test_axe_finds_no_obstacle_and_nothing_is_wider_than_the_screen(
     open_page: Open, options: dict[str, Any]
 ) -> None:
     page = open_page(key="all", **options)
     expect(page.get_by_role("heading", name="Models", exact=True)).to_be_visible()
     page.get_by_role("button", name="Dismiss").click()
-    check(page, "all models")
+    check_page(page, "all models")
     page.locator("#key").click()
-    check(page, "the dialog for the key")
+    check_page(page, "the dialog for the key")
     page.keyboard.press("Escape")
     page.get_by_role("table", name="Models").get_by_role("link", name="digits").click()
     fill_in(page, "held_out.json")
     page.get_by_role("button", name="Predict").click()
     expect(page.get_by_role("table", name="Predictions")).to_be_visible()
-    check(page, "a model")
+    check_page(page, "a model")
 
 
 def test_the_poll_rests_while_nothing_changes_and_stops_while_nobody_looks(open_page: Open) -> None:

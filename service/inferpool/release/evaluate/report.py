@@ -153,49 +153,51 @@ def _page(report: Mapping[str, Any], details: Mapping[str, Any], answers: Answer
         f"<style>{_STYLE}</style>",
         f'<main><h1>{_text(title)}</h1><p class="facts">{_text(facts)}</p>',
         "<h2>Metrics</h2>",
-        _metrics_table(report["metrics"]),
+        _metrics_table("Metrics", report["metrics"]),
     ]
     against = report.get("against")
     if against:
+        beside = f"Beside {against['model']} {against['version']}"
         parts += [
-            f"<h2>Beside {_text(str(against['model']))} {_text(str(against['version']))}</h2>",
+            f"<h2>{_text(beside)}</h2>",
             "<p>How much larger each metric is here, on the same rows.</p>",
-            _metrics_table(against["differences"]),
+            _metrics_table(beside, against["differences"]),
         ]
     for column, groups in report["slices"].items():
-        parts += [f"<h2>By {_text(column)}</h2>", _slice_table(groups)]
+        parts += [f"<h2>By {_text(column)}</h2>", _slice_table(f"By {column}", groups)]
     parts += [
         f"<h2>{_text(heading)}</h2><figure>{drawn}</figure>" for heading, drawn in _plots(details, answers)
     ]
     if details.get("most_confused"):
         parts += ["<h2>Most confused</h2>", _table(
-            ("truth", "answer", "rows"),
+            "Most confused", ("truth", "answer", "rows"),
             [(each["truth"], each["answer"], str(each["rows"])) for each in details["most_confused"]],
         )]  # fmt: skip
     return "\n".join([*parts, "</main></html>", ""])
 
 
-def _metrics_table(metrics: Mapping[str, Estimate]) -> str:
+def _metrics_table(label: str, metrics: Mapping[str, Estimate]) -> str:
     rows = [
         (METRIC_TITLES[name], number(each.value), f"{number(each.low)} to {number(each.high)}")
         for name, each in metrics.items()
     ]
-    return _table(("metric", "value", "95 % interval"), rows)
+    return _table(label, ("metric", "value", "95 % interval"), rows)
 
 
-def _slice_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    names = [name for name in METRIC_TITLES if any(name in group["metrics"] for group in groups.values())]
+def _slice_table(label: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
+    names = [each for each in METRIC_TITLES if any(each in group["metrics"] for group in groups.values())]
     rows = []
     for value, group in groups.items():
         cells = [
             f"{number(each.value)} ({number(each.low)} to {number(each.high)})" if each else "–"
-            for each in (group["metrics"].get(name) for name in names)
+            for each in map(group["metrics"].get, names)
         ]
         rows.append((value, str(group["rows"]), *cells))
-    return _table(("value", "rows", *(METRIC_TITLES[name] for name in names)), rows)
+    return _table(label, ("value", "rows", *(METRIC_TITLES[each] for each in names)), rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table, which the keyboard can scroll on a narrow screen."""
     cells = "".join(f'<th scope="col">{_text(each)}</th>' for each in head)
     body = "".join(
         f'<tr><th scope="row">{_text(row[0])}</th>'
@@ -203,7 +205,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(label)}">'
+    return f"{region}<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _text(text: str) -> str:
@@ -224,8 +227,9 @@ def _plots(details: Mapping[str, Any], answers: Answers) -> list[tuple[str, str]
             draw(figure.subplots())
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-            svg = file.getvalue()
-            found.append((heading, svg[svg.index("<svg") :]))
+            svg = file.getvalue().partition("<svg")[2]
+            # Its letters are drawn, so that a screen reader has only this name.
+            found.append((heading, f'<svg role="img" aria-label="{_text(heading)}"{svg}'))
     return found
 
 
