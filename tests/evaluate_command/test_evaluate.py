@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from inferpool import cli
 from inferpool.errors import InvalidInput
 from inferpool.evaluate_command.labelled_rows import read_labelled
+from onnx import numpy_helper
 
 from tests.server import ROOT
 
@@ -33,7 +35,23 @@ def test_pictures_in_a_folder_for_each_class(tmp_path: Path, capsys: pytest.Capt
     assert f"digits 1, classification, {rows} rows" in capsys.readouterr().out
 
 
-def test_a_table_with_slices_beside_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def add_worse_version(model: Path) -> None:
+    """Write version 2 of `diabetes`, which answers 100 more than version 1."""
+    network = onnx.load(model / "1" / "model.onnx")
+    [output] = network.graph.output
+    for node in network.graph.node:
+        node.output[:] = ["less" if name == output.name else name for name in node.output]
+    network.graph.node.append(onnx.helper.make_node("Add", ["less", "more"], [output.name]))
+    network.graph.initializer.append(numpy_helper.from_array(np.array([100], np.float32), "more"))
+    (model / "2").mkdir()
+    onnx.save(network, model / "2" / "model.onnx")
+    shutil.rmtree(model / "samples")  # they are of version 1
+
+
+def test_a_table_with_slices_beside_another_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pyarrow import csv, parquet
     from sklearn.datasets import load_diabetes
 
     found = load_diabetes(scaled=False)
@@ -45,13 +63,22 @@ def test_a_table_with_slices_beside_another_model(tmp_path: Path, capsys: pytest
     ]
     data = tmp_path / "data.csv"
     data.write_text("\n".join([header, *lines]) + "\n")
-    flags = ["--target", "outcome", "--slice", "clinic", "--ignore", "clinic", "--report", str(tmp_path)]
-    model = str(MODELS / "diabetes")
-    assert cli.main(["evaluate", model, "--data", str(data), "--against", model, *flags]) == 0
-    report = json.loads((tmp_path / "evaluation.json").read_text())
+    parquet.write_table(csv.read_csv(data), tmp_path / "data.parquet")
+    shutil.copytree(MODELS / "diabetes", tmp_path / "diabetes")
+    add_worse_version(tmp_path / "diabetes")
+    model, report_folder = str(tmp_path / "diabetes"), tmp_path / "report"
+    flags = ["--target", "outcome", "--slice", "clinic", "--ignore", "clinic", "--report", str(report_folder)]
+    compared = ["--data", str(tmp_path / "data.parquet"), "--version", "1", "--against", "2"]
+    assert cli.main(["evaluate", model, *compared, *flags]) == 0
+    report = json.loads((report_folder / "evaluation.json").read_text())
     assert report["slices"]["clinic"]["north"]["rows"] == 30
-    assert report["against"]["differences"]["rmse"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert (report["version"], report["against"]["version"]) == ("1", "2")
     assert 40 < report["metrics"]["rmse"]["value"] < 70
+    differences = report["against"]["differences"]
+    # On the same rows, so that the interval of a difference that every row has is narrow.
+    assert [*differences["mean_error"].values()] == pytest.approx([-100] * 3, abs=1e-3)
+    assert -100 < differences["rmse"]["low"] < differences["rmse"]["high"] < -20
+    assert "larger than diabetes 2 by" in capsys.readouterr().out
     wrong = ["--target", "clinic", "--ignore", "outcome"]
     assert cli.main(["evaluate", model, "--data", str(data), *wrong]) == 1
     assert "the targets of a regression are numbers" in capsys.readouterr().err
