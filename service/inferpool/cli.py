@@ -329,7 +329,8 @@ def _print_check(catalog: Catalog, unbuilt: Sequence[Path]) -> int:
         names = f" ({', '.join(view.labels)})" if view.labels else ""
         _say(f"{view.key.model}/{view.key.version}{names}: {view.state}")
         if view.signature is None:
-            _say(f"  {view.reason}")
+            for line in view.reason.splitlines():
+                _say(f"  {line}")
         else:
             _print_signature(view.signature)
             _print_batching(view)

@@ -24,6 +24,7 @@ from inferpool.admin_commands import (
 from inferpool.errors import InferpoolError
 from inferpool.settings_sources import ENV_PREFIX
 from inferpool.system.files import printable
+from inferpool.system.install_hints import install_command
 
 _CHOICE: Final = ("id", "tenant", "model", "version", "older_than_s")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -258,7 +259,7 @@ def _write_parquet(file: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise ValueError("Parquet needs pyarrow: pip install 'inferpool[tables]'") from None
+        raise ValueError(f"Parquet needs pyarrow: {install_command('tables')}") from None
     parquet.write_table(pa.table(dict(columns)), file)
 
 

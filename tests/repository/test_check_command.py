@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import re
+import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from inferpool import cli
-from inferpool.observe import logs
+from inferpool.import_command import command as import_command
+from inferpool.import_command import frameworks
+from inferpool.repository.foreign_files import find_conversion
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from tests.conftest import MakeChaos
 from tests.onnx_models import write_model
-from tests.server import CHAOS, ROOT
-
-Check = Callable[..., str]
-
-
-@pytest.fixture
-def check(cache_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Check:
-    """Run `inferpool check` and return its output and its log; `status` is the exit status that is expected.
-
-    It runs in this process: the imports of one of its own take a second of CPU time.
-    """
-    monkeypatch.syspath_prepend(CHAOS)
-    # Lines go to the handler of this test.
-    monkeypatch.setattr(logs, "configure_logs", lambda level, _: caplog.set_level(level.upper()))
-
-    def run(path: Path, *flags: str, status: int = 0) -> str:
-        caplog.clear()
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            ended = cli.main(
-                ["check", str(path), "--measure-ms", "50", "--cache-dir", str(cache_dir), *flags]
-            )
-        assert ended == status, output.getvalue()
-        return output.getvalue() + "".join(f"{message}\n" for message in caplog.messages)
-
-    return run
+from tests.repository.conftest import Check
+from tests.server import ROOT
 
 
 def floats(name: str, *shape: int | str) -> ValueInfoProto:
@@ -86,7 +63,7 @@ UNBATCHED = {
             constants={"zero": np.zeros(1, np.float32)},
         ),
         "every row that was tried gets the same answer",
-        "add a golden sample beside model.toml: samples/one.json",
+        "add a golden sample beside the folders of the versions: samples/one.json",
     ),
     "transposed": (
         graph([node("Transpose", "x")], ("rows", "columns"), ("columns", "rows")),
@@ -96,7 +73,7 @@ UNBATCHED = {
     "reshaped": (
         graph([node("Reshape", "x", "shape")], constants={"shape": np.array([1, 4])}),
         'the first dimension of output "y" is fixed at 1',
-        "in the model, take the number of rows from the input",
+        'in the model, return one row of "y" for each row of the input, in order, and take the number',
     ),
     "scalar": (
         graph([node("Identity", "x")], (), ()),
@@ -162,16 +139,25 @@ def test_help_of_check_lists_nothing_that_only_serving_needs(capsys: pytest.Capt
 
 
 FOREIGN = {
-    "model.pkl": "inferpool import FILE --example",
-    "model.joblib": "inferpool import FILE --example",
-    "model.ubj": "inferpool import FILE --example",
-    "model.h5": "inferpool import FILE --example",
-    "model.keras": "inferpool import FILE --example",
-    "saved_model.pb": "inferpool import FOLDER --example",
-    "model.safetensors": "optimum-cli export onnx",
-    "model.pth": "inferpool import FILE.py:FUNCTION --weights",
+    "model.pkl": "inferpool import FILE --example ROWS.csv --to NAME",
+    "model.joblib": "inferpool import FILE --example ROWS.csv --to NAME",
+    "model.ubj": "inferpool import FILE --example ROWS.csv --to NAME",
+    "model.cbm": "inferpool import FILE --example ROWS.csv --to NAME",
+    "model.h5": "inferpool import FILE --example ROWS.csv --to NAME",
+    "model.hdf5": "inferpool import FILE --example ROWS.csv --to NAME",
+    "model.keras": "inferpool import FILE --example ROWS.csv --to NAME",
+    "saved_model.pb": "inferpool import FOLDER --example ROWS.npz --to NAME",
+    "model.safetensors": "inferpool import FOLDER --example TEXTS.txt --to NAME",
+    "model.pth": "inferpool import SCRIPT.py:FUNCTION --weights FILE --trust --example ROWS.npz --to NAME",
+    "model.ckpt": "inferpool import SCRIPT.py:FUNCTION --weights FILE --trust --example ROWS.npz --to NAME",
+    "model.tflite": "python -m tf2onnx.convert --tflite FILE --output",
     "model.ONNX": "rename it to model.onnx",
 }
+
+
+def remedy_for(remedy: str, file: str, folder: str, name: str) -> str:
+    words = {"FILE": file, "FOLDER": folder, "NAME": name}
+    return re.sub("|".join(words), lambda word: words[word[0]], remedy)
 
 
 def test_a_file_of_another_library_in_a_version_is_named_with_its_remedy(
@@ -184,7 +170,8 @@ def test_a_file_of_another_library_in_a_version_is_named_with_its_remedy(
     output = check(tmp_path, status=1)
     for number, (file, remedy) in enumerate(FOREIGN.items()):
         [line] = [line for line in output.splitlines() if line.startswith(f"  m{number}/1 has {file}")]
-        assert remedy in line
+        assert remedy_for(remedy, f"m{number}/1/{file}", f"m{number}/1", f"m{number}") in line
+        assert ("--to" in line) == (f"; then remove m{number}/1" in line)
 
 
 def test_a_file_of_another_library_beside_the_models_is_named_with_its_remedy(
@@ -196,12 +183,46 @@ def test_a_file_of_another_library_beside_the_models_is_named_with_its_remedy(
     output = check(tmp_path)
     for file, remedy in FOREIGN.items():
         [line] = [line for line in output.splitlines() if f"{file} is skipped: " in line]
-        assert remedy in line
-    assert FOREIGN["model.pkl"] in check(tmp_path / "model.pkl", status=1)
+        assert remedy_for(remedy, file, ".", Path(file).stem) in line
+    pickled = remedy_for(FOREIGN["model.pkl"], "model.pkl", ".", "model")
+    assert pickled in check(tmp_path / "model.pkl", status=1)
     shutil.rmtree(tmp_path / "good")
     alone = check(tmp_path, status=1)
     assert "holds no models" in alone
-    assert FOREIGN["model.keras"] in alone
+    assert pickled in alone
+
+
+@pytest.mark.parametrize("file", [file for file, remedy in FOREIGN.items() if remedy.startswith("inferpool")])
+def test_a_printed_command_imports_what_it_names(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The conversions themselves are tested in `tests/import_command`."""
+    folder = tmp_path / "m" / "1"
+    folder.mkdir(parents=True)
+    (folder / file).write_bytes(b"something")
+    (tmp_path / "SCRIPT.py").touch()
+    remedy = find_conversion(folder / file, tmp_path)
+    assert remedy is not None
+    command = shlex.split(remedy[remedy.index("inferpool import") :].split(";")[0])
+    monkeypatch.chdir(tmp_path)
+    taken: list[dict[str, Any]] = []
+
+    def take(chosen: dict[str, Any], flags: dict[str, Any], environ: object) -> list[str]:
+        taken.append(chosen | flags)
+        return []
+
+    monkeypatch.setattr(import_command, "_import", take)
+    assert cli.main(command[1:]) == 0
+    [chosen] = taken
+    assert chosen["to"] == Path("m")
+    source = chosen["weights"] or chosen["source"]
+    assert Path(source) == Path("m/1", "" if Path(source).is_dir() else file)
+    if file == "model.safetensors":
+        monkeypatch.setattr(frameworks, "read_folder", lambda path: None)
+        (folder / "config.json").touch()
+    flags = {"weights": chosen["weights"] is not None, "trusted": chosen.get("trust", False)}
+    found = frameworks.recognise_source(chosen["source"], None, **flags)
+    assert (tmp_path / found.path).exists()
 
 
 def test_a_folder_that_is_skipped_is_named_with_what_to_do(tmp_path: Path, check: Check) -> None:
@@ -214,14 +235,32 @@ def test_a_folder_that_is_skipped_is_named_with_what_to_do(tmp_path: Path, check
     for number, (folder, target) in enumerate(folders.items()):
         [line] = [line for line in output.splitlines() if f"m{number}/{folder} is skipped" in line]
         assert f"rename it to m{number}/{target}" in line
+        (tmp_path / f"m{number}" / folder).rename(tmp_path / f"m{number}" / target)
     assert "samples-of-mine" not in output
+    output = check(tmp_path)
+    assert "is skipped" not in output
+    assert "0 of 8 versions have failed" in output
     shutil.rmtree(tmp_path / "m0" / "1")
+    (tmp_path / "m0" / "2").rename(tmp_path / "m0" / "01")
     (tmp_path / "m0" / "build.py").unlink()
     (tmp_path / "m0" / "model.toml").touch()
     assert "m0 has no version: expected m0/1/model.onnx; m0/01 is skipped" in check(tmp_path, status=1)
 
 
-def test_a_model_file_beside_its_versions_is_named(tmp_path: Path, check: Check) -> None:
+def test_items_that_are_skipped_get_numbers_of_their_own(tmp_path: Path, check: Check) -> None:
     shutil.copytree(ROOT / "models/diabetes", tmp_path / "m")
-    shutil.copy(tmp_path / "m/1/model.onnx", tmp_path / "m/new.onnx")
-    assert "m/new.onnx is skipped" in check(tmp_path)
+    items = {"new.onnx": "m/2/model.onnx", "newer.ONNX": "m/3/model.onnx", "v1": "m/4", "v2": "m/5"}
+    for item in items:
+        if "." in item:
+            shutil.copy(tmp_path / "m/1/model.onnx", tmp_path / "m" / item)
+        else:
+            shutil.copytree(tmp_path / "m/1", tmp_path / "m" / item)
+    output = check(tmp_path)
+    for item, target in items.items():
+        [line] = [line for line in output.splitlines() if f"m/{item} is skipped" in line]
+        assert line.endswith(f"to {target}")
+        (tmp_path / target).parent.mkdir(exist_ok=True)
+        (tmp_path / "m" / item).rename(tmp_path / target)
+    output = check(tmp_path)
+    assert "is skipped" not in output
+    assert "0 of 5 versions have failed" in output

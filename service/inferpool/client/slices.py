@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from inferpool.client.content import Content, count_rows, usual_rows
+from inferpool.system.install_hints import install_command
 
 
 class Progress(Protocol):
@@ -45,6 +46,6 @@ def make_progress(wanted: bool, rows: int | None, unit: str = "row") -> Iterator
     try:
         from tqdm.auto import tqdm
     except ImportError as missing:
-        raise ImportError("a progress bar needs tqdm: pip install 'inferpool[client]'") from missing
+        raise ImportError(f"a progress bar needs tqdm: {install_command('client')}") from missing
     with tqdm(total=rows, unit=unit) as bar:
         yield bar

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
+from inferpool.system.install_hints import install_command
+
 try:
     import httpx
 except ImportError as missing:
-    raise ImportError("the client needs httpx: pip install 'inferpool[client]'") from missing
+    raise ImportError(f"the client needs httpx: {install_command('client')}") from missing
 
 from inferpool import __version__
 from inferpool.client.content import Part

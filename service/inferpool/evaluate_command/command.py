@@ -14,6 +14,7 @@ from inferpool.command_output import print_lines
 from inferpool.errors import ConfigError
 from inferpool.predict_command.command import local_settings
 from inferpool.settings_sources import CHECK_SETTINGS, add_flags
+from inferpool.system.install_hints import install_command
 
 RETRIEVAL: Final = "retrieval"
 TASKS: Final = ("classification", "regression", "next-word", RETRIEVAL)
@@ -104,7 +105,7 @@ def _evaluate(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
             read_retrieval,
         )
     except ImportError as missing:
-        raise ImportError(f"{missing.name} is missing: pip install 'inferpool[evaluate]'") from missing
+        raise ImportError(f"{missing.name} is missing: {install_command('evaluate')}") from missing
     from inferpool.release.evaluate.metrics import estimate, estimate_differences
     from inferpool.release.evaluate.report import metric_lines, write_report
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from inferpool.errors import InvalidInput
 from inferpool.predict_command.rows_in import PICTURE_SUFFIXES
+from inferpool.system.install_hints import install_command
 
 DEFAULT_TARGET: Final = "target"
 
@@ -105,7 +106,7 @@ def read_table(path: Path) -> Any:
         import pyarrow as pa
         from pyarrow import csv, json, parquet
     except ImportError:
-        raise InvalidInput("tables need pyarrow: pip install 'inferpool[evaluate]'") from None
+        raise InvalidInput(f"tables need pyarrow: {install_command('evaluate')}") from None
     path.stat()  # pyarrow would put its own words around the error
     try:
         match path.suffix.lower():

@@ -16,6 +16,7 @@ from inferpool.import_command.frameworks import SCRIPTS, recognise_source
 from inferpool.repository.layout import is_model_name
 from inferpool.settings_sources import CHECK_SETTINGS, add_flags
 from inferpool.system.files import printable
+from inferpool.system.install_hints import install_command
 
 _STEPS: Final = 3
 """Steps that the progress bar counts: the conversion, the load and the comparison."""
@@ -86,7 +87,7 @@ def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str,
         from inferpool.predict_command.command import local_settings
         from inferpool.predict_command.local_server import run_with_model
     except ImportError as missing:
-        raise ImportError(f"{missing.name} is missing: pip install 'inferpool[client]'") from missing
+        raise ImportError(f"{missing.name} is missing: {install_command('client')}") from missing
     settings = local_settings(flags, environ)
     source = recognise_source(
         chosen["source"], chosen["framework"], weights=weights is not None, trusted=settings.trust

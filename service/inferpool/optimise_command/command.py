@@ -21,6 +21,7 @@ from inferpool.predict_command.command import local_settings
 from inferpool.repository.layout import BUILD_SCRIPT
 from inferpool.settings_sources import CHECK_SETTINGS, add_flags
 from inferpool.system.cpu import usable_cores
+from inferpool.system.install_hints import install_command
 
 if TYPE_CHECKING:
     # These need the extra `optimise`, which other commands do not.
@@ -120,7 +121,7 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
         from inferpool.optimise_command.structured_forms import MOST_EPOCHS, find_build_script
         from inferpool.release.optimise import goal
     except ImportError as missing:
-        raise ImportError(f"{missing.name} is missing: pip install 'inferpool[cpu,optimise]'") from missing
+        raise ImportError(f"{missing.name} is missing: {install_command('cpu,optimise')}") from missing
 
     wanted = goal.parse_goal(chosen["goal"])
     if not chosen["model"].is_dir():

@@ -13,6 +13,7 @@ from inferpool.command_output import print_failure
 from inferpool.errors import ConfigError, InferpoolError
 from inferpool.settings import Settings
 from inferpool.settings_sources import CHECK_SETTINGS, ENV_PREFIX, add_flags, read_settings
+from inferpool.system.install_hints import install_command
 
 if TYPE_CHECKING:
     # It needs the extra `client`, which other commands do not.
@@ -102,7 +103,7 @@ def _predict(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str
     try:
         from inferpool.client import Client
     except ImportError as missing:
-        raise ImportError(f"{missing.name} is missing: pip install 'inferpool[client]'") from missing
+        raise ImportError(f"{missing.name} is missing: {install_command('client')}") from missing
     from inferpool.predict_command.finished_chunks import FinishedChunks
     from inferpool.predict_command.rows_in import open_source
     from inferpool.predict_command.rows_out import check_output

@@ -17,6 +17,7 @@ import orjson
 
 from inferpool.client.content import Arrays, Content, File, Frame, Pictures, Sentences
 from inferpool.errors import InvalidInput
+from inferpool.system.install_hints import install_command
 
 PICTURE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ARRAY_BYTES: Final = 2**20
@@ -171,7 +172,7 @@ def _open_parquet(path: Path, step: int | None) -> _Opened:
         import pyarrow as pa
         import pyarrow.parquet as parquet
     except ImportError:
-        raise InvalidInput("Parquet needs pyarrow: pip install 'inferpool[tables]'") from None
+        raise InvalidInput(f"Parquet needs pyarrow: {install_command('tables')}") from None
     try:
         file = parquet.ParquetFile(path)
     except pa.ArrowException as error:

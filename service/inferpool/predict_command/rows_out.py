@@ -12,6 +12,7 @@ import orjson
 
 from inferpool.errors import InvalidInput
 from inferpool.predict_command.finished_chunks import Finished
+from inferpool.system.install_hints import install_command
 from inferpool.tensors import Array
 
 _Row = dict[str, Any]
@@ -25,7 +26,7 @@ def check_output(path: Path) -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
-            raise InvalidInput("Parquet needs pyarrow: pip install 'inferpool[tables]'") from None
+            raise InvalidInput(f"Parquet needs pyarrow: {install_command('tables')}") from None
 
 
 def write_output(path: Path, read: Callable[[], Iterator[Finished]], *, with_errors: bool) -> None:

@@ -1,18 +1,22 @@
-"""Model files that no backend loads: how to convert them to one that can be served."""
+"""Model files that no backend loads: how to convert them to one that can be served.
+
+The commands are to be typed in the models folder.
+"""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Final
 
 from inferpool.errors import Reason
 
-_IMPORT: Final = "Convert it: inferpool import {} --example ROWS.csv --to NAME"
-_SCIKIT_LEARN: Final = f"a pickled Python object. {_IMPORT.format('FILE')}"
-_KERAS: Final = f"a Keras model. {_IMPORT.format('FILE')}"
+_IMPORT: Final = "In the models folder, convert it: inferpool import {file} --example ROWS.csv --to {name}"
+_SCIKIT_LEARN: Final = "a pickled Python object. " + _IMPORT
+_KERAS: Final = "a Keras model. " + _IMPORT
 _WEIGHTS: Final = (
-    "weights of PyTorch without the model. Convert them with the function that returns the module: inferpool"
-    " import FILE.py:FUNCTION --weights WEIGHTS --trust --example ROWS.npz --to NAME"
+    "weights of PyTorch without the model. In the models folder, convert them with the function that returns"
+    " the module: inferpool import SCRIPT.py:FUNCTION --weights {file} --trust --example ROWS.npz --to {name}"
 )
 _REMEDIES: Final = {
     ".pkl": _SCIKIT_LEARN,
@@ -21,22 +25,22 @@ _REMEDIES: Final = {
     ".h5": _KERAS,
     ".hdf5": _KERAS,
     ".keras": _KERAS,
-    ".pth": f"{_WEIGHTS}; if the file is TorchScript (torch.jit.save), rename it to model.pt",
+    ".pth": _WEIGHTS,
     ".ckpt": _WEIGHTS,
     ".safetensors": (
-        "weights without the model. Convert a Hugging Face model with Optimum: optimum-cli export onnx"
-        " --model FOLDER OUTPUT"
+        "weights without the model. In the models folder, convert the folder of a Hugging Face model:"
+        " inferpool import {folder} --example TEXTS.txt --to {name}"
     ),
     ".pb": (
-        "a TensorFlow model. Convert the folder of a SavedModel:"
-        " inferpool import FOLDER --example ROWS.npz --to NAME"
+        "a TensorFlow model. In the models folder, convert the folder of a SavedModel:"
+        " inferpool import {folder} --example ROWS.npz --to {name}"
     ),
     ".tflite": (
-        "a TensorFlow Lite model. Convert it with tf2onnx: python -m tf2onnx.convert --tflite FILE"
-        " --output model.onnx"
+        "a TensorFlow Lite model. In the models folder, convert it with tf2onnx:"
+        " python -m tf2onnx.convert --tflite {file} --output {onnx}"
     ),
-    ".ubj": f"an XGBoost model. {_IMPORT.format('FILE')}",
-    ".cbm": f"a CatBoost model. {_IMPORT.format('FILE')}",
+    ".ubj": "an XGBoost model. " + _IMPORT,
+    ".cbm": "a CatBoost model. " + _IMPORT,
     ".engine": (
         "a TensorRT engine, which runs on one kind of GPU only. Serve the ONNX file that it was built from,"
         " and write tensorrt = true below [gpu] in model.toml"
@@ -45,6 +49,33 @@ _REMEDIES: Final = {
 }
 
 
-def find_conversion(file: Path) -> Reason | None:
-    """Return the kind of model that `file` is and how to convert it; None if it looks like no model file."""
-    return _REMEDIES.get(file.suffix.lower())
+def is_foreign(file: Path) -> bool:
+    """Whether `file` looks like a model of another library."""
+    return file.suffix.lower() in _REMEDIES
+
+
+def find_conversion(file: Path, repository: Path) -> Reason | None:
+    """Return the kind of model that `file` is and how to convert it; None if it looks like no model file.
+
+    `repository` is the models folder.
+    """
+    remedy = _REMEDIES.get(file.suffix.lower())
+    if remedy is None:
+        return None
+    shown = file.relative_to(repository)
+    model, *below = shown.parts
+    names = {
+        "file": shown,
+        "folder": shown.parent,
+        "onnx": shown.with_suffix(".onnx"),
+        "name": model if below else shown.stem,
+    }
+    remedy = remedy.format_map({word: shlex.quote(str(path)) for word, path in names.items()})
+    in_version = len(below) == 2 and below[0].isdigit()
+    if in_version and "--to " in remedy:
+        # The conversion becomes a version of its own.
+        remedy = f"{remedy}; then remove {shown.parent}"
+    if file.suffix.lower() == ".pth":
+        name = "model.pt" if in_version else f"{shown.stem}.pt"
+        remedy = f"{remedy}. If the file is TorchScript (torch.jit.save), rename it to {name}"
+    return remedy

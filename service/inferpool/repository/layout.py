@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from inferpool.errors import ConfigError, LoadError, Reason
-from inferpool.repository.foreign_files import find_conversion
+from inferpool.repository.foreign_files import find_conversion, is_foreign
 from inferpool.system.files import printable
 from inferpool.system.install_hints import own_command
 
@@ -75,7 +75,9 @@ def scan(path: Path, suffixes: Mapping[str, str], told: set[Reason] | None = Non
     told = set() if told is None else told
     if path.is_file():
         if path.suffix not in suffixes:
-            raise ConfigError(f"{path} is not a model file: {_file_remedy(path, suffixes)}")
+            file = path.absolute()
+            repository = file.parent.parent.parent if file.parent.name.isdigit() else file.parent
+            raise ConfigError(f"{path} is not a model file: {_file_remedy(file, suffixes, repository)}")
         return [_bare(path)]
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist")
@@ -149,7 +151,7 @@ def _model(
         if item.suffix in suffixes:
             return _bare(item)
         if _looks_like_a_model(item, suffixes):
-            skipped.append(f"{item.name} is skipped: {_file_remedy(item, suffixes)}")
+            skipped.append(f"{item.name} is skipped: {_file_remedy(item, suffixes, item.parent)}")
         return None
     if not item.is_dir():
         return None
@@ -166,7 +168,7 @@ def _model(
         target = f"{item.name}/1/model{stray.suffix.lower()}"
         reason = f"{name} is not in the folder of a version (a whole number from 1): move it to {target}"
         return ModelFolder(item.name, item, {}, {1: reason})
-    skipped.append(f"{name} is skipped: {_file_remedy(stray, suffixes)}")
+    skipped.append(f"{name} is skipped: {_file_remedy(stray, suffixes, item.parent)}")
     return None
 
 
@@ -201,14 +203,14 @@ def _version_folders(folder: Path) -> dict[int, Path]:
 
 
 def _looks_like_a_model(file: Path, suffixes: Mapping[str, str]) -> bool:
-    return file.suffix.lower() in suffixes or find_conversion(file) is not None
+    return file.suffix.lower() in suffixes or is_foreign(file)
 
 
-def _file_remedy(file: Path, suffixes: Mapping[str, str]) -> Reason:
-    """Return the advice for a file that is expected to be a model file and is none."""
+def _file_remedy(file: Path, suffixes: Mapping[str, str], repository: Path) -> Reason:
+    """Return the advice for a file in `repository` that is expected to be a model file and is none."""
     if file.suffix.lower() in suffixes:
         return f"rename it to {file.stem}{file.suffix.lower()}"
-    conversion = find_conversion(file)
+    conversion = find_conversion(file, repository)
     if conversion is not None:
         return f"it is {conversion}"
     return f"model files end in {', '.join(sorted(suffixes))}"
@@ -218,16 +220,17 @@ def _stray_file(folder: Path, suffixes: Mapping[str, str]) -> Path | None:
     """A file in a folder without versions, or one level below, that looks like a model: it is misplaced."""
     files = [item for item in sorted((*folder.glob("*"), *folder.glob("*/*"))) if item.is_file()]
     known = [item for item in files if item.suffix.lower() in suffixes]
-    foreign = [item for item in files if find_conversion(item) is not None]
+    foreign = [item for item in files if is_foreign(item)]
     return next(iter(known + foreign), None)
 
 
 def _folder(folder: Path, suffixes: Mapping[str, str]) -> ModelFolder:
     versions = _version_folders(folder)
+    numbers = set(versions)
     skipped = [
         reason
         for item in sorted(folder.iterdir())
-        if (reason := _skipped_version(item, versions, suffixes)) is not None
+        if (reason := _skipped_version(item, versions, numbers, suffixes)) is not None
     ]
     model = ModelFolder(folder.name, folder, origin=f"{folder.name}/", skipped=tuple(skipped))
     for version, version_folder in sorted(versions.items()):
@@ -238,25 +241,35 @@ def _folder(folder: Path, suffixes: Mapping[str, str]) -> ModelFolder:
     return model
 
 
-def _skipped_version(item: Path, versions: Mapping[int, Path], suffixes: Mapping[str, str]) -> Reason | None:
-    """Why an item of a model's folder is no version although it looks like one, and what to do."""
+def _skipped_version(
+    item: Path, versions: Mapping[int, Path], numbers: set[int], suffixes: Mapping[str, str]
+) -> Reason | None:
+    """Why an item of a model's folder is no version although it looks like one, and what to do.
+
+    `numbers` are taken. Adds the one that the item is to get.
+    """
     name = f"{item.parent.name}/{item.name}"
     if item.is_file():
         if not _looks_like_a_model(item, suffixes):
             return None
         if item.suffix.lower() in suffixes:
-            target = f"{item.parent.name}/{max(versions, default=0) + 1}/model{item.suffix.lower()}"
+            number = max(numbers, default=0) + 1
+            numbers.add(number)
+            target = f"{item.parent.name}/{number}/model{item.suffix.lower()}"
             return f"{name} is skipped: a model file must be in a version's folder; move it to {target}"
         # Beside versions, a pickle may well be something else than a model.
-        return None if versions else f"{name} is skipped: {_file_remedy(item, suffixes)}"
+        if versions:
+            return None
+        return f"{name} is skipped: {_file_remedy(item, suffixes, item.parent.parent)}"
     numbered = _LIKE_A_VERSION.fullmatch(item.name)
     if not item.is_dir() or item in versions.values():
         return None
     if numbered is None and not any(_looks_like_a_model(file, suffixes) for file in item.glob("model.*")):
         return None
     number = int(numbered[1]) if numbered is not None else 0
-    if number in versions or not number:
-        number = max(versions, default=0) + 1
+    if number in numbers or not number:
+        number = max(numbers, default=0) + 1
+    numbers.add(number)
     return (
         f"{name} is skipped: a version's folder must be named by a number without leading zeros;"
         f" rename it to {item.parent.name}/{number}"
@@ -288,5 +301,6 @@ def _model_file(version_folder: Path, suffixes: Mapping[str, str]) -> Path:
         raise LoadError(f"{name} has {similar[0].name}: rename it to model{similar[0].suffix.lower()}")
     expected = " or ".join(f"model{suffix}" for suffix in sorted(suffixes))
     if similar:
-        raise LoadError(f"{name} has {similar[0].name}, not {expected}: {_file_remedy(similar[0], suffixes)}")
+        remedy = _file_remedy(similar[0], suffixes, version_folder.parent.parent)
+        raise LoadError(f"{name} has {similar[0].name}, not {expected}: {remedy}")
     raise LoadError(f"{name} has no model file: expected {expected}")

@@ -17,6 +17,7 @@ from typing import Literal, Protocol, TypeAlias
 from inferpool.errors import InferpoolError, LoadCancelled, Reason, RunsElsewhere
 from inferpool.pool.ports import VersionKey
 from inferpool.repository import health
+from inferpool.repository.bare_files import advise_folder
 from inferpool.repository.job_tracker import JobTracker
 from inferpool.repository.jobs import Job, JobKind
 from inferpool.repository.lifecycle import (
@@ -442,7 +443,8 @@ class LoadManager:
         except RunsElsewhere as error:
             self._leave(load, lifecycle, error.detail)
         except InferpoolError as error:
-            self._fail(load, lifecycle, error.detail)
+            reason = advise_folder(error.detail, load.source.file, load.source.folder)
+            self._fail(load, lifecycle, reason)
         except BaseException as error:
             # A model's code or a native library may raise SystemExit: that fails this version only.
             if not load.cancelled:

@@ -26,8 +26,14 @@ class Obstacle(StrEnum):
 
 
 _SAMPLE: Final = (
-    'add a golden sample beside model.toml: samples/one.json with {"inputs": …, "outputs": {"NAME": …}'
+    "add a golden sample beside the folders of the versions: samples/one.json with"
+    ' {"inputs": …, "outputs": {"NAME": …}}'
 )
+_ROWS: Final = (
+    "take the number of rows from the input (x.shape[0], or -1 in a reshape), not from the example it was"
+    " exported with"
+)
+_LOST: Final = "in the model, return one row of <tensor> for each row of the input, in order"
 _REMEDIES: Final = {
     Obstacle.TURNED_OFF: 'in model.toml, below [batching], remove "enabled = false"',
     Obstacle.NO_REQUIRED_INPUT: "in the export, give no default to the input that has the rows",
@@ -35,22 +41,24 @@ _REMEDIES: Final = {
         "in the export, return tensors only; for a scikit-learn classifier:"
         ' convert_sklearn(model, …, options={"zipmap": False})'
     ),
+    Obstacle.UNKNOWN_RANK: (
+        "in the export, give <tensor> a shape that begins with an open dimension: FloatTensorType([None, …])"
+        " in skl2onnx, tf.TensorSpec([None, …]) in tf2onnx, or the like elsewhere"
+    ),
     Obstacle.SCALAR: "in the export, give <tensor> a first dimension for the rows",
     Obstacle.NOTHING_RUNS: _SAMPLE,
     Obstacle.ANSWERS_CHANGE: (
-        "in the export, call model.eval() first, take random numbers as an input or from a fixed seed,"
-        " and keep nothing between two calls"
+        "in the export, call model.eval() first, take random numbers as an input, and keep nothing between"
+        " two calls"
     ),
-    Obstacle.ROWS_LOST: "in the model, return one row of <tensor> for each row of the input, in order",
+    Obstacle.ROWS_LOST: _LOST,
     Obstacle.ROWS_MIXED: (
-        "in the export, call model.eval() first, and quantise or normalise each row by itself; if rows are"
-        ' meant to depend on one another, write "enabled = false" below [batching] in model.toml'
+        "in the export, call model.eval() first, and compute each row by itself, without a mean, a maximum or"
+        " a scale over the rows; if rows are meant to depend on one another, write"
+        ' "enabled = false" below [batching] in model.toml'
     ),
     Obstacle.ROWS_ALIKE: _SAMPLE,
-    Obstacle.RAISED: (
-        "in the model, take the number of rows from the input (x.shape[0], or -1 in a reshape),"
-        " not from the example it was exported with"
-    ),
+    Obstacle.RAISED: f"in the model, {_ROWS}",
 }
 _DYNAMIC_ROWS: Final = {
     "onnx": (
@@ -69,11 +77,12 @@ def find_remedy(obstacle: Obstacle, tensor: str, *, is_input: bool, backend: str
 
     `backend` is the backend's name, `form` the kind of model file among those the backend has.
     """
-    if obstacle not in (Obstacle.FIXED_ROWS, Obstacle.UNKNOWN_RANK):
-        return _REMEDIES[obstacle].replace("<tensor>", name_text(tensor))
-    if not is_input:
-        return _REMEDIES[Obstacle.RAISED]
-    if form.startswith("TorchScript"):
-        return f"in model.toml, below [[inputs]] of {name_text(tensor)}, let shape begin with -1"
-    line = _DYNAMIC_ROWS.get(backend, "in the export, leave the first dimension of <tensor> open")
+    if obstacle != Obstacle.FIXED_ROWS:
+        line = _REMEDIES[obstacle]
+    elif not is_input:
+        line = f"{_LOST}, and {_ROWS}"
+    elif form.startswith("TorchScript"):
+        line = "in model.toml, below [[inputs]] of <tensor>, let shape begin with -1"
+    else:
+        line = _DYNAMIC_ROWS.get(backend, "in the export, leave the first dimension of <tensor> open")
     return line.replace("<tensor>", name_text(tensor))

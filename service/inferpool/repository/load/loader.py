@@ -320,7 +320,7 @@ class Loader:
             reason=planned.unfit or "",
             backend=" ".join(filter(None, (backend.describe(), model.form))),
             signature=corrected(content_signature, plan.shapes),
-            batching=batching_view(plan, padding, config, backend, model),
+            batching=batching_view(plan, padding, config, backend, model, source.file, source.folder),
             threads=plan.threads,
             timeout_s=config.timeout_ms / 1000 if config.timeout_ms else None,
             image=image,

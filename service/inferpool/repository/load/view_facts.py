@@ -12,6 +12,7 @@ from inferpool.codecs.text import TextCodec
 from inferpool.drift.profile_file import check_series, read_profile
 from inferpool.pool.padding import Padding
 from inferpool.privacy.config import kept_fields
+from inferpool.repository.bare_files import advise_folder
 from inferpool.repository.catalog import BatchingView
 from inferpool.repository.config import ModelConfig
 from inferpool.repository.load.batching_remedies import find_remedy
@@ -24,9 +25,18 @@ if TYPE_CHECKING:
 
 
 def batching_view(
-    plan: Plan, padding: Padding | None, config: ModelConfig, backend: Backend, model: LoadedModel
+    plan: Plan,
+    padding: Padding | None,
+    config: ModelConfig,
+    backend: Backend,
+    model: LoadedModel,
+    file: Path,
+    folder: Path | None,
 ) -> BatchingView:
-    """Whether a version batches, why or why not, and what to change."""
+    """Whether a version batches, why or why not, and what to change.
+
+    `file` is the file of `model`, and `folder` the folder whose `model.toml` is read; None for a bare file.
+    """
     reason = "; ".join(filter(None, (plan.reason, padding.reason if padding is not None else "")))
     remedy = None
     if plan.fault is not None:
@@ -34,6 +44,7 @@ def batching_view(
         remedy = find_remedy(
             fault.obstacle, fault.tensor, is_input=fault.is_input, backend=backend.name, form=model.form
         )
+        remedy = advise_folder(remedy, file, folder)
     return BatchingView(
         plan.batched, reason, plan.max_rows, config.batching.max_delay_ms, remedy, plan.evidence
     )
