@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,12 @@ def test_a_classifier_keeps_its_classes_and_becomes_another_version_the_next_tim
     pd.DataFrame(features[::10], columns=list("abcd")).to_csv(tmp_path / "rows.csv", index=False)
     target = tmp_path / "models" / "iris"
     arguments = ["import", str(tmp_path / "iris.joblib"), "--example", str(tmp_path / "rows.csv")]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert cli.main([*arguments, "--to", str(target)]) == 0
-    assert "iris 1: Pipeline, 15 rows differ from scikit-learn" in capsys.readouterr().out
+    said, bar = capsys.readouterr()
+    assert "iris 1: Pipeline, 15 rows differ from scikit-learn" in said
+    for step in ("converting iris.joblib", "loading", "comparing"):
+        assert step in bar
     assert (target / "labels.txt").read_text().split() == names.tolist()
     sample = json.loads((target / "samples" / "imported.json").read_text())
     assert sample["outputs"]["scores"] == pytest.approx(model.predict_proba(features[:30:10]), abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from onnx import numpy_helper
 
 from tests.evaluate_command.test_retrieval import write
 from tests.release.optimise.test_candidates import rows, write_network
+from tests.server import ROOT
 from tests.text_models import write_encoder
 
 
@@ -143,11 +145,44 @@ def test_the_fastest_good_form_becomes_a_version_with_its_provenance(
     verdicts = {each["form"]: each["verdict"] for each in written["forms"]}
     assert verdicts["int8-static"] == "good"
     assert written["forms"][0]["metric"] == 1.0
+    assert written["forms"][0]["run_ms"] == {"1": 1.0, "8": 1.0, "64": 1.0}
+    assert written["forms"][0]["rows_per_s"] == {"1": 1000.0, "8": 8000.0, "64": 64000.0}
     first = (model / "2" / "model.onnx").read_bytes()
     shutil.rmtree(model / "2")
     assert optimise(model) == 0
     assert (model / "2" / "model.onnx").read_bytes() == first
     assert sorted(each.name for each in model.iterdir()) == ["1", "2", "labels.txt", "model.toml"]
+
+
+def test_forms_of_a_real_model_are_timed_and_judged_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How fast they are is the machine's business; which form is bad is not."""
+    shutil.copytree(ROOT / "models" / "digits", tmp_path / "digits")
+    pictures = np.random.default_rng(0).random((40, 1, 8, 8), np.float32)
+    session = ort.InferenceSession(
+        tmp_path / "digits" / "1" / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    best = session.run(None, {"image": pictures})[0].argmax(axis=1)
+    np.savez(tmp_path / "data.npz", image=pictures, target=best)
+    forms = tuple(each for each in CANDIDATES if each.name in ("graph", "int8-dynamic"))
+    monkeypatch.setattr(candidates, "CANDIDATES", (*forms, Candidate("planted", damage)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    goal = ["--data", str(tmp_path / "data.npz"), "--goal", "accuracy -1pp", "--no-write"]
+    assert cli.main(["optimise", str(tmp_path / "digits"), *goal]) == 0
+    shown, bars = capsys.readouterr()
+    rows = {line.split()[0]: line for line in shown.splitlines()}
+    assert rows.keys() >= {"original", "graph", "int8-dynamic", "planted"}
+    for name in ("original", "graph", "planted"):
+        size, *run_ms = map(float, rows[name].split()[1:5])
+        assert 0.1 < size < 0.2
+        assert 0 < run_ms[0] < run_ms[2] < 1000
+    assert "worse than accuracy -1pp" in rows["planted"]
+    assert "planted is the best form" not in shown
+    assert "making int8-dynamic" in bars
+    assert "measurement/s" in bars
+    assert "evaluating planted" in bars
+    assert f"{len(best)}/{len(best)}" in bars
 
 
 def test_a_model_of_embeddings_is_judged_by_a_search(

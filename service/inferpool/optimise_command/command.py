@@ -377,10 +377,14 @@ def _as_json(row: _Row) -> dict[str, Any]:
     import numpy as np
 
     timing = row.timing
+    run_ms = {} if timing is None else timing.run_ms
     return {
         "form": row.name,
         "bytes": row.size,
-        "run_ms": None if timing is None else {str(size): value for size, value in timing.run_ms.items()},
+        "run_ms": None if timing is None else {str(size): value for size, value in run_ms.items()},
+        "rows_per_s": None
+        if timing is None
+        else {str(size): 1000 * size / value for size, value in run_ms.items()},
         "gain": None if timing is None else timing.gain,
         "metric": None if row.value is None or np.isnan(row.value) else row.value,
         "difference": None if row.difference is None else [float(each) for each in row.difference],
