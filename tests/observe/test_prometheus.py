@@ -420,3 +420,16 @@ def test_rules_and_dashboard_name_exactly_the_exported_metrics() -> None:
     named = {re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(r"inferpool_(\w+)", texts)}
     assert named == FAMILIES.keys()
     assert {panel["title"] for panel in panels()} >= GPU_PANELS
+
+
+def test_a_version_in_trouble_has_at_most_sixty_series_and_more_only_as_a_shadow(watched: Watched) -> None:
+    prometheus, load = watched
+    every = '{__name__=~"inferpool_.*",model!="",version!=""}'
+    counts = {
+        (labels["model"], labels["version"]): count
+        for labels, count in prometheus.query(f"count by (job, model, version) ({every})", load.ended)
+    }
+    shadow = counts.pop(("rolled", "2"))  # it has been a canary, too, and has one output
+    assert {model for model, _ in counts} >= {"steady", "ill", "mortal", "mixing", "hung", "next-word"}
+    assert max(counts.values()) <= 60, counts
+    assert 60 < shadow <= 60 + 1 + 6 + 2

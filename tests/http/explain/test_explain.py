@@ -219,6 +219,20 @@ def test_the_patch_of_a_colour_picture_that_matters_is_where_it_is(server: Serve
         expected = np.zeros((6, 8))
         expected[0, 7] = (pixels[:3, -4:, 1] / 127.5 - 1 - each_base).sum()
         np.testing.assert_allclose(amounts, expected, atol=1e-4)
+        drawn = server.post(
+            f"/explain/spotlight?baseline={baseline}",
+            content=file.getvalue(),
+            headers={**AS_PNG, "accept": "image/png"},
+        )
+        colours = np.asarray(Image.open(io.BytesIO(drawn.content)).convert("RGB")).astype(int)
+        assert colours.shape[0] * 32 == colours.shape[1] * 24
+        # Only this patch has a colour: red if it speaks for the output, blue if it speaks against it.
+        side = colours.shape[0] // 6
+        is_coloured = np.ptp(colours, axis=2) > 8
+        assert is_coloured[:side, -side:].all()
+        assert is_coloured.sum() == side * side
+        red, _, blue = colours[:side, -side:].mean(axis=(0, 1))
+        assert (red > blue) == (expected[0, 7] > 0)
 
 
 def test_the_same_seed_gives_the_same_answer(server: Server) -> None:

@@ -69,6 +69,19 @@ def test_a_form_answers_nearly_the_same_and_is_the_same_file_again(candidate: ob
         assert CHANGED[candidate.name] in operations  # type: ignore[attr-defined]
 
 
+def test_there_is_no_form_in_bf16_because_processors_would_not_run_it() -> None:
+    """If this fails, ONNX Runtime has learnt it: add the form."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "x"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [4, 4])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    with pytest.raises(Exception, match="Could not find an implementation for MatMul"):
+        ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
 def test_a_model_without_weights_has_no_such_forms(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])],
