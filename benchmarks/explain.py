@@ -95,9 +95,10 @@ def report_costs(server: int, client: httpx.Client) -> None:
         )
 
 
-def request_of(path: str, body: bytes) -> bytes:
-    """Return the bytes of a request."""
-    return b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(body), body)
+def request_of(path: str, body: bytes, headers: str = "") -> bytes:
+    """Return the bytes of a request; each line of `headers` has its end."""
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 def read_response(connection: socket.socket) -> bytes:

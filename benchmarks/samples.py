@@ -1,13 +1,17 @@
 """Measures how much samples of requests slow predictions.
 
     python -m benchmarks.samples [models] [--sampled 0.1] [--rounds 14] [--seconds 2] [--share 0.25]
-        [--per-s 0] [--one-by-one] [--server-cores 1] [--client-cores 0]
+        [--per-s 0] [--one-by-one] [--by-choice] [--server-cores 1] [--client-cores 0]
 
 starts two servers with the model `digits`. One keeps samples of a share of the requests, with all inputs and
 outputs; the other one keeps none. A client sends small predictions at random moments to one server at a
 time, in turns; both rounds of a pair have the same moments. Times are taken, and printed, as `explain.py`
 does. The client has the first core, and the servers the others. At the end stands how many samples were
 written, and dropped because they would take more than their share of a core.
+
+Two processes that do the same may differ by more than what is looked for. With `--by-choice` there is one
+server, which samples, and one connection. The client knows the key, and so which of its requests are chosen.
+The times of those are compared with the times of the others in the same rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ import base64
 import contextlib
 import http.client
 import json
+import math
 import os
+import random
 import secrets
 import shlex
 import shutil
@@ -25,11 +31,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+from inferpool.privacy.keys import SampleKeys, is_chosen, threshold_of
 
 from benchmarks.explain import (
     MODEL,
@@ -39,10 +47,12 @@ from benchmarks.explain import (
     cores_of,
     predict_always,
     print_rounds,
+    read_response,
     request_of,
     start,
 )
-from benchmarks.load_beside import Admin, share_cores
+from benchmarks.load_beside import Admin, share_cores, stolen_ticks
+from benchmarks.percentiles import print_pooled
 from benchmarks.wrong_keys import cpu_s
 
 
@@ -82,10 +92,59 @@ def outcomes(port: int) -> dict[str, int]:
     return found
 
 
-def measure(servers: tuple[tuple[int, int], tuple[int, int]], options: argparse.Namespace) -> None:
+def predict_by_id(port: int, cores: set[int], body: bytes, pipe: Connection) -> None:
+    """Send a prediction for each id and gap in seconds that come by `pipe`; the times of all go back.
+
+    A time is NaN if the hypervisor took a core meanwhile.
+    """
+    os.sched_setaffinity(0, cores)
+    while True:
+        sending: list[tuple[str, float]] = pipe.recv()
+        times, due = list[float](), time.monotonic()
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for request_id, gap_s in sending:
+                request = request_of(f"/predict/{MODEL}", body, f"X-Request-Id: {request_id}\r\n")
+                time.sleep(max(0.0, due - time.monotonic()))
+                stolen, since = stolen_ticks(), time.monotonic()
+                connection.sendall(request)
+                read_response(connection)
+                taken_s = time.monotonic() - since
+                times.append(taken_s if stolen == stolen_ticks() else math.nan)
+                due = max(due, since) + gap_s
+        pipe.send(times)
+
+
+def measure_by_choice(port: int, keys: SampleKeys, body: bytes, options: argparse.Namespace) -> None:
+    """Send predictions to one server, and print the times of those that are chosen beside the others'."""
+    rate = options.per_s or options.share * capacity(port, request_of(f"/predict/{MODEL}", body))
+    pipe = start(predict_by_id, port, options.client_cores, body)
+    threshold = threshold_of(options.sampled)
+    others, chosen = list[list[float]](), list[list[float]]()
+    for number in range(-1, options.rounds):
+        draw = random.Random(number)
+        ids = [f"{number}-{draw.getrandbits(64):x}" for _ in range(int(options.seconds * rate))]
+        pipe.send([(each, draw.expovariate(rate)) for each in ids])
+        sides: tuple[list[float], list[float]] = ([], [])
+        for each, taken_s in zip(ids, pipe.recv(), strict=True):
+            if not math.isnan(taken_s):
+                sides[is_chosen(keys.choice_key, each, threshold)].append(taken_s)
+        if number >= 0:  # the first round warms up
+            others.append(sides[0])
+            chosen.append(sides[1])
+    print(f"{rate:.0f} predictions a second, {options.rounds} rounds of {options.seconds:g} s")
+    print(f"{sum(map(len, others))} others, and {sum(map(len, chosen))} that were chosen:")
+    print_pooled(others, chosen)
+    both = [one + other for one, other in zip(others, chosen, strict=True)]
+    print("others, and all together:")
+    print_pooled(others, both)
+
+
+def measure(
+    servers: tuple[tuple[int, int], tuple[int, int]], body: bytes, options: argparse.Namespace
+) -> None:
     """Send predictions to both servers, in turns, and print how long they took."""
-    rows = np.random.default_rng(0).random((1, 1, 8, 8)).tolist()
-    request = request_of(f"/predict/{MODEL}", json.dumps({"inputs": rows}).encode())
+    request = request_of(f"/predict/{MODEL}", body)
     rate = options.per_s or options.share * capacity(servers[0][1], request)
     pipes = [start(predict_always, port, options.client_cores, request) for _, port in servers]
 
@@ -103,7 +162,6 @@ def measure(servers: tuple[tuple[int, int], tuple[int, int]], options: argparse.
         for which in (0, 1) if number % 2 else (1, 0):
             rounds[which].append(run(which, options.seconds, number))
     print_rounds({"without": rounds[0], "sampled": rounds[1]}, rate, options)
-    print(f"share {options.sampled:g} of the requests:", outcomes(servers[1][1]))
 
 
 def main() -> None:
@@ -116,25 +174,33 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25, help="of the rate that one connection reaches")
     parser.add_argument("--per-s", type=float, default=0.0)
     parser.add_argument("--one-by-one", action="store_true", help="one connection, timed from the sending")
+    parser.add_argument(
+        "--by-choice", action="store_true", help="chosen requests beside others, of one server"
+    )
     client, others = share_cores(argparse.Namespace(one_core=False))
     parser.add_argument("--server-cores", type=cores_of, default=others)
     parser.add_argument("--client-cores", type=cores_of, default=client)
     options = parser.parse_args()
     print("$", shlex.join(("scripts/bench", "samples", *sys.argv[1:])), flush=True)
     settings = f'\n[samples]\nshare = {options.sampled}\nfields = {{"*" = "keep", "image" = "keep"}}\n'
+    body = json.dumps({"inputs": np.random.default_rng(0).random((1, 1, 8, 8)).tolist()}).encode()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        keys = folder / "keys"
-        keys.write_text(f"first {base64.b64encode(secrets.token_bytes(32)).decode()}\n")
-        keys.chmod(0o600)
+        folder, secret = Path(name), secrets.token_bytes(32)
+        key_file = folder / "keys"
+        key_file.write_text(f"first {base64.b64encode(secret).decode()}\n")
+        key_file.chmod(0o600)
         plain = copy_model(options.repository, folder / "plain", "")
         sampled = copy_model(options.repository, folder / "sampled", settings)
+        kept = ("--samples-dir", str(folder / "kept"), "--samples-keys-file", str(key_file))
         os.sched_setaffinity(0, options.server_cores)
-        without = stack.enter_context(serving(plain))
-        kept = ("--samples-dir", str(folder / "kept"), "--samples-keys-file", str(keys))
+        without = None if options.by_choice else stack.enter_context(serving(plain))
         with_samples = stack.enter_context(serving(sampled, *kept))
         os.sched_setaffinity(0, options.client_cores)
-        measure((without, with_samples), options)
+        if without is None:
+            measure_by_choice(with_samples[1], SampleKeys({"first": secret}), body, options)
+        else:
+            measure((without, with_samples), body, options)
+        print(f"share {options.sampled:g} of the requests:", outcomes(with_samples[1]))
 
 
 if __name__ == "__main__":

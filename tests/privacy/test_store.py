@@ -13,7 +13,7 @@ import pytest
 from inferpool.errors import ConfigError
 from inferpool.privacy.keys import SampleKeys, add_key, read_keys
 from inferpool.privacy.sample import Sample
-from inferpool.privacy.store import FILE, FOLDER, Choice, SampleStore, StoreLimits
+from inferpool.privacy.store import FILE, FOLDER, Added, Choice, SampleStore, StoreLimits
 
 OLD, NEW = os.urandom(32), os.urandom(32)
 EVERY = Choice()
@@ -27,6 +27,10 @@ def sample(
     return Sample(request_id, tenant, model, 1, time.time() - age_s, 1, {"x": values}, {})
 
 
+def add(store: SampleStore, *samples: Sample) -> Added:
+    return store.add([store.seal(each) for each in samples])
+
+
 def ids(store: SampleStore, choice: Choice = EVERY) -> list[str | None]:
     found = store.read(choice, 0, 1000, 10**9)
     return [None if each.sample is None else each.sample.request_id for each in found]
@@ -34,7 +38,7 @@ def ids(store: SampleStore, choice: Choice = EVERY) -> list[str | None]:
 
 def test_samples_are_found_and_deleted_by_what_they_are_of(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS)
-    store.add([sample("one"), sample("two", "bank"), sample("three", model="n"), sample("four", age_s=60)])
+    add(store, sample("one"), sample("two", "bank"), sample("three", model="n"), sample("four", age_s=60))
     assert ids(store, Choice(request_id="two")) == ["two"]
     assert ids(store, Choice(tenant="shop", model="m")) == ["one", "four"]
     assert store.delete(Choice(tenant="bank")) == 1
@@ -46,10 +50,46 @@ def test_samples_are_found_and_deleted_by_what_they_are_of(tmp_path: Path) -> No
         store.delete(Choice())
 
 
+def test_a_deletion_holds_for_samples_that_wait_to_be_added(tmp_path: Path) -> None:
+    """Other threads and processes have them; what is answered after the deletion is kept."""
+    store, other = (SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS) for _ in range(2))
+    waiting = [
+        store.seal(each) for each in (sample("one"), sample("two", "bank"), sample("three", model="n"))
+    ]
+    assert other.delete(Choice(request_id="one")) == other.delete(Choice(tenant="bank", model="n")) == 0
+    totals, deleted = store.add(waiting)
+    assert (totals.held, deleted) == (2, 1)
+    assert ids(store) == ["two", "three"]
+    add(store, sample("one"))
+    assert ids(store, Choice(request_id="one")) == ["one"], "a later request of the same id"
+    waiting = [store.seal(sample("four")), store.seal(sample("five", age_s=60))]
+    assert other.delete(Choice(before=time.time() - 30)) == 0
+    assert store.add(waiting).deleted == 1
+    assert ids(store)[-1] == "four"
+    with sqlite3.connect(tmp_path / FOLDER / FILE) as database:
+        database.execute("UPDATE deletions SET before = before - 700")
+    store.expire()
+    with sqlite3.connect(tmp_path / FOLDER / FILE) as database:
+        assert database.execute("SELECT count(*) FROM deletions").fetchone() == (0,)
+
+
+def test_samples_are_added_to_the_file_that_has_the_name_now(tmp_path: Path) -> None:
+    """An administrator may replace the database of a server that runs."""
+    store = SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS)
+    add(store, sample("one"))
+    for file in (tmp_path / FOLDER).iterdir():
+        file.unlink()
+    with pytest.raises(store.failures):
+        add(store, sample("two"))
+    SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS)
+    add(store, sample("three"))
+    assert ids(store) == ["three"]
+
+
 def test_the_files_show_nothing_of_a_sample_even_after_it_is_deleted(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS)
     secret = sample("marked-id", "marked-tenant")
-    store.add([secret])
+    add(store, secret)
     token = SampleKeys({"a": OLD}).token("id", "marked-id")
 
     def content() -> bytes:
@@ -59,21 +99,22 @@ def test_the_files_show_nothing_of_a_sample_even_after_it_is_deleted(tmp_path: P
     assert b"marked" not in content()
     store.delete(Choice(request_id="marked-id"))
     assert token not in content()
-    store.add([sample("marked-id", age_s=2 * LIMITS.age_s)])
+    token = SampleKeys({"a": OLD}).token("id", "marked-other")
+    add(store, sample("marked-other", age_s=2 * LIMITS.age_s))
     assert token in content()  # the connection that adds is open, and keeps a log
     store.expire()
     assert token not in content()
     store.close()
     assert [file.name for file in (tmp_path / FOLDER).iterdir()] == [FILE]
-    store.add([sample("later")])
+    add(store, sample("later"))
     assert ids(store) == ["later"]
     assert (tmp_path / FOLDER).stat().st_mode & 0o077 == 0
 
 
 def test_a_key_is_rotated_and_samples_without_their_key_cannot_be_read(tmp_path: Path) -> None:
-    SampleStore(tmp_path, SampleKeys({"old": OLD}), LIMITS).add([sample("before")])
+    add(SampleStore(tmp_path, SampleKeys({"old": OLD}), LIMITS), sample("before"))
     both = SampleStore(tmp_path, SampleKeys({"new": NEW, "old": OLD}), LIMITS)
-    both.add([sample("after")])
+    add(both, sample("after"))
     assert ids(both) == ["before", "after"]
     assert ids(both, Choice(request_id="before")) == ["before"]
     assert ids(SampleStore(tmp_path, SampleKeys({"new": NEW}), LIMITS)) == [None, "after"]
@@ -82,7 +123,7 @@ def test_a_key_is_rotated_and_samples_without_their_key_cannot_be_read(tmp_path:
 
 def test_a_changed_sample_is_not_taken_for_a_sample(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS)
-    store.add([sample("one"), sample("two")])
+    add(store, sample("one"), sample("two"))
     with sqlite3.connect(tmp_path / FOLDER / "samples.sqlite3") as database:
         database.execute("UPDATE samples SET model = 'other' WHERE number = 1")
     assert ids(store) == [None, "two"]
@@ -90,16 +131,16 @@ def test_a_changed_sample_is_not_taken_for_a_sample(tmp_path: Path) -> None:
 
 def test_the_oldest_samples_make_room(tmp_path: Path) -> None:
     few = SampleStore(tmp_path / "few", SampleKeys({"a": OLD}), StoreLimits(3, 10**7, 3600.0))
-    few.add([sample(str(number)) for number in range(5)])
+    add(few, *(sample(str(number)) for number in range(5)))
     assert ids(few) == ["2", "3", "4"]
     small = SampleStore(tmp_path / "small", SampleKeys({"a": OLD}), StoreLimits(1000, 70_000, 3600.0))
     for number in range(20):
-        totals = small.add([sample(str(number), size=1000)])
+        totals = add(small, sample(str(number), size=1000)).totals
         assert totals.nbytes <= 70_000
     assert ids(small)[-1] == "19"
     assert 4 <= totals.held < 20
     aged = SampleStore(tmp_path / "aged", SampleKeys({"a": OLD}), StoreLimits(1000, 10**7, 100.0))
-    aged.add([sample("old", age_s=200), sample("new")])
+    add(aged, sample("old", age_s=200), sample("new"))
     aged.expire()
     assert ids(aged) == ["new"]
 
@@ -107,7 +148,7 @@ def test_the_oldest_samples_make_room(tmp_path: Path) -> None:
 def test_two_processes_write_to_one_store(tmp_path: Path) -> None:
     stores = [SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS) for _ in range(2)]
     for number in range(4):
-        stores[number % 2].add([sample(str(number))])
+        add(stores[number % 2], sample(str(number)))
     assert ids(stores[0]) == ids(stores[1]) == ["0", "1", "2", "3"]
 
 

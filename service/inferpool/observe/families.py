@@ -185,7 +185,8 @@ FAMILIES: Final = {
                "Distance of a field that `[drift] series` names, likewise.", combine="max"),
         Family("samples_total", "counter", ("outcome",),
                "Requests that were chosen as samples, by outcome: written, dropped because there was no room,"
-               " left_out because they are too large, or failed if the store has failed."),
+               " left_out because they are too large, deleted while they waited to be written, or failed if"
+               " the store has failed."),
         Family("samples_held", "gauge", (), "Samples in the store.", combine="max"),
         Family("samples_bytes", "gauge", (), "Bytes of the samples in the store.", combine="max"),
         Family("samples_stopped", "gauge", (),

@@ -8,6 +8,7 @@ folder of its own, which belongs to this user alone, so nobody else can put link
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import sqlite3
 import stat
@@ -21,7 +22,6 @@ from typing import Final, NamedTuple
 from inferpool.errors import ConfigError
 from inferpool.privacy.keys import SampleKeys
 from inferpool.privacy.sample import Sample, Totals, from_bytes
-from inferpool.system.cpu_pace import let_others_run
 
 FOLDER: Final = "inferpool-samples"
 FILE: Final = "samples.sqlite3"
@@ -35,6 +35,9 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE INDEX IF NOT EXISTS by_token ON samples (token);
 CREATE INDEX IF NOT EXISTS by_tenant ON samples (tenant);
 CREATE INDEX IF NOT EXISTS by_age ON samples (created);
+CREATE TABLE IF NOT EXISTS deletions (
+    token BLOB, tenant BLOB, model TEXT, version INTEGER, before REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS by_moment ON deletions (before);
 CREATE TABLE IF NOT EXISTS totals (one INTEGER PRIMARY KEY CHECK (one = 1), held INTEGER, bytes INTEGER);
 INSERT OR IGNORE INTO totals VALUES (1, 0, 0);
 CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON samples BEGIN
@@ -42,6 +45,11 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON samples BEGIN
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON samples BEGIN
     UPDATE totals SET held = held - 1, bytes = bytes - length(OLD.body); END;
 """
+_MEANT: Final = """
+SELECT 1 FROM deletions WHERE before >= ? AND (token IS NULL OR token = ?) AND (tenant IS NULL OR tenant = ?)
+    AND (model IS NULL OR model = ?) AND (version IS NULL OR version = ?)"""
+_LONGEST_WAIT_S: Final = 600.0
+"""How long a sample may have waited before it is added. A deletion is remembered for so long."""
 _EXPIRED_AT_ONCE: Final = 256
 """Samples deleted for room in one statement, oldest first."""
 
@@ -67,6 +75,26 @@ class Listed(NamedTuple):
     sample: Sample | None
 
 
+class SealedSample(NamedTuple):
+    """A sample as the store keeps it: tokens of its id and tenant, the columns, and the encrypted body."""
+
+    token: bytes
+    tenant: bytes
+    model: str
+    version: int
+    created: float
+    rows: int
+    key: str
+    body: bytes
+
+
+class Added(NamedTuple):
+    """What became of samples: the totals of the store, and how many were deleted before they were added."""
+
+    totals: Totals
+    deleted: int
+
+
 class Choice(NamedTuple):
     """Which samples are meant: those for which all that is set holds."""
 
@@ -83,6 +111,9 @@ class SampleStore:
     Samples are added by one connection, which stays open until `close`: opening one, and the checkpoint when
     the last one closes, take more time than the samples.
 
+    A deletion also holds for samples that another thread or process has gathered before, and adds later:
+    the store remembers the deletions of the last minutes.
+
     Attributes:
         failures: what methods raise if the disk fails; names them for modules that do not import sqlite3.
     """
@@ -95,6 +126,7 @@ class SampleStore:
         self._limits = limits
         self._adding = threading.Lock()
         self._kept: sqlite3.Connection | None = None
+        self._identity = (0, 0)
         own = folder / FOLDER
         self._file = own / FILE
         try:
@@ -113,30 +145,51 @@ class SampleStore:
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"samples_dir: {own}: {error}") from error
 
-    def add(self, samples: Sequence[Sample]) -> Totals:
-        """Keep `samples`, and delete the oldest ones for room; raises sqlite3.Error, such as a full disk."""
-        keys, limits, now = self._keys, self._limits, time.time()
-        rows = []
-        for sample in samples:
-            token = keys.token("id", sample.request_id)
-            about = _about(sample.model, sample.version, sample.created, sample.rows, keys.current)
-            body = keys.encrypt(sample.to_bytes(), about)
-            rows.append(
-                (token, keys.token("tenant", sample.tenant), sample.model, sample.version, sample.created,
-                 sample.rows, keys.current, body)
-            )  # fmt: skip
-            let_others_run()
+    def seal(self, sample: Sample) -> SealedSample:
+        """Encrypt a sample, for `add`."""
+        keys = self._keys
+        about = _about(sample.model, sample.version, sample.created, sample.rows, keys.current)
+        return SealedSample(
+            keys.token("id", sample.request_id), keys.token("tenant", sample.tenant), sample.model,
+            sample.version, sample.created, sample.rows, keys.current, keys.encrypt(sample.to_bytes(), about),
+        )  # fmt: skip
+
+    def add(self, samples: Sequence[SealedSample]) -> Added:
+        """Keep `samples`, and delete the oldest ones for room; raises sqlite3.Error, such as a full disk.
+
+        Samples that `delete` would have deleted, had they been there, are not kept.
+        """
+        now = time.time()
         with self._adding, self._kept_connection() as database:
             database.execute("BEGIN IMMEDIATE")
-            database.execute("DELETE FROM samples WHERE created < ?", (now - limits.age_s,))
+            rows = self._not_deleted(database, samples)
+            database.execute("DELETE FROM samples WHERE created < ?", (now - self._limits.age_s,))
             # First, because a database that is as large as it may be takes no sample more.
-            self._make_room(database, len(rows), sum(len(row[-1]) for row in rows))
+            self._make_room(database, len(rows), sum(len(row.body) for row in rows))
             database.executemany(
                 "INSERT INTO samples (token, tenant, model, version, created, rows, key, body)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 rows,
             )
-            return self._make_room(database, 0, 0)
+            return Added(self._make_room(database, 0, 0), len(samples) - len(rows))
+
+    def _not_deleted(
+        self, database: sqlite3.Connection, samples: Sequence[SealedSample]
+    ) -> Sequence[SealedSample]:
+        """Those of `samples` that no deletion has meant since."""
+        oldest = min((each.created for each in samples), default=math.inf)
+        if not _holds(database, "SELECT 1 FROM deletions WHERE before >= ?", (oldest,)):
+            return samples
+        kept = []
+        for each in samples:
+            tokens = self._deleted(each.token), self._deleted(each.tenant)
+            if not _holds(database, _MEANT, (each.created, *tokens, each.model, each.version)):
+                kept.append(each)
+        return kept
+
+    def _deleted(self, token: bytes) -> bytes:
+        """What stands for a token in a deletion: nobody without the key can tell whose sample was deleted."""
+        return self._keys.token("deleted", token.hex())
 
     def close(self) -> None:
         """Close the connection that adds samples; the next samples open another one."""
@@ -146,8 +199,16 @@ class SampleStore:
                 self._kept = None
 
     def _kept_connection(self) -> sqlite3.Connection:
+        """The open connection to the database; raises OSError if the file is gone. Callers hold `_adding`."""
+        status = self._file.stat()
+        identity = status.st_dev, status.st_ino
+        if self._kept is not None and self._identity != identity:
+            # Another file has its name now: what is added to the old one is lost.
+            self._kept.close()
+            self._kept = None
         if self._kept is None:
             self._kept = self._connect(check_same_thread=False)  # `_adding` lets one thread in
+            self._identity = identity
         return self._kept
 
     def _make_room(self, database: sqlite3.Connection, count: int, nbytes: int) -> Totals:
@@ -166,7 +227,9 @@ class SampleStore:
         """Delete the samples that are too old; raises sqlite3.Error."""
         with closing(self._connect()) as database:
             with database:
-                database.execute("DELETE FROM samples WHERE created < ?", (time.time() - self._limits.age_s,))
+                now = time.time()
+                database.execute("DELETE FROM samples WHERE created < ?", (now - self._limits.age_s,))
+                database.execute("DELETE FROM deletions WHERE before < ?", (now - _LONGEST_WAIT_S,))
                 totals = self._make_room(database, 0, 0)
             # The log still has the pages as they were, also those of samples that made room for others.
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -175,14 +238,29 @@ class SampleStore:
     def delete(self, choice: Choice) -> int:
         """Delete the samples that `choice` means, overwrite their bytes, and return how many there were.
 
+        Those that wait to be added are deleted when they are, and not part of the number.
+
         Raises sqlite3.Error, and ValueError if `choice` names nothing.
         """
         if choice == Choice():
             raise ValueError("nothing says which samples are to be deleted")
         where, values = self._where(choice)
+        now = time.time()
+        before = now if choice.before is None else min(now, choice.before)
         with closing(self._connect()) as database:
             with database:
+                database.execute("BEGIN IMMEDIATE")
+                # First, because a database that is as large as it may be then has room for the deletion.
                 count = database.execute(f"DELETE FROM samples{where}", values).rowcount
+                if before > now - _LONGEST_WAIT_S:
+                    tokens = [
+                        None if text is None else self._deleted(self._keys.token(kind, text))
+                        for kind, text in (("id", choice.request_id), ("tenant", choice.tenant))
+                    ]
+                    database.execute(
+                        "INSERT INTO deletions VALUES (?, ?, ?, ?, ?)",
+                        (*tokens, choice.model, choice.version, before),
+                    )
             # The log still has the pages as they were.
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return count
@@ -208,8 +286,8 @@ class SampleStore:
 
     def totals(self) -> Totals:
         """How many samples there are, and their bytes; raises sqlite3.Error."""
-        with closing(self._connect()) as database:
-            return _totals(database)
+        with self._adding:
+            return _totals(self._kept_connection())
 
     def _opened(
         self, number: int, model: str, version: int, created: float, rows: int, key: str, body: bytes
@@ -262,6 +340,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _totals(database: sqlite3.Connection) -> Totals:
     return Totals(*database.execute("SELECT held, bytes FROM totals").fetchone())
+
+
+def _holds(database: sqlite3.Connection, query: str, values: Sequence[object]) -> bool:
+    return bool(database.execute(f"SELECT EXISTS ({query})", values).fetchone()[0])
 
 
 def _about(model: str, version: int, created: float, rows: int, key: str) -> bytes:

@@ -36,8 +36,10 @@ from inferpool.http.connection.exchange_state import (
     WAITING,
     WRITING,
 )
+from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.offload import HEAVY_JSON_BYTES
 from inferpool.observe.build_info import hot_path
+from inferpool.tensors import Tensors
 
 from tests.http.connection.fakes import MAX_BODY_BYTES, FakeConnection, FakeTransport, Harness
 
@@ -307,6 +309,39 @@ def test_a_request_that_cannot_be_observed_is_answered(
     harness.loop.settle()
     assert client.transport.responses() == [(200, "r0")]
     assert [line.exc_info is not None for line in caplog.records] == [True]
+    assert_idle(harness)
+
+
+class SeenObserver:
+    """Remembers which responses a client had when its request was observed."""
+
+    def __init__(self, client: FakeConnection) -> None:
+        self.client = client
+        self.seen: list[object] = []
+
+    def begin(self, context: PredictContext, tensors: Tensors, now: float) -> None:
+        context.observation = self
+        self.end(context, tensors)
+
+    def end(self, context: PredictContext, tensors: Tensors) -> None:
+        assert tensors  # they are given back afterwards
+        self.seen.append(self.client.transport.responses())
+
+
+def test_a_request_is_observed_after_its_response_and_not_without_one(harness: Harness) -> None:
+    """Nobody waits for the copies of those few requests that are observed."""
+    client, gone = harness.connect(), harness.connect()
+    exchanges = [each.begin(LENGTH) for each in (client, gone)]
+    served = client.contexts[0].served
+    assert served is not None
+    observer = served.observer = SeenObserver(client)
+    for exchange in exchanges:
+        send(exchange, BODY)
+    harness.loop.settle()
+    gone.lose()
+    harness.inbox.run(*harness.inbox.waiting)
+    harness.loop.settle()
+    assert observer.seen == [[(200, "r0")]] * 2
     assert_idle(harness)
 
 

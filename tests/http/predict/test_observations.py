@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from inferpool.drift.build import ProfileBuilder
 from inferpool.drift.profile_file import PROFILE_FILE, profile_bytes
+from inferpool.engine.lent_bodies import LEAST_LENT_BYTES
 from inferpool.evaluate_command.labelled_rows import read_labelled
 from inferpool.http.native.api import NATIVE_API
 from inferpool.http.predict.context import PredictContext
 from inferpool.http.predict.observations import MOST_COUNTED_BYTES, MOST_HELD_BYTES, Observations
+from inferpool.http.predict.predictor import MOST_REFERRED_BYTES
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey
@@ -26,6 +28,7 @@ from inferpool.privacy.keys import SampleKeys, add_key
 from inferpool.privacy.store import FILE, FOLDER, SampleStore, StoreLimits
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import Signature, TensorSpec
+from inferpool.wire.npy import encode_npy
 
 from tests.conftest import Serve
 from tests.observe.prometheus import Prometheus, needs_prometheus
@@ -115,6 +118,42 @@ def test_named_fields_of_one_model_are_kept_exported_and_deleted(
     assert "audit: delete samples by id: 1 samples" in log
     assert "etc/passwd" not in log
     assert (folder / "keys").read_text().split()[1] not in log
+
+
+def test_a_deletion_holds_for_a_request_that_was_answered_just_before(
+    server: Server, admin: httpx.Client
+) -> None:
+    """Its sample waits in one of the web processes, which need not be the one that deletes."""
+
+    def outcomes() -> float:
+        return server.metric("samples_total")
+
+    before, deleted = outcomes(), 0
+    for number in range(4):
+        predict(server, "kept", [1.0], f"gone-{number}")
+        deleted += admin.delete("/samples", params={"id": f"gone-{number}"}).json()["deleted"]
+    predict(server, "kept", [1.0], "gone-0")
+    wait_until(lambda: outcomes() == before + 5, "all that waited is done with")
+    assert kept_ids(admin) == ["gone-0"], "the one after the deletion"
+    assert deleted + server.metric("samples_total", outcome="deleted") == 4
+    assert admin.delete("/samples", params={"model": "kept"}).json() == {"deleted": 1}
+
+
+def test_rows_of_a_large_request_are_kept_although_its_memory_is_used_again(
+    server: Server, admin: httpx.Client
+) -> None:
+    """A large binary body lies in memory that an engine shares."""
+    assert MOST_REFERRED_BYTES < LEAST_LENT_BYTES
+    headers = {"content-type": "application/x-npy", "accept": "application/x-npy"}
+    rows = np.arange(LEAST_LENT_BYTES // 2, dtype=np.float32).reshape(-1, 2)
+    for number in range(4):
+        own = {**headers, "x-request-id": f"large-{number}"}
+        assert server.post("/predict/kept", content=encode_npy(rows + number), headers=own).status_code == 200
+    wait_until(lambda: len(kept_ids(admin)) == 4, "the samples are written")
+    for number in range(4):
+        [found] = admin.get("/samples", params={"id": f"large-{number}", "rows": "true"}).json()["samples"]
+        assert found["inputs"] == [{"name": "x", "values": (rows[:64] + number).tolist()}]
+    assert admin.delete("/samples", params={"model": "kept"}).json() == {"deleted": 4}
 
 
 def test_strings_and_rows_too_large_are_not_copied(folder: Path) -> None:

@@ -14,6 +14,7 @@ from inferpool.http.predict.request_id import new_request_id
 from inferpool.http.predict.response_cache import NOT_CACHED
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.pool.ports import Entry
+from inferpool.tensors import Tensors
 
 _NO_OPTIONS: Final = Options()
 
@@ -49,14 +50,17 @@ class PredictContext:
         flight: the `Flight` that it shares with equal requests; None without one.
         leads: whether equal requests may wait for its run.
         observation: the `Observation` of it, if it is a sample or counted; None for most requests.
+        observed: its inputs, if its version has an observer, which decides after the response.
+        outputs: the outputs that were encoded, if its version has an observer.
+        ended: when they were, in seconds since 1970.
         sentences: the sentences of a text input, if samples have them.
     """
 
     __slots__ = (
         "abandoned", "answer_bytes", "api", "began", "cache_key", "cache_status", "caller", "client",
-        "decode_s", "decoded_bytes", "entry", "flight", "head", "input_bytes", "leads", "observation",
-        "offloaded_bytes", "offloaded_text", "open_answer", "options", "peer", "recorded", "request_id",
-        "reserved_bytes", "sentences", "served", "tenant", "texts",
+        "decode_s", "decoded_bytes", "ended", "entry", "flight", "head", "input_bytes", "leads",
+        "observation", "observed", "offloaded_bytes", "offloaded_text", "open_answer", "options", "outputs",
+        "peer", "recorded", "request_id", "reserved_bytes", "sentences", "served", "tenant", "texts",
     )  # fmt: skip
 
     def __init__(self, api: InferenceApi, head: RequestHead, began: float) -> None:
@@ -81,6 +85,9 @@ class PredictContext:
         self.flight: Any = None
         self.leads = False
         self.observation: Any = None
+        self.observed: Tensors | None = None
+        self.outputs: Tensors | None = None
+        self.ended = 0.0
         self.sentences: Any = None
 
     def free(self) -> None:
@@ -88,4 +95,5 @@ class PredictContext:
         self.options = _NO_OPTIONS
         self.texts = ()
         self.observation = self.sentences = None
+        self.observed = self.outputs = None
         self.cache_key = None

@@ -18,8 +18,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from inferpool.allowance import Allowance
 from inferpool.errors import (
@@ -63,6 +64,9 @@ log = logging.getLogger(__name__)
 
 _MIN_GZIP_BYTES: Final = 1024
 """Smaller responses fit into one or two packets uncompressed."""
+MOST_REFERRED_BYTES: Final = 32 * 1024
+"""Larger inputs are observed before they run. They may lie in memory that an engine shares (`lent_bodies`),
+and that memory is used for others once the result has come."""
 
 
 class Predictor:
@@ -256,7 +260,10 @@ class Predictor:
             context.tenant.take_rows(entry.rows, now)
         on_result = then
         if served.observer is not None and entry.rows:
-            self._begin_observation(context, served.observer, tensors, now)
+            if entry.nbytes > MOST_REFERRED_BYTES:
+                self._begin_observation(context, tensors)
+            else:
+                context.observed = tensors
         try:
             if cache is not None and self._flights.join(cache, context, entry, then):
                 context.entry = entry
@@ -278,7 +285,7 @@ class Predictor:
             if not self._follow(context):
                 raise
             context.cache_key = None  # it is a key of the other version
-            context.observation = None
+            context.observation = context.observed = None
             return self.submit(context, tensors, then, client)
         except BaseException:
             self._results.unsubscribe(entry.id)
@@ -374,30 +381,42 @@ class Predictor:
         if context.tenant is not None:
             context.tenant.succeeded(entry.rows, result)
         served.metrics.succeeded(entry.rows, context.decode_s, encode_s, total_s, now, result)
-        if context.observation is not None and result.outputs is not None:
-            self._end_observation(context, result.outputs)
+        if served.observer is not None:
+            # For `release`. A client that has its answer and deletes its sample must find that the sample is
+            # older, so the moment is taken here.
+            context.outputs = result.outputs
+            context.ended = time.time()
         if self._recorder.follows_all or head.trace is not None:
             self._recorder.ended(context, 200, "ok", size, now, result)
         return Response(200, headers, parts, size, compressible)
 
-    def _begin_observation(
-        self, context: PredictContext, observer: Any, tensors: Tensors, now: float
-    ) -> None:
+    def _begin_observation(self, context: PredictContext, tensors: Tensors) -> None:
         """Observe a request if it is due; a fault leaves the request unobserved, and it runs all the same."""
+        served = context.served
+        assert served is not None  # it has an observer
         try:
-            observer.begin(context, tensors, now)
+            served.observer.begin(context, tensors, self.clock())
         except Exception:
             context.observation = None
             log.exception("request %s could not be observed", context.request_id)
 
-    def _end_observation(self, context: PredictContext, outputs: Tensors) -> None:
+    def _observe(self, context: PredictContext, outputs: Tensors) -> None:
+        """Copy what is needed of a request that was answered, if it is to be observed."""
+        served, inputs = context.served, context.observed
+        assert served is not None  # it has an observer
+        context.outputs = context.observed = None
+        if inputs is not None:
+            self._begin_observation(context, inputs)
+        if context.observation is None:
+            return
         try:
-            context.observation.observer.end(context, outputs)
+            served.observer.end(context, outputs)
         except Exception:
             log.exception("request %s could not be observed", context.request_id)
 
     def refuse(self, context: PredictContext, error: Exception, result: Result | None = None) -> Response:
         """Return the response for an error; `result` is the one that carried the error, if any."""
+        context.outputs = None  # they may have been encoded, and then failed to be compressed
         problem = as_problem(error)
         status = STATUSES[problem.code]
         if isinstance(error, MemoryError):
@@ -477,6 +496,10 @@ class Predictor:
             # First, because a server that drains waits for it whatever raises below.
             context.entry = None
             self.in_flight.release()
+        if context.outputs is not None:
+            # Only here, after the response: code that few requests run is in no cache of the CPU, and takes
+            # many times as long as code that all of them run.
+            self._observe(context, context.outputs)
         if context.offloaded_bytes:
             context.abandoned = True  # the body takes memory until the thread that has it is done
         else:
