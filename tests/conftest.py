@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
-from tests.server import COVERAGE_VARIABLES, Server
+from tests.server import COVERAGE_VARIABLES, START_S, Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +32,11 @@ hypothesis.settings.register_profile(
 # For a second run of the same tests; pytest's option --hypothesis-profile chooses it.
 hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("busy"), max_examples=20)
 hypothesis.settings.load_profile("busy")
+
+# A request without a timeout of its own waits as long as tests wait for anything, not httpx's five seconds.
+_patience = httpx.Timeout(START_S)
+for _part in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, _part, getattr(_patience, _part))
 
 Serve = Callable[..., Server]
 MakeChaos = Callable[..., Path]

@@ -93,7 +93,6 @@ def test_a_gpu_that_is_asked_for_is_a_load_error(run: Run) -> None:
     assert run("-c", ASK_FOR_A_GPU).split() == ["image"]
 
 
-@pytest.mark.timeout(300)
 def test_the_tests_for_the_cpu_pass(run: Run) -> None:
     options = ("-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=few")
     assert " passed" in run("-m", "pytest", *options, *SUITES)

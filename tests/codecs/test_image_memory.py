@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from tests.conftest import ROOT
 from tests.record import needs_to_run
 
@@ -16,7 +14,6 @@ SLACK_BYTES = 4 * 2**20
 """Buffers of a fixed size, and what the allocator keeps."""
 
 
-@pytest.mark.timeout(300)
 def test_decoding_takes_no_more_memory_than_it_asks_for() -> None:
     needs_to_run("memory-of-pictures")
     # glibc then returns large blocks at once, so that every picture begins with the same memory.

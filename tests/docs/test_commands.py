@@ -62,7 +62,6 @@ def test_a_block_that_does_not_run_says_why() -> None:
                 assert block.reason_not_run, f"{block} has the comment {block.comment!r}"
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=pages.name)
 def test_commands_of_a_page_run(
     page: Path, bundled: Server, folder: Path, cache_dir: Path, stopped_at_the_end: ExitStack

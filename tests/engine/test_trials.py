@@ -26,6 +26,7 @@ from tests.server import Server, wait_until
 
 GOOD = {"inputs": [[1.0, 2.0, 3.0, 4.0]]}
 LEAST, MOST = -(2**63), 2**63 - 1
+LOAD_TIMEOUT_S = 10
 PAUSE_S = 0.1
 
 
@@ -171,7 +172,7 @@ def tried(module_serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Serv
     make("good")
     repository = make("next")  # loads after these three
     write_ratio(repository)
-    flags = ("--engine", "process", "--web-processes", "1", "--load-timeout-s", "3")
+    flags = ("--engine", "process", "--web-processes", "1", "--load-timeout-s", str(LOAD_TIMEOUT_S))
     return module_serve(repository, *flags)
 
 
@@ -208,8 +209,8 @@ def test_a_file_that_kills_or_blocks_the_loader_is_a_failed_version(tried: Serve
         return state(model)[0] == "failed"
 
     for model, expected in (
-        ("bad", "ended the engine 2 times"), ("blocking", "--load-timeout-s (3 s)"),
-        ("endless", "--load-timeout-s (3 s)"),
+        ("bad", "ended the engine 2 times"), ("blocking", f"--load-timeout-s ({LOAD_TIMEOUT_S} s)"),
+        ("endless", f"--load-timeout-s ({LOAD_TIMEOUT_S} s)"),
     ):  # fmt: skip
         wait_until(partial(has_failed, model), f"the version of {model} has failed")
         assert expected in state(model)[1]

@@ -158,10 +158,16 @@ def test_a_stream_has_one_deadline_and_goes_on_after_an_error(guarded: Guarded) 
     assert '"y"' in second.error_message
     assert not first.error_message
     assert not third.error_message
-    stream = caller.stream(iter([rows_request("m", chaos.WAIT)]), timeout=1)
-    # The refusal of the request itself may be faster than the end of the call.
+    ended = threading.Event()
+
+    def requests() -> Iterator[Any]:
+        yield rows_request("m", chaos.WAIT)
+        ended.wait()  # else the call may end well, with the refusal of the request, just before its deadline
+
+    stream = caller.stream(requests(), timeout=1)
     with pytest.raises(grpc.RpcError) as raised:
         list(stream)
+    ended.set()
     assert raised.value.code().name == "DEADLINE_EXCEEDED"
     assert caller.infer(rows_request("m", 1)).model_name == "m"
     caller.close()

@@ -34,7 +34,6 @@ TEXTS = (
 """Texts of 1 to about 150 words, so that all texts of a request but the longest are padded."""
 
 # The first test of each model builds it, which a busy machine does slowly.
-pytestmark = pytest.mark.timeout(300)
 
 Build = Callable[..., Path]
 

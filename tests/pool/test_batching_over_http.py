@@ -225,16 +225,21 @@ def test_a_deadline_that_passes_in_the_queue_is_answered_then_and_never_run(
     server = serve(make_chaos("m", run_gate=str(gate), config=ONE), "--measure-ms", "0")
     model = Model(server, "m", gate)
 
-    async def scenario() -> Reply:
+    async def scenario(timeout_ms: int) -> Reply:
         async with model.held():
-            return await model.post(body(2, parameters={"timeout_ms": 2000}))
+            return await model.post(body(2, parameters={"timeout_ms": timeout_ms}))
 
-    late = asyncio.run(scenario())
-    assert (late.status, code(late)) == (504, "deadline_exceeded")
+    runs = 0
+    for timeout_ms in (2000, 8000, 32000):
+        runs += 1
+        late = asyncio.run(scenario(timeout_ms))
+        assert (late.status, code(late)) == (504, "deadline_exceeded")
+        if "estimated" not in json.loads(late.body)["detail"]:
+            break  # else the run before has taken so long, on a busy machine, that it is expected to go on
     # Timers of the event loop count whole milliseconds.
-    assert float(late.headers["server-timing"].rsplit("=", 1)[1]) >= 1999
+    assert float(late.headers["server-timing"].rsplit("=", 1)[1]) >= timeout_ms - 1
     assert server.metric("dropped_entries_total", reason="deadline") == 1
-    assert model.metric("batch_rows_sum") == 1
+    assert model.metric("batch_rows_sum") == runs
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(shared: dict[str, Model]) -> None:

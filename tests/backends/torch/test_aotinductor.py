@@ -23,10 +23,7 @@ from tests.clients import Client, with_clients
 from tests.conftest import Serve
 from tests.models.record import needs_to_run
 
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
-    pytest.mark.timeout(300),
-]
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 
 ONE_ROW = {"aot_inductor.check_lowerbound": False}
 INPUTS = (

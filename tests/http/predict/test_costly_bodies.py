@@ -100,13 +100,11 @@ def check_cost(server: Server, costly: Costly, peak_bytes: int) -> None:
     assert budget == 0, "everything that was reserved is given back"
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", JSON_CASES)
 def test_json_of_many_values_is_refused_before_objects_are_made(server: Server, name: str) -> None:
     check_cost(server, costly_json(name), JSON_PEAK_BYTES)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", FILE_CASES)
 def test_what_files_become_is_reserved_before_it_is_allocated(server: Server, name: str) -> None:
     check_cost(server, costly_file(name), PEAK_BYTES)
@@ -122,7 +120,6 @@ def test_a_refusal_says_what_came_and_what_is_taken(server: Server) -> None:
     assert (strings["code"], strings["limit"]) == ("body_too_large", 16 * 2**20)
 
 
-@pytest.mark.timeout(300)
 def test_one_client_does_not_fill_the_threads_that_others_need(server: Server) -> None:
     """Two clients send pictures; the one who sends many waits, the other does not."""
     picture = webp(1500)

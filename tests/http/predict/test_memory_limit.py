@@ -24,10 +24,7 @@ DIGITS = Path(__file__).parents[3] / "models" / "digits"
 NPY = {"content-type": "application/x-npy", "accept": "application/x-npy"}
 Limited = Callable[..., LimitedServer]
 MISSING = missing()
-pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"limiting memory needs {MISSING}"),
-    pytest.mark.timeout(300),
-]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"limiting memory needs {MISSING}")
 
 
 @pytest.fixture
