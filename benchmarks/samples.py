@@ -1,7 +1,7 @@
 """Measures how much samples of requests slow predictions.
 
     python -m benchmarks.samples [models] [--sampled 0.1] [--rounds 14] [--seconds 2] [--share 0.25]
-        [--per-s 0] [--one-by-one] [--by-choice] [--server-cores 1] [--client-cores 0]
+        [--per-s 0] [--one-by-one] [--by-choice] [--starts 1] [--server-cores 1] [--client-cores 0]
 
 starts two servers with the model `digits`. One keeps samples of a share of the requests, with all inputs and
 outputs; the other one keeps none. A client sends small predictions at random moments to one server at a
@@ -9,9 +9,10 @@ time, in turns; both rounds of a pair have the same moments. Times are taken, an
 does. The client has the first core, and the servers the others. At the end stands how many samples were
 written, and dropped because they would take more than their share of a core.
 
-Two processes that do the same may differ by more than what is looked for. With `--by-choice` there is one
-server, which samples, and one connection. The client knows the key, and so which of its requests are chosen.
-The times of those are compared with the times of the others in the same rounds.
+Two processes that do the same may differ by more than what is looked for, so more `--starts` are better: each
+starts new servers for its part of the rounds, and the other one of the two first. With `--by-choice` there is
+one server, which samples, and one connection. The client knows the key, and so which of its requests are
+chosen. The times of those are compared with the times of the others in the same rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -115,37 +117,50 @@ def predict_by_id(port: int, cores: set[int], body: bytes, pipe: Connection) -> 
         pipe.send(times)
 
 
-def measure_by_choice(port: int, keys: SampleKeys, body: bytes, options: argparse.Namespace) -> None:
-    """Send predictions to one server, and print the times of those that are chosen beside the others'."""
-    rate = options.per_s or options.share * capacity(port, request_of(f"/predict/{MODEL}", body))
+def measure_by_choice(
+    port: int,
+    keys: SampleKeys,
+    body: bytes,
+    rate: float,
+    sides: tuple[list[list[float]], list[list[float]]],
+    options: argparse.Namespace,
+) -> None:
+    """Send predictions to one server, and add to `sides` the times of the others and of the chosen ones."""
     pipe = start(predict_by_id, port, options.client_cores, body)
     threshold = threshold_of(options.sampled)
-    others, chosen = list[list[float]](), list[list[float]]()
-    for number in range(-1, options.rounds):
+    first = len(sides[0])
+    for number in range(first - 1, first + options.rounds // options.starts):
         draw = random.Random(number)
         ids = [f"{number}-{draw.getrandbits(64):x}" for _ in range(int(options.seconds * rate))]
         pipe.send([(each, draw.expovariate(rate)) for each in ids])
-        sides: tuple[list[float], list[float]] = ([], [])
+        times: tuple[list[float], list[float]] = ([], [])
         for each, taken_s in zip(ids, pipe.recv(), strict=True):
             if not math.isnan(taken_s):
-                sides[is_chosen(keys.choice_key, each, threshold)].append(taken_s)
-        if number >= 0:  # the first round warms up
-            others.append(sides[0])
-            chosen.append(sides[1])
-    print(f"{rate:.0f} predictions a second, {options.rounds} rounds of {options.seconds:g} s")
+                times[is_chosen(keys.choice_key, each, threshold)].append(taken_s)
+        if number >= first:  # the first round warms up
+            sides[0].append(times[0])
+            sides[1].append(times[1])
+    pipe.close()
+
+
+def print_choice(others: list[list[float]], chosen: list[list[float]], rate: float) -> None:
+    """Print how long the chosen requests, and all together, took beside the others."""
+    print(f"{rate:.0f} predictions a second, {len(others)} rounds")
     print(f"{sum(map(len, others))} others, and {sum(map(len, chosen))} that were chosen:")
     print_pooled(others, chosen)
-    both = [one + other for one, other in zip(others, chosen, strict=True)]
     print("others, and all together:")
-    print_pooled(others, both)
+    print_pooled(others, [one + other for one, other in zip(others, chosen, strict=True)])
 
 
 def measure(
-    servers: tuple[tuple[int, int], tuple[int, int]], body: bytes, options: argparse.Namespace
+    servers: Sequence[tuple[int, int]],
+    body: bytes,
+    rate: float,
+    rounds: tuple[list[Round], list[Round]],
+    options: argparse.Namespace,
 ) -> None:
-    """Send predictions to both servers, in turns, and print how long they took."""
+    """Send predictions to both servers, in turns, and add how long they took to `rounds`."""
     request = request_of(f"/predict/{MODEL}", body)
-    rate = options.per_s or options.share * capacity(servers[0][1], request)
     pipes = [start(predict_always, port, options.client_cores, request) for _, port in servers]
 
     def run(which: int, seconds: float, seed: int) -> Round:
@@ -155,13 +170,13 @@ def measure(
         times = pipe.recv()
         return Round(times, [], cpu_s(servers[which][0]) - before)
 
-    rounds: tuple[list[Round], list[Round]] = ([], [])
     for which in (0, 1):
         run(which, 1.0, 0)
-    for number in range(options.rounds):
+    for number in range(len(rounds[0]), len(rounds[0]) + options.rounds // options.starts):
         for which in (0, 1) if number % 2 else (1, 0):
             rounds[which].append(run(which, options.seconds, number))
-    print_rounds({"without": rounds[0], "sampled": rounds[1]}, rate, options)
+    for pipe in pipes:
+        pipe.close()
 
 
 def main() -> None:
@@ -170,6 +185,9 @@ def main() -> None:
     parser.add_argument("repository", type=Path, nargs="?", default=Path("models"))
     parser.add_argument("--sampled", type=float, default=0.1, help="the share of requests that are sampled")
     parser.add_argument("--rounds", type=int, default=14)
+    parser.add_argument(
+        "--starts", type=int, default=1, help="how often servers start, for equal parts of the rounds"
+    )
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--share", type=float, default=0.25, help="of the rate that one connection reaches")
     parser.add_argument("--per-s", type=float, default=0.0)
@@ -184,7 +202,7 @@ def main() -> None:
     print("$", shlex.join(("scripts/bench", "samples", *sys.argv[1:])), flush=True)
     settings = f'\n[samples]\nshare = {options.sampled}\nfields = {{"*" = "keep", "image" = "keep"}}\n'
     body = json.dumps({"inputs": np.random.default_rng(0).random((1, 1, 8, 8)).tolist()}).encode()
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
         folder, secret = Path(name), secrets.token_bytes(32)
         key_file = folder / "keys"
         key_file.write_text(f"first {base64.b64encode(secret).decode()}\n")
@@ -192,15 +210,30 @@ def main() -> None:
         plain = copy_model(options.repository, folder / "plain", "")
         sampled = copy_model(options.repository, folder / "sampled", settings)
         kept = ("--samples-dir", str(folder / "kept"), "--samples-keys-file", str(key_file))
-        os.sched_setaffinity(0, options.server_cores)
-        without = None if options.by_choice else stack.enter_context(serving(plain))
-        with_samples = stack.enter_context(serving(sampled, *kept))
-        os.sched_setaffinity(0, options.client_cores)
-        if without is None:
-            measure_by_choice(with_samples[1], SampleKeys({"first": secret}), body, options)
+        rounds: tuple[list[Round], list[Round]] = ([], [])
+        sides: tuple[list[list[float]], list[list[float]]] = ([], [])
+        found: Counter[str] = Counter()
+        rate = options.per_s
+        for number in range(options.starts):
+            with contextlib.ExitStack() as stack:
+                os.sched_setaffinity(0, options.server_cores)
+                servers = [(0, 0), (0, 0)]
+                for which in (1,) if options.by_choice else (0, 1) if number % 2 == 0 else (1, 0):
+                    running = serving(sampled, *kept) if which else serving(plain)
+                    servers[which] = stack.enter_context(running)
+                os.sched_setaffinity(0, options.client_cores)
+                port = servers[1][1]
+                rate = rate or options.share * capacity(port, request_of(f"/predict/{MODEL}", body))
+                if options.by_choice:
+                    measure_by_choice(port, SampleKeys({"first": secret}), body, rate, sides, options)
+                else:
+                    measure(servers, body, rate, rounds, options)
+                found.update(outcomes(port))
+        if options.by_choice:
+            print_choice(*sides, rate)
         else:
-            measure((without, with_samples), body, options)
-        print(f"share {options.sampled:g} of the requests:", outcomes(with_samples[1]))
+            print_rounds({"without": rounds[0], "sampled": rounds[1]}, rate, options)
+        print(f"share {options.sampled:g} of the requests:", dict(found))
 
 
 if __name__ == "__main__":

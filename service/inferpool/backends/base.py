@@ -150,6 +150,8 @@ class LoadedModel(ABC):
         A model of PyTorch also takes names of gradients, and then nothing else among `outputs`.
         The inputs already match the signature; optional inputs may be absent. The caller does not
         change `inputs` afterwards and owns the returned tensors.
+
+        The model does not write to `inputs`: they may run again, and rows of them may be kept as a sample.
         """
 
     def rejection(self, error: Exception) -> Rejection | None:

@@ -3,7 +3,7 @@
 A version that neither keeps samples nor has a profile has no observer, and its requests pay a comparison.
 Otherwise the event loop decides by the request's id, and by the time, whether to observe a request, and
 copies a few rows of the inputs and outputs. It does so once the response is written, and before the memory is
-given back. Code that few requests run is in no cache of the CPU: before the response, the copies would take a
+given back. Code that few requests run is in no cache of the CPU: before the response, the copies may take a
 tenth of a small request's time. One thread of the process does everything else, in a small share of a core.
 """
 
