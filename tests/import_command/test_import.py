@@ -94,6 +94,13 @@ def test_what_cannot_be_imported(
     assert not (tmp_path / "m").exists()
 
 
+def test_a_cache_is_for_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.pkl").write_bytes(b"")
+    arguments = [str(tmp_path / "model.pkl"), "--cache", "--example", "rows.csv", "--to", str(tmp_path / "m")]
+    assert cli.main(["import", *arguments]) == 2
+    assert "--cache is for folders of Hugging Face; model.pkl is none" in capsys.readouterr().err
+
+
 def test_a_pickle_of_another_kind_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="list is no classifier"):
         script("tabular", monkeypatch).convert_estimator([1, 2], tmp_path / "rows.npz", tmp_path)

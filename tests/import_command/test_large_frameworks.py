@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from inferpool import cli
 
+from tests.conftest import Serve
 from tests.record import needs_to_run
 
 CATBOOST = """
@@ -90,3 +91,37 @@ def test_hugging_face(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "m" / task / "samples" / "imported.json").exists()
     if task in ("classification", "pictures"):
         assert (tmp_path / "m" / task / "labels.txt").read_text().split() == ["bad", "fine", "good"]
+
+
+@pytest.mark.timeout(600)
+def test_a_causal_model_of_hugging_face_goes_on_from_its_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], serve: Serve
+) -> None:
+    """Tokens in three requests, each with the cache of the one before, give the scores of a single one."""
+    needs_to_run("large-frameworks")
+    import numpy as np
+    from inferpool import Client
+
+    from tests.import_command.hugging_face_models import GPT2, WORDS, write
+
+    (tmp_path / "m").mkdir()
+    example = write("next", tmp_path / "next")
+    told = ["import", str(tmp_path / "next"), "--example", str(example), "--to", str(tmp_path / "m" / "next")]
+    assert cli.main([*told, "--cache"]) == 0
+    # Two of the four texts have three tokens or more.
+    assert "(next token, with cache), 2 rows differ from" in capsys.readouterr().out
+    assert not (tmp_path / "m" / "next" / "tokenizer.json").exists()
+    layers, heads = int(GPT2["n_layer"]), int(GPT2["n_head"])
+    size = int(GPT2["n_embd"]) // heads
+    tokens = np.array([[4, 5, 6, 7, 8, 9, 10], [9, 5, 4, 7, 8, 10, 11]])
+    names = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+    nothing = np.zeros((2, heads, 0, size), np.float32)
+    with Client(serve(tmp_path / "m").url) as client:
+        past = {f"past_key_values.{name}": nothing for name in names}
+        whole = client.predict("next", {"input_ids": tokens, **past})
+        for first, last in ((0, 4), (4, 5), (5, 7)):
+            answered = client.predict("next", {"input_ids": tokens[:, first:last], **past})
+            past = {f"past_key_values.{name}": answered.outputs[f"present.{name}"] for name in names}
+    np.testing.assert_allclose(answered.outputs["logits"], whole.outputs["logits"], rtol=1e-4, atol=1e-4)
+    assert past["past_key_values.0.key"].shape == (2, heads, 7, size)
+    assert len((tmp_path / "m" / "next" / "labels.txt").read_text().splitlines()) == len(WORDS)

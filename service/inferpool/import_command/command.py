@@ -58,6 +58,11 @@ def add_import_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         metavar="FILE",
         help="a state_dict for the module that FILE.py:FUNCTION returns",
     )
+    command.add_argument(
+        "--cache",
+        action="store_true",
+        help="a causal language model of Hugging Face takes tokens and its cache, and returns the cache",
+    )
     command.add_argument("--labels", type=Path, metavar="FILE", help="names of classes, one a line")
     command.add_argument(
         "--tolerance", type=float, default=1e-4, metavar="T",
@@ -68,7 +73,7 @@ def add_import_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 def run_import_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int:
     """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
-    names = ("source", "to", "example", "framework", "weights", "labels", "tolerance")
+    names = ("source", "to", "example", "framework", "weights", "cache", "labels", "tolerance")
     chosen = {name: flags.pop(name) for name in names}
     try:
         for line in _import(chosen, flags, environ):
@@ -92,6 +97,8 @@ def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str,
     source = recognise_source(
         chosen["source"], chosen["framework"], weights=weights is not None, trusted=settings.trust
     )
+    if chosen["cache"] and source.framework != "hugging-face":
+        raise ConfigError(f"--cache is for folders of Hugging Face; {source.name} is none")
     if not is_model_name(target.name):
         raise ConfigError(f"{target.name!r} is no name of a model")
     if weights is not None and not weights.is_file():
@@ -104,6 +111,7 @@ def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str,
 
     example = read_example(chosen["example"])
     options = [] if weights is None else ["--weights", str(weights.absolute())]
+    options += ["--cache"] if chosen["cache"] else []
     with tempfile.TemporaryDirectory(prefix="inferpool-") as temporary, _progress() as bar:
         work = Path(temporary)
         bar.set_description(f"converting {source.name}")

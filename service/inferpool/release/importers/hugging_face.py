@@ -11,10 +11,11 @@
 # ///
 """Converts a folder of Hugging Face to ONNX: config.json, model.safetensors and tokenizer.json.
 
-    hugging_face.py FOLDER EXAMPLE.npz OUT
+    hugging_face.py FOLDER EXAMPLE.npz OUT [--cache]
 
 The example has texts, or two texts a row, or pictures: uint8 [rows, height, width, 3]. The model is compared
 with its own code, each row alone, from the text on. Nothing is fetched, and no code of the folder is run.
+With `--cache`, a causal language model takes tokens and its cache, and returns the cache.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 import transformers
 from conversion import Array, read_arrays, write_about
+from hugging_face_cache import LEAST_TOKENS, NOTES, Cached, answer_with_cache
+from hugging_face_cache import MOST_ROWS as MOST_CACHED_ROWS
 from hugging_face_folder import Folder, FolderError, make_tables, read_folder
 from torch_export import export_module
 
@@ -97,14 +100,19 @@ def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     return (values * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
-def main(source: Path, example: Path, out: Path) -> None:
+def main(source: Path, example: Path, out: Path, *, cached: bool = False) -> None:
     """Convert `source`; exits with a message if it cannot be converted."""
     try:
         found = read_folder(source)
     except FolderError as error:
         sys.exit(str(error))
+    if cached and found.task != "next token":
+        sys.exit(f"--cache is for causal language models; this is one for {found.task}")
     model = load(source, found)
     arrays = read_arrays(example)
+    if cached:
+        convert_with_cache(model, found, load_tokenizer(source), read_texts(arrays), out)
+        return
     notes, pairs = list(found.notes), False
     if found.task == "image classification":
         inputs = {"pixel_values": prepare_pictures(source, arrays)}
@@ -140,6 +148,27 @@ def main(source: Path, example: Path, out: Path) -> None:
         converter=f"torch.onnx of torch {torch.__version__}", kind=f"{found.kind} ({found.task})",
         classes=classes or None, scores="logits" if classes else None, activation=activation,
         tables=make_tables(found, pairs=pairs), licence=found.licence, notes=notes,
+    )  # fmt: skip
+
+
+def convert_with_cache(
+    model: torch.nn.Module, found: Folder, tokenizer: Any, texts: Array, out: Path
+) -> None:
+    """Convert a causal language model that takes tokens and its cache, and returns the cache."""
+    if texts.ndim != 1:
+        sys.exit("expected one column of texts in the example")
+    rows = [tokenize(tokenizer, text, found.max_tokens)["input_ids"][0] for text in texts.tolist()]
+    rows = [row for row in rows if len(row) >= LEAST_TOKENS][:MOST_CACHED_ROWS]
+    if not rows:
+        sys.exit(f"expected texts of {LEAST_TOKENS} tokens or more in the example")
+    inputs, outputs, traced = answer_with_cache(model.eval(), rows)
+    varying = {name: [1] if name == "input_ids" else [2] for name in traced}
+    export_module(Cached(model).eval(), traced, list(outputs), out, varying=varying, in_order=True)
+    write_about(
+        out, inputs, outputs, framework=f"transformers {transformers.__version__}",
+        converter=f"torch.onnx of torch {torch.__version__}", kind=f"{found.kind} ({found.task}, with cache)",
+        classes=token_texts(tokenizer, outputs["logits"].shape[1]), scores="logits", activation="softmax",
+        licence=found.licence, notes=[*found.notes, *NOTES],
     )  # fmt: skip
 
 
@@ -230,4 +259,4 @@ def token_texts(tokenizer: Any, count: int) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    main(*map(Path, sys.argv[1:4]), cached="--cache" in sys.argv[4:])
