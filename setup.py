@@ -42,9 +42,9 @@ HOT_PATH = [
     *(f"{SOURCE}/engine/{name}.py" for name in (
         "arena", "channel", "client", "client_router", "engine_port", "entry_blocks", "entry_sender",
         "event_loop", "full_queues", "lent_bodies", "offer_reader", "pending_entry", "questions",
-        "records", "result_receiver", "tensor_layouts", "web_connection")),
+        "records", "result_receiver", "tensor_bytes", "tensor_layouts", "web_connection")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
-        "json_bounds", "json_numbers", "native_json", "v2_request", "v2_response")),
+        "json_bodies", "json_bounds", "json_numbers", "native_json", "v2_request", "v2_response")),
     f"{SOURCE}/observe/metrics.py",
     f"{SOURCE}/allowance.py",
     f"{SOURCE}/tensors.py",

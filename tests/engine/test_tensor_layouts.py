@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from inferpool.engine.records import LAYOUT_FIELDS, ProtocolError
-from inferpool.engine.tensor_layouts import LayoutTable, encode, read, read_layout, write
+from inferpool.engine.tensor_bytes import encode, read, write
+from inferpool.engine.tensor_layouts import LayoutTable, read_layout
 from inferpool.pool.ports import VersionKey
 from inferpool.tensors import DTYPES, Tensors
 

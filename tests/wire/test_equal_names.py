@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from inferpool.errors import RequestError
 from inferpool.http.openai.requests import EmbeddingsRequest, RerankRequest, ScoreRequest
 from inferpool.tensors import ANY
-from inferpool.wire.native_json import parse_request, read_object
+from inferpool.wire.json_bodies import read_object
+from inferpool.wire.native_json import parse_request
 from inferpool.wire.v1_request import parse_either, parse_instances
 from inferpool.wire.v2_request import parse_infer
 

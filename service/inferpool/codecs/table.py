@@ -30,7 +30,7 @@ from inferpool.tensors import (
     value_text,
 )
 from inferpool.wire.columns import as_column, column_tensor, transpose
-from inferpool.wire.native_json import wrong_field
+from inferpool.wire.json_bodies import wrong_field
 
 _RECORDS: Final = ("dataframe_records", "records")
 _SPLIT: Final = ("dataframe_split", "split")

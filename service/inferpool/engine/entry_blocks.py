@@ -15,7 +15,8 @@ from inferpool.engine.event_loop import Loop
 from inferpool.engine.lent_bodies import LEAST_LENT_BYTES, LentBodies
 from inferpool.engine.pending_entry import PendingEntry
 from inferpool.engine.records import INLINE_BYTES, MOST_ID, ProtocolError
-from inferpool.engine.tensor_layouts import Layout, LayoutTable, encode, read, write
+from inferpool.engine.tensor_bytes import encode, read, write
+from inferpool.engine.tensor_layouts import Layout, LayoutTable
 from inferpool.errors import Overloaded
 from inferpool.pool.ports import Entry
 from inferpool.tensors import Tensors

@@ -32,7 +32,8 @@ from inferpool.engine.records import (
     json_record,
     read_json,
 )  # fmt: skip
-from inferpool.engine.tensor_layouts import MOST_LAYOUTS, Layout, read, read_layout
+from inferpool.engine.tensor_bytes import read
+from inferpool.engine.tensor_layouts import MOST_LAYOUTS, Layout, read_layout
 from inferpool.engine.web_connection import Offered, WebConnection
 from inferpool.errors import Overloaded
 from inferpool.pool.ports import Entry, Part

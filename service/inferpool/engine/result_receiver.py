@@ -38,7 +38,8 @@ from inferpool.engine.records import (
     read_error,
     read_json,
 )
-from inferpool.engine.tensor_layouts import Layout, read, read_layout
+from inferpool.engine.tensor_bytes import read
+from inferpool.engine.tensor_layouts import Layout, read_layout
 from inferpool.errors import NotReady, QueueFull
 from inferpool.pool.ports import Result
 

@@ -20,7 +20,8 @@ from inferpool.engine.records import (
     error_body,
     hello,
 )
-from inferpool.engine.tensor_layouts import LayoutTable, encode, write
+from inferpool.engine.tensor_bytes import encode, write
+from inferpool.engine.tensor_layouts import LayoutTable
 from inferpool.errors import InferpoolError, InternalError
 from inferpool.pool.ports import Entry, Result
 

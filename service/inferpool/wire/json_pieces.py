@@ -14,7 +14,7 @@ import numpy as np
 from inferpool.errors import InferpoolError
 from inferpool.system.cpu_pace import let_others_run
 from inferpool.tensors import Array, bf16_to_fp32
-from inferpool.wire.native_json import has_non_finite, write
+from inferpool.wire.json_bodies import has_non_finite, write
 
 Chunk: TypeAlias = bytes | memoryview
 

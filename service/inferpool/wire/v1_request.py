@@ -22,17 +22,9 @@ from inferpool.tensors import (
     unknown_input,
 )
 from inferpool.wire.columns import as_column, column_tensor, transpose
+from inferpool.wire.json_bodies import extract_numbers, read_again, read_object, unknown_field, wrong_field
 from inferpool.wire.json_numbers import FallBack, Numbers, read_extracted
-from inferpool.wire.native_json import (
-    PredictRequest,
-    extract_numbers,
-    read_again,
-    read_inputs,
-    read_object,
-    read_parameters,
-    unknown_field,
-    wrong_field,
-)
+from inferpool.wire.native_json import PredictRequest, read_inputs, read_parameters
 from inferpool.wire.nested_lists import completed, read_nested
 
 _FIELDS: Final = ("instances", "inputs", "signature_name", "parameters")

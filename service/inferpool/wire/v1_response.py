@@ -13,8 +13,8 @@ from typing import Any, Final
 import numpy as np
 
 from inferpool.tensors import bf16_to_fp32
+from inferpool.wire.json_bodies import write
 from inferpool.wire.json_pieces import PIECE_ELEMENTS, Chunk, write_value
-from inferpool.wire.native_json import write
 
 _PIECE_OBJECTS: Final = 512
 """Objects that are written at a time at most."""

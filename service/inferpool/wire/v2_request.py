@@ -27,16 +27,10 @@ from inferpool.tensors import (
     unknown_input,
     value_text,
 )
+from inferpool.wire.json_bodies import extract_numbers, read_again, read_object, whole_number, wrong_field
 from inferpool.wire.json_numbers import FallBack, read_extracted
 from inferpool.wire.large_bytes import as_bytes
-from inferpool.wire.native_json import (
-    check_id,
-    extract_numbers,
-    read_again,
-    read_object,
-    whole_number,
-    wrong_field,
-)
+from inferpool.wire.native_json import check_id
 from inferpool.wire.nested_lists import MAX_RANK, in_shape, read_nested
 from inferpool.wire.v2_binary import from_raw, read_binary
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from inferpool.system.cpu_pace import let_others_run
 from inferpool.tensors import DTYPES, JSON, Array, Signature, TensorSpec, bf16_to_fp32
+from inferpool.wire.json_bodies import has_non_finite, write
 from inferpool.wire.json_pieces import Chunk, write_infer
-from inferpool.wire.native_json import has_non_finite, write
 from inferpool.wire.v2_binary import to_binary
 from inferpool.wire.v2_classification import classify, empty_in_pieces
 from inferpool.wire.v2_request import RequestedOutput

@@ -29,8 +29,8 @@ from inferpool.http.predict.api import (
 from inferpool.http.predict.request_head import RequestHead
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Tensors
+from inferpool.wire.json_bodies import read_object
 from inferpool.wire.large_bytes import as_bytes
-from inferpool.wire.native_json import read_object
 
 EMBEDDINGS: Final = ("/v1/embeddings", "/openai/v1/embeddings")
 RERANK: Final = ("/v1/rerank", "/v2/rerank", "/openai/v1/rerank")

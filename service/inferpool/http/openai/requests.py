@@ -18,7 +18,7 @@ from inferpool.codecs.text_outputs import ScoreOutput, VectorOutput
 from inferpool.errors import InvalidInput
 from inferpool.http.predict.served_version import ServedVersion
 from inferpool.tensors import Array, Tensors, name_text, names_text
-from inferpool.wire.native_json import unknown_field, whole_number, write, wrong_field
+from inferpool.wire.json_bodies import unknown_field, whole_number, write, wrong_field
 
 _COMMON: Final = ("model", "version", "truncate", "truncation", "user")
 _PIECE_ITEMS: Final = 64

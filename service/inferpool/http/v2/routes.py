@@ -36,7 +36,7 @@ from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, ModelView, VersionView, find_model, find_ready
 from inferpool.repository.jobs import DONE, RUNNING, Job
 from inferpool.tensors import name_text, value_text
-from inferpool.wire.native_json import read_object, wrong_field
+from inferpool.wire.json_bodies import read_object, wrong_field
 
 Responses = dict[int | str, dict[str, Any]]
 

@@ -24,7 +24,8 @@ from inferpool.repository.catalog import SampleView
 from inferpool.repository.config import ModelConfig
 from inferpool.system.files import read_file
 from inferpool.tensors import Array, Signature, Tensors, names_text
-from inferpool.wire.native_json import parse_request, write
+from inferpool.wire.json_bodies import write
+from inferpool.wire.native_json import parse_request
 
 _KEYS = {"inputs", "outputs", "tolerance"}
 DEFAULT_TOLERANCE = 1e-4
