@@ -8,8 +8,6 @@ of tokens only, every row is padded here.
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -29,6 +27,7 @@ from inferpool.codecs.text_tokenizer import (
     set_truncation,
     take_padding,
 )
+from inferpool.codecs.text_words import Words, find_token, find_words
 from inferpool.errors import BodyTooLarge, ConfigError, InvalidInput, MalformedBody, Reason
 from inferpool.tensors import ANY, Array, Signature, Tensors, TensorSpec, name_text, value_text
 
@@ -43,9 +42,6 @@ MEASURED_TOKENS: Final = 32
 PROOF_ROWS: Final = 8
 
 _SEED: Final = 20_260_101
-_PARTS: Final = re.compile(r"\S+")
-_MASK_TOKENS: Final = ("[MASK]", "<mask>", "<MASK>")
-_UNKNOWN_TOKENS: Final = ("[UNK]", "<unk>", "<UNK>")
 
 Text: TypeAlias = str | tuple[str, str]
 """What becomes a row: a sentence, or a pair of texts."""
@@ -70,28 +66,6 @@ class TextRows(NamedTuple):
     groups: list[Rows]
     lengths: list[int]
     truncated: list[int]
-
-
-class Span(NamedTuple):
-    """Where a word begins and ends, in characters: in the first or the second sentence of a pair."""
-
-    sentence: int
-    start: int
-    end: int
-
-
-class Words(NamedTuple):
-    """The words of a sentence or a pair, as far as the row of tokens has them.
-
-    Attributes:
-        tensors: the row.
-        spans: where each word is.
-        word_of: the number of the word of each token; -1 for special tokens and padding.
-    """
-
-    tensors: Tensors
-    spans: list[Span]
-    word_of: list[int]
 
 
 class TextCodec:
@@ -274,7 +248,7 @@ class TextCodec:
         encoding = self._tokenizer.encode(*sentences)
         if self._joiner is not None:
             encoding = self._joiner.cut(encoding)
-        spans, word_of = _words_of(sentences, encoding)
+        spans, word_of = find_words(sentences, encoding)
         if self.fixed is not None:
             padding = [-1] * (self.fixed - len(word_of))
             word_of = padding + word_of if self._padding.on_left else word_of + padding
@@ -286,15 +260,7 @@ class TextCodec:
         `mask` is the token that hides a word in training, `unknown` that of words outside the vocabulary,
         and `padding` fills rows up.
         """
-        names: tuple[str, ...] = ()
-        if kind == "mask":
-            names = _MASK_TOKENS
-        elif kind == "unknown":
-            names = tuple(filter(None, (getattr(self._tokenizer.model, "unk_token", None), *_UNKNOWN_TOKENS)))
-        else:
-            return self.fills[self.ids]
-        found = (self._tokenizer.token_to_id(name) for name in names)
-        return next((token for token in found if token is not None), None)
+        return self.fills[self.ids] if kind == "padding" else find_token(self._tokenizer, kind)
 
     def made_up_rows(self, tokens: int, count: int = PROOF_ROWS) -> Tensors:
         """Return `count` rows of `tokens` random tokens, with which batching is proven and measured."""
@@ -449,32 +415,6 @@ def _check_count(count: int, called: str, members: dict[str, Any]) -> None:
             got=count,
             **members,
         )
-
-
-def _words_of(sentences: Sequence[str], encoding: Any) -> tuple[list[Span], list[int]]:
-    """Return the span of each word that has tokens, and the number of the word of each token."""
-    tokens = list(zip(encoding.sequence_ids, encoding.word_ids, encoding.offsets, strict=True))
-    starts = [[match.start() for match in _PARTS.finditer(sentence)] for sentence in sentences]
-    # Some tokenizers take a whole sentence for one word.
-    in_parts = len({number for _, number, _ in tokens} - {None}) < 2 and max(map(len, starts)) > 1
-    known: dict[tuple[int, int], int] = {}
-    spans: list[Span] = []
-    word_of = []
-    for which, number, (start, end) in tokens:
-        if which is not None:
-            while start < end and sentences[which][start].isspace():
-                start += 1  # a token of some tokenizers begins with the space before its word
-        if which is None or number is None or start == end:
-            word_of.append(-1)
-            continue
-        own = bisect_right(starts[which], start) if in_parts else number
-        word = known.setdefault((which, own), len(spans))
-        if word == len(spans):
-            spans.append(Span(which, start, end))
-        else:
-            spans[word] = Span(which, min(spans[word].start, start), max(spans[word].end, end))
-        word_of.append(word)
-    return spans, word_of
 
 
 def _check_range(name: str, values: Array, highest: int) -> None:

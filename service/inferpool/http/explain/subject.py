@@ -7,7 +7,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from inferpool.codecs.text import Span, Text, TextCodec
+from inferpool.codecs.text import Text, TextCodec
+from inferpool.codecs.text_words import Span
 from inferpool.errors import InvalidInput
 from inferpool.explain import baselines
 from inferpool.explain.features import (
