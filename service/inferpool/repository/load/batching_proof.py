@@ -93,6 +93,10 @@ class BatchingProof:
             return next(filter(None, threads.map(run, range(len(models)))), None)
 
 
+class Disproven(Exception):
+    """Runs of the plan give other answers than the rows alone; the text says which."""
+
+
 def refuted(fault: Fault, rows: Tensors | None = None) -> BatchingProof:
     """The result for a model whose rows may not share a run; it runs `rows` one by one."""
     return BatchingProof(fault.reason, fault, rows=rows or {})

@@ -40,8 +40,9 @@ from inferpool.repository.load.load_files import LoadFiles, open_files
 from inferpool.repository.load.model_copies import ModelCopies
 from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.repository.load.plan_cache import PlanCache
-from inferpool.repository.load.planner import Planner, PrepareRun, prepare_run
+from inferpool.repository.load.planner import Planner
 from inferpool.repository.load.pool_factory import PoolFactory
+from inferpool.repository.load.run_timer import PrepareRun, prepare_run
 from inferpool.repository.load.text_padding import make_padding, make_texts
 from inferpool.repository.load.view_facts import (
     batching_view,

@@ -7,23 +7,19 @@ that the next start need not measure.
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from threading import Barrier, BrokenBarrierError
-from typing import Final, TypeAlias
+from typing import Final
 
 from inferpool.backends.base import LoadedModel
 from inferpool.backends.row_verdict import Independence, RowVerdict
-from inferpool.errors import Reason, short_reason
+from inferpool.errors import short_reason
 from inferpool.pool.buckets import choose_buckets, sizes_between
 from inferpool.pool.latency_model import Measurement
 from inferpool.repository.lifecycle import MEASURE, PROVE, Phase
 from inferpool.repository.load.batching_check import UNREAD, check_batching
-from inferpool.repository.load.batching_proof import BatchingProof, Fault, refuted
+from inferpool.repository.load.batching_proof import BatchingProof, Disproven, Fault, refuted
 from inferpool.repository.load.batching_remedies import Obstacle
 from inferpool.repository.load.declared_shapes import (
     ShapeCorrections,
@@ -32,9 +28,11 @@ from inferpool.repository.load.declared_shapes import (
     without_names,
 )
 from inferpool.repository.load.free_sizes import bytes_of, free_axes, made_up_request
+from inferpool.repository.load.instance_choice import InstanceChoice
 from inferpool.repository.load.list_outputs import ListsAsTables, has_lists
 from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.repository.load.row_cost_fit import RowCostFit
+from inferpool.repository.load.run_timer import PrepareRun, RunTimer, prepare_run
 from inferpool.repository.load.runnable_rows import count_rows, repeat_rows, rows_between
 from inferpool.tensors import ANY, Tensors
 
@@ -64,29 +62,8 @@ GROWING: Final = 0.6
 WEIGHING: Final = 0.15
 """The share of the budget in which rows of other sizes are timed, if the model takes any."""
 
-BETTER: Final = 1.05
-"""More instances are taken if they bring at least this many times the rate."""
-
-MUCH_BETTER: Final = 1.3
-"""The same if a run of one row is short: the web side then needs more of the cores."""
-
 BATCH_S: Final = 1e-4
 """The cost of a batch in addition to its run: two wake-ups, gather, scatter. More rows share it."""
-
-OVERLAPPING: Final = 2
-"""Instances on a GPU if nothing could be measured: one copies while the other runs."""
-
-CLEAR_S: Final = 1e-3
-"""A run shorter than this gains nothing from a second thread, because the web side needs the core."""
-
-
-PrepareRun: TypeAlias = Callable[[LoadedModel, Tensors], Callable[[], object]]
-"""Prepares runs of a model with these inputs, and returns the function that makes one."""
-
-
-def prepare_run(model: LoadedModel, inputs: Tensors) -> Callable[[], object]:
-    """Prepare nothing: a run on a CPU is the same every time."""
-    return partial(model.run, inputs)
 
 
 class Planner:
@@ -108,10 +85,10 @@ class Planner:
         self._load = load
         self._enter = enter
         self._prepare = prepare
-        self._prepare_run = prepare
         self._constraints = constraints
         self._clock = clock
-        self._ends = 0.0
+        self._timer = RunTimer(clock, constraints.budget_s, prepare)
+        self._instances = InstanceChoice(load, constraints, self._timer)
 
     def make(self, model: LoadedModel, samples: Sequence[Tensors] = (), graph: RowVerdict = UNREAD) -> Plan:
         """Make the plan with `model`, which was loaded for one thread a run.
@@ -131,7 +108,7 @@ class Planner:
         self._enter(MEASURE)
         try:
             plan, table = self._choose(model, proof, proof.timed_rows or unproven)
-        except _Disproven as error:
+        except Disproven as error:
             proof = refuted(Fault(Obstacle.ROWS_MIXED, str(error)), proof.timed_rows)
             plan, table = self._choose(model, proof, proof.timed_rows)
         one = rows_between(proof.timed_rows, 0, 1) or unproven
@@ -142,20 +119,20 @@ class Planner:
     ) -> tuple[Plan, list[Measurement]]:
         """Decide batches, instances and threads; also returns the times of batches in one instance.
 
-        Raises _Disproven if runs of the plan give other answers than the rows alone.
+        Raises Disproven if runs of the plan give other answers than the rows alone.
         """
         constraints = self._constraints
         budget_s = constraints.budget_s
         if constraints.weighed and any(ANY in (spec.shape or ())[1:] for spec in model.signature.inputs):
             budget_s *= 1 - WEIGHING
         began = self._clock()
-        self._ends = began + GROWING * budget_s
-        self._prepare_run = self._prepare if proof.batched else prepare_run
+        self._timer.ends = began + GROWING * budget_s
+        self._timer.prepare = self._prepare if proof.batched else prepare_run
         if not rows or not constraints.budget_s:
             return self._unmeasured_plan(model, proof), []
         table = self._grow_batch(model, proof, rows)
         if not table:
-            instances, threads = self._unmeasured_instances()
+            instances, threads = self._instances.unmeasured()
             fault = proof.fault or Fault(Obstacle.NOTHING_RUNS, proof.reason)
             return Plan(False, proof.reason, 1, instances, threads, fault=fault), []
         max_rows = 1
@@ -166,11 +143,11 @@ class Planner:
         if constraints.gpu:
             if proof.batched:
                 table += self._measure_between(model, rows, table)
-            instances, gain = self._overlap(model, batch, proof)
+            instances, gain = self._instances.on_gpu(model, batch, proof)
             threads = 1
         else:
-            self._ends = began + budget_s
-            instances, threads, gain = self._share_cores(model, batch, table, proof)
+            self._timer.ends = began + budget_s
+            instances, threads, gain = self._instances.on_cpu(model, batch, table, proof)
         shared = tuple(line._replace(seconds=line.seconds * instances / gain) for line in sorted(table))
         sizes = self._buckets(table, max_rows) if proof.batched else ()
         plan = Plan(
@@ -214,7 +191,7 @@ class Planner:
         return replace(plan, row_cost=cost, row_bytes=row_bytes, shapes=ShapeCorrections(names, shapes))
 
     def _unmeasured_plan(self, model: LoadedModel, proof: BatchingProof) -> Plan:
-        instances, threads = self._unmeasured_instances()
+        instances, threads = self._instances.unmeasured()
         most = 1
         if proof.batched:
             served = model if threads == 1 else self._load(threads)
@@ -237,14 +214,6 @@ class Planner:
             evidence=proof.evidence,
         )
 
-    def _unmeasured_instances(self) -> tuple[int, int]:
-        """Instances, and threads of a run, if nothing was measured."""
-        constraints = self._constraints
-        if constraints.gpu:
-            return constraints.instances or OVERLAPPING, 1
-        instances = constraints.instances or 1
-        return instances, constraints.threads or max(1, constraints.cores // instances)
-
     def _buckets(self, table: Sequence[Measurement], most: int) -> tuple[int, ...]:
         """The batch sizes of a model on a GPU; without measurements, all powers of two."""
         if not self._constraints.gpu:
@@ -256,13 +225,13 @@ class Planner:
     def _grow_batch(self, model: LoadedModel, proof: BatchingProof, rows: Tensors) -> list[Measurement]:
         """Time batches of 1, 2, 4, … rows until more rows no longer pay, and check the answers of each.
 
-        Raises _Disproven if a batch's outputs differ from those of its rows alone.
+        Raises Disproven if a batch's outputs differ from those of its rows alone.
         """
         table: list[Measurement] = []
         rates: list[float] = []
         size = 1
         most = self._constraints.max_rows or _affordable_rows(rows, MOST_ROWS)
-        while not table or (proof.batched and size <= most and not self._late()):
+        while not table or (proof.batched and size <= most and not self._timer.is_over):
             batch = repeat_rows(rows, size) if proof.batched else rows
             try:
                 if proof.batched:
@@ -274,8 +243,8 @@ class Planner:
                 log.info("batches end at %d rows: %s", size // 2, short_reason(error))
                 break
             if wrong is not None:
-                raise _Disproven(f"{wrong} when {size} rows run together")
-            quickest, typical = self._time(model, batch)
+                raise Disproven(f"{wrong} when {size} rows run together")
+            quickest, typical = self._timer.time(model, batch)
             table.append(Measurement(size, typical, TRUST))
             rates.append(size / (quickest + BATCH_S))
             if (
@@ -294,7 +263,7 @@ class Planner:
     def _provable_rows(self, models: Sequence[LoadedModel], proof: BatchingProof, rows: int) -> int:
         """The most rows, at most `rows`, that `models` run together, each on a thread, as they are proven.
 
-        Raises _Disproven if the answers differ.
+        Raises Disproven if the answers differ.
         """
         while True:
             try:
@@ -306,21 +275,8 @@ class Planner:
                 rows = rows // 2
                 continue
             if wrong is not None:
-                raise _Disproven(f"{wrong} when {rows} rows run together")
+                raise Disproven(f"{wrong} when {rows} rows run together")
             return rows
-
-    def _time(self, model: LoadedModel, batch: Tensors) -> tuple[float, float]:
-        """The quickest and the median of a few runs, in seconds."""
-        times: list[float] = []
-        run = self._prepare_run(model, batch)
-        stop = min(self._ends, self._clock() + self._constraints.budget_s / 20)
-        while len(times) < 3 or (len(times) < 30 and self._clock() < stop):
-            began = self._clock()
-            run()
-            times.append(self._clock() - began)
-            if times[-1] > self._constraints.budget_s / 10:
-                break  # a slow model is timed by one run: more would not change the decision
-        return max(min(times), 1e-9), statistics.median(times)
 
     def _measure_between(
         self, model: LoadedModel, rows: Tensors, table: Sequence[Measurement]
@@ -328,139 +284,12 @@ class Planner:
         """Time sizes between those of `table` if such buckets may save padding."""
         found = []
         for size in sizes_between(table):
-            if self._late():
+            if self._timer.is_over:
                 break
             batch = repeat_rows(rows, size)
             model.run(batch)
-            found.append(Measurement(size, self._time(model, batch)[1], TRUST))
+            found.append(Measurement(size, self._timer.time(model, batch)[1], TRUST))
         return found
-
-    def _overlap(self, model: LoadedModel, batch: Tensors, proof: BatchingProof) -> tuple[int, float]:
-        """Instances on a GPU, where one copies while another runs, and their rate as a multiple of one's."""
-        asked = self._constraints.instances
-        if asked == 1 or self._late():
-            return asked or OVERLAPPING, 1.0
-        base = self._rate([model], batch)
-        others: list[LoadedModel] = []
-        try:
-            for _ in range((asked or OVERLAPPING) - 1):
-                others.append(self._load(1))  # noqa: PERF401 - if one fails, those before it must be closed
-            rate = self._rate([model, *others], batch)
-            wrong = proof.disagreement([model, *others], count_rows(batch)) if proof.batched else None
-            if wrong is not None:
-                raise _Disproven(f"{wrong} when {1 + len(others)} instances run at the same time")
-        except Exception as error:  # there may be no memory for one more copy
-            if asked or isinstance(error, _Disproven):
-                raise
-            log.info("one instance a GPU: %s", short_reason(error))
-            return 1, 1.0
-        finally:
-            for other in others:
-                other.close()
-        instances = asked or (OVERLAPPING if rate > BETTER * base else 1)
-        return instances, min(rate / base, instances) if instances > 1 else 1.0
-
-    def _share_cores(
-        self, model: LoadedModel, batch: Tensors, table: Sequence[Measurement], proof: BatchingProof
-    ) -> tuple[int, int, float]:
-        """Instances, threads of a run, and their rate as a multiple of one instance with one thread.
-
-        An option that gives other answers than those that are proven is not taken. Raises _Disproven if
-        `model.toml` asks for it.
-        """
-        options = self._options(table[0].seconds, table[-1].seconds)
-        late = self._late()
-        if options == [(1, 1)] or (late and not proof.batched):
-            return *options[0], 1.0
-        if late:
-            options = options[:1]
-        base = 1.0 if late else self._rate([model], batch)
-        rates: dict[tuple[int, int], float] = {}
-        wrongs: list[Reason] = []
-        # Options with one thread come first, because for others the model must be loaded again.
-        for instances, threads in sorted(options, key=lambda option: option[::-1]):
-            if rates and self._late():
-                break
-            candidate = model if threads == 1 else self._load(threads)
-            alone = (instances, threads) == (1, 1)
-            try:
-                wrong = None
-                if proof.batched and not alone:
-                    wrong = proof.disagreement([candidate] * instances, count_rows(batch))
-                if wrong is not None:
-                    wrongs.append(f"{wrong} when {instances} × {threads} threads run at the same time")
-                    continue
-                # Without time to measure, an option only has to give the proven answers.
-                known = late or alone
-                rates[instances, threads] = base if known else self._rate([candidate] * instances, batch)
-            finally:
-                if candidate is not model:
-                    candidate.close()
-        if not rates:
-            if self._constraints.instances or self._constraints.threads:
-                raise _Disproven(wrongs[0])
-            return 1, 1, 1.0
-        enough = max(rates.values()) / (BETTER if table[0].seconds >= CLEAR_S else MUCH_BETTER)
-        best = next(option for option in options if rates.get(option, 0.0) >= enough)
-        # A gain beyond the number of threads is noise in one of the two rates.
-        return *best, min(rates[best] / base, best[0] * best[1])
-
-    def _options(self, single_s: float, full_s: float) -> list[tuple[int, int]]:
-        """Instances and threads worth trying. Few instances come first: they answer a lone request soonest.
-
-        `single_s` is the time of a run of one row, `full_s` that of a full batch.
-        """
-        asked, cores = self._constraints, self._constraints.cores
-        if asked.instances:
-            return [(asked.instances, asked.threads or max(1, cores // asked.instances))]
-        if asked.threads:
-            return sorted({(1, asked.threads), (max(1, cores // asked.threads), asked.threads)})
-        if cores == 1 or full_s < CLEAR_S:
-            return [(1, 1)]
-        if single_s < CLEAR_S:
-            # A model that gains by large batches loses if many instances share the rows among them.
-            return [(1, 1), (1, cores), (2, 1)]
-        halves = {(2, cores // 2), (cores // 2, 2)} if cores >= 4 else set()
-        return sorted({(1, cores), (cores, 1)} | halves)
-
-    def _rate(self, models: Sequence[LoadedModel], batch: Tensors) -> float:
-        """Batches a second if one thread for each of `models` runs `batch` over and over."""
-        for model in dict.fromkeys(models):
-            model.run(batch)
-        began = stop = 0.0
-        runs = [0] * len(models)
-
-        def begin() -> None:
-            nonlocal began, stop
-            began = self._clock()
-            stop = began + self._constraints.budget_s / 10
-
-        prepared = Barrier(len(models), begin)
-
-        def work(number: int) -> None:
-            try:
-                run = self._prepare_run(models[number], batch)
-                prepared.wait()
-                while runs[number] < 2 or self._clock() < stop:
-                    run()
-                    runs[number] += 1
-            except BaseException:
-                prepared.abort()  # nobody waits for this thread
-                raise
-
-        with ThreadPoolExecutor(len(models)) as threads:
-            faults = [each.exception() for each in [threads.submit(work, n) for n in range(len(models))]]
-        ended = self._clock()
-        for fault in sorted(filter(None, faults), key=lambda fault: isinstance(fault, BrokenBarrierError)):
-            raise fault
-        return sum(runs) / (ended - began)
-
-    def _late(self) -> bool:
-        return self._clock() >= self._ends
-
-
-class _Disproven(Exception):
-    """Runs of the plan give other answers than the rows alone; the text says which."""
 
 
 def _affordable_rows(rows: Tensors, most: int) -> int:

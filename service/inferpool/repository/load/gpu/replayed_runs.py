@@ -12,7 +12,7 @@ from functools import partial
 
 from inferpool.backends.base import DeviceModel, LoadedModel
 from inferpool.errors import short_reason
-from inferpool.repository.load.planner import prepare_run
+from inferpool.repository.load.run_timer import prepare_run
 from inferpool.tensors import Tensors
 
 log = logging.getLogger(__name__)
