@@ -45,7 +45,7 @@ HOT_PATH = [
         "records", "result_receiver", "tensor_bytes", "tensor_layouts", "web_connection")),
     *(f"{SOURCE}/wire/{name}.py" for name in (
         "json_bodies", "json_bounds", "json_numbers", "native_json", "v2_request", "v2_response")),
-    f"{SOURCE}/observe/metrics.py",
+    *(f"{SOURCE}/observe/{name}.py" for name in ("metrics", "metrics_page")),
     f"{SOURCE}/allowance.py",
     f"{SOURCE}/tensors.py",
 ]  # fmt: skip

@@ -139,7 +139,7 @@ class WebServer(Server):
         elif message.kind == "answer":
             self._catalogs.put_nowait(values)
         elif message.kind == "info":
-            self._metrics.set_info(values["info"])
+            self._metrics.info = values["info"]
         elif message.kind == "drain":
             self.begin_drain()
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inferpool.observe.families import FAMILIES
 from inferpool.observe.metrics import Metrics
+from inferpool.observe.metrics_page import MetricsPage
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -148,7 +149,7 @@ def test_rendered_metrics_are_parsed_back(model: str, amounts: list[float], coun
     for parse, accept in ((parse_text, ""), (parse_openmetrics, OPENMETRICS["Accept"])):
         samples = {
             (sample.name, sample.labels.get("le")): sample
-            for family in parse(metrics.render(accept)[0].decode())
+            for family in parse(MetricsPage(metrics).render(accept)[0].decode())
             for sample in family.samples
             if sample.labels.get("model") == model or sample.labels.get("version") == model
         }
@@ -178,12 +179,13 @@ def test_a_scrape_of_150_versions_takes_little_of_the_processor() -> None:
             for state in ("loading", "ready", "unloading", "failed")
         ]
     )
-    metrics.render("")  # makes what all later scrapes use
+    page = MetricsPage(metrics)
+    page.render("")  # makes what all later scrapes use
 
     def scrape() -> float:
         began = time.thread_time()
-        page, _ = metrics.render("")
-        assert page.count(b'{model="model-7",') >= 40
+        text, _ = page.render("")
+        assert text.count(b'{model="model-7",') >= 40
         return time.thread_time() - began
 
     assert min(scrape() for _ in range(3)) < 0.05

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from inferpool.observe import regions as module
 from inferpool.observe.families import BATCH_RUNS
 from inferpool.observe.metrics import STALE_S, Metrics
+from inferpool.observe.metrics_page import MetricsPage
 from inferpool.observe.regions import REGION_BYTES, Region, RegionReader, Regions, make_regions
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -35,7 +36,7 @@ def shared_memory(slots: int = SLOTS) -> Iterator[int]:
 
 def scrape(metrics: Metrics) -> dict[tuple[str, ...], float]:
     """The samples of a page, by name and label values."""
-    text = metrics.render("")[0].decode()
+    text = MetricsPage(metrics).render("")[0].decode()
     return {
         (sample.name, *sample.labels.values()): sample.value
         for family in parse_text(text)
@@ -228,10 +229,11 @@ def test_a_page_of_fifty_versions_takes_less_than_50_ms() -> None:
         for metrics in servers:
             for number in range(50):
                 metrics.add_version(f"model-{number}", "1")
-        servers[0].render("")
+        page = MetricsPage(servers[0])
+        page.render("")
         took = []
         for _ in range(7):
             began = time.thread_time()
-            servers[0].render("")
+            page.render("")
             took.append(time.thread_time() - began)
     assert min(took) < 0.05, took

@@ -1,13 +1,12 @@
-"""All metrics, and their text for Prometheus.
+"""All metrics: the counts of this process, and the sums over all processes.
 
 Metrics may cost a request one microsecond. So the values are plain numbers, without locks and without
 label look-ups. Each value has one writer at a time: the event loop writes the values of requests, the pool
-writes those of batches under its lock. A writer looks a value up once per version and keeps it. A scrape
-renders the values as text or OpenMetrics; the metrics of the process come from `prometheus_client`.
+writes those of batches under its lock. A writer looks a value up once per version and keeps it.
 
 A server of several processes has its values in shared memory too (`observe.regions`). A value then writes
-each change there, and a scrape of any web process renders the sums of all processes. What a source reads at a
-scrape, the processes write there once a second.
+each change there, and a scrape of any web process shows the sums of all processes (`observe.metrics_page`).
+What a source reads at a scrape, the processes write there once a second.
 """
 
 from __future__ import annotations
@@ -18,22 +17,11 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
-from inferpool.observe.exposition import choose_exposition
 from inferpool.observe.families import CPU_SECONDS, FAMILIES, HIDDEN, USUAL_STATUSES, Combine, Family
-from inferpool.observe.prometheus_text import (
-    Exemplar,
-    HistogramStems,
-    header,
-    histogram_lines,
-    histogram_stems,
-    stem,
-)
+from inferpool.observe.prometheus_text import Exemplar
 from inferpool.observe.regions import RegionReader, Regions
-
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +113,14 @@ Sample = tuple[str, Labels, float]
 
 
 class Metrics:
-    """The metrics of a server, or of one of its processes."""
+    """The metrics of a server, or of one of its processes.
+
+    Attributes:
+        info: the labels of `build_info`; engines know the versions of the runtimes.
+    """
 
     def __init__(self, info: dict[str, str], regions: Regions | None = None) -> None:
-        """Start without values; `info` has the labels of `build_info`.
+        """Start without values.
 
         `regions` has the metrics of the other processes of the server, and takes those of this one; None if
         this process is the server.
@@ -137,25 +129,18 @@ class Metrics:
         self._regions = regions
         self._values: dict[str, dict[Labels, Value]] = {}
         self._distributions: dict[str, dict[Labels, Distribution]] = {}
-        self._stems: dict[tuple[str, Labels], str] = {}
-        self._histogram_stems: dict[tuple[str, Labels], HistogramStems] = {}
         self._sources: list[Callable[[], Iterable[Sample]]] = []
         self._published_sources: list[Callable[[], Iterable[Sample]]] = []
         self._published: dict[tuple[str, Labels], memoryview[float]] = {}
         self._local: dict[str, dict[Labels, memoryview[float]]] = {}
         self._is_shown: Callable[[str, str], bool] | None = None
-        self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
+        self.info = info
         self._cpu_base = 0.0
         self._cpu_s = 0.0
         self._publishing = threading.Lock()
         if regions is not None:
             self._cpu_base = self.left_behind(CPU_SECONDS)
             self._take_over(regions)
-        self._registry: CollectorRegistry | None = None
-
-    def set_info(self, info: dict[str, str]) -> None:
-        """Take other labels of `build_info`: engines know the versions of the runtimes."""
-        self._info = stem("inferpool_build_info", tuple(info), tuple(info.values())) + "1\n"
 
     def value(self, name: str, *labels: str) -> Value:
         """The counter of family `name` with these label values, created at the first call."""
@@ -302,58 +287,15 @@ class Metrics:
                     shared_number[0] = number
             regions.own.beat(time.monotonic())
 
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """All metrics and their content type: OpenMetrics if `accept` asks for it, else text."""
-        # Imported late: only a process that answers requests shows metrics.
-        from prometheus_client.exposition import generate_latest as as_text
-        from prometheus_client.openmetrics.exposition import generate_latest as as_openmetrics
-
-        openmetrics, content_type = choose_exposition(accept)
-        own = self._text(openmetrics=openmetrics).encode()
-        # The encoder comes last, because it writes the mark that ends an OpenMetrics page.
-        registry = self._process_registry()
-        encoded = as_openmetrics(registry) if openmetrics else as_text(registry)  # type: ignore[no-untyped-call]
-        return own + encoded, content_type
-
-    def _process_registry(self) -> CollectorRegistry:
-        """The metrics of the process."""
-        from inferpool.observe.process_metrics import process_registry
-
-        if self._registry is None:
-            self._registry = process_registry(None if self._regions is None else self._processes)
-        return self._registry
-
-    def _text(self, *, openmetrics: bool) -> str:
+    def exemplars(self) -> dict[tuple[str, Labels], dict[int, Exemplar]]:
+        """The exemplars of each histogram that has some, by family and label values."""
         with self._lock:
-            # Before the counts, so that what an exemplar shows is counted.
-            exemplars = {
+            return {
                 (name, labels): dict(each.exemplars)
                 for name, series in self._distributions.items()
                 for labels, each in series.items()
-                # The text format has no exemplars.
-                if openmetrics and each.exemplars
+                if each.exemplars
             }
-        numbers_of, histograms = self.figures()
-        parts: list[str] = []
-        for name, family in FAMILIES.items():
-            parts.append(header(family.full_name, family.kind, family.help, openmetrics=openmetrics))
-            if family.kind == "info":
-                parts.append(self._info)
-            elif family.kind == "histogram":
-                for labels, numbers in histograms[name].items():
-                    counts = [int(number) for number in numbers[:-1]]
-                    parts.append(
-                        histogram_lines(
-                            self._stems_of(family, labels), counts, numbers[-1],
-                            exemplars.get((name, labels), {}),
-                        )
-                    )  # fmt: skip
-            else:
-                parts += [
-                    f"{self._stem_of(family, labels)}{number}\n"
-                    for labels, number in numbers_of[name].items()
-                ]
-        return "".join(parts)
 
     def figures(self) -> tuple[dict[str, dict[Labels, float]], dict[str, dict[Labels, list[float]]]]:
         """What the whole server exports now: counters and gauges, and histograms, by family and label values.
@@ -425,7 +367,7 @@ class Metrics:
                 reader.refresh()
         return regions.others
 
-    def _processes(self) -> tuple[list[int], float]:
+    def processes(self) -> tuple[list[int], float]:
         """The ids of the server's processes, and the CPU seconds of all that have ever run."""
         regions = self._regions
         assert regions is not None
@@ -442,19 +384,6 @@ class Metrics:
         """The numbers of a series in this process's region. The caller holds the lock."""
         regions = self._regions
         return None if regions is None else regions.own.numbers(name, labels, count)
-
-    def _stem_of(self, family: Family, labels: Labels) -> str:
-        known = self._stems.get((family.name, labels))
-        if known is None:
-            known = self._stems[family.name, labels] = stem(family.full_name, family.labels, labels)
-        return known
-
-    def _stems_of(self, family: Family, labels: Labels) -> HistogramStems:
-        known = self._histogram_stems.get((family.name, labels))
-        if known is None:
-            known = histogram_stems(family.full_name, family.labels, labels, family.bounds)
-            self._histogram_stems[family.name, labels] = known
-        return known
 
 
 def counted(number: float) -> float:

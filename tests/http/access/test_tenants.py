@@ -20,6 +20,7 @@ from inferpool.http.access.tenants import (
 )
 from inferpool.http.access.tenants_file import TenantsFileWatch, make_tenants, read_tenants
 from inferpool.observe.metrics import Metrics
+from inferpool.observe.metrics_page import MetricsPage
 from inferpool.pool.ports import Entry, Result, VersionKey
 from inferpool.pool.token_buckets import MEMORY_BYTES, BucketMemory
 
@@ -89,7 +90,7 @@ def test_metrics_and_tenants_are_bounded() -> None:
     for index in range(2 * MOST_TENANTS):
         made.of(f"tenant{index}").ended(200)
     made.of("").ended(401)
-    text = metrics.render("text/plain")[0].decode()
+    text = MetricsPage(metrics).render("text/plain")[0].decode()
     lines = [line for line in text.splitlines() if line.startswith("inferpool_tenant_requests_total{")]
     assert len(lines) == MOST_LABELS + 2
     assert f'tenant="{OTHER_TENANTS}",code="200"}} {2.0 * MOST_TENANTS - MOST_LABELS}' in text
@@ -100,7 +101,7 @@ def test_compute_time_is_counted_by_rows() -> None:
     metrics = Metrics({})
     acme = tenants(metrics=metrics).of("acme")
     acme.succeeded(2, Result(1, {}, None, 0.0, 0.4, 8))
-    text = metrics.render("text/plain")[0].decode()
+    text = MetricsPage(metrics).render("text/plain")[0].decode()
     assert 'inferpool_tenant_compute_seconds_total{tenant="acme"} 0.1' in text
     assert 'inferpool_tenant_rows_total{tenant="acme"} 2.0' in text
 

@@ -25,6 +25,7 @@ from inferpool.http.access.caller import ADMIN, METRICS, PREDICT, READ, Caller
 from inferpool.http.access.jwks import LEAST_PAUSE_S, JwksWatch, parse_key_set
 from inferpool.http.access.tokens import MOST_TOKENS, TokenVerifier
 from inferpool.observe.metrics import Metrics
+from inferpool.observe.metrics_page import MetricsPage
 from inferpool.settings_sources import read_settings
 
 from tests.conftest import MakeChaos, Serve
@@ -329,12 +330,12 @@ def test_a_failing_issuer_keeps_the_former_keys(issuer: Issuer, caplog: pytest.L
         issuer.status, issuer.body = status, body
         watch.refresh()
         assert watch.keys is known
-        assert b'inferpool_stale_keys{source="jwt_keys"} 1.0' in metrics.render("")[0]
+        assert b'inferpool_stale_keys{source="jwt_keys"} 1.0' in MetricsPage(metrics).render("")[0]
     assert len(caplog.records) == 1, "logged once until it works again"
     issuer.status, issuer.body = 200, key_set("ec")
     watch.refresh()
     assert set(watch.keys or {}) == {"ec"}
-    assert b'inferpool_stale_keys{source="jwt_keys"} 0.0' in metrics.render("")[0]
+    assert b'inferpool_stale_keys{source="jwt_keys"} 0.0' in MetricsPage(metrics).render("")[0]
 
 
 def test_the_address_of_keys_must_be_safe(tmp_path: Path) -> None:

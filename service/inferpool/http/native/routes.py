@@ -32,6 +32,7 @@ from inferpool.http.predict.compression import gzipped
 from inferpool.http.predict.observations import Observations
 from inferpool.http.route_table import RouteTable
 from inferpool.observe.metrics import Metrics
+from inferpool.observe.metrics_page import MetricsPage
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, find_model
 
@@ -124,19 +125,21 @@ def _add_health(app: RouteTable, catalog: Catalog) -> None:
 
 
 def _add_metrics(app: RouteTable, catalog: Catalog, metrics: Metrics) -> None:
+    page = MetricsPage(metrics)
+
     @app.get("/metrics", tags=["health"], summary="All metrics, for Prometheus", response_class=Response)
     async def read_metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics if Accept asks for it; gzip if Accept-Encoding allows that."""
         await catalog.refresh()
         wanted, packs = request.headers.get("accept", ""), request.headers.get("accept-encoding", "")
         # In a thread: with many versions rendering takes a while, and predictions must go on.
-        body, headers = await asyncio.to_thread(_page, metrics, wanted, accepts_gzip(packs))
+        body, headers = await asyncio.to_thread(_render, page, wanted, accepts_gzip(packs))
         return Response(body, headers=headers)
 
 
-def _page(metrics: Metrics, accept: str, packs: bool) -> tuple[bytes, dict[str, str]]:
+def _render(page: MetricsPage, accept: str, packs: bool) -> tuple[bytes, dict[str, str]]:
     """All metrics and the headers of the response; `packs` tells whether gzip is accepted."""
-    body, content_type = metrics.render(accept)
+    body, content_type = page.render(accept)
     headers = {"content-type": content_type, "vary": "accept, accept-encoding"}
     packed = gzipped([body]) if packs else None
     return (body, headers) if packed is None else (packed, {**headers, "content-encoding": "gzip"})
