@@ -355,7 +355,7 @@ def _print_signature(signature: Signature) -> None:
 
 def _print_batching(view: VersionView) -> None:
     batching = view.batching
-    extent = f"up to {batching.max_rows} rows" if batching.enabled else "off"
+    extent = f"up to {_counted(batching.max_rows, 'row')}" if batching.enabled else "off"
     _say(f"  batching {extent}: {batching.reason}")
     if batching.remedy is not None:
         _say(f"  change   {batching.remedy}")

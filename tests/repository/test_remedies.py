@@ -200,11 +200,16 @@ def test_the_lines_of_model_toml_for_torchscript_are_printed_to_be_copied(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.relu(x)
 
+    class Columns(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [x[:, column] for column in range(x.shape[1])]
+
     file = tmp_path / "m" / "1" / "model.pt"
     file.parent.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.save(torch.jit.script(Relu()), str(file))
+        torch.jit.save(torch.jit.script(Columns()), str(tmp_path / "columns.pt"))
     refused = check(file, status=1)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert f'sha256 = ["{digest}"]' in refused
@@ -217,3 +222,7 @@ def test_the_lines_of_model_toml_for_torchscript_are_printed_to_be_copied(
     assert 'below [[inputs]] of "x", let shape begin with -1' in change(check(tmp_path / "m"), "m")
     config.write_text(f'sha256 = ["{digest}"]\n{lines}\n')
     assert is_batched(check(tmp_path / "m"), "m")
+    # A list with as many tensors as there are columns, which no sample makes a tensor.
+    (tmp_path / "columns.pt").rename(file)
+    config.write_text(lines.replace("64", "-1"))
+    assert "return tensors only" in change(check(tmp_path / "m", "--trust"), "m")

@@ -12,6 +12,10 @@ from inferpool.backends.base import LoadedModel
 from inferpool.tensors import ANY, JSON, Array, Signature, Tensors
 
 
+class NoTableError(ValueError):
+    """An output that is no list with a mapping for each row, each with the same keys."""
+
+
 class ListsAsTables(LoadedModel):
     """A model whose lists are read as tables of numbers, so that checks compare them like tensors.
 
@@ -32,11 +36,14 @@ class ListsAsTables(LoadedModel):
         self.signature = Signature(signature.inputs, tuple(outputs), signature.substitute_input)
 
     def run(self, inputs: Tensors, outputs: Sequence[str] | None = None) -> Tensors:
-        """Run the model; raises what it raises, and ValueError for a list that is no table of numbers."""
+        """Run the model; raises what it raises, and what `as_tables` raises."""
         return self.as_tables(self._model.run(inputs, outputs))
 
     def as_tables(self, found: Tensors) -> Tensors:
-        """Return outputs of the model with tables for lists; raises ValueError for a list that is none."""
+        """Return outputs of the model with tables for lists.
+
+        Raises NoTableError for a list that is none, and ValueError for one that is none of numbers.
+        """
         return {name: _table(name, value) if name in self._lists else value for name, value in found.items()}
 
     def close(self) -> None:
@@ -50,8 +57,8 @@ def has_lists(signature: Signature) -> bool:
 
 def _table(name: str, value: Any) -> Array:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise ValueError(f'output "{name}" is no list with a mapping for each row')
+        raise NoTableError(f'output "{name}" is no list with a mapping for each row')
     keys = list(value[0]) if value else []
     if any(row.keys() != value[0].keys() for row in value):
-        raise ValueError(f'the mappings of output "{name}" have different keys')
+        raise NoTableError(f'the mappings of output "{name}" have different keys')
     return np.array([[row[key] for key in keys] for row in value], np.float32).reshape(len(value), len(keys))

@@ -29,7 +29,7 @@ from inferpool.repository.load.declared_shapes import (
 )
 from inferpool.repository.load.free_sizes import bytes_of, free_axes, made_up_request
 from inferpool.repository.load.instance_choice import InstanceChoice
-from inferpool.repository.load.list_outputs import ListsAsTables, has_lists
+from inferpool.repository.load.list_outputs import ListsAsTables, NoTableError, has_lists
 from inferpool.repository.load.plan import Plan, PlanConstraints
 from inferpool.repository.load.row_cost_fit import RowCostFit
 from inferpool.repository.load.run_timer import PrepareRun, RunTimer, prepare_run
@@ -103,7 +103,10 @@ class Planner:
         self._enter(PROVE)
         proof = refuted(Fault(Obstacle.TURNED_OFF, "turned off in model.toml"))
         if constraints.batching:
-            proof = check_batching(checked, samples, graph)
+            try:
+                proof = check_batching(checked, samples, graph)
+            except NoTableError:
+                proof = check_batching(model, samples, graph)
         unproven = samples[0] if samples else {}
         self._enter(MEASURE)
         try:

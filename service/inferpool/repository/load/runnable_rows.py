@@ -10,6 +10,7 @@ import numpy as np
 from inferpool.backends.base import LoadedModel
 from inferpool.backends.made_up_inputs import SEED, made_up_rows
 from inferpool.errors import OutOfMemory, Reason, short_reason
+from inferpool.repository.load.list_outputs import NoTableError
 from inferpool.tensors import Array, Signature, Tensors
 
 ROWS: Final = 8
@@ -37,7 +38,7 @@ class RunnableRows(NamedTuple):
 def find_runnable_rows(model: LoadedModel, samples: Sequence[Tensors]) -> RunnableRows:
     """Find rows that `model` runs: `samples`, inputs that it is known to take, or else made-up rows.
 
-    Raises OutOfMemory if a GPU has no memory for one row.
+    Raises OutOfMemory if a GPU has no memory for one row, and NoTableError for a list that is no table.
     """
     fault: Reason = "they would take too much memory"
     for rows in _candidates(model.signature, samples):
@@ -45,8 +46,8 @@ def find_runnable_rows(model: LoadedModel, samples: Sequence[Tensors]) -> Runnab
             for row in range(min(_TRIED, count_rows(rows))):
                 model.run(rows_between(rows, row, row + 1))
             return RunnableRows(rows, None)
-        except OutOfMemory:
-            raise  # other rows need as much memory
+        except (OutOfMemory, NoTableError):
+            raise  # other rows need as much memory, and get such lists, too
         except Exception as error:  # noqa: BLE001 - made-up rows may be nonsense to the model
             fault = short_reason(error)
     return RunnableRows({}, fault)
