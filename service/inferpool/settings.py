@@ -388,7 +388,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _tokens_are_complete(self) -> Settings:
         if self.jwt_keys is not None and not (self.jwt_issuer and self.jwt_audience):
-            raise ValueError("jwt_keys needs jwt_issuer and jwt_audience; which the tokens must have")
+            raise ValueError("jwt_keys needs jwt_issuer and jwt_audience, which the tokens must have")
         if self.jwt_keys is None and (self.jwt_issuer or self.jwt_audience):
             raise ValueError("jwt_issuer and jwt_audience need jwt_keys, the address of the issuer's keys")
         return self

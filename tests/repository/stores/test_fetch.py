@@ -239,6 +239,19 @@ def test_a_password_goes_to_its_server_and_nowhere_else(server: WebServer, tmp_p
     assert fetched(reference.replace("hidden", "wrong-hidden"), tmp_path) == Fetched(folder, False, 0)
 
 
+def test_a_password_may_be_in_a_netrc_file(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.required = f"Basic {base64.b64encode(b'me:hidden').decode()}"
+    reference = archive_at(server)
+    with pytest.raises(StoreError, match="the credentials are missing"):
+        fetched(reference, tmp_path / "cache")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hidden\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert files_below(fetched(reference, tmp_path / "cache").path) == FILES
+
+
 def test_a_single_model_file_is_served_under_its_name(server: WebServer, tmp_path: Path) -> None:
     server.files["/a/digits.onnx"] = MODEL
     assert files_below(fetched(f"http://{server.address}/a/digits.onnx", tmp_path).path) == {
