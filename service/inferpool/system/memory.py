@@ -161,7 +161,7 @@ def keep_freed_memory(most_bytes: int = _KEPT_BYTES) -> bool:
         and mallopt(_M_TRIM_THRESHOLD, min(most_bytes, limit // 32))
     )
     if kept:
-        _mapping.usual_bytes = block
+        _mapping.use(block)
     return kept
 
 
@@ -176,6 +176,12 @@ class _Mapping:
         self.usual_bytes = 0
         self._lock = threading.Lock()
         self._wanted: list[int] = []
+
+    def use(self, usual_bytes: int) -> None:
+        """Let blocks of `usual_bytes` be mapped if no caller wants smaller ones: a load may call this."""
+        with self._lock:
+            self.usual_bytes = usual_bytes
+            self._apply()
 
     def enter(self, size: int) -> None:
         """Let blocks of `size` bytes or more be mapped, and smaller ones if another caller wants that."""
