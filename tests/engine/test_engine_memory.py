@@ -5,6 +5,8 @@ from __future__ import annotations
 from inferpool.engine.engine_memory import LEAST_TRIM_S, SPARE_THREADS, EngineMemory, EngineSystem
 from inferpool.system.memory import MemoryUse, stack_bytes
 
+from tests.full_collections import full_collections
+
 MIB = 2**20
 LIMIT = 512 * MIB
 
@@ -60,6 +62,13 @@ def test_data_is_not_bounded_if_a_model_runs_on_a_gpu() -> None:
     memory.settle(bound_data=False)
     memory.look()
     assert machine.bounds == [None]
+
+
+def test_no_garbage_is_collected_when_models_have_been_loaded() -> None:
+    """All threads would wait for it, and others may serve."""
+    with full_collections() as collections:
+        FakeMachine(held=100, others=0).memory().settle(bound_data=True)
+    assert not collections
 
 
 def test_memory_is_given_back_once_a_burst_is_over_and_not_all_the_time() -> None:

@@ -80,10 +80,10 @@ class EngineMemory:
     def settle(self, *, bound_data: bool) -> None:
         """Take note that models have been loaded.
 
+        No garbage is collected, because requests would wait.
         `bound_data` is False if a model runs on a GPU: CUDA maps more writable memory than it uses.
         """
         with self._working:
-            gc.collect()
             self._system.trim()
             use = self._system.use()
             self._base = use.held

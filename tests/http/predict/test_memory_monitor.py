@@ -27,6 +27,8 @@ from inferpool.system.memory import (
     in_flight_bytes,
 )
 
+from tests.full_collections import full_collections
+
 
 class FakeMachine:
     """A process whose memory the test sets, in MiB."""
@@ -116,6 +118,18 @@ def test_a_setting_stays_and_a_request_alone_may_take_what_memory_there_is() -> 
     monitor, budget = make_monitor(machine, derive=False, limit=1000)
     monitor.settle(bound_data=False)
     assert (budget.limit, budget.most) == (1000, in_flight_bytes(512 * MIB, 50 * MIB))
+
+
+def test_no_garbage_is_collected_when_models_have_been_loaded() -> None:
+    """All threads would wait for it, and others may serve."""
+    machine = FakeMachine(limit=1000, held=100)
+    monitor, _ = make_monitor(machine)
+    with full_collections() as collections:
+        monitor.settle(bound_data=False)
+        assert (machine.trims, len(collections)) == (1, 0)
+        machine.freed = 400
+        look(monitor, machine, 3)
+        assert (machine.trims, len(collections)) == (2, 1), "what a burst has left is, once it is over"
 
 
 def test_memory_is_trimmed_once_the_burst_is_over_and_not_during_it() -> None:

@@ -153,10 +153,11 @@ class MemoryMonitor:
     def settle(self, *, bound_data: bool) -> None:
         """Take note that models have been loaded: trim, derive the budget anew, and bound the data.
 
+        No garbage is collected, because requests would wait. What a burst has left counts until it is.
         `bound_data` is False if a model runs on a GPU: CUDA maps more writable memory than it uses.
         """
         with self._working:
-            self._trim()
+            self._trim(collect=False)
             self._trimmed_at = -math.inf  # the first burst need not wait
             use = self._system.use()
             self._bounds_data = bound_data and use.data > 0
@@ -204,11 +205,12 @@ class MemoryMonitor:
                 elif self._quiet:  # what requests hold meanwhile says nothing of the next trim
                     self._pause_s = min(MOST_TRIM_S, 2 * self._pause_s)
 
-    def _trim(self) -> int:
+    def _trim(self, *, collect: bool = True) -> int:
         """Give freed memory back and derive the budget anew; returns the bytes given back."""
         system = self._system
         before, began = self._held(), system.clock()
-        gc.collect()  # errors and their frames may refer to one another, and keep a body
+        if collect:
+            gc.collect()  # errors and their frames may refer to one another, and keep a body
         system.trim()
         self._trimmed_at = system.clock()
         after, used = self._held(), self._budget.held
