@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
+from tests import huge_pages
 from tests.chaos import inferpool_chaos as chaos
 from tests.clients import Client
 from tests.conftest import MakeChaos, Serve
@@ -190,3 +191,7 @@ def test_an_unloaded_model_gives_its_memory_back(serve: Serve, big: Path, engine
         wait_until(partial(holds_less, server, low), "the memory is given back")
         assert server.post("/v2/repository/models/big/load").status_code == 200
     assert server.resident_bytes(spare=False) < held + 30e6
+    huge = huge_pages.held_bytes(server.processes())
+    if huge < WEIGHTS_BYTES / 2 and (reason := huge_pages.missing()):
+        pytest.skip(reason)
+    assert huge > WEIGHTS_BYTES / 2, "an unload gives few pages back, and stalls no request for long"

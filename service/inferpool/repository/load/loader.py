@@ -55,6 +55,7 @@ from inferpool.settings import Settings
 from inferpool.system.cpu import usable_cores
 from inferpool.system.cpu_wait import CpuWait
 from inferpool.system.gpus import AUTO, CPU, Driver, cuda_driver, gpu_support
+from inferpool.system.huge_pages import anonymous_mappings, collapse_since
 from inferpool.system.memory import large_blocks_mapped, memory_limit, release_freed_memory
 from inferpool.system.priority import at_falling_priority, at_low_priority, call_directly
 from inferpool.tensors import Tensors
@@ -252,6 +253,7 @@ class Loader:
         self._devices.check_own(backend, file, config)
         self._check_size(file, beside=beside)
         files = work(partial(open_files, file, folder, config, backend, self._settings))
+        mapped = anonymous_mappings()
         try:
             with large_blocks_mapped(beside=beside):
                 loaded = self._load(
@@ -270,6 +272,8 @@ class Loader:
             raise
         # What loading and measuring have freed would otherwise stay with the C library.
         release_freed_memory()
+        # Before any request uses the weights. What was freed above takes no part.
+        work(partial(collapse_since, mapped))
         loaded.view = replace(loaded.view, load_s=self._clock() - began)
         return loaded
 
