@@ -114,7 +114,7 @@ def build(target: str, base: str, models: str = "", plans: str = "") -> str:
             *([] if has_changed("image") else ["--build-arg=OPT_LEVEL=0"]),
             f"--tag={name}",
         ]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False)
         assert run.returncode == 0, f"{run.stdout}{run.stderr}"
     return name
 
