@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 TARGET = os.environ.get("IMAGE_TARGET", "cpu")
-"""`gpu` tries the other image, which is 5 GB, on the cores of this machine; nobody's CI builds it each time."""
+"""`gpu` tries the other image, of 5 GB, on the cores of any machine; no CI builds it each time."""
 WIDTH = 1024
 RUN_STEPS = 200
 Run = Callable[..., Container]
