@@ -98,14 +98,22 @@ def test_free_huge_pages_are_counted_on_the_poorest_node(tmp_path: Path, free: s
     assert free_pages(2**21, make_machine(tmp_path, ADVISED, free)) == expected
 
 
-def test_the_kernel_is_not_asked_again_once_it_has_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("refuses_all", [True, False])
+def test_a_kernel_that_refuses_is_asked_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses_all: bool
 ) -> None:
+    """It refuses pages that are in use at the moment, and may take the next ones."""
     asked: list[Extent] = []
-    monkeypatch.setattr(huge_pages, "_resident", lambda mapped, size: [Extent(0, 1000 * size)])
-    monkeypatch.setattr(huge_pages, "_collapse", lambda extent: asked.append(extent))
-    assert collapse_since([], make_machine(tmp_path, ADVISED, MANY)) == 0
-    assert len(asked) == 1
+
+    def collapse(extent: Extent) -> bool:
+        asked.append(extent)
+        return len(asked) > 1 and not refuses_all
+
+    mappings = iter([Extent(0, 2**30)])
+    monkeypatch.setattr(huge_pages, "_resident", lambda mapped, size: mappings)
+    monkeypatch.setattr(huge_pages, "_collapse", collapse)
+    collapsed = collapse_since([], make_machine(tmp_path, ADVISED, MANY))
+    assert (collapsed, len(asked)) == ((0, 5) if refuses_all else (2**30 - 2**24, 64))
 
 
 @pytest.mark.parametrize(("mode", "free"), [("always madvise [never]", MANY), (None, MANY), (ADVISED, FEW)])

@@ -27,6 +27,8 @@ _KERNEL: Final = "sys/kernel/mm/transparent_hugepage"
 _MADV_COLLAPSE: Final = 25
 _PAGES_A_CALL: Final = 8
 """Huge pages that one call makes; between two calls this thread takes the interpreter's lock."""
+_MOST_FAILURES: Final = 4
+"""After more calls that have failed, the kernel is not asked again. It may be too old, or refuse."""
 _LEAST_FREE: Final = 4 * _PAGES_A_CALL
 """With fewer free huge pages, the kernel might have to make some."""
 _ANONYMOUS: Final = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ 00:00 0 *$", re.MULTILINE)
@@ -60,15 +62,18 @@ def collapse_since(before: Sequence[Extent], root: Path = ROOT) -> int:
     size = _huge_page_bytes(root / _KERNEL)
     if not size:
         return 0
-    collapsed = 0
+    collapsed = failures = 0
     for mapped in new_parts(anonymous_mappings(), before):
         for extent in _resident(mapped, size):
             for part in _cut(extent, _PAGES_A_CALL * size):
                 # Otherwise the kernel would move pages of this process to make room. A thread of low priority
                 # may lose its core meanwhile, and then all threads that need these pages wait.
-                if free_pages(size, root) < _LEAST_FREE or not _collapse(part):
+                if free_pages(size, root) < _LEAST_FREE or failures > _MOST_FAILURES:
                     return collapsed
-                collapsed += part.end - part.start
+                if _collapse(part):
+                    collapsed += part.end - part.start
+                else:
+                    failures += 1
     return collapsed
 
 
@@ -124,7 +129,10 @@ def _cut(extent: Extent, size: int) -> Iterator[Extent]:
 
 
 def _collapse(extent: Extent) -> bool:
-    """Copy pages into huge pages, without the interpreter's lock; False if the kernel has not done so."""
+    """Copy pages into huge pages, without the interpreter's lock; False if the kernel has left some out.
+
+    It leaves out pages that are in use at the moment (EAGAIN).
+    """
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return bool(madvise(extent.start, extent.end - extent.start, _MADV_COLLAPSE) == 0)
