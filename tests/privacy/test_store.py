@@ -73,6 +73,30 @@ def test_a_deletion_holds_for_samples_that_wait_to_be_added(tmp_path: Path) -> N
         assert database.execute("SELECT count(*) FROM deletions").fetchone() == (0,)
 
 
+def test_many_deletions_are_remembered_in_little_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without room, neither samples nor deletions would be taken; what may have been meant is not kept."""
+    monkeypatch.setattr("inferpool.privacy.store.MOST_DELETIONS", 8)
+    store = SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS)
+    oldest = [store.seal(sample(name)) for name in ("id-0", "id-29", "other")]
+    younger = []
+    for number in range(30):
+        if number == 28:
+            younger = [store.seal(sample(name)) for name in ("id-29", "younger")]
+        store.delete(Choice(request_id=f"id-{number}"))
+    with sqlite3.connect(tmp_path / FOLDER / FILE) as database:
+        assert database.execute("SELECT count(*) FROM deletions").fetchone()[0] <= 8
+    assert store.add(oldest).deleted == 3
+    assert store.add(younger).deleted == 1
+    assert ids(store) == ["younger"]
+    with sqlite3.connect(tmp_path / FOLDER / FILE) as database:
+        database.execute("UPDATE deletions SET before = before - 700")
+    store.delete(Choice(tenant="bank"))
+    with sqlite3.connect(tmp_path / FOLDER / FILE) as database:
+        assert database.execute("SELECT count(*) FROM deletions").fetchone() == (1,), "no thread has to run"
+
+
 def test_samples_are_added_to_the_file_that_has_the_name_now(tmp_path: Path) -> None:
     """An administrator may replace the database of a server that runs."""
     store = SampleStore(tmp_path, SampleKeys({"a": OLD}), LIMITS)

@@ -183,7 +183,11 @@ def test_a_model_that_is_changed_as_check_says_is_batched(tmp_path: Path, check:
 def test_a_bare_file_gets_a_folder_before_it_gets_a_sample(tmp_path: Path, check: Check) -> None:
     write_model(tmp_path, "made", picky()).rename(tmp_path / "net.onnx")
     shutil.rmtree(tmp_path / "made")
-    assert "first move net.onnx to net/1/model.onnx" in change(check(tmp_path), "net")
+    (tmp_path / "linked.onnx").symlink_to(tmp_path / "net.onnx")
+    output = check(tmp_path)
+    assert "first move net.onnx to net/1/model.onnx" in change(output, "net")
+    assert "first move linked.onnx to linked/1/model.onnx" in change(output, "linked")
+    (tmp_path / "linked.onnx").unlink()
     (tmp_path / "net" / "1").mkdir(parents=True)
     file = (tmp_path / "net.onnx").rename(tmp_path / "net" / "1" / "model.onnx")
     assert "name the folder net, not its file 1/model.onnx" in change(check(file), "net")

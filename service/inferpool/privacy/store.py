@@ -50,6 +50,8 @@ SELECT 1 FROM deletions WHERE before >= ? AND (token IS NULL OR token = ?) AND (
     AND (model IS NULL OR model = ?) AND (version IS NULL OR version = ?)"""
 _LONGEST_WAIT_S: Final = 600.0
 """How long a sample may have waited before it is added. A deletion is remembered for so long."""
+MOST_DELETIONS: Final = 2048
+"""Deletions that are remembered one by one. Of more, the older half becomes one deletion of all samples."""
 _EXPIRED_AT_ONCE: Final = 256
 """Samples deleted for room in one statement, oldest first."""
 
@@ -229,7 +231,7 @@ class SampleStore:
             with database:
                 now = time.time()
                 database.execute("DELETE FROM samples WHERE created < ?", (now - self._limits.age_s,))
-                database.execute("DELETE FROM deletions WHERE before < ?", (now - _LONGEST_WAIT_S,))
+                self._forget_deletions(database, now)
                 totals = self._make_room(database, 0, 0)
             # The log still has the pages as they were, also those of samples that made room for others.
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -261,9 +263,24 @@ class SampleStore:
                         "INSERT INTO deletions VALUES (?, ?, ?, ?, ?)",
                         (*tokens, choice.model, choice.version, before),
                     )
+                    self._forget_deletions(database, now)
             # The log still has the pages as they were.
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return count
+
+    def _forget_deletions(self, database: sqlite3.Connection, now: float) -> None:
+        """Forget the deletions for which no sample waits any more, and bound the others.
+
+        A database full of deletions would take neither samples nor deletions. Samples that have waited since
+        the older half of too many deletions are lost: it is not known any more which of them were meant.
+        """
+        database.execute("DELETE FROM deletions WHERE before < ?", (now - _LONGEST_WAIT_S,))
+        if database.execute("SELECT count(*) FROM deletions").fetchone()[0] > MOST_DELETIONS:
+            [middle] = database.execute(
+                "SELECT before FROM deletions ORDER BY before DESC LIMIT 1 OFFSET ?", (MOST_DELETIONS // 2,)
+            ).fetchone()
+            database.execute("DELETE FROM deletions WHERE before <= ?", (middle,))
+            database.execute("INSERT INTO deletions VALUES (NULL, NULL, NULL, NULL, ?)", (middle,))
 
     def read(self, choice: Choice, after: int, most: int, most_bytes: int) -> list[Listed]:
         """At most `most` samples of `choice` after a number, oldest first; empty at the end.

@@ -20,7 +20,7 @@ def advise_folder(advice: Reason, file: Path, folder: Path | None) -> Reason:
     """
     if folder is not None or _NEEDS_FOLDER.search(advice) is None:
         return advice
-    file = file.resolve()
+    file = file.parent.resolve() / file.name  # not what a link points to: the model is served by its name
     if is_in_version_folder(file):
         where = f"the folder {file.parent.parent.name}, not its file {file.parent.name}/{file.name}"
         step = f"name {where}, to have {CONFIG_FILE} and golden samples read"

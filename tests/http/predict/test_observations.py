@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey
 from inferpool.privacy.config import SamplesConfig
 from inferpool.privacy.keys import SampleKeys, add_key
+from inferpool.privacy.sample import Sample
 from inferpool.privacy.store import FILE, FOLDER, SampleStore, StoreLimits
 from inferpool.repository.catalog import VersionView
 from inferpool.tensors import Signature, TensorSpec
@@ -154,6 +156,20 @@ def test_rows_of_a_large_request_are_kept_although_its_memory_is_used_again(
         [found] = admin.get("/samples", params={"id": f"large-{number}", "rows": "true"}).json()["samples"]
         assert found["inputs"] == [{"name": "x", "values": (rows[:64] + number).tolist()}]
     assert admin.delete("/samples", params={"model": "kept"}).json() == {"deleted": 4}
+
+
+def test_samples_grow_too_old_although_no_version_keeps_any(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferpool.http.predict.observations.TICK_S", 0.01)
+    keys = SampleKeys({"a": bytes(32)})
+    store = SampleStore(folder / "aged", keys, StoreLimits(10, 2**20, 60.0))
+    one = {"x": np.ones((1, 1))}
+    store.add([store.seal(Sample("old", "", "gone", 1, time.time() - 61, 1, one, {}))])
+    assert store.totals().held == 1
+    observations = Observations(Metrics({}), store, keys)
+    wait_until(lambda: not store.totals().held, "the sample is deleted")
+    observations.close()
 
 
 def test_strings_and_rows_too_large_are_not_copied(folder: Path) -> None:

@@ -313,10 +313,12 @@ class Observations:
         self._worker: PacedWorker[Observation] | None = None
         if store is not None:
             metrics.add_source(self._readings)
+            # Samples grow too old although no version keeps any now.
+            self.worker  # noqa: B018 - the thread begins here
 
     @property
     def worker(self) -> PacedWorker[Observation]:
-        """The thread, which begins with the first version that needs it."""
+        """The thread, which begins with the store, or else with the first version that needs it."""
         if self._worker is None:
             self._worker = PacedWorker("observations", self._handle, self._tick, TICK_S)
         return self._worker
