@@ -222,6 +222,29 @@ def test_metrics_of_processes_are_those_of_all() -> None:
         assert seen["process_start_time_seconds",] == pytest.approx(alone["process_start_time_seconds",])
 
 
+def test_a_scrape_asks_once_for_each_version_whether_it_is_shown() -> None:
+    """All series of a version or of a model that is gone are left out, whichever process has counted."""
+    with shared_memory() as file:
+        servers = [Metrics({}, Regions(file, slot)) for slot in range(SLOTS)]
+        for metrics in servers:
+            for model in ("a", "b"):
+                for version in ("1", "2"):
+                    metrics.add_version(model, version)
+                metrics.value("canaries_total", model, "promoted").add()
+        asked: list[tuple[str, str]] = []
+
+        def is_shown(model: str, version: str) -> bool:
+            asked.append((model, version))
+            return model == "a" and version != "2"
+
+        servers[0].show_only(is_shown)
+        samples = scrape(servers[0])
+    assert sorted(asked) == [(model, version) for model in "ab" for version in ("", "1", "2")]
+    assert {name[1:3] for name in samples if name[0].startswith("inferpool_request_duration")} == {("a", "1")}
+    assert samples["inferpool_canaries_total", "a", "promoted"] == SLOTS
+    assert ("inferpool_canaries_total", "b", "promoted") not in samples
+
+
 def test_a_page_of_fifty_versions_takes_less_than_50_ms() -> None:
     """The scrape of a server of two web processes and an engine, all of which know fifty versions."""
     with shared_memory() as file:

@@ -316,8 +316,11 @@ class Metrics:
                 name: {labels: [*map(float, each.counts), each.sum] for labels, each in series.items()}
                 for name, series in self._distributions.items()
             }
-        readers = self._refreshed()
+        # Most slots have no process, and each family looks at all readers.
+        readers = [reader for reader in self._refreshed() if reader.pid]
         now = time.monotonic()
+        # Each version has dozens of series, and looks its model up once.
+        shown: dict[tuple[str, str], bool] = {}
         numbers: dict[str, dict[Labels, float]] = {}
         histograms: dict[str, dict[Labels, list[float]]] = {}
         for name, family in FAMILIES.items():
@@ -325,7 +328,7 @@ class Metrics:
                 series = distributions.get(name, {})
                 for reader in readers:
                     _add_histograms(series, reader.series(name), family.cells)
-                histograms[name] = self._shown(family, series)
+                histograms[name] = self._shown(family, series, shown)
             else:
                 found = values.get(name, {})
                 found.update(gauges.get(name, {}))
@@ -333,19 +336,25 @@ class Metrics:
                     # A gauge tells how things are now, which nobody knows of a process that no longer runs.
                     if family.kind == "counter" or now - reader.beat < STALE_S:
                         _combine(found, reader.series(name), family)
-                numbers[name] = self._shown(family, found)
+                numbers[name] = self._shown(family, found, shown)
         return numbers, histograms
 
-    def _shown(self, family: Family, series: dict[Labels, _Number]) -> dict[Labels, _Number]:
-        """`series` without those of models and versions that there are no more."""
-        return {labels: number for labels, number in series.items() if not self._is_gone(family, labels)}
-
-    def _is_gone(self, family: Family, labels: Labels) -> bool:
-        """Whether a series is one of a model or version that there is no more."""
-        if self._is_shown is None or not family.labels or family.labels[0] != "model":
-            return False
-        version = labels[1] if len(labels) > 1 and family.labels[1] == "version" else ""
-        return not self._is_shown(labels[0], version)
+    def _shown(
+        self, family: Family, series: dict[Labels, _Number], known: dict[tuple[str, str], bool]
+    ) -> dict[Labels, _Number]:
+        """`series` without those of models and versions that there are no more; `known` has the others."""
+        is_shown = self._is_shown
+        if is_shown is None or not family.labels or family.labels[0] != "model":
+            return series
+        has_version = len(family.labels) > 1 and family.labels[1] == "version"
+        found: dict[Labels, _Number] = {}
+        for labels, number in series.items():
+            key = (labels[0], labels[1] if has_version else "")
+            if key not in known:
+                known[key] = is_shown(key[0], key[1])
+            if known[key]:
+                found[labels] = number
+        return found
 
     def _take_over(self, regions: Regions) -> None:
         """Go on with the counters and histograms that a predecessor of this process left behind."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, Final, TypeAlias
 
 from inferpool.backends.row_verdict import Evidence
@@ -43,6 +44,9 @@ NO_CODECS: Final = Codecs()
 
 _NOT_SENT: Final = ("image", "text", "classes", "engine", "engines")
 """The fields of views that the receiver fills in."""
+
+_UNCHANGED: Final = (str, int, bool, type(None))
+"""The types whose values JSON has itself. A scrape sends thousands of them."""
 
 
 def model_json(model: ModelView, sources: Mapping[VersionKey, CodecSource]) -> JsonObject:
@@ -170,18 +174,25 @@ def live_from_json(sent: JsonObject) -> LiveView:
 
 def _plain(value: Any) -> Any:
     """Return dataclasses and mappings as objects, tuples as lists; finite numbers and texts unchanged."""
+    if type(value) in _UNCHANGED:
+        return value
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     if is_dataclass(value) and not isinstance(value, type):
-        kept = [field.name for field in fields(value) if field.name not in _NOT_SENT]
-        return {name: _plain(getattr(value, name)) for name in kept}
+        return {name: _plain(getattr(value, name)) for name in _sent_fields(type(value))}
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value
+
+
+@cache
+def _sent_fields(view: type[Any]) -> Sequence[str]:
+    """The names of the fields of a dataclass that are sent."""
+    return [field.name for field in fields(view) if field.name not in _NOT_SENT]
 
 
 def _number(sent: Any) -> Any:

@@ -80,14 +80,8 @@ class RemoteCatalog:
 
     def live(self, key: VersionKey) -> LiveView:
         """The facts about a version that change, as the last `refresh` found them; empty if none did."""
-        told = self._live.get(key, {})
-        views = [
-            _not_answering(told[name]) if self._fault_of(key, name) is not None else told[name]
-            for name in self.engines_of(key)
-            if name in told
-        ]
         return replace(
-            combine(views),
+            self._told(key),
             engine=self._engine_view(self.engine_of(key)),
             engines=self._engine_views(key),
             missing=tuple(self._faults_of(key)),
@@ -97,7 +91,7 @@ class RemoteCatalog:
         """Whether every required model can answer, as the last `refresh` found it."""
         return judge(
             self._models,
-            self.live,
+            self._told,
             self._required_models,
             draining=self._draining,
             faults=self._engine_fault,
@@ -180,6 +174,16 @@ class RemoteCatalog:
             models[name] is not self._models[name] for name in models
         ):
             self._models = MappingProxyType(models)
+
+    def _told(self, key: VersionKey) -> LiveView:
+        """What the engines of a version told at the last `refresh`, without views of the engines."""
+        told = self._live.get(key, {})
+        views = [
+            _not_answering(told[name]) if self._fault_of(key, name) is not None else told[name]
+            for name in self.engines_of(key)
+            if name in told
+        ]
+        return combine(views)
 
     def _engine_view(self, engine: str | None) -> EngineView | None:
         facts = self._engines.get(engine or "")
