@@ -253,7 +253,7 @@ class Loader:
         self._devices.check_own(backend, file, config)
         self._check_size(file, beside=beside)
         files = work(partial(open_files, file, folder, config, backend, self._settings))
-        mapped = anonymous_mappings()
+        mapped = anonymous_mappings() if beside else []
         try:
             with large_blocks_mapped(beside=beside):
                 loaded = self._load(
@@ -272,8 +272,9 @@ class Loader:
             raise
         # What loading and measuring have freed would otherwise stay with the C library.
         release_freed_memory()
-        # Before any request uses the weights. What was freed above takes no part.
-        work(partial(collapse_since, mapped))
+        if beside:
+            # Before any request uses the weights; a start does not wait. What was freed above takes no part.
+            work(partial(collapse_since, mapped))
         loaded.view = replace(loaded.view, load_s=self._clock() - began)
         return loaded
 
