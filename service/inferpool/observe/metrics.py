@@ -6,7 +6,7 @@ writes those of batches under its lock. A writer looks a value up once per versi
 
 A server of several processes has its values in shared memory too (`observe.regions`). A value then writes
 each change there, and a scrape of any web process shows the sums of all processes (`observe.metrics_page`).
-What a source reads at a scrape, the processes write there once a second.
+Each process also writes there, once a second, the values that its sources read at a scrape.
 """
 
 from __future__ import annotations

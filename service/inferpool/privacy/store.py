@@ -51,7 +51,7 @@ SELECT 1 FROM deletions WHERE before >= ? AND (token IS NULL OR token = ?) AND (
 _LONGEST_WAIT_S: Final = 600.0
 """How long a sample may have waited before it is added. A deletion is remembered for so long."""
 MOST_DELETIONS: Final = 2048
-"""Deletions that are remembered one by one. Of more, the older half becomes one deletion of all samples."""
+"""Deletions that are remembered one by one; one deletion of all samples replaces the older half of more."""
 _EXPIRED_AT_ONCE: Final = 256
 """Samples deleted for room in one statement, oldest first."""
 
@@ -91,7 +91,12 @@ class SealedSample(NamedTuple):
 
 
 class Added(NamedTuple):
-    """What became of samples: the totals of the store, and how many were deleted before they were added."""
+    """The result of adding samples.
+
+    Attributes:
+        totals: the samples and bytes that the store holds now.
+        deleted: how many were left out, because a deletion had meant them.
+    """
 
     totals: Totals
     deleted: int
@@ -190,7 +195,7 @@ class SampleStore:
         return kept
 
     def _deleted(self, token: bytes) -> bytes:
-        """What stands for a token in a deletion: nobody without the key can tell whose sample was deleted."""
+        """Hash a token by a key for a deletion: nobody else can tell whose sample was deleted."""
         return self._keys.token("deleted", token.hex())
 
     def close(self) -> None:

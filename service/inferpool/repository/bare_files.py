@@ -1,4 +1,4 @@
-"""What to do first if a file that is served without a folder needs a `model.toml` or a golden sample."""
+"""The first step for a file that is served without a folder and needs a `model.toml` or a golden sample."""
 
 from __future__ import annotations
 

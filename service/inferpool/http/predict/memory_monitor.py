@@ -153,7 +153,8 @@ class MemoryMonitor:
     def settle(self, *, bound_data: bool) -> None:
         """Take note that models have been loaded: trim, derive the budget anew, and bound the data.
 
-        No garbage is collected, because requests would wait. What a burst has left counts until it is.
+        Garbage is not collected here, because requests would wait. The remains of a burst count as held until
+        the next collection.
         `bound_data` is False if a model runs on a GPU: CUDA maps more writable memory than it uses.
         """
         with self._working:

@@ -37,10 +37,8 @@ from inferpool.system.cpu_pace import let_others_run
 from inferpool.tensors import Array, Tensors, bf16_to_fp32
 
 if TYPE_CHECKING:
-    from inferpool.privacy.store import (
-        SampleStore,
-        SealedSample,
-    )  # imports sqlite3, and few servers keep samples
+    # The module imports sqlite3, and few servers keep samples.
+    from inferpool.privacy.store import SampleStore, SealedSample
 
 log = logging.getLogger(__name__)
 
