@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tests.backends.torch.networks import configure, described, save_scripted
 from tests.clients import Client, with_clients
+from tests.conftest import WITHOUT_SPARE, in_both_engines
 from tests.onnx_models import ELEMENTS, model, put, value, value_of
 from tests.record import needs_to_run
 from tests.server import Server
@@ -136,7 +137,9 @@ def test_which_structures_vary() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    cache_dir: Path, tmp_path_factory: pytest.TempPathFactory, engine_variables: Mapping[str, str]
+) -> Iterator[Server]:
     needs_to_run("torch")
     repository = tmp_path_factory.mktemp("lists")
     for name in ("rows", "large", "halves"):
@@ -152,9 +155,8 @@ def server(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         repository,
         "sequence",
     )
-    server = Server(
-        repository, ("--trust",), {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200"}
-    )
+    variables = {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "200", **WITHOUT_SPARE}
+    server = Server(repository, ("--trust",), {**variables, **engine_variables})
     server.wait_loaded()
     yield server
     server.kill()
@@ -171,6 +173,7 @@ def expected(name: str, x: np.ndarray) -> dict[str, Any]:
     return {"parts": x.tolist()}
 
 
+@in_both_engines
 @pytest.mark.parametrize("name", ["rows", "large", "halves", "sequence"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_every_tensor_of_a_list_is_answered(server: Server, name: str, rows: int) -> None:
@@ -187,6 +190,7 @@ def test_every_tensor_of_a_list_is_answered(server: Server, name: str, rows: int
     assert lists
 
 
+@in_both_engines
 @pytest.mark.parametrize("name", ["rows", "large", "halves", "sequence"])
 def test_lists_are_right_in_company(server: Server, name: str) -> None:
     async def work(client: Client, number: int) -> None:

@@ -1,4 +1,7 @@
-"""PyTorch's models through the real server: alone, batched from many clients, beside ONNX, and refused."""
+"""PyTorch's models through the real server: alone, batched from many clients, beside ONNX, and refused.
+
+In one process, and in an engine of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,10 +29,12 @@ from tests.backends.torch.networks import (
     save_traced,
 )
 from tests.clients import Client, with_clients
-from tests.conftest import Serve
+from tests.conftest import WITHOUT_SPARE, Serve, in_both_engines
 from tests.explain.models import seven
 from tests.record import needs_to_run
 from tests.server import Server, wait_until
+
+pytestmark = in_both_engines
 
 IMAGES: Final = ("FP32", [-1, 1, 8, 8])
 Inputs = dict[str, np.ndarray]
@@ -72,7 +77,10 @@ def modules() -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def server(
-    modules: dict[str, nn.Module], cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    modules: dict[str, nn.Module],
+    cache_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    engine_variables: Mapping[str, str],
 ) -> Iterator[Server]:
     needs_to_run("torch")
     repository = tmp_path_factory.mktemp("torch")
@@ -130,7 +138,14 @@ def server(
     configure(at("misspelt"), '[[inputs]]\nname = "input"\ndatatyp = "FP32"\n')
 
     served = Server(
-        repository, ("--trust",), {"INFERPOOL_CACHE_DIR": str(cache_dir), "INFERPOOL_MEASURE_MS": "300"}
+        repository,
+        ("--trust",),
+        {
+            "INFERPOOL_CACHE_DIR": str(cache_dir),
+            "INFERPOOL_MEASURE_MS": "300",
+            **WITHOUT_SPARE,
+            **engine_variables,
+        },
     )
     served.wait_loaded()
     yield served
