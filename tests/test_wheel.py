@@ -90,6 +90,7 @@ INTERPRETED = {
     *("http/predict/compression", "http/predict/fair_threads", "http/predict/host_lookups"),
     "http/predict/memory_monitor",
     *("http/predict/observations", "http/predict/picture_urls", "http/predict/shadow_copies"),
+    "http/predict/version_observer",
     *("pool/buckets", "pool/hot_swap", "pool/log_limits", "pool/padding", "pool/redaction", "pool/row_cost"),
     *("pool/run_limits", "pool/run_stopper", "pool/run_watcher"),
     *(

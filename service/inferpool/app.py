@@ -11,9 +11,9 @@ from pathlib import Path
 from inferpool.backends.registry import describe_backends
 from inferpool.http.access.trusted_proxies import make_proxies
 from inferpool.http.predict.memory_monitor import this_system
-from inferpool.http.predict.observations import Taker
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.results import ResultDispatcher
+from inferpool.http.predict.version_observer import Taker
 from inferpool.observe.build_info import build_info
 from inferpool.observe.logs import AccessLog, LineHandler
 from inferpool.observe.metrics import Metrics

@@ -18,12 +18,13 @@ from inferpool.http.connection.shared import SharedState
 from inferpool.http.platforms.api import INVOCATIONS
 from inferpool.http.predict.in_flight import InFlight
 from inferpool.http.predict.memory_monitor import CachedMemory, MemoryMonitor, System
-from inferpool.http.predict.observations import Observations, Taker
+from inferpool.http.predict.observations import Observations
 from inferpool.http.predict.picture_urls import PictureUrls
 from inferpool.http.predict.predictor import Predictor
 from inferpool.http.predict.recorder import RequestRecorder
 from inferpool.http.predict.response_cache import ResponseCache
 from inferpool.http.predict.results import ResultDispatcher
+from inferpool.http.predict.version_observer import Taker
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import Inbox, VersionKey
 from inferpool.privacy.keys import KEYS_VARIABLE, SampleKeys, read_keys

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 
 from inferpool.client import Client
 from inferpool.errors import LoadError
-from inferpool.http.predict.observations import Taker
+from inferpool.http.predict.version_observer import Taker
 from inferpool.observe.logs import configure_logs
 from inferpool.settings import Settings
 from inferpool.system.listeners import listen_unix

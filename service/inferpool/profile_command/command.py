@@ -128,7 +128,7 @@ class _Taken:
         observer = observation.observer
         if observer.key.version != self._version:
             return
-        values = observer.values_of(observation)
+        values = observation.values()
         with self._lock:
             self._builder.add(values, max(map(len, values.values()), default=0))
 

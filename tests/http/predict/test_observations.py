@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,19 +16,12 @@ from inferpool.drift.build import ProfileBuilder
 from inferpool.drift.profile_file import PROFILE_FILE, profile_bytes
 from inferpool.engine.lent_bodies import LEAST_LENT_BYTES
 from inferpool.evaluate_command.labelled_rows import read_labelled
-from inferpool.http.native.api import NATIVE_API
-from inferpool.http.predict.context import PredictContext
-from inferpool.http.predict.observations import MOST_COUNTED_BYTES, MOST_HELD_BYTES, Observations
+from inferpool.http.predict.observations import Observations
 from inferpool.http.predict.predictor import MOST_REFERRED_BYTES
-from inferpool.http.predict.request_head import RequestHead
 from inferpool.observe.metrics import Metrics
-from inferpool.pool.ports import VersionKey
-from inferpool.privacy.config import SamplesConfig
 from inferpool.privacy.keys import SampleKeys, add_key
 from inferpool.privacy.sample import Sample
 from inferpool.privacy.store import FILE, FOLDER, SampleStore, StoreLimits
-from inferpool.repository.catalog import VersionView
-from inferpool.tensors import Signature, TensorSpec
 from inferpool.wire.npy import encode_npy
 
 from tests.conftest import Serve
@@ -169,33 +161,6 @@ def test_samples_grow_too_old_although_no_version_keeps_any(
     assert store.totals().held == 1
     observations = Observations(Metrics({}), store, keys)
     wait_until(lambda: not store.totals().held, "the sample is deleted")
-    observations.close()
-
-
-def test_strings_and_rows_too_large_are_not_copied(folder: Path) -> None:
-    """A request holds memory beyond its own only within bounds, and gives it back wherever it ends."""
-    signature = Signature((TensorSpec("x", "BYTES", (-1,)),), (TensorSpec("y", "FP32", (-1, 2)),))
-    sampling = SamplesConfig(share=1.0, fields={"x": "keep", "y": "keep"}).model_dump(mode="json")
-    keys = SampleKeys({"a": bytes(32)})
-    store = SampleStore(folder / "own", keys, StoreLimits(10, 2**20, 60.0))
-    observations = Observations(Metrics({}), store, keys)
-    view = VersionView(VersionKey("m", 1), "ready", signature=signature, sampling=sampling)
-    observer = observations.of(view)
-    assert observer is not None
-    assert observations.of(replace(view, labels=("stable",))) is observer, "a label is no other load"
-    assert Observations(Metrics({})).of(replace(view, sampling={})) is None, "nothing to do costs nothing"
-    context = PredictContext(NATIVE_API, RequestHead("m", None, []), 0.0)
-    for text, copied in (("a", ["x"]), ("a" * (MOST_COUNTED_BYTES + 1), [])):
-        texts = np.empty(1, np.object_)
-        texts[0] = text
-        observer.begin(context, {"x": texts}, 0.0)
-        assert list(context.observation.inputs[0]) == copied
-    context.observation = None
-    assert observations.held_bytes == 0
-    observations.hold(MOST_HELD_BYTES)
-    observer.begin(context, {"x": texts}, 0.0)
-    assert context.observation is None
-    assert observations.dropped.value == 1
     observations.close()
 
 

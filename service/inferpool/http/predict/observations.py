@@ -1,10 +1,7 @@
 """What is kept of predictions beside their answers: samples for evaluation, and counts of their values.
 
-A version that neither keeps samples nor has a profile has no observer, and its requests pay a comparison.
-Otherwise the event loop decides by the request's id, and by the time, whether to observe a request, and
-copies a few rows of the inputs and outputs. It does so once the response is written, and before the memory is
-given back. Code that few requests run is in no cache of the CPU: before the response, the copies may take a
-tenth of a small request's time. One thread of the process does everything else, in a small share of a core.
+One thread of the process writes samples and counts values, in a small share of a core. The event loop hands
+it copies of rows (`version_observer.py`).
 """
 
 from __future__ import annotations
@@ -13,28 +10,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from inferpool.drift.config import DriftConfig
-from inferpool.drift.counts import WINDOW, ClosedWindow, WindowCounts
-from inferpool.drift.fields import FieldFacts, field_values
-from inferpool.drift.profile_file import Profile
+from inferpool.drift.counts import WINDOW, ClosedWindow
 from inferpool.errors import ConfigError
-from inferpool.http.predict.context import PredictContext
+from inferpool.http.predict.version_observer import Observation, Taker, VersionObserver
 from inferpool.observe.families import DRIFT
 from inferpool.observe.metrics import Metrics
 from inferpool.observe.metrics import Sample as Reading
 from inferpool.observe.paced_worker import PacedWorker
 from inferpool.pool.ports import VersionKey
-from inferpool.privacy.config import FieldRules, SamplesConfig, kept_fields
-from inferpool.privacy.keys import SampleKeys, is_chosen, threshold_of
-from inferpool.privacy.noise import CountNoise
+from inferpool.privacy.keys import SampleKeys
 from inferpool.privacy.sample import LABEL, Sample, Totals, best_labels, redacted
 from inferpool.repository.catalog import ModelView, VersionView
 from inferpool.system.cpu_pace import let_others_run
-from inferpool.tensors import Array, Tensors, bf16_to_fp32
+from inferpool.tensors import Array, bf16_to_fp32
 
 if TYPE_CHECKING:
     # The module imports sqlite3, and few servers keep samples.
@@ -42,12 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_COUNTED_ROWS: Final = 64
-"""Rows of a request that are counted for drift."""
-MOST_COUNTED_BYTES: Final = 1024 * 1024
-"""Of a larger tensor fewer rows are counted, because the event loop copies them."""
-MOST_STRINGS: Final = 4096
-"""A tensor of more strings is not copied, because the event loop looks at the length of each."""
 RETRY_S: Final = 60.0
 """How long no samples are kept after the disk has failed."""
 PIECE_S: Final = 100e-6
@@ -58,217 +44,6 @@ MOST_HELD_BYTES: Final = 16 * 1024 * 1024
 """Bytes that observations hold, from the first copy until they are written; then no more are begun."""
 CLOSE_S: Final = 2.0
 """How long the process may take at its end to write the samples that wait."""
-
-Taker = Callable[["Observation"], None]
-"""Takes every request of a version, for a program that makes a profile."""
-
-
-class Observation:
-    """What has been copied of one request.
-
-    Attributes:
-        observer: the observer of its version.
-        is_sample: whether it is to be kept as a sample.
-        is_counted: whether its values are to be counted.
-        request_id, tenant: those of the request, if it is a sample.
-        inputs: rows of the inputs of each run; texts run by their lengths.
-        texts: its sentences, if they are kept.
-        outputs: rows of the outputs.
-        ended: when it was answered, in seconds since 1970.
-        nbytes: bytes of what was copied, which count until nobody has the observation any more.
-    """
-
-    __slots__ = (
-        "ended", "inputs", "is_counted", "is_sample", "nbytes", "observer", "outputs",
-        "request_id", "tenant", "texts",
-    )  # fmt: skip
-
-    def __init__(self, observer: VersionObserver, *, is_sample: bool, is_counted: bool) -> None:
-        self.observer = observer
-        self.is_sample = is_sample
-        self.is_counted = is_counted
-        self.request_id = self.tenant = ""
-        self.inputs: list[Tensors] = []
-        self.texts: Array | None = None
-        self.outputs: Tensors = {}
-        self.ended = 0.0
-        self.nbytes = 0
-
-    def add_bytes(self, nbytes: int) -> None:
-        """Count bytes that were copied."""
-        self.nbytes += nbytes
-        self.observer.observations.hold(nbytes)
-
-    def __del__(self) -> None:
-        # A request may end without an answer anywhere, and an observation in two threads.
-        self.observer.observations.hold(-self.nbytes)
-
-
-class VersionObserver:
-    """Chooses and copies requests of one version; for the event loop.
-
-    Attributes:
-        key: the version.
-        observations: those of the process.
-        facts: what its fields are named by.
-        rules: which fields of samples are kept; empty if none are.
-        names: the output with labels, and their names; None without labels.
-        counts: the counts of its values; None without a profile.
-    """
-
-    def __init__(self, observations: Observations, view: VersionView) -> None:
-        """Raises ConfigError if `[samples]` does not fit the model."""
-        assert view.signature is not None  # the version is ready
-        self.key = view.key
-        self.facts = facts_of(view)
-        self.names = self.facts.labels
-        self.observations = observations
-        self._text = "" if view.text is None else view.text.input
-        self.rules: Mapping[str, FieldRules] = {}
-        self._threshold = self._most_rows = self._most_bytes = 0
-        self._choice_key = b""
-        config = SamplesConfig.model_validate(view.sampling)
-        if config.share and observations.store is not None and observations.keys is not None:
-            self.rules = rules_of(config, view)
-            self._choice_key = observations.keys.choice_key
-            self._threshold = threshold_of(config.share)
-            self._most_rows, self._most_bytes = config.max_rows, config.max_request_bytes
-        self._keeps_text = self._text in self.rules
-        self.counts: WindowCounts | None = None
-        self.profile: Profile | None = None
-        self._pause_s = 0.0
-        self._next_count = 0.0
-        if view.drift:
-            drift = DriftConfig.model_validate(view.drift["config"])
-            self.profile = Profile.model_validate(view.drift["profile"])
-            self.counts = WindowCounts(self.profile, drift.window_s, CountNoise(drift.epsilon))
-            self._pause_s = 1 / drift.requests_per_s
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether anything is to be done."""
-        return bool(self._threshold) or self.counts is not None or self.observations.taker is not None
-
-    def keep_text(self, context: PredictContext, sentences: Array) -> None:
-        """Remember the sentences of a request, which may be in any thread, if samples have them."""
-        if not self._keeps_text or not is_chosen(self._choice_key, context.request_id, self._threshold):
-            return
-        kept = sentences[: self._most_rows]
-        if sum(map(len, kept.flat)) <= self._most_bytes:
-            context.sentences = kept.copy()
-
-    def begin(self, context: PredictContext, tensors: Tensors, now: float) -> None:
-        """Decide whether to observe a request at the moment `now`, and copy what is needed of its inputs.
-
-        For small inputs this is called just before `end`; larger ones are copied before they run.
-        """
-        observations = self.observations
-        is_counted = observations.taker is not None
-        if self.counts is not None and now >= self._next_count:
-            is_counted = True
-            self._next_count = now + self._pause_s
-        is_sample = False
-        if self._threshold and is_chosen(self._choice_key, context.request_id, self._threshold):
-            is_sample = observations.may_write()
-            if not is_sample:
-                observations.dropped.add()
-        if not is_sample and not (is_counted and (observations.taker is not None or observations.has_room())):
-            return
-        observation = Observation(self, is_sample=is_sample, is_counted=is_counted)
-        parts = [rows.tensors for rows in context.texts] if context.texts else [tensors]
-        for part in parts[: 1 if not context.texts else self._rows_of(observation)]:
-            observation.inputs.append(self._copies(observation, part))
-        if is_sample:
-            observation.request_id = context.request_id
-            observation.tenant = context.caller.tenant
-            observation.texts = context.sentences
-        context.observation = observation
-
-    def end(self, context: PredictContext, outputs: Tensors) -> None:
-        """Copy what is needed of the outputs of a request that `begin` observes, and hand it over."""
-        observation: Observation = context.observation
-        context.observation = None
-        observation.outputs = self._copies(observation, outputs)
-        observation.ended = context.ended
-        self.observations.take(observation)
-
-    def _copies(self, observation: Observation, tensors: Tensors) -> Tensors:
-        copied = {}
-        for name, array in tensors.items():
-            copy = self._copy(observation, name, array)
-            if copy is not None:
-                copied[name] = copy
-        return copied
-
-    def _rows_of(self, observation: Observation) -> int:
-        if self.observations.taker is not None:
-            return 1_000_000
-        return max(
-            self._most_rows if observation.is_sample else 0,
-            MOST_COUNTED_ROWS if observation.is_counted else 0,
-        )
-
-    def _copy(self, observation: Observation, name: str, array: Any) -> Array | None:
-        """The first rows of a tensor; None if nobody needs it."""
-        if not isinstance(array, np.ndarray) or not array.ndim:
-            return None
-        if not observation.is_counted and name not in self.rules:
-            return None
-        rows = self._rows_of(observation)
-        if self.observations.taker is None and len(array):
-            rows = min(rows, max(1, MOST_COUNTED_BYTES // max(1, array.nbytes // len(array))))
-            if array.nbytes // len(array) > MOST_COUNTED_BYTES:
-                return None
-        copy: Array = array[:rows].copy()
-        nbytes = copy.nbytes
-        if copy.dtype.kind == "O":
-            # An array refers to its strings, each of which may be as large as a body.
-            if copy.size > MOST_STRINGS:
-                return None
-            nbytes += sum(len(text) if isinstance(text, (str, bytes)) else 64 for text in copy.flat)
-        if nbytes > MOST_COUNTED_BYTES and self.observations.taker is None:
-            return None
-        observation.add_bytes(nbytes)
-        return copy
-
-    def sample_of(self, observation: Observation, keys: SampleKeys) -> Sample | None:
-        """The sample of an observed request, after the rules; None if it is too large, or has no rows."""
-        inputs: dict[str, Array] = {} if self._text else dict(observation.inputs[0])
-        if self._text and observation.texts is not None:
-            inputs[self._text] = observation.texts
-        rows = self._most_rows
-        values = (*inputs.values(), *observation.outputs.values())
-        for array in values:
-            rows = min(rows, len(array))
-        bf16 = self.facts.bf16
-        sides = []
-        for side in (inputs, observation.outputs):
-            plain = {
-                name: bf16_to_fp32(array[:rows]) if name in bf16 else array[:rows]
-                for name, array in side.items()
-            }
-            sides.append(redacted(plain, self.rules, keys))
-        if self.names is not None and self.names[0] in sides[1]:
-            name, names = self.names
-            scores = observation.outputs[name][:rows]
-            scores = bf16_to_fp32(scores) if name in bf16 else scores
-            if self.rules[name].whole == "keep" and not self.rules[name].columns and scores.ndim == 2:
-                sides[1][name + LABEL] = best_labels(scores.astype(np.float64), names)
-        kept = [array for side in sides for array in side.values()]
-        size = sum(
-            sum(64 + len(str(text)) for text in array.flat) if array.dtype.kind == "O" else array.nbytes
-            for array in kept
-        )
-        if not kept or not rows or size > self._most_bytes:
-            return None
-        return Sample(
-            observation.request_id, observation.tenant, self.key.model, self.key.version, observation.ended,
-            rows, *sides,
-        )  # fmt: skip
-
-    def values_of(self, observation: Observation) -> dict[str, Array]:
-        """The values of the fields of an observed request."""
-        return field_values(self.facts, observation.inputs, observation.outputs)
 
 
 class Observations:
@@ -293,6 +68,7 @@ class Observations:
         """Keep samples in `store`, encrypted by `keys`, and count in `metrics`."""
         self.store = store
         self.keys = keys
+        self._choice_key = b"" if store is None or keys is None else keys.choice_key
         self.taker = taker
         self._metrics = metrics
         self._observers: dict[VersionKey, tuple[VersionView, VersionObserver | None]] = {}
@@ -339,7 +115,7 @@ class Observations:
             )
         if view.drift or self.taker is not None or (view.sampling and self.store is not None):
             try:
-                observer = VersionObserver(self, view)
+                observer = VersionObserver(self, view, self._choice_key)
             except (ConfigError, ValueError) as error:
                 log.error("%s is not observed: %s", view.key.model, error)
             if observer is not None and not observer.is_needed:
@@ -390,11 +166,11 @@ class Observations:
         for each in observed:
             observer = each.observer
             if each.is_counted and observer.counts is not None:
-                closed = observer.counts.add(each.ended, observer.values_of(each))
+                closed = observer.counts.add(each.ended, each.values())
                 if closed is not None:
                     self._publish(observer, closed)
             if each.is_sample and self.store is not None and self.keys is not None:
-                sample = observer.sample_of(each, self.keys)
+                sample = sample_of(each, self.keys)
                 if sample is None:
                     self._left_out.add()
                 else:
@@ -479,27 +255,37 @@ def _is_alike(one: VersionView, other: VersionView) -> bool:
     )
 
 
-def rules_of(config: SamplesConfig, view: VersionView) -> dict[str, FieldRules]:
-    """The rules for the fields of a version; raises ConfigError."""
-    assert view.signature is not None  # the version is ready
-    text = view.text
-    tokens = () if text is None else tuple(spec.name for spec in view.signature.inputs)
-    pixels = None if view.image is None else view.image.input
-    return kept_fields(config, view.signature, pixels, None if text is None else text.input, tokens)
-
-
-def facts_of(view: VersionView) -> FieldFacts:
-    """What the fields of a version are named by."""
-    signature, text, image, classes = view.signature, view.text, view.image, view.classes
-    assert signature is not None  # the version is ready
-    bf16 = frozenset(spec.name for spec in (*signature.inputs, *signature.outputs) if spec.datatype == "BF16")
-    unknown = None if text is None else text.substitute("unknown")
-    return FieldFacts(
-        pixels="" if image is None else image.input,
-        channels_last=image is not None and image.picture.layout == "HWC",
-        text="" if text is None else text.input,
-        ids="" if text is None else text.ids,
-        unknown=-1 if unknown is None else unknown,
-        bf16=bf16,
-        labels=None if classes is None else (classes.output, classes.names),
+def sample_of(observation: Observation, keys: SampleKeys) -> Sample | None:
+    """The sample of an observed request, after the rules; None if it is too large, or has no rows."""
+    observer, outputs = observation.observer, observation.outputs
+    inputs: dict[str, Array] = {} if observer.text else dict(observation.inputs[0])
+    if observer.text and observation.texts is not None:
+        inputs[observer.text] = observation.texts
+    rows = observer.most_rows
+    values = (*inputs.values(), *outputs.values())
+    for array in values:
+        rows = min(rows, len(array))
+    bf16 = observer.facts.bf16
+    sides = []
+    for side in (inputs, outputs):
+        plain = {
+            name: bf16_to_fp32(array[:rows]) if name in bf16 else array[:rows] for name, array in side.items()
+        }
+        sides.append(redacted(plain, observer.rules, keys))
+    if observer.names is not None and observer.names[0] in sides[1]:
+        name, names = observer.names
+        scores = outputs[name][:rows]
+        scores = bf16_to_fp32(scores) if name in bf16 else scores
+        if observer.rules[name].whole == "keep" and not observer.rules[name].columns and scores.ndim == 2:
+            sides[1][name + LABEL] = best_labels(scores.astype(np.float64), names)
+    kept = [array for side in sides for array in side.values()]
+    size = sum(
+        sum(64 + len(str(text)) for text in array.flat) if array.dtype.kind == "O" else array.nbytes
+        for array in kept
+    )
+    if not kept or not rows or size > observer.most_bytes:
+        return None
+    key = observer.key
+    return Sample(
+        observation.request_id, observation.tenant, key.model, key.version, observation.ended, rows, *sides
     )
