@@ -77,6 +77,7 @@ sources. The tests of INTERPRETED are left out as well.
 
 INTERPRETED = {
     *("engine/admin_relay", "engine/catalog_distribution", "engine/catalog_merge", "engine/catalog_parcel"),
+    "engine/catalog_store",
     *("engine/child_loop", "engine/control", "engine/device_engines", "engine/engine_failures"),
     *("engine/engine_keeper", "engine/engine_memory", "engine/grpc_keeper", "engine/liveness"),
     *("engine/process_connections", "engine/web_keeper"),

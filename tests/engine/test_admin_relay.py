@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from inferpool.engine.admin_relay import ENDED, NOT_UP, AdminRelay
-from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
+from inferpool.engine.catalog_merge import EngineFacts
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.engine.supervised import SupervisedEngine
 from inferpool.error_fields import error_fields
 from inferpool.errors import NotFound, NotReady

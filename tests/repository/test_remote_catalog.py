@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
+from inferpool.engine.catalog_merge import EngineFacts
 from inferpool.engine.catalog_parcel import pack, unpack
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.errors import ModelNotFound, NotReady
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.stats import InstanceState
@@ -370,7 +371,7 @@ print(*sorted({"onnxruntime", "torch"} & sys.modules.keys()))
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
     supervisor = """
 import sys
-from inferpool.engine.catalog_merge import CatalogStore
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.engine.catalog_parcel import pack, unpack
 print(*sorted({"onnxruntime", "torch", "numpy", "pydantic"} & sys.modules.keys()))
 """

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
+from inferpool.engine.catalog_merge import EngineFacts
 from inferpool.engine.catalog_parcel import unpack
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.http.predict.results import ResultDispatcher
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import VersionKey

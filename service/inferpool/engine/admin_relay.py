@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from inferpool.engine.catalog_merge import CatalogStore
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.engine.supervised import SupervisedEngine
 from inferpool.error_fields import error_fields
 from inferpool.errors import NotReady

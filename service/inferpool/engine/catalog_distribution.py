@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from inferpool.engine.catalog_merge import CatalogStore
 from inferpool.engine.catalog_parcel import pack
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.engine.supervised import SupervisedEngine, SupervisedWeb
 
 log = logging.getLogger(__name__)

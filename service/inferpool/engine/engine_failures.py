@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from inferpool.engine.catalog_distribution import CatalogDistribution
-from inferpool.engine.catalog_merge import CatalogStore
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.engine.child_loop import ChildLoop
 from inferpool.engine.device_engines import own_engine
 from inferpool.engine.engine_keeper import EngineKeeper

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from inferpool.engine.catalog_distribution import CatalogDistribution
-from inferpool.engine.catalog_merge import CatalogStore, EngineFacts
+from inferpool.engine.catalog_merge import EngineFacts
 from inferpool.engine.catalog_parcel import pack
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.engine.child_loop import ChildLoop
 from inferpool.engine.control import Message
 from inferpool.engine.device_engines import device_engines, is_device

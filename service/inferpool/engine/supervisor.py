@@ -27,8 +27,8 @@ from typing import Any, Final, NoReturn
 
 from inferpool.engine.admin_relay import AdminRelay
 from inferpool.engine.catalog_distribution import CatalogDistribution
-from inferpool.engine.catalog_merge import CatalogStore
 from inferpool.engine.catalog_parcel import unpack
+from inferpool.engine.catalog_store import CatalogStore
 from inferpool.engine.child_loop import ChildLoop, reap
 from inferpool.engine.control import Message
 from inferpool.engine.device_engines import device_engines
