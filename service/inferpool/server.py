@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ class Server(uvicorn.Server):
         """Serve until the server has drained; until a model is loaded, its requests are answered 503."""
         self.loop = asyncio.get_running_loop()
         self._results.attach(self.loop)
-        self._metrics.add_source(web_busy(self._metrics, threading.get_ident(), self.name))
+        self._metrics.add_source(web_busy(self._metrics, threading.current_thread(), self.name))
         every_second = EverySecond(
             {"looking at the memory": self._memory.look, "publishing the gauges": self._metrics.publish}
         )
@@ -443,11 +444,28 @@ def report_installation() -> None:
         )
 
 
-def web_busy(metrics: Metrics, thread: int, process: str) -> Callable[[], list[Sample]]:
-    """A source of `web_busy_seconds_total`: the CPU time of `thread`, the event loop of the web `process`.
+def web_busy(metrics: Metrics, thread: threading.Thread, process: str) -> Callable[[], list[Sample]]:
+    """A source of `web_busy_seconds_total`: how long `thread`, the event loop of the web `process`, was busy.
 
-    The source goes on from what a predecessor of this process has published in `metrics`.
+    The thread is also busy while it waits for a core that others use. The source goes on from what a
+    predecessor of this process has published in `metrics`.
     """
-    clock = time.pthread_getcpuclockid(thread)
+    assert thread.ident is not None
+    clock = time.pthread_getcpuclockid(thread.ident)
     before = metrics.left_behind("web_busy_seconds_total", process)
-    return lambda: [("web_busy_seconds_total", (process,), before + time.clock_gettime(clock))]
+    schedule = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+
+    def busy() -> list[Sample]:
+        seconds = before + time.clock_gettime(clock) + core_wait_s(schedule)
+        return [("web_busy_seconds_total", (process,), seconds)]
+
+    return busy
+
+
+def core_wait_s(schedule: Path) -> float:
+    """The seconds that a thread has waited for a core, as its `schedstat` says; 0.0 if there is none."""
+    try:
+        _, waited_ns, _ = schedule.read_text().split()
+        return int(waited_ns) / 1e9
+    except (OSError, ValueError):
+        return 0.0

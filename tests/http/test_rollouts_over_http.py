@@ -208,6 +208,35 @@ def test_the_figures_of_a_shadow_are_those_of_a_comparison_by_hand(
     assert client.delete("/models/other/traffic").status_code == 200
 
 
+def test_a_version_has_at_most_sixty_series_even_as_a_canary_and_a_shadow(
+    server: Server, client: httpx.Client
+) -> None:
+    canary = {"version": 2, "share": 0.5, "requests": 0}
+    both = {"canary": canary, "shadow": {"version": 2}}
+    assert client.put("/models/other/traffic", json=both).status_code == 200
+
+    def is_compared() -> bool:
+        ask(client, "other", [1.0, 2.0])
+        found = traffic(client, "other")["shadow"]
+        return bool(found["compared"] and found["outputs"])
+
+    wait_until(is_compared, "a copy is compared")
+    assert ask(client, "other", [1.0], "2") == "invalid_input"
+    assert ask(client, "other", [1.0, 2.0], "2", **{"X-Timeout-Ms": "0.001"}) == "deadline_exceeded"
+    assert ask(client, "other", [1.0, 2.0], "2") == "2"
+    names = [
+        line.split("{")[0]
+        for line in client.get("/metrics").text.splitlines()
+        if 'model="other",version="2"' in line
+    ]
+    shadow = {name for name in names if name.startswith("inferpool_shadow")}
+    assert len(shadow) == 5, "it has compared an output with labels"
+    assert "inferpool_canary_share" in names
+    assert names.count("inferpool_requests_total") == 6
+    assert len(names) <= 60, names
+    assert client.delete("/models/other/traffic").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [

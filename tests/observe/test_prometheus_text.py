@@ -159,7 +159,7 @@ def test_rendered_metrics_are_parsed_back(model: str, amounts: list[float], coun
         assert samples["inferpool_build_info", None].value == 1
         assert samples[f"{name}_count", None].value == len(amounts)
         assert math.isclose(samples[f"{name}_sum", None].value, sum(amounts), rel_tol=1e-9, abs_tol=1e-12)
-        for bound in (0.001, 0.25, 5.0):
+        for bound in (0.001, 0.25, 4.0):
             expected = sum(amount <= bound for amount in amounts)
             assert samples[f"{name}_bucket", str(bound)].value == expected
         assert samples[f"{name}_bucket", "+Inf"].value == len(amounts)

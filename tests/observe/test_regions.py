@@ -80,8 +80,8 @@ def test_every_process_tells_the_sums_of_all(steps: list[tuple[int, str, int, bo
                 assert samples["inferpool_requests_total", model, "1", "200"] == sum(amounts)
                 assert samples["inferpool_batch_rows_sum", model, "1"] == sum(amounts)
                 assert samples["inferpool_batch_rows_count", model, "1"] == len(amounts)
-                below = sum(amount <= 16 for amount in amounts)
-                assert samples["inferpool_batch_rows_bucket", model, "1", "16.0"] == below
+                below = sum(amount <= 8 for amount in amounts)
+                assert samples["inferpool_batch_rows_bucket", model, "1", "8.0"] == below
                 assert writer.metrics.total("requests_total", model, "1", "200") == [sum(amounts)]
                 *counts, total = writer.metrics.total("batch_rows", model, "1")
                 assert (sum(counts), total) == (len(amounts), sum(amounts))

@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "urgent": (ONE_ROW, {"run_ms": 10}),
     "deserted": (ONE_ROW, {}),
     "poisoned": (ONE + "[batching]\nmax_rows = 64\n", {}),
-    "split": ("[batching]\nmax_rows = 16\n", {}),
+    "split": ("[batching]\nmax_rows = 8\n", {}),
     "sliced": (ONE + "[batching]\nmax_rows = 32\n", {"row_ms": 1}),
     "mortal": (ONE, {}),
     "four": ("[instances]\ncount = 4\n[batching]\nmax_rows = 1\n", {}),
@@ -417,7 +417,7 @@ def test_a_large_request_is_split_and_joined(shared: dict[str, Model]) -> None:
     model = shared["split"]
     marks = [float(number) for number in range(1000)]
     assert outputs(model.post_all(body(*marks))[0]) == sums(*marks)
-    assert model.metric("batch_rows_bucket", le="16.0") == model.metric("batch_rows_count")
+    assert model.metric("batch_rows_bucket", le="8.0") == model.metric("batch_rows_count")
 
 
 def test_small_requests_are_answered_between_the_slices_of_a_large_one(shared: dict[str, Model]) -> None:

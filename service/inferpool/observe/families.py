@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 # A bucket is a series for each version, and Prometheus keeps each series of each server.
-REQUEST_BUCKETS: Final = (0.001, 0.0025, 0.006, 0.015, 0.04, 0.1, 0.25, 0.6, 1.5, 5.0)
-"""Upper bounds for the durations of requests in seconds: steps of about 2.5, from 1 ms to 5 s."""
+REQUEST_BUCKETS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.25, 1.0, 4.0)
+"""Upper bounds for the durations of requests in seconds: steps of about 3, from 1 ms to 4 s.
 
-PART_BUCKETS: Final = (0.001, 0.006, 0.04, 0.25, 1.5)
-"""Upper bounds for the parts of a request's duration in seconds: every second one of `REQUEST_BUCKETS`."""
+The rules need the bound of 250 ms.
+"""
 
-ROWS_BUCKETS: Final = (1, 4, 16, 64, 256)
+PART_BUCKETS: Final = (0.001, 0.01, 0.1, 1.0)
+"""Upper bounds for the parts of a request's duration in seconds, which `REQUEST_BUCKETS` has too."""
+
+ROWS_BUCKETS: Final = (1, 8, 64)
 """Upper bounds for the rows of a batch."""
 
 USUAL_STATUSES: Final = ("200", "429", "500", "503")
@@ -98,8 +101,8 @@ FAMILIES: Final = {
         Family("instance_busy_seconds_total", "counter", (*_VERSION, "device"),
                "Time that instances ran batches."),
         Family("web_busy_seconds_total", "counter", ("process",),
-               "CPU time of the thread of a web process that reads and answers requests; one second per"
-               " second is its limit."),
+               "Time in which the thread of a web process that reads and answers requests ran or waited for a"
+               " core; one second per second is its limit."),
         Family("instances", "gauge", (*_VERSION, "device", "state"), "Instances, by state."),
         Family("missing_engines", "gauge", (*_VERSION, "engine"),
                "1 for each engine of a ready version that cannot run it: the engine is being restarted, does"
@@ -171,9 +174,10 @@ FAMILIES: Final = {
         Family("shadow_seconds_total", "counter", (*_VERSION, "answer"),
                "Queue and compute time of the compared pairs: of the answers that were sent, and of copies."),
         Family("shadow_difference_largest", "gauge", (*_VERSION, "output"),
-               "Largest difference of a number of an output from the answer that was sent.", combine="max"),
+               "Largest difference of a number of an output from the answer that was sent; four outputs have"
+               " a series, and all others together one without a name.", combine="max"),
         Family("shadow_difference_mean", "gauge", (*_VERSION, "output"),
-               "Mean difference of the numbers of an output from the answers that were sent.",
+               "Mean difference of the numbers of an output from the answers that were sent, likewise.",
                combine="max"),
         Family("shadow_changed_labels_ratio", "gauge", _VERSION,
                "Share of rows whose best label is another one than in the answer that was sent.",

@@ -234,8 +234,10 @@ class Metrics:
         """Export the version's request counters and histograms with the value 0."""
         for status in USUAL_STATUSES:
             self.value("requests_total", model, version, status)
-        for name in ("server_errors_total", "replayed_entries_total", "crashed_entries_total"):
-            self.value(name, model, version)
+        self.value("server_errors_total", model, version)
+        if self.is_shared:  # only an engine of its own can end and leave requests behind
+            self.value("replayed_entries_total", model, version)
+            self.value("crashed_entries_total", model, version)
         for family in FAMILIES.values():
             if family.kind == "histogram":
                 self.distribution(family.name, model, version)

@@ -84,7 +84,7 @@ class Pool:
         self._forget_plan = forget_plan
         self._outbox = outbox
         self._clock = clock
-        self._stats = BatchStats(metrics, key, padding, buckets)
+        self._stats = BatchStats(metrics, key, padding, buckets, audited=audit is not None)
         self._lock = threading.Lock()
         self._queue = Queue(limits, latency.seconds, latency.safety_factor)
         self._instances = InstanceSet(key, self, clock, self.log_limiter)

@@ -22,9 +22,6 @@ DROPPED: Final[dict[str, Callable[[], InferpoolError]]] = {
 }
 """Makes the error of a dropped entry; the keys are the reasons of `dropped_entries_total`."""
 
-_USUAL_DROPS: Final = ("deadline", "disconnected")
-"""The reasons whose counters exist from the start."""
-
 RUN_OVER: Final = "the deadline passed while the model ran"
 
 _BATCH_REASONS: Final = ("drained", "full")
@@ -77,9 +74,18 @@ class BatchStats:
     """The counts of one version. The caller holds the pool's lock."""
 
     def __init__(
-        self, metrics: Metrics, key: VersionKey, padding: Padding | None, buckets: BatchBuckets | None
+        self,
+        metrics: Metrics,
+        key: VersionKey,
+        padding: Padding | None,
+        buckets: BatchBuckets | None,
+        *,
+        audited: bool,
     ) -> None:
-        """`padding` tells how many tokens a row has; `buckets` has the batch sizes that GPUs run."""
+        """`padding` tells how many tokens a row has; `buckets` has the batch sizes that GPUs run.
+
+        `audited` tells whether requests of the version may be audited.
+        """
         self._metrics = metrics
         self._labels = (key.model, str(key.version))
         self._padding = padding
@@ -87,10 +93,10 @@ class BatchStats:
         self._batch_rows = metrics.distribution("batch_rows", *self._labels)
         self._batches: dict[int, BatchCount] = {}
         self._shared_batches: dict[int, memoryview[float] | None] = {}
-        self._audits = metrics.value("audits_total", *self._labels)
-        for reason in _USUAL_DROPS:
-            metrics.value("dropped_entries_total", *self._labels, reason)
         # Series start at 0 here and in `add_device`: a rate misses the batch with which a series begins.
+        metrics.value("dropped_entries_total", *self._labels, "deadline")
+        if audited:
+            metrics.value("audits_total", *self._labels)
         for name in ("tokens_total", "padded_tokens_total") if padding is not None else ():
             metrics.value(name, *self._labels)
 
@@ -108,7 +114,7 @@ class BatchStats:
 
     def count_audit(self) -> None:
         """Count an entry that ran again, alone."""
-        self._audits.add()
+        self._metrics.value("audits_total", *self._labels).add()
 
     def count_stop(self, reason: str) -> None:
         """Count that batching was turned off, for a reason of `STOPPED`."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from inferpool.observe.families import SHADOW, SHADOW_OUTPUT, TRIAL
 from inferpool.observe.metrics import Metrics, Sample
 from inferpool.repository.catalog import Catalog
 from inferpool.repository.rollout_policy import TrialCounts
+
+MOST_OUTPUTS: Final = 4
+"""Outputs of a shadow that have gauges of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,26 @@ def traffic_readings(catalog: Catalog, metrics: Metrics) -> Iterable[Sample]:
             if figures.label_rows:
                 share = figures.changed_rows / figures.label_rows
                 yield "shadow_changed_labels_ratio", labels, share
-            for name, difference in figures.outputs.items():
+            for name, difference in few_differences(figures.outputs).items():
                 yield "shadow_difference_largest", (*labels, name), difference.largest
                 yield "shadow_difference_mean", (*labels, name), difference.mean
+
+
+def few_differences(outputs: Mapping[str, OutputDifference]) -> dict[str, OutputDifference]:
+    """The differences of the first `MOST_OUTPUTS` outputs by name, and under "" those of all others together.
+
+    Each output has series for each version, and a model may have any number of outputs.
+    """
+    names = sorted(outputs)
+    found = {name: outputs[name] for name in names[:MOST_OUTPUTS]}
+    others = [outputs[name] for name in names[MOST_OUTPUTS:]]
+    if others:
+        numbers = sum(each.numbers for each in others)
+        total = sum(each.mean * each.numbers for each in others)
+        found[""] = OutputDifference(
+            max(each.largest for each in others),
+            total / numbers if numbers else 0.0,
+            numbers,
+            sum(each.non_finite for each in others),
+        )
+    return found

@@ -26,7 +26,7 @@ from inferpool.http.predict.shadow_copies import (
 from inferpool.observe.metrics import Metrics
 from inferpool.pool.ports import DEFAULT_PRIORITY, LOWEST_PRIORITY, Entry, Result, VersionKey
 from inferpool.repository.catalog import READY, BatchingView, VersionView
-from inferpool.repository.traffic_figures import shadow_figures
+from inferpool.repository.traffic_figures import OutputDifference, few_differences, shadow_figures
 from inferpool.tensors import Signature, TensorSpec
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),))
@@ -167,6 +167,16 @@ def test_the_numbers_of_an_earlier_shadow_do_not_count() -> None:
     assert shadow_figures(side.metrics, "m", 2, 8).dropped == 0
     later.dropped()
     assert shadow_figures(side.metrics, "m", 2, 8).dropped == 1
+
+
+def test_a_shadow_with_many_outputs_has_few_series() -> None:
+    four = {f"y{number}": OutputDifference(number, number / 2, 10) for number in range(4)}
+    assert few_differences(four) == four
+    others = {"y4": OutputDifference(9.0, 1.0, 10, 1), "y5": OutputDifference(2.0, 2.0, 30)}
+    found = few_differences({**others, **four})
+    assert found == {**four, "": OutputDifference(9.0, 1.75, 40, 1)}
+    nothing = {f"z{number}": OutputDifference() for number in range(6)}
+    assert few_differences(nothing)[""] == OutputDifference()
 
 
 def best_column(row: list[float]) -> int:
