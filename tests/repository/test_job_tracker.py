@@ -109,3 +109,28 @@ def test_a_fetch_becomes_a_load_of_what_has_come_unless_it_was_cancelled() -> No
     tracked.jobs.cancel(other.id)
     assert not tracked.jobs.is_fetching(other.id)
     assert not tracked.jobs.end_fetch(other.id, [2], "")
+
+
+def test_a_job_whose_version_serves_already_cannot_be_cancelled() -> None:
+    """It still runs until all web processes know the version, which answers requests by then."""
+    tracked = Tracked()
+    job = tracked.load()
+    tracked.lifecycle.loaded()
+    assert tracked.jobs.is_any_due
+    with pytest.raises(Conflict, match="is ready already; unload it"):
+        tracked.jobs.cancel(job.id)
+    assert tracked.lifecycle.wanted == "source"
+    assert tracked.ended().state == DONE
+
+
+def test_a_job_of_several_versions_says_which_one_has_failed() -> None:
+    good, bad = VersionLifecycle(), VersionLifecycle()
+    jobs = JobTracker({A1: good, VersionKey("a", 2): bad}, lambda key: False, lambda: 0.0, lambda: 0.0)
+    for lifecycle in (good, bad):
+        lifecycle.want("source")
+        lifecycle.load_begun()
+    jobs.begin("load", "a", None, [1, 2], None)
+    good.loaded()
+    bad.load_failed("no room")
+    assert jobs.end_due()
+    assert [(job.state, job.reason) for job in jobs.jobs()] == [(JOB_FAILED, "version 2: no room")]

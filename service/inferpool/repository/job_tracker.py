@@ -127,7 +127,7 @@ class JobTracker:
     def cancel(self, job_id: str) -> Job | None:
         """End a job that runs; its versions go on being what they are. None if there is no such job.
 
-        Raises Conflict if the job has ended, or if a version drains already.
+        Raises Conflict if the job has ended, if its versions serve already, or if one of them drains.
         """
         job = self._jobs.get(job_id)
         if job is None:
@@ -137,6 +137,9 @@ class JobTracker:
         known = self._lifecycles_of(job)
         if job.kind == "unload" and any(lifecycle.actual != READY for lifecycle in known):
             raise Conflict(f"job {job_id} cannot be cancelled: {job.model} is being unloaded already")
+        if job.kind == "load" and self._outcome_of(job) == (DONE, ""):
+            # The job only waits until all that send requests know that.
+            raise Conflict(f"job {job_id} cannot be cancelled: what it loads is ready already; unload it")
         for lifecycle in known:
             if lifecycle.served is not None:
                 lifecycle.want(lifecycle.served)
@@ -228,6 +231,12 @@ class JobTracker:
         if not all(lifecycle.settled for lifecycle in lifecycles):
             return None
         keys = [VersionKey(job.model, number) for number in job.versions]
-        here = [self._lifecycles.get(key) for key in keys if not self._is_elsewhere(key)]
-        reasons = [lifecycle.reason for lifecycle in here if lifecycle and not lifecycle.succeeded]
-        return (JOB_FAILED, "; ".join(filter(None, reasons))) if reasons else (DONE, "")
+        here = {key.version: self._lifecycles.get(key) for key in keys if not self._is_elsewhere(key)}
+        failed = {
+            number: lifecycle.reason
+            for number, lifecycle in here.items()
+            if lifecycle is not None and not lifecycle.succeeded
+        }
+        named = len(job.versions) > 1
+        reasons = [f"version {number}: {why}" if named else why for number, why in failed.items() if why]
+        return (JOB_FAILED, "; ".join(reasons)) if failed else (DONE, "")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from inferpool.errors import Forbidden, StoreError, StoreUnreachable
-from inferpool.repository.stores import content_cache, downloader, fetch
+from inferpool.repository.stores import content_cache, downloader, fetch, web_client
 from inferpool.repository.stores.fetch import Fetched
 from inferpool.repository.stores.reference import StoreReference, parse_repository
 from inferpool.repository.stores.version_fetch import MADE, WantedVersion, fetch_version
@@ -34,6 +34,7 @@ def server() -> Iterator[WebServer]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(downloader, "PAUSE_S", 0.0)
+    monkeypatch.setattr(web_client, "PAUSE_S", 0.0)
     monkeypatch.setattr(downloader, "PART_BYTES", 30_000)
     for name in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "DOCKER_CONFIG", "NETRC"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
@@ -301,6 +302,30 @@ def test_a_model_of_the_hub(server: WebServer, tmp_path: Path, monkeypatch: pyte
     server.files[path] = tokenizer.replace(b"1", b"2")
     with pytest.raises(StoreError, match=r"tokenizer\.json: it arrived damaged"):
         fetched("hf://me/small", tmp_path / "other")
+
+
+def test_a_listing_that_is_cut_or_refused_for_a_moment_is_asked_for_again(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "inferpool")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{server.address}")
+    put_on_hub(server, b"{}")
+    server.cuts, server.cut_after = 2, 30
+    assert files_below(fetched("hf://me/small", tmp_path / "hub").path)["1/model.onnx"] == MODEL
+    layers_of(server, (MODEL, titled("1/model.onnx")))
+    server.busy = 3
+    registry = fetched(f"oci://{server.address}/a/digits:v1", tmp_path / "registry")
+    assert files_below(registry.path) == {"1/model.onnx": MODEL}
+    server.busy = 3
+    reference = archive_at(server, query="?signature=hidden")
+    assert files_below(fetched(reference, tmp_path / "web").path) == FILES
+    said = [record.message for record in caplog.records if record.message.endswith("asked again")]
+    assert sum("HTTP status 503" in line for line in said) == 6
+    assert "hidden" not in "".join(said)
+    server.busy, server.asked = web_client.TRIES, []
+    with pytest.raises(StoreUnreachable, match="HTTP status 503"):
+        fetched(reference, tmp_path / "other")
+    assert len(server.asked) == web_client.TRIES
 
 
 def layers_of(server: WebServer, *layers: tuple[bytes, dict[str, object]]) -> None:

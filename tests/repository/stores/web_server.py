@@ -28,6 +28,7 @@ class WebServer:
         replies: full answers for paths: status, headers and body.
         cuts: how many answers with content are cut off next.
         cut_after: after how many bytes.
+        busy: how many requests are answered with 503 next.
         required: the value that the header Authorization must have; "" for none.
         ranges: whether parts can be asked for.
         on_get: called before each answer with content.
@@ -39,6 +40,7 @@ class WebServer:
         self.replies: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.cuts = 0
         self.cut_after = 1000
+        self.busy = 0
         self.required = ""
         self.ranges = True
         self.on_get: Any = lambda: None
@@ -68,7 +70,10 @@ class WebServer:
     def answer(self, handler: Any) -> None:
         """Answer one request."""
         path, headers = handler.path, handler.headers
-        if self.required and headers.get("Authorization") != self.required:
+        if self.busy:
+            self.busy -= 1
+            self.send(handler, 503, {}, b"")
+        elif self.required and headers.get("Authorization") != self.required:
             self.send(handler, 401, {"WWW-Authenticate": 'Basic realm="test"'}, b"")
         elif path in self.replies:
             self.send(handler, *self.replies[path])

@@ -35,7 +35,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "ours": KeyPair(folder, "ours"), "theirs": KeyPair(folder, "theirs"), "root": root, "middle": middle,
         "leaf": Certificate(folder, "leaf", middle, ca=False), "other": Certificate(folder, "other"),
-        "text": folder / "root.txt",
+        "direct": Certificate(folder, "direct", root, ca=False), "text": folder / "root.txt",
     }  # fmt: skip
 
 
@@ -188,6 +188,16 @@ def test_a_certificate_is_taken_by_its_authority(model: Path, run: Run, keys: di
     status, said = run("sign", model, "--private-key", keys["ours"].private, *chain)
     assert status == 1
     assert "does not match" in said
+
+
+def test_a_certificate_of_the_authority_itself_needs_no_chain(
+    model: Path, run: Run, keys: dict[str, Any]
+) -> None:
+    direct = keys["direct"]
+    signed = run("sign", model, "--private-key", direct.private, "--certificate", direct.file)
+    assert signed[0] == 0, signed
+    assert run("verify", model, "--require-signatures", keys["root"].file)[0] == 0
+    assert run("verify", model, "--require-signatures", keys["middle"].file)[0] == 1
 
 
 def test_files_that_cannot_be_used_are_named(model: Path, run: Run, keys: dict[str, Any]) -> None:

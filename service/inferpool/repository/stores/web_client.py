@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from inferpool import __version__
 from inferpool.errors import StoreError, StoreUnreachable
@@ -16,11 +18,22 @@ from inferpool.system.install_hints import install_command
 if TYPE_CHECKING:
     import httpx
 
+log = logging.getLogger(__name__)
+
 TIMEOUT_S: Final = 30.0
 """How long a server may send nothing."""
 CONNECT_TIMEOUT_S: Final = 10.0
 MOST_JSON_BYTES: Final = 16 * 2**20
+TRIES: Final = 4
+"""How often a small document is asked for: a listing, a manifest, or the headers of a file."""
+PAUSE_S: Final = 0.4
+"""Pause before the second try; each later one is twice as long."""
 _RETRIED: Final = (408, 425, 429)
+_Answer = TypeVar("_Answer")
+
+
+class _TimedOut(StoreUnreachable):
+    """A server that has not answered in time. Another try would take as long again."""
 
 
 class WebClient:
@@ -47,6 +60,7 @@ class WebClient:
             raise StoreError(f"{shown} needs the package httpx: {install_command('stores')}") from error
         self._shown = shown
         self._errors: type[Exception] = httpx.HTTPError
+        self._timeout: type[Exception] = httpx.TimeoutException
         self._may_ask = may_ask
         self.http = httpx.Client(
             auth=credentials,
@@ -75,7 +89,8 @@ class WebClient:
 
     def head(self, url: str) -> Mapping[str, str]:
         """The headers of a file. A server that answers no HEAD is asked for the file, without reading it."""
-        try:
+
+        def ask() -> Mapping[str, str]:
             reply = self.http.head(url)
             if reply.status_code in (400, 403, 405, 501):  # signed addresses are good for one method
                 with self.http.stream("GET", url) as stream:
@@ -85,8 +100,8 @@ class WebClient:
                 self.check(reply)
             headers: Mapping[str, str] = reply.headers
             return headers
-        except self._errors as error:
-            raise self._unreachable(error) from None
+
+        return self._tried(ask)
 
     def json(self, url: str, headers: Mapping[str, str] | None = None) -> tuple[Any, httpx.Response]:
         """A JSON document, and the response that had it."""
@@ -102,7 +117,8 @@ class WebClient:
         self, url: str, headers: Mapping[str, str], statuses: tuple[int, ...] = ()
     ) -> tuple[bytes, httpx.Response]:
         """A small document, and its response; `statuses` are no errors."""
-        try:
+
+        def ask() -> tuple[bytes, httpx.Response]:
             with self.http.stream("GET", url, headers=dict(headers)) as reply:
                 if reply.status_code not in statuses:
                     self.check(reply)
@@ -112,8 +128,23 @@ class WebClient:
                     if len(body) > MOST_JSON_BYTES:
                         raise StoreError(f"{self._shown}: the server's answer has no end")
                 return bytes(body), reply
-        except self._errors as error:
-            raise self._unreachable(error) from None
+
+        return self._tried(ask)
+
+    def _tried(self, ask: Callable[[], _Answer]) -> _Answer:
+        """What `ask` returns. It is called again if a connection is cut, or if the server is busy."""
+        for number in range(1, TRIES + 1):
+            try:
+                try:
+                    return ask()
+                except self._errors as error:
+                    raise self._unreachable(error) from None
+            except StoreUnreachable as error:
+                if number == TRIES or isinstance(error, _TimedOut):
+                    raise
+                log.info("%s; asked again", error.detail)
+                time.sleep(PAUSE_S * 2 ** (number - 1))
+        raise AssertionError("the last try returns or raises")
 
     def read(
         self, url: str, start: int, end: int | None, headers: Mapping[str, str] | None = None
@@ -155,7 +186,8 @@ class WebClient:
         reason = str(error) or type(error).__name__
         if "://" in reason:
             reason = type(error).__name__
-        return StoreUnreachable(f"{self._shown}: {reason}")
+        kind = _TimedOut if isinstance(error, self._timeout) else StoreUnreachable
+        return kind(f"{self._shown}: {reason}")
 
 
 def netrc_credentials(host: str) -> tuple[str, str] | None:

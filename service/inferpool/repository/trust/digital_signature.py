@@ -69,8 +69,12 @@ def sign_folder(
         if certificate is None:
             config.use_elliptic_key_signer(private_key=private_key)
         else:
+            # The library fails without a chain. A certificate that an authority has issued itself needs none,
+            # and may be there twice.
             config.use_certificate_signer(
-                private_key=private_key, signing_certificate=certificate, certificate_chain=chain
+                private_key=private_key,
+                signing_certificate=certificate,
+                certificate_chain=chain or [certificate],
             )
         config.set_hashing_config(hashing).sign(folder, unfinished)
         unfinished.replace(folder / SIGNATURE_FILE)
