@@ -1,12 +1,14 @@
 """Measures what scrapes of many versions cost, and how much they slow predictions.
 
-    python -m benchmarks.scrapes [--versions 150] [--every 1] [--rounds 12] [--seconds 3] [--per-s 200]
+    python -m benchmarks.scrapes [--versions 150] [--every 15 1 0] [--rounds 8] [--seconds 6] [--per-s 200]
         [--one-by-one] [--serve FLAGS]
 
 starts a server of so many small models, each of which answers once, so that its series exist. First the
 page is read while nothing else happens: its size, the time until it is read, and the server's CPU time. Then
-predictions are sent at random moments, in rounds without scrapes and with one every second in turns; a
-Prometheus scrapes every 15 or 60 seconds. Times are taken and printed as `explain.py` does.
+predictions are sent at random moments, in rounds without scrapes and with one every so many seconds in turns.
+A Prometheus scrapes every 15 or 60 seconds; every second is a hard case. With 0 a scrape begins as soon as
+the one before it has ended, which shows how long predictions take that come during a scrape. Times are taken
+and printed as `explain.py` does, for each pause between scrapes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import http.client
 import json
 import math
 import os
+import random
 import shlex
 import statistics
 import sys
@@ -84,49 +87,66 @@ def scrape_idle(server: int, port: int) -> None:
     )
 
 
-class Scraper:
-    """Scrapes every so many seconds while it is on."""
+class Scraper(threading.Thread):
+    """Scrapes every so many seconds for the time of a round, first at a random moment."""
 
-    def __init__(self, port: int, every_s: float) -> None:
+    def __init__(self, port: int, every_s: float, seconds: float, seed: int) -> None:
+        super().__init__()
         self._connection = http.client.HTTPConnection("127.0.0.1", port)
         self._every_s = every_s
-        self.on = threading.Event()
-        threading.Thread(target=self._work, daemon=True).start()
+        self._due = time.monotonic() + random.Random(seed).uniform(0, every_s)
+        self._ends = time.monotonic() + seconds
 
-    def _work(self) -> None:
-        while True:
-            self.on.wait()
+    def run(self) -> None:
+        """Scrape until the round ends."""
+        while self._due < self._ends:
+            time.sleep(max(0.0, self._due - time.monotonic()))
             scrape(self._connection)
-            time.sleep(self._every_s)
+            self._due = max(self._due + self._every_s, time.monotonic())
+        self._connection.close()
 
 
 def measure(server: int, port: int, options: argparse.Namespace) -> None:
     """Send predictions without scrapes and with them, in turns, and print how long they took."""
     pipe: Connection = start(predict_always, port, options.client_cores, request_of("/predict/model-0", BODY))
-    scraper = Scraper(port, options.every)
 
-    def run(seed: int, *, scraped: bool) -> Round:
-        (scraper.on.set if scraped else scraper.on.clear)()
+    def run(seed: int, every_s: float) -> Round:
         before = cpu_s(server)
         pipe.send(Sending(options.seconds, options.per_s, seed, options.one_by_one))
+        scraper = Scraper(port, every_s, options.seconds, seed)
+        if every_s < math.inf:
+            scraper.start()
         times = pipe.recv()
-        return Round(times, [], cpu_s(server) - before)
+        used = cpu_s(server) - before
+        if every_s < math.inf:
+            scraper.join()
+        return Round(times, [], used)
 
-    rounds: dict[bool, list[Round]] = {False: [], True: []}
-    run(0, scraped=False)
+    pauses = (math.inf, *options.every)
+    rounds: dict[float, list[Round]] = {pause: [] for pause in pauses}
+    run(0, math.inf)
     for number in range(options.rounds):
-        for scraped in (False, True) if number % 2 else (True, False):
-            rounds[scraped].append(run(number, scraped=scraped))
-    print_rounds({"alone": rounds[False], "scraped": rounds[True]}, options.per_s, options)
+        for pause in pauses if number % 2 else reversed(pauses):
+            rounds[pause].append(run(number, pause))
+    for pause in options.every:
+        print(f"\na scrape every {pause:g} s" if pause else "\nscrapes without a pause")
+        print_rounds({"alone": rounds[math.inf], "scraped": rounds[pause]}, options.per_s, options)
 
 
 def main() -> None:
     """Run the measurement, and print it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--versions", type=int, default=150)
-    parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between scrapes")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument(
+        "--every",
+        type=float,
+        nargs="+",
+        default=[15.0, 1.0, 0.0],
+        metavar="S",
+        help="seconds between scrapes",
+    )
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--per-s", type=float, default=200.0)
     parser.add_argument("--one-by-one", action="store_true", help="one connection, timed from the sending")
     parser.add_argument("--serve", default="", help="more flags of inferpool serve, as one text")

@@ -22,11 +22,18 @@ from typing import Final, TypeVar
 from inferpool.observe.families import CPU_SECONDS, FAMILIES, HIDDEN, USUAL_STATUSES, Combine, Family
 from inferpool.observe.prometheus_text import Exemplar
 from inferpool.observe.regions import RegionReader, Regions
+from inferpool.system.cpu_pace import let_others_run
 
 log = logging.getLogger(__name__)
 
 STALE_S: Final = 5.0
 """Age at which the gauges of a process that no longer writes them are left out, in seconds."""
+
+PIECE_NUMBERS: Final = 400
+"""Numbers of a page of metrics that are read or written in one piece, in less than a millisecond."""
+
+SAMPLE_NUMBERS: Final = 4
+"""A number of a source takes about as long as so many others."""
 
 ABSENT: Final = math.nan
 """The number of a gauge in shared memory that its source no longer has."""
@@ -110,6 +117,26 @@ _Number = TypeVar("_Number", float, list[float])
 
 Sample = tuple[str, Labels, float]
 """A gauge that a source reads at scrape time: the family's name, its label values, the number."""
+
+
+class Rests:
+    """Lets other threads run after each piece of the work on a page of metrics.
+
+    The page of many versions takes tens of milliseconds of a thread, which holds the GIL while it runs
+    compiled code, and predictions would wait for that.
+    """
+
+    def __init__(self, rest: Callable[[], None] = let_others_run) -> None:
+        """Call `rest` after each piece."""
+        self._rest = rest
+        self._left = PIECE_NUMBERS
+
+    def after(self, numbers: int) -> None:
+        """Rest if what was done since the last rest, with these `numbers`, is a piece."""
+        self._left -= numbers
+        if self._left <= 0:
+            self._left = PIECE_NUMBERS
+            self._rest()
 
 
 class Metrics:
@@ -299,25 +326,21 @@ class Metrics:
                 if each.exemplars
             }
 
-    def figures(self) -> tuple[dict[str, dict[Labels, float]], dict[str, dict[Labels, list[float]]]]:
+    def figures(
+        self, rests: Rests | None = None
+    ) -> tuple[dict[str, dict[Labels, float]], dict[str, dict[Labels, list[float]]]]:
         """What the whole server exports now: counters and gauges, and histograms, by family and label values.
 
-        A histogram is its counts, then its sum. May be called from any thread.
+        A histogram is its counts, then its sum. May be called from any thread but that of an event loop: it
+        takes `rests`.
         """
+        if rests is None:
+            rests = Rests()
         # What is shown is published first: a successor of this process must not begin below it. The sources
         # come before the counters, because they wait for the pools' locks: whoever has an answer finds it
         # counted.
         gauges = self.publish()
-        gauges.update(_read(self._sources))
-        with self._lock:
-            values = {
-                name: {labels: value.value for labels, value in series.items()}
-                for name, series in self._values.items()
-            }
-            distributions = {
-                name: {labels: [*map(float, each.counts), each.sum] for labels, each in series.items()}
-                for name, series in self._distributions.items()
-            }
+        gauges.update(_read(self._sources, rests))
         # Most slots have no process, and each family looks at all readers.
         readers = [reader for reader in self._refreshed() if reader.pid]
         now = time.monotonic()
@@ -327,18 +350,25 @@ class Metrics:
         histograms: dict[str, dict[Labels, list[float]]] = {}
         for name, family in FAMILIES.items():
             if family.kind == "histogram":
-                series = distributions.get(name, {})
+                with self._lock:
+                    series = {
+                        labels: [*map(float, each.counts), each.sum]
+                        for labels, each in self._distributions.get(name, {}).items()
+                    }
                 for reader in readers:
-                    _add_histograms(series, reader.series(name), family.cells)
+                    rests.after(_add_histograms(series, reader.series(name), family.cells))
                 histograms[name] = self._shown(family, series, shown)
+                rests.after(len(series) * family.cells)
             else:
-                found = values.get(name, {})
+                with self._lock:
+                    found = {labels: value.value for labels, value in self._values.get(name, {}).items()}
                 found.update(gauges.get(name, {}))
                 for reader in readers:
                     # A gauge tells how things are now, which nobody knows of a process that no longer runs.
                     if family.kind == "counter" or now - reader.beat < STALE_S:
                         _combine(found, reader.series(name), family)
                 numbers[name] = self._shown(family, found, shown)
+                rests.after(len(found))
         return numbers, histograms
 
     def _shown(
@@ -404,14 +434,18 @@ def counted(number: float) -> float:
 
 def _add_histograms(
     series: dict[Labels, list[float]], others: Mapping[Labels, memoryview[float]], count: int
-) -> None:
-    """Add the histograms of another process to those in `series`; `count` is how many numbers one has."""
+) -> int:
+    """Add the histograms of another process to those in `series`; `count` is how many numbers one has.
+
+    Returns how many numbers the other process has.
+    """
     for labels, numbers in others.items():
         if len(numbers) == count:
             own = series.get(labels)
             # Number by number, because each is read as a whole.
             found = [counted(numbers[index]) for index in range(count)]
             series[labels] = found if own is None else [a + b for a, b in zip(own, found, strict=True)]
+    return len(others) * count
 
 
 def _combine(series: dict[Labels, float], others: Mapping[Labels, memoryview[float]], family: Family) -> None:
@@ -435,13 +469,17 @@ def _combined(before: float, number: float, combine: Combine) -> float:
     return max(before, number) if combine == "max" else min(before, number)
 
 
-def _read(sources: Iterable[Callable[[], Iterable[Sample]]]) -> dict[str, dict[Labels, float]]:
-    """What the `sources` say now, by family and label values."""
+def _read(
+    sources: Iterable[Callable[[], Iterable[Sample]]], rests: Rests | None = None
+) -> dict[str, dict[Labels, float]]:
+    """What the `sources` say now, by family and label values; takes `rests` between two samples."""
     found: dict[str, dict[Labels, float]] = {}
     for source in sources:
         for name, labels, number in source():
             _family(name, labels)
             found.setdefault(name, {})[labels] = number
+            if rests is not None:
+                rests.after(SAMPLE_NUMBERS)
     return found
 
 

@@ -5,11 +5,12 @@ The metrics of the process come from `prometheus_client`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from inferpool.observe.exposition import choose_exposition
 from inferpool.observe.families import FAMILIES, Family
-from inferpool.observe.metrics import Labels, Metrics
+from inferpool.observe.metrics import Labels, Metrics, Rests
 from inferpool.observe.prometheus_text import (
     Exemplar,
     HistogramStems,
@@ -18,6 +19,7 @@ from inferpool.observe.prometheus_text import (
     histogram_stems,
     stem,
 )
+from inferpool.system.cpu_pace import let_others_run
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 class MetricsPage:
     """Renders the metrics of a server, and keeps the parts of lines that stay the same."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, rest: Callable[[], None] = let_others_run) -> None:
+        """Show `metrics`; `rest` lets other threads run, and is called after each piece of a page."""
         self._metrics = metrics
+        self._rest = rest
         self._stems: dict[tuple[str, Labels], str] = {}
         self._histogram_stems: dict[tuple[str, Labels], HistogramStems] = {}
         self._registry: CollectorRegistry | None = None
@@ -59,7 +63,8 @@ class MetricsPage:
         if openmetrics:  # the text format has none
             # Before the counts, so that what an exemplar shows is counted.
             exemplars = self._metrics.exemplars()
-        numbers_of, histograms = self._metrics.figures()
+        rests = Rests(self._rest)
+        numbers_of, histograms = self._metrics.figures(rests)
         info = self._metrics.info
         parts: list[str] = []
         for name, family in FAMILIES.items():
@@ -75,11 +80,11 @@ class MetricsPage:
                             exemplars.get((name, labels), {}),
                         )
                     )  # fmt: skip
+                    rests.after(len(numbers))
             else:
-                parts += [
-                    f"{self._stem_of(family, labels)}{number}\n"
-                    for labels, number in numbers_of[name].items()
-                ]
+                for labels, number in numbers_of[name].items():
+                    parts.append(f"{self._stem_of(family, labels)}{number}\n")
+                    rests.after(1)
         return "".join(parts)
 
     def _stem_of(self, family: Family, labels: Labels) -> str:
