@@ -168,6 +168,9 @@ def test_a_version_tells_what_it_is_how_it_is_batched_and_how_long_it_takes(
     assert model["versions"][0]["figures"]["reasons"]
     for reason in model["versions"][0]["figures"]["reasons"]:
         expect(reasons.get_by_role("rowheader").filter(has_text=reason).first).to_be_visible()
+    expect(reasons.get_by_role("rowheader").filter(has_text="drained")).to_have_text(
+        "drained nothing else waited"
+    )
     times = page.get_by_role("table", name="Time of a batch in the model").get_by_role("rowheader")
     expect(times).to_have_count(len({line["rows"] for line in told["latency"]}))
     expect(page.locator("#stats")).to_contain_text("0 rows")

@@ -107,6 +107,14 @@ function stats(model, version) {
 
 const EVIDENCE = { graph: "shown by reading the graph", runs: "shown by running rows alone and together" };
 
+const DISPATCH = {
+  drained: "nothing else waited",
+  full: "it had all the rows or bytes that it may",
+  deadline: "with more rows it would have missed a deadline",
+  piece: "a part of a request with more rows than a batch",
+  retry: "its rows ran again after an error",
+};
+
 function batching(version) {
   const { batching: verdict, figures } = version;
   const most = Math.max(...figures.batches.map((line) => line.runs), 1);
@@ -143,7 +151,15 @@ function batching(version) {
       table(
         "Batches by the reason of their dispatch",
         ["Reason", number("Batches"), ""],
-        reasons.map(([reason, runs]) => h("tr", null, head(reason), cell(count(runs)), graph(runs / all))),
+        reasons.map(([reason, runs]) =>
+          h(
+            "tr",
+            null,
+            head(reason, DISPATCH[reason] && h("span", { class: "quiet small" }, ` ${DISPATCH[reason]}`)),
+            cell(count(runs)),
+            graph(runs / all),
+          ),
+        ),
       ),
     ],
   ];
