@@ -12,7 +12,7 @@ The data:
   the right answers are its own, and the accuracy of a form is how often it agrees with the original.
 
 Nothing is written to the models. A model that is not built is left out. With NAMES, only their tables are
-renewed.
+renewed. At the end the whole file is printed.
 """
 
 from __future__ import annotations
@@ -80,8 +80,10 @@ def main() -> None:
                 f"`inferpool optimise models/{model} --no-write {shown}`\n\n"
                 f"```text\n{done.stdout.rstrip()}\n```"
             )
-            print(model, done.stdout, sep="\n", flush=True)
+            took = datetime.datetime.now(datetime.UTC) - began
+            print(f"{model}: {took.total_seconds():.0f} s", file=sys.stderr, flush=True)
             write(file, tables)
+    print(file.read_text())
 
 
 def write(file: Path, tables: Mapping[str, str]) -> None:
@@ -90,7 +92,8 @@ def write(file: Path, tables: Mapping[str, str]) -> None:
     head = (
         "# Forms of models\n\n"
         f"`python benchmarks/optimise.py`; {os.cpu_count()} cores of {processor()}, Python"
-        f" {platform.python_version()}, {tools}. Times are milliseconds of a run on all cores.\n"
+        f" {platform.python_version()}, {tools}. A p50 is in milliseconds of a run of so many rows on all"
+        " cores, and rows/s follow from it.\n"
     )
     parts = [f"## {model}\n\n{tables[model]}\n" for model in CASES if model in tables]
     file.write_text("\n".join([head, *parts]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +17,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 from inferpool import cli
+from inferpool.backends.onnx.backend import OnnxBackend
 from inferpool.optimise_command import structured_forms
+from inferpool.optimise_command.gpu import tensorrt_form
+from inferpool.optimise_command.model_folders import find_source
 from inferpool.optimise_command.structured_forms import make_structured
 from inferpool.release.optimise import candidates, timing
 from inferpool.release.optimise.candidates import (
@@ -26,6 +31,8 @@ from inferpool.release.optimise.candidates import (
     to_int8_static,
 )
 from inferpool.release.optimise.timing import Timing
+from inferpool.release.optimise.unfit import Unfit
+from inferpool.settings import Settings
 from onnx import numpy_helper
 
 from tests.evaluate_command.test_retrieval import write
@@ -102,7 +109,7 @@ def damage(model: Path, target: Path, batches: Sequence[Any]) -> None:
 
 
 def fail(model: Path, target: Path, batches: Sequence[Any]) -> None:
-    raise candidates.Unfit("nothing to change")
+    raise Unfit("nothing to change")
 
 
 def with_gains(
@@ -145,7 +152,7 @@ def test_the_fastest_good_form_becomes_a_version_with_its_provenance(
     verdicts = {each["form"]: each["verdict"] for each in written["forms"]}
     assert verdicts["int8-static"] == "good"
     assert written["forms"][0]["metric"] == 1.0
-    assert written["forms"][0]["run_ms"] == {"1": 1.0, "8": 1.0, "64": 1.0}
+    assert written["forms"][0]["p50_ms"] == {"1": 1.0, "8": 1.0, "64": 1.0}
     assert written["forms"][0]["rows_per_s"] == {"1": 1000.0, "8": 8000.0, "64": 64000.0}
     first = (model / "2" / "model.onnx").read_bytes()
     shutil.rmtree(model / "2")
@@ -165,19 +172,30 @@ def test_forms_of_a_real_model_are_timed_and_judged_on_this_machine(
     )
     best = session.run(None, {"image": pictures})[0].argmax(axis=1)
     np.savez(tmp_path / "data.npz", image=pictures, target=best)
-    forms = tuple(each for each in CANDIDATES if each.name in ("graph", "int8-dynamic"))
+    forms = tuple(each for each in CANDIDATES if each.name in ("graph", "bf16", "int8-dynamic"))
     monkeypatch.setattr(candidates, "CANDIDATES", (*forms, Candidate("planted", damage)))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     goal = ["--data", str(tmp_path / "data.npz"), "--goal", "accuracy -1pp", "--no-write"]
     assert cli.main(["optimise", str(tmp_path / "digits"), *goal]) == 0
     shown, bars = capsys.readouterr()
-    rows = {line.split()[0]: line for line in shown.splitlines()}
+    speed, _, worth = shown.partition("\n\n")
+    rows = {line.split()[0]: line for line in speed.splitlines()}
     assert rows.keys() >= {"original", "graph", "int8-dynamic", "planted"}
     for name in ("original", "graph", "planted"):
-        size, *run_ms = map(float, rows[name].split()[1:5])
+        size, *p50_ms = map(float, rows[name].split()[1:5])
         assert 0.1 < size < 0.2
-        assert 0 < run_ms[0] < run_ms[2] < 1000
-    assert "worse than accuracy -1pp" in rows["planted"]
+        assert 0 < p50_ms[0] < p50_ms[2] < 1000
+        rates = map(float, rows[name].split()[5:8])
+        assert list(rates) == pytest.approx(
+            [1e3 * each / ms for each, ms in zip((1, 8, 64), p50_ms, strict=True)], rel=1e-3
+        )
+    assert re.search(r"^planted .*worse than accuracy -1pp$", worth, re.MULTILINE)
+    # ONNX Runtime's own reasons, in the width of a terminal.
+    assert re.search(
+        r"^bf16 .*cannot run: ONNX Runtime cannot load model.onnx: Could not", worth, re.MULTILINE
+    )
+    assert "was built without TensorRT" in " ".join(worth.split())
+    assert max(map(len, shown.splitlines())) <= 120
     assert "planted is the best form" not in shown
     assert "making int8-dynamic" in bars
     assert "measurement/s" in bars
@@ -241,6 +259,8 @@ def test_a_version_that_would_answer_at_once_is_not_made(
     assert optimise(model) == 2
     assert "labels = {stable = 1}" in capsys.readouterr().err
     assert cli.main(["optimise", str(model), "--data", "none.npz", "--goal", "speed +1"]) == 2
+    assert optimise(model, "--no-write", "--keep-fp32", "MatMul", "--keep-fp32", "Softmax") == 2
+    assert "--keep-fp32 Softmax: the model has no such node" in capsys.readouterr().err
 
 
 def test_a_form_with_fewer_channels_is_trained_on_by_the_build_script(
@@ -278,8 +298,87 @@ def test_a_form_with_fewer_channels_is_trained_on_by_the_build_script(
         "structured-50": "good",
         "structured-51": "not faster",
         "structured-95": "cannot be made: ValueError: too few",
+        "tensorrt": f"not tried: the installed onnxruntime {ort.__version__} was built without TensorRT",
     }
     assert written["fine_tuning"]["epochs"] == 1
     assert written["fine_tuning"]["tools"]["torch-pruning"] == version("torch-pruning")
     # Of 128 channels 64 stay in both, so the second is the first, made again from the same seed.
     assert (model / "2" / "model.onnx").read_bytes() == made["structured-50"] == made["structured-51"]
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[tuple[str, ...]]:
+    """Have TensorRT, so many times as fast as CUDA, on a made-up GPU; returns the devices that were asked."""
+    asked: list[tuple[str, ...]] = []
+
+    def time_on_gpu(*_: object) -> tuple[dict[str, Timing], dict[str, str]]:
+        found = {name: Timing(dict.fromkeys(timing.SIZES, 1.0), [each] * 9) for name, each in gains.items()}
+        return found, {"cuda": "what tensorrt is compared with"}
+
+    def on_gpu(settings: Settings) -> Settings:
+        asked.append(chosen(settings).devices)
+        return settings
+
+    gains = {"cuda": 1.0, "tensorrt": gain}
+    chosen = tensorrt_form.on_gpu
+    monkeypatch.setattr(OnnxBackend, "tensorrt_unavailable_reason", lambda _: None)
+    monkeypatch.setattr(tensorrt_form, "time_on_gpu", time_on_gpu)
+    monkeypatch.setattr(tensorrt_form, "on_gpu", on_gpu)
+    return asked
+
+
+def test_tensorrt_is_compared_with_cuda_and_is_a_setting_not_a_version(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_gains(monkeypatch, {"planted": (damage, 9.0)})
+    asked = on_a_gpu(monkeypatch, 2.0)
+    monkeypatch.setattr(tensorrt_form, "await_tensorrt", lambda client: None)
+    assert optimise(model) == 0
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"^tensorrt .* good: write tensorrt = true below \[gpu\] in model.toml$",
+        re.sub(" +", " ", shown),
+        re.MULTILINE,
+    ), shown
+    assert re.search(r"^cuda +– +– +– +what tensorrt is compared with$", shown, re.MULTILINE)
+    assert "nothing is written" in shown
+    assert asked == [("cuda:0",)]
+
+
+def test_tensorrt_is_refused_if_cuda_goes_on_serving(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This machine has no GPU at all."""
+    with_gains(monkeypatch, {})
+    on_a_gpu(monkeypatch, 2.0)
+    assert optimise(model) == 0
+    assert re.search(
+        "^tensorrt .*cannot be served: the model is on no GPU$", capsys.readouterr().out, re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "",
+        "[gpu]\n",
+        "[gpu] # fast\ntf32 = true\ntensorrt = false\n[queue]\nmax_rows = 9\n",
+        "[gpu]\ntensorrt=true",
+    ],
+)
+def test_tensorrt_is_switched_on_in_a_copy_of_the_settings(table: str) -> None:
+    found = tomllib.loads(tensorrt_form.add_tensorrt(table))
+    before = tomllib.loads(table)
+    assert found == before | {"gpu": before.get("gpu", {}) | {"tensorrt": True}}
+
+
+def test_the_first_gpu_that_is_named_is_asked() -> None:
+    for devices, one in ((("auto",), "cuda:0"), (("cuda:2", "cuda:3"), "cuda:2"), (("cpu",), "cuda:0")):
+        assert tensorrt_form.on_gpu(Settings(devices=devices)).devices == (one,)
+
+
+def test_cuda_that_cannot_run_the_model_leaves_tensorrt_untried(model: Path, tmp_path: Path) -> None:
+    batches = timing.batches_of([{"x": rows(2)}])
+    found, reasons = tensorrt_form.time_on_gpu(find_source(model, None), batches, tmp_path, Settings(), print)
+    assert found == {}
+    assert reasons["cuda"].startswith("cannot run: the model cannot be timed: ")
+    assert reasons["tensorrt"] == "not tried: CUDA cannot run the model"

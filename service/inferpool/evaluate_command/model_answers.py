@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -51,14 +51,16 @@ def ask_model(
     task: str | None = None,
     output: str | None = None,
     progress: bool = False,
+    prepare: Callable[[Client], object] = lambda client: None,
 ) -> Answered:
-    """Load the model in `path` and ask it about all `rows`.
+    """Load the model in `path` and ask it about all `rows`, once `prepare` has returned.
 
     `task` is by default a classification if the model has labels, else a regression. `output` is by default
     the output that has the labels, or the first one with numbers that fit. Raises InferpoolError, OSError.
     """
 
     def use(client: Client, model: str) -> tuple[str, str, Prediction]:
+        prepare(client)
         number = version or only_version(client, model)
         return model, number, client.predict_many(model, rows.inputs, version=version, progress=progress)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -102,14 +102,21 @@ def read_retrieval(folder: Path) -> RetrievalData:
 
 
 def ask_for_vectors(
-    path: Path, version: str | None, data: RetrievalData, settings: Settings, *, progress: bool = False
+    path: Path,
+    version: str | None,
+    data: RetrievalData,
+    settings: Settings,
+    *,
+    progress: bool = False,
+    prepare: Callable[[Client], object] = lambda client: None,
 ) -> Searched:
     """Load the model in `path`, embed all texts, and find the documents that are nearest to each query.
 
-    Raises InferpoolError, OSError.
+    The texts are sent once `prepare` has returned. Raises InferpoolError, OSError.
     """
 
     def use(client: Client, model: str) -> tuple[str, str, Array, Array]:
+        prepare(client)
         number = version or only_version(client, model)
         with make_progress(progress, len(data.queries) + len(data.documents)) as bar:
             queries = _embed(client, model, version, data.queries, "query", bar)

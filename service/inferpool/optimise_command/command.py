@@ -9,7 +9,8 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -25,6 +26,7 @@ from inferpool.system.install_hints import install_command
 
 if TYPE_CHECKING:
     # These need the extra `optimise`, which other commands do not.
+    from inferpool.client import Client
     from inferpool.evaluate_command.labelled_rows import LabelledRows
     from inferpool.evaluate_command.model_answers import Answered
     from inferpool.evaluate_command.retrieval import Searched
@@ -38,6 +40,9 @@ PROVENANCE_FILE: Final = "provenance.json"
 _ORIGINAL: Final = "original"
 _GOOD: Final = "good"
 _STRUCTURED: Final = "structured"
+_TENSORRT: Final = "tensorrt"
+_WIDTH: Final = 120
+"""Columns of a terminal that the tables fit."""
 _TOOLS: Final = ("onnx", "onnxruntime", "numpy")
 
 
@@ -59,9 +64,10 @@ def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         "optimise",
         aliases=["optimize"],
         help="make a model faster, as far as its answers stay good",
-        description="Make other forms of the ONNX model in MODEL (fused, FP16, INT8, INT4, fewer channels),"
-        " time each on this machine, and evaluate it with --data. The fastest form that keeps --goal and is"
-        " at least 5 % faster than the original becomes a new version; else nothing is written.",
+        description="Make other forms of the ONNX model in MODEL (fused, FP16, BF16, INT8, INT4, fewer"
+        " channels), time each on this machine, and evaluate it with --data. The fastest form that keeps"
+        " --goal and is at least 5 % faster than the original becomes a new version; else nothing is"
+        " written.",
         allow_abbrev=False,
     )
     command.add_argument("model", metavar="MODEL", type=Path, help="folder of a model")
@@ -91,6 +97,15 @@ def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         "--calibration-rows", type=int, default=256, metavar="N", help="rows that show INT8 its ranges [256]"
     )
     command.add_argument(
+        "--keep-fp32",
+        dest="kept",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a node, or a kind of operation such as Softmax, that FP16 and BF16 leave in FP32; several times"
+        " for several",
+    )
+    command.add_argument(
         "--fine-tune",
         dest="epochs",
         type=int,
@@ -107,7 +122,7 @@ def add_optimise_command(commands: argparse._SubParsersAction[argparse.ArgumentP
 def run_optimise_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int:
     """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
     names = ("model", "data", "goal", "target", "task", "ignored", "model_version", "no_write",
-             "calibration_rows", "epochs", "seed")  # fmt: skip
+             "calibration_rows", "kept", "epochs", "seed")  # fmt: skip
     chosen = {name: flags.pop(name) for name in names}
     return print_lines(lambda: _optimise(chosen, flags, environ))
 
@@ -119,7 +134,7 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
         from inferpool.evaluate_command.retrieval import is_retrieval
         from inferpool.optimise_command.model_folders import find_source, record_inputs, take_rows
         from inferpool.optimise_command.structured_forms import MOST_EPOCHS, find_build_script
-        from inferpool.release.optimise import goal
+        from inferpool.release.optimise import candidates, goal
     except ImportError as missing:
         raise ImportError(f"{missing.name} is missing: {install_command('cpu,optimise')}") from missing
 
@@ -127,6 +142,8 @@ def _optimise(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[st
     if not chosen["model"].is_dir():
         raise ConfigError(f"{chosen['model']} is no folder")
     source = find_source(chosen["model"], chosen["model_version"])
+    if unknown := set(chosen["kept"]) - candidates.names_of(source.file):
+        raise ConfigError(f"--keep-fp32 {min(unknown)}: the model has no such node, nor such an operation")
     if chosen["epochs"] is not None:
         find_build_script(chosen["model"])
         if not 0 <= chosen["epochs"] <= MOST_EPOCHS:
@@ -182,8 +199,10 @@ def _measured(
     chosen: Mapping[str, Any],
 ) -> tuple[dict[str, Path], list[_Row]]:
     """Make, time and evaluate every form; returns the files that were made, and a row for each form."""
+    from inferpool.backends.onnx.backend import OnnxBackend
     from inferpool.client.slices import make_progress
     from inferpool.optimise_command import structured_forms
+    from inferpool.optimise_command.model_folders import with_form
     from inferpool.release.optimise import candidates, timing
 
     names = [_ORIGINAL, *(each.name for each in candidates.CANDIDATES)]
@@ -192,7 +211,8 @@ def _measured(
         _say(f"making {candidate.name}")
         file = _new(parent, candidate.name) / "model.onnx"
         try:
-            candidate.make(source.file, file, batches)
+            kept = {"kept": chosen["kept"]} if candidate.keeps_fp32 else {}
+            candidate.make(source.file, file, batches, **kept)
             files[candidate.name] = file
         except Exception as error:  # noqa: BLE001 - the tools raise errors of all kinds
             reasons[candidate.name] = f"cannot be made: {_first_line(error)}"
@@ -205,18 +225,35 @@ def _measured(
         files |= made
         reasons |= failed
         names += map(structured_forms.form_name, structured_forms.PERCENTS)
-    _say("timing")
+    refused = OnnxBackend().tensorrt_unavailable_reason()
     sized = timing.batches_of(batches)
-    measurements = timing.ROUNDS * len(sized) * len(files)
+    measurements = timing.ROUNDS * len(sized) * (len(files) + (0 if refused else 2))
+    _say("timing")
     with make_progress(sys.stderr.isatty(), measurements, "measurement") as bar:
         timed, unusable = timing.time_forms(files, _ORIGINAL, sized, usable_cores(), done=bar.update)
-    reasons |= {name: f"cannot run: {_first_line(reason)}" for name, reason in unusable.items()}
+        reasons |= {name: f"cannot run: {_first_line(reason)}" for name, reason in unusable.items()}
+        if refused is None:
+            from inferpool.optimise_command.gpu import tensorrt_form
+
+            plan = _new(parent, "plan")
+            on_gpu, why = tensorrt_form.time_on_gpu(source, sized, plan, settings, bar.update)
+            timed, reasons = timed | on_gpu, reasons | why
+            names += (tensorrt_form.CUDA, tensorrt_form.TENSORRT)
+            files |= dict.fromkeys(on_gpu, source.file)
+        else:
+            names.append(_TENSORRT)
+            reasons[_TENSORRT] = f"not tried: {refused}"
     answered: dict[str, Answered | Searched] = {}
-    for name in timed:
+    for name in [each for each in timed if each not in reasons]:
         _say(f"evaluating {name}")
         asked = _new(parent, f"asked-{name}")
         try:
-            answered[name] = _ask(source, files[name], asked, rows, settings, chosen)
+            if name == _TENSORRT:
+                folder = tensorrt_form.with_tensorrt(source, asked)
+                on_one = tensorrt_form.on_gpu(settings)
+                answered[name] = _ask(folder, rows, on_one, chosen, tensorrt_form.await_tensorrt)
+            else:
+                answered[name] = _ask(with_form(source, files[name], asked), rows, settings, chosen)
         except InferpoolError as error:
             if name == _ORIGINAL:
                 raise
@@ -224,9 +261,10 @@ def _measured(
     table = [
         _judge(name, files.get(name), timed.get(name), answered, goal, reasons.get(name)) for name in names
     ]
-    never = {each.name for each in candidates.CANDIDATES if each.reported_only}
+    never = {each.name: "reported only" for each in candidates.CANDIDATES if each.reported_only}
+    never[_TENSORRT] = "good: write tensorrt = true below [gpu] in model.toml"
     return files, [
-        row._replace(verdict="reported only") if row.verdict == _GOOD and row.name in never else row
+        row._replace(verdict=never[row.name]) if row.verdict == _GOOD and row.name in never else row
         for row in table
     ]
 
@@ -246,22 +284,20 @@ def _best(
 
 
 def _ask(
-    source: SourceModel,
-    file: Path,
-    parent: Path,
+    folder: Path,
     rows: LabelledRows,
     settings: Settings,
     chosen: Mapping[str, Any],
+    prepare: Callable[[Client], object] = lambda client: None,
 ) -> Answered | Searched:
     from inferpool.evaluate_command.model_answers import ask_model
     from inferpool.evaluate_command.retrieval import ask_for_vectors, read_retrieval
-    from inferpool.optimise_command.model_folders import with_form
 
-    form, progress = with_form(source, file, parent), sys.stderr.isatty()
+    shown = sys.stderr.isatty()
     if chosen["task"] == RETRIEVAL:
         search = read_retrieval(chosen["data"])
-        return ask_for_vectors(form, None, search, settings, progress=progress)
-    return ask_model(form, None, rows, settings, task=chosen["task"], progress=progress)
+        return ask_for_vectors(folder, None, search, settings, progress=shown, prepare=prepare)
+    return ask_model(folder, None, rows, settings, task=chosen["task"], progress=shown, prepare=prepare)
 
 
 def _judge(
@@ -306,7 +342,7 @@ def _judge(
 def _not_faster(timing: Timing) -> str:
     from inferpool.release.optimise.timing import SIZES
 
-    missing = [str(size) for size in SIZES if size not in timing.run_ms]
+    missing = [str(size) for size in SIZES if size not in timing.p50_ms]
     if not missing:
         return "not faster"
     return f"not faster (too slow with fewer rows to time it with {' and '.join(missing)})"
@@ -348,6 +384,7 @@ def _write(
         "goal": chosen["goal"],
         "seed": chosen["seed"],
         "calibration_rows": chosen["calibration_rows"],
+        "kept_in_fp32": sorted(chosen["kept"]),
         "fine_tuning": _fine_tuning(source, chosen["epochs"], structured),
         "source": {"version": source.number, "sha256": _digest(source.file)},
         "data": {"name": chosen["data"].name, "sha256": rows.digest, "rows": len(rows.targets)},
@@ -377,14 +414,13 @@ def _as_json(row: _Row) -> dict[str, Any]:
     import numpy as np
 
     timing = row.timing
-    run_ms = {} if timing is None else timing.run_ms
     return {
         "form": row.name,
         "bytes": row.size,
-        "run_ms": None if timing is None else {str(size): value for size, value in run_ms.items()},
+        "p50_ms": None if timing is None else {str(size): each for size, each in timing.p50_ms.items()},
         "rows_per_s": None
         if timing is None
-        else {str(size): 1000 * size / value for size, value in run_ms.items()},
+        else {str(size): each for size, each in timing.rows_per_s.items()},
         "gain": None if timing is None else timing.gain,
         "metric": None if row.value is None or np.isnan(row.value) else row.value,
         "difference": None if row.difference is None else [float(each) for each in row.difference],
@@ -394,37 +430,50 @@ def _as_json(row: _Row) -> dict[str, Any]:
 
 
 def _lines(table: Sequence[_Row], metric: str) -> list[str]:
-    """Return the table as lines of text."""
+    """Return two tables as lines of text: size and speed of each form, and what its answers are worth."""
     from inferpool.release.evaluate.report import number
     from inferpool.release.optimise.timing import SIZES
 
-    head = ["form", "MB", *(f"{size} rows, ms" for size in SIZES), f"rows/s at {SIZES[-1]}", "gain", metric,
-            "change, 95 %", "largest", ""]  # fmt: skip
-    cells = [head]
+    speed = [
+        [
+            "form",
+            "MB",
+            *(f"p50 ms at {size}" for size in SIZES),
+            *(f"rows/s at {size}" for size in SIZES),
+            "gain",
+        ]
+    ]
+    worth = [["form", metric, "change, 95 %", "largest", "verdict"]]
     for row in table:
         timing, change = row.timing, row.difference
-        run_ms = {} if timing is None else timing.run_ms
-        times = [number(run_ms[size]) if size in run_ms else "–" for size in SIZES]
-        rate = f"{1000 * SIZES[-1] / run_ms[SIZES[-1]]:.0f}" if SIZES[-1] in run_ms else "–"
-        cells.append([
+        p50_ms, rates = ({}, {}) if timing is None else (timing.p50_ms, timing.rows_per_s)
+        speed.append([
             row.name,
             f"{row.size / 1e6:.2f}" if row.size else "–",
-            *times,
-            rate,
+            *(number(p50_ms[size]) if size in p50_ms else "–" for size in SIZES),
+            *(f"{rates[size]:.0f}" if size in rates else "–" for size in SIZES),
             "–" if timing is None else f"{timing.gain:.2f}",
+        ])  # fmt: skip
+        worth.append([
+            row.name,
             "–" if row.value is None else number(row.value),
             "–" if change is None else f"{number(change.low)} to {number(change.high)}",
             "–" if row.largest is None else number(row.largest),
             row.verdict,
         ])  # fmt: skip
+    return [*_aligned(speed, last=str.rjust), "", *_aligned(worth, last=str.ljust)]
+
+
+def _aligned(cells: Sequence[Sequence[str]], last: Callable[[str, int], str]) -> Iterator[str]:
+    """Yield the lines of a table; what its last column has no room for goes on in the next line."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            text.ljust(width) if column in (0, len(widths) - 1) else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
+    before = sum(widths[:-1]) + 2 * len(widths[:-1])
+    for line in cells:
+        name, *others, end = line
+        parts = textwrap.wrap(end, _WIDTH - before, break_on_hyphens=False) or [""]
+        shown = [name.ljust(widths[0]), *map(str.rjust, others, widths[1:-1]), last(parts[0], widths[-1])]
+        yield "  ".join(shown).rstrip()
+        yield from (" " * before + part for part in parts[1:])
 
 
 def _first_line(error: object) -> str:

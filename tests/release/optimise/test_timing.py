@@ -35,7 +35,8 @@ def test_a_form_has_times_for_each_size_and_a_gain_for_each_round(tmp_path: Path
         {"original": file, "same": file, "broken": broken}, "original", batches, 1, lambda: next(looks) / 10
     )
     assert list(failed) == ["broken"]
-    assert dict(found["same"].run_ms) == pytest.approx(dict.fromkeys(SIZES, 100))
+    assert dict(found["same"].p50_ms) == pytest.approx(dict.fromkeys(SIZES, 100))
+    assert found["same"].rows_per_s == pytest.approx({size: 10 * size for size in SIZES})
     assert found["same"].gains == pytest.approx([1.0] * LEAST_ROUNDS)
     with pytest.raises(LoadError, match="cannot be timed"):
         time_forms({"original": broken}, "original", batches, 1)
@@ -62,7 +63,7 @@ def time_by(
 
     monkeypatch.setattr(OnnxBackend, "load", lambda _, path, options: Model(path.name))
     monkeypatch.setattr(
-        timing, "_run_s", lambda model, batch, clock: next(rounds[model.name][len(batch["x"])])
+        timing, "_run_s", lambda model, batch, clock: [next(rounds[model.name][len(batch["x"])])]
     )
     told: list[int] = []
     batches = batches_of([{"x": np.zeros((1, 64), np.float32)}])
@@ -111,14 +112,14 @@ def test_the_largest_batch_is_spared_a_form_that_is_far_slower(
         "once": {1: [4.1] + [1.5] * 8, 8: [4.1] + [1.5] * 8, 64: [1.5] * ROUNDS},
     }
     found, failed, runs, told = time_by(monkeypatch, tmp_path, seconds)
-    assert found["far"].run_ms == pytest.approx({1: 4100, 8: 10_000})
+    assert found["far"].p50_ms == pytest.approx({1: 4100, 8: 10_000})
     assert found["far"].gains == pytest.approx([41**-0.5] * LEAST_ROUNDS)
     assert ("far", 64) not in runs
     assert found["one"].is_faster
     assert failed == {"large": "no memory is left"}
     assert list(found) == ["original", "far", "one", "once"]
     assert told == len(SIZES) * 5 * ROUNDS
-    assert found["once"].run_ms == pytest.approx({1: 1500, 8: 1500, 64: 1500})
+    assert found["once"].p50_ms == pytest.approx({1: 1500, 8: 1500, 64: 1500})
 
 
 @pytest.mark.parametrize(
@@ -133,3 +134,26 @@ def test_the_largest_batch_is_spared_a_form_that_is_far_slower(
 )
 def test_what_is_faster(gains: list[float], faster: bool) -> None:
     assert Timing({1: 1.0}, gains).is_faster is faster
+
+
+def test_a_time_is_the_median_of_all_runs_and_a_gain_is_of_the_quickest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took = {"original": [0.1, 0.3, 0.4], "form": [0.2, 0.2, 0.2]}
+    monkeypatch.setattr(OnnxBackend, "load", lambda _, path, options: Named(path.name))
+    monkeypatch.setattr(timing, "_run_s", lambda model, batch, clock: took[model.name])
+    files = {name: tmp_path / name for name in took}
+    found, _ = time_forms(files, "original", batches_of([{"x": np.zeros((1, 64), np.float32)}]), 1)
+    assert found["original"].p50_ms == pytest.approx(dict.fromkeys(SIZES, 300))
+    assert found["form"].p50_ms == pytest.approx(dict.fromkeys(SIZES, 200))
+    assert found["form"].gain == pytest.approx(0.5)
+
+
+class Named:
+    """A model that only has a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def run(self, batch: object) -> None:
+        pass

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -25,6 +26,13 @@ from onnxruntime.quantization import (
 )
 
 from inferpool.errors import LoadError
+from inferpool.release.optimise.brain_floats import (
+    block_operations,
+    floats_of,
+    store_brain_floats,
+    to_brain_floats,
+)
+from inferpool.release.optimise.unfit import Unfit
 from inferpool.system.gpus import gpu_support
 from inferpool.tensors import Array
 
@@ -36,10 +44,6 @@ PRUNED_SHARE: Final = 0.5
 _PRUNED_OPERATIONS: Final = ("Conv", "Gemm", "MatMul")
 
 
-class Unfit(Exception):
-    """A model has nothing that a form could change; the text says what."""
-
-
 class Candidate(NamedTuple):
     """Another form of a model.
 
@@ -48,11 +52,13 @@ class Candidate(NamedTuple):
         make: writes it, given the model, the file to write, and inputs to calibrate with. Raises Unfit, or
             whatever the tools raise.
         reported_only: whether it is never written, because whatever gain is measured is chance.
+        keeps_fp32: whether `make` also takes `kept`, the nodes and operations that stay in FP32.
     """
 
     name: str
-    make: Callable[[Path, Path, Sequence[Inputs]], None]
+    make: Callable[..., None]
     reported_only: bool = False
+    keeps_fp32: bool = False
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # the package has no types
@@ -72,15 +78,40 @@ def optimise_graph(model: Path, target: Path, batches: Sequence[Inputs]) -> None
     ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def to_fp16(model: Path, target: Path, batches: Sequence[Inputs]) -> None:
+def to_fp16(model: Path, target: Path, batches: Sequence[Inputs], kept: Collection[str] = ()) -> None:
     """Round weights and operations to FP16; inputs and outputs keep their datatypes."""
+    fp16 = _converter()
+    with tempfile.TemporaryDirectory(prefix="inferpool-") as folder:
+        onnx.save(fp16.to_half(fp16.read_for_conversion(model.absolute(), Path(folder)), kept), target)
+
+
+def to_bf16(model: Path, target: Path, batches: Sequence[Inputs], kept: Collection[str] = ()) -> None:
+    """Round weights and operations to BF16; inputs and outputs keep their datatypes."""
+    fp16 = _converter()
+    with tempfile.TemporaryDirectory(prefix="inferpool-") as folder:
+        whole = fp16.read_for_conversion(model.absolute(), Path(folder))
+        blocked, originals = block_operations(whole), floats_of(whole)
+        onnx.save(to_brain_floats(fp16.to_half(whole, blocked.union(kept)), originals), target)
+
+
+def store_in_bf16(model: Path, target: Path, batches: Sequence[Inputs], kept: Collection[str] = ()) -> None:
+    """Round weights to BF16, and leave all operations in FP32: the runtime widens the weights at load."""
+    onnx.save(store_brain_floats(onnx.load(model), kept), target)
+
+
+def names_of(model: Path) -> set[str]:
+    """Return the names of a model's nodes and of their operations."""
+    nodes = onnx.load(model, load_external_data=False).graph.node
+    return {name for node in nodes for name in (node.name, node.op_type) if name}
+
+
+def _converter() -> ModuleType:
     try:
         with gpu_support():
-            from inferpool.backends.onnx.gpu.fp16 import in_half
-        with in_half(model.absolute(), None) as half:
-            onnx.save(onnx.load(half), target)
+            from inferpool.backends.onnx.gpu import fp16
     except LoadError as error:
         raise Unfit(str(error)) from error
+    return fp16
 
 
 def to_int8_dynamic(model: Path, target: Path, batches: Sequence[Inputs]) -> None:
@@ -150,7 +181,9 @@ def prune(model: Path, target: Path, batches: Sequence[Inputs]) -> None:
 
 CANDIDATES: Final = (
     Candidate("graph", optimise_graph),
-    Candidate("fp16", to_fp16),
+    Candidate("fp16", to_fp16, keeps_fp32=True),
+    Candidate("bf16", to_bf16, keeps_fp32=True),
+    Candidate("bf16-weights", store_in_bf16, reported_only=True, keeps_fp32=True),
     Candidate("int8-dynamic", to_int8_dynamic),
     Candidate("int8-static", to_int8_static),
     Candidate("int4", to_int4),

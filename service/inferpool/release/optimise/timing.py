@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,14 +32,19 @@ class Timing(NamedTuple):
     """How long runs of one form take.
 
     Attributes:
-        run_ms: by the number of rows, the time of a run: the median of all rounds. The largest batch is
-            missing if the form was far slower with the smaller ones in every round.
+        p50_ms: by the number of rows, the median of the times of all runs. The largest batch is missing if
+            the form was far slower with the smaller ones in every round.
         gains: for each of its rounds, how many times as fast as the original it was: the geometric mean of
-            all batches that it ran in the round.
+            all batches that it ran in the round, each by its quickest run.
     """
 
-    run_ms: Mapping[int, float]
+    p50_ms: Mapping[int, float]
     gains: Sequence[float]
+
+    @property
+    def rows_per_s(self) -> dict[int, float]:
+        """By the number of rows, how many a second come out of runs of the median time."""
+        return {size: 1000 * size / took for size, took in self.p50_ms.items()}
 
     @property
     def gain(self) -> float:
@@ -60,11 +64,15 @@ def time_forms(
     threads: int,
     clock: Callable[[], float] = time.perf_counter,
     done: Callable[[int], object] = lambda count: None,
+    load: Callable[[str, Path, LoadOptions], LoadedModel] = lambda name, file, options: OnnxBackend().load(
+        file, options
+    ),
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Time each of `files`, one of which is the `original`, with `batches` by their number of rows.
 
     A form leaves as soon as no result of the rounds that are left could make it faster than the original.
-    `done` is told how many of `ROUNDS` measurements for each file and batch are over.
+    `done` is told how many of `ROUNDS` measurements for each file and batch are over. `load` loads the form
+    of a name.
 
     Returns the timings, and a reason for each file that cannot be loaded or run. Raises LoadError if the
     original is one of them.
@@ -73,11 +81,12 @@ def time_forms(
     failed: dict[str, str] = {}
     for name, file in files.items():
         try:
-            models[name] = OnnxBackend().load(file, LoadOptions(threads=threads))
+            models[name] = load(name, file, LoadOptions(threads=threads))
         except Exception as error:  # noqa: BLE001 - the runtime raises a type of its own for every fault
             failed[name] = str(error)
             done(ROUNDS * len(batches))
     times: dict[str, list[dict[int, float]]] = {name: [] for name in models}
+    runs: dict[str, dict[int, list[float]]] = {name: {} for name in models}
     if original in failed:
         raise LoadError(f"the model cannot be timed: {failed[original]}")
     for number in range(ROUNDS):
@@ -101,7 +110,10 @@ def time_forms(
                 try:
                     if not any(size in each for each in times[name]):
                         models[name].run(batch)  # The first run of a size also allocates its memory.
-                    times[name][number][size] = _run_s(models[name], batch, clock)
+                    took = _run_s(models[name], batch, clock)
+                    # The slower runs of a round may have waited for other programs.
+                    times[name][number][size] = min(took)
+                    runs[name].setdefault(size, []).extend(took)
                 except Exception as error:
                     if name == original:
                         raise LoadError(f"the model cannot be timed: {error}") from error
@@ -109,7 +121,7 @@ def time_forms(
                     del models[name], times[name]
                     done((ROUNDS - number - 1) * len(batches))
     base = times[original]
-    found = {name: Timing(_medians(own, batches), _gains(own, base)) for name, own in times.items()}
+    found = {name: Timing(_medians(runs[name], batches), _gains(own, base)) for name, own in times.items()}
     return found, failed
 
 
@@ -131,26 +143,24 @@ def _is_far_slower(own: Mapping[int, float], base: Mapping[int, float]) -> bool:
     return len(own) > 1 and all(took > FAR_SLOWER * base[size] for size, took in own.items())
 
 
-def _medians(own: Sequence[Mapping[int, float]], sizes: Iterable[int]) -> dict[int, float]:
-    """Return the median of each size that was timed, in milliseconds."""
-    timed = {size: [took[size] for took in own if size in took] for size in sizes}
-    return {size: 1000 * statistics.median(each) for size, each in timed.items() if each}
+def _medians(runs: Mapping[int, Sequence[float]], sizes: Iterable[int]) -> dict[int, float]:
+    """Return the median of the runs of each size that was timed, in milliseconds."""
+    return {size: 1000 * statistics.median(runs[size]) for size in sizes if size in runs}
 
 
-def _run_s(model: LoadedModel, batch: Tensors, clock: Callable[[], float]) -> float:
-    """Return the seconds of the quickest run of as many as fit a thirtieth of a second.
+def _run_s(model: LoadedModel, batch: Tensors, clock: Callable[[], float]) -> list[float]:
+    """Return the seconds of each run of as many as fit a thirtieth of a second.
 
-    The others may have waited for other programs. A run of less than a second is repeated at least once.
+    A run of less than a second is repeated at least once.
     """
     began = ended = clock()
-    quickest, runs = math.inf, 0
-    while runs == 0 or ended < began + _ROUND_S or (runs == 1 and quickest < 1):
+    took: list[float] = []
+    while not took or ended < began + _ROUND_S or (len(took) == 1 and took[0] < 1):
         started = ended
         model.run(batch)
         ended = clock()
-        quickest = min(quickest, ended - started)
-        runs += 1
-    return quickest
+        took.append(ended - started)
+    return took
 
 
 def batches_of(rows: Sequence[Mapping[str, Array]]) -> dict[int, Tensors]:

@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from importlib.metadata import PackageNotFoundError, version
@@ -115,8 +115,17 @@ def convert(file: Path, folder: Path) -> None:
     """
     # Imported here: these packages take a second to import, and the server does not need them.
     onnx = importlib.import_module("onnx")
-    converter = importlib.import_module("onnxruntime.transformers.float16")
     folder.mkdir(parents=True)
+    converted = to_half(read_for_conversion(file, folder))
+    onnx.save_model(converted, folder / _MODEL, save_as_external_data=True, location=_WEIGHTS)
+
+
+def read_for_conversion(file: Path, folder: Path) -> Any:
+    """Read a model with its weights and the shapes of its values; `folder` is for a file meanwhile.
+
+    The name of each node is its number, a colon and its name in the file.
+    """
+    onnx = importlib.import_module("onnx")
     inferred = folder / "inferred.onnx"
     # By path: a model of more than 2 GB does not fit into one protobuf message.
     importlib.import_module("onnx.shape_inference").infer_shapes_path(str(file), str(inferred))
@@ -127,12 +136,26 @@ def convert(file: Path, folder: Path) -> None:
         model = importlib.import_module("onnx.inliner").inline_local_functions(model)
     for number, node in enumerate(model.graph.node):
         node.name = f"{number}:{node.name}"
+    return model
+
+
+def to_half(model: Any, kept: Collection[str] = ()) -> Any:
+    """Convert what `read_for_conversion` returned, which is changed.
+
+    Nodes in `kept` stay FP32: names of nodes in the file, and kinds of operations.
+    """
+    converter = importlib.import_module("onnxruntime.transformers.float16")
+    named = [node.name for node in model.graph.node if node.name.partition(":")[2] in kept]
     converted = converter.convert_float_to_float16(
-        model, keep_io_types=True, disable_shape_infer=True, node_block_list=_shape_nodes(model.graph)
+        model,
+        keep_io_types=True,
+        disable_shape_infer=True,
+        op_block_list=[*converter.DEFAULT_OP_BLOCK_LIST, *kept],
+        node_block_list=[*_shape_nodes(model.graph), *named],
     )
     _join_islands(converted.graph)
     _sort(converted.graph)
-    onnx.save_model(converted, folder / _MODEL, save_as_external_data=True, location=_WEIGHTS)
+    return converted
 
 
 def _shape_nodes(graph: Any) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from inferpool.backends.base import Backend, DeviceModel, LoadOptions, TensorRTPlan
 from inferpool.backends.onnx.gpu.tensorrt_build import await_build, start_build
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 FindFolder: TypeAlias = Callable[[str, str], Path]
 """The folder of the TensorRT plan for a device; the second argument: version of TensorRT, and shapes."""
+BUILDING: Final = "a TensorRT plan is being built, and CUDA serves meanwhile"
+SERVES: Final = "TensorRT serves"
 
 
 class TensorRTUpgrade:
@@ -53,7 +55,7 @@ class TensorRTUpgrade:
 
         `switches` are the models with their devices. None of them serves yet.
         """
-        self.status = "a TensorRT plan is being built, and CUDA serves meanwhile"
+        self.status = BUILDING
         self._backend = backend
         self._file = file
         self._options = options.with_gpu(graphs=False)
@@ -121,7 +123,7 @@ class TensorRTUpgrade:
             raise
         for (_, switch), model in zip(self._switches, made, strict=True):
             switch.offer(model, self._no_rows)
-        self.status = "TensorRT serves"
+        self.status = SERVES
         log.info("%s: TensorRT takes over", self._file)
 
     def _build(self, device: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> LoadOptions:
