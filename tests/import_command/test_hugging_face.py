@@ -154,15 +154,17 @@ def test_a_pair_of_texts_with_one_score_and_the_licence_reach_the_model_folder(t
     about = {
         "kind": "X", "framework": "Y", "converter": "Z", "scores": None, "activation": "none",
         "tables": make_tables(found, pairs=True), "licence": found.licence, "notes": ["A note."],
+        "packages": {"Python": "3.12.1", "torch": "2.13.0"},
     }  # fmt: skip
     rows = {"a": np.zeros((1, 1))}
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "tokenizer.json").write_text("{}")
-    converted = Converted(tmp_path / "work" / "model.onnx", about, rows, rows)
+    converted = Converted(tmp_path / "work" / "model.onnx", about, rows, rows, alone=True)
     write_model(tmp_path / "m", converted, None, "x", "t.txt", 1e-4)
     table = tomllib.loads((tmp_path / "m" / "model.toml").read_text())["text"]
     assert table["pairs"] is True
     assert table["scores"] == {"output": "logits", "activation": "sigmoid"}
     card = (tmp_path / "m" / "README.md").read_text()
+    assert "- **Environment** of the conversion: its own, with Python 3.12.1, torch 2.13.0.\n" in card
     assert "- **Licence**: apache-2.0\n- A note.\n" in card
     assert (tmp_path / "m" / "tokenizer.json").read_text() == "{}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import platform
 import re
 import sys
 from pathlib import Path
@@ -50,8 +51,24 @@ def test_a_classifier_keeps_its_classes_and_becomes_another_version_the_next_tim
     assert cli.main(["evaluate", str(target), "--data", str(tmp_path / "data.csv")]) == 0
     right = model.score(features, names[kinds])
     assert re.search(rf"^accuracy +{right:.4g} ", capsys.readouterr().out, re.MULTILINE)
-    assert cli.main([*arguments, "--to", str(target)]) == 0
+    card = (target / "README.md").read_text()
+    assert (
+        f"that of Inferpool, with Python {platform.python_version()}, joblib {joblib.__version__}, " in card
+    )
+    # In an environment of its own, although the packages are here; this uv makes none.
+    uv = tmp_path / "uv"
+    uv.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+        f'[ $1 = run ] || exit 0\nshift 2\nexec {sys.executable} "$@"\n'
+    )
+    uv.chmod(0o755)
+    monkeypatch.setattr("inferpool.release.build._find_uv", lambda: str(uv))
+    assert cli.main([*arguments, "--to", str(target), "--environment", "own"]) == 0
     assert (target / "2" / "model.onnx").read_bytes() == (target / "1" / "model.onnx").read_bytes()
+    synced, run = (tmp_path / "asked").read_text().splitlines()
+    assert re.fullmatch(r"sync --script .*scikit_learn\.py", synced)
+    assert re.match(r"run --script .*scikit_learn\.py .*iris\.joblib", run)
+    assert "this import needs an environment of its own. uv installs that now" in capsys.readouterr().err
 
 
 def test_answers_that_differ_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +109,30 @@ def test_what_cannot_be_imported(
     assert cli.main(["import", *arguments]) == status
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "environment", "problem"),
+    [
+        (".pkl", "own", r"needs an environment of its own; .*was not found: run .*'inferpool\[build\]'"),
+        (".cbm", "here", "needs catboost>=1.2.8, not installed here: .* --environment own"),
+    ],
+)
+def test_an_environment_that_cannot_be_had(
+    suffix: str,
+    environment: str,
+    problem: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("inferpool.release.build._find_uv", lambda: None)
+    source = tmp_path / f"model{suffix}"
+    source.touch()
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    arguments = [str(source), "--example", str(tmp_path / "rows.csv"), "--to", str(tmp_path / "m")]
+    assert cli.main(["import", *arguments, "--environment", environment]) == 2
+    assert re.search(problem, capsys.readouterr().err)
 
 
 def test_a_cache_is_for_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,7 @@ def test_a_sample_has_null_for_what_is_missing_and_fewer_rows_if_they_are_large(
 
 def test_names_of_classes_need_scores(tmp_path: Path) -> None:
     about: dict[str, Any] = {"kind": "Ridge", "framework": "X", "converter": "Y", "scores": None}
-    about |= {"activation": "none", "tables": "", "licence": "", "notes": []}
+    about |= {"activation": "none", "tables": "", "licence": "", "notes": [], "packages": {}}
     rows = {"a": np.zeros((1, 1))}
     converted = Converted(tmp_path / "model.onnx", about, rows, rows)
     with pytest.raises(InvalidInput, match="no scores of classes, which --labels could name"):

@@ -63,6 +63,13 @@ def add_import_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         action="store_true",
         help="a causal language model of Hugging Face takes tokens and its cache, and returns the cache",
     )
+    command.add_argument(
+        "--environment",
+        choices=("auto", "own", "here"),
+        default="auto",
+        help="where the framework runs: in an environment of its own, which uv makes and keeps; here; or here"
+        " if the packages are installed, else in its own [auto]",
+    )
     command.add_argument("--labels", type=Path, metavar="FILE", help="names of classes, one a line")
     command.add_argument(
         "--tolerance", type=float, default=1e-4, metavar="T",
@@ -73,7 +80,8 @@ def add_import_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 def run_import_command(flags: dict[str, Any], environ: Mapping[str, str]) -> int:
     """Run the command; the exit status is 0, 1 if it failed, 2 if its arguments are wrong."""
-    names = ("source", "to", "example", "framework", "weights", "cache", "labels", "tolerance")
+    names = ("source", "to", "example", "framework", "weights", "cache", "environment", "labels",
+             "tolerance")  # fmt: skip
     chosen = {name: flags.pop(name) for name in names}
     try:
         for line in _import(chosen, flags, environ):
@@ -116,7 +124,13 @@ def _import(chosen: dict[str, Any], flags: dict[str, Any], environ: Mapping[str,
         work = Path(temporary)
         bar.set_description(f"converting {source.name}")
         converted = run_conversion(
-            source, example, work, options, chosen=chosen["framework"] is not None, refresh=bar.refresh
+            source,
+            example,
+            work,
+            options,
+            chosen=chosen["framework"] is not None,
+            environment=chosen["environment"],
+            refresh=bar.refresh,
         )
         about = converted.about
         names = read_labels(chosen["labels"]) if chosen["labels"] else about["classes"]

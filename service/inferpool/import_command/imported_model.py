@@ -110,6 +110,8 @@ def write_card(
         f"- **Compared**: the answers to {rows} rows of {example} differ from the framework's by at most"
         f" {tolerance:g}, or {tolerance:g} of the answer; the first {min(rows, SAMPLE_ROWS)} are golden"
         " samples.",
+        f"- **Environment** of the conversion: {'its own' if converted.alone else 'that of Inferpool'}, with"
+        f" {', '.join(f'{each} {version}' for each, version in about['packages'].items())}.",
         *([f"- **Licence**: {about['licence']}"] if about["licence"] else []),
         *(f"- {note}" for note in about["notes"]),
         "",

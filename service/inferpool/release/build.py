@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -26,6 +26,9 @@ from inferpool.repository.config import read_config
 from inferpool.repository.layout import BUILD_SCRIPT, CONFIG_FILE, is_model_name, is_unbuilt
 from inferpool.system.install_hints import install_command
 from inferpool.tensors import names_text
+
+Environment: TypeAlias = Literal["auto", "own", "here"]
+"""Where a script runs: in one of its own, in that of this Python, or (`auto`) in this one if it has all."""
 
 _METADATA = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
 """The regular expression of PEP 723, for blocks of the type `script`."""
@@ -117,19 +120,29 @@ def _command(script: BuildScript, options: Sequence[str]) -> list[str]:
 
 
 def script_command(
-    file: Path, options: Sequence[str], what: str = "this", *, also: Path | None = None
+    file: Path,
+    options: Sequence[str],
+    what: str = "this",
+    *,
+    also: Path | None = None,
+    environment: Environment = "auto",
 ) -> list[str]:
-    """Return the command that runs the script `file`: by this Python, or by uv if packages are missing.
+    """Return the command that runs the script `file` in an environment: by this Python, or by uv.
 
     The script imports `also`, if there is one: the packages of both are there.
 
     Raises:
-        ConfigError: the metadata of the script cannot be read, or uv is needed and was not found.
+        ConfigError: the metadata of the script cannot be read, uv is needed and was not found, or packages
+            are missing here.
     """
     missing = [*missing_packages(file), *(missing_packages(also) if also else [])]
-    if not missing:
+    if not missing and environment != "own":
         return [sys.executable, str(file), *options]
     needed = f"{what} needs {', '.join(missing)}, not installed here"
+    if environment == "here":
+        raise ConfigError(f"{needed}: install that, or let uv make an environment with --environment own")
+    if not missing:
+        needed = f"{what} needs an environment of its own"
     uv = _find_uv()
     if uv is None:
         hint = install_command("build")

@@ -6,7 +6,11 @@ The scripts import this module by its bare name: their environments do not have 
 from __future__ import annotations
 
 import json
+import platform
+import re
+import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,6 +53,7 @@ def write_about(
     about = {
         "framework": framework,
         "converter": converter,
+        "packages": package_versions(Path(sys.argv[0])),
         "kind": kind,
         "classes": None if classes is None else [str(name) for name in classes],
         "scores": scores,
@@ -58,6 +63,12 @@ def write_about(
         "notes": list(notes),
     }
     (out / "imported.json").write_text(json.dumps(about))
+
+
+def package_versions(script: Path) -> dict[str, str]:
+    """Return the versions of Python and of the packages that the first lines of a script name."""
+    names = re.findall(r'(?m)^#   "([\w.-]+)', script.read_text("utf-8")) if script.suffix == ".py" else []
+    return {"Python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def match_names(arrays: dict[str, Array], names: Sequence[str]) -> dict[str, Array]:
