@@ -100,6 +100,26 @@ LIBRARIES = {
 }
 """Who may import what; the names are how paths below `service/inferpool/` begin."""
 
+SLOW_TO_IMPORT = {
+    *(
+        "aiohttp",
+        "datasets",
+        "fastapi",
+        "keras",
+        "matplotlib",
+        "mlflow",
+        "openai",
+        "optimum",
+        "pandas",
+        "polars",
+    ),
+    *("scipy", "sklearn", "tensorflow", "transformers", "tritonclient.http.aio"),
+}
+"""Each process of a run imports all modules of tests: what takes seconds is for the tests that need it.
+
+PyTorch is not among them, because each process runs tests that need it.
+"""
+
 SEAM = ("inferpool.pool.pool", "inferpool.pool.router", "inferpool.pool.instance", "inferpool.backends",
         "inferpool.repository.repository", "inferpool.repository.load",
         "inferpool.repository.folder_contents", "inferpool.repository.wanted_versions",
@@ -184,6 +204,30 @@ def test_no_modules_import_one_another_in_a_circle() -> None:
         for name, file in modules.items()
     }
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_modules_of_tests_do_not_import_what_takes_seconds() -> None:
+    """Modules that are left out as a whole, if nothing has changed, stop before such imports."""
+    found = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Expr) and "needs_to_run" in ast.dump(node):
+                break
+            inner = node.body if isinstance(node, ast.With) else [node]
+            found += [
+                f"{file.relative_to(ROOT)} imports {name}"
+                for each in inner
+                for name in names_imported(each)
+                if name in SLOW_TO_IMPORT or name.split(".")[0] in SLOW_TO_IMPORT
+            ]
+    assert not found
+
+
+def names_imported(node: ast.stmt) -> list[str]:
+    """The modules that one statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
 def test_gpu_folders_are_imported_only_on_the_way_to_a_gpu() -> None:

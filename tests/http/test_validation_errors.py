@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fastapi.exceptions import RequestValidationError
-from inferpool.http.validation_errors import refusal_of
+from inferpool.errors import InferpoolError
 
 NUMBER = "Input should be a valid integer"
 
@@ -15,6 +14,13 @@ def fault(
     kind: str, *location: int | str, message: str = "", came: Any = None, **context: Any
 ) -> dict[str, Any]:
     return {"type": kind, "loc": location, "msg": message, "input": came, "ctx": context}
+
+
+def refusal_of(*found: dict[str, Any]) -> InferpoolError:
+    from fastapi.exceptions import RequestValidationError
+    from inferpool.http import validation_errors
+
+    return validation_errors.refusal_of(RequestValidationError(found))
 
 
 @pytest.mark.parametrize(
@@ -45,19 +51,18 @@ def fault(
     ],
 )
 def test_a_fault_is_named(found: dict[str, Any], code: str, members: dict[str, Any], said: str) -> None:
-    error = refusal_of(RequestValidationError([found]))
+    error = refusal_of(found)
     assert error.code == code
     assert members.items() <= error.members.items()
     assert said in error.detail
 
 
 def test_every_fault_is_named_and_the_first_is_the_field() -> None:
-    found = [fault("missing", "body", "a"), fault("missing", "body", "b")]
-    error = refusal_of(RequestValidationError(found))
+    error = refusal_of(fault("missing", "body", "a"), fault("missing", "body", "b"))
     assert error.detail == '"a" is missing; "b" is missing'
     assert error.members["field"] == "a"
 
 
 def test_a_long_value_is_cut_off() -> None:
-    error = refusal_of(RequestValidationError([fault("int_type", "query", "seed", came="1" * 10_000)]))
+    error = refusal_of(fault("int_type", "query", "seed", came="1" * 10_000))
     assert len(error.detail) < 200

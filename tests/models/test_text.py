@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 
 from tests.conftest import ROOT
@@ -173,6 +172,8 @@ def test_sentence_vectors_equal_those_of_the_package(minilm: Server, repository:
 
 
 def test_the_client_of_openai_gets_the_vectors_of_the_package(minilm: Server, repository: Path) -> None:
+    import openai
+
     sample = json.loads((repository / "minilm" / "samples" / "sentences.json").read_text())
     with openai.OpenAI(base_url=f"{minilm.url}/v1", api_key="none", max_retries=0) as client:
         answer = client.embeddings.create(model="minilm", input=sample["inputs"]["text"])

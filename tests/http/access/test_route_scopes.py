@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from inferpool.http.access.caller import ADMIN, METRICS, PREDICT, PUBLIC, READ
 from inferpool.http.access.route_scopes import ROUTE_SCOPES, RouteScopes
 from inferpool.http.openai.api import EMBEDDINGS, RERANK, SCORE
@@ -144,6 +143,8 @@ def test_the_document_says_which_routes_need_a_key(client: httpx.Client, keys: K
 
 
 def test_a_route_without_a_scope_stops_the_server() -> None:
+    from fastapi import FastAPI
+
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/models", lambda: None, methods=["GET"])
     RouteScopes(app.routes)
@@ -153,6 +154,8 @@ def test_a_route_without_a_scope_stops_the_server() -> None:
 
 
 def test_a_mount_and_a_websocket_need_a_scope_too() -> None:
+    from fastapi import FastAPI
+
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/files", FastAPI())
     with pytest.raises(LookupError, match="GET /files"):

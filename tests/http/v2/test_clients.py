@@ -22,7 +22,6 @@ from tests.server import Server
 
 with warnings.catch_warnings(action="ignore"):
     import tritonclient.http as triton
-    import tritonclient.http.aio as triton_aio
     from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 TEXTS = ["", "a", "\0", "a\0b\0", "é ß 漢字 🜁", '\x7f\n"\\', "x" * 300, "\ud7ff\ue000\U0010ffff"]
@@ -260,6 +259,8 @@ def test_the_client_gets_the_text_of_an_error(
 def test_the_asyncio_client_infers_side_by_side(bundled: Server) -> None:
     rows = np.random.default_rng(1).random((40, 1, 8, 8), np.float32)
     expected = run(ROOT / "models/digits/1/model.onnx", rows)
+    with warnings.catch_warnings(action="ignore"):
+        import tritonclient.http.aio as triton_aio
 
     async def ask() -> list[np.ndarray]:
         async with triton_aio.InferenceServerClient(f"127.0.0.1:{bundled.port}") as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,16 @@ from inferpool.release.evaluate.metrics import (
     number_metrics,
     wilson,
 )
-from sklearn import metrics as reference
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The metrics of scikit-learn, which take seconds to import."""
+    from sklearn import metrics
+
+    return metrics
 
 
 def some_classes(rows: int, *, seed: int = 0, names: tuple[str, ...] = NAMES) -> ClassAnswers:
@@ -44,7 +52,7 @@ def values(metrics: Mapping[str, Metric], rows: int) -> dict[str, float]:
     return {name: metric(np.ones(rows)) for name, metric in metrics.items()}
 
 
-def test_a_classifier_has_the_metrics_of_scikit_learn() -> None:
+def test_a_classifier_has_the_metrics_of_scikit_learn(reference: Any) -> None:
     answers = some_classes(300)
     best = answers.scores.argmax(axis=1)
     found = values(class_metrics(answers), 300)
@@ -61,7 +69,7 @@ def test_a_classifier_has_the_metrics_of_scikit_learn() -> None:
     assert confusion(answers).tolist() == reference.confusion_matrix(answers.truth, best).tolist()
 
 
-def test_two_classes_have_one_area() -> None:
+def test_two_classes_have_one_area(reference: Any) -> None:
     answers = some_classes(100, names=("no", "yes"))
     found = values(class_metrics(answers), 100)
     assert found["auc"] == pytest.approx(reference.roc_auc_score(answers.truth, answers.scores[:, 1]))
@@ -77,7 +85,7 @@ def test_a_language_model_has_perplexity_and_scores_that_are_none_have_no_log_lo
     assert "log_loss" not in class_metrics(raw)
 
 
-def test_a_regression_has_the_metrics_of_scikit_learn() -> None:
+def test_a_regression_has_the_metrics_of_scikit_learn(reference: Any) -> None:
     source = np.random.default_rng(1)
     truth = source.normal(size=80)
     answers = NumberAnswers(truth, truth + source.normal(scale=0.3, size=80) + 0.1)
