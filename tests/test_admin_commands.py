@@ -140,6 +140,22 @@ def test_a_load_that_fails_says_why_and_fails(server: Server, key: str, folder: 
     assert "model.onnx" in found.stdout
 
 
+def test_a_command_that_is_interrupted_says_what_goes_on(
+    server: Server, key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(admin_commands, "_show", interrupt)
+    write_shift(folder / "models", "interrupted", 1, 1.0)
+    found = run(server, key, "load", "interrupted")
+    said = re.search(r"the job goes on; `inferpool jobs (\w+)` waits for it", found.stderr)
+    assert said is not None, found
+    assert (found.returncode, found.stdout) == (130, "")
+    monkeypatch.undo()
+    assert "interrupted/1  done" in run(server, key, "jobs", said[1]).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

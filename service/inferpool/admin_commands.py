@@ -34,6 +34,14 @@ WHERE: Final = (
 class AdminError(Exception):
     """The server cannot be reached, or refuses; the text is one sentence."""
 
+    status = 1
+
+
+class Interrupted(AdminError):
+    """Somebody has pressed Ctrl-C while a command waited; the text says what goes on."""
+
+    status = 130
+
 
 def add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands to the parser of `inferpool`."""
@@ -146,7 +154,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[str, str]) -> int:
-    """Run a command; the exit status is 0, or 1 if the server cannot be reached, refuses, or a job fails."""
+    """Run a command.
+
+    The exit status is 0, or 1 if the server cannot be reached, refuses, or a job fails; 130 after Ctrl-C.
+    """
     server = RunningServer(
         flags["url"] or environ.get(URL_VARIABLE) or DEFAULT_URL, environ.get(KEY_VARIABLE)
     )
@@ -167,7 +178,7 @@ def run_admin_command(command: str, flags: Mapping[str, Any], environ: Mapping[s
         print(f"{printable(found['model'])}: version {found['version']} answers")
     except AdminError as error:
         print(f"inferpool: {printable(str(error))}", file=sys.stderr)
-        return 1
+        return error.status
     return 0
 
 
@@ -224,9 +235,13 @@ def _traffic(server: RunningServer, flags: Mapping[str, Any]) -> int:
     if body:
         server.ask("PUT", path, body)
     found = server.ask("GET", path)
-    while flags["wait"] and found["canary"] is not None and found["canary"]["state"] == "running":
-        time.sleep(_LOOK_S)
-        found = server.ask("GET", path)
+    try:
+        while flags["wait"] and found["canary"] is not None and found["canary"]["state"] == "running":
+            time.sleep(_LOOK_S)
+            found = server.ask("GET", path)
+    except KeyboardInterrupt:
+        name = flags["model"]
+        raise Interrupted(f"the canary goes on; `inferpool traffic {name} --stop` ends it") from None
     _print_traffic(flags["model"], found)
     return 1 if flags["wait"] and (found["canary"] or {}).get("state") != "promoted" else 0
 
@@ -272,10 +287,17 @@ def _path(model: str) -> str:
 def _wait(server: RunningServer, job: dict[str, Any]) -> int:
     """Show the progress of a job until it has ended."""
     shown = ""
-    while job["state"] == "running":
-        shown = _show(job, shown)
-        time.sleep(_LOOK_S)
-        job = server.ask("GET", f"/jobs/{job['id']}")
+    try:
+        while job["state"] == "running":
+            shown = _show(job, shown)
+            time.sleep(_LOOK_S)
+            job = server.ask("GET", f"/jobs/{job['id']}")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # the terminal shows ^C behind the bar
+        command = f"inferpool jobs {job['id']}"
+        raise Interrupted(
+            f"the job goes on; `{command}` waits for it, and `{command} --cancel` ends it"
+        ) from None
     if sys.stderr.isatty():
         sys.stderr.write("\r\033[K")
     return _print_job(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import time
 import warnings
@@ -107,9 +108,14 @@ def test_a_new_version_is_loaded_and_takes_over(server: Server, folder: Path) ->
 
 
 def test_the_same_version_with_other_files_is_exchanged(server: Server, folder: Path) -> None:
-    write_shift(folder, "exchange", 1, 1.0)
+    """Also if they have the same size and time, as files of a reproducible archive have."""
+    file = write_shift(folder, "exchange", 1, 1.0) / "model.onnx"
+    os.utime(file, (0, 0))
     load(server, "exchange")
+    size = file.stat().st_size
     write_shift(folder, "exchange", 1, 5.0)
+    os.utime(file, (0, 0))
+    assert file.stat().st_size == size
     load(server, "exchange")
     assert predict(server, "exchange")[1]["outputs"]["y"] == [[6.0, 7.0]]
 

@@ -56,3 +56,11 @@ def test_a_file_that_has_changed_come_or_gone_is_named(folder: Path, name: str) 
     if name != "1/model.onnx":
         gone = held.changed_file(source(folder))
         assert gone == (None if name == "1/weights.bin" else Path(name).name)
+
+
+def test_another_link_to_a_file_is_no_other_source(folder: Path) -> None:
+    file = folder / "1" / "model.onnx"
+    (folder.parent / "first").hardlink_to(file)
+    before = source(folder)
+    (folder.parent / "second").hardlink_to(file)
+    assert source(folder) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ class VersionSource:
         folder: the model's folder; None for a bare file.
         config: the keys of `model.toml`.
         files: names, sizes and times (in nanoseconds) of all files.
-        fingerprint: names, sizes and times of all files, and the settings.
+        fingerprint: names, sizes and times of all files, also of the last change of their nodes, and the
+            settings.
         changed_at: the last change of any of the files, in seconds since 1970.
     """
 
@@ -43,8 +45,20 @@ def read_source(model: ModelFolder, version: int, config: ModelConfig) -> Versio
     # A folder has no content of its own, but its time tells when the last file came.
     files = tuple((str(path), status.st_size, status.st_mtime_ns) for path, is_folder, status in facts
                   if not is_folder)  # fmt: skip
+    nodes = tuple(_node_changed_at(status) for _, is_folder, status in facts if not is_folder)
     changed_at = max(status.st_mtime for _, _, status in facts)
-    return VersionSource(file, model.folder, config, files, (files, repr(load_settings(config))), changed_at)
+    fingerprint = (files, nodes, repr(load_settings(config)))
+    return VersionSource(file, model.folder, config, files, fingerprint, changed_at)
+
+
+def _node_changed_at(status: os.stat_result) -> int:
+    """When a file's node was changed last, in nanoseconds; 0 if the file has several links.
+
+    Archives and build systems that give all files the same time leave the size and the time of other content
+    of the same size as they were. Another link changes the node, too, as in the cache of a store, whose
+    files never change.
+    """
+    return status.st_ctime_ns if status.st_nlink == 1 else 0
 
 
 def load_settings(config: ModelConfig) -> ModelConfig:
