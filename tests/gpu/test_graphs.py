@@ -14,8 +14,12 @@ import pytest
 from inferpool.backends.base import DeviceModel, GpuOptions, LoadOptions
 from inferpool.backends.onnx.gpu.tensorrt import tensorrt_unavailable_reason
 from inferpool.backends.registry import find_backend
+from inferpool.optimise_command.gpu.tensorrt_form import time_on_gpu
+from inferpool.optimise_command.model_folders import find_source
 from inferpool.pool.buckets import BatchBuckets
+from inferpool.release.optimise.timing import batches_of
 from inferpool.repository.load.gpu.graph_capture import capture
+from inferpool.settings import Settings
 from inferpool.system.gpus import cuda_driver
 from onnx import TensorProto, helper
 
@@ -138,3 +142,12 @@ def test_tensorrt_takes_over_from_cuda(serve: Serve, tmp_path: Path) -> None:
         np.testing.assert_allclose(
             answer(server, "m", rows), answer(server, "cuda", rows), rtol=1e-3, atol=1e-3
         )
+
+
+@pytest.mark.skipif(bool(tensorrt_unavailable_reason()), reason=str(tensorrt_unavailable_reason()))
+def test_optimise_times_tensorrt_beside_cuda(tmp_path: Path) -> None:
+    batches = batches_of([{"image": images(8)}])
+    source = find_source(DIGITS, None)
+    timed, reasons = time_on_gpu(source, batches, tmp_path, Settings(), lambda count: None)
+    assert reasons == {"cuda": "what tensorrt is compared with"}
+    assert timed.keys() == {"cuda", "tensorrt"}

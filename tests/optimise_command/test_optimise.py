@@ -17,6 +17,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from inferpool import cli
+from inferpool.backends.base import LoadOptions, TensorRTPlan
 from inferpool.backends.onnx.backend import OnnxBackend
 from inferpool.optimise_command import structured_forms
 from inferpool.optimise_command.gpu import tensorrt_form
@@ -28,6 +29,7 @@ from inferpool.release.optimise.candidates import (
     Candidate,
     optimise_graph,
     prune,
+    store_in_bf16,
     to_int8_static,
 )
 from inferpool.release.optimise.timing import Timing
@@ -36,6 +38,7 @@ from inferpool.settings import Settings
 from onnx import numpy_helper
 
 from tests.evaluate_command.test_retrieval import write
+from tests.fake_gpu import FakeCard, FakeModel
 from tests.release.optimise.test_candidates import rows, write_network
 from tests.server import ROOT
 from tests.text_models import write_encoder
@@ -140,9 +143,14 @@ def test_the_fastest_good_form_becomes_a_version_with_its_provenance(
 ) -> None:
     with_gains(
         monkeypatch,
-        {"planted": (damage, 9.0), "int8-static": (to_int8_static, 1.5), "unfit": (fail, 5.0)},
+        {
+            "planted": (damage, 9.0),
+            "bf16-weights": (store_in_bf16, 8.0),
+            "int8-static": (to_int8_static, 1.5),
+            "unfit": (fail, 5.0),
+        },
     )
-    assert optimise(model) == 0
+    assert optimise(model, "--keep-fp32", "Relu") == 0
     shown = capsys.readouterr().out
     assert "worse than accuracy -3pp" in shown
     assert "cannot be made: nothing to change" in shown
@@ -150,10 +158,11 @@ def test_the_fastest_good_form_becomes_a_version_with_its_provenance(
     written = json.loads((model / "2" / "provenance.json").read_text())
     assert (written["form"], written["source"]["version"], written["data"]["rows"]) == ("int8-static", 1, 200)
     verdicts = {each["form"]: each["verdict"] for each in written["forms"]}
-    assert verdicts["int8-static"] == "good"
+    assert (verdicts["int8-static"], verdicts["bf16-weights"]) == ("good", "reported only")
     assert written["forms"][0]["metric"] == 1.0
     assert written["forms"][0]["p50_ms"] == {"1": 1.0, "8": 1.0, "64": 1.0}
     assert written["forms"][0]["rows_per_s"] == {"1": 1000.0, "8": 8000.0, "64": 64000.0}
+    assert written["kept_in_fp32"] == ["Relu"]
     first = (model / "2" / "model.onnx").read_bytes()
     shutil.rmtree(model / "2")
     assert optimise(model) == 0
@@ -382,3 +391,30 @@ def test_cuda_that_cannot_run_the_model_leaves_tensorrt_untried(model: Path, tmp
     assert found == {}
     assert reasons["cuda"].startswith("cannot run: the model cannot be timed: ")
     assert reasons["tensorrt"] == "not tried: CUDA cannot run the model"
+
+
+def test_tensorrt_gets_a_plan_for_the_largest_batch_and_the_models_settings(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[FakeModel] = []
+
+    def load(_: OnnxBackend, file: Path, options: LoadOptions) -> FakeModel:
+        loaded.append(FakeModel(FakeCard(), options))
+        return loaded[-1]
+
+    seconds = iter([2.0, 1.0, 1.0, 2.0] * 100)  # the two take turns
+    monkeypatch.setattr(OnnxBackend, "load", load)
+    monkeypatch.setattr(timing, "_run_s", lambda *_: [next(seconds)])
+    (model / "model.toml").write_text("[gpu]\ntf32 = true\n")
+    batches = {8: {"x": np.zeros((8, 4), np.float32)}}
+    source = find_source(model, None)
+    found, reasons = tensorrt_form.time_on_gpu(source, batches, tmp_path, Settings(), lambda count: None)
+    assert reasons == {"cuda": "what tensorrt is compared with"}
+    assert found["tensorrt"].gains == pytest.approx([2.0] * 9)
+    assert [each.options.device for each in loaded] == ["cuda:0", "cuda:0"]
+    assert [each.options.gpu.tf32 for each in loaded] == [True, True]
+    assert [each.options.gpu.tensorrt for each in loaded] == [
+        None,
+        TensorRTPlan(tmp_path, (("x", (64, 4)),)),
+    ]
+    assert all(each.closed for each in loaded)
