@@ -75,7 +75,9 @@ def scrape_idle(server: int, port: int) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port)
     plain, packed = scrape(connection, "identity").content, scrape(connection).content
     series = Counter(
-        line.split(b'model="')[1].split(b'"')[0] for line in plain.splitlines() if b'{model="' in line
+        line.split(b'model="')[1].split(b'"')[0]
+        for line in plain.splitlines()
+        if b'{model="' in line and b'{model=""' not in line
     )
     before = cpu_s(server)
     times = [scrape(connection).seconds for _ in range(SCRAPES)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import Request
@@ -35,6 +36,7 @@ from inferpool.observe.metrics import Metrics
 from inferpool.observe.metrics_page import MetricsPage
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, find_model
+from inferpool.system.cpu_pace import yield_to_others
 
 
 def add_native(
@@ -126,14 +128,18 @@ def _add_health(app: RouteTable, catalog: Catalog) -> None:
 
 def _add_metrics(app: RouteTable, catalog: Catalog, metrics: Metrics) -> None:
     page = MetricsPage(metrics)
+    # With many versions rendering takes a while, and predictions must go on. Scrapes wait for one another.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="metrics", initializer=yield_to_others)
 
     @app.get("/metrics", tags=["health"], summary="All metrics, for Prometheus", response_class=Response)
     async def read_metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics if Accept asks for it; gzip if Accept-Encoding allows that."""
         await catalog.refresh()
         wanted, packs = request.headers.get("accept", ""), request.headers.get("accept-encoding", "")
-        # In a thread: with many versions rendering takes a while, and predictions must go on.
-        body, headers = await asyncio.to_thread(_render, page, wanted, accepts_gzip(packs))
+        rendering = asyncio.get_running_loop().run_in_executor(
+            thread, _render, page, wanted, accepts_gzip(packs)
+        )
+        body, headers = await rendering
         return Response(body, headers=headers)
 
 
