@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -219,6 +220,26 @@ def test_a_label_moves_only_to_a_version_that_is_ready(server: Server, folder: P
     assert (refused.status_code, refused.json()["field"]) == (422, "label")
     assert httpx.delete(url).status_code == 200
     assert predict(server, "labelled", "canary")[0] == 404
+
+
+def test_a_label_whose_version_is_deleted_is_a_problem_until_it_is_moved(
+    server: Server, folder: Path
+) -> None:
+    for version in (1, 2):
+        write_shift(folder, "stale", version, float(version))
+    load(server, "stale")
+    labels = "/models/stale/labels/stable"
+    assert server.request("PUT", labels, json={"version": 1}).status_code == 200
+    shutil.rmtree(folder / "stale" / "1")
+    load(server, "stale")
+    said = (
+        '"stable" names version 1, which is not served; move the label to another version, or remove it'
+        " (served: 2)"
+    )
+    wait_until(lambda: server.get("/health").json()["problems"].get("stale") == said, "health says so")
+    assert server.get("/models/stale").json()["labels"] == {}
+    assert server.request("PUT", labels, json={"version": 2}).status_code == 200
+    assert "stale" not in server.get("/health").json()["problems"]
 
 
 def test_a_rollback_takes_less_than_a_second(server: Server, folder: Path) -> None:

@@ -65,12 +65,26 @@ def label_fault(model: str, declared: DeclaredModel, served: list[int]) -> Reaso
     stale = {label: version for label, version in declared.labels().items() if version not in served}
     if not stale or not served:
         return None
-    labels = ", ".join(f'"{label}" names version {version}' for label, version in stale.items())
+    configured = declared.config.versions.labels
+    written = {label: version for label, version in stale.items() if configured.get(label) == version}
+    moved = {label: version for label, version in stale.items() if label not in written}
     have = ", ".join(map(str, served))
-    return (
-        f"{model}/model.toml: versions.labels: {labels}, which is not served; correct the label"
-        f" or remove it (served: {have})"
-    )
+    faults = []
+    if written:
+        faults.append(
+            f"{model}/model.toml: versions.labels: {_named(written)}, which is not served; correct the label"
+            f" or remove it (served: {have})"
+        )
+    if moved:
+        faults.append(
+            f"{_named(moved)}, which is not served; move the label to another version, or remove it"
+            f" (served: {have})"
+        )
+    return "; ".join(faults)
+
+
+def _named(labels: Mapping[str, int]) -> str:
+    return ", ".join(f'"{label}" names version {version}' for label, version in labels.items())
 
 
 def none_served(model: ModelFolder, config: ModelConfig) -> Reason:

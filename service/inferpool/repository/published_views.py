@@ -164,6 +164,7 @@ class PublishedViews:
                 self._removed.add(key)
             versions = {number: view for number, view in model.versions.items() if number != key.version}
             self._set_model(replace(model, versions=versions))
+            self.publish_model(key.model)  # a label may have named the version
 
     # What a model is.
 

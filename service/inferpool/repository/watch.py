@@ -56,12 +56,15 @@ class FolderWatch:
         self._closed = threading.Event()
         self._watching = False
         self._thread: threading.Thread | None = None
+        # The folder whose events are listened to, and what ends that.
+        self._listened: tuple[int, int] | None = None
+        self._moved = threading.Event()
 
     def start(self) -> None:
         """Look at the folder whenever it changes."""
         self._watching = True
+        self._follow()
         self._look()
-        threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
     def look(self) -> None:
         """Ask where the files come from, and look at the folder now, in a thread."""
@@ -77,6 +80,7 @@ class FolderWatch:
     def close(self) -> None:
         """Look no more."""
         self._closed.set()
+        self._moved.set()
         self._wanted.set()
 
     def _pause_s(self) -> float:
@@ -98,6 +102,8 @@ class FolderWatch:
             except Exception:
                 # What is loaded goes on, and the next look may find the folder whole again.
                 log.exception("%s cannot be looked at", self._path)
+            if self._watching:
+                self._follow()
 
     def _ask_origin(self) -> None:
         """Ask where the files come from if somebody wants that, or if it is time."""
@@ -108,12 +114,27 @@ class FolderWatch:
             self._origin.ask(at_once=at_once)
             self._asked_at = time.monotonic()
 
-    def _listen(self) -> None:
+    def _follow(self) -> None:
+        """Listen to the folder that the path names now; a link may have been switched, or a mount exchanged.
+
+        Events come from a folder, whatever its path becomes.
+        """
+        try:
+            status = self._path.stat()
+        except OSError:
+            return
+        if self._listened != (status.st_dev, status.st_ino) and not self._closed.is_set():
+            self._listened = (status.st_dev, status.st_ino)
+            self._moved.set()
+            self._moved = threading.Event()
+            threading.Thread(target=self._listen, args=(self._moved,), name="watch", daemon=True).start()
+
+    def _listen(self, over: threading.Event) -> None:
         from watchfiles import watch
 
         try:
             changes = watch(
-                self._path, watch_filter=None, debounce=_DEBOUNCE_MS, stop_event=self._closed,
+                self._path, watch_filter=None, debounce=_DEBOUNCE_MS, stop_event=over,
                 raise_interrupt=False,
             )  # fmt: skip
             for _ in changes:
