@@ -6,7 +6,8 @@ has no compiled code: the server answers the same, more slowly, and says so in i
 Only the build reads these variables:
 
 - INFERPOOL_COMPILED: 0 leaves out mypyc, 1 makes a failed compilation an error.
-- INFERPOOL_OPT_LEVEL: how much the C compiler optimises the hot path. Tests save time by 0.
+- INFERPOOL_OPT_LEVEL: how much the C compiler optimises the hot path, by default 1 with INLINING. Tests save
+  time by 0.
 """
 
 from __future__ import annotations
@@ -58,7 +59,16 @@ millions of elements in `wire` stay interpreted, because compiled loops would no
 C_MODULES = ("http/connection/_socketio", "wire/_json_numbers")
 
 COMPILED = os.environ.get("INFERPOOL_COMPILED", "")
-OPT_LEVEL = os.environ.get("INFERPOOL_OPT_LEVEL", "2")
+OPT_LEVEL = os.environ.get("INFERPOOL_OPT_LEVEL", "1")
+INLINING = [
+    *("-finline-small-functions", "-findirect-inlining", "-fpartial-inlining", "-foptimize-sibling-calls"),
+    *("-fipa-cp", "-fipa-ra", "-fcaller-saves", "-fpeephole2", "-fstrict-aliasing"),
+]
+"""The passes of -O2 that pay for the code of mypyc, added to those of -O1.
+
+All passes of -O2 take 1.4 times the CPU time, and a small request then takes no less time:
+benchmarks/results/starts.md.
+"""
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -117,7 +127,8 @@ def compiled_hot_path() -> list[Extension]:
     # mypy leaves millions of objects; looking through them when the build ends would take as long as mypyc.
     gc.freeze()
     for extension in extensions:
-        extension.extra_compile_args = [*extension.extra_compile_args, "-fvisibility=hidden"]
+        passes = INLINING if OPT_LEVEL == "1" else []
+        extension.extra_compile_args = [*extension.extra_compile_args, "-fvisibility=hidden", *passes]
     return extensions
 
 
