@@ -10,15 +10,23 @@ set -eu
 
 model=$1 from=$2 to=$3 share=${4:-5%} requests=${5:-1000}
 : "${NAMESPACE:=inferpool}" "${SELECTOR:=app.kubernetes.io/name=inferpool}" "${SOCKET:=/tmp/admin.sock}"
+# By name, because a pod may have containers of a service mesh besides, and init containers.
+: "${CONTAINER:=inferpool}"
 
 pods=$(kubectl --namespace "$NAMESPACE" get pods --selector "$SELECTOR" --field-selector status.phase=Running \
   --output name)
 [ -n "$pods" ] || { echo "no pod of $SELECTOR runs in $NAMESPACE" >&2; exit 1; }
 
+in_pod() {
+  target=$1
+  shift
+  kubectl --namespace "$NAMESPACE" exec "$target" --container "$CONTAINER" -- inferpool "$@" --url "unix:$SOCKET"
+}
+
 in_each_pod() {
   for pod in $pods; do
     echo "$pod: $*" >&2
-    kubectl --namespace "$NAMESPACE" exec "$pod" -- inferpool "$@" --url "unix:$SOCKET" || return 1
+    in_pod "$pod" "$@" || return 1
   done
 }
 
@@ -26,8 +34,7 @@ back() {
   missed=
   for pod in $pods; do
     # The label also ends the canary.
-    kubectl --namespace "$NAMESPACE" exec "$pod" -- inferpool labels "$model" "stable=$from" \
-      --url "unix:$SOCKET" || missed="$missed $pod"
+    in_pod "$pod" labels "$model" "stable=$from" || missed="$missed $pod"
   done
   if [ -z "$missed" ]; then
     echo "$model: version $from answers again in all pods" >&2

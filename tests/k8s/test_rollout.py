@@ -23,7 +23,8 @@ shift 2
 case $1 in
 get) echo $PODS ;;
 exec)
-  pod=${2#pod/}; shift 3
+  [ "$3 $4 $5" = "--container inferpool --" ] || exit 2
+  pod=${2#pod/}; shift 5
   program=$1; shift
   for word; do
     shift
