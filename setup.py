@@ -15,7 +15,9 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,7 +69,7 @@ INLINING = [
 """The passes of -O2 that pay for the code of mypyc, added to those of -O1.
 
 All passes of -O2 take 1.4 times the CPU time, and a small request then takes no less time:
-benchmarks/results/starts.md.
+benchmarks/results/starts.md. Only GCC knows all of these flags: other compilers get -O2 instead.
 """
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -82,6 +84,11 @@ class ParallelBuild(build_ext):
 
     def build_extensions(self) -> None:
         """Build all extensions; without a working C compiler, leave the compiled ones out of the wheel."""
+        if not self._takes_inlining():
+            for extension in self.extensions:
+                if INLINING[0] in extension.extra_compile_args:
+                    kept = [flag for flag in extension.extra_compile_args if flag not in INLINING]
+                    extension.extra_compile_args = [*kept, "-O2"]
         compile_in_turn = self.compiler.compile
 
         def compile_in_parallel(sources: list[str], *args: object, **options: object) -> list[str]:
@@ -100,6 +107,20 @@ class ParallelBuild(build_ext):
                 self._drop_hot_path()
             finally:
                 self.compiler.compile = compile_in_turn
+
+    def _takes_inlining(self) -> bool:
+        """Return whether the C compiler knows the flags of INLINING; Clang fails at some of them."""
+        command = getattr(self.compiler, "compiler_so", None)
+        if command is None:
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            empty = Path(folder) / "empty.c"
+            empty.touch()
+            run = [*command, *INLINING, "-c", str(empty), "-o", str(empty.with_suffix(".o"))]
+            try:
+                return subprocess.run(run, capture_output=True, check=False).returncode == 0
+            except OSError:  # the build says that there is no compiler
+                return False
 
     def _drop_hot_path(self) -> None:
         """Remove what was built of the hot path, because its extensions work together only."""

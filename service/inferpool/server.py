@@ -455,8 +455,13 @@ def web_busy(metrics: Metrics, thread: threading.Thread, process: str) -> Callab
     before = metrics.left_behind("web_busy_seconds_total", process)
     schedule = Path(f"/proc/self/task/{thread.native_id}/schedstat")
 
+    waited = 0.0
+
     def busy() -> list[Sample]:
-        seconds = before + time.clock_gettime(clock) + core_wait_s(schedule)
+        nonlocal waited
+        # The file cannot be read while the process has no descriptors left, and a counter never falls.
+        waited = max(waited, core_wait_s(schedule))
+        seconds = before + time.clock_gettime(clock) + waited
         return [("web_busy_seconds_total", (process,), seconds)]
 
     return busy

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from inferpool.observe.families import FAMILIES
 from inferpool.observe.metrics import PIECE_NUMBERS, Metrics
 from inferpool.observe.metrics_page import MetricsPage
+from inferpool.system import cpu_pace
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -204,6 +205,21 @@ def test_a_scrape_of_150_versions_lets_other_threads_run_after_each_small_piece(
         assert len(pieces) > text.count(b"\n") / PIECE_NUMBERS
         longest.append(max(pieces))
     assert min(longest) < 0.01, longest
+
+
+def test_a_server_that_uses_its_whole_quota_is_scraped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prometheus waits for ten seconds, also if there are hundreds of versions."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    pace = cpu_pace.CpuPace(1.0, lambda: now, lambda: now, sleep)
+    sleep(10)
+    monkeypatch.setattr(cpu_pace, "PACE", pace)
+    MetricsPage(metrics_of_150_versions()).render("")
+    assert 10 < now < 10.5
 
 
 def test_a_page_of_few_versions_is_made_in_one_piece() -> None:

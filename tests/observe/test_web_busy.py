@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+from inferpool import server
 from inferpool.observe.metrics import Metrics
 from inferpool.server import core_wait_s, web_busy
 
@@ -48,3 +50,13 @@ def test_a_kernel_that_tells_no_waiting_is_no_error(tmp_path: Path) -> None:
     assert core_wait_s(tmp_path / "missing") == 0.0
     (tmp_path / "schedstat").write_text("\n")
     assert core_wait_s(tmp_path / "schedstat") == 0.0
+
+
+def test_the_counter_does_not_fall_while_the_waiting_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fall looks like a restart to Prometheus, which then counts all that was before once more."""
+    told = iter([5.0, 0.0, 6.0])
+    monkeypatch.setattr(server, "core_wait_s", lambda schedule: next(told))
+    source = web_busy(Metrics({}), threading.current_thread(), "web")
+    numbers = [number for _ in range(3) for _, _, number in source()]
+    assert numbers == sorted(numbers)
+    assert numbers[2] >= 6

@@ -32,6 +32,9 @@ STALE_S: Final = 5.0
 PIECE_NUMBERS: Final = 400
 """Numbers of a page of metrics that are read or written in one piece, in less than a millisecond."""
 
+PIECE_PAUSE_S: Final = 0.005
+"""The longest pause after a piece, in seconds, so that a server at its CPU quota is scraped in time, too."""
+
 SAMPLE_NUMBERS: Final = 4
 """A number of a source takes about as long as so many others."""
 
@@ -119,6 +122,11 @@ Sample = tuple[str, Labels, float]
 """A gauge that a source reads at scrape time: the family's name, its label values, the number."""
 
 
+def rest_briefly() -> None:
+    """Let other threads run, as after a piece of a page of metrics."""
+    let_others_run(PIECE_PAUSE_S)
+
+
 class Rests:
     """Lets other threads run after each piece of the work on a page of metrics.
 
@@ -126,7 +134,7 @@ class Rests:
     compiled code, and predictions would wait for that.
     """
 
-    def __init__(self, rest: Callable[[], None] = let_others_run) -> None:
+    def __init__(self, rest: Callable[[], None] = rest_briefly) -> None:
         """Call `rest` after each piece."""
         self._rest = rest
         self._left = PIECE_NUMBERS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from inferpool.observe.exposition import choose_exposition
 from inferpool.observe.families import FAMILIES, Family
-from inferpool.observe.metrics import Labels, Metrics, Rests
+from inferpool.observe.metrics import Labels, Metrics, Rests, rest_briefly
 from inferpool.observe.prometheus_text import (
     Exemplar,
     HistogramStems,
@@ -19,7 +19,6 @@ from inferpool.observe.prometheus_text import (
     histogram_stems,
     stem,
 )
-from inferpool.system.cpu_pace import let_others_run
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 class MetricsPage:
     """Renders the metrics of a server, and keeps the parts of lines that stay the same."""
 
-    def __init__(self, metrics: Metrics, rest: Callable[[], None] = let_others_run) -> None:
+    def __init__(self, metrics: Metrics, rest: Callable[[], None] = rest_briefly) -> None:
         """Show `metrics`; `rest` lets other threads run, and is called after each piece of a page."""
         self._metrics = metrics
         self._rest = rest

@@ -130,14 +130,18 @@ class FolderWatch:
             threading.Thread(target=self._listen, args=(self._moved,), name="watch", daemon=True).start()
 
     def _listen(self, over: threading.Event) -> None:
-        from watchfiles import watch
+        from watchfiles import Change, watch
 
+        own = self._path.absolute()
         try:
             changes = watch(
                 self._path, watch_filter=None, debounce=_DEBOUNCE_MS, stop_event=over,
                 raise_interrupt=False,
             )  # fmt: skip
-            for _ in changes:
+            for found in changes:
+                if any(what == Change.deleted and Path(name).absolute() == own for what, name in found):
+                    # A folder made anew often has the same number, and this one has no more events.
+                    self._listened = None
                 self._wanted.set()
         except Exception as error:  # noqa: BLE001 - no events are to be had here, so the clock must do
             log.warning("%s: changes are noticed only every %g s: %s", self._path, RESCAN_S, error)

@@ -93,9 +93,12 @@ PACE: Final = CpuPace(quota_to_keep())
 """The pace of this process. A quota is that of the whole process, so all its background threads share one."""
 
 
-def let_others_run() -> None:
-    """Release the GIL, and keep to the pace: background threads call this between pieces of work."""
-    PACE.step()
+def let_others_run(longest_s: float = _LONGEST_PAUSE_S) -> None:
+    """Release the GIL, and keep to the pace: background threads call this between pieces of work.
+
+    The pause is one of `longest_s` seconds, or little more.
+    """
+    PACE.step(longest_s)
     time.sleep(_PAUSE_S)
 
 
