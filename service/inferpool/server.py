@@ -382,15 +382,30 @@ class InProcessServer(Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at once at the second."""
+        self._answer_in_loop(self._exit, sig)
+
+    def _rescan(self, sig: int, frame: FrameType | None) -> None:
+        """Look at the models folder again; the signal never ends the server."""
+        self._answer_in_loop(self._look_again)
+
+    def _answer_in_loop(self, answer: Callable[..., None], *arguments: int) -> None:
+        """Answer a signal between two callbacks of the event loop.
+
+        A handler runs between any two steps of the main thread. If that thread holds a lock at this moment,
+        for example that of the log, a handler that needs the same lock waits for itself for ever.
+        """
+        if self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(answer, *arguments)
+
+    def _exit(self, sig: int) -> None:
         name = signal.Signals(sig).name
-        if self._draining is None and self.loop is not None:
+        if self._draining is None:
             log.info("%s: draining", name)
         else:
             log.warning("%s: stopping at once, without the requests that are not answered yet", name)
         self.begin_drain()
 
-    def _rescan(self, sig: int, frame: FrameType | None) -> None:
-        """Look at the models folder again; the signal never ends the server."""
+    def _look_again(self) -> None:
         log.info("SIGHUP: looking at the models folder again; changed settings need a restart")
         self._repository.watch.look()
 

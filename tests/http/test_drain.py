@@ -11,13 +11,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
 import pytest
+from inferpool.server import InProcessServer
 from onnx import helper, numpy_helper
 
 from tests.chaos import inferpool_chaos as chaos
@@ -220,3 +224,25 @@ def test_a_hangup_at_the_earliest_moment_ends_nothing(starting: tuple[subprocess
     answer = httpx.get(f"http://127.0.0.1:{port}/health/live", timeout=START_S)
     assert answer.status_code == 200
     assert process.poll() is None
+
+
+def test_a_signal_is_answered_by_the_event_loop_because_its_handler_may_interrupt_a_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    asked: list[Callable[[], object]] = []
+    server = InProcessServer.__new__(InProcessServer)
+    server.__dict__["loop"] = SimpleNamespace(
+        is_closed=lambda: False, call_soon_threadsafe=lambda *call: asked.append(partial(*call))
+    )
+    for name in ("_draining", "_ending", "_repository"):
+        server.__dict__[name] = Mock()
+    server.handle_exit(signal.SIGTERM, None)
+    server._rescan(signal.SIGHUP, None)
+    assert not caplog.records
+    for answer in asked:
+        answer()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("SIGTERM: stopping at once")
+    assert lines[1].startswith("SIGHUP: looking")
+    assert server.force_exit

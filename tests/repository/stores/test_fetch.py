@@ -19,7 +19,7 @@ from inferpool.repository.stores.reference import StoreReference, parse_reposito
 from inferpool.repository.stores.version_fetch import MADE, WantedVersion, fetch_version
 
 from tests.repository.stores.archives import files_below, tar_of
-from tests.repository.stores.web_server import WebServer, web_server
+from tests.repository.stores.web_server import LAST_MODIFIED, WebServer, web_server
 
 MODEL = os.urandom(100_000)
 FILES = {"digits/1/model.onnx": MODEL, "digits/labels.txt": b"one\n"}
@@ -392,6 +392,35 @@ def test_a_registry_gives_a_token_for_a_password(
         "1/model.onnx": MODEL
     }
     assert b"hidden" not in b"".join(files_below(tmp_path / "c").values())
+
+
+def test_the_endpoint_of_azure_may_be_a_plain_server(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://{server.address}/account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "aGlkZGVu")
+    tag = hashlib.md5(MODEL, usedforsecurity=False).hexdigest()
+    listing = f"""<EnumerationResults><Blobs><Blob><Name>all/m/1/model.onnx</Name><Properties>
+        <Last-Modified>{LAST_MODIFIED}</Last-Modified><Etag>"{tag}"</Etag>
+        <Content-Length>{len(MODEL)}</Content-Length><Content-Type>x/y</Content-Type>
+        </Properties></Blob></Blobs><NextMarker /></EnumerationResults>"""
+    path = "/account/models?restype=container&comp=list&prefix=all%2F"
+    server.replies[path] = (200, {}, listing.encode())
+    server.files["/account/models/all/m/1/model.onnx"] = MODEL
+    assert files_below(fetched("az://models/all", tmp_path).path) == {"m/1/model.onnx": MODEL}
+    assert fetched("az://models/all", tmp_path).fetched_bytes == 0
+    for status, code, said in (
+        (403, "AuthorizationFailure", r"refuses \(AuthorizationFailure\): the credentials are missing"),
+        (404, "ContainerNotFound", r"is not there \(ContainerNotFound\)"),
+    ):
+        server.replies[path] = (status, {}, f"<Error><Code>{code}</Code></Error>".encode())
+        with pytest.raises(StoreError, match=said):
+            fetched("az://models/all", tmp_path / "other")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "hidden!")
+    with pytest.raises(StoreError, match="set AZURE_STORAGE_ACCOUNT_KEY to the text in Base64") as refused:
+        fetched("az://models/all", tmp_path / "other")
+    assert "hidden" not in refused.value.detail
 
 
 def laid_out(source: str, prefix: str, model: str, tmp_path: Path) -> dict[str, bytes]:

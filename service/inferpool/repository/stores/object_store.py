@@ -32,7 +32,7 @@ _PROFILE: Final = {
 _REFUSED: Final = re.compile(r"40[13] (Unauthorized|Forbidden)")
 _CAUSE: Final = re.compile(
     r"Connection refused|Connection reset|dns error|timed out|certificate[^\"\n]{0,80}"
-    r"|status code[^\"\n]{0,20}|HTTP status [^\"(\n]{0,40}|Missing [\w ]{1,30}|not specified [\w ]{0,30}",
+    r"|status code[^\"\n<]{0,20}|HTTP status [^\"(\n]{0,40}|Missing [\w ]{1,30}|not specified [\w ]{0,30}",
     re.IGNORECASE,
 )
 
@@ -53,8 +53,8 @@ class ObjectStore:
         self._reference = reference
         self._suffixes = suffixes
         makers: dict[str, Callable[..., Any]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
-        configs = {"s3": s3_config, "gs": gs_config}
-        config = configs[reference.scheme](os.environ) if reference.scheme in configs else {}
+        configs = {"s3": s3_config, "gs": gs_config, "az": az_config}
+        config = configs[reference.scheme](os.environ)
         plain = any(config.get(name, "").startswith("http://") for name in ("endpoint", "base_url"))
         try:
             self._store = makers[reference.scheme](
@@ -143,7 +143,12 @@ class ObjectStore:
             )
         if "Account must be specified" in text:
             return StoreError(f"{shown}: AZURE_STORAGE_ACCOUNT_NAME must name the account")
-        if found is not None and found[1] in ("NoSuchBucket", "NoSuchKey"):
+        if "Invalid Access Key" in text:
+            return CredentialsRefused(
+                f"{shown}: the account's key is malformed: set AZURE_STORAGE_ACCOUNT_KEY to the text in"
+                " Base64 that Azure shows"
+            )
+        if found is not None and found[1] in ("NoSuchBucket", "NoSuchKey", "ContainerNotFound"):
             return StoreError(f"{shown} is not there{code}")
         if isinstance(error, errors.GenericError | errors.BaseError | OSError):
             return StoreUnreachable(f"{shown} does not answer{code}: {_cause(text)}")
@@ -182,6 +187,12 @@ def gs_config(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
         return {}
     address = emulator if "://" in emulator else f"http://{emulator}"
     return {"base_url": address, "skip_signature": "true"}
+
+
+def az_config(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
+    """The server that the variables of obstore name, if there is one: obstore refuses its plain HTTP."""
+    endpoint = environ.get("AZURE_STORAGE_ENDPOINT") or environ.get("AZURE_ENDPOINT")
+    return {"endpoint": endpoint} if endpoint else {}
 
 
 def _profile(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
