@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import Request
@@ -26,17 +24,16 @@ from inferpool.http.native.schemas import (
     samples_out,
     version_out,
 )
+from inferpool.http.native.scrapes import Scrapes
 from inferpool.http.native.status_route import add_status
 from inferpool.http.native.traffic_routes import add_traffic
 from inferpool.http.openapi_parts import error_responses
-from inferpool.http.predict.compression import gzipped
 from inferpool.http.predict.observations import Observations
 from inferpool.http.route_table import RouteTable
 from inferpool.observe.metrics import Metrics
 from inferpool.observe.metrics_page import MetricsPage
 from inferpool.repository.admin import Admin
 from inferpool.repository.catalog import Catalog, find_model
-from inferpool.system.cpu_pace import yield_to_others
 
 
 def add_native(
@@ -127,28 +124,15 @@ def _add_health(app: RouteTable, catalog: Catalog) -> None:
 
 
 def _add_metrics(app: RouteTable, catalog: Catalog, metrics: Metrics) -> None:
-    page = MetricsPage(metrics)
-    # With many versions rendering takes a while, and predictions must go on. Scrapes wait for one another.
-    thread = ThreadPoolExecutor(1, thread_name_prefix="metrics", initializer=yield_to_others)
+    scrapes = Scrapes(MetricsPage(metrics))
 
     @app.get("/metrics", tags=["health"], summary="All metrics, for Prometheus", response_class=Response)
     async def read_metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics if Accept asks for it; gzip if Accept-Encoding allows that."""
         await catalog.refresh()
         wanted, packs = request.headers.get("accept", ""), request.headers.get("accept-encoding", "")
-        rendering = asyncio.get_running_loop().run_in_executor(
-            thread, _render, page, wanted, accepts_gzip(packs)
-        )
-        body, headers = await rendering
+        body, headers = await scrapes.make(wanted, accepts_gzip(packs))
         return Response(body, headers=headers)
-
-
-def _render(page: MetricsPage, accept: str, packs: bool) -> tuple[bytes, dict[str, str]]:
-    """All metrics and the headers of the response; `packs` tells whether gzip is accepted."""
-    body, content_type = page.render(accept)
-    headers = {"content-type": content_type, "vary": "accept, accept-encoding"}
-    packed = gzipped([body]) if packs else None
-    return (body, headers) if packed is None else (packed, {**headers, "content-encoding": "gzip"})
 
 
 def _documented_error(status: str) -> dict[str, Any]:
