@@ -294,7 +294,9 @@ def main() -> None:
         "rate": options.rate,
         "clients": options.clients,
     }
-    [image] = {each["image"] for each in deployment["spec"]["template"]["spec"]["containers"]}
+    images = {each["name"]: each["image"] for each in deployment["spec"]["template"]["spec"]["containers"]}
+    # Beside the server there may be containers that a mesh or a collector of logs has added.
+    image = images.get("inferpool", next(iter(images.values())))
     load = Load(namespace, load_pod(image, settings))
     try:
         load.wait(LINES_BEFORE)
