@@ -260,18 +260,18 @@ def test_a_single_model_file_is_served_under_its_name(server: WebServer, tmp_pat
     }
 
 
-def put_on_hub(server: WebServer, tokenizer: bytes) -> str:
+def put_on_hub(server: WebServer, tokenizer: bytes, model: bytes = MODEL) -> str:
     """Let the server answer as the hub's interface does: a revision, pages of its files, and the files.
 
     Returns the path of the tokenizer.
     """
     commit = "c" * 40
     git = hashlib.sha1(b"blob %d\0" % len(tokenizer) + tokenizer, usedforsecurity=False).hexdigest()
-    large = {"oid": hashlib.sha256(MODEL).hexdigest(), "size": len(MODEL)}
+    large = {"oid": hashlib.sha256(model).hexdigest(), "size": len(model)}
     tree = f"/api/models/me/small/tree/{commit}?recursive=true"
     file = {"type": "file", "oid": "0" * 40}
     first = [{"type": "directory", "path": "onnx", "oid": "1" * 40, "size": 0},
-             {**file, "path": "onnx/model.onnx", "size": len(MODEL), "lfs": large},
+             {**file, "path": "onnx/model.onnx", "size": len(model), "lfs": large},
              {**file, "path": "onnx/model_fp16.onnx", "size": 9, "lfs": {**large, "size": 9}}]  # fmt: skip
     second = [{**file, "path": "tokenizer.json", "size": len(tokenizer), "oid": git},
               {**file, "path": "model.safetensors", "size": 10**12}]  # fmt: skip
@@ -281,7 +281,7 @@ def put_on_hub(server: WebServer, tokenizer: bytes) -> str:
         tree: (200, link, json.dumps(first).encode()),
         f"{tree}&cursor=2": (200, {}, json.dumps(second).encode()),
     }
-    server.files[f"/me/small/resolve/{commit}/onnx/model.onnx"] = MODEL
+    server.files[f"/me/small/resolve/{commit}/onnx/model.onnx"] = model
     server.files[f"/me/small/resolve/{commit}/tokenizer.json"] = tokenizer
     return f"/me/small/resolve/{commit}/tokenizer.json"
 

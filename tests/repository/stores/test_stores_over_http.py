@@ -26,6 +26,7 @@ from obstore.store import S3Store
 from tests.conftest import Serve
 from tests.onnx_models import write_shift
 from tests.repository.stores.archives import files_below, tar_of
+from tests.repository.stores.test_fetch import put_on_hub
 from tests.repository.stores.web_server import WebServer, web_server
 from tests.server import Server, free_port, wait_until
 
@@ -241,6 +242,15 @@ def test_an_archive_whose_connection_is_cut_is_served(serve: Serve, web: WebServ
     wait_until(lambda: answer(server, "m") == ("1", 8.0), "the new content answers")
     shown = json.dumps(server.log) + server.get("/models").text + server.get("/health").text
     assert SECRET not in shown
+
+
+def test_a_model_of_the_hub_is_served(serve: Serve, web: WebServer, tmp_path: Path) -> None:
+    put_on_hub(web, b"{}", shift(tmp_path, 1, 1.0))
+    web.required = f"Bearer {SECRET}"
+    variables = {"HF_ENDPOINT": f"http://{web.address}", "HF_TOKEN": SECRET}
+    server = serve("hf://me/small", INFERPOOL_CACHE_DIR=str(tmp_path / "cache"), **variables)
+    assert answer(server, "small") == ("1", 2.0)
+    assert SECRET not in json.dumps(server.log)
 
 
 def test_a_signal_ends_a_server_that_still_fetches(serve: Serve, web: WebServer, tmp_path: Path) -> None:
