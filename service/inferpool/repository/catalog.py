@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from inferpool.pool.padding import Padding
 from inferpool.pool.ports import VersionKey
 from inferpool.pool.row_cost import RowCost
 from inferpool.pool.stats import BatchCount, InstanceState
+from inferpool.repository.layout import is_version_number
 from inferpool.repository.traffic import Traffic
 from inferpool.tensors import Signature, names_text
 
@@ -32,7 +32,6 @@ READY: Final[State] = "ready"
 DRAINING: Final[State] = "draining"
 UNLOADED: Final[State] = "unloaded"
 FAILED: Final[State] = "failed"
-_NUMBER: Final = re.compile("[1-9][0-9]{0,17}")
 
 STATES: Final[tuple[State, ...]] = get_args(State)
 
@@ -189,7 +188,7 @@ class ModelView:
     def version(self, version: str) -> VersionView:
         """The version of this number or label; raises VersionNotFound."""
         number = self.labels.get(version)
-        if number is None and _NUMBER.fullmatch(version):
+        if number is None and is_version_number(version):
             number = int(version)
         view = self.versions.get(number) if number is not None else None
         if view is None:

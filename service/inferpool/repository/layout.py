@@ -22,6 +22,9 @@ BUILD_SCRIPT = "build.py"
 DEFAULT_REPOSITORY = Path("models")
 """Where models are built by default, below the working folder."""
 _HIDDEN = (".", "_")
+_NUMBER: Final = re.compile("[1-9][0-9]{0,17}")
+"""The numbers of versions. One of 18 digits is an integer in every program."""
+
 _LIKE_A_VERSION: Final = re.compile(r"(?:v|ver|version)?[-_.]?0*(\d+)", re.IGNORECASE)
 """Folder names that look like versions: `01`, `v2`, `version-3`."""
 
@@ -194,11 +197,14 @@ def _bare(file: Path) -> ModelFolder:
     return ModelFolder(file.stem, None, {1: file}, origin=file.name)
 
 
+def is_version_number(name: str) -> bool:
+    """Whether a folder of this name has a version, and a request may name it."""
+    return _NUMBER.fullmatch(name) is not None
+
+
 def _version_folders(folder: Path) -> dict[int, Path]:
     return {
-        int(item.name): item
-        for item in folder.iterdir()
-        if item.is_dir() and item.name.isdecimal() and item.name.isascii() and not item.name.startswith("0")
+        int(item.name): item for item in folder.iterdir() if item.is_dir() and is_version_number(item.name)
     }
 
 
@@ -267,12 +273,12 @@ def _skipped_version(
     if numbered is None and not any(_looks_like_a_model(file, suffixes) for file in item.glob("model.*")):
         return None
     number = int(numbered[1]) if numbered is not None else 0
-    if number in numbers or not number:
+    if number in numbers or not is_version_number(str(number)):
         number = max(numbers, default=0) + 1
     numbers.add(number)
     return (
-        f"{name} is skipped: a version's folder must be named by a number without leading zeros;"
-        f" rename it to {item.parent.name}/{number}"
+        f"{name} is skipped: a version's folder must be named by a number without leading zeros, of at"
+        f" most 18 digits; rename it to {item.parent.name}/{number}"
     )
 
 

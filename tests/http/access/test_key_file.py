@@ -143,6 +143,17 @@ def test_revoking_keeps_every_other_line_and_the_mode(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted([file.path, link]), "no temporary file is left"
 
 
+def test_a_file_without_its_last_key_is_not_empty(tmp_path: Path) -> None:
+    """A server takes an empty file for one that is being written, and keeps the former keys."""
+    file = KeyFile(tmp_path / "keys.toml")
+    file.add("only", "read")
+    remove_key(file.path, file.ids["only"])
+    assert file.path.stat().st_size
+    assert read_key_file(file.path) == []
+    file.add("next", "read")
+    assert [record.id for record in read_key_file(file.path)] == [file.ids["next"]]
+
+
 def test_commands_at_once_lose_no_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     doomed = [new_key("t", ["read"])[1] for _ in range(10)]

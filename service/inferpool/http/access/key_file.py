@@ -39,6 +39,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
 _SPAN: Final = re.compile(r"([1-9][0-9]{0,5})([mhd])")
 _POSITION: Final = re.compile(r"\(at line \d+, column \d+\)")
+_NO_KEYS: Final = "# All keys are revoked.\n"
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 _ID_LETTERS: Final = "abcdefghijkmnpqrstuvwxyz23456789"
 _FIELDS: Final = ("id", "tenant", "digest", "scopes", "created", "expires")
@@ -147,7 +148,11 @@ def append_key(path: Path, record: KeyRecord) -> None:
 
 
 def remove_key(path: Path, key_id: str) -> KeyRecord:
-    """Remove the key `key_id` from the file `path`, and keep every other line; raises ConfigError."""
+    """Remove the key `key_id` from the file `path`, and keep every other line; raises ConfigError.
+
+    A file that would be empty gets a comment: a server takes an empty file for one that is being written, and
+    keeps the former keys.
+    """
     with _locked(path):
         records = {record.id: record for record in read_key_file(path)}
         if key_id not in records:
@@ -158,7 +163,7 @@ def remove_key(path: Path, key_id: str) -> KeyRecord:
         target = path.resolve()
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(kept) or _NO_KEYS, encoding="utf-8")
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             temporary.replace(target)
         except OSError as error:
